@@ -1,0 +1,66 @@
+"""MuonClip: the Muon optimizer with AdamW for what is no matrix, and QK-Clip for attention.
+
+In a trainer of one's own, with an attention of one's own:
+
+>>> import torch
+>>> import torch.nn.functional as F
+>>> from torch import nn
+>>> from muonclip import AttentionLayout, MuonClip, QKClip, max_logits, param_groups
+>>> class Attention(nn.Module):
+...     def __init__(self, dim, heads):
+...         super().__init__()
+...         self.heads, self.observe = heads, lambda max_logits: None
+...         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+...     def forward(self, x):
+...         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+...                    for f in (self.q, self.k, self.v))
+...         if self.training:
+...             self.observe(max_logits(q, k, causal=True))  # [heads]
+...         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+...         return self.out(x.transpose(1, 2).flatten(2))
+>>> model = nn.ModuleDict({"embed": nn.Embedding(256, 64), "attention": Attention(64, heads=4),
+...                        "head": nn.Linear(64, 256)})
+>>> optimizer = MuonClip(param_groups(model), lr=2e-3, weight_decay=0.1)
+>>> attention = model["attention"]
+>>> layout = AttentionLayout.separate(attention.q, attention.k, num_heads=4)
+>>> clip = QKClip({"attention": layout}, threshold=100.0)
+>>> attention.observe = lambda max_logits: clip.observe("attention", max_logits)
+>>> handle = clip.attach(optimizer)  # from here on optimizer.step() also clips
+>>> for _ in range(3):
+...     tokens = torch.randint(256, (8, 33))
+...     logits = model["head"](attention(model["embed"](tokens[:, :-1])))
+...     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+...     optimizer.step()
+...     optimizer.zero_grad()
+>>> int(clip.result.num_clipped)
+0
+"""
+
+from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.max_logits import max_logits, max_logits_bound
+from muonclip.optimizer import MuonClip
+from muonclip.orthogonalize import COEFFICIENTS, orthogonalize, update_scale
+from muonclip.param_groups import Assignment, assign, choose_algorithm, describe, param_groups
+from muonclip.qk_clip import ClipFactors, ClipResult, QKClip, clip_factors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COEFFICIENTS",
+    "Assignment",
+    "AttentionLayout",
+    "ClipFactors",
+    "ClipResult",
+    "HeadRows",
+    "MuonClip",
+    "QKClip",
+    "assign",
+    "choose_algorithm",
+    "clip_factors",
+    "describe",
+    "max_logits",
+    "max_logits_bound",
+    "orthogonalize",
+    "param_groups",
+    "update_scale",
+]

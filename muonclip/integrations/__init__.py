@@ -1,0 +1,1 @@
+"""Thin bridges to other libraries, each optional and none imported by ``muonclip`` itself."""

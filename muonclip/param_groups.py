@@ -1,0 +1,212 @@
+"""Which parameter goes to Muon, which to AdamW, and why: decided here and nowhere else."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+Algorithm = Literal["muon", "adamw"]
+
+_EMBEDDINGS = {"wte", "wpe", "pos_emb", "position_bias_table", "relative_position_bias_table"}
+_HEADS = {"lm_head", "output_layer", "head", "embed_out", "unembed", "unembedding", "classifier"}
+_ROUTERS = {"router", "shared_expert_gate", "gate_weight"}
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """One parameter's place.
+
+    Attributes:
+        name: its first name in the model.
+        parameter: the parameter itself.
+        algorithm: ``"muon"``, ``"adamw"``, or None where it is frozen.
+        reason: why, in a few words.
+        row_splits: rows of each matrix fused in it, or None where it is one matrix.
+    """
+
+    name: str
+    parameter: Tensor
+    algorithm: Algorithm | None
+    reason: str
+    row_splits: tuple[int, ...] | None = None
+
+
+def choose_algorithm(
+    parameter: Tensor, name: str | None = None, module: nn.Module | None = None
+) -> tuple[Algorithm, str]:
+    """The algorithm for one parameter, and the reason.
+
+    Args:
+        parameter: any shape.
+        name: its dotted name in the model; without it only shape and module speak.
+        module: the module that owns it, where known.
+
+    Returns:
+        ``("adamw", reason)`` for vectors, convolution kernels, embeddings, output heads and
+        routers; ``("muon", reason)`` for other matrices [n, m] and stacks of matrices [E, n, m].
+    """
+    if parameter.ndim < 2:
+        return "adamw", "vector or scalar"
+    if parameter.ndim > 3 or isinstance(module, _ConvNd):
+        return "adamw", "convolution kernel"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "adamw", "embedding"
+    if name is not None and (reason := _reason_in_name(name, parameter)):
+        return "adamw", reason
+    return "muon", "matrix" if parameter.ndim == 2 else "stack of matrices"
+
+
+def _reason_in_name(name: str, parameter: Tensor) -> str | None:
+    """Why the name of a matrix sends it to AdamW; None where it does not."""
+    path = name.split(".")
+    nearest = path[-2:]  # the owning module and the parameter: further up says too little
+    if any(part.startswith("patch_embed") for part in path):
+        return "patch embedding"
+    if any("embed" in part or part in _EMBEDDINGS for part in nearest):
+        return "embedding"
+    if any(part.endswith(("_token", "_tokens")) for part in nearest):
+        return "learned token"
+    if not _HEADS.isdisjoint(nearest) or path == ["output", "weight"]:
+        return "output head"
+    if not _ROUTERS.isdisjoint(path):
+        return "router"
+    # `gate` is also what gated units are called; only a router has fewer rows than columns.
+    if "gate" in nearest and parameter.shape[-2] < parameter.shape[-1]:
+        return "router"
+    # A depthwise or 1-D convolution known by name only: [out, in, width] is no stack of matrices.
+    if parameter.ndim == 3 and any("conv" in part for part in nearest):
+        return "convolution kernel"
+    return None
+
+
+def assign(
+    model: nn.Module,
+    *,
+    adamw: Sequence[str] = (),
+    muon: Sequence[str] = (),
+    row_splits: Mapping[str, Sequence[int]] | None = None,
+) -> list[Assignment]:
+    """Where every parameter of a model goes, in the model's order, shared ones once.
+
+    A parameter with several names (tied weights) goes to AdamW if any of its names says so.
+
+    Args:
+        model: any module.
+        adamw: ``fnmatch`` patterns on names that go to AdamW whatever the rule says.
+        muon: the same for Muon. Matrices and stacks of matrices only.
+        row_splits: pattern on names -> rows of each matrix stored fused in such a parameter
+            (gate and up; query, key and value); they must add up to its rows.
+
+    Raises:
+        ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
+            or ``muon`` names a parameter that is not a matrix or stack of matrices.
+    """
+    splits = {pattern: tuple(rows) for pattern, rows in (row_splits or {}).items()}
+    owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            owners.setdefault(parameter, []).append((name, module))
+
+    every_name = [name for names in owners.values() for name, _ in names]
+    for option, patterns in (("adamw", adamw), ("muon", muon), ("row_splits", splits)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in every_name):
+                raise ValueError(f"{option}: the pattern {pattern!r} matches no parameter")
+
+    assignments = []
+    for parameter, names in owners.items():
+        name = names[0][0]
+        forced_adamw = _first_match(names, adamw)
+        forced_muon = _first_match(names, muon)
+        algorithm: Algorithm | None
+        if forced_adamw and forced_muon:
+            raise ValueError(
+                f"{name} matches adamw={forced_adamw!r} and muon={forced_muon!r}: keep one"
+            )
+        if not parameter.requires_grad:
+            algorithm, reason = None, "frozen"
+        elif forced_adamw:
+            algorithm, reason = "adamw", f"matches {forced_adamw!r}"
+        elif forced_muon:
+            if parameter.ndim not in (2, 3):
+                raise ValueError(
+                    f"muon={forced_muon!r} matches {name} of shape {tuple(parameter.shape)}: "
+                    "Muon takes matrices [n, m] and stacks of matrices [E, n, m]"
+                )
+            algorithm, reason = "muon", f"matches {forced_muon!r}"
+        else:
+            choices = [choose_algorithm(parameter, *owner) for owner in names]
+            algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
+        split = splits.get(_first_match(names, splits) or "") if algorithm == "muon" else None
+        assignments.append(Assignment(name, parameter, algorithm, reason, split))
+    return assignments
+
+
+def _first_match(names: list[tuple[str, nn.Module]], patterns: Iterable[str]) -> str | None:
+    matching = (p for p in patterns for name, _ in names if fnmatchcase(name, p))
+    return next(matching, None)
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    adamw: Sequence[str] = (),
+    muon: Sequence[str] = (),
+    row_splits: Mapping[str, Sequence[int]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups for ``MuonClip``: one per algorithm and row split, with names.
+
+    Frozen parameters are left out. ``print(describe(assign(model)))`` shows the same decision.
+
+    Args:
+        model, adamw, muon, row_splits: as for ``assign``, with its errors.
+        options: put into every group, e.g. ``weight_decay=0.1``.
+
+    Returns:
+        Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``row_splits``.
+    """
+    groups: dict[tuple[Algorithm, tuple[int, ...] | None], dict[str, Any]] = {}
+    for item in assign(model, adamw=adamw, muon=muon, row_splits=row_splits):
+        if item.algorithm is None:
+            continue
+        key = (item.algorithm, item.row_splits)
+        if key not in groups:
+            groups[key] = {
+                "params": [],
+                "algorithm": item.algorithm,
+                "row_splits": item.row_splits,
+                **options,
+            }
+        groups[key]["params"].append((item.name, item.parameter))
+    return list(groups.values())
+
+
+def describe(assignments: Iterable[Assignment]) -> str:
+    """A printable table of what went where and why, with totals in parameters (elements)."""
+    rows = [("parameter", "shape", "algorithm", "reason")]
+    totals: dict[str, list[int]] = {}
+    for item in assignments:
+        algorithm = item.algorithm or "frozen"
+        reason = item.reason
+        if item.row_splits:
+            reason += f", rows split {' + '.join(map(str, item.row_splits))}"
+        rows.append((item.name, "x".join(map(str, item.parameter.shape)), algorithm, reason))
+        total = totals.setdefault(algorithm, [0, 0])
+        total[0] += 1
+        total[1] += item.parameter.numel()
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+    lines += [
+        f"{algorithm}: {tensors} tensors, {elements:,} parameters"
+        for algorithm, (tensors, elements) in totals.items()
+    ]
+    return "\n".join(lines)

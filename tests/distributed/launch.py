@@ -1,0 +1,81 @@
+"""Run a function in several real processes joined by gloo, for tests of distributed code."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_SECONDS = 300
+
+# A fork server imports the heavy packages once; every rank of every test then starts in
+# milliseconds, from a process that has never run a torch operation.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "megatron.core"])
+
+
+def _rank_main(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, folder: str
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    outcome: tuple[str, Any]
+    try:
+        outcome = ("value", function(*args))
+    except BaseException:
+        outcome = ("error", traceback.format_exc())
+    # Written before the group is torn down: a rank stuck in there must not hide the result.
+    Path(folder, f"rank{rank}").write_bytes(pickle.dumps(outcome))
+    if outcome[0] == "error":
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Return what ``function(*args)`` gives on each of ``world_size`` gloo ranks, in rank order.
+
+    ``function`` is a module's top-level function; it finds ``torch.distributed`` initialised.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), died, or ran too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        alive = list(processes)
+        waited = 0.0
+        while alive and waited < _TIMEOUT_SECONDS:
+            alive[0].join(0.05)
+            waited += 0.05
+            failed = any(process.exitcode not in (None, 0) for process in processes)
+            alive = [process for process in alive if process.is_alive()]
+            if failed:
+                break
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        outcomes = []
+        for rank, process in enumerate(processes):
+            path = Path(folder, f"rank{rank}")
+            if path.exists():
+                outcomes.append(pickle.loads(path.read_bytes()))
+            else:
+                outcomes.append(("missing", f"rank {rank} ended with {process.exitcode}, no result"))
+        errors = [text for kind, text in outcomes if kind == "error"]
+        errors = errors or [text for kind, text in outcomes if kind == "missing"]
+        assert not errors, "\n".join(errors)
+        return [value for _, value in outcomes]

@@ -1,0 +1,118 @@
+"""A checkpoint comes back whole, at any number of ranks, or one line says why not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.errors import PretrainError
+from pretrain.runtime import checkpoint
+from tests.distributed.launch import launch
+
+EXPERTS = 4
+
+
+def _tensors(fill: float | None = None) -> dict[str, Tensor]:
+    """One tensor that all ranks hold, and this rank's share of the experts."""
+    share = EXPERTS // dist.get_world_size()
+    mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    values = {"shared": torch.arange(6.0).view(2, 3)}
+    values |= {f"experts.{i}": torch.full((3,), float(i)) for i in mine}
+    values["step"] = torch.tensor(7.0)
+    if fill is not None:
+        values = {name: torch.full_like(value, fill) for name, value in values.items()}
+    return values
+
+
+def _save(folder: str, steps: list[int], keep: int = 9) -> None:
+    for step in steps:
+        checkpoint.save(Path(folder), step, _tensors(), {"fact": step}, keep)
+
+
+def _load(folder: str, step: int) -> bool:
+    path = checkpoint.path_of(Path(folder), step)
+    manifest = checkpoint.read_manifest(path)
+    loaded = _tensors(fill=-1.0)
+    checkpoint.load(path, loaded)
+    expected = _tensors()
+    return (
+        manifest["facts"] == {"fact": step}
+        and manifest["step"] == step
+        and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    )
+
+
+def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
+    path = checkpoint.path_of(Path(folder), 1)
+    try:
+        checkpoint.read_manifest(path)
+        checkpoint.load(path, tensors)
+    except PretrainError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 4), (4, 1), (2, 2)])
+def test_saved_on_some_ranks_loads_on_others(
+    tmp_path: Path, saved_at: int, loaded_at: int
+) -> None:
+    launch(_save, saved_at, str(tmp_path), [3])
+    assert launch(_load, loaded_at, str(tmp_path), 3) == [True] * loaded_at
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    launch(_save, 2, str(tmp_path), [1, 2, 3, 4], 2)
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_half_written_one_does_not_exist(tmp_path: Path) -> None:
+    launch(_save, 1, str(tmp_path), [1])
+    (tmp_path / "step-00000002.partial").mkdir()
+    assert checkpoint.steps(tmp_path) == [1]
+    launch(_save, 1, str(tmp_path), [2])
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert launch(_load, 1, str(tmp_path), 2) == [True]
+
+
+def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: Path) -> None:
+    launch(_save, 1, str(tmp_path), [1])
+    path = checkpoint.path_of(tmp_path, 1)
+    other_shape = {"shared": torch.zeros(3, 2)}
+    other_name = {"missing": torch.zeros(1)}
+    (error,) = launch(_load_error, 1, str(tmp_path), other_shape)
+    assert "is of another model: shared is (2, 3) there and (3, 2) here" in error
+    (error,) = launch(_load_error, 1, str(tmp_path), other_name)
+    assert "is of another model: it has no missing" in error
+
+    data = next(path.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"is damaged: {data.name} is not what was written" in launch(
+        _load_error, 1, str(tmp_path), {}
+    )[0]
+    data.unlink()
+    assert f"is damaged: {data.name} is missing" in launch(_load_error, 1, str(tmp_path), {})[0]
+    (path / "manifest.json").write_text("{}")
+    assert "is not a checkpoint of this program" in launch(_load_error, 1, str(tmp_path), {})[0]
+
+
+def _save_where_a_file_is_in_the_way(folder: str) -> str:
+    try:
+        checkpoint.save(Path(folder), 2, _tensors(), {}, 9)
+    except PretrainError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_disk_that_refuses_stops_all_ranks_and_keeps_the_earlier_checkpoint(
+    tmp_path: Path,
+) -> None:
+    launch(_save, 2, str(tmp_path), [1])
+    (tmp_path / "step-00000002.partial").write_text("a file, where a folder has to be made")
+    errors = launch(_save_where_a_file_is_in_the_way, 2, str(tmp_path))
+    assert all("cannot write the checkpoint" in error for error in errors)
+    assert checkpoint.steps(tmp_path) == [1]
+    assert launch(_load, 2, str(tmp_path), 1) == [True, True]

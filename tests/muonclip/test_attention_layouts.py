@@ -1,0 +1,97 @@
+"""Layouts point at the right rows, and refuse weights that do not fit."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from muonclip import AttentionLayout, HeadRows
+
+
+def test_separate() -> None:
+    layout = AttentionLayout.separate(
+        nn.Linear(5, 8), nn.Linear(5, 4, bias=False), num_heads=4, num_kv_groups=2
+    )
+    assert layout.query.rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.key.rows.tolist() == [[0, 1], [2, 3]]
+    assert layout.query.bias is not None and layout.key.bias is None
+    assert (layout.num_heads, layout.num_kv_groups) == (4, 2)
+
+
+def test_fused() -> None:
+    layout = AttentionLayout.fused(torch.zeros(16, 5), num_heads=4, num_kv_groups=2)
+    assert layout.query.rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.key.rows.tolist() == [[8, 9], [10, 11]]
+
+
+def test_fused_by_group() -> None:
+    """q q k v | q q k v, as megatron-core stores it."""
+    layout = AttentionLayout.fused_by_group(torch.zeros(16, 5), num_heads=4, num_kv_groups=2)
+    assert layout.query.rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
+    assert layout.key.rows.tolist() == [[4, 5], [12, 13]]
+
+
+def test_fused_by_group_with_output_gate() -> None:
+    """MLM#4731: q q gate gate k v | ...: the gates are no queries."""
+    layout = AttentionLayout.fused_by_group(
+        torch.zeros(12, 5), num_heads=4, num_kv_groups=2, output_gate=True
+    )
+    assert layout.query.rows.tolist() == [[0], [1], [6], [7]]
+    assert layout.key.rows.tolist() == [[4], [10]]
+
+
+def test_mla() -> None:
+    layout = AttentionLayout.mla(
+        torch.zeros(10, 3), torch.zeros(12, 3), num_heads=2, nope_dim=3, rope_dim=2, v_dim=3
+    )
+    assert layout.query.rows.tolist() == [[0, 1, 2], [5, 6, 7]]
+    assert layout.query_rope is not None
+    assert layout.query_rope.rows.tolist() == [[3, 4], [8, 9]]
+    assert layout.key.rows.tolist() == [[0, 1, 2], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: AttentionLayout.separate(torch.zeros(9, 2), torch.zeros(8, 2), num_heads=4),
+            "query has 9 rows, which 4 heads cannot share",
+        ),
+        (
+            lambda: AttentionLayout.separate(torch.zeros(8, 2), torch.zeros(4, 2), num_heads=4),
+            "check num_heads and num_kv_groups",
+        ),
+        (
+            lambda: AttentionLayout.separate(
+                torch.zeros(6, 2), torch.zeros(4, 2), num_heads=3, num_kv_groups=2
+            ),
+            "3 query heads cannot be shared by 2 key groups",
+        ),
+        (lambda: AttentionLayout.fused(torch.zeros(10, 2), num_heads=4), "qkv has 10 rows"),
+        (
+            lambda: AttentionLayout.fused_by_group(
+                torch.zeros(10, 2), num_heads=3, num_kv_groups=2
+            ),
+            "3 query heads cannot be shared",
+        ),
+        (
+            lambda: AttentionLayout.mla(
+                torch.zeros(10, 3), torch.zeros(11, 3), num_heads=2, nope_dim=3, rope_dim=2, v_dim=3
+            ),
+            r"kv_up has 11 rows, but num_heads \* \(nope_dim \+ v_dim\) is 12",
+        ),
+        (lambda: AttentionLayout.fused(nn.ReLU(), num_heads=1), "ReLU has no weight"),
+        (lambda: HeadRows(torch.zeros(3), torch.zeros(1, 1).long()), "weight must be"),
+        (lambda: HeadRows(torch.zeros(3, 2), torch.zeros(1, 1)), "rows must be int64"),
+        (lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[3]])), r"rows must lie in 0..2"),
+        (lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[0], [0]])), "rows must not repeat"),
+        (
+            lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[0]]), torch.zeros(2)),
+            r"bias must be \[3\]",
+        ),
+    ],
+)
+def test_errors_name_the_shape(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,232 @@
+"""megatron-core's modules, recognised by name: stand-ins with the attributes we read.
+
+The stand-ins keep these tests free of megatron-core; ``test_real_modules`` holds them to the
+library's own classes where it is installed.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muonclip import QKClip, assign, max_logits
+from muonclip.integrations import megatron_core
+from tests.distributed.launch import launch
+
+
+class MLASelfAttention(nn.Module):
+    def __init__(self, q_lora_rank: int | None, kv_down_rows: int = 8 + 2) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            q_lora_rank=q_lora_rank,
+            kv_lora_rank=8,
+            qk_head_dim=4,
+            qk_pos_emb_head_dim=2,
+            v_head_dim=3,
+        )
+        self.num_attention_heads_per_partition = 3
+        if q_lora_rank is None:
+            self.linear_q_proj = nn.Linear(16, 3 * 6, bias=False)
+        else:
+            self.linear_q_down_proj = nn.Linear(16, q_lora_rank, bias=False)
+            self.linear_q_up_proj = nn.Linear(q_lora_rank, 3 * 6, bias=False)
+        self.linear_kv_down_proj = nn.Linear(16, kv_down_rows, bias=False)
+        self.linear_kv_up_proj = nn.Linear(8, 3 * 7, bias=False)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, *, world_size: int = 1, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_query_groups=2, attention_output_gate=False)
+        self.world_size = world_size
+        self.num_attention_heads_per_partition = 4
+        self.num_query_groups_per_partition = 2
+        self.linear_qkv = nn.Linear(16, (4 + 2 + 2) * 4)
+        self.q_layernorm = norm
+
+
+class IdentityOp(nn.Identity):
+    """What megatron-core's specs put where there is no norm."""
+
+
+class MLP(nn.Module):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(gated_linear_unit=gated)
+        self.linear_fc1 = nn.Linear(16, 24)
+        self.linear_fc2 = nn.Linear(12, 16)
+
+
+class GroupedMLP(nn.Module):
+    pass
+
+
+class Mamba(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(16, 16)
+
+
+def test_layouts_of_a_hybrid_model() -> None:
+    """MLM#7382: layers without attention are no obstacle."""
+    model = nn.ModuleList(
+        [MLASelfAttention(None), Mamba(), MLASelfAttention(6), SelfAttention(norm=IdentityOp())]
+    )
+    layouts = megatron_core.attention_layouts(model)
+    assert list(layouts) == ["0", "2", "3"]
+    assert layouts["0"].query.weight is model[0].linear_q_proj.weight
+    assert layouts["2"].query.weight is model[2].linear_q_up_proj.weight
+    assert layouts["2"].key.weight is model[2].linear_kv_up_proj.weight
+    assert layouts["3"].key.bias is model[3].linear_qkv.bias
+    assert (layouts["3"].num_heads, layouts["3"].num_kv_groups) == (4, 2)
+    QKClip(layouts).step()
+
+
+def test_row_splits_feed_param_groups() -> None:
+    model = nn.ModuleDict(
+        {"attention": MLASelfAttention(6), "gated": MLP(True), "plain": MLP(False)}
+    )
+    splits = megatron_core.row_splits(model)
+    assert splits == {
+        "attention.linear_kv_down_proj.weight": (8, 2),
+        "gated.linear_fc1.weight": (12, 12),
+    }
+    placed = {item.name: item.row_splits for item in assign(model, row_splits=splits)}
+    assert placed["gated.linear_fc1.weight"] == (12, 12)
+    assert placed["plain.linear_fc1.weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "message"),
+    [
+        (
+            megatron_core.attention_layouts,
+            SelfAttention(norm=nn.LayerNorm(4)),
+            "0 has a q_layernorm: it undoes any scale",
+        ),
+        (
+            megatron_core.attention_layouts,
+            SelfAttention(world_size=4),
+            "0 has 2 key groups on 4 tensor-parallel ranks",
+        ),
+        (megatron_core.row_splits, GroupedMLP(), "0: GroupedMLP stores its experts side by side"),
+        (
+            megatron_core.row_splits,
+            MLASelfAttention(None, kv_down_rows=5),
+            "0.linear_kv_down_proj.weight has 5 of 10 rows",
+        ),
+    ],
+)
+def test_refusals(function: Any, module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(nn.ModuleList([module]))
+
+
+class CoreAttention(nn.Module):
+    """Records the largest logits per head of [s, b, heads, d] queries and keys."""
+
+    def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.seen = torch.zeros(0)
+
+    def forward(self, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        query, key = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3)
+        self.seen = max_logits(query, key, scale=self.softmax_scale)
+        return value.repeat_interleave(query.size(1) // value.size(2), 2).flatten(2)
+
+
+def clip_real_modules() -> dict[str, tuple[Any, Any]]:
+    """Largest logits before and after a clip, of megatron-core's own attention layers."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.common.embeddings import RotaryEmbedding
+    from megatron.core.transformer import (
+        MLATransformerConfig,
+        TransformerConfig,
+        attention,
+        multi_latent_attention,
+    )
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    multi_latent_attention.HAVE_TE = False  # true upstream although TELinear is missing
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(0)
+    common: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "use_cpu_initialization": True,
+        "add_bias_linear": False,
+        "init_method_std": 2.0,
+    }
+    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    mla_parts = {
+        "linear_kv_down_proj": column,
+        "linear_kv_up_proj": column,
+        "core_attention": CoreAttention,
+        "linear_proj": row,
+        "q_layernorm": IdentityOp,
+        "kv_layernorm": IdentityOp,
+    }
+    model = nn.ModuleDict()
+    for name, rank in (("mla", None), ("mla_q_lora", 6)):
+        config = MLATransformerConfig(
+            **common,
+            q_lora_rank=rank,
+            kv_lora_rank=8,
+            qk_head_dim=4,
+            qk_pos_emb_head_dim=2,
+            v_head_dim=3,
+            rope_type="rope",
+        )
+        q_parts = (
+            {"linear_q_proj": column}
+            if rank is None
+            else {"linear_q_down_proj": column, "linear_q_up_proj": column}
+        )
+        model[name] = multi_latent_attention.MLASelfAttention(
+            config,
+            multi_latent_attention.MLASelfAttentionSubmodules(**mla_parts, **q_parts),
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+        )
+    for name, gate in (("gqa", False), ("gqa_gated", True)):
+        model[name] = attention.SelfAttention(
+            TransformerConfig(**common, num_query_groups=2, attention_output_gate=gate),
+            attention.SelfAttentionSubmodules(
+                linear_qkv=column, core_attention=CoreAttention, linear_proj=row
+            ),
+            layer_number=1,
+        )
+
+    clip = QKClip(megatron_core.attention_layouts(model), threshold=500.0)
+    hidden = torch.randn(6, 2, 16)
+    rotary = RotaryEmbedding(4, 1.0, use_cpu_initialization=True)(6)
+
+    def largest() -> dict[str, Any]:
+        for name, module in model.items():
+            options = {"rotary_pos_emb": rotary} if name.startswith("gqa") else {}
+            module(hidden, attention_mask=None, **options)
+        return {name: module.core_attention.seen for name, module in model.items()}
+
+    before = largest()
+    for name, seen in before.items():
+        clip.observe(name, seen)
+    clip.step()
+    after = largest()
+    return {name: (before[name].tolist(), after[name].tolist()) for name in model}
+
+
+def test_real_modules() -> None:
+    """Layouts fit megatron-core's own layers: each head over τ comes down to it, others stay."""
+    pytest.importorskip("megatron.core")
+    (results,) = launch(clip_real_modules, 1)
+    assert set(results) == {"mla", "mla_q_lora", "gqa", "gqa_gated"}
+    largest = [value for before, _ in results.values() for value in before]
+    assert min(largest) < 500 < max(largest)
+    for before, after in results.values():
+        assert after == pytest.approx([min(value, 500) for value in before], rel=1e-4)
