@@ -1,0 +1,58 @@
+"""Which packed sequences a rank sees, and how they become micro-batches."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pretrain.config import Config
+from pretrain.data import Data, PackedSample
+from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime.processes import Processes
+
+
+def collate(samples: Sequence[PackedSample], device: torch.device) -> MicroBatch:
+    """Stack packed sequences; their images follow one another in the sequences' order."""
+    return MicroBatch(
+        tokens=torch.stack([sample.tokens for sample in samples]).to(device),
+        labels=torch.stack([sample.labels for sample in samples]).to(device),
+        kinds=torch.stack([sample.kinds for sample in samples]).to(device),
+        documents=torch.stack([sample.documents for sample in samples]).to(device),
+        patches=torch.cat([sample.patches for sample in samples]).to(device),
+        grids=torch.cat([sample.grids for sample in samples]).to(device),
+    )
+
+
+def of_step(config: Config, processes: Processes, data: Data, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches of update ``step`` of 1, 2, …: a function of seed and step alone.
+
+    The global batch is the same sequences in the same order for every number of ranks.
+    """
+    share = config.global_batch_size // processes.data_size
+    first = (step - 1) * config.global_batch_size + processes.data_rank * share
+    samples = [data.sample("train", index) for index in range(first, first + share)]
+    return _micro_batches(samples, config, processes)
+
+
+def of_evaluation(
+    samples: Sequence[PackedSample], config: Config, processes: Processes
+) -> list[MicroBatch]:
+    """This rank's share of a fixed list of sequences, the same number on every rank.
+
+    Ranks must run in step, for their experts serve each other: the list is filled up with
+    repetitions of its first sequence in which nothing counts.
+    """
+    filler = [samples[0].without_labels()]
+    padded = [*samples, *filler * (-len(samples) % processes.data_size)]
+    share = len(padded) // processes.data_size
+    mine = padded[processes.data_rank * share : (processes.data_rank + 1) * share]
+    return _micro_batches(mine, config, processes)
+
+
+def _micro_batches(
+    samples: Sequence[PackedSample], config: Config, processes: Processes
+) -> list[MicroBatch]:
+    size = config.micro_batch_size
+    return [
+        collate(samples[start : start + size], processes.device)
+        for start in range(0, len(samples), size)
+    ]

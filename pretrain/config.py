@@ -1,0 +1,448 @@
+"""The configuration of a run: typed, validated, read from YAML plus dotted overrides.
+
+Every setting is a field of one of the dataclasses below, with its meaning and default. A file
+only says what differs; ``key.sub=value`` on the command line differs from the file.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from pretrain.errors import PretrainError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        _require(value > 0, f"{name} must be > 0, not {value}")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The language model: multi-head latent attention and mixture of experts (Kimi K2's shape)."""
+
+    num_layers: int = 4
+    dense_layers: int = 1
+    """The first layers that have a dense MLP in place of experts."""
+    hidden_size: int = 128
+    ffn_hidden_size: int = 384
+    """MLP width of the dense layers."""
+    num_heads: int = 4
+    q_lora_rank: int = 64
+    kv_lora_rank: int = 48
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    rope_base: float = 10000.0
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_ffn_hidden_size: int = 128
+    shared_expert_ffn_hidden_size: int = 128
+    router_scaling: float = 2.0
+    """The routed experts' normalised scores are multiplied by this (K2: 2.827)."""
+    expert_bias_update_rate: float = 1e-3
+    """Step of the auxiliary-loss-free load balancing."""
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            *("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "q_lora_rank"),
+            *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_base"),
+            *("num_experts", "experts_per_token", "expert_ffn_hidden_size"),
+            *("shared_expert_ffn_hidden_size", "router_scaling", "init_std"),
+        )
+        _require(
+            0 <= self.dense_layers < self.num_layers,
+            f"dense_layers must leave a layer of experts: 0..{self.num_layers - 1}, "
+            f"not {self.dense_layers}",
+        )
+        _require(
+            self.experts_per_token <= self.num_experts,
+            f"experts_per_token is {self.experts_per_token} of only {self.num_experts} experts",
+        )
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}",
+        )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder (MoonViT-3D; the defaults are its full size) and its projector."""
+
+    num_layers: int = 27
+    hidden_size: int = 1152
+    num_heads: int = 16
+    ffn_hidden_size: int = 4304
+    patch_size: int = 14
+    """Pixels along a patch's side. Each 2x2 patches become one token of the language model."""
+    position_grid: int = 64
+    """Side of the table of learned positions, interpolated to every image's grid."""
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            *("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size"),
+            *("position_grid", "rope_base"),
+        )
+        _require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple "
+            "of 4: half of each head turns with the row, half with the column",
+        )
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Images and clips of text: what is drawn, and how."""
+
+    min_chars: int = 4
+    max_chars: int = 20
+    """Length of a caption, which is the text in the image."""
+    min_font_size: int = 14
+    max_font_size: int = 22
+    """Pixels. Up to about 22 a line is one row of language-model tokens (28 pixels)."""
+    large_share: float = 0.1
+    """Share of images with up to twice the largest font size."""
+    wrapped_share: float = 0.1
+    """Share of images whose text is wrapped to several lines."""
+    clip_share: float = 0.1
+    """Share of items that are clips of 2 to 4 frames."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "min_chars", "min_font_size")
+        _require(self.max_chars >= self.min_chars, "max_chars must be >= min_chars")
+        _require(self.max_font_size >= self.min_font_size, "max_font_size must be >= min_font_size")
+        for name in ("large_share", "wrapped_share", "clip_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The built-in data: the standard library's text, and images of lines of it."""
+
+    seq_length: int = 256
+    """Tokens in a packed sequence."""
+    vocab_size: int = 1024
+    """Of the byte-level BPE tokenizer trained on the text."""
+    vision_share: float = 0.1
+    """Share of all tokens that are image placeholders."""
+    max_corpus_mb: float = 8.0
+    """Text used at most, in 10^6 bytes."""
+    cache_dir: str = ".cache/pretrain"
+    """Where the tokenizer and the tokenized text are kept."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seq_length >= 64, f"seq_length must be >= 64, not {self.seq_length}")
+        _require(
+            300 <= self.vocab_size <= 65535,
+            f"vocab_size must be in 300..65535 (256 bytes, special tokens, merges), "
+            f"not {self.vocab_size}",
+        )
+        _require(
+            0 <= self.vision_share <= 0.4,
+            f"vision_share must be in [0, 0.4] (captions and text need room), "
+            f"not {self.vision_share}",
+        )
+        _require_positive(self, "max_corpus_mb")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """MuonClip, its schedule and QK-Clip."""
+
+    lr: float = 2e-3
+    """Peak learning rate of the matrices (Muon)."""
+    adamw_lr: float | None = None
+    """Peak learning rate of everything else (AdamW); the same as ``lr`` when null."""
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    ns_steps: int = 5
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Newton-Schulz's precision. A CPU without bf16 units is faster in float32."""
+    adamw_beta1: float = 0.9
+    adamw_beta2: float = 0.95
+    qk_clip_threshold: float = 100.0
+    """QK-Clip's tau: no head's attention logit is let grow past it."""
+    clip_grad_norm: float = 1.0
+    warmup_steps: int = 50
+    decay_steps: int = 150
+    """Length of the cosine decay that ends the run; the rate is constant before it."""
+    final_lr_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "ns_steps", "qk_clip_threshold", "clip_grad_norm")
+        _require(self.adamw_lr is None or self.adamw_lr > 0, "adamw_lr must be > 0 or null")
+        for name in ("weight_decay", "warmup_steps", "decay_steps"):
+            _require(getattr(self, name) >= 0, f"{name} must be >= 0, not {getattr(self, name)}")
+        for name in ("momentum", "adamw_beta1", "adamw_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must be in [0, 1), not {value}")
+        _require(
+            0 <= self.final_lr_fraction <= 1,
+            f"final_lr_fraction must be in [0, 1], not {self.final_lr_fraction}",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over the processes; what is left over is data parallel."""
+
+    expert: int = 1
+    """Expert-parallel size: the experts are divided over this many ranks."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "expert")
+
+
+@dataclass(frozen=True)
+class EncoderProcessConfig:
+    """The Decoupled Encoder Process."""
+
+    enabled: bool = True
+    """Balance the vision encoder's work over all ranks; off: each encodes its own images."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every: int = 100
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """The newest checkpoints that stay."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation."""
+
+    every: int = 200
+    """Steps between evaluations of the held-out loss; there is one before and after training."""
+    sequences: int = 64
+    """Packed held-out sequences in an evaluation."""
+    captions: int = 256
+    """Held-out images whose caption is scored with the right and with another's image."""
+    transcriptions: int = 8
+    """Held-out images that the trained model transcribes at the end."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "every", "sequences")
+        _require(self.captions >= 2, f"captions must be >= 2 to swap images, not {self.captions}")
+        _require(self.transcriptions >= 0, "transcriptions must be >= 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    run_dir: str = "runs/default"
+    """Everything the run writes: metrics.jsonl, tensorboard/, checkpoints/, curves.png."""
+    seed: int = 0
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 16
+    """Packed sequences in a step, over all ranks."""
+    micro_batch_size: int = 8
+    """Packed sequences in one forward and backward on one rank."""
+    log_every: int = 10
+    """Steps between progress lines; metrics.jsonl has every step."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    encoder_process: EncoderProcessConfig = field(default_factory=EncoderProcessConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "global_batch_size", "micro_batch_size", "log_every")
+        used = self.optimizer.warmup_steps + self.optimizer.decay_steps
+        _require(
+            used <= self.steps,
+            f"optimizer.warmup_steps + optimizer.decay_steps = {used} is more than steps = "
+            f"{self.steps}: shorten them or train for longer",
+        )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that the configuration does not fit.
+
+        Raises:
+            PretrainError: which of the settings does not divide, and the way out.
+        """
+        expert = self.parallel.expert
+        if self.language.num_experts % expert:
+            raise PretrainError(
+                f"parallel.expert={expert} does not divide language.num_experts="
+                f"{self.language.num_experts}: choose a divisor"
+            )
+        if world_size % expert:
+            raise PretrainError(
+                f"{world_size} processes cannot be divided by parallel.expert={expert}: start "
+                f"torchrun with --nproc-per-node {expert} (or a multiple), or set parallel.expert"
+            )
+        if self.global_batch_size % (world_size * self.micro_batch_size):
+            raise PretrainError(
+                f"global_batch_size={self.global_batch_size} is no multiple of {world_size} "
+                f"processes x micro_batch_size={self.micro_batch_size}: change one of them"
+            )
+
+
+def _type_name(expected: Any) -> str:
+    if typing.get_origin(expected) is Literal:
+        return "one of " + ", ".join(repr(value) for value in typing.get_args(expected))
+    if isinstance(expected, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(expected))
+    if expected is types.NoneType:
+        return "null"
+    return str(expected) if typing.get_args(expected) else str(expected.__name__)
+
+
+def _convert(value: Any, expected: Any, key: str) -> Any:
+    """Return ``value`` as ``expected``, or raise naming ``key``; never a lossy conversion."""
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        return _build(expected, value, key)
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if isinstance(expected, types.UnionType):
+        for part in args:
+            try:
+                return _convert(value, part, key)
+            except PretrainError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(item, args[0], key) for item in value)
+        if len(args) == len(value):
+            return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
+    elif expected is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif expected is float and isinstance(value, str):
+        # YAML 1.1 reads 2e-3 (no point) as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is expected:
+        return value
+    elif expected is types.NoneType and value is None:
+        return None
+    raise PretrainError(f"{key} must be {_type_name(expected)}, not {value!r}")
+
+
+def _build(cls: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, dict):
+        raise PretrainError(f"{prefix or 'the configuration'} must be a mapping, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), list(hints), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(hints)
+            raise PretrainError(f"unknown configuration key {key!r}: {hint}")
+        arguments[name] = _convert(value, hints[name], key)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise PretrainError(f"{prefix}.{error}" if prefix else str(error)) from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PretrainError(f"cannot read the override {override!r}: write key=value")
+    *parents, name = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise PretrainError(f"the override {override!r} goes into {parent!r}, which is a value")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PretrainError(f"cannot read the value of the override {override!r}") from error
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        PretrainError: the file cannot be read, a key is unknown, or a value has the wrong type
+            or lies outside its range; the message names the key.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        line = str(error).replace("\n", " ")
+        raise PretrainError(f"the configuration {path} is not valid YAML: {line}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise PretrainError(f"the configuration {path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(values, override)
+    return _build(Config, values, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, every default included."""
+    return dataclasses.asdict(config)
+
+
+def describe() -> str:
+    """Every setting with its type, default and meaning, a line each."""
+    return "\n".join(_describe(Config, ""))
+
+
+def _describe(cls: type[Any], prefix: str) -> typing.Iterator[str]:
+    meanings = _field_docstrings(cls)
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _describe(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            meaning = " ".join(meanings.get(item.name, "").split())
+            yield f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
+
+
+def _field_docstrings(cls: type[Any]) -> dict[str, str]:
+    """The string under each field of a dataclass, which Python itself forgets."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        target.target.id: note.value.value
+        for target, note in itertools.pairwise(body.body)
+        if isinstance(target, ast.AnnAssign)
+        and isinstance(target.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
+    }

@@ -1,0 +1,187 @@
+"""Images and short clips of lines of text, drawn with Pillow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from fontTools.ttLib import TTFont, TTLibError
+from PIL import Image, ImageDraw, ImageFont
+
+from pretrain.config import ImageConfig
+
+Pixels = npt.NDArray[np.uint8]
+
+# 2x2 patches become one token.
+MERGE = 2
+MAX_FRAMES = 4
+_ASCII = frozenset(range(0x20, 0x7F))
+# Faces whose "letters" are symbols or whose shapes are for ornament.
+_UNREADABLE = (
+    *("symbol", "dingbat", "emoji", "icon", "math", "script", "display", "zapf", "lastresort"),
+    *("cmex", "cmmi", "cmsy"),
+)
+_FONT_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "/Library/Fonts",
+    "/System/Library/Fonts/Supplemental",
+    "C:/Windows/Fonts",
+    "~/.fonts",
+    "~/.local/share/fonts",
+)
+
+
+@dataclass(frozen=True)
+class VisionItem:
+    """An image or a clip, and the text in it.
+
+    Attributes:
+        pixels: uint8 [frames, height, width, 3]; height and width are multiples of two patches.
+        caption: the text, lines joined by spaces.
+    """
+
+    pixels: Pixels
+    caption: str
+
+
+@lru_cache(maxsize=1)
+def font_paths() -> tuple[str, ...]:
+    """Fonts on this machine that have every printable ASCII character, one of each name."""
+    import matplotlib
+
+    folders = [Path(folder).expanduser() for folder in _FONT_FOLDERS]
+    folders.append(Path(matplotlib.get_data_path(), "fonts", "ttf"))
+    found = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.[to]tf")) if folder.is_dir() else ():
+            if not any(word in path.stem.lower() for word in _UNREADABLE):
+                found.setdefault(path.name.lower(), path)
+    return tuple(str(path) for _, path in sorted(found.items()) if _is_readable(path))
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with TTFont(path, lazy=True) as font:
+            glyphs = font.getBestCmap() or {}
+            # Typesetting faces leave the space to the typesetter: words would run together.
+            return _ASCII <= glyphs.keys() and font["hmtx"][glyphs[ord(" ")]][0] > 0
+    except (OSError, TTLibError, KeyError, AttributeError):
+        return False
+
+
+_RULER = ImageDraw.Draw(Image.new("L", (1, 1)))
+
+
+@lru_cache(maxsize=4096)
+def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    # Pillow carries a font of its own, for machines that have none.
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def draw(
+    text: str, config: ImageConfig, patch_size: int, rng: np.random.Generator
+) -> VisionItem:
+    """Draw a text in a random font, size, colour and place; some wrapped, some as clips.
+
+    Args:
+        text: single-spaced printable ASCII.
+        patch_size: height and width come out as multiples of two patches.
+        rng: decides everything.
+    """
+    fonts = font_paths()
+    path = fonts[rng.integers(len(fonts))] if fonts else None
+    size = int(rng.integers(config.min_font_size, config.max_font_size + 1))
+    if rng.random() < config.large_share:
+        size = int(rng.integers(config.max_font_size, 2 * config.max_font_size + 1))
+    font = _font(path, size)
+    lines = _wrap(text, int(rng.integers(2, 4))) if rng.random() < config.wrapped_share else [text]
+    body = "\n".join(lines)
+
+    spacing = max(1, size // 8)
+    left, top, right, bottom = _RULER.multiline_textbbox((0, 0), body, font, spacing=spacing)
+    margin_x, margin_y = rng.integers(1, 5), rng.integers(1, 3)
+    cell = patch_size * MERGE
+    width = _round_up(right - left + 2 * margin_x, cell)
+    height = _round_up(bottom - top + 2 * margin_y, cell)
+    # The text starts near the left edge, as text does, and stands anywhere up and down.
+    origin = np.array([margin_x - left, rng.uniform(margin_y, height - margin_y - bottom + top) - top])
+
+    ink, paper = _colours(rng)
+    is_clip = rng.random() < config.clip_share
+    frames = []
+    for _ in range(int(rng.integers(2, MAX_FRAMES + 1)) if is_clip else 1):
+        shift = rng.integers(-1, 2, size=2) if is_clip else 0
+        mask = Image.new("L", (width, height))
+        ImageDraw.Draw(mask).multiline_text(
+            tuple(origin + shift), body, fill=255, font=font, spacing=spacing
+        )
+        light = rng.uniform(0.9, 1.1) if is_clip else 1.0
+        # From coverage 0..255 to a colour by table: fast, and drawing runs beside training.
+        cover = np.arange(256, dtype=np.float32)[:, None] / 255
+        colours = ((paper + cover * (ink - paper)) * light).clip(8, 247).astype(np.uint8)
+        noise = rng.integers(-8, 9, size=(height, width, 1), dtype=np.int8)
+        frames.append(colours[np.asarray(mask)] + noise.view(np.uint8))
+    return VisionItem(np.stack(frames), text)
+
+
+def _wrap(text: str, count: int) -> list[str]:
+    """Break a text into up to ``count`` lines of about the same length."""
+    words, lines = text.split(" "), [""]
+    for word in words:
+        if len(lines) < count and len(lines[-1]) + len(word) / 2 > len(text) / count and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return lines
+
+
+def _round_up(length: float, multiple: int) -> int:
+    return -(-int(np.ceil(length)) // multiple) * multiple
+
+
+def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Ink and paper, [3] each in 0..255: dark on light, or for a third of images the reverse."""
+    dark = rng.uniform(0, 90, 3).astype(np.float32)
+    light = rng.uniform(170, 255, 3).astype(np.float32)
+    return (light, dark) if rng.random() < 1 / 3 else (dark, light)
+
+
+def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Generator) -> str:
+    """Some words in a row of some line, ``min_chars`` to ``max_chars`` long where words allow."""
+    wanted = int(rng.integers(config.min_chars, config.max_chars + 1))
+    for _ in range(100):
+        words = lines[rng.integers(len(lines))].split(" ")
+        first = int(rng.integers(len(words)))
+        caption = words[first]
+        for word in words[first + 1 :]:
+            if len(caption) + 1 + len(word) > wanted:
+                break
+            caption += " " + word
+        if config.min_chars <= len(caption) <= config.max_chars:
+            return caption
+    raise ValueError(
+        f"no words of {config.min_chars} to {config.max_chars} characters were found in 100 lines"
+    )
+
+
+def patchify(pixels: Pixels, patch_size: int) -> tuple[Pixels, tuple[int, int, int]]:
+    """Cut [frames, height, width, 3] into patches.
+
+    Returns:
+        uint8 [frames * rows * columns, 3 * patch_size * patch_size], patches in reading order,
+        each laid out (channel, y, x) as a convolution's kernel is; and (frames, rows, columns).
+    """
+    frames, height, width, channels = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = pixels.reshape(frames, rows, patch_size, columns, patch_size, channels)
+    patches = cut.transpose(0, 1, 3, 5, 2, 4).reshape(frames * rows * columns, -1)
+    return np.ascontiguousarray(patches), (frames, rows, columns)
+
+
+def num_tokens(grid: Sequence[int]) -> int:
+    """Language-model tokens of an item of (frames, rows, columns): frames are pooled into one."""
+    _, rows, columns = grid
+    return (rows // MERGE) * (columns // MERGE)

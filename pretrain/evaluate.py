@@ -1,0 +1,78 @@
+"""Held-out evaluation: loss by modality, whether the model sees, and what it reads."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from pretrain import batches
+from pretrain.build import Run
+from pretrain.data import MEDIA_PAD, PackedSample
+from pretrain.model import multimodal
+from pretrain.step import loss_sums, mean_losses
+
+_MAX_CAPTION_TOKENS = 24
+
+
+def held_out_losses(run: Run) -> dict[str, float | None]:
+    """Held-out loss of text and captions, and of captions beside another sample's image.
+
+    A model that reads its images has a much lower caption loss with the right one.
+    """
+    run.train(False)
+    options = run.config.evaluation
+    length = run.config.data.seq_length
+    packed = _mean_losses(run, [run.data.sample("held_out", i) for i in range(options.sequences)])
+    right, swapped = run.data.caption_documents("held_out", options.captions)
+    return {
+        "held_out_text_loss": packed["text_loss"],
+        "held_out_caption_loss": packed["caption_loss"],
+        "right_caption_loss": _mean_losses(run, run.data.pack(right, length))["caption_loss"],
+        "swapped_caption_loss": _mean_losses(run, run.data.pack(swapped, length))["caption_loss"],
+    }
+
+
+@torch.no_grad()
+def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
+    """Mean loss a token over fixed sequences, dealt to all ranks."""
+    sums = torch.zeros(4, dtype=torch.float64, device=run.processes.device)
+    for batch in batches.of_evaluation(samples, run.config, run.processes):
+        (features,) = run.encoder.encode([(batch.patches, batch.grids)])
+        losses = multimodal.forward(run.language, batch, features, MEDIA_PAD)
+        sums += loss_sums(losses, batch.kinds)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return mean_losses(sums)
+
+
+@torch.no_grad()
+def transcribe(run: Run) -> list[tuple[str, str]]:
+    """Let the model read some held-out images, greedily.
+
+    Every rank computes the same batch, since the experts that it needs are on all of them.
+
+    Returns:
+        (truth, transcription) of each of ``evaluation.transcriptions`` images.
+    """
+    run.train(False)
+    items = run.data.captioned_items("held_out", run.config.evaluation.transcriptions)
+    if not items:
+        return []
+    questions = [run.data.question(item) for item in items]
+    starts = torch.tensor([len(question) for question in questions])
+    length = int(starts.max()) + _MAX_CAPTION_TOKENS
+    samples = [run.data.pack([question], length)[0] for question in questions]
+    batch = batches.collate(samples, run.processes.device)
+    # What is still to be written is padding of another document until then: nothing sees it.
+    batch.documents.zero_()
+    (features,) = run.encoder.encode([(batch.patches, batch.grids)])
+    rows = torch.arange(len(items))
+    for written in range(_MAX_CAPTION_TOKENS):
+        logits = multimodal.forward(run.language, batch, features, MEDIA_PAD, logits=True)
+        here = starts + written
+        batch.tokens[rows, here] = logits[rows, here - 1].argmax(-1)
+    answers = [
+        run.data.tokenizer.decode(row[start:]).split("\n")[0]
+        for row, start in zip(batch.tokens.tolist(), starts.tolist(), strict=True)
+    ]
+    return [(item.caption, answer) for item, answer in zip(items, answers, strict=True)]

@@ -1,0 +1,131 @@
+"""The language model: megatron-core's GPTModel with MLA and MoE layers, as in Kimi K2.
+
+megatron-core is entered through its layer spec alone: the core attention is ours, because it is
+where attention logits can be seen, and so are the norms.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor, nn
+
+from pretrain.config import LanguageConfig
+
+MaxLogitObserver = Callable[[Tensor], None]
+
+
+class CoreAttention(nn.Module):
+    """Softmax attention that can report every head's largest logit.
+
+    ``observer``, where set, is called in training with the maximum over the micro-batch of what
+    enters the softmax (scaled, rotated, masked), a detached float32 tensor [heads].
+    """
+
+    def __init__(self, *, softmax_scale: float | None = None, config: Any, **_spec: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.observer: MaxLogitObserver | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_unused: Any
+    ) -> Tensor:
+        """Attend: query, key [s, b, heads, d], value [s, b, heads, v] to [s, b, heads * v].
+
+        ``attention_mask`` is bool, broadcast to [b, heads, s, s], True where not to look.
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        logits = torch.matmul(query * self.softmax_scale, key.transpose(-1, -2))
+        logits = logits.masked_fill(attention_mask, -torch.inf)
+        if self.observer is not None and self.training and torch.is_grad_enabled():
+            self.observer(logits.detach().amax(dim=(0, 2, 3)).float())
+        weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(value.dtype)
+        context = torch.matmul(weights, value)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, built the way a layer spec builds it."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_spec: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # Under sequence parallelism each tensor-parallel rank sees a part of the sequence, and
+        # megatron-core sums the gradients of the parameters that carry this mark.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+
+
+def transformer_config(config: LanguageConfig, expert_parallel: int) -> MLATransformerConfig:
+    """megatron-core's settings for our language model."""
+    sparse = config.num_layers - config.dense_layers
+    return MLATransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_heads,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_head_dim=config.qk_nope_head_dim,
+        qk_pos_emb_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        rope_type="rope",
+        rotary_base=config.rope_base,
+        qk_layernorm=True,
+        num_moe_experts=config.num_experts,
+        moe_layer_freq=[0] * config.dense_layers + [1] * sparse,
+        moe_router_topk=config.experts_per_token,
+        moe_ffn_hidden_size=config.expert_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=config.shared_expert_ffn_hidden_size,
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=config.router_scaling,
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=config.expert_bias_update_rate,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=expert_parallel,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Losses are sums over tokens, divided once by the count of the whole global batch: the
+        # result does not depend on how sequences are dealt to ranks and micro-batches.
+        calculate_per_token_loss=True,
+        # Weights are drawn by pretrain.model.initialize, the same in every parallel layout.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_language_model(
+    config: LanguageConfig, vocab_size: int, seq_length: int, expert_parallel: int
+) -> GPTModel:
+    """Build this rank's part of the model; megatron-core's parallel state must be set up."""
+    settings = transformer_config(config, expert_parallel)
+    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False)
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        attention.q_layernorm = RMSNorm
+        attention.kv_layernorm = RMSNorm
+    return GPTModel(
+        config=settings,
+        transformer_layer_spec=spec,
+        vocab_size=vocab_size,
+        max_sequence_length=seq_length,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+    )

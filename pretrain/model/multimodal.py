@@ -1,0 +1,81 @@
+"""Early fusion: image features take the place of placeholder tokens' embeddings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences and the images in them, as one rank's forward takes them.
+
+    Attributes:
+        tokens: [b, s] int64.
+        labels: [b, s] int64, the next token; 0 where there is none to learn.
+        kinds: [b, s] uint8, what a label is (:mod:`pretrain.data`): 0 nothing, text or caption.
+        documents: [b, s] int32, the document of each token; attention stays within it.
+        patches: [P, 3 * patch * patch] uint8, every image's patches in order.
+        grids: [n, 3] int64, every image's (frames, rows, columns) in patches.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    kinds: Tensor
+    documents: Tensor
+    patches: Tensor
+    grids: Tensor
+
+
+def attention_mask(documents: Tensor) -> Tensor:
+    """[b, 1, s, s] bool, True where token i must not see j: j is later or in another document."""
+    length = documents.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    other = documents[:, :, None] != documents[:, None, :]
+    return (later | other).unsqueeze(1)
+
+
+def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
+    """Put features [N, h] into embeddings [s, b, h] where placeholders [b, s] is True, in order.
+
+    Raises:
+        ValueError: the numbers of placeholders and features differ.
+    """
+    count = int(placeholders.sum())
+    if count != features.shape[0]:
+        raise ValueError(f"{count} image placeholder tokens but {features.shape[0]} image features")
+    # Rows are taken sequence by sequence: the order in which the batch lists its images.
+    rows = embeddings.transpose(0, 1)
+    merged = rows.masked_scatter(placeholders.unsqueeze(-1), features.to(embeddings.dtype))
+    return merged.transpose(0, 1).contiguous()
+
+
+def forward(
+    model: nn.Module, batch: MicroBatch, features: Tensor, placeholder: int, *, logits: bool = False
+) -> Tensor:
+    """Run the language model over text and image features.
+
+    Args:
+        model: the GPTModel, or megatron-core's data-parallel wrapper of it.
+        features: [N, h], one row a placeholder token, in the batch's order.
+        placeholder: the placeholder's token id.
+        logits: return next-token logits in place of losses.
+
+    Returns:
+        [b, s] float32, the cross entropy of each label (meaningless where the kind is 0); or
+        [b, s, vocabulary], the logits.
+    """
+    language: Any = getattr(model, "module", model)
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    positions = positions.expand_as(batch.tokens)
+    embeddings = language.embedding(batch.tokens, positions)
+    inputs = merge_features(embeddings, batch.tokens == placeholder, features)
+    output: Tensor = model(
+        batch.tokens,
+        positions,
+        attention_mask(batch.documents),
+        decoder_input=inputs,
+        labels=None if logits else batch.labels,
+    )
+    return output

@@ -1,0 +1,161 @@
+"""What a run writes for people to look at: progress lines, metrics.jsonl, TensorBoard, curves."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) -> str:
+    """One readable line about a training step."""
+
+    def nats(name: str) -> str:
+        return "    -" if metrics[name] is None else f"{metrics[name]:.3f}"
+
+    step = metrics["step"]
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}"
+        f" | loss {nats('loss')} | text {nats('text_loss')} | caption {nats('caption_loss')}"
+        f" | {metrics['tokens_per_second']:6,.0f} tok/s"
+        f" | max logit {metrics['max_logit']:5.1f}"
+        f" | heads clipped {metrics['heads_clipped']}/{metrics['heads']}"
+        f" | encoder balance {metrics['encoder_balance']:.3f}"
+        f" | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e}"
+        f" | ETA {_duration(eta_seconds)}"
+    )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every complete record of a metrics.jsonl; a line that a kill cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+class MetricsWriter:
+    """metrics.jsonl, TensorBoard and the terminal, written by the main rank alone.
+
+    Args:
+        run_dir: the run's folder, made here.
+        steps: the run's length.
+        done: steps that are behind. What was recorded after them belongs to a future that is
+            about to be computed again, and is removed.
+        log_every: steps between progress lines.
+        enabled: whether this is the main rank; every method does nothing elsewhere.
+    """
+
+    def __init__(
+        self, run_dir: Path, steps: int, done: int, log_every: int, enabled: bool
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._steps, self._done, self._log_every = steps, done, log_every
+        self._started = time.monotonic()
+        self._enabled = enabled
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read(self.path) if record["step"] <= done] if done else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.rename(self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+
+    def say(self, text: str) -> None:
+        """Print a line for people."""
+        if self._enabled:
+            print(text, flush=True)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Record one step: ``step`` and numbers (or None, where there was nothing to measure)."""
+        if not self._enabled:
+            return
+        step = metrics["step"]
+        self._file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if value is not None and name != "step":
+                self._board.add_scalar(name, value, step)
+        trained = step - self._done
+        if trained > 0 and (step % self._log_every == 0 or trained == 1 or step == self._steps):
+            eta = (time.monotonic() - self._started) / trained * (self._steps - step)
+            self.say(progress_line(metrics, self._steps, eta))
+        if "held_out_text_loss" in metrics:
+            self.say(held_out_line(metrics))
+
+    def close(self) -> None:
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+
+def held_out_line(metrics: Mapping[str, Any]) -> str:
+    """One readable line about a held-out evaluation."""
+    gap = metrics["swapped_caption_loss"] - metrics["right_caption_loss"]
+    return (
+        f"held out after step {metrics['step']}: text {metrics['held_out_text_loss']:.3f}"
+        f" | caption {metrics['held_out_caption_loss']:.3f}"
+        f" | with the right image {metrics['right_caption_loss']:.3f}"
+        f", another's {metrics['swapped_caption_loss']:.3f} (gap {gap:+.3f} nats/token)"
+    )
+
+
+def plot(run_dir: Path) -> Path:
+    """Draw the run's loss curves, max logit and encoder balance; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read(run_dir / "metrics.jsonl")
+    training = [record for record in records if "grad_norm" in record]
+    held_out = [record for record in records if "held_out_text_loss" in record]
+    steps = [record["step"] for record in training]
+
+    figure, (losses, logits, balance) = pyplot.subplots(1, 3, figsize=(15, 4.2))
+    for name, colour in (("text", "tab:blue"), ("caption", "tab:orange")):
+        values = [record[f"{name}_loss"] for record in training]
+        points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
+        losses.plot(*zip(*points, strict=True), color=colour, alpha=0.25, linewidth=0.8)
+        losses.plot(
+            [record["step"] for record in held_out],
+            [record[f"held_out_{name}_loss"] for record in held_out],
+            "o-",
+            color=colour,
+            label=f"{name}, held out",
+        )
+    swapped = [record for record in held_out if "swapped_caption_loss" in record]
+    if swapped:
+        losses.plot(
+            [record["step"] for record in swapped],
+            [record["swapped_caption_loss"] for record in swapped],
+            "x",
+            color="tab:red",
+            label="caption, another's image",
+        )
+    losses.set(title="Loss (nats a token)", xlabel="step")
+    losses.legend()
+    logits.plot(steps, [record["max_logit"] for record in training], color="tab:green")
+    logits.set(title="Largest attention logit", xlabel="step")
+    balance.plot(steps, [record["encoder_balance"] for record in training], color="tab:purple")
+    balance.set(title="Encoder load, max / mean over ranks", xlabel="step")
+    for axes in (losses, logits, balance):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path = run_dir / "curves.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

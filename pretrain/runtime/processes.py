@@ -1,0 +1,96 @@
+"""The processes of a run: their groups, their devices, and leaving together."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from pretrain.errors import PretrainError
+from pretrain.runtime import cpu
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this rank stands.
+
+    Attributes:
+        rank, world_size: among all processes.
+        data_rank, data_size: which share of a global batch is this rank's.
+        expert_rank: which share of the experts is this rank's.
+        device: where its tensors live.
+    """
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    expert_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher_rank() -> int:
+    """This process's rank as the launcher says, known before anything is set up."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start(expert_parallel: int, seed: int) -> Processes:
+    """Join the other processes and set up megatron-core's groups.
+
+    Started by torchrun, or as a single process without it. A process group that exists already
+    is used.
+    """
+    cpu.enable()
+    if cpu.USE_CUDA:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "nccl" if cpu.USE_CUDA else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
+    model_parallel_cuda_manual_seed(seed)
+    return Processes(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if cpu.USE_CUDA
+        else torch.device("cpu"),
+    )
+
+
+def stop() -> None:
+    """Leave megatron-core's groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def agree(error: Exception | None) -> None:
+    """Raise the first rank's error on every rank, or nothing if no rank has one.
+
+    For steps that can fail on one rank alone (reading its files, say): all ranks call it after
+    the step, and none is left waiting in a collective for one that has gone.
+
+    Raises:
+        PretrainError: with the message of the lowest rank that had an error.
+    """
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    for message in messages:
+        if message is not None:
+            raise PretrainError(message) from error

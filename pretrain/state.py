@@ -1,0 +1,100 @@
+"""What a checkpoint of a run holds, and how a run takes it up again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.build import Run
+from pretrain.config import to_dict
+from pretrain.errors import PretrainError
+from pretrain.runtime import checkpoint
+from pretrain.runtime.processes import agree
+
+# What the model and its data are. All else (where, how fast, for how long) may change on the way.
+_FIXED = ("seed", "global_batch_size", "language", "vision", "data")
+
+
+def folder(run: Run) -> Path:
+    return Path(run.config.run_dir) / "checkpoints"
+
+
+def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
+    """MuonClip's state by the name of the parameter in the whole model."""
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in run.parameters()
+        for key, value in run.optimizer.state[parameter].items()
+    }
+
+
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint after update ``step``."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in run.named.items()}
+    tensors |= _optimizer_tensors(run)
+    checkpoint.save(
+        folder(run), step, tensors, {"config": to_dict(run.config)}, run.config.checkpoint.keep
+    )
+
+
+def restore(run: Run) -> int:
+    """Take up the run's newest checkpoint; 0, and nothing changed, where there is none.
+
+    Data, schedule and initial weights are functions of the seed and the step, so the weights,
+    the optimizer's state and the step are all there is to restore.
+
+    Raises:
+        PretrainError: the checkpoint is damaged, or of another run or model.
+    """
+    failure: Exception | None = None
+    step = 0
+    try:
+        step = _restore(run)
+    except Exception as error:
+        failure = error
+    agree(failure)
+    return step
+
+
+def _restore(run: Run) -> int:
+    steps = checkpoint.steps(folder(run))
+    if not steps:
+        return 0
+    path = checkpoint.path_of(folder(run), steps[-1])
+    manifest = checkpoint.read_manifest(path)
+    _check_same_run(path, manifest["facts"].get("config", {}), to_dict(run.config))
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in run.named.items()}
+    stored = checkpoint.shapes(path)
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, parameter in run.parameters():
+        prefix = f"optimizer.{name}."
+        states[parameter] = {
+            key.removeprefix(prefix): torch.empty(shape, dtype=dtype, device=_device(key, parameter))
+            for key, (shape, dtype) in stored.items()
+            if key.startswith(prefix)
+        }
+        tensors |= {prefix + key: value for key, value in states[parameter].items()}
+    checkpoint.load(path, tensors)
+    run.optimizer.state.update(states)
+    return int(manifest["step"])
+
+
+def _device(key: str, parameter: Tensor) -> torch.device:
+    # AdamW reads its step count on the host.
+    return torch.device("cpu") if key.endswith(".step") else parameter.device
+
+
+def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in _FIXED:
+        old, new = then.get(key), json.loads(json.dumps(now[key]))
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            sub = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            key, old, new = f"{key}.{sub}", old.get(sub), new.get(sub)
+        raise PretrainError(
+            f"the checkpoint {path} was made with {key}={old}, not {new}: "
+            "set it back to go on, or choose another run_dir to start anew"
+        )

@@ -1,0 +1,163 @@
+"""One training step: encoder, backbone, encoder again, optimizer, clip."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor, nn
+
+from pretrain.build import Run
+from pretrain.config import OptimizerConfig
+from pretrain.data import CAPTION, MEDIA_PAD, TEXT
+from pretrain.errors import PretrainError
+from pretrain.model import multimodal
+from pretrain.model.multimodal import MicroBatch
+
+
+def loss_sums(losses: Tensor, kinds: Tensor) -> Tensor:
+    """[4] float64: summed loss and count of text labels, then of caption labels."""
+    parts = []
+    for kind in (TEXT, CAPTION):
+        counted = kinds == kind
+        parts += [(losses.detach() * counted).sum(dtype=torch.float64), counted.sum()]
+    return torch.stack([part.double() for part in parts])
+
+
+def mean_losses(sums: Tensor) -> dict[str, float | None]:
+    """Means per token from :func:`loss_sums`; None where there was no such token."""
+    text, texts, caption, captions = sums.tolist()
+    return {
+        "loss": (text + caption) / (texts + captions) if texts + captions else None,
+        "text_loss": text / texts if texts else None,
+        "caption_loss": caption / captions if captions else None,
+    }
+
+
+def backbone(
+    run: Run, micro_batches: Sequence[MicroBatch], features: Sequence[Tensor]
+) -> Tensor:
+    """Forward and backward of the language model under megatron-core's own schedule.
+
+    Gradients are summed over the global batch and divided by its number of labels.
+
+    Returns:
+        [4], the :func:`loss_sums` of this rank's micro-batches.
+    """
+    sums: list[Tensor] = []
+
+    def forward_step(
+        batches: Iterator[tuple[MicroBatch, Tensor]], model: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]]:
+        batch, batch_features = next(batches)
+
+        def total_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            sums.append(loss_sums(losses, batch.kinds))
+            counted = batch.kinds > 0
+            return (losses * counted).sum(), counted.sum().int(), {}
+
+        losses = multimodal.forward(model, batch, batch_features, MEDIA_PAD)
+        return losses, total_loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(zip(micro_batches, features, strict=True)),
+        model=[run.language],
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=False,
+    )
+    return torch.stack(sums).sum(0)
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """The norm of the whole model's gradient; experts that live on other ranks are counted."""
+    everywhere = [p.grad for _, p in run.parameters() if getattr(p, "allreduce", True)]
+    here = [p.grad for _, p in run.parameters() if not getattr(p, "allreduce", True)]
+    experts = nn.utils.get_total_norm([g for g in here if g is not None]).square()
+    dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
+    rest = nn.utils.get_total_norm([g for g in everywhere if g is not None]).square()
+    return (experts + rest).sqrt()
+
+
+def _refuse_non_finite(run: Run, step: int, loss: float | None) -> None:
+    """Name the parameters whose gradient is not finite; every rank raises the same error."""
+    local = [n for n, p in run.parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, local)
+    names = sorted({name for names in found for name in names})
+    raise PretrainError(
+        f"the gradient of {names[0]} (and {len(names) - 1} other parameters) is not finite at step "
+        f"{step} (loss {loss}); nothing was updated. Lower optimizer.lr, or look at the data of "
+        "this step; the last checkpoint is intact"
+    )
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Warm-up, stable, decay: the factor on the peak rates for update ``step`` of 1..``steps``.
+
+    Linear from 0 over ``warmup_steps``, one, and over the last ``decay_steps`` a cosine down to
+    ``final_lr_fraction``, as in the Kimi K2 report (section 2.5).
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    decayed = step - (steps - config.decay_steps)
+    if decayed <= 0:
+        return 1.0
+    cosine = (1 + math.cos(math.pi * decayed / config.decay_steps)) / 2
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
+    """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
+
+    Raises:
+        PretrainError: a gradient is not finite; nothing was updated.
+    """
+    run.train()
+    run.language.zero_grad_buffer()
+
+    # DEP: 1. everybody encodes a fair share; 2. the backbone, as if for text; 3. encode again,
+    # now backwards.
+    features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+    sums = backbone(run, micro_batches, features)
+    run.encoder.backward()
+    run.encoder.reduce_gradients()
+
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    metrics: dict[str, Any] = {"step": step, **mean_losses(sums)}
+    labels = sums[1] + sums[3]
+    for parameter in run.tower.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(labels.to(parameter.grad.dtype))
+    for parameter in run.language.parameters():
+        parameter.grad = parameter.main_grad
+
+    norm = gradient_norm(run)
+    if not norm.isfinite():
+        _refuse_non_finite(run, step, metrics["loss"])
+    scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
+
+    factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    run.optimizer.step()
+    clipped = run.clip.step()
+    # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
+    run.optimizer.zero_grad(set_to_none=True)
+
+    max_logits = torch.cat(list(clipped.max_logits.values()))
+    return metrics | {
+        "grad_norm": norm.item(),
+        "lr": run.config.optimizer.lr * factor,
+        "max_logit": max_logits.max().item(),
+        "heads_clipped": int(clipped.num_clipped),
+        "heads": max_logits.numel(),
+        "encoder_balance": run.encoder.balance,
+        "tokens": run.config.global_batch_size * run.config.data.seq_length,
+    }

@@ -1,0 +1,63 @@
+"""Training, from top to bottom."""
+
+import time
+from pathlib import Path
+
+from pretrain import batches, report, state
+from pretrain.build import build
+from pretrain.config import Config
+from pretrain.data import Data, prepare
+from pretrain.evaluate import held_out_losses, transcribe
+from pretrain.runtime import processes
+from pretrain.runtime.metrics import MetricsWriter, plot, read
+from pretrain.runtime.processes import Processes
+from pretrain.step import train_step
+
+
+def train(config: Config) -> None:
+    """Train to ``config.steps``, from the run's newest checkpoint if it has one.
+
+    Raises:
+        PretrainError: anything that the user can put right; all ranks raise the same.
+    """
+    config.check_world_size(processes.world_size())
+    here = processes.start(config.parallel.expert, config.seed)
+    data = prepare_data(config, here)
+    run = build(config, here, data)
+    done = state.restore(run)
+
+    run_dir = Path(config.run_dir)
+    out = MetricsWriter(run_dir, config.steps, done, config.log_every, enabled=here.is_main)
+    out.say(report.opening(run, done))
+    if done == 0:
+        out.write({"step": 0, **held_out_losses(run)})
+    for step in range(done + 1, config.steps + 1):
+        began = time.monotonic()
+        metrics = train_step(run, batches.of_step(config, here, data, step), step)
+        metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
+        if step % config.evaluation.every == 0 or step == config.steps:
+            metrics |= held_out_losses(run)
+        out.write(metrics)
+        if step % config.checkpoint.every == 0 or step == config.steps:
+            state.save(run, step)
+
+    transcriptions = transcribe(run)
+    out.close()
+    if here.is_main:
+        print(report.closing(read(out.path), transcriptions))
+        print(f"curves: {plot(run_dir)}")
+    processes.stop()
+
+
+def prepare_data(config: Config, here: Processes) -> Data:
+    """The main rank makes what is missing in the cache; then every rank opens it."""
+    prepared, failure = None, None
+    for turn in (here.is_main, not here.is_main):
+        if turn:
+            try:
+                prepared = prepare(config.data, config.vision.patch_size, config.seed)
+            except Exception as error:
+                failure = error
+        processes.agree(failure)
+    assert prepared is not None
+    return prepared
