@@ -55,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = config.load(options.config, options.overrides)
         from pretrain import train
 
-        getattr(train, "train" if options.command == "train" else "evaluate")(settings)
+        run = {"train": train.train, "eval": train.evaluate}[options.command]
+        run(settings)
     except PretrainError as error:
         # All ranks have the same error: one of them tells it.
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        # Threads of a process group that is left standing abort the interpreter at its end.
+        if "torch" in sys.modules:
+            from pretrain.runtime import processes
+
+            processes.stop()
     return 0

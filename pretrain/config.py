@@ -161,8 +161,8 @@ class DataConfig:
             f"not {self.vocab_size}",
         )
         _require(
-            0 <= self.vision_share <= 0.4,
-            f"vision_share must be in [0, 0.4] (captions and text need room), "
+            0 <= self.vision_share <= 0.3,
+            f"vision_share must be in [0, 0.3] (captions need more room than images), "
             f"not {self.vision_share}",
         )
         _require_positive(self, "max_corpus_mb")

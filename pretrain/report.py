@@ -22,9 +22,7 @@ def opening(run: Run, done: int) -> str:
     )
 
 
-def closing(
-    records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[str, str]]
-) -> str:
+def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[str, str]]) -> str:
     """What was learned: held-out losses, whether the model sees, and what it reads.
 
     Args:
@@ -51,8 +49,11 @@ def closing(
         f"encoder load, max / mean over ranks: {sum(balances) / len(balances):.3f} on average, "
         f"{max(balances):.3f} at worst",
     ]
-    if transcriptions:
-        lines.append("held-out images: what they say | what the model reads")
-        width = max(len(truth) for truth, _ in transcriptions)
-        lines += [f"  {truth:<{width}} | {answer}" for truth, answer in transcriptions]
-    return "\n".join(lines)
+    return "\n".join([*lines, readings(transcriptions)])
+
+
+def readings(transcriptions: Sequence[tuple[str, str]]) -> str:
+    """What held-out images say, beside what the model reads in them."""
+    width = max((len(truth) for truth, _ in transcriptions), default=0)
+    lines = [f"  {truth:<{width}} | {answer}" for truth, answer in transcriptions]
+    return "\n".join(["held-out images: what they say | what the model reads", *lines])

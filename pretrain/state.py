@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.build import Run
 from pretrain.config import to_dict
@@ -67,11 +67,13 @@ def _restore(run: Run) -> int:
     _check_same_run(path, manifest["facts"].get("config", {}), to_dict(run.config))
     tensors = {f"model.{name}": tensor.detach() for name, tensor in run.named.items()}
     stored = checkpoint.shapes(path)
-    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
         states[parameter] = {
-            key.removeprefix(prefix): torch.empty(shape, dtype=dtype, device=_device(key, parameter))
+            key.removeprefix(prefix): torch.empty(
+                shape, dtype=dtype, device=_device(key, parameter)
+            )
             for key, (shape, dtype) in stored.items()
             if key.startswith(prefix)
         }

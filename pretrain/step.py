@@ -37,12 +37,10 @@ def mean_losses(sums: Tensor) -> dict[str, float | None]:
     }
 
 
-def backbone(
-    run: Run, micro_batches: Sequence[MicroBatch], features: Sequence[Tensor]
-) -> Tensor:
+def backbone(run: Run, micro_batches: Sequence[MicroBatch], features: Sequence[Tensor]) -> Tensor:
     """Forward and backward of the language model under megatron-core's own schedule.
 
-    Gradients are summed over the global batch and divided by its number of labels.
+    Its gradients are summed over the global batch and divided by the number of labels there.
 
     Returns:
         [4], the :func:`loss_sums` of this rank's micro-batches.
@@ -112,11 +110,11 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
 
 
-def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
-    """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
+def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Leave the global batch's gradient in every parameter's ``.grad``.
 
-    Raises:
-        PretrainError: a gradient is not finite; nothing was updated.
+    Returns:
+        [4], the :func:`loss_sums` of the global batch.
     """
     run.train()
     run.language.zero_grad_buffer()
@@ -129,14 +127,22 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
     run.encoder.reduce_gradients()
 
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    metrics: dict[str, Any] = {"step": step, **mean_losses(sums)}
     labels = sums[1] + sums[3]
     for parameter in run.tower.parameters():
         if parameter.grad is not None:
             parameter.grad.div_(labels.to(parameter.grad.dtype))
     for parameter in run.language.parameters():
         parameter.grad = parameter.main_grad
+    return sums
 
+
+def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
+    """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
+
+    Raises:
+        PretrainError: a gradient is not finite; nothing was updated.
+    """
+    metrics = {"step": step, **mean_losses(gradients(run, micro_batches))}
     norm = gradient_norm(run)
     if not norm.isfinite():
         _refuse_non_finite(run, step, metrics["loss"])

@@ -7,9 +7,10 @@ from pretrain import batches, report, state
 from pretrain.build import build
 from pretrain.config import Config
 from pretrain.data import Data, prepare
+from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.runtime import processes
-from pretrain.runtime.metrics import MetricsWriter, plot, read
+from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.processes import Processes
 from pretrain.step import train_step
 
@@ -46,6 +47,26 @@ def train(config: Config) -> None:
     if here.is_main:
         print(report.closing(read(out.path), transcriptions))
         print(f"curves: {plot(run_dir)}")
+    processes.stop()
+
+
+def evaluate(config: Config) -> None:
+    """Print the held-out losses of a run's newest checkpoint, and what it reads.
+
+    Raises:
+        PretrainError: there is no checkpoint, or it cannot be taken up.
+    """
+    config.check_world_size(processes.world_size())
+    here = processes.start(config.parallel.expert, config.seed)
+    run = build(config, here, prepare_data(config, here))
+    step = state.restore(run)
+    if step == 0:
+        raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
+    losses = {"step": step, **held_out_losses(run)}
+    transcriptions = transcribe(run)
+    if here.is_main:
+        print(held_out_line(losses))
+        print(report.readings(transcriptions))
     processes.stop()
 
 

@@ -55,10 +55,23 @@ class Data:
         """
         rng = self._rng(split, 0, index)
         length = self.config.seq_length
+        items = self._draw_items(split, rng)
+        # An image is its tokens, begin, end, caption, newline, and at worst a document's BOS; what
+        # is left over may be text before the images.
+        needed = sum(
+            self._num_tokens(item) + len(self.tokenizer.encode(item.caption)) + 4 for item in items
+        )
+        spare = (length - needed) // max(1, len(items))
+        most_text = min(max(spare, 0), _MAX_TEXT_BEFORE_IMAGE)
+
         documents: list[Document] = []
         room = length
-        for items in self._group(self._draw_items(split, rng), rng):
-            document = self._vision_document(split, items, rng)
+        for group in self._group(items, rng):
+            document = Document()
+            for item in group:
+                text = self._text(split, int(rng.integers(most_text + 1)), rng)
+                document.add_tokens(text[text != EOS])
+                document.add_image(item, self.patch_size).add_caption(item.caption, self.tokenizer)
             if len(document) <= room:
                 documents.append(document)
                 room -= len(document)
@@ -86,9 +99,7 @@ class Data:
         """A document that ends where the item's caption would begin."""
         return Document().add_image(item, self.patch_size)
 
-    def caption_documents(
-        self, split: Split, count: int
-    ) -> tuple[list[Document], list[Document]]:
+    def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
         """The same captions, after the image they are of, and after another one's."""
         items = self.captioned_items(split, count)
         swapped = [*items[1:], items[0]]
@@ -108,6 +119,10 @@ class Data:
     def _rng(self, split: Split, purpose: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(split), purpose, index])
 
+    def _num_tokens(self, item: VisionItem) -> int:
+        frames, height, width, _ = item.pixels.shape
+        return images.num_tokens((frames, height // self.patch_size, width // self.patch_size))
+
     def _draw(self, split: Split, rng: np.random.Generator) -> VisionItem:
         options = self.config.images
         caption = images.pick_caption(self.corpora[split].lines, options, rng)
@@ -122,33 +137,20 @@ class Data:
         items: list[VisionItem] = []
         while left > 0:
             item = self._draw(split, rng)
-            _, height, width, _ = item.pixels.shape
-            size = images.num_tokens((1, height // self.patch_size, width // self.patch_size))
+            size = self._num_tokens(item)
             if size > left and rng.random() * size > left:
                 break
             items.append(item)
             left -= size
         return items
 
-    def _group(
-        self, items: list[VisionItem], rng: np.random.Generator
-    ) -> list[list[VisionItem]]:
+    def _group(self, items: list[VisionItem], rng: np.random.Generator) -> list[list[VisionItem]]:
         groups = []
         while items:
             count = int(rng.integers(1, _MAX_IMAGES_PER_DOCUMENT + 1))
             groups.append(items[:count])
             items = items[count:]
         return groups
-
-    def _vision_document(
-        self, split: Split, items: list[VisionItem], rng: np.random.Generator
-    ) -> Document:
-        document = Document()
-        for item in items:
-            text = self._text(split, int(rng.integers(_MAX_TEXT_BEFORE_IMAGE + 1)), rng)
-            document.add_tokens(text[text != EOS])
-            document.add_image(item, self.patch_size).add_caption(item.caption, self.tokenizer)
-        return document
 
     def _text(self, split: Split, length: int, rng: np.random.Generator) -> npt.NDArray[np.uint16]:
         """``length`` tokens of one file from anywhere in it; fewer, ended by EOS, at its end."""
@@ -185,9 +187,7 @@ def _build(folder: Path, files: list[TextFile], vocab_size: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made aside and renamed: whoever else builds it too, or is killed, leaves nothing half-made.
     partial_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
-    tokenizer = Tokenizer.train(
-        (file.text for file in files if file.split == "train"), vocab_size
-    )
+    tokenizer = Tokenizer.train((file.text for file in files if file.split == "train"), vocab_size)
     tokenizer.save(partial_folder / "tokenizer.json")
     trained_on: set[str] = set()
     for split in SPLITS:

@@ -54,7 +54,7 @@ def font_paths() -> tuple[str, ...]:
 
     folders = [Path(folder).expanduser() for folder in _FONT_FOLDERS]
     folders.append(Path(matplotlib.get_data_path(), "fonts", "ttf"))
-    found = {}
+    found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.[to]tf")) if folder.is_dir() else ():
             if not any(word in path.stem.lower() for word in _UNREADABLE):
@@ -67,7 +67,7 @@ def _is_readable(path: Path) -> bool:
         with TTFont(path, lazy=True) as font:
             glyphs = font.getBestCmap() or {}
             # Typesetting faces leave the space to the typesetter: words would run together.
-            return _ASCII <= glyphs.keys() and font["hmtx"][glyphs[ord(" ")]][0] > 0
+            return glyphs.keys() >= _ASCII and font["hmtx"][glyphs[ord(" ")]][0] > 0
     except (OSError, TTLibError, KeyError, AttributeError):
         return False
 
@@ -81,9 +81,7 @@ def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-def draw(
-    text: str, config: ImageConfig, patch_size: int, rng: np.random.Generator
-) -> VisionItem:
+def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generator) -> VisionItem:
     """Draw a text in a random font, size, colour and place; some wrapped, some as clips.
 
     Args:
@@ -107,7 +105,9 @@ def draw(
     width = _round_up(right - left + 2 * margin_x, cell)
     height = _round_up(bottom - top + 2 * margin_y, cell)
     # The text starts near the left edge, as text does, and stands anywhere up and down.
-    origin = np.array([margin_x - left, rng.uniform(margin_y, height - margin_y - bottom + top) - top])
+    origin = np.array(
+        [margin_x - left, rng.uniform(margin_y, height - margin_y - bottom + top) - top]
+    )
 
     ink, paper = _colours(rng)
     is_clip = rng.random() < config.clip_share
@@ -153,7 +153,7 @@ def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Gener
     """Some words in a row of some line, ``min_chars`` to ``max_chars`` long where words allow."""
     wanted = int(rng.integers(config.min_chars, config.max_chars + 1))
     for _ in range(100):
-        words = lines[rng.integers(len(lines))].split(" ")
+        words = lines[int(rng.integers(len(lines)))].split(" ")
         first = int(rng.integers(len(words)))
         caption = words[first]
         for word in words[first + 1 :]:

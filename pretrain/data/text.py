@@ -1,6 +1,7 @@
 """The built-in corpus: documentation and source of the Python standard library."""
 
 import ast
+import contextlib
 import hashlib
 import os
 import re
@@ -74,12 +75,11 @@ def read_corpus(max_bytes: int) -> list[TextFile]:
 
 def _sources() -> Iterator[tuple[str, str]]:
     """(name, text) of every file."""
-    try:
+    with contextlib.suppress(ImportError):  # some distributions leave the manual out
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave the manual out
-        topics = {}
-    for name, text in topics.items():
-        yield f"{_TOPICS}{name}", text
+
+        for name, text in topics.items():
+            yield f"{_TOPICS}{name}", text
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_grids(grids: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def gather_grids(grids: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     """Every rank's int64 grids [n, 3], whatever n is there."""
     size = dist.get_world_size(group)
     counts = [torch.zeros(1, dtype=torch.int64, device=grids.device) for _ in range(size)]
@@ -26,11 +26,11 @@ class Exchange:
     Args:
         owners: for every item of the global batch, in the order of ranks, the rank that holds it.
         encoders: the rank that encodes it.
-        group: the ranks.
+        group: the ranks; None is all.
     """
 
     def __init__(
-        self, owners: Sequence[int], encoders: Sequence[int], group: dist.ProcessGroup
+        self, owners: Sequence[int], encoders: Sequence[int], group: dist.ProcessGroup | None
     ) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
@@ -55,7 +55,7 @@ class Exchange:
             [R', d], the rows of the items in ``incoming``, in that order.
         """
         own = sorted(self.outgoing)
-        parts = dict(zip(own, rows.split([rows_per_item[i] for i in own]), strict=True))
+        parts = dict(zip(own, torch.split(rows, [rows_per_item[i] for i in own]), strict=True))
         packed = torch.cat([rows[:0], *(parts[item] for item in self.outgoing)])
         return self._all_to_all(
             packed,
@@ -70,7 +70,7 @@ class Exchange:
             self._counts(self.incoming, self._owners, rows_per_item),
             self._counts(self.outgoing, self._encoders, rows_per_item),
         )
-        parts = packed.split([rows_per_item[item] for item in self.outgoing])
+        parts = torch.split(packed, [rows_per_item[item] for item in self.outgoing])
         by_item = dict(zip(self.outgoing, parts, strict=True))
         return torch.cat([packed[:0], *(by_item[item] for item in sorted(self.outgoing))])
 

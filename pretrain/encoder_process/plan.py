@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def plan(loads: Sequence[int], num_ranks: int) -> list[int]:
     """Give every item to a rank, the heaviest first, each to the rank with the least so far.
 
-    At worst 4/3 of the best possible largest load (Graham, 1969).
+    The largest load is at most 4/3 of the least possible (Graham, 1969).
 
     Args:
         loads: cost of each item, such as its number of patches.

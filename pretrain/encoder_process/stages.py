@@ -10,13 +10,13 @@ from torch import Tensor
 from pretrain.encoder_process.exchange import Exchange, gather_grids
 from pretrain.encoder_process.plan import balance, plan
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import num_features
+from pretrain.model.vision import check_grids, num_features, unobserved
 
 # (patches [P, 3 * patch * patch] uint8, grids [n, 3] int64) of one micro-batch.
 Images = tuple[Tensor, Tensor]
 
 
-def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup) -> None:
+def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup | None) -> None:
     """Sum the tower's gradients over the ranks in one collective; no gradient counts as zero."""
     parameters = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -25,7 +25,9 @@ def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, summed in zip(
+        gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+    ):
         gradient.copy_(summed.view_as(gradient))
 
 
@@ -50,13 +52,13 @@ class EncoderProcess:
 
     Args:
         tower: this rank's copy of encoder and projector.
-        group: all ranks.
+        group: the ranks that share the work; None is all.
 
     Attributes:
         balance: largest load (patches) of a rank over the mean, in the last :meth:`encode`.
     """
 
-    def __init__(self, tower: VisionTower, group: dist.ProcessGroup) -> None:
+    def __init__(self, tower: VisionTower, group: dist.ProcessGroup | None) -> None:
         self.tower = tower
         self.group = group
         self.balance = 1.0
@@ -71,9 +73,15 @@ class EncoderProcess:
         Returns:
             Of each micro-batch, [N, language hidden] features of its images in order; views of
             one leaf that collects their gradients, unless gradients are off.
+
+        Raises:
+            ValueError: an image of this rank cannot be encoded; see
+                :func:`pretrain.model.vision.check_grids`.
         """
         patches = torch.cat([patches for patches, _ in micro_batches])
         grids = torch.cat([grids for _, grids in micro_batches])
+        # Here an item still has its owner's index; whoever encodes it knows another.
+        check_grids(grids, patches.shape[0])
         everyones = gather_grids(grids, self.group)
         owners = [rank for rank, theirs in enumerate(everyones) for _ in range(len(theirs))]
         all_grids = torch.cat(everyones)
@@ -92,7 +100,7 @@ class EncoderProcess:
             features.requires_grad_()
             self._sent = _Sent(exchange, features_per_item, received, received_grids, features)
         counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
-        return list(features.split(counts))
+        return list(torch.split(features, counts))
 
     def backward(self) -> None:
         """Stage 3: add the gradients of what this rank encoded to the tower's ``.grad``."""
@@ -103,8 +111,10 @@ class EncoderProcess:
         if gradient is None:
             gradient = torch.zeros_like(sent.features)
         gradient = sent.exchange.to_encoders(gradient, sent.features_per_item)
-        if len(sent.grids):
-            self.tower(sent.patches, sent.grids).backward(gradient)
+        # Stage 1 has shown the observers these logits.
+        with unobserved(self.tower):
+            features = self.tower(sent.patches, sent.grids)
+        features.backward(gradient)
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over all ranks."""
@@ -117,7 +127,7 @@ class ColocatedEncoder:
     The reference that :class:`EncoderProcess` must equal, with the same methods.
     """
 
-    def __init__(self, tower: VisionTower, group: dist.ProcessGroup) -> None:
+    def __init__(self, tower: VisionTower, group: dist.ProcessGroup | None) -> None:
         self.tower = tower
         self.group = group
         self.balance = 1.0

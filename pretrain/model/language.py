@@ -55,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
         # Under sequence parallelism each tensor-parallel rank sees a part of the sequence, and
         # megatron-core sums the gradients of the parameters that carry this mark.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
 
 
 def transformer_config(config: LanguageConfig, expert_parallel: int) -> MLATransformerConfig:

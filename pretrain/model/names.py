@@ -33,13 +33,12 @@ def global_names(model: nn.Module, first_expert: int) -> Iterator[tuple[str, Ten
 
 
 @torch.no_grad()
-def initialize(
-    tensors: Mapping[str, Tensor], seed: int, std: float, num_layers: int
-) -> None:
-    """Draw every tensor of :func:`global_names` from its own generator, seeded by the run's seed and its name.
+def initialize(tensors: Mapping[str, Tensor], seed: int, std: float, num_layers: int) -> None:
+    """Give every tensor of :func:`global_names` its first value.
 
-    The weights are thus the same however the model is spread over ranks. Matrices and tables are
-    normal with ``std`` (over sqrt(2 * num_layers) for the residual outputs), norm gains one,
+    Each is drawn from a generator of its own, seeded by the run's seed and its name, and is thus
+    the same however the model is spread over ranks. Matrices and tables are normal with ``std``
+    (over sqrt(2 * num_layers) for what writes into the residual stream), norm gains one,
     biases and buffers zero.
     """
     for name, parameter in tensors.items():

@@ -1,5 +1,6 @@
 """From the vision encoder's features to the language model's embeddings."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +20,10 @@ class Projector(nn.Module):
 
     def forward(self, merged: Tensor) -> Tensor:
         """[N, 4 * vision hidden] to [N, language hidden]."""
-        patches = merged.unflatten(-1, (MERGE * MERGE, -1))
-        return self.fc2(F.gelu(self.fc1(self.norm(patches).flatten(1))))
+        # The width is written out: it cannot be inferred where there are no rows.
+        patches = torch.unflatten(merged, -1, (MERGE * MERGE, merged.shape[-1] // MERGE**2))
+        projected: Tensor = self.fc2(F.gelu(self.fc1(self.norm(patches).flatten(1))))
+        return projected
 
 
 class VisionTower(nn.Module):
@@ -28,16 +31,14 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, language_hidden_size: int) -> None:
         super().__init__()
-        self.language_hidden_size = language_hidden_size
         self.encoder = VisionEncoder(config)
         self.projector = Projector(config.hidden_size, language_hidden_size)
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Patches [P, 3 * patch * patch] uint8 and grids [n, 3] to features [N, hidden].
 
-        No items give no features. See :meth:`pretrain.model.vision.VisionEncoder.forward`.
+        No items give no features, which have a graph all the same: whoever goes backward need not
+        know. See :meth:`pretrain.model.vision.VisionEncoder.forward`.
         """
-        if grids.shape[0] == 0:
-            weight = self.projector.fc2.weight
-            return weight.new_empty(0, self.language_hidden_size)
-        return self.projector(self.encoder(patches, grids))
+        features: Tensor = self.projector(self.encoder(patches, grids))
+        return features

@@ -4,7 +4,8 @@ Source: Kimi-VL (arXiv 2504.07491, section 2.1) and the Kimi K2.5 report for cli
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -43,21 +44,22 @@ class VisionAttention(nn.Module):
                 as one batch: never a mask over the whole pack.
         """
         query, key, value = (
-            projection(x).unflatten(-1, (self.num_heads, -1))
+            torch.unflatten(projection(x), -1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, rotation), rotate(key, rotation)
         outputs = []
         rows = [items * length for items, length in runs]
         for (items, length), *parts in zip(
-            runs, query.split(rows), key.split(rows), value.split(rows), strict=True
+            runs, *(torch.split(each, rows) for each in (query, key, value)), strict=True
         ):
-            q, k, v = (part.unflatten(0, (items, length)).transpose(1, 2) for part in parts)
+            q, k, v = (torch.unflatten(x, 0, (items, length)).transpose(1, 2) for x in parts)
             if self.observer is not None and self.training:
                 self.observer(max_logits(q, k))
             attended = F.scaled_dot_product_attention(q, k, v)
             outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
-        return self.o_proj(torch.cat(outputs))
+        mixed: Tensor = self.o_proj(torch.cat(outputs))
+        return mixed
 
 
 class VisionBlock(nn.Module):
@@ -73,7 +75,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, runs: list[tuple[int, int]]) -> Tensor:
         x = x + self.attention(self.norm1(x), rotation, runs)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        return x
 
 
 class VisionEncoder(nn.Module):
@@ -99,12 +102,16 @@ class VisionEncoder(nn.Module):
 
         Returns:
             [N, 4 * hidden], item after item in reading order: frames averaged, 2x2 patches merged.
+            No items give no features.
 
         Raises:
             ValueError: an item has odd rows or columns or too many frames, or the patches are not
                 as many as the grids say; the message names the item.
         """
         shapes = check_grids(grids, patches.shape[0])
+        weight = self.patch_embed.weight
+        if not shapes:
+            return weight.new_empty(0, MERGE * MERGE * self.config.hidden_size)
         lengths = [math.prod(shape) for shape in shapes]
         # Items of one length become neighbours, so that attention takes them as a batch.
         order = sorted(range(len(shapes)), key=lambda item: lengths[item])
@@ -112,16 +119,21 @@ class VisionEncoder(nn.Module):
         patches = _reorder(patches, lengths, order)
         sorted_shapes = [shapes[item] for item in order]
 
-        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype) / 127.5 - 1)
+        # Rounded once, at the end: halfway in bfloat16, mid-greys would lose half their bits.
+        pixels = patches.to(torch.promote_types(weight.dtype, torch.float32)) / 127.5 - 1
+        x = self.patch_embed(pixels.to(weight.dtype))
         x = x + self._positions(sorted_shapes)
         rotation = self._rotations(sorted_shapes, x.device)
         for block in self.blocks:
             x = block(x, rotation, runs)
         x = self.final_norm(x)
 
-        merged = [merge(part, shape) for part, shape in zip(
-            x.split([lengths[item] for item in order]), sorted_shapes, strict=True
-        )]
+        merged = [
+            merge(part, shape)
+            for part, shape in zip(
+                torch.split(x, [lengths[item] for item in order]), sorted_shapes, strict=True
+            )
+        ]
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat([merged[item] for item in back])
 
@@ -142,10 +154,22 @@ class VisionEncoder(nn.Module):
 
     def _rotations(self, shapes: list[tuple[int, int, int]], device: torch.device) -> Tensor:
         head_dim = self.config.hidden_size // self.config.num_heads
-        made = {
-            shape: rotations(*shape, head_dim, self.config.rope_base) for shape in set(shapes)
-        }
+        made = {shape: rotations(*shape, head_dim, self.config.rope_base) for shape in set(shapes)}
         return torch.cat([made[shape] for shape in shapes]).to(device)
+
+
+@contextmanager
+def unobserved(module: nn.Module) -> Iterator[None]:
+    """Let the attention layers of a module run without calling their observers."""
+    layers = [layer for layer in module.modules() if isinstance(layer, VisionAttention)]
+    observers = [layer.observer for layer in layers]
+    for layer in layers:
+        layer.observer = None
+    try:
+        yield
+    finally:
+        for layer, observer in zip(layers, observers, strict=True):
+            layer.observer = observer
 
 
 def check_grids(grids: Tensor, num_patches: int) -> list[tuple[int, int, int]]:
@@ -211,12 +235,12 @@ def rotations(frames: int, rows: int, columns: int, head_dim: int, base: float) 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring channels of x [P, heads, d] by complex rotation [P, d / 2]."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(torch.unflatten(x.to(wide), -1, (-1, 2)))
     turned = pairs * rotation[:, None].to(pairs.dtype)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def _reorder(rows: Tensor, counts: list[int], order: list[int]) -> Tensor:
     """The items' rows, ``counts`` each, in another order of items."""
-    parts = rows.split(counts)
+    parts = torch.split(rows, counts)
     return torch.cat([parts[item] for item in order])

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain.errors import PretrainError
 from pretrain.runtime.processes import agree
@@ -83,7 +85,7 @@ def save(
 
     for action, everywhere in (
         (prepare, False),
-        (lambda: dcp.save(dict(tensors), checkpoint_id=partial), True),
+        (lambda: state_dict_saver.save(dict(tensors), checkpoint_id=partial), True),
         (publish, False),
     ):
         failure = None
@@ -133,11 +135,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in a checkpoint, by name, without reading them."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = FileSystemReader(path).read_metadata()
     return {
         name: (entry.size, entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)
     }
 
 
@@ -161,4 +163,4 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{tuple(stored[name][0])} there and {tuple(tensor.shape)} here; "
                 "use the configuration it was made with, or another run_dir"
             )
-    dcp.load(dict(tensors), checkpoint_id=path)
+    state_dict_loader.load(dict(tensors), checkpoint_id=path)

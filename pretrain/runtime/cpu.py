@@ -6,11 +6,10 @@ Import it before megatron; :func:`enable` does nothing where CUDA is available.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 USE_CUDA = torch.cuda.is_available()
 
@@ -41,25 +40,18 @@ def _stream_context(_stream: object) -> Iterator[None]:
     yield
 
 
-class _CudaIsCpu(TorchFunctionMode):
-    """Read a literal ``device="cuda"`` as the CPU."""
+class _TorchOnCpu:
+    """torch, as schedules.py sees it: ``zeros(device="cuda")`` are made on the CPU."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
 
 
-def _splits_on_cpu(
-    tensor: Any, as_numpy: bool = False, record_stream: bool = False
-) -> Any:
+def _splits_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -80,17 +72,18 @@ def enable() -> None:
     cuda.current_stream = lambda *_args: _STREAM
     cuda.stream = _stream_context
     cuda.synchronize = lambda *_args: None
-    # schedules.py counts tokens in a tensor made with device="cuda".
-    _CudaIsCpu().__enter__()
 
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    # Counts tokens in a tensor made with device="cuda".
+    schedules.torch = _TorchOnCpu()
     # The tracker of random states that tensor-parallel layers fork from keeps CUDA's states.
     tensor_parallel_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    tensor_parallel_random._set_cuda_rng_state = (
-        lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: (
+        torch.set_rng_state(state)
     )
     cuda.get_rng_state = lambda *_args: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_args: torch.set_rng_state(state)

@@ -58,9 +58,7 @@ class MetricsWriter:
         enabled: whether this is the main rank; every method does nothing elsewhere.
     """
 
-    def __init__(
-        self, run_dir: Path, steps: int, done: int, log_every: int, enabled: bool
-    ) -> None:
+    def __init__(self, run_dir: Path, steps: int, done: int, log_every: int, enabled: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._steps, self._done, self._log_every = steps, done, log_every
         self._started = time.monotonic()

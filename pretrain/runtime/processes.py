@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from pretrain.errors import PretrainError
 from pretrain.runtime import cpu
@@ -59,7 +60,7 @@ def start(expert_parallel: int, seed: int) -> Processes:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
     model_parallel_cuda_manual_seed(seed)
     return Processes(
@@ -75,9 +76,10 @@ def start(expert_parallel: int, seed: int) -> Processes:
 
 
 def stop() -> None:
-    """Leave megatron-core's groups and the process group."""
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    """Leave megatron-core's groups and the process group, if they were joined."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def agree(error: Exception | None) -> None:

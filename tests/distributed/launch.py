@@ -37,7 +37,8 @@ def _rank_main(
     Path(folder, f"rank{rank}").write_bytes(pickle.dumps(outcome))
     if outcome[0] == "error":
         os._exit(1)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -74,7 +75,9 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
             if path.exists():
                 outcomes.append(pickle.loads(path.read_bytes()))
             else:
-                outcomes.append(("missing", f"rank {rank} ended with {process.exitcode}, no result"))
+                outcomes.append(
+                    ("missing", f"rank {rank} ended with {process.exitcode}, no result")
+                )
         errors = [text for kind, text in outcomes if kind == "error"]
         errors = errors or [text for kind, text in outcomes if kind == "missing"]
         assert not errors, "\n".join(errors)

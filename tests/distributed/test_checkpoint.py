@@ -55,9 +55,7 @@ def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 4), (4, 1), (2, 2)])
-def test_saved_on_some_ranks_loads_on_others(
-    tmp_path: Path, saved_at: int, loaded_at: int
-) -> None:
+def test_saved_on_some_ranks_loads_on_others(tmp_path: Path, saved_at: int, loaded_at: int) -> None:
     launch(_save, saved_at, str(tmp_path), [3])
     assert launch(_load, loaded_at, str(tmp_path), 3) == [True] * loaded_at
 
@@ -90,9 +88,10 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
     data = next(path.glob("*.distcp"))
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert f"is damaged: {data.name} is not what was written" in launch(
-        _load_error, 1, str(tmp_path), {}
-    )[0]
+    assert (
+        f"is damaged: {data.name} is not what was written"
+        in launch(_load_error, 1, str(tmp_path), {})[0]
+    )
     data.unlink()
     assert f"is damaged: {data.name} is missing" in launch(_load_error, 1, str(tmp_path), {})[0]
     (path / "manifest.json").write_text("{}")

@@ -93,7 +93,9 @@ def test_values_survive_the_way_through_yaml_to_the_bit(
 ) -> None:
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(f"optimizer: {{lr: {lr!r}}}\n")
-    loaded = config.load(path, [f"steps={steps}", f"encoder_process.enabled={str(enabled).lower()}"])
+    loaded = config.load(
+        path, [f"steps={steps}", f"encoder_process.enabled={str(enabled).lower()}"]
+    )
     assert loaded.optimizer.lr == lr
     assert (loaded.steps, loaded.encoder_process.enabled) == (steps, enabled)
 

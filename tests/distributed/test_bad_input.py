@@ -1,0 +1,141 @@
+"""What a user gets wrong is told in one line, all ranks leave, and nothing that was saved is lost.
+
+Everything goes through the command line, as a user would, with two processes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.runtime import checkpoint
+from tests.distributed import training
+from tests.distributed.launch import launch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """A run of ten steps that saved at five and ten."""
+    assert told(folder, "steps=10", f"run_dir={folder}/trained") == ""
+    return folder / "trained"
+
+
+def told(folder: Path, *overrides: str, command: str = "train", world_size: int = 2) -> str:
+    """The one line that rank 0 says; every rank must leave with status 1, or 0 and no line."""
+    config = str(training.tiny_file(folder))
+    outcomes = launch(
+        training.command,
+        world_size,
+        *(command, config, f"data.cache_dir={folder}/cache", "parallel.expert=2", *overrides),
+    )
+    lines = [line for _, line in outcomes if line]
+    assert len(lines) <= 1, "more than one rank spoke"
+    assert {status for status, _ in outcomes} == {1 if lines else 0}
+    return lines[0] if lines else ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lrate=1"], "unknown configuration key 'optimizer.lrate'"),
+        (["steps=ten"], "steps must be int, not 'ten'"),
+        (["parallel.expert=3"], "parallel.expert=3 does not divide language.num_experts=4"),
+        (["parallel.expert=4"], "2 processes cannot be divided by parallel.expert=4"),
+        (["global_batch_size=6"], "global_batch_size=6 is no multiple of 2 processes"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(
+    folder: Path, overrides: list[str], message: str
+) -> None:
+    assert message in told(folder, *overrides)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_earlier_checkpoints_stay(folder: Path) -> None:
+    run_dir = f"run_dir={folder}/explodes"
+    steady = ["steps=20", "optimizer.warmup_steps=0"]
+    assert told(folder, run_dir, *steady, "steps=5") == ""
+    line = told(folder, run_dir, *steady, "optimizer.lr=1e30")
+    assert "the gradient of " in line
+    assert "is not finite at step 7" in line
+    assert "nothing was updated. Lower optimizer.lr" in line
+    assert checkpoint.steps(folder / "explodes" / "checkpoints") == [5]
+    assert told(folder, run_dir, *steady, "steps=6", "optimizer.decay_steps=0") == ""
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
+    folder: Path, trained: Path
+) -> None:
+    newest = checkpoint.path_of(trained / "checkpoints", 10)
+    data = next(newest.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    run_dir = f"run_dir={trained}"
+    line = told(folder, run_dir, "steps=10")
+    assert f"the checkpoint {newest} is damaged: {data.name} is not what was written" in line
+    assert checkpoint.steps(trained / "checkpoints") == [5, 10]
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    assert told(folder, run_dir, "steps=10") == ""
+    assert checkpoint.steps(trained / "checkpoints") == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("language.hidden_size=64", "was made with language.hidden_size=32, not 64"),
+        ("seed=1", "was made with seed=0, not 1"),
+        ("vision.num_layers=2", "was made with vision.num_layers=1, not 2"),
+        ("data.vision_share=0.1", "was made with data.vision_share=0.2, not 0.1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    folder: Path, trained: Path, override: str, message: str
+) -> None:
+    line = told(folder, f"run_dir={trained}", "steps=10", override)
+    assert message in line
+    assert "choose another run_dir" in line
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path) -> None:
+    stray = folder / "foreign" / "checkpoints" / "step-00000003"
+    stray.mkdir(parents=True)
+    (stray / "weights.bin").write_bytes(b"not ours")
+    line = told(folder, f"run_dir={folder}/foreign")
+    assert f"{stray} is not a checkpoint of this program" in line
+    assert (stray / "weights.bin").read_bytes() == b"not ours"
+
+
+def test_evaluating_what_was_never_trained_is_refused(folder: Path) -> None:
+    line = told(folder, f"run_dir={folder}/nothing", command="eval")
+    assert "nothing has no checkpoint to evaluate: train first" in line
+
+
+def test_evaluation_of_a_run_prints_its_losses_and_readings(folder: Path, trained: Path) -> None:
+    assert told(folder, f"run_dir={trained}", "steps=10", command="eval") == ""
+
+
+def test_torchrun_ends_with_the_line_and_a_status(folder: Path) -> None:
+    """The same through real processes of the launcher, which ends all when one leaves."""
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+            *("-m", "pretrain", "train", str(training.tiny_file(folder)), "optimizer.lr=fast"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: optimizer.lr must be float, not 'fast'\n") == 1
+    assert 'File "' not in ended.stderr.split("error: ")[0]

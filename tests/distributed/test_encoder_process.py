@@ -1,0 +1,217 @@
+"""DEP gives the features and gradients of encoding at home, and its balance is what it says."""
+
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config import VisionConfig
+from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
+from pretrain.encoder_process.exchange import Exchange, gather_grids
+from pretrain.encoder_process.stages import Images
+from pretrain.model.projector import VisionTower
+from tests.distributed.launch import launch
+
+CONFIG = VisionConfig(
+    num_layers=2, hidden_size=16, num_heads=2, ffn_hidden_size=24, patch_size=2, position_grid=5
+)
+Shapes = list[tuple[int, int, int]]
+Step = dict[str, Tensor]  # features, and every gradient by its name
+
+
+def make_tower(dtype: torch.dtype) -> VisionTower:
+    torch.manual_seed(0)
+    tower = VisionTower(CONFIG, 12)
+    torch.nn.init.normal_(tower.encoder.pos_embed)
+    return tower.to(dtype)
+
+
+def make_images(shapes: Shapes, seed: int) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randint(
+        256, (sum(t * h * w for t, h, w in shapes), 12), generator=generator, dtype=torch.uint8
+    )
+    return patches, torch.tensor(shapes, dtype=torch.int64).view(-1, 3)
+
+
+def micro_batches_of(rank: int, world_size: int, case: str) -> list[Shapes]:
+    """The images of a rank's two micro-batches: a fixed global batch, dealt out unevenly."""
+    everything: list[Shapes] = [
+        [(1, 2, 8), (4, 2, 2)], [(1, 4, 4)], [(1, 2, 2)] * 5, [],
+        [(2, 6, 8)], [(1, 2, 2), (1, 8, 6)], [], [(3, 2, 4)],
+    ]  # fmt: skip
+    if case == "none":
+        everything = [[]] * 8
+    if case == "one":
+        everything = [[]] * 7 + [[(1, 4, 6)]]
+    share = len(everything) // world_size
+    mine = everything[rank * share : (rank + 1) * share]
+    half = len(mine) // 2
+    return [list(chain(*mine[:half])), list(chain(*mine[half:]))]
+
+
+def _step(kind: str, case: str, dtype: torch.dtype) -> Step:
+    """Features and reduced gradients of a step whose backbone is a fixed nonlinear function."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tower = make_tower(dtype)
+    make = EncoderProcess if kind == "dep" else ColocatedEncoder
+    encoder = make(tower, dist.group.WORLD)
+    shapes = micro_batches_of(rank, world_size, case)
+    batches = [make_images(s, seed=100 * len(s) + sum(map(sum, s))) for s in shapes]
+    features = encoder.encode(batches)
+    for part in features:
+        (part.sin() * torch.arange(1, 13, dtype=dtype)).sum().backward()
+    encoder.backward()
+    encoder.reduce_gradients()
+    gradients = {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(tower.parameters()))
+    return {"features": torch.cat(features).detach(), **gradients}
+
+
+def _steps_of_both(dtype: torch.dtype) -> dict[str, tuple[Step, Step]]:
+    return {
+        case: (_step("dep", case, dtype), _step("colocated", case, dtype))
+        for case in ("mixed", "one", "none")
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_dep_equals_encoding_at_home(world_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    for cases in launch(_steps_of_both, world_size, dtype):
+        for case, (with_dep, at_home) in cases.items():
+            assert with_dep.keys() == at_home.keys()
+            for name, expected in at_home.items():
+                error = (with_dep[name] - expected).norm()
+                assert error <= tolerance * expected.norm(), (case, name)
+
+
+def _balance_and_loads(kind: str) -> tuple[float, int]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tower = make_tower(torch.float32)
+    encoded: list[int] = []
+    tower.encoder.register_forward_pre_hook(lambda _module, args: encoded.append(len(args[0])))
+    make = EncoderProcess if kind == "dep" else ColocatedEncoder
+    encoder = make(tower, dist.group.WORLD)
+    with torch.no_grad():
+        encoder.encode([make_images(s, 0) for s in micro_batches_of(rank, world_size, "mixed")])
+    return encoder.balance, sum(encoded)
+
+
+@pytest.mark.parametrize("kind", ["dep", "colocated"])
+def test_the_balance_told_is_the_load_encoded(kind: str) -> None:
+    results = launch(_balance_and_loads, 2, kind)
+    loads = [load for _, load in results]
+    assert sum(loads) == 16 + 16 + 16 + 20 + 96 + 52 + 24
+    for told, _ in results:
+        assert told == pytest.approx(max(loads) / (sum(loads) / 2))
+    if kind == "dep":
+        assert results[0][0] < 1.05
+
+
+def _memory_of_graph() -> bool:
+    """Stage 1 keeps no activations: its features have no graph behind them."""
+    encoder = EncoderProcess(make_tower(torch.float32), dist.group.WORLD)
+    (features,) = encoder.encode([make_images([(1, 2, 2)], 0)])
+    (leaf, _), *others = features.grad_fn.next_functions if features.grad_fn else [(None, 0)]
+    return not others and type(leaf).__name__ == "AccumulateGrad"
+
+
+def test_stage_one_keeps_no_activations() -> None:
+    assert launch(_memory_of_graph, 1) == [True]
+
+
+def _observed(kind: str) -> list[tuple[int, list[Tensor]]]:
+    """How often a layer's observer was called, after each part of a step, and what it was told."""
+    tower = make_tower(torch.float64)
+    told: list[Tensor] = []
+    attention = tower.encoder.blocks[0].get_submodule("attention")
+    attention.observer = told.append  # type: ignore[assignment]
+    make = EncoderProcess if kind == "dep" else ColocatedEncoder
+    encoder = make(tower, dist.group.WORLD)
+    images = make_images([(1, 2, 2), (2, 2, 4), (1, 2, 2)], 0)
+    steps = []
+    for training in (True, False):
+        tower.train(training)
+        (features,) = encoder.encode([images])
+        features.sum().backward()
+        encoder.backward()
+        steps.append((len(told), list(told)))
+    return steps
+
+
+def test_every_item_is_observed_once_a_step_and_never_in_evaluation() -> None:
+    (dep, told), (later, _) = launch(_observed, 1, "dep")[0]
+    (home, reference), _ = launch(_observed, 1, "colocated")[0]
+    # One call for the two images of one length, one for the clip.
+    assert dep == later == home == 2
+    torch.testing.assert_close(told, reference)
+
+
+def _bad_image(kind: str) -> str:
+    make = EncoderProcess if kind == "dep" else ColocatedEncoder
+    encoder = make(make_tower(torch.float32), dist.group.WORLD)
+    try:
+        encoder.encode([make_images([(1, 2, 2)], 0), make_images([(1, 2, 2), (1, 3, 4)], 0)])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("kind", "item"), [("dep", 2), ("colocated", 1)])
+def test_an_image_that_cannot_be_encoded_is_named_to_its_owner(kind: str, item: int) -> None:
+    expected = f"item {item} has 3 x 4 patches: both must be multiples of 2"
+    assert launch(_bad_image, 1, kind)[0].startswith(expected)
+
+
+def _backward_first() -> str:
+    try:
+        EncoderProcess(make_tower(torch.float32), dist.group.WORLD).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_backward_without_a_forward_is_refused() -> None:
+    assert "needs an encode()" in launch(_backward_first, 1)[0]
+
+
+def _round_trip(seed: int) -> bool:
+    """Random items to random ranks: encoders get the right rows, owners get them back."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(seed)
+    number = int(torch.randint(0, 12, (), generator=generator))
+    owners = sorted(torch.randint(size, (number,), generator=generator).tolist())
+    encoders = torch.randint(size, (number,), generator=generator).tolist()
+    rows = torch.randint(0, 4, (number,), generator=generator).tolist()
+    contents = [torch.full((count, 2), float(item)) for item, count in enumerate(rows)]
+    exchange = Exchange(owners, encoders, dist.group.WORLD)
+    mine = torch.cat(
+        [torch.empty(0, 2), *(contents[i] for i in range(number) if owners[i] == rank)]
+    )
+    received = exchange.to_encoders(mine, rows)
+    expected = torch.cat([torch.empty(0, 2), *(contents[i] for i in exchange.incoming)])
+    right_items = sorted(exchange.incoming) == [i for i in range(number) if encoders[i] == rank]
+    back = exchange.to_owners(received, rows)
+    return right_items and torch.equal(received, expected) and torch.equal(back, mine)
+
+
+def _round_trips() -> bool:
+    return all(_round_trip(seed) for seed in range(60))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_what_is_sent_comes_back(world_size: int) -> None:
+    assert all(launch(_round_trips, world_size))
+
+
+def _grids() -> list[list[list[int]]]:
+    mine = torch.full((dist.get_rank(), 3), dist.get_rank())
+    return [theirs.tolist() for theirs in gather_grids(mine, dist.group.WORLD)]
+
+
+def test_every_rank_learns_every_grid() -> None:
+    expected = [[[rank] * 3] * rank for rank in range(4)]
+    assert launch(_grids, 4) == [expected] * 4

@@ -1,0 +1,114 @@
+"""A run is a function of configuration and seed: not of processes, DEP, or interruptions."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.runtime.metrics import read
+from tests.distributed import training
+from tests.distributed.launch import launch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all: the cache is made once; each test has a run_dir of its own."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def _merged(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    merged: dict[str, torch.Tensor] = {}
+    for gradients in ranks:
+        for name, gradient in gradients.items():
+            if name in merged:
+                assert torch.equal(merged[name], gradient), f"ranks differ in {name}"
+            merged[name] = gradient
+    return merged
+
+
+@pytest.mark.parametrize(("world_size", "expert"), [(1, 1), (2, 2), (4, 2), (4, 4)])
+def test_dep_on_and_off_and_one_process_give_the_same_loss_and_gradients(
+    folder: Path, world_size: int, expert: int
+) -> None:
+    alone = launch(training.all_gradients, 1, str(folder), "encoder_process.enabled=false")[0]
+    for enabled in ("true", "false"):
+        overrides = (f"parallel.expert={expert}", f"encoder_process.enabled={enabled}")
+        together = _merged(launch(training.all_gradients, world_size, str(folder), *overrides))
+        assert together.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert (together[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_two_processes_follow_the_curve_of_one(folder: Path) -> None:
+    """The tolerance is fp32's rounding (1e-7) grown over 20 updates of a training run."""
+    one = launch(training.train_and_read, 1, str(folder), f"run_dir={folder}/one")[0]
+    two = launch(
+        training.train_and_read, 2, str(folder), f"run_dir={folder}/two", "parallel.expert=2"
+    )[0]
+    assert [record["step"] for record in two] == list(range(21))
+    for mine, reference in zip(two[1:], one[1:], strict=True):
+        for key in ("loss", "text_loss", "caption_loss", "grad_norm", "max_logit"):
+            assert mine[key] == pytest.approx(reference[key], rel=2e-5), (mine["step"], key)
+    assert two[-1]["loss"] < two[1]["loss"] - 0.5
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(folder: Path) -> None:
+    whole = launch(training.train_and_read, 1, str(folder), f"run_dir={folder}/whole")[0]
+    run_dir = f"run_dir={folder}/moved"
+    shorter = ["steps=10", "optimizer.decay_steps=0"]  # the rate is the whole run's up to there
+    launch(training.train_and_read, 2, str(folder), run_dir, "parallel.expert=2", *shorter)
+    moved = launch(training.train_and_read, 1, str(folder), run_dir)[0]
+    assert [record["step"] for record in moved] == list(range(21))
+    for mine, reference in zip(moved[11:], whole[11:], strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+
+
+def _start(config: Path, *overrides: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+            *("-m", "pretrain", "train", str(config), "parallel.expert=2", *overrides),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def test_killed_at_any_step_and_started_again_it_is_as_if_it_never_stopped(folder: Path) -> None:
+    config = training.tiny_file(folder)
+    cache = f"data.cache_dir={folder}/cache"
+    assert _start(config, cache, f"run_dir={folder}/calm").wait(timeout=180) == 0
+
+    fatal_step = random.Random(os.urandom(4)).randrange(6, 19)
+    metrics = folder / "killed" / "metrics.jsonl"
+    run = _start(config, cache, f"run_dir={folder}/killed")
+    deadline = time.monotonic() + 120
+    while not (
+        metrics.exists() and (records := read(metrics)) and records[-1]["step"] >= fatal_step
+    ):
+        assert run.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # Every process of the run: launcher and ranks, in the middle of whatever they do.
+    _kill_session(run)
+
+    assert _start(config, cache, f"run_dir={folder}/killed").wait(timeout=180) == 0
+    assert training.comparable(metrics) == training.comparable(folder / "calm" / "metrics.jsonl")
+
+
+def _kill_session(run: "subprocess.Popen[bytes]") -> None:
+    import psutil
+
+    everyone = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
+    for process in everyone:
+        process.send_signal(signal.SIGKILL)
+    run.wait()

@@ -1,0 +1,89 @@
+"""A tiny configuration, and functions of a training run that other processes can run."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain import batches, cli, config, state, step
+from pretrain.build import build
+from pretrain.config import Config
+from pretrain.runtime import processes
+from pretrain.runtime.metrics import read
+from pretrain.train import prepare_data, train
+
+TINY = """
+steps: 20
+global_batch_size: 8
+micro_batch_size: 2
+log_every: 5
+language: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_heads: 2, q_lora_rank: 16,
+  kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8, num_experts: 4,
+  expert_ffn_hidden_size: 32, shared_expert_ffn_hidden_size: 32}
+vision: {num_layers: 1, hidden_size: 16, num_heads: 2, ffn_hidden_size: 32, position_grid: 8}
+data: {seq_length: 96, vocab_size: 400, max_corpus_mb: 1.0, vision_share: 0.2,
+  images: {max_chars: 10}}
+optimizer: {lr: 5.0e-3, ns_dtype: float32, warmup_steps: 5, decay_steps: 5}
+checkpoint: {every: 5}
+evaluation: {every: 10, sequences: 4, captions: 6, transcriptions: 2}
+"""
+
+
+def tiny_file(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def tiny(folder: str, *overrides: str) -> Config:
+    """The tiny run in a folder of its own, with the cache beside all of them."""
+    root = Path(folder)
+    return config.load(
+        tiny_file(root), [f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", *overrides]
+    )
+
+
+def comparable(metrics_file: Path) -> list[dict[str, Any]]:
+    """What a run recorded, but for the time it took."""
+    return [
+        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        for record in read(metrics_file)
+    ]
+
+
+def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
+    """Train; the metrics of every step."""
+    settings = tiny(folder, *overrides)
+    train(settings)
+    return comparable(Path(settings.run_dir) / "metrics.jsonl")
+
+
+def all_gradients(folder: str, *overrides: str) -> dict[str, Tensor]:
+    """Every gradient of the first step that this rank has, by name in the whole model."""
+    settings = tiny(folder, *overrides)
+    here = processes.start(settings.parallel.expert, settings.seed)
+    data = prepare_data(settings, here)
+    run = build(settings, here, data)
+    step.gradients(run, batches.of_step(settings, here, data, 1))
+    found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
+    assert found.keys() == dict(run.parameters()).keys()
+    return found
+
+
+def saved_and_restored(folder: str, save_with: list[str], load_with: list[str]) -> int:
+    """Train and save with some settings, then restore with others; the step restored."""
+    train(tiny(folder, *save_with))
+    settings = tiny(folder, *load_with)
+    here = processes.start(settings.parallel.expert, settings.seed)
+    return state.restore(build(settings, here, prepare_data(settings, here)))
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Run the command line in this process; its exit status and what it said on stderr."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        status = cli.main(arguments)
+    errors = [line for line in told.getvalue().splitlines() if line.startswith("error:")]
+    return status, "\n".join(errors)

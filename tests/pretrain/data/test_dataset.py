@@ -1,0 +1,106 @@
+"""Sequences depend on seed, split and index alone; splits do not overlap; the cache is safe."""
+
+import dataclasses
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import DataConfig
+from pretrain.data import CAPTION, MEDIA_PAD, Data, PackedSample, prepare
+from tests.pretrain.data.conftest import PATCH
+from tests.pretrain.data.test_packing import check
+
+
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+def same(one: PackedSample, other: PackedSample) -> bool:
+    return all(
+        torch.equal(getattr(one, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(PackedSample)
+    )
+
+
+def _sample_in_another_process(config: DataConfig, index: int) -> PackedSample:
+    return prepare(config, PATCH, seed=3).sample("train", index)
+
+
+def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: Data) -> None:
+    first = [data.sample("train", index) for index in range(6)]
+    assert all(same(data.sample("train", index), first[index]) for index in reversed(range(6)))
+    assert not same(first[0], first[1])
+    assert not same(first[0], dataclasses.replace(data, seed=4).sample("train", 0))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        other = pool.apply(_sample_in_another_process, (data.config, 5))
+    assert same(other, first[5])
+
+
+def test_samples_are_full_and_labelled_right(data: Data) -> None:
+    for index in range(40):
+        sample = data.sample("train", index)
+        check(sample)
+        assert sample.tokens.shape == (data.config.seq_length,)
+        assert (sample.tokens == 0).sum() <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25])
+def test_the_vision_share_is_kept(data: Data, share: float) -> None:
+    config = dataclasses.replace(data.config, vision_share=share)
+    shared = dataclasses.replace(data, config=config)
+    samples = [shared.sample("train", index) for index in range(100)]
+    measured = sum(int((s.tokens == MEDIA_PAD).sum()) for s in samples) / 100 / config.seq_length
+    assert measured == pytest.approx(share, rel=0.05)
+
+
+def test_nothing_held_out_is_in_training(data: Data) -> None:
+    train, held_out = data.corpora["train"], data.corpora["held_out"]
+    assert not set(train.lines) & set(held_out.lines)
+    assert len(held_out.lines) > 50
+    # Runs of 64 tokens of held-out text do not stand in the training text, but for boilerplate.
+    text = train.tokens.tobytes()
+    chunks = [held_out.tokens[i : i + 64].tobytes() for i in range(0, len(held_out.tokens), 512)]
+    assert sum(chunk in text for chunk in chunks) <= 0.02 * len(chunks)
+
+
+def test_swapped_captions_are_the_same_captions_beside_other_images(data: Data) -> None:
+    items = data.captioned_items("held_out", 20)
+    right, swapped = data.caption_documents("held_out", 20)
+    assert len({item.caption for item in items}) == 20
+    for one, other in zip(right, swapped, strict=True):
+        caption, also = (
+            [t for t, kind in zip(d.tokens, d.kinds, strict=True) if kind == CAPTION]
+            for d in (one, other)
+        )
+        assert caption == also
+        assert one.patches[0].shape != other.patches[0].shape or not torch.equal(
+            one.patches[0], other.patches[0]
+        )
+
+
+@pytest.mark.parametrize("name", ["train.npy", "tokenizer.json", "held_out.json"])
+def test_a_damaged_cache_is_rebuilt_with_a_warning(
+    small_cache: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig(vocab_size=300, max_corpus_mb=0.5, cache_dir=str(small_cache))
+    whole = prepare(config, PATCH, seed=3)
+    (folder,) = small_cache.iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        rebuilt = prepare(config, PATCH, seed=3)
+    assert "rebuilding the damaged cache" in caplog.text
+    assert same(rebuilt.sample("train", 0), whole.sample("train", 0))
+
+
+def test_processes_that_prepare_at_once_do_not_harm_each_other(data: Data, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        data.config, cache_dir=str(tmp_path), max_corpus_mb=0.5, vocab_size=300
+    )
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        one, other = pool.starmap(_sample_in_another_process, [(config, 0)] * 2)
+    assert same(one, other)
+    assert [path.name.startswith("partial-") for path in tmp_path.iterdir()] == [False]

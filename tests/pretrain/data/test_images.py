@@ -1,0 +1,89 @@
+"""Images are what their caption says, in sizes the encoder takes, and the seed decides them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import ImageConfig
+from pretrain.data import images
+
+captions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=50)
+@given(captions, st.integers(0, 2**32), st.sampled_from([8, 14]))
+def test_items_fit_the_encoder_and_come_out_the_same_again(
+    caption: str, seed: int, patch_size: int
+) -> None:
+    options = ImageConfig(clip_share=0.3, wrapped_share=0.3, large_share=0.3)
+    item = images.draw(caption, options, patch_size, np.random.default_rng(seed))
+    frames, height, width, channels = item.pixels.shape
+    assert item.caption == caption
+    assert item.pixels.dtype == np.uint8
+    assert 1 <= frames <= images.MAX_FRAMES
+    assert channels == 3
+    assert height % (2 * patch_size) == width % (2 * patch_size) == 0
+    again = images.draw(caption, options, patch_size, np.random.default_rng(seed))
+    assert np.array_equal(item.pixels, again.pixels)
+
+
+def test_there_are_many_fonts_sizes_shapes_and_some_clips() -> None:
+    rng = np.random.default_rng(0)
+    items = [images.draw("one two three", ImageConfig(), 14, rng) for _ in range(300)]
+    assert len({item.pixels.shape[1:3] for item in items}) >= 10
+    assert 10 < sum(item.pixels.shape[0] > 1 for item in items) < 60
+    assert len(images.font_paths()) >= 5
+
+
+def test_the_ink_is_where_the_text_is_and_can_be_told_from_the_paper() -> None:
+    options = ImageConfig(clip_share=0, wrapped_share=0, large_share=0)
+    for seed in range(50):
+        pixels = images.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0]
+        assert np.ptp(pixels[..., 0].astype(int)) > 60 or np.ptp(pixels[..., 2].astype(int)) > 60
+
+
+def test_a_machine_without_fonts_draws_with_the_one_that_pillow_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(images, "font_paths", tuple)
+    item = images.draw("hello", ImageConfig(), 14, np.random.default_rng(0))
+    assert np.ptp(item.pixels.astype(int)) > 60
+
+
+@given(st.integers(0, 2**32))
+def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
+    lines = ["a few words of a line", "another line, of other words"]
+    options = ImageConfig(min_chars=4, max_chars=12)
+    caption = images.pick_caption(lines, options, np.random.default_rng(seed))
+    assert 4 <= len(caption) <= 12
+    assert any(f" {caption} " in f" {line} " for line in lines)
+
+
+def test_lines_without_words_of_the_length_are_an_error() -> None:
+    options = ImageConfig(min_chars=10, max_chars=12)
+    with pytest.raises(ValueError, match="no words of 10 to 12 characters"):
+        images.pick_caption(["a b c"], options, np.random.default_rng(0))
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([2, 5, 14]),
+    st.integers(0, 2**32),
+)
+@settings(deadline=None)
+def test_a_linear_layer_on_patches_is_a_convolution_on_pixels(
+    frames: int, rows: int, columns: int, patch: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (frames, rows * patch, columns * patch, 3), dtype=np.uint8)
+    kernel = torch.from_numpy(rng.normal(size=(5, 3, patch, patch)))
+    patches, grid = images.patchify(pixels, patch)
+    assert grid == (frames, rows, columns)
+    linear = torch.from_numpy(patches).double() @ kernel.flatten(1).T
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
+    convolved = torch.nn.functional.conv2d(planes, kernel, stride=patch)
+    torch.testing.assert_close(linear, convolved.permute(0, 2, 3, 1).flatten(0, 2))

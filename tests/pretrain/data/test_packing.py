@@ -1,0 +1,82 @@
+"""Labels are the next token of the same document, and every image has its placeholders."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.data.images import VisionItem
+from pretrain.data.packing import CAPTION, NOTHING, TEXT, Document, PackedSample, join, pack
+from pretrain.data.tokenizer import BOS, MEDIA_BEGIN, MEDIA_END, MEDIA_PAD, PAD, Tokenizer
+
+PATCH = 2
+TOKENIZER = Tokenizer.train(["some words\n"] * 10, 300)
+
+texts = st.lists(st.integers(6, 299), max_size=12)
+grids = st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 3))
+parts = st.one_of(texts, grids)
+
+
+def build(content: list[list[int] | tuple[int, int, int]]) -> Document:
+    document = Document()
+    for part in content:
+        if isinstance(part, tuple):
+            frames, rows, columns = part
+            shape = (frames, 2 * PATCH * rows, 2 * PATCH * columns, 3)
+            item = VisionItem(np.zeros(shape, np.uint8), "word")
+            document.add_image(item, PATCH).add_caption("word", TOKENIZER)
+        else:
+            document.add_tokens(part)
+    return document
+
+
+def check(sample: PackedSample) -> None:
+    tokens, labels, kinds = (x.tolist() for x in (sample.tokens, sample.labels, sample.kinds))
+    documents = sample.documents.tolist()
+    for i, kind in enumerate(kinds):
+        if kind == NOTHING:
+            assert labels[i] == 0
+        else:
+            assert documents[i] == documents[i + 1]
+            assert labels[i] == tokens[i + 1]
+            assert labels[i] not in (PAD, BOS, MEDIA_BEGIN, MEDIA_PAD, MEDIA_END)
+    placeholders = sum(token == MEDIA_PAD for token in tokens)
+    features = (sample.grids[:, 1] // 2 * (sample.grids[:, 2] // 2)).sum()
+    assert placeholders == features
+    assert len(sample.patches) == sample.grids.prod(1).sum()
+
+
+@given(st.lists(st.lists(parts, max_size=4), min_size=1, max_size=6))
+def test_whatever_is_packed_is_labelled_right(contents: list[list[list[int]]]) -> None:
+    documents = [build(content) for content in contents]
+    length = max(64, max(map(len, documents)))
+    samples = pack(documents, length, PATCH)
+    for sample in samples:
+        check(sample)
+    packed = torch.cat([sample.tokens[sample.tokens != PAD] for sample in samples])
+    assert packed.tolist() == [token for document in documents for token in document.tokens]
+    grids = torch.cat([sample.grids for sample in samples])
+    assert grids.tolist() == [list(g) for document in documents for g in document.grids]
+
+
+def test_the_first_caption_token_is_asked_of_the_end_of_the_image_and_the_newline_ends_it() -> None:
+    document = build([[10, 11], (1, 1, 2)])
+    sample = join([document], len(document), PATCH)
+    end = sample.tokens.tolist().index(MEDIA_END)
+    caption = [*TOKENIZER.encode("word"), TOKENIZER.newline]
+    assert sample.labels[end:-1].tolist() == caption
+    assert sample.kinds[end:-1].tolist() == [CAPTION] * len(caption)
+    # Asked of nobody: begin, two placeholders, end.
+    assert sample.kinds[:end].tolist() == [TEXT, TEXT, *[NOTHING] * 4]
+
+
+def test_too_long_a_document_is_refused() -> None:
+    with pytest.raises(ValueError, match="documents of 9 tokens do not fit a sequence of 8"):
+        pack([build([[10] * 8])], 8, PATCH)
+
+
+def test_a_filler_counts_nothing() -> None:
+    sample = join([build([[10, 11], (1, 1, 2)])], 32, PATCH).without_labels()
+    assert sample.kinds.sum() == 0
+    assert sample.labels.sum() == 0

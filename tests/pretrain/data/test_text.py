@@ -1,0 +1,47 @@
+"""The corpus is real text, split by file, and what is drawn is prose."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.data import text
+from pretrain.errors import PretrainError
+
+
+def test_files_are_distinct_split_by_name_and_within_the_limit() -> None:
+    files = text.read_corpus(2_000_000)
+    assert 1_500_000 < sum(len(file.text) for file in files) <= 2_000_000
+    assert len({file.text for file in files}) == len({file.name for file in files}) == len(files)
+    held_out = [file for file in files if file.split == "held_out"]
+    assert 0.02 < len(held_out) / len(files) < 0.2
+    assert any(file.name.startswith("topics/") for file in files)
+    assert not any("test" in Path(file.name).parts for file in files)
+
+
+def test_prose_is_docstrings_and_comments_and_not_code() -> None:
+    source = '''
+"""A module about   reading things."""
+import os  # trailing words are not taken
+
+# a comment of some words
+# x = {1: 2}; y = [3]
+def f(argument):
+    """Give back the argument, unchanged."""
+    return "no line of prose here"
+'''
+    lines = text.prose_lines(text.TextFile("f.py", source))
+    assert sorted(lines) == [
+        "A module about reading things.",
+        "Give back the argument, unchanged.",
+        "a comment of some words",
+    ]
+    assert text.prose_lines(text.TextFile("broken.py", "def (")) == []
+
+
+def test_a_python_without_its_library_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    with pytest.raises(PretrainError, match="use a full Python installation"):
+        text.read_corpus(8_000_000)

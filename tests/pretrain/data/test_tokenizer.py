@@ -1,0 +1,24 @@
+"""Every text survives the tokenizer, and no text turns into a special token."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.data.tokenizer import MEDIA_PAD, SPECIAL_TOKENS, Tokenizer
+
+TOKENIZER = Tokenizer.train(["the quick brown fox\n", "def f(x):\n    return x\n"] * 20, 300)
+
+
+@given(st.text(max_size=200))
+def test_decoding_undoes_encoding(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(st.sampled_from(SPECIAL_TOKENS), st.text(max_size=20))
+def test_a_special_token_written_out_is_text(special: str, text: str) -> None:
+    ids = TOKENIZER.encode(f"{text}{special}{text}")
+    assert ids.min() >= len(SPECIAL_TOKENS)
+
+
+def test_special_tokens_have_their_places_and_newline_is_one_token() -> None:
+    assert SPECIAL_TOKENS.index("<|media_pad|>") == MEDIA_PAD
+    assert TOKENIZER.encode("\n").tolist() == [TOKENIZER.newline]

@@ -1,0 +1,30 @@
+"""Features go where the placeholders are, and attention stays in its document."""
+
+import pytest
+import torch
+
+from pretrain.model.multimodal import attention_mask, merge_features
+
+
+def test_features_replace_placeholders_in_reading_order_and_take_gradients() -> None:
+    embeddings = torch.zeros(3, 2, 1, requires_grad=True)
+    placeholders = torch.tensor([[False, True, True], [True, False, False]])
+    features = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
+    merged = merge_features(embeddings + 9, placeholders, features)
+    assert merged[:, :, 0].T.tolist() == [[9, 1, 2], [3, 9, 9]]
+    (merged * torch.arange(6.0).view(3, 2, 1)).sum().backward()
+    assert features.grad is not None and embeddings.grad is not None
+    assert features.grad[:, 0].tolist() == [2, 4, 1]
+    assert embeddings.grad[:, :, 0].T.tolist() == [[0, 0, 0], [0, 3, 5]]
+
+
+def test_too_few_or_too_many_features_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 image placeholder tokens but 2 image features"):
+        merge_features(torch.zeros(2, 1, 3), torch.tensor([[True, False]]), torch.zeros(2, 3))
+
+
+def test_a_token_sees_itself_and_what_is_before_it_in_its_document() -> None:
+    documents = torch.tensor([[0, 0, 1, 1], [5, 5, 5, 2]])
+    sees = ~attention_mask(documents)[:, 0]
+    assert sees[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert sees[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]

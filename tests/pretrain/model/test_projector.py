@@ -1,0 +1,18 @@
+"""The projector is a LayerNorm of each patch and an MLP over each 2x2 of them."""
+
+import torch
+import torch.nn.functional as F
+
+from pretrain.model.projector import Projector
+
+
+def test_the_norm_is_of_each_patch_and_the_mlp_of_four() -> None:
+    torch.manual_seed(0)
+    projector = Projector(6, 5).double()
+    patches = torch.randn(3, 4, 6, dtype=torch.float64)
+    normed = (patches - patches.mean(-1, keepdim=True)) / (
+        patches.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
+    hidden = F.gelu(normed.flatten(1) @ projector.fc1.weight.T + projector.fc1.bias)
+    expected = hidden @ projector.fc2.weight.T + projector.fc2.bias
+    torch.testing.assert_close(projector(patches.flatten(1)), expected)
