@@ -21,9 +21,7 @@ def train(config: Config) -> None:
     Raises:
         PretrainError: anything that the user can put right; all ranks raise the same.
     """
-    config.check_world_size(processes.world_size())
-    here = processes.start(config.parallel.expert, config.seed)
-    data = prepare_data(config, here)
+    here, data = set_up(config)
     run = build(config, here, data)
     done = state.restore(run)
 
@@ -56,9 +54,8 @@ def evaluate(config: Config) -> None:
     Raises:
         PretrainError: there is no checkpoint, or it cannot be taken up.
     """
-    config.check_world_size(processes.world_size())
-    here = processes.start(config.parallel.expert, config.seed)
-    run = build(config, here, prepare_data(config, here))
+    here, data = set_up(config)
+    run = build(config, here, data)
     step = state.restore(run)
     if step == 0:
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
@@ -68,6 +65,14 @@ def evaluate(config: Config) -> None:
         print(held_out_line(losses))
         print(report.readings(transcriptions))
     processes.stop()
+
+
+def set_up(config: Config) -> tuple[Processes, Data]:
+    """Join the other processes, all of one mind, and open the data."""
+    config.check_world_size(processes.world_size())
+    here = processes.start(config.parallel.expert, config.seed)
+    processes.require_same("the configuration", repr(config))
+    return here, prepare_data(config, here)
 
 
 def prepare_data(config: Config, here: Processes) -> Data:

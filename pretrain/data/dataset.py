@@ -84,16 +84,15 @@ class Data:
 
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
         """``count`` single images, no caption twice; the same ones every time."""
-        items: list[VisionItem] = []
-        seen: set[str] = set()
+        items: dict[str, VisionItem] = {}
         for index in range(100 * count):
-            item = self._draw(split, self._rng(split, 1, index))
-            if item.caption not in seen:
-                seen.add(item.caption)
-                items.append(item)
             if len(items) == count:
-                return items
-        raise ValueError(f"{split} has fewer than {count} different captions")
+                break
+            item = self._draw(split, self._rng(split, 1, index))
+            items.setdefault(item.caption, item)
+        if len(items) < count:
+            raise ValueError(f"{split} has fewer than {count} different captions")
+        return list(items.values())
 
     def question(self, item: VisionItem) -> Document:
         """A document that ends where the item's caption would begin."""

@@ -75,6 +75,22 @@ def start(expert_parallel: int, seed: int) -> Processes:
     )
 
 
+def require_same(what: str, value: str) -> None:
+    """Refuse to go on where ranks were told different things, such as two versions of a file.
+
+    Raises:
+        PretrainError: on every rank, naming ``what`` and the ranks that differ from rank 0.
+    """
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    others = [str(rank) for rank, theirs in enumerate(values) if theirs != values[0]]
+    if others:
+        raise PretrainError(
+            f"{what} is not the same on all ranks: {', '.join(others)} of {len(values)} differ "
+            "from rank 0; start them all from one file"
+        )
+
+
 def stop() -> None:
     """Leave megatron-core's groups and the process group, if they were joined."""
     if dist.is_initialized():

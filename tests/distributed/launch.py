@@ -14,7 +14,7 @@ _TIMEOUT_SECONDS = 300
 # A fork server imports the heavy packages once; every rank of every test then starts in
 # milliseconds, from a process that has never run a torch operation.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "megatron.core"])
+_context.set_forkserver_preload(["pretrain.train"])
 
 
 def _rank_main(

@@ -17,7 +17,9 @@ from tests.distributed.launch import launch
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    training.tiny_file(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def trained(folder: Path) -> Path:
 
 def told(folder: Path, *overrides: str, command: str = "train", world_size: int = 2) -> str:
     """The one line that rank 0 says; every rank must leave with status 1, or 0 and no line."""
-    config = str(training.tiny_file(folder))
+    config = str(folder / "tiny.yaml")
     outcomes = launch(
         training.command,
         world_size,
@@ -128,7 +130,7 @@ def test_torchrun_ends_with_the_line_and_a_status(folder: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-            *("-m", "pretrain", "train", str(training.tiny_file(folder)), "optimizer.lr=fast"),
+            *("-m", "pretrain", "train", str(folder / "tiny.yaml"), "optimizer.lr=fast"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -139,3 +141,15 @@ def test_torchrun_ends_with_the_line_and_a_status(folder: Path) -> None:
     assert ended.returncode != 0
     assert ended.stderr.count("error: optimizer.lr must be float, not 'fast'\n") == 1
     assert 'File "' not in ended.stderr.split("error: ")[0]
+
+
+def _told_apart(folder: str) -> tuple[int, str]:
+    """One rank is given another learning rate."""
+    override = f"optimizer.lr={1e-3 * (1 + int(os.environ['RANK']))}"
+    return training.command("train", f"{folder}/tiny.yaml", override)
+
+
+def test_ranks_with_different_configurations_are_refused(folder: Path) -> None:
+    (status, line), (other_status, other_line) = launch(_told_apart, 2, str(folder))
+    assert (status, other_status, other_line) == (1, 1, "")
+    assert "the configuration is not the same on all ranks: 1 of 2 differ from rank 0" in line

@@ -19,7 +19,9 @@ from tests.distributed.launch import launch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all: the cache is made once; each test has a run_dir of its own."""
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    training.tiny_file(folder)
+    return folder
 
 
 def _merged(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -84,7 +86,7 @@ def _start(config: Path, *overrides: str) -> "subprocess.Popen[bytes]":
 
 
 def test_killed_at_any_step_and_started_again_it_is_as_if_it_never_stopped(folder: Path) -> None:
-    config = training.tiny_file(folder)
+    config = folder / "tiny.yaml"
     cache = f"data.cache_dir={folder}/cache"
     assert _start(config, cache, f"run_dir={folder}/calm").wait(timeout=180) == 0
 

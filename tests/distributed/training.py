@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain import batches, cli, config, state, step
+from pretrain import batches, cli, config, step
 from pretrain.build import build
 from pretrain.config import Config
-from pretrain.runtime import processes
 from pretrain.runtime.metrics import read
-from pretrain.train import prepare_data, train
+from pretrain.train import set_up, train
 
 TINY = """
 steps: 20
@@ -32,16 +31,18 @@ evaluation: {every: 10, sequences: 4, captions: 6, transcriptions: 2}
 
 
 def tiny_file(folder: Path) -> Path:
+    """Write the tiny configuration; once, before any rank reads it."""
     path = folder / "tiny.yaml"
     path.write_text(TINY)
     return path
 
 
 def tiny(folder: str, *overrides: str) -> Config:
-    """The tiny run in a folder of its own, with the cache beside all of them."""
+    """The tiny run of :func:`tiny_file`, with the cache beside it."""
     root = Path(folder)
     return config.load(
-        tiny_file(root), [f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", *overrides]
+        root / "tiny.yaml",
+        [f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", *overrides],
     )
 
 
@@ -63,21 +64,12 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
 def all_gradients(folder: str, *overrides: str) -> dict[str, Tensor]:
     """Every gradient of the first step that this rank has, by name in the whole model."""
     settings = tiny(folder, *overrides)
-    here = processes.start(settings.parallel.expert, settings.seed)
-    data = prepare_data(settings, here)
+    here, data = set_up(settings)
     run = build(settings, here, data)
     step.gradients(run, batches.of_step(settings, here, data, 1))
     found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
     assert found.keys() == dict(run.parameters()).keys()
     return found
-
-
-def saved_and_restored(folder: str, save_with: list[str], load_with: list[str]) -> int:
-    """Train and save with some settings, then restore with others; the step restored."""
-    train(tiny(folder, *save_with))
-    settings = tiny(folder, *load_with)
-    here = processes.start(settings.parallel.expert, settings.seed)
-    return state.restore(build(settings, here, prepare_data(settings, here)))
 
 
 def command(*arguments: str) -> tuple[int, str]:
