@@ -1,6 +1,7 @@
 """Which packed sequences a rank sees, and how they become micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -31,6 +32,24 @@ def of_step(config: Config, processes: Processes, data: Data, step: int) -> list
     first = (step - 1) * config.global_batch_size + processes.data_rank * share
     samples = [data.sample("train", index) for index in range(first, first + share)]
     return _micro_batches(samples, config, processes)
+
+
+def ahead(
+    config: Config, processes: Processes, data: Data, steps: Iterable[int]
+) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Yield each step with its micro-batches, making the next ones while these are worked on.
+
+    Images are drawn in a thread: it runs while the step waits for other ranks.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[int, Future[list[MicroBatch]]] | None = None
+        for step in steps:
+            following = step, pool.submit(of_step, config, processes, data, step)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting:
+            yield waiting[0], waiting[1].result()
 
 
 def of_evaluation(

@@ -14,9 +14,9 @@ examples:
   torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml steps=50 optimizer.lr=1e-3
   torchrun --nproc-per-node 2 -m pretrain eval  configs/laptop.yaml
 
-A run writes into its run_dir: metrics.jsonl, tensorboard/, checkpoints/, curves.png. Started again
-with the same run_dir, it goes on from its newest checkpoint. `python -m pretrain settings` lists
-every setting with its default and meaning.
+A run writes into its run_dir: metrics.jsonl, tensorboard/, checkpoints/, curves.png and
+parameters.txt. Started again with the same run_dir, it goes on from its newest checkpoint.
+`python -m pretrain settings` lists every setting with its default and meaning.
 """
 
 
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # megatron-core remarks on every optional package that it goes without.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    # and calls a collective by a name that newer torch has another one for.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated")
     from pretrain import config
 
     if options.command == "settings":

@@ -88,10 +88,11 @@ def _refuse_non_finite(run: Run, step: int, loss: float | None) -> None:
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, local)
     names = sorted({name for names in found for name in names})
+    whose = f"{names[0]} (and {len(names) - 1} other parameters)" if names else "all parameters"
     raise PretrainError(
-        f"the gradient of {names[0]} (and {len(names) - 1} other parameters) is not finite at step "
-        f"{step} (loss {loss}); nothing was updated. Lower optimizer.lr, or look at the data of "
-        "this step; the last checkpoint is intact"
+        f"the gradient of {whose} is not finite{'' if names else ' in its norm'} at step {step} "
+        f"(loss {loss}); nothing was updated. Lower optimizer.lr, or look at the data of this "
+        "step; the last checkpoint is intact"
     )
 
 

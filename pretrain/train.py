@@ -28,17 +28,20 @@ def train(config: Config) -> None:
     run_dir = Path(config.run_dir)
     out = MetricsWriter(run_dir, config.steps, done, config.log_every, enabled=here.is_main)
     out.say(report.opening(run, done))
+    out.save("parameters.txt", run.assignment)
     if done == 0:
         out.write({"step": 0, **held_out_losses(run)})
-    for step in range(done + 1, config.steps + 1):
-        began = time.monotonic()
-        metrics = train_step(run, batches.of_step(config, here, data, step), step)
+    began = time.monotonic()
+    remaining = range(done + 1, config.steps + 1)
+    for step, micro_batches in batches.ahead(config, here, data, remaining):
+        metrics = train_step(run, micro_batches, step)
         metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
         if step % config.evaluation.every == 0 or step == config.steps:
             metrics |= held_out_losses(run)
         out.write(metrics)
         if step % config.checkpoint.every == 0 or step == config.steps:
             state.save(run, step)
+        began = time.monotonic()
 
     transcriptions = transcribe(run)
     out.close()

@@ -69,8 +69,8 @@ class Data:
         for group in self._group(items, rng):
             document = Document()
             for item in group:
-                text = self._text(split, int(rng.integers(most_text + 1)), rng)
-                document.add_tokens(text[text != EOS])
+                before = self._text(split, int(rng.integers(most_text + 1)), rng)
+                document.add_tokens(before[before != EOS])
                 document.add_image(item, self.patch_size).add_caption(item.caption, self.tokenizer)
             if len(document) <= room:
                 documents.append(document)

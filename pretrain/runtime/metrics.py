@@ -78,6 +78,11 @@ class MetricsWriter:
         if self._enabled:
             print(text, flush=True)
 
+    def save(self, name: str, text: str) -> None:
+        """Write a text file beside the metrics."""
+        if self._enabled:
+            (self.path.parent / name).write_text(text + "\n")
+
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step: ``step`` and numbers (or None, where there was nothing to measure)."""
         if not self._enabled:

@@ -71,6 +71,25 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(folder: Path) -> None:
         assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-5)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
+    folder: Path, world_size: int
+) -> None:
+    """In the first layer of language model (MLA) and encoder (MHA), where inputs do not change."""
+    threshold = 0.03
+    (before, clipped), (after, _) = launch(
+        training.max_logits_before_and_after_a_clip,
+        world_size,
+        *(str(folder), f"parallel.expert={world_size}", f"optimizer.qk_clip_threshold={threshold}"),
+    )[0]
+    names = ("language.decoder.layers.0.self_attention", "vision.encoder.blocks.0.attention")
+    for name in names:
+        expected = before[name].clamp(max=threshold)
+        torch.testing.assert_close(after[name], expected, rtol=1e-2, atol=0)
+    every = torch.cat(list(before.values()))
+    assert clipped == (every > threshold).sum() > 0
+
+
 def _start(config: Path, *overrides: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [

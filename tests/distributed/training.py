@@ -72,6 +72,22 @@ def all_gradients(folder: str, *overrides: str) -> dict[str, Tensor]:
     return found
 
 
+def max_logits_before_and_after_a_clip(
+    folder: str, *overrides: str
+) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Two steps on one batch whose optimizer hardly moves: each one's max logits, and clipped."""
+    settings = tiny(folder, "optimizer.lr=1e-30", *overrides)
+    here, data = set_up(settings)
+    run = build(settings, here, data)
+    micro_batches = batches.of_step(settings, here, data, 1)
+    outcomes = []
+    for number in (1, 2):
+        step.train_step(run, micro_batches, number)
+        assert run.clip.result is not None
+        outcomes.append(run.clip.result)
+    return [(outcome.max_logits, outcome.num_clipped) for outcome in outcomes]
+
+
 def command(*arguments: str) -> tuple[int, str]:
     """Run the command line in this process; its exit status and what it said on stderr."""
     told = io.StringIO()
