@@ -210,7 +210,7 @@ def _build(folder: Path, files: list[TextFile], vocab_size: int) -> None:
 def _load(folder: Path) -> tuple[Tokenizer, dict[Split, Corpus]]:
     corpora = {}
     for split in SPLITS:
-        tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
+        tokens = np.load(folder / f"{split}.npy")
         lines = json.loads((folder / f"{split}.json").read_text())
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or not lines:
             raise ValueError(f"{split} is not what was written")
