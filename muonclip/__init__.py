@@ -37,6 +37,7 @@ In a trainer of one's own, with an attention of one's own:
 """
 
 from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.matrix_layouts import MatrixLayout
 from muonclip.max_logits import max_logits, max_logits_bound
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import COEFFICIENTS, orthogonalize, update_scale
@@ -52,6 +53,7 @@ __all__ = [
     "ClipFactors",
     "ClipResult",
     "HeadRows",
+    "MatrixLayout",
     "MuonClip",
     "QKClip",
     "assign",

@@ -1,35 +1,27 @@
 """MuonClip's optimizer: Muon for matrices, AdamW for the rest, one ``step``."""
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
-from numbers import Real
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from muonclip.orthogonalize import (
-    NS_DTYPES,
-    AdjustLR,
-    Coefficients,
-    coefficient_steps,
-    orthogonalize,
-    update_scale,
-)
-from muonclip.param_groups import Algorithm, choose_algorithm
+from muonclip import checks
+from muonclip.muon import Item, step_alone
+from muonclip.orthogonalize import AdjustLR, Coefficients
+from muonclip.update import WeightDecayMode, local, round_stochastically
 
-# Newton-Schulz runs on batches of at most this many elements (or one tensor), which bounds its
-# memory; matrices this large keep a device busy without company.
-_BATCH_ELEMENTS = 2**27
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
-_STATE_KEYS: dict[str, set[str]] = {
-    "muon": {"momentum_buffer"},
-    "adamw": {"step", "exp_avg", "exp_avg_sq"},
-}
+    from muonclip.distributed.sharding import Sharding
+    from muonclip.distributed.shared import SharedWork
+
+NonFinite = Literal["raise", "skip", "ignore"]
 
 
 class MuonClip(Optimizer):
@@ -51,32 +43,62 @@ class MuonClip(Optimizer):
     ``weight_decay``, where they are given; schedulers then move each group from its own start.
     ``param_groups(model)`` also looks at module types and is the better start for a whole model.
 
-    The group option ``row_splits``, a tuple of row counts, says that the rows of each of the
-    group's Muon parameters are several matrices of the model fused in storage (gate and up, say):
-    each is orthogonalized and scaled on its own.
+    The group option ``layout``, a ``MatrixLayout``, says which matrices of the model each of the
+    group's Muon parameters stores, where it is not one: fused ones, heads, transposed storage.
+
+    Works on plain tensors, under DDP, and on DTensors (FSDP2, tensor parallelism) of any placement:
+    a sharded matrix is rebuilt on one rank, which orthogonalizes it and returns each rank its
+    part. With ``process_group`` the ranks that hold copies of the same tensors share the work.
 
     A parameter without a gradient is left alone: no decay, no state. State is
-    ``momentum_buffer`` (Muon) or ``step``, ``exp_avg``, ``exp_avg_sq`` (AdamW), in the
-    parameter's dtype, and created at the first step with a gradient.
+    ``momentum_buffer`` (Muon) or ``step``, ``exp_avg``, ``exp_avg_sq`` (AdamW), and ``master``
+    with ``master_weights``; created at the first step with a gradient.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups (dicts) of either.
-        lr: learning rate :math:`\eta`.
+        lr: learning rate :math:`\eta`; with ``capturable`` also a 0-d tensor.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, in [0, 1).
         nesterov: look ahead along the momentum.
-        ns_coefficients: Newton-Schulz coefficients: a name or (a, b, c).
+        ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
-        ns_dtype: dtype of Newton-Schulz; everything else runs in at least float32.
+        ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators, float32 on a CPU.
         eps: least norm of an update before orthogonalization.
-        adjust_lr: scale by shape: ``"match_rms_adamw"`` or ``"original"``; see ``update_scale``.
+        adjust_lr: scale by shape: ``"match_rms_adamw"``, ``"original"``, ``"spectral"`` or
+            ``"none"``; see ``update_scale``.
+        update_rms: what ``"match_rms_adamw"`` matches.
+        weight_decay_mode: of Muon's groups: ``"decoupled"``, ``"cautious"``, ``"independent"`` or
+            ``"l2"``; see ``muonclip.update.decay_and_apply``.
+        momentum_warmup_steps: steps over which the momentum rises linearly from
+            ``momentum_warmup_start``; 0: none.
+        momentum_warmup_start: where it begins.
+        momentum_dtype: of the momentum; default: the parameter's, or float32 with
+            ``master_weights`` or ``stochastic_rounding``.
+        master_weights: keep a float32 copy of each parameter of lower precision, step that, and
+            round it into the parameter. The copy is also ``parameter.main_param``.
+        stochastic_rounding: round bfloat16 parameters up or down at random instead of to nearest,
+            so that small updates add up without a master copy. Copies of a parameter on several
+            ranks round alike.
+        nonfinite: of gradients with an infinity or NaN: ``"raise"``, ``"skip"`` the whole step, or
+            ``"ignore"`` and use them. With the first two nothing changes in such a step.
+            ``"raise"`` does not wait for an accelerator: there, the step is skipped and the next
+            one raises.
+        capturable: let the step be captured in a CUDA graph: nothing is read on the host.
         adamw_lr: AdamW's learning rate; default: ``lr``.
         adamw_betas: AdamW's decay rates of the two moments.
         adamw_eps: AdamW's epsilon.
         adamw_weight_decay: AdamW's decoupled weight decay; default: ``weight_decay``.
         maximize: ascend instead of descend.
+        process_group: ranks that hold copies of the plain tensors and reduced their gradients
+            (DDP); each then orthogonalizes a share of the matrices. Default: everyone does all.
+        shardings: for plain tensors that are parts of larger ones, a ``Sharding`` each.
 
-    Each option may be set per group; what a group sets wins over the constructor.
+    Each option above ``process_group`` may be set per group (``capturable`` and ``nonfinite`` for
+    all alike); what a group sets wins over the constructor.
+
+    Attributes:
+        skipped_steps: steps left out for a gradient that was not finite; a number, or a tensor on
+            the accelerator.
 
     Raises:
         TypeError, ValueError: for an option out of range, or a parameter that is complex, sparse,
@@ -86,21 +108,32 @@ class MuonClip(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 2e-4,
+        lr: float | Tensor = 2e-4,
         *,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: Coefficients = "quintic",
         ns_steps: int = 5,
-        ns_dtype: torch.dtype = torch.bfloat16,
+        ns_dtype: torch.dtype | None = None,
         eps: float = 1e-7,
         adjust_lr: AdjustLR = "match_rms_adamw",
-        adamw_lr: float | None = None,
+        update_rms: float = 0.2,
+        weight_decay_mode: WeightDecayMode = "decoupled",
+        momentum_warmup_steps: int = 0,
+        momentum_warmup_start: float = 0.85,
+        momentum_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        nonfinite: NonFinite = "raise",
+        capturable: bool = False,
+        adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
         maximize: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
+        shardings: "Mapping[Tensor, Sharding] | None" = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,14 +145,28 @@ class MuonClip(Optimizer):
             "ns_dtype": ns_dtype,
             "eps": eps,
             "adjust_lr": adjust_lr,
-            "row_splits": None,
+            "update_rms": update_rms,
+            "weight_decay_mode": weight_decay_mode,
+            "momentum_warmup_steps": momentum_warmup_steps,
+            "momentum_warmup_start": momentum_warmup_start,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "nonfinite": nonfinite,
+            "capturable": capturable,
+            "layout": None,
             "adamw_lr": adamw_lr,
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
             "maximize": maximize,
         }
-        _check_options(defaults)
+        checks.options(defaults)
+        self.process_group = process_group
+        self.shardings = dict(shardings or {})
+        self.skipped_steps: int | Tensor = 0
+        self._shared_work: SharedWork | None = None
+        self._pending: _PendingError | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -134,50 +181,42 @@ class MuonClip(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = {**self.defaults, **param_group}
-        _check_options(options)
+        checks.options(options)
         params, names = options.pop("params"), options.pop("param_names", None)
         if names is not None:  # a group that has been in an optimizer
             params = list(zip(names, params, strict=True))
-        entries = _entries(params, len(self.param_groups))
-        self._check_new(entries)
-        divided = _divide(entries, options.pop("algorithm", None))
+        entries = checks.entries(params, len(self.param_groups))
+        checks.new_entries(entries, self.param_groups)
+        divided = checks.divide(entries, options.pop("algorithm", None))
         for entry in divided.get("muon", ()):
-            _check_matrix(entry, options["row_splits"])
+            checks.matrix(entry, self._shape(entry.param), options["layout"])
 
         for algorithm, members in divided.items():
-            group = {**options, "algorithm": algorithm}
+            group = {**options, "algorithm": algorithm, "updates": 0}
             if members and members[0].name is not None:
                 group["params"] = [(entry.name, entry.param) for entry in members]
             else:
                 group["params"] = [entry.param for entry in members]
             if algorithm == "adamw":
-                group["row_splits"] = None
+                group["layout"] = None
                 for option in ("lr", "weight_decay"):
                     group[option] = self._adamw_option(option, param_group)
             super().add_param_group(group)
             # Resolved into lr and weight_decay, which is what schedulers move.
             del group["adamw_lr"], group["adamw_weight_decay"]
 
-    def _adamw_option(self, option: str, param_group: dict[str, Any]) -> float:
+    def _adamw_option(self, option: str, param_group: dict[str, Any]) -> Any:
         """AdamW's lr or weight_decay: the group's word before the constructor's."""
         for source in (param_group, self.defaults):
             for key in (f"adamw_{option}", option):
                 if source.get(key) is not None:
-                    return float(source[key])
+                    return source[key]
         raise AssertionError("unreachable: the defaults have every option")
 
-    def _check_new(self, entries: "list[_Entry]") -> None:
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        for entry in entries:
-            if id(entry.param) in known:
-                raise ValueError(f"{entry.label} is given twice: list every parameter once")
-            known.add(id(entry.param))
-        for group in self.param_groups:
-            if entries and ("param_names" in group) != (entries[0].name is not None):
-                raise ValueError(
-                    "either all parameters have names or none: "
-                    f"{entries[0].label} differs from the groups before it"
-                )
+    def _shape(self, param: Tensor) -> tuple[int, ...]:
+        """Of the whole parameter, of which this rank may hold a part."""
+        sharding = self.shardings.get(param)
+        return tuple(param.shape) if sharding is None else sharding.shape
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -191,94 +230,201 @@ class MuonClip(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: if a gradient is sparse; nothing is updated then.
+            RuntimeError: if a gradient is sparse, or not finite (see ``nonfinite``); nothing is
+                updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.raise_if_found()
         for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{_label(group, index)} has a sparse gradient; MuonClip needs dense ones "
-                        "(nn.Embedding(sparse=False))"
-                    )
+            checks.gradients(group)
+        muon, adamw_groups = self._work()
+        found = self._find_nonfinite()
+        if found is not None and found.device.type == "cpu":
+            if found:
+                return self._skip(loss)
+            found = None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if group["algorithm"] == "muon":
-                self._step_muon(params, group)
-            else:
-                self._step_adamw(params, group)
+            group["updates"] += 1
+        self._step_muon(muon, found)
+        for group, params in adamw_groups:
+            self._step_adamw(group, params, found)
         return loss
 
-    def _step_muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad.to(p.dtype) for p in params if p.grad is not None]
+    # ------------------------------------------------------------------ what there is to do
+
+    def _work(self) -> "tuple[list[Item], list[tuple[dict[str, Any], list[Tensor]]]]":
+        """Muon's parameters that have a gradient, and AdamW's by group; with their state."""
+        muon: list[Item] = []
+        adamw_groups = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["algorithm"] == "muon":
+                muon += [self._item(p, group, len(muon) + i) for i, p in enumerate(params)]
+            elif params:
+                adamw_groups.append((group, params))
+        return muon, adamw_groups
+
+    def _item(self, param: Tensor, group: dict[str, Any], number: int) -> "Item":
+        state = self._state_of(param, group)
+        target = local(state.get("master", param))
+        gradient = local_gradient(param)
         if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        momentum = group["momentum"]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            gradient = -gradient
+        if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
+            gradient = gradient.to(target.dtype).add(target, alpha=group["weight_decay"])
+        return Item(
+            param, local(param), target, gradient, local(state["momentum_buffer"]), group,
+            self._shape(param), (group["updates"], number),
+        )  # fmt: skip
 
-        # A matrix is a matrix of the model, not of its storage: fused ones go separately.
-        matrices: list[_Matrices] = []
-        for p, grad, buffer in zip(params, grads, buffers, strict=True):
-            rows = group["row_splits"] or (p.size(-2),)
-            matrices += map(_Matrices, *(t.split_with_sizes(rows, -2) for t in (p, grad, buffer)))
-        for batch in _batches(matrices):
-            update = _stack(part.buffer for part in batch)
-            if group["nesterov"]:
-                update = _stack(part.grad for part in batch).lerp_(update, momentum)
-            update = orthogonalize(
-                update,
-                coefficients=group["ns_coefficients"],
-                steps=group["ns_steps"],
-                eps=group["eps"],
-                dtype=group["ns_dtype"],
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state, made where there is none."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            if checks.wants_master(group, param):
+                state["master"] = param.detach().to(torch.float32, copy=True)
+                setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
+            dtype = checks.state_dtype(group, param)
+            if group["algorithm"] == "muon":
+                dtype = group["momentum_dtype"] or dtype
+                state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+            else:
+                # Where torch's fused AdamW reads it: on the device, and nothing waits.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+                state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+        return state
+
+    # ------------------------------------------------------------------ non-finite gradients
+
+    def _find_nonfinite(self) -> Tensor | None:
+        """1 if any gradient of any rank has an infinity or NaN, as a float32 scalar; or None."""
+        if self.param_groups[0]["nonfinite"] == "ignore":
+            return None
+        by_device = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and (gradient := local_gradient(p)).numel():
+                    by_device[gradient.device].append(gradient)
+        flags = []
+        for gradients in by_device.values():
+            # The largest magnitude: a sum of squares could overflow where no gradient does.
+            largest = torch.stack(
+                [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
             )
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            scale = update_scale(update.shape, group["adjust_lr"])
-            sizes = [part.param.shape[:-2].numel() for part in batch]
-            for (p, _, _), direction in zip(batch, update.split_with_sizes(sizes), strict=True):
-                # p itself if it is float32, else a copy: p is then rounded once.
-                wide = p.to(torch.promote_types(p.dtype, torch.float32))
-                wide.mul_(1 - lr * weight_decay).add_(direction.reshape(p.shape), alpha=-lr * scale)
-                if wide is not p:
-                    p.copy_(wide)
+            flags.append(largest.isfinite().logical_not().any().float())
+        found = flags[0] if flags else torch.zeros(())
+        for flag in flags[1:]:
+            found = torch.maximum(found, flag.to(found.device))
+        if self._is_shared():
+            import torch.distributed as dist
 
-    def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                # On the host, as in torch.optim.AdamW: it is read there in every step.
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["adamw_betas"]
-        adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["adamw_eps"],
-            maximize=group["maximize"],
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        if found.device.type == "cpu":
+            return found
+        self.skipped_steps = self.skipped_steps + found
+        if self.param_groups[0]["nonfinite"] == "raise":
+            self._pending = _PendingError(found)
+        return found
+
+    def _is_shared(self) -> bool:
+        """Whether ranks work on parts of the same parameters, and must leave a step together."""
+        return (
+            bool(self.shardings)
+            or self.process_group is not None
+            or any(hasattr(p, "device_mesh") for g in self.param_groups for p in g["params"])
         )
+
+    def _skip(self, loss: float | None) -> float | None:
+        self.skipped_steps = self.skipped_steps + 1
+        if self.param_groups[0]["nonfinite"] == "raise":
+            raise RuntimeError(self._describe_nonfinite())
+        return loss
+
+    def _describe_nonfinite(self) -> str:
+        labels = [
+            checks.label(group, index)
+            for group in self.param_groups
+            for index, p in enumerate(group["params"])
+            if p.grad is not None and not local_gradient(p).isfinite().all()
+        ]
+        whose = labels[0] if labels else "a parameter on another rank"
+        others = f" (and {len(labels) - 1} others)" if len(labels) > 1 else ""
+        return f"the gradient of {whose}{others} is not finite; nothing was updated. " + _ADVICE
+
+    # ------------------------------------------------------------------ Muon
+
+    def _step_muon(self, items: "list[Item]", found: Tensor | None) -> None:
+        if not items:
+            return
+        if self._is_shared():
+            from muonclip.distributed.shared import SharedWork
+
+            if self._shared_work is None or not self._shared_work.fits(items):
+                self._shared_work = SharedWork(items, self.process_group, self.shardings)
+            self._shared_work.step(items, found)
+        else:
+            step_alone(items, found)
+
+    # ------------------------------------------------------------------ AdamW
+
+    def _step_adamw(
+        self, group: dict[str, Any], params: list[Tensor], found: Tensor | None
+    ) -> None:
+        states = [self._state_of(p, group) for p in params]
+        targets = []
+        for p, state in zip(params, states, strict=True):
+            target = local(state.get("master", p))
+            targets.append(target.float() if checks.rounds(group, p) else target)
+        alike = defaultdict(list)  # what torch's kernels take together
+        for p, target, state in zip(params, targets, states, strict=True):
+            if not target.numel():
+                continue
+            if state["step"].device != target.device:  # loaded from a file
+                state["step"] = state["step"].to(target.device)
+            average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            row = (target, local_gradient(p).to(target.dtype), average, square, state["step"])
+            alike[target.device, target.dtype, average.dtype].append(row)
+        beta1, beta2 = group["adamw_betas"]
+        for (device, _, _), rows in alike.items():
+            fused = device.type in _get_fused_kernels_supported_devices()
+            moved, gradients, averages, squares, steps = map(list, zip(*rows, strict=True))
+            adamw(
+                moved,
+                gradients,
+                averages,
+                squares,
+                [],
+                steps,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["adamw_eps"],
+                maximize=group["maximize"],
+                fused=fused,
+                foreach=not fused,
+                found_inf=found,
+            )
+        for number, (p, target) in enumerate(zip(params, targets, strict=True)):
+            if checks.rounds(group, p):
+                round_stochastically(target, local(p), (group["updates"], number))
+            elif target is not local(p):
+                local(p).copy_(target)
+
+    # ------------------------------------------------------------------ saving and copying
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, for the same parameters in the same groups.
+
+        Moments and master copies come in the precision this optimizer keeps them in, whatever the
+        parameter's. Layouts stay this optimizer's: they belong to the model.
 
         Args:
             state_dict: as returned by ``state_dict``; not changed.
@@ -287,198 +433,93 @@ class MuonClip(Optimizer):
             ValueError: if it belongs to other parameters, shapes or algorithms; the message names
                 the first parameter that differs, and nothing is loaded.
         """
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            checks.loadable(optimizer.param_groups, state_dict)
+            loaded.update(state_dict)
+
+        layouts = [group["layout"] for group in self.param_groups]
         # As the last pre-hook, so that it sees what the user's own pre-hooks made of the state.
-        check = self.register_load_state_dict_pre_hook(_check_loadable)
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
-            check.remove()
+            handle.remove()
+        for group, layout, saved in zip(
+            self.param_groups, layouts, loaded["param_groups"], strict=True
+        ):
+            group["layout"] = layout
+            for option, value in self.defaults.items():  # saved before the option was there
+                if option not in ("adamw_lr", "adamw_weight_decay"):
+                    group.setdefault(option, value)
+            group.setdefault("updates", 0)
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if key in loaded["state"]:
+                    self._take_state(p, group, loaded["state"][key])
+
+    def _take_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Put back what torch cast to the parameter's dtype, and the master copy if wanted."""
+        state = self.state[param]
+        dtype = checks.state_dtype(group, param)
+        for name, value in saved.items():
+            if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                wanted = (name == "momentum_buffer" and group["momentum_dtype"]) or dtype
+                state[name] = value.to(device=param.device, dtype=wanted)
+        if not checks.wants_master(group, param):
+            state.pop("master", None)
+        elif state:
+            master = saved.get("master", param.detach())
+            state["master"] = master.to(device=param.device, dtype=torch.float32, copy=True)
+            setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.shardings or self.process_group is not None:
+            raise TypeError(
+                "an optimizer that shares work over a process group cannot be copied or pickled: "
+                "save its state_dict() and make a new one"
+            )
+        kept = ("process_group", "shardings", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_shared_work", None)
+        self.__dict__.setdefault("_pending", None)
 
 
-class _Entry(NamedTuple):
-    """A parameter on its way into a group; ``label`` is what errors call it."""
+def local_gradient(param: Tensor) -> Tensor:
+    """This rank's part of a gradient, placed as the parameter is."""
+    gradient = param.grad
+    assert gradient is not None
+    if hasattr(param, "device_mesh"):
+        from muonclip.distributed.sharding import local_like
 
-    name: str | None
-    param: Tensor
-    label: str
-
-
-def _entries(params: Any, group_index: int) -> list[_Entry]:
-    """The tensors of a group, with their names where given, checked one by one."""
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, (set, frozenset)):
-        raise TypeError("params must be ordered, e.g. a list: a set's order changes between runs")
-    entries = []
-    for index, item in enumerate(params):
-        name, param = item if isinstance(item, tuple) else (None, item)
-        where = repr(name) if name is not None else f"number {index} of group {group_index}"
-        if not isinstance(param, Tensor):
-            raise TypeError(f"parameter {where} must be a Tensor, got {type(param).__name__}")
-        label = f"parameter {where} of shape {tuple(param.shape)}"
-        if not param.is_floating_point():
-            raise ValueError(f"{label} is {param.dtype}; MuonClip needs real floating point")
-        if param.layout != torch.strided:
-            raise ValueError(f"{label} is sparse; MuonClip needs dense tensors")
-        if not (param.is_leaf or param.retains_grad):
-            raise ValueError(f"{label} is computed from others; MuonClip updates leaf tensors only")
-        entries.append(_Entry(name, param, label))
-    if len({entry.name is None for entry in entries}) > 1:
-        unnamed = next(entry for entry in entries if entry.name is None)
-        raise ValueError(f"either all parameters have names or none: {unnamed.label} has none")
-    return entries
+        return local_like(gradient, param)
+    return gradient
 
 
-def _divide(entries: list[_Entry], algorithm: Any) -> dict[Algorithm, list[_Entry]]:
-    """The entries by algorithm: all in the named one, or each by ``choose_algorithm``."""
-    if algorithm not in (None, *get_args(Algorithm)):
-        first = entries[0].label if entries else "an empty group"
-        raise ValueError(f"algorithm must be 'muon' or 'adamw', got {algorithm!r} for {first}")
-    if algorithm is not None or not entries:
-        return {algorithm or "muon": entries}
-    divided: dict[Algorithm, list[_Entry]] = {}
-    for entry in entries:
-        divided.setdefault(choose_algorithm(entry.param, entry.name)[0], []).append(entry)
-    return divided
+_ADVICE = (
+    "Look at this step's data and loss, or lower the learning rate; MuonClip(nonfinite='skip') "
+    "leaves such steps out"
+)
 
 
-def _check_matrix(entry: _Entry, row_splits: tuple[int, ...] | None) -> None:
-    param = entry.param
-    if param.ndim not in (2, 3):
-        raise ValueError(
-            f"{entry.label} is no matrix [n, m] or stack of matrices [E, n, m]: "
-            "give it algorithm='adamw'"
-        )
-    if param.numel() == 0:
-        raise ValueError(f"{entry.label} has no elements: leave it out")
-    if row_splits is not None and sum(row_splits) != param.size(-2):
-        raise ValueError(
-            f"row_splits {tuple(row_splits)} add up to {sum(row_splits)}, "
-            f"but {entry.label} has {param.size(-2)} rows"
-        )
+class _PendingError:
+    """A flag on its way from an accelerator, to be read when the next step begins."""
 
+    def __init__(self, found: Tensor) -> None:
+        self._flag = torch.empty((), dtype=found.dtype, pin_memory=found.is_cuda)
+        self._flag.copy_(found, non_blocking=True)
+        self._event: Any = torch.cuda.Event() if found.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise for an option out of range, naming it."""
-    for option in ("lr", "weight_decay", "eps", "adamw_lr", "adamw_eps", "adamw_weight_decay"):
-        value = options[option]
-        if value is None and option in ("adamw_lr", "adamw_weight_decay"):
-            continue
-        _check_number(option, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{option} must be at least 0 and finite, got {value}")
-    betas = options["adamw_betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"adamw_betas must be two numbers, got {betas!r}")
-    for option, value in (
-        ("momentum", options["momentum"]),
-        ("adamw_betas[0]", betas[0]),
-        ("adamw_betas[1]", betas[1]),
-    ):
-        _check_number(option, value)
-        if not 0 <= value < 1:
-            raise ValueError(f"{option} must be in [0, 1), got {value}")
-    try:
-        coefficient_steps(options["ns_coefficients"], options["ns_steps"])
-    except ValueError as error:  # names coefficients or steps
-        raise ValueError(f"ns_{error}") from None
-    if options["ns_dtype"] not in NS_DTYPES:
-        raise ValueError(f"ns_dtype must be one of {NS_DTYPES}, got {options['ns_dtype']}")
-    if options["adjust_lr"] not in get_args(AdjustLR):
-        raise ValueError(
-            f"adjust_lr must be one of {get_args(AdjustLR)}, got {options['adjust_lr']!r}"
-        )
-    splits = options["row_splits"]
-    if splits is not None and not (
-        isinstance(splits, Sequence) and all(isinstance(rows, int) and rows > 0 for rows in splits)
-    ):
-        raise ValueError(f"row_splits must be positive row counts, got {splits!r}")
-
-
-def _check_number(option: str, value: Any) -> None:
-    # A tensor would be shared between groups, and a scheduler would then move it twice.
-    if not isinstance(value, Real):
-        raise TypeError(f"{option} must be a number, got {type(value).__name__}")
-
-
-class _Matrices(NamedTuple):
-    """A parameter, its gradient and momentum, or the rows of each that are one matrix: views."""
-
-    param: Tensor
-    grad: Tensor
-    buffer: Tensor
-
-
-def _batches(matrices: list[_Matrices]) -> Iterator[list[_Matrices]]:
-    """Batches of one matrix shape, dtype and device."""
-    alike = defaultdict(list)
-    for part in matrices:
-        alike[part.param.shape[-2:], part.param.dtype, part.param.device].append(part)
-    for parts in alike.values():
-        batch: list[_Matrices] = []
-        elements = 0
-        for part in parts:
-            if batch and elements + part.param.numel() > _BATCH_ELEMENTS:
-                yield batch
-                batch, elements = [], 0
-            batch.append(part)
-            elements += part.param.numel()
-        yield batch
-
-
-def _stack(tensors: Iterable[Tensor]) -> Tensor:
-    """[n, m] and [E, n, m] tensors as one new [all, n, m]."""
-    return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in tensors])
-
-
-def _label(group: dict[str, Any], index: int) -> str:
-    """What errors call a parameter: its name, or its place in its group."""
-    names = group.get("param_names", [])
-    if index < len(names):
-        return f"parameter {names[index]!r}"
-    return f"parameter number {index} of the {group.get('algorithm')} group"
-
-
-def _check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Raise unless ``state_dict`` fits the optimizer's parameters one to one."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
-    for group, saved in zip_longest(optimizer.param_groups, state_dict["param_groups"]):
-        _check_both(group, saved, group, saved, 0)
-        algorithm, splits = group["algorithm"], saved.get("row_splits")
-        for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
-            _check_both(param, key, group, saved, index)
-            label = _label(group, index)
-            if saved.get("algorithm") != algorithm:
-                raise ValueError(
-                    f"{label} is trained by {algorithm}, but its saved state is of "
-                    f"{saved.get('algorithm') or 'another optimizer'}: "
-                    "group the parameters as when it was saved"
-                )
-            state = state_dict["state"].get(key, {})
-            if state and state.keys() != _STATE_KEYS[algorithm]:
-                raise ValueError(
-                    f"{label}: the saved state has {sorted(state)}, "
-                    f"{algorithm} needs {sorted(_STATE_KEYS[algorithm])}"
-                )
-            for name, value in state.items():
-                if name != "step" and value.shape != param.shape:
-                    raise ValueError(
-                        f"{label} has shape {tuple(param.shape)}, "
-                        f"but its saved {name} has {tuple(value.shape)}"
-                    )
-            if algorithm == "muon":
-                _check_matrix(_Entry(None, param, label), splits)
-
-
-def _check_both(ours: Any, theirs: Any, group: Any, saved: Any, index: int) -> None:
-    """Raise if only one side has the parameter at this place."""
-    for present, absent, owner, side in (
-        (ours, theirs, group, "saved state"),
-        (theirs, ours, saved, "optimizer"),
-    ):
-        if present is not None and absent is None:
-            raise ValueError(
-                f"the {side} has nothing for {_label(owner, index)}: "
-                "load a state saved from the same parameters in the same groups"
+    def raise_if_found(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        if self._flag:
+            raise RuntimeError(
+                "a gradient of the step before was not finite; that step was left out and nothing "
+                "was updated. " + _ADVICE
             )

@@ -3,39 +3,111 @@
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from muonclip.kernels.symmetric_product import symmetric_product
+
 Triple: TypeAlias = tuple[float, float, float]
-CoefficientName = Literal["quintic"]
-Coefficients: TypeAlias = CoefficientName | Sequence[float]
-AdjustLR = Literal["match_rms_adamw", "original"]
+CoefficientName = Literal["quintic", "you", "polar_express", "cans", "deepseek_v4", "cubic"]
+Coefficients: TypeAlias = CoefficientName | Sequence[float] | Sequence[Sequence[float]]
+AdjustLR = Literal["match_rms_adamw", "original", "spectral", "none"]
+Form = Literal["auto", "direct", "gram"]
+
+_QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
+
+
+def _with_margin(table: Sequence[Triple], margin: float) -> tuple[Triple, ...]:
+    """p(s / margin) for each step: singular values that rounding lifts over one stay in range."""
+    return tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in table)
+
 
 # One (a, b, c) per step, each step mapping a singular value s to a*s + b*s**3 + c*s**5.
 # Where there are more steps than triples, the last one repeats.
+# `python -m benchmarks run coefficients` plots what each does to [0, 1].
 COEFFICIENTS: Mapping[CoefficientName, tuple[Triple, ...]] = MappingProxyType(
     {
         # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024):
         # steepest at zero; five steps take s in [1e-3, 1] to between 0.47 and 1.20.
-        "quintic": ((3.4445, -4.7750, 2.0315),),
+        "quintic": (_QUINTIC,),
+        # YouJiacheng's five triples, each tuned for its step (modded-nanogpt, 2025).
+        "you": (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        # Amsel et al., "The Polar Express" (arXiv 2505.16932), table of Algorithm 1 (l = 1e-3):
+        # each step is the minimax polynomial for what the one before left; margin 1.01 as there.
+        "polar_express": (
+            *_with_margin(
+                (
+                    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+                ),
+                1.01,
+            ),
+            (1.875, -1.25, 0.375),
+        ),
+        # Grishina et al., "Accelerating Newton-Schulz iteration with Chebyshev-type polynomials"
+        # (CANS, arXiv 2506.10935): Remez polynomials on an interval adapted to each step. They
+        # diverge from a value just above one, which rounding gives; hence a margin here too.
+        "cans": _with_margin(
+            (
+                (8.4703, -25.1081, 18.6293),
+                (4.1828, -3.1087, 0.5806),
+                (3.9619, -2.9541, 0.5630),
+                (3.2866, -2.4647, 0.5074),
+                (2.2737, -1.6447, 0.4162),
+            ),
+            1.01,
+        ),
+        # DeepSeek-V4 report: eight steep steps, then two that converge to one. Use 10 steps.
+        "deepseek_v4": (*[_QUINTIC] * 8, (2.0, -1.5, 0.5)),
+        # Cubic steps (c = 0), one product less in each (arXiv 2606.00371).
+        "cubic": (
+            (3.3656576, -3.3420992, 0.0),
+            (2.5744352, -1.4957376, 0.0),
+            (2.5368962, -1.4312570, 0.0),
+            (2.4418906, -1.2764040, 0.0),
+            (2.2230472, -0.9630650, 0.0),
+        ),
     }
 )
 
-# float16 is left out: a gradient's Frobenius norm overflows it.
-NS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# The Gram form pays from this aspect ratio on. Square matrices need as much work in either form.
+_GRAM_ASPECT = 1.5
+# A Gram matrix loses small singular values to rounding, and each step taken on it magnifies that.
+# Computed anew from the matrix after so many steps, the Gram form is as exact as the direct one,
+# on matrices of low rank too; without, their null space blows up.
+_GRAM_RESTART = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3, torch.float64: 3}
+
+
+def default_ns_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on accelerators; float32 on a CPU, where it is the faster of the two."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The (a, b, c) of each Newton-Schulz step.
 
     Args:
-        coefficients: a name in ``COEFFICIENTS``, or one triple of numbers used in every step.
+        coefficients: a name in ``COEFFICIENTS``; or three numbers used in every step; or a
+            sequence of such triples, one a step, of which the last repeats.
         steps: how many steps; at least 1.
 
     Raises:
-        ValueError: for an unknown name, a sequence that is not three finite numbers, or
+        ValueError: for an unknown name, something that is not triples of finite numbers, or
             ``steps`` below 1.
     """
     if not isinstance(steps, int) or steps < 1:
@@ -43,16 +115,27 @@ def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             raise ValueError(
-                f"coefficients must be one of {tuple(COEFFICIENTS)} or three numbers, "
+                f"coefficients must be one of {tuple(COEFFICIENTS)}, three numbers, "
+                f"or triples of numbers, got {coefficients!r}"
+            )
+        table: Sequence[Triple] = COEFFICIENTS[coefficients]
+    else:
+        rows: list[Any] = [coefficients] if _is_triple(coefficients) else list(coefficients)
+        if not rows or not all(_is_triple(row) for row in rows):
+            raise ValueError(
+                "coefficients must be three finite numbers, or a sequence of such triples, "
                 f"got {coefficients!r}"
             )
-        table = COEFFICIENTS[coefficients]
-    else:
-        if len(coefficients) != 3 or not all(math.isfinite(value) for value in coefficients):
-            raise ValueError(f"coefficients must be three finite numbers, got {coefficients!r}")
-        a, b, c = coefficients
-        table = ((a, b, c),)
+        table = [(float(row[0]), float(row[1]), float(row[2])) for row in rows]
     return [table[min(step, len(table) - 1)] for step in range(steps)]
+
+
+def _is_triple(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
+    )
 
 
 def orthogonalize(
@@ -61,13 +144,16 @@ def orthogonalize(
     coefficients: Coefficients = "quintic",
     steps: int = 5,
     eps: float = 1e-7,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
+    form: Form = "auto",
 ) -> Tensor:
     """Replace the singular values of each matrix by values near one, keeping its singular vectors.
 
-    Newton-Schulz iteration on the Frobenius-normalised matrix, in the order of operations of
-    ``torch.optim.Muon``, so that results agree to the rounding of ``dtype``. A zero matrix stays
-    zero. Source: Muon (Keller Jordan, 2024); Moonlight, arXiv 2502.16982, section 2.1.
+    Newton-Schulz iteration on the Frobenius-normalised matrix. A zero matrix stays zero.
+    The direct form is the iteration as published (Keller Jordan, 2024; Moonlight, arXiv
+    2502.16982, section 2.1). The Gram form does the same on the Gram matrix of the shorter side
+    and meets the long side twice in all, instead of twice a step: about half the work from aspect
+    ratio 4 on. Both give the same polynomial, up to rounding.
 
     Args:
         matrices: [..., n, m], any floating dtype; each [n, m] slice is a matrix of its own. Not
@@ -75,7 +161,9 @@ def orthogonalize(
         coefficients: see ``coefficient_steps``.
         steps: number of iterations.
         eps: least Frobenius norm to divide by.
-        dtype: of the arithmetic and the result: bfloat16, float32 or float64.
+        dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
+            bfloat16 on accelerators, float32 on a CPU.
+        form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
         [..., n, m] in ``dtype``.
@@ -89,39 +177,101 @@ def orthogonalize(
             "matrices must be a real floating-point tensor [..., n, m], "
             f"got {matrices.dtype} of shape {tuple(matrices.shape)}"
         )
+    if dtype is None:
+        dtype = default_ns_dtype(matrices.device)
     if dtype not in NS_DTYPES:
         raise ValueError(f"dtype must be one of {NS_DTYPES}, got {dtype}")
+    if form not in get_args(Form):
+        raise ValueError(f"form must be one of {get_args(Form)}, got {form!r}")
     schedule = coefficient_steps(coefficients, steps)
 
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # the Gram matrix below is then the smaller of the two
-        x = x.mT
-    # The Frobenius norm is at least the spectral norm: singular values start in [0, 1].
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    batch: Tensor = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
+    x = _normalize(x, dtype, eps).reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    x = _gram_form(x, schedule) if _use_gram(x, form) else _direct_form(x, schedule)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _normalize(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """Divide by the Frobenius norm, which is at least the spectral norm: values lie in [0, 1]."""
+    if dtype != torch.float16:  # whose range a gradient may leave before it is normalised
+        x = x.to(dtype)
+    # Squares of float32 may overflow or vanish; summed in float64 they do not.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    normal: Tensor = x / norm.clamp(min=eps).to(x.dtype)
+    return normal.to(dtype)
+
+
+def _use_gram(x: Tensor, form: Form) -> bool:
+    # bfloat16's 8 bits are too few for a Gram matrix that is stepped on.
+    fit = x.dtype != torch.bfloat16 and x.size(-1) >= _GRAM_ASPECT * x.size(-2)
+    return form == "gram" or (form == "auto" and fit)
+
+
+def _direct_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+    """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x."""
     for a, b, c in schedule:
-        gram = batch @ batch.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        batch = torch.baddbmm(batch, polynomial, batch, beta=a)
-    return (batch.mT if tall else batch).reshape(matrices.shape)
+        gram = symmetric_product(x, x)
+        if c == 0:
+            x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
+        else:
+            polynomial = symmetric_product(gram, gram, c=gram, alpha=c, beta=b)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
-def update_scale(shape: Sequence[int], mode: AdjustLR = "match_rms_adamw") -> float:
+def _gram_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+    """The same map, as one polynomial in the Gram matrix applied to [b, n, m].
+
+    A step multiplies x by z = a + b r + c r², with r = xxᵀ; r becomes z r z, and the product of
+    all z is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
+    """
+    restart = _GRAM_RESTART[x.dtype]
+    for start in range(0, len(schedule), restart):
+        part = schedule[start : start + restart]
+        r = symmetric_product(x, x)
+        q: Tensor | None = None
+        for step, (a, b, c) in enumerate(part):
+            # z without its multiple of the identity, which the products below add.
+            z = b * r if c == 0 else symmetric_product(r, r, c=r, alpha=c, beta=b)
+            if q is None:
+                q = z.clone()
+                q.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                q = symmetric_product(q, z, c=q, beta=a)
+            if step + 1 < len(part):
+                half = symmetric_product(r, z, c=r, beta=a)
+                r = symmetric_product(half, z, c=half, beta=a)
+        assert q is not None
+        x = q @ x
+    return x
+
+
+def update_scale(
+    shape: Sequence[int], mode: AdjustLR = "match_rms_adamw", rms: float = 0.2
+) -> float:
     """The factor on an orthogonalized update of a matrix of this shape.
 
     Args:
-        shape: [..., n, m]; only the last two count, so stacked experts scale as one expert does.
-        mode: ``"match_rms_adamw"``, 0.2·√max(n, m): the update's root mean square is then that of
-            AdamW's, whose learning rate and weight decay carry over (Moonlight, arXiv 2502.16982,
-            section 2.2). ``"original"``, √max(1, n/m) (Keller Jordan, 2024).
+        shape: [..., n, m], outputs by inputs; only these two count, so that stacked experts scale
+            as one expert does.
+        mode: ``"match_rms_adamw"``, rms·√max(n, m): the update's root mean square is then ``rms``
+            for a full-rank gradient, as AdamW's, whose learning rate and weight decay carry over
+            (Moonlight, arXiv 2502.16982, section 2.2). ``"original"``, √max(1, n/m) (Keller
+            Jordan, 2024). ``"spectral"``, √(n/m): updates change every layer's outputs alike
+            (Bernstein, "Deriving Muon", 2025), and learning rates carry over widths. ``"none"``, 1.
+        rms: the root mean square to match; AdamW's is 0.2 to 0.4.
 
     Raises:
-        ValueError: if ``mode`` is neither.
+        ValueError: if ``mode`` is none of these.
     """
     n, m = shape[-2:]
     if mode == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(n, m))
+        return rms * math.sqrt(max(n, m))
     if mode == "original":
         return math.sqrt(max(1, n / m))
+    if mode == "spectral":
+        return math.sqrt(n / m)
+    if mode == "none":
+        return 1.0
     raise ValueError(f"mode must be one of {get_args(AdjustLR)}, got {mode!r}")

@@ -6,7 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
 
 Algorithm = Literal["muon", "adamw"]
 
@@ -24,14 +26,14 @@ class Assignment:
         parameter: the parameter itself.
         algorithm: ``"muon"``, ``"adamw"``, or None where it is frozen.
         reason: why, in a few words.
-        row_splits: rows of each matrix fused in it, or None where it is one matrix.
+        layout: the matrices that it stores, or None where it is one matrix or a plain stack.
     """
 
     name: str
     parameter: Tensor
     algorithm: Algorithm | None
     reason: str
-    row_splits: tuple[int, ...] | None = None
+    layout: MatrixLayout | None = None
 
 
 def choose_algorithm(
@@ -87,7 +89,7 @@ def assign(
     *,
     adamw: Sequence[str] = (),
     muon: Sequence[str] = (),
-    row_splits: Mapping[str, Sequence[int]] | None = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
 ) -> list[Assignment]:
     """Where every parameter of a model goes, in the model's order, shared ones once.
 
@@ -96,22 +98,24 @@ def assign(
     Args:
         model: any module.
         adamw: ``fnmatch`` patterns on names that go to AdamW whatever the rule says.
-        muon: the same for Muon. Matrices and stacks of matrices only.
-        row_splits: pattern on names -> rows of each matrix stored fused in such a parameter
-            (gate and up; query, key and value); they must add up to its rows.
+        muon: the same for Muon: matrices, stacks of matrices, and kernels of convolutions, each
+            of which is then one matrix [out, in * ...] a group.
+        layouts: pattern on names -> the matrices stored in such a parameter (gate and up fused,
+            heads, transposed storage); the first that matches counts.
+            ``muonclip.integrations`` finds those of known models.
 
     Raises:
         ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
-            or ``muon`` names a parameter that is not a matrix or stack of matrices.
+            ``muon`` names a parameter that is no matrix, or a layout does not fit.
     """
-    splits = {pattern: tuple(rows) for pattern, rows in (row_splits or {}).items()}
+    layouts = dict(layouts or {})
     owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(path, recurse=False):
             owners.setdefault(parameter, []).append((name, module))
 
     every_name = [name for names in owners.values() for name, _ in names]
-    for option, patterns in (("adamw", adamw), ("muon", muon), ("row_splits", splits)):
+    for option, patterns in (("adamw", adamw), ("muon", muon), ("layouts", layouts)):
         if isinstance(patterns, str):
             raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
         for pattern in patterns:
@@ -133,18 +137,31 @@ def assign(
         elif forced_adamw:
             algorithm, reason = "adamw", f"matches {forced_adamw!r}"
         elif forced_muon:
-            if parameter.ndim not in (2, 3):
-                raise ValueError(
-                    f"muon={forced_muon!r} matches {name} of shape {tuple(parameter.shape)}: "
-                    "Muon takes matrices [n, m] and stacks of matrices [E, n, m]"
-                )
             algorithm, reason = "muon", f"matches {forced_muon!r}"
         else:
             choices = [choose_algorithm(parameter, *owner) for owner in names]
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
-        split = splits.get(_first_match(names, splits) or "") if algorithm == "muon" else None
-        assignments.append(Assignment(name, parameter, algorithm, reason, split))
+        layout = None
+        if algorithm == "muon":
+            layout = layouts.get(_first_match(names, layouts) or "") or _kernel_layout(*names[0])
+            try:
+                (layout or WHOLE).check(parameter.shape)
+            except ValueError as error:
+                raise ValueError(f"{name} ({reason}): {error}") from None
+        assignments.append(Assignment(name, parameter, algorithm, reason, layout))
     return assignments
+
+
+def _kernel_layout(name: str, module: nn.Module) -> MatrixLayout | None:
+    """The matrices of a convolution's kernel, one a group of channels; None for other modules."""
+    if not isinstance(module, _ConvNd):
+        return None
+    if isinstance(module, _ConvTransposeNd):
+        raise ValueError(f"{name} is a transposed convolution, stored [in, out, ...]: use AdamW")
+    if module.groups == 1:
+        return MatrixLayout(flatten=True)
+    rows = module.out_channels // module.groups
+    return MatrixLayout((rows,), module.groups, separate=True, flatten=True)
 
 
 def _first_match(names: list[tuple[str, nn.Module]], patterns: Iterable[str]) -> str | None:
@@ -157,30 +174,30 @@ def param_groups(
     *,
     adamw: Sequence[str] = (),
     muon: Sequence[str] = (),
-    row_splits: Mapping[str, Sequence[int]] | None = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for ``MuonClip``: one per algorithm and row split, with names.
+    """Parameter groups for ``MuonClip``: one per algorithm and layout, with names.
 
     Frozen parameters are left out. ``print(describe(assign(model)))`` shows the same decision.
 
     Args:
-        model, adamw, muon, row_splits: as for ``assign``, with its errors.
+        model, adamw, muon, layouts: as for ``assign``, with its errors.
         options: put into every group, e.g. ``weight_decay=0.1``.
 
     Returns:
-        Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``row_splits``.
+        Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``layout``.
     """
-    groups: dict[tuple[Algorithm, tuple[int, ...] | None], dict[str, Any]] = {}
-    for item in assign(model, adamw=adamw, muon=muon, row_splits=row_splits):
+    groups: dict[tuple[Algorithm, MatrixLayout | None], dict[str, Any]] = {}
+    for item in assign(model, adamw=adamw, muon=muon, layouts=layouts):
         if item.algorithm is None:
             continue
-        key = (item.algorithm, item.row_splits)
+        key = (item.algorithm, item.layout)
         if key not in groups:
             groups[key] = {
                 "params": [],
                 "algorithm": item.algorithm,
-                "row_splits": item.row_splits,
+                "layout": item.layout,
                 **options,
             }
         groups[key]["params"].append((item.name, item.parameter))
@@ -194,8 +211,8 @@ def describe(assignments: Iterable[Assignment]) -> str:
     for item in assignments:
         algorithm = item.algorithm or "frozen"
         reason = item.reason
-        if item.row_splits:
-            reason += f", rows split {' + '.join(map(str, item.row_splits))}"
+        if item.layout is not None:
+            reason += f", {item.layout}"
         rows.append((item.name, "x".join(map(str, item.parameter.shape)), algorithm, reason))
         total = totals.setdefault(algorithm, [0, 0])
         total[0] += 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import muonclip
 from muonclip import AttentionLayout, MuonClip, QKClip
-from muonclip.integrations.megatron_core import attention_layouts, row_splits
+from muonclip.integrations.megatron_core import attention_layouts, matrix_layouts
 from pretrain.config import Config, OptimizerConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
@@ -90,14 +90,14 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         optimizer=optimizer,
         clip=clip,
         named=named,
-        assignment=muonclip.describe(muonclip.assign(model, row_splits=row_splits(model))),
+        assignment=muonclip.describe(muonclip.assign(model, layouts=matrix_layouts(model))),
     )
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[MuonClip, QKClip]:
     """MuonClip over language model and vision tower, and QK-Clip watching all their heads."""
     optimizer = MuonClip(
-        muonclip.param_groups(model, row_splits=row_splits(model)),
+        muonclip.param_groups(model, layouts=matrix_layouts(model)),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,

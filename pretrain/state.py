@@ -84,7 +84,7 @@ def _restore(run: Run) -> int:
 
 
 def _device(key: str, parameter: Tensor) -> torch.device:
-    # AdamW reads its step count on the host.
+    # The optimizer moves a step count to where it reads it.
     return torch.device("cpu") if key.endswith(".step") else parameter.device
 
 

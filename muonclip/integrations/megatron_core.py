@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
+from muonclip.matrix_layouts import MatrixLayout
 
 
 def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
@@ -35,47 +36,87 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
     return layouts
 
 
-def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameters that hold several matrices of the model one below the other, for ``param_groups``.
+def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, MatrixLayout]:
+    """The matrices of the model that its parameters fuse, for ``param_groups``.
 
-    These are gate and up in ``linear_fc1`` of gated MLPs (experts too), and in MLA's
-    ``linear_kv_down_proj`` the latent and the shared rotary key.
+    These are gate and up in ``linear_fc1`` of gated MLPs (experts too); query, key and value in
+    ``linear_qkv``; in MLA, the latent and the shared rotary key of ``linear_kv_down_proj``, and
+    each head's key and value of ``linear_kv_up_proj``; the experts that ``GroupedMLP`` keeps side
+    by side. Under tensor parallelism they describe the whole parameter, as ``shardings`` puts it
+    together.
 
     Args:
         model: a GPTModel or any module around one.
+        per_head: orthogonalize the query, key and value rows of each head on their own.
 
     Returns:
-        Parameter name -> rows of each matrix.
-
-    Raises:
-        ValueError: for a parameter whose matrices cannot be told apart here: experts in
-            ``GroupedMLP`` (stored transposed and side by side), or a ``linear_kv_down_proj``
-            sharded by tensor parallelism.
+        Parameter name -> its layout.
     """
-    splits: dict[str, tuple[int, ...]] = {}
+    layouts: dict[str, MatrixLayout] = {}
     for name, module in model.named_modules():
-        if _is_a(module, "GroupedMLP"):
-            raise ValueError(
-                f"{name}: GroupedMLP stores its experts side by side; use SequentialMLP "
-                "(moe_grouped_gemm=False) or TEGroupedMLP"
-            )
         config = getattr(module, "config", None)
+        if config is None:
+            continue
+        ranks = getattr(config, "tensor_model_parallel_size", 1)
+        if _is_a(module, "GroupedMLP"):
+            layouts |= _grouped(name, module, config)
         fc1 = getattr(module, "linear_fc1", None)
         if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
             for weight_name, weight in _weights(fc1):
                 half = weight.size(0) // 2
-                splits[_join(name, "linear_fc1", weight_name)] = (half, half)
-        if config is not None and _is_a(module, "MLASelfAttention"):
-            rows = (config.kv_lora_rank, config.qk_pos_emb_head_dim)
-            for weight_name, weight in _weights(module.linear_kv_down_proj):
-                full_name = _join(name, "linear_kv_down_proj", weight_name)
-                if weight.size(0) != sum(rows):
-                    raise ValueError(
-                        f"{full_name} has {weight.size(0)} of {sum(rows)} rows: it is sharded by "
-                        "tensor parallelism, and its matrices must be gathered first"
-                    )
-                splits[full_name] = rows
-    return splits
+                # Each tensor-parallel rank has its rows of gate, then its rows of up.
+                layouts[_join(name, "linear_fc1", weight_name)] = MatrixLayout(
+                    (half, half), repeats=ranks if _is_cut(weight) else 1
+                )
+        if _is_a(module, "MLASelfAttention"):
+            heads = config.num_attention_heads
+            down = (config.kv_lora_rank, config.qk_pos_emb_head_dim)
+            up = (config.qk_head_dim, config.v_head_dim)
+            query = (config.qk_head_dim, config.qk_pos_emb_head_dim)
+            query_name = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+            fused = {
+                "linear_kv_down_proj": MatrixLayout(down),
+                "linear_kv_up_proj": MatrixLayout(up, heads, separate=per_head),
+            }
+            if per_head:
+                fused[query_name] = MatrixLayout(query, heads, separate=True)
+        elif _is_a(module, "SelfAttention"):
+            fused = {"linear_qkv": _qkv(config, per_head)}
+        else:
+            continue
+        for linear, layout in fused.items():
+            for weight_name, _ in _weights(getattr(module, linear)):
+                layouts[_join(name, linear, weight_name)] = layout
+    return layouts
+
+
+def _qkv(config: Any, per_head: bool) -> MatrixLayout:
+    """Megatron's order: for each key group its queries, (their gates,) its key, its value."""
+    dim, groups = config.kv_channels, config.num_query_groups
+    queries = config.num_attention_heads // groups
+    parts = 2 if getattr(config, "attention_output_gate", False) else 1
+    if per_head:
+        return MatrixLayout((dim,) * (queries * parts + 2), groups, separate=True)
+    return MatrixLayout((*(queries * dim,) * parts, dim, dim), groups)
+
+
+def _grouped(name: str, module: Any, config: Any) -> dict[str, MatrixLayout]:
+    """GroupedMLP: weight1 [hidden, experts * ffn] and weight2 [experts * ffn, hidden]."""
+    experts = module.num_local_experts
+    first = module.weight1.size(1) // experts
+    second = module.weight2.size(0) // experts
+    blocks = (first // 2, first // 2) if config.gated_linear_unit else (first,)
+    return {
+        _join(name, "weight1"): MatrixLayout(blocks, experts, separate=True, transposed=True),
+        _join(name, "weight2"): MatrixLayout((second,), experts, separate=True),
+    }
+
+
+def _is_cut(weight: Tensor) -> bool:
+    """Whether tensor parallelism left this rank a part of the rows."""
+    return bool(getattr(weight, "tensor_model_parallel", False)) and (
+        getattr(weight, "partition_dim", -1) == 0
+    )
 
 
 def _mla(module: Any) -> AttentionLayout:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from muonclip import QKClip, assign, max_logits
+from muonclip import MatrixLayout, QKClip, assign, max_logits
 from muonclip.integrations import megatron_core
 from tests.distributed.launch import launch
 
@@ -25,6 +25,7 @@ class MLASelfAttention(nn.Module):
             qk_head_dim=4,
             qk_pos_emb_head_dim=2,
             v_head_dim=3,
+            num_attention_heads=3,
         )
         self.num_attention_heads_per_partition = 3
         if q_lora_rank is None:
@@ -39,7 +40,9 @@ class MLASelfAttention(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, *, world_size: int = 1, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(num_query_groups=2, attention_output_gate=False)
+        self.config = SimpleNamespace(
+            num_query_groups=2, num_attention_heads=4, kv_channels=4, attention_output_gate=False
+        )
         self.world_size = world_size
         self.num_attention_heads_per_partition = 4
         self.num_query_groups_per_partition = 2
@@ -60,7 +63,12 @@ class MLP(nn.Module):
 
 
 class GroupedMLP(nn.Module):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(gated_linear_unit=True)
+        self.num_local_experts = 3
+        self.weight1 = nn.Parameter(torch.zeros(16, 3 * 12))
+        self.weight2 = nn.Parameter(torch.zeros(3 * 6, 16))
 
 
 class Mamba(nn.Module):
@@ -84,18 +92,40 @@ def test_layouts_of_a_hybrid_model() -> None:
     QKClip(layouts).step()
 
 
-def test_row_splits_feed_param_groups() -> None:
+def test_fused_matrices_feed_param_groups() -> None:
+    """MLM#7077, MLM#4731: gate and up, or query, key and value, in one Newton-Schulz."""
     model = nn.ModuleDict(
-        {"attention": MLASelfAttention(6), "gated": MLP(True), "plain": MLP(False)}
+        {
+            "mla": MLASelfAttention(6),
+            "gqa": SelfAttention(),
+            "gated": MLP(True),
+            "plain": MLP(False),
+            "grouped": GroupedMLP(),
+        }
     )
-    splits = megatron_core.row_splits(model)
-    assert splits == {
-        "attention.linear_kv_down_proj.weight": (8, 2),
-        "gated.linear_fc1.weight": (12, 12),
+    layouts = megatron_core.matrix_layouts(model)
+    assert layouts == {
+        "mla.linear_kv_down_proj.weight": MatrixLayout((8, 2)),
+        "mla.linear_kv_up_proj.weight": MatrixLayout((4, 3), 3),
+        "gqa.linear_qkv.weight": MatrixLayout((8, 4, 4), 2),
+        "gated.linear_fc1.weight": MatrixLayout((12, 12)),
+        "grouped.weight1": MatrixLayout((6, 6), 3, separate=True, transposed=True),
+        "grouped.weight2": MatrixLayout((6,), 3, separate=True),
     }
-    placed = {item.name: item.row_splits for item in assign(model, row_splits=splits)}
-    assert placed["gated.linear_fc1.weight"] == (12, 12)
+    placed = {item.name: item.layout for item in assign(model, layouts=layouts)}
+    assert placed["gated.linear_fc1.weight"] == MatrixLayout((12, 12))
     assert placed["plain.linear_fc1.weight"] is None
+
+
+def test_each_head_on_its_own() -> None:
+    model = nn.ModuleDict({"mla": MLASelfAttention(6), "gqa": SelfAttention()})
+    layouts = megatron_core.matrix_layouts(model, per_head=True)
+    assert layouts == {
+        "mla.linear_kv_down_proj.weight": MatrixLayout((8, 2)),
+        "mla.linear_kv_up_proj.weight": MatrixLayout((4, 3), 3, separate=True),
+        "mla.linear_q_up_proj.weight": MatrixLayout((4, 2), 3, separate=True),
+        "gqa.linear_qkv.weight": MatrixLayout((4, 4, 4, 4), 2, separate=True),
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,12 +140,6 @@ def test_row_splits_feed_param_groups() -> None:
             megatron_core.attention_layouts,
             SelfAttention(world_size=4),
             "0 has 2 key groups on 4 tensor-parallel ranks",
-        ),
-        (megatron_core.row_splits, GroupedMLP(), "0: GroupedMLP stores its experts side by side"),
-        (
-            megatron_core.row_splits,
-            MLASelfAttention(None, kv_down_rows=5),
-            "0.linear_kv_down_proj.weight has 5 of 10 rows",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def test_agrees_with_torch_to_rounding(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape) * 1e-3
     expected = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-    result = orthogonalize(matrix)
+    result = orthogonalize(matrix, dtype=torch.bfloat16)
     assert result.dtype == torch.bfloat16
     assert torch.allclose(result.float(), expected.float(), atol=0.02)
 
@@ -108,10 +108,11 @@ def test_empty_batch() -> None:
         (torch.zeros(3), {}, "matrices must be"),
         (torch.zeros(3, 3, dtype=torch.complex64), {}, "matrices must be"),
         (torch.zeros(3, 3), {"steps": 0}, "steps must be"),
-        (torch.zeros(3, 3), {"coefficients": "cubic"}, "coefficients must be one of"),
+        (torch.zeros(3, 3), {"coefficients": "septic"}, "coefficients must be one of"),
         (torch.zeros(3, 3), {"coefficients": (1.0, 2.0)}, "three finite numbers"),
         (torch.zeros(3, 3), {"coefficients": (1.0, 2.0, float("nan"))}, "three finite numbers"),
-        (torch.zeros(3, 3), {"dtype": torch.float16}, "dtype must be one of"),
+        (torch.zeros(3, 3), {"dtype": torch.int8}, "dtype must be one of"),
+        (torch.zeros(3, 3), {"form": "cubic"}, "form must be one of"),
     ],
 )
 def test_errors_name_the_argument(matrices: Tensor, options: dict, message: str) -> None:
@@ -122,6 +123,7 @@ def test_errors_name_the_argument(matrices: Tensor, options: dict, message: str)
 def test_coefficients_repeat_the_last_triple() -> None:
     assert coefficient_steps("quintic", 3) == [(3.4445, -4.7750, 2.0315)] * 3
     assert coefficient_steps([1, 2, 3], 2) == [(1, 2, 3)] * 2
+    assert coefficient_steps([(1, 2, 3), (4, 5, 6)], 3) == [(1, 2, 3), (4, 5, 6), (4, 5, 6)]
 
 
 def test_update_scale() -> None:
@@ -129,8 +131,11 @@ def test_update_scale() -> None:
     assert update_scale((8, 16, 64)) == pytest.approx(0.2 * 8)  # experts do not count
     assert update_scale((64, 16), "original") == pytest.approx(2)
     assert update_scale((16, 64), "original") == 1
+    assert update_scale((16, 64), "spectral") == pytest.approx(0.5)
+    assert update_scale((16, 64), "none") == 1
+    assert update_scale((16, 64), rms=0.4) == pytest.approx(0.4 * 8)
     with pytest.raises(ValueError, match="mode must be one of"):
-        update_scale((2, 2), "spectral")  # type: ignore[arg-type]
+        update_scale((2, 2), "nuclear")  # type: ignore[arg-type]
 
 
 def test_matched_update_has_adamw_root_mean_square() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from muonclip import MuonClip, assign, choose_algorithm, describe, param_groups
+from muonclip import MatrixLayout, MuonClip, assign, choose_algorithm, describe, param_groups
 
 
 class Vision(nn.Module):
@@ -88,13 +88,15 @@ def test_a_gated_units_gate_is_no_router() -> None:
 
 def test_groups_are_what_the_optimizer_takes() -> None:
     model = Model()
-    optimizer = MuonClip(param_groups(model, row_splits={"gate_proj.weight": (8, 8)}), lr=0.1)
+    optimizer = MuonClip(
+        param_groups(model, layouts={"gate_proj.weight": MatrixLayout((8, 8))}), lr=0.1
+    )
     placed = {
-        name: (group["algorithm"], group["row_splits"])
+        name: (group["algorithm"], group["layout"])
         for group in optimizer.param_groups
         for name in group["param_names"]
     }
-    assert placed["gate_proj.weight"] == ("muon", (8, 8))
+    assert placed["gate_proj.weight"] == ("muon", MatrixLayout((8, 8)))
     assert placed["vision.mlp.weight"] == ("muon", None)
     assert placed["tok.weight"] == ("adamw", None)
     assert set(placed) == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -125,9 +127,12 @@ def test_patterns_override() -> None:
     ("options", "message"),
     [
         ({"adamw": ["nothing.*"]}, "adamw: the pattern 'nothing.\\*' matches no parameter"),
-        ({"row_splits": {"typo": (1, 2)}}, "row_splits: the pattern 'typo' matches no"),
+        ({"layouts": {"typo": MatrixLayout((1, 2))}}, "layouts: the pattern 'typo' matches no"),
         ({"adamw": ["router.*"], "muon": ["router.*"]}, "router.weight matches adamw=.* and muon="),
-        ({"muon": ["norm.weight"]}, r"muon='norm.weight' matches norm.weight of shape \(8,\)"),
+        (
+            {"muon": ["norm.weight"]},
+            r"norm.weight \(matches .*\): shape \(8,\) is no matrix",
+        ),
         ({"adamw": "router.weight"}, "adamw must be a list of patterns"),
     ],
 )
@@ -138,12 +143,12 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 
 def test_describe_shows_all_and_adds_up() -> None:
     model = Model()
-    text = describe(assign(model, row_splits={"gate_proj.weight": (8, 8)}))
+    text = describe(assign(model, layouts={"gate_proj.weight": MatrixLayout((8, 8))}))
     lines = text.splitlines()
     for name, parameter in model.named_parameters():
         line = next(line for line in lines if line.split()[0] == name)
         assert "x".join(map(str, parameter.shape)) in line
-    assert "rows split 8 + 8" in text
+    assert "rows 8 + 8" in text
     totals = [line for line in lines if "tensors" in line]
     counted = sum(int(line.split()[3].replace(",", "")) for line in totals)
     assert counted == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,263 @@
+"""What may go into the optimizer: options, parameters, gradients, saved state. Errors name both
+what is wrong and the way out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from numbers import Real
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
+from muonclip.param_groups import Algorithm, choose_algorithm
+from muonclip.update import WeightDecayMode
+
+STATE_KEYS: dict[str, set[str]] = {
+    "muon": {"momentum_buffer"},
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+}
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "adjust_lr": get_args(AdjustLR),
+    "weight_decay_mode": get_args(WeightDecayMode),
+    "nonfinite": ("raise", "skip", "ignore"),
+    "ns_dtype": (None, *NS_DTYPES),
+    "momentum_dtype": (None, torch.bfloat16, torch.float16, torch.float32, torch.float64),
+}
+
+
+class Entry(NamedTuple):
+    """A parameter on its way into a group; ``label`` is what errors call it."""
+
+    name: str | None
+    param: Tensor
+    label: str
+
+
+def label(group: Mapping[str, Any], index: int) -> str:
+    """What errors call a parameter: its name, or its place in its group."""
+    names = group.get("param_names", [])
+    if index < len(names):
+        return f"parameter {names[index]!r}"
+    return f"parameter number {index} of the {group.get('algorithm')} group"
+
+
+# ---------------------------------------------------------------------- options
+
+
+def options(values: Mapping[str, Any]) -> None:
+    """Raise for an option out of range, naming it."""
+    capturable = values["capturable"]
+    for option in (
+        "lr", "weight_decay", "eps", "update_rms", "adamw_lr", "adamw_eps", "adamw_weight_decay"
+    ):  # fmt: skip
+        value = values[option]
+        if value is None and option in ("adamw_lr", "adamw_weight_decay"):
+            continue
+        if option in ("lr", "adamw_lr") and isinstance(value, Tensor):
+            if not capturable or value.ndim:
+                raise TypeError(
+                    f"{option} must be a number, or with capturable=True a 0-d tensor, "
+                    f"got a tensor of shape {tuple(value.shape)}"
+                )
+            continue
+        _number(option, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{option} must be at least 0 and finite, got {value}")
+    betas = values["adamw_betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"adamw_betas must be two numbers, got {betas!r}")
+    for option, value in (
+        ("momentum", values["momentum"]),
+        ("momentum_warmup_start", values["momentum_warmup_start"]),
+        ("adamw_betas[0]", betas[0]),
+        ("adamw_betas[1]", betas[1]),
+    ):
+        _number(option, value)
+        if not 0 <= value < 1:
+            raise ValueError(f"{option} must be in [0, 1), got {value}")
+    try:
+        coefficient_steps(values["ns_coefficients"], values["ns_steps"])
+    except ValueError as error:  # names coefficients or steps
+        raise ValueError(f"ns_{error}") from None
+    for option, choices in _CHOICES.items():
+        if values[option] not in choices:
+            raise ValueError(f"{option} must be one of {choices}, got {values[option]!r}")
+    warmup = values["momentum_warmup_steps"]
+    if not isinstance(warmup, int) or warmup < 0:
+        raise ValueError(f"momentum_warmup_steps must be a count of steps, got {warmup!r}")
+    if not isinstance(values["layout"], (MatrixLayout, type(None))):
+        raise TypeError(f"layout must be a MatrixLayout, got {values['layout']!r:.80}")
+    if values["master_weights"] and values["stochastic_rounding"]:
+        raise ValueError("master_weights and stochastic_rounding exclude each other: choose one")
+    if capturable:
+        # A captured step repeats the numbers it was captured with.
+        for option, wrong in (
+            ("momentum_warmup_steps", warmup > 0),
+            ("stochastic_rounding", values["stochastic_rounding"]),
+            ("nonfinite", values["nonfinite"] == "raise"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"capturable=True cannot be joined with {option}={values[option]!r}"
+                    + (": use 'skip' or 'ignore'" if option == "nonfinite" else "")
+                )
+
+
+def _number(option: str, value: Any) -> None:
+    # A tensor would be shared between groups, and a scheduler would then move it twice.
+    if not isinstance(value, Real):
+        raise TypeError(f"{option} must be a number, got {type(value).__name__}")
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+def entries(params: Any, group_index: int) -> list[Entry]:
+    """The tensors of a group, with their names where given, checked one by one."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must be ordered, e.g. a list: a set's order changes between runs")
+    result = []
+    for index, item in enumerate(params):
+        name, param = item if isinstance(item, tuple) else (None, item)
+        where = repr(name) if name is not None else f"number {index} of group {group_index}"
+        if not isinstance(param, Tensor):
+            raise TypeError(f"parameter {where} must be a Tensor, got {type(param).__name__}")
+        text = f"parameter {where} of shape {tuple(param.shape)}"
+        if not param.is_floating_point():
+            raise ValueError(f"{text} is {param.dtype}; MuonClip needs real floating point")
+        if param.layout != torch.strided:
+            raise ValueError(f"{text} is sparse; MuonClip needs dense tensors")
+        if not (param.is_leaf or param.retains_grad):
+            raise ValueError(f"{text} is computed from others; MuonClip updates leaf tensors only")
+        result.append(Entry(name, param, text))
+    if len({entry.name is None for entry in result}) > 1:
+        unnamed = next(entry for entry in result if entry.name is None)
+        raise ValueError(f"either all parameters have names or none: {unnamed.label} has none")
+    return result
+
+
+def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for a parameter that is there already, or names where the others have none."""
+    known = {id(p) for group in groups for p in group["params"]}
+    for entry in added:
+        if id(entry.param) in known:
+            raise ValueError(f"{entry.label} is given twice: list every parameter once")
+        known.add(id(entry.param))
+    for group in groups:
+        if added and ("param_names" in group) != (added[0].name is not None):
+            raise ValueError(
+                "either all parameters have names or none: "
+                f"{added[0].label} differs from the groups before it"
+            )
+
+
+def divide(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
+    """The entries by algorithm: all in the named one, or each by ``choose_algorithm``."""
+    if algorithm not in (None, *get_args(Algorithm)):
+        first = members[0].label if members else "an empty group"
+        raise ValueError(f"algorithm must be 'muon' or 'adamw', got {algorithm!r} for {first}")
+    if algorithm is not None or not members:
+        return {algorithm or "muon": members}
+    divided: dict[Algorithm, list[Entry]] = {}
+    for entry in members:
+        divided.setdefault(choose_algorithm(entry.param, entry.name)[0], []).append(entry)
+    return divided
+
+
+def matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) -> None:
+    """Raise unless a parameter, of which this is the whole's shape, is one or more matrices."""
+    if math.prod(shape) == 0:
+        raise ValueError(f"{entry.label} has no elements: leave it out")
+    try:
+        (layout or WHOLE).check(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{entry.label} cannot go to Muon as it is: {error}. Give it algorithm='adamw', or "
+            "the layout of its matrices"
+        ) from None
+
+
+def gradients(group: Mapping[str, Any]) -> None:
+    """Raise for a gradient of the wrong kind."""
+    for index, p in enumerate(group["params"]):
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{label(group, index)} has a sparse gradient; MuonClip needs dense ones "
+                "(nn.Embedding(sparse=False))"
+            )
+
+
+# ---------------------------------------------------------------------- precision
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a parameter's update is computed in: float32, or what is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a float32 copy of the parameter is stepped in its place."""
+    return bool(group["master_weights"]) and param.dtype in _LOW_PRECISION
+
+
+def rounds(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the parameter is rounded at random."""
+    return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
+
+
+def state_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """Of moments, where nothing else is asked for."""
+    wide = wants_master(group, param) or rounds(group, param)
+    return torch.float32 if wide else param.dtype
+
+
+# ---------------------------------------------------------------------- saved state
+
+
+def loadable(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Raise unless ``state_dict`` fits the parameters one to one."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
+    for group, saved in zip_longest(groups, state_dict["param_groups"]):
+        _both(group, saved, group, saved, 0)
+        algorithm = group["algorithm"]
+        for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
+            _both(param, key, group, saved, index)
+            name = label(group, index)
+            if saved.get("algorithm") != algorithm:
+                raise ValueError(
+                    f"{name} is trained by {algorithm}, but its saved state is of "
+                    f"{saved.get('algorithm') or 'another optimizer'}: "
+                    "group the parameters as when it was saved"
+                )
+            state = state_dict["state"].get(key, {})
+            if state and state.keys() - {"master"} != STATE_KEYS[algorithm]:
+                raise ValueError(
+                    f"{name}: the saved state has {sorted(state)}, "
+                    f"{algorithm} needs {sorted(STATE_KEYS[algorithm])}"
+                )
+            for what, value in state.items():
+                if what != "step" and value.shape != param.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(param.shape)}, "
+                        f"but its saved {what} has {tuple(value.shape)}"
+                    )
+
+
+def _both(ours: Any, theirs: Any, group: Any, saved: Any, index: int) -> None:
+    """Raise if only one side has the parameter at this place."""
+    for present, absent, owner, side in (
+        (ours, theirs, group, "saved state"),
+        (theirs, ours, saved, "optimizer"),
+    ):
+        if present is not None and absent is None:
+            raise ValueError(
+                f"the {side} has nothing for {label(owner, index)}: "
+                "load a state saved from the same parameters in the same groups"
+            )

@@ -1,0 +1,171 @@
+"""A step of Muon over several ranks: plan once, then exchange, orthogonalize, exchange, apply."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muonclip.distributed.exchange import Exchange
+from muonclip.distributed.plan import Unit, assign_owners, make_buckets, make_units
+from muonclip.distributed.sharding import Block, Sharding, group_of, own_block
+from muonclip.muon import Item, apply, orthogonalize_parameters, pre_orthogonalize, step_alone
+
+# Whole parameters of about this many elements a rank travel at a time.
+_BUCKET_ELEMENTS = 2**24
+
+
+class SharedWork:
+    """Who orthogonalizes what, for one list of parameters, and the step itself.
+
+    Matrices of which ranks hold parts, or copies, get an owner each, balanced by cost. Buckets of
+    them are under way to their owners while others are worked on.
+
+    Args:
+        items: the parameters of a step, in the same order on every rank that holds them.
+        process_group: ranks that hold copies of the plain tensors without a sharding, or None.
+        shardings: of plain tensors that are parts.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        process_group: dist.ProcessGroup | None,
+        shardings: Mapping[Tensor, Sharding],
+    ) -> None:
+        self._handles = [item.handle for item in items]
+        placed = _shardings_of(items, process_group, shardings)
+        self._alone = [
+            index
+            for index, item in enumerate(items)
+            if (found := placed.get(index)) is None or _is_whole(item, found)
+        ]
+        self._block: dict[int, Block] = {}
+        self._exchanges: list[Exchange] = []
+        shared: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
+        groups: dict[int, dist.ProcessGroup] = {}
+        for index in sorted(set(range(len(items))) - set(self._alone)):
+            sharding = placed[index]
+            self._block[index] = sharding.blocks[sharding.rank]
+            groups[id(sharding.group)] = sharding.group
+            item = items[index]
+            shared[id(sharding.group), item.ns_dtype, item.param.device].append(index)
+        # Ranks meet in several groups: all must come to them in the same order.
+        for key in sorted(shared, key=lambda key: (_order(groups[key[0]]), str(key[1:]))):
+            group = groups[key[0]]
+            size = dist.get_world_size(group)
+            units = [
+                unit
+                for index in shared[key]
+                for unit in make_units(
+                    index,
+                    placed[index].shape,
+                    placed[index].blocks,
+                    size if len(items[index].shape) == 3 and not items[index].layout.flatten else 1,
+                    _cost(items[index]),
+                )
+            ]
+            owners = assign_owners(units, size)
+            for bucket in make_buckets(units, owners, _BUCKET_ELEMENTS * size):
+                self._exchanges.append(Exchange(bucket, group, key[1], key[2]))
+
+    def fits(self, items: Sequence[Item]) -> bool:
+        """Whether the plan is for these parameters."""
+        return len(items) == len(self._handles) and all(
+            item.handle is handle for item, handle in zip(items, self._handles, strict=True)
+        )
+
+    def step(self, items: Sequence[Item], found: Tensor | None) -> None:
+        """Update the parameters. A collective call of all ranks that hold any of them."""
+        pipeline = self._exchanges
+        if pipeline:
+            self._send(pipeline[0], items, found)
+        step_alone([items[index] for index in self._alone], found)
+        for place, exchange in enumerate(pipeline):
+            if place + 1 < len(pipeline):
+                self._send(pipeline[place + 1], items, found)
+            self._work(exchange, items)
+            if place:
+                self._apply(pipeline[place - 1], items, found)
+        if pipeline:
+            self._apply(pipeline[-1], items, found)
+
+    def _part(self, unit: Unit, item: Item, rank: int) -> Item:
+        """What this rank holds of a unit."""
+        block = self._block[unit.item]
+        return item.narrow(lambda tensor: unit.view(tensor, rank, block), unit.first)
+
+    def _send(self, exchange: Exchange, items: Sequence[Item], found: Tensor | None) -> None:
+        # Copies of a block all keep the momentum; one of them sends it.
+        silent = [self._part(unit, items[unit.item], exchange.rank) for unit in exchange.unsent]
+        pre_orthogonalize(silent, found, ahead=False)
+
+        def blocks(units: Sequence[Unit]) -> list[Tensor]:
+            parts = [self._part(unit, items[unit.item], exchange.rank) for unit in units]
+            return pre_orthogonalize(parts, found)
+
+        exchange.send(blocks)
+
+    def _work(self, exchange: Exchange, items: Sequence[Item]) -> None:
+        whole = exchange.receive()
+        mine = [items[unit.item] for unit in exchange.mine]
+        exchange.send_back(orthogonalize_parameters(mine, whole))
+
+    def _apply(self, exchange: Exchange, items: Sequence[Item], found: Tensor | None) -> None:
+        results = exchange.receive_back()
+        parts = [self._part(unit, items[unit.item], exchange.rank) for unit, _ in results]
+        apply(parts, [update for _, update in results], found)
+
+
+def _shardings_of(
+    items: Sequence[Item],
+    process_group: dist.ProcessGroup | None,
+    shardings: Mapping[Tensor, Sharding],
+) -> dict[int, Sharding]:
+    """The sharding of every parameter that has one, by its place in the step."""
+    placed: dict[int, Sharding] = {}
+    asked: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+    for index, item in enumerate(items):
+        group: dist.ProcessGroup | None = None
+        if isinstance(item.handle, DTensor):
+            group = group_of(item.handle)
+        elif item.handle in shardings:
+            group = shardings[item.handle].group
+        else:
+            group = process_group
+        if group is not None:
+            asked.setdefault(id(group), (group, []))[1].append(index)
+    for group, indices in sorted(asked.values(), key=lambda pair: _order(pair[0])):
+        # Also where each rank could tell by itself: that all update the same parameters is
+        # checked on the way, where a difference would otherwise be a hang.
+        parts = []
+        for index in indices:
+            handle = items[index].handle
+            if isinstance(handle, DTensor):
+                block = own_block(handle)
+            elif handle in shardings:
+                declared = shardings[handle]
+                block = declared.blocks[declared.rank]
+            else:
+                block = Block((0,) * handle.ndim, tuple(handle.shape))
+            parts.append((items[index].shape, block))
+        placed |= dict(zip(indices, Sharding.gather(parts, group), strict=True))
+    return placed
+
+
+def _is_whole(item: Item, sharding: Sharding) -> bool:
+    """Whether this rank can orthogonalize what it holds by itself, and nobody else does."""
+    return len(sharding.blocks) == 1 or (sharding.is_local and not item.layout.flatten)
+
+
+def _order(group: dist.ProcessGroup) -> tuple[int, list[int]]:
+    ranks = dist.get_process_group_ranks(group)
+    return -len(ranks), ranks
+
+
+def _cost(item: Item) -> float:
+    """Multiply-adds of a Newton-Schulz step of all matrices of a parameter, about."""
+    matrices = item.layout.split(torch.empty(item.shape, device="meta"))
+    return float(sum(m.size(0) * min(m.shape[-2:]) ** 2 * sum(m.shape[-2:]) for m in matrices))

@@ -1,0 +1,204 @@
+"""Muon's step for whole parameters, or for the parts of them that a rank holds."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muonclip import checks
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.orthogonalize import default_ns_dtype, orthogonalize, update_scale
+from muonclip.update import (
+    Scalar,
+    decay_and_apply,
+    look_ahead,
+    round_stochastically,
+    update_momentum,
+)
+
+# Matrices are worked on in batches of about this many elements (or one parameter), which bounds
+# the memory of a step; matrices this large keep a device busy without company.
+_BATCH_ELEMENTS = 2**24
+
+
+class Item(NamedTuple):
+    """A Muon parameter in a step: what this rank holds of everything that belongs to it.
+
+    Attributes:
+        handle: the parameter itself.
+        param: its local tensor; ``target``: what is updated: it, or its master copy.
+        gradient, buffer: local.
+        group: its options.
+        shape: of the whole parameter.
+        seed: its own, for rounding.
+    """
+
+    handle: Tensor
+    param: Tensor
+    target: Tensor
+    gradient: Tensor
+    buffer: Tensor
+    group: dict[str, Any]
+    shape: tuple[int, ...]
+    seed: tuple[int, ...]
+
+    @property
+    def layout(self) -> MatrixLayout:
+        return self.group["layout"] or WHOLE
+
+    @property
+    def ns_dtype(self) -> torch.dtype:
+        return self.group["ns_dtype"] or default_ns_dtype(self.param.device)
+
+    def narrow(self, view: Callable[[Tensor], Tensor], first: int) -> "Item":
+        """The same for a part of its tensors; ``first`` tells parts apart."""
+        return self._replace(
+            seed=(*self.seed, first),
+            param=view(self.param),
+            target=view(self.target),
+            gradient=view(self.gradient),
+            buffer=view(self.buffer),
+        )
+
+
+def step_alone(items: Sequence[Item], found: Tensor | None) -> None:
+    """Muon's step for parameters that this rank holds whole."""
+    for batch in _batches(items):
+        updates = pre_orthogonalize(batch, found)
+        apply(batch, orthogonalize_parameters(batch, updates), found)
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Batches of about ``_BATCH_ELEMENTS``, of like shapes where possible, on one device."""
+    alike = defaultdict(list)
+    for item in items:
+        if item.param.numel():
+            alike[item.param.device, item.ns_dtype, item.shape[-2:]].append(item)
+    batch: list[Item] = []
+    elements, kind = 0, None
+    for (device, dtype, _), members in alike.items():
+        for item in members:
+            size = item.param.numel()
+            if batch and (elements + size > _BATCH_ELEMENTS or kind != (device, dtype)):
+                yield batch
+                batch, elements = [], 0
+            kind = device, dtype
+            batch.append(item)
+            elements += size
+    if batch:
+        yield batch
+
+
+def pre_orthogonalize(
+    items: Sequence[Item], found: Tensor | None, *, ahead: bool = True
+) -> list[Tensor]:
+    """Update the momentum of parameters or parts of them.
+
+    Returns:
+        What is then to be orthogonalized, unless ``ahead`` is false.
+    """
+    updates: list[Tensor] = [torch.empty(0)] * len(items)
+    for indices in _by_group(items).values():
+        options = items[indices[0]].group
+        momentum = momentum_now(options)
+        buffers = [items[index].buffer for index in indices]
+        gradients = [items[index].gradient for index in indices]
+        if found is not None:  # a step that is skipped takes the momentum for the gradient
+            gradients = [
+                torch.where(found == 0, g.to(b.dtype), b)
+                for g, b in zip(gradients, buffers, strict=True)
+            ]
+        update_momentum(buffers, gradients, momentum)
+        if ahead:
+            moved = look_ahead(buffers, gradients, momentum, options["nesterov"])
+            for index, update in zip(indices, moved, strict=True):
+                updates[index] = update
+    return updates
+
+
+def orthogonalize_parameters(items: Sequence[Item], updates: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalize and scale every matrix of the model in these updates.
+
+    Args:
+        items: their parameters; only options and layouts are read.
+        updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices).
+
+    Returns:
+        The same shapes, in the dtype of Newton-Schulz.
+    """
+    matrices = [
+        item.layout.split(update.to(item.ns_dtype))
+        for item, update in zip(items, updates, strict=True)
+    ]
+    # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
+    alike: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    for index, parts in enumerate(matrices):
+        options = items[index].group
+        for place, part in enumerate(parts):
+            key = (
+                part.shape[-2:], part.dtype, part.device, repr(options["ns_coefficients"]),
+                options["ns_steps"], options["eps"], options["adjust_lr"], options["update_rms"],
+            )  # fmt: skip
+            alike[key].append((index, place))
+    for places in alike.values():
+        parts = [matrices[index][place] for index, place in places]
+        options = items[places[0][0]].group
+        stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+        results = orthogonalize(
+            stacked,
+            coefficients=options["ns_coefficients"],
+            steps=options["ns_steps"],
+            eps=options["eps"],
+            dtype=stacked.dtype,
+        )
+        results *= update_scale(results.shape, options["adjust_lr"], options["update_rms"])
+        sizes = [part.size(0) for part in parts]
+        for (index, place), result in zip(places, results.split_with_sizes(sizes), strict=True):
+            matrices[index][place] = result
+    return [
+        item.layout.join(parts, update.shape)
+        for item, parts, update in zip(items, matrices, updates, strict=True)
+    ]
+
+
+def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None) -> None:
+    """Decay the weights and move them, in their masters where they have some."""
+    for indices in _by_group(items).values():
+        options = items[indices[0]].group
+        lr: Scalar = options["lr"]
+        if found is not None:
+            lr = lr * (1 - found)
+        members = [items[index] for index in indices]
+        # Lower precision is computed in float32 and rounded once.
+        wide = [item.target.to(checks.compute_dtype(item.target)) for item in members]
+        decay_and_apply(
+            wide,
+            [updates[index] for index in indices],
+            lr=lr,
+            weight_decay=0.0 if options["weight_decay_mode"] == "l2" else options["weight_decay"],
+            mode=options["weight_decay_mode"],
+        )
+        for item, result in zip(members, wide, strict=True):
+            if checks.rounds(options, item.param):
+                round_stochastically(result, item.param, item.seed)
+            elif result is not item.param:
+                item.param.copy_(result)
+
+
+def _by_group(items: Sequence[Item]) -> dict[Any, list[int]]:
+    """Places of the items of each group and dtype."""
+    places: dict[Any, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        places[id(item.group), item.target.dtype, item.buffer.dtype].append(index)
+    return places
+
+
+def momentum_now(group: Mapping[str, Any]) -> float:
+    """The momentum at this update, of a group that counted it already."""
+    steps = group["momentum_warmup_steps"]
+    share = min(group["updates"] / steps, 1.0) if steps else 1.0
+    start: float = group["momentum_warmup_start"]
+    momentum: float = group["momentum"]
+    return momentum if share == 1 else start + (momentum - start) * share

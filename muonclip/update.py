@@ -1,0 +1,86 @@
+"""The arithmetic of one update, on lists of tensors: pure apart from what it writes in place."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
+# A number, or a 0-d tensor on the parameters' device: with the latter nothing waits for the host.
+Scalar = float | Tensor
+
+
+def update_momentum(
+    buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Scalar
+) -> None:
+    """buffer <- momentum * buffer + (1 - momentum) * gradient, in the buffers' dtype."""
+    alike = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
+    torch._foreach_lerp_(list(buffers), alike, 1 - momentum)  # type: ignore[arg-type]
+
+
+def look_ahead(
+    buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float, nesterov: bool
+) -> list[Tensor]:
+    """What is orthogonalized: the buffers, or with Nesterov's look-ahead
+    momentum * buffer + (1 - momentum) * gradient."""
+    if not nesterov:
+        return list(buffers)
+    alike = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
+    return list(torch._foreach_lerp(alike, list(buffers), momentum))
+
+
+def decay_and_apply(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: Scalar,
+    weight_decay: float,
+    mode: WeightDecayMode,
+) -> None:
+    """W <- W - lr * (update + weight decay), in place.
+
+    ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
+    where update and weight have the same sign, elsewhere nothing (Chen et al., arXiv 2510.12402).
+    ``"independent"``: λ·W, whatever the learning rate. ``"l2"``: nothing here; λ·W is in the
+    gradient.
+    """
+    params = list(params)
+    updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
+    if weight_decay and mode == "cautious":
+        agree = list(torch._foreach_mul(updates, params))
+        torch._foreach_sign_(agree)
+        torch._foreach_clamp_min_(agree, 0)
+        torch._foreach_mul_(agree, params)
+        _add_scaled(params, agree, -lr * weight_decay)
+    elif weight_decay and mode in ("decoupled", "independent"):
+        factor = 1 - (lr * weight_decay if mode == "decoupled" else weight_decay)
+        torch._foreach_mul_(params, factor)
+    _add_scaled(params, updates, -lr)
+
+
+def _add_scaled(params: list[Tensor], tensors: list[Tensor], scale: Scalar) -> None:
+    if isinstance(scale, Tensor):  # alpha must be a number
+        tensors = list(torch._foreach_mul(tensors, scale))
+        torch._foreach_add_(params, tensors)
+    else:
+        torch._foreach_add_(params, tensors, alpha=scale)
+
+
+def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) -> None:
+    """Write float32 ``source`` into bfloat16 ``target``, rounded up or down at random.
+
+    The nearer neighbour is the likelier, in proportion: the expectation is ``source``, so that
+    updates smaller than half a unit in the last place are not lost on average. The random bits
+    are a function of the seed and the shape.
+    """
+    generator = torch.Generator(source.device).manual_seed(hash(seed) % 2**63)
+    noise = torch.empty_like(source, dtype=torch.int32).random_(0, 2**16, generator=generator)
+    bits = source.view(torch.int32).add(noise).bitwise_and_(-(2**16))
+    # Infinities and NaN have no neighbours: noise would turn one into the other.
+    target.copy_(torch.where(source.isfinite(), bits.view(torch.float32), source))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's part on this rank, sharing its storage; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
