@@ -1,13 +1,15 @@
 """Where each attention head's query and key rows live: MHA, GQA, MLA; fused or separate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-# A linear layer (its bias then counts too), a weight, or a weight and its bias.
-Projection: TypeAlias = nn.Module | Tensor | tuple[Tensor, Tensor | None]
+# A layer (its weight and bias), a weight, a weight and its bias, or a function that gives those.
+WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
+Projection: TypeAlias = nn.Module | Tensor | WeightAndBias | Callable[[], WeightAndBias]
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,35 +17,51 @@ class HeadRows:
     """The rows of a weight (and of its bias) that make each head's vector.
 
     Attributes:
-        weight: [rows, columns], as in ``nn.Linear``.
-        rows: int64 [heads, r], indices into the weight's rows; every row at most once.
-        bias: [rows], or None.
+        projection: a layer, of which ``weight`` and ``bias`` count; a weight; a weight and its
+            bias; or a function that gives weight and bias. Layers and functions are asked anew
+            at every step, so that parameters may be replaced after this was made, as FSDP2 does.
+        rows: int64 [heads, r], indices along dimension ``dim`` of the weight, each at most once.
+        dim: 0 for a weight [rows, columns], as in ``nn.Linear``, and for a norm's gain [rows]; 1
+            for a weight stored as [columns, rows].
+        bias_rows: int64 [heads, r], the same along the bias's first dimension. Default: ``rows``.
 
     Raises:
         ValueError: if the shapes disagree, or a row is out of range or listed twice.
     """
 
-    weight: Tensor
+    projection: Projection
     rows: Tensor
-    bias: Tensor | None = None
+    dim: int = 0
+    bias_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.ndim != 2:
-            raise ValueError(f"weight must be [rows, columns], got {tuple(self.weight.shape)}")
-        if self.rows.ndim != 2 or self.rows.dtype != torch.int64 or self.rows.numel() == 0:
+        weight, bias = _weight_and_bias(self.projection)
+        if not 0 <= self.dim < weight.ndim:
+            raise ValueError(f"dim must be one of the weight's {weight.ndim}, got {self.dim}")
+        _check_rows("rows", self.rows, weight.size(self.dim))
+        if self.bias_rows is not None:
+            if bias is None:
+                raise ValueError("bias_rows is given, but the projection has no bias")
+            _check_rows("bias_rows", self.bias_rows, bias.size(0))
+            if self.bias_rows.size(0) != self.rows.size(0):
+                raise ValueError(
+                    f"bias_rows has {self.bias_rows.size(0)} heads, rows has {self.rows.size(0)}"
+                )
+        elif bias is not None and (bias.ndim == 0 or bias.size(0) != weight.size(self.dim)):
             raise ValueError(
-                "rows must be int64 [heads, rows per head] and not empty, "
-                f"got {self.rows.dtype} {tuple(self.rows.shape)}"
+                f"bias must be [{weight.size(self.dim)}] as the weight has rows, "
+                f"got {tuple(bias.shape)}"
             )
-        if self.rows.min() < 0 or self.rows.max() >= self.weight.size(0):
-            raise ValueError(f"rows must lie in 0..{self.weight.size(0) - 1}, the weight's rows")
-        if self.rows.flatten().bincount().max() > 1:
-            raise ValueError("rows must not repeat: a row belongs to one head")
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ValueError(
-                f"bias must be [{self.weight.size(0)}] as the weight has rows, "
-                f"got {tuple(self.bias.shape)}"
-            )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now."""
+        return _weight_and_bias(self.projection)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as it is now."""
+        return _weight_and_bias(self.projection)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +69,8 @@ class AttentionLayout:
     """One attention layer, as QK-Clip sees it.
 
     Query head h attends with key group h // (heads // groups). Logits must be linear in the rows:
-    an attention that normalises queries or keys after the projection has no layout, since scaling
-    the rows changes nothing there.
+    where queries or keys are normalised after their projection, its scale changes nothing, and the
+    rows are those of the norm's gain, if each head has its own.
 
     Attributes:
         query: rows of each query head; in MLA, of its part without position.
@@ -96,36 +114,40 @@ class AttentionLayout:
         *,
         num_heads: int,
         num_kv_groups: int | None = None,
+        dim: int = 0,
     ) -> "AttentionLayout":
         """MHA or GQA with one projection each, rows head after head.
 
+        Norms after the projections, with a gain for each head, go in their place.
+
         Args:
-            query: weight [num_heads * d, hidden].
-            key: weight [num_kv_groups * d, hidden].
+            query: weight [num_heads * d, hidden], or gain [num_heads * d].
+            key: weight [num_kv_groups * d, hidden], or gain [num_kv_groups * d].
             num_heads: query heads.
             num_kv_groups: key heads; default: ``num_heads`` (MHA).
+            dim: 1 for weights stored as [hidden, rows].
 
         Raises:
             ValueError: if the weights do not divide so, or give two head sizes.
         """
         groups = num_heads if num_kv_groups is None else num_kv_groups
-        query_weight, query_bias = _weight_and_bias(query)
-        key_weight, key_bias = _weight_and_bias(key)
-        query_dim = _head_dim("query", query_weight, num_heads)
-        key_dim = _head_dim("key", key_weight, groups)
-        if query_dim != key_dim:
+        query_rows = _all_rows("query", query, num_heads, dim)
+        key_rows = _all_rows("key", key, groups, dim)
+        if query_rows.size(1) != key_rows.size(1):
             raise ValueError(
-                f"query has {query_dim} rows per head and key {key_dim}: "
+                f"query has {query_rows.size(1)} rows per head and key {key_rows.size(1)}: "
                 "check num_heads and num_kv_groups"
             )
-        return cls(
-            HeadRows(query_weight, _all_rows(query_weight, num_heads), query_bias),
-            HeadRows(key_weight, _all_rows(key_weight, groups), key_bias),
-        )
+        return cls(HeadRows(query, query_rows, dim), HeadRows(key, key_rows, dim))
 
     @classmethod
     def fused(
-        cls, qkv: Projection, *, num_heads: int, num_kv_groups: int | None = None
+        cls,
+        qkv: Projection,
+        *,
+        num_heads: int,
+        num_kv_groups: int | None = None,
+        dim: int = 0,
     ) -> "AttentionLayout":
         """MHA or GQA with one projection whose rows are all queries, all keys, all values.
 
@@ -133,17 +155,16 @@ class AttentionLayout:
             qkv: weight [(num_heads + 2 * num_kv_groups) * d, hidden].
             num_heads: query heads.
             num_kv_groups: key heads; default: ``num_heads`` (MHA).
+            dim: 1 for a weight stored as [hidden, rows].
 
         Raises:
             ValueError: if the weight does not divide so.
         """
         groups = num_heads if num_kv_groups is None else num_kv_groups
-        weight, bias = _weight_and_bias(qkv)
-        _head_dim("qkv", weight, num_heads + 2 * groups)
-        rows = _all_rows(weight, num_heads + 2 * groups)
+        rows = _all_rows("qkv", qkv, num_heads + 2 * groups, dim)
         return cls(
-            HeadRows(weight, rows[:num_heads], bias),
-            HeadRows(weight, rows[num_heads : num_heads + groups], bias),
+            HeadRows(qkv, rows[:num_heads], dim),
+            HeadRows(qkv, rows[num_heads : num_heads + groups], dim),
         )
 
     @classmethod
@@ -170,14 +191,12 @@ class AttentionLayout:
         groups = num_heads if num_kv_groups is None else num_kv_groups
         if groups < 1 or num_heads % groups:
             raise ValueError(f"{num_heads} query heads cannot be shared by {groups} key groups")
-        weight, bias = _weight_and_bias(qkv)
         queries = num_heads // groups
         per_group = queries * (2 if output_gate else 1) + 2
-        dim = _head_dim("qkv", weight, groups * per_group)
-        rows = _all_rows(weight, groups * per_group).view(groups, per_group, dim)
+        rows = _all_rows("qkv", qkv, groups * per_group).view(groups, per_group, -1)
         return cls(
-            HeadRows(weight, rows[:, :queries].reshape(num_heads, dim), bias),
-            HeadRows(weight, rows[:, -2].contiguous(), bias),
+            HeadRows(qkv, rows[:, :queries].flatten(0, 1)),
+            HeadRows(qkv, rows[:, -2].contiguous()),
         )
 
     @classmethod
@@ -206,30 +225,30 @@ class AttentionLayout:
         Raises:
             ValueError: if the weights do not have these rows.
         """
-        query_weight, query_bias = _weight_and_bias(query)
-        kv_weight, kv_bias = _weight_and_bias(kv_up)
-        for name, weight, dim, parts in (
-            ("query", query_weight, nope_dim + rope_dim, "nope_dim + rope_dim"),
-            ("kv_up", kv_weight, nope_dim + v_dim, "nope_dim + v_dim"),
+        for name, projection, per_head, parts in (
+            ("query", query, nope_dim + rope_dim, "nope_dim + rope_dim"),
+            ("kv_up", kv_up, nope_dim + v_dim, "nope_dim + v_dim"),
         ):
-            if weight.size(0) != num_heads * dim:
+            rows = _weight_and_bias(projection)[0].size(0)
+            if rows != num_heads * per_head:
                 raise ValueError(
-                    f"{name} has {weight.size(0)} rows, "
-                    f"but num_heads * ({parts}) is {num_heads * dim}"
+                    f"{name} has {rows} rows, but num_heads * ({parts}) is {num_heads * per_head}"
                 )
-        query_rows = _all_rows(query_weight, num_heads)
+        query_rows = _all_rows("query", query, num_heads)
         return cls(
-            HeadRows(query_weight, query_rows[:, :nope_dim], query_bias),
-            HeadRows(kv_weight, _all_rows(kv_weight, num_heads)[:, :nope_dim], kv_bias),
-            HeadRows(query_weight, query_rows[:, nope_dim:], query_bias),
+            HeadRows(query, query_rows[:, :nope_dim]),
+            HeadRows(kv_up, _all_rows("kv_up", kv_up, num_heads)[:, :nope_dim]),
+            HeadRows(query, query_rows[:, nope_dim:]),
         )
 
 
-def _weight_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(projection: Projection) -> WeightAndBias:
     if isinstance(projection, Tensor):
         return projection, None
     if isinstance(projection, tuple):
         return projection
+    if not isinstance(projection, nn.Module):
+        return projection()
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
@@ -240,13 +259,24 @@ def _weight_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
     return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
 
 
-def _head_dim(name: str, weight: Tensor, heads: int) -> int:
-    """Rows per head."""
-    if heads < 1 or weight.size(0) % heads:
-        raise ValueError(f"{name} has {weight.size(0)} rows, which {heads} heads cannot share")
-    return weight.size(0) // heads
-
-
-def _all_rows(weight: Tensor, heads: int) -> Tensor:
+def _all_rows(name: str, projection: Projection, heads: int, dim: int = 0) -> Tensor:
     """All row numbers of a weight, [heads, rows per head]."""
-    return torch.arange(weight.size(0), device=weight.device).view(heads, -1)
+    weight = _weight_and_bias(projection)[0]
+    if not 0 <= dim < weight.ndim:
+        raise ValueError(f"dim must be one of the {weight.ndim} of {name}, got {dim}")
+    rows = weight.size(dim)
+    if heads < 1 or rows == 0 or rows % heads:
+        raise ValueError(f"{name} has {rows} rows, which {heads} heads cannot share")
+    return torch.arange(rows).view(heads, -1)
+
+
+def _check_rows(name: str, rows: Tensor, size: int) -> None:
+    if rows.ndim != 2 or rows.dtype != torch.int64 or rows.numel() == 0:
+        raise ValueError(
+            f"{name} must be int64 [heads, rows per head] and not empty, "
+            f"got {rows.dtype} {tuple(rows.shape)}"
+        )
+    if rows.min() < 0 or rows.max() >= size:
+        raise ValueError(f"{name} must lie in 0..{size - 1}, the weight's rows")
+    if rows.flatten().bincount().max() > 1:
+        raise ValueError(f"{name} must not repeat: a row belongs to one head")

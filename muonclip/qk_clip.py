@@ -5,7 +5,9 @@ several query heads (GQA) is exact per head, where the report gives none.
 """
 
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.max_logits import Mask, screened_max_logits
 
 
 class ClipFactors(NamedTuple):
@@ -34,14 +37,20 @@ class ClipFactors(NamedTuple):
 class ClipResult(NamedTuple):
     """What one ``QKClip.step`` saw and did. Tensors on the weights' device: reading them waits.
 
+    A head's largest logit lies between its entries in ``max_logits`` and ``upper_bounds``. Where
+    they are equal it is known exactly, and so it is for every head over the threshold.
+
     Attributes:
-        max_logits: per layer, [heads]: the largest logit of the step over micro-batches and ranks,
-            before clipping; -inf where none was observed.
+        max_logits: per layer, [heads]: the largest logit that was computed in the step, over
+            micro-batches and ranks, before clipping; -inf where none was.
         num_clipped: int64 scalar: heads scaled down, over all layers of this rank.
+        upper_bounds: per layer, [heads]: what no logit of the step exceeded; -inf where the layer
+            was not observed.
     """
 
     max_logits: dict[str, Tensor]
     num_clipped: Tensor
+    upper_bounds: dict[str, Tensor]
 
 
 def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> ClipFactors:
@@ -82,26 +91,31 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
 class QKClip:
     """Watches the largest attention logits of a model and clips them after each optimizer step.
 
-    In the forward pass hand each layer's maxima to ``observe``; after ``optimizer.step()`` call
-    ``step()``, or ``attach`` to the optimizer once and forget about it. Works with any optimizer.
-    Nothing here waits for the device.
+    In the forward pass hand each layer's queries and keys to ``observe_attention``, or maxima that
+    the attention kernel gives to ``observe``; after ``optimizer.step()`` call ``step()``, or
+    ``attach`` to the optimizer once and forget about it. Works with any optimizer.
+    ``muonclip.integrations`` does the observing for models of other libraries.
 
-    A weight with an attribute ``main_param`` (Megatron's float32 master copy) has that scaled, and
-    is refreshed from it.
+    Weights may be DTensors (FSDP2, tensor parallelism), sharded in any way: each rank scales what
+    it holds. A weight with an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
+    of Megatron) has that scaled, and is refreshed from it.
 
     Args:
         layouts: layer name -> where its heads' rows are.
         threshold: τ: no head's largest logit stays above it.
-        process_group: ranks that hold copies of these weights and see other data (data and context
-            parallel); their maxima are joined. Default: all ranks, where ``torch.distributed`` is
-            initialised. Under tensor or pipeline parallelism pass the data-parallel group, since
-            other ranks there hold other heads.
+        exact: compute the exact largest logit of every head in ``observe_attention``, for a
+            monitor. Else only of heads whose bound is over the threshold; the clip is the same.
+        process_group: ranks that hold copies or shards of these weights and see other data (data
+            and context parallel); their maxima are joined. Default: all ranks, where
+            ``torch.distributed`` is initialised. Under Megatron's tensor or pipeline parallelism
+            pass the data-parallel group, since other ranks there hold other heads.
 
     Raises:
-        ValueError: if there are no layouts, two layouts share a weight, or the threshold is not
-            above 0.
+        ValueError: if there are no layouts, two layouts share a weight, query and key share rows,
+            or the threshold is not above 0.
 
     Attributes:
+        exact: as above; may be changed at any time.
         result: what the last ``step`` returned, or None.
     """
 
@@ -110,36 +124,40 @@ class QKClip:
         layouts: Mapping[str, AttentionLayout],
         *,
         threshold: float = 100.0,
+        exact: bool = False,
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if not layouts:
             raise ValueError("layouts is empty: QK-Clip has no attention layer to watch")
         _check_threshold(threshold)
-        owners: dict[int, str] = {}
-        for name, layout in layouts.items():
-            for head_rows in _parts(layout):
-                if owners.setdefault(id(head_rows.weight), name) != name:
-                    raise ValueError(
-                        f"layers {owners[id(head_rows.weight)]!r} and {name!r} share a weight: "
-                        "give QK-Clip one layout for it and observe both layers under its name"
-                    )
         self.layouts = dict(layouts)
         self.threshold = threshold
+        self.exact = exact
         self.process_group = process_group
         self.result: ClipResult | None = None
-        # One tensor for all layers, so that joining ranks takes one collective.
-        heads = [layout.num_heads for layout in self.layouts.values()]
-        device = next(iter(self.layouts.values())).query.weight.device
-        self._running = torch.full((sum(heads),), -math.inf, device=device)
-        self._views = dict(zip(self.layouts, self._running.split_with_sizes(heads), strict=True))
+        self._rows = _rows_of(self.layouts)
+        self._step_hooks: OrderedDict[int, Callable[[ClipResult], None]] = OrderedDict()
+        self._slices, start = {}, 0
+        for name, layout in self.layouts.items():
+            self._slices[name] = slice(start, start + layout.num_heads)
+            start += layout.num_heads
+        # Largest logits, and what bounds them. One tensor for all layers, so that joining ranks
+        # takes one collective.
+        self._running = torch.full((2, start), -math.inf, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layouts.values())).query.weight.device
 
     @torch.no_grad()
     def observe(self, name: str, max_logits: Tensor) -> None:
         """Take in the largest logits of one forward pass of one layer.
 
-        Call it for every micro-batch of a step (not in evaluation: those logits would count too).
-        Seeing the same forward twice, as activation recomputation does, changes nothing. Values
-        that are not finite are passed over: they say nothing about the weights' scale.
+        For attention kernels that give them: flex_attention's ``max_scores``, Transformer Engine's
+        ``return_max_logit``. Call it for every micro-batch of a step (not in evaluation: those
+        logits would count too). Seeing the same forward twice, as activation recomputation does,
+        changes nothing. Values that are not finite are passed over: they say nothing about the
+        weights' scale.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -149,42 +167,83 @@ class QKClip:
             KeyError: for an unknown layer.
             ValueError: if the shape is not [heads].
         """
-        if name not in self._views:
-            raise KeyError(f"no layout for layer {name!r}; layers are {', '.join(self._views)}")
-        running = self._views[name]
-        if max_logits.shape != running.shape:
+        heads = self._layout(name).num_heads
+        if max_logits.shape != (heads,):
             raise ValueError(
-                f"layer {name!r} has {running.numel()} heads, "
+                f"layer {name!r} has {heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
-        seen = max_logits.detach().to(running)
-        torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
+        self._take(name, max_logits, max_logits)
+
+    @torch.no_grad()
+    def observe_attention(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        mask: Mask | None = None,
+        causal: bool = False,
+    ) -> None:
+        """Take in the queries and keys of one forward pass of one layer, as they enter attention.
+
+        Computes the bound max‖q‖·max‖k‖·scale of every head, and exact logits only for heads whose
+        bound is over the threshold (or for all, with ``exact``). Call it as ``observe``.
+
+        Args:
+            name: the layer, as in ``layouts``.
+            query: [..., heads, queries, d], after any rotary embedding; detached here.
+            key: [..., groups, keys, d]; groups divides heads.
+            scale: factor on the products; default: 1/√d.
+            mask: boolean, floating or flex_attention's, as in ``max_logits``.
+            causal: a query attends to keys up to its own index.
+
+        Raises:
+            KeyError: for an unknown layer.
+            ValueError: if the shapes disagree or do not fit the layer.
+        """
+        heads = self._layout(name).num_heads
+        if query.ndim < 3 or query.size(-3) != heads:
+            raise ValueError(
+                f"layer {name!r} has {heads} heads: query must be [..., {heads}, queries, d], "
+                f"got {tuple(query.shape)}"
+            )
+        threshold = -math.inf if self.exact else self.threshold
+        exact, bounds = screened_max_logits(
+            query.detach(), key.detach(), threshold, scale=scale, mask=mask, causal=causal
+        )
+        self._take(name, exact, torch.where(bounds <= threshold, bounds, exact))
 
     @torch.no_grad()
     def step(self) -> ClipResult:
         """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
 
-        A collective call: every rank of the process group makes it.
+        A collective call: every rank of the process group makes it. On an accelerator nothing
+        here waits for it.
 
         Raises:
-            ValueError: if a master copy is sharded; no weight is changed then.
+            ValueError: if a weight has other rows than when its layout was made, or a master copy
+                is not sharded as its weight; no weight is changed then.
         """
-        for name, layout in self.layouts.items():
-            for head_rows in _parts(layout):
-                _check_master(name, head_rows)
+        tensors = [rows.check() for rows in self._rows]
+        running = self._running = self._running.to(self._device)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._running, dist.ReduceOp.MAX, group=self.process_group)
-        for name, layout in self.layouts.items():
-            factors = clip_factors(self._views[name], self.threshold, layout.num_kv_groups)
-            _scale_rows(layout, factors)
-        # Copied: the running maxima are overwritten by the next step.
-        maxima = self._running.clone()
-        heads = [layout.num_heads for layout in self.layouts.values()]
+            dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
+        over = running[0] > self.threshold
+        if running.device.type != "cpu" or over.any():  # reading it waits on an accelerator
+            factors = self._factors(running[0])
+            for rows, tensor in zip(self._rows, tensors, strict=True):
+                rows.scale(tensor, factors)
+        largest, bounds = running
         self.result = ClipResult(
-            dict(zip(self.layouts, maxima.split_with_sizes(heads), strict=True)),
-            (maxima > self.threshold).sum(),
+            {name: largest[heads] for name, heads in self._slices.items()},
+            over.sum(),
+            {name: bounds[heads] for name, heads in self._slices.items()},
         )
-        self._running.fill_(-math.inf)
+        self._running = torch.full_like(running, -math.inf)
+        for hook in tuple(self._step_hooks.values()):
+            hook(self.result)
         return self.result
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
@@ -199,49 +258,193 @@ class QKClip:
 
         return optimizer.register_step_post_hook(clip)
 
+    def register_step_post_hook(self, hook: Callable[[ClipResult], None]) -> RemovableHandle:
+        """Call ``hook(result)`` at the end of every ``step``.
 
-def _parts(layout: AttentionLayout) -> tuple[HeadRows, ...]:
-    """The layout's rows, in the order of ``ClipFactors``."""
-    if layout.query_rope is None:
-        return layout.query, layout.key
-    return layout.query, layout.key, layout.query_rope
+        Returns:
+            A handle whose ``remove()`` ends that.
+        """
+        handle = RemovableHandle(self._step_hooks)
+        self._step_hooks[handle.id] = hook
+        return handle
+
+    def _layout(self, name: str) -> AttentionLayout:
+        if name not in self.layouts:
+            raise KeyError(f"no layout for layer {name!r}; layers are {', '.join(self.layouts)}")
+        return self.layouts[name]
+
+    def _take(self, name: str, largest: Tensor, bounds: Tensor) -> None:
+        if self._running.device != self._device:  # the model moved since
+            self._running = self._running.to(self._device)
+        running = self._running[:, self._slices[name]]
+        seen = torch.stack([largest, bounds]).detach().to(running)
+        torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
+
+    def _factors(self, largest: Tensor) -> Tensor:
+        """All layers' factors in the order of ``_rows_of``."""
+        # Consecutive layers with as many heads a group are one layer as far as factors go.
+        runs = []
+        per_group = [x.num_heads // x.num_kv_groups for x in self.layouts.values()]
+        for size, layers in groupby(zip(per_group, self.layouts.values(), strict=True), _first):
+            groups = sum(layout.num_kv_groups for _, layout in layers)
+            run, largest = largest[: groups * size], largest[groups * size :]
+            runs.append(clip_factors(run, self.threshold, groups))
+        return torch.cat([*map(torch.cat, zip(*runs, strict=True)), largest.new_ones(1)])
 
 
-def _tensors(head_rows: HeadRows) -> list[Tensor]:
-    return [head_rows.weight] if head_rows.bias is None else [head_rows.weight, head_rows.bias]
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
 
 
-def _check_master(name: str, head_rows: HeadRows) -> None:
-    for tensor in _tensors(head_rows):
+class _Rows:
+    """A weight or bias, and which factor multiplies each of its rows.
+
+    Args:
+        layer: whose it is.
+        read: gives the tensor as it is now.
+        dim: the dimension of its rows.
+        slots: int64 [rows], indices into the factors.
+    """
+
+    def __init__(
+        self, layer: str, read: Callable[[], Tensor | None], dim: int, slots: Tensor
+    ) -> None:
+        self.layer, self.read, self.dim, self.slots = layer, read, dim, slots
+        self._local_slots: tuple[Any, Tensor] | None = None
+
+    def check(self) -> Tensor:
+        """The tensor as it is now, if it can be scaled."""
+        tensor = self.read()
+        if tensor is None or tensor.ndim <= self.dim or tensor.size(self.dim) != len(self.slots):
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(
+                f"layer {self.layer!r}: a weight has become {shape}, its layout has "
+                f"{len(self.slots)} rows: make the layout of the model as it is trained, and shard "
+                "with fully_shard (FSDP2), whose DTensors keep their shape"
+            )
         master = getattr(tensor, "main_param", None)
         sharded = getattr(tensor, "main_param_sharded", False)
-        if sharded or (master is not None and master.shape != tensor.shape):
+        if sharded or (
+            master is not None
+            and (master.shape, _placements(master)) != (tensor.shape, _placements(tensor))
+        ):
             raise ValueError(
-                f"layer {name!r}: the master copy (main_param) of a weight of shape "
+                f"layer {self.layer!r}: the master copy (main_param) of a weight of shape "
                 f"{tuple(tensor.shape)} is sharded over ranks; QK-Clip needs it whole: "
                 "turn the distributed optimizer off"
             )
+        return tensor
 
-
-def _scale_rows(layout: AttentionLayout, factors: ClipFactors) -> None:
-    """Multiply each head's rows by its factor, in the master copy where there is one."""
-    # One factor per row and one pass per tensor: query and key may be fused in it.
-    scales: dict[int, tuple[Tensor, Tensor]] = {}
-    for head_rows, factor in zip(_parts(layout), factors, strict=False):
-        for tensor in _tensors(head_rows):
-            if id(tensor) not in scales:
-                scales[id(tensor)] = tensor, torch.ones(tensor.size(0), device=tensor.device)
-            rows = head_rows.rows.to(tensor.device)
-            scales[id(tensor)][1][rows] = factor.to(tensor.device)[:, None].expand(rows.shape)
-    for tensor, scale in scales.values():
-        by_row = scale.view(-1, *[1] * (tensor.ndim - 1))
+    def scale(self, tensor: Tensor, factors: Tensor) -> None:
+        """Multiply each row by its factor, in the master copy where there is one."""
+        local = _local(tensor)
+        shape = [-1 if dim == self.dim else 1 for dim in range(local.ndim)]
+        by_row = factors.to(local.device)[self._slots_of(tensor)].view(shape)
         master = getattr(tensor, "main_param", None)
         if master is None:
-            tensor.mul_(by_row)
+            local.mul_(by_row)
         else:
+            master = _local(master)
             master.mul_(by_row)
             # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
-            tensor.copy_(torch.where(by_row == 1, tensor, master))
+            local.copy_(torch.where(by_row == 1, local, master))
+
+    def _slots_of(self, tensor: Tensor) -> Tensor:
+        """The slots of the rows that this rank holds, on the tensor's device."""
+        key = (tensor.device, _placements(tensor))
+        if self._local_slots is None or self._local_slots[0] != key:
+            slots = self.slots
+            if _placements(tensor) is not None:
+                slots = slots[_local_rows(tensor, self.dim)]
+            self._local_slots = key, slots.to(tensor.device)
+        return self._local_slots[1]
+
+
+def _rows_of(layouts: Mapping[str, AttentionLayout]) -> list[_Rows]:
+    """Every weight and bias of the layouts, once: query and key may be fused in it.
+
+    Factors are those of all query heads, all key groups, all rotary query heads, and a one.
+    """
+    heads = sum(layout.num_heads for layout in layouts.values())
+    groups = sum(layout.num_kv_groups for layout in layouts.values())
+    one = 2 * heads + groups
+    head, group = 0, heads
+    found: dict[int, _Rows] = {}
+    for name, layout in layouts.items():
+        firsts = (head, group, heads + groups + head)
+        for part, first in zip((layout.query, layout.key, layout.query_rope), firsts, strict=True):
+            for read, dim, rows in _tensors(part):
+                tensor = read()
+                if tensor is None:
+                    continue
+                if id(tensor) not in found:
+                    slots = torch.full((tensor.size(dim),), one)
+                    found[id(tensor)] = _Rows(name, read, dim, slots)
+                known = found[id(tensor)]
+                if known.layer != name:
+                    raise ValueError(
+                        f"layers {known.layer!r} and {name!r} share a weight: "
+                        "give QK-Clip one layout for it and observe both layers under its name"
+                    )
+                rows = rows.cpu()
+                if known.dim != dim or (known.slots[rows] != one).any():
+                    raise ValueError(f"layer {name!r}: query and key share rows of a weight")
+                known.slots[rows] = first + torch.arange(len(rows))[:, None]
+        head, group = head + layout.num_heads, group + layout.num_kv_groups
+    return list(found.values())
+
+
+def _tensors(
+    part: HeadRows | None,
+) -> list[tuple[Callable[[], Tensor | None], int, Tensor]]:
+    """How to read the weight and the bias, the dimension of their rows, and the rows."""
+    if part is None:
+        return []
+    bias_rows = part.rows if part.bias_rows is None else part.bias_rows
+    return [(lambda: part.weight, part.dim, part.rows), (lambda: part.bias, 0, bias_rows)]
+
+
+def _placements(tensor: Tensor) -> Any:
+    """How a DTensor lies on its ranks; None for any other tensor."""
+    placements = getattr(tensor, "placements", None)
+    return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]
+
+
+def _local(tensor: Any) -> Tensor:
+    """A DTensor's part on this rank (shared storage); any other tensor itself."""
+    local: Tensor = tensor if _placements(tensor) is None else tensor.to_local()
+    return local
+
+
+def _local_rows(tensor: Any, dim: int) -> Tensor:
+    """Which indices along a dimension of a DTensor this rank holds.
+
+    Raises:
+        ValueError: for a sum over ranks that was not formed, or a placement that is not known.
+    """
+    mesh = tensor.device_mesh
+    rows = torch.arange(tensor.size(dim))
+    if mesh.get_coordinate() is None:  # this rank holds nothing of it
+        return rows[:0]
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_partial():
+            raise ValueError(f"a weight has placements {tensor.placements}: reduce it first")
+        if placement.is_replicate() or placement.dim % tensor.ndim != dim:
+            continue
+        # FSDP2 on top of tensor parallelism cuts each of that many pieces (_StridedShard).
+        pieces = torch.chunk(rows, getattr(placement, "split_factor", 1))
+        rows = torch.cat([_chunk(p, mesh.size(axis), mesh.get_local_rank(axis)) for p in pieces])
+    if len(rows) != tensor.to_local().size(dim):
+        raise ValueError(
+            f"a weight of shape {tuple(tensor.shape)} has placements {tensor.placements}, of which "
+            f"this rank should hold {len(rows)} rows, not {tensor.to_local().size(dim)}"
+        )
+    return rows
+
+
+def _chunk(rows: Tensor, count: int, index: int) -> Tensor:
+    chunks = torch.chunk(rows, count)
+    return chunks[index] if index < len(chunks) else rows[:0]
 
 
 def _check_threshold(threshold: float) -> None:

@@ -51,6 +51,36 @@ def test_mla() -> None:
     assert layout.key.rows.tolist() == [[0, 1, 2], [6, 7, 8]]
 
 
+def test_weights_stored_as_columns() -> None:
+    """GPT-2's Conv1D: [in, out], so that a head's rows are columns."""
+    layout = AttentionLayout.fused(
+        (torch.zeros(5, 12), torch.zeros(12)), num_heads=2, num_kv_groups=1, dim=1
+    )
+    assert layout.query.rows.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert layout.key.rows.tolist() == [[6, 7, 8]]
+    layout = AttentionLayout.separate(
+        torch.zeros(5, 8), torch.zeros(5, 4), num_heads=2, num_kv_groups=1, dim=1
+    )
+    assert layout.query.rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_gains() -> None:
+    """A norm of all heads' queries, with a gain for each: [heads * d] or [heads, d]."""
+    layout = AttentionLayout.separate(torch.ones(8), torch.ones(4), num_heads=4, num_kv_groups=2)
+    assert layout.query.rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    layout = AttentionLayout.separate(nn.LayerNorm((4, 2)), torch.ones(4, 2), num_heads=4)
+    assert layout.query.rows.tolist() == [[0], [1], [2], [3]]
+
+
+def test_a_replaced_parameter_is_found() -> None:
+    """FSDP2 puts new parameters into the layers; a layout made before must follow."""
+    linear = nn.Linear(5, 12)
+    layout = AttentionLayout.fused(linear, num_heads=2)
+    by_function = AttentionLayout.fused(lambda: (linear.weight, linear.bias), num_heads=2)
+    linear.weight = nn.Parameter(torch.ones(12, 5))
+    assert layout.query.weight is linear.weight and by_function.key.weight is linear.weight
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -82,13 +112,37 @@ def test_mla() -> None:
             r"kv_up has 11 rows, but num_heads \* \(nope_dim \+ v_dim\) is 12",
         ),
         (lambda: AttentionLayout.fused(nn.ReLU(), num_heads=1), "ReLU has no weight"),
-        (lambda: HeadRows(torch.zeros(3), torch.zeros(1, 1).long()), "weight must be"),
+        (lambda: HeadRows(torch.zeros(3), torch.zeros(1, 1).long(), dim=1), "dim must be one of"),
         (lambda: HeadRows(torch.zeros(3, 2), torch.zeros(1, 1)), "rows must be int64"),
         (lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[3]])), r"rows must lie in 0..2"),
         (lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[0], [0]])), "rows must not repeat"),
         (
-            lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[0]]), torch.zeros(2)),
+            lambda: HeadRows((torch.zeros(3, 2), torch.zeros(2)), torch.tensor([[0]])),
             r"bias must be \[3\]",
+        ),
+        (
+            lambda: HeadRows(
+                (torch.zeros(3, 2), torch.zeros(2)),
+                torch.tensor([[0]]),
+                bias_rows=torch.tensor([[2]]),
+            ),
+            r"bias_rows must lie in 0..1",
+        ),
+        (
+            lambda: HeadRows(torch.zeros(3, 2), torch.tensor([[0]]), bias_rows=torch.tensor([[2]])),
+            "the projection has no bias",
+        ),
+        (
+            lambda: HeadRows(
+                (torch.zeros(3, 2), torch.zeros(3)),
+                torch.tensor([[0]]),
+                bias_rows=torch.tensor([[0], [1]]),
+            ),
+            "bias_rows has 2 heads, rows has 1",
+        ),
+        (
+            lambda: AttentionLayout.fused(torch.zeros(6), num_heads=1, dim=1),
+            "dim must be one of the 1 of qkv",
         ),
     ],
 )
