@@ -72,13 +72,17 @@ COEFFICIENTS: Mapping[CoefficientName, tuple[Triple, ...]] = MappingProxyType(
         ),
         # DeepSeek-V4 report: eight steep steps, then two that converge to one. Use 10 steps.
         "deepseek_v4": (*[_QUINTIC] * 8, (2.0, -1.5, 0.5)),
-        # Cubic steps (c = 0), one product less in each (arXiv 2606.00371).
-        "cubic": (
-            (3.3656576, -3.3420992, 0.0),
-            (2.5744352, -1.4957376, 0.0),
-            (2.5368962, -1.4312570, 0.0),
-            (2.4418906, -1.2764040, 0.0),
-            (2.2230472, -0.9630650, 0.0),
+        # Cubic steps (c = 0), one product less in each (arXiv 2606.00371). The first turns negative
+        # just above one: the margin keeps a rounded update from changing its sign.
+        "cubic": _with_margin(
+            (
+                (3.3656576, -3.3420992, 0.0),
+                (2.5744352, -1.4957376, 0.0),
+                (2.5368962, -1.4312570, 0.0),
+                (2.4418906, -1.2764040, 0.0),
+                (2.2230472, -0.9630650, 0.0),
+            ),
+            1.01,
         ),
     }
 )
@@ -87,10 +91,10 @@ NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # The Gram form pays from this aspect ratio on. Square matrices need as much work in either form.
 _GRAM_ASPECT = 1.5
-# A Gram matrix loses small singular values to rounding, and each step taken on it magnifies that.
-# Computed anew from the matrix after so many steps, the Gram form is as exact as the direct one,
-# on matrices of low rank too; without, their null space blows up.
-_GRAM_RESTART = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3, torch.float64: 3}
+# A Gram matrix loses small singular values to rounding, and each step taken on it magnifies the loss
+# by a². It is computed anew from the matrix before that exceeds this; the Gram form is then within
+# a small factor as exact as the direct one. Without, the null space of low ranks would blow up.
+_GRAM_GROWTH = {torch.bfloat16: 80, torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
 def default_ns_dtype(device: torch.device) -> torch.dtype:
@@ -226,9 +230,7 @@ def _gram_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
     A step multiplies x by z = a + b r + c r², with r = xxᵀ; r becomes z r z, and the product of
     all z is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
-    restart = _GRAM_RESTART[x.dtype]
-    for start in range(0, len(schedule), restart):
-        part = schedule[start : start + restart]
+    for part in _between_restarts(schedule, _GRAM_GROWTH[x.dtype]):
         r = symmetric_product(x, x)
         q: Tensor | None = None
         for step, (a, b, c) in enumerate(part):
@@ -245,6 +247,20 @@ def _gram_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
         assert q is not None
         x = q @ x
     return x
+
+
+def _between_restarts(schedule: Sequence[Triple], limit: float) -> list[list[Triple]]:
+    """The schedule in parts, in each of which rounding grows by no more than the limit."""
+    parts: list[list[Triple]] = [[]]
+    growth = 1.0
+    for step in schedule:
+        if parts[-1] and growth * parts[-1][-1][0] ** 2 > limit:
+            parts.append([])
+            growth = 1.0
+        elif parts[-1]:
+            growth *= parts[-1][-1][0] ** 2
+        parts[-1].append(step)
+    return parts
 
 
 def update_scale(

@@ -1,0 +1,64 @@
+"""MuonClip for one matrix at a time, in float64 and from the definitions: slow, and easy to check.
+
+What the fast path is tested against. Nothing here is shared with it but the coefficient tables.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from muonclip.orthogonalize import Coefficients, coefficient_steps
+
+
+def orthogonalize(
+    matrix: Tensor, *, coefficients: Coefficients = "quintic", steps: int = 5, eps: float = 1e-7
+) -> Tensor:
+    """Newton-Schulz as what it is: a polynomial on the singular values, by an SVD.
+
+    Args:
+        matrix: [n, m].
+        coefficients, steps, eps: as for ``muonclip.orthogonalize``.
+
+    Returns:
+        float64 [n, m].
+    """
+    matrix = matrix.double()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / matrix.norm().clamp(min=eps)
+    for a, b, c in coefficient_steps(coefficients, steps):
+        values = a * values + b * values**3 + c * values**5
+    return left @ values.diag() @ right
+
+
+def muon_step(
+    weight: Tensor,
+    gradient: Tensor,
+    buffer: Tensor,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    coefficients: Coefficients = "quintic",
+    steps: int = 5,
+    rms: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """One update of a matrix as the Kimi K2 report writes it (arXiv 2507.20534, algorithm 1).
+
+    Args:
+        weight, gradient: [n, m].
+        buffer: [n, m], the sum M of the algorithm; zeros at first.
+        lr, weight_decay, momentum, nesterov, coefficients, steps: as for ``MuonClip``.
+        rms: its ``update_rms``.
+
+    Returns:
+        The new weight and the new buffer, float64.
+    """
+    gradient = gradient.double()
+    buffer = momentum * buffer.double() + gradient
+    update = momentum * buffer + gradient if nesterov else buffer
+    direction = orthogonalize(update, coefficients=coefficients, steps=steps, eps=0.0)
+    scaled = direction * rms * math.sqrt(max(weight.shape))
+    weight = weight.double()
+    return weight - lr * (scaled + weight_decay * weight), buffer
