@@ -91,9 +91,9 @@ NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # The Gram form pays from this aspect ratio on. Square matrices need as much work in either form.
 _GRAM_ASPECT = 1.5
-# A Gram matrix loses small singular values to rounding, and each step taken on it magnifies the loss
-# by a². It is computed anew from the matrix before that exceeds this; the Gram form is then within
-# a small factor as exact as the direct one. Without, the null space of low ranks would blow up.
+# A Gram matrix loses small singular values to rounding, and each step taken on it magnifies the
+# loss by a². It is computed anew from the matrix before that exceeds this; the Gram form is then
+# within a small factor as exact as the direct one. Without, null spaces would blow up.
 _GRAM_GROWTH = {torch.bfloat16: 80, torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
