@@ -94,7 +94,7 @@ _GRAM_ASPECT = 1.5
 # A Gram matrix loses small singular values to rounding, and each step taken on it magnifies the
 # loss by a². It is computed anew from the matrix before that exceeds this; the Gram form is then
 # within a small factor as exact as the direct one. Without, null spaces would blow up.
-_GRAM_GROWTH = {torch.bfloat16: 80, torch.float16: 80, torch.float32: 160, torch.float64: 160}
+_GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
 def default_ns_dtype(device: torch.device) -> torch.dtype:
@@ -187,6 +187,11 @@ def orthogonalize(
         raise ValueError(f"dtype must be one of {NS_DTYPES}, got {dtype}")
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {get_args(Form)}, got {form!r}")
+    if form == "gram" and dtype == torch.bfloat16:
+        raise ValueError(
+            "form='gram' is unstable in bfloat16, whose 8 bits are too few for a Gram matrix that "
+            "is stepped on: use float16 or float32, or form='auto'"
+        )
     schedule = coefficient_steps(coefficients, steps)
 
     tall = matrices.size(-2) > matrices.size(-1)
@@ -207,7 +212,6 @@ def _normalize(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 
 
 def _use_gram(x: Tensor, form: Form) -> bool:
-    # bfloat16's 8 bits are too few for a Gram matrix that is stepped on.
     fit = x.dtype != torch.bfloat16 and x.size(-1) >= _GRAM_ASPECT * x.size(-2)
     return form == "gram" or (form == "auto" and fit)
 

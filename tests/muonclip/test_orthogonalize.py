@@ -113,6 +113,7 @@ def test_empty_batch() -> None:
         (torch.zeros(3, 3), {"coefficients": (1.0, 2.0, float("nan"))}, "three finite numbers"),
         (torch.zeros(3, 3), {"dtype": torch.int8}, "dtype must be one of"),
         (torch.zeros(3, 3), {"form": "cubic"}, "form must be one of"),
+        (torch.zeros(3, 3), {"form": "gram", "dtype": torch.bfloat16}, "unstable in bfloat16"),
     ],
 )
 def test_errors_name_the_argument(matrices: Tensor, options: dict, message: str) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -76,6 +76,7 @@ def test_newton_schulz_is_exact_to_rounding(
     it, which the polynomial magnifies by up to its steepest slope: this, and a rounding at each
     step, is all the error there is.
     """
+    assume((form, dtype) != ("gram", torch.bfloat16))  # refused
     matrix = matrix_of(kind, n, m, seed) * 10.0**exponent
     steps = steps_of(name)
     # eps is what makes the smallest of matrices small; here it is out of the way.
