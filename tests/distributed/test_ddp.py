@@ -1,0 +1,242 @@
+"""Ranks with copies of the same parameters (DDP) share the orthogonalization, and equal one."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from muonclip import MatrixLayout, MuonClip, param_groups
+from muonclip.distributed import shared
+from tests.distributed.launch import launch
+from tests.distributed.optimizer_cases import (
+    EXACT,
+    TOLERANCE,
+    Case,
+    Outcome,
+    Spec,
+    assert_equal,
+    random,
+    train,
+)
+
+CASES = {
+    "different shapes": Case(
+        (Spec((8, 8)), Spec((4, 16)), Spec((16, 4)), Spec((8, 8)), Spec((1, 7)), Spec((7, 1)))
+    ),
+    "one matrix": Case((Spec((6, 10)),)),
+    "fewer matrices than ranks": Case((Spec((6, 10)), Spec((5, 5)))),
+    "stacks": Case((Spec((5, 4, 6)), Spec((1, 4, 6)), Spec((2, 6, 4)), Spec((8, 3, 3)))),
+    "fused": Case(
+        (
+            Spec((10, 6), MatrixLayout((4, 6))),
+            Spec((3, 10, 6), MatrixLayout((4, 6))),
+            Spec((12, 6), MatrixLayout.per_head(12, 3)),
+            Spec((12, 6), MatrixLayout((2, 1, 1), repeats=3)),
+            Spec((6, 12), MatrixLayout((4,), 3, separate=True, transposed=True)),
+            Spec((8, 3, 2, 2), MatrixLayout(flatten=True), "muon"),
+            Spec((8, 3, 2), MatrixLayout((4,), 2, separate=True, flatten=True), "muon"),
+        )
+    ),
+    "AdamW between": Case((Spec((8,)), Spec((4, 6)), Spec((3, 4), None, "adamw"), Spec((5, 5)))),
+    "AdamW alone": Case((Spec((8,)), Spec((3, 3), None, "adamw"))),
+    "gradients that come and go": Case(
+        (Spec((4, 6)), Spec((6, 4)), Spec((5,)), Spec((3, 4, 4))),
+        without_gradient=frozenset({(0, 0), (1, 0), (1, 1), (2, 2)}),
+        steps=4,
+    ),
+    "every option": Case(
+        (Spec((4, 6)), Spec((3, 6, 4)), Spec((5, 5))),
+        options={
+            "nesterov": False,
+            "ns_coefficients": "polar_express",
+            "adjust_lr": "spectral",
+            "weight_decay_mode": "cautious",
+            "momentum_warmup_steps": 3,
+            "maximize": True,
+        },
+    ),
+    "decay in the gradient": Case(
+        (Spec((4, 6)), Spec((5,))), options={"weight_decay_mode": "l2", "weight_decay": 0.5}
+    ),
+}
+
+
+def train_shared() -> dict[str, Outcome]:
+    return {name: train(case, process_group=dist.group.WORLD) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def on_ranks(request: pytest.FixtureRequest) -> list[dict[str, Outcome]]:
+    return launch(train_shared, request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(on_ranks: list[dict[str, Outcome]], name: str) -> None:
+    expected = train(CASES[name])
+    for outcomes in on_ranks:
+        assert_equal(outcomes[name], expected, CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_stay_alike_to_the_bit(on_ranks: list[dict[str, Outcome]], name: str) -> None:
+    """Copies that drift apart would be trained on gradients of other weights."""
+    first = on_ranks[0][name]
+    for outcomes in on_ranks[1:]:
+        assert all(map(torch.equal, outcomes[name].weights, first.weights))
+
+
+def shapes_orthogonalized(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What this rank took on in one step."""
+    taken: list[tuple[int, ...]] = []
+    original = shared.orthogonalize_parameters
+
+    def count(items: Any, updates: Any) -> list[Tensor]:
+        taken.extend(tuple(update.shape) for update in updates)
+        return original(items, updates)
+
+    shared.orthogonalize_parameters = count
+    params = [nn.Parameter(random(shape, i)) for i, shape in enumerate(shapes)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    MuonClip(params, process_group=dist.group.WORLD).step()
+    return taken
+
+
+def test_each_rank_takes_a_share() -> None:
+    """Every matrix once, a stack in pieces, by the cost of Newton-Schulz."""
+    matrices = [(8, 8)] * 3 + [(32, 32), (4, 8, 8)]
+    first, second = launch(shapes_orthogonalized, 2, matrices)
+    alone, others = (first, second) if (32, 32) in first else (second, first)
+    assert alone == [(32, 32)]  # costs more than all the rest
+    assert sorted(others) == [(2, 8, 8), (2, 8, 8), (8, 8), (8, 8), (8, 8)]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = nn.Linear(6, 16)
+        self.experts = nn.Parameter(torch.empty(3, 16, 16))
+        self.last = nn.Linear(16, 4, bias=False)
+        for p in self.parameters():
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(torch.einsum("bn,enm->bm", x, self.experts))
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def train_ddp(micro_batches: int) -> list[Tensor]:
+    """Three steps on a batch of 8 rows, cut over ranks and micro-batches."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(Model())
+    optimizer = MuonClip(param_groups(model), process_group=dist.group.WORLD, **EXACT)  # type: ignore[arg-type]
+    for step in range(3):
+        mine = random((8, 6), step, dtype=torch.float64).chunk(size)[rank]
+        for index, part in enumerate(mine.chunk(micro_batches)):
+            model.require_backward_grad_sync = index == micro_batches - 1
+            (loss_of(model, part) / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def train_one(micro_batches: int) -> list[Tensor]:
+    model = Model()
+    optimizer = MuonClip(param_groups(model), **EXACT)  # type: ignore[arg-type]
+    for step in range(3):
+        for part in random((8, 6), step, dtype=torch.float64).chunk(micro_batches):
+            (loss_of(model, part) / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all((a - b).abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+
+
+def test_muon_runs_per_batch_and_not_per_micro_batch() -> None:
+    """DeepSpeed#8600: the mean of orthogonalized gradients is not that of the mean."""
+    assert close(train_one(4), train_one(1))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ddp_and_accumulation_equal_the_whole_batch(world_size: int) -> None:
+    """DeepSpeed#8600, over ranks."""
+    for weights in launch(train_ddp, world_size, 2):
+        assert close(weights, train_one(1))
+
+
+def with_one_bad_gradient(nonfinite: str) -> tuple[str, list[Tensor], list[Tensor], int]:
+    """A step, then one in which rank 0 alone has a NaN, then another good one."""
+    params = [nn.Parameter(random(shape, i)) for i, shape in enumerate([(4, 6), (6, 4), (5,)])]
+    options: dict[str, Any] = {**EXACT, "nonfinite": nonfinite}
+    optimizer = MuonClip(params, process_group=dist.group.WORLD, **options)
+    message = ""
+    for step in range(3):
+        for index, p in enumerate(params):
+            p.grad = random(p.shape, index, step)
+        if step == 1:
+            before = [p.detach().clone() for p in params]
+            momentum = optimizer.state[params[0]]["momentum_buffer"].clone()
+            if dist.get_rank() == 0:
+                params[1].grad[2, 1] = torch.nan  # type: ignore[index]
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            message = str(error)
+        if step == 1:
+            assert all(map(torch.equal, params, before))
+            assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], momentum)
+            assert [group["updates"] for group in optimizer.param_groups] == [1, 1]
+    assert isinstance(optimizer.skipped_steps, int)
+    return message, before, [p.detach() for p in params], optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_one_ranks_bad_gradient_leaves_all_unchanged(nonfinite: str) -> None:
+    """And nobody waits for a rank that raised: the next step runs on all."""
+    results = launch(with_one_bad_gradient, 4, nonfinite)
+    for rank, (message, before, after, skipped) in enumerate(results):
+        assert skipped == 1
+        assert all(map(torch.equal, after, results[0][2]))
+        assert not torch.equal(before[0], after[0])
+        if nonfinite == "skip":
+            assert message == ""
+        else:
+            assert ("parameter number 1" if rank == 0 else "on another rank") in message
+
+
+def step_with_different_parameters() -> str:
+    params = [nn.Parameter(random((4, 4 + i), i)) for i in range(2)]
+    optimizer = MuonClip(params, process_group=dist.group.WORLD)
+    for p in params[dist.get_rank() :]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="ranks 0 and 1 of the group") as error:
+        optimizer.step()
+    return str(error.value)
+
+
+def test_ranks_with_other_gradients_are_told() -> None:
+    for message in launch(step_with_different_parameters, 2):
+        assert "2 and 1 of them" in message
+
+
+def copy_it() -> None:
+    optimizer = MuonClip([nn.Parameter(torch.ones(2, 2))], process_group=dist.group.WORLD)
+    with pytest.raises(TypeError, match="save its state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def test_cannot_be_copied() -> None:
+    launch(copy_it, 1)
