@@ -14,8 +14,8 @@ from muonclip.update import (
     Scalar,
     decay_and_apply,
     look_ahead,
-    round_stochastically,
     update_momentum,
+    write_back,
 )
 
 # Matrices are worked on in batches of about this many elements (or one parameter), which bounds
@@ -180,11 +180,10 @@ def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None
             weight_decay=0.0 if options["weight_decay_mode"] == "l2" else options["weight_decay"],
             mode=options["weight_decay_mode"],
         )
-        for item, result in zip(members, wide, strict=True):
-            if checks.rounds(options, item.param):
-                round_stochastically(result, item.param, item.seed)
-            elif result is not item.param:
-                item.param.copy_(result)
+        write_back(
+            [(result, item.param, item.seed) for item, result in zip(members, wide, strict=True)],
+            stochastic=options["stochastic_rounding"],
+        )
 
 
 def _by_group(items: Sequence[Item]) -> dict[Any, list[int]]:

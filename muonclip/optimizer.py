@@ -13,7 +13,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from muonclip import checks
 from muonclip.muon import Item, step_alone
 from muonclip.orthogonalize import AdjustLR, Coefficients
-from muonclip.update import WeightDecayMode, local, round_stochastically
+from muonclip.update import WeightDecayMode, local, write_back
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -412,11 +412,14 @@ class MuonClip(Optimizer):
                 foreach=not fused,
                 found_inf=found,
             )
-        for number, (p, target) in enumerate(zip(params, targets, strict=True)):
-            if checks.rounds(group, p):
-                round_stochastically(target, local(p), (group["updates"], number))
-            elif target is not local(p):
-                local(p).copy_(target)
+        write_back(
+            [
+                (target, local(p), (group["updates"], number))
+                for number, (p, target) in enumerate(zip(params, targets, strict=True))
+                if target.numel()
+            ],
+            stochastic=group["stochastic_rounding"],
+        )
 
     # ------------------------------------------------------------------ saving and copying
 

@@ -67,6 +67,26 @@ def _add_scaled(params: list[Tensor], tensors: list[Tensor], scale: Scalar) -> N
         torch._foreach_add_(params, tensors, alpha=scale)
 
 
+def write_back(
+    results: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], *, stochastic: bool
+) -> None:
+    """Round results into their parameters, unless a result is its parameter.
+
+    Args:
+        results: (result, parameter, seed) each.
+        stochastic: round bfloat16 parameters at random, by the seed, in place of to nearest.
+    """
+    sources, targets = [], []
+    for result, param, seed in results:
+        if stochastic and param.dtype == torch.bfloat16:
+            round_stochastically(result, param, seed)
+        elif result is not param:
+            sources.append(result)
+            targets.append(param)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) -> None:
     """Write float32 ``source`` into bfloat16 ``target``, rounded up or down at random.
 
