@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from muonclip import max_logits, max_logits_bound
+from muonclip.max_logits import screened_max_logits
 
 
 def reference(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
@@ -71,6 +73,106 @@ def test_masks() -> None:
     assert torch.allclose(max_logits(query, key, mask=padding).double(), expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 2),
+    per_group=st.integers(1, 3),
+    length=st.integers(1, 12),
+    block=st.integers(1, 13),
+    shape=st.sampled_from(["b1qk", "bhqk", "1hqk", "qk", "b11k", "k", "b1q1"]),
+    floating=st.booleans(),
+    causal=st.booleans(),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_any_mask(
+    groups: int,
+    per_group: int,
+    length: int,
+    block: int,
+    shape: str,
+    floating: bool,
+    causal: bool,
+    share: float,
+    seed: int,
+) -> None:
+    """Of any shape that broadcasts, with any part removed; floating ones also raise logits."""
+    torch.manual_seed(seed)
+    heads = groups * per_group
+    query, key = torch.randn(2, heads, length, 4), torch.randn(2, groups, length, 4)
+    sizes = {"b": 2, "h": heads, "q": length, "k": length, "1": 1}
+    allowed = torch.rand([sizes[letter] for letter in shape]) < share
+    added = torch.randn(allowed.shape) * 3
+    mask = added.masked_fill(~allowed, torch.finfo().min) if floating else allowed
+    full = (added if floating else torch.zeros(())).where(allowed, -math.inf)
+    full = full.expand(2, heads, length, length).double()
+    if causal:
+        full = full.where(torch.ones(length, length, dtype=torch.bool).tril(), -math.inf)
+    products = query.double() @ key.double().repeat_interleave(per_group, 1).mT * 0.5
+    expected = (products + full).amax((0, 2, 3))
+
+    result = max_logits(query, key, scale=0.5, mask=mask, causal=causal, block_size=block)
+    assert torch.allclose(result.double(), expected, atol=1e-5)
+    bound = max_logits_bound(query, key, scale=0.5, mask=mask)
+    assert (bound >= result - 1e-5).all()
+    threshold = float(bound.median())
+    screened = screened_max_logits(query, key, threshold, scale=0.5, mask=mask, causal=causal)
+    assert torch.equal(screened.bounds, bound)
+    over = bound > threshold
+    assert torch.allclose(screened.max_logits[over].double(), expected[over], atol=1e-5)
+    assert (screened.max_logits[~over] == -math.inf).all()
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("heads", [None, 4])
+def test_block_masks_of_flex_attention(batch: int | None, heads: int | None) -> None:
+    """Documents and sliding windows, one a head, lengths no multiple of blocks."""
+    torch.manual_seed(0)
+    document = torch.randint(3, (2, 150)).sort().values
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < 20 + 10 * h) & (document[b, q] == document[b, k])
+
+    mask = create_block_mask(allowed, batch, heads, 150, 150, device="cpu", BLOCK_SIZE=16)
+    query, key = torch.randn(2, 4, 150, 8), torch.randn(2, 2, 150, 8)
+    b, h = (
+        torch.arange(n).view(shape)
+        for n, shape in ((batch or 1, (-1, 1, 1, 1)), (heads or 1, (-1, 1, 1)))
+    )
+    q, k = torch.arange(150)[:, None], torch.arange(150)
+    expected = reference(query, key, 8**-0.5, allowed(b, h, q, k))
+    assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
+    screened = screened_max_logits(
+        query, key, float(max_logits_bound(query, key)[1]), mask=mask
+    ).max_logits
+    kept = screened > -math.inf
+    assert 0 < kept.sum() < 4
+    assert torch.allclose(screened[kept].double(), expected[kept], atol=1e-5)
+
+
+def test_block_masks_without_a_function() -> None:
+    """Blocks that are not listed are skipped, although no function says so."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    counts = torch.ones(1, 1, 2, dtype=torch.int32)
+    indices = torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=4)
+    allowed = torch.tensor([[False, True], [True, False]])
+    allowed = allowed.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    expected = reference(query, key, 0.5, allowed)
+    assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
+
+
+def test_screened_takes_the_groups_key() -> None:
+    """GQA: of two heads over the threshold, each meets the keys of its own group."""
+    query, key = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
+    query[0, :, 0, 0] = torch.tensor([1.0, 9.0, 1.0, 9.0])
+    key[0, :, 0, 0] = torch.tensor([2.0, 3.0])
+    screened = screened_max_logits(query, key, 10.0, scale=1.0)
+    assert screened.bounds.tolist() == [2, 18, 3, 27]
+    assert screened.max_logits.tolist() == [-math.inf, 18, -math.inf, 27]
+
+
 def test_a_head_that_attends_to_nothing() -> None:
     nothing = torch.zeros(3, 3, dtype=torch.bool)
     result = max_logits(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), mask=nothing)
@@ -100,5 +202,11 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
     for function in (max_logits, max_logits_bound):
         with pytest.raises(ValueError, match=message):
             function(torch.zeros(query), torch.zeros(key))
+    for mask, message in (
+        (torch.ones(3, 5, dtype=torch.bool), r"mask \(3, 5\) must broadcast to the logits"),
+        (torch.ones(5, 5, dtype=torch.int64), "boolean or floating, got torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            max_logits(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), mask=mask)
     with pytest.raises(ValueError, match="block_size"):
         max_logits(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), block_size=0)

@@ -6,6 +6,7 @@ its layout; the properties are then the same for all.
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from muonclip import AttentionLayout, MuonClip, QKClip, clip_factors, max_logits
+from muonclip import (
+    AttentionLayout,
+    ClipResult,
+    HeadRows,
+    MuonClip,
+    QKClip,
+    clip_factors,
+    max_logits,
+    max_logits_bound,
+)
 
 HIDDEN = 12
 THRESHOLD = 20.0
@@ -113,7 +123,54 @@ class MLA(Attention):
         return torch.cat([query_nope, rotate(query_rope)], -1), torch.cat([key_nope, key_rope], -1)
 
 
-KINDS = [Separate, Fused, FusedByGroup, MLA]
+class Columns(Attention):
+    """One projection stored as [in, out], as GPT-2 has it."""
+
+    def __init__(self, heads: int, groups: int) -> None:
+        super().__init__(heads, groups)
+        rows = (heads + 2 * groups) * 4
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(HIDDEN, rows)),
+            nn.Parameter(torch.randn(rows)),
+        )
+        self.layout = AttentionLayout.fused(
+            lambda: (self.weight, self.bias), num_heads=heads, num_kv_groups=groups, dim=1
+        )
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = [self.heads * 4, self.groups * 4, self.groups * 4]
+        query, key, _ = (x @ self.weight + self.bias).split(sizes, -1)
+        return rotate(heads_of(query, self.heads)), rotate(heads_of(key, self.groups))
+
+
+class Normalised(Attention):
+    """A norm of all heads' queries together, with a gain for each: the rows are the gain's."""
+
+    def __init__(self, heads: int, groups: int) -> None:
+        super().__init__(heads, groups)
+        self.q, self.k = nn.Linear(HIDDEN, heads * 4), nn.Linear(HIDDEN, groups * 4)
+        self.q_norm, self.k_norm = nn.RMSNorm(heads * 4), nn.LayerNorm(groups * 4)
+        nn.init.normal_(self.k_norm.bias)
+        self.layout = AttentionLayout.separate(
+            self.q_norm, self.k_norm, num_heads=heads, num_kv_groups=groups
+        )
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.q_norm(self.q(x)), self.k_norm(self.k(x))
+        return rotate(heads_of(query, self.heads)), rotate(heads_of(key, self.groups))
+
+
+KINDS = [Separate, Fused, FusedByGroup, MLA, Columns, Normalised]
+
+
+def tensors(part: HeadRows | None) -> list[tuple[Tensor, Tensor]]:
+    """The weight and bias of a layout's part, rows first, as views, with each head's rows."""
+    if part is None:
+        return []
+    found = [(part.weight.detach().movedim(part.dim, 0), part.rows)]
+    if part.bias is not None:
+        found.append((part.bias.detach(), part.rows))
+    return found
 
 
 def scenario(kind: type[Attention], heads: int, groups: int, seed: int) -> tuple[Attention, Tensor]:
@@ -126,10 +183,9 @@ def scenario(kind: type[Attention], heads: int, groups: int, seed: int) -> tuple
             parameter.mul_(3)
         # Each query head gets a size of its own, alternating small and large.
         for part in (attention.layout.query, attention.layout.query_rope):
-            for head, rows in enumerate(part.rows if part else ()):
-                part.weight[rows] *= 0.02 if head % 2 else 8.0
-                if part.bias is not None:
-                    part.bias[rows] *= 0.02 if head % 2 else 8.0
+            for tensor, rows_of_heads in tensors(part):
+                for head, rows in enumerate(rows_of_heads):
+                    tensor[rows] *= 0.02 if head % 2 else 8.0
     return attention, x
 
 
@@ -176,15 +232,18 @@ def test_rows_of_groups_under_the_threshold_keep_their_bits(kind: type[Attention
     touched[:2] = attention.layout.num_kv_groups == 2  # heads sharing head 0's key
     touched[0] = True
     layout = attention.layout
-    changed = {id(p): set[int]() for p in attention.parameters()}
-    for part in filter(None, (layout.query, layout.query_rope)):
-        for tensor in filter(lambda t: t is not None, (part.weight, part.bias)):
-            changed[id(tensor)] |= set(part.rows[touched].flatten().tolist())
-    for tensor in filter(lambda t: t is not None, (layout.key.weight, layout.key.bias)):
-        changed[id(tensor)] |= set(layout.key.rows[0].tolist())
+    changed = {p.data_ptr(): set[int]() for p in attention.parameters()}
+    dims = {p.data_ptr(): 0 for p in attention.parameters()}
+    dims[layout.query.weight.data_ptr()] = layout.query.dim
+    for part in (layout.query, layout.query_rope):
+        for tensor, rows in tensors(part):
+            changed[tensor.data_ptr()] |= set(rows[touched].flatten().tolist())
+    for tensor, rows in tensors(layout.key):
+        changed[tensor.data_ptr()] |= set(rows[0].tolist())
     for name, parameter in attention.named_parameters():
-        different = (parameter != before[name]).view(parameter.size(0), -1).any(1)
-        assert set(different.nonzero().flatten().tolist()) == changed[id(parameter)]
+        different = (parameter != before[name]).movedim(dims[parameter.data_ptr()], 0)
+        different = different.reshape(len(different), -1).any(1)
+        assert set(different.nonzero().flatten().tolist()) == changed[parameter.data_ptr()]
 
 
 def test_mla_leaves_values_and_the_shared_key_alone() -> None:
@@ -403,3 +462,200 @@ def test_two_layers_with_one_weight_are_refused() -> None:
     attention = layer()
     with pytest.raises(ValueError, match="'a' and 'b' share a weight"):
         QKClip({"a": attention.layout, "b": attention.layout})
+
+
+class Saved:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class TestObserveAttention:
+    """Bounds first: exact logits only where they decide, and what is known is told apart."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @settings(max_examples=10, deadline=None)
+    @given(
+        groups=st.integers(1, 3),
+        per_group=st.integers(1, 3),
+        causal=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def test_the_clip_is_that_of_exact_logits(
+        self, kind: type[Attention], groups: int, per_group: int, causal: bool, seed: int
+    ) -> None:
+        attention, x = scenario(kind, groups * per_group, groups, seed)
+        logits, (query, key) = attention(x), attention.query_key(x)
+        largest = max_logits(query, key, causal=causal)
+        clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
+        clip.observe_attention("layer", query, key, causal=causal)
+        result = clip.step()
+        gamma = (THRESHOLD / largest).where(largest > THRESHOLD, 1.0)
+        assert torch.allclose(attention(x), logits * gamma[:, None, None], rtol=1e-5, atol=1e-5)
+        # A head's largest logit lies between what was computed and the bound.
+        seen, bound = result.max_logits["layer"], result.upper_bounds["layer"]
+        over = largest > THRESHOLD
+        assert torch.allclose(seen[over].double(), largest[over], rtol=1e-6)
+        assert torch.equal(seen[over], bound[over])
+        assert (bound.double() >= largest * (1 - 1e-6)).all() and (bound[~over] <= THRESHOLD).all()
+
+    def test_a_bound_is_no_max_logit(self) -> None:
+        """Where no logit was computed none is told; with ``exact`` all are."""
+        attention, x = layer(), torch.randn(2, 5, HIDDEN)
+        query, key = attention.query_key(x)
+        clip = QKClip({"layer": attention.layout})
+        clip.observe_attention("layer", query, key)
+        result = clip.step()
+        assert result.max_logits["layer"].tolist() == [-math.inf] * 2
+        assert torch.equal(result.upper_bounds["layer"], max_logits_bound(query, key))
+        clip.exact = True
+        clip.observe_attention("layer", query, key)
+        result = clip.step()
+        assert torch.equal(result.max_logits["layer"], max_logits(query, key))
+        assert torch.equal(result.upper_bounds["layer"], result.max_logits["layer"])
+
+    def test_micro_batches_with_and_without_logits(self) -> None:
+        """One head's bound settles the first micro-batch, its logits the second."""
+        attention = layer()
+        clip = QKClip({"layer": attention.layout}, threshold=10.0)
+        along, across = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
+        along[..., 0], across[..., 1] = 4.0, 4.0
+        clip.observe_attention("layer", along, along)  # logits 8 = bounds
+        clip.observe_attention("layer", 2 * along, across)  # logits 0, bounds 16
+        result = clip.step()
+        assert result.max_logits["layer"].tolist() == [0.0, 0.0]
+        assert result.upper_bounds["layer"].tolist() == [8.0, 8.0]
+        clip.observe_attention("layer", along, along)
+        clip.observe_attention("layer", 2 * along, along)
+        result = clip.step()
+        assert result.max_logits["layer"].tolist() == [16.0, 16.0]
+        assert result.upper_bounds["layer"].tolist() == [16.0, 16.0]
+
+    def test_a_floating_mask_can_raise_logits(self) -> None:
+        """A bound on the products alone would have missed these."""
+        attention = layer()
+        clip = QKClip({"layer": attention.layout}, threshold=10.0)
+        query = torch.zeros(1, 2, 1, 4)
+        mask = torch.tensor([5.0, 30.0]).view(2, 1, 1)
+        clip.observe_attention("layer", query, query, mask=mask)
+        result = clip.step()
+        assert result.max_logits["layer"].tolist() == [-math.inf, 30.0]
+        assert result.upper_bounds["layer"].tolist() == [5.0, 30.0]
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_not_finite_is_passed_over(self, value: float) -> None:
+        """And hides no other head."""
+        attention = layer()
+        query = torch.ones(1, 2, 3, 4)
+        query[0, 0, 1, 2] = value
+        clip = QKClip({"layer": attention.layout}, threshold=1.0)
+        clip.observe_attention("layer", query, torch.ones(1, 2, 3, 4))
+        result = clip.step()
+        assert result.max_logits["layer"].tolist() == [-math.inf, 2.0]
+        assert result.upper_bounds["layer"].tolist() == [-math.inf, 2.0]
+        assert all(p.isfinite().all() for p in attention.parameters())
+
+    def test_mlm4699_queries_and_keys_are_let_go(self) -> None:
+        """Megatron kept each micro-batch's graph alive through its recorded logits."""
+        attention = layer()
+        clip = QKClip({"layer": attention.layout}, exact=True)
+        saved: list[weakref.ref[Saved]] = []
+
+        def pack(tensor: Tensor) -> Saved:
+            kept = Saved(tensor)
+            saved.append(weakref.ref(kept))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            query, key = attention.query_key(torch.randn(1, 3, HIDDEN))
+        clip.observe_attention("layer", query, key)
+        clip.observe("layer", (query * key).amax((0, 2, 3)))
+        assert saved and all(reference() is not None for reference in saved)
+        del query, key
+        assert all(reference() is None for reference in saved)
+        result = clip.step()
+        assert not result.max_logits["layer"].requires_grad
+
+    def test_errors(self) -> None:
+        clip = QKClip({"a": layer().layout})
+        query = torch.zeros(1, 2, 3, 4)
+        with pytest.raises(KeyError, match="no layout for layer 'b'"):
+            clip.observe_attention("b", query, query)
+        with pytest.raises(
+            ValueError, match=r"'a' has 2 heads: query must be \[..., 2, queries, d\]"
+        ):
+            clip.observe_attention("a", query[:, :1], query)
+        with pytest.raises(ValueError, match="agree in d"):
+            clip.observe_attention("a", query, query[..., :2])
+
+
+def test_layers_of_different_shapes_get_their_own_factors() -> None:
+    """Factors are worked out for runs of like layers at once."""
+    kinds = [(Separate, 4, 2), (Fused, 6, 3), (MLA, 3, 3), (Columns, 4, 1), (Separate, 2, 2)]
+    scenarios = [scenario(kind, heads, groups, 7) for kind, heads, groups in kinds]
+    clip = QKClip(
+        {str(i): attention.layout for i, (attention, _) in enumerate(scenarios)},
+        threshold=THRESHOLD,
+    )
+    wanted = []
+    for i, (attention, x) in enumerate(scenarios):
+        largest = attention.largest(x)
+        gamma = (THRESHOLD / largest).where(largest > THRESHOLD, 1.0)
+        wanted.append(attention(x) * gamma[:, None, None])
+        clip.observe(str(i), largest)
+    clip.step()
+    for (attention, x), logits in zip(scenarios, wanted, strict=True):
+        assert torch.allclose(attention(x), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_replaced_since_are_clipped() -> None:
+    """FSDP2 replaces them; the old ones would be scaled in vain."""
+    attention = layer()
+    clip = QKClip({"layer": attention.layout}, threshold=100.0)
+    old = attention.q.weight
+    attention.q.weight = nn.Parameter(old.detach().clone())
+    before = old.detach().clone()
+    clip.observe("layer", torch.tensor([400.0, 400.0]))
+    clip.step()
+    assert torch.equal(old, before)
+    assert torch.allclose(attention.q.weight, before * 0.5)
+
+
+def test_a_flattened_parameter_is_refused_before_anything_changes() -> None:
+    """FSDP1 leaves each rank a flat piece, whose rows nobody knows."""
+    attention = layer()
+    clip = QKClip({"layer": attention.layout}, threshold=1.0)
+    attention.k.weight = nn.Parameter(attention.k.weight.detach().flatten()[:5].clone())
+    before = attention.q.weight.detach().clone()
+    clip.observe("layer", torch.tensor([9.0, 9.0]))
+    with pytest.raises(ValueError, match=r"'layer': a weight has become \(5,\), its layout has 8"):
+        clip.step()
+    assert torch.equal(attention.q.weight, before)
+
+
+def test_step_hooks() -> None:
+    clip = QKClip({"layer": layer().layout})
+    seen: list[ClipResult] = []
+    handle = clip.register_step_post_hook(seen.append)
+    result = clip.step()
+    handle.remove()
+    clip.step()
+    assert len(seen) == 1 and seen[0] is result
+
+
+def test_query_and_key_must_not_share_rows() -> None:
+    weight = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="'a': query and key share rows"):
+        QKClip({"a": AttentionLayout.separate(weight, weight, num_heads=2)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_model_may_move_to_a_gpu_after_the_clip_was_made() -> None:
+    attention = layer()
+    clip = QKClip({"layer": attention.layout}, threshold=1.0)
+    attention.cuda()
+    before = attention.q.weight.detach().clone()
+    clip.observe("layer", torch.tensor([4.0, 4.0], device="cuda"))
+    assert clip.step().max_logits["layer"].is_cuda
+    assert torch.allclose(attention.q.weight, before * 0.5)

@@ -1,0 +1,227 @@
+"""torch's own attention: QK-Clip for ``nn.MultiheadAttention``, alone or in ``nn.Transformer``.
+
+>>> from torch import nn
+>>> model = nn.TransformerEncoderLayer(d_model=32, nhead=4, batch_first=True)
+>>> clip = qk_clip(model, threshold=100.0)
+>>> list(clip.layouts)
+['self_attn']
+
+and ``clip.attach(optimizer)``.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
+from muonclip.qk_clip import QKClip
+
+_SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
+
+
+class WatchHandle:
+    """Ends the watching that a ``watch`` began."""
+
+    def __init__(self, ends: Iterable[Callable[[], None]]) -> None:
+        self._ends = list(ends)
+
+    def remove(self) -> None:
+        """Watch no longer. A second call does nothing."""
+        while self._ends:
+            self._ends.pop()()
+
+
+def qk_clip(
+    model: nn.Module,
+    threshold: float = 100.0,
+    *,
+    exact: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> QKClip:
+    """QK-Clip for all ``nn.MultiheadAttention`` in a model: layouts found, forward passes watched.
+
+    What is left to do is ``clip.attach(optimizer)``, or ``clip.step()`` after each optimizer step.
+    For a handle that ends the watching, call ``attention_layouts`` and ``watch`` instead.
+
+    Args:
+        model: any module.
+        threshold: τ: no head's largest logit stays above it.
+        exact: as in ``QKClip``.
+        process_group: as in ``QKClip``.
+
+    Raises:
+        ValueError: if there is no ``nn.MultiheadAttention``, or one with ``add_bias_kv``.
+    """
+    layouts = attention_layouts(model)
+    if not layouts:
+        raise ValueError(f"{type(model).__name__} contains no nn.MultiheadAttention")
+    clip = QKClip(layouts, threshold=threshold, exact=exact, process_group=process_group)
+    watch(model, clip)
+    return clip
+
+
+def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
+    """The layouts of a model's ``nn.MultiheadAttention`` layers, for ``QKClip``.
+
+    Args:
+        model: any module; others than ``nn.MultiheadAttention`` are passed over.
+
+    Returns:
+        Module name, e.g. ``"layers.0.self_attn"`` -> layout.
+
+    Raises:
+        ValueError: for a layer with ``add_bias_kv``, whose keys are not all made by a projection.
+    """
+    return {
+        name: _layout(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+
+
+def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> WatchHandle:
+    """Show ``clip`` the queries and keys of every forward pass in training.
+
+    A hook before the forward pass projects them once more, without gradient: about 5% of a
+    transformer layer's work. Masks count as the layer counts them. Forward passes that activation
+    checkpointing repeats are seen once. Layers with hooks do without torch's fast path in
+    evaluation.
+
+    Args:
+        model: the model whose submodules the clip's layers name.
+        clip: takes the logits in.
+        layers: which of the clip's layers to watch; default: all.
+
+    Returns:
+        A handle whose ``remove()`` ends the watching.
+
+    Raises:
+        ValueError: if a layer is unknown to the clip, or no ``nn.MultiheadAttention`` of the model.
+    """
+    modules: dict[str, nn.MultiheadAttention] = {}
+    everything = dict(model.named_modules())
+    for name in clip.layouts if layers is None else layers:
+        module = everything.get(name)
+        if name not in clip.layouts or not isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} is not both a layer of the clip and an nn.MultiheadAttention of the "
+                "model: give the model that attention_layouts was given, or choose with layers"
+            )
+        modules[name] = module
+    handles = [
+        module.register_forward_pre_hook(
+            partial(_observe, partial(clip.observe_attention, name)), with_kwargs=True
+        )
+        for name, module in modules.items()
+    ]
+    return WatchHandle(handle.remove for handle in handles)
+
+
+def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
+    if module.bias_k is not None:
+        raise ValueError(
+            f"{name}: add_bias_kv gives a key that no projection makes, which QK-Clip would not "
+            "scale with the others: build the layer with add_bias_kv=False"
+        )
+    # Functions, since FSDP2 replaces the parameters.
+    if module.in_proj_weight is not None:
+        return AttentionLayout.fused(partial(_fused, module), num_heads=module.num_heads)
+    rows = torch.arange(module.embed_dim).view(module.num_heads, -1)
+    query, key = partial(_query, module), partial(_key, module)
+    if module.in_proj_bias is None:
+        return AttentionLayout(HeadRows(query, rows), HeadRows(key, rows))
+    # One bias for query, key and value.
+    return AttentionLayout(
+        HeadRows(query, rows, bias_rows=rows),
+        HeadRows(key, rows, bias_rows=rows + module.embed_dim),
+    )
+
+
+def _fused(module: nn.MultiheadAttention) -> WeightAndBias:
+    return module.in_proj_weight, module.in_proj_bias
+
+
+def _query(module: nn.MultiheadAttention) -> WeightAndBias:
+    return module.q_proj_weight, module.in_proj_bias
+
+
+def _key(module: nn.MultiheadAttention) -> WeightAndBias:
+    return module.k_proj_weight, module.in_proj_bias
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _observe(
+    observe: Callable[..., None],
+    module: nn.MultiheadAttention,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> None:
+    """Call ``observe`` with what the forward pass will compute from these arguments."""
+    # Recomputation of a checkpointed forward runs within the backward pass.
+    if not module.training or torch._C._current_graph_task_id() != -1:
+        return
+    call = _SIGNATURE.bind(module, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    query, key = given["query"], given["key"]
+    attn_mask, padding = given["attn_mask"], given["key_padding_mask"]
+    if query.dim() == 2:
+        query, key = query[None], key[None]
+        padding = None if padding is None else padding[None]
+    elif not module.batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+
+    # With this hint and nothing against it, the layer does not look at attn_mask.
+    causal = bool(given["is_causal"] and padding is None and not given["need_weights"])
+    mask = None if causal else _merged_mask(attn_mask, padding, module.num_heads)
+    query, key = _project(module, query, key)
+    if module.add_zero_attn:
+        key = F.pad(key, (0, 0, 0, 1))
+        if mask is not None:
+            mask = F.pad(mask, (0, 1), value=0.0 if mask.is_floating_point() else True)
+    observe(query, key, mask=mask, causal=causal)
+
+
+def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, [batch, heads, length, d]."""
+    dim = module.embed_dim
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight[:dim], module.in_proj_weight[dim : 2 * dim]
+    else:
+        weights = module.q_proj_weight, module.k_proj_weight
+    biases = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[:2]
+    projected_query, projected_key = (
+        F.linear(x, weight, bias).view(*x.shape[:2], module.num_heads, -1).transpose(1, 2)
+        for x, weight, bias in zip((query, key), weights, biases, strict=True)
+    )
+    return projected_query, projected_key
+
+
+def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Boolean, true where a query attends, or floating, broadcastable to the logits."""
+    masks = []
+    if attn_mask is not None:
+        by_head = attn_mask.dim() == 3  # [batch * heads, queries, keys]
+        masks.append(attn_mask.view(-1, heads, *attn_mask.shape[1:]) if by_head else attn_mask)
+    if padding is not None:
+        masks.append(padding[:, None, None])
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):  # true where it does not attend
+        masked = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+        return ~masked
+    floating = [
+        torch.zeros_like(m, dtype=torch.float32).masked_fill_(m, -math.inf)
+        if m.dtype == torch.bool
+        else m
+        for m in masks
+    ]
+    return floating[0] if len(floating) == 1 else floating[0] + floating[1]
