@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ class MatrixLayout:
     """How the matrices of a model lie in one parameter.
 
     Muon's maths is that of the model's matrices; frameworks fuse and rearrange them in storage.
-    Read as [outputs, inputs] (after ``transposed`` or ``flatten``), the parameter's rows are
-    ``repeats`` copies of one pattern of blocks, ``blocks`` rows each. The rows that a block has in
-    all repeats are one matrix, or with ``separate`` one matrix a repeat. A parameter
+    Read as [outputs, inputs] (after ``view`` or ``flatten``, then ``transposed``), the parameter's
+    rows are ``repeats`` copies of one pattern of blocks, ``blocks`` rows each. The rows that a
+    block has in all repeats are one matrix, or with ``separate`` one matrix a repeat. A parameter
     [E, outputs, inputs] is a stack: all this holds for each of its E slices.
 
-    Examples: gate and up fused, ``MatrixLayout((f, f))``; each of 8 heads on its own,
+    Examples: gate and up fused, ``MatrixLayout((f, f))``; the same in alternate rows,
+    ``MatrixLayout((1, 1), repeats=f)``; each of 8 heads on its own,
     ``MatrixLayout.per_head(rows, 8)``; Megatron's QKV, for each group its queries, key and value,
-    ``MatrixLayout((q * d, d, d), repeats=groups)``.
+    ``MatrixLayout((q * d, d, d), repeats=groups)``; an einsum's weight [inputs, heads, d],
+    ``MatrixLayout(view=(inputs, heads * d), transposed=True)``.
 
     Attributes:
         blocks: rows of each block in one repeat; None: all rows.
@@ -27,9 +30,11 @@ class MatrixLayout:
         separate: the repeats of a block are matrices of their own.
         transposed: stored as [inputs, outputs].
         flatten: a convolution kernel [out, in, ...], read as [out, in * ...].
+        view: the shape as which the elements, in their order, are read; None: the parameter's.
 
     Raises:
-        ValueError: for counts below 1, or ``transposed`` together with ``flatten``.
+        ValueError: for counts below 1, or more than one of ``flatten`` and ``transposed`` or
+            ``view``.
     """
 
     blocks: tuple[int, ...] | None = None
@@ -37,18 +42,21 @@ class MatrixLayout:
     separate: bool = False
     transposed: bool = False
     flatten: bool = False
+    view: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-            if not self.blocks or any(type(n) is not int or n < 1 for n in self.blocks):
-                raise ValueError(f"blocks must be positive row counts, got {self.blocks!r}")
+            object.__setattr__(self, "blocks", _counts("blocks", self.blocks))
         if type(self.repeats) is not int or self.repeats < 1:
             raise ValueError(f"repeats must be a positive integer, got {self.repeats!r}")
         if self.repeats > 1 and self.blocks is None:
             raise ValueError("repeats needs blocks: the rows of each block in one repeat")
-        if self.transposed and self.flatten:
-            raise ValueError("transposed and flatten exclude each other")
+        if self.view is not None:
+            object.__setattr__(self, "view", _counts("view", self.view))
+            if len(self.view) not in (2, 3):
+                raise ValueError(f"view must be a shape [n, m] or [E, n, m], got {self.view}")
+        if self.flatten and (self.transposed or self.view is not None):
+            raise ValueError("flatten excludes transposed and view")
 
     @classmethod
     def per_head(cls, rows: int, heads: int, *, transposed: bool = False) -> "MatrixLayout":
@@ -72,11 +80,14 @@ class MatrixLayout:
         Raises:
             ValueError: naming what does not fit.
         """
-        dims = len(shape)
+        if self.view is not None:
+            if prod(self.view) != prod(shape):
+                raise ValueError(f"shape {tuple(shape)} cannot be read as {self.view}")
+            shape = self.view
         if self.flatten:
-            if dims < 3:
+            if len(shape) < 3:
                 raise ValueError(f"flatten is for kernels [out, in, ...], got {tuple(shape)}")
-        elif dims not in (2, 3):
+        elif len(shape) not in (2, 3):
             raise ValueError(f"shape {tuple(shape)} is no matrix [n, m] or stack [E, n, m]")
         rows = shape[0] if self.flatten else shape[-1 if self.transposed else -2]
         if self.blocks is not None and self.repeats * sum(self.blocks) != rows:
@@ -85,16 +96,30 @@ class MatrixLayout:
                 f"not {rows}"
             )
 
+    def slices(self, shape: Sequence[int]) -> int:
+        """How many slices of the parameter's first dimension stand for themselves.
+
+        Args:
+            shape: the parameter's.
+
+        Returns:
+            E for a stack [E, n, m]; 1 where only the parameter as a whole holds whole matrices.
+        """
+        return shape[0] if len(shape) == 3 and not self.flatten and self.view is None else 1
+
     def split(self, parameter: Tensor) -> list[Tensor]:
         """The matrices in a tensor laid out like the parameter.
 
         Args:
-            parameter: [n, m], [E, n, m], or [out, in, ...] with ``flatten``.
+            parameter: [n, m], [E, n, m], or what ``flatten`` or ``view`` are for; of a stack also
+                a part of its slices.
 
         Returns:
             One [b, n, m] for each block, views where strides allow.
         """
         x = parameter.flatten(1) if self.flatten else parameter
+        if self.view is not None:
+            x = x.reshape(self.view)
         if self.transposed:
             x = x.mT
         x = x.reshape(-1, *x.shape[-2:])
@@ -111,7 +136,7 @@ class MatrixLayout:
             shape: the parameter's.
 
         Returns:
-            A tensor of that shape; a view where there is one block.
+            A tensor of that shape.
         """
         if self.blocks is None:
             (x,) = matrices
@@ -134,7 +159,19 @@ class MatrixLayout:
             if self.repeats > 1:
                 words.append(f"{self.repeats} times, {'separate' if self.separate else 'merged'}")
         words += [word for word in ("transposed", "flatten") if getattr(self, word)]
+        if self.view is not None:
+            words.append(f"read as {'x'.join(map(str, self.view))}")
         return ", ".join(words) or "one matrix"
+
+
+def _counts(what: str, value: Sequence[int]) -> tuple[int, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or not value
+        or any(type(number) is not int or number < 1 for number in value)
+    ):
+        raise ValueError(f"{what} must be a tuple of positive integers, got {value!r}")
+    return tuple(value)
 
 
 WHOLE = MatrixLayout()
