@@ -9,11 +9,17 @@ from torch import Tensor
 
 from muonclip import checks
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
-from muonclip.orthogonalize import default_ns_dtype, orthogonalize, update_scale
+from muonclip.orthogonalize import (
+    coefficient_steps,
+    default_ns_dtype,
+    orthogonalize_,
+    update_scale,
+    working_dtype,
+)
 from muonclip.update import (
     Scalar,
     decay_and_apply,
-    look_ahead,
+    look_ahead_,
     update_momentum,
     write_back,
 )
@@ -97,9 +103,18 @@ def pre_orthogonalize(
     """Update the momentum of parameters or parts of them.
 
     Returns:
-        What is then to be orthogonalized, unless ``ahead`` is false.
+        What is then to be orthogonalized, unless ``ahead`` is false: fresh tensors, one after the
+        other in memory.
     """
-    updates: list[Tensor] = [torch.empty(0)] * len(items)
+    updates: list[Tensor] = []
+    if ahead and items:
+        sizes = [item.param.numel() for item in items]
+        dtype = working_dtype(items[0].ns_dtype)
+        flat = torch.empty(sum(sizes), dtype=dtype, device=items[0].param.device)
+        updates = [
+            part.view(item.param.shape)
+            for part, item in zip(flat.split_with_sizes(sizes), items, strict=True)
+        ]
     for indices in _by_group(items).values():
         options = items[indices[0]].group
         momentum = momentum_now(options)
@@ -112,9 +127,8 @@ def pre_orthogonalize(
             ]
         update_momentum(buffers, gradients, momentum)
         if ahead:
-            moved = look_ahead(buffers, gradients, momentum, options["nesterov"])
-            for index, update in zip(indices, moved, strict=True):
-                updates[index] = update
+            targets = [updates[index] for index in indices]
+            look_ahead_(targets, buffers, gradients, momentum, options["nesterov"])
     return updates
 
 
@@ -123,37 +137,34 @@ def orthogonalize_parameters(items: Sequence[Item], updates: Sequence[Tensor]) -
 
     Args:
         items: their parameters; only options and layouts are read.
-        updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices).
+        updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices), in the
+            working dtype of Newton-Schulz. Overwritten.
 
     Returns:
         The same shapes, in the dtype of Newton-Schulz.
     """
-    matrices = [
-        item.layout.split(update.to(item.ns_dtype))
-        for item, update in zip(items, updates, strict=True)
-    ]
+    matrices = [item.layout.split(update) for item, update in zip(items, updates, strict=True)]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
     alike: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for index, parts in enumerate(matrices):
         options = items[index].group
         for place, part in enumerate(parts):
             key = (
-                part.shape[-2:], part.dtype, part.device, repr(options["ns_coefficients"]),
-                options["ns_steps"], options["eps"], options["adjust_lr"], options["update_rms"],
+                part.shape[-2:], items[index].ns_dtype, part.device,
+                repr(options["ns_coefficients"]), options["ns_steps"], options["eps"],
+                options["adjust_lr"], options["update_rms"],
             )  # fmt: skip
             alike[key].append((index, place))
-    for places in alike.values():
+    for (shape, dtype, *_), places in alike.items():
         parts = [matrices[index][place] for index, place in places]
         options = items[places[0][0]].group
-        stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-        results = orthogonalize(
-            stacked,
-            coefficients=options["ns_coefficients"],
-            steps=options["ns_steps"],
+        results = orthogonalize_(
+            _stack(parts),
+            coefficient_steps(options["ns_coefficients"], options["ns_steps"]),
             eps=options["eps"],
-            dtype=stacked.dtype,
+            dtype=dtype,
+            scale=update_scale(shape, options["adjust_lr"], options["update_rms"]),
         )
-        results *= update_scale(results.shape, options["adjust_lr"], options["update_rms"])
         sizes = [part.size(0) for part in parts]
         for (index, place), result in zip(places, results.split_with_sizes(sizes), strict=True):
             matrices[index][place] = result
@@ -161,6 +172,24 @@ def orthogonalize_parameters(items: Sequence[Item], updates: Sequence[Tensor]) -
         item.layout.join(parts, update.shape)
         for item, parts, update in zip(items, matrices, updates, strict=True)
     ]
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """[b, n, m] tensors as one, without a copy where they follow one another in memory."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    place = first.storage_offset()
+    for part in parts:
+        if (
+            not part.is_contiguous()
+            or part.storage_offset() != place
+            or part.untyped_storage()._cdata != first.untyped_storage()._cdata
+        ):
+            return torch.cat(list(parts))
+        place += part.numel()
+    size = (sum(part.size(0) for part in parts), *first.shape[1:])
+    return first.as_strided(size, first.stride())
 
 
 def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None) -> None:

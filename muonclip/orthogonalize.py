@@ -102,6 +102,11 @@ def default_ns_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What :func:`orthogonalize_` takes: float16's range a gradient may leave unnormalised."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The (a, b, c) of each Newton-Schulz step.
 
@@ -194,21 +199,38 @@ def orthogonalize(
         )
     schedule = coefficient_steps(coefficients, steps)
 
+    x = matrices.detach().to(working_dtype(dtype), copy=True)
+    x = x.reshape(-1, *x.shape[-2:])
+    return orthogonalize_(x, schedule, eps=eps, dtype=dtype, form=form).view(matrices.shape)
+
+
+def orthogonalize_(
+    matrices: Tensor,
+    schedule: Sequence[Triple],
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    form: Form = "auto",
+    scale: float = 1.0,
+) -> Tensor:
+    """:func:`orthogonalize` in the memory of its argument, as far as it goes; times ``scale``.
+
+    Args:
+        matrices: [b, n, m] in ``working_dtype(dtype)``, overwritten.
+        schedule, eps, dtype, form: as there, checked.
+        scale: on the result.
+
+    Returns:
+        [b, n, m]; it may share memory with ``matrices``.
+    """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
-    x = _normalize(x, dtype, eps).reshape(x.shape[:-2].numel(), *x.shape[-2:])
-    x = _gram_form(x, schedule) if _use_gram(x, form) else _direct_form(x, schedule)
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-def _normalize(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """Divide by the Frobenius norm, which is at least the spectral norm: values lie in [0, 1]."""
-    if dtype != torch.float16:  # whose range a gradient may leave before it is normalised
-        x = x.to(dtype)
+    # The Frobenius norm is at least the spectral norm: singular values come to lie in [0, 1].
     # Squares of float32 may overflow or vanish; summed in float64 they do not.
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    normal: Tensor = x / norm.clamp(min=eps).to(x.dtype)
-    return normal.to(dtype)
+    x = x.div_(norm.clamp_(min=eps).to(x.dtype)).to(dtype)
+    x = _gram_form(x, schedule, scale) if _use_gram(x, form) else _direct_form(x, schedule, scale)
+    return x.mT if tall else x
 
 
 def _use_gram(x: Tensor, form: Form) -> bool:
@@ -216,30 +238,30 @@ def _use_gram(x: Tensor, form: Form) -> bool:
     return form == "gram" or (form == "auto" and fit)
 
 
-def _direct_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+def _direct_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
     """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x."""
-    for a, b, c in schedule:
-        gram = symmetric_product(x, x)
-        if c == 0:
-            x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
-        else:
-            polynomial = symmetric_product(gram, gram, c=gram, alpha=c, beta=b)
-            x = torch.baddbmm(x, polynomial, x, beta=a)
+    spare = torch.empty_like(x)
+    for step, (a, b, c) in enumerate(schedule):
+        polynomial = _polynomial(symmetric_product(x, x), b, c)
+        factor = scale if step + 1 == len(schedule) else 1.0
+        x, spare = _multiply(polynomial, a, x, factor, spare), x
     return x
 
 
-def _gram_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
+def _gram_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
     """The same map, as one polynomial in the Gram matrix applied to [b, n, m].
 
-    A step multiplies x by z = a + b r + c r², with r = xxᵀ; r becomes z r z, and the product of
-    all z is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
+    A step multiplies x by a + z, z = b r + c r², with r = xxᵀ; r becomes (a + z) r (a + z), and
+    the product of all a + z is kept in q. All are polynomials of one symmetric matrix:
+    symmetric, and they commute.
     """
-    for part in _between_restarts(schedule, _GRAM_GROWTH[x.dtype]):
+    spare = torch.empty_like(x)
+    parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
+    for part in parts:
         r = symmetric_product(x, x)
         q: Tensor | None = None
         for step, (a, b, c) in enumerate(part):
-            # z without its multiple of the identity, which the products below add.
-            z = b * r if c == 0 else symmetric_product(r, r, c=r, alpha=c, beta=b)
+            z = _polynomial(r, b, c)
             if q is None:
                 q = z.clone()
                 q.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -249,8 +271,26 @@ def _gram_form(x: Tensor, schedule: Sequence[Triple]) -> Tensor:
                 half = symmetric_product(r, z, c=r, beta=a)
                 r = symmetric_product(half, z, c=half, beta=a)
         assert q is not None
-        x = q @ x
+        factor = scale if part is parts[-1] else 1.0
+        x, spare = torch.bmm(q * factor, x, out=spare), x
     return x
+
+
+def _polynomial(r: Tensor, b: float, c: float) -> Tensor:
+    """b r + c r² for symmetric [b, n, n], new."""
+    return b * r if c == 0 else symmetric_product(r, r, c=r, alpha=c, beta=b)
+
+
+def _multiply(z: Tensor, a: float, x: Tensor, factor: float, out: Tensor) -> Tensor:
+    """factor * (a + z) x, written into ``out``; ``z`` is overwritten."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # a + z would be rounded once more, which doubles the error of the whole.
+        return torch.baddbmm(x, z, x, beta=factor * a, alpha=factor, out=out)
+    # Saves a pass over x, which baddbmm copies first.
+    z.diagonal(dim1=-2, dim2=-1).add_(a)
+    if factor != 1:
+        z *= factor
+    return torch.bmm(z, x, out=out)
 
 
 def _between_restarts(schedule: Sequence[Triple], limit: float) -> list[list[Triple]]:

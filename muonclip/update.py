@@ -19,15 +19,22 @@ def update_momentum(
     torch._foreach_lerp_(list(buffers), alike, 1 - momentum)  # type: ignore[arg-type]
 
 
-def look_ahead(
-    buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float, nesterov: bool
-) -> list[Tensor]:
-    """What is orthogonalized: the buffers, or with Nesterov's look-ahead
-    momentum * buffer + (1 - momentum) * gradient."""
+def look_ahead_(
+    targets: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """Write into ``targets`` what is orthogonalized: the buffers, or with Nesterov's look-ahead
+    momentum * buffer + (1 - momentum) * gradient, computed in the targets' dtype."""
+    targets = list(targets)
     if not nesterov:
-        return list(buffers)
-    alike = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-    return list(torch._foreach_lerp(alike, list(buffers), momentum))
+        torch._foreach_copy_(targets, list(buffers))
+        return
+    torch._foreach_copy_(targets, list(gradients))
+    alike = [b.to(t.dtype) for b, t in zip(buffers, targets, strict=True)]
+    torch._foreach_lerp_(targets, alike, momentum)
 
 
 def decay_and_apply(
