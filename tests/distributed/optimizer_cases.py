@@ -6,15 +6,16 @@ takes its part; nothing but the optimizer communicates.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from muonclip import MatrixLayout, MuonClip
 
 # Newton-Schulz in float64: what is left between one process and several is rounding of weights.
-EXACT = {"ns_dtype": torch.float64, "lr": 0.05, "adamw_lr": 0.01, "momentum": 0.9}
+EXACT: dict[str, Any] = {"ns_dtype": torch.float64, "lr": 0.05, "adamw_lr": 0.01, "momentum": 0.9}
 TOLERANCE = 1e-6
 
 
@@ -43,22 +44,32 @@ class Case:
         mesh: shape of the device mesh, for DTensors.
         options: of the optimizer, over ``EXACT``.
         without_gradient: pairs (step, index of a parameter) that have none.
+        steps: numbers of the steps, which decide on gradients.
+        dtype: of the parameters.
     """
 
     specs: tuple[Spec, ...]
     mesh: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     without_gradient: frozenset[tuple[int, int]] = frozenset()
-    steps: int = 3
+    steps: Sequence[int] = (0, 1, 2)
     dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole weights and momenta after training (None: no state)."""
+    """Whole weights, momenta and master copies after training (None: has none)."""
 
     weights: list[Tensor]
     momenta: list[Tensor | None]
+    masters: list[Tensor | None]
+
+
+Place: TypeAlias = Callable[[Spec, Tensor], Tensor]  # the part of a whole that this rank has
+
+
+def keep(_: Spec, whole: Tensor) -> Tensor:
+    return whole
 
 
 def random(shape: Sequence[int], *seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,48 +77,50 @@ def random(shape: Sequence[int], *seed: int, dtype: torch.dtype = torch.float32)
     return torch.randn(tuple(shape), generator=generator).to(dtype)
 
 
-def groups(case: Case, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """A group for each parameter, or one for neighbours that need the same options."""
-    result: list[dict[str, Any]] = []
-    for index, (spec, param) in enumerate(zip(case.specs, params, strict=True)):
-        options = {"layout": spec.layout}
-        if spec.algorithm is not None:
-            options["algorithm"] = spec.algorithm
-        if not result or {k: v for k, v in result[-1].items() if k != "params"} != options:
-            result.append({"params": [], **options})
-        result[-1]["params"].append((f"p{index}", param))
-    return result
-
-
-def train(
-    case: Case,
-    place: Callable[[Spec, Tensor], Tensor] = lambda _, whole: whole,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    **options: Any,
-) -> Outcome:
-    """Train a case; by itself on one process, or as ``place`` lays the tensors on ranks.
-
-    Args:
-        case: what to train.
-        place: from a whole tensor to the one that this rank has.
-        gather: back.
-        options: more of the optimizer's.
-    """
+def build(case: Case, place: Place = keep, **options: Any) -> tuple[list[Any], MuonClip]:
+    """The parameters as they lie on this rank, and their optimizer."""
     params = [
         nn.Parameter(place(spec, random(spec.shape, index, dtype=case.dtype)))
         for index, spec in enumerate(case.specs)
     ]
-    optimizer = MuonClip(groups(case, params), **{**EXACT, **case.options, **options})
-    for step in range(case.steps):
-        for index, (spec, param) in enumerate(zip(case.specs, params, strict=True)):
-            gradient = random(spec.shape, index, 100 + step, dtype=case.dtype)
-            missing = (step, index) in case.without_gradient
-            param.grad = None if missing else place(spec, gradient)
-        optimizer.step()
-    momenta = [optimizer.state[p].get("momentum_buffer") for p in params]
+    groups: list[dict[str, Any]] = []  # one for neighbours with the same options
+    for index, (spec, param) in enumerate(zip(case.specs, params, strict=True)):
+        own: dict[str, Any] = {"layout": spec.layout}
+        if spec.algorithm is not None:
+            own["algorithm"] = spec.algorithm
+        if not groups or {k: v for k, v in groups[-1].items() if k != "params"} != own:
+            groups.append({"params": [], **own})
+        groups[-1]["params"].append((f"p{index}", param))
+    return params, MuonClip(groups, **{**EXACT, **case.options, **options})
+
+
+def give_gradients(case: Case, params: Sequence[Any], step: int, place: Place = keep) -> None:
+    for index, (spec, param) in enumerate(zip(case.specs, params, strict=True)):
+        gradient = random(spec.shape, index, 100 + step, dtype=case.dtype)
+        missing = (step, index) in case.without_gradient
+        param.grad = None if missing else place(spec, gradient)
+
+
+def outcome_of(params: Sequence[Any], optimizer: MuonClip) -> Outcome:
+    states = [optimizer.state[p] for p in params]
     return Outcome(
-        [gather(p.detach()) for p in params], [None if m is None else gather(m) for m in momenta]
+        [whole(p.detach()) for p in params],
+        [whole(s["momentum_buffer"]) if "momentum_buffer" in s else None for s in states],
+        [whole(s["master"]) if "master" in s else None for s in states],
     )
+
+
+def train(case: Case, place: Place = keep, **options: Any) -> Outcome:
+    """Train a case; by itself on one process, or as ``place`` lays the tensors on ranks."""
+    params, optimizer = build(case, place, **options)
+    for step in case.steps:
+        give_gradients(case, params, step, place)
+        optimizer.step()
+    return outcome_of(params, optimizer)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:

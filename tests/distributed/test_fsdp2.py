@@ -1,0 +1,450 @@
+"""DTensors in any placement: whole matrices are orthogonalized, and all equals one process."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from muonclip import MatrixLayout, MuonClip, orthogonalize, param_groups, update_scale
+from muonclip.update import local
+from tests.distributed.launch import launch
+from tests.distributed.optimizer_cases import (
+    EXACT,
+    TOLERANCE,
+    Case,
+    Outcome,
+    Place,
+    Spec,
+    assert_equal,
+    build,
+    give_gradients,
+    outcome_of,
+    random,
+    train,
+    whole,
+)
+
+GATE_UP = MatrixLayout((4, 6))
+
+
+def specs(placements: tuple[str, ...], *shapes: tuple[int, ...]) -> tuple[Spec, ...]:
+    return tuple(Spec(shape, placements=placements) for shape in shapes)
+
+
+def cases_for(world_size: int) -> dict[str, Case]:
+    line = (world_size,)
+    # Uneven; fewer rows than ranks; one row, so that all ranks but one hold nothing.
+    matrices = ((8, 6), (6, 8), (7, 5), (3, 8), (8, 3), (1, 9), (9, 1), (1, 1))
+    stacks = ((4, 4, 6), (5, 6, 4), (1, 4, 6), (3, 5, 5))
+    cases = {
+        "rows": Case(specs(("S0",), *matrices), line),
+        "columns": Case(specs(("S1",), *matrices), line),
+        "replicated": Case(specs(("R",), *matrices, *stacks), line),
+        "experts": Case(specs(("S0",), *stacks), line),
+        "rows of each expert": Case(specs(("S1",), *stacks), line),
+        "columns of each expert": Case(specs(("S2",), *stacks), line),
+        "fused": Case(
+            (
+                Spec((10, 6), GATE_UP, placements=("S0",)),
+                Spec((10, 6), GATE_UP, placements=("S1",)),
+                Spec((3, 10, 6), GATE_UP, placements=("S0",)),
+                Spec((3, 10, 6), GATE_UP, placements=("S1",)),
+                Spec((12, 6), MatrixLayout.per_head(12, 3), placements=("S0",)),
+                Spec(
+                    (6, 12),
+                    MatrixLayout((4,), 3, separate=True, transposed=True),
+                    placements=("S0",),
+                ),
+                Spec((8, 3, 2, 2), MatrixLayout(flatten=True), "muon", ("S0",)),
+                Spec((8, 3, 2), MatrixLayout(flatten=True), "muon", ("S0",)),
+            ),
+            line,
+        ),
+        "AdamW": Case(
+            (
+                Spec((5,), placements=("S0",)),
+                Spec((1,), placements=("S0",)),
+                Spec((7, 3), None, "adamw", ("S0",)),
+                Spec((3, 7), None, "adamw", ("S1",)),
+                Spec((4, 4), placements=("S0",)),
+                Spec((), placements=("R",)),
+            ),
+            line,
+        ),
+        "gradients that come and go": Case(
+            specs(("S0",), *matrices[:4]),
+            line,
+            without_gradient=frozenset({(0, 0), (1, 0), (1, 1), (2, 2)}),
+            steps=range(4),
+        ),
+        "every option": Case(
+            specs(("S0",), (7, 5), (3, 5, 5), (5,)),
+            line,
+            {
+                "nesterov": False,
+                "ns_coefficients": "polar_express",
+                "adjust_lr": "spectral",
+                "weight_decay_mode": "cautious",
+                "momentum_warmup_steps": 3,
+                "maximize": True,
+            },
+        ),
+        "decay in the gradient": Case(
+            specs(("S0",), (7, 5), (5,)), line, {"weight_decay_mode": "l2", "weight_decay": 0.5}
+        ),
+    }
+    if world_size == 2:
+        cases["a mesh of 2 by 1"] = Case(specs(("S0", "S1"), *matrices, *stacks), (2, 1))
+        cases["a mesh of 1 by 2"] = Case(specs(("R", "S0"), *matrices, *stacks), (1, 2))
+    if world_size == 4:
+        two = ("R", "S0"), ("S0", "R"), ("S0", "S1"), ("S1", "S0"), ("S0", "S0"), ("S1", "S1")
+        for placements in two:
+            case = Case(specs(placements, *matrices, *stacks), (2, 2))
+            cases[" x ".join(placements)] = case
+        cases["experts x rows"] = Case(specs(("S0", "S1"), *stacks), (2, 2))
+        cases["mixed"] = Case(
+            tuple(
+                Spec(shape, placements=placements)
+                for shape, placements in zip(matrices, (*two, *two), strict=False)
+            ),
+            (2, 2),
+        )
+    return cases
+
+
+def placing(mesh: DeviceMesh) -> Place:
+    """Lays a whole tensor on the mesh as its spec says."""
+
+    def distribute(spec: Spec, whole: Tensor) -> Tensor:
+        placements = [Replicate() if p == "R" else Shard(int(p[1])) for p in spec.placements]
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+    return distribute
+
+
+def train_sharded(cases: dict[str, Case]) -> dict[str, Outcome]:
+    return {
+        name: train(case, placing(init_device_mesh("cpu", case.mesh)))
+        for name, case in cases.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[int, list[dict[str, Outcome]]]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(size, name) for size in (1, 2, 4) for name in cases_for(size)]
+)
+def test_equals_one_process(
+    launched: dict[int, list[dict[str, Outcome]]], world_size: int, name: str
+) -> None:
+    """speculators#821: [1, N] matrices, of which most ranks hold nothing, crashed."""
+    cases = cases_for(world_size)
+    if world_size not in launched:
+        launched[world_size] = launch(train_sharded, world_size, cases)
+    expected = train(cases[name])
+    for outcomes in launched[world_size]:
+        assert_equal(outcomes[name], expected, cases[name])
+
+
+@st.composite
+def spec_on_2_by_2(draw: st.DrawFn) -> Spec:
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    placement = st.sampled_from(["R", *(f"S{dim}" for dim in range(len(shape)))])
+    layout = None
+    if len(shape) > 1 and draw(st.booleans()):
+        rows = shape[-2]
+        cut = draw(st.integers(0, rows - 1))
+        blocks = (cut, rows - cut) if cut else (rows,)
+        layout = MatrixLayout(blocks)
+    return Spec(shape, layout, placements=(draw(placement), draw(placement)))
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(spec_on_2_by_2(), min_size=30, max_size=40))
+def test_any_shape_in_any_placement(found: list[Spec]) -> None:
+    """Processes are dear: each example is a model of many parameters."""
+    case = Case(tuple(found), (2, 2))
+    expected = train(case)
+    for outcomes in launch(train_sharded, 4, {"case": case}):
+        assert_equal(outcomes["case"], expected, case)
+
+
+def step_on_shards() -> Tensor:
+    """One step of a matrix whose rows lie on two ranks, without momentum or decay."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(random((6, 8), 0), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(random((6, 8), 1), mesh, [Shard(0)])
+    MuonClip([p], **{**EXACT, "momentum": 0.0, "weight_decay": 0.0}).step()
+    return whole(p.detach())
+
+
+def test_newton_schulz_sees_whole_matrices() -> None:
+    """MLM#5961: run on each shard by itself it gives another update."""
+    gradient = random((6, 8), 1)
+    whole = orthogonalize(gradient, dtype=torch.float64)
+    halves = torch.cat([orthogonalize(part, dtype=torch.float64) for part in gradient.chunk(2)])
+    for after in launch(step_on_shards, 2):
+        update = (random((6, 8), 0) - after) / (EXACT["lr"] * update_scale((6, 8)))
+        assert (update - whole).abs().max() < 1e-5
+        assert (update - halves).abs().max() > 0.1
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 14)
+        self.down = nn.Linear(14, width, bias=False)
+        self.experts = nn.Parameter(torch.empty(3, width, width))
+        self.last = nn.Linear(width, 1, bias=False)  # [1, width]: most ranks hold nothing of it
+        for p in self.parameters():
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return self.last(torch.einsum("bn,enm->bm", x, self.experts))  # type: ignore[no-any-return]
+
+
+def train_block(model: nn.Module, rank: int, size: int, micro_batches: int) -> list[Tensor]:
+    """Four steps on a batch of 8 rows, cut over ranks and micro-batches."""
+    optimizer = MuonClip(param_groups(model), **EXACT)
+    for step in range(4):
+        mine = random((8, 8), step, dtype=torch.float64).chunk(size)[rank]
+        for part in mine.chunk(micro_batches):
+            (model(part).square().mean() / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def train_fsdp2(mode: str, micro_batches: int) -> list[Tensor]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = Block()
+    if mode == "tensor parallel":  # rows and columns cut over 2, and then over 2 again
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        rank, size, mesh = mesh.get_local_rank("dp"), size // 2, mesh["dp"]
+    elif mode == "replicas":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicas", "shards"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    fully_shard([model.up, model.down], mesh=mesh)
+    fully_shard(model, mesh=mesh, shard_placement_fn=_columns_of_experts)
+    return train_block(model, rank, size, micro_batches)
+
+
+def _columns_of_experts(p: nn.Parameter) -> Shard | None:
+    return Shard(1) if p.ndim == 3 else None
+
+
+@pytest.mark.parametrize(
+    ("mode", "world_size"),
+    [
+        ("shards", 1),
+        ("shards", 2),
+        ("shards", 4),
+        ("replicas", 2),
+        ("replicas", 4),
+        ("tensor parallel", 4),
+    ],
+)
+def test_fully_shard_equals_one_process(mode: str, world_size: int) -> None:
+    """DeepSpeed#8600 too: two micro-batches on each rank are one batch."""
+    expected = train_block(Block(), 0, 1, 1)
+    for weights in launch(train_fsdp2, world_size, mode, 2):
+        for ours, theirs in zip(weights, expected, strict=True):
+            assert (ours - theirs).abs().max() < TOLERANCE
+
+
+PLANE = ("S0", "S1")
+STAGES = [
+    Case(specs(PLANE, (6, 4), (3, 5, 5))),
+    Case((*specs(PLANE, (7, 7), (1, 3), (4, 4)), Spec((5,), placements=("R", "S0")))),
+]
+
+
+def train_pipeline_stage() -> Outcome:
+    """Ranks 0, 1 and ranks 2, 3 train other parameters, each pair on a mesh of its own."""
+    stage = dist.get_rank() // 2
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("stages", "rows", "columns"))
+    return train(STAGES[stage], placing(mesh["rows", "columns"]))
+
+
+def test_pipeline_stages_have_their_own_parameters() -> None:
+    for rank, outcome in enumerate(launch(train_pipeline_stage, 4)):
+        case = STAGES[rank // 2]
+        assert_equal(outcome, train(case), case)
+
+
+TWO_MESHES = Case(
+    (
+        Spec((7, 5), placements=("S0",)),
+        Spec((4, 6, 5), placements=("S1", "S0")),
+        Spec((6,), placements=("S0",)),
+        Spec((4, 5, 6), placements=("S0", "S1")),
+        Spec((5, 7), placements=("S1",)),
+    )
+)
+
+
+def train_on_two_meshes() -> Outcome:
+    line = placing(init_device_mesh("cpu", (4,)))
+    plane = placing(init_device_mesh("cpu", (2, 2)))
+    return train(
+        TWO_MESHES, lambda spec, x: (line if len(spec.placements) == 1 else plane)(spec, x)
+    )
+
+
+def test_dense_weights_and_experts_on_different_meshes() -> None:
+    for outcome in launch(train_on_two_meshes, 4):
+        assert_equal(outcome, train(TWO_MESHES), TWO_MESHES)
+
+
+def count_messages(placement: str, shape: tuple[int, ...]) -> int:
+    """Collectives in a step after the first, which plans."""
+    case = Case((Spec(shape, placements=(placement,)),), options={"nonfinite": "ignore"})
+    place = placing(init_device_mesh("cpu", (dist.get_world_size(),)))
+    params, optimizer = build(case, place)
+    give_gradients(case, params, 0, place)
+    optimizer.step()
+    with CommDebugMode() as messages:
+        optimizer.step()
+    return messages.get_total_counts()
+
+
+@pytest.mark.parametrize(
+    ("placement", "shape", "expected"),
+    [("S0", (4, 6, 6), 0), ("S0", (3, 6, 6), 0), ("S1", (4, 6, 6), 2), ("S0", (6, 6), 2)],
+)
+def test_experts_on_their_own_ranks_need_no_messages(
+    placement: str, shape: tuple[int, ...], expected: int
+) -> None:
+    """Each rank has whole matrices; sharded within them, they travel there and back."""
+    assert launch(count_messages, 2, placement, shape) == [expected] * 2
+
+
+ONE_BAD = Case(specs(("S0",), (7, 4), (1, 6), (3, 4, 4), (5,)))
+
+
+def with_one_bad_shard(nonfinite: str) -> tuple[str, Outcome, int]:
+    """A step, then one in which the last rank's shard has an infinity, then another good one."""
+    place = placing(init_device_mesh("cpu", (dist.get_world_size(),)))
+    params, optimizer = build(ONE_BAD, place, nonfinite=nonfinite)
+    message = ""
+    for step in range(3):
+        give_gradients(ONE_BAD, params, step, place)
+        if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            params[0].grad.to_local()[0, 0] = torch.inf
+        before = copy.deepcopy((params, optimizer.state_dict()))
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            message = str(error)
+        if step == 1:
+            weights, state = before
+            assert all(map(torch.equal, map(local, params), map(local, weights)))
+            now = optimizer.state_dict()
+            assert now["param_groups"] == state["param_groups"]
+            for key, entries in state["state"].items():
+                for name, value in entries.items():
+                    assert torch.equal(local(now["state"][key][name]), local(value))
+    assert isinstance(optimizer.skipped_steps, int)
+    return message, outcome_of(params, optimizer), optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_one_bad_shard_leaves_all_unchanged(nonfinite: str) -> None:
+    """All ranks leave the step together, and the next one runs on all."""
+    expected = train(replace(ONE_BAD, steps=(0, 2)))
+    for rank, (message, outcome, skipped) in enumerate(launch(with_one_bad_shard, 4, nonfinite)):
+        assert skipped == 1
+        assert_equal(outcome, expected, ONE_BAD)
+        if nonfinite == "skip":
+            assert message == ""
+        else:
+            assert ("'p0'" if rank == 3 else "on another rank") in message
+
+
+def step_with_odd_gradients() -> Outcome:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = Case(specs(("S0",), (6, 4), (6, 4)))
+    params, optimizer = build(case, placing(mesh))
+    give_gradients(case, params, 0)
+    # A sum over ranks that is not formed yet, and another placement than the parameter's.
+    params[0].grad = DTensor.from_local(params[0].grad / mesh.size(), mesh, [Partial()])
+    params[1].grad = distribute_tensor(params[1].grad, mesh, [Shard(1)])
+    optimizer.step()
+    return outcome_of(params, optimizer)
+
+
+def test_gradients_are_brought_to_the_parameters_placement() -> None:
+    case = Case(specs((), (6, 4), (6, 4)), steps=(0,))
+    for outcome in launch(step_with_odd_gradients, 2):
+        assert_equal(outcome, train(case), case)
+
+
+LOW_PRECISION = Case(
+    tuple(
+        Spec(shape, placements=placements)
+        for shape, placements in [
+            ((6, 40), ("S0", "S1")),
+            ((30, 7), ("R", "S0")),
+            ((3, 8, 9), ("S0", "S1")),
+            ((1, 9), ("S0", "R")),
+            ((40,), ("R", "S0")),
+        ]
+    ),
+    mesh=(2, 2),
+    dtype=torch.bfloat16,
+)
+
+
+def train_low_precision(case: Case, option: str) -> Outcome:
+    return train(case, placing(init_device_mesh("cpu", case.mesh)), **{option: True})
+
+
+def test_masters_of_low_precision_shards_equal_one_process() -> None:
+    """The master is stepped, and the parameter is the master rounded."""
+    expected = train(LOW_PRECISION, master_weights=True)
+    for outcome in launch(train_low_precision, 4, LOW_PRECISION, "master_weights"):
+        for weight, ours, theirs in zip(
+            outcome.weights, outcome.masters, expected.masters, strict=True
+        ):
+            assert ours is not None and theirs is not None
+            assert (ours - theirs).abs().max() < TOLERANCE
+            assert torch.equal(weight, ours.bfloat16())
+
+
+def test_stochastic_rounding_of_shards() -> None:
+    """To a neighbour of what float32 gives, up as well as down, and alike on replicas."""
+    case = replace(LOW_PRECISION, steps=(0,))
+    precise = train(case, master_weights=True).masters
+    first, *others = launch(train_low_precision, 4, case, "stochastic_rounding")
+    for other in others:
+        assert all(map(torch.equal, first.weights, other.weights))
+    for weight, target in zip(first.weights, precise, strict=True):
+        assert target is not None
+        error = weight.float() - target
+        spacing = torch.finfo(torch.bfloat16).eps * 2.0 ** target.abs().log2().floor()
+        assert (error.abs() <= spacing * 1.001).all()
+        away = weight != target.bfloat16()  # from the nearest
+        assert 0.1 < away.float().mean() < 0.4 or target.numel() < 40
