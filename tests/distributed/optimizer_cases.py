@@ -132,3 +132,23 @@ def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:
         assert (ours is None) == (theirs is None), spec
         if ours is not None and theirs is not None:
             assert torch.equal(ours, theirs), f"{spec}, mesh {case.mesh}: momenta differ"
+
+
+class Block(nn.Module):
+    """A small model of everything: float64, the same weights every time."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 14)
+        self.down = nn.Linear(14, width, bias=False)
+        self.experts = nn.Parameter(torch.empty(3, width, width))
+        self.last = nn.Linear(width, 1, bias=False)  # [1, width]: most ranks hold nothing of it
+        for p in self.parameters():
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return self.last(torch.einsum("bn,enm->bm", x, self.experts))  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
     EXACT,
     TOLERANCE,
+    Block,
     Case,
     Outcome,
     Place,
@@ -204,24 +205,6 @@ def test_newton_schulz_sees_whole_matrices() -> None:
         update = (random((6, 8), 0) - after) / (EXACT["lr"] * update_scale((6, 8)))
         assert (update - whole).abs().max() < 1e-5
         assert (update - halves).abs().max() > 0.1
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 14)
-        self.down = nn.Linear(14, width, bias=False)
-        self.experts = nn.Parameter(torch.empty(3, width, width))
-        self.last = nn.Linear(width, 1, bias=False)  # [1, width]: most ranks hold nothing of it
-        for p in self.parameters():
-            p.data = 0.3 * torch.randn(p.shape, generator=generator)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(torch.tanh(self.up(self.norm(x))))
-        return self.last(torch.einsum("bn,enm->bm", x, self.experts))  # type: ignore[no-any-return]
 
 
 def train_block(model: nn.Module, rank: int, size: int, micro_batches: int) -> list[Tensor]:

@@ -1,0 +1,186 @@
+"""torch.distributed.checkpoint: saved at one world size, loaded at another, nothing lost."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from muonclip import MatrixLayout, MuonClip, param_groups
+from muonclip.update import local
+from tests.distributed.launch import launch
+from tests.distributed.optimizer_cases import EXACT, TOLERANCE, Block, random, whole
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masters": {"master_weights": True},
+    "warm-up": {"momentum_warmup_steps": 5, "momentum_dtype": torch.float32},
+}
+
+
+def make(sharded: bool, name: str, seed: int = 0) -> tuple[nn.Module, MuonClip]:
+    model = Block()
+    if name == "masters":
+        model.bfloat16()
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    layouts = {"up.weight": MatrixLayout((4, 10)), "experts": MatrixLayout.per_head(8, 2)}
+    groups = param_groups(model, layouts=layouts)
+    return model, MuonClip(groups, **{**EXACT, **OPTIONS[name]})
+
+
+def train(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
+    """Every rank has the whole batch, so that its mean is the same everywhere."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        model(random((8, 8), step, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    found = {name: whole(p.detach()) for name, p in named.items()}
+    for name, p in named.items():
+        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
+    return found
+
+
+CHECKPOINTS = [(name, flatten) for name in OPTIONS for flatten in (False, True)]
+
+
+def save(folder: Path) -> None:
+    for name, flatten in CHECKPOINTS:
+        model, optimizer = make(True, name)
+        train(model, optimizer, range(3))
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+        path = folder / f"{name}-{flatten}"
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
+
+
+def load_and_go_on(folder: Path) -> dict[tuple[str, bool], dict[str, Tensor]]:
+    found = {}
+    for name, flatten in CHECKPOINTS:
+        model, optimizer = make(True, name)
+        spoil(model)
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+        saved: dict[str, Any] = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(saved, checkpoint_id=folder / f"{name}-{flatten}")
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=options,
+        )
+        train(model, optimizer, range(3, 6))
+        found[name, flatten] = weights_and_state(model, optimizer)
+    return found
+
+
+def spoil(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            local(p).fill_(0.123)
+
+
+def uninterrupted(name: str) -> dict[str, Tensor]:
+    model, optimizer = make(False, name)
+    train(model, optimizer, range(6))
+    return weights_and_state(model, optimizer)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < TOLERANCE, name
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What each rank of 1 and of 4 comes to, from what 2 saved."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    launch(save, 2, folder)
+    return {size: launch(load_and_go_on, size, folder) for size in (1, 4)}
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(("name", "flatten"), CHECKPOINTS)
+def test_saved_at_two(resumed: dict[int, Any], world_size: int, name: str, flatten: bool) -> None:
+    """The steps that follow are those of one process that never stopped."""
+    for found in resumed[world_size]:
+        assert_close(found[name, flatten], uninterrupted(name))
+
+
+def gather_scatter_and_go_on(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole state on rank 0, spread again from there; rank 0 also goes on by itself."""
+    model, optimizer = make(True, name)
+    train(model, optimizer, range(3))
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    of_model = get_model_state_dict(model, options=full)
+    of_optimizer = get_optimizer_state_dict(model, optimizer, options=full)
+    kept = copy.deepcopy((of_model, of_optimizer))
+
+    again, fresh = make(True, name)
+    spoil(again)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(again, of_model, options=spread)
+    set_optimizer_state_dict(again, fresh, of_optimizer, options=spread)
+    train(again, fresh, range(3, 6))
+    sharded = weights_and_state(again, fresh)
+
+    alone: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        model, optimizer = make(False, name)
+        model.load_state_dict(kept[0])
+        set_optimizer_state_dict(model, optimizer, kept[1])
+        train(model, optimizer, range(3, 6))
+        alone = weights_and_state(model, optimizer)
+    return sharded, alone
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_full_state(name: str) -> None:
+    """The one file that Accelerate and others write for sharded optimizers."""
+    expected = uninterrupted(name)
+    for rank, (sharded, alone) in enumerate(launch(gather_scatter_and_go_on, 2, name)):
+        assert_close(sharded, expected)
+        if rank == 0:
+            assert_close(alone, expected)
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "cautious", "independent", "l2"])
+@pytest.mark.parametrize("precision", ["full", "masters", "stochastic"])
+def test_state_made_for_loading_moves_no_weight(mode: str, precision: str) -> None:
+    """A fresh optimizer gets its state by a step with learning rate zero and gradients zero."""
+    model = Block().to(torch.float32 if precision == "full" else torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    options: dict[str, Any] = {
+        "weight_decay_mode": mode,
+        "master_weights": precision == "masters",
+        "stochastic_rounding": precision == "stochastic",
+    }
+    optimizer = MuonClip(param_groups(model), weight_decay=0.5, **options)
+    state: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    assert all(map(torch.equal, model.parameters(), before))
+    assert state["up.weight"].keys() - {"master"} == {"momentum_buffer"}
+    assert state["norm.weight"].keys() - {"master"} == {"step", "exp_avg", "exp_avg_sq"}
