@@ -1,5 +1,6 @@
 """Which parameter goes to Muon, which to AdamW, and why: decided here and nowhere else."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,14 +8,31 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 
 Algorithm = Literal["muon", "adamw"]
 
-_EMBEDDINGS = {"wte", "wpe", "pos_emb", "position_bias_table", "relative_position_bias_table"}
-_HEADS = {"lm_head", "output_layer", "head", "embed_out", "unembed", "unembedding", "classifier"}
-_ROUTERS = {"router", "shared_expert_gate", "gate_weight"}
+_HEADS = {"head", "output_layer", "embed_out", "unembed", "unembedding", "classifier", "score",
+          "qa_outputs"}  # fmt: skip
+_ATTENTION_HEADS = {"q_head", "k_head", "v_head"}
+# Words in the names of parameters that a module keeps beside, or in place of, a linear layer's
+# `weight`, and that no input is multiplied with.
+_NO_MATRIX = {
+    word: reason
+    for reason, words in {
+        "bias": ("bias", "biases"),
+        "gain": ("scale", "scales", "gain", "gamma", "alpha", "beta", "lambda", "temperature"),
+        "learned token": (
+            "token", "tokens", "query", "queries", "latent", "latents", "probe", "prompt",
+            "prompts", "mask", "pointer", "sinks", "codebook", "codevectors",
+        ),
+        "embedding": ("pos", "position", "positional"),
+        "constant of a recurrence": ("log", "time", "decay"),
+    }.items()
+    for word in words
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,41 +65,82 @@ def choose_algorithm(
         module: the module that owns it, where known.
 
     Returns:
-        ``("adamw", reason)`` for vectors, convolution kernels, embeddings, output heads and
-        routers; ``("muon", reason)`` for other matrices [n, m] and stacks of matrices [E, n, m].
+        ``("adamw", reason)`` for vectors (single rows and columns too), convolution kernels,
+        embeddings, learned tokens, norms, output heads and routers; ``("muon", reason)`` for other
+        matrices [n, m] and stacks of matrices [E, n, m].
     """
     if parameter.ndim < 2:
         return "adamw", "vector or scalar"
-    if parameter.ndim > 3 or isinstance(module, _ConvNd):
-        return "adamw", "convolution kernel"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "adamw", "embedding"
-    if name is not None and (reason := _reason_in_name(name, parameter)):
+    reason = None if module is None else _reason_in_module(module)
+    if reason is None and name is not None:
+        reason = _reason_in_name(name, parameter)
+    if reason is None and parameter.ndim > 3:
+        reason = f"{parameter.ndim} dimensions"
+    if reason is None and min(parameter.shape[-2:]) == 1:
+        reason = "single row or column"
+    if reason is not None:
         return "adamw", reason
     return "muon", "matrix" if parameter.ndim == 2 else "stack of matrices"
 
 
+def _reason_in_module(module: nn.Module) -> str | None:
+    """Why the owner of a matrix sends it to AdamW; None where it does not."""
+    if isinstance(module, _ConvNd):
+        return "convolution kernel"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, ParametrizationList):  # weight norm: a direction, whose length is free
+        return "parametrization"
+    kind = type(module).__name__.lower()
+    if "norm" in kind:
+        return "norm"
+    if "router" in kind:
+        return "router"
+    return None
+
+
 def _reason_in_name(name: str, parameter: Tensor) -> str | None:
     """Why the name of a matrix sends it to AdamW; None where it does not."""
-    path = name.split(".")
+    path = [part for part in name.split(".") if not part.isdigit()]
     nearest = path[-2:]  # the owning module and the parameter: further up says too little
-    if any(part.startswith("patch_embed") for part in path):
+    words = [_words(part) for part in nearest]
+    if any(part.startswith("patch_embed") for part in path) or any(
+        part == "patcher" or {"patch", "projection"} <= found or {"patch", "conv"} <= found
+        for part, found in zip(nearest, words, strict=True)
+    ):
         return "patch embedding"
-    if any("embed" in part or part in _EMBEDDINGS for part in nearest):
+    for word in sorted(words[-1]):
+        if word in _NO_MATRIX:
+            return _NO_MATRIX[word]
+    if path[-1] in ("A", "D"):
+        return "constant of a recurrence"
+    if any("embed" in part or part in ("wte", "wpe") for part in nearest) or any(
+        "emb" in found or {"rel", "pos"} <= found for found in words
+    ):
         return "embedding"
-    if any(part.endswith(("_token", "_tokens")) for part in nearest):
-        return "learned token"
-    if not _HEADS.isdisjoint(nearest) or path == ["output", "weight"]:
-        return "output head"
-    if not _ROUTERS.isdisjoint(path):
+    if any("norm" in part for part in nearest):
+        return "norm"
+    if any("router" in part or part == "shared_expert_gate" for part in path):
         return "router"
     # `gate` is also what gated units are called; only a router has fewer rows than columns.
-    if "gate" in nearest and parameter.shape[-2] < parameter.shape[-1]:
+    if ("gate" in nearest or "wg" in nearest) and parameter.shape[-2] < parameter.shape[-1]:
         return "router"
-    # A depthwise or 1-D convolution known by name only: [out, in, width] is no stack of matrices.
-    if parameter.ndim == 3 and any("conv" in part for part in nearest):
+    if path == ["output", "weight"] or any(
+        part in _HEADS or (part.endswith("_head") and part not in _ATTENTION_HEADS)
+        for part in nearest
+    ):
+        return "output head"
+    # A convolution known by name only: [out, in, width] is no stack of matrices.
+    if parameter.ndim > 2 and any("conv" in part for part in nearest):
         return "convolution kernel"
+    # What is broadcast over a batch; but a rank may have a single expert.
+    if parameter.ndim == 3 and parameter.size(0) == 1 and not any("expert" in p for p in path):
+        return "learned token"
     return None
+
+
+def _words(part: str) -> set[str]:
+    return set(re.split(r"[_\d]+", part.lower()))
 
 
 def assign(
@@ -99,10 +158,11 @@ def assign(
         model: any module.
         adamw: ``fnmatch`` patterns on names that go to AdamW whatever the rule says.
         muon: the same for Muon: matrices, stacks of matrices, and kernels of convolutions, each
-            of which is then one matrix [out, in * ...] a group.
+            of which is then one matrix [out, in * ...] a group of channels.
         layouts: pattern on names -> the matrices stored in such a parameter (gate and up fused,
             heads, transposed storage); the first that matches counts.
-            ``muonclip.integrations`` finds those of known models.
+            ``muonclip.integrations`` finds those of known models, torch's own modules
+            (``nn.MultiheadAttention``, ``nn.LSTM``, ``nn.GRU``) need none.
 
     Raises:
         ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
@@ -113,6 +173,8 @@ def assign(
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(path, recurse=False):
             owners.setdefault(parameter, []).append((name, module))
+
+    heads = _output_embeddings(model)
 
     every_name = [name for names in owners.values() for name, _ in names]
     for option, patterns in (("adamw", adamw), ("muon", muon), ("layouts", layouts)):
@@ -140,10 +202,14 @@ def assign(
             algorithm, reason = "muon", f"matches {forced_muon!r}"
         else:
             choices = [choose_algorithm(parameter, *owner) for owner in names]
+            if any(module in heads for _, module in names):
+                choices.append(("adamw", "output head"))
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
         layout = None
         if algorithm == "muon":
-            layout = layouts.get(_first_match(names, layouts) or "") or _kernel_layout(*names[0])
+            layout = layouts.get(_first_match(names, layouts) or "") or _native_layout(
+                *names[0], parameter
+            )
             try:
                 (layout or WHOLE).check(parameter.shape)
             except ValueError as error:
@@ -152,16 +218,39 @@ def assign(
     return assignments
 
 
-def _kernel_layout(name: str, module: nn.Module) -> MatrixLayout | None:
-    """The matrices of a convolution's kernel, one a group of channels; None for other modules."""
-    if not isinstance(module, _ConvNd):
-        return None
+def _output_embeddings(model: nn.Module) -> set[nn.Module]:
+    """The heads that transformers' models tell of, whatever their names."""
+    found = set()
+    for module in model.modules():
+        tell = getattr(module, "get_output_embeddings", None)
+        if callable(tell) and isinstance(head := tell(), nn.Module):
+            found.add(head)
+    return found
+
+
+def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLayout | None:
+    """What torch's own modules store in a parameter; None where that is one matrix.
+
+    Convolutions: a matrix a group of channels. Recurrent layers: a matrix a gate.
+    ``nn.MultiheadAttention``: query, key and value.
+    """
     if isinstance(module, _ConvTransposeNd):
         raise ValueError(f"{name} is a transposed convolution, stored [in, out, ...]: use AdamW")
-    if module.groups == 1:
-        return MatrixLayout(flatten=True)
-    rows = module.out_channels // module.groups
-    return MatrixLayout((rows,), module.groups, separate=True, flatten=True)
+    if isinstance(module, _ConvNd):
+        if module.groups == 1:
+            return MatrixLayout(flatten=True)
+        rows = module.out_channels // module.groups
+        return MatrixLayout((rows,), module.groups, separate=True, flatten=True)
+    leaf = name.rpartition(".")[2]
+    parts = 1
+    if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
+        parts = 3
+    elif leaf.startswith(("weight_ih", "weight_hh")):
+        if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+            parts = 4
+        elif isinstance(module, (nn.GRU, nn.GRUCell)):
+            parts = 3
+    return MatrixLayout((parameter.size(0) // parts,) * parts) if parts > 1 else None
 
 
 def _first_match(names: list[tuple[str, nn.Module]], patterns: Iterable[str]) -> str | None:

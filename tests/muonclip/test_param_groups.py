@@ -75,10 +75,142 @@ def test_every_kind_of_parameter() -> None:
         ("model.layers.0.mlp.experts.gate_up_proj", "muon"),
         ("embedding_model.layers.0.fc.weight", "muon"),
         ("heads.0.weight", "muon"),
+        ("score.weight", "adamw"),
+        ("audio_lm_head.weight", "adamw"),
+        ("classifier.1.weight", "adamw"),
+        ("attention.q_head.weight", "muon"),
+        ("vision.patch_projection.weight", "adamw"),
+        ("patch_merger.merging_layer.weight", "muon"),
+        ("model.layers.0.self_attn.q_norm.weight", "adamw"),  # a gain for each head
+        ("mixer.A_log", "adamw"),
+        ("mamba.D", "adamw"),
+        ("attention.time_mix_key", "adamw"),
+        ("self_attn.bias_u", "adamw"),
+        ("self_attn.linear_pos.weight", "muon"),
+        ("attn.rel_pos_h", "adamw"),
+        ("experts.gate_up_proj_bias", "adamw"),
+        ("resampler.latents", "adamw"),
+        ("projector.query", "adamw"),
+        ("self_attn.query.weight", "muon"),
+        ("block.layer_scale_1", "adamw"),
+        ("attention.in_proj_weight", "muon"),
+        ("mlp.gate.wg.weight", "adamw"),
     ],
 )
 def test_names_in_the_wild(name: str, algorithm: str) -> None:
     assert choose_algorithm(torch.zeros(4, 8), name)[0] == algorithm
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "algorithm"),
+    [
+        ((1, 8), None, "adamw"),  # speculators#821: one row
+        ((8, 1), None, "adamw"),
+        ((8, 1, 4), None, "adamw"),  # maxtext#4843: a depthwise convolution, by its shape
+        ((8, 1, 1), "block.gate", "adamw"),
+        ((8, 4, 3), "mixer.conv1d.weight", "adamw"),
+        ((8, 4, 3, 3), None, "adamw"),
+        ((1, 16, 8), "vision.table", "adamw"),  # broadcast over the batch
+        ((1, 16, 8), "mlp.experts.down_proj", "muon"),  # a rank's only expert
+        ((4, 16, 8), None, "muon"),
+    ],
+)
+def test_shapes_in_the_wild(shape: tuple[int, ...], name: str | None, algorithm: str) -> None:
+    assert choose_algorithm(torch.zeros(shape), name)[0] == algorithm
+
+
+def test_modules_in_the_wild() -> None:
+    """Types speak where names say nothing."""
+
+    class TopKRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 8))
+
+    class PerHeadNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4, 8))
+
+    model = nn.ModuleDict(
+        {
+            "a": TopKRouter(),  # more experts than hidden units
+            "b": PerHeadNorm(),
+            "c": nn.LayerNorm((4, 8)),
+            "d": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+            "e": nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3)),
+            "f": nn.ConvTranspose1d(8, 8, 3),
+            "g": nn.EmbeddingBag(11, 8),
+            "h": nn.Bilinear(8, 8, 4),
+        }
+    )
+    found = {item.name: item.algorithm for item in assign(model)}
+    assert [name for name, algorithm in found.items() if algorithm == "muon"] == ["h.weight"]
+
+
+def test_a_head_that_the_model_tells_of() -> None:
+    """As transformers' models do: Whisper calls its own proj_out."""
+
+    class Whisper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1 = nn.Linear(8, 8)
+            self.proj_out = nn.Linear(8, 11)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.proj_out
+
+    found = {item.name: (item.algorithm, item.reason) for item in assign(Whisper())}
+    assert found["proj_out.weight"] == ("adamw", "output head")
+    assert found["fc1.weight"] == ("muon", "matrix")
+
+
+def test_convolutions_go_to_muon_by_pattern_only() -> None:
+    """Flattened, a matrix a group of channels."""
+    model = nn.ModuleDict(
+        {
+            "conv2d": nn.Conv2d(4, 6, 3),
+            "grouped": nn.Conv1d(4, 6, 3, groups=2),
+            "depthwise": nn.Conv1d(4, 4, 3, groups=4),
+        }
+    )
+    assert {item.algorithm for item in assign(model)} == {"adamw"}
+    found = {
+        item.name: item
+        for item in assign(model, muon=["conv2d.weight", "grouped.weight"])
+        if item.algorithm == "muon"
+    }
+    assert found["conv2d.weight"].layout == MatrixLayout(flatten=True)
+    assert found["grouped.weight"].layout == MatrixLayout((3,), 2, separate=True, flatten=True)
+    assert set(found) == {"conv2d.weight", "grouped.weight"}
+    with pytest.raises(ValueError, match="transposed convolution"):
+        assign(nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 3)}), muon=["up.weight"])
+
+
+def test_what_torchs_own_modules_fuse_is_known() -> None:
+    """MLM#4731 in ``nn.MultiheadAttention``: query, key and value are three matrices."""
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2),
+            "apart": nn.MultiheadAttention(8, 2, kdim=4, vdim=4),
+            "lstm": nn.LSTM(4, 6, proj_size=2),
+            "gru": nn.GRU(4, 6),
+            "rnn": nn.RNN(4, 6),
+            "cell": nn.GRUCell(4, 6),
+        }
+    )
+    found = {i.name: i.layout for i in assign(model) if i.algorithm == "muon" and i.layout}
+    assert found == {
+        "attention.in_proj_weight": MatrixLayout((8, 8, 8)),
+        "lstm.weight_ih_l0": MatrixLayout((6, 6, 6, 6)),
+        "lstm.weight_hh_l0": MatrixLayout((6, 6, 6, 6)),
+        "gru.weight_ih_l0": MatrixLayout((6, 6, 6)),
+        "gru.weight_hh_l0": MatrixLayout((6, 6, 6)),
+        "cell.weight_ih": MatrixLayout((6, 6, 6)),
+        "cell.weight_hh": MatrixLayout((6, 6, 6)),
+    }
+    whole = {item.name for item in assign(model) if item.algorithm == "muon"} - set(found)
+    assert {"apart.q_proj_weight", "lstm.weight_hr_l0", "rnn.weight_ih_l0"} <= whole
 
 
 def test_a_gated_units_gate_is_no_router() -> None:
