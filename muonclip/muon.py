@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ from muonclip.update import (
     write_back,
 )
 
-# Matrices are worked on in batches of about this many elements (or one parameter), which bounds
-# the memory of a step; matrices this large keep a device busy without company.
-_BATCH_ELEMENTS = 2**24
+# Matrices are worked on in batches of about this many elements (or one matrix): on a CPU what stays
+# in its caches, elsewhere enough to keep a device busy. It also bounds the memory of a step.
+_BATCH_ELEMENTS = {"cpu": 2**19}
+_BATCH_ELEMENTS_ELSEWHERE = 2**26
 
 
 class Item(NamedTuple):
@@ -77,7 +79,7 @@ def step_alone(items: Sequence[Item], found: Tensor | None) -> None:
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Batches of about ``_BATCH_ELEMENTS``, of like shapes where possible, on one device."""
+    """Batches of like shapes where possible, for one device and dtype each; stacks are cut."""
     alike = defaultdict(list)
     for item in items:
         if item.param.numel():
@@ -85,16 +87,30 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
     elements, kind = 0, None
     for (device, dtype, _), members in alike.items():
+        most = _BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
         for item in members:
-            size = item.param.numel()
-            if batch and (elements + size > _BATCH_ELEMENTS or kind != (device, dtype)):
-                yield batch
-                batch, elements = [], 0
-            kind = device, dtype
-            batch.append(item)
-            elements += size
+            for part in _cut(item, most):
+                size = part.param.numel()
+                if batch and (elements + size > most or kind != (device, dtype)):
+                    yield batch
+                    batch, elements = [], 0
+                kind = device, dtype
+                batch.append(part)
+                elements += size
     if batch:
         yield batch
+
+
+def _cut(item: Item, most: int) -> Iterator[Item]:
+    """A stack in runs of its matrices, of about so many elements; anything else as it is."""
+    length = item.param.size(0)
+    step = max(1, most * length // item.param.numel())
+    if step >= length or len(item.shape) != 3 or item.layout.flatten:
+        yield item
+        return
+    for first in range(0, length, step):
+        count = min(step, length - first)
+        yield item.narrow(partial(torch.narrow, dim=0, start=first, length=count), first)
 
 
 def pre_orthogonalize(
