@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from muonclip.kernels.max_logits import max_logits_triton, supports
+
 Mask: TypeAlias = Tensor | BlockMask
 
 # Logits computed at a time: on a CPU what stays in a core's cache, elsewhere a quarter gigabyte.
@@ -41,7 +43,8 @@ def max_logits(
 
     Arguments are as in ``torch.nn.functional.scaled_dot_product_attention``, after any rotary
     embedding. Products are computed in at least float32. On a CPU keys that a block of queries
-    does not attend to (causal, sliding window, padding) cost nothing.
+    does not attend to (causal, sliding window, padding) cost nothing. On a GPU without a mask a
+    Triton kernel keeps the logits out of memory.
 
     Args:
         query: [..., heads, queries, d].
@@ -63,6 +66,9 @@ def max_logits(
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     _check_shapes(query, key, mask)
+    if isinstance(mask, Tensor | None) and supports(query, key, mask):
+        scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+        return max_logits_triton(query, key, scale=scale, causal=causal)
     return _max_logits(query, key, scale, mask, causal, block_size)
 
 
@@ -114,6 +120,11 @@ def screened_max_logits(
 ) -> ScreenedMaxLogits:
     """``max_logits`` of only those heads whose ``max_logits_bound`` is above the threshold.
 
+    On a GPU without a mask (causality is none) a Triton kernel decides that on the device. Where
+    it cannot serve, the host reads which heads are over: it waits for the GPU, which costs far
+    less than logits of all heads. While a CUDA graph is captured, and nothing can be read, they
+    are computed.
+
     Args:
         query: [..., heads, queries, d].
         key: [..., groups, keys, d]; groups divides heads.
@@ -126,7 +137,16 @@ def screened_max_logits(
         ValueError: if the shapes disagree.
     """
     bounds = max_logits_bound(query, key, scale=scale, mask=mask)
+    if isinstance(mask, Tensor | None) and supports(query, key, mask):
+        scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+        exact = max_logits_triton(
+            query, key, scale=scale, causal=causal, bound=bounds, threshold=threshold
+        )
+        return ScreenedMaxLogits(exact, bounds)
     none = torch.full_like(bounds, -math.inf)
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        exact = _max_logits(query, key, scale, mask, causal)
+        return ScreenedMaxLogits(none.where(bounds <= threshold, exact), bounds)
     heads = (~(bounds <= threshold)).nonzero().flatten()  # a bound that is NaN settles nothing
     if heads.numel() == 0:
         return ScreenedMaxLogits(none, bounds)

@@ -200,12 +200,14 @@ class MaxLogitMonitor:
         shades += [*colormaps["Reds"](torch.linspace(0.5, 1, 128).numpy())]
         norm, colors = TwoSlopeNorm(threshold, low, high), ListedColormap(shades)
         axes.set_facecolor("0.85")
-        image = axes.imshow(bounds, aspect="auto", cmap=colors, norm=norm, interpolation="none")
+        image = axes.imshow(
+            bounds.numpy(), aspect="auto", cmap=colors, norm=norm, interpolation="none"
+        )
         bar = axes.figure.colorbar(image, ax=axes, ticks=[low, threshold / 2, threshold, high])
         bar.ax.set_yticklabels(
             [f"{v:g}" for v in (low, threshold / 2)] + [f"τ = {threshold:g}", f"{high:.4g}"]
         )
-        rows, columns = ((bounds != largest) & ~bounds.isnan()).nonzero().unbind(1)
+        rows, columns = ((bounds != largest) & ~bounds.isnan()).numpy().nonzero()
         if len(rows):
             axes.plot(
                 columns,
@@ -234,7 +236,8 @@ class MaxLogitMonitor:
         """Each layer's largest head over the steps, and how many heads were clipped."""
         from matplotlib import colormaps
 
-        steps, bounds = self.history()
+        last_steps, bounds = self.history()
+        steps = last_steps.numpy()
         shades = colormaps["viridis"].resampled(len(bounds))
         for index, (name, layer) in enumerate(
             zip(_short(self._names), bounds.values(), strict=True)
@@ -243,22 +246,21 @@ class MaxLogitMonitor:
             label = name if index in (0, len(bounds) - 1) else None
             axes.plot(
                 steps,
-                course.where(course.isfinite(), math.nan),
+                course.where(course.isfinite(), math.nan).numpy(),
                 color=shades(index),
                 lw=1,
                 label=label,
             )
         axes.axhline(self.clip.threshold, color="black", ls="--", lw=1, label="τ")
-        clips = torch.tensor(
-            [e.num_clipped / (e.last_step - e.first_step + 1) for e in self._entries]
-        )
+        clips = [e.num_clipped / (e.last_step - e.first_step + 1) for e in self._entries]
         right = axes.twinx()
         right.fill_between(steps, clips, step="pre", color="tab:red", alpha=0.25, lw=0)
-        right.set_ylim(0, max(4 * float(clips.max()), 1))
+        right.set_ylim(0, max(4 * max(clips), 1))
         right.set_ylabel("heads clipped a step", color="tab:red")
         axes.set_zorder(1)
         axes.patch.set_visible(False)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("largest logit of a layer")
         axes.legend(title="layer", fontsize="small")
         axes.set_title("course of each layer's largest head")

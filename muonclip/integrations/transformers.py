@@ -354,6 +354,8 @@ class _Watched:
             self.trial.remove()
             return
         before = self._attention_inputs(module, args, kwargs)
+        if before[0].size(1) != layout.num_heads:
+            return  # which observing it refuses
         with _replaced(scaled):
             after = self._attention_inputs(module, args, kwargs)
         logits, now = _some_logits(before), _some_logits(after)

@@ -210,3 +210,25 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
             max_logits(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), mask=mask)
     with pytest.raises(ValueError, match="block_size"):
         max_logits(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), block_size=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_on_a_gpu(causal: bool, masked: bool) -> None:
+    """By Triton's kernel where there is no mask, else by reading which heads are over."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 300, 64), torch.randn(2, 2, 300, 64)
+    query[:, 1] *= 5
+    allowed = (torch.rand(2, 1, 300, 300) > 0.5) if masked else torch.ones(1, 1, 1, 300).bool()
+    expected = reference(
+        query, key, 0.125, allowed & (torch.ones(300, 300).tril().bool() if causal else True)
+    )
+    mask = allowed.cuda() if masked else None
+    query, key = query.cuda(), key.cuda()
+    result = max_logits(query, key, mask=mask, causal=causal)
+    assert torch.allclose(result.cpu().double(), expected, rtol=1e-3)
+    threshold = float(max_logits_bound(query, key)[[0, 2, 3]].max())
+    screened = screened_max_logits(query, key, threshold, mask=mask, causal=causal).max_logits
+    assert torch.allclose(screened[1].cpu().double(), expected[1], rtol=1e-3)
+    assert (screened[[0, 2, 3]] == -math.inf).all()

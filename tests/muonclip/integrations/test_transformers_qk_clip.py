@@ -1,0 +1,538 @@
+"""transformers' models: maxima as an independent float64 attention sees them, and exact clips.
+
+Models are built from small configurations; nothing is downloaded.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonclip import AttentionLayout, HeadRows, MuonClip, QKClip, param_groups
+from muonclip.monitor import MaxLogitMonitor
+
+transformers = pytest.importorskip("transformers", minversion="5")
+from muonclip.integrations.transformers import (  # noqa: E402
+    attention_layouts,
+    qk_clip,
+    watch,
+)
+
+VOCABULARY, LENGTH = 40, 11
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GQA = SMALL | {"num_key_value_heads": 2}
+MLA = SMALL | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 5,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 2,  # no experts: they cannot run in float64
+}
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_inner": 32}
+
+# Every structure that is known, by a model that has it.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "separate": ("LlamaConfig", GQA),
+    "separate, biases": ("Qwen2Config", GQA),
+    "separate, sliding window": ("MistralConfig", GQA | {"sliding_window": 3}),
+    "fused": ("Phi3Config", GQA),
+    "fused by head": ("GPTNeoXConfig", SMALL),
+    "columns": ("GPT2Config", GPT2 | {"bos_token_id": None, "eos_token_id": None}),
+    "MLA": ("DeepseekV3Config", MLA | {"q_lora_rank": 12}),
+    "MLA, one query projection": ("DeepseekV3Config", MLA | {"q_lora_rank": None}),
+    "gain for each head": ("Olmo2Config", GQA),
+    "gain for each head, 2-D": ("CohereConfig", GQA | {"use_qk_norm": True}),
+    "encoder": ("BertConfig", SMALL | {"pad_token_id": 0}),
+    "position bias": (
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2}
+        | {"num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None},
+    ),
+}
+
+
+def make_model(kind: str, spread: float = 1.0) -> nn.Module:
+    """A model in training mode, whose query heads differ in size by ``spread`` and more."""
+    torch.manual_seed(0)
+    name, options = CONFIGS[kind]
+    config = getattr(transformers, name)(**options)
+    for option in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout_rate",
+                   "hidden_dropout_prob", "attention_probs_dropout_prob"):  # fmt: skip
+        if hasattr(config, option):
+            setattr(config, option, 0.0)
+    auto = {"encoder": "AutoModelForMaskedLM", "position bias": "AutoModelForSeq2SeqLM"}
+    model: nn.Module = getattr(transformers, auto.get(kind, "AutoModelForCausalLM")).from_config(
+        config
+    )
+    with torch.no_grad():
+        for index, layout in enumerate(attention_layouts(model).values()):
+            for part in (layout.query, layout.query_rope):
+                if part is not None:
+                    weight = part.weight.detach().movedim(part.dim, 0)
+                    for head, rows in enumerate(part.rows):
+                        weight[rows] *= 4 * spread ** (head + index)
+    return model.train()
+
+
+def batch(padding: str = "none") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (3, LENGTH), generator=generator)
+    present = torch.ones_like(ids)
+    if padding == "right":
+        present[0, 6:] = present[2, 3:] = 0
+    elif padding == "left":
+        present[0, :5] = present[2, :8] = 0
+    return {"input_ids": ids, "attention_mask": present, "labels": ids}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reference_attention() -> Iterator[None]:
+    """Registers attention in float64 that keeps the largest logits of its modules."""
+
+    def reference(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        position_bias: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        repeats = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+        if position_bias is not None:
+            logits = logits + position_bias
+        if attention_mask is not None:
+            logits = logits.where(attention_mask[..., : key.size(-2)] == 0, -math.inf)
+        assert logits.dtype == torch.float64
+        module.largest = logits.amax((0, 2, 3))
+        # A query that attends to nothing, as padding does, attends to everything.
+        logits = logits.where((logits > -math.inf).any(-1, keepdim=True), 0.0)
+        return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    transformers.AttentionInterface.register("reference", reference)
+    transformers.AttentionMaskInterface.register("reference", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    yield
+    del transformers.AttentionInterface._global_mapping["reference"]
+    del transformers.AttentionMaskInterface._global_mapping["reference"]
+
+
+def expected(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The largest logits of a copy of the model in float64, with attention of our own."""
+    twin: Any = copy.deepcopy(model).double()
+    twin.set_attn_implementation("reference")
+    twin(**inputs)
+    return {
+        name: module.largest for name, module in twin.named_modules() if hasattr(module, "largest")
+    }
+
+
+def forward(model: nn.Module, inputs: dict[str, Tensor], implementation: str) -> Any:
+    any_model: Any = model
+    if "stand_in" in implementation:  # a name that transformers would not let through
+        any_model.config._attn_implementation = implementation
+    else:
+        any_model.set_attn_implementation(implementation)
+    if implementation == "flex_attention":
+        # Compiling takes long and changes nothing here; on a CPU there is no backward pass.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return model(**inputs)
+    return model(**inputs)
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.allclose(ours[name].double(), theirs[name], rtol=1e-4, atol=1e-5) for name in ours
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kind", ["separate", "separate, sliding window", "MLA", "encoder"])
+def test_maxima_are_those_of_a_float64_attention(
+    kind: str, implementation: str, padding: str
+) -> None:
+    """Rotary embedding, causality, padding, sliding windows, shared key heads: all as they enter
+    the softmax, whichever attention runs."""
+    model, inputs = make_model(kind), batch(padding)
+    theirs = expected(model, inputs)
+    clip = qk_clip(model, exact=True)
+    forward(model, inputs, implementation)
+    assert close(clip.step().max_logits, theirs)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_clipped_heads_come_down_to_the_threshold(kind: str) -> None:
+    """In a real model: each layer's heads over it, exactly; the other heads are as they were.
+
+    Layer after layer, since a layer's input changes with the layers before it.
+    """
+    model, inputs = make_model(kind, spread=1.3), batch("right")
+    before = expected(model, inputs)
+    assert list(before) == list(attention_layouts(model))
+    for name, largest in before.items():
+        largest = expected(model, inputs)[name]
+        threshold = float(largest.sort().values[1:3].mean())
+        # A bias is no part of what a clip scales.
+        bias = kind == "position bias"
+        clip = QKClip({name: attention_layouts(model)[name]}, threshold=threshold)
+        handle = watch(model, clip)
+        forward(model, inputs, "sdpa")
+        result = clip.step()
+        handle.remove()
+        assert result.num_clipped == (largest > threshold).sum() == 2
+        after = expected(model, inputs)[name]
+        over = largest > threshold
+        if not bias:
+            assert torch.allclose(after[over], largest.new_full((2,), threshold), rtol=1e-5)
+            assert torch.allclose(after[~over], largest[~over], rtol=1e-5)
+        else:
+            assert (after[over] < largest[over]).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same maxima, each layer seen once, although its forward pass runs twice."""
+    model, inputs = make_model("separate"), batch("right")
+    any_model: Any = model
+    theirs = expected(model, inputs)
+    any_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    any_model.enable_input_require_grads()
+    clip = qk_clip(model, exact=True)
+    calls = []
+    original = clip.observe_attention
+    monkeypatch.setattr(
+        clip,
+        "observe_attention",
+        lambda name, *a, **k: (calls.append(name), original(name, *a, **k)),
+    )
+    forward(model, inputs, "sdpa").loss.backward()
+    assert sorted(calls) == sorted(theirs)
+    assert close(clip.step().max_logits, theirs)
+
+
+def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None:
+    model, inputs = make_model("separate"), batch()
+    clip = QKClip(attention_layouts(model), exact=True)
+    handle = watch(model, clip)
+    model.eval()
+    forward(model, inputs, "sdpa")
+    assert all((seen == -math.inf).all() for seen in clip.step().max_logits.values())
+    model.train()
+    forward(model, inputs, "sdpa")
+    assert all((seen > -math.inf).all() for seen in clip.step().max_logits.values())
+    with pytest.raises(ValueError, match="watched already"):
+        watch(model, clip)
+    handle.remove()
+    handle.remove()
+    forward(model, inputs, "sdpa")
+    assert all((seen == -math.inf).all() for seen in clip.step().max_logits.values())
+    watch(model, clip).remove()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_watching_changes_no_bit_of_training(implementation: str) -> None:
+    inputs = batch("right")
+    losses, gradients = [], []
+    for watched in (False, True):
+        model = make_model("MLA")
+        if watched:
+            qk_clip(model, exact=True)
+        torch.manual_seed(2)
+        loss = forward(model, inputs, implementation).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_compiled_model_is_watched() -> None:
+    model, inputs = make_model("separate"), batch("right")
+    theirs = expected(model, inputs)
+    clip = qk_clip(model, exact=True)
+    any_model: Any = model
+    for decoder_layer in any_model.model.layers:
+        decoder_layer.compile(backend="eager")
+    for _ in range(2):
+        forward(model, inputs, "sdpa").loss.backward()
+        assert close(clip.step().max_logits, theirs)
+
+
+class TestFlashAttention:
+    """Flash attention gets no mask but lengths and windows; the kernel itself needs a GPU."""
+
+    @pytest.fixture
+    def flash(self) -> Iterator[str]:
+        """A stand-in that attends sequence by sequence, told what the kernels are told."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+            scaling: float | None = None, sliding_window: int | None = None,
+            cu_seq_lens_q: Tensor | None = None, position_ids: Tensor | None = None, **_: Any,
+        ) -> tuple[Tensor, None]:  # fmt: skip
+            output = torch.zeros(*query.shape[:-1], value.size(-1))
+            largest = torch.full((query.size(1),), -math.inf, dtype=torch.float64)
+            for row in range(len(query)):
+                ends: list[int] = []
+                if cu_seq_lens_q is not None:
+                    ends = cu_seq_lens_q[1:-1].tolist()
+                elif len(query) == 1 and position_ids is not None:
+                    ends = (position_ids[0, 1:] == 0).nonzero().flatten().add(1).tolist()
+                for piece in torch.arange(LENGTH).tensor_split(ends):
+                    if attention_mask is not None:
+                        piece = piece[attention_mask[row].bool()]
+                    q, k, v = (x[row, :, piece] for x in (query, key, value))
+                    allowed = torch.ones(len(piece), len(piece)).tril().bool()
+                    if sliding_window is not None:
+                        allowed &= (
+                            torch.ones(len(piece), len(piece)).triu(1 - sliding_window).bool()
+                        )
+                    output[row, :, piece] = F.scaled_dot_product_attention(
+                        q, k, v, attn_mask=allowed, scale=scaling, enable_gqa=True
+                    )
+                    logits = q.double() @ k.double().repeat_interleave(len(q) // len(k), 0).mT
+                    logits = (logits * scaling).where(allowed, -math.inf)
+                    largest = torch.maximum(largest, logits.amax((1, 2)))
+            module.largest = largest
+            return output.transpose(1, 2).contiguous(), None
+
+        name = "flash_stand_in"
+        transformers.AttentionInterface.register(name, attend)
+        transformers.AttentionMaskInterface.register(
+            name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]
+        )
+        yield name
+        del transformers.AttentionInterface._global_mapping[name]
+        del transformers.AttentionMaskInterface._global_mapping[name]
+
+    @staticmethod
+    def agrees(model: nn.Module, inputs: dict[str, Tensor], flash: str) -> bool:
+        """The maxima observed are those that the stand-in met in float64."""
+        clip = qk_clip(model, exact=True)
+        forward(model, inputs, flash)
+        met: dict[str, Any] = {name: model.get_submodule(name) for name in clip.layouts}
+        return close(clip.step().max_logits, {name: m.largest for name, m in met.items()})
+
+    @pytest.mark.parametrize("padding", ["none", "right", "left"])
+    @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
+    def test_padding_and_windows(self, kind: str, padding: str, flash: str) -> None:
+        """Queries that are padding do not count: the kernel never sees them."""
+        assert self.agrees(make_model(kind), batch(padding), flash)
+
+    @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+    @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
+    def test_packed_sequences(self, kind: str, told_by: str, flash: str) -> None:
+        model, ids = make_model(kind), batch()["input_ids"][:1]
+        positions = torch.cat([torch.arange(n) for n in (4, 2, 5)])[None]
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        theirs = expected(model, inputs)  # transformers makes the mask of packed sequences itself
+        assert not close(theirs, expected(model, {"input_ids": ids}))
+        if told_by == "cu_seq_lens":
+            boundaries = torch.tensor([0, 4, 6, 11], dtype=torch.int32)
+            inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+            inputs |= {"max_length_q": 5, "max_length_k": 5}
+        assert self.agrees(model, inputs, flash)
+        met: dict[str, Any] = {name: model.get_submodule(name) for name in theirs}
+        assert close({name: m.largest for name, m in met.items()}, theirs)
+
+
+class TestLayouts:
+    def test_names_and_sizes(self) -> None:
+        layouts = attention_layouts(make_model("separate, biases"))
+        assert list(layouts) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        layout = layouts["model.layers.1.self_attn"]
+        assert (layout.num_heads, layout.num_kv_groups) == (4, 2)
+        assert layout.query.bias is not None and layout.key.bias is not None
+
+    def test_a_gain_for_each_head_is_scaled_in_place_of_the_projection(self) -> None:
+        model = make_model("gain for each head")
+        layout = attention_layouts(model)["model.layers.0.self_attn"]
+        attention: Any = model.get_submodule("model.layers.0.self_attn")
+        assert layout.query.weight is attention.q_norm.weight
+        assert layout.key.weight is attention.k_norm.weight
+
+    @pytest.mark.parametrize(
+        ("name", "options", "bound"),
+        [
+            ("Qwen3Config", {"head_dim": 8}, 8**0.5),
+            ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 16}, 2.0),
+        ],
+    )
+    def test_one_gain_for_all_heads_is_refused(
+        self, name: str, options: dict[str, Any], bound: float
+    ) -> None:
+        """With the bound that the norm puts on the logits, which is the bound indeed."""
+        config = getattr(transformers, name)(**GQA, **options)
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        with pytest.raises(ValueError, match=rf"one gain for all heads.*here to {bound:.3g} ") as e:
+            qk_clip(model)
+        assert 'exclude="model.layers.0.self_attn"' in str(e.value)
+        assert all((x <= bound).all() for x in expected(model, batch()).values())
+        assert attention_layouts(model, exclude="*.self_attn") == {}
+        assert attention_layouts(model, exclude=["*.0.*", "*.1.*"]) == {}
+        with pytest.raises(ValueError, match="or exclude leaves none"):
+            qk_clip(model, exclude="*")
+
+    def test_mlm7382_hybrid_models(self) -> None:
+        """Megatron's clip asked every layer for its attention; Jamba's layers are mostly Mamba."""
+        config = transformers.JambaConfig(
+            **GQA, attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=3,
+            expert_layer_period=4, mamba_d_state=4,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        theirs = expected(model, batch())
+        clip = qk_clip(model, exact=True)
+        assert list(clip.layouts) == ["model.layers.1.self_attn"]
+        forward(model, batch(), "sdpa")
+        assert close(clip.step().max_logits, theirs)
+
+    def test_a_model_without_attention_of_the_registry_is_refused(self) -> None:
+        config = transformers.BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=24, n_layer=1, n_head=4
+        )
+        with pytest.raises(ValueError, match="BloomForCausalLM has no attention that goes through"):
+            qk_clip(transformers.AutoModelForCausalLM.from_config(config))
+
+    def test_an_unknown_structure_is_refused(self) -> None:
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.to_query, self.to_key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Any:
+                return transformers.AttentionInterface().get_interface("sdpa", None)
+
+        model = nn.ModuleDict({"odd": Attention()})
+        with pytest.raises(
+            ValueError, match=r"odd: the attention of Attention is not known \(to_q"
+        ):
+            attention_layouts(model)
+        assert attention_layouts(model, exclude="odd") == {}
+
+
+class TestTrial:
+    """Each layout is tried out in the first forward pass, so that a wrong guess does no harm."""
+
+    def test_a_norm_that_no_name_tells(self) -> None:
+        """Llama 4 normalises without a gain, in a module that could be anything."""
+        config = transformers.Llama4TextConfig(**GQA, head_dim=6, num_local_experts=2)
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        qk_clip(model)
+        for _ in range(2):  # and again, if the error was passed over
+            with pytest.raises(ValueError, match=r"layers\.0\.self_attn': when the rows"):
+                forward(model, batch(), "sdpa")
+
+    def test_rows_of_other_heads(self) -> None:
+        model = make_model("separate")
+        name = "model.layers.0.self_attn"
+        layout = attention_layouts(model)[name]
+        query = HeadRows(layout.query.projection, layout.query.rows.flip(0))
+        watch(model, QKClip({name: AttentionLayout(query, layout.key)}))
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn': when the rows"):
+            forward(model, batch(), "sdpa")
+
+    def test_another_number_of_heads(self) -> None:
+        model = make_model("separate")
+        name = "model.layers.0.self_attn"
+        attention: Any = model.get_submodule(name)
+        layout = AttentionLayout.separate(
+            attention.q_proj, attention.k_proj, num_heads=2, num_kv_groups=1
+        )
+        watch(model, QKClip({name: layout}))
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn' has 2 heads: query must be"):
+            forward(model, batch(), "sdpa")
+
+    def test_attention_that_goes_round_the_registry(self) -> None:
+        """As GPT-2's own does, if told to reorder."""
+        model = make_model("columns")
+        for module in model.modules():
+            if hasattr(module, "reorder_and_upcast_attn"):
+                module.reorder_and_upcast_attn = True
+        qk_clip(model)
+        with pytest.raises(ValueError, match="did not ask transformers' registry"):
+            forward(model, batch(), "eager")
+
+    def test_parameters_are_as_before(self) -> None:
+        model = make_model("fused")
+        before = {name: p for name, p in model.named_parameters()}
+        values = {name: p.detach().clone() for name, p in before.items()}
+        qk_clip(model)
+        forward(model, batch(), "sdpa")
+        for name, parameter in model.named_parameters():
+            assert parameter is before[name] and torch.equal(parameter, values[name])
+
+
+def test_errors_of_watch() -> None:
+    model = make_model("separate")
+    clip = QKClip(attention_layouts(model))
+    with pytest.raises(ValueError, match="the clip has no layer 'other'"):
+        watch(model, clip, layers=["other"])
+    wrapped = nn.ModuleDict({"module": model})
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn' is not in ModuleDict"):
+        watch(wrapped, clip)
+    transformers.AttentionInterface.register("home_made", lambda *args, **kwargs: None)
+    watch(model, clip)
+    with pytest.raises(ValueError, match="attn_implementation 'home_made' is not known"):
+        forward(model, batch(), "home_made")
+    del transformers.AttentionInterface._global_mapping["home_made"]
+
+
+def test_transformers39495_the_trainer_clips(tmp_path: Path) -> None:
+    """HF Trainer, MuonClip and QK-Clip, with accumulation and checkpointing: logits stay at τ."""
+    pytest.importorskip("accelerate")
+    threshold = 0.5
+    ends = {}
+    for clipped in (False, True):
+        model = make_model("separate", spread=1.3)
+        optimizer = MuonClip(param_groups(model), lr=0.1)
+        clip = qk_clip(model, threshold=threshold if clipped else 1e9, exact=True)
+        clip.attach(optimizer)
+        monitor = MaxLogitMonitor(clip)
+        generator = torch.Generator().manual_seed(3)
+        data = [
+            {"input_ids": ids, "labels": ids}
+            for ids in torch.randint(1, VOCABULARY, (64, LENGTH), generator=generator)
+        ]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2,
+            max_steps=8, gradient_checkpointing=True, use_cpu=True, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        transformers.Trainer(
+            model, arguments, train_dataset=data, optimizers=(optimizer, schedule)
+        ).train()
+        assert monitor.steps == 8
+        ends[clipped] = max(float(x.max()) for x in monitor.latest.values())
+    assert ends[False] > 3 * threshold
+    # The clip uses the logits before the update, so one update's growth may remain.
+    assert ends[True] < 2.5 * threshold
