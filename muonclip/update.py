@@ -27,14 +27,21 @@ def look_ahead_(
     nesterov: bool,
 ) -> None:
     """Write into ``targets`` what is orthogonalized: the buffers, or with Nesterov's look-ahead
-    momentum * buffer + (1 - momentum) * gradient, computed in the targets' dtype."""
-    targets = list(targets)
+    momentum * buffer + (1 - momentum) * gradient."""
+    targets, buffers = list(targets), list(buffers)
     if not nesterov:
-        torch._foreach_copy_(targets, list(buffers))
-        return
-    torch._foreach_copy_(targets, list(gradients))
-    alike = [b.to(t.dtype) for b, t in zip(buffers, targets, strict=True)]
-    torch._foreach_lerp_(targets, alike, momentum)
+        torch._foreach_copy_(targets, buffers)
+    elif all(t.dtype == b.dtype for t, b in zip(targets, buffers, strict=True)):
+        torch._foreach_copy_(targets, list(gradients))
+        torch._foreach_lerp_(targets, buffers, momentum)
+    else:
+        # Gradient and momentum largely cancel: they are rounded to the targets after that.
+        wide = [
+            g.to(torch.promote_types(b.dtype, torch.float32))
+            for g, b in zip(gradients, buffers, strict=True)
+        ]
+        alike = [b.to(w.dtype) for b, w in zip(buffers, wide, strict=True)]
+        torch._foreach_copy_(targets, list(torch._foreach_lerp(wide, alike, momentum)))
 
 
 def decay_and_apply(

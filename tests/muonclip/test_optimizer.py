@@ -71,6 +71,17 @@ class TestAgainstTorch:
             # bfloat16 carries 8 bits: relative to how far training went, agree to about as much.
             assert (a - b).norm() < 0.01 * (b - s).norm()
 
+    def test_muon_in_torchs_precision(self) -> None:
+        """Newton-Schulz in bfloat16 as torch.optim.Muon's: no rounding more than there."""
+        ours, theirs = make((48, 48), (32, 96)), make((48, 48), (32, 96))
+        start = make((48, 48), (32, 96))
+        common = {"lr": 0.02, "weight_decay": 0.1}
+        optimizer = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **common)  # type: ignore[arg-type]
+        train(MuonClip(ours, ns_dtype=torch.bfloat16, **common), ours, range(20))  # type: ignore[arg-type]
+        train(optimizer, theirs, range(20))
+        for a, b, s in zip(ours, theirs, start, strict=True):
+            assert (a - b).norm() < 0.002 * (b - s).norm()
+
     def test_muon_momentum_is_torchs(self) -> None:
         ours, theirs = make((6, 8)), make((6, 8))
         a, b = MuonClip(ours), torch.optim.Muon(theirs)
