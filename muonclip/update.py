@@ -56,8 +56,8 @@ def decay_and_apply(
 
     ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
     where update and weight have the same sign, elsewhere nothing (Chen et al., arXiv 2510.12402).
-    ``"independent"``: λ·W, whatever the learning rate. ``"l2"``: nothing here; λ·W is in the
-    gradient.
+    ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here;
+    λ·W is in the gradient.
     """
     params = list(params)
     updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
@@ -68,7 +68,9 @@ def decay_and_apply(
         torch._foreach_mul_(agree, params)
         _add_scaled(params, agree, -lr * weight_decay)
     elif weight_decay and mode in ("decoupled", "independent"):
-        factor = 1 - (lr * weight_decay if mode == "decoupled" else weight_decay)
+        # A step with learning rate zero must change nothing: it is one that is skipped, or how
+        # torch.distributed.checkpoint makes a fresh optimizer's state.
+        factor = 1 - weight_decay * (lr if mode == "decoupled" else lr != 0)
         torch._foreach_mul_(params, factor)
     _add_scaled(params, updates, -lr)
 
