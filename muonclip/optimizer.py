@@ -383,10 +383,12 @@ class MuonClip(Optimizer):
             targets.append(target.float() if checks.rounds(group, p) else target)
         alike = defaultdict(list)  # what torch's kernels take together
         for p, target, state in zip(params, targets, states, strict=True):
-            if not target.numel():
-                continue
             if state["step"].device != target.device:  # loaded from a file
                 state["step"] = state["step"].to(target.device)
+            if not target.numel():
+                # Counted on empty shards too: a checkpoint keeps one rank's step for all.
+                state["step"] += 1 if found is None else 1 - found
+                continue
             average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
             row = (target, local_gradient(p).to(target.dtype), average, square, state["step"])
             alike[target.device, target.dtype, average.dtype].append(row)
