@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from muonclip import checks
+from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
 from muonclip.orthogonalize import AdjustLR, Coefficients
 from muonclip.update import WeightDecayMode, local, write_back
@@ -425,6 +426,18 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ saving and copying
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; groups name dtypes and layouts in words.
+
+        ``torch.distributed.checkpoint`` takes nothing but tensors, numbers and words.
+        """
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for option, value in group.items():
+                if isinstance(value, (torch.dtype, MatrixLayout)):
+                    group[option] = str(value)
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, for the same parameters in the same groups.
 
@@ -459,6 +472,9 @@ class MuonClip(Optimizer):
                 if option not in ("adamw_lr", "adamw_weight_decay"):
                     group.setdefault(option, value)
             group.setdefault("updates", 0)
+            for option in ("ns_dtype", "momentum_dtype"):
+                if isinstance(group[option], str):  # as "torch.float32"
+                    group[option] = getattr(torch, group[option].removeprefix("torch."))
             for p, key in zip(group["params"], saved["params"], strict=True):
                 if key in loaded["state"]:
                     self._take_state(p, group, loaded["state"][key])
