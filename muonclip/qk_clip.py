@@ -313,7 +313,11 @@ class _Rows:
         self._local_slots: tuple[Any, Tensor] | None = None
 
     def check(self) -> Tensor:
-        """The tensor as it is now, if it can be scaled."""
+        """The tensor as it is now, if it can be scaled.
+
+        Raises:
+            ValueError: if it cannot.
+        """
         tensor = self.read()
         if tensor is None or tensor.ndim <= self.dim or tensor.size(self.dim) != len(self.slots):
             shape = None if tensor is None else tuple(tensor.shape)
@@ -333,6 +337,7 @@ class _Rows:
                 f"{tuple(tensor.shape)} is sharded over ranks; QK-Clip needs it whole: "
                 "turn the distributed optimizer off"
             )
+        self._slots_of(tensor)
         return tensor
 
     def scale(self, tensor: Tensor, factors: Tensor) -> None:

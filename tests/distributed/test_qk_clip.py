@@ -1,10 +1,21 @@
-"""QK-Clip over real processes: the largest logit of any rank decides on every rank."""
+"""QK-Clip over real processes: the largest logit of any rank decides on every rank, and each rank
+scales the part of a weight that it holds."""
+
+import copy
+import math
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from muonclip import AttentionLayout, QKClip
+from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 from tests.distributed.launch import launch
 
 
@@ -42,3 +53,229 @@ def test_only_the_process_group_counts() -> None:
     """Tensor-parallel neighbours hold other heads: their maxima must stay out."""
     results = launch(clip_once, 4, True)
     assert [maxima[0][0] for maxima, _, _ in results] == [200.0, 200.0, 400.0, 400.0]
+
+
+# Placements on a mesh of one dimension, and of two.
+LINES = [(Shard(0),), (Shard(1),), (Replicate(),)]
+GRIDS = [
+    (Shard(0), Shard(0)),
+    (Shard(0), Shard(1)),
+    (Shard(1), Shard(1)),
+    (Replicate(), Shard(0)),
+    (Shard(1), Replicate()),
+]
+# Heads, key groups and head size; 10 rows do not divide by 4, and of 2 rows some ranks hold none.
+SHAPES = [(4, 2, 4), (5, 5, 2), (2, 1, 1)]
+
+
+def scaled_whole(weights: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
+    """What a clip by ``observe_and_step`` leaves of plain weights, on one process."""
+    whole = {name: weight.clone() for name, weight in weights.items()}
+    layout = AttentionLayout.separate(
+        (whole["query"], whole["query bias"]), whole["key"], num_heads=heads, num_kv_groups=groups
+    )
+    factors = QKClip({"layer": layout}, threshold=100.0)
+    factors.process_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    factors.observe("layer", maxima(heads, dist.get_world_size() - 1))
+    factors.step()
+    return whole
+
+
+def maxima(heads: int, rank: int) -> Tensor:
+    """Largest logits that grow with the rank; every other head's stays under 100."""
+    return torch.tensor([120.0 + 10 * rank + 7 * h if h % 2 == 0 else 50.0 for h in range(heads)])
+
+
+def scale_shards() -> int:
+    """Clip DTensors of every placement and shape; they must equal plain tensors bit for bit."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    meshes: list[tuple[DeviceMesh, list[tuple[Any, ...]]]] = [
+        (init_device_mesh("cpu", (world_size,)), LINES)
+    ]
+    if world_size == 4:
+        meshes.append((init_device_mesh("cpu", (2, 2)), GRIDS))
+    cases = 0
+    for mesh, all_placements in meshes:
+        for placements in all_placements:
+            for heads, groups, dim in SHAPES:
+                torch.manual_seed(0)
+                weights = {
+                    "query": torch.randn(heads * dim, 6),
+                    "query bias": torch.randn(heads * dim),
+                    "key": torch.randn(groups * dim, 3),
+                }
+                # Columns of a bias are none: it lies as the rows do.
+                rows_only = [p if p == Shard(0) else Replicate() for p in placements]
+                sharded = {
+                    name: distribute_tensor(
+                        weight.clone(), mesh, rows_only if weight.ndim == 1 else placements
+                    )
+                    for name, weight in weights.items()
+                }
+                # A master in double the precision of its bfloat16 copy, as an optimizer keeps it.
+                low: Any = distribute_tensor(weights["key"].bfloat16(), mesh, placements)
+                low.main_param = sharded["key"]
+                layout = AttentionLayout.separate(
+                    (sharded["query"], sharded["query bias"]),
+                    low,
+                    num_heads=heads,
+                    num_kv_groups=groups,
+                )
+                clip = QKClip({"layer": layout}, threshold=100.0)
+                clip.observe("layer", maxima(heads, rank))
+                result = clip.step()
+                assert result.max_logits["layer"].equal(maxima(heads, world_size - 1))
+                wanted = scaled_whole(weights, heads, groups)
+                for name, shard in sharded.items():
+                    assert shard.placements == tuple(rows_only if shard.ndim == 1 else placements)
+                    assert shard.full_tensor().equal(wanted[name]), (name, placements, heads)
+                changed = wanted["key"] != weights["key"]
+                copied = torch.where(changed, wanted["key"].bfloat16(), weights["key"].bfloat16())
+                assert low.full_tensor().equal(copied), (placements, heads)
+                cases += 1
+    return cases
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_are_scaled_as_whole_weights_are(world_size: int) -> None:
+    """Any placement on one or two mesh dimensions, uneven and empty shards, biases, masters."""
+    expected = len(SHAPES) * (len(LINES) + (len(GRIDS) if world_size == 4 else 0))
+    assert launch(scale_shards, world_size) == [expected] * world_size
+
+
+class Attention(nn.Module):
+    """Causal attention with shared key heads that shows a clip what it attends with."""
+
+    def __init__(self, heads: int = 4, groups: int = 2, dim: int = 8) -> None:
+        super().__init__()
+        self.heads, self.groups, self.clip = heads, groups, None
+        self.q, self.k, self.v = (nn.Linear(16, n * dim) for n in (heads, groups, groups))
+        self.out = nn.Linear(heads * dim, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (n, -1)).transpose(1, 2)
+            for f, n in ((self.q, self.heads), (self.k, self.groups), (self.v, self.groups))
+        )
+        if self.clip is not None:
+            self.clip.observe_attention("layer", q, k, causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def train(shape: tuple[int, ...] | None, bfloat16: bool) -> tuple[dict[str, Tensor], list[int]]:
+    """Train with a clip that acts: over ranks by FSDP2 on a mesh of this shape, or alone.
+
+    Returns:
+        The whole parameters at the end, and how many heads each step clipped.
+    """
+    torch.manual_seed(0)
+    model = Attention()
+    if bfloat16:
+        model.bfloat16()
+        model.k.bias = None  # its gradient is rounding alone, which AdamW would blow up
+    # Made before the parameters are replaced by sharded ones.
+    layout = AttentionLayout.separate(model.q, model.k, num_heads=4, num_kv_groups=2)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if shape is None:
+        rank, world_size = 0, 1
+    else:
+        names = ("replicate", "shard")[-len(shape) :]
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
+    if bfloat16:
+        optimizer = MuonClip(param_groups(model), lr=0.02, master_weights=True)
+    group = None if shape else dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    clip = model.clip = QKClip({"layer": layout}, threshold=0.5, process_group=group)
+    clip.attach(optimizer)
+    generator = torch.Generator().manual_seed(1)
+    clipped = []
+    for _ in range(4):
+        x = 4 * torch.randn(8, 6, 16, generator=generator)
+        x = x.chunk(world_size)[rank].to(model.q.weight.dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert clip.result is not None
+        clipped.append(int(clip.result.num_clipped))
+    state = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if bfloat16:
+            master: Any = parameter.main_param
+            assert whole.equal((master.full_tensor() if shape else master).bfloat16())
+        state[name] = whole.detach().float()
+    return state, clipped
+
+
+def train_both_ways(shape: tuple[int, ...], bfloat16: bool) -> float:
+    """The largest difference between training over ranks and alone."""
+    sharded, clipped = train(shape, bfloat16)
+    whole, clipped_alone = train(None, bfloat16)
+    assert clipped == clipped_alone and sum(clipped) > 4
+    return max(float((sharded[name] - whole[name]).abs().max()) for name in whole)
+
+
+@pytest.mark.parametrize(("world_size", "shape"), [(1, (1,)), (2, (2,)), (4, (4,)), (4, (2, 2))])
+def test_fsdp2_trains_as_one_process_does(world_size: int, shape: tuple[int, ...]) -> None:
+    """Sharded (and on a mesh of two dimensions replicated too), with a clip made beforehand."""
+    assert max(launch(train_both_ways, world_size, shape, False)) < 1e-5
+
+
+def test_fsdp2_with_master_weights() -> None:
+    """The float32 masters are sharded as their bfloat16 copies are, and scaled with them."""
+    assert max(launch(train_both_ways, 2, (2,), True)) < 0.01
+
+
+def clip_under_tensor_parallelism() -> None:
+    """FSDP2 over column-parallel projections: rows are cut by both, the inner cut first."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    model = Attention()
+    whole = copy.deepcopy(model)
+    colwise = {"q": ColwiseParallel(), "k": ColwiseParallel()}
+    parallelize_module(model, mesh["tensor"], colwise)
+    fully_shard(model, mesh=mesh["data"])
+    # A rank's attention sees its own heads; the maxima of the others come from where they are.
+    largest = torch.tensor([400.0, 50.0, 900.0, 1600.0])
+    own = slice(2 * mesh["tensor"].get_local_rank(), 2 * mesh["tensor"].get_local_rank() + 2)
+    seen = torch.full((4,), -math.inf)
+    seen[own] = largest[own]
+    for attention, maximum in ((model, seen), (whole, largest)):
+        layout = AttentionLayout.separate(attention.q, attention.k, num_heads=4, num_kv_groups=2)
+        clip = QKClip({"layer": layout}, threshold=100.0)
+        clip.observe("layer", maximum)
+        clip.step()
+    for name, parameter in model.named_parameters():
+        if name[0] in "qk":
+            assert isinstance(parameter, DTensor) and len(parameter.placements) == 2
+            assert parameter.full_tensor().equal(whole.get_parameter(name)), name
+
+
+def test_fsdp2_on_top_of_tensor_parallelism() -> None:
+    launch(clip_under_tensor_parallelism, 4)
+
+
+def refuse() -> list[str]:
+    """The errors of weights that cannot be scaled; no other weight may have changed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    errors = []
+    query = torch.ones(4, 3)
+    partial = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    plain_master: Any = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    plain_master.main_param = torch.ones(4, 3)
+    for key in (partial, plain_master):
+        clip = QKClip({"layer": AttentionLayout.separate(query, key, num_heads=2)}, threshold=1.0)
+        clip.observe("layer", torch.tensor([4.0, 4.0]))
+        try:
+            clip.step()
+        except ValueError as error:
+            errors.append(str(error))
+        assert query.equal(torch.ones(4, 3))
+    return errors
+
+
+def test_what_cannot_be_scaled_is_refused_before_anything_changes() -> None:
+    for errors in launch(refuse, 2):
+        assert "reduce it first" in errors[0]
+        assert "layer 'layer': the master copy (main_param)" in errors[1]
