@@ -361,7 +361,7 @@ class MuonClip(Optimizer):
     # ------------------------------------------------------------------ Muon
 
     def _step_muon(self, items: "list[Item]", found: Tensor | None) -> None:
-        if not items:
+        if not items and self.process_group is None:
             return
         if self._is_shared():
             from muonclip.distributed.shared import SharedWork

@@ -127,6 +127,8 @@ def _shardings_of(
     """The sharding of every parameter that has one, by its place in the step."""
     placed: dict[int, Sharding] = {}
     asked: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+    if process_group is not None:  # also with nothing to ask, so that no rank waits for this one
+        asked[id(process_group)] = (process_group, [])
     for index, item in enumerate(items):
         group: dist.ProcessGroup | None = None
         if isinstance(item.handle, DTensor):

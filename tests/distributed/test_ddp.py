@@ -217,19 +217,21 @@ def test_one_ranks_bad_gradient_leaves_all_unchanged(nonfinite: str) -> None:
             assert ("'p1'" if rank == 0 else "on another rank") in message
 
 
-def step_with_different_parameters() -> str:
+def step_with_different_parameters(missing: int) -> str:
     params = [nn.Parameter(random((4, 4 + i), i)) for i in range(2)]
     optimizer = MuonClip(params, process_group=dist.group.WORLD)
-    for p in params[dist.get_rank() :]:
+    for p in params[dist.get_rank() * missing :]:
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="ranks 0 and 1 of the group") as error:
         optimizer.step()
     return str(error.value)
 
 
-def test_ranks_with_other_gradients_are_told() -> None:
-    for message in launch(step_with_different_parameters, 2):
-        assert "2 and 1 of them" in message
+@pytest.mark.parametrize("missing", [1, 2])
+def test_ranks_with_other_gradients_are_told(missing: int) -> None:
+    """Also one that has none: the others would wait for it for ever."""
+    for message in launch(step_with_different_parameters, 2, missing):
+        assert f"2 and {2 - missing} of them" in message
 
 
 def copy_it() -> None:
