@@ -58,10 +58,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole weights, momenta and master copies after training (None: has none)."""
+    """Whole weights, momenta, AdamW's steps and master copies after training (None: has none)."""
 
     weights: list[Tensor]
     momenta: list[Tensor | None]
+    steps: list[Tensor | None]
     masters: list[Tensor | None]
 
 
@@ -106,6 +107,7 @@ def outcome_of(params: Sequence[Any], optimizer: MuonClip) -> Outcome:
     return Outcome(
         [whole(p.detach()) for p in params],
         [whole(s["momentum_buffer"]) if "momentum_buffer" in s else None for s in states],
+        [s.get("step") for s in states],
         [whole(s["master"]) if "master" in s else None for s in states],
     )
 
@@ -128,10 +130,11 @@ def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:
     for index, spec in enumerate(case.specs):
         difference = (found.weights[index] - expected.weights[index]).abs().max()
         assert difference < TOLERANCE, f"{spec}, mesh {case.mesh}: weights differ by {difference}"
-        ours, theirs = found.momenta[index], expected.momenta[index]
-        assert (ours is None) == (theirs is None), spec
-        if ours is not None and theirs is not None:
-            assert torch.equal(ours, theirs), f"{spec}, mesh {case.mesh}: momenta differ"
+        for what in ("momenta", "steps"):
+            ours, theirs = getattr(found, what)[index], getattr(expected, what)[index]
+            assert (ours is None) == (theirs is None), spec
+            if ours is not None:
+                assert torch.equal(ours, theirs), f"{spec}, mesh {case.mesh}: {what} differ"
 
 
 class Block(nn.Module):
