@@ -4,13 +4,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
+
+if TYPE_CHECKING:
+    from muonclip.distributed.sharding import Sharding
 
 Algorithm = Literal["muon", "adamw"]
 
@@ -149,6 +153,7 @@ def assign(
     adamw: Sequence[str] = (),
     muon: Sequence[str] = (),
     layouts: Mapping[str, MatrixLayout] | None = None,
+    shardings: "Mapping[Tensor, Sharding] | None" = None,
 ) -> list[Assignment]:
     """Where every parameter of a model goes, in the model's order, shared ones once.
 
@@ -163,6 +168,8 @@ def assign(
             heads, transposed storage); the first that matches counts.
             ``muonclip.integrations`` finds those of known models, torch's own modules
             (``nn.MultiheadAttention``, ``nn.LSTM``, ``nn.GRU``) need none.
+        shardings: of plain tensors that are parts of larger ones, whose shapes then count, as for
+            ``MuonClip``.
 
     Raises:
         ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
@@ -201,7 +208,7 @@ def assign(
         elif forced_muon:
             algorithm, reason = "muon", f"matches {forced_muon!r}"
         else:
-            choices = [choose_algorithm(parameter, *owner) for owner in names]
+            choices = [choose_algorithm(_whole(parameter, shardings), *owner) for owner in names]
             if any(module in heads for _, module in names):
                 choices.append(("adamw", "output head"))
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
@@ -211,7 +218,7 @@ def assign(
                 *names[0], parameter
             )
             try:
-                (layout or WHOLE).check(parameter.shape)
+                (layout or WHOLE).check(_whole(parameter, shardings).shape)
             except ValueError as error:
                 raise ValueError(f"{name} ({reason}): {error}") from None
         assignments.append(Assignment(name, parameter, algorithm, reason, layout))
@@ -253,6 +260,13 @@ def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLay
     return MatrixLayout((parameter.size(0) // parts,) * parts) if parts > 1 else None
 
 
+def _whole(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> Tensor:
+    """Something of the shape of the whole parameter."""
+    if shardings is None or parameter not in shardings:
+        return parameter
+    return torch.empty(shardings[parameter].shape, device="meta")
+
+
 def _first_match(names: list[tuple[str, nn.Module]], patterns: Iterable[str]) -> str | None:
     matching = (p for p in patterns for name, _ in names if fnmatchcase(name, p))
     return next(matching, None)
@@ -264,6 +278,7 @@ def param_groups(
     adamw: Sequence[str] = (),
     muon: Sequence[str] = (),
     layouts: Mapping[str, MatrixLayout] | None = None,
+    shardings: "Mapping[Tensor, Sharding] | None" = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for ``MuonClip``: one per algorithm and layout, with names.
@@ -271,14 +286,14 @@ def param_groups(
     Frozen parameters are left out. ``print(describe(assign(model)))`` shows the same decision.
 
     Args:
-        model, adamw, muon, layouts: as for ``assign``, with its errors.
+        model, adamw, muon, layouts, shardings: as for ``assign``, with its errors.
         options: put into every group, e.g. ``weight_decay=0.1``.
 
     Returns:
         Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``layout``.
     """
     groups: dict[tuple[Algorithm, MatrixLayout | None], dict[str, Any]] = {}
-    for item in assign(model, adamw=adamw, muon=muon, layouts=layouts):
+    for item in assign(model, adamw=adamw, muon=muon, layouts=layouts, shardings=shardings):
         if item.algorithm is None:
             continue
         key = (item.algorithm, item.layout)

@@ -1,14 +1,26 @@
-"""megatron-core's GPTModel: its attention layouts, and the matrices fused in its parameters.
+"""megatron-core's GPTModel: its attention layouts, the matrices fused in its parameters, and which
+part of them each rank holds.
 
-Modules are recognised by class name and attributes; megatron-core itself is never imported.
+>>> placed = shardings(model)  # doctest: +SKIP
+>>> groups = param_groups(model, layouts=matrix_layouts(model), shardings=placed)  # doctest: +SKIP
+>>> optimizer = MuonClip(groups, shardings=placed)  # doctest: +SKIP
+
+Modules are recognised by class name and attributes, with or without Transformer Engine; only
+``shardings`` imports megatron-core, for its process groups.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.matrix_layouts import MatrixLayout
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from muonclip.distributed.sharding import Sharding
 
 
 def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
@@ -39,15 +51,19 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
 def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, MatrixLayout]:
     """The matrices of the model that its parameters fuse, for ``param_groups``.
 
-    These are gate and up in ``linear_fc1`` of gated MLPs (experts too); query, key and value in
-    ``linear_qkv``; in MLA, the latent and the shared rotary key of ``linear_kv_down_proj``, and
-    each head's key and value of ``linear_kv_up_proj``; the experts that ``GroupedMLP`` keeps side
-    by side. Under tensor parallelism they describe the whole parameter, as ``shardings`` puts it
-    together.
+    These are gate and up in ``linear_fc1`` of gated MLPs (experts too); query, key, value and an
+    output gate in ``linear_qkv``, key and value in ``linear_kv``; what Mamba and gated delta net
+    layers take from ``in_proj``; the experts that ``GroupedMLP`` keeps in one storage. In MLA they
+    are the matrices of the DeepSeek-V2 report (arXiv 2405.04434, section 2.1): W^DKV and W^KR in
+    ``linear_kv_down_proj``, W^UK and W^UV in ``linear_kv_up_proj``, and W^UQ and W^QR in
+    ``linear_q_up_proj`` (or ``linear_q_proj``).
+
+    Under tensor parallelism they describe the whole parameter, as ``shardings`` puts it together.
 
     Args:
         model: a GPTModel or any module around one.
-        per_head: orthogonalize the query, key and value rows of each head on their own.
+        per_head: orthogonalize the query, key and value rows of each head on their own. The output
+            projection stays whole: its heads add up in one output.
 
     Returns:
         Parameter name -> its layout.
@@ -57,37 +73,106 @@ def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, Mat
         config = getattr(module, "config", None)
         if config is None:
             continue
-        ranks = getattr(config, "tensor_model_parallel_size", 1)
-        if _is_a(module, "GroupedMLP"):
-            layouts |= _grouped(name, module, config)
+        fused: dict[str, MatrixLayout] = {}
         fc1 = getattr(module, "linear_fc1", None)
         if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
-            for weight_name, weight in _weights(fc1):
-                half = weight.size(0) // 2
-                # Each tensor-parallel rank has its rows of gate, then its rows of up.
-                layouts[_join(name, "linear_fc1", weight_name)] = MatrixLayout(
-                    (half, half), repeats=ranks if _is_cut(weight) else 1
-                )
+            _, weight = _weights(fc1)[0]
+            half = weight.size(0) // 2
+            # Each tensor-parallel rank has its rows of gate, then its rows of up.
+            fused["linear_fc1"] = MatrixLayout((half, half), _parts(fc1, weight, config))
         if _is_a(module, "MLASelfAttention"):
             heads = config.num_attention_heads
-            down = (config.kv_lora_rank, config.qk_pos_emb_head_dim)
-            up = (config.qk_head_dim, config.v_head_dim)
-            query = (config.qk_head_dim, config.qk_pos_emb_head_dim)
-            query_name = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
-            fused = {
-                "linear_kv_down_proj": MatrixLayout(down),
-                "linear_kv_up_proj": MatrixLayout(up, heads, separate=per_head),
-            }
-            if per_head:
-                fused[query_name] = MatrixLayout(query, heads, separate=True)
+            nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
+            query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+            fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
+            fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
+            fused["linear_kv_up_proj"] = MatrixLayout(
+                (nope, config.v_head_dim), heads, separate=per_head
+            )
         elif _is_a(module, "SelfAttention"):
-            fused = {"linear_qkv": _qkv(config, per_head)}
-        else:
-            continue
-        for linear, layout in fused.items():
-            for weight_name, _ in _weights(getattr(module, linear)):
-                layouts[_join(name, linear, weight_name)] = layout
+            fused["linear_qkv"] = _qkv(config, per_head)
+        elif _is_a(module, "CrossAttention"):
+            heads, dim = config.num_attention_heads, config.kv_channels
+            fused["linear_kv"] = MatrixLayout((dim, dim), heads, separate=per_head)
+            if per_head:
+                fused["linear_q"] = MatrixLayout((dim,), heads, separate=True)
+        elif _is_a(module, "MambaMixer") or _is_a(module, "GatedDeltaNet"):
+            fused["in_proj"] = _recurrent(module)
+        elif _is_a(module, "GroupedMLP"):
+            fused |= _grouped(module, config)
+        for owner, layout in fused.items():
+            if owner in module._parameters:
+                layouts[_join(name, owner)] = layout
+                continue
+            for weight_name, _ in _weights(getattr(module, owner)):
+                layouts[_join(name, owner, weight_name)] = layout
     return layouts
+
+
+def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
+    """Which part of each matrix every rank holds, for ``MuonClip`` and ``param_groups``.
+
+    What tensor parallelism cuts is rebuilt for its orthogonalization, and what several ranks hold
+    is orthogonalized by one of them: the tensor-parallel, context-parallel and data-parallel ranks
+    of a pipeline stage share its matrices among each other, the expert-tensor-parallel and
+    expert-data-parallel ranks those of their experts. Stages, and the experts of different ranks,
+    have nothing to do with each other.
+
+    The gradients must be those of the whole global batch on every rank: megatron-core's DDP
+    without its distributed optimizer leaves them in ``parameter.main_grad`` (after
+    ``finalize_model_grads``); give them to the optimizer by ``parameter.grad =
+    parameter.main_grad``.
+
+    A collective call: every rank makes it, with its part of the same model, after
+    ``parallel_state.initialize_model_parallel``.
+
+    Args:
+        model: a GPTModel, or any module around one or several (an ``nn.ModuleList`` of the chunks
+            of virtual pipeline stages).
+
+    Returns:
+        Parameter -> its sharding, for every matrix that more than one rank holds a part of.
+
+    Raises:
+        ImportError: without megatron-core.
+        ValueError: on all ranks, if they hold different parameters; for a DDP wrapper that leaves
+            each rank a part of the gradients, and for tensor parallelism in ``GroupedMLP``.
+    """
+    from muonclip.distributed.sharding import Block, Sharding
+
+    parts: dict[bool, dict[Tensor, tuple[tuple[int, ...], Block]]] = {False: {}, True: {}}
+    for module in model.modules():
+        _check_gradients_are_whole(module)
+        for parameter in module._parameters.values():
+            if parameter is None or parameter.ndim < 2 or hasattr(parameter, "device_mesh"):
+                continue
+            expert = not getattr(parameter, "allreduce", True)
+            dim = _partition_dim(module, parameter)
+            shape, offsets = list(parameter.shape), [0] * parameter.ndim
+            if dim is not None and (group := _tensor_group(module, expert)).size() > 1:
+                if _is_a(module, "GroupedMLP"):
+                    raise ValueError(
+                        "GroupedMLP under expert tensor parallelism keeps the parts of its experts "
+                        "where they are no part of a matrix: use TEGroupedMLP or SequentialMLP, or "
+                        "expert_tensor_parallel_size=1"
+                    )
+                offsets[dim] = shape[dim] * group.rank()
+                shape[dim] *= group.size()
+            block = Block(tuple(offsets), tuple(parameter.shape))
+            parts[expert][parameter] = (tuple(shape), block)
+
+    found: dict[Tensor, Sharding] = {}
+    for expert, group_of in ((False, _dense_group), (True, _expert_group)):
+        if not parts[expert]:
+            continue
+        group = group_of()
+        if group.size() > 1:
+            gathered = Sharding.gather(list(parts[expert].values()), group)
+            found |= dict(zip(parts[expert], gathered, strict=True))
+    return found
+
+
+# ---------------------------------------------------------------------- layouts of matrices
 
 
 def _qkv(config: Any, per_head: bool) -> MatrixLayout:
@@ -100,23 +185,132 @@ def _qkv(config: Any, per_head: bool) -> MatrixLayout:
     return MatrixLayout((*(queries * dim,) * parts, dim, dim), groups)
 
 
-def _grouped(name: str, module: Any, config: Any) -> dict[str, MatrixLayout]:
-    """GroupedMLP: weight1 [hidden, experts * ffn] and weight2 [experts * ffn, hidden]."""
+def _recurrent(module: Any) -> MatrixLayout:
+    """What a recurrent layer projects its input to; each tensor-parallel rank has a part of each.
+
+    Mamba: z, x, B, C, dt. Gated delta net: query, key, value, gate, beta, alpha.
+    """
+    if _is_a(module, "MambaMixer"):
+        ranks = module.nheads // module.nheads_local_tp
+        inner, state = module.d_inner_local_tp, module.ngroups_local_tp * module.d_state
+        return MatrixLayout((inner, inner, state, state, module.nheads_local_tp), ranks)
+    ranks = module.tp_size
+    rows = (module.qk_dim,) * 2 + (module.v_dim,) * 2 + (module.num_value_heads,) * 2
+    return MatrixLayout(tuple(count // ranks for count in rows), ranks)
+
+
+def _grouped(module: Any, config: Any) -> dict[str, MatrixLayout]:
+    """GroupedMLP reads weight1 as [experts, hidden, ffn] and weight2 as [experts, ffn, hidden],
+    whatever shapes they have."""
     experts = module.num_local_experts
-    first = module.weight1.size(1) // experts
-    second = module.weight2.size(0) // experts
-    blocks = (first // 2, first // 2) if config.gated_linear_unit else (first,)
+    hidden, columns = module.weight1.shape
+    first, second = columns // experts, module.weight2.size(0) // experts
     return {
-        _join(name, "weight1"): MatrixLayout(blocks, experts, separate=True, transposed=True),
-        _join(name, "weight2"): MatrixLayout((second,), experts, separate=True),
+        "weight1": MatrixLayout(
+            (first // 2, first // 2) if config.gated_linear_unit else None,
+            transposed=True,
+            view=(experts, hidden, first),
+        ),
+        "weight2": MatrixLayout(transposed=True, view=(experts, second, hidden)),
     }
 
 
-def _is_cut(weight: Tensor) -> bool:
-    """Whether tensor parallelism left this rank a part of the rows."""
-    return bool(getattr(weight, "tensor_model_parallel", False)) and (
-        getattr(weight, "partition_dim", -1) == 0
+def _parts(linear: nn.Module, weight: Tensor, config: Any) -> int:
+    """On how many ranks the rows of a weight are."""
+    if _partition_dim(linear, weight) != 0:
+        return 1
+    group = _own_group(linear)
+    return int(config.tensor_model_parallel_size if group is None else group.size())
+
+
+# ---------------------------------------------------------------------- who holds what
+
+
+def _partition_dim(module: nn.Module, parameter: Tensor) -> int | None:
+    """The dimension along which tensor parallelism cuts a parameter; None for a whole one.
+
+    By class before attributes: those are missing with ``perform_initialization=False``, and
+    Transformer Engine sets them also where nothing is cut.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    if any("RowParallel" in name for name in names):
+        return 1
+    if any("ColumnParallel" in name or name == "VocabParallelEmbedding" for name in names):
+        return 0
+    if "TELinear" in names:  # duplicated
+        return None
+    if "GroupedMLP" in names:
+        return 1 if parameter is module.weight1 else 0
+    if getattr(parameter, "tensor_model_parallel", False):
+        return max(getattr(parameter, "partition_dim", 0), 0)
+    return None
+
+
+def _own_group(module: nn.Module) -> "dist.ProcessGroup | None":
+    """The tensor-parallel ranks that a linear layer was made for."""
+    group = getattr(module, "tp_group", None)
+    return getattr(module, "_tp_group", None) if group is None else group
+
+
+def _tensor_group(module: nn.Module, expert: bool) -> "dist.ProcessGroup":
+    group = _own_group(module)
+    if group is not None:
+        return group
+    state = _parallel_state()
+    found: dist.ProcessGroup = (
+        state.get_expert_tensor_parallel_group()
+        if expert
+        else state.get_tensor_model_parallel_group()
     )
+    return found
+
+
+def _dense_group() -> "dist.ProcessGroup":
+    """The ranks of a pipeline stage."""
+    group: dist.ProcessGroup = _parallel_state().get_tensor_and_data_parallel_group(
+        with_context_parallel=True
+    )
+    return group
+
+
+def _expert_group() -> "dist.ProcessGroup":
+    """The ranks that hold the same experts, or parts of them: megatron-core has no such group."""
+    import torch.distributed as dist
+
+    state = _parallel_state()
+    tensor, data = state.get_expert_tensor_parallel_group(), state.get_expert_data_parallel_group()
+    if tensor.size() == 1:
+        return data  # type: ignore[no-any-return]
+    if data.size() == 1:
+        return tensor  # type: ignore[no-any-return]
+    neighbours: list[list[int]] = [[] for _ in range(data.size())]
+    dist.all_gather_object(neighbours, dist.get_process_group_ranks(tensor), group=data)
+    ranks = sorted(rank for ranks in neighbours for rank in ranks)
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _parallel_state() -> Any:
+    try:
+        return import_module("megatron.core.parallel_state")
+    except ImportError as error:
+        raise ImportError("shardings needs megatron-core: pip install megatron-core") from error
+
+
+def _check_gradients_are_whole(module: nn.Module) -> None:
+    config = getattr(module, "ddp_config", None)
+    if getattr(config, "use_distributed_optimizer", False) or getattr(
+        config, "use_megatron_fsdp", False
+    ):
+        raise ValueError(
+            "megatron-core's data-parallel wrapper leaves each rank a part of the gradients, but "
+            "Muon needs whole matrices: set use_distributed_optimizer=False and "
+            "use_megatron_fsdp=False in DistributedDataParallelConfig"
+        )
+
+
+# ---------------------------------------------------------------------- attention
 
 
 def _mla(module: Any) -> AttentionLayout:
