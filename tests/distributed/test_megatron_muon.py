@@ -21,6 +21,9 @@ from tests.distributed.launch import launch
 
 VOCABULARY, HIDDEN, HEADS, SEQUENCE, BATCH = 64, 32, 4, 8, 4
 Piece = tuple[str, tuple[int, ...]]  # a tensor of the whole model, and where in it
+Whole = dict[str, dict[tuple[int, ...], Tensor]]  # the pieces by tensor and place
+Case = tuple[str, bool]  # the kind of model, and whether heads are orthogonalized apart
+CASES: tuple[Case, ...] = (("gqa", False), ("gqa", True), ("mla", False), ("mla", True))
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class Layout:
     pipeline: int = 1
     expert: int = 1
     expert_tensor: int | None = None
-    sequence_parallel: bool = False
 
 
 def build(kind: str, layout: Layout) -> Any:
@@ -46,13 +48,14 @@ def build(kind: str, layout: Layout) -> Any:
     from pretrain.runtime import cpu
 
     cpu.enable()
-    parallel_state.initialize_model_parallel(
-        layout.tensor,
-        layout.pipeline,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-    )
-    model_parallel_cuda_manual_seed(1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            layout.tensor,
+            layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+        )
+        model_parallel_cuda_manual_seed(1)
     common: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": HIDDEN,
@@ -60,9 +63,7 @@ def build(kind: str, layout: Layout) -> Any:
         "num_attention_heads": HEADS,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
-        "sequence_parallel": layout.sequence_parallel,
+        "sequence_parallel": layout.tensor > 1,  # experts ask for it
         "pipeline_dtype": torch.float32,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -86,6 +87,8 @@ def build(kind: str, layout: Layout) -> Any:
     else:
         config = MLATransformerConfig(
             **common,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
             q_lora_rank=16,
             kv_lora_rank=12,
             qk_head_dim=8,
@@ -169,27 +172,28 @@ def optimizer_for(model: Any, per_head: bool) -> MuonClip:
     )
 
 
-def steps_with_given_gradients(
-    kind: str, layout: Layout, per_head: bool
-) -> tuple[dict[Piece, Tensor], int]:
+def steps_with_given_gradients(layout: Layout) -> dict[Case, tuple[dict[Piece, Tensor], int]]:
     """Three steps; what this rank then has, and how many matrices it shares with others."""
-    model = build(kind, layout)
-    start(model)
-    optimizer = optimizer_for(model, per_head)
-    for step in range(3):
-        for parameter, values, part in pieces(model):
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-            offset = values.storage_offset() - parameter.storage_offset()
-            gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
-            gradient.copy_(whole_piece(part, f"gradient {step}"))
-        optimizer.step()
-    return results(model), len(optimizer.shardings)
+    outcomes = {}
+    for kind, per_head in CASES:
+        model = build(kind, layout)
+        start(model)
+        optimizer = optimizer_for(model, per_head)
+        for step in range(3):
+            for parameter, values, part in pieces(model):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                offset = values.storage_offset() - parameter.storage_offset()
+                gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
+                gradient.copy_(whole_piece(part, f"gradient {step}"))
+            optimizer.step()
+        outcomes[kind, per_head] = results(model), len(optimizer.shardings)
+    return outcomes
 
 
-def merged(ranks: list[dict[Piece, Tensor]]) -> dict[str, dict[tuple[int, ...], Tensor]]:
-    """The whole model, by name and place; copies must be equal to the bit."""
-    whole: dict[str, dict[tuple[int, ...], Tensor]] = {}
+def merged(ranks: list[dict[Piece, Tensor]]) -> Whole:
+    """The pieces of all ranks; copies must be equal to the bit."""
+    whole: Whole = {}
     for rank in ranks:
         for (key, place), values in rank.items():
             found = whole.setdefault(key, {})
@@ -199,12 +203,8 @@ def merged(ranks: list[dict[Piece, Tensor]]) -> dict[str, dict[tuple[int, ...], 
     return whole
 
 
-def assert_same(
-    parts: dict[str, dict[tuple[int, ...], Tensor]],
-    reference: dict[str, dict[tuple[int, ...], Tensor]],
-    tolerance: float,
-) -> None:
-    """Pieces of different sizes, compared element by element."""
+def assert_same(parts: Whole, reference: Whole, tolerance: float) -> None:
+    """Tensor by tensor, however each is cut."""
     assert parts.keys() == reference.keys()
     for key in reference:
         ours, theirs = _assembled(parts[key]), _assembled(reference[key])
@@ -229,48 +229,33 @@ def _assembled(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[tuple[str, bool], dict[str, dict[tuple[int, ...], Tensor]]]:
-    found = {}
-    for kind in ("gqa", "mla"):
-        for per_head in (False, True):
-            ((pieces, shared),) = launch(steps_with_given_gradients, 1, kind, Layout(), per_head)
-            assert shared == 0
-            found[kind, per_head] = merged([pieces])
-    return found
+def alone() -> dict[Case, Whole]:
+    """What one process gets."""
+    (outcomes,) = launch(steps_with_given_gradients, 1, Layout())
+    assert all(shared == 0 for _, shared in outcomes.values())
+    return {case: merged([pieces]) for case, (pieces, _) in outcomes.items()}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kind", "layout", "per_head"),
+    ("ranks", "layout"),
     [
-        pytest.param(2, "gqa", Layout(tensor=2, sequence_parallel=True), False, id="tp"),
-        pytest.param(4, "gqa", Layout(tensor=4), True, id="tp-more-ranks-than-key-groups"),
-        pytest.param(4, "gqa", Layout(tensor=2), False, id="tp-dp"),
-        pytest.param(4, "gqa", Layout(tensor=2, pipeline=2), True, id="tp-pp"),
-        pytest.param(2, "mla", Layout(tensor=2, sequence_parallel=True), False, id="mla-tp"),
-        pytest.param(2, "mla", Layout(expert=2), False, id="ep"),
-        pytest.param(2, "mla", Layout(pipeline=2), False, id="pp"),
-        pytest.param(4, "mla", Layout(expert=2), True, id="ep-dp"),
-        pytest.param(
-            4,
-            "mla",
-            Layout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True),
-            False,
-            id="tp-ep-experts-cut",
-        ),
-        pytest.param(
-            4,
-            "mla",
-            Layout(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True),
-            True,
-            id="tp-ep-experts-whole",
-        ),
+        pytest.param(2, Layout(tensor=2), id="tp"),
+        pytest.param(2, Layout(expert=2), id="ep"),
+        pytest.param(4, Layout(tensor=4), id="tp-more-ranks-than-key-groups"),
+        pytest.param(4, Layout(tensor=2, pipeline=2), id="tp-pp"),
+        pytest.param(4, Layout(pipeline=2), id="pp-dp"),
+        pytest.param(4, Layout(expert=2), id="ep-dp"),
+        pytest.param(4, Layout(tensor=2, expert=2, expert_tensor=2), id="tp-ep-experts-cut"),
+        pytest.param(4, Layout(tensor=2, expert=2, expert_tensor=1), id="tp-ep-experts-whole"),
+        pytest.param(4, Layout(tensor=2, expert_tensor=1), id="tp-dp-experts-whole"),
     ],
-)  # fmt: skip
-def test_given_gradients(alone: Any, ranks: int, kind: str, layout: Layout, per_head: bool) -> None:
+)
+def test_given_gradients(alone: dict[Case, Whole], ranks: int, layout: Layout) -> None:
     """MLM#5961: Newton-Schulz on shards is other maths."""
-    outcomes = launch(steps_with_given_gradients, ranks, kind, layout, per_head)
-    assert all(shared > 0 for _, shared in outcomes) == (layout.pipeline == 1 or layout.tensor > 1)
-    assert_same(merged([pieces for pieces, _ in outcomes]), alone[kind, per_head], 1e-5)
+    outcomes = launch(steps_with_given_gradients, ranks, layout)
+    for case in CASES:
+        assert all(outcome[case][1] > 0 for outcome in outcomes)
+        assert_same(merged([outcome[case][0] for outcome in outcomes]), alone[case], 1e-5)
 
 
 # ---------------------------------------------------------------------- a training run
@@ -328,7 +313,7 @@ def train(kind: str, layout: Layout) -> tuple[dict[Piece, Tensor], list[float]]:
 @pytest.mark.parametrize(
     ("ranks", "kind", "layout"),
     [
-        (4, "gqa", Layout(tensor=2, sequence_parallel=True)),
+        (4, "gqa", Layout(tensor=2)),
         (4, "gqa", Layout(tensor=2, pipeline=2)),
         # Not MLA under tensor parallelism: without Transformer Engine, megatron-core 0.16.1 leaves
         # out of the shared rotary key's gradient what the heads of other ranks add to it.
