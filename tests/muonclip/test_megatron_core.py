@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from muonclip import MatrixLayout, QKClip, assign, max_logits
 from muonclip.integrations import megatron_core
@@ -77,6 +77,33 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(16, 16)
 
 
+class MambaMixer(nn.Module):
+    """On two tensor-parallel ranks: 4 heads of 8, 2 groups, state 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.nheads, self.nheads_local_tp = 4, 2
+        self.d_inner_local_tp, self.ngroups_local_tp, self.d_state = 16, 1, 3
+        self.in_proj = nn.Linear(16, 16 + 16 + 3 + 3 + 2)
+
+
+class GatedDeltaNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.tp_size, self.qk_dim, self.v_dim, self.num_value_heads = 2, 8, 16, 4
+        self.in_proj = nn.Linear(16, (8 + 8 + 16 + 16 + 4 + 4) // 2)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=4, kv_channels=4)
+        self.linear_q = nn.Linear(16, 16)
+        self.linear_kv = nn.Linear(16, 32)
+
+
 def test_layouts_of_a_hybrid_model() -> None:
     """MLM#7382: layers without attention are no obstacle."""
     model = nn.ModuleList(
@@ -98,6 +125,7 @@ def test_fused_matrices_feed_param_groups() -> None:
         {
             "mla": MLASelfAttention(6),
             "gqa": SelfAttention(),
+            "cross": CrossAttention(),
             "gated": MLP(True),
             "plain": MLP(False),
             "grouped": GroupedMLP(),
@@ -105,26 +133,40 @@ def test_fused_matrices_feed_param_groups() -> None:
     )
     layouts = megatron_core.matrix_layouts(model)
     assert layouts == {
+        "mla.linear_q_up_proj.weight": MatrixLayout((4, 2), 3),
         "mla.linear_kv_down_proj.weight": MatrixLayout((8, 2)),
         "mla.linear_kv_up_proj.weight": MatrixLayout((4, 3), 3),
         "gqa.linear_qkv.weight": MatrixLayout((8, 4, 4), 2),
+        "cross.linear_kv.weight": MatrixLayout((4, 4), 4),
         "gated.linear_fc1.weight": MatrixLayout((12, 12)),
-        "grouped.weight1": MatrixLayout((6, 6), 3, separate=True, transposed=True),
-        "grouped.weight2": MatrixLayout((6,), 3, separate=True),
+        "grouped.weight1": MatrixLayout((6, 6), transposed=True, view=(3, 16, 12)),
+        "grouped.weight2": MatrixLayout(transposed=True, view=(3, 6, 16)),
     }
     placed = {item.name: item.layout for item in assign(model, layouts=layouts)}
     assert placed["gated.linear_fc1.weight"] == MatrixLayout((12, 12))
     assert placed["plain.linear_fc1.weight"] is None
 
 
+def test_recurrent_layers_have_a_part_of_each_projection_on_each_rank() -> None:
+    model = nn.ModuleDict({"mamba": MambaMixer(), "delta": GatedDeltaNet()})
+    assert megatron_core.matrix_layouts(model) == {
+        "mamba.in_proj.weight": MatrixLayout((16, 16, 3, 3, 2), 2),
+        "delta.in_proj.weight": MatrixLayout((4, 4, 8, 8, 2, 2), 2),
+    }
+
+
 def test_each_head_on_its_own() -> None:
-    model = nn.ModuleDict({"mla": MLASelfAttention(6), "gqa": SelfAttention()})
+    model = nn.ModuleDict(
+        {"mla": MLASelfAttention(None), "gqa": SelfAttention(), "cross": CrossAttention()}
+    )
     layouts = megatron_core.matrix_layouts(model, per_head=True)
     assert layouts == {
+        "mla.linear_q_proj.weight": MatrixLayout((4, 2), 3, separate=True),
         "mla.linear_kv_down_proj.weight": MatrixLayout((8, 2)),
         "mla.linear_kv_up_proj.weight": MatrixLayout((4, 3), 3, separate=True),
-        "mla.linear_q_up_proj.weight": MatrixLayout((4, 2), 3, separate=True),
         "gqa.linear_qkv.weight": MatrixLayout((4, 4, 4, 4), 2, separate=True),
+        "cross.linear_q.weight": MatrixLayout((4,), 4, separate=True),
+        "cross.linear_kv.weight": MatrixLayout((4, 4), 4, separate=True),
     }
 
 
@@ -149,23 +191,24 @@ def test_refusals(function: Any, module: nn.Module, message: str) -> None:
 
 
 class CoreAttention(nn.Module):
-    """Records the largest logits per head of [s, b, heads, d] queries and keys."""
+    """Keeps [s, b, heads, d] queries, keys and values, and their largest logits per head."""
 
     def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
         self.seen = torch.zeros(0)
+        self.inputs: tuple[Any, ...] = ()
 
     def forward(self, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        self.inputs = query, key, value
         query, key = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3)
         self.seen = max_logits(query, key, scale=self.softmax_scale)
         return value.repeat_interleave(query.size(1) // value.size(2), 2).flatten(2)
 
 
-def clip_real_modules() -> dict[str, tuple[Any, Any]]:
-    """Largest logits before and after a clip, of megatron-core's own attention layers."""
+def real_attentions() -> nn.ModuleDict:
+    """megatron-core's own attention layers; sets up its parallel state."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.common.embeddings import RotaryEmbedding
     from megatron.core.transformer import (
         MLATransformerConfig,
         TransformerConfig,
@@ -226,7 +269,14 @@ def clip_real_modules() -> dict[str, tuple[Any, Any]]:
             ),
             layer_number=1,
         )
+    return model
 
+
+def clip_real_modules() -> dict[str, tuple[Any, Any]]:
+    """Largest logits before and after a clip, of megatron-core's own attention layers."""
+    from megatron.core.models.common.embeddings import RotaryEmbedding
+
+    model = real_attentions()
     clip = QKClip(megatron_core.attention_layouts(model), threshold=500.0)
     hidden = torch.randn(6, 2, 16)
     rotary = RotaryEmbedding(4, 1.0, use_cpu_initialization=True)(6)
@@ -254,3 +304,108 @@ def test_real_modules() -> None:
     assert min(largest) < 500 < max(largest)
     for before, after in results.values():
         assert after == pytest.approx([min(value, 500) for value in before], rel=1e-4)
+
+
+def attention_by_its_matrices(per_head: bool) -> None:
+    """What reaches the core attention is the product with the matrices of the layouts."""
+    model = real_attentions()
+    layouts = megatron_core.matrix_layouts(model, per_head=per_head)
+    hidden = torch.randn(6, 2, 16)
+
+    def products(name: str, x: Tensor) -> list[Tensor]:
+        """[s, b, heads, d] of each block; a layout of whole matrices has all heads in one."""
+        weight = model.get_parameter(f"{name}.weight")
+        layout = layouts[f"{name}.weight"]
+        assert layout.blocks is not None
+        return [
+            torch.cat([(x @ matrix.T).unflatten(-1, (-1, rows)) for matrix in stack], -2)
+            for stack, rows in zip(layout.split(weight), layout.blocks, strict=True)
+        ]
+
+    for name in ("mla", "mla_q_lora"):
+        module = model[name]
+        module(hidden, attention_mask=None)
+        query, key, value = module.core_attention.inputs
+        latent, _ = products(f"{name}.linear_kv_down_proj", hidden)
+        key_nope, values = products(f"{name}.linear_kv_up_proj", latent[..., 0, :])
+        up, x = (
+            ("linear_q_proj", hidden)
+            if name == "mla"
+            else ("linear_q_up_proj", module.linear_q_down_proj(hidden)[0])
+        )
+        query_nope, _ = products(f"{name}.{up}", x)
+        for ours, theirs in (
+            (query_nope, query[..., :4]),
+            (key_nope, key[..., :4]),
+            (values, value),
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    for name, gated in (("gqa", False), ("gqa_gated", True)):
+        found = model[name].get_query_key_value_tensors(hidden, output_gate=gated)
+        query, key, value = found[:3]
+        blocks = products(f"{name}.linear_qkv", hidden)
+        # A block is a head of each group, or without per_head all heads of each group.
+        heads = [block.unflatten(-1, (-1, 4)) for block in blocks]  # [s, b, groups, heads, d]
+        queries = 2 if per_head else 1
+        pairs = [
+            (torch.cat(heads[:queries], -2), query.unflatten(-2, (2, 2))),
+            (heads[-2], key.unsqueeze(-2)),
+            (heads[-1], value.unsqueeze(-2)),
+        ]
+        if gated:
+            gates = torch.cat(heads[queries : 2 * queries], -2)
+            pairs.append((gates, found[3].unflatten(-2, (2, 2))))
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_matrices_are_those_that_real_attention_uses(per_head: bool) -> None:
+    pytest.importorskip("megatron.core")
+    launch(attention_by_its_matrices, 1, per_head)
+
+
+def grouped_experts_by_their_matrices() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe import experts
+
+    class GroupedGemm:
+        """The product that the package grouped_gemm documents; it has no build for a CPU."""
+
+        @staticmethod
+        def assert_grouped_gemm_is_available() -> None: ...
+
+        class ops:
+            @staticmethod
+            def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool) -> Tensor:
+                assert not trans_b
+                parts = a.split(batch_sizes.tolist())
+                return torch.cat([x @ w for x, w in zip(parts, b, strict=True)])
+
+    experts.gg = GroupedGemm
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=6, num_attention_heads=2, num_moe_experts=3,
+        moe_ffn_hidden_size=4, use_cpu_initialization=True, add_bias_linear=False,
+        gated_linear_unit=True, activation_func=nn.functional.silu, bf16=True, init_method_std=1.0,
+    )  # fmt: skip
+    module = experts.GroupedMLP(3, config, ProcessGroupCollection.use_mpu_process_groups())
+    layouts = megatron_core.matrix_layouts(nn.ModuleDict({"experts": module}))
+    gate, up = layouts["experts.weight1"].split(module.weight1)
+    (down,) = layouts["experts.weight2"].split(module.weight2)
+    tokens, counts = torch.randn(7, 6), torch.tensor([2, 1, 4])
+    theirs, _ = module(tokens, counts, torch.ones(7))
+    ours = [
+        (nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T
+        for e, x in enumerate(tokens.split(counts.tolist()))
+    ]
+    torch.testing.assert_close(torch.cat(ours), theirs)
+
+
+def test_grouped_experts_read_their_storage_as_a_stack() -> None:
+    """maxtext#4798: an expert axis mistaken for a matrix's; here the shapes invite to it."""
+    pytest.importorskip("megatron.core")
+    launch(grouped_experts_by_their_matrices, 1)
