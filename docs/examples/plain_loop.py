@@ -1,0 +1,51 @@
+"""Plain PyTorch: float16 with a GradScaler, gradient accumulation and clipping, a learning rate
+schedule, QK-Clip, and checkpoints. Started again with more steps, it goes on from where it was.
+
+    python docs/examples/plain_loop.py checkpoint.pt 20
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny_model import Model, batch
+from torch import nn
+
+from muonclip import MuonClip, param_groups
+from muonclip.integrations.torch_attention import qk_clip
+
+
+def main(path: Path, steps: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = Model().to(device)
+    optimizer = MuonClip(param_groups(model), lr=5e-3, adamw_lr=2e-3, weight_decay=0.1)
+    qk_clip(model, threshold=100.0).attach(optimizer)  # clips after every optimizer.step()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10)
+    scaler = torch.amp.GradScaler(device)
+
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    first = 0
+    if path.exists():
+        saved = torch.load(path, map_location=device)
+        first = saved["step"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+
+    for step in range(first, steps):
+        for tokens in batch(step).to(device).chunk(2):  # two micro-batches
+            with torch.autocast(device, torch.float16):
+                loss = model(tokens)
+            scaler.scale(loss / 2).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)  # skips the step, and QK-Clip with it, where gradients overflowed
+        scaler.update()
+        optimizer.zero_grad()
+        schedule.step()
+        print(f"step {step}: loss {loss.item():.4f}")
+    torch.save({"step": steps} | {name: part.state_dict() for name, part in parts.items()}, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
