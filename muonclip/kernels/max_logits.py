@@ -1,0 +1,120 @@
+"""The largest attention logit of each head on a GPU, without the logits in memory."""
+
+import torch
+from torch import Tensor
+
+from muonclip.kernels.support import has_triton
+
+# A row of q or k must fit a tile of at least 16: 1024 elements of 16 bits, 512 of float32.
+_MAX_ROW_BYTES = 2048
+
+
+def supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``max_logits_triton`` can do it: CUDA, no mask, float32 or smaller, d not too large.
+
+    Args:
+        query: [..., heads, queries, d].
+        key: [..., groups, keys, d].
+        mask: as in ``muonclip.max_logits``.
+    """
+    return (
+        mask is None
+        and query.device.type == key.device.type == "cuda"
+        and query.dtype == key.dtype
+        and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and query.size(-1) * query.element_size() <= _MAX_ROW_BYTES
+        and query.numel() > 0
+        and has_triton()
+    )
+
+
+@torch.no_grad()
+def max_logits_triton(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bound: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """The largest input of each head's softmax, exactly, for inputs that ``supports`` accepts.
+
+    With ``bound``, only for heads whose bound exceeds the threshold: the decision is made on the
+    device, so nothing waits for it, and where no head is near the threshold next to nothing is
+    read. One operator to ``torch.compile``; may be captured in a CUDA graph.
+
+    Products are summed in float32. Factors in float32 are rounded to tf32 where torch allows it.
+
+    Args:
+        query: [..., heads, queries, d]; any strides.
+        key: [..., groups, keys, d]; groups divides heads (GQA).
+        scale: factor on the products.
+        causal: query i attends to keys up to i.
+        bound: [heads], upper bounds on the result, as from ``max_logits_bound``.
+        threshold: heads whose bound is not above it are passed over.
+
+    Returns:
+        float32 [heads], without gradient; -inf for a head that was passed over or attends to
+        nothing, NaN where a logit is.
+
+    Raises:
+        ValueError: if shapes disagree, or only one of ``bound`` and ``threshold`` is given.
+        ImportError: if Triton is not installed.
+    """
+    heads, groups = query.size(-3), key.size(-3)
+    if (
+        query.ndim != key.ndim
+        or query.shape[:-3] != key.shape[:-3]
+        or query.size(-1) != key.size(-1)
+        or groups == 0
+        or heads % groups
+    ):
+        raise ValueError(
+            "query must be [..., heads, queries, d] and key [..., groups, keys, d] with groups "
+            f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if (bound is None) != (threshold is None):
+        raise ValueError("bound and threshold say together which heads to pass over: give both")
+    if bound is not None and bound.shape != (heads,):
+        raise ValueError(f"bound must be [heads], here [{heads}], got {tuple(bound.shape)}")
+    largest: Tensor = _operator(query, key, scale, causal, bound, threshold)
+    return largest
+
+
+def _max_logits(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: bool,
+    bound: Tensor | None,
+    threshold: float | None,
+) -> Tensor:
+    try:
+        from muonclip.kernels import max_logits_triton as implementation
+    except ImportError as error:
+        raise ImportError("max_logits_triton needs Triton: pip install triton") from error
+    return implementation.max_logits(query, key, scale, causal, bound, threshold)
+
+
+_operator = torch.library.custom_op(
+    "muonclip::max_logits",
+    _max_logits,
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, float scale, bool causal, Tensor? bound, float? threshold)"
+        " -> Tensor"
+    ),
+)
+
+
+@_operator.register_fake
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: bool,
+    bound: Tensor | None,
+    threshold: float | None,
+) -> Tensor:
+    return query.new_empty(query.size(-3), dtype=torch.float32)

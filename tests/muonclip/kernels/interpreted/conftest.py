@@ -1,0 +1,38 @@
+"""These tests run kernels: in Triton's interpreter, or on a GPU where there is one.
+
+The interpreter is chosen for a whole process, before Triton is imported. So the ordinary run leaves
+these files out, and `test_triton.py` beside this folder runs them in a process of their own. By
+hand: TRITON_INTERPRET=1 pytest tests/muonclip/kernels/interpreted
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_multiplies_bfloat16() -> Iterator[None]:
+    """The interpreter keeps bfloat16 as integers and, as of Triton 3.9, multiplies those."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def create_dot_of_floats(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return create_dot(self, a, b, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot_of_floats)
+        yield
