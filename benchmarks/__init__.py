@@ -1,0 +1,1 @@
+"""Measurements behind the claims of the READMEs: ``python -m benchmarks`` lists them."""

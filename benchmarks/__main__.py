@@ -1,0 +1,60 @@
+"""``python -m benchmarks``: list the benchmarks, run one, or print a stored result as a table."""
+
+import argparse
+import ast
+import importlib
+import sys
+from pathlib import Path
+from typing import cast
+
+from benchmarks import runner
+
+HERE = Path(__file__).parent
+# Modules of this package that make benchmarks work and are none.
+SUPPORT = {"__init__", "__main__", "optimizers", "runner", "workloads"}
+
+
+def names() -> list[str]:
+    """The benchmarks: every other module here."""
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SUPPORT)
+
+
+def summary(name: str) -> str:
+    """The first line of a benchmark's docstring, read without importing it."""
+    docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
+    return docstring.splitlines()[0] if docstring else ""
+
+
+def benchmark(name: str) -> runner.Benchmark:
+    return cast(runner.Benchmark, importlib.import_module(f"benchmarks.{name}"))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="name the benchmarks (the default)")
+    run = commands.add_parser("run", help="run one and store its result", add_help=False)
+    run.add_argument("name", choices=names())
+    table = commands.add_parser("table", help="print stored results as Markdown")
+    table.add_argument("name", choices=names())
+    table.add_argument("files", nargs="*", type=Path, help="default: all stored results of it")
+    options, rest = parser.parse_known_args(arguments)
+
+    if options.command == "run":
+        runner.run(options.name, benchmark(options.name), rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif options.command == "table":
+        files = options.files or sorted(runner.RESULTS.glob(f"{options.name}-*.json"))
+        if not files:
+            parser.error(f"no stored result of {options.name}: run it first")
+        for file in files:
+            print(runner.table(benchmark(options.name), file))
+    else:
+        width = max(map(len, names()))
+        for name in names():
+            print(f"{name:{width}}  {summary(name)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,168 @@
+"""Memory of one optimizer step: what stays as state and what peaks, against AdamW's."""
+
+import argparse
+import multiprocessing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.optimizers import LR, WEIGHT_DECAY, Candidate, candidates
+from benchmarks.runner import Result, markdown
+from benchmarks.workloads import dense
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ADAMW = "AdamW"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
+    )
+
+
+def run(options: argparse.Namespace) -> Result:
+    layers, hidden, feed_forward = {
+        "full": (12, 2048, 5632), "quick": (8, 512, 1408), "tiny": (1, 32, 64),
+    }[options.form]  # fmt: skip
+    load = dense(layers, hidden, feed_forward, 1, "dense")
+    shapes = list(load.matrices)
+    try:
+        wanted = candidates(None if options.only is None else [*options.only, ADAMW])
+    except ValueError as error:
+        raise SystemExit(f"--only: {error}") from error
+
+    absent: dict[str, str] = {}
+    rows: dict[str, Result] = {}
+    for candidate in wanted:
+        reason = candidate.missing(options.device)
+        if reason is None:
+            try:
+                rows[candidate.name] = _in_fresh_process(candidate.name, shapes, options)
+                continue
+            except RuntimeError as error:
+                if candidate.module is None:  # ours: a defect
+                    raise
+                reason = f"fails: {error}".splitlines()[0][:200]
+        absent[candidate.name] = reason
+    parameters = 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    for row in rows.values():
+        row["of_adamw"] = row["peak_bytes"] / rows[ADAMW]["peak_bytes"]
+    return {
+        "title": f"{load}, float32",
+        "parameter_bytes": parameters,
+        "largest_parameter_bytes": 4 * max(torch.Size(shape).numel() for shape in shapes),
+        "optimizers": rows,
+        "not_run": absent,
+    }
+
+
+def _in_fresh_process(
+    name: str, shapes: list[tuple[int, ...]], options: argparse.Namespace
+) -> Result:
+    """What no earlier optimizer, cached block or compiled kernel has touched."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(measure, (name, shapes, str(options.device), options.seed))
+
+
+def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) -> Result:
+    """Bytes that the first two steps of an optimizer add to parameters and gradients.
+
+    Every allocation through torch's allocators is counted, so on a CPU the figures do not depend
+    on the machine. What a library allocates for itself (oneDNN's packed matrices) is not seen.
+
+    Returns:
+        ``state_bytes``: still there after the steps; ``peak_bytes``: the most at any time in them,
+        state included.
+    """
+    (candidate,) = (c for c in candidates() if c.name == name)
+    torch.manual_seed(seed)
+    params = [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    try:
+        return _on_cuda(candidate, params) if device != "cpu" else _on_cpu(candidate, params)
+    except Exception as error:
+        # Plain: an exception of a peer's own class may not survive the way to the parent.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _two_steps(candidate: Candidate, params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    optimizers = candidate.build(params, [], LR, WEIGHT_DECAY)
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.step()
+    return optimizers
+
+
+def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    kept = _two_steps(candidate, params)
+    peak = torch.cuda.max_memory_allocated() - start
+    state = torch.cuda.memory_allocated() - start
+    del kept
+    return {"state_bytes": state, "peak_bytes": peak}
+
+
+def _on_cpu(candidate: Candidate, params: list[nn.Parameter]) -> Result:
+    if candidate.module is not None:  # some peers compile, which allocates; only steps count
+        _two_steps(candidate, [_like(p) for p in params])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = _two_steps(candidate, params)
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    state = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        state += event.nbytes()
+        peak = max(peak, state)
+    del kept
+    return {"state_bytes": state, "peak_bytes": peak}
+
+
+def _like(p: nn.Parameter) -> nn.Parameter:
+    twin = nn.Parameter(p.detach().clone())
+    twin.grad = p.grad.clone() if p.grad is not None else None
+    return twin
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    axes = figure.subplots()
+    names = list(result["optimizers"])
+    unit = result["parameter_bytes"]
+    rows = result["optimizers"].values()
+    state = [row["state_bytes"] / unit for row in rows]
+    peak = [row["peak_bytes"] / unit for row in rows]
+    axes.barh(names, peak, color="lightgrey", label="peak in a step")
+    axes.barh(names, state, color="tab:blue", label="state")
+    half = result["optimizers"][ADAMW]["peak_bytes"] / unit / 2
+    axes.axvline(half, color="black", linewidth=0.8, label="half of AdamW's peak")
+    axes.invert_yaxis()
+    axes.set_xlabel("times the parameters' own memory")
+    axes.set_title(result["title"])
+    axes.legend()
+
+
+def table(result: Result) -> str:
+    unit = result["parameter_bytes"]
+    rows = [
+        [
+            f"**{name}**" if name == "MuonClip" else name,
+            f"{row['state_bytes'] / unit:.2f}",
+            f"{row['peak_bytes'] / unit:.2f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['of_adamw']:.2f}",
+        ]
+        for name, row in result["optimizers"].items()
+    ]
+    header = ["", "state / parameters", "peak / parameters", "peak, MiB", "peak / AdamW's"]
+    blocks = [f"**{result['title']}**", markdown(header, rows)]
+    if result["not_run"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
+        blocks.append(f"Not measured: {reasons}.")
+    return "\n\n".join(blocks)

@@ -1,0 +1,238 @@
+"""Time of one optimizer step: MuonClip, torch.optim.Muon, AdamW and other Muons, side by side."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from benchmarks.optimizers import BASELINE, LR, WEIGHT_DECAY, Candidate, candidates
+from benchmarks.runner import Result, interleave, markdown, matmul_peak, summarise
+from benchmarks.workloads import Workload, workloads
+from muonclip import reference
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROUNDS = {"full": 10, "quick": 3, "tiny": 2}
+# Side of the square product whose speed counts as the device's peak.
+PEAK_SIZE = {"full": 8192, "quick": 2048, "tiny": 64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
+    )
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
+    parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
+
+
+def run(options: argparse.Namespace) -> Result:
+    # Peers that compile do so once for every shape.
+    torch._dynamo.config.recompile_limit = 256
+    try:
+        wanted = candidates(options.only)
+    except ValueError as error:
+        raise SystemExit(f"--only: {error}") from error
+    loads = workloads(options.form)
+    if options.workloads:
+        known = [load.name for load in loads]
+        if unknown := set(options.workloads) - set(known):
+            raise SystemExit(f"--workloads: {', '.join(unknown)} not among {', '.join(known)}")
+        loads = [load for load in loads if load.name in options.workloads]
+
+    absent = {c.name: why for c in wanted if (why := c.missing(options.device))}
+    present = [c for c in wanted if c.name not in absent]
+    errors: dict[str, float] = {}
+    for candidate in list(present):
+        try:
+            if candidate.coefficients:
+                errors[candidate.name] = update_error(candidate, options.device, options.seed)
+        except Exception as error:
+            if candidate.module is None:  # ours: a defect
+                raise
+            absent[candidate.name] = f"fails: {type(error).__name__}: {error}".splitlines()[0][:200]
+            present.remove(candidate)
+
+    result: Result = {
+        "baseline": BASELINE,
+        "optimizers": {
+            c.name: {
+                "arithmetic": c.arithmetic_on(options.device),
+                "coefficients": c.coefficients,
+                "version": c.version(),
+                "update_error": errors.get(c.name),
+            }
+            for c in present
+        },
+        "not_run": absent,
+        "matmul_peak_flops": {
+            dtype: matmul_peak(getattr(torch, dtype), options.device, PEAK_SIZE[options.form])
+            for dtype in sorted({c.arithmetic_on(options.device) for c in present} - {""})
+        },
+        "workloads": {},
+    }
+    for load in loads:
+        rounds = ROUNDS[options.form] if options.rounds is None else options.rounds
+        # Who takes no stacks is timed on the same experts one by one, in another workload.
+        timed = [c for c in present if c.stacks or not load.stacked or c.name == BASELINE]
+        times = summarise(_time(load, timed, rounds, options), BASELINE)
+        for name, row in times.items():
+            arithmetic = result["optimizers"][name]["arithmetic"]
+            if arithmetic:
+                row["flops_per_s"] = load.flops() / row["median_s"]
+                row["share_of_peak"] = row["flops_per_s"] / result["matmul_peak_flops"][arithmetic]
+        result["workloads"][load.name] = {
+            "title": str(load), "newton_schulz_flops": load.flops(), "times": times
+        }  # fmt: skip
+        print(f"timed {load.name}: {rounds} rounds of {len(timed)} optimizers", flush=True)
+    return result
+
+
+def _time(
+    load: Workload, timed: Sequence[Candidate], rounds: int, options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds of each step. All optimizers step the same weights with the same gradients."""
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+
+    def normal(shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=options.device)
+
+    shapes = [*load.matrices, *load.others]
+    weights = [normal(shape) * 0.02 for shape in shapes]
+    gradients = [torch.empty_like(weight) for weight in weights]
+    # A step gets the one or the other: some optimizers write into the gradients.
+    sources = [[normal(shape) for shape in shapes] for _ in range(2)]
+    steps: dict[str, Callable[[], object]] = {}
+    params: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
+    for candidate in timed:
+        pairs = [
+            (nn.Parameter(weight), gradient)
+            for weight, gradient in zip(weights, gradients, strict=True)
+        ]
+        count = len(load.matrices)
+        matrices = [
+            part for pair in pairs[:count] for part in (
+                [pair] if candidate.stacks else _unstack(*pair)
+            )
+        ]  # fmt: skip
+        others = pairs[count:]
+        params[candidate.name] = [*matrices, *others]
+        optimizers = candidate.build(
+            [p for p, _ in matrices], [p for p, _ in others], LR, WEIGHT_DECAY
+        )
+        steps[candidate.name] = _stepper(optimizers)
+    calls = 0
+
+    def before(name: str) -> None:
+        nonlocal calls
+        calls += 1
+        torch._foreach_copy_(gradients, sources[calls // len(timed) % 2])
+        for p, gradient in params[name]:
+            p.grad = gradient
+
+    return interleave(steps, rounds=rounds, before=before, device=options.device)
+
+
+def _unstack(p: nn.Parameter, gradient: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """The matrices of a stack as parameters that share its storage."""
+    if p.ndim == 2:
+        return [(p, gradient)]
+    return [(nn.Parameter(w), g) for w, g in zip(p.detach(), gradient, strict=True)]
+
+
+def _stepper(optimizers: Sequence[Optimizer]) -> Callable[[], None]:
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> float:
+    """How far two steps of an optimizer are from the definition of Muon.
+
+    The second step, on a wide and a tall matrix, against the same in float64 by singular values,
+    with the optimizer's coefficients; directions only, since scale is a matter of convention.
+
+    Returns:
+        The larger relative Frobenius distance: about 1e-6 in float32 and 1e-2 in bfloat16. Above
+        0.1 it does something else.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    worst = 0.0
+    for shape in ((48, 128), (128, 48)):
+        gradients = [torch.randn(shape, generator=generator) for _ in range(2)]
+        p = nn.Parameter(torch.zeros(shape, device=device))
+        optimizers = candidate.build([p], [], LR, 0.0)
+        weight, buffer = torch.zeros(shape).double(), torch.zeros(shape).double()
+        for gradient in gradients:
+            before, p.grad = p.detach().clone(), gradient.to(device, copy=True)
+            _stepper(optimizers)()
+            exact, buffer = reference.muon_step(
+                weight, gradient, buffer, lr=LR, weight_decay=0.0,
+                coefficients=candidate.coefficients or "quintic",
+            )  # fmt: skip
+            found, wanted = (p.detach() - before).cpu().double(), exact - weight
+            weight = exact
+        found, wanted = found / found.norm(), wanted / wanted.norm()
+        worst = max(worst, (found - wanted).norm().item())
+    return worst
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    loads = result["workloads"]
+    figure.set_size_inches(3.2 + 3.1 * len(loads), 1.5 + 0.3 * len(result["optimizers"]))
+    names = list(result["optimizers"])
+    panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
+    for axes, load in zip(panels, loads.values(), strict=True):
+        for place, name in enumerate(names):
+            row = load["times"].get(name)
+            if row is None:
+                continue
+            low, high = row["speedup_quartiles"]
+            ours = name.startswith("MuonClip")
+            axes.barh(place, row["speedup"], color="tab:blue" if ours else "lightgrey")
+            axes.plot([low, high], [place, place], color="black", linewidth=1)
+            axes.text(high, place, f" {row['speedup']:.2f}x", va="center", fontsize=8)
+        axes.axvline(1, color="black", linewidth=0.5)
+        axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.set_title(load["title"], fontsize=8, wrap=True)
+        axes.set_xlabel(f"times as fast as {result['baseline']}", fontsize=8)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].invert_yaxis()
+
+
+def table(result: Result) -> str:
+    blocks = []
+    for load in result["workloads"].values():
+        rows = []
+        for name, row in load["times"].items():
+            about: dict[str, Any] = result["optimizers"][name]
+            low, high = row["quartiles_s"]
+            share = row.get("share_of_peak")
+            error = about["update_error"]
+            rows.append([
+                f"**{name}**" if name == "MuonClip" else name,
+                about["version"] or "",
+                about["arithmetic"],
+                f"{1e3 * row['median_s']:.4g}",
+                f"{1e3 * low:.4g} to {1e3 * high:.4g}",
+                f"{row['speedup']:.2f}",
+                "" if share is None else f"{100 * share:.0f}%",
+                "" if error is None else f"{error:.0e}",
+            ])  # fmt: skip
+        header = ["", "version", "arithmetic", "step, ms", "quartiles", "times as fast",
+                  "of the peak", "update's error"]  # fmt: skip
+        blocks.append(f"**{load['title']}**\n\n{markdown(header, rows)}")
+    peaks = ", ".join(
+        f"{dtype} {peak / 1e9:,.0f}" for dtype, peak in result["matmul_peak_flops"].items()
+    )
+    blocks.append(f"Matrix product's peak here, GFLOP/s: {peaks}.")
+    if result["not_run"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
+        blocks.append(f"Not timed: {reasons}.")
+    return "\n\n".join(blocks)

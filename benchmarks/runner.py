@@ -1,0 +1,305 @@
+"""What all benchmarks share: command line, interleaved timing, stored results, tables, pictures.
+
+A benchmark is a module of this package with the functions of ``Benchmark``; the first line of its
+docstring says what it measures.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+
+class Benchmark(Protocol):
+    """What a benchmark module defines."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add options of its own to the shared ones."""
+
+    def run(self, options: argparse.Namespace) -> Result:
+        """Measure. Options are the shared ones (see ``parse``) and its own.
+
+        Returns:
+            Something that JSON can hold.
+        """
+
+    def plot(self, result: Result, figure: "Figure") -> None:
+        """Draw what ``run`` returned."""
+
+    def table(self, result: Result) -> str:
+        """Markdown of what ``run`` returned."""
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
+    """The shared options and the benchmark's own; sets the threads and the seed."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", allow_abbrev=False)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--quick", dest="form", action="store_const", const="quick",
+        help="the form for two CPU cores, under ten minutes; without it, the full one, for a GPU",
+    )  # fmt: skip
+    form.add_argument(
+        "--tiny", dest="form", action="store_const", const="tiny",
+        help="a second or two: shows that it runs, measures nothing",
+    )  # fmt: skip
+    parser.set_defaults(form="full")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and picture")
+    benchmark.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    return options
+
+
+def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
+    """Run a benchmark, store its result and picture, print its table.
+
+    Returns:
+        The stored JSON.
+    """
+    options = parse(name, benchmark, arguments)
+    result = benchmark.run(options)
+    stored = {
+        "benchmark": name,
+        "command": _command(name, arguments),
+        "form": options.form,
+        "device": options.device.type,
+        "seed": options.seed,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **commit(),
+        "versions": {**versions("numpy", "matplotlib"), "torch": torch.__version__},
+        "machine": machine(options.device),
+        "result": result,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    file: Path = options.out / f"{name}-{options.form}-{options.device.type}.json"
+    file.write_text(json.dumps(stored, indent=1) + "\n")
+    draw(benchmark, result, file.with_suffix(".png"))
+    print(table(benchmark, file))
+    return file
+
+
+def _command(name: str, arguments: Sequence[str]) -> str:
+    """What was typed, without the folder of the results."""
+    typed = re.sub(r" --out(=| )\S+", "", " ".join(["", *map(shlex.quote, arguments)]))
+    return f"python -m benchmarks run {name}{typed}"
+
+
+# ---------------------------------------------------------------------- timing
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[str], object] = lambda name: None,
+    device: torch.device | str = "cpu",
+) -> dict[str, list[float]]:
+    """Time several things against each other in one process.
+
+    Each round calls every one of them once, beginning with another one each time, so that what
+    else the machine does, and how warm it is, falls on all alike.
+
+    Args:
+        steps: what to time.
+        rounds: timed rounds.
+        warmup: rounds before them that are not timed.
+        before: called with the name before each call, outside of the time.
+        device: on ``"cuda"``, time is what passes on the device between two events.
+
+    Returns:
+        Name -> seconds of each round.
+    """
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            before(name)
+            passed = stopwatch(steps[name], device)
+            if number >= 0:
+                seconds[name].append(passed)
+    return seconds
+
+
+def stopwatch(step: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds that one call takes, its work on the device included."""
+    if torch.device(device).type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(begin.elapsed_time(end)) / 1e3
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
+
+
+def summarise(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Result]:
+    """Median and quartiles of each, and how many times faster than the baseline it is.
+
+    ``speedup`` is the median over rounds of the baseline's time over this one's in that round:
+    neighbours in time, which noise of the machine meets together.
+    """
+    summary = {}
+    for name, times in seconds.items():
+        ratios = [b / t for b, t in zip(seconds[baseline], times, strict=True)]
+        low, median, high = quartiles(times)
+        slow, middle, fast = quartiles(ratios)
+        summary[name] = {
+            "median_s": median,
+            "quartiles_s": [low, high],
+            "speedup": middle,
+            "speedup_quartiles": [slow, fast],
+            "rounds": len(times),
+        }
+    return summary
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, the median and the third."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device | str, size: int) -> float:
+    """The most that a square product of this size does here, in FLOP/s: the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / min(stopwatch(lambda: torch.mm(a, b), device) for _ in range(5))
+
+
+# ---------------------------------------------------------------------- what ran where
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the code, and whether files that count differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--", "muonclip", "benchmarks/*.py")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Of Python and of those that are installed."""
+    found = {"python": platform.python_version()}
+    for distribution in distributions:
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: torch.device | str) -> Result:
+    """The processor, its cores and load, and the GPU where one was used. No name of the host."""
+    described: Result = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        if model := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            described["cpu"] = model[1]
+        if flags := re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE):
+            known = set(flags[1].split())
+            described["vectors"] = "AVX-512" if "avx512f" in known else "AVX2 or less"
+            described["bfloat16_instructions"] = bool(known & {"amx_bf16", "avx512_bf16"})
+    if hasattr(os, "getloadavg"):
+        described["load_average"] = round(os.getloadavg()[0], 1)
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["gpu"] = properties.name
+        described["gpu_memory_gib"] = round(properties.total_memory / 2**30)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+# ---------------------------------------------------------------------- tables and pictures
+
+
+def table(benchmark: Benchmark, file: Path) -> str:
+    """A stored result as Markdown, with what made it."""
+    stored = json.loads(file.read_text())
+    where = stored["machine"]
+    commit = (stored["commit"] or "no commit")[:10]
+    if stored["uncommitted_changes"]:
+        commit += " with uncommitted changes"
+    made = [
+        f"`{stored['command']}`",
+        where.get("gpu") or f"{where['cpu']}, {where['threads']} of {where['cores']} cores",
+        ", ".join(f"{name} {version}" for name, version in stored["versions"].items()),
+        f"commit {commit}",
+    ]
+    return f"{benchmark.table(stored['result'])}\n\n<sub>{'; '.join(made)}</sub>\n"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table: first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def draw(benchmark: Benchmark, result: Result, file: Path) -> None:
+    """The benchmark's picture of a result, as PNG.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    benchmark.plot(result, figure)
+    # Without matplotlib's version in it: a picture changes where a result does.
+    figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -1,0 +1,161 @@
+"""Every benchmark runs, and what it stores can be read back, drawn and tabulated."""
+
+import json
+import math
+import os
+import re
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import runner
+from benchmarks.optimizer_step import update_error
+from benchmarks.optimizers import BASELINE, Candidate, candidates
+from benchmarks.workloads import Workload, workloads
+
+# Peers that compile would take minutes.
+ONLY = {
+    "optimizer_step": ["--only", "MuonClip", "textbook", "AdamW"],
+    "optimizer_memory": ["--only", "bfloat16 momentum"],
+}
+
+
+def leaves(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
+
+
+@pytest.mark.parametrize("name", ["coefficients", "optimizer_memory", "optimizer_step"])
+def test_a_benchmark_stores_its_result_and_picture(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(
+        ["run", name, "--tiny", "--device", "cpu", "--out", str(tmp_path), *ONLY.get(name, [])]
+    )
+    printed = capsys.readouterr().out
+    text = (tmp_path / f"{name}-tiny-cpu.json").read_text()
+    stored = json.loads(text)
+    numbers = [leaf for leaf in leaves(stored["result"]) if isinstance(leaf, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["machine"]["cores"] == os.cpu_count()
+    # Results are published: nothing in them tells whose machine it was.
+    assert str(tmp_path) not in text and str(runner.ROOT) not in text
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
+
+    png = (tmp_path / f"{name}-tiny-cpu.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 300 and height > 150
+
+    table = runner.table(command.benchmark(name), tmp_path / f"{name}-tiny-cpu.json")
+    assert table in printed
+    command.main(["table", name, str(tmp_path / f"{name}-tiny-cpu.json")])
+    assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_each_benchmark_is_listed_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == command.names()
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_timing_is_interleaved_and_every_round_starts_with_another() -> None:
+    called: list[str] = []
+    steps = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    prepared: list[str] = []
+    seconds = runner.interleave(steps, rounds=3, warmup=1, before=prepared.append)
+    assert called == prepared
+    rounds = ["".join(called[start : start + 3]) for start in range(0, 12, 3)]
+    assert rounds[1:] == ["abc", "bca", "cab"]
+    assert sorted(rounds[0]) == ["a", "b", "c"]
+    assert [len(times) for times in seconds.values()] == [3, 3, 3]
+
+
+def test_speedup_pairs_the_times_of_a_round() -> None:
+    """A machine that slows down twofold in the middle of it does not change who is faster."""
+    seconds = {"base": [2.0, 4.0, 4.0], "fast": [1.0, 2.0, 2.0]}
+    summary = runner.summarise(seconds, "base")
+    assert summary["fast"]["speedup"] == 2
+    assert summary["fast"]["speedup_quartiles"] == [2, 2]
+    assert summary["base"]["median_s"] == 4
+    assert summary["fast"]["quartiles_s"] == [1.5, 2]
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [c for c in candidates() if c.module is None and c.coefficients],
+    ids=lambda candidate: candidate.name,
+)
+def test_what_is_compared_is_the_same_optimizer(candidate: Candidate) -> None:
+    """Momentum, look-ahead, coefficients and steps are those of the definition."""
+    error = update_error(candidate, torch.device("cpu"))
+    assert error < (0.1 if "bfloat16" in candidate.name + candidate.arithmetic else 1e-5)
+
+
+def test_the_comparison_would_notice_another_optimizer() -> None:
+    def build(
+        matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, decay: float
+    ) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=decay, nesterov=False)]
+
+    without_nesterov = Candidate("no look-ahead", build)  # type: ignore[arg-type]
+    assert update_error(without_nesterov, torch.device("cpu")) > 0.1
+
+
+def test_a_peer_that_is_not_there_is_said_so_and_a_namesake_is_not_taken_for_it() -> None:
+    cpu = torch.device("cpu")
+    peer = Candidate("peer", lambda *_: [], module=("no_such_package_anywhere", "Muon"))
+    assert peer.missing(cpu) == "not installed"
+    namesake = Candidate("peer", lambda *_: [], module=("json", "Muon"))
+    assert namesake.missing(cpu) == "another package is called 'json' here"
+    elsewhere = Candidate("peer", lambda *_: [], devices=("cuda",))
+    assert elsewhere.missing(cpu) == "runs on cuda only"
+
+
+def test_candidates_by_name_keep_the_baseline() -> None:
+    assert [c.name for c in candidates(["textbook"])] == [BASELINE, "textbook loop, float32"]
+    with pytest.raises(ValueError, match="no optimizer has 'nosuch' in its name"):
+        candidates(["nosuch"])
+
+
+def test_flops_of_newton_schulz() -> None:
+    """Per step xxᵀ, its square, and the product with x: 2n²m + 2n³ + 2n²m."""
+    one = 5 * (2 * 3 * 3 * 7 + 2 * 3**3 + 2 * 3 * 3 * 7)
+    assert Workload("", "", [(3, 7)], []).flops() == one
+    assert Workload("", "", [(7, 3), (4, 3, 7)], [(9, 9)]).flops() == 5 * one
+
+
+def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
+    for form in ("full", "quick", "tiny"):
+        by_name = {load.name: load for load in workloads(form)}
+        assert by_name["moe_stacked"].flops() == by_name["moe"].flops()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--quick", "--tiny"], "not allowed with"),
+        (["--only", "nosuch", "--tiny"], "nosuch"),
+        (["--workloads", "nosuch", "--tiny"], "nosuch not among dense, moe, moe_stacked"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["run", "optimizer_step", "--out", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err + str(stopped.value)
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == threads
