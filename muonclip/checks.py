@@ -135,6 +135,12 @@ def entries(params: Any, group_index: int) -> list[Entry]:
             raise ValueError(f"{text} is sparse; MuonClip needs dense tensors")
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(f"{text} is computed from others; MuonClip updates leaf tensors only")
+        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_shape"):
+            # Such a part is a vector: AdamW would take all of the model, and nobody would know.
+            raise ValueError(
+                f"{text} is a flat part of what was a matrix (FullyShardedDataParallel, DeepSpeed "
+                "ZeRO-3), which Muon needs whole: shard with torch.distributed.fsdp.fully_shard"
+            )
         result.append(Entry(name, param, text))
     if len({entry.name is None for entry in result}) > 1:
         unnamed = next(entry for entry in result if entry.name is None)
