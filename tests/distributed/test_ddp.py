@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from muonclip import MatrixLayout, MuonClip, param_groups
@@ -177,6 +178,39 @@ def test_ddp_and_accumulation_equal_the_whole_batch(world_size: int) -> None:
     """DeepSpeed#8600, over ranks."""
     for weights in launch(train_ddp, world_size, 2):
         assert close(weights, train_one(1))
+
+
+def train_zero1() -> list[Tensor]:
+    """Each rank's MuonClip has whole parameters of its own; torch sends the results around."""
+    model = Model()
+    groups = [  # ZeroRedundancyOptimizer knows no names
+        {**group, "params": [p for _, p in group["params"]]} for group in param_groups(model)
+    ]
+    optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=MuonClip, **EXACT)
+    for step in range(3):
+        loss_of(model, random((8, 6), step, dtype=torch.float64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_zero_redundancy_optimizer() -> None:
+    for weights in launch(train_zero1, 2):
+        assert close(weights, train_one(1))
+
+
+def train_in_buckets() -> Outcome:
+    """Each bucket goes to its owners while the one before is worked on."""
+    shared._BUCKET_ELEMENTS = 8
+    return train(MANY, process_group=dist.group.WORLD)
+
+
+MANY = Case((*(Spec((4 + i % 3, 5)) for i in range(17)), Spec((9, 4, 5))))
+
+
+def test_many_buckets_under_way() -> None:
+    for outcome in launch(train_in_buckets, 4):
+        assert_equal(outcome, train(MANY), MANY)
 
 
 def with_one_bad_gradient(nonfinite: str) -> tuple[str, list[Tensor], list[Tensor], int]:

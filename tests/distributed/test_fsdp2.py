@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from muonclip import MatrixLayout, MuonClip, orthogonalize, param_groups, update_scale
+from muonclip.distributed import shared
 from muonclip.update import local
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
@@ -431,3 +432,32 @@ def test_stochastic_rounding_of_shards() -> None:
         assert (error.abs() <= spacing * 1.001).all()
         away = weight != target.bfloat16()  # from the nearest
         assert 0.1 < away.float().mean() < 0.4 or target.numel() < 40
+
+
+def wrap_in_fsdp1(use_orig_params: bool) -> None:
+    model = FullyShardedDataParallel(
+        Block(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match=r"flat part of what was a matrix .*fully_shard"):
+        MuonClip(param_groups(model))
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flattened_parameters_are_refused(use_orig_params: bool) -> None:
+    """DeepSpeed#8438: as vectors they all went to AdamW, without a word."""
+    launch(wrap_in_fsdp1, 2, use_orig_params)
+
+
+def train_in_buckets(elements: int) -> dict[str, Outcome]:
+    """Each bucket goes to its owners while the one before is worked on."""
+    shared._BUCKET_ELEMENTS = elements  # type: ignore[attr-defined]
+    cases = cases_for(dist.get_world_size())
+    return train_sharded({name: cases[name] for name in ("rows", "columns of each expert")})
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_many_buckets_under_way(world_size: int) -> None:
+    cases = cases_for(world_size)
+    for outcomes in launch(train_in_buckets, world_size, 8):
+        for name, outcome in outcomes.items():
+            assert_equal(outcome, train(cases[name]), cases[name])
