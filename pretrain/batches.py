@@ -11,15 +11,24 @@ from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime.processes import Processes
 
 
-def collate(samples: Sequence[PackedSample], device: torch.device) -> MicroBatch:
-    """Stack packed sequences; their images follow one another in the sequences' order."""
+def collate(
+    samples: Sequence[PackedSample], device: torch.device, *, images: bool = True
+) -> MicroBatch:
+    """Stack packed sequences; their images follow one another in the sequences' order.
+
+    Without ``images``, for a pipeline stage that does not see them, they are left out.
+    """
+    patches = torch.cat([sample.patches for sample in samples])
+    grids = torch.cat([sample.grids for sample in samples])
+    if not images:
+        patches, grids = patches[:0], grids[:0]
     return MicroBatch(
         tokens=torch.stack([sample.tokens for sample in samples]).to(device),
         labels=torch.stack([sample.labels for sample in samples]).to(device),
         kinds=torch.stack([sample.kinds for sample in samples]).to(device),
         documents=torch.stack([sample.documents for sample in samples]).to(device),
-        patches=torch.cat([sample.patches for sample in samples]).to(device),
-        grids=torch.cat([sample.grids for sample in samples]).to(device),
+        patches=patches.to(device),
+        grids=grids.to(device),
     )
 
 
@@ -57,11 +66,17 @@ def of_evaluation(
 ) -> list[MicroBatch]:
     """This rank's share of a fixed list of sequences, the same number on every rank.
 
-    Ranks must run in step, for their experts serve each other: the list is filled up with
-    repetitions of its first sequence in which nothing counts.
+    Ranks must run in step, for their experts serve each other, and the micro-batches of a pipeline
+    are of one size: the list is filled up with repetitions of its first sequence in which nothing
+    counts.
     """
+    unit = processes.data_size
+    if config.parallel.pipeline > 1:
+        unit *= config.micro_batch_size
+    if config.parallel.interleave > 1:
+        unit *= config.parallel.pipeline
     filler = [samples[0].without_labels()]
-    padded = [*samples, *filler * (-len(samples) % processes.data_size)]
+    padded = [*samples, *filler * (-len(samples) % unit)]
     share = len(padded) // processes.data_size
     mine = padded[processes.data_rank * share : (processes.data_rank + 1) * share]
     return _micro_batches(mine, config, processes)
@@ -72,6 +87,6 @@ def _micro_batches(
 ) -> list[MicroBatch]:
     size = config.micro_batch_size
     return [
-        collate(samples[start : start + size], processes.device)
+        collate(samples[start : start + size], processes.device, images=processes.first_stage)
         for start in range(0, len(samples), size)
     ]

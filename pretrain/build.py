@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 import muonclip
 from muonclip import AttentionLayout, MuonClip, QKClip
-from muonclip.integrations.megatron_core import attention_layouts, matrix_layouts
-from pretrain.config import Config, OptimizerConfig
+from muonclip.integrations.megatron_core import attention_layouts, matrix_layouts, shardings
+from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
-from pretrain.model.language import build_language_model
-from pretrain.model.names import global_names, initialize
+from pretrain.model.language import build_language_model, cuts
+from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from pretrain.runtime.processes import Processes
@@ -32,26 +33,32 @@ class Run:
     """Everything a step needs, on this rank.
 
     Attributes:
-        language: megatron-core's data-parallel wrapper of the GPTModel.
+        language: this rank's runs of layers, each in megatron-core's data-parallel wrapper.
         tower: vision encoder and projector, a full copy on every rank.
         encoder: who encodes which image: the Decoupled Encoder Process, or each its own.
-        named: every trained parameter and kept buffer by its name in the whole model.
+        clips: QK-Clip for the language model's heads and for the vision encoder's, which different
+            ranks hold copies of.
+        named: every trained parameter and kept buffer by its name in the whole model; where tensor
+            parallelism cut it, with the part.
+        copies: how many ranks hold each of these.
         assignment: which parameter went to Muon, which to AdamW, and why; for people.
     """
 
     config: Config
     processes: Processes
     data: Data
-    language: DistributedDataParallel
+    language: list[DistributedDataParallel]
     tower: VisionTower
     encoder: EncoderProcess | ColocatedEncoder
     optimizer: MuonClip
-    clip: QKClip
+    clips: list[QKClip]
     named: dict[str, Tensor]
+    copies: dict[str, int]
     assignment: str
 
     def train(self, mode: bool = True) -> None:
-        self.language.train(mode)
+        for chunk in self.language:
+            chunk.train(mode)
         self.tower.train(mode)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -62,42 +69,79 @@ class Run:
 
 def build(config: Config, processes: Processes, data: Data) -> Run:
     """Build this rank's part of everything, with its weights as at step 0."""
-    language = build_language_model(
-        config.language, data.tokenizer.vocab_size, config.data.seq_length, config.parallel.expert
+    chunks = build_language_model(
+        config.language, data.tokenizer.vocab_size, config.data.seq_length, config.parallel
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
+    language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     model = nn.ModuleDict({"language": language, "vision": tower}).to(processes.device)
 
     local_experts = config.language.num_experts // config.parallel.expert
-    named = dict(global_names(model, first_expert=processes.expert_rank * local_experts))
-    initialize(named, config.seed, config.language.init_std, config.language.num_layers)
+    named = {f"vision.{name}": tensor for name, tensor in kept_tensors(tower)}
+    cut: dict[str, Cut] = {}
+    for chunk in chunks:
+        rename = language_names(chunk, first_expert=processes.expert_rank * local_experts)
+        named |= {f"language.{rename(name)}": tensor for name, tensor in kept_tensors(chunk)}
+        cut |= {f"language.{rename(name)}": how for name, how in cuts(chunk).items()}
+    initialize(named, cut, config.seed, config.language.init_std, config.language.num_layers)
 
-    replicas = DistributedDataParallel(
-        language.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), language
-    )
-    language.config.finalize_model_grads_func = finalize_model_grads
-    language.config.no_sync_func = replicas.no_sync
+    def cut_name(name: str) -> str:
+        return f"{name}[{cut[name].rank}/{cut[name].size}]" if name in cut else name
 
-    make_encoder = EncoderProcess if config.encoder_process.enabled else ColocatedEncoder
-    optimizer, clip = build_optimizer(config.optimizer, model)
+    def copies(name: str, tensor: Tensor) -> int:
+        if name.startswith("vision."):
+            return processes.world_size
+        if not getattr(tensor, "allreduce", True):
+            return int(parallel_state.get_expert_data_parallel_world_size())
+        return processes.data_size * (1 if name in cut else processes.tensor_size)
+
+    settings = chunks[0].config
+    replicas = [
+        DistributedDataParallel(
+            settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk
+        )
+        for chunk in chunks
+    ]
+    settings.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in replicas]
+    settings.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    optimizer, clips = build_optimizer(config.optimizer, model)
     return Run(
         config=config,
         processes=processes,
         data=data,
         language=replicas,
         tower=tower,
-        encoder=make_encoder(tower, dist.group.WORLD),
+        encoder=make_encoder(config.encoder_process, tower, processes),
         optimizer=optimizer,
-        clip=clip,
-        named=named,
-        assignment=muonclip.describe(muonclip.assign(model, layouts=matrix_layouts(model))),
+        clips=clips,
+        named={cut_name(name): tensor for name, tensor in named.items()},
+        copies={cut_name(name): copies(name, tensor) for name, tensor in named.items()},
+        assignment=muonclip.describe(
+            muonclip.assign(model, layouts=matrix_layouts(model), shardings=optimizer.shardings)
+        ),
     )
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[MuonClip, QKClip]:
+def make_encoder(
+    config: EncoderProcessConfig, tower: VisionTower, processes: Processes
+) -> EncoderProcess | ColocatedEncoder:
+    """Who encodes which image."""
+    make = EncoderProcess if config.enabled else ColocatedEncoder
+    return make(
+        tower,
+        dist.group.WORLD,
+        takes_images=processes.first_stage,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[MuonClip, list[QKClip]]:
     """MuonClip over language model and vision tower, and QK-Clip watching all their heads."""
+    parts = shardings(model)
     optimizer = MuonClip(
-        muonclip.param_groups(model, layouts=matrix_layouts(model)),
+        muonclip.param_groups(model, layouts=matrix_layouts(model), shardings=parts),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -105,19 +149,36 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
         ns_dtype=getattr(torch, config.ns_dtype),
         adamw_lr=config.adamw_lr,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
+        # Ranks share the orthogonalization of what several of them hold.
+        shardings=parts,
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    layouts = attention_layouts(model)
-    for name, module in model.named_modules():
-        if isinstance(module, VisionAttention):
-            layouts[name] = AttentionLayout.separate(
-                module.q_proj, module.k_proj, num_heads=module.num_heads
-            )
-    clip = QKClip(layouts, threshold=config.qk_clip_threshold)
-    for name in layouts:
-        layer: Any = model.get_submodule(name)
-        # megatron-core's attention computes logits in a module of its own, the encoder's itself.
-        getattr(layer, "core_attention", layer).observer = partial(clip.observe, name)
-    return optimizer, clip
+    seen_by = {
+        "language": (
+            attention_layouts(model["language"]),
+            # Other tensor-parallel ranks hold other heads, other stages other layers.
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ),
+        "vision": (
+            {
+                name: AttentionLayout.separate(
+                    module.q_proj, module.k_proj, num_heads=module.num_heads
+                )
+                for name, module in model["vision"].named_modules()
+                if isinstance(module, VisionAttention)
+            },
+            dist.group.WORLD,
+        ),
+    }
+    clips = []
+    for part, (layouts, group) in seen_by.items():
+        named = {f"{part}.{name}": layout for name, layout in layouts.items()}
+        clip = QKClip(named, threshold=config.qk_clip_threshold, process_group=group)
+        for name in named:
+            layer: Any = model.get_submodule(name)
+            # In megatron-core's attention a module of its own sees the logits.
+            getattr(layer, "core_attention", layer).observer = partial(clip.observe, name)
+        clips.append(clip)
+    return optimizer, clips

@@ -211,9 +211,28 @@ class ParallelConfig:
 
     expert: int = 1
     """Expert-parallel size: the experts are divided over this many ranks."""
+    tensor: int = 1
+    """Tensor-parallel size, with sequence parallelism: each matrix is cut over this many ranks."""
+    pipeline: int = 1
+    """Pipeline stages: the layers are divided over this many ranks (1F1B schedule)."""
+    interleave: int = 1
+    """Runs of layers on each pipeline stage; above 1 the interleaved schedule."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "expert")
+        _require_positive(self, "expert", "tensor", "pipeline", "interleave")
+        _require(
+            self.interleave == 1 or self.pipeline > 1,
+            f"interleave={self.interleave} needs pipeline stages: set pipeline above 1",
+        )
+
+    @property
+    def expert_tensor(self) -> int:
+        """Over how many ranks each expert is cut.
+
+        Experts are small: where expert parallelism divides them they stay whole, and the ranks of
+        a tensor-parallel group hold different ones.
+        """
+        return self.tensor if self.expert == 1 else 1
 
 
 @dataclass(frozen=True)
@@ -221,7 +240,8 @@ class EncoderProcessConfig:
     """The Decoupled Encoder Process."""
 
     enabled: bool = True
-    """Balance the vision encoder's work over all ranks; off: each encodes its own images."""
+    """Spread the vision encoder's work over all ranks; off: the ranks whose stage takes in the
+    images encode them."""
 
 
 @dataclass(frozen=True)
@@ -295,21 +315,58 @@ class Config:
         Raises:
             PretrainError: which of the settings does not divide, and the way out.
         """
-        expert = self.parallel.expert
-        if self.language.num_experts % expert:
+        parallel, language = self.parallel, self.language
+        for size, setting, whole in (
+            ("expert", "language.num_experts", language.num_experts),
+            ("tensor", "language.num_heads", language.num_heads),
+            ("tensor", "data.seq_length", self.data.seq_length),
+            ("tensor", "data.vocab_size", self.data.vocab_size),
+            ("tensor", "language.ffn_hidden_size", language.ffn_hidden_size),
+            ("expert_tensor", "language.expert_ffn_hidden_size", language.expert_ffn_hidden_size),
+            (
+                "tensor",
+                "language.shared_expert_ffn_hidden_size",
+                language.shared_expert_ffn_hidden_size,
+            ),
+        ):
+            if whole % getattr(parallel, size):
+                raise PretrainError(
+                    f"parallel.{size.removeprefix('expert_') if size != 'expert' else size}="
+                    f"{getattr(parallel, size)} does not divide {setting}="
+                    f"{whole}: choose a divisor"
+                )
+        chunks = parallel.pipeline * parallel.interleave
+        if language.num_layers % chunks:
             raise PretrainError(
-                f"parallel.expert={expert} does not divide language.num_experts="
-                f"{self.language.num_experts}: choose a divisor"
+                f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
+                f"{parallel.interleave} does not divide language.num_layers={language.num_layers}: "
+                "choose a divisor"
             )
-        if world_size % expert:
+        for name, ranks in (
+            ("parallel.expert", parallel.expert),
+            ("parallel.tensor", parallel.tensor),
+            ("parallel.pipeline", parallel.pipeline),
+            ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
+            ("parallel.expert x parallel.pipeline", parallel.expert * parallel.pipeline),
+        ):
+            if world_size % ranks:
+                raise PretrainError(
+                    f"{world_size} processes cannot be divided by {name}={ranks}: start "
+                    f"torchrun with --nproc-per-node {ranks} (or a multiple), or set {name}"
+                )
+        replicas = world_size // (parallel.tensor * parallel.pipeline)
+        if self.global_batch_size % (replicas * self.micro_batch_size):
             raise PretrainError(
-                f"{world_size} processes cannot be divided by parallel.expert={expert}: start "
-                f"torchrun with --nproc-per-node {expert} (or a multiple), or set parallel.expert"
+                f"global_batch_size={self.global_batch_size} is no multiple of {replicas} "
+                f"data-parallel ranks x micro_batch_size={self.micro_batch_size}: "
+                "change one of them"
             )
-        if self.global_batch_size % (world_size * self.micro_batch_size):
+        micro_batches = self.global_batch_size // (replicas * self.micro_batch_size)
+        if parallel.interleave > 1 and micro_batches % parallel.pipeline:
             raise PretrainError(
-                f"global_batch_size={self.global_batch_size} is no multiple of {world_size} "
-                f"processes x micro_batch_size={self.micro_batch_size}: change one of them"
+                f"the interleaved schedule needs a multiple of parallel.pipeline="
+                f"{parallel.pipeline} micro-batches on each rank, not {micro_batches}: change "
+                "global_batch_size or micro_batch_size"
             )
 
 

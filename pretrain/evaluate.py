@@ -1,16 +1,17 @@
 """Held-out evaluation: loss by modality, whether the model sees, and what it reads."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from torch import Tensor
 
 from pretrain import batches
 from pretrain.build import Run
-from pretrain.data import MEDIA_PAD, PackedSample
-from pretrain.model import multimodal
-from pretrain.step import loss_sums, mean_losses
+from pretrain.data import PackedSample
+from pretrain.model.multimodal import MicroBatch
+from pretrain.step import backbone, mean_losses, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
 
@@ -36,12 +37,10 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
 @torch.no_grad()
 def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
     """Mean loss a token over fixed sequences, dealt to all ranks."""
-    sums = torch.zeros(4, dtype=torch.float64, device=run.processes.device)
-    for batch in batches.of_evaluation(samples, run.config, run.processes):
-        (features,) = run.encoder.encode([(batch.patches, batch.grids)])
-        losses = multimodal.forward(run.language, batch, features, MEDIA_PAD)
-        sums += loss_sums(losses, batch.kinds)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    micro_batches = batches.of_evaluation(samples, run.config, run.processes)
+    features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+    sums = backbone(run, micro_batches, features, forward_only=True)
+    dist.all_reduce(sums)
     return mean_losses(sums)
 
 
@@ -62,17 +61,33 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
     starts = torch.tensor([len(question) for question in questions])
     length = int(starts.max()) + _MAX_CAPTION_TOKENS
     samples = [run.data.pack([question], length)[0] for question in questions]
-    batch = batches.collate(samples, run.processes.device)
+    batch = batches.collate(samples, run.processes.device, images=run.processes.first_stage)
     # What is still to be written is padding of another document until then: nothing sees it.
     batch.documents.zero_()
     (features,) = run.encoder.encode([(batch.patches, batch.grids)])
     rows = torch.arange(len(items))
     for written in range(_MAX_CAPTION_TOKENS):
-        logits = multimodal.forward(run.language, batch, features, MEDIA_PAD, logits=True)
         here = starts + written
-        batch.tokens[rows, here] = logits[rows, here - 1].argmax(-1)
+        batch.tokens[rows, here] = _next_tokens(run, batch, features, rows, here - 1)
     answers = [
         run.data.tokenizer.decode(row[start:]).split("\n")[0]
         for row, start in zip(batch.tokens.tolist(), starts.tolist(), strict=True)
     ]
     return [(item.caption, answer) for item, answer in zip(items, answers, strict=True)]
+
+
+def _next_tokens(
+    run: Run, batch: MicroBatch, features: Tensor, rows: Tensor, places: Tensor
+) -> Tensor:
+    """The likeliest token after each place, int64, on all ranks."""
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.processes.device)
+
+    def take(_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        tokens.copy_(logits[rows, places].argmax(-1))
+        return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), {}
+
+    # The interleaved schedule takes no less than a micro-batch a stage.
+    times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1
+    run_schedule(run, [batch] * times, [features] * times, take, forward_only=True, logits=True)
+    dist.broadcast(tokens, src=run.processes.world_size - 1)  # a rank of the last stage
+    return tokens

@@ -89,6 +89,12 @@ def _device(key: str, parameter: Tensor) -> torch.device:
 
 
 def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = then.get("parallel", {}).get("tensor", 1), now["parallel"]["tensor"]
+    if old != new:
+        raise PretrainError(
+            f"the checkpoint {path} was made with parallel.tensor={old}, not {new}, and cannot be "
+            "cut anew: set it back (the other parallel sizes may change)"
+        )
     for key in _FIXED:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:

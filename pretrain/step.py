@@ -1,7 +1,9 @@
 """One training step: encoder, backbone, encoder again, optimizer, clip."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from muonclip import ClipResult
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
 from pretrain.data import CAPTION, MEDIA_PAD, TEXT
@@ -37,49 +40,85 @@ def mean_losses(sums: Tensor) -> dict[str, float | None]:
     }
 
 
-def backbone(run: Run, micro_batches: Sequence[MicroBatch], features: Sequence[Tensor]) -> Tensor:
-    """Forward and backward of the language model under megatron-core's own schedule.
+Output = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
-    Its gradients are summed over the global batch and divided by the number of labels there.
 
-    Returns:
-        [4], the :func:`loss_sums` of this rank's micro-batches.
+def run_schedule(
+    run: Run,
+    micro_batches: Sequence[MicroBatch],
+    features: Sequence[Tensor],
+    take: Output,
+    *,
+    forward_only: bool,
+    logits: bool = False,
+) -> None:
+    """Pass micro-batches through the language model, under megatron-core's own schedule.
+
+    Args:
+        features: of each micro-batch.
+        take: called where the model ends with each micro-batch and the model's output; returns a
+            loss, the number of labels it is summed over, and an empty dictionary.
+        forward_only: no backward.
+        logits: the output is logits in place of losses; see ``multimodal.forward``.
     """
-    sums: list[Tensor] = []
 
     def forward_step(
         batches: Iterator[tuple[MicroBatch, Tensor]], model: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]]:
         batch, batch_features = next(batches)
+        output = multimodal.forward(model, batch, batch_features, MEDIA_PAD, logits=logits)
+        return output, partial(take, batch)
 
-        def total_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            sums.append(loss_sums(losses, batch.kinds))
-            counted = batch.kinds > 0
-            return (losses * counted).sum(), counted.sum().int(), {}
-
-        losses = multimodal.forward(model, batch, batch_features, MEDIA_PAD)
-        return losses, total_loss
-
+    # Every run of layers on this rank goes through all micro-batches.
+    iterators = [iter(zip(micro_batches, features, strict=True)) for _ in run.language]
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(zip(micro_batches, features, strict=True)),
-        model=[run.language],
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=run.language,
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0].tokens.shape[1],
         micro_batch_size=micro_batches[0].tokens.shape[0],
-        forward_only=False,
+        forward_only=forward_only,
     )
-    return torch.stack(sums).sum(0)
+
+
+def backbone(
+    run: Run,
+    micro_batches: Sequence[MicroBatch],
+    features: Sequence[Tensor],
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """Forward and backward of the language model.
+
+    Its gradients are summed over the global batch and divided by the number of labels there.
+
+    Returns:
+        [4], the :func:`loss_sums` of this rank's micro-batches; zeros where another rank has them.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=run.processes.device)
+
+    def total_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        if run.processes.tensor_rank == 0:  # the others of its group have the same losses
+            sums.add_(loss_sums(losses, batch.kinds))
+        counted = batch.kinds > 0
+        return (losses * counted).sum(), counted.sum().int(), {}
+
+    run_schedule(run, micro_batches, features, total_loss, forward_only=forward_only)
+    return sums
 
 
 def gradient_norm(run: Run) -> Tensor:
-    """The norm of the whole model's gradient; experts that live on other ranks are counted."""
-    everywhere = [p.grad for _, p in run.parameters() if getattr(p, "allreduce", True)]
-    here = [p.grad for _, p in run.parameters() if not getattr(p, "allreduce", True)]
-    experts = nn.utils.get_total_norm([g for g in here if g is not None]).square()
-    dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
-    rest = nn.utils.get_total_norm([g for g in everywhere if g is not None]).square()
-    return (experts + rest).sqrt()
+    """The norm of the whole model's gradient, of which every rank has a part."""
+    squares = torch.zeros((), dtype=torch.float64, device=run.processes.device)
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for name, parameter in run.parameters():
+        if parameter.grad is not None:
+            by_copies[run.copies[name]].append(parameter.grad)
+    for copies, gradients in by_copies.items():
+        squares += nn.utils.get_total_norm(gradients).double().square() / copies
+    dist.all_reduce(squares)
+    return squares.sqrt()
 
 
 def _refuse_non_finite(run: Run, step: int, loss: float | None) -> None:
@@ -118,7 +157,8 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         [4], the :func:`loss_sums` of the global batch.
     """
     run.train()
-    run.language.zero_grad_buffer()
+    for chunk in run.language:
+        chunk.zero_grad_buffer()
 
     # DEP: 1. everybody encodes a fair share; 2. the backbone, as if for text; 3. encode again,
     # now backwards.
@@ -127,14 +167,34 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     run.encoder.backward()
     run.encoder.reduce_gradients()
 
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums)
     labels = sums[1] + sums[3]
     for parameter in run.tower.parameters():
         if parameter.grad is not None:
             parameter.grad.div_(labels.to(parameter.grad.dtype))
-    for parameter in run.language.parameters():
-        parameter.grad = parameter.main_grad
+    for chunk in run.language:
+        for parameter in chunk.parameters():
+            parameter.grad = parameter.main_grad
     return sums
+
+
+def heads(run: Run, clipped: Sequence[ClipResult]) -> dict[str, Any]:
+    """The largest logit, and how many heads of how many were clipped, over the whole model."""
+    language, vision = clipped
+    largest = [logits.max() for result in clipped for logits in result.max_logits.values()]
+    maximum = torch.stack(largest).max()
+    counts = torch.stack(
+        [language.num_clipped, torch.tensor(sum(map(len, language.max_logits.values())))]
+    )
+    # Stages and tensor-parallel ranks have other heads of the language model.
+    group = parallel_state.get_model_parallel_group()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(counts, group=group)
+    return {
+        "max_logit": maximum.item(),
+        "heads_clipped": int(counts[0] + vision.num_clipped),
+        "heads": int(counts[1]) + sum(map(len, vision.max_logits.values())),
+    }
 
 
 def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
@@ -154,17 +214,14 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     run.optimizer.step()
-    clipped = run.clip.step()
+    clipped = [clip.step() for clip in run.clips]
     # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
     run.optimizer.zero_grad(set_to_none=True)
 
-    max_logits = torch.cat(list(clipped.max_logits.values()))
     return metrics | {
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
-        "max_logit": max_logits.max().item(),
-        "heads_clipped": int(clipped.num_clipped),
-        "heads": max_logits.numel(),
+        **heads(run, clipped),
         "encoder_balance": run.encoder.balance,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
     }

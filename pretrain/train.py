@@ -73,7 +73,7 @@ def evaluate(config: Config) -> None:
 def set_up(config: Config) -> tuple[Processes, Data]:
     """Join the other processes, all of one mind, and open the data."""
     config.check_world_size(processes.world_size())
-    here = processes.start(config.parallel.expert, config.seed)
+    here = processes.start(config.parallel, config.seed)
     processes.require_same("the configuration", repr(config))
     return here, prepare_data(config, here)
 

@@ -9,12 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from pretrain.config import LanguageConfig
+from pretrain.config import LanguageConfig, ParallelConfig
+from pretrain.model.names import Cut
 
 MaxLogitObserver = Callable[[Tensor], None]
 
@@ -58,7 +65,25 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
 
 
-def transformer_config(config: LanguageConfig, expert_parallel: int) -> MLATransformerConfig:
+class DuplicatedLinear(nn.Linear):
+    """A linear layer that every tensor-parallel rank has whole, for its part of the sequence.
+
+    It takes the place of MLA's ``linear_kv_down_proj``, whose output holds the rotary key that all
+    heads share. Cut by ``ColumnParallelLinear``, that key's gradient would be each rank's own
+    heads' alone: megatron-core 0.16 gathers the output without summing its gradient.
+    """
+
+    def __init__(self, cut: ColumnParallelLinear) -> None:
+        super().__init__(cut.input_size, cut.output_size, bias=False)
+        # As for norms, its gradient is summed over the parts of the sequence.
+        setattr(self.weight, "sequence_parallel", True)  # noqa: B010 (for mypy)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """megatron-core's layers return a bias beside their output."""
+        return super().forward(x), None
+
+
+def transformer_config(config: LanguageConfig, parallel: ParallelConfig) -> MLATransformerConfig:
     """megatron-core's settings for our language model."""
     sparse = config.num_layers - config.dense_layers
     return MLATransformerConfig(
@@ -86,7 +111,19 @@ def transformer_config(config: LanguageConfig, expert_parallel: int) -> MLATrans
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
-        expert_model_parallel_size=expert_parallel,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.interleave if parallel.interleave > 1 else None
+        ),
+        pipeline_dtype=torch.float32,
+        # Two stages are each other's next and previous: messages sent in one batch could be
+        # taken one for the other.
+        batch_p2p_comm=parallel.interleave == 1,
+        overlap_p2p_comm=parallel.interleave > 1,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
@@ -108,24 +145,59 @@ def transformer_config(config: LanguageConfig, expert_parallel: int) -> MLATrans
 
 
 def build_language_model(
-    config: LanguageConfig, vocab_size: int, seq_length: int, expert_parallel: int
-) -> GPTModel:
-    """Build this rank's part of the model; megatron-core's parallel state must be set up."""
-    settings = transformer_config(config, expert_parallel)
-    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False)
-    spec.layer_norm = RMSNorm
-    for layer in spec.layer_specs:
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = CoreAttention
-        attention.q_layernorm = RMSNorm
-        attention.kv_layernorm = RMSNorm
-    return GPTModel(
-        config=settings,
-        transformer_layer_spec=spec,
-        vocab_size=vocab_size,
-        max_sequence_length=seq_length,
-        position_embedding_type="none",
-        share_embeddings_and_output_weights=False,
-    )
+    config: LanguageConfig, vocab_size: int, seq_length: int, parallel: ParallelConfig
+) -> list[GPTModel]:
+    """Build this rank's part of the model; megatron-core's parallel state must be set up.
+
+    Returns:
+        The runs of layers that this rank has: one, or several with an interleaved pipeline.
+    """
+    settings = transformer_config(config, parallel)
+    chunks = []
+    for chunk in range(parallel.interleave):
+        virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}
+        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, **virtual)
+        spec.layer_norm = RMSNorm
+        for layer in spec.layer_specs:
+            layer.submodules.input_layernorm = RMSNorm
+            layer.submodules.pre_mlp_layernorm = RMSNorm
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = CoreAttention
+            attention.q_layernorm = RMSNorm
+            attention.kv_layernorm = RMSNorm
+        model = GPTModel(
+            config=settings,
+            transformer_layer_spec=spec,
+            vocab_size=vocab_size,
+            max_sequence_length=seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+            # Image features take their places first; multimodal.forward scatters after that.
+            scatter_embedding_sequence_parallel=False,
+            **virtual,
+        )
+        if parallel.tensor > 1:
+            for layer in model.decoder.layers:
+                attention = layer.self_attention
+                attention.linear_kv_down_proj = DuplicatedLinear(attention.linear_kv_down_proj)
+        chunks.append(model)
+    return chunks
+
+
+def cuts(chunk: GPTModel) -> dict[str, Cut]:
+    """How tensor parallelism cut this rank's parameters, by their names in ``chunk``."""
+    found = {}
+    for name, module in chunk.named_modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        group = module.tp_group
+        if group.size() > 1:
+            gated = name.endswith("linear_fc1")
+            found[f"{name}.weight"] = Cut(dim, group.rank(), group.size(), gated)
+    return found

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 
@@ -57,25 +58,32 @@ def forward(
     """Run the language model over text and image features.
 
     Args:
-        model: the GPTModel, or megatron-core's data-parallel wrapper of it.
-        features: [N, h], one row a placeholder token, in the batch's order.
+        model: the GPTModel, or megatron-core's data-parallel wrapper of it; of a pipeline, the
+            part that this rank has.
+        features: [N, h], one row a placeholder token, in the batch's order. Read where the model
+            begins.
         placeholder: the placeholder's token id.
         logits: return next-token logits in place of losses.
 
     Returns:
         [b, s] float32, the cross entropy of each label (meaningless where the kind is 0); or
-        [b, s, vocabulary], the logits.
+        [b, s, vocabulary], the logits. Where the model does not end on this rank, what it sends on.
     """
     language: Any = getattr(model, "module", model)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     positions = positions.expand_as(batch.tokens)
-    embeddings = language.embedding(batch.tokens, positions)
-    inputs = merge_features(embeddings, batch.tokens == placeholder, features)
+    inputs = None
+    if language.pre_process:
+        embeddings = language.embedding(batch.tokens, positions)
+        inputs = merge_features(embeddings, batch.tokens == placeholder, features)
+        if language.config.sequence_parallel:
+            inputs = scatter_to_sequence_parallel_region(inputs)
     output: Tensor = model(
         batch.tokens,
         positions,
         attention_mask(batch.documents),
         decoder_input=inputs,
         labels=None if logits else batch.labels,
+        runtime_gather_output=True if logits else None,
     )
     return output

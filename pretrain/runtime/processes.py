@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
+from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
 from pretrain.runtime import cpu
 
@@ -21,6 +22,8 @@ class Processes:
         rank, world_size: among all processes.
         data_rank, data_size: which share of a global batch is this rank's.
         expert_rank: which share of the experts is this rank's.
+        tensor_rank, tensor_size: which part of each cut matrix is this rank's.
+        first_stage, last_stage: whether it takes in the batch; whether it computes the loss.
         device: where its tensors live.
     """
 
@@ -29,6 +32,10 @@ class Processes:
     data_rank: int
     data_size: int
     expert_rank: int
+    tensor_rank: int
+    tensor_size: int
+    first_stage: bool
+    last_stage: bool
     device: torch.device
 
     @property
@@ -46,7 +53,7 @@ def launcher_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start(expert_parallel: int, seed: int) -> Processes:
+def start(parallel: ParallelConfig, seed: int) -> Processes:
     """Join the other processes and set up megatron-core's groups.
 
     Started by torchrun, or as a single process without it. A process group that exists already
@@ -61,7 +68,15 @@ def start(expert_parallel: int, seed: int) -> Processes:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.interleave if parallel.interleave > 1 else None
+        ),
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
     model_parallel_cuda_manual_seed(seed)
     return Processes(
         rank=dist.get_rank(),
@@ -69,6 +84,10 @@ def start(expert_parallel: int, seed: int) -> Processes:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         device=torch.device("cuda", torch.cuda.current_device())
         if cpu.USE_CUDA
         else torch.device("cpu"),

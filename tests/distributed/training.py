@@ -83,9 +83,12 @@ def max_logits_before_and_after_a_clip(
     outcomes = []
     for number in (1, 2):
         step.train_step(run, micro_batches, number)
-        assert run.clip.result is not None
-        outcomes.append(run.clip.result)
-    return [(outcome.max_logits, outcome.num_clipped) for outcome in outcomes]
+        results = [clip.result for clip in run.clips if clip.result is not None]
+        max_logits = {
+            name: value for result in results for name, value in result.max_logits.items()
+        }
+        outcomes.append((max_logits, sum(result.num_clipped for result in results)))
+    return outcomes
 
 
 def command(*arguments: str) -> tuple[int, str]:

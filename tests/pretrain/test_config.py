@@ -77,7 +77,15 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
     [
         (["parallel.expert=3"], 3, "parallel.expert=3 does not divide language.num_experts=8"),
         (["parallel.expert=2"], 3, "3 processes cannot be divided by parallel.expert=2"),
-        (["global_batch_size=12"], 2, "global_batch_size=12 is no multiple of 2 processes x"),
+        (["global_batch_size=12"], 2, "global_batch_size=12 is no multiple of 2 data-parallel"),
+        (["parallel.tensor=3"], 3, "parallel.tensor=3 does not divide language.num_heads=4"),
+        (["parallel.pipeline=3"], 3, "pipeline=3 x parallel.interleave=1 does not divide"),
+        (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
+        (
+            ["parallel.pipeline=2", "parallel.interleave=2", "global_batch_size=8"],
+            2,
+            "a multiple of parallel.pipeline=2 micro-batches on each rank, not 1",
+        ),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused(
