@@ -179,6 +179,7 @@ def _max_logits(
     largest = torch.full((batch, groups, per_group), -math.inf, dtype=dtype, device=device)
     if batch == 0 or queries == 0:
         return torch.full((groups * per_group,), -math.inf, dtype=dtype, device=device)
+    buffer = torch.empty(0, dtype=dtype, device=device)  # reused: fresh memory costs a CPU dearly
     for start in range(0, queries, block_size):
         stop = min(start + block_size, queries)
         first, last = 0, min(stop, keys) if causal else keys
@@ -193,26 +194,29 @@ def _max_logits(
             part = part.view(part.size(0), groups if part.size(1) > 1 else 1, -1, *part.shape[2:])
         # Causality masks in part only the keys from the block's first query on.
         edge = max(first, start) if causal else last
-        later = None
+        cap = None
         if edge < last:
             columns = torch.arange(edge, last, device=device)
             later = columns > torch.arange(start, stop, device=device)[:, None]
+            cap = torch.where(later, -math.inf, math.inf).to(dtype)
 
         shape = (per_group, stop - start, last - first)
         for b, g in _chunks(batch, groups, math.prod(shape), device):
             block = query[b, g.start * per_group : g.stop * per_group, start:stop]
             block = (block.to(dtype) * scale).reshape(-1, per_group * (stop - start), dim)
-            logits = block @ key[b, g, first:last].flatten(0, 1).mT
+            keys_of_block = key[b, g, first:last].flatten(0, 1).mT
+            size = len(block) * math.prod(shape)
+            if buffer.numel() < size:
+                buffer = torch.empty(size, dtype=dtype, device=device)
+            logits = buffer[:size].view(*block.shape[:2], last - first)
+            torch.bmm(block, keys_of_block, out=logits)
             logits = logits.view(b.stop - b.start, -1, *shape)
             if part is not None:
-                _apply_mask(
-                    logits,
-                    part[b if part.size(0) > 1 else slice(None)][
-                        :, g if part.size(1) > 1 else slice(None)
-                    ],
-                )
-            if later is not None:
-                logits[..., edge - first :].masked_fill_(later, -math.inf)
+                by_batch = part[b] if part.size(0) > 1 else part
+                _apply_mask(logits, by_batch[:, g] if part.size(1) > 1 else by_batch)
+            if cap is not None:
+                at_edge = logits[..., edge - first :]
+                torch.minimum(at_edge, cap, out=at_edge)
             seen = largest[b, g]
             torch.maximum(seen, logits.flatten(-2).amax(-1), out=seen)
     result: Tensor = largest.flatten(1).amax(0)
