@@ -98,7 +98,9 @@ class QKClip:
 
     Weights may be DTensors (FSDP2, tensor parallelism), sharded in any way: each rank scales what
     it holds. A weight with an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
-    of Megatron) has that scaled, and is refreshed from it.
+    of Megatron) has that scaled, and is refreshed from it. With ``main_param_sharded`` too, the
+    ranks of ``process_group`` hold consecutive flat pieces of the master, as Megatron's distributed
+    optimizer has it: each scales its own, and the weight itself until the optimizer refreshes it.
 
     Args:
         layouts: layer name -> where its heads' rows are.
@@ -223,10 +225,11 @@ class QKClip:
         here waits for it.
 
         Raises:
-            ValueError: if a weight has other rows than when its layout was made, or a master copy
-                is not sharded as its weight; no weight is changed then.
+            ValueError: if a weight has other rows than when its layout was made, or the place of a
+                master copy is not known; no weight is changed then.
         """
         tensors = [rows.check() for rows in self._rows]
+        self._place_masters(tensors)
         running = self._running = self._running.to(self._device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
@@ -280,6 +283,32 @@ class QKClip:
         seen = torch.stack([largest, bounds]).detach().to(running)
         torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
 
+    def _place_masters(self, tensors: list[Tensor]) -> None:
+        """Find out, once, where the rank's flat pieces of sharded master copies begin."""
+        sharded = [
+            (rows, tensor)
+            for rows, tensor in zip(self._rows, tensors, strict=True)
+            if getattr(tensor, "main_param_sharded", False)
+        ]
+        if not any(rows.master_start is None for rows, _ in sharded):
+            return
+        masters = [getattr(tensor, "main_param", None) for _, tensor in sharded]
+        sizes = torch.tensor([0 if x is None else x.numel() for x in masters], device=self._device)
+        everyones, rank = [sizes], 0
+        if dist.is_available() and dist.is_initialized():
+            rank = dist.get_rank(self.process_group)
+            everyones = [sizes.clone() for _ in range(dist.get_world_size(self.process_group))]
+            dist.all_gather(everyones, sizes, group=self.process_group)
+        by_rank = torch.stack(everyones).cpu()
+        for (rows, tensor), pieces in zip(sharded, by_rank.unbind(1), strict=True):
+            if pieces.sum() != tensor.numel():
+                raise ValueError(
+                    f"layer {rows.layer!r}: the sharded master copies (main_param) of a weight of "
+                    f"{tensor.numel()} elements have {int(pieces.sum())} over the process group: "
+                    "give QKClip the group that the optimizer shards over"
+                )
+            rows.master_start = int(pieces[:rank].sum())
+
     def _factors(self, largest: Tensor) -> Tensor:
         """All layers' factors in the order of ``_rows_of``."""
         # Consecutive layers with as many heads a group are one layer as far as factors go.
@@ -310,6 +339,7 @@ class _Rows:
         self, layer: str, read: Callable[[], Tensor | None], dim: int, slots: Tensor
     ) -> None:
         self.layer, self.read, self.dim, self.slots = layer, read, dim, slots
+        self.master_start: int | None = None
         self._local_slots: tuple[Any, Tensor] | None = None
 
     def check(self) -> Tensor:
@@ -326,16 +356,18 @@ class _Rows:
                 f"{len(self.slots)} rows: make the layout of the model as it is trained, and shard "
                 "with fully_shard (FSDP2), whose DTensors keep their shape"
             )
-        master = getattr(tensor, "main_param", None)
-        sharded = getattr(tensor, "main_param_sharded", False)
-        if sharded or (
-            master is not None
-            and (master.shape, _placements(master)) != (tensor.shape, _placements(tensor))
-        ):
+        master: Any = getattr(tensor, "main_param", None)
+        if getattr(tensor, "main_param_sharded", False):
+            placed = _placements(tensor) is None and (master is None or master.ndim == 1)
+        else:
+            placed = master is None or (
+                (master.shape, _placements(master)) == (tensor.shape, _placements(tensor))
+            )
+        if not placed:
             raise ValueError(
                 f"layer {self.layer!r}: the master copy (main_param) of a weight of shape "
-                f"{tuple(tensor.shape)} is sharded over ranks; QK-Clip needs it whole: "
-                "turn the distributed optimizer off"
+                f"{tuple(tensor.shape)} is {tuple(master.shape)}: it must be sharded as the weight "
+                "is, or be a flat piece of it with main_param_sharded set"
             )
         self._slots_of(tensor)
         return tensor
@@ -346,7 +378,13 @@ class _Rows:
         shape = [-1 if dim == self.dim else 1 for dim in range(local.ndim)]
         by_row = factors.to(local.device)[self._slots_of(tensor)].view(shape)
         master = getattr(tensor, "main_param", None)
-        if master is None:
+        if getattr(tensor, "main_param_sharded", False):
+            # Not refreshed from the master: copies on other ranks must stay the same.
+            local.mul_(by_row)
+            if master is not None:
+                piece = by_row.expand_as(local).flatten()[self.master_start :]
+                master.mul_(piece[: master.numel()])
+        elif master is None:
             local.mul_(by_row)
         else:
             master = _local(master)

@@ -9,6 +9,8 @@ Modules are recognised by class name and attributes, with or without Transformer
 ``shardings`` imports megatron-core, for its process groups.
 """
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +25,16 @@ if TYPE_CHECKING:
     from muonclip.distributed.sharding import Sharding
 
 
-def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
+def attention_layouts(
+    model: nn.Module, *, exclude: str | Sequence[str] = ()
+) -> dict[str, AttentionLayout]:
     """The layouts of a model's self-attention layers, for ``QKClip``.
 
     Under tensor parallelism these are the layouts of the rank's own heads.
 
     Args:
         model: a GPTModel or any module around one; layers without self-attention are passed over.
+        exclude: pattern or patterns (``fnmatch``) of names of layers to leave out.
 
     Returns:
         Module name, e.g. ``"decoder.layers.0.self_attention"`` -> layout.
@@ -40,7 +45,10 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
             ranks).
     """
     layouts = {}
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for name, module in model.named_modules():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            continue
         if _is_a(module, "MLASelfAttention"):
             layouts[name] = _mla(module)
         elif _is_a(module, "SelfAttention"):
@@ -331,7 +339,8 @@ def _gqa(name: str, module: Any) -> AttentionLayout:
         if layer is not None and not _is_a(layer, "IdentityOp"):
             raise ValueError(
                 f"{name} has a {norm}: it undoes any scale of the weights before it, so QK-Clip "
-                "cannot act there (and the norm already bounds the logits); leave the layer out"
+                "cannot act there (and the norm already bounds the logits): leave the layer out with "
+                "exclude"
             )
     if module.config.num_query_groups < module.world_size:
         raise ValueError(

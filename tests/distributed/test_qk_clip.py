@@ -256,6 +256,46 @@ def test_fsdp2_on_top_of_tensor_parallelism() -> None:
     launch(clip_under_tensor_parallelism, 4)
 
 
+def clip_sharded_masters() -> None:
+    """Masters as Megatron's distributed optimizer keeps them: one flat buffer over all weights,
+    cut evenly among the ranks, so that cuts fall within rows and some ranks hold nothing of a
+    weight."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    masters = [torch.randn(8, 5), torch.randn(8), torch.randn(4, 5)]
+    copies: list[Any] = [master.bfloat16() for master in masters]
+    buffer = torch.cat([master.flatten() for master in masters])
+    edges = [round(len(buffer) * r / world_size) for r in (rank, rank + 1)]
+    begin = 0
+    for master, low in zip(masters, copies, strict=True):
+        start, stop = (min(max(edge - begin, 0), master.numel()) for edge in edges)
+        low.main_param = master.flatten()[start:stop].clone() if stop > start else None
+        low.main_param_sharded = True
+        low.piece = slice(start, stop)
+        begin += master.numel()
+    plain = [master.clone() for master in masters]
+    for _ in range(2):
+        for query, bias, key in (copies, plain):
+            layout = AttentionLayout.separate((query, bias), key, num_heads=4, num_kv_groups=2)
+            clip = QKClip({"layer": layout}, threshold=100.0)
+            clip.observe("layer", maxima(4, rank))
+            clip.step()
+    for low, before, wanted in zip(copies, masters, plain, strict=True):
+        if low.main_param is not None:
+            assert low.main_param.equal(wanted.flatten()[low.piece])
+        assert torch.allclose(low.float(), wanted, rtol=2**-6)
+        assert low[wanted == before].equal(before.bfloat16()[wanted == before])
+        everywhere = [torch.empty_like(low) for _ in range(world_size)]
+        dist.all_gather(everywhere, low.contiguous())
+        assert all(other.equal(low) for other in everywhere)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_mlm7382_sharded_masters(world_size: int) -> None:
+    """Megatron's clip crashed on them."""
+    launch(clip_sharded_masters, world_size)
+
+
 def refuse() -> list[str]:
     """The errors of weights that cannot be scaled; no other weight may have changed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -190,6 +190,13 @@ def test_refusals(function: Any, module: nn.Module, message: str) -> None:
         function(nn.ModuleList([module]))
 
 
+def test_layers_left_out() -> None:
+    """The way round a refusal."""
+    model = nn.ModuleList([SelfAttention(norm=nn.LayerNorm(4)), SelfAttention()])
+    assert list(megatron_core.attention_layouts(model, exclude="0")) == ["1"]
+    assert megatron_core.attention_layouts(model, exclude=["0", "1*"]) == {}
+
+
 class CoreAttention(nn.Module):
     """Keeps [s, b, heads, d] queries, keys and values, and their largest logits per head."""
 

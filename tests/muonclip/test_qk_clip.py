@@ -8,6 +8,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -383,13 +384,25 @@ def test_master_copies_are_scaled_and_the_weight_follows() -> None:
     assert torch.equal(attention.q.weight[4:], before[4:])
 
 
-def test_mlm7382_a_sharded_master_is_refused_before_anything_changes() -> None:
+@pytest.mark.parametrize(
+    ("master", "sharded", "message"),
+    [
+        (torch.zeros(3), False, r"'second': the master copy .* is \(3,\): it must be sharded as"),
+        (torch.zeros(8, 12), True, r"'second': the master copy .* is \(8, 12\)"),
+        (torch.zeros(3), True, "of 96 elements have 3 over the process group"),
+        (None, True, "of 96 elements have 0 over the process group"),
+    ],
+)
+def test_mlm7382_a_master_in_an_unknown_place_is_refused_before_anything_changes(
+    master: Tensor | None, sharded: bool, message: str
+) -> None:
     first, second = layer(0), layer(1)
-    second.k.weight.main_param = torch.zeros(3)  # type: ignore[attr-defined]
+    weight: Any = second.k.weight
+    weight.main_param, weight.main_param_sharded = master, sharded
     clip = QKClip({"first": first.layout, "second": second.layout}, threshold=1.0)
     before = first.q.weight.clone()
     clip.observe("first", torch.tensor([9.0, 9.0]))
-    with pytest.raises(ValueError, match=r"'second': the master copy .* sharded"):
+    with pytest.raises(ValueError, match=message):
         clip.step()
     assert torch.equal(first.q.weight, before)
 
