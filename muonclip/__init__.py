@@ -38,7 +38,8 @@ In a trainer of one's own, with an attention of one's own:
 
 from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.matrix_layouts import MatrixLayout
-from muonclip.max_logits import max_logits, max_logits_bound
+from muonclip.max_logits import max_logits, max_logits_bound, screened_max_logits
+from muonclip.monitor import MaxLogitMonitor
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import COEFFICIENTS, orthogonalize, update_scale
 from muonclip.param_groups import Assignment, assign, choose_algorithm, describe, param_groups
@@ -54,6 +55,7 @@ __all__ = [
     "ClipResult",
     "HeadRows",
     "MatrixLayout",
+    "MaxLogitMonitor",
     "MuonClip",
     "QKClip",
     "assign",
@@ -64,5 +66,6 @@ __all__ = [
     "max_logits_bound",
     "orthogonalize",
     "param_groups",
+    "screened_max_logits",
     "update_scale",
 ]

@@ -339,8 +339,8 @@ def _gqa(name: str, module: Any) -> AttentionLayout:
         if layer is not None and not _is_a(layer, "IdentityOp"):
             raise ValueError(
                 f"{name} has a {norm}: it undoes any scale of the weights before it, so QK-Clip "
-                "cannot act there (and the norm already bounds the logits): leave the layer out with "
-                "exclude"
+                "cannot act there (and the norm already bounds the logits): leave the layer out "
+                "with exclude"
             )
     if module.config.num_query_groups < module.world_size:
         raise ValueError(

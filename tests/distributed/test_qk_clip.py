@@ -227,6 +227,55 @@ def test_fsdp2_with_master_weights() -> None:
     assert max(launch(train_both_ways, 2, (2,), True)) < 0.01
 
 
+def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
+    """A transformers model with the clip of ``integrations.transformers``, made before FSDP2."""
+    import transformers
+
+    from muonclip.integrations.transformers import qk_clip
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).train()
+    group = None if sharded else dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    clip = qk_clip(model, threshold=0.02, process_group=group)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if sharded:
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    clip.attach(optimizer)
+    clipped = []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        ids = torch.randint(32, (4, 6), generator=generator)
+        if sharded:
+            ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        assert clip.result is not None
+        clipped.append(int(clip.result.num_clipped))
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return [p.detach() for p in whole], clipped
+
+
+def train_llama_both_ways() -> float:
+    sharded, clipped = train_llama(True)
+    whole, clipped_alone = train_llama(False)
+    assert clipped == clipped_alone and sum(clipped) > 4
+    return max(float((a - b).abs().max()) for a, b in zip(sharded, whole, strict=True))
+
+
+def test_fsdp2_trains_a_transformers_model() -> None:
+    """Two lines before sharding: the clip follows the parameters that FSDP2 puts in their place."""
+    pytest.importorskip("transformers", minversion="5")
+    assert max(launch(train_llama_both_ways, 2)) < 1e-5
+
+
 def clip_under_tensor_parallelism() -> None:
     """FSDP2 over column-parallel projections: rows are cut by both, the inner cut first."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
