@@ -1,10 +1,12 @@
 """MoonViT-3D: a vision encoder for images of any size and short clips, packed.
 
-Source: Kimi-VL (arXiv 2504.07491, section 2.1) and the Kimi K2.5 report for clips.
+Source: Kimi-VL (arXiv 2504.07491, section 2.1) and the Kimi K2.5 report for clips. Equal to
+transformers' ``Kimi_K25VisionModel`` on the weights of :mod:`pretrain.model.hf_vision`.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -12,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip import max_logits
 from pretrain.config import VisionConfig
+from pretrain.model.vision_attention import Pack, attend, largest_logits
+
+# (frames, rows, columns) of an item, in patches.
+Shape = tuple[int, int, int]
 
 # 2x2 patches of the (time-pooled) grid are merged into one feature.
 MERGE = 2
@@ -35,30 +40,16 @@ class VisionAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.observer: Callable[[Tensor], None] | None = None
 
-    def forward(self, x: Tensor, rotation: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-        """Attend: x [P, hidden] to [P, hidden].
-
-        Args:
-            rotation: complex [P, head_dim / 2].
-            runs: (items, patches in each) of consecutive items of one length, which are attended
-                as one batch: never a mask over the whole pack.
-        """
+    def forward(self, x: Tensor, rotation: Tensor, pack: Pack) -> Tensor:
+        """Attend: x [P, hidden] to [P, hidden], by rotation [P, head_dim / 2] (complex)."""
         query, key, value = (
             torch.unflatten(projection(x), -1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, rotation), rotate(key, rotation)
-        outputs = []
-        rows = [items * length for items, length in runs]
-        for (items, length), *parts in zip(
-            runs, *(torch.split(each, rows) for each in (query, key, value)), strict=True
-        ):
-            q, k, v = (torch.unflatten(x, 0, (items, length)).transpose(1, 2) for x in parts)
-            if self.observer is not None and self.training:
-                self.observer(max_logits(q, k))
-            attended = F.scaled_dot_product_attention(q, k, v)
-            outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
-        mixed: Tensor = self.o_proj(torch.cat(outputs))
+        if self.observer is not None and self.training:
+            self.observer(largest_logits(query, key, pack))
+        mixed: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
         return mixed
 
 
@@ -73,8 +64,8 @@ class VisionBlock(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
         self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotation: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-        x = x + self.attention(self.norm1(x), rotation, runs)
+    def forward(self, x: Tensor, rotation: Tensor, pack: Pack) -> Tensor:
+        x = x + self.attention(self.norm1(x), rotation, pack)
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
         return x
 
@@ -105,57 +96,64 @@ class VisionEncoder(nn.Module):
             No items give no features.
 
         Raises:
-            ValueError: an item has odd rows or columns or too many frames, or the patches are not
-                as many as the grids say; the message names the item.
+            ValueError: an item cannot be encoded (:func:`check_grids` says why, and which), or
+                the patches are not bytes of this encoder's patch size.
         """
         shapes = check_grids(grids, patches.shape[0])
+        check_patches(patches, self.config.patch_size)
         weight = self.patch_embed.weight
         if not shapes:
             return weight.new_empty(0, MERGE * MERGE * self.config.hidden_size)
+        # Items of one shape become neighbours: they are handled as a batch, and so is attention
+        # of items of one length.
         lengths = [math.prod(shape) for shape in shapes]
-        # Items of one length become neighbours, so that attention takes them as a batch.
-        order = sorted(range(len(shapes)), key=lambda item: lengths[item])
-        runs = [(len(list(run)), length) for length, run in groupby(lengths[i] for i in order)]
-        patches = _reorder(patches, lengths, order)
-        sorted_shapes = [shapes[item] for item in order]
+        order = sorted(range(len(shapes)), key=lambda item: (lengths[item], shapes[item]))
+        pack = Pack([lengths[item] for item in order], weight.device)
+        alike = [
+            (len(list(group)), shape) for shape, group in groupby(shapes[item] for item in order)
+        ]
+        patches = patches.index_select(0, _rows_of(lengths, order).to(patches.device))
 
         # Rounded once, at the end: halfway in bfloat16, mid-greys would lose half their bits.
-        pixels = patches.to(torch.promote_types(weight.dtype, torch.float32)) / 127.5 - 1
+        pixels = patches.to(torch.promote_types(weight.dtype, torch.float32)).div_(127.5).sub_(1)
         x = self.patch_embed(pixels.to(weight.dtype))
-        x = x + self._positions(sorted_shapes)
-        rotation = self._rotations(sorted_shapes, x.device)
+        x = x + self._positions(alike)
+        rotation = self._rotations(alike, x)
         for block in self.blocks:
-            x = block(x, rotation, runs)
+            x = block(x, rotation, pack)
         x = self.final_norm(x)
 
-        merged = [
-            merge(part, shape)
-            for part, shape in zip(
-                torch.split(x, [lengths[item] for item in order]), sorted_shapes, strict=True
-            )
-        ]
+        parts = torch.split(x, [count * math.prod(shape) for count, shape in alike])
+        merged = torch.cat(
+            [merge(part, shape) for part, (_, shape) in zip(parts, alike, strict=True)]
+        )
         back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat([merged[item] for item in back])
+        cells = [shapes[item][1] * shapes[item][2] // MERGE**2 for item in order]
+        return merged.index_select(0, _rows_of(cells, back).to(merged.device))
 
-    def _positions(self, shapes: list[tuple[int, int, int]]) -> Tensor:
+    def _positions(self, alike: Sequence[tuple[int, Shape]]) -> Tensor:
         """[P, hidden]: the learned table, resized to each item's grid, and the frame's own sine."""
-        table = self.pos_embed.permute(2, 0, 1)[None]
-        resized: dict[tuple[int, int, int], Tensor] = {}
-        for shape in shapes:
-            if shape not in resized:
-                frames, rows, columns = shape
-                plane = F.interpolate(table, size=(rows, columns), mode="bicubic")
-                plane = plane[0].permute(1, 2, 0).flatten(0, 1)
-                if frames > 1:
-                    time = frame_positions(frames, plane.shape[-1]).to(plane)
-                    plane = (time[:, None] + plane).flatten(0, 1)
-                resized[shape] = plane
-        return torch.cat([resized[shape] for shape in shapes])
+        wide = torch.promote_types(self.pos_embed.dtype, torch.float32)
+        table = self.pos_embed.to(wide)
+        planes: dict[tuple[int, int], Tensor] = {}
+        parts = []
+        for count, (frames, rows, columns) in alike:
+            if (rows, columns) not in planes:
+                planes[rows, columns] = resize(table, rows, columns).flatten(0, 1)
+            plane = planes[rows, columns]
+            if frames > 1:
+                time = frame_positions(frames, plane.shape[-1]).to(plane)
+                plane = (time[:, None] + plane).flatten(0, 1)
+            parts.append(plane.expand(count, -1, -1).flatten(0, 1))
+        return torch.cat(parts).to(self.pos_embed.dtype)
 
-    def _rotations(self, shapes: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-        head_dim = self.config.hidden_size // self.config.num_heads
-        made = {shape: rotations(*shape, head_dim, self.config.rope_base) for shape in set(shapes)}
-        return torch.cat([made[shape] for shape in shapes]).to(device)
+    def _rotations(self, alike: Sequence[tuple[int, Shape]], like: Tensor) -> Tensor:
+        """Complex [P, head_dim / 2], as exact as the precision in which heads are turned."""
+        config = self.config
+        longest = max(max(rows, columns) for _, (_, rows, columns) in alike)
+        turns = rotation_table(longest, config.hidden_size // config.num_heads, config.rope_base)
+        turns = turns.to(like.device, torch.promote_types(like.dtype, torch.complex64))
+        return torch.cat([rotations(shape, turns).repeat(count, 1) for count, shape in alike])
 
 
 @contextmanager
@@ -172,20 +170,29 @@ def unobserved(module: nn.Module) -> Iterator[None]:
             layer.observer = observer
 
 
-def check_grids(grids: Tensor, num_patches: int) -> list[tuple[int, int, int]]:
+def check_grids(grids: Tensor, num_patches: int) -> list[Shape]:
     """The grids as tuples.
 
     Raises:
-        ValueError: a grid that cannot be encoded, or does not fit the patches.
+        ValueError: a grid that cannot be encoded, or does not fit the patches; the message names
+            the item.
     """
+    if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point():
+        raise ValueError(
+            "grids must be integers [items, 3], (frames, rows, columns) of each, not "
+            f"{grids.dtype} {list(grids.shape)}"
+        )
     shapes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
     for item, (frames, rows, columns) in enumerate(shapes):
         if not 1 <= frames <= MAX_FRAMES:
-            raise ValueError(f"item {item} has {frames} frames, not 1 to {MAX_FRAMES}")
+            raise ValueError(
+                f"item {item} has {frames} frames, not 1 to {MAX_FRAMES}; cut a longer clip into "
+                f"groups of {MAX_FRAMES} (pretrain.data.fit.frame_groups)"
+            )
         if rows < MERGE or columns < MERGE or rows % MERGE or columns % MERGE:
             raise ValueError(
                 f"item {item} has {rows} x {columns} patches: both must be multiples of {MERGE}; "
-                "pad the image"
+                "pad the image (pretrain.data.fit.fit)"
             )
     expected = sum(math.prod(shape) for shape in shapes)
     if expected != num_patches:
@@ -193,54 +200,131 @@ def check_grids(grids: Tensor, num_patches: int) -> list[tuple[int, int, int]]:
     return shapes
 
 
+def check_patches(patches: Tensor, patch_size: int) -> None:
+    """Raises ValueError if these are not bytes [P, 3 * patch_size * patch_size]."""
+    width = 3 * patch_size**2
+    if patches.dtype != torch.uint8 or patches.ndim != 2 or patches.shape[1] != width:
+        raise ValueError(
+            f"patches must be uint8 [P, {width}] for patch_size={patch_size}, not "
+            f"{patches.dtype} {list(patches.shape)}"
+        )
+
+
 def num_features(grids: Tensor) -> Tensor:
     """int64 [n]: features, and so tokens, of each item of grids [n, 3]."""
     return (grids[:, 1] // MERGE) * (grids[:, 2] // MERGE)
 
 
-def merge(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Average an item's frames and join 2x2 patches: [t * h * w, d] to [h/2 * w/2, 4 * d]."""
+def chunks(patches_per_item: Sequence[int], max_patches: int) -> list[slice]:
+    """Cut a list of items into runs of neighbours of at most ``max_patches`` patches together.
+
+    Encoding chunk by chunk gives what encoding all at once does, and takes memory for a chunk. An
+    item with more patches, which cannot be cut since all its patches attend to each other, is a
+    chunk of its own.
+
+    Raises:
+        ValueError: max_patches is below 1.
+    """
+    if max_patches < 1:
+        raise ValueError(f"max_patches must be at least 1, not {max_patches}")
+    cuts: list[slice] = []
+    first, filled = 0, 0
+    for item, patches in enumerate(patches_per_item):
+        if item > first and filled + patches > max_patches:
+            cuts.append(slice(first, item))
+            first, filled = item, 0
+        filled += patches
+    if first < len(patches_per_item):
+        cuts.append(slice(first, len(patches_per_item)))
+    return cuts
+
+
+def merge(x: Tensor, shape: Shape) -> Tensor:
+    """Average an item's frames and join 2x2 patches: [t * h * w, d] to [h/2 * w/2, 4 * d].
+
+    Several items of the shape in x, one behind the other, come out the same way.
+    """
     frames, rows, columns = shape
-    pooled = x.view(frames, rows // MERGE, MERGE, columns // MERGE, MERGE, -1).mean(0)
-    return pooled.transpose(1, 2).flatten(2).flatten(0, 1)
+    grid = x.view(-1, frames, rows // MERGE, MERGE, columns // MERGE, MERGE, x.shape[-1])
+    return grid.mean(1).transpose(2, 3).flatten(3).flatten(0, 2)
+
+
+def resize(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Resample a table [side, side, d] to [rows, columns, d], bicubically.
+
+    As ``F.interpolate(mode="bicubic")``, in two products: less time on small grids.
+    """
+    down, along = (cubic_weights(n, table.shape[0]).to(table) for n in (rows, columns))
+    tall = torch.unflatten(down @ table.flatten(1), 1, table.shape[1:])
+    return along @ tall
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asked first
+def cubic_weights(size: int, side: int) -> Tensor:
+    """float64 [size, side]: how ``size`` points mix the ``side`` entries of an axis.
+
+    Cubic convolution (Keys, 1981) with a = -0.75, pixel centres aligned (``align_corners=False``),
+    beyond the edge its last entry: the identity where size is side.
+    """
+    at = ((torch.arange(size, dtype=torch.float64) + 0.5) * side / size - 0.5)[:, None]
+    entries = at.floor() + torch.arange(-1, 3)
+    x = (at - entries).abs()
+    near = (1.25 * x - 2.25) * x * x + 1
+    far = -0.75 * (((x - 5) * x + 8) * x - 4)
+    weights = torch.zeros(size, side, dtype=torch.float64)
+    return weights.scatter_add_(
+        1, entries.long().clamp(0, side - 1), torch.where(x <= 1, near, far)
+    )
 
 
 def frame_positions(frames: int, dim: int) -> Tensor:
-    """[frames, dim]: sines, then cosines, of the frame number at falling frequencies."""
+    """float64 [frames, dim]: sines, then cosines, of the frame number at falling frequencies."""
     frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = torch.arange(frames, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def rotations(frames: int, rows: int, columns: int, head_dim: int, base: float) -> Tensor:
+def rotation_table(length: int, head_dim: int, base: float) -> Tensor:
+    """complex128 [length, head_dim / 4]: the turns of a row's or column's number."""
+    exponents = torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * base**-exponents
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotations(shape: Shape, turns: Tensor) -> Tensor:
     """Complex [frames * rows * columns, head_dim / 2]: the 2-D rotary embedding of a grid.
 
     Pairs of channels turn with the column and with the row by turns, at falling frequencies.
+
+    Args:
+        turns: :func:`rotation_table` of at least the longer side.
     """
-    exponents = torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim
-    frequencies = base**-exponents
-    along_row = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
-    down = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
-    angles = torch.stack(
+    frames, rows, columns = shape
+    plane = torch.stack(
         [
-            along_row[None].expand(rows, -1, -1),
-            down[:, None].expand(-1, columns, -1),
+            turns[:columns].expand(rows, -1, -1),
+            turns[:rows, None].expand(-1, columns, -1),
         ],
         dim=-1,
-    ).flatten(2)
-    plane = torch.polar(torch.ones_like(angles), angles).flatten(0, 1)
-    return plane.repeat(frames, 1)
+    )
+    return plane.flatten(2).flatten(0, 1).repeat(frames, 1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channels of x [P, heads, d] by complex rotation [P, d / 2]."""
+    """Turn neighbouring channels of x [P, heads, d] by complex rotation [P, d / 2].
+
+    In at least float32, whatever x is.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.view_as_complex(torch.unflatten(x.to(wide), -1, (-1, 2)))
-    turned = pairs * rotation[:, None].to(pairs.dtype)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)
 
 
-def _reorder(rows: Tensor, counts: list[int], order: list[int]) -> Tensor:
-    """The items' rows, ``counts`` each, in another order of items."""
-    parts = torch.split(rows, counts)
-    return torch.cat([parts[item] for item in order])
+def _rows_of(counts: Sequence[int], order: Sequence[int]) -> Tensor:
+    """int64: the rows of items that have ``counts`` rows each, taken in this order of items."""
+    numbers = torch.tensor(counts)
+    taken = numbers[list(order)]
+    firsts = (numbers.cumsum(0) - numbers)[list(order)]
+    shifts = firsts - (taken.cumsum(0) - taken)
+    return torch.arange(int(taken.sum())) + shifts.repeat_interleave(taken)

@@ -1,7 +1,11 @@
 """Items in a pack do not see each other, and geometry is what it says it is."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -11,12 +15,18 @@ from pretrain.model.projector import VisionTower
 from pretrain.model.vision import (
     VisionAttention,
     VisionEncoder,
+    chunks,
+    cubic_weights,
     frame_positions,
     merge,
     num_features,
+    resize,
     rotate,
+    rotation_table,
     rotations,
+    unobserved,
 )
+from pretrain.model.vision_attention import Pack
 
 CONFIG = VisionConfig(
     num_layers=2, hidden_size=16, num_heads=2, ffn_hidden_size=24, patch_size=2, position_grid=5
@@ -29,6 +39,13 @@ def make_encoder(seed: int = 0) -> VisionEncoder:
     encoder = VisionEncoder(CONFIG).double()
     nn.init.normal_(encoder.pos_embed)
     return encoder
+
+
+def make_tower() -> VisionTower:
+    torch.manual_seed(0)
+    tower = VisionTower(CONFIG, 12).double()
+    nn.init.normal_(tower.encoder.pos_embed)
+    return tower
 
 
 def make_items(shapes: list[tuple[int, int, int]], seed: int = 0) -> tuple[list[Tensor], Tensor]:
@@ -63,14 +80,66 @@ def test_the_order_of_items_is_only_their_order(order: list[int]) -> None:
     torch.testing.assert_close(moved, torch.cat([features[i] for i in order]))
 
 
+def test_one_giant_image_among_small_ones() -> None:
+    encoder = make_encoder()
+    shapes = [(1, 2, 2), (1, 48, 50), (2, 2, 4), (1, 2, 2)]
+    patches, all_grids = make_items(shapes)
+    packed = encoder(torch.cat(patches), all_grids)
+    singly = [encoder(p, g[None]) for p, g in zip(patches, all_grids, strict=True)]
+    torch.testing.assert_close(packed, torch.cat(singly), rtol=1e-10, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))
+def test_chunks_are_all_items_in_order_as_many_at_a_time_as_fit(
+    patches_per_item: list[int], max_patches: int
+) -> None:
+    cuts = chunks(patches_per_item, max_patches)
+    parts = [patches_per_item[cut] for cut in cuts]
+    assert [item for part in parts for item in part] == patches_per_item
+    assert all(sum(part) <= max_patches or len(part) == 1 for part in parts)
+    # The first item of the next one would not have fitted.
+    assert all(sum(part) + after[0] > max_patches for part, after in pairwise(parts))
+
+
+def test_chunks_of_no_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_patches must be at least 1, not 0"):
+        chunks([1], 0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(grids, min_size=1, max_size=8), st.integers(1, 300))
+def test_encoding_in_chunks_gives_the_features_and_gradients_of_all_at_once(
+    shapes: list[tuple[int, int, int]], max_patches: int
+) -> None:
+    tower = make_tower()
+    patches, all_grids = make_items(shapes)
+    whole = tower(torch.cat(patches), all_grids)
+    gradient = torch.randn_like(whole)
+    whole.backward(gradient)
+    expected = {name: parameter.grad for name, parameter in tower.named_parameters()}
+
+    tower.zero_grad(set_to_none=True)
+    features_per_item = num_features(all_grids).tolist()
+    features, gradients = [], list(torch.split(gradient, features_per_item))
+    for cut in chunks([len(item) for item in patches], max_patches):
+        features.append(tower(torch.cat(patches[cut]), all_grids[cut]))
+        features[-1].backward(torch.cat(gradients[cut]))
+    torch.testing.assert_close(torch.cat(features), whole, rtol=1e-12, atol=1e-12)
+    for name, parameter in tower.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-12)
+
+
 def test_attention_is_softmax_over_the_item_and_reports_its_largest_logit() -> None:
     torch.manual_seed(0)
     attention = VisionAttention(8, 2).double()
     x = torch.randn(10, 8, dtype=torch.float64)
-    rotation = torch.cat([rotations(1, 2, 2, 4, 10000.0), rotations(1, 2, 3, 4, 10000.0)])
+    turns = rotation_table(3, 4, 10000.0)
+    rotation = torch.cat([rotations((1, 2, 2), turns), rotations((1, 2, 3), turns)])
+    pack = Pack([4, 6], x.device)
     seen: list[Tensor] = []
     attention.observer = seen.append
-    output = attention(x, rotation, [(1, 4), (1, 6)])
+    output = attention(x, rotation, pack)
 
     expected, largest = [], []
     for part in (slice(0, 4), slice(4, 10)):
@@ -84,23 +153,50 @@ def test_attention_is_softmax_over_the_item_and_reports_its_largest_logit() -> N
         mixed = torch.einsum("hij,jhd->ihd", logits.softmax(-1), heads[2])
         expected.append(attention.o_proj(mixed.flatten(1)))
     torch.testing.assert_close(output, torch.cat(expected))
-    torch.testing.assert_close(torch.stack(seen), torch.stack(largest))
+    torch.testing.assert_close(torch.stack(seen), torch.stack(largest).amax(0)[None])
+    with unobserved(attention):
+        attention(x, rotation, pack)
     attention.eval()
-    attention(x, rotation, [(1, 4), (1, 6)])
-    assert len(seen) == 2
+    attention(x, rotation, pack)
+    assert len(seen) == 1
 
 
 def test_logits_depend_on_where_patches_are_to_each_other_alone() -> None:
     """Moving both a query and a key by the same rows and columns changes nothing."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 1, 8, dtype=torch.float64)
-    turned = rotations(1, 6, 6, 8, 10000.0).view(6, 6, 4)
+    turned = rotations((1, 6, 6), rotation_table(6, 8, 10000.0)).view(6, 6, 4)
 
     def logit(at: tuple[int, int], other: tuple[int, int]) -> Tensor:
         return (rotate(query, turned[at][None]) * rotate(key, turned[other][None])).sum()
 
     torch.testing.assert_close(logit((0, 1), (2, 4)), logit((3, 0), (5, 3)))
     assert not torch.isclose(logit((0, 1), (2, 4)), logit((0, 1), (4, 2)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20))
+def test_the_table_is_resized_as_torch_would_bicubically(
+    side: int, rows: int, columns: int
+) -> None:
+    table = torch.randn(side, side, 3, dtype=torch.float64)
+    expected = F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")
+    torch.testing.assert_close(resize(table, rows, columns), expected[0].permute(1, 2, 0))
+
+
+def test_a_table_of_the_grids_size_is_untouched() -> None:
+    table = torch.randn(7, 7, 3)
+    assert torch.equal(resize(table, 7, 7), table)
+
+
+def test_what_an_evaluation_asked_for_first_still_serves_training() -> None:
+    cubic_weights.cache_clear()
+    encoder = make_encoder()
+    patches, all_grids = make_items([(1, 2, 4)])
+    with torch.inference_mode():
+        encoder(patches[0], all_grids)
+    encoder(patches[0], all_grids).sum().backward()
+    assert encoder.pos_embed.grad is not None
 
 
 def test_frames_are_averaged_and_neighbours_joined() -> None:
@@ -138,86 +234,31 @@ def test_pixels_are_rounded_to_the_weights_precision_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_patches", "message"),
+    ("shape", "message"),
     [
-        ((5, 2, 2), 20, "item 1 has 5 frames, not 1 to 4"),
-        ((1, 3, 2), 6, "item 1 has 3 x 2 patches: both must be multiples of 2"),
-        ((1, 2, 2), 5, "9 patches were given, but the grids hold 8"),
+        ((5, 2, 2), "item 1 has 5 frames, not 1 to 4; cut a longer clip into groups of 4"),
+        ((0, 2, 2), "item 1 has 0 frames, not 1 to 4"),
+        ((1, 3, 2), "item 1 has 3 x 2 patches: both must be multiples of 2; pad the image"),
+        ((1, 0, 2), "item 1 has 0 x 2 patches"),
+        ((1, -2, -2), "item 1 has -2 x -2 patches"),
     ],
 )
-def test_what_cannot_be_encoded_is_named(
-    shape: tuple[int, int, int], num_patches: int, message: str
-) -> None:
-    patches = torch.zeros(4 + num_patches, 12, dtype=torch.uint8)
+def test_an_item_that_cannot_be_encoded_is_named(shape: tuple[int, int, int], message: str) -> None:
+    patches = torch.zeros(4 + abs(math.prod(shape)), 12, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
         make_encoder()(patches, torch.tensor([(1, 2, 2), shape]))
 
 
-def test_features_equal_those_of_transformers_kimi_k25() -> None:
-    pytest.importorskip("transformers", minversion="5.23")
-    from transformers import Kimi_K25Config, Kimi_K25VisionConfig
-    from transformers.models.kimi_k25.modeling_kimi_k25 import (
-        Kimi_K25MultimodalProjection,
-        Kimi_K25VisionModel,
-    )
-
-    config = VisionConfig(
-        num_layers=3, hidden_size=48, num_heads=4, ffn_hidden_size=80, position_grid=16
-    )
-    their_config = Kimi_K25VisionConfig(
-        num_hidden_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.ffn_hidden_size,
-        pos_emb_height=config.position_grid,
-        pos_emb_width=config.position_grid,
-        rope_parameters={"rope_type": "axial", "rope_theta": config.rope_base},
-    )
-    whole_config = Kimi_K25Config(
-        vision_config=their_config, projection_hidden_size=48, text_config={"hidden_size": 40}
-    )
-    theirs = nn.ModuleDict(
-        {
-            "encoder": Kimi_K25VisionModel(their_config),
-            "projector": Kimi_K25MultimodalProjection(whole_config),
-        }
-    )
-    torch.manual_seed(0)
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else parameter.shape[1] ** -0.5)
-    ours = VisionTower(config, 40)
-    ours.load_state_dict(from_transformers(theirs.state_dict(), config.num_heads))
-
-    grids = torch.tensor([(1, 4, 6), (3, 6, 4), (1, 2, 2), (4, 8, 10), (1, 16, 16), (2, 20, 34)])
-    patches = torch.randint(256, (int(grids.prod(1).sum()), 3 * 14 * 14), dtype=torch.uint8)
-    pixels = ((patches.float() / 255 - 0.5) / 0.5).view(-1, 3, 14, 14)
-    # Item by item, since their pooling cannot take clips of different lengths together.
-    expected = [
-        theirs["projector"](theirs["encoder"](part, grid_thw=grid[None]).pooler_output)[:, 0]
-        for part, grid in zip(torch.split(pixels, grids.prod(1).tolist()), grids, strict=True)
-    ]
-    torch.testing.assert_close(ours(patches, grids), torch.cat(expected), rtol=1e-5, atol=1e-5)
-
-
-def from_transformers(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Weights under our names; q's and k's rows from halves that turn together to neighbours."""
-    renamed = {}
-    for name, tensor in theirs.items():
-        if ".q_proj." in name or ".k_proj." in name:
-            halves = torch.unflatten(tensor, 0, (num_heads, 2, -1))
-            tensor = halves.transpose(1, 2).flatten(0, 2)
-        for old, new in (
-            ("patch_embed.proj.", "patch_embed."),
-            ("patch_embed.pos_emb.position_embeddings", "pos_embed"),
-            (".layers.", ".blocks."),
-            (".attn.proj.", ".attention.o_proj."),
-            (".attn.", ".attention."),
-            (".mlp.", "."),
-            ("final_layernorm", "final_norm"),
-            ("pre_norm", "norm"),
-            ("in_proj", "fc1"),
-            ("out_proj", "fc2"),
-        ):
-            name = name.replace(old, new)
-        renamed[name] = tensor.flatten(1) if tensor.ndim == 4 else tensor
-    return renamed
+@pytest.mark.parametrize(
+    ("patches", "all_grids", "message"),
+    [
+        (torch.zeros(9, 12, dtype=torch.uint8), torch.tensor([[2, 2, 2]]), "9 patches were given"),
+        (torch.zeros(4, 27, dtype=torch.uint8), torch.tensor([[1, 2, 2]]), r"uint8 \[P, 12\]"),
+        (torch.zeros(4, 12), torch.tensor([[1, 2, 2]]), "not torch.float32"),
+        (torch.zeros(4, 12, dtype=torch.uint8), torch.tensor([[1.0, 2, 2]]), "must be integers"),
+        (torch.zeros(4, 12, dtype=torch.uint8), torch.tensor([1, 2, 2]), "must be integers"),
+    ],
+)
+def test_what_is_no_pack_is_refused(patches: Tensor, all_grids: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_encoder()(patches, all_grids)
