@@ -1,17 +1,22 @@
-"""What this machine and torch's settings allow a Triton kernel to do."""
+"""What this machine and torch's settings allow a Triton kernel to do.
+
+``torch.compile`` takes the answers for constants: it cannot trace the questions.
+"""
 
 import functools
 import importlib.util
 
 import torch
 
-# torch.compile takes what these return as constants: it cannot trace what they ask.
-
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed and there is an NVIDIA GPU it is fast on: Ampere or newer."""
+    return _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
     return (
         importlib.util.find_spec("triton") is not None
         and torch.version.cuda is not None

@@ -10,9 +10,10 @@ from muonclip.kernels.support import allows_tf32, has_triton
 Backend = Literal["dense", "blocked", "triton"]
 
 # Four blocks of rows need 5/8 of the work, eight 9/16, but smaller products run at a lower rate.
-# Measured with MKL on a Xeon with AVX-512, in float32, against torch.bmm: with two threads n = 384
-# is where four blocks break even, from 512 on they take 0.8 to 0.95 of the time; with eight blocks
-# 0.7 from 1024 on. bfloat16, which such a CPU must emulate, gains as much, and earlier.
+# Measured on a Xeon with AVX-512 and MKL, float32, square and up to four times as wide, one to four
+# matrices, against the whole product: even at n = 384 on one thread and about 450 on two; then 0.8
+# to 0.95 of the time at 512, 0.7 to 0.8 at 1024, 0.65 at 2048. In bfloat16, which such a CPU
+# emulates at a fifth of the rate, 0.75 at 512.
 _BLOCKED_FROM = 512
 _EIGHT_BLOCKS_FROM = 1024
 
@@ -90,20 +91,17 @@ def blocked(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -
     """The blocks of rows up to the diagonal, each mirrored into the columns above it."""
     n = a.size(1)
     out = a.new_empty(a.size(0), n, n)
-    # Products go straight into their place: beta 0 stands for "do not read what is there".
-    summand, beta = (out, 0.0) if c is None else (c, beta)
     size = -(-n // (4 if n < _EIGHT_BLOCKS_FROM else 8))
     for start in range(0, n, size):
         stop = min(start + size, n)
-        torch.baddbmm(
-            summand[:, start:stop, :stop],
-            a[:, start:stop],
-            b[:, :stop].mT,
-            beta=beta,
-            alpha=alpha,
-            out=out[:, start:stop, :stop],
-        )
-        out[:, :start, start:stop] = out[:, start:stop, :start].mT
+        rows, columns = a[:, start:stop], b[:, :stop].mT
+        block = out[:, start:stop, :stop]  # written in its place: nothing is copied
+        if c is None:
+            torch.baddbmm(block, rows, columns, beta=0, alpha=alpha, out=block)
+        else:
+            summand = c[:, start:stop, :stop]
+            torch.baddbmm(summand, rows, columns, beta=beta, alpha=alpha, out=block)
+        out[:, :start, start:stop] = block[:, :, :start].mT
     return out
 
 

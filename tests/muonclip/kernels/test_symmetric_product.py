@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from muonclip.kernels import symmetric_product as module
+from muonclip.kernels.support import allows_tf32, has_triton
 from muonclip.kernels.symmetric_product import blocked, choose_backend, dense, symmetric_product
 from tests.muonclip.kernels.reference import check_symmetric_product, symmetric_factors
 
@@ -134,6 +135,14 @@ def test_compiles_without_a_graph_break(n: int) -> None:
     x = torch.randn(2, n, 8, dtype=torch.float64) / n**0.5
     compiled = torch.compile(polynomial, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), polynomial(x))
+
+
+def test_asking_the_machine_does_not_break_a_graph() -> None:
+    def ask(x: Tensor) -> Tensor:
+        return x + has_triton() + allows_tf32()
+
+    compiled = torch.compile(ask, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(1)), ask(torch.zeros(1)))
 
 
 def test_operator_obeys_the_rules_of_torch() -> None:
