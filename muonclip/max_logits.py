@@ -37,7 +37,7 @@ def max_logits(
     scale: float | None = None,
     mask: Mask | None = None,
     causal: bool = False,
-    block_size: int = 128,
+    block_size: int = 64,
 ) -> Tensor:
     """The largest input of each head's softmax, exactly and in blocks of queries.
 
@@ -161,7 +161,7 @@ def _max_logits(
     scale: float | None,
     mask: Mask | None,
     causal: bool,
-    block_size: int = 128,
+    block_size: int = 64,
     heads: Tensor | None = None,
 ) -> Tensor:
     """``max_logits``, of all heads or of those listed."""
