@@ -6,7 +6,6 @@ attention. The Trainer does the rest: schedule, accumulation, clipping, checkpoi
 """
 
 import sys
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -36,7 +35,7 @@ class Counting(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def main(folder: str, steps: int = 20, resume_from: str | None = None, **options: Any) -> Trainer:
+def main(folder: str, resume_from: str | None = None) -> Trainer:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -48,7 +47,7 @@ def main(folder: str, steps: int = 20, resume_from: str | None = None, **options
     )
     arguments = TrainingArguments(
         folder,
-        max_steps=steps,
+        max_steps=20,
         learning_rate=5e-3,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
@@ -58,7 +57,6 @@ def main(folder: str, steps: int = 20, resume_from: str | None = None, **options
         logging_steps=5,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
-        **options,
     )
     trainer = MuonTrainer(LlamaForCausalLM(config), arguments, train_dataset=Counting())
     trainer.train(resume_from_checkpoint=resume_from)
@@ -66,4 +64,4 @@ def main(folder: str, steps: int = 20, resume_from: str | None = None, **options
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

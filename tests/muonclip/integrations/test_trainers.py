@@ -74,6 +74,69 @@ def test_accelerate_puts_sharded_parameters_in_place(tmp_path: Path, state_dict_
             assert (ours - theirs).abs().max() < TOLERANCE
 
 
+def train_with_lightning(folder: Path, save_distributed_checkpoint: bool) -> list[Tensor]:
+    """An epoch of three steps; then, in new objects that load its checkpoint, another."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.data import DataLoader
+
+    size = int(os.environ["WORLD_SIZE"])
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    os.environ.update(torchrun, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def configure_model(self) -> None:
+            fully_shard(self.block, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return self.block(batch).square().mean()
+
+        def configure_optimizers(self) -> MuonClip:
+            return MuonClip(param_groups(self.block, layouts=LAYOUTS), **EXACT)
+
+    def fit(epochs: int, checkpoint: Path | None) -> Module:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=size,
+            strategy=ModelParallelStrategy(
+                data_parallel_size=size,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=save_distributed_checkpoint,
+            ),
+            max_epochs=epochs,
+            callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)],
+            use_distributed_sampler=False,  # every rank has the whole batch
+            logger=False,
+            enable_progress_bar=False,
+        )
+        module = Module()
+        batches = [random((8, 8), step, dtype=torch.float64) for step in range(3)]
+        trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=checkpoint)
+        return module
+
+    fit(1, None)
+    module = fit(2, folder / "epoch=0.ckpt")
+    return [whole(p.detach()) for p in module.block.parameters()]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_lightning_shards_saves_and_resumes(tmp_path: Path, sharded: bool) -> None:
+    """FSDP2 by Lightning, whose checkpoints take only tensors, numbers and words."""
+    model = Block()
+    optimizer = MuonClip(param_groups(model, layouts=LAYOUTS), **EXACT)
+    for _ in range(2):
+        train_block(model, optimizer, range(3))
+    for weights in launch(train_with_lightning, 2, tmp_path, sharded):
+        for ours, theirs in zip(weights, model.parameters(), strict=True):
+            assert (ours - theirs).abs().max() < TOLERANCE
+
+
 def test_hf_trainer_makes_the_optimizer_of_given_groups(tmp_path: Path) -> None:
     """The way in where ``optimizers`` is refused (FSDP): groups by name, not the Trainer's own."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
