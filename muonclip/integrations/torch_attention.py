@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 class WatchHandle:
     """Ends the watching that a ``watch`` began."""
 
-    def __init__(self, ends: Iterable[Callable[[], None]]) -> None:
+    def __init__(self, ends: Iterable[Callable[[], object]]) -> None:
         self._ends = list(ends)
 
     def remove(self) -> None:
@@ -103,7 +104,8 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
         A handle whose ``remove()`` ends the watching.
 
     Raises:
-        ValueError: if a layer is unknown to the clip, or no ``nn.MultiheadAttention`` of the model.
+        ValueError: if a layer is unknown to the clip, no ``nn.MultiheadAttention`` of the model, or
+            watched already.
     """
     modules: dict[str, nn.MultiheadAttention] = {}
     everything = dict(model.named_modules())
@@ -114,14 +116,19 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
                 f"{name!r} is not both a layer of the clip and an nn.MultiheadAttention of the "
                 "model: give the model that attention_layouts was given, or choose with layers"
             )
+        if module in _watched:
+            raise ValueError(f"layer {name!r} is watched already: remove the earlier handle")
         modules[name] = module
-    handles = [
-        module.register_forward_pre_hook(
-            partial(_observe, partial(clip.observe_attention, name)), with_kwargs=True
-        )
-        for name, module in modules.items()
-    ]
-    return WatchHandle(handle.remove for handle in handles)
+    ends: list[Callable[[], object]] = []
+    for name, module in modules.items():
+        _watched[module] = partial(clip.observe_attention, name)
+        hook = module.register_forward_pre_hook(_observe, with_kwargs=True)
+        ends += [hook.remove, partial(_watched.pop, module, None)]
+    return WatchHandle(ends)
+
+
+# By module, so that models can be copied and pickled: copies are not watched.
+_watched: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
 
 
 def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
@@ -158,15 +165,11 @@ def _key(module: nn.MultiheadAttention) -> WeightAndBias:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _observe(
-    observe: Callable[..., None],
-    module: nn.MultiheadAttention,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-) -> None:
-    """Call ``observe`` with what the forward pass will compute from these arguments."""
+def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Observe what the forward pass will compute from these arguments."""
+    observe = _watched.get(module)
     # Recomputation of a checkpointed forward runs within the backward pass.
-    if not module.training or torch._C._current_graph_task_id() != -1:
+    if observe is None or not module.training or torch._C._current_graph_task_id() != -1:
         return
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()

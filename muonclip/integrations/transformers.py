@@ -321,7 +321,7 @@ class _Watched:
     def __init__(self, clip: QKClip, name: str, module: nn.Module) -> None:
         self.clip, self.name = clip, name
         self.trying = False
-        self.trial = module.register_forward_pre_hook(self._try_out, with_kwargs=True)
+        self.trial = module.register_forward_pre_hook(_try_out, with_kwargs=True)
 
     def see(
         self,
@@ -341,10 +341,8 @@ class _Watched:
             _observe(observe, module, implementation, query, key, mask, options)
 
     @torch.no_grad()
-    def _try_out(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def try_out(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Scale the rows of the layout as a clip would: the logits must follow, head by head."""
-        if not module.training or self.trying or torch.compiler.is_compiling():
-            return
         layout = self.clip.layouts[self.name]
         # Powers of four: their roots are powers of two, by which scaling rounds nothing.
         exponents = -torch.arange(layout.num_heads).remainder(5)
@@ -394,7 +392,16 @@ class _Watched:
         )
 
 
+# By module, so that models can be copied and pickled: copies are not watched.
 _watched: "WeakKeyDictionary[nn.Module, _Watched]" = WeakKeyDictionary()
+
+
+def _try_out(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    watched = _watched.get(module)
+    if watched is not None and module.training and not watched.trying:
+        watched.try_out(module, args, kwargs)
 
 
 def _end(module: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """nn.MultiheadAttention: what is observed is what the layer attends with, and clips are exact."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -176,6 +178,17 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
     assert (clip.step().max_logits[""] == -math.inf).all()
 
 
+def test_copies_are_not_watched() -> None:
+    """A model can be copied (for an average of weights, say) and pickled while it is watched."""
+    module, x = attention(), torch.randn(QUERIES, EMBED).double()
+    clip = qk_clip(module, exact=True)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        twin.train()(x, x, x)
+        assert (clip.step().max_logits[""] == -math.inf).all()
+    module(x, x, x)
+    assert (clip.step().max_logits[""] > -math.inf).all()
+
+
 def test_training_with_two_lines() -> None:
     """Without the clip logits run away; with it they stay at τ."""
     ends = {}
@@ -204,6 +217,10 @@ def test_refusals() -> None:
         qk_clip(nn.Linear(2, 2))
     module = attention()
     clip = QKClip(attention_layouts(module))
+    handle = watch(module, clip)
+    with pytest.raises(ValueError, match="'' is watched already"):
+        watch(module, clip)
+    handle.remove()
     with pytest.raises(ValueError, match="'' is not both a layer of the clip and"):
         watch(nn.ModuleList([module]), clip)
     with pytest.raises(ValueError, match="'other' is not both"):

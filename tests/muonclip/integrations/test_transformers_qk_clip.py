@@ -5,6 +5,7 @@ Models are built from small configurations; nothing is downloaded.
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,18 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
     forward(model, inputs, "sdpa")
     assert all((seen == -math.inf).all() for seen in clip.step().max_logits.values())
     watch(model, clip).remove()
+
+
+def test_copies_are_not_watched() -> None:
+    """A model can be copied (for an average of weights, say) and pickled while it is watched."""
+    model, inputs = make_model("separate"), batch()
+    clip = qk_clip(model, exact=True)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        forward(twin.train(), inputs, "sdpa")
+        assert all((seen == -math.inf).all() for seen in clip.step().max_logits.values())
+    forward(model, inputs, "sdpa")
+    assert all((seen > -math.inf).all() for seen in clip.step().max_logits.values())
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
