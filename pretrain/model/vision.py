@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muonclip import max_logits
 from pretrain.config import VisionConfig
-from pretrain.model.vision_attention import Pack, attend, largest_logits
+from pretrain.model.vision_attention import Pack, attend, batches
 
 # (frames, rows, columns) of an item, in patches.
 Shape = tuple[int, int, int]
@@ -28,7 +29,8 @@ MAX_FRAMES = 4
 class VisionAttention(nn.Module):
     """Attention of all patches of an item, and of no others.
 
-    ``observer``, where set, is called in training with every head's largest logit, [heads].
+    ``observer``, where set, is called in training with every head's largest logit, [heads], of
+    some items at a time; an item's are seen once.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -48,7 +50,8 @@ class VisionAttention(nn.Module):
         )
         query, key = rotate(query, rotation), rotate(key, rotation)
         if self.observer is not None and self.training:
-            self.observer(largest_logits(query, key, pack))
+            for batch in batches(query, key, pack):
+                self.observer(max_logits(*batch))
         mixed: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
         return mixed
 

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from muonclip import max_logits
-
 # flex_attention's tiles: rows of queries, and of keys.
 BLOCK = 128
 
@@ -99,17 +97,12 @@ def attend(
     return attended[kernel or choose_kernel(query)](query, key, value, pack)
 
 
-def largest_logits(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
-    """[heads]: each head's largest logit over all items, exactly, without gradient."""
-    return torch.stack([max_logits(q, k) for q, k in batches(query, key, pack)]).amax(0)
-
-
 def batches(query: Tensor, key: Tensor, pack: Pack) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries and keys as plain batches [items, heads, rows, d] that have the same logits.
+    """Queries and keys as plain batches [items, heads, rows, d], for who looks at the logits.
 
     On a CPU a batch is the items of one length. Elsewhere few launches matter more: a batch is all
     items of about one length, filled up with copies of their own rows, which add logits but none
-    that is not there.
+    that is not there already: the largest is the same.
     """
     if query.device.type == "cpu":
         yield from zip(_by_run(query, pack), _by_run(key, pack), strict=True)
