@@ -189,6 +189,16 @@ def test_no_gradient_and_no_rounding_in_low_precision() -> None:
     assert torch.allclose(result.double(), reference(query, key, 0.125), rtol=1e-5)
 
 
+def test_autocast_rounds_nothing() -> None:
+    """In a mixed-precision forward pass products would be bfloat16's."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 70, 64), torch.randn(1, 2, 70, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = max_logits(query, key), max_logits_bound(query, key)
+    assert torch.equal(inside[0], max_logits(query, key))
+    assert torch.equal(inside[1], max_logits_bound(query, key))
+
+
 @pytest.mark.parametrize(
     ("query", "key", "message"),
     [

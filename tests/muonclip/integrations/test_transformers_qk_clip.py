@@ -300,7 +300,10 @@ def test_a_compiled_model_is_watched() -> None:
 
 
 class TestFlashAttention:
-    """Flash attention gets no mask but lengths and windows; the kernel itself needs a GPU."""
+    """Flash attention gives no max logits, and gets no mask but lengths and windows.
+
+    The kernel itself needs a GPU.
+    """
 
     @pytest.fixture
     def flash(self) -> Iterator[str]:
@@ -357,13 +360,17 @@ class TestFlashAttention:
 
     @pytest.mark.parametrize("padding", ["none", "right", "left"])
     @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
-    def test_padding_and_windows(self, kind: str, padding: str, flash: str) -> None:
+    def test_flash_attention1876_padding_and_windows(
+        self, kind: str, padding: str, flash: str
+    ) -> None:
         """Queries that are padding do not count: the kernel never sees them."""
         assert self.agrees(make_model(kind), batch(padding), flash)
 
     @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
     @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
-    def test_packed_sequences(self, kind: str, told_by: str, flash: str) -> None:
+    def test_flash_attention1876_packed_sequences(
+        self, kind: str, told_by: str, flash: str
+    ) -> None:
         model, ids = make_model(kind), batch()["input_ids"][:1]
         positions = torch.cat([torch.arange(n) for n in (4, 2, 5)])[None]
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
