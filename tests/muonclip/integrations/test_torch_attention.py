@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -225,3 +227,14 @@ def test_refusals() -> None:
         watch(nn.ModuleList([module]), clip)
     with pytest.raises(ValueError, match="'other' is not both"):
         watch(module, clip, layers=["other"])
+
+
+def test_importing_needs_torch_only() -> None:
+    """Neither the integrations nor the monitor bring in what they are for."""
+    code = (
+        "import sys, muonclip.monitor, muonclip.integrations.torch_attention\n"
+        "import muonclip.integrations.transformers\n"
+        "print([m for m in ('transformers', 'matplotlib', 'triton') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
