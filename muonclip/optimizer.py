@@ -244,7 +244,7 @@ class MuonClip(Optimizer):
         for group in self.param_groups:
             checks.gradients(group)
         muon, adamw_groups = self._work()
-        found = self._find_nonfinite()
+        found = self._find_nonfinite(muon)
         if found is not None and found.device.type == "cpu":
             if found:
                 return self._skip(loss)
@@ -303,7 +303,7 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ non-finite gradients
 
-    def _find_nonfinite(self) -> Tensor | None:
+    def _find_nonfinite(self, items: "list[Item]") -> Tensor | None:
         """1 if any gradient of any rank has an infinity or NaN, as a float32 scalar; or None."""
         if self.param_groups[0]["nonfinite"] == "ignore":
             return None
@@ -312,20 +312,20 @@ class MuonClip(Optimizer):
             for p in group["params"]:
                 if p.grad is not None and (gradient := local_gradient(p)).numel():
                     by_device[gradient.device].append(gradient)
-        flags = []
+        found = torch.zeros(())
         for gradients in by_device.values():
-            # The largest magnitude: a sum of squares could overflow where no gradient does.
-            largest = torch.stack(
-                [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
-            )
-            flags.append(largest.isfinite().logical_not().any().float())
-        found = flags[0] if flags else torch.zeros(())
-        for flag in flags[1:]:
-            found = torch.maximum(found, flag.to(found.device))
+            flag = _any_nonfinite(gradients)
+            found = torch.maximum(found.to(flag.device), flag)
         if self._is_shared():
             import torch.distributed as dist
 
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+            # Ranks must also plan anew together, where one of them has other gradients than before.
+            fits = self._shared_work is None or self._shared_work.fits(items)
+            told = torch.stack([found, torch.full_like(found, 0.0 if fits else 1.0)])
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.process_group)
+            found = told[0]
+            if found.device.type == "cpu" and told[1]:
+                self._shared_work = None
         if found.device.type == "cpu":
             return found
         self.skipped_steps = self.skipped_steps + found
@@ -518,6 +518,18 @@ def local_gradient(param: Tensor) -> Tensor:
 
         return local_like(gradient, param)
     return gradient
+
+
+def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
+    """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0."""
+    if gradients[0].device.type == "cpu":
+        # The fast norm may overflow where no gradient does: only then it takes another look.
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        if norms.isfinite().all():
+            return torch.zeros(())
+        return torch.tensor(float(any(not g.isfinite().all() for g in gradients)))
+    largest = torch._foreach_norm(gradients, float("inf"))
+    return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
 
 
 _ADVICE = (

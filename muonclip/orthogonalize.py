@@ -225,12 +225,22 @@ def orthogonalize_(
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
-    # The Frobenius norm is at least the spectral norm: singular values come to lie in [0, 1].
-    # Squares of float32 may overflow or vanish; summed in float64 they do not.
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    x = x.div_(norm.clamp_(min=eps).to(x.dtype)).to(dtype)
+    x = _normalize_(x, eps).to(dtype)
     x = _gram_form(x, schedule, scale) if _use_gram(x, form) else _direct_form(x, schedule, scale)
     return x.mT if tall else x
+
+
+def _normalize_(x: Tensor, eps: float) -> Tensor:
+    """Divide by the Frobenius norm, or eps: singular values come to lie in [0, 1]."""
+    dims = (-2, -1)
+    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+        # A float64 sum of float32 is an order slower here, and a look at the result costs nothing.
+        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        if 1e-15 < norm.amin() and norm.amax() < 1e15:
+            return x.div_(norm.clamp_(min=eps))
+    # Squares of float32 may overflow or vanish; in float64 they do not.
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float64)
+    return x.div_(norm.clamp_(min=eps).to(x.dtype))
 
 
 def _use_gram(x: Tensor, form: Form) -> bool:
@@ -241,53 +251,64 @@ def _use_gram(x: Tensor, form: Form) -> bool:
 def _direct_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
     """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x."""
     spare = torch.empty_like(x)
-    for step, (a, b, c) in enumerate(schedule):
-        polynomial = _polynomial(symmetric_product(x, x), b, c)
+    for step, triple in enumerate(schedule):
+        z, a = _polynomial(symmetric_product(x, x), *triple)
         factor = scale if step + 1 == len(schedule) else 1.0
-        x, spare = _multiply(polynomial, a, x, factor, spare), x
+        x, spare = _multiply(z, a, x, factor, spare), x
     return x
 
 
 def _gram_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
     """The same map, as one polynomial in the Gram matrix applied to [b, n, m].
 
-    A step multiplies x by a + z, z = b r + c r², with r = xxᵀ; r becomes (a + z) r (a + z), and
-    the product of all a + z is kept in q. All are polynomials of one symmetric matrix:
-    symmetric, and they commute.
+    A step multiplies x by p = a + b r + c r², with r = xxᵀ; r becomes p r p, and the product of
+    all p is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
     spare = torch.empty_like(x)
     parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
     for part in parts:
         r = symmetric_product(x, x)
-        q: Tensor | None = None
-        for step, (a, b, c) in enumerate(part):
-            z = _polynomial(r, b, c)
-            if q is None:
-                q = z.clone()
-                q.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                q = symmetric_product(q, z, c=q, beta=a)
-            if step + 1 < len(part):
-                half = symmetric_product(r, z, c=r, beta=a)
-                r = symmetric_product(half, z, c=half, beta=a)
-        assert q is not None
+        z, a = _polynomial(r, *part[0])
+        q = z.clone()
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        for triple in part[1:]:
+            r = _product(_product(r, z, a), z, a)
+            z, a = _polynomial(r, *triple)
+            q = _product(q, z, a)
         factor = scale if part is parts[-1] else 1.0
-        x, spare = torch.bmm(q * factor, x, out=spare), x
+        x, spare = _multiply(q, 0.0, x, factor, spare), x
     return x
 
 
-def _polynomial(r: Tensor, b: float, c: float) -> Tensor:
-    """b r + c r² for symmetric [b, n, n], new."""
-    return b * r if c == 0 else symmetric_product(r, r, c=r, alpha=c, beta=b)
+def _polynomial(r: Tensor, a: float, b: float, c: float) -> tuple[Tensor, float]:
+    """z, new, and a number: a + b r + c r² is z plus that multiple of the identity.
+
+    In 16 bits adding the identity would round z once more, which doubles the error of the whole:
+    it is left to the products, which have it in their sums. Elsewhere it is in z, and saves these
+    a pass over what they multiply.
+    """
+    if r.dtype in (torch.bfloat16, torch.float16):
+        z = b * r if c == 0 else symmetric_product(r, r, c=r, alpha=c, beta=b)
+        return z, a
+    if c == 0:
+        z = b * r
+    else:
+        factor = c * r
+        factor.diagonal(dim1=-2, dim2=-1).add_(b)
+        z = symmetric_product(factor, r)
+    z.diagonal(dim1=-2, dim2=-1).add_(a)
+    return z, 0.0
+
+
+def _product(p: Tensor, z: Tensor, a: float) -> Tensor:
+    """p (a + z), symmetric, new."""
+    return symmetric_product(p, z, c=p, beta=a) if a else symmetric_product(p, z)
 
 
 def _multiply(z: Tensor, a: float, x: Tensor, factor: float, out: Tensor) -> Tensor:
     """factor * (a + z) x, written into ``out``; ``z`` is overwritten."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        # a + z would be rounded once more, which doubles the error of the whole.
+    if a:
         return torch.baddbmm(x, z, x, beta=factor * a, alpha=factor, out=out)
-    # Saves a pass over x, which baddbmm copies first.
-    z.diagonal(dim1=-2, dim2=-1).add_(a)
     if factor != 1:
         z *= factor
     return torch.bmm(z, x, out=out)

@@ -28,7 +28,8 @@ def orthogonalize(
     values = values / matrix.norm().clamp(min=eps)
     for a, b, c in coefficient_steps(coefficients, steps):
         values = a * values + b * values**3 + c * values**5
-    return left @ values.diag() @ right
+    result: Tensor = left @ values.diag() @ right
+    return result
 
 
 def muon_step(

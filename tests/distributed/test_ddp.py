@@ -258,9 +258,14 @@ def test_one_ranks_bad_gradient_leaves_all_unchanged() -> None:
         assert quiet == ""
 
 
-def step_with_different_parameters(missing: int) -> str:
+def step_with_different_parameters(missing: int, steps_before: int) -> str:
     params = [nn.Parameter(random((4, 4 + i), i)) for i in range(2)]
     optimizer = MuonClip(params, process_group=dist.group.WORLD)
+    for _ in range(steps_before):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
     for p in params[dist.get_rank() * missing :]:
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="ranks 0 and 1 of the group") as error:
@@ -268,10 +273,10 @@ def step_with_different_parameters(missing: int) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("missing", [1, 2])
-def test_ranks_with_other_gradients_are_told(missing: int) -> None:
-    """Also one that has none: the others would wait for it for ever."""
-    for message in launch(step_with_different_parameters, 2, missing):
+@pytest.mark.parametrize(("missing", "steps_before"), [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_ranks_with_other_gradients_are_told(missing: int, steps_before: int) -> None:
+    """Also one that has none, or fewer than before: the others would wait for it for ever."""
+    for message in launch(step_with_different_parameters, 2, missing, steps_before):
         assert f"2 and {2 - missing} of them" in message
 
 

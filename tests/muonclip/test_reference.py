@@ -147,7 +147,7 @@ def test_steps_are_the_papers(
     start = torch.randn(n, m, generator=generator, dtype=torch.float64)
     parameter = nn.Parameter(start.clone())
     optimizer = MuonClip(
-        [parameter],
+        [{"params": [parameter], "algorithm": "muon"}],  # a single row too
         lr=0.1,
         momentum=momentum,
         nesterov=nesterov,
