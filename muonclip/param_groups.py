@@ -1,7 +1,7 @@
 """Which parameter goes to Muon, which to AdamW, and why: decided here and nowhere else."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,7 +105,7 @@ def _reason_in_module(module: nn.Module) -> str | None:
 
 def _reason_in_name(name: str, parameter: Tensor) -> str | None:
     """Why the name of a matrix sends it to AdamW; None where it does not."""
-    path = [part for part in name.split(".") if not part.isdigit()]
+    path = [part for part in name.split(".") if not part.isdigit()] or [name]
     nearest = path[-2:]  # the owning module and the parameter: further up says too little
     words = [_words(part) for part in nearest]
     if any(part.startswith("patch_embed") for part in path) or any(
@@ -183,19 +183,20 @@ def assign(
 
     heads = _output_embeddings(model)
 
-    every_name = [name for names in owners.values() for name, _ in names]
+    every_name = {name for names in owners.values() for name, _ in names}
+    matches = {}
     for option, patterns in (("adamw", adamw), ("muon", muon), ("layouts", layouts)):
         if isinstance(patterns, str):
             raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in every_name):
+            if pattern not in every_name and not any(fnmatchcase(n, pattern) for n in every_name):
                 raise ValueError(f"{option}: the pattern {pattern!r} matches no parameter")
+        matches[option] = _first_match(patterns)
 
     assignments = []
     for parameter, names in owners.items():
         name = names[0][0]
-        forced_adamw = _first_match(names, adamw)
-        forced_muon = _first_match(names, muon)
+        forced_adamw, forced_muon = matches["adamw"](names), matches["muon"](names)
         algorithm: Algorithm | None
         if forced_adamw and forced_muon:
             raise ValueError(
@@ -214,9 +215,8 @@ def assign(
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
         layout = None
         if algorithm == "muon":
-            layout = layouts.get(_first_match(names, layouts) or "") or _native_layout(
-                *names[0], parameter
-            )
+            declared = matches["layouts"](names)
+            layout = layouts[declared] if declared else _native_layout(*names[0], parameter)
             try:
                 (layout or WHOLE).check(_whole(parameter, shardings).shape)
             except ValueError as error:
@@ -267,9 +267,22 @@ def _whole(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> 
     return torch.empty(shardings[parameter].shape, device="meta")
 
 
-def _first_match(names: list[tuple[str, nn.Module]], patterns: Iterable[str]) -> str | None:
-    matching = (p for p in patterns for name, _ in names if fnmatchcase(name, p))
-    return next(matching, None)
+def _first_match(
+    patterns: Iterable[str],
+) -> Callable[[list[tuple[str, nn.Module]]], str | None]:
+    """What finds the first of these patterns that matches any of a parameter's names.
+
+    Integrations list every parameter by its full name: only what has wildcards is tried out.
+    """
+    order = {pattern: index for index, pattern in enumerate(patterns)}
+    wild = [pattern for pattern in order if not set("*?[").isdisjoint(pattern)]
+
+    def match(names: list[tuple[str, nn.Module]]) -> str | None:
+        found = [name for name, _ in names if name in order]
+        found += [p for p in wild if any(fnmatchcase(name, p) for name, _ in names)]
+        return min(found, key=order.__getitem__, default=None)
+
+    return match
 
 
 def param_groups(

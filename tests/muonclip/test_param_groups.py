@@ -148,6 +148,23 @@ def test_modules_in_the_wild() -> None:
     assert [name for name, algorithm in found.items() if algorithm == "muon"] == ["h.weight"]
 
 
+def test_names_that_are_numbers() -> None:
+    items = assign(nn.ParameterList([torch.zeros(4, 8), torch.zeros(4)]))
+    assert [(item.name, item.algorithm) for item in items] == [("0", "muon"), ("1", "adamw")]
+
+
+def test_the_first_layout_that_matches_counts() -> None:
+    """Full names and wildcards alike."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "b")})
+    halves, quarters = MatrixLayout((4, 4)), MatrixLayout((2, 2, 2, 2))
+    for layouts, expected in (
+        ({"a.weight": halves, "*.weight": quarters}, [halves, quarters]),
+        ({"*.weight": quarters, "a.weight": halves}, [quarters, quarters]),
+    ):
+        items = assign(model, layouts=layouts)
+        assert [item.layout for item in items if item.algorithm == "muon"] == expected
+
+
 def test_a_head_that_the_model_tells_of() -> None:
     """As transformers' models do: Whisper calls its own proj_out."""
 
