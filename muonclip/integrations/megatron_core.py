@@ -70,7 +70,8 @@ def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, Mat
 
     Args:
         model: a GPTModel or any module around one.
-        per_head: orthogonalize the query, key and value rows of each head on their own. The output
+        per_head: orthogonalize the query, key and value rows of each head on their own, as for
+            GLM-5 (arXiv 2602.15763) and Kimi K3 (arXiv 2607.24653, section 2.5). The output
             projection stays whole: its heads add up in one output.
 
     Returns:

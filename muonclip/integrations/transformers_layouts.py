@@ -56,8 +56,9 @@ def matrix_layouts(
 
     Args:
         model: any module with models of transformers in it.
-        per_head: orthogonalize the query, key and value rows of each head of softmax attention on
-            their own. The output projection stays whole: its heads add up in one output.
+        per_head: orthogonalize the query, key and value rows of each head on their own, as for
+            GLM-5 (arXiv 2602.15763) and Kimi K3 (arXiv 2607.24653, section 2.5); of gated delta
+            nets too. The output projection stays whole: its heads add up in one output.
         exclude: pattern or patterns (``fnmatch``) of names of parameters to leave out.
 
     Returns:
@@ -229,8 +230,12 @@ def _recurrent(module: Any, child: str, rows: int, per_head: bool) -> MatrixLayo
         keys, values = module.num_k_heads, module.num_v_heads
         share = _divide(values, keys, "value heads of a key head")
         key, value = module.head_k_dim, module.head_v_dim
+        if child == "in_proj_qkvz" and per_head:
+            return MatrixLayout((key, key, *(value,) * (2 * share)), keys, separate=True)
         if child == "in_proj_qkvz":
             return MatrixLayout((key, key, share * value, share * value), keys)
+        if child == "in_proj_qkv" and per_head:
+            return MatrixLayout((*(key,) * (2 * keys), *(value,) * values))
         if child == "in_proj_qkv":
             return MatrixLayout((keys * key, keys * key, values * value))
         if child == "in_proj_ba":

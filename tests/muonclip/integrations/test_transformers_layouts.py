@@ -715,6 +715,21 @@ STEPS: dict[str, tuple[str, dict[str, Any], dict[str, Slices], dict[str, Slices]
         },
         {
             "q_proj.weight": each(DIM, DIM),
+            "in_proj_qkvz.weight": each(5, 5, 3, 3, 3, 3),
+            "k_proj.weight": each(DIM),
+            "v_proj.weight": each(DIM),
+        },
+    ),
+    "Qwen3.5": (
+        "Qwen3_5Text",
+        QWEN3_NEXT,
+        {
+            "q_proj.weight": heads(DIM, DIM),
+            "in_proj_qkv.weight": rows(10, 10, 12),
+        },
+        {
+            "q_proj.weight": each(DIM, DIM),
+            "in_proj_qkv.weight": rows(5, 5, 5, 5, 3, 3, 3, 3),
             "k_proj.weight": each(DIM),
             "v_proj.weight": each(DIM),
         },
