@@ -128,12 +128,19 @@ def make_encoder(
     config: EncoderProcessConfig, tower: VisionTower, processes: Processes
 ) -> EncoderProcess | ColocatedEncoder:
     """Who encodes which image."""
-    make = EncoderProcess if config.enabled else ColocatedEncoder
-    return make(
+    group = parallel_state.get_tensor_model_parallel_group()
+    takes_images = processes.first_stage
+    if not config.enabled:
+        return ColocatedEncoder(
+            tower, dist.group.WORLD, takes_images=takes_images, tensor_group=group
+        )
+    return EncoderProcess(
         tower,
         dist.group.WORLD,
-        takes_images=processes.first_stage,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        takes_images=takes_images,
+        tensor_group=group,
+        spread=config.spread,
+        max_patches=config.max_patches,
     )
 
 

@@ -242,6 +242,13 @@ class EncoderProcessConfig:
     enabled: bool = True
     """Spread the vision encoder's work over all ranks; off: the ranks whose stage takes in the
     images encode them."""
+    spread: Literal["balanced", "round_robin"] = "balanced"
+    """Who encodes what: by cost, as evenly as can be; or item after item, to compare with."""
+    max_patches: int = 16384
+    """Patches that go through the encoder at a time: bounds the memory of its activations."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_patches")
 
 
 @dataclass(frozen=True)

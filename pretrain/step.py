@@ -162,7 +162,10 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
 
     # DEP: 1. everybody encodes a fair share; 2. the backbone, as if for text; 3. encode again,
     # now backwards.
-    features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+    features = run.encoder.encode(
+        [(batch.patches, batch.grids) for batch in micro_batches],
+        multimodal.refusal(micro_batches, MEDIA_PAD) if run.processes.first_stage else None,
+    )
     sums = backbone(run, micro_batches, features)
     run.encoder.backward()
     run.encoder.reduce_gradients()

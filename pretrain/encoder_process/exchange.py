@@ -6,18 +6,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.errors import PretrainError
 
-def gather_grids(grids: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Every rank's int64 grids [n, 3], whatever n is there."""
-    size = dist.get_world_size(group)
-    counts = [torch.zeros(1, dtype=torch.int64, device=grids.device) for _ in range(size)]
-    dist.all_gather(counts, torch.tensor([len(grids)], device=grids.device), group=group)
-    numbers = [int(count) for count in counts]
-    padded = grids.new_zeros(max(numbers), 3)
-    padded[: len(grids)] = grids
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(gathered, padded, group=group)
-    return [rows[:number] for rows, number in zip(gathered, numbers, strict=True)]
+
+def gather_grids(
+    grids: Tensor, group: dist.ProcessGroup | None, refused: str | None = None
+) -> list[Tensor]:
+    """Every rank's int64 grids [n, 3], whatever n is there.
+
+    Args:
+        grids: this rank's.
+        group: the ranks; None is all.
+        refused: what is wrong with this rank's images, if anything is.
+
+    Raises:
+        PretrainError: on every rank, if one of them refused: nobody is left waiting for it.
+    """
+    told: list[tuple[list[list[int]], str | None]] = [([], None)] * dist.get_world_size(group)
+    dist.all_gather_object(told, (grids.tolist(), refused), group=group)
+    for rank, (_, why) in enumerate(told):
+        if why is not None:
+            raise PretrainError(f"rank {rank} cannot use its images: {why}")
+    return [torch.tensor(rows, dtype=torch.int64).view(-1, 3) for rows, _ in told]
 
 
 class Exchange:

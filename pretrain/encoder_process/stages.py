@@ -1,17 +1,20 @@
 """The Decoupled Encoder Process, and the plain way that it must equal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.encoder_process.cost import CostModel, count, traffic
 from pretrain.encoder_process.exchange import Exchange, gather_grids
 from pretrain.encoder_process.plan import balance, plan
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import check_grids, num_features, unobserved
+from pretrain.model.vision import check_grids, chunks, num_features, unobserved
 
+Spread = Literal["balanced", "round_robin"]
 # (patches [P, 3 * patch * patch] uint8, grids [n, 3] int64) of one micro-batch.
 Images = tuple[Tensor, Tensor]
 
@@ -57,9 +60,14 @@ class EncoderProcess:
             pipeline stage). Others have no images, and get no features.
         tensor_group: ranks that take in the same images (tensor parallel); the first of them sends
             them and the gradients for all. None: every rank has its own.
+        spread: ``"balanced"``: by :func:`pretrain.encoder_process.plan.plan`; ``"round_robin"``:
+            item after item, a baseline.
+        max_patches: patches that go through the encoder at a time, which bounds the memory of its
+            activations; a larger item goes alone.
+        cost: what an item costs; None: the FLOPs of its shapes.
 
     Attributes:
-        balance: largest load (patches) of a rank over the mean, in the last :meth:`encode`.
+        balance: largest load of a rank over the mean, in the last :meth:`encode`.
     """
 
     def __init__(
@@ -69,20 +77,27 @@ class EncoderProcess:
         *,
         takes_images: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
+        spread: Spread = "balanced",
+        max_patches: int = 16384,
+        cost: CostModel | None = None,
     ) -> None:
         self.tower = tower
         self.group = group
         self.takes_images = takes_images
         self.tensor_group = tensor_group
+        self.spread = spread
+        self.max_patches = max_patches
+        self.cost = cost or count(tower.encoder.config, tower.projector.fc2.out_features)
         self.owns_images = takes_images and _is_first(tensor_group)
         self.balance = 1.0
         self._sent: _Sent | None = None
 
-    def encode(self, micro_batches: Sequence[Images]) -> list[Tensor]:
+    def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
         """Stage 1.
 
         Args:
             micro_batches: the images of each of this rank's micro-batches.
+            refused: what the caller found wrong with them, if anything.
 
         Returns:
             Of each micro-batch, [N, language hidden] features of its images in order (none where
@@ -90,30 +105,31 @@ class EncoderProcess:
             gradients are off.
 
         Raises:
-            ValueError: an image of this rank cannot be encoded; see
-                :func:`pretrain.model.vision.check_grids`.
+            PretrainError: on every rank, if an image of one of them cannot be encoded (see
+                :func:`pretrain.model.vision.check_grids`), or it refused.
         """
         patches = torch.cat([patches for patches, _ in micro_batches])
         grids = torch.cat([grids for _, grids in micro_batches])
         counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
         if not self.owns_images:
             patches, grids = patches[:0], grids[:0]
-        # Here an item still has its owner's index; whoever encodes it knows another.
-        check_grids(grids, patches.shape[0])
-        everyones = gather_grids(grids, self.group)
+        everyones = gather_grids(grids, self.group, refused or _refusal(grids, len(patches)))
         owners = [rank for rank, theirs in enumerate(everyones) for _ in range(len(theirs))]
         all_grids = torch.cat(everyones)
         patches_per_item = all_grids.prod(1).tolist()
         features_per_item = num_features(all_grids).tolist()
-        encoders = plan(patches_per_item, len(everyones))
-        self.balance = balance(patches_per_item, encoders, len(everyones))
+        encoders = self._plan(all_grids, owners, len(everyones))
 
         exchange = Exchange(owners, encoders, self.group)
         received = exchange.to_encoders(patches, patches_per_item)
         received_grids = all_grids[exchange.incoming]
         with torch.no_grad():
-            encoded = self.tower(received, received_grids)
-        features = exchange.to_owners(encoded, features_per_item)
+            encoded = [
+                self.tower(part, part_grids)
+                for part, part_grids in self._chunks(received, received_grids)
+            ]
+        mine = torch.cat([_no_features(self.tower), *encoded])
+        features = exchange.to_owners(mine, features_per_item)
         if self.takes_images:
             features = _share(features, sum(counts), self.tensor_group)
         else:
@@ -136,8 +152,32 @@ class EncoderProcess:
         gradient = sent.exchange.to_encoders(gradient, sent.features_per_item)
         # Stage 1 has shown the observers these logits.
         with unobserved(self.tower):
-            features = self.tower(sent.patches, sent.grids)
-        features.backward(gradient)
+            done = 0
+            for patches, grids in self._chunks(sent.patches, sent.grids):
+                features = self.tower(patches, grids)
+                features.backward(gradient[done : done + len(features)])
+                done += len(features)
+
+    def _plan(self, grids: Tensor, owners: Sequence[int], ranks: int) -> list[int]:
+        """Who encodes each item of the global batch."""
+        loads = self.cost.loads(grids)
+        if self.spread == "round_robin":
+            encoders = [item % ranks for item in range(len(loads))]
+        else:
+            weight = self.tower.projector.fc2.weight
+            sent = traffic(grids, self.tower.encoder.config, len(weight), weight.itemsize)
+            encoders = plan(loads, ranks, owners=owners, traffic=sent)
+        self.balance = balance(loads, encoders, ranks)
+        return encoders
+
+    def _chunks(self, patches: Tensor, grids: Tensor) -> Iterator[Images]:
+        """The items in runs of at most ``max_patches``."""
+        counts = grids.prod(1).tolist()
+        first = 0
+        for run in chunks(counts, self.max_patches):
+            size = sum(counts[run])
+            yield patches[first : first + size], grids[run]
+            first += size
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over all ranks."""
@@ -162,14 +202,18 @@ class ColocatedEncoder:
         self.group = group
         self.takes_images = takes_images
         self.owns_images = takes_images and _is_first(tensor_group)
+        self.cost = count(tower.encoder.config, tower.projector.fc2.out_features)
         self.balance = 1.0
 
-    def encode(self, micro_batches: Sequence[Images]) -> list[Tensor]:
+    def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
         """Features of each micro-batch, with their graph where gradients are on."""
+        patches = sum(len(patches) for patches, _ in micro_batches)
         mine = torch.cat([grids for _, grids in micro_batches])
+        refused = refused or _refusal(mine, patches)
         if not self.takes_images:
             mine = mine[:0]
-        loads = [int(theirs.prod(1).sum()) for theirs in gather_grids(mine, self.group)]
+        everyones = gather_grids(mine, self.group, refused)
+        loads = [int(self.cost.loads(theirs).sum()) for theirs in everyones]
         self.balance = balance(loads, range(len(loads)), len(loads))
         if not self.takes_images:
             return [_no_features(self.tower) for _ in micro_batches]
@@ -184,6 +228,15 @@ class ColocatedEncoder:
             for parameter in self.tower.parameters():
                 parameter.grad = None
         reduce_gradients(self.tower, self.group)
+
+
+def _refusal(grids: Tensor, num_patches: int) -> str | None:
+    """Why images cannot be encoded; here an item still has its owner's index."""
+    try:
+        check_grids(grids, num_patches)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _is_first(group: dist.ProcessGroup | None) -> bool:

@@ -1,11 +1,14 @@
 """Early fusion: image features take the place of placeholder tokens' embeddings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
+
+from pretrain.model.vision import num_features
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -
     rows = embeddings.transpose(0, 1)
     merged = rows.masked_scatter(placeholders.unsqueeze(-1), features.to(embeddings.dtype))
     return merged.transpose(0, 1).contiguous()
+
+
+def refusal(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | None:
+    """What is wrong with these micro-batches, if their images are not what their tokens say."""
+    for number, batch in enumerate(micro_batches):
+        tokens = int((batch.tokens == placeholder).sum())
+        features = int(num_features(batch.grids).sum())
+        if tokens != features:
+            return (
+                f"micro-batch {number} has {tokens} image placeholder tokens, but its "
+                f"{len(batch.grids)} images give {features} features"
+            )
+    return None
 
 
 def forward(

@@ -14,6 +14,7 @@ from pretrain.config import VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.exchange import Exchange, gather_grids
 from pretrain.encoder_process.stages import Images
+from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from tests.distributed.launch import launch
 
@@ -179,24 +180,30 @@ def _check_equal(
                     assert error <= 10 * tolerance * reference[name].norm(), name
 
 
-def _balance_and_loads(kind: str) -> tuple[float, int]:
+def _balance_and_loads(kind: str) -> tuple[float, int, int]:
+    """What a rank tells of the balance, and the cost and the patches of what it encoded."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tower = make_tower(torch.float32)
-    encoded: list[int] = []
-    tower.encoder.register_forward_pre_hook(lambda _module, args: encoded.append(len(args[0])))
     make = EncoderProcess if kind == "dep" else ColocatedEncoder
     encoder = make(tower, dist.group.WORLD)
+    cost, patches = [], []
+
+    def look(_module: object, args: tuple[torch.Tensor, torch.Tensor]) -> None:
+        patches.append(len(args[0]))
+        cost.append(int(encoder.cost.loads(args[1]).sum()))
+
+    tower.encoder.register_forward_pre_hook(look)
     with torch.no_grad():
         encoder.encode([make_images(s, 0) for s in micro_batches_of(rank, world_size, "mixed")])
-    return encoder.balance, sum(encoded)
+    return encoder.balance, sum(cost), sum(patches)
 
 
 @pytest.mark.parametrize("kind", ["dep", "colocated"])
 def test_the_balance_told_is_the_load_encoded(kind: str) -> None:
     results = launch(_balance_and_loads, 2, kind)
-    loads = [load for _, load in results]
-    assert sum(loads) == 16 + 16 + 16 + 20 + 96 + 52 + 24
-    for told, _ in results:
+    loads = [load for _, load, _ in results]
+    assert sum(patches for _, _, patches in results) == 16 + 16 + 16 + 20 + 96 + 52 + 24
+    for told, _, _ in results:
         assert told == pytest.approx(max(loads) / (sum(loads) / 2))
     if kind == "dep":
         assert results[0][0] < 1.05
@@ -244,17 +251,50 @@ def test_every_item_is_observed_once_a_step_and_never_in_evaluation() -> None:
 def _bad_image(kind: str) -> str:
     make = EncoderProcess if kind == "dep" else ColocatedEncoder
     encoder = make(make_tower(torch.float32), dist.group.WORLD)
-    try:
-        encoder.encode([make_images([(1, 2, 2)], 0), make_images([(1, 2, 2), (1, 3, 4)], 0)])
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    last = (1, 3, 4) if dist.get_rank() == 1 else (1, 2, 2)
+    with pytest.raises(PretrainError) as error:
+        encoder.encode([make_images([(1, 2, 2)], 0), make_images([(1, 2, 2), last], 0)])
+    return str(error.value)
 
 
-@pytest.mark.parametrize(("kind", "item"), [("dep", 2), ("colocated", 1)])
-def test_an_image_that_cannot_be_encoded_is_named_to_its_owner(kind: str, item: int) -> None:
-    expected = f"item {item} has 3 x 4 patches: both must be multiples of 2"
-    assert launch(_bad_image, 1, kind)[0].startswith(expected)
+@pytest.mark.parametrize("kind", ["dep", "colocated"])
+def test_an_image_that_cannot_be_encoded_is_named_on_every_rank(kind: str) -> None:
+    """Nobody is left waiting for the rank that has it."""
+    for told in launch(_bad_image, 4, kind):
+        assert "rank 1 cannot use its images: item 2 has 3 x 4 patches" in told
+
+
+def _refusing() -> str:
+    encoder = EncoderProcess(make_tower(torch.float32), dist.group.WORLD)
+    with pytest.raises(PretrainError) as error:
+        encoder.encode([make_images([], 0)], "too few" if dist.get_rank() else None)
+    return str(error.value)
+
+
+def test_what_the_caller_finds_wrong_ends_all_ranks() -> None:
+    assert launch(_refusing, 2) == ["rank 1 cannot use its images: too few"] * 2
+
+
+def _in_chunks(max_patches: int) -> tuple[Step, list[int]]:
+    tower = make_tower(torch.float64)
+    seen: list[int] = []
+    tower.encoder.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    encoder = EncoderProcess(tower, dist.group.WORLD, max_patches=max_patches)
+    images = make_images([(1, 2, 2), (1, 4, 4), (2, 2, 4), (1, 2, 2), (1, 6, 6), (1, 2, 4)], 0)
+    (features,) = encoder.encode([images])
+    features.sin().sum().backward()
+    encoder.backward()
+    gradients = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
+    return {"features": features.detach(), **gradients}, seen
+
+
+def test_chunks_bound_what_is_encoded_at_a_time_and_change_nothing() -> None:
+    ((whole, at_once),) = launch(_in_chunks, 1, 1000)
+    ((parts, in_chunks),) = launch(_in_chunks, 1, 20)
+    assert at_once == [84, 84]
+    assert in_chunks == [20, 20, 36, 8] * 2  # a larger item goes alone
+    for name, expected in whole.items():
+        assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
 
 
 def _backward_first() -> str:
