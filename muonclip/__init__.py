@@ -2,20 +2,21 @@
 
 In a trainer of one's own, with an attention of one's own:
 
+>>> from functools import partial
 >>> import torch
 >>> import torch.nn.functional as F
 >>> from torch import nn
->>> from muonclip import AttentionLayout, MuonClip, QKClip, max_logits, param_groups
+>>> from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 >>> class Attention(nn.Module):
 ...     def __init__(self, dim, heads):
 ...         super().__init__()
-...         self.heads, self.observe = heads, lambda max_logits: None
+...         self.heads, self.observe = heads, None
 ...         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
 ...     def forward(self, x):
 ...         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 ...                    for f in (self.q, self.k, self.v))
-...         if self.training:
-...             self.observe(max_logits(q, k, causal=True))  # [heads]
+...         if self.training and self.observe:
+...             self.observe(q, k, causal=True)  # QK-Clip watches here
 ...         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 ...         return self.out(x.transpose(1, 2).flatten(2))
 >>> model = nn.ModuleDict({"embed": nn.Embedding(256, 64), "attention": Attention(64, heads=4),
@@ -24,7 +25,7 @@ In a trainer of one's own, with an attention of one's own:
 >>> attention = model["attention"]
 >>> layout = AttentionLayout.separate(attention.q, attention.k, num_heads=4)
 >>> clip = QKClip({"attention": layout}, threshold=100.0)
->>> attention.observe = lambda max_logits: clip.observe("attention", max_logits)
+>>> attention.observe = partial(clip.observe_attention, "attention")
 >>> handle = clip.attach(optimizer)  # from here on optimizer.step() also clips
 >>> for _ in range(3):
 ...     tokens = torch.randint(256, (8, 33))

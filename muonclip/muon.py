@@ -105,7 +105,7 @@ def _cut(item: Item, most: int) -> Iterator[Item]:
     """A stack in runs of its matrices, of about so many elements; anything else as it is."""
     length = item.param.size(0)
     step = max(1, most * length // item.param.numel())
-    if step >= length or len(item.shape) != 3 or item.layout.flatten:
+    if step >= length or item.layout.slices(item.shape) == 1:
         yield item
         return
     for first in range(0, length, step):

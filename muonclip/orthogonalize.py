@@ -236,7 +236,7 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         # A float64 sum of float32 is an order slower here, and a look at the result costs nothing.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-        if 1e-15 < norm.amin() and norm.amax() < 1e15:
+        if norm.amin() > 1e-15 and norm.amax() < 1e15:
             return x.div_(norm.clamp_(min=eps))
     # Squares of float32 may overflow or vanish; in float64 they do not.
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float64)

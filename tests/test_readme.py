@@ -14,5 +14,7 @@ def test_the_example_for_ones_own_trainer_runs() -> None:
 
 
 def test_every_file_that_it_names_is_there() -> None:
-    for path in re.findall(r"(?:configs|docs|pretrain|muonclip)/[\w./]+", README.read_text()):
+    for path in re.findall(
+        r"(?:configs|docs|pretrain|muonclip|tests|benchmarks)/[\w./]+", README.read_text()
+    ):
         assert (README.parent / path.rstrip(".")).exists(), path

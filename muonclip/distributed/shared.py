@@ -63,7 +63,7 @@ class SharedWork:
                     index,
                     placed[index].shape,
                     placed[index].blocks,
-                    size if len(items[index].shape) == 3 and not items[index].layout.flatten else 1,
+                    min(size, items[index].layout.slices(items[index].shape)),
                     _cost(items[index]),
                 )
             ]
@@ -159,7 +159,9 @@ def _shardings_of(
 
 def _is_whole(item: Item, sharding: Sharding) -> bool:
     """Whether this rank can orthogonalize what it holds by itself, and nobody else does."""
-    return len(sharding.blocks) == 1 or (sharding.is_local and not item.layout.flatten)
+    return len(sharding.blocks) == 1 or (
+        sharding.is_local and item.layout.slices(item.shape) == item.shape[0]
+    )
 
 
 def _order(group: dist.ProcessGroup) -> tuple[int, list[int]]:

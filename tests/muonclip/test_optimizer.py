@@ -156,6 +156,20 @@ class TestMatricesOfTheModel:
             b.step()
         assert torch.allclose(fused[0], torch.cat(parts, -2), atol=1e-12)
 
+    def test_storage_read_as_another_shape_is_not_cut(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its first dimension is no stack."""
+        layout = MatrixLayout(transposed=True, view=(24, 24))
+        stored, plain = make((24, 4, 6), dtype=torch.float64), make((24, 24), dtype=torch.float64)
+        plain[0].data.copy_(stored[0].detach().view(24, 24).T)
+        monkeypatch.setitem(muonclip.muon._BATCH_ELEMENTS, "cpu", 8)
+        for params, group in ((stored, {"layout": layout}), (plain, {})):
+            give_grads(stored, 0)
+            plain[0].grad = stored[0].grad.view(24, 24).T.contiguous()
+            MuonClip([{"params": params, **group}], **self.exact).step()
+        assert torch.allclose(stored[0].view(24, 24).T, plain[0], atol=1e-12)
+
     def test_low_precision_parameters_are_rounded_once(self) -> None:
         low, high = make((8, 8), dtype=torch.bfloat16), make((8, 8))
         high[0].data.copy_(low[0])
