@@ -124,7 +124,8 @@ def measured(
         max_patches: the most patches in one forward and backward here, for the sake of memory.
 
     Raises:
-        RuntimeError: the tower does not run on the first rank. All ranks raise it.
+        RuntimeError: on the first rank, the tower does not run or the cache is damaged. All ranks
+            raise it.
     """
     outcome: list[Any] = [None]
     error = None
@@ -133,12 +134,11 @@ def measured(
             outcome = [dataclasses.asdict(_cached(tower, cache, seconds, max_patches))]
         except Exception as caught:
             error, outcome = caught, [f"{type(caught).__name__}: {caught}"]
-    device = next(tower.parameters()).device
-    dist.broadcast_object_list(outcome, group=group, device=device, group_src=0)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if isinstance(outcome[0], str):
-        raise RuntimeError(f"cannot time the vision encoder on the first rank: {outcome[0]}") from (
-            error
-        )
+        raise RuntimeError(
+            f"no cost model of the vision encoder from the first rank: {outcome[0]}"
+        ) from (error)
     return CostModel(**outcome[0])
 
 
@@ -154,9 +154,13 @@ def _cached(tower: VisionTower, cache: Path | None, seconds: float, max_patches:
         "torch": torch.__version__,
     }
     if cache is not None and cache.exists():
-        stored = json.loads(cache.read_text())
-        if stored["setting"] == setting:
-            return CostModel(**stored["model"])
+        try:
+            stored = json.loads(cache.read_text())
+            stored_setting, model = stored["setting"], CostModel(**stored["model"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{cache} holds no measured cost model: delete it") from error
+        if stored_setting == setting:
+            return model
     counted = count(tower.encoder.config, weight.shape[0])
     model = fit(counted, measure(tower, seconds=seconds, max_patches=max_patches))
     if cache is not None:
@@ -234,19 +238,19 @@ def measure(tower: VisionTower, *, seconds: float, max_patches: int) -> list[tup
     in small and in large items.
 
     Returns:
-        (grids, seconds): forward, recomputed forward and backward, the better of two times.
+        (grids, seconds), the better of two :func:`step_seconds`.
     """
     total = 64
     # As large as time allows: what a pass costs whatever is in it should not hide the rest.
-    while 2 * total <= max_patches and _step_seconds(tower, _pack(total, 8)) < seconds / 40:
+    while 2 * total <= max_patches and step_seconds(tower, _pack(total, 8)) < seconds / 40:
         total *= 2
     side = math.isqrt(total)
     # Rows of an item, from the smallest to all patches in one, evenly on a logarithmic scale.
     rows = [round((side / MERGE) ** (step / 3)) * MERGE for step in range(4)]
     packs = [_pack(part, row) for part in (total // 4, total) for row in rows if row**2 <= part]
     for pack in packs:
-        _step_seconds(tower, pack)
-    times = [[_step_seconds(tower, pack) for pack in packs] for _ in range(2)]
+        step_seconds(tower, pack)
+    times = [[step_seconds(tower, pack) for pack in packs] for _ in range(2)]
     return list(zip(packs, map(min, zip(*times, strict=True)), strict=True))
 
 
@@ -260,7 +264,12 @@ def _pack(total: int, rows: int) -> Grids:
     return grids
 
 
-def _step_seconds(tower: VisionTower, grids: Grids) -> float:
+def step_seconds(tower: VisionTower, grids: Grids) -> float:
+    """Seconds of the encoder's part of a step for items of these grids.
+
+    Forward, forward again and backward. On a CPU it is the processor's time, which other processes
+    do not change.
+    """
     weights = [weight for weight in tower.parameters() if weight.requires_grad]
     device = next(tower.parameters()).device
     shapes = torch.tensor(grids, device=device)
@@ -269,7 +278,6 @@ def _step_seconds(tower: VisionTower, grids: Grids) -> float:
 
     def now() -> float:
         if device.type != "cuda":
-            # Processor time: what else a machine does is not the encoder's cost.
             return time.process_time()
         torch.cuda.synchronize(device)
         return time.perf_counter()

@@ -1,0 +1,254 @@
+"""The cost model counts what the encoder computes and sends, and learns how fast a machine is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import VisionConfig
+from pretrain.encoder_process import cost
+from pretrain.encoder_process.cost import CostModel, count, fit, measure, measured, traffic
+from pretrain.model.projector import VisionTower
+from pretrain.model.vision import VisionAttention
+from tests.distributed.launch import launch
+
+CONFIG = VisionConfig(
+    num_layers=2, hidden_size=16, num_heads=2, ffn_hidden_size=24, patch_size=2, position_grid=5
+)
+LANGUAGE_HIDDEN_SIZE = 12
+shapes = st.tuples(st.integers(1, 4), st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 8]))
+
+
+def make_tower() -> VisionTower:
+    torch.manual_seed(0)
+    tower = VisionTower(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    torch.nn.init.normal_(tower.encoder.pos_embed)
+    return tower
+
+
+# ---------------------------------------------------------------------- counted
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(shapes, min_size=1, max_size=4))
+def test_the_count_is_of_the_matrix_products_that_run(grids: list[tuple[int, int, int]]) -> None:
+    tower = make_tower()
+
+    def flops(grids: list[tuple[int, int, int]]) -> int:
+        all_grids = torch.tensor(grids)
+        patches = torch.zeros(int(all_grids.prod(1).sum()), 12, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            tower(patches, all_grids)
+        return counter.get_total_flops()
+
+    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE).costs(torch.tensor(grids)).sum()
+    # Once more of the same: position tables are resized once for a shape, however many have it.
+    assert flops(grids * 2) - flops(grids) == counted
+
+
+@settings(deadline=None)
+@given(st.lists(shapes, min_size=1, max_size=6), st.sampled_from([2, 4]))
+def test_traffic_is_the_bytes_of_what_is_sent(
+    grids: list[tuple[int, int, int]], itemsize: int
+) -> None:
+    tower = make_tower().to({2: torch.bfloat16, 4: torch.float32}[itemsize])
+    told = traffic(torch.tensor(grids), CONFIG, LANGUAGE_HIDDEN_SIZE, itemsize)
+    for grid, sent in zip(grids, told, strict=True):
+        patches = torch.zeros(int(np.prod(grid)), 12, dtype=torch.uint8)
+        features = tower(patches, torch.tensor([grid]))
+        assert sent == patches.nbytes + 2 * features.nbytes
+
+
+@settings(deadline=None)
+@given(st.lists(shapes, max_size=6))
+def test_loads_are_integers_in_thousandths_of_a_patch(grids: list[tuple[int, int, int]]) -> None:
+    all_grids = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    model = CostModel(per_patch=2.0, per_feature=3.0, per_pair=0.5, per_item=7.0)
+    loads = model.loads(all_grids)
+    assert loads.dtype == np.int64
+    for (frames, rows, columns), load in zip(grids, loads, strict=True):
+        patches = frames * rows * columns
+        wanted = 7 + 2 * patches + 3 * (rows // 2) * (columns // 2) + 0.5 * patches**2
+        assert abs(load - 500 * wanted) <= 0.5
+    assert CostModel(5.0, 0.0, 0.0).loads(all_grids).tolist() == [
+        1000 * t * h * w for t, h, w in grids
+    ]
+
+
+# ---------------------------------------------------------------------- fitted
+
+PACKS = [
+    [(1, 2, 2)] * 16, [(1, 4, 4)] * 4, [(1, 8, 8)], [(1, 2, 2)] * 64, [(4, 4, 4)] * 4,
+    [(1, 16, 16)], [(1, 30, 40)],
+]  # fmt: skip
+positive = st.floats(0.1, 10)
+
+
+def seconds(model: CostModel, fixed: float, pack: list[tuple[int, int, int]]) -> float:
+    return fixed + float(model.costs(torch.tensor(pack)).sum())
+
+
+def machine(product: float, attention: float, item: float) -> CostModel:
+    """Seconds, given nanoseconds per FLOP and microseconds per item."""
+    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    return CostModel(
+        per_patch=product * 1e-9 * counted.per_patch,
+        per_feature=product * 1e-9 * counted.per_feature,
+        per_pair=attention * 1e-9 * counted.per_pair,
+        per_item=item * 1e-6,
+    )
+
+
+def refit(made: CostModel, fixed: float) -> CostModel:
+    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    return fit(counted, [(pack, seconds(made, fixed * 1e-4, pack)) for pack in PACKS])
+
+
+@settings(deadline=None)
+@given(positive, st.floats(0, 10), st.floats(0, 10))
+def test_a_fit_finds_the_speeds_that_made_the_times(
+    product: float, item: float, fixed: float
+) -> None:
+    made = machine(product, product, item)
+    found = refit(made, fixed)
+    assert found.per_patch == pytest.approx(made.per_patch, rel=1e-6)
+    assert found.per_feature == pytest.approx(made.per_feature, rel=1e-6)
+    assert found.per_pair == pytest.approx(made.per_pair, rel=1e-6)
+    assert found.per_item == pytest.approx(made.per_item, abs=1e-6 * made.per_patch)
+
+
+@settings(deadline=None)
+@given(positive, st.floats(0.2, 5), st.floats(0, 10), st.floats(0, 10))
+def test_attention_of_another_speed_is_found_but_for_what_is_expected_beforehand(
+    product: float, attention: float, item: float, fixed: float
+) -> None:
+    made = machine(product, attention * product, item)
+    found = refit(made, fixed)
+    for pack in PACKS:
+        told = seconds(found, fixed * 1e-4, pack)
+        assert told == pytest.approx(seconds(made, fixed * 1e-4, pack), rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:the time of the vision encoder")
+@settings(deadline=None)
+@given(st.lists(st.floats(0.3, 3), min_size=len(PACKS), max_size=len(PACKS)))
+def test_a_fit_to_noise_is_never_negative(noise: list[float]) -> None:
+    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    samples = [
+        (pack, factor * seconds(counted, 1e4, pack))
+        for pack, factor in zip(PACKS, noise, strict=True)
+    ]
+    found = fit(counted, samples)
+    assert found.per_patch > 0
+    assert min(found.per_feature, found.per_pair, found.per_item) >= 0
+    assert fit(counted, samples) == found
+
+
+def test_where_attention_is_not_seen_it_is_as_fast_as_the_products() -> None:
+    counted = count(VisionConfig(), 7168)
+    small = [[(1, 2, 2)] * 40, [(1, 2, 4)] * 40, [(1, 4, 4)] * 40, [(1, 4, 4)] * 80]
+    noise = [1.02, 0.98, 1.02, 1.0]
+    samples = [(p, n * seconds(counted, 1e9, p)) for p, n in zip(small, noise, strict=True)]
+    found = fit(counted, samples)
+    assert found.per_pair / found.per_patch == pytest.approx(
+        counted.per_pair / counted.per_patch, rel=0.1
+    )
+
+
+def test_times_that_do_not_grow_give_the_count_and_a_warning() -> None:
+    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    with pytest.warns(UserWarning, match="not seen to grow with its patches"):
+        assert fit(counted, [(pack, 1.0) for pack in PACKS]) == counted
+
+
+# ---------------------------------------------------------------------- measured
+
+
+def test_measuring_leaves_the_tower_as_it_was() -> None:
+    tower = make_tower()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    told: list[object] = []
+    for layer in tower.modules():
+        if isinstance(layer, VisionAttention):
+            layer.observer = told.append
+    random_numbers = torch.get_rng_state()
+    samples = measure(tower, seconds=0.01, max_patches=256)
+    assert len(samples) >= 5
+    assert all(seconds > 0 for _, seconds in samples)
+    assert all(16 <= sum(t * h * w for t, h, w in grids) <= 256 for grids, _ in samples)
+    assert not told
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert all(weight.grad is None for weight in tower.parameters())
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, before[name])
+    # A frozen encoder has no backward.
+    assert measure(tower.requires_grad_(False), seconds=0.01, max_patches=64)
+
+
+def _measured(cache: Path | None) -> CostModel:
+    return measured(make_tower(), dist.group.WORLD, cache=cache, seconds=0.01, max_patches=64)
+
+
+def test_all_ranks_have_the_first_ones_model_and_find_it_again(tmp_path: Path) -> None:
+    cache = tmp_path / "run" / "cost.json"
+    first, second = launch(_measured, 2, cache)
+    assert first == second == CostModel(**json.loads(cache.read_text())["model"])
+    assert launch(_measured, 2, cache) == [first, first]
+    # Measured elsewhere: not taken.
+    stored = json.loads(cache.read_text())
+    stored["setting"]["device"] = "another"
+    stored["model"] = dict.fromkeys(stored["model"], 1.0)
+    cache.write_text(json.dumps(stored))
+    again, same = launch(_measured, 2, cache)
+    assert again == same != CostModel(1.0, 1.0, 1.0, 1.0)
+    assert json.loads(cache.read_text())["setting"]["device"] != "another"
+
+
+def _damaged(cache: Path) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        _measured(cache)
+    return str(caught.value)
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    cache = tmp_path / "cost.json"
+    for text in ("{", "[]", '{"setting": {}, "model": {"seconds": 1}}'):
+        cache.write_text(text)
+        first, second = launch(_damaged, 2, cache)
+        assert first == second
+        assert "cost.json holds no measured cost model: delete it" in first
+
+
+def _fails_on_the_first() -> str:
+    tower = make_tower()
+    if dist.get_rank() == 0:
+        del tower.encoder.final_norm
+    try:
+        measured(tower, dist.group.WORLD, seconds=0.01, max_patches=64)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_where_the_first_rank_cannot_measure_all_say_so() -> None:
+    first, second = launch(_fails_on_the_first, 2)
+    assert first == second
+    assert first.startswith(
+        "no cost model of the vision encoder from the first rank: AttributeError"
+    )
+    assert "final_norm" in first
+
+
+def test_packs_have_items_of_many_sizes_and_the_patches_asked_for() -> None:
+    for rows in (2, 8, 32):
+        pack = cost._pack(1024, rows)
+        patches = [t * h * w for t, h, w in pack]
+        assert 1024 <= sum(patches) < 1024 + max(patches)
+        assert all(h == rows and w >= rows and w % 2 == 0 for _, h, w in pack)
