@@ -242,25 +242,30 @@ def measure(tower: VisionTower, *, seconds: float, max_patches: int) -> list[tup
     """
     total = 64
     # As large as time allows: what a pass costs whatever is in it should not hide the rest.
-    while 2 * total <= max_patches and step_seconds(tower, _pack(total, 8)) < seconds / 40:
+    while 2 * total <= max_patches and step_seconds(tower, _pack(total, 8.0)) < seconds / 40:
         total *= 2
-    side = math.isqrt(total)
-    # Rows of an item, from the smallest to all patches in one, evenly on a logarithmic scale.
-    rows = [round((side / MERGE) ** (step / 3)) * MERGE for step in range(4)]
-    packs = [_pack(part, row) for part in (total // 4, total) for row in rows if row**2 <= part]
+    # Sides of an item, from small to all patches in one, evenly on a logarithmic scale.
+    smallest, largest = 4 * MERGE, math.isqrt(total)
+    sides = [smallest * (largest / smallest) ** (step / 3) for step in range(4)]
+    packs = [_pack(part, side) for part in (total // 4, total) for side in sides]
     for pack in packs:
         step_seconds(tower, pack)
     times = [[step_seconds(tower, pack) for pack in packs] for _ in range(2)]
     return list(zip(packs, map(min, zip(*times, strict=True)), strict=True))
 
 
-def _pack(total: int, rows: int) -> Grids:
-    """At least ``total`` patches in items of so many rows and at least as many columns, of
-    different lengths, as the images of a batch are."""
+def _pack(total: int, side: float) -> Grids:
+    """About so many patches in items whose sides are around that one, hardly two alike."""
     grids: list[tuple[int, int, int]] = []
     while total > 0:
-        grids.append((1, rows, rows + MERGE * (len(grids) % 4)))
-        total -= math.prod(grids[-1])
+        # Steps of two irrational numbers fill a square evenly.
+        spread = (0.7549 * len(grids) % 1, 0.5698 * len(grids) % 1)
+        rows, columns = (
+            max(MERGE, round(min(side * 4 ** (s - 0.5), math.sqrt(total)) / MERGE) * MERGE)
+            for s in spread
+        )
+        grids.append((1, rows, columns))
+        total -= rows * columns
     return grids
 
 

@@ -36,9 +36,9 @@ def plan(
 
     Several plans are made, the further ones where none so far keeps within the tolerance:
 
-    - Items stay with their owners as long as that keeps within the tolerance, the heaviest first.
-      The others go, the heaviest first, to the rank with the least load. Then items of ranks still
-      above it are swapped for items of light ranks.
+    - Items stay with their owners as long as that keeps within the tolerance, those first that are
+      the most traffic for their load. The others go, the heaviest first, to the rank with the least
+      load. Then items of ranks still above it are swapped for items of light ranks.
     - All items, the heaviest first, go to the rank with the least load (LPT): at most 4/3 of the
       least possible (Graham, 1969).
     - That, and swaps.
@@ -70,15 +70,21 @@ def plan(
     if not len(work.loads):
         return []
     target = int(least_load(work.loads, num_ranks) * (1 + tolerance))
-    heaviest_first: list[int] = np.argsort(-work.loads, kind="stable").tolist()
+    heaviest = np.argsort(-work.loads, kind="stable")
+    heaviest_first: list[int] = heaviest.tolist()
 
     def largest(ranks: Integers) -> int:
         return int(work.totals(ranks).max())
 
     plans = []
     if work.owners is not None:
-        stay, leave = _stay(work, heaviest_first, target)
-        stayed = _least_loaded(work, leave, stay)
+        stays_first = heaviest
+        if len(heaviest) > _FEW * num_ranks:
+            # The load that leaves should be few bytes. Few items fit so badly that light ones go.
+            worth = work.traffic[heaviest] / work.loads[heaviest].clip(1)
+            stays_first = heaviest[np.argsort(-worth, kind="stable")]
+        stay = _stay(work, stays_first.tolist(), target)
+        stayed = _least_loaded(work, [i for i in heaviest_first if stay[i] < 0], stay)
         if stayed is not None:
             plans.append(_swap(work, stayed, target))
     anywhere = _least_loaded(work, heaviest_first, [-1] * len(heaviest_first))
@@ -255,27 +261,23 @@ def _least_loaded(work: _Work, items: Iterable[int], ranks: list[int]) -> Intege
     return np.array(ranks)
 
 
-def _stay(work: _Work, items: Iterable[int], target: int) -> tuple[list[int], list[int]]:
+def _stay(work: _Work, items: Iterable[int], target: int) -> list[int]:
     """Let items stay at home, in turn, while load and size of their rank allow.
 
-    Heavy ones first: what leaves then is light, and fills the gaps of other ranks well.
-
     Returns:
-        The rank of each item, -1 for those that leave; and those, in the same turn.
+        The rank of each item, -1 for those that leave.
     """
     assert work.owners is not None
     loads, sizes, ranks = work.loads.tolist(), work.sizes.tolist(), work.owners.tolist()
-    totals, rooms = [target] * work.num_ranks, [work.capacity] * work.num_ranks
-    leave = []
+    left, rooms = [target] * work.num_ranks, [work.capacity] * work.num_ranks
     for item in items:
         rank = ranks[item]
-        if loads[item] <= totals[rank] and sizes[item] <= rooms[rank]:
-            totals[rank] -= loads[item]
+        if loads[item] <= left[rank] and sizes[item] <= rooms[rank]:
+            left[rank] -= loads[item]
             rooms[rank] -= sizes[item]
         else:
             ranks[item] = -1
-            leave.append(item)
-    return ranks, leave
+    return ranks
 
 
 def _scarce(work: _Work) -> Integers:

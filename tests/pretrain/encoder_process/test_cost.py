@@ -246,9 +246,11 @@ def test_where_the_first_rank_cannot_measure_all_say_so() -> None:
     assert "final_norm" in first
 
 
-def test_packs_have_items_of_many_sizes_and_the_patches_asked_for() -> None:
-    for rows in (2, 8, 32):
-        pack = cost._pack(1024, rows)
+def test_packs_have_items_of_many_shapes_and_the_patches_asked_for() -> None:
+    for side in (8.0, 12.0, 32.0):
+        pack = cost._pack(1024, side)
         patches = [t * h * w for t, h, w in pack]
         assert 1024 <= sum(patches) < 1024 + max(patches)
-        assert all(h == rows and w >= rows and w % 2 == 0 for _, h, w in pack)
+        assert all(h % 2 == 0 < h and w % 2 == 0 < w for _, h, w in pack)
+        assert 0.5 * side**2 < sum(patches) / len(patches) < 2 * side**2
+        assert len(set(pack)) > 0.8 * len(pack)

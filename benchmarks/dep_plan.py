@@ -1,0 +1,415 @@
+"""Who encodes what: evenness, bytes moved and planning time from 2 to 4,096 ranks, simulated."""
+
+import argparse
+import heapq
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.runner import Result, interleave, markdown, quartiles
+from pretrain.config import VisionConfig
+from pretrain.encoder_process import cost
+from pretrain.encoder_process.plan import balance, least_balance, least_load, plan
+from pretrain.model.projector import VisionTower
+from pretrain.model.vision import MERGE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Integers = npt.NDArray[np.int64]
+
+# Kimi K2.5: the encoder, and the width of the language model that its features go to.
+CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE = VisionConfig(), 7168, 2
+TOLERANCE = 0.01
+RANKS = {"full": 4096, "quick": 4096, "tiny": 16}
+DRAWS = {"full": 20, "quick": 3, "tiny": 1}
+ROUNDS = {"full": 20, "quick": 7, "tiny": 1}
+TIMED_RANKS = {"full": (64, 1024, 4096), "quick": (64, 1024, 4096), "tiny": (16,)}
+TIMED_ITEMS = {"full": (1000, 3000, 10_000, 30_000), "quick": (1000, 3000, 10_000, 30_000),
+               "tiny": (100, 300)}  # fmt: skip
+PACKS = {"full": 40, "quick": 16, "tiny": 3}
+MAIN, FEW = "images of all sizes, 10% clips, 25 a rank", "clips of similar size, 3 a rank"
+# (items per rank, share of clips, spread of the logarithm of an area)
+MIXES = {MAIN: (25, 0.1, 0.8), FEW: (3, 1.0, 0.3)}
+STRATEGIES = {
+    "at home": "tab:red",
+    "round-robin": "tab:orange",
+    "longest first, patches": "tab:purple",
+    "longest first, cost": "tab:green",
+    "plan": "tab:blue",
+}
+
+
+def draw(mix: str, num_ranks: int, rng: np.random.Generator) -> tuple[torch.Tensor, Integers]:
+    """(grids, owners) of a step: sizes are log-normal, and some ranks own more items than others.
+
+    An image has a median of 28 x 28 patches and at most 64 x 64, each of the four frames of a clip
+    16 x 16 and at most 32 x 32.
+    """
+    per_rank, clips, spread = MIXES[mix]
+    return draw_items(per_rank * num_ranks, num_ranks, clips, spread, rng)
+
+
+def draw_items(
+    number: int, num_ranks: int, clips: float, spread: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, Integers]:
+    frames = np.where(rng.random(number) < clips, 4, 1)
+    area = np.where(frames == 1, 28**2, 16**2) * np.exp(rng.normal(0, spread, number))
+    aspect = np.exp(rng.normal(0, 0.25, number))
+    sides = [np.sqrt(area * aspect), np.sqrt(area / aspect)]
+    most = np.where(frames == 1, 32, 16)
+    rows, columns = (MERGE * np.clip(np.rint(side / MERGE), 1, most).astype(int) for side in sides)
+    share = rng.gamma(2.0, size=num_ranks)
+    owners = np.sort(rng.choice(num_ranks, number, p=share / share.sum()))
+    return torch.from_numpy(np.stack([frames, rows, columns], 1)), owners
+
+
+def longest_first(loads: Integers, num_ranks: int) -> list[int]:
+    """The heaviest item first, each to the rank with the least load."""
+    ranks = [0] * len(loads)
+    heap = [(0, rank) for rank in range(num_ranks)]
+    for item in np.argsort(-loads, kind="stable").tolist():
+        load, rank = heap[0]
+        ranks[item] = rank
+        heapq.heapreplace(heap, (load + int(loads[item]), rank))
+    return ranks
+
+
+def least_moved(
+    loads: Integers, sent: Integers, owners: Integers, num_ranks: int, limit: float
+) -> float:
+    """No plan whose largest load is within the limit moves fewer bytes.
+
+    From each rank above it, the items that weigh most for their bytes leave, the last in part.
+    """
+    total = 0.0
+    above = np.bincount(owners, loads, num_ranks) - limit
+    for item in np.argsort(sent / loads, kind="stable").tolist():
+        owner, load = owners[item], float(loads[item])
+        if above[owner] > 0:
+            total += float(sent[item]) * min(1.0, above[owner] / load)
+            above[owner] -= load
+    return total
+
+
+# ---------------------------------------------------------------------- run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draws", type=int, help="steps drawn of each mix; default: by the form")
+
+
+def run(options: argparse.Namespace) -> Result:
+    rng = np.random.default_rng(options.seed)
+    form = options.form
+    model = cost.count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    draws = DRAWS[form] if options.draws is None else options.draws
+    if draws < 1:
+        raise SystemExit(f"--draws must be at least 1, got {draws}")
+    num_ranks = [2**power for power in range(1, RANKS[form].bit_length())]
+    mixes = {
+        mix: {n: [_evenness(model, mix, n, rng) for _ in range(draws)] for n in num_ranks}
+        for mix in MIXES
+    }
+    example_ranks = min(64, RANKS[form])
+    result: Result = {
+        "tolerance": TOLERANCE,
+        "attention_equals_the_rest_at_patches": model.per_patch / model.per_pair,
+        "mixes": mixes,
+        "example": _example(model, example_ranks, rng),
+        "planning": _planning_time(model, options, rng),
+        "cost_models": _cost_models(options, rng),
+    }
+    return result
+
+
+def _plans(
+    loads: Integers, patches: Integers, sent: Integers, owners: Integers, num_ranks: int
+) -> dict[str, Sequence[int]]:
+    return {
+        "at home": owners.tolist(),
+        "round-robin": [item % num_ranks for item in range(len(loads))],
+        "longest first, patches": longest_first(patches, num_ranks),
+        "longest first, cost": longest_first(loads, num_ranks),
+        "plan": plan(loads, num_ranks, owners=owners, traffic=sent, tolerance=TOLERANCE),
+    }
+
+
+def _evenness(
+    model: cost.CostModel, mix: str, num_ranks: int, rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    """Of one step: largest load over the mean, and the share of bytes that moves."""
+    grids, owners = draw(mix, num_ranks, rng)
+    loads, patches = model.loads(grids), grids.prod(1).numpy()
+    sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+    told = {}
+    for name, ranks in _plans(loads, patches, sent, owners, num_ranks).items():
+        told[name] = {
+            "balance": balance(loads, ranks, num_ranks),
+            "moved": float(sent[np.asarray(ranks) != owners].sum() / sent.sum()),
+        }
+    limit = (1 + TOLERANCE) * least_load(loads, num_ranks)
+    told["least"] = {
+        "balance": least_balance(loads, num_ranks),
+        "moved": least_moved(loads, sent, owners, num_ranks, limit) / float(sent.sum()),
+    }
+    return told
+
+
+def _example(
+    model: cost.CostModel, num_ranks: int, rng: np.random.Generator
+) -> dict[str, list[float]]:
+    """Loads over the mean of every rank of one step: what it owns, what it keeps, what it takes."""
+    grids, owners = draw(MAIN, num_ranks, rng)
+    loads = model.loads(grids)
+    sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+    ranks = np.array(plan(loads, num_ranks, owners=owners, traffic=sent, tolerance=TOLERANCE))
+    mean = loads.sum() / num_ranks
+    stays = ranks == owners
+
+    def shares(chosen: npt.NDArray[np.bool_], where: Integers) -> list[float]:
+        sums: list[float] = (np.bincount(where[chosen], loads[chosen], num_ranks) / mean).tolist()
+        return sums
+
+    everything = np.ones_like(stays)
+    return {
+        "own": shares(everything, owners),
+        "kept": shares(stays, ranks),
+        "taken": shares(~stays, ranks),
+    }
+
+
+def _planning_time(
+    model: cost.CostModel, options: argparse.Namespace, rng: np.random.Generator
+) -> list[Result]:
+    sizes = list(itertools.product(TIMED_RANKS[options.form], TIMED_ITEMS[options.form]))
+    steps: dict[str, Callable[[], object]] = {}
+    for num_ranks, number in sizes:
+        grids, owners = draw_items(number, num_ranks, *MIXES[MAIN][1:], rng)
+        loads = model.loads(grids)
+        sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+
+        def step(
+            loads: Integers = loads, n: int = num_ranks, owners: Integers = owners,
+            sent: Integers = sent,
+        ) -> None:  # fmt: skip
+            plan(loads, n, owners=owners, traffic=sent, tolerance=TOLERANCE)
+
+        steps[f"{num_ranks}/{number}"] = step
+    times = interleave(steps, rounds=ROUNDS[options.form], clock=options.clock)
+    rows = []
+    for num_ranks, number in sizes:
+        low, median, high = quartiles(times[f"{num_ranks}/{number}"])
+        rows.append({
+            "ranks": num_ranks, "items": number, "median_s": median, "quartiles_s": [low, high]
+        })  # fmt: skip
+    return rows
+
+
+def _cost_models(options: argparse.Namespace, rng: np.random.Generator) -> Result:
+    """How well three models tell the time of packs drawn like the main mix, but smaller."""
+    config, hidden, dtype = CONFIG, LANGUAGE_HIDDEN_SIZE, torch.bfloat16
+    if options.device.type == "cpu":
+        config = VisionConfig(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=256)
+        hidden, dtype = 128, torch.float32
+    with torch.device(options.device):
+        tower = VisionTower(config, hidden).to(dtype)
+    torch.nn.init.normal_(tower.encoder.pos_embed, std=0.02)
+    counted = cost.count(config, hidden)
+    budget = {"full": 4.0, "quick": 2.0, "tiny": 0.01}[options.form]
+    samples = cost.measure(tower, seconds=budget, max_patches=4096)
+    models = {
+        "patches": cost.CostModel(1.0, 0.0, 0.0),
+        "counted": counted,
+        "measured": cost.fit(counted, samples),
+    }
+    packs = []
+    for _ in range(PACKS[options.form]):
+        grids, _ = draw_items(int(rng.integers(1, 12)), 1, 0.1, 0.8, rng)
+        if options.device.type == "cpu":
+            # Half of each side: the same mix, small enough for a CPU.
+            grids[:, 1:] = (grids[:, 1:] // (2 * MERGE) * MERGE).clip(min=MERGE)
+        packs.append(grids)
+    shapes = [[tuple(grid) for grid in grids.tolist()] for grids in packs]
+    seconds = [min(cost.step_seconds(tower, pack) for _ in range(3)) for pack in shapes]
+    told = {}
+    for name, model in models.items():
+        costs = np.array([model.costs(grids).sum() for grids in packs])
+        # What a pass costs, and a unit of cost in seconds, as suits each model best.
+        design = np.stack([np.ones_like(costs), costs], 1) / np.array(seconds)[:, None]
+        fixed, unit = np.linalg.lstsq(design, np.ones_like(costs), rcond=None)[0]
+        predicted = (fixed + unit * costs).tolist()
+        errors = [abs(p / s - 1) for p, s in zip(predicted, seconds, strict=True)]
+        told[name] = {
+            "predicted_s": predicted,
+            "mean_error": statistics.mean(errors),
+            "largest_error": max(errors),
+        }
+    encoder = f"{config.num_layers} layers of {config.hidden_size}"
+    return {"encoder": encoder, "measured_s": seconds, "models": told}
+
+
+# ---------------------------------------------------------------------- show
+
+
+def _median(draws: Sequence[dict[str, dict[str, float]]], name: str, what: str) -> float:
+    return statistics.median(step[name][what] for step in draws)
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    figure.set_size_inches(14, 8.4)
+    panels = figure.subplots(2, 3)
+    for axes, (mix, by_ranks) in zip(panels[0], result["mixes"].items(), strict=False):
+        _plot_balance(axes, mix, by_ranks)
+    _plot_example(panels[0][2], result["example"])
+    _plot_moved(panels[1][0], result["mixes"][MAIN])
+    _plot_planning(panels[1][1], result["planning"])
+    _plot_cost_models(panels[1][2], result["cost_models"])
+
+
+def _rank_axis(axes: "Axes", ranks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks[:: 2 if len(ranks) > 6 else 1])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("ranks")
+    axes.grid(alpha=0.3)
+
+
+def _plot_balance(axes: "Axes", mix: str, by_ranks: Result) -> None:
+    ranks = [int(n) for n in by_ranks]
+    for name, colour in STRATEGIES.items():
+        ratios = [_median(draws, name, "balance") for draws in by_ranks.values()]
+        wide = 3 if name == "plan" else 1.3
+        axes.plot(ranks, ratios, color=colour, linewidth=wide, label=name)
+    least = [_median(draws, "least", "balance") for draws in by_ranks.values()]
+    axes.plot(ranks, least, color="black", linestyle=":", label="least possible")
+    _rank_axis(axes, ranks)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.97)
+    axes.set_yticks([t for t in (1, 1.1, 1.2, 1.5, 2, 3, 4, 6, 8) if t <= axes.get_ylim()[1]])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_ylabel("load of the slowest rank / mean")
+    axes.set_title(mix, fontsize=10)
+    axes.legend(fontsize=8, loc="upper left")
+
+
+def _plot_example(axes: "Axes", example: dict[str, list[float]]) -> None:
+    order = np.argsort(example["own"])[::-1]
+    own, kept, taken = (np.array(example[key])[order] for key in ("own", "kept", "taken"))
+    place = np.arange(len(own))
+    axes.bar(place, kept, width=1, color="tab:blue", label="plan: its own items")
+    axes.bar(place, taken, width=1, bottom=kept, color="lightskyblue", label="plan: others' items")
+    axes.step(
+        [-0.5, *(place + 0.5)], [own[0], *own], color="tab:red", linewidth=1.3, label="at home"
+    )
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xlim(-0.5, len(own) - 0.5)
+    axes.set_xlabel(f"{len(own)} ranks, by what they own")
+    axes.set_ylabel("load / mean")
+    axes.set_title("one step, before and after", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _plot_moved(axes: "Axes", by_ranks: Result) -> None:
+    ranks = [int(n) for n in by_ranks]
+    for name in ("longest first, cost", "plan"):
+        shares = [100 * _median(draws, name, "moved") for draws in by_ranks.values()]
+        wide = 2.5 if name == "plan" else 1.3
+        axes.plot(ranks, shares, color=STRATEGIES[name], linewidth=wide, label=name)
+    least = [100 * _median(draws, "least", "moved") for draws in by_ranks.values()]
+    axes.plot(ranks, least, color="black", linestyle=":", label="no plan as even moves less")
+    _rank_axis(axes, ranks)
+    axes.set_ylim(0, 102)
+    axes.set_ylabel("bytes that leave their rank, %")
+    axes.set_title(MAIN, fontsize=10)
+    axes.legend(fontsize=8, loc="center right")
+
+
+def _plot_planning(axes: "Axes", rows: Sequence[Result]) -> None:
+    shades = ["lightskyblue", "tab:blue", "navy"]
+    for colour, num_ranks in zip(shades, dict.fromkeys(r["ranks"] for r in rows), strict=False):
+        mine = [row for row in rows if row["ranks"] == num_ranks]
+        items = [row["items"] for row in mine]
+        low, high = zip(*(row["quartiles_s"] for row in mine), strict=True)
+        axes.plot(
+            items, [1e3 * row["median_s"] for row in mine],
+            marker="o", color=colour, label=f"{num_ranks:,} ranks",
+        )  # fmt: skip
+        axes.fill_between(
+            items, [1e3 * s for s in low], [1e3 * s for s in high], color=colour, alpha=0.2
+        )
+    axes.axhline(50, color="black", linestyle=":", linewidth=1, label="50 ms")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["items"] for row in rows}))
+    axes.set_yticks([1, 2, 5, 10, 20, 50, 100])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.minorticks_off()
+    axes.set_xlabel("items")
+    axes.set_ylabel("planning, ms")
+    axes.set_title("time to plan, on every rank by itself", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _plot_cost_models(axes: "Axes", models: Result) -> None:
+    seconds = np.array(models["measured_s"])
+    colours = {"patches": "tab:purple", "counted": "tab:green", "measured": "tab:blue"}
+    for name, told in models["models"].items():
+        error = 100 * told["mean_error"]
+        axes.plot(
+            1e3 * seconds, 100 * (np.array(told["predicted_s"]) / seconds - 1), "o", markersize=5,
+            color=colours[name], label=f"{name}: {error:.1f}% off on average",
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_xlabel("measured time of a pack of images and clips, ms")
+    axes.set_ylabel("predicted time is off by, %")
+    axes.set_title(f"cost models, encoder of {models['encoder']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+
+
+def table(result: Result) -> str:
+    blocks = []
+    for mix, by_ranks in result["mixes"].items():
+        header = ["ranks", "least possible", *STRATEGIES, "moved: longest first, cost", "plan",
+                  "least possible"]  # fmt: skip
+        rows = []
+        for ranks, draws in by_ranks.items():
+            rows.append([
+                f"{int(ranks):,}",
+                f"{_median(draws, 'least', 'balance'):.3f}",
+                *(f"{_median(draws, name, 'balance'):.3f}" for name in STRATEGIES),
+                *(f"{100 * _median(draws, name, 'moved'):.1f}%"
+                  for name in ("longest first, cost", "plan", "least")),
+            ])  # fmt: skip
+        title = f"**{mix}: load of the slowest rank over the mean; bytes moved**"
+        blocks.append(f"{title}\n\n{markdown(header, rows)}")
+    rows = []
+    for row in result["planning"]:
+        low, high = row["quartiles_s"]
+        rows.append([
+            f"{row['ranks']:,}", f"{row['items']:,}", f"{1e3 * row['median_s']:.1f}",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+        ])  # fmt: skip
+    blocks.append(markdown(["ranks", "items", "planning, ms", "quartiles"], rows))
+    models = result["cost_models"]
+    rows = [
+        [name, f"{100 * told['mean_error']:.1f}%", f"{100 * told['largest_error']:.1f}%"]
+        for name, told in models["models"].items()
+    ]
+    header = ["cost model", "mean error", "largest error"]
+    blocks.append(f"Encoder of {models['encoder']}:\n\n{markdown(header, rows)}")
+    equal = result["attention_equals_the_rest_at_patches"]
+    blocks.append(
+        f"Kimi K2.5's encoder: attention costs what all else costs at {equal:,.0f} patches."
+    )
+    return "\n\n".join(blocks)
