@@ -268,7 +268,8 @@ def _stay(work: _Work, items: Iterable[int], target: int) -> list[int]:
         The rank of each item, -1 for those that leave.
     """
     assert work.owners is not None
-    loads, sizes, ranks = work.loads.tolist(), work.sizes.tolist(), work.owners.tolist()
+    loads, sizes = work.loads.tolist(), work.sizes.tolist()
+    ranks: list[int] = work.owners.tolist()
     left, rooms = [target] * work.num_ranks, [work.capacity] * work.num_ranks
     for item in items:
         rank = ranks[item]
