@@ -153,7 +153,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         ns_steps=config.ns_steps,
-        ns_dtype=getattr(torch, config.ns_dtype),
+        ns_dtype=None if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
         adamw_lr=config.adamw_lr,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         # Ranks share the orthogonalization of what several of them hold.

@@ -179,8 +179,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     ns_steps: int = 5
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Newton-Schulz's precision. A CPU without bf16 units is faster in float32."""
+    ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Newton-Schulz's precision; auto: bfloat16 on accelerators, float32 on a CPU."""
     adamw_beta1: float = 0.9
     adamw_beta2: float = 0.95
     qk_clip_threshold: float = 100.0
