@@ -69,7 +69,12 @@ def plan(
     work = _check(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
     if not len(work.loads):
         return []
-    target = int(least_load(work.loads, num_ranks) * (1 + tolerance))
+    total = int(work.loads.sum())
+
+    def as_good_as(load: int) -> int:
+        return int(min(load * (1 + tolerance), total))
+
+    target = as_good_as(least_load(work.loads, num_ranks))
     heaviest = np.argsort(-work.loads, kind="stable")
     heaviest_first: list[int] = heaviest.tolist()
 
@@ -99,7 +104,7 @@ def plan(
         if packed is not None:
             plans.append(_at_home(work, _swap(work, packed, target)))
 
-    enough = max(target, int(min(map(largest, plans)) * (1 + tolerance)))
+    enough = max(target, as_good_as(min(map(largest, plans))))
 
     def price(ranks: Integers) -> tuple[int, int, int]:
         load = largest(ranks)
@@ -289,8 +294,10 @@ def _scarce(work: _Work) -> Integers:
     """
     ranks = _tightest_fit(work.sizes, work.num_ranks, work.capacity)
     if isinstance(ranks, int):
+        size = int(work.sizes[ranks])
         raise ValueError(
-            f"capacity leaves no room for item {ranks} of size {work.sizes[ranks]}: all items have "
+            f"capacity leaves no room for item {ranks} of size "
+            f"{'at least ' if size == work.capacity else ''}{size}: all items have "
             f"{work.sizes.sum()}, {work.num_ranks} ranks of {work.capacity} have room for "
             f"{work.num_ranks * work.capacity}; raise it, or give fewer items"
         )
