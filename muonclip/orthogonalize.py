@@ -226,6 +226,9 @@ def orthogonalize_(
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
     x = _normalize_(x, eps).to(dtype)
+    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # Of a transposed matrix in 16 bits, baddbmm makes a loop in plain C++ there.
+        x = x.contiguous()
     x = _gram_form(x, schedule, scale) if _use_gram(x, form) else _direct_form(x, schedule, scale)
     return x.mT if tall else x
 

@@ -150,11 +150,15 @@ class EncoderProcess:
         if not self.owns_images:  # what it got from the first of its tensor group, that one returns
             gradient = gradient[:0]
         gradient = sent.exchange.to_encoders(gradient, sent.features_per_item)
+        self.recompute(sent.patches, sent.grids, gradient)
+
+    def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
+        """Encode items again, and go backwards from their features' gradient, chunk by chunk."""
         # Stage 1 has shown the observers these logits.
         with unobserved(self.tower):
             done = 0
-            for patches, grids in self._chunks(sent.patches, sent.grids):
-                features = self.tower(patches, grids)
+            for part, part_grids in self._chunks(patches, grids):
+                features = self.tower(part, part_grids)
                 features.backward(gradient[done : done + len(features)])
                 done += len(features)
 
