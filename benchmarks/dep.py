@@ -396,7 +396,9 @@ def plot(result: Result, figure: "Figure") -> None:
     lines.invert_yaxis()
     lines.set(title="One step, in the median round (waiting included)", xlabel="seconds")
     handles = [lines.barh(0, 0, color=colour, label=what) for what, colour in colours.items()]
-    lines.legend(handles=handles, loc="lower right", fontsize=8)
+    lines.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8
+    )
 
     names = list(result["loads"])
     for rank in range(result["processes"]):
@@ -410,7 +412,8 @@ def plot(result: Result, figure: "Figure") -> None:
     counts = [int(count) for count in result["memory"]]
     peaks = [row["peak_bytes"] / 2**20 for row in result["memory"].values()]
     memory.plot(counts, peaks, "o-")
-    memory.set(title="Peak memory of the encoder, MiB", xlabel="images in a step", ylim=(0, None))
+    memory.set(title="Peak memory of the encoder, MiB", xlabel="images in a step")
+    memory.set_ylim(0, 1.5 * max(peaks))
 
 
 def table(result: Result) -> str:
