@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from muonclip.integrations.megatron_core import attention_layouts, matrix_layout
 from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
+from pretrain.encoder_process.cost import measured
 from pretrain.model.language import build_language_model, cuts
 from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
@@ -113,7 +115,9 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         data=data,
         language=replicas,
         tower=tower,
-        encoder=make_encoder(config.encoder_process, tower, processes),
+        encoder=make_encoder(
+            config.encoder_process, tower, processes, Path(config.run_dir, "encoder_cost.json")
+        ),
         optimizer=optimizer,
         clips=clips,
         named={cut_name(name): tensor for name, tensor in named.items()},
@@ -125,9 +129,13 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
 
 
 def make_encoder(
-    config: EncoderProcessConfig, tower: VisionTower, processes: Processes
+    config: EncoderProcessConfig,
+    tower: VisionTower,
+    processes: Processes,
+    cost_file: Path | None = None,
 ) -> EncoderProcess | ColocatedEncoder:
-    """Who encodes which image."""
+    """Who encodes which image; a measured cost is kept in ``cost_file``: a run that goes on plans
+    as before."""
     group = parallel_state.get_tensor_model_parallel_group()
     takes_images = processes.first_stage
     if not config.enabled:
@@ -141,6 +149,9 @@ def make_encoder(
         tensor_group=group,
         spread=config.spread,
         max_patches=config.max_patches,
+        cost=measured(tower, dist.group.WORLD, cache=cost_file)
+        if config.cost == "measured"
+        else None,
     )
 
 

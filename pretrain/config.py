@@ -244,6 +244,9 @@ class EncoderProcessConfig:
     images encode them."""
     spread: Literal["balanced", "round_robin"] = "balanced"
     """Who encodes what: by cost, as evenly as can be; or item after item, to compare with."""
+    cost: Literal["counted", "measured"] = "counted"
+    """What an item costs: FLOPs counted from shapes; or measured on the first rank for a few
+    seconds when the run begins, and kept in run_dir."""
     max_patches: int = 16384
     """Patches that go through the encoder at a time: bounds the memory of its activations."""
 

@@ -226,5 +226,6 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
         "lr": run.config.optimizer.lr * factor,
         **heads(run, clipped),
         "encoder_balance": run.encoder.balance,
+        "encoder_least_balance": run.encoder.least_balance,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.encoder_process.cost import CostModel, count, traffic
 from pretrain.encoder_process.exchange import Exchange, gather_grids
-from pretrain.encoder_process.plan import balance, plan
+from pretrain.encoder_process.plan import balance, least_balance, plan
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import check_grids, chunks, num_features, unobserved
 
@@ -68,6 +68,8 @@ class EncoderProcess:
 
     Attributes:
         balance: largest load of a rank over the mean, in the last :meth:`encode`.
+        least_balance: what no plan could have been better than, in the same: above 1 where one
+            item is more than a fair share.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class EncoderProcess:
         self.max_patches = max_patches
         self.cost = cost or count(tower.encoder.config, tower.projector.fc2.out_features)
         self.owns_images = takes_images and _is_first(tensor_group)
-        self.balance = 1.0
+        self.balance = self.least_balance = 1.0
         self._sent: _Sent | None = None
 
     def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
@@ -172,6 +174,7 @@ class EncoderProcess:
             sent = traffic(grids, self.tower.encoder.config, len(weight), weight.itemsize)
             encoders = plan(loads, ranks, owners=owners, traffic=sent)
         self.balance = balance(loads, encoders, ranks)
+        self.least_balance = least_balance(loads, ranks)
         return encoders
 
     def _chunks(self, patches: Tensor, grids: Tensor) -> Iterator[Images]:
@@ -207,7 +210,7 @@ class ColocatedEncoder:
         self.takes_images = takes_images
         self.owns_images = takes_images and _is_first(tensor_group)
         self.cost = count(tower.encoder.config, tower.projector.fc2.out_features)
-        self.balance = 1.0
+        self.balance = self.least_balance = 1.0
 
     def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
         """Features of each micro-batch, with their graph where gradients are on."""
@@ -219,6 +222,7 @@ class ColocatedEncoder:
         everyones = gather_grids(mine, self.group, refused)
         loads = [int(self.cost.loads(theirs).sum()) for theirs in everyones]
         self.balance = balance(loads, range(len(loads)), len(loads))
+        self.least_balance = least_balance(self.cost.loads(torch.cat(everyones)), len(everyones))
         if not self.takes_images:
             return [_no_features(self.tower) for _ in micro_batches]
         return [self.tower(patches, grids) for patches, grids in micro_batches]

@@ -127,6 +127,16 @@ def test_every_layout_trains_evaluates_and_reads_as_one_process_does(
         assert mine.get("heads") == reference.get("heads")
 
 
+def test_a_measured_cost_is_kept_with_the_run(folder: Path) -> None:
+    """What is planned by it is then planned alike when the run goes on."""
+    settings = ("encoder_process.cost=measured", "steps=5", "optimizer.decay_steps=0")
+    run_dir = f"run_dir={folder}/measured"
+    records = launch(training.train_and_read, 2, str(folder), run_dir, *settings)[0]
+    assert (folder / "measured" / "encoder_cost.json").exists()
+    for record in records[1:]:
+        assert 1 <= record["encoder_least_balance"] <= record["encoder_balance"] + 1e-9
+
+
 def test_a_checkpoint_of_two_processes_goes_on_in_one(folder: Path) -> None:
     whole = launch(training.train_and_read, 1, str(folder), f"run_dir={folder}/whole")[0]
     run_dir = f"run_dir={folder}/moved"
