@@ -1,8 +1,9 @@
-"""``python -m benchmarks``: list the benchmarks, run one, or print a stored result as a table."""
+"""``python -m benchmarks``: list the benchmarks, run one, or show stored results as tables."""
 
 import argparse
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 from benchmarks import runner
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 # Modules of this package that make benchmarks work and are none.
 SUPPORT = {"__init__", "__main__", "optimizers", "runner", "workloads"}
 
@@ -29,6 +31,18 @@ def benchmark(name: str) -> runner.Benchmark:
     return cast(runner.Benchmark, importlib.import_module(f"benchmarks.{name}"))
 
 
+def with_tables(text: str) -> str:
+    """A README with what stands after each ``<!-- table FILE -->`` made anew from that result."""
+
+    def table(match: re.Match[str]) -> str:
+        file = runner.RESULTS / match[1]
+        name = match[1].partition("-")[0]
+        made = runner.table(benchmark(name), file)
+        return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command")
@@ -38,6 +52,7 @@ def main(arguments: list[str]) -> None:
     table = commands.add_parser("table", help="print stored results as Markdown")
     table.add_argument("name", choices=names())
     table.add_argument("files", nargs="*", type=Path, help="default: all stored results of it")
+    commands.add_parser("readme", help="put the stored results into this folder's README.md")
     options, rest = parser.parse_known_args(arguments)
 
     if options.command == "run":
@@ -50,6 +65,8 @@ def main(arguments: list[str]) -> None:
             parser.error(f"no stored result of {options.name}: run it first")
         for file in files:
             print(runner.table(benchmark(options.name), file))
+    elif options.command == "readme":
+        README.write_text(with_tables(README.read_text()))
     else:
         width = max(map(len, names()))
         for name in names():

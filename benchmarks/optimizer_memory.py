@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     layers, hidden, feed_forward = {
-        "full": (12, 2048, 5632), "quick": (8, 512, 1408), "tiny": (1, 32, 64),
+        "full": (12, 2048, 5632), "quick": (12, 384, 1024), "tiny": (1, 32, 64),
     }[options.form]  # fmt: skip
     load = dense(layers, hidden, feed_forward, 1, "dense")
     shapes = list(load.matrices)
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> Result:
         if reason is None:
             try:
                 rows[candidate.name] = _in_fresh_process(candidate.name, shapes, options)
+                print(f"measured {candidate.name}", flush=True)
                 continue
             except RuntimeError as error:
                 if candidate.module is None:  # ours: a defect
@@ -64,9 +66,10 @@ def _in_fresh_process(
     name: str, shapes: list[tuple[int, ...]], options: argparse.Namespace
 ) -> Result:
     """What no earlier optimizer, cached block or compiled kernel has touched."""
+    # An executor, not a Pool: it raises where the process is killed, instead of waiting for ever.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(measure, (name, shapes, str(options.device), options.seed))
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(measure, name, shapes, str(options.device), options.seed).result()
 
 
 def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) -> Result:
@@ -91,9 +94,11 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) ->
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _two_steps(candidate: Candidate, params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def _steps(
+    candidate: Candidate, params: list[nn.Parameter], count: int
+) -> list[torch.optim.Optimizer]:
     optimizers = candidate.build(params, [], LR, WEIGHT_DECAY)
-    for _ in range(2):
+    for _ in range(count):
         for optimizer in optimizers:
             optimizer.step()
     return optimizers
@@ -103,7 +108,7 @@ def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    kept = _two_steps(candidate, params)
+    kept = _steps(candidate, params, 2)
     peak = torch.cuda.max_memory_allocated() - start
     state = torch.cuda.memory_allocated() - start
     del kept
@@ -112,9 +117,9 @@ def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:
 
 def _on_cpu(candidate: Candidate, params: list[nn.Parameter]) -> Result:
     if candidate.module is not None:  # some peers compile, which allocates; only steps count
-        _two_steps(candidate, [_like(p) for p in params])
+        _steps(candidate, [_like(p) for p in params], 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = _two_steps(candidate, params)
+        kept = _steps(candidate, params, 2)
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     state = peak = 0

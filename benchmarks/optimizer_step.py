@@ -69,7 +69,9 @@ def run(options: argparse.Namespace) -> Result:
         },
         "not_run": absent,
         "matmul_peak_flops": {
-            dtype: matmul_peak(getattr(torch, dtype), options.device, PEAK_SIZE[options.form])
+            dtype: matmul_peak(
+                getattr(torch, dtype), options.device, PEAK_SIZE[options.form], options.clock
+            )
             for dtype in sorted({c.arithmetic_on(options.device) for c in present} - {""})
         },
         "workloads": {},
@@ -133,7 +135,9 @@ def _time(
         for p, gradient in params[name]:
             p.grad = gradient
 
-    return interleave(steps, rounds=rounds, before=before, device=options.device)
+    return interleave(
+        steps, rounds=rounds, before=before, device=options.device, clock=options.clock
+    )
 
 
 def _unstack(p: nn.Parameter, gradient: Tensor) -> list[tuple[nn.Parameter, Tensor]]:

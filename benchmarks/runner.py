@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Benchmark(Protocol):
@@ -70,11 +71,17 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: time on the processor alone, for a machine that is busy; with --threads 1",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and picture")
     benchmark.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if options.clock == "cpu" and (options.device.type != "cpu" or options.threads != 1):
+        parser.error("--clock cpu goes with --device cpu and --threads 1")
     if options.threads is not None:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
@@ -97,6 +104,7 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
         "form": options.form,
         "device": options.device.type,
         "seed": options.seed,
+        "clock": options.clock,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **commit(),
         "versions": {**versions("numpy", "matplotlib"), "torch": torch.__version__},
@@ -127,6 +135,7 @@ def interleave(
     warmup: int = 1,
     before: Callable[[str], object] = lambda name: None,
     device: torch.device | str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Time several things against each other in one process.
 
@@ -139,6 +148,7 @@ def interleave(
         warmup: rounds before them that are not timed.
         before: called with the name before each call, outside of the time.
         device: on ``"cuda"``, time is what passes on the device between two events.
+        clock: of a CPU; a name in ``CLOCKS``.
 
     Returns:
         Name -> seconds of each round.
@@ -149,13 +159,15 @@ def interleave(
         start = number % len(names)
         for name in names[start:] + names[:start]:
             before(name)
-            passed = stopwatch(steps[name], device)
+            passed = stopwatch(steps[name], device, clock)
             if number >= 0:
                 seconds[name].append(passed)
     return seconds
 
 
-def stopwatch(step: Callable[[], object], device: torch.device | str = "cpu") -> float:
+def stopwatch(
+    step: Callable[[], object], device: torch.device | str = "cpu", clock: str = "wall"
+) -> float:
     """Seconds that one call takes, its work on the device included."""
     if torch.device(device).type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -165,9 +177,10 @@ def stopwatch(step: Callable[[], object], device: torch.device | str = "cpu") ->
         end.record()
         torch.cuda.synchronize(device)
         return float(begin.elapsed_time(end)) / 1e3
-    begun = time.perf_counter()
+    now = CLOCKS[clock]
+    begun = now()
     step()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def summarise(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Result]:
@@ -199,11 +212,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device | str, size: int) -> float:
+def matmul_peak(
+    dtype: torch.dtype, device: torch.device | str, size: int, clock: str = "wall"
+) -> float:
     """The most that a square product of this size does here, in FLOP/s: the best of five."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
-    return 2 * size**3 / min(stopwatch(lambda: torch.mm(a, b), device) for _ in range(5))
+    return 2 * size**3 / min(stopwatch(lambda: torch.mm(a, b), device, clock) for _ in range(5))
 
 
 # ---------------------------------------------------------------------- what ran where
@@ -277,6 +292,7 @@ def table(benchmark: Benchmark, file: Path) -> str:
     made = [
         f"`{stored['command']}`",
         where.get("gpu") or f"{where['cpu']}, {where['threads']} of {where['cores']} cores",
+        *(["processor time, not wall clock"] if stored["clock"] == "cpu" else []),
         ", ".join(f"{name} {version}" for name, version in stored["versions"].items()),
         f"commit {commit}",
     ]

@@ -33,7 +33,9 @@ def leaves(value: object) -> list[object]:
     return [value]
 
 
-@pytest.mark.parametrize("name", ["coefficients", "optimizer_memory", "optimizer_step"])
+@pytest.mark.parametrize(
+    "name", ["coefficients", "dep", "dep_plan", "optimizer_memory", "optimizer_step"]
+)
 def test_a_benchmark_stores_its_result_and_picture(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +62,17 @@ def test_a_benchmark_stores_its_result_and_picture(
     assert table in printed
     command.main(["table", name, str(tmp_path / f"{name}-tiny-cpu.json")])
     assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_the_tables_of_the_readme_are_those_of_the_stored_results() -> None:
+    text = command.README.read_text()
+    assert "<!-- table " in text
+    assert command.with_tables(text) == text, "run: python -m benchmarks readme"
+
+
+def test_every_picture_and_result_that_the_readme_names_is_there() -> None:
+    for path in re.findall(r"results/[\w.-]+", command.README.read_text()):
+        assert (command.README.parent / path).exists(), path
 
 
 def test_each_benchmark_is_listed_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +158,10 @@ def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
     ("arguments", "message"),
     [
         (["--threads", "0"], "--threads must be at least 1"),
+        (
+            ["--clock", "cpu", "--threads", "2"],
+            "--clock cpu goes with --device cpu and --threads 1",
+        ),
         (["--quick", "--tiny"], "not allowed with"),
         (["--only", "nosuch", "--tiny"], "nosuch"),
         (["--workloads", "nosuch", "--tiny"], "nosuch not among dense, moe, moe_stacked"),
