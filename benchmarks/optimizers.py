@@ -41,7 +41,7 @@ class Candidate:
         stacks: takes stacked experts [E, n, m] as E matrices; else it is given each apart.
         module: what must be importable, and an attribute that tells it from a namesake.
         distribution: its name for ``importlib.metadata``.
-        devices: where it runs.
+        devices: where it runs, or is worth running.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Candidate:
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
         if device.type not in self.devices:
-            return f"runs on {', '.join(self.devices)} only"
+            return f"compared on {', '.join(self.devices)} only"
         if self.module is None:
             return None
         name, attribute = self.module
@@ -294,7 +294,8 @@ _PEERS = [
     replace(_EMERGING, name="Emerging-Optimizers, float32", build=_emerging("highest"),
             arithmetic="float32"),
     _PYTORCH_OPTIMIZER,
-    replace(_PYTORCH_OPTIMIZER, name="pytorch-optimizer, Gram form",
+    # On a CPU its products in bfloat16 fall into ATen's plain loop: minutes a step.
+    replace(_PYTORCH_OPTIMIZER, name="pytorch-optimizer, Gram form", devices=("cuda",),
             build=_pytorch_optimizer("gram_newton_schulz")),
     Candidate("heavyball", _heavyball, coefficients="you",
               module=("heavyball", "Muon"), distribution="heavyball"),
