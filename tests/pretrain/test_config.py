@@ -42,7 +42,10 @@ def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path: 
         (["steps=1.5"], "steps must be int, not 1.5"),
         (["steps=true"], "steps must be int, not True"),
         (["encoder_process.enabled=1"], "encoder_process.enabled must be bool, not 1"),
-        (["optimizer.ns_dtype=float16"], "must be one of 'bfloat16', 'float32', not 'float16'"),
+        (
+            ["optimizer.ns_dtype=int8"],
+            "must be one of 'auto', 'bfloat16', 'float16', 'float32', not 'int8'",
+        ),
         (["optimizer=3"], "optimizer must be a mapping, not 3"),
         (["optimizer.lr=-1"], "optimizer.lr must be > 0, not -1"),
         (["language.dense_layers=9"], "language.dense_layers must leave a layer of experts"),
