@@ -132,7 +132,7 @@ def test_a_peer_that_is_not_there_is_said_so_and_a_namesake_is_not_taken_for_it(
     namesake = Candidate("peer", lambda *_: [], module=("json", "Muon"))
     assert namesake.missing(cpu) == "another package is called 'json' here"
     elsewhere = Candidate("peer", lambda *_: [], devices=("cuda",))
-    assert elsewhere.missing(cpu) == "runs on cuda only"
+    assert elsewhere.missing(cpu) == "compared on cuda only"
 
 
 def test_candidates_by_name_keep_the_baseline() -> None:
