@@ -108,7 +108,7 @@ def _errors(matrix: Tensor) -> dict[str, dict[str, float]]:
 
 
 def plot(result: Result, figure: "Figure") -> None:
-    figure.set_size_inches(12, 4.8)
+    figure.set_size_inches(14, 4.8)
     left, right = figure.subplots(1, 2)
     for name, row in result["maps"].items():
         left.plot(result["s"], row["values"], label=f"{name}, {row['steps']} steps", linewidth=1.2)
@@ -118,19 +118,14 @@ def plot(result: Result, figure: "Figure") -> None:
     left.set_title("Singular-value map")
     left.legend(fontsize=8)
 
-    kinds = list(result["errors"])
-    columns = list(next(iter(next(iter(result["errors"].values())).values())))
-    for column in columns:
-        worst = [
-            max(by_arithmetic[column] for by_arithmetic in result["errors"][kind].values())
-            for kind in kinds
-        ]
-        right.plot(worst, kinds, "o", label=column)
+    for how in next(iter(result["errors"].values()))["quintic"]:
+        errors = [by_set["quintic"][how] for by_set in result["errors"].values()]
+        right.plot(errors, list(result["errors"]), "o", label=how)
     right.set_xscale("log")
     right.invert_yaxis()
-    right.set_xlabel("relative error, worst coefficient set")
+    right.set_xlabel("relative error of quintic")
     right.set_title("Distance from the polynomial in float64, {} x {}".format(*result["shape"]))
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def table(result: Result) -> str:
