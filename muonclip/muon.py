@@ -62,10 +62,11 @@ class Item(NamedTuple):
 
     def narrow(self, view: Callable[[Tensor], Tensor], first: int) -> "Item":
         """The same for a part of its tensors; ``first`` tells parts apart."""
+        param = view(self.param)
         return self._replace(
             seed=(*self.seed, first),
-            param=view(self.param),
-            target=view(self.target),
+            param=param,
+            target=param if self.target is self.param else view(self.target),
             gradient=view(self.gradient),
             buffer=view(self.buffer),
         )

@@ -272,14 +272,15 @@ class MuonClip(Optimizer):
 
     def _item(self, param: Tensor, group: dict[str, Any], number: int) -> "Item":
         state = self._state_of(param, group)
-        target = local(state.get("master", param))
+        held = local(param)
+        target = _target(held, state)
         gradient = local_gradient(param)
         if group["maximize"]:
             gradient = -gradient
         if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
             gradient = gradient.to(target.dtype).add(target, alpha=group["weight_decay"])
         return Item(
-            param, local(param), target, gradient, local(state["momentum_buffer"]), group,
+            param, held, target, gradient, local(state["momentum_buffer"]), group,
             self._shape(param), (group["updates"], number),
         )  # fmt: skip
 
@@ -378,9 +379,10 @@ class MuonClip(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], found: Tensor | None
     ) -> None:
         states = [self._state_of(p, group) for p in params]
+        held = [local(p) for p in params]
         targets = []
-        for p, state in zip(params, states, strict=True):
-            target = local(state.get("master", p))
+        for p, own, state in zip(params, held, states, strict=True):
+            target = _target(own, state)
             targets.append(target.float() if checks.rounds(group, p) else target)
         alike = defaultdict(list)  # what torch's kernels take together
         for p, target, state in zip(params, targets, states, strict=True):
@@ -417,8 +419,8 @@ class MuonClip(Optimizer):
             )
         write_back(
             [
-                (target, local(p), (group["updates"], number))
-                for number, (p, target) in enumerate(zip(params, targets, strict=True))
+                (target, own, (group["updates"], number))
+                for number, (own, target) in enumerate(zip(held, targets, strict=True))
                 if target.numel()
             ],
             stochastic=group["stochastic_rounding"],
@@ -507,6 +509,12 @@ class MuonClip(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_shared_work", None)
         self.__dict__.setdefault("_pending", None)
+
+
+def _target(held: Tensor, state: dict[str, Any]) -> Tensor:
+    """What is stepped: the master copy, or what this rank holds of the parameter, that very tensor:
+    two views of it would be taken for two tensors, and one copied into the other."""
+    return local(state["master"]) if "master" in state else held
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -236,6 +236,16 @@ class TestPrecision:
         assert "master" not in plain.state[params[0]]
 
 
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_a_parameter_is_its_own_target_unless_it_has_a_master(master_weights: bool) -> None:
+    """Also in part: what is written back is told from what is in place by which tensor it is."""
+    params = make((3, 8, 8), dtype=torch.bfloat16)
+    give_grads(params)
+    (item,), _ = MuonClip(params, master_weights=master_weights)._work()
+    for one in (item, item.narrow(lambda tensor: tensor[1:], 1)):
+        assert (one.target is one.param) == (not master_weights)
+
+
 class TestNonFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("bad", [0, 1])
