@@ -175,6 +175,3 @@ def _counts(what: str, value: Sequence[int]) -> tuple[int, ...]:
 
 
 WHOLE = MatrixLayout()
-
-# Groups carry layouts, and a state_dict carries groups: torch.load's safe mode may read them.
-torch.serialization.add_safe_globals([MatrixLayout])

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.max_logits import Mask, screened_max_logits
+from muonclip.update import local
 
 
 class ClipFactors(NamedTuple):
@@ -374,23 +375,23 @@ class _Rows:
 
     def scale(self, tensor: Tensor, factors: Tensor) -> None:
         """Multiply each row by its factor, in the master copy where there is one."""
-        local = _local(tensor)
-        shape = [-1 if dim == self.dim else 1 for dim in range(local.ndim)]
-        by_row = factors.to(local.device)[self._slots_of(tensor)].view(shape)
+        held = local(tensor)
+        shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
+        by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
         master = getattr(tensor, "main_param", None)
         if getattr(tensor, "main_param_sharded", False):
             # Not refreshed from the master: copies on other ranks must stay the same.
-            local.mul_(by_row)
+            held.mul_(by_row)
             if master is not None:
-                piece = by_row.expand_as(local).flatten()[self.master_start :]
+                piece = by_row.expand_as(held).flatten()[self.master_start :]
                 master.mul_(piece[: master.numel()])
         elif master is None:
-            local.mul_(by_row)
+            held.mul_(by_row)
         else:
-            master = _local(master)
+            master = local(master)
             master.mul_(by_row)
             # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
-            local.copy_(torch.where(by_row == 1, local, master))
+            held.copy_(torch.where(by_row == 1, held, master))
 
     def _slots_of(self, tensor: Tensor) -> Tensor:
         """The slots of the rows that this rank holds, on the tensor's device."""
@@ -451,12 +452,6 @@ def _placements(tensor: Tensor) -> Any:
     """How a DTensor lies on its ranks; None for any other tensor."""
     placements = getattr(tensor, "placements", None)
     return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]
-
-
-def _local(tensor: Any) -> Tensor:
-    """A DTensor's part on this rank (shared storage); any other tensor itself."""
-    local: Tensor = tensor if _placements(tensor) is None else tensor.to_local()
-    return local
 
 
 def _local_rows(tensor: Any, dim: int) -> Tensor:
