@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, cpu_bytes, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -342,8 +342,6 @@ def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
 def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
     """The most that encoding a number of images again, backwards, takes beside their pixels and
     their features' gradient: where DEP keeps activations."""
-    from torch.profiler import ProfilerActivity, profile
-
     from pretrain.encoder_process import EncoderProcess
     from pretrain.model.vision import num_features
 
@@ -356,14 +354,7 @@ def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
     gradient = torch.ones(int(num_features(grids).sum()), run.config.language.hidden_size)
     for parameter in run.tower.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        encoder.recompute(patches, grids, gradient)
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    _, peak = cpu_bytes(lambda: encoder.recompute(patches, grids, gradient))
     return {"peak_bytes": peak, "patches": len(patches)}
 
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.optimizers import LR, WEIGHT_DECAY, Candidate, candidates
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, cpu_bytes, markdown
 from benchmarks.workloads import dense
 
 if TYPE_CHECKING:
@@ -118,15 +117,7 @@ def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:
 def _on_cpu(candidate: Candidate, params: list[nn.Parameter]) -> Result:
     if candidate.module is not None:  # some peers compile, which allocates; only steps count
         _steps(candidate, [_like(p) for p in params], 1)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = _steps(candidate, params, 2)
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    state = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        state += event.nbytes()
-        peak = max(peak, state)
-    del kept
+    state, peak = cpu_bytes(lambda: _steps(candidate, params, 2))
     return {"state_bytes": state, "peak_bytes": peak}
 
 

@@ -59,7 +59,7 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--quick", dest="form", action="store_const", const="quick",
-        help="the form for two CPU cores, under ten minutes; without it, the full one, for a GPU",
+        help="the form for two CPU cores; without it, the full one, for a GPU",
     )  # fmt: skip
     form.add_argument(
         "--tiny", dest="form", action="store_const", const="tiny",
@@ -210,6 +210,23 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
+
+
+def cpu_bytes(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that a call leaves allocated, and the most it had at any time, through torch's
+    allocator on a CPU; what it returns counts."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = work()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del kept
+    return live, peak
 
 
 def matmul_peak(

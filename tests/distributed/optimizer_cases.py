@@ -4,6 +4,7 @@ Weights and gradients are functions of seeds, so every process makes the whole o
 takes its part; nothing but the optimizer communicates.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from muonclip import MatrixLayout, MuonClip
+from muonclip.update import local
 
 # Newton-Schulz in float64: what is left between one process and several is rounding of weights.
 EXACT: dict[str, Any] = {"ns_dtype": torch.float64, "lr": 0.05, "adamw_lr": 0.01, "momentum": 0.9}
@@ -119,6 +121,37 @@ def train(case: Case, place: Place = keep, **options: Any) -> Outcome:
         give_gradients(case, params, step, place)
         optimizer.step()
     return outcome_of(params, optimizer)
+
+
+def train_past_a_bad_gradient(
+    case: Case, spoil: Callable[[list[Any]], None], place: Place = keep, **options: Any
+) -> tuple[str, Outcome, int]:
+    """A step, one whose gradients ``spoil`` gets at and that must change nothing, and another.
+
+    Returns:
+        What the middle step raised ("" if nothing), the outcome, and how many steps were skipped.
+    """
+    params, optimizer = build(case, place, **options)
+    message = ""
+    for step in range(3):
+        give_gradients(case, params, step, place)
+        if step == 1:
+            spoil(params)
+        before = copy.deepcopy((params, optimizer.state_dict()))
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            message = str(error)
+        if step == 1:
+            weights, state = before
+            assert all(map(torch.equal, map(local, params), map(local, weights)))
+            now = optimizer.state_dict()
+            assert now["param_groups"] == state["param_groups"]
+            for key, entries in state["state"].items():
+                for name, value in entries.items():
+                    assert torch.equal(local(now["state"][key][name]), local(value))
+    assert isinstance(optimizer.skipped_steps, int)
+    return message, outcome_of(params, optimizer), optimizer.skipped_steps
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -21,11 +21,9 @@ from tests.distributed.optimizer_cases import (
     Outcome,
     Spec,
     assert_equal,
-    build,
-    give_gradients,
-    outcome_of,
     random,
     train,
+    train_past_a_bad_gradient,
 )
 
 CASES = {
@@ -218,28 +216,14 @@ ONE_BAD = Case((Spec((4, 6)), Spec((6, 4)), Spec((5,))))
 
 
 def with_one_bad_gradient(nonfinite: str) -> tuple[str, Outcome, int]:
-    """A step, then one in which rank 0 alone has a NaN, then another good one."""
-    params, optimizer = build(ONE_BAD, process_group=dist.group.WORLD, nonfinite=nonfinite)
-    message = ""
-    for step in range(3):
-        give_gradients(ONE_BAD, params, step)
-        if step == 1 and dist.get_rank() == 0:
+    """Rank 0 alone has a NaN in the second of three steps."""
+
+    def spoil(params: list[Any]) -> None:
+        if dist.get_rank() == 0:
             params[1].grad[2, 1] = torch.nan
-        before = copy.deepcopy((params, optimizer.state_dict()))
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            message = str(error)
-        if step == 1:
-            weights, state = before
-            assert all(map(torch.equal, params, weights))
-            now = optimizer.state_dict()
-            assert now["param_groups"] == state["param_groups"]
-            for key, entries in state["state"].items():
-                for name, value in entries.items():
-                    assert torch.equal(now["state"][key][name], value)
-    assert isinstance(optimizer.skipped_steps, int)
-    return message, outcome_of(params, optimizer), optimizer.skipped_steps
+
+    group = dist.group.WORLD
+    return train_past_a_bad_gradient(ONE_BAD, spoil, process_group=group, nonfinite=nonfinite)
 
 
 def with_one_bad_gradient_both_ways() -> list[tuple[str, Outcome, int]]:
