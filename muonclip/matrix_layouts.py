@@ -175,3 +175,6 @@ def _counts(what: str, value: Sequence[int]) -> tuple[int, ...]:
 
 
 WHOLE = MatrixLayout()
+
+# A layout may be pickled on its own, and torch.load's safe mode may read it back.
+torch.serialization.add_safe_globals([MatrixLayout])
