@@ -9,13 +9,9 @@ from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
 
-# Four blocks of rows need 5/8 of the work, eight 9/16, but smaller products run at a lower rate.
-# Measured on a Xeon with AVX-512 and MKL, float32, square and up to four times as wide, one to four
-# matrices, against the whole product: even at n = 384 on one thread and about 450 on two; then 0.8
-# to 0.95 of the time at 512, 0.7 to 0.8 at 1024, 0.65 at 2048. In bfloat16, which such a CPU
-# emulates at a fifth of the rate, 0.75 at 512.
-_BLOCKED_FROM = 512
-_EIGHT_BLOCKS_FROM = 1024
+# Two blocks of rows need 3/4 of the work, four 5/8, eight 9/16, but smaller products run at a lower
+# rate. Sides from which so many pay, measured with MKL in float32 on an EPYC and on a Xeon.
+_BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
 
 # Half the tiles take half the time only where the whole product is more than one wave of them over
 # the GPU's multiprocessors (108 on an A100, 132 on an H100): so many must be left after halving.
@@ -26,7 +22,13 @@ _TRITON_TILE = 128
 
 
 def symmetric_product(
-    a: Tensor, b: Tensor, *, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    a: Tensor,
+    b: Tensor,
+    *,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """beta * c + alpha * a @ b.mT, where the caller promises that this is symmetric.
 
@@ -44,16 +46,23 @@ def symmetric_product(
         c: [batch, n, n], symmetric, of the same dtype and device; not changed.
         alpha: factor on the product.
         beta: factor on ``c``; with 0, ``c`` is not read.
+        out: [batch, n, n], memory that the result may be written into on a CPU, where fresh memory
+            costs more than a small product: it overlaps no factor, and takes no part in autograd.
 
     Returns:
-        [batch, n, n], new.
+        [batch, n, n]; ``out``, or new.
 
     Raises:
         ValueError: if shapes, dtypes or devices disagree, or ``beta`` is not 0 without ``c``.
     """
     _check(a, b, c, beta)
-    if choose_backend(a) == "dense":
-        return dense(a, b, c, alpha, beta)
+    backend = choose_backend(a)
+    if a.device.type != "cpu" or torch.compiler.is_compiling():
+        out = None
+    if backend == "dense":
+        return dense(a, b, c, alpha, beta, out)
+    if out is not None:  # an operator of ours takes longer to call than a small product
+        return blocked(a, b, c, alpha, beta, out)
     product: Tensor = _operator(a, b, c, alpha, beta)  # by device: blocked or triton
     return product
 
@@ -68,7 +77,7 @@ def choose_backend(a: Tensor) -> Backend:
     batch, n, _ = a.shape
     if a.numel() == 0:
         return "dense"
-    if a.device.type == "cpu" and n >= _BLOCKED_FROM:
+    if a.device.type == "cpu" and n >= min(_BLOCKS_FROM):
         return "blocked"
     if a.device.type == "cuda" and n >= _TRITON_FROM:
         rows = -(-n // _TRITON_TILE)
@@ -80,19 +89,25 @@ def choose_backend(a: Tensor) -> Backend:
     return "dense"
 
 
-def dense(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+def dense(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
+) -> Tensor:
     """The whole product."""
     if c is not None:
-        return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
-    product = torch.bmm(a, b.mT)
-    return product if alpha == 1 else alpha * product
+        return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha, out=out)
+    product = torch.bmm(a, b.mT, out=out)
+    return product if alpha == 1 else torch.mul(product, alpha, out=out)
 
 
-def blocked(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+def blocked(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
+) -> Tensor:
     """The blocks of rows up to the diagonal, each mirrored into the columns above it."""
     n = a.size(1)
-    out = a.new_empty(a.size(0), n, n)
-    size = -(-n // (4 if n < _EIGHT_BLOCKS_FROM else 8))
+    if out is None:
+        out = a.new_empty(a.size(0), n, n)
+    blocks = max([2, *(count for least, count in _BLOCKS_FROM.items() if n >= least)])
+    size = -(-n // blocks)
     for start in range(0, n, size):
         stop = min(start + size, n)
         rows, columns = a[:, start:stop], b[:, :stop].mT
@@ -102,7 +117,8 @@ def blocked(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -
         else:
             summand = c[:, start:stop, :stop]
             torch.baddbmm(summand, rows, columns, beta=beta, alpha=alpha, out=block)
-        out[:, :start, start:stop] = block[:, :, :start].mT
+        if start:
+            out[:, :start, start:stop] = block[:, :, :start].mT
     return out
 
 

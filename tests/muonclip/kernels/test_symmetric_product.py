@@ -52,15 +52,18 @@ def test_backends_against_float64(
 
 
 def test_above_the_threshold_blocks_agree_with_the_whole_product() -> None:
-    """Through the public name, with both numbers of blocks."""
+    """Through the public name, with each number of blocks, and in memory that is given."""
     torch.manual_seed(0)
-    for n in (LARGE, 1030):
+    for n in (257, LARGE, 1030):
         a, c = torch.randn(1, n, 24), torch.randn(1, n, n)
         c += c.mT.clone()
         assert choose_backend(a) == "blocked"
         result = symmetric_product(a, a, c=c, alpha=0.5, beta=2.0)
         assert torch.allclose(result, dense(a, a, c, 0.5, 2.0), atol=1e-4)
         assert torch.allclose(symmetric_product(a, a), a @ a.mT, atol=1e-4)
+        out = torch.full((1, n, n), torch.nan)
+        assert symmetric_product(a, a, c=c, alpha=0.5, beta=2.0, out=out) is out
+        assert torch.equal(out, result)
 
 
 @pytest.mark.parametrize("backend", [dense, blocked])
@@ -91,8 +94,8 @@ def backend_of(
 
 def test_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each backend is used: a table of shapes, dtypes and devices."""
-    assert backend_of(1, 511, torch.float32, "cpu") == "dense"
-    assert backend_of(1, 512, torch.float32, "cpu") == "blocked"
+    assert backend_of(1, 255, torch.float32, "cpu") == "dense"
+    assert backend_of(1, 256, torch.float32, "cpu") == "blocked"
     assert backend_of(0, 512, torch.float32, "cpu") == "dense"
     assert backend_of(1, 512, torch.float32, "meta") == "dense"
     assert backend_of(1, 4096) == "dense"  # no GPU here
