@@ -40,9 +40,9 @@ class Run:
         encoder: who encodes which image: the Decoupled Encoder Process, or each its own.
         clips: QK-Clip for the language model's heads and for the vision encoder's, which different
             ranks hold copies of.
-        named: every trained parameter and kept buffer by its name in the whole model; where tensor
-            parallelism cut it, with the part.
-        copies: how many ranks hold each of these.
+        named: every trained parameter and kept buffer by its name in the whole model.
+        cuts: of which of these this rank has a part alone, and which.
+        copies: how many ranks hold each of these, or the same part of it.
         assignment: which parameter went to Muon, which to AdamW, and why; for people.
     """
 
@@ -55,6 +55,7 @@ class Run:
     optimizer: MuonClip
     clips: list[QKClip]
     named: dict[str, Tensor]
+    cuts: dict[str, Cut]
     copies: dict[str, int]
     assignment: str
 
@@ -87,9 +88,6 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         cut |= {f"language.{rename(name)}": how for name, how in cuts(chunk).items()}
     initialize(named, cut, config.seed, config.language.init_std, config.language.num_layers)
 
-    def cut_name(name: str) -> str:
-        return f"{name}[{cut[name].rank}/{cut[name].size}]" if name in cut else name
-
     def copies(name: str, tensor: Tensor) -> int:
         if name.startswith("vision."):
             return processes.world_size
@@ -120,8 +118,9 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         ),
         optimizer=optimizer,
         clips=clips,
-        named={cut_name(name): tensor for name, tensor in named.items()},
-        copies={cut_name(name): copies(name, tensor) for name, tensor in named.items()},
+        named=named,
+        cuts=cut,
+        copies={name: copies(name, tensor) for name, tensor in named.items()},
         assignment=muonclip.describe(
             muonclip.assign(model, layouts=matrix_layouts(model), shardings=optimizer.shardings)
         ),

@@ -1,6 +1,8 @@
 """What a checkpoint of a run holds, and how a run takes it up again."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,33 @@ from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
 _FIXED = ("seed", "global_batch_size", "language", "vision", "data")
+# What earlier versions put behind a name where tensor parallelism had cut the tensor.
+_EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
 
 def folder(run: Run) -> Path:
     return Path(run.config.run_dir) / "checkpoints"
 
 
-def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
-    """MuonClip's state by the name of the parameter in the whole model."""
-    return {
-        f"optimizer.{name}.{key}": value
-        for name, parameter in run.parameters()
-        for key, value in run.optimizer.state[parameter].items()
-    }
+def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpoint.Tensors:
+    """Model and optimizer state by name in the whole model, with what this rank has of each."""
+    found: dict[str, Tensor | checkpoint.Part] = {}
+    for name, tensor in run.named.items():
+        cut = run.cuts.get(name)
+        kept = {f"model.{name}": tensor.detach()}
+        kept |= {f"optimizer.{name}.{key}": value for key, value in states.get(tensor, {}).items()}
+        for key, value in kept.items():
+            # A step count is no part of anything; momentum and moments are cut as the parameter is.
+            if cut is not None and value.shape == tensor.shape:
+                found[key] = checkpoint.Part(cut.whole(value.shape), cut.pieces(value))
+            else:
+                found[key] = value
+    return found
 
 
 def save(run: Run, step: int) -> None:
     """Write a checkpoint after update ``step``."""
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in run.named.items()}
-    tensors |= _optimizer_tensors(run)
+    tensors = _tensors(run, run.optimizer.state)
     checkpoint.save(
         folder(run), step, tensors, {"config": to_dict(run.config)}, run.config.checkpoint.keep
     )
@@ -65,20 +75,28 @@ def _restore(run: Run) -> int:
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
     _check_same_run(path, manifest["facts"].get("config", {}), to_dict(run.config))
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in run.named.items()}
     stored = checkpoint.shapes(path)
+    if any(_EARLIER_PART.search(name) for name in stored):
+        raise PretrainError(
+            f"the checkpoint {path} keeps the parts of tensor parallelism apart, as earlier "
+            "versions did, and cannot be read: go on with the version that wrote it, or choose "
+            "another run_dir to start anew"
+        )
     states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
+        cut = run.cuts.get(name)
+        whole = torch.Size(cut.whole(parameter.shape) if cut else parameter.shape)
         states[parameter] = {
             key.removeprefix(prefix): torch.empty(
-                shape, dtype=dtype, device=_device(key, parameter)
+                parameter.shape if shape == whole else shape,
+                dtype=dtype,
+                device=_device(key, parameter),
             )
             for key, (shape, dtype) in stored.items()
             if key.startswith(prefix)
         }
-        tensors |= {prefix + key: value for key, value in states[parameter].items()}
-    checkpoint.load(path, tensors)
+    checkpoint.load(path, _tensors(run, states))
     run.optimizer.state.update(states)
     return int(manifest["step"])
 
@@ -89,12 +107,6 @@ def _device(key: str, parameter: Tensor) -> torch.device:
 
 
 def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = then.get("parallel", {}).get("tensor", 1), now["parallel"]["tensor"]
-    if old != new:
-        raise PretrainError(
-            f"the checkpoint {path} was made with parallel.tensor={old}, not {new}, and cannot be "
-            "cut anew: set it back (the other parallel sizes may change)"
-        )
     for key in _FIXED:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:

@@ -63,6 +63,19 @@ class Cut(NamedTuple):
         full[self.dim] *= self.size
         return full
 
+    def pieces(self, part: Tensor) -> list[tuple[list[int], Tensor]]:
+        """Where in the whole parameter this rank's part lies: (offsets there, view of the part).
+
+        One block, or with ``gated`` one of gate and one of up.
+        """
+        views = part.chunk(2, self.dim) if self.gated else (part,)
+        found = []
+        for number, view in enumerate(views):
+            offsets = [0] * part.ndim
+            offsets[self.dim] = (number * self.size + self.rank) * view.shape[self.dim]
+            found.append((offsets, view))
+        return found
+
 
 @torch.no_grad()
 def initialize(

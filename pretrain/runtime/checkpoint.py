@@ -1,7 +1,8 @@
 """Checkpoints: sharded over the ranks, written whole or not at all, and verified when read.
 
 A checkpoint is a folder ``step-00000100`` that torch.distributed.checkpoint wrote: every tensor
-under its name in the whole model, so that it does not matter which rank held it. A manifest with
+whole, under its name in the whole model, so that it does not matter which rank held it, nor how it
+was cut: ranks write the parts they have, and read those they need. A manifest with
 the checksum of every file is written last, into a folder that still has another name; the rename
 that follows makes the checkpoint exist.
 """
@@ -11,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,119 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from pretrain.errors import PretrainError
 from pretrain.runtime.processes import agree
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank has of a tensor of which other ranks have other parts.
+
+    Attributes:
+        shape: of the whole tensor.
+        pieces: (offsets in the whole tensor, values) of each block that is here.
+    """
+
+    shape: Sequence[int]
+    pieces: Sequence[tuple[Sequence[int], Tensor]]
+
+
+Tensors = Mapping[str, Tensor | Part]
+
+
+def _as_part(tensor: Tensor | Part) -> Part:
+    if isinstance(tensor, Part):
+        return tensor
+    return Part(tensor.shape, [([0] * tensor.ndim, tensor)])
+
+
+class _Blocks:
+    """Names to parts, as torch.distributed.checkpoint's planners look them up."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.parts = {name: _as_part(tensor) for name, tensor in tensors.items()}
+        self._blocks = {
+            MetadataIndex(name, offsets): values
+            for name, part in self.parts.items()
+            for offsets, values in part.pieces
+        }
+
+    def __getitem__(self, index: MetadataIndex) -> Tensor:
+        return self._blocks[index]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans to write each block of each tensor; what several ranks have, one of them writes."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._blocks = _Blocks(tensors)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(name, offsets),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        ChunkStorageMetadata(torch.Size(offsets), values.shape),
+                        TensorProperties.create_from_tensor(values),
+                        torch.Size(part.shape),
+                    ),
+                )
+                for name, part in self._blocks.parts.items()
+                for offsets, values in part.pieces
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._blocks[index]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Plans to fill each block of each tensor from whatever blocks it was written as."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._blocks = _Blocks(tensors)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert isinstance(self.metadata, Metadata)
+        items = []
+        for name, part in self._blocks.parts.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            wanted = [
+                ChunkStorageMetadata(torch.Size(offsets), values.shape)
+                for offsets, values in part.pieces
+            ]
+            items += create_read_items_for_chunk_list(name, stored, wanted)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._blocks[index]
 
 
 def _checksum(path: Path) -> str:
@@ -49,14 +156,12 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int
-) -> Path:
+def save(folder: Path, step: int, tensors: Tensors, facts: Mapping[str, Any], keep: int) -> Path:
     """Write a checkpoint; every rank calls it with the tensors it holds.
 
     Args:
         folder: where checkpoints live.
-        tensors: by name in the whole model. A name that several ranks have is written once.
+        tensors: by name in the whole model. What several ranks have is written once.
         facts: what else is to be read back, as JSON.
         keep: older checkpoints than the newest ``keep`` are removed, once this one exists.
 
@@ -85,7 +190,10 @@ def save(
 
     for action, everywhere in (
         (prepare, False),
-        (lambda: state_dict_saver.save(dict(tensors), checkpoint_id=partial), True),
+        (
+            lambda: state_dict_saver.save({}, checkpoint_id=partial, planner=_SavePlanner(tensors)),
+            True,
+        ),
         (publish, False),
     ):
         failure = None
@@ -143,7 +251,7 @@ def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(path: Path, tensors: Tensors) -> None:
     """Fill ``tensors`` in place from a checkpoint, each by its name in the whole model.
 
     Raises:
@@ -157,10 +265,10 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"the checkpoint {path} is of another model: it has no {name}; "
                 "use the configuration it was made with, or another run_dir"
             )
-        if stored[name][0] != tensor.shape:
+        if stored[name][0] != torch.Size(tensor.shape):
             raise PretrainError(
                 f"the checkpoint {path} is of another model: {name} is "
                 f"{tuple(stored[name][0])} there and {tuple(tensor.shape)} here; "
                 "use the configuration it was made with, or another run_dir"
             )
-    state_dict_loader.load(dict(tensors), checkpoint_id=path)
+    state_dict_loader.load({}, checkpoint_id=path, planner=_LoadPlanner(tensors))

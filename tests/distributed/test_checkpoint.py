@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.errors import PretrainError
+from pretrain.model.names import Cut
 from pretrain.runtime import checkpoint
 from tests.distributed.launch import launch
 
@@ -58,6 +59,54 @@ def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
 def test_saved_on_some_ranks_loads_on_others(tmp_path: Path, saved_at: int, loaded_at: int) -> None:
     launch(_save, saved_at, str(tmp_path), [3])
     assert launch(_load, loaded_at, str(tmp_path), 3) == [True] * loaded_at
+
+
+def _wholes() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "rows": torch.randn(8, 6, generator=generator),
+        "columns": torch.randn(6, 8, generator=generator),
+        "gate_and_up": torch.randn(16, 3, generator=generator),
+    }
+
+
+def _parts(values: dict[str, Tensor]) -> dict[str, checkpoint.Part]:
+    """This rank's part of each, as tensor parallelism cuts them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parts = {}
+    for name, whole in values.items():
+        cut = Cut(1 if name == "columns" else 0, rank, size, name == "gate_and_up")
+        # Cut afresh, not a view of the whole: it is filled in place.
+        part = cut.part(whole).clone()
+        parts[name] = checkpoint.Part(cut.whole(part.shape), cut.pieces(part))
+    return parts
+
+
+def _save_parts(folder: str) -> None:
+    checkpoint.save(Path(folder), 1, _parts(_wholes()), {}, 9)
+
+
+def _load_parts(folder: str) -> bool:
+    parts = _parts({name: torch.full_like(whole, -1) for name, whole in _wholes().items()})
+    path = checkpoint.path_of(Path(folder), 1)
+    checkpoint.load(path, parts)
+    expected = _parts(_wholes())
+    whole = {name: torch.full_like(value, -1) for name, value in _wholes().items()}
+    checkpoint.load(path, whole)
+    return all(
+        torch.equal(mine, theirs)
+        for name in parts
+        for (_, mine), (_, theirs) in zip(parts[name].pieces, expected[name].pieces, strict=True)
+    ) and all(torch.equal(whole[name], value) for name, value in _wholes().items())
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 4), (4, 2), (4, 1)])
+def test_cut_tensors_are_kept_whole_and_cut_anew(
+    tmp_path: Path, saved_at: int, loaded_at: int
+) -> None:
+    """Rows, columns, and the halves of gate and up; to the bit."""
+    launch(_save_parts, saved_at, str(tmp_path))
+    assert launch(_load_parts, loaded_at, str(tmp_path)) == [True] * loaded_at
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:

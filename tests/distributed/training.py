@@ -10,6 +10,7 @@ from torch import Tensor
 from pretrain import batches, cli, config, step
 from pretrain.build import build
 from pretrain.config import Config
+from pretrain.runtime.checkpoint import Part
 from pretrain.runtime.metrics import read
 from pretrain.train import set_up, train
 
@@ -61,15 +62,20 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
     return comparable(Path(settings.run_dir) / "metrics.jsonl")
 
 
-def all_gradients(folder: str, *overrides: str) -> dict[str, Tensor]:
-    """Every gradient of the first step that this rank has, by name in the whole model."""
+def all_gradients(folder: str, *overrides: str) -> dict[str, Part]:
+    """What this rank has of every gradient of the first step, by name in the whole model."""
     settings = tiny(folder, *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
     step.gradients(run, batches.of_step(settings, here, data, 1))
     found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
     assert found.keys() == dict(run.parameters()).keys()
-    return found
+    whole = {name: Part(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()}
+    cut = {
+        name: Part(cut.whole(found[name].shape), cut.pieces(found[name]))
+        for name, cut in run.cuts.items()
+    }
+    return whole | cut
 
 
 def max_logits_before_and_after_a_clip(
