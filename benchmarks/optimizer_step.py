@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
     )
+    parser.add_argument("--baseline", default=BASELINE, help="the optimizer all are compared with")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
     parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
 
@@ -33,9 +34,9 @@ def run(options: argparse.Namespace) -> Result:
     # Peers that compile do so once for every shape.
     torch._dynamo.config.recompile_limit = 256
     try:
-        wanted = candidates(options.only)
+        wanted = candidates(options.only, options.baseline)
     except ValueError as error:
-        raise SystemExit(f"--only: {error}") from error
+        raise SystemExit(f"--only, --baseline: {error}") from error
     loads = workloads(options.form)
     if options.workloads:
         known = [load.name for load in loads]
@@ -56,8 +57,10 @@ def run(options: argparse.Namespace) -> Result:
             absent[candidate.name] = f"fails: {type(error).__name__}: {error}".splitlines()[0][:200]
             present.remove(candidate)
 
+    if options.baseline in absent:
+        raise SystemExit(f"--baseline {options.baseline}: {absent[options.baseline]}")
     result: Result = {
-        "baseline": BASELINE,
+        "baseline": options.baseline,
         "optimizers": {
             c.name: {
                 "arithmetic": c.arithmetic_on(options.device),
@@ -79,8 +82,8 @@ def run(options: argparse.Namespace) -> Result:
     for load in loads:
         rounds = ROUNDS[options.form] if options.rounds is None else options.rounds
         # Who takes no stacks is timed on the same experts one by one, in another workload.
-        timed = [c for c in present if c.stacks or not load.stacked or c.name == BASELINE]
-        times = summarise(_time(load, timed, rounds, options), BASELINE)
+        timed = [c for c in present if c.stacks or not load.stacked or c.name == options.baseline]
+        times = summarise(_time(load, timed, rounds, options), options.baseline)
         for name, row in times.items():
             arithmetic = result["optimizers"][name]["arithmetic"]
             if arithmetic:

@@ -111,13 +111,16 @@ class PlainMuon(Optimizer):
                 p.add_(x, alpha=-0.2 * max(p.shape[-2:]) ** 0.5 * group["lr"])
 
 
-def candidates(names: Iterable[str] | None = None) -> list[Candidate]:
+def candidates(names: Iterable[str] | None = None, baseline: str = BASELINE) -> list[Candidate]:
     """All, or those whose name contains one of ``names``; the baseline is always among them.
 
     Raises:
         ValueError: for a name that is in none.
     """
     everything = [*_OWN, *_PEERS]
+    if baseline not in [candidate.name for candidate in everything]:
+        known = ", ".join(candidate.name for candidate in everything)
+        raise ValueError(f"no optimizer is called {baseline!r}; there are {known}")
     if names is None:
         return everything
     for name in names:
@@ -127,7 +130,7 @@ def candidates(names: Iterable[str] | None = None) -> list[Candidate]:
     return [
         candidate
         for candidate in everything
-        if candidate.name == BASELINE
+        if candidate.name == baseline
         or any(name.lower() in candidate.name.lower() for name in names)
     ]
 

@@ -145,7 +145,8 @@ class Training:
         self.within.reset()
         self.updating.reset()
         logits = self.model(self.tokens[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten()).backward()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten())
+        torch.autograd.backward(loss)
         self.updating.timed(self.optimizer.step)()
         if self.clip is not None:
             self.within.timed(self.clip.step)()
@@ -166,14 +167,11 @@ class Clock:
     def timed(self, call: Callable[..., object]) -> Callable[..., None]:
         def timed(*arguments: Any) -> None:
             if self.device.type == "cuda":
-                events = (
-                    torch.cuda.Event(enable_timing=True),
-                    torch.cuda.Event(enable_timing=True),
-                )
-                events[0].record()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                begin.record()
                 call(*arguments)
-                events[1].record()
-                self.events.append(events)
+                end.record()
+                self.events.append((begin, end))
             else:
                 begun = time.perf_counter()
                 call(*arguments)
@@ -185,7 +183,7 @@ class Clock:
         """Seconds since the last reset."""
         if self.events:
             torch.cuda.synchronize(self.device)
-        return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.events) / 1e3
+        return self.seconds + sum(float(b.elapsed_time(e)) for b, e in self.events) / 1e3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

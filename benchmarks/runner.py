@@ -76,6 +76,7 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
         help="cpu: time on the processor alone, for a machine that is busy; with --threads 1",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and picture")
+    parser.add_argument("--tag", default="", help="ends the files' names: one more stored result")
     benchmark.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -112,7 +113,8 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
         "result": result,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    file: Path = options.out / f"{name}-{options.form}-{options.device.type}.json"
+    tag = f"-{options.tag}" if options.tag else ""
+    file: Path = options.out / f"{name}-{options.form}-{options.device.type}{tag}.json"
     file.write_text(json.dumps(stored, indent=1) + "\n")
     draw(benchmark, result, file.with_suffix(".png"))
     print(table(benchmark, file))
@@ -251,7 +253,7 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--", "muonclip", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--", "muonclip", "pretrain", "benchmarks/*.py")
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),

@@ -1,15 +1,23 @@
-"""What this machine and torch's settings allow a Triton kernel to do.
-
-``torch.compile`` takes the answers for constants: it cannot trace the questions.
-"""
+"""What this machine and torch's settings allow a Triton kernel to do."""
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
+    """``torch.compile`` takes the answer for a constant: it cannot trace the question.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which
+    takes seconds and which most programs never need.
+    """
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
+@_constant
 def has_triton() -> bool:
     """Whether Triton is installed and there is an NVIDIA GPU it is fast on: Ampere or newer."""
     return _has_triton()
@@ -25,7 +33,7 @@ def _has_triton() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def allows_tf32() -> bool:
     """Whether torch may round float32 factors to tf32 in CUDA products."""
     precision: str = torch.backends.cuda.matmul.fp32_precision
