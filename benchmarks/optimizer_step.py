@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
     )
+    parser.add_argument("--without", nargs="+", metavar="NAME", help="optimizers of just this name")
     parser.add_argument("--baseline", default=BASELINE, help="the optimizer all are compared with")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
     parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> Result:
         wanted = candidates(options.only, options.baseline)
     except ValueError as error:
         raise SystemExit(f"--only, --baseline: {error}") from error
+    wanted = [c for c in wanted if c.name not in (options.without or ())]
     loads = workloads(options.form)
     if options.workloads:
         known = [load.name for load in loads]
