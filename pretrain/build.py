@@ -27,6 +27,7 @@ from pretrain.model.language import build_language_model, cuts
 from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
+from pretrain.monitor import Monitor, Routing, Updates
 from pretrain.runtime.processes import Processes
 
 
@@ -43,6 +44,7 @@ class Run:
         named: every trained parameter and kept buffer by its name in the whole model.
         cuts: of which of these this rank has a part alone, and which.
         copies: how many ranks hold each of these, or the same part of it.
+        monitor: gathers what a step shows of itself.
         assignment: which parameter went to Muon, which to AdamW, and why; for people.
     """
 
@@ -57,6 +59,7 @@ class Run:
     named: dict[str, Tensor]
     cuts: dict[str, Cut]
     copies: dict[str, int]
+    monitor: Monitor
     assignment: str
 
     def train(self, mode: bool = True) -> None:
@@ -102,11 +105,27 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         )
         for chunk in chunks
     ]
-    settings.finalize_model_grads_func = finalize_model_grads
+    routing = Routing(chunks)
+
+    def finalize(*arguments: Any, **options: Any) -> None:
+        routing.take()
+        finalize_model_grads(*arguments, **options)
+
+    settings.finalize_model_grads_func = finalize
     no_sync = [chunk.no_sync for chunk in replicas]
     settings.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
     optimizer, clips = build_optimizer(config.optimizer, model)
+    held_by = {name: copies(name, tensor) for name, tensor in named.items()}
+    monitor = Monitor(
+        config,
+        processes,
+        routing,
+        Updates(optimizer, {tensor: held_by[name] for name, tensor in named.items()}),
+        {name: _layer_number(model, name) for name in clips[0].layouts},
+        data.tokenizer.vocab_size,
+        tower.projector.fc2.weight.dtype,
+    )
     return Run(
         config=config,
         processes=processes,
@@ -120,11 +139,18 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         clips=clips,
         named=named,
         cuts=cut,
-        copies={name: copies(name, tensor) for name, tensor in named.items()},
+        copies=held_by,
+        monitor=monitor,
         assignment=muonclip.describe(
             muonclip.assign(model, layouts=matrix_layouts(model), shardings=optimizer.shardings)
         ),
     )
+
+
+def _layer_number(model: nn.ModuleDict, name: str) -> int:
+    """Of a language layer's attention, in the whole model, from 0."""
+    attention: Any = model.get_submodule(name)
+    return int(attention.layer_number) - 1
 
 
 def make_encoder(

@@ -300,7 +300,11 @@ class Config:
     micro_batch_size: int = 8
     """Packed sequences in one forward and backward on one rank."""
     log_every: int = 10
-    """Steps between progress lines; metrics.jsonl has every step."""
+    """Steps between progress lines, and between samples of the update's RMS; metrics.jsonl has
+    every step."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one process that utilisation (mfu) is a share of; null: what a large matrix
+    product reaches here when the run begins."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -312,6 +316,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "global_batch_size", "micro_batch_size", "log_every")
+        _require(
+            self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops must be > 0 or null"
+        )
         used = self.optimizer.warmup_steps + self.optimizer.decay_steps
         _require(
             used <= self.steps,

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
-from muonclip import ClipResult
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
 from pretrain.data import CAPTION, MEDIA_PAD, TEXT
@@ -181,25 +179,6 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def heads(run: Run, clipped: Sequence[ClipResult]) -> dict[str, Any]:
-    """The largest logit, and how many heads of how many were clipped, over the whole model."""
-    language, vision = clipped
-    largest = [logits.max() for result in clipped for logits in result.max_logits.values()]
-    maximum = torch.stack(largest).max()
-    counts = torch.stack(
-        [language.num_clipped, torch.tensor(sum(map(len, language.max_logits.values())))]
-    )
-    # Stages and tensor-parallel ranks have other heads of the language model.
-    group = parallel_state.get_model_parallel_group()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    dist.all_reduce(counts, group=group)
-    return {
-        "max_logit": maximum.item(),
-        "heads_clipped": int(counts[0] + vision.num_clipped),
-        "heads": int(counts[1]) + sum(map(len, vision.max_logits.values())),
-    }
-
-
 def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
     """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
 
@@ -216,7 +195,9 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+    run.monitor.before_update(step)
     run.optimizer.step()
+    moved = run.monitor.after_update()
     clipped = [clip.step() for clip in run.clips]
     # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
     run.optimizer.zero_grad(set_to_none=True)
@@ -224,7 +205,7 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
     return metrics | {
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
-        **heads(run, clipped),
+        **run.monitor.gather(micro_batches, clipped, moved),
         "encoder_balance": run.encoder.balance,
         "encoder_least_balance": run.encoder.least_balance,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,

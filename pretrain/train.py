@@ -35,7 +35,9 @@ def train(config: Config) -> None:
     remaining = range(done + 1, config.steps + 1)
     for step, micro_batches in batches.ahead(config, here, data, remaining):
         metrics = train_step(run, micro_batches, step)
-        metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
+        seconds = time.monotonic() - began
+        metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        metrics["mfu"] = metrics["model_flops"] / seconds / run.monitor.peak_flops
         if step % config.evaluation.every == 0 or step == config.steps:
             metrics |= held_out_losses(run)
         out.write(metrics)

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+
+# What depends on the machine and its load. All else is a function of configuration and seed.
+MACHINE = ("tokens_per_second", "mfu", "memory_gib")
 
 
 def _duration(seconds: float) -> str:
@@ -25,9 +29,10 @@ def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) ->
     return (
         f"step {step:>{len(str(steps))}}/{steps}"
         f" | loss {nats('loss')} | text {nats('text_loss')} | caption {nats('caption_loss')}"
-        f" | {metrics['tokens_per_second']:6,.0f} tok/s"
+        f" | {metrics['tokens_per_second']:6,.0f} tok/s, MFU {metrics['mfu']:.0%}"
         f" | max logit {metrics['max_logit']:5.1f}"
         f" | heads clipped {metrics['heads_clipped']}/{metrics['heads']}"
+        f" | expert load {metrics['expert_load']:.2f}"
         f" | encoder balance {metrics['encoder_balance']:.3f}"
         f" | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e}"
         f" | ETA {_duration(eta_seconds)}"
@@ -35,15 +40,37 @@ def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) ->
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every complete record of a metrics.jsonl; a line that a kill cut short is left out."""
-    records = []
+    """The records of a metrics.jsonl in the order of their steps.
+
+    A line that a kill cut short is left out. Where steps were written again, by a run that went
+    back to a checkpoint, what stood there of them and of later ones belongs to a future that was
+    given up.
+    """
+    records: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+                record = json.loads(line)
+                step = record["step"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            while records and records[-1]["step"] >= step:
+                records.pop()
+            records.append(record)
     return records
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A record's numbers by name, those of layers as ``name/layer``; what is None is left out."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            width = len(str(len(value) - 1))
+            numbered = ((f"{name}/{layer:0{width}}", item) for layer, item in enumerate(value))
+            found.update((key, item) for key, item in numbered if item is not None)
+        elif value is not None and name != "step":
+            found[name] = value
+    return found
 
 
 class MetricsWriter:
@@ -84,14 +111,15 @@ class MetricsWriter:
             (self.path.parent / name).write_text(text + "\n")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Record one step: ``step`` and numbers (or None, where there was nothing to measure)."""
+        """Record one step: ``step`` and numbers, or lists of them by layer (None, where there was
+        nothing to measure)."""
         if not self._enabled:
             return
         step = metrics["step"]
         self._file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            if value is not None and name != "step":
-                self._board.add_scalar(name, value, step)
+        # All in one event: a hundred add_scalar() take milliseconds.
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in scalars(metrics).items()]
+        self._board.file_writer.add_summary(Summary(value=values), step)
         trained = step - self._done
         if trained > 0 and (step % self._log_every == 0 or trained == 1 or step == self._steps):
             eta = (time.monotonic() - self._started) / trained * (self._steps - step)

@@ -5,13 +5,16 @@ import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, cli, config, step
 from pretrain.build import build
 from pretrain.config import Config
+from pretrain.flops import flops_per_token
 from pretrain.runtime.checkpoint import Part
-from pretrain.runtime.metrics import read
+from pretrain.runtime.metrics import MACHINE, read
 from pretrain.train import set_up, train
 
 TINY = """
@@ -48,9 +51,9 @@ def tiny(folder: str, *overrides: str) -> Config:
 
 
 def comparable(metrics_file: Path) -> list[dict[str, Any]]:
-    """What a run recorded, but for the time it took."""
+    """What a run recorded, but for the time and memory it took."""
     return [
-        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        {key: value for key, value in record.items() if key not in MACHINE}
         for record in read(metrics_file)
     ]
 
@@ -95,6 +98,57 @@ def max_logits_before_and_after_a_clip(
         }
         outcomes.append((max_logits, sum(result.num_clipped for result in results)))
     return outcomes
+
+
+def first_step(folder: str, *overrides: str) -> dict[str, Any]:
+    """Metrics of a first step, and in ``seen`` what this rank saw of it with its own eyes."""
+    settings = tiny(folder, *overrides)
+    here, data = set_up(settings)
+    run = build(settings, here, data)
+    routed: dict[int, Tensor] = {}
+
+    def count(router: Any, _inputs: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled():
+            tokens = outputs[1].sum(0)
+            routed[router.layer_number] = routed.get(router.layer_number, 0) + tokens
+
+    for chunk in run.language:
+        for module in chunk.modules():
+            if hasattr(module, "expert_bias"):
+                module.register_forward_hook(count)
+    before = {p: p.detach().clone() for _, p in run.parameters()}
+    metrics = step.train_step(run, batches.of_step(settings, here, data, 1), 1)
+    seen: dict[str, Any] = {
+        "max_logits": [
+            float(logits.max())
+            for clip in run.clips
+            if clip.result is not None
+            for logits in clip.result.max_logits.values()
+        ],
+        "routed": [tokens.tolist() for _, tokens in sorted(routed.items())],
+    }
+    for group in run.optimizer.param_groups:
+        decay = 1 - group["lr"] * group["weight_decay"]
+        moved = [(before[p] * decay - p.detach()) / group["lr"] for p in group["params"]]
+        seen.setdefault(group["algorithm"], []).extend(moved)
+    for algorithm in ("muon", "adamw"):
+        moved = torch.cat([m.flatten() for m in seen[algorithm]])
+        seen[algorithm] = float(moved.square().mean().sqrt())
+    return {"metrics": metrics, "seen": seen}
+
+
+def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
+    """FLOPs of a forward through the language model: as torch counts them, and as we do."""
+    settings = tiny(folder, "data.vision_share=0", *overrides)
+    here, data = set_up(settings)
+    run = build(settings, here, data)
+    micro_batches = batches.of_step(settings, here, data, 1)
+    features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step.backbone(run, micro_batches, features, forward_only=True)
+    length = settings.data.seq_length
+    per_token = flops_per_token(settings.language, data.tokenizer.vocab_size, 2 * length - 1)
+    return counter.get_total_flops(), per_token * settings.global_batch_size * length
 
 
 def command(*arguments: str) -> tuple[int, str]:
