@@ -174,6 +174,7 @@ def make_encoder(
         tensor_group=group,
         spread=config.spread,
         max_patches=config.max_patches,
+        max_patches_per_rank=config.max_patches_per_rank,
         cost=measured(tower, dist.group.WORLD, cache=cost_file)
         if config.cost == "measured"
         else None,

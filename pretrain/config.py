@@ -249,9 +249,14 @@ class EncoderProcessConfig:
     seconds when the run begins, and kept in run_dir."""
     max_patches: int = 16384
     """Patches that go through the encoder at a time: bounds the memory of its activations."""
+    max_patches_per_rank: int | None = None
+    """Patches that a rank is given to encode in a step, at most: bounds the memory of their pixels.
+    An image larger than that has a rank to itself. null: as many as balance asks for."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_patches")
+        most = self.max_patches_per_rank
+        _require(most is None or most > 0, f"max_patches_per_rank must be > 0 or null, not {most}")
 
 
 @dataclass(frozen=True)

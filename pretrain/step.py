@@ -208,5 +208,6 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
         **run.monitor.gather(micro_batches, clipped, moved),
         "encoder_balance": run.encoder.balance,
         "encoder_least_balance": run.encoder.least_balance,
+        "encoder_oversized": run.encoder.oversized,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
     }

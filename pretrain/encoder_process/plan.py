@@ -22,6 +22,14 @@ _BISECTIONS, _FEW = 6, 4
 _NEVER = np.iinfo(np.int64).max
 
 
+class NoRoomError(ValueError):
+    """The capacity leaves no room for ``item``."""
+
+    def __init__(self, message: str, item: int) -> None:
+        super().__init__(message)
+        self.item = item
+
+
 def plan(
     loads: Sequence[int] | Integers,
     num_ranks: int,
@@ -63,8 +71,8 @@ def plan(
         The rank of each item. Ties go to the earlier item and the lower rank.
 
     Raises:
-        ValueError: an argument is out of its range; or the capacity leaves no room for an item,
-            which the message names.
+        ValueError: an argument is out of its range.
+        NoRoomError: the capacity leaves no room for an item.
     """
     work = _check(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
     if not len(work.loads):
@@ -290,16 +298,17 @@ def _scarce(work: _Work) -> Integers:
     """A plan for a capacity that leaves little room.
 
     Raises:
-        ValueError: none is found.
+        NoRoomError: none is found.
     """
     ranks = _tightest_fit(work.sizes, work.num_ranks, work.capacity)
     if isinstance(ranks, int):
         size = int(work.sizes[ranks])
-        raise ValueError(
+        raise NoRoomError(
             f"capacity leaves no room for item {ranks} of size "
             f"{'at least ' if size == work.capacity else ''}{size}: all items have "
             f"{work.sizes.sum()}, {work.num_ranks} ranks of {work.capacity} have room for "
-            f"{work.num_ranks * work.capacity}; raise it, or give fewer items"
+            f"{work.num_ranks * work.capacity}; raise it, or give fewer items",
+            ranks,
         )
     return ranks
 

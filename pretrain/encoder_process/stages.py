@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pretrain.encoder_process.cost import CostModel, count, traffic
 from pretrain.encoder_process.exchange import Exchange, gather_grids
-from pretrain.encoder_process.plan import balance, least_balance, plan
+from pretrain.encoder_process.plan import NoRoomError, balance, least_balance, oversized, plan
+from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import check_grids, chunks, num_features, unobserved
 
@@ -64,6 +65,9 @@ class EncoderProcess:
             item after item, a baseline.
         max_patches: patches that go through the encoder at a time, which bounds the memory of its
             activations; a larger item goes alone.
+        max_patches_per_rank: patches that a rank is given to encode, at most, which bounds the
+            memory of their pixels; an item larger than that has a rank to itself. None: as many as
+            balance asks for. The baseline does not heed it.
         cost: what an item costs; None: the FLOPs of its shapes.
 
     Attributes:
@@ -81,6 +85,7 @@ class EncoderProcess:
         tensor_group: dist.ProcessGroup | None = None,
         spread: Spread = "balanced",
         max_patches: int = 16384,
+        max_patches_per_rank: int | None = None,
         cost: CostModel | None = None,
     ) -> None:
         self.tower = tower
@@ -89,9 +94,11 @@ class EncoderProcess:
         self.tensor_group = tensor_group
         self.spread = spread
         self.max_patches = max_patches
+        self.max_patches_per_rank = max_patches_per_rank
         self.cost = cost or count(tower.encoder.config, tower.projector.fc2.out_features)
         self.owns_images = takes_images and _is_first(tensor_group)
         self.balance = self.least_balance = 1.0
+        self.oversized = 0
         self._sent: _Sent | None = None
 
     def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
@@ -108,7 +115,8 @@ class EncoderProcess:
 
         Raises:
             PretrainError: on every rank, if an image of one of them cannot be encoded (see
-                :func:`pretrain.model.vision.check_grids`), or it refused.
+                :func:`pretrain.model.vision.check_grids`), or it refused; or if there are more
+                patches than ``max_patches_per_rank`` lets all ranks have.
         """
         patches = torch.cat([patches for patches, _ in micro_batches])
         grids = torch.cat([grids for _, grids in micro_batches])
@@ -172,9 +180,25 @@ class EncoderProcess:
         else:
             weight = self.tower.projector.fc2.weight
             sent = traffic(grids, self.tower.encoder.config, len(weight), weight.itemsize)
-            encoders = plan(loads, ranks, owners=owners, traffic=sent)
+            capacity = self.max_patches_per_rank
+            sizes = None if capacity is None else grids.prod(1).numpy()
+            try:
+                encoders = plan(
+                    loads, ranks, owners=owners, traffic=sent, sizes=sizes, capacity=capacity
+                )
+            except NoRoomError as error:  # all ranks plan the same: all raise it
+                owner = owners[error.item]
+                item = error.item - owners.index(owner)
+                frames, rows, columns = grids[error.item].tolist()
+                raise PretrainError(
+                    f"encoder_process.max_patches_per_rank={capacity} leaves no room on any of "
+                    f"{ranks} ranks for rank {owner}'s image {item} ({frames} x {rows} x {columns} "
+                    f"patches) beside the step's {int(grids.prod(1).sum())}: raise it, or lower "
+                    "global_batch_size or data.vision_share"
+                ) from error
         self.balance = balance(loads, encoders, ranks)
         self.least_balance = least_balance(loads, ranks)
+        self.oversized = len(oversized(loads, ranks))
         return encoders
 
     def _chunks(self, patches: Tensor, grids: Tensor) -> Iterator[Images]:
@@ -211,6 +235,7 @@ class ColocatedEncoder:
         self.owns_images = takes_images and _is_first(tensor_group)
         self.cost = count(tower.encoder.config, tower.projector.fc2.out_features)
         self.balance = self.least_balance = 1.0
+        self.oversized = 0
 
     def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
         """Features of each micro-batch, with their graph where gradients are on."""
@@ -222,7 +247,9 @@ class ColocatedEncoder:
         everyones = gather_grids(mine, self.group, refused)
         loads = [int(self.cost.loads(theirs).sum()) for theirs in everyones]
         self.balance = balance(loads, range(len(loads)), len(loads))
-        self.least_balance = least_balance(self.cost.loads(torch.cat(everyones)), len(everyones))
+        all_loads = self.cost.loads(torch.cat(everyones))
+        self.least_balance = least_balance(all_loads, len(everyones))
+        self.oversized = len(oversized(all_loads, len(everyones)))
         if not self.takes_images:
             return [_no_features(self.tower) for _ in micro_batches]
         return [self.tower(patches, grids) for patches, grids in micro_batches]

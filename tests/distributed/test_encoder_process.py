@@ -297,6 +297,28 @@ def test_chunks_bound_what_is_encoded_at_a_time_and_change_nothing() -> None:
         assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
 
 
+def _with_capacity(capacity: int) -> str | tuple[int, int]:
+    encoder = EncoderProcess(
+        make_tower(torch.float32), dist.group.WORLD, max_patches_per_rank=capacity
+    )
+    mine = [(1, 4, 4), (1, 4, 4)] if dist.get_rank() == 0 else [(1, 2, 2), (1, 2, 4)]
+    try:
+        encoder.encode([make_images(mine, 0)])
+    except PretrainError as error:
+        return str(error)
+    assert encoder._sent is not None
+    return len(encoder._sent.patches), encoder.oversized
+
+
+def test_a_cap_on_a_ranks_patches_is_kept_or_the_image_without_room_is_named() -> None:
+    """16 + 16 + 4 + 8 patches on two ranks: 24 and 20 fit, 22 each do not."""
+    held = launch(_with_capacity, 2, 24)
+    assert sorted(held) == [(20, 0), (24, 0)]
+    for told in launch(_with_capacity, 2, 21):
+        assert "max_patches_per_rank=21 leaves no room on any of 2 ranks for rank " in str(told)
+        assert "patches) beside the step's 44: raise it" in str(told)
+
+
 def _backward_first() -> str:
     try:
         EncoderProcess(make_tower(torch.float32), dist.group.WORLD).backward()
