@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from pretrain.errors import PretrainError
 
@@ -13,6 +14,8 @@ examples:
   torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml
   torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml steps=50 optimizer.lr=1e-3
   torchrun --nproc-per-node 2 -m pretrain eval  configs/laptop.yaml
+
+  python -m pretrain report runs/laptop
 
 A run writes into its run_dir: metrics.jsonl, tensorboard/, checkpoints/, curves.png and
 parameters.txt. Started again with the same run_dir, it goes on from its newest checkpoint.
@@ -37,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key.sub=value", help="settings that differ from it"
         )
+    page = commands.add_parser(
+        "report",
+        help="write one HTML page about a run",
+        description="write one HTML page about a run",
+    )
+    page.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
+    page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     commands.add_parser("settings", help="list every setting with its default and meaning")
     return parser
 
@@ -54,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(config.describe())
         return 0
     try:
+        if options.command == "report":
+            from pretrain import page
+
+            print(page.write(options.run_dir, options.out))
+            return 0
         settings = config.load(options.config, options.overrides)
         from pretrain import train
 

@@ -1,9 +1,12 @@
 """What a run says to people when it starts and when it ends."""
 
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from pretrain.build import Run
+from pretrain.config import to_dict
+from pretrain.runtime import machine
 
 # Nats a token by which a caption must be likelier beside its own image than beside another one.
 _SEES = 0.5
@@ -23,6 +26,19 @@ def opening(run: Run, done: int) -> str:
         f"{config.steps} steps of {tokens:,} tokens, {config.data.vision_share:.0%} of them images;"
         f" {start}; writing to {config.run_dir}"
     )
+
+
+def start(run: Run, done: int) -> dict[str, Any]:
+    """What is noted in starts.jsonl each time that a run starts or goes on, for its report."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")[:19],
+        "step": done,
+        "processes": run.processes.world_size,
+        "processor": machine.processor(),
+        "peak_flops": run.monitor.peak_flops,
+        "versions": machine.versions(),
+        "config": to_dict(run.config),
+    }
 
 
 def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[str, str]]) -> str:

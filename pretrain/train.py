@@ -1,5 +1,6 @@
 """Training, from top to bottom."""
 
+import json
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def train(config: Config) -> None:
     out = MetricsWriter(run_dir, config.steps, done, config.log_every, enabled=here.is_main)
     out.say(report.opening(run, done))
     out.save("parameters.txt", run.assignment)
+    out.append("starts.jsonl", report.start(run, done))
     if done == 0:
         out.write({"step": 0, **held_out_losses(run)})
     began = time.monotonic()
@@ -46,6 +48,7 @@ def train(config: Config) -> None:
         began = time.monotonic()
 
     transcriptions = transcribe(run)
+    out.save("transcriptions.json", json.dumps(transcriptions))
     out.close()
     if here.is_main:
         print(report.closing(read(out.path), transcriptions))

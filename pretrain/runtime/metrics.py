@@ -42,22 +42,30 @@ def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) ->
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in the order of their steps.
 
-    A line that a kill cut short is left out. Where steps were written again, by a run that went
-    back to a checkpoint, what stood there of them and of later ones belongs to a future that was
-    given up.
+    Where steps were written again, by a run that went back to a checkpoint, what stood there of
+    them and of later ones belongs to a future that was given up.
     """
     records: list[dict[str, Any]] = []
+    for record in read_lines(path):
+        if "step" in record:
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+            records.append(record)
+    return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that a kill cut short is left out."""
+    found = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                step = record["step"]
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
                 continue
-            while records and records[-1]["step"] >= step:
-                records.pop()
-            records.append(record)
-    return records
+            if isinstance(record, dict):
+                found.append(record)
+    return found
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -109,6 +117,12 @@ class MetricsWriter:
         """Write a text file beside the metrics."""
         if self._enabled:
             (self.path.parent / name).write_text(text + "\n")
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line to a file of JSON lines beside the metrics."""
+        if self._enabled:
+            with (self.path.parent / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step: ``step`` and numbers, or lists of them by layer (None, where there was

@@ -1,0 +1,121 @@
+"""A run's page shows what was recorded, needs nothing else, and forgives what a kill leaves."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import cli, page
+from pretrain.errors import PretrainError
+from tests.distributed import training
+from tests.distributed.launch import launch
+
+TITLES = (
+    "Loss, nats a token",
+    "Gradient norm",
+    "Learning rate",
+    "Update RMS (sampled)",
+    "Largest logit by layer: language model",
+    "Largest logit by layer: vision encoder",
+    "Heads clipped in a step",
+    "Expert load, max / mean over experts",
+    "Encoder load, max / mean over ranks",
+    "Tokens per second",
+    "Model FLOP utilisation",
+    "Peak memory of a process, GiB",
+)
+
+
+class Reader(HTMLParser):
+    """Every tag, the ids that are defined and referred to, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in ("href", "xlink:href", "src"):
+                self.links.append(value or "")
+            elif found := re.search(r"url\(#(.+?)\)", value or ""):
+                self.links.append("#" + found[1])
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def record(step: int, layers: int = 2) -> dict[str, Any]:
+    by_layer = [step + layer / 10 for layer in range(layers)]
+    return {
+        "step": step, "loss": 1.0, "text_loss": 1.0, "caption_loss": None, "grad_norm": 1.0,
+        "lr": 1e-3, "language_max_logits": by_layer, "vision_max_logits": [None] * layers,
+        "expert_loads": by_layer, "tokens": 10, "tokens_per_second": 5.0, "mfu": 0.5,
+    }  # fmt: skip
+
+
+def test_a_run_that_went_on_with_other_settings_is_shown_whole(tmp_path: Path) -> None:
+    training.tiny_file(tmp_path)
+    shorter = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
+    for steps in (3, 5):
+        launch(training.train_and_read, 1, str(tmp_path), f"steps={steps}", *shorter)
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    reader = Reader((tmp_path / "run" / "report.html").read_text())
+    assert reader.tags.count("svg") == len(TITLES)
+    for title in TITLES:
+        assert title in reader.text
+    # Both starts, what changed, the configuration, versions, the end and what was read.
+    assert "at step 0" in reader.text and "after step 3" in reader.text
+    assert "steps=5" in reader.text and "qk_clip_threshold: 100.0" in reader.text
+    assert "torch 2." in reader.text and "5 of 5" in reader.text
+    assert all(f"step {step}" in reader.text for step in (0, 3, 5))
+    assert "the model reads" in reader.text
+    # Nothing is fetched, nothing runs, and plots do not take each other's parts.
+    assert not {"script", "link", "iframe"} & set(reader.tags)
+    for link in reader.links:
+        assert link.startswith("data:") or reader.ids.count(link[1:]) == 1, link
+
+
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    lines = [json.dumps(record(1)), "[1, 2]", '{"no": 1}', "\x00\x00", json.dumps(record(2))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 7, "lo']))
+    assert "<b>2</b>" in page.write(tmp_path).read_text()
+
+
+def test_a_run_without_a_step_yet_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No step has been recorded yet" in page.write(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("layers", [1, 61])
+def test_thousands_of_steps_and_many_layers_make_a_small_page(layers: int) -> None:
+    made = page.render("run", [record(step, layers) for step in range(1, 3001)], [], [])
+    assert len(made) < 500_000
+    assert ("<image" in made) == (layers > 6)
+
+
+def test_text_of_the_run_is_text_in_the_page() -> None:
+    made = page.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
+    assert "<script" not in made and "&lt;script&gt;" in made and "&amp;amp;" in made
+
+
+def test_what_is_no_run_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "is no run: it has no metrics.jsonl" in told
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(PretrainError, match=r"cannot write the report .*: No such file"):
+        page.write(tmp_path, tmp_path / "missing" / "page.html")
