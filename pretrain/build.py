@@ -23,6 +23,7 @@ from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured
+from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model, cuts
 from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
@@ -75,12 +76,19 @@ class Run:
 
 def build(config: Config, processes: Processes, data: Data) -> Run:
     """Build this rank's part of everything, with its weights as at step 0."""
+    dtype: torch.dtype = getattr(torch, config.precision)
     chunks = build_language_model(
-        config.language, data.tokenizer.vocab_size, config.data.seq_length, config.parallel
+        config.language,
+        data.tokenizer.vocab_size,
+        config.data.seq_length,
+        config.parallel,
+        config.recompute,
+        dtype,
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     model = nn.ModuleDict({"language": language, "vision": tower}).to(processes.device)
+    set_precision(model, dtype)
 
     local_experts = config.language.num_experts // config.parallel.expert
     named = {f"vision.{name}": tensor for name, tensor in kept_tensors(tower)}
@@ -153,6 +161,24 @@ def _layer_number(model: nn.ModuleDict, name: str) -> int:
     return int(attention.layer_number) - 1
 
 
+def set_precision(model: nn.ModuleDict, dtype: torch.dtype) -> None:
+    """Keep parameters in ``dtype`` and let their gradients be float32; buffers stay as they are.
+
+    The vision tower's gradients add up in float32 where autograd leaves them. megatron-core's
+    wrapper adds the language model's up in buffers of its own, which become ``.grad``.
+
+    Raises:
+        PretrainError: this torch (before 2.10) knows no gradients of another precision.
+    """
+    if dtype != torch.float32 and not hasattr(Tensor, "grad_dtype"):
+        raise PretrainError(f"precision={str(dtype).removeprefix('torch.')} needs torch >= 2.10")
+    for part, own_buffers in (("language", True), ("vision", False)):
+        for parameter in model[part].parameters():
+            parameter.data = parameter.data.to(dtype)
+            if dtype != torch.float32:
+                parameter.grad_dtype = None if own_buffers else torch.float32
+
+
 def make_encoder(
     config: EncoderProcessConfig,
     tower: VisionTower,
@@ -193,6 +219,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
         ns_dtype=None if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
         adamw_lr=config.adamw_lr,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
+        master_weights=True,
         # Ranks share the orthogonalization of what several of them hold.
         shardings=parts,
     )

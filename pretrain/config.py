@@ -234,6 +234,44 @@ class ParallelConfig:
         """
         return self.tensor if self.expert == 1 else 1
 
+    def layers(self, num_layers: int) -> list[int]:
+        """How many of the model's layers each run of layers has, in the model's order.
+
+        As even as can be. What is left over goes to later runs, since earlier stages keep more
+        micro-batches; but last of all to the last one, which has the output head.
+        """
+        runs = self.pipeline * self.interleave
+        counts = [num_layers // runs] * runs
+        for run in [*range(runs - 2, -1, -1), runs - 1][: num_layers % runs]:
+            counts[run] += 1
+        return counts
+
+
+RecomputedModule = Literal["core_attn", "mla_up_proj", "mlp", "moe", "shared_experts"]
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Activations of the language model that are computed again in the backward, not kept."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """full: whole layers; selective: the ``modules`` of every layer. Same gradients as none."""
+    method: Literal["uniform", "block"] = "uniform"
+    """full: uniform keeps the input of every ``num_layers`` layers; block recomputes the first
+    ``num_layers`` of each run of layers, and keeps the others' activations."""
+    num_layers: int = 1
+    """See ``method``."""
+    modules: tuple[RecomputedModule, ...] = ("core_attn",)
+    """selective: attention's logits and weights; queries, keys and values from their latents;
+    dense MLPs; layers of experts, or their shared experts alone."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_layers")
+        _require(
+            self.granularity != "selective" or len(self.modules) > 0,
+            "modules must name what is recomputed, or granularity be none",
+        )
+
 
 @dataclass(frozen=True)
 class EncoderProcessConfig:
@@ -310,11 +348,15 @@ class Config:
     peak_tflops: float | None = None
     """TFLOP/s of one process that utilisation (mfu) is a share of; null: what a large matrix
     product reaches here when the run begins."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations. bfloat16 keeps float32 master weights, moments and gradients,
+    and computes router, softmax, loss and norms in float32."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     encoder_process: EncoderProcessConfig = field(default_factory=EncoderProcessConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -357,13 +399,21 @@ class Config:
                     f"{getattr(parallel, size)} does not divide {setting}="
                     f"{whole}: choose a divisor"
                 )
-        chunks = parallel.pipeline * parallel.interleave
-        if language.num_layers % chunks:
+        if language.num_layers < parallel.pipeline * parallel.interleave:
             raise PretrainError(
                 f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
-                f"{parallel.interleave} does not divide language.num_layers={language.num_layers}: "
-                "choose a divisor"
+                f"{parallel.interleave} is more than language.num_layers={language.num_layers}: "
+                "each run of layers needs one"
             )
+        recompute = self.recompute
+        if recompute.granularity == "full" and recompute.method == "uniform":
+            for layers in parallel.layers(language.num_layers):
+                if layers % recompute.num_layers:
+                    raise PretrainError(
+                        f"recompute.num_layers={recompute.num_layers} does not divide the {layers} "
+                        "layers of a pipeline stage's run: choose a divisor, or "
+                        "recompute.method=block"
+                    )
         for name, ranks in (
             ("parallel.expert", parallel.expert),
             ("parallel.tensor", parallel.tensor),

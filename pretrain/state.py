@@ -16,7 +16,7 @@ from pretrain.runtime import checkpoint
 from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
-_FIXED = ("seed", "global_batch_size", "language", "vision", "data")
+_FIXED = ("seed", "global_batch_size", "precision", "language", "vision", "data")
 # What earlier versions put behind a name where tensor parallelism had cut the tensor.
 _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
@@ -98,6 +98,9 @@ def _restore(run: Run) -> int:
         }
     checkpoint.load(path, _tensors(run, states))
     run.optimizer.state.update(states)
+    for _, parameter in run.parameters():
+        if "master" in states[parameter]:  # QK-Clip scales it too
+            setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
     return int(manifest["step"])
 
 
@@ -107,6 +110,7 @@ def _device(key: str, parameter: Tensor) -> torch.device:
 
 
 def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    then = {"precision": "float32", **then}  # which checkpoints without the setting had
     for key in _FIXED:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:

@@ -25,7 +25,8 @@ def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup | None) -> Non
     parameters = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            dtype = getattr(parameter, "grad_dtype", parameter.dtype)  # torch < 2.10 has no other
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from pretrain.config import LanguageConfig, ParallelConfig
+from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.model.names import Cut
 
 MaxLogitObserver = Callable[[Tensor], None]
@@ -59,7 +59,7 @@ class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, built the way a layer spec builds it."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_spec: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Under sequence parallelism each tensor-parallel rank sees a part of the sequence, and
         # megatron-core sums the gradients of the parameters that carry this mark.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
@@ -74,7 +74,7 @@ class DuplicatedLinear(nn.Linear):
     """
 
     def __init__(self, cut: ColumnParallelLinear) -> None:
-        super().__init__(cut.input_size, cut.output_size, bias=False)
+        super().__init__(cut.input_size, cut.output_size, bias=False, dtype=cut.weight.dtype)
         # As for norms, its gradient is summed over the parts of the sequence.
         setattr(self.weight, "sequence_parallel", True)  # noqa: B010 (for mypy)
 
@@ -83,7 +83,12 @@ class DuplicatedLinear(nn.Linear):
         return super().forward(x), None
 
 
-def transformer_config(config: LanguageConfig, parallel: ParallelConfig) -> MLATransformerConfig:
+def transformer_config(
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    dtype: torch.dtype,
+) -> MLATransformerConfig:
     """megatron-core's settings for our language model."""
     sparse = config.num_layers - config.dense_layers
     return MLATransformerConfig(
@@ -119,7 +124,11 @@ def transformer_config(config: LanguageConfig, parallel: ParallelConfig) -> MLAT
         virtual_pipeline_model_parallel_size=(
             parallel.interleave if parallel.interleave > 1 else None
         ),
-        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_layout=_pipeline_layout(config, parallel),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        **_recompute_settings(recompute),
         # Two stages are each other's next and previous: messages sent in one batch could be
         # taken one for the other.
         batch_p2p_comm=parallel.interleave == 1,
@@ -144,15 +153,48 @@ def transformer_config(config: LanguageConfig, parallel: ParallelConfig) -> MLAT
     )
 
 
+def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each run of layers has, where they are not all of one length."""
+    layers = parallel.layers(config.num_layers)
+    if len(set(layers)) == 1:
+        return None
+    runs = [["decoder"] * count for count in layers]
+    return [["embedding", *runs[0]], *runs[1:-1], [*runs[-1], "loss"]]
+
+
+def _recompute_settings(config: RecomputeConfig) -> dict[str, Any]:
+    if config.granularity == "none":
+        return {}
+    if config.granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(config.modules),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": config.method,
+        "recompute_num_layers": config.num_layers,
+    }
+
+
 def build_language_model(
-    config: LanguageConfig, vocab_size: int, seq_length: int, parallel: ParallelConfig
+    config: LanguageConfig,
+    vocab_size: int,
+    seq_length: int,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[GPTModel]:
     """Build this rank's part of the model; megatron-core's parallel state must be set up.
+
+    Args:
+        recompute: which activations are not kept; None keeps all.
+        dtype: of the parameters.
 
     Returns:
         The runs of layers that this rank has: one, or several with an interleaved pipeline.
     """
-    settings = transformer_config(config, parallel)
+    settings = transformer_config(config, parallel, recompute or RecomputeConfig(), dtype)
     chunks = []
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}

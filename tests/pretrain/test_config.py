@@ -82,7 +82,12 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
         (["parallel.expert=2"], 3, "3 processes cannot be divided by parallel.expert=2"),
         (["global_batch_size=12"], 2, "global_batch_size=12 is no multiple of 2 data-parallel"),
         (["parallel.tensor=3"], 3, "parallel.tensor=3 does not divide language.num_heads=4"),
-        (["parallel.pipeline=3"], 3, "pipeline=3 x parallel.interleave=1 does not divide"),
+        (["parallel.pipeline=5"], 5, "pipeline=5 x parallel.interleave=1 is more than"),
+        (
+            ["recompute.granularity=full", "recompute.num_layers=3"],
+            1,
+            "recompute.num_layers=3 does not divide the 4 layers",
+        ),
         (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
         (
             ["parallel.pipeline=2", "parallel.interleave=2", "global_batch_size=8"],
@@ -96,6 +101,17 @@ def test_a_world_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(PretrainError, match=message):
         config.load(empty, overrides).check_world_size(world_size)
+
+
+@given(layers=st.integers(1, 200), stages=st.integers(1, 16), interleave=st.integers(1, 4))
+def test_layers_are_spread_over_stages_as_evenly_as_can_be(
+    layers: int, stages: int, interleave: int
+) -> None:
+    interleave = interleave if stages > 1 else 1
+    counts = config.ParallelConfig(pipeline=stages, interleave=interleave).layers(layers)
+    assert len(counts) == stages * interleave and sum(counts) == layers
+    assert max(counts) - min(counts) <= 1
+    assert counts[-1] == min(counts)  # which has the output head, too
 
 
 @given(lr=st.floats(1e-8, 10), steps=st.integers(1000, 10**9), enabled=st.booleans())
