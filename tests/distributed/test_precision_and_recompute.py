@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Tensor]:
-    return launch(training.all_gradients, 1, str(folder), FIVE_LAYERS)[0]
+    return _merged(launch(training.all_gradients, 1, str(folder), FIVE_LAYERS))
 
 
 def _layout(*settings: str) -> tuple[str, ...]:
