@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pretrain.model.multimodal import MicroBatch
 
 TEXT = "text only"
+_MEDIA_PAD = 4  # any id that no random token has
 DEP = "DEP"
 # The reference in the code, and the same exchange without a plan.
 BASELINES = ("encoder on the first stage", "round-robin")
@@ -138,7 +139,8 @@ def _prepare(
         parallel=ParallelConfig(pipeline=setting.processes),
     )
     here = processes.start(config.parallel, seed)
-    data: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=config.data.vocab_size))
+    tokenizer = SimpleNamespace(vocab_size=config.data.vocab_size, media_pad=_MEDIA_PAD)
+    data: Any = SimpleNamespace(tokenizer=tokenizer)
     run = build(config, here, data)
     kinds = {
         TEXT: EncoderProcessConfig(),
@@ -169,7 +171,6 @@ def _batches(
     setting: Setting, share: float, spread: float, seed: int, first_stage: bool
 ) -> list["MicroBatch"]:
     """Micro-batches of one sequence: random tokens, with images for a share of them."""
-    from pretrain.data import MEDIA_PAD
     from pretrain.data import TEXT as TEXT_KIND
     from pretrain.model.multimodal import MicroBatch
 
@@ -184,7 +185,7 @@ def _batches(
             size = rows * columns // 4
             if size > waiting or place + size >= length:
                 break
-            tokens[0, place : place + size] = MEDIA_PAD
+            tokens[0, place : place + size] = _MEDIA_PAD
             grids.append([1, rows, columns])
             waiting -= size
             place += size + 1
@@ -277,10 +278,8 @@ def _result(
     timelines: Result,
     balances: dict[str, float],
 ) -> Result:
-    from pretrain.data import MEDIA_PAD
-
     tokens = setting.micro_batches * setting.sequence
-    vision = int(sum((batch.tokens == MEDIA_PAD).sum() for batch in batches))
+    vision = int(sum((batch.tokens == _MEDIA_PAD).sum() for batch in batches))
     grids = torch.cat([batch.grids for batch in batches])
     rows = {}
     for name, times in seconds.items():

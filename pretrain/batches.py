@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pretrain.config import Config
-from pretrain.data import Data, PackedSample
+from pretrain.data import Data, PackedSample, skipped
+from pretrain.data.skipped import Skip, Skipped
+from pretrain.errors import PretrainError
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime.processes import Processes
 
@@ -43,22 +47,73 @@ def of_step(config: Config, processes: Processes, data: Data, step: int) -> list
     return _micro_batches(samples, config, processes)
 
 
+class SkippedOfRun:
+    """What no rank could read, listed in the run's folder; past the limit all ranks leave."""
+
+    def __init__(self, config: Config, processes: Processes, data: Data) -> None:
+        self._path = Path(config.run_dir) / skipped.FILE
+        self._own = bool(config.data.sources)
+        self._processes, self._data = processes, data
+        self._all = Skipped(config.data.max_corrupt)
+        # Of the run so far, if it goes on. Nobody writes before all have read: settle() is next.
+        self._listed = {skip.name for skip in skipped.read(self._path)} if self._own else set()
+
+    def settle(self, failure: Exception | None = None) -> None:
+        """Tell each other what was skipped since the last time; called by all ranks at once.
+
+        Raises:
+            PretrainError: a rank failed, or too much is corrupt; the same on every rank.
+        """
+        found = self._data.take_skipped()
+        if not self._own:
+            if failure:
+                raise failure
+            return
+        news = torch.tensor([len(found) + (failure is not None)], device=self._processes.device)
+        dist.all_reduce(news)
+        if not news.item():
+            return
+        every: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._processes.world_size
+        dist.all_gather_object(every, (str(failure) if failure else None, found))
+        failures = [message for message, _ in every if message is not None]
+        if failures:
+            raise PretrainError(failures[0]) from failure
+        together = [skip for _, skips in every for skip in skips]
+        if self._processes.is_main:
+            unlisted = {skip.name: skip for skip in together if skip.name not in self._listed}
+            skipped.write(self._path, unlisted.values())
+        self._listed |= {skip.name for skip in together}
+        self._all.add(together)
+
+
 def ahead(
-    config: Config, processes: Processes, data: Data, steps: Iterable[int]
+    config: Config,
+    processes: Processes,
+    data: Data,
+    steps: Iterable[int],
+    skips: SkippedOfRun,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """Yield each step with its micro-batches, making the next ones while these are worked on.
 
-    Images are drawn in a thread: it runs while the step waits for other ranks.
+    Images are drawn, or read, in a thread: it runs while the step waits for other ranks.
+
+    Raises:
+        PretrainError: the data cannot be read on some rank; the same on every rank.
     """
+
+    def settled(future: Future[list[MicroBatch]]) -> list[MicroBatch]:
+        skips.settle(future.exception())  # type: ignore[arg-type]
+        return future.result()
+
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
             following = step, pool.submit(of_step, config, processes, data, step)
             if waiting:
-                yield waiting[0], waiting[1].result()
+                yield waiting[0], settled(waiting[1])
             waiting = following
         if waiting:
-            yield waiting[0], waiting[1].result()
+            yield waiting[0], settled(waiting[1])
 
 
 def of_evaluation(

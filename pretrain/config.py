@@ -138,8 +138,35 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of a run's own sources of data."""
+
+    type: Literal["text", "images", "energon", "standard_library"] = "text"
+    """text: JSONL (also .gz, .zst) and plain text files; images: a folder of images with captions,
+    or JSONL of images, videos and text that name image files; energon: a folder of WebDataset
+    shards prepared for megatron-energon; standard_library: the built-in text."""
+    path: str = ""
+    """A file, a folder (with what is below it) or a pattern such as data/*.jsonl.gz."""
+    weight: float = 1.0
+    """Its share of tokens beside the other sources of text, or the other sources of images."""
+    field: str = "text"
+    """Where in a JSON object the text is; of images, the caption (`caption` is found too)."""
+    split: Literal["hash", "train", "held_out"] = "hash"
+    """hash: held out by a hash of what is in a document; else the whole source is of one split."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.weight < float("inf"), f"weight must be >= 0, not {self.weight}")
+        _require(
+            bool(self.path) != (self.type == "standard_library"),
+            f"path must be given for a source of {self.type}"
+            if not self.path
+            else "path must be left out for the standard library",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """The built-in data: the standard library's text, and images of lines of it."""
+    """The data: the built-in text and drawn images, or a run's own sources."""
 
     seq_length: int = 256
     """Tokens in a packed sequence."""
@@ -148,10 +175,21 @@ class DataConfig:
     vision_share: float = 0.1
     """Share of all tokens that are image placeholders."""
     max_corpus_mb: float = 8.0
-    """Text used at most, in 10^6 bytes."""
+    """Text used at most, in 10^6 bytes; of own sources, to train the tokenizer on."""
     cache_dir: str = ".cache/pretrain"
     """Where the tokenizer and the tokenized text are kept."""
     images: ImageConfig = field(default_factory=ImageConfig)
+    sources: tuple[SourceConfig, ...] = ()
+    """Own data, a list; without it, the standard library's text and images of lines of it."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer.json or a tiktoken file; null: one is trained on the text."""
+    held_out: float = 0.02
+    """Share of an own source's documents that is held out."""
+    max_image_tokens: int | None = None
+    """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
+    max_corrupt: int = 100
+    """Corrupt samples that are skipped, listed in the run_dir's skipped.jsonl, before the run
+    ends."""
 
     def __post_init__(self) -> None:
         _require(self.seq_length >= 64, f"seq_length must be >= 64, not {self.seq_length}")
@@ -166,6 +204,14 @@ class DataConfig:
             f"not {self.vision_share}",
         )
         _require_positive(self, "max_corpus_mb")
+        if self.max_image_tokens is not None:
+            _require_positive(self, "max_image_tokens")
+        _require(0 <= self.held_out < 1, f"held_out must be in [0, 1), not {self.held_out}")
+        _require(self.max_corrupt >= 0, f"max_corrupt must be >= 0, not {self.max_corrupt}")
+        _require(
+            not self.sources or any(source.weight > 0 for source in self.sources),
+            "sources must have a weight above 0: all are 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -384,7 +430,8 @@ class Config:
             ("expert", "language.num_experts", language.num_experts),
             ("tensor", "language.num_heads", language.num_heads),
             ("tensor", "data.seq_length", self.data.seq_length),
-            ("tensor", "data.vocab_size", self.data.vocab_size),
+            # Another tokenizer's vocabulary is known, and checked, once it is read.
+            ("tensor", "data.vocab_size", 0 if self.data.tokenizer else self.data.vocab_size),
             ("tensor", "language.ffn_hidden_size", language.ffn_hidden_size),
             ("expert_tensor", "language.expert_ffn_hidden_size", language.expert_ffn_hidden_size),
             (
@@ -468,7 +515,7 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
             return value
     elif origin is tuple and isinstance(value, list | tuple):
         if args[-1] is Ellipsis:
-            return tuple(_convert(item, args[0], key) for item in value)
+            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
     elif expected is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -560,6 +607,9 @@ def _describe(cls: type[Any], prefix: str) -> typing.Iterator[str]:
         else:
             meaning = " ".join(meanings.get(item.name, "").split())
             yield f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
+            for part in typing.get_args(hints[item.name])[:1]:  # a list of such
+                if dataclasses.is_dataclass(part) and isinstance(part, type):
+                    yield from _describe(part, f"{prefix}{item.name}[].")
 
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:

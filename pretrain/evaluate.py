@@ -19,12 +19,14 @@ _MAX_CAPTION_TOKENS = 24
 def held_out_losses(run: Run) -> dict[str, float | None]:
     """Held-out loss of text and captions, and of captions beside another sample's image.
 
-    A model that reads its images has a much lower caption loss with the right one.
+    A model that reads its images has a much lower caption loss with the right one. What there is
+    none of in the data is None.
     """
     run.train(False)
     options = run.config.evaluation
     length = run.config.data.seq_length
-    packed = _mean_losses(run, [run.data.sample("held_out", i) for i in range(options.sequences)])
+    count = options.sequences if run.data.has_held_out else 0
+    packed = _mean_losses(run, [run.data.sample("held_out", i) for i in range(count)])
     right, swapped = run.data.caption_documents("held_out", options.captions)
     return {
         "held_out_text_loss": packed["text_loss"],
@@ -36,7 +38,9 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
 
 @torch.no_grad()
 def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
-    """Mean loss a token over fixed sequences, dealt to all ranks."""
+    """Mean loss a token over fixed sequences, dealt to all ranks; None without any."""
+    if not samples:
+        return mean_losses(torch.zeros(4))
     micro_batches = batches.of_evaluation(samples, run.config, run.processes)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     sums = backbone(run, micro_batches, features, forward_only=True)
@@ -60,6 +64,7 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
     questions = [run.data.question(item) for item in items]
     starts = torch.tensor([len(question) for question in questions])
     length = int(starts.max()) + _MAX_CAPTION_TOKENS
+    length += -length % run.processes.tensor_size  # sequence parallelism divides it
     samples = [run.data.pack([question], length)[0] for question in questions]
     batch = batches.collate(samples, run.processes.device, images=run.processes.first_stage)
     # What is still to be written is padding of another document until then: nothing sees it.

@@ -19,12 +19,13 @@ def opening(run: Run, done: int) -> str:
     tokens = config.global_batch_size * config.data.seq_length
     by_algorithm = "; ".join(run.assignment.splitlines()[-2:])
     dep = "on" if config.encoder_process.enabled else "off"
+    sources = run.data.describe()
     start = f"going on after step {done}" if done else "starting at step 0"
     return (
         f"{parameters:,} parameters on rank 0 of {run.processes.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}\n"
         f"{config.steps} steps of {tokens:,} tokens, {config.data.vision_share:.0%} of them images;"
-        f" {start}; writing to {config.run_dir}"
+        f" {start}; writing to {config.run_dir}" + (f"\n{sources}" if sources else "")
     )
 
 
@@ -53,7 +54,6 @@ def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[st
     lines = []
     if held_out:
         first, last = held_out[0], held_out[-1]
-        gap = last["swapped_caption_loss"] - last["right_caption_loss"]
         columns = [f"at step {record['step']}" for record in (first, last)]
         lines += [
             "",
@@ -67,9 +67,12 @@ def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[st
                 ("  with the right image", "right_caption_loss"),
                 ("  with another's image", "swapped_caption_loss"),
             )
+            if first[key] is not None and last[key] is not None
         ]
-        verdict = "the model sees" if gap >= _SEES else "the model does not see (yet)"
-        lines.append(f"the right image is worth {gap:.3f} nats a token: {verdict}")
+        if last["right_caption_loss"] is not None:
+            gap = last["swapped_caption_loss"] - last["right_caption_loss"]
+            verdict = "the model sees" if gap >= _SEES else "the model does not see (yet)"
+            lines.append(f"the right image is worth {gap:.3f} nats a token: {verdict}")
     if balances:
         lines.append(
             f"encoder load, max / mean over ranks: {sum(balances) / len(balances):.3f} on average, "
@@ -79,7 +82,9 @@ def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[st
 
 
 def readings(transcriptions: Sequence[tuple[str, str]]) -> str:
-    """What held-out images say, beside what the model reads in them."""
+    """What held-out images say, beside what the model reads in them; empty without any."""
+    if not transcriptions:
+        return ""
     width = max((len(truth) for truth, _ in transcriptions), default=0)
     lines = [f"  {truth:<{width}} | {answer}" for truth, answer in transcriptions]
     return "\n".join(["held-out images: what they say | what the model reads", *lines])

@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and how a run takes it up again."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -7,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.build import Run
-from pretrain.config import to_dict
+from pretrain.config import DataConfig, to_dict
 from pretrain.errors import PretrainError
 from pretrain.runtime import checkpoint
 from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
 _FIXED = ("seed", "global_batch_size", "precision", "language", "vision", "data")
+_FREE_OF_DATA = ("cache_dir", "max_corrupt")
 # What earlier versions put behind a name where tensor parallelism had cut the tensor.
 _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
@@ -44,16 +47,23 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpo
 def save(run: Run, step: int) -> None:
     """Write a checkpoint after update ``step``."""
     tensors = _tensors(run, run.optimizer.state)
-    checkpoint.save(
-        folder(run), step, tensors, {"config": to_dict(run.config)}, run.config.checkpoint.keep
-    )
+    facts = {"config": to_dict(run.config), "data": _data_states(run, step)}
+    checkpoint.save(folder(run), step, tensors, facts, run.config.checkpoint.keep)
+
+
+def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
+    """Where every data-parallel rank's reading stands; one for all where they are the same."""
+    every: list[Any] = [None] * run.processes.world_size
+    dist.all_gather_object(every, (run.processes.data_rank, run.data.state_dict(step)))
+    by_rank = [dict(every)[rank] for rank in range(run.processes.data_size)]
+    return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
 
 
 def restore(run: Run) -> int:
     """Take up the run's newest checkpoint; 0, and nothing changed, where there is none.
 
-    Data, schedule and initial weights are functions of the seed and the step, so the weights,
-    the optimizer's state and the step are all there is to restore.
+    Schedule and initial weights are functions of the seed and the step, so the weights, the
+    optimizer's state, the step and the data's place are all there is to restore.
 
     Raises:
         PretrainError: the checkpoint is damaged, or of another run or model.
@@ -101,6 +111,8 @@ def _restore(run: Run) -> int:
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
+    if manifest["facts"].get("data"):
+        run.data.load_state_dict(manifest["facts"]["data"])
     return int(manifest["step"])
 
 
@@ -109,8 +121,18 @@ def _device(key: str, parameter: Tensor) -> torch.device:
     return torch.device("cpu") if key.endswith(".step") else parameter.device
 
 
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """Without where data lies; that it is the same data is checked when it is taken up."""
+    # Checkpoints from before a setting had its default.
+    data = {**dataclasses.asdict(DataConfig()), **config.get("data", {})}
+    sources = [{k: v for k, v in s.items() if k != "path"} for s in data["sources"]]
+    data = {k: v for k, v in data.items() if k not in _FREE_OF_DATA}
+    return {**config, "data": {**data, "sources": sources}}
+
+
 def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     then = {"precision": "float32", **then}  # which checkpoints without the setting had
+    then, now = _without_places(then), _without_places(now)
     for key in _FIXED:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:

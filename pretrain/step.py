@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
-from pretrain.data import CAPTION, MEDIA_PAD, TEXT
+from pretrain.data import CAPTION, TEXT
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.model.multimodal import MicroBatch
@@ -60,11 +60,13 @@ def run_schedule(
         logits: the output is logits in place of losses; see ``multimodal.forward``.
     """
 
+    placeholder = run.data.tokenizer.media_pad
+
     def forward_step(
         batches: Iterator[tuple[MicroBatch, Tensor]], model: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]]:
         batch, batch_features = next(batches)
-        output = multimodal.forward(model, batch, batch_features, MEDIA_PAD, logits=logits)
+        output = multimodal.forward(model, batch, batch_features, placeholder, logits=logits)
         return output, partial(take, batch)
 
     # Every run of layers on this rank goes through all micro-batches.
@@ -162,7 +164,9 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     # now backwards.
     features = run.encoder.encode(
         [(batch.patches, batch.grids) for batch in micro_batches],
-        multimodal.refusal(micro_batches, MEDIA_PAD) if run.processes.first_stage else None,
+        multimodal.refusal(micro_batches, run.data.tokenizer.media_pad)
+        if run.processes.first_stage
+        else None,
     )
     sums = backbone(run, micro_batches, features)
     run.encoder.backward()

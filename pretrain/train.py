@@ -7,7 +7,7 @@ from pathlib import Path
 from pretrain import batches, report, state
 from pretrain.build import build
 from pretrain.config import Config
-from pretrain.data import Data, prepare
+from pretrain.data import Data, Dealing, prepare
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.runtime import processes
@@ -29,13 +29,15 @@ def train(config: Config) -> None:
     run_dir = Path(config.run_dir)
     out = MetricsWriter(run_dir, config.steps, done, config.log_every, enabled=here.is_main)
     out.say(report.opening(run, done))
+    skipped = batches.SkippedOfRun(config, here, data)
+    skipped.settle()
     out.save("parameters.txt", run.assignment)
     out.append("starts.jsonl", report.start(run, done))
     if done == 0:
         out.write({"step": 0, **held_out_losses(run)})
     began = time.monotonic()
     remaining = range(done + 1, config.steps + 1)
-    for step, micro_batches in batches.ahead(config, here, data, remaining):
+    for step, micro_batches in batches.ahead(config, here, data, remaining, skipped):
         metrics = train_step(run, micro_batches, step)
         seconds = time.monotonic() - began
         metrics["tokens_per_second"] = metrics["tokens"] / seconds
@@ -89,9 +91,19 @@ def prepare_data(config: Config, here: Processes) -> Data:
     for turn in (here.is_main, not here.is_main):
         if turn:
             try:
-                prepared = prepare(config.data, config.vision.patch_size, config.seed)
+                dealing = Dealing(here.data_rank, here.data_size, config.global_batch_size)
+                prepared = prepare(config.data, config.vision.patch_size, config.seed, dealing)
+                _check_vocabulary(config, prepared)
             except Exception as error:
                 failure = error
         processes.agree(failure)
     assert prepared is not None
     return prepared
+
+
+def _check_vocabulary(config: Config, data: Data) -> None:
+    if data.tokenizer.vocab_size % config.parallel.tensor:
+        raise PretrainError(
+            f"parallel.tensor={config.parallel.tensor} does not divide the "
+            f"{data.tokenizer.vocab_size} tokens of {data.tokenizer.name}: choose a divisor"
+        )

@@ -1,10 +1,10 @@
-"""What the model reads: the standard library's text, and images of lines of it."""
+"""What the model reads: a user's own data, or the standard library's text and images of it."""
 
-from pretrain.data.dataset import Data as Data
+from pretrain.data.data import Data as Data
 from pretrain.data.dataset import prepare as prepare
+from pretrain.data.own import Dealing as Dealing
 from pretrain.data.packing import CAPTION as CAPTION
 from pretrain.data.packing import NOTHING as NOTHING
 from pretrain.data.packing import TEXT as TEXT
 from pretrain.data.packing import Document as Document
 from pretrain.data.packing import PackedSample as PackedSample
-from pretrain.data.tokenizer import MEDIA_PAD as MEDIA_PAD

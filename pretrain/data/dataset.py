@@ -1,4 +1,4 @@
-"""The data of a run: what is cached of it, and sequences made from it on the fly."""
+"""The built-in data: what is cached of it, and sequences made from it on the fly."""
 
 import hashlib
 import json
@@ -6,25 +6,27 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import DataConfig
-from pretrain.data import images, packing
+from pretrain.data import images, own, packing
+from pretrain.data.data import Data
 from pretrain.data.images import VisionItem
+from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.text import SPLITS, Split, TextFile, prose_lines, read_corpus
-from pretrain.data.tokenizer import EOS, Tokenizer
+from pretrain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: to be raised when what is cached changes.
-_FORMAT = 2
+_FORMAT = 3
 _MAX_IMAGES_PER_DOCUMENT = 3
 _MAX_TEXT_BEFORE_IMAGE = 12
 
@@ -33,12 +35,12 @@ _MAX_TEXT_BEFORE_IMAGE = 12
 class Corpus:
     """One split: its text as tokens, each file ended by EOS, and its lines of prose."""
 
-    tokens: npt.NDArray[np.uint16]
+    tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
     lines: list[str]
 
 
 @dataclass(frozen=True)
-class Data:
+class BuiltIn(Data):
     """Tokenizer and splits; sequences are functions of (seed, split, index) alone."""
 
     config: DataConfig
@@ -67,20 +69,20 @@ class Data:
         documents: list[Document] = []
         room = length
         for group in self._group(items, rng):
-            document = Document()
+            document = Document(self.tokenizer)
             for item in group:
                 before = self._text(split, int(rng.integers(most_text + 1)), rng)
-                document.add_tokens(before[before != EOS])
-                document.add_image(item, self.patch_size).add_caption(item.caption, self.tokenizer)
+                document.add_tokens(before[before != self.tokenizer.eos])
+                document.add_image(item, self.patch_size).add_caption(item.caption)
             if len(document) <= room:
                 documents.append(document)
                 room -= len(document)
         place = int(rng.integers(len(documents) + 1))
         while room > 1:
-            text = Document().add_tokens(self._text(split, room - 1, rng))
+            text = Document(self.tokenizer).add_tokens(self._text(split, room - 1, rng))
             documents.insert(place, text)
             room -= len(text)
-        return packing.join(documents, length, self.patch_size)
+        return packing.join(documents, length, self.patch_size, self.tokenizer.pad)
 
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
         """``count`` single images, no caption twice; the same ones every time."""
@@ -93,27 +95,6 @@ class Data:
         if len(items) < count:
             raise ValueError(f"{split} has fewer than {count} different captions")
         return list(items.values())
-
-    def question(self, item: VisionItem) -> Document:
-        """A document that ends where the item's caption would begin."""
-        return Document().add_image(item, self.patch_size)
-
-    def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
-        """The same captions, after the image they are of, and after another one's."""
-        items = self.captioned_items(split, count)
-        swapped = [*items[1:], items[0]]
-        right, wrong = (
-            [
-                self.question(shown).add_caption(item.caption, self.tokenizer)
-                for item, shown in zip(items, others, strict=True)
-            ]
-            for others in (items, swapped)
-        )
-        return right, wrong
-
-    def pack(self, documents: Sequence[Document], length: int) -> list[PackedSample]:
-        """Sequences of ``length`` made of whole documents, in order."""
-        return packing.pack(documents, length, self.patch_size)
 
     def _rng(self, split: Split, purpose: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(split), purpose, index])
@@ -151,49 +132,64 @@ class Data:
             items = items[count:]
         return groups
 
-    def _text(self, split: Split, length: int, rng: np.random.Generator) -> npt.NDArray[np.uint16]:
+    def _text(self, split: Split, length: int, rng: np.random.Generator) -> npt.NDArray[Any]:
         """``length`` tokens of one file from anywhere in it; fewer, ended by EOS, at its end."""
         tokens = self.corpora[split].tokens
         start = int(rng.integers(len(tokens) - length))
         chunk = tokens[start : start + length]
-        ends = np.flatnonzero(chunk == EOS)
+        ends = np.flatnonzero(chunk == self.tokenizer.eos)
         return chunk[: ends[0] + 1] if len(ends) else chunk
 
 
-def prepare(config: DataConfig, patch_size: int, seed: int) -> Data:
-    """Train the tokenizer and tokenize the text, or take both from the cache.
+def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing | None = None) -> Data:
+    """Open the data: everything that is made once is made now, or taken from the cache.
+
+    Args:
+        dealing: which sequences are this rank's; by default all are.
 
     Raises:
-        PretrainError: there is no corpus on this machine.
+        PretrainError: there is no corpus on this machine, or a source of the user's is not what
+            it should be.
     """
+    if config.sources:
+        return own.prepare(config, patch_size, seed, dealing or Dealing())
+    tokenizer = Tokenizer.load(Path(config.tokenizer)) if config.tokenizer else None
+    if tokenizer:
+        tokenizer.require_media()
     files = read_corpus(int(config.max_corpus_mb * 1e6))
-    digest = hashlib.sha256(f"{_FORMAT} {config.vocab_size}".encode())
+    digest = hashlib.sha256(
+        f"{_FORMAT} {tokenizer.digest if tokenizer else config.vocab_size}".encode()
+    )
     for file in files:
         digest.update(f"{file.name}\0{file.text}\0".encode())
     folder = Path(config.cache_dir) / digest.hexdigest()[:16]
-    make = partial(Data, config, patch_size, seed)
+    make = partial(BuiltIn, config, patch_size, seed)
     if folder.is_dir():
         try:
             return make(*_load(folder))
         except Exception as error:  # a damaged cache costs seconds; it must not cost the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
-    _build(folder, files, config.vocab_size)
+    _build(folder, files, config.vocab_size, tokenizer)
     return make(*_load(folder))
 
 
-def _build(folder: Path, files: list[TextFile], vocab_size: int) -> None:
+def _build(
+    folder: Path, files: list[TextFile], vocab_size: int, tokenizer: Tokenizer | None
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made aside and renamed: whoever else builds it too, or is killed, leaves nothing half-made.
     partial_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
-    tokenizer = Tokenizer.train((file.text for file in files if file.split == "train"), vocab_size)
+    tokenizer = tokenizer or Tokenizer.train(
+        (file.text for file in files if file.split == "train"), vocab_size
+    )
     tokenizer.save(partial_folder / "tokenizer.json")
     trained_on: set[str] = set()
     for split in SPLITS:
         chosen = [file for file in files if file.split == split]
         encoded = tokenizer.encode_many([file.text for file in chosen])
-        parts = [part for one in encoded for part in (one, [EOS])]
-        np.save(partial_folder / f"{split}.npy", np.concatenate(parts).astype(np.uint16))
+        parts = [part for one in encoded for part in (one, [tokenizer.eos])]
+        np.save(partial_folder / f"{split}.npy", np.concatenate(parts).astype(tokenizer.dtype))
         # A line that also stands in a training file is nothing new to read.
         lines = [line for file in chosen for line in prose_lines(file)]
         lines = [line for line in dict.fromkeys(lines) if line not in trained_on]
@@ -208,11 +204,12 @@ def _build(folder: Path, files: list[TextFile], vocab_size: int) -> None:
 
 
 def _load(folder: Path) -> tuple[Tokenizer, dict[Split, Corpus]]:
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
     corpora = {}
     for split in SPLITS:
         tokens = np.load(folder / f"{split}.npy")
         lines = json.loads((folder / f"{split}.json").read_text())
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or not lines:
+        if tokens.dtype != tokenizer.dtype or tokens.ndim != 1 or not lines:
             raise ValueError(f"{split} is not what was written")
         corpora[split] = Corpus(tokens, lines)
-    return Tokenizer.load(folder / "tokenizer.json"), corpora
+    return tokenizer, corpora

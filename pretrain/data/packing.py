@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.images import VisionItem, num_tokens, patchify
-from pretrain.data.tokenizer import BOS, MEDIA_BEGIN, MEDIA_END, MEDIA_PAD, PAD, Tokenizer
+from pretrain.data.tokenizer import Tokenizer
 
 # What a label is.
 NOTHING, TEXT, CAPTION = 0, 1, 2
@@ -16,18 +16,24 @@ NOTHING, TEXT, CAPTION = 0, 1, 2
 
 @dataclass
 class Document:
-    """Text and images in reading order.
+    """Text and images in reading order; it begins with the token that begins a document.
 
     Attributes:
+        tokenizer: says which ids stand for images.
         tokens: ids, an image being its placeholders between begin and end.
         kinds: for each token, what it is as a label: NOTHING for what stands for an image.
         patches, grids: of each image; see :func:`pretrain.data.images.patchify`.
     """
 
-    tokens: list[int] = field(default_factory=lambda: [BOS])
-    kinds: list[int] = field(default_factory=lambda: [NOTHING])
+    tokenizer: Tokenizer
+    tokens: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
     patches: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.add_tokens([self.tokenizer.bos], NOTHING)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,11 +48,13 @@ class Document:
         patches, grid = patchify(item.pixels, patch_size)
         self.patches.append(torch.from_numpy(patches))
         self.grids.append(grid)
-        return self.add_tokens([MEDIA_BEGIN, *[MEDIA_PAD] * num_tokens(grid), MEDIA_END], NOTHING)
+        ids = self.tokenizer
+        placeholders = [ids.media_pad] * num_tokens(grid)
+        return self.add_tokens([ids.media_begin, *placeholders, ids.media_end], NOTHING)
 
-    def add_caption(self, caption: str, tokenizer: Tokenizer) -> "Document":
+    def add_caption(self, caption: str) -> "Document":
         """The text in the image, ended by a newline."""
-        return self.add_tokens([*tokenizer.encode(caption), tokenizer.newline], CAPTION)
+        return self.add_tokens([*self.tokenizer.encode(caption), self.tokenizer.newline], CAPTION)
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,8 @@ class PackedSample:
         return replace(self, labels=self.labels * 0, kinds=self.kinds * 0)
 
 
-def join(documents: Sequence[Document], length: int, patch_size: int) -> PackedSample:
-    """One sequence of documents one after the other, padded at the end.
+def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) -> PackedSample:
+    """One sequence of documents one after the other, filled up with ``pad`` at the end.
 
     Raises:
         ValueError: the documents are longer than the sequence.
@@ -83,7 +91,7 @@ def join(documents: Sequence[Document], length: int, patch_size: int) -> PackedS
     total = sum(len(document) for document in documents)
     if total > length:
         raise ValueError(f"documents of {total} tokens do not fit a sequence of {length}")
-    tokens = np.full(length, PAD, dtype=np.int64)
+    tokens = np.full(length, pad, dtype=np.int64)
     kinds = np.zeros(length, dtype=np.uint8)
     numbers = np.full(length, len(documents), dtype=np.int32)
     position = 0
@@ -109,7 +117,9 @@ def join(documents: Sequence[Document], length: int, patch_size: int) -> PackedS
     )
 
 
-def pack(documents: Iterable[Document], length: int, patch_size: int) -> list[PackedSample]:
+def pack(
+    documents: Iterable[Document], length: int, patch_size: int, pad: int
+) -> list[PackedSample]:
     """Sequences of whole documents, in order, each as full as the next document lets it be.
 
     Raises:
@@ -119,9 +129,9 @@ def pack(documents: Iterable[Document], length: int, patch_size: int) -> list[Pa
     waiting: list[Document] = []
     for document in documents:
         if waiting and sum(map(len, waiting)) + len(document) > length:
-            samples.append(join(waiting, length, patch_size))
+            samples.append(join(waiting, length, patch_size, pad))
             waiting = []
         waiting.append(document)
     if waiting:
-        samples.append(join(waiting, length, patch_size))
+        samples.append(join(waiting, length, patch_size, pad))
     return samples

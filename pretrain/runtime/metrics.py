@@ -149,13 +149,18 @@ class MetricsWriter:
 
 def held_out_line(metrics: Mapping[str, Any]) -> str:
     """One readable line about a held-out evaluation."""
-    gap = metrics["swapped_caption_loss"] - metrics["right_caption_loss"]
-    return (
-        f"held out after step {metrics['step']}: text {metrics['held_out_text_loss']:.3f}"
-        f" | caption {metrics['held_out_caption_loss']:.3f}"
-        f" | with the right image {metrics['right_caption_loss']:.3f}"
-        f", another's {metrics['swapped_caption_loss']:.3f} (gap {gap:+.3f} nats/token)"
-    )
+    parts = [
+        f"{label} {metrics[key]:.3f}"
+        for label, key in (("text", "held_out_text_loss"), ("caption", "held_out_caption_loss"))
+        if metrics[key] is not None
+    ]
+    right, swapped = metrics["right_caption_loss"], metrics["swapped_caption_loss"]
+    if right is not None:
+        parts.append(
+            f"with the right image {right:.3f}, another's {swapped:.3f} "
+            f"(gap {swapped - right:+.3f} nats/token)"
+        )
+    return f"held out after step {metrics['step']}: " + (" | ".join(parts) or "nothing")
 
 
 def plot(run_dir: Path) -> Path:

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import DataConfig
-from pretrain.data import Data, prepare
+from pretrain.data import prepare
+from pretrain.data.dataset import BuiltIn
 
 PATCH = 14
 
@@ -14,6 +15,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(cache_dir: Path) -> Data:
+def data(cache_dir: Path) -> BuiltIn:
     config = DataConfig(vocab_size=512, max_corpus_mb=2.0, cache_dir=str(cache_dir))
-    return prepare(config, PATCH, seed=3)
+    data = prepare(config, PATCH, seed=3)
+    assert isinstance(data, BuiltIn)
+    return data

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pretrain.config import DataConfig
-from pretrain.data import CAPTION, MEDIA_PAD, Data, PackedSample, prepare
+from pretrain.data import CAPTION, PackedSample, prepare
+from pretrain.data.dataset import BuiltIn
 from tests.pretrain.data.conftest import PATCH
 from tests.pretrain.data.test_packing import check
 
@@ -30,7 +31,7 @@ def _sample_in_another_process(config: DataConfig, index: int) -> PackedSample:
     return prepare(config, PATCH, seed=3).sample("train", index)
 
 
-def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: Data) -> None:
+def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: BuiltIn) -> None:
     first = [data.sample("train", index) for index in range(6)]
     assert all(same(data.sample("train", index), first[index]) for index in reversed(range(6)))
     assert not same(first[0], first[1])
@@ -40,7 +41,7 @@ def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: Da
     assert same(other, first[5])
 
 
-def test_samples_are_full_and_labelled_right(data: Data) -> None:
+def test_samples_are_full_and_labelled_right(data: BuiltIn) -> None:
     for index in range(40):
         sample = data.sample("train", index)
         check(sample)
@@ -49,15 +50,19 @@ def test_samples_are_full_and_labelled_right(data: Data) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25])
-def test_the_vision_share_is_kept(data: Data, share: float) -> None:
+def test_the_vision_share_is_kept(data: BuiltIn, share: float) -> None:
     config = dataclasses.replace(data.config, vision_share=share)
     shared = dataclasses.replace(data, config=config)
     samples = [shared.sample("train", index) for index in range(100)]
-    measured = sum(int((s.tokens == MEDIA_PAD).sum()) for s in samples) / 100 / config.seq_length
+    measured = (
+        sum(int((s.tokens == data.tokenizer.media_pad).sum()) for s in samples)
+        / 100
+        / config.seq_length
+    )
     assert measured == pytest.approx(share, rel=0.05)
 
 
-def test_nothing_held_out_is_in_training(data: Data) -> None:
+def test_nothing_held_out_is_in_training(data: BuiltIn) -> None:
     train, held_out = data.corpora["train"], data.corpora["held_out"]
     assert not set(train.lines) & set(held_out.lines)
     assert len(held_out.lines) > 50
@@ -67,7 +72,7 @@ def test_nothing_held_out_is_in_training(data: Data) -> None:
     assert sum(chunk in text for chunk in chunks) <= 0.02 * len(chunks)
 
 
-def test_swapped_captions_are_the_same_captions_beside_other_images(data: Data) -> None:
+def test_swapped_captions_are_the_same_captions_beside_other_images(data: BuiltIn) -> None:
     items = data.captioned_items("held_out", 20)
     right, swapped = data.caption_documents("held_out", 20)
     assert len({item.caption for item in items}) == 20
@@ -96,7 +101,9 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     assert same(rebuilt.sample("train", 0), whole.sample("train", 0))
 
 
-def test_processes_that_prepare_at_once_do_not_harm_each_other(data: Data, tmp_path: Path) -> None:
+def test_processes_that_prepare_at_once_do_not_harm_each_other(
+    data: BuiltIn, tmp_path: Path
+) -> None:
     config = dataclasses.replace(
         data.config, cache_dir=str(tmp_path), max_corpus_mb=0.5, vocab_size=300
     )

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from pretrain.data.images import VisionItem
 from pretrain.data.packing import CAPTION, NOTHING, TEXT, Document, PackedSample, join, pack
-from pretrain.data.tokenizer import BOS, MEDIA_BEGIN, MEDIA_END, MEDIA_PAD, PAD, Tokenizer
+from pretrain.data.tokenizer import Tokenizer
 
 PATCH = 2
 TOKENIZER = Tokenizer.train(["some words\n"] * 10, 300)
+PAD = TOKENIZER.pad
 
 texts = st.lists(st.integers(6, 299), max_size=12)
 grids = st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 3))
@@ -19,19 +20,26 @@ parts = st.one_of(texts, grids)
 
 
 def build(content: list[list[int] | tuple[int, int, int]]) -> Document:
-    document = Document()
+    document = Document(TOKENIZER)
     for part in content:
         if isinstance(part, tuple):
             frames, rows, columns = part
             shape = (frames, 2 * PATCH * rows, 2 * PATCH * columns, 3)
             item = VisionItem(np.zeros(shape, np.uint8), "word")
-            document.add_image(item, PATCH).add_caption("word", TOKENIZER)
+            document.add_image(item, PATCH).add_caption("word")
         else:
             document.add_tokens(part)
     return document
 
 
 def check(sample: PackedSample) -> None:
+    """Of the built-in tokenizer, whose special tokens are the same whatever it is trained on."""
+    check_with(TOKENIZER, sample)
+
+
+def check_with(tokenizer: Tokenizer, sample: PackedSample) -> None:
+    never = {tokenizer.pad, tokenizer.bos, tokenizer.media_begin, tokenizer.media_end}
+    never.add(tokenizer.media_pad)
     tokens, labels, kinds = (x.tolist() for x in (sample.tokens, sample.labels, sample.kinds))
     documents = sample.documents.tolist()
     for i, kind in enumerate(kinds):
@@ -40,8 +48,8 @@ def check(sample: PackedSample) -> None:
         else:
             assert documents[i] == documents[i + 1]
             assert labels[i] == tokens[i + 1]
-            assert labels[i] not in (PAD, BOS, MEDIA_BEGIN, MEDIA_PAD, MEDIA_END)
-    placeholders = sum(token == MEDIA_PAD for token in tokens)
+            assert labels[i] not in never
+    placeholders = sum(token == tokenizer.media_pad for token in tokens)
     features = (sample.grids[:, 1] // 2 * (sample.grids[:, 2] // 2)).sum()
     assert placeholders == features
     assert len(sample.patches) == sample.grids.prod(1).sum()
@@ -51,7 +59,7 @@ def check(sample: PackedSample) -> None:
 def test_whatever_is_packed_is_labelled_right(contents: list[list[list[int]]]) -> None:
     documents = [build(content) for content in contents]
     length = max(64, max(map(len, documents)))
-    samples = pack(documents, length, PATCH)
+    samples = pack(documents, length, PATCH, PAD)
     for sample in samples:
         check(sample)
     packed = torch.cat([sample.tokens[sample.tokens != PAD] for sample in samples])
@@ -62,8 +70,8 @@ def test_whatever_is_packed_is_labelled_right(contents: list[list[list[int]]]) -
 
 def test_the_first_caption_token_is_asked_of_the_end_of_the_image_and_the_newline_ends_it() -> None:
     document = build([[10, 11], (1, 1, 2)])
-    sample = join([document], len(document), PATCH)
-    end = sample.tokens.tolist().index(MEDIA_END)
+    sample = join([document], len(document), PATCH, PAD)
+    end = sample.tokens.tolist().index(TOKENIZER.media_end)
     caption = [*TOKENIZER.encode("word"), TOKENIZER.newline]
     assert sample.labels[end:-1].tolist() == caption
     assert sample.kinds[end:-1].tolist() == [CAPTION] * len(caption)
@@ -73,10 +81,10 @@ def test_the_first_caption_token_is_asked_of_the_end_of_the_image_and_the_newlin
 
 def test_too_long_a_document_is_refused() -> None:
     with pytest.raises(ValueError, match="documents of 9 tokens do not fit a sequence of 8"):
-        pack([build([[10] * 8])], 8, PATCH)
+        pack([build([[10] * 8])], 8, PATCH, PAD)
 
 
 def test_a_filler_counts_nothing() -> None:
-    sample = join([build([[10, 11], (1, 1, 2)])], 32, PATCH).without_labels()
+    sample = join([build([[10, 11], (1, 1, 2)])], 32, PATCH, PAD).without_labels()
     assert sample.kinds.sum() == 0
     assert sample.labels.sum() == 0

@@ -1,0 +1,88 @@
+"""What the trainer asks of its data, wherever that comes from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from pretrain.config import DataConfig
+from pretrain.data import packing
+from pretrain.data.images import VisionItem
+from pretrain.data.packing import Document, PackedSample
+from pretrain.data.skipped import Skip
+from pretrain.data.text import Split
+from pretrain.data.tokenizer import Tokenizer
+
+
+class Data(ABC):
+    """Packed sequences of a training and a held-out split, and captions to test sight with."""
+
+    config: DataConfig
+    patch_size: int
+    seed: int
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def sample(self, split: Split, index: int) -> PackedSample:
+        """Packed sequence number ``index`` of an endless supply."""
+
+    @abstractmethod
+    def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
+        """Up to ``count`` single images, no caption twice; the same ones every time."""
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return True
+
+    def question(self, item: VisionItem) -> Document:
+        """A document that ends where the item's caption would begin."""
+        return Document(self.tokenizer).add_image(item, self.patch_size)
+
+    def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
+        """The same captions, after the image they are of, and after another one's.
+
+        Two empty lists where the data has no two captions.
+        """
+        items = self.captioned_items(split, count)
+        if len(items) < 2:
+            return [], []
+        swapped = [*items[1:], items[0]]
+        right, wrong = (
+            [
+                self.question(shown).add_caption(item.caption)
+                for item, shown in zip(items, others, strict=True)
+            ]
+            for others in (items, swapped)
+        )
+        return right, wrong
+
+    def pack(self, documents: Sequence[Document], length: int) -> list[PackedSample]:
+        """Sequences of ``length`` made of whole documents, in order."""
+        return packing.pack(documents, length, self.patch_size, self.tokenizer.pad)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Where this rank's reading stands after update ``step``, in plain values.
+
+        Empty where sequences are functions of their number alone.
+        """
+        return {}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from there.
+
+        Args:
+            states: of every data-parallel rank at that time, in order; a single one where they
+                were all the same.
+
+        Raises:
+            PretrainError: the data has changed since, or cannot be divided among the ranks of now.
+        """
+        return None
+
+    def take_skipped(self) -> list[Skip]:
+        """What was found corrupt since the last call, on this rank."""
+        return []
+
+    def describe(self) -> str:
+        """What is read, for people; empty for the built-in data."""
+        return ""

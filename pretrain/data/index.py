@@ -1,0 +1,312 @@
+"""A source's documents by number: tokens on disk, sizes known, made once and cached.
+
+Whatever a text file is (JSONL, packed, plain), its tokens come to lie one document after the other
+in a file that is mapped into memory, so that any document can be read at once. Of documents with
+images the sizes are kept, for packing, and where their parts are; images are read when needed.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data import sources
+from pretrain.data.fit import (
+    MAX_PATCHES_OF_A_FRAME,
+    MAX_PATCHES_OF_AN_IMAGE,
+    fit,
+    fitted_size,
+    frame_groups,
+)
+from pretrain.data.images import MERGE, Pixels, VisionItem
+from pretrain.data.packing import TEXT, Document
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import Media, Mixed, Text
+from pretrain.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T", bound="Index")
+
+# Part of the cache's key: to be raised when what is cached changes.
+FORMAT = 1
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Makes documents of text and pixels, and knows beforehand how long they become.
+
+    Attributes:
+        max_image_tokens: larger images are shrunk to about this many.
+    """
+
+    tokenizer: Tokenizer
+    patch_size: int
+    max_image_tokens: int
+
+    def _max_patches(self, frames: int) -> int:
+        most = MAX_PATCHES_OF_AN_IMAGE if frames == 1 else MAX_PATCHES_OF_A_FRAME
+        return min(most, MERGE * MERGE * self.max_image_tokens)
+
+    def fit(self, pixels: Pixels) -> Pixels:
+        return fit(pixels, self.patch_size, max_patches=self._max_patches(len(pixels)))
+
+    def document(self, parts: Sequence[str | Pixels]) -> Document:
+        """Text and pixels (fitted) in order; an image and one text are a pair, with a caption."""
+        document = Document(self.tokenizer)
+        pair = is_pair(parts)
+        for part in parts:
+            if not isinstance(part, str):
+                for group in frame_groups(len(part)):
+                    document.add_image(VisionItem(part[group], ""), self.patch_size)
+            elif pair:
+                document.add_caption(part)
+            else:
+                document.add_tokens(self.tokenizer.encode(part))
+        return document.add_tokens([self.tokenizer.eos], TEXT)
+
+    def size(self, parts: Sequence[str | tuple[int, int, int]]) -> tuple[int, int]:
+        """(tokens, placeholders among them) of the document that these would be.
+
+        Args:
+            parts: text, and (frames, height, width) of what is to be fitted.
+        """
+        length, placeholders = 2, 0
+        pair = is_pair(parts)
+        for part in parts:
+            if isinstance(part, str):
+                length += len(self.tokenizer.encode(part)) + pair
+                continue
+            frames, height, width = part
+            _, (rows, columns) = fitted_size(
+                height, width, self.patch_size, max_patches=self._max_patches(frames)
+            )
+            groups = len(frame_groups(frames))
+            each = (rows // self.patch_size // MERGE) * (columns // self.patch_size // MERGE)
+            length += groups * (each + 2)
+            placeholders += groups * each
+        return length, placeholders
+
+
+def is_pair(parts: Sequence[Any]) -> bool:
+    """An image or a video, and then a text that is of it."""
+    return len(parts) == 2 and not isinstance(parts[0], str) and isinstance(parts[1], str)
+
+
+def key_of(files: Iterable[Path], *settings: object) -> str:
+    """What an index depends on: files by name, size and time, and settings."""
+    digest = hashlib.sha256(repr((FORMAT, settings)).encode())
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What both kinds know.
+
+    Attributes:
+        hashes: uint64 [n], of what is in each document.
+        skips: what could not be taken in.
+    """
+
+    hashes: npt.NDArray[np.uint64]
+    skips: list[Skip]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the documents and their order, wherever the files lie."""
+        return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TextIndex(Index):
+    """Documents of text, each ended by the token that ends a document.
+
+    Attributes:
+        tokens: all of them in a row.
+        ends: int64 [n], where each document's end.
+    """
+
+    tokens: npt.NDArray[Any]
+    ends: npt.NDArray[np.int64]
+
+    def length(self, document: int) -> int:
+        first = int(self.ends[document - 1]) if document else 0
+        return int(self.ends[document]) - first
+
+    def read(self, document: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens ``start`` to ``stop`` of a document."""
+        first = int(self.ends[document - 1]) if document else 0
+        return self.tokens[first + start : first + stop]
+
+
+@dataclass(frozen=True)
+class MixedIndex(Index):
+    """Documents with images.
+
+    Attributes:
+        lines: descriptions in JSON, one after the other.
+        ends: int64 [n], where each description ends.
+        sizes: int32 [n, 2], tokens and placeholders of each.
+    """
+
+    lines: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+
+    def describe(self, document: int) -> tuple[str, list[str | Media], list[Any]]:
+        """Its name, its parts, and for each image the (frames, height, width) it had."""
+        first = int(self.ends[document - 1]) if document else 0
+        name, parts, shapes = json.loads(self.lines[first : int(self.ends[document])].tobytes())
+        media = [p if isinstance(p, str) else Media(tuple(p[0]), moving=p[1]) for p in parts]
+        return name, media, shapes
+
+    def load(self, document: int, composer: Composer) -> list[str | Pixels]:
+        """Its parts, images read and fitted.
+
+        Raises:
+            ValueError: an image is missing, damaged or another one than when it was indexed.
+        """
+        _, parts, shapes = self.describe(document)
+        loaded: list[str | Pixels] = []
+        sizes = iter(shapes)
+        for part in parts:
+            if isinstance(part, str):
+                loaded.append(part)
+                continue
+            pixels = sources.load(part)
+            if list(pixels.shape[:3]) != next(sizes):
+                raise ValueError(f"{part.paths[0]} has changed since its size was noted")
+            loaded.append(composer.fit(pixels))
+        return loaded
+
+
+def text_index(
+    folder: Path, records: Callable[[], Iterator[Text | Skip]], tokenizer: Tokenizer
+) -> TextIndex:
+    """The index in ``folder``, built from the records where there is none."""
+    dtype = np.dtype(tokenizer.dtype)
+
+    def build(partial: Path) -> None:
+        skips: list[Skip] = []
+        ends, hashes, total = [], [], 0
+        with (partial / "tokens").open("wb") as file:
+            stream = records()
+            while chunk := list(itertools.islice(stream, _AT_ONCE)):
+                skips += [record for record in chunk if isinstance(record, Skip)]
+                found = [record for record in chunk if isinstance(record, Text)]
+                encoded = tokenizer.encode_many([record.text for record in found])
+                for record, tokens in zip(found, encoded, strict=True):
+                    file.write(tokens.astype(dtype).tobytes())
+                    file.write(np.array([tokenizer.eos], dtype).tobytes())
+                    total += len(tokens) + 1
+                    ends.append(total)
+                    hashes.append(record.hash)
+        _write(partial, skips, ends, hashes)
+
+    def load() -> TextIndex:
+        skips, ends, hashes = _read(folder)
+        tokens = _mapped(folder / "tokens", dtype)
+        if len(tokens) != (ends[-1] if len(ends) else 0):
+            raise ValueError("tokens are not what was written")
+        return TextIndex(hashes, skips, tokens, ends)
+
+    return _cached(folder, build, load)
+
+
+def mixed_index(
+    folder: Path, records: Callable[[], Iterator[Mixed | Skip]], composer: Composer
+) -> MixedIndex:
+    """The index in ``folder``, built from the records where there is none."""
+
+    def build(partial: Path) -> None:
+        skips: list[Skip] = []
+        ends, hashes, sizes, total = [], [], [], 0
+        with (partial / "lines").open("wb") as file:
+            for record in records():
+                if isinstance(record, Skip):
+                    skips.append(record)
+                    continue
+                try:
+                    shapes = [sources.measure(p) for p in record.parts if isinstance(p, Media)]
+                    measured = iter(shapes)
+                    parts = [p if isinstance(p, str) else next(measured) for p in record.parts]
+                    sizes.append(composer.size(parts))
+                except ValueError as error:
+                    skips.append(Skip(record.name, str(error)))
+                    continue
+                described = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
+                total += file.write(json.dumps([record.name, described, shapes]).encode())
+                ends.append(total)
+                hashes.append(record.hash)
+        np.save(partial / "sizes.npy", np.array(sizes, np.int32).reshape(-1, 2))
+        _write(partial, skips, ends, hashes)
+
+    def load() -> MixedIndex:
+        skips, ends, hashes = _read(folder)
+        sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+        lines = _mapped(folder / "lines", np.dtype(np.uint8))
+        if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
+            raise ValueError("descriptions are not what was written")
+        return MixedIndex(hashes, skips, lines, ends, sizes)
+
+    return _cached(folder, build, load)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:  # nothing cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _write(folder: Path, skips: list[Skip], ends: list[int], hashes: list[int]) -> None:
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    (folder / "skipped.json").write_text(json.dumps([skip._asdict() for skip in skips]))
+
+
+def _read(folder: Path) -> tuple[list[Skip], npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    skips = [Skip(**skip) for skip in json.loads((folder / "skipped.json").read_text())]
+    ends = np.load(folder / "ends.npy", mmap_mode="r")
+    hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+    if ends.shape != hashes.shape or ends.ndim != 1:
+        raise ValueError("documents are not what was written")
+    return skips, ends, hashes
+
+
+def _cached(folder: Path, build: Callable[[Path], None], load: Callable[[], T]) -> T:
+    if folder.is_dir():
+        try:
+            return load()
+        except Exception as error:  # a damaged cache costs time; it must not cost the run
+            logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder, build)
+    return load()
+
+
+def make_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make a folder aside and rename it: whoever else makes it too, or is killed, leaves nothing
+    half-made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
+    try:
+        build(partial)
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,389 @@
+"""A user's own data: sources opened, split, and mixed into sequences."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data import packing, sources
+from pretrain.data.data import Data
+from pretrain.data.images import VisionItem
+from pretrain.data.index import (
+    Composer,
+    MixedIndex,
+    TextIndex,
+    is_pair,
+    key_of,
+    make_folder,
+    mixed_index,
+    text_index,
+)
+from pretrain.data.mixture import Cursor, IndexCursor, Piece, Sequences, Stream
+from pretrain.data.packing import Document, PackedSample
+from pretrain.data.skipped import Skip, Skipped
+from pretrain.data.sources import Mixed, Text
+from pretrain.data.text import SPLITS, Split, read_corpus
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+
+# Room that a caption test leaves for what the model writes.
+_ANSWER = 24
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How a step's sequences are dealt: rank ``rank`` of ``ranks`` has an equal run of each
+    ``global_batch_size``."""
+
+    rank: int = 0
+    ranks: int = 1
+    global_batch_size: int = 1
+
+    @property
+    def share(self) -> int:
+        return self.global_batch_size // self.ranks
+
+
+ALL = Dealing()
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        number, key: its place in ``data.sources``, and what it is called in messages.
+        documents: those of each split, by their number in the index.
+    """
+
+    number: int
+    key: str
+    config: SourceConfig
+    index: TextIndex | MixedIndex
+    documents: dict[Split, npt.NDArray[np.int64]]
+
+    @property
+    def vision(self) -> bool:
+        return isinstance(self.index, MixedIndex)
+
+
+class OwnData(Data):
+    """Sequences of a mixture of sources."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        composer: Composer,
+        opened: Sequence[Source],
+        dealing: Dealing,
+        skips: Sequence[Skip],
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.tokenizer, self.patch_size = composer.tokenizer, composer.patch_size
+        self._composer, self._sources, self._dealing = composer, list(opened), dealing
+        self._by_number = {source.number: source for source in opened}
+        self._skips = list(skips)
+        self._listed = list(skips)
+        self._sequences: dict[Split, Sequences] = {
+            split: Sequences(lambda split=split: self._stream(split))  # type: ignore[misc]
+            for split in SPLITS
+            if self._cursors(split)
+        }
+        self._captioned = lru_cache(maxsize=8)(self._find_captioned)
+
+    def _cursors(self, split: Split, turn: Dealing = ALL) -> list[Cursor]:
+        return [
+            IndexCursor(
+                source.number,
+                source.config.weight,
+                source.vision,
+                source.index,
+                source.documents[split],
+                self.seed,
+                turn.rank,
+                turn.ranks,
+            )
+            for source in self._sources
+            if len(source.documents[split])
+        ]
+
+    def _stream(self, split: Split) -> Stream:
+        return Stream(self._cursors(split), self.config.seq_length, self.config.vision_share)
+
+    @property
+    def has_held_out(self) -> bool:
+        return "held_out" in self._sequences
+
+    def sample(self, split: Split, index: int) -> PackedSample:
+        """Packed sequence number ``index``; the place of what is found corrupt stays empty."""
+        documents = [self._document(piece) for piece in self._sequences[split][index]]
+        found = [document for document in documents if document is not None]
+        rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
+        shuffled = [found[place] for place in rng.permutation(len(found))]
+        return packing.join(shuffled, self.config.seq_length, self.patch_size, self.tokenizer.pad)
+
+    def _document(self, piece: Piece) -> Document | None:
+        if isinstance(piece.document, Document):
+            return piece.document
+        index = self._by_number[piece.source].index
+        if isinstance(index, TextIndex):
+            tokens = index.read(piece.document, piece.start, piece.stop)
+            return Document(self.tokenizer).add_tokens(tokens)
+        try:
+            return self._composer.document(index.load(piece.document, self._composer))
+        except ValueError as error:
+            name, _, _ = index.describe(piece.document)
+            self._skips.append(Skip(name, str(error)))
+            return None
+
+    def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
+        return list(self._captioned(split, count))
+
+    def _find_captioned(self, split: Split, count: int) -> list[VisionItem]:
+        items: dict[str, VisionItem] = {}
+        for item in self._pairs(split):
+            if len(items) == count:
+                break
+            caption = len(self.tokenizer.encode(item.caption)) + 1
+            if len(self.question(item)) + max(caption, _ANSWER) <= self.config.seq_length:
+                items.setdefault(item.caption, item)
+        return list(items.values())
+
+    def _pairs(self, split: Split) -> Iterator[VisionItem]:
+        """Images with their captions, and clips that are one item of the encoder."""
+        for source in self._sources:
+            if not isinstance(source.index, MixedIndex):
+                continue
+            for number in source.documents[split]:
+                _, parts, shapes = source.index.describe(int(number))
+                if is_pair(parts) and shapes[0][0] <= 4:
+                    try:
+                        pixels, caption = source.index.load(int(number), self._composer)
+                    except ValueError:
+                        continue  # told when a sequence meets it
+                    assert isinstance(caption, str) and not isinstance(pixels, str)
+                    yield VisionItem(pixels, caption)
+
+    def take_skipped(self) -> list[Skip]:
+        taken, self._skips = self._skips, []
+        return taken
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint(),
+            "train": self._sequences["train"].state(step * self._dealing.global_batch_size),
+        }
+
+    def _fingerprint(self) -> list[str]:
+        return [source.index.fingerprint for source in self._sources]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        state = states[min(self._dealing.rank, len(states) - 1)]
+        for source, then in zip(self._sources, state["fingerprint"], strict=True):
+            if source.index.fingerprint != then:
+                raise PretrainError(
+                    f"{source.key}: the documents of {_where(source.config)} are not those that "
+                    "the checkpoint was made with: put them back to go on, or choose another "
+                    "run_dir to start anew"
+                )
+        self._sequences["train"].restore(state["train"])
+
+    def describe(self) -> str:
+        lines = []
+        for source in self._sources:
+            train, held_out = (len(source.documents[split]) for split in SPLITS)
+            lines.append(
+                f"{source.key}: {_where(source.config)}, weight {source.config.weight:g}: "
+                f"{train:,} documents, {held_out:,} held out"
+            )
+        corrupt = sum(skip.corrupt for skip in self._listed)
+        if self._listed:
+            lines.append(
+                f"skipped: {corrupt} corrupt, {len(self._listed) - corrupt} empty or too long; "
+                "see skipped.jsonl"
+            )
+        if not self.has_held_out:
+            lines.append("nothing is held out: no evaluation (data.held_out, or a source's split)")
+        elif len(self.captioned_items("held_out", 2)) < 2 and any(s.vision for s in self._sources):
+            lines.append("fewer than 2 held-out captions: whether the model sees is not tested")
+        return "\n".join(lines)
+
+
+def _where(source: SourceConfig) -> str:
+    return source.path or "the standard library"
+
+
+def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) -> OwnData:
+    """Open every source, tokenizer and index made or taken from the cache.
+
+    Raises:
+        PretrainError: a source is missing, empty or damaged past the limit, or they do not go
+            together.
+    """
+    readers = {
+        number: _reader(config, number)
+        for number, source in enumerate(config.sources)
+        if source.weight > 0
+    }
+    tokenizer = _tokenizer(config, readers)
+    most = config.max_image_tokens or max(1, config.seq_length // 4)
+    composer = Composer(tokenizer, patch_size, most)
+    cache = Path(config.cache_dir)
+    opened: list[Source] = []
+    skips: list[Skip] = []
+    for number, reader in readers.items():
+        source, key = config.sources[number], f"data.sources[{number}]"
+        index: TextIndex | MixedIndex
+        if reader.vision:
+            tokenizer.require_media()
+            folder = cache / f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}"
+            index = mixed_index(folder, reader.mixed, composer)
+        else:
+            folder = cache / f"text-{reader.key}-{tokenizer.digest}"
+            index = text_index(folder, reader.texts, tokenizer)
+        usable, too_long = _fitting(index, config.seq_length)
+        here = [*index.skips, *too_long]
+        if not len(usable):
+            first = f"; the first: {here[0].name} ({here[0].reason})" if here else ""
+            raise PretrainError(
+                f"{key}.path: none of the documents in {source.path} can be used{first}"
+            )
+        skips += here
+        opened.append(Source(number, key, source, index, _split(source, index, usable, config)))
+    Skipped(config.max_corrupt).add(skips)
+    _check_together(config, opened)
+    return OwnData(config, seed, composer, opened, dealing, skips)
+
+
+def _fitting(
+    index: TextIndex | MixedIndex, length: int
+) -> tuple[npt.NDArray[np.int64], list[Skip]]:
+    """The documents that fit a sequence (text is cut, images are not), and those that do not."""
+    if isinstance(index, TextIndex):
+        return np.arange(len(index.ends)), []
+    sizes = index.sizes[:, 0]
+    skips = [
+        Skip(
+            index.describe(int(number))[0],
+            f"its {sizes[number]} tokens do not fit data.seq_length={length}",
+            corrupt=False,
+        )
+        for number in np.flatnonzero(sizes > length)
+    ]
+    return np.flatnonzero(sizes <= length), skips
+
+
+def _split(
+    source: SourceConfig,
+    index: TextIndex | MixedIndex,
+    usable: npt.NDArray[np.int64],
+    config: DataConfig,
+) -> dict[Split, npt.NDArray[np.int64]]:
+    nothing = np.empty(0, np.int64)
+    if source.split == "train":
+        return {"train": usable, "held_out": nothing}
+    if source.split == "held_out":
+        return {"train": nothing, "held_out": usable}
+    held_out = index.hashes[usable] < np.uint64(_threshold(config))
+    if held_out.all():  # a single document, say
+        held_out[:] = False
+    return {"train": usable[~held_out], "held_out": usable[held_out]}
+
+
+def _threshold(config: DataConfig) -> int:
+    return int(config.held_out * 2**64)
+
+
+def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
+    training = [source for source in opened if len(source.documents["train"])]
+    if not training:
+        raise PretrainError(
+            "data.sources: no documents to train on: every source has split: held_out"
+        )
+    vision = [source for source in training if source.vision]
+    if len(vision) == len(training):
+        return  # images fill everything
+    if vision and config.vision_share == 0:
+        raise PretrainError(
+            f"data.vision_share=0 leaves {vision[0].key} out: raise it, or remove the source"
+        )
+    for source in vision:
+        assert isinstance(source.index, MixedIndex)
+        tokens, placeholders = source.index.sizes[source.documents["train"]].sum(0, dtype=np.int64)
+        if placeholders < config.vision_share * tokens:
+            raise PretrainError(
+                f"data.vision_share={config.vision_share:g} cannot be met: only "
+                f"{placeholders / tokens:.3g} of the tokens of {source.key} are images; lower it "
+                "below that"
+            )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A source before it is indexed: what its cache depends on, and its records."""
+
+    key: str
+    vision: bool
+    texts: Callable[[], Iterator[Text | Skip]]
+    mixed: Callable[[], Iterator[Mixed | Skip]]
+
+    def sample_texts(self, most: int, threshold: int) -> Iterator[str]:
+        """Text of up to ``most`` characters that is not held out."""
+        for record in self.mixed() if self.vision else self.texts():
+            if most <= 0:
+                return
+            if isinstance(record, Skip) or record.hash < threshold:
+                continue
+            most -= len(record.text)
+            yield record.text
+
+
+def _reader(config: DataConfig, number: int) -> _Reader:
+    source, name = config.sources[number], f"data.sources[{number}]"
+    if source.type == "standard_library":
+        corpus = read_corpus(int(config.max_corpus_mb * 1e6))
+        digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]
+        return _Reader(
+            digest, False, lambda: (Text(file.name, file.text) for file in corpus), _nothing
+        )
+    if source.type == "text":
+        files = sources.text_files(source, name)
+        key = key_of(files, "text", source.field)
+        return _Reader(key, False, lambda: sources.read_text(source, files, name), _nothing)
+    files = sources.mixed_files(source, name)
+    captions = [file.with_suffix(".txt") for file in files]
+    key = key_of([*files, *(p for p in captions if p.exists())], "images", source.field)
+    return _Reader(key, True, _nothing, lambda: sources.read_mixed(source, files, name))
+
+
+def _nothing() -> Iterator[Any]:
+    return iter(())
+
+
+def _tokenizer(config: DataConfig, readers: dict[int, _Reader]) -> Tokenizer:
+    """The one that is named; or one trained on what is not held out, an equal part a source."""
+    if config.tokenizer is not None:
+        return Tokenizer.load(Path(config.tokenizer))
+    keys = [reader.key for reader in readers.values()]
+    settings = repr((keys, config.vocab_size, config.max_corpus_mb, config.held_out))
+    folder = Path(config.cache_dir) / (
+        "tokenizer-" + hashlib.sha256(settings.encode()).hexdigest()[:16]
+    )
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        most = int(config.max_corpus_mb * 1e6 / len(readers))
+        texts = (
+            text
+            for reader in readers.values()
+            for text in reader.sample_texts(most, _threshold(config))
+        )
+        trained = Tokenizer.train(texts, config.vocab_size)
+        make_folder(folder, lambda partial: trained.save(partial / "tokenizer.json"))
+    return Tokenizer.load(path)

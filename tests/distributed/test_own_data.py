@@ -1,0 +1,112 @@
+"""A run on a user's own data: it resumes exactly, at any number of ranks, and survives bad data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.pretrain.data import make
+
+SHORT = (
+    "evaluation.every=100",
+    "optimizer.warmup_steps=2",
+    "optimizer.decay_steps=0",
+    "data.held_out=0.15",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    training.tiny_file(folder)
+    make.captioned_folder(folder / "pictures", 40)
+    make.jsonl(folder / "text.jsonl.gz", range(80))
+    return folder
+
+
+def sources(folder: Path, *more: str) -> str:
+    listed = [f"{{type: text, path: {folder}/text.jsonl.gz}}", *more]
+    return f"data.sources=[{', '.join(listed)}]"
+
+
+def pictures(folder: Path, name: str = "pictures") -> str:
+    return f"{{type: images, path: {folder}/{name}}}"
+
+
+def test_jsonl_and_pictures_go_on_exactly_at_any_number_of_ranks(folder: Path) -> None:
+    own = (sources(folder, pictures(folder)), *SHORT)
+    run = training.train_and_read
+    whole = launch(run, 1, str(folder), f"run_dir={folder}/whole", "steps=6", *own)[0]
+    assert whole[6]["right_caption_loss"] is not None
+    for name, ranks in (("alone", 1), ("two", 2)):
+        run_dir = f"run_dir={folder}/{name}"
+        launch(run, ranks, str(folder), run_dir, "steps=3", *own)
+        parts = launch(run, 1, str(folder), run_dir, "steps=6", *own)[0]
+        assert [record["step"] for record in parts] == list(range(7))
+        for mine, reference in zip(parts[4:], whole[4:], strict=True):
+            if ranks == 1:
+                assert mine == reference
+            else:
+                assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+
+
+def test_text_alone_trains_and_no_captions_are_tested(folder: Path) -> None:
+    own = (sources(folder), "steps=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=0")
+    records = launch(
+        training.train_and_read, 1, str(folder), f"run_dir={folder}/text", *own, "data.held_out=0.2"
+    )[0]
+    assert records[2]["held_out_text_loss"] > 0
+    assert records[2]["right_caption_loss"] is None
+    none = launch(
+        training.train_and_read, 1, str(folder), f"run_dir={folder}/none", *own, "data.held_out=0"
+    )[0]
+    assert none[2]["held_out_text_loss"] is None
+
+
+def test_pictures_that_cannot_be_read_are_listed_and_past_the_limit_all_ranks_leave(
+    folder: Path,
+) -> None:
+    broken = make.captioned_folder(folder / "broken", 12)
+    for path in sorted(broken.glob("*.png"))[:6]:
+        path.write_bytes(path.read_bytes()[:-30])  # only reading all of it tells
+    own = (sources(folder, pictures(folder, "broken")), "steps=12", *SHORT, "data.held_out=0")
+    cache, config = f"data.cache_dir={folder}/cache", str(folder / "tiny.yaml")
+    run_dir = f"run_dir={folder}/survives"
+    for _ in range(2):  # once more from its end: nothing is listed twice
+        outcomes = launch(training.command, 2, "train", config, cache, run_dir, *own)
+        assert outcomes == [(0, ""), (0, "")]
+    lines = (folder / "survives" / "skipped.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert sorted(Path(skip["name"]).name for skip in found) == [f"{n:03}.png" for n in range(6)]
+    assert all("truncated" in skip["reason"] for skip in found)
+
+    run_dir = f"run_dir={folder}/leaves"
+    limit = "data.max_corrupt=3"
+    outcomes = launch(training.command, 2, "train", config, cache, run_dir, *own, limit)
+    (status, line), other = outcomes
+    assert (status, other) == (1, (1, ""))
+    assert "samples are corrupt, more than data.max_corrupt=3; the latest: " in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources=[{type: texts, path: a}]", "data.sources[0].type must be one of 'text', "),
+        ("data.sources=[{path: a, weigth: 2}]", "key 'data.sources[0].weigth': did you mean 'weig"),
+        ("data.sources=[{path: a, weight: 0}]", "sources must have a weight above 0: all are 0"),
+        ("data.sources=[{type: images}]", "data.sources[0].path must be given for a source of ima"),
+        ("data.sources=[{path: nowhere.jsonl}]", "sources[0].path: nowhere.jsonl does not exist"),
+        ("data.tokenizer=nowhere.json", "cannot read the tokenizer nowhere.json: No such file"),
+    ],
+)
+def test_what_is_mistyped_is_told_once(folder: Path, override: str, message: str) -> None:
+    outcomes = launch(
+        training.command,
+        2,
+        *("train", str(folder / "tiny.yaml"), f"data.cache_dir={folder}/cache", override),
+    )
+    (status, line), other = outcomes
+    assert (status, other) == (1, (1, ""))
+    assert message in line

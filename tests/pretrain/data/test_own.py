@@ -1,0 +1,342 @@
+"""A user's own data: nothing is lost, shares are kept, and what is wrong is skipped or named."""
+
+import gzip
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data import CAPTION, Dealing, prepare
+from pretrain.data.mixture import Sequences
+from pretrain.data.own import OwnData
+from pretrain.errors import PretrainError
+from tests.pretrain.data import make
+from tests.pretrain.data.test_dataset import same
+from tests.pretrain.data.test_packing import check_with
+
+PATCH = 14
+LENGTH = 128
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    make.captioned_folder(folder / "pictures", 60)
+    make.jsonl(folder / "text" / "a.jsonl", range(60))
+    make.jsonl(folder / "text" / "b.jsonl.gz", range(60, 90))
+    make.jsonl(folder / "text" / "deeper" / "c.jsonl.zst", range(90, 120))
+    (folder / "text" / "d.txt").write_text(make.text(120))
+    make.jsonl(folder / "more.jsonl", range(200, 260), field="body")
+    return folder
+
+
+def config(folder: Path, *sources: SourceConfig, **options: Any) -> DataConfig:
+    options = {"seq_length": LENGTH, "vocab_size": 400, "held_out": 0.1} | options
+    return DataConfig(sources=sources, cache_dir=str(folder / "cache"), **options)
+
+
+def opened(folder: Path, *sources: SourceConfig, **options: Any) -> OwnData:
+    data = prepare(config(folder, *sources, **options), PATCH, 3)
+    assert isinstance(data, OwnData)
+    return data
+
+
+def both(folder: Path) -> tuple[SourceConfig, SourceConfig]:
+    return (
+        SourceConfig("text", str(folder / "text")),
+        SourceConfig("images", str(folder / "pictures")),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> OwnData:
+    return opened(folder, *both(folder))
+
+
+def test_sequences_are_full_and_labelled_right_in_both_splits(data: OwnData) -> None:
+    for split, index in itertools.product(("train", "held_out"), range(20)):
+        sample = data.sample(split, index)  # type: ignore[arg-type]
+        check_with(data.tokenizer, sample)
+        assert sample.tokens.shape == (LENGTH,)
+        # A document's end can take the place of padding: both are special, one is a label.
+        assert (sample.tokens == data.tokenizer.pad).sum() <= 1
+
+
+def test_sequences_can_be_read_in_any_order(data: OwnData) -> None:
+    far = {i: data.sample("train", i) for i in (0, 1, 3, 255, 256, 300, 599)}
+    for index in (599, 3, 256, 255, 0, 300):
+        assert same(data.sample("train", index), far[index])
+    assert not same(far[0], far[1])
+
+
+def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path) -> None:
+    data = opened(folder, *both(folder))
+    for source in data._sources:
+        cursor = next(c for c in data._cursors("train") if c.source == source.number)
+        epochs = []
+        for _ in range(2):
+            whole: list[int] = []
+            while len(whole) < len(source.documents["train"]):
+                piece = cursor.take(LENGTH)
+                if source.vision or piece.stop == source.index.length(piece.document):  # type: ignore
+                    whole.append(piece.document)  # type: ignore[arg-type]
+            assert sorted(whole) == source.documents["train"].tolist()
+            epochs.append(whole)
+        assert epochs[0] != epochs[1]
+
+
+def test_ranks_that_take_turns_read_every_document_once(data: OwnData) -> None:
+    (text, _) = data._sources
+    cursors = [
+        c
+        for rank in range(3)
+        for c in data._cursors("train", Dealing(rank, 3, 3))
+        if c.source == text.number
+    ]
+    seen = []
+    while len(seen) < len(text.documents["train"]):
+        cursor = cursors[len(seen) % 3]
+        seen.append(cursor.take(10**6).document)
+    assert sorted(seen) == text.documents["train"].tolist()  # type: ignore[type-var]
+
+
+@settings(deadline=None, max_examples=20)
+@given(share=st.floats(0.02, 0.2), weight=st.floats(0.1, 10))
+def test_shares_hold_over_every_stretch_of_sequences(
+    data: OwnData, folder: Path, share: float, weight: float
+) -> None:
+    sources = (
+        SourceConfig("text", str(folder / "text")),
+        SourceConfig("images", str(folder / "pictures")),
+        SourceConfig("text", str(folder / "more.jsonl"), weight=weight, field="body"),
+    )
+    path = folder / "tokenizer.json"
+    data.tokenizer.save(path)
+    options = {"vision_share": share, "tokenizer": str(path)}
+    stream = opened(folder, *sources, **options)._stream("train")
+    placed = []
+    for _ in range(100):
+        stream.next()
+        placed.append(stream.placed)
+    # What is due is placed; at most one picture too many, or one that waits for room.
+    largest = 30
+    for count, so_far in enumerate(placed, 1):
+        assert abs(so_far - share * LENGTH * count) <= largest
+    one, _, other = (cursor.taken for cursor in stream.cursors)
+    assert other / one == pytest.approx(weight, rel=0.05, abs=2 * LENGTH / one)
+
+
+@given(where=st.integers(0, 700), more=st.integers(0, 40))
+@settings(deadline=None, max_examples=20)
+def test_a_stream_goes_on_from_its_state(data: OwnData, where: int, more: int) -> None:
+    sequences = Sequences(lambda: data._stream("train"))
+    state = json.loads(json.dumps(sequences.state(where)))
+    resumed = Sequences(lambda: data._stream("train"))
+    resumed.restore(state)
+    assert resumed[where + more] == sequences[where + more]
+    assert resumed[max(0, where - 5)] == sequences[max(0, where - 5)]
+
+
+def test_images_alone_fill_sequences_and_text_alone_too(folder: Path) -> None:
+    text, pictures = both(folder)
+    data = opened(folder, pictures)
+    for index in range(30):
+        sample = data.sample("train", index)
+        check_with(data.tokenizer, sample)
+        assert (sample.tokens != data.tokenizer.pad).sum() > LENGTH / 2
+    data = opened(folder, text)
+    assert data.caption_documents("held_out", 4) == ([], [])
+    assert not len(data.sample("train", 0).patches)
+
+
+def test_held_out_captions_are_told_apart_by_their_images(data: OwnData) -> None:
+    right, swapped = data.caption_documents("held_out", 100)
+    assert 2 <= len(right) == len(swapped) <= 12
+    for one, other in zip(right, swapped, strict=True):
+        captions = [
+            [t for t, kind in zip(d.tokens, d.kinds, strict=True) if kind == CAPTION]
+            for d in (one, other)
+        ]
+        assert captions[0] == captions[1]
+
+
+def test_documents_mix_text_images_and_videos(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.png", *(f"{n}.png" for n in range(6))):
+        Image.fromarray(rng.integers(0, 255, (28, 56, 3), np.uint8)).save(tmp_path / name)
+    frames = [Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)) for _ in range(5)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    lines = [
+        {"parts": [{"text": "before "}, {"image": "a.png"}, " between ", {"video": "clip.gif"}]},
+        {"video": [f"{n}.png" for n in range(6)], "caption": "six frames"},
+    ]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = opened(tmp_path, SourceConfig("images", str(path)), max_image_tokens=40, held_out=0)
+    samples = [data.sample("train", index) for index in range(2)]
+    grids = {tuple(grid) for sample in samples for grid in sample.grids.tolist()}
+    # Clips are cut into items of four frames and what is left.
+    assert grids == {(1, 2, 4), (4, 2, 2), (1, 2, 2), (4, 2, 4), (2, 2, 4)}
+    words = data.tokenizer.decode(torch.cat([s.tokens for s in samples]).tolist())
+    assert "before  between" in words and "six frames\n" in words
+    for sample in samples:
+        check_with(data.tokenizer, sample)
+
+
+def test_an_image_larger_than_allowed_is_shrunk_and_a_document_too_long_is_listed(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (2000, 1500), "red").save(tmp_path / "large.jpg")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "small.jpg")
+    for name, text in (("large", "a large one"), ("small", "words " * 300)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = opened(tmp_path, SourceConfig("images", str(tmp_path)))
+    sample = data.sample("train", 0)
+    _, rows, columns = sample.grids[0].tolist()
+    assert LENGTH // 8 <= rows * columns // 4 <= LENGTH // 3
+    assert columns / rows == pytest.approx(4 / 3, rel=0.15)
+    (skip,) = data.take_skipped()
+    assert skip.name.endswith("small.jpg") and not skip.corrupt
+    assert f"tokens do not fit data.seq_length={LENGTH}" in skip.reason
+
+
+def damaged(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
+    """One of everything that can be wrong, between what is right."""
+    lines = [json.dumps({"text": make.text(0)}), "{not json", "[1]", json.dumps({"other": "x"})]
+    lines += [json.dumps({"text": 3}), json.dumps({"text": " "}), '{"text": "\\ud800"}']
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "lines.jsonl").write_text("\n".join(lines))
+    packed = gzip.compress("\n".join(json.dumps({"text": "x" * n}) for n in range(1, 999)).encode())
+    (text / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    make.jsonl(text / "cut.jsonl.zst", range(500))
+    packed = (text / "cut.jsonl.zst").read_bytes()
+    (text / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    (text / "latin.txt").write_bytes("é".encode("latin-1"))
+    pictures = make.captioned_folder(tmp_path / "pictures", 4)
+    (pictures / "broken.png").write_bytes(b"not an image")
+    (pictures / "whole.png").write_bytes((pictures / "000.png").read_bytes()[:-40])
+    (tmp_path / "outside.png").write_bytes((pictures / "000.png").read_bytes())
+    names = ["000.png", "missing.png", "broken.png", "whole.png", "../outside.png", "001.png"]
+    documents: list[Any] = [{"image": name, "caption": "a picture"} for name in names]
+    documents += [{"image": "000.png"}, {"parts": 3}, {"parts": [{"sound": "a.wav"}]}]
+    documents += [{"video": "film.mp4", "caption": "a film"}]
+    lines = [json.dumps(document) for document in documents]
+    (pictures / "captions.jsonl").write_text("\n".join(lines))
+    return SourceConfig("text", str(text)), SourceConfig("images", str(pictures))
+
+
+def test_what_is_corrupt_is_skipped_and_listed_with_the_reason(tmp_path: Path) -> None:
+    sources = damaged(tmp_path)
+    data = opened(tmp_path, *sources, held_out=0)
+    for index in range(60):
+        check_with(data.tokenizer, data.sample("train", index))
+    found = {Path(s.name).name: s.reason for s in data.take_skipped() if s.corrupt}
+    reasons = {
+        "lines.jsonl:2": "not JSON",
+        "lines.jsonl:3": "not a JSON object",
+        "lines.jsonl:4": "has no field 'text'",
+        "lines.jsonl:5": "has no text in its field 'text'",
+        "lines.jsonl:7": "surrogate",
+        "cut.jsonl.gz": "cannot be read after line",
+        "cut.jsonl.zst": "it ends in the middle of a frame",
+        "latin.txt": "can't decode",
+        "captions.jsonl:2": "missing.png does not exist",
+        "captions.jsonl:3": "cannot identify image file",
+        "captions.jsonl:4": "truncated",  # only when it is read
+        "captions.jsonl:5": "../outside.png lies outside",
+        "captions.jsonl:7": "no caption in",
+        "captions.jsonl:8": "'parts' is not a list",
+        "captions.jsonl:9": "neither an image, a video nor text",
+        "captions.jsonl:10": "video files are not read",
+    }
+    assert found.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in found[name]
+    # The cache tells it again.
+    again = {Path(s.name).name for s in opened(tmp_path, *sources, held_out=0).take_skipped()}
+    assert again - {"lines.jsonl:6"} == reasons.keys() - {"captions.jsonl:4"}
+
+
+def test_too_much_corrupt_ends_it_and_names_the_latest(tmp_path: Path) -> None:
+    with pytest.raises(PretrainError) as error:
+        opened(tmp_path, *damaged(tmp_path), held_out=0, max_corrupt=9)
+    assert "10 samples are corrupt, more than data.max_corrupt=9; the latest: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ({"path": "nowhere"}, {}, r"sources\[0\].path: \S*/nowhere does not exist"),
+        ({"path": "*.jsonl.gz"}, {}, r"no file matches \S*/\*.jsonl.gz"),
+        ({"path": "empty"}, {}, r"the folder \S*/empty has no files of text"),
+        ({"type": "images", "path": "empty"}, {}, r"the folder \S*/empty has no images in it"),
+        ({"type": "images", "path": "page.txt"}, {}, "is neither a folder nor a .jsonl file"),
+        ({"path": "blank.jsonl"}, {}, r"blank.jsonl is empty"),
+        (
+            {"path": "fields.jsonl"},
+            {},
+            r"no field 'text', only body, id: set data.s",
+        ),
+        ({"path": "page.txt", "split": "held_out"}, {}, "no documents to train on"),
+        ({"path": "page.txt"}, {"tokenizer": "none.json"}, "cannot read the tokenizer none.json"),
+        ({"type": "images", "path": "alone"}, {}, "none of the documents in .* can be used; the f"),
+    ],
+)
+def test_what_is_mistyped_is_named(
+    tmp_path: Path, source: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "alone").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "alone" / "a.png")
+    (tmp_path / "blank.jsonl").write_text("")
+    (tmp_path / "page.txt").write_text(make.text(1))
+    (tmp_path / "fields.jsonl").write_text('{"body": "x", "id": 3}\n')
+    source["path"] = str(tmp_path / source["path"])
+    with pytest.raises(PretrainError, match=message) as error:
+        opened(tmp_path, SourceConfig(**source), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_a_share_that_captions_leave_no_room_for_is_refused(folder: Path) -> None:
+    text, pictures = both(folder)
+    with pytest.raises(PretrainError, match=r"vision_share=0.3 cannot be met: only 0\.\d+ of the"):
+        opened(folder, text, pictures, vision_share=0.3, max_image_tokens=1)
+    with pytest.raises(PretrainError, match=r"vision_share=0 leaves data.sources\[1\] out"):
+        opened(folder, text, pictures, vision_share=0)
+
+
+def test_a_damaged_index_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make.captioned_folder(tmp_path / "pictures", 12)
+    make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
+    whole = opened(tmp_path, *both(tmp_path))
+    expected = whole.sample("train", 0)
+    for name in ("tokens", "lines"):
+        (path,) = (tmp_path / "cache").glob(f"*/{name}")
+        path.write_bytes(path.read_bytes()[:-50])
+    with caplog.at_level(logging.WARNING):
+        rebuilt = opened(tmp_path, *both(tmp_path))
+    assert caplog.text.count("rebuilding the damaged cache") == 2
+    assert same(rebuilt.sample("train", 0), expected)
+
+
+def test_a_checkpoint_goes_on_with_the_same_documents_only(tmp_path: Path) -> None:
+    make.captioned_folder(tmp_path / "pictures", 12)
+    path = make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
+    state = json.loads(json.dumps(opened(tmp_path, *both(tmp_path)).state_dict(4)))
+    path.touch()  # other times, the same documents
+    moved = path.with_name("b.jsonl")
+    path.rename(moved)
+    opened(tmp_path, *both(tmp_path)).load_state_dict([state])
+    make.jsonl(moved, range(1, 21))
+    with pytest.raises(PretrainError, match=r"sources\[0\]: the documents of .* are not those"):
+        opened(tmp_path, *both(tmp_path)).load_state_dict([state])
