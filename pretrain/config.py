@@ -376,6 +376,33 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, beside TensorBoard."""
+
+    enabled: bool = False
+    """Needs ``pip install 'muonclip[wandb]'``."""
+    mode: Literal["offline", "online"] = "offline"
+    """Offline: into run_dir/wandb, to be sent by ``wandb sync``; online needs ``wandb login``."""
+    project: str = "pretrain"
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of torch's profiler."""
+
+    steps: tuple[int, int] | None = None
+    """[first, last] step to record, into run_dir/traces: a file for each rank, for Perfetto."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            first, last = self.steps
+            _require(
+                1 <= first <= last,
+                f"steps must be [first, last], 1 <= first <= last, not {[first, last]}",
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -406,11 +433,17 @@ class Config:
     encoder_process: EncoderProcessConfig = field(default_factory=EncoderProcessConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "global_batch_size", "micro_batch_size", "log_every")
         _require(
             self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops must be > 0 or null"
+        )
+        _require(
+            self.profile.steps is None or self.profile.steps[1] <= self.steps,
+            f"profile.steps ends after steps = {self.steps}",
         )
         used = self.optimizer.warmup_steps + self.optimizer.decay_steps
         _require(

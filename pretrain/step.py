@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
@@ -162,15 +163,18 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
 
     # DEP: 1. everybody encodes a fair share; 2. the backbone, as if for text; 3. encode again,
     # now backwards.
-    features = run.encoder.encode(
-        [(batch.patches, batch.grids) for batch in micro_batches],
-        multimodal.refusal(micro_batches, run.data.tokenizer.media_pad)
-        if run.processes.first_stage
-        else None,
-    )
-    sums = backbone(run, micro_batches, features)
-    run.encoder.backward()
-    run.encoder.reduce_gradients()
+    with record_function("encode"):
+        features = run.encoder.encode(
+            [(batch.patches, batch.grids) for batch in micro_batches],
+            multimodal.refusal(micro_batches, run.data.tokenizer.media_pad)
+            if run.processes.first_stage
+            else None,
+        )
+    with record_function("backbone"):
+        sums = backbone(run, micro_batches, features)
+    with record_function("encode again, backwards"):
+        run.encoder.backward()
+        run.encoder.reduce_gradients()
 
     dist.all_reduce(sums)
     labels = sums[1] + sums[3]
@@ -200,9 +204,11 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     run.monitor.before_update(step)
-    run.optimizer.step()
+    with record_function("optimizer"):
+        run.optimizer.step()
     moved = run.monitor.after_update()
-    clipped = [clip.step() for clip in run.clips]
+    with record_function("QK-Clip"):
+        clipped = [clip.step() for clip in run.clips]
     # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
     run.optimizer.zero_grad(set_to_none=True)
 

@@ -2,17 +2,20 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 from pretrain import batches, report, state
 from pretrain.build import build
-from pretrain.config import Config
+from pretrain.config import Config, to_dict
 from pretrain.data import Data, Dealing, prepare
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.runtime import processes
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.processes import Processes
+from pretrain.runtime.profiler import Profiler
+from pretrain.runtime.wandb_run import open_run
 from pretrain.step import train_step
 
 
@@ -27,7 +30,8 @@ def train(config: Config) -> None:
     done = state.restore(run)
 
     run_dir = Path(config.run_dir)
-    out = MetricsWriter(run_dir, config.steps, done, config.log_every, enabled=here.is_main)
+    out = open_metrics(config, here, done)
+    profiler = Profiler(config.profile.steps, run_dir / "traces", here.rank)
     out.say(report.opening(run, done))
     skipped = batches.SkippedOfRun(config, here, data)
     skipped.settle()
@@ -38,7 +42,9 @@ def train(config: Config) -> None:
     began = time.monotonic()
     remaining = range(done + 1, config.steps + 1)
     for step, micro_batches in batches.ahead(config, here, data, remaining, skipped):
+        profiler.before(step)
         metrics = train_step(run, micro_batches, step)
+        profiler.after(step)
         seconds = time.monotonic() - began
         metrics["tokens_per_second"] = metrics["tokens"] / seconds
         metrics["mfu"] = metrics["model_flops"] / seconds / run.monitor.peak_flops
@@ -75,6 +81,28 @@ def evaluate(config: Config) -> None:
         print(held_out_line(losses))
         print(report.readings(transcriptions))
     processes.stop()
+
+
+def open_metrics(config: Config, here: Processes, done: int) -> MetricsWriter:
+    """Open what the main rank writes; all ranks leave together where it cannot."""
+    run_dir = Path(config.run_dir)
+    wandb = partial(open_run, config.wandb, run_dir, to_dict(config))
+    failure: Exception | None = None
+    try:
+        out = MetricsWriter(
+            run_dir,
+            config.steps,
+            done,
+            config.log_every,
+            enabled=here.is_main,
+            wandb=wandb if config.wandb.enabled else None,
+        )
+    except OSError as error:
+        failure = PretrainError(f"cannot write into run_dir={run_dir}: {error.strerror}")
+    except PretrainError as error:
+        failure = error
+    processes.agree(failure)
+    return out
 
 
 def set_up(config: Config) -> tuple[Processes, Data]:

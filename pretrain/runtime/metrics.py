@@ -1,42 +1,17 @@
-"""What a run writes for people to look at: progress lines, metrics.jsonl, TensorBoard, curves."""
+"""What a run writes for people to look at: metrics.jsonl, TensorBoard, curves."""
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.runtime.terminal import Terminal
+
 # What depends on the machine and its load. All else is a function of configuration and seed.
 MACHINE = ("tokens_per_second", "mfu", "memory_gib")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) -> str:
-    """One readable line about a training step."""
-
-    def nats(name: str) -> str:
-        return "    -" if metrics[name] is None else f"{metrics[name]:.3f}"
-
-    step = metrics["step"]
-    return (
-        f"step {step:>{len(str(steps))}}/{steps}"
-        f" | loss {nats('loss')} | text {nats('text_loss')} | caption {nats('caption_loss')}"
-        f" | {metrics['tokens_per_second']:6,.0f} tok/s, MFU {metrics['mfu']:.0%}"
-        f" | max logit {metrics['max_logit']:5.1f}"
-        f" | heads clipped {metrics['heads_clipped']}/{metrics['heads']}"
-        f" | expert load {metrics['expert_load']:.2f}"
-        f" | encoder balance {metrics['encoder_balance']:.3f}"
-        f" | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e}"
-        f" | ETA {_duration(eta_seconds)}"
-    )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -91,12 +66,22 @@ class MetricsWriter:
             about to be computed again, and is removed.
         log_every: steps between progress lines.
         enabled: whether this is the main rank; every method does nothing elsewhere.
+        wandb: opens a ``wandb.Run``, where one is wanted.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path, steps: int, done: int, log_every: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int,
+        done: int,
+        log_every: int,
+        enabled: bool,
+        wandb: Callable[[], Any] | None = None,
+    ) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._steps, self._done, self._log_every = steps, done, log_every
-        self._started = time.monotonic()
         self._enabled = enabled
         if not enabled:
             return
@@ -107,11 +92,13 @@ class MetricsWriter:
         partial.rename(self.path)
         self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self._wandb = wandb() if wandb is not None else None
+        self._terminal = Terminal(steps, done, log_every)
 
     def say(self, text: str) -> None:
         """Print a line for people."""
         if self._enabled:
-            print(text, flush=True)
+            self._terminal.say(text)
 
     def save(self, name: str, text: str) -> None:
         """Write a text file beside the metrics."""
@@ -132,19 +119,23 @@ class MetricsWriter:
         step = metrics["step"]
         self._file.write(json.dumps(metrics) + "\n")
         # All in one event: a hundred add_scalar() take milliseconds.
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in scalars(metrics).items()]
+        numbers = scalars(metrics)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._board.file_writer.add_summary(Summary(value=values), step)
-        trained = step - self._done
-        if trained > 0 and (step % self._log_every == 0 or trained == 1 or step == self._steps):
-            eta = (time.monotonic() - self._started) / trained * (self._steps - step)
-            self.say(progress_line(metrics, self._steps, eta))
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if "grad_norm" in metrics:
+            self._terminal.show(metrics)
         if "held_out_text_loss" in metrics:
             self.say(held_out_line(metrics))
 
     def close(self) -> None:
         if self._enabled:
+            self._terminal.close()
             self._file.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
 
 def held_out_line(metrics: Mapping[str, Any]) -> str:
