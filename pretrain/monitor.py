@@ -70,7 +70,7 @@ class Updates:
     def before(self) -> None:
         """Remember samples; call before the optimizer's step."""
         self._before = [
-            (group, parameter, _sample(parameter).clone())
+            (group, parameter, _sample(parameter).to(torch.float32, copy=True))
             for group in self._optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -92,7 +92,7 @@ class Updates:
                 before * (1 - group["lr"] * group["weight_decay"]) - _sample(parameter)
                 for group, parameter, before in samples
             ]
-            rms = torch.stack(torch._foreach_norm([m.float() for m in moved])).double()
+            rms = torch.stack(torch._foreach_norm(moved)).double()
             lrs, elements, sizes, copies = torch.tensor(
                 [
                     (group["lr"], parameter.numel(), before.numel(), self._copies[parameter])

@@ -51,17 +51,16 @@ def test_a_step_of_one_process_shows_what_happened(alone: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [
-        (2, ("expert=2",)),
-        (4, ("tensor=2", "pipeline=2", "expert=2")),
-        (4, ("pipeline=2", "interleave=2", "expert=2")),
+        (2, ("parallel.expert=2", "recompute.granularity=full")),
+        (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
+        (4, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.expert=2")),
     ],
 )
 def test_every_rank_shows_what_one_process_does(
     folder: Path, alone: dict[str, Any], world_size: int, parallel: tuple[str, ...]
 ) -> None:
     """Each has some layers, heads, experts and images; measures are of all."""
-    overrides = [f"parallel.{setting}" for setting in parallel]
-    ranks = launch(training.first_step, world_size, str(folder), *FOUR_LAYERS, *overrides)
+    ranks = launch(training.first_step, world_size, str(folder), *FOUR_LAYERS, *parallel)
     for rank in ranks:
         for name, expected in alone["metrics"].items():
             if name in ("memory_gib", "encoder_balance", "encoder_least_balance"):
