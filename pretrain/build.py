@@ -1,6 +1,6 @@
 """Putting a run together: model, encoder, optimizer and clip, from the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 import muonclip
@@ -74,6 +75,18 @@ class Run:
                 yield name, tensor
 
 
+def names_in_checkpoint(
+    chunks: Sequence[GPTModel], tower: VisionTower, first_expert: int = 0
+) -> dict[str, Tensor]:
+    """Every parameter and kept buffer of this rank's runs of layers and of the vision tower, by
+    its name in the whole model."""
+    named = {f"vision.{name}": tensor for name, tensor in kept_tensors(tower)}
+    for chunk in chunks:
+        rename = language_names(chunk, first_expert)
+        named |= {f"language.{rename(name)}": tensor for name, tensor in kept_tensors(chunk)}
+    return named
+
+
 def build(config: Config, processes: Processes, data: Data) -> Run:
     """Build this rank's part of everything, with its weights as at step 0."""
     dtype: torch.dtype = getattr(torch, config.precision)
@@ -91,11 +104,11 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
     set_precision(model, dtype)
 
     local_experts = config.language.num_experts // config.parallel.expert
-    named = {f"vision.{name}": tensor for name, tensor in kept_tensors(tower)}
+    first_expert = processes.expert_rank * local_experts
+    named = names_in_checkpoint(chunks, tower, first_expert)
     cut: dict[str, Cut] = {}
     for chunk in chunks:
-        rename = language_names(chunk, first_expert=processes.expert_rank * local_experts)
-        named |= {f"language.{rename(name)}": tensor for name, tensor in kept_tensors(chunk)}
+        rename = language_names(chunk, first_expert)
         cut |= {f"language.{rename(name)}": how for name, how in cuts(chunk).items()}
     initialize(named, cut, config.seed, config.language.init_std, config.language.num_layers)
 

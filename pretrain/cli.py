@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pretrain.errors import PretrainError
 
@@ -14,6 +15,9 @@ examples:
   torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml
   torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml steps=50 optimizer.lr=1e-3
   torchrun --nproc-per-node 2 -m pretrain eval  configs/laptop.yaml
+  python -m pretrain export RUN_DIR --to hf
+  python -m pretrain import HF_DIR RUN_DIR
+  python -m pretrain sample RUN_DIR --image FILE --prompt TEXT
 
   python -m pretrain report runs/laptop
 
@@ -47,8 +51,82 @@ def _parser() -> argparse.ArgumentParser:
     )
     page.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    _add_model_commands(commands)
     commands.add_parser("settings", help="list every setting with its default and meaning")
     return parser
+
+
+def _add_model_commands(commands: Any) -> None:
+    """What one process does with a run's model; without torchrun."""
+    text = "write a run's model for transformers, vLLM and SGLang"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("run", type=Path, help="the run_dir of a run")
+    command.add_argument("--to", required=True, choices=["hf"], help="the layout to write")
+    command.add_argument("--out", type=Path, help="the folder to make (RUN/hf or RUN/hf-text)")
+    command.add_argument("--step", type=int, help="of which checkpoint (the newest)")
+    command.add_argument(
+        "--text-only", action="store_true", help="the language model alone, as DeepSeek-V3"
+    )
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the weights (as in the checkpoint)"
+    )
+    text = "make a run of a Hugging Face checkpoint of Kimi-K2.5 or DeepSeek-V3, to train on"
+    command = commands.add_parser("import", help=text, description=text)
+    command.add_argument("source", type=Path, help="a folder with config.json and safetensors")
+    command.add_argument("run", type=Path, help="the run_dir to make")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config.yaml"
+    )
+    text = "let a run's model write after images and a prompt"
+    command = commands.add_parser("sample", help=text, description=text)
+    command.add_argument("run", type=Path, help="the run_dir of a run")
+    command.add_argument("--prompt", default="", help="text after the images")
+    command.add_argument("--image", type=Path, nargs="+", action="extend", default=[])
+    command.add_argument("--max-tokens", type=int, help="at most (as many as the model can read)")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (1)")
+    command.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest (1)")
+    command.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    command.add_argument("--step", type=int, help="of which checkpoint (the newest)")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from pretrain.export.to_hf import export
+
+    folder = export(
+        options.run,
+        options.out,
+        step=options.step,
+        text_only=options.text_only,
+        dtype=options.dtype,
+    )
+    print(f"wrote {folder}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from pretrain.export.from_hf import import_hf
+
+    import_hf(options.source, options.run, options.overrides)
+    print(f"made {options.run}; train it with: pretrain train {options.run / 'config.yaml'}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pretrain import sample
+
+    model = sample.load(options.run, options.step)
+    for piece in sample.sample(
+        model,
+        options.prompt,
+        options.image,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+_OF_ONE_PROCESS = {"export": _export, "import": _import, "sample": _sample}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain import page
 
             print(page.write(options.run_dir, options.out))
+            return 0
+        if options.command in _OF_ONE_PROCESS:
+            _OF_ONE_PROCESS[options.command](options)
             return 0
         settings = config.load(options.config, options.overrides)
         from pretrain import train

@@ -59,6 +59,9 @@ class LanguageConfig:
     """The routed experts' normalised scores are multiplied by this (K2: 2.827)."""
     expert_bias_update_rate: float = 1e-3
     """Step of the auxiliary-loss-free load balancing."""
+    norm_eps: float = 1e-6
+    """RMSNorm's epsilon. The norms of MLA's latents have 1e-6 whatever this says, as in
+    DeepSeek-V3's code."""
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class LanguageConfig:
             *("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "q_lora_rank"),
             *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_base"),
             *("num_experts", "experts_per_token", "expert_ffn_hidden_size"),
-            *("shared_expert_ffn_hidden_size", "router_scaling", "init_std"),
+            *("shared_expert_ffn_hidden_size", "router_scaling", "norm_eps", "init_std"),
         )
         _require(
             0 <= self.dense_layers < self.num_layers,
@@ -616,6 +619,15 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise PretrainError(f"the configuration {path} must be a mapping of keys to values")
+    return from_dict(values, overrides)
+
+
+def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
+    """A configuration from plain values, such as a checkpoint keeps, and overrides.
+
+    Raises:
+        PretrainError: as :func:`load`.
+    """
     for override in overrides:
         _override(values, override)
     return _build(Config, values, "")

@@ -3,22 +3,24 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.build import Run
-from pretrain.config import DataConfig, to_dict
+from pretrain.config import Config, DataConfig, from_dict, to_dict
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.runtime import checkpoint
 from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
-_FIXED = ("seed", "global_batch_size", "precision", "language", "vision", "data")
+_MODEL = ("language", "vision")
+_FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
 _FREE_OF_DATA = ("cache_dir", "max_corrupt")
 # What earlier versions put behind a name where tensor parallelism had cut the tensor.
 _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
@@ -26,6 +28,92 @@ _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
 def folder(run: Run) -> Path:
     return Path(run.config.run_dir) / "checkpoints"
+
+
+class Saved(NamedTuple):
+    """A run's checkpoint, and the configuration that it was made with."""
+
+    path: Path
+    step: int
+    config: Config
+
+
+def saved(run_dir: Path, step: int | None = None) -> Saved:
+    """Find the newest checkpoint of a run, or that of a step, and verify it; for one process.
+
+    Raises:
+        PretrainError: there is none, or it is damaged.
+    """
+    if not run_dir.is_dir():
+        raise PretrainError(f"{run_dir} is no folder: give the run_dir of a run")
+    steps = checkpoint.steps(run_dir / "checkpoints")
+    if not steps:
+        raise PretrainError(f"{run_dir} has no checkpoint: train first, or give a run's run_dir")
+    if step is not None and step not in steps:
+        raise PretrainError(
+            f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
+        )
+    path = checkpoint.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
+    manifest = checkpoint.read_manifest(path)
+    return Saved(path, manifest["step"], from_dict(manifest["facts"].get("config", {})))
+
+
+def tokenizer_file(run_dir: Path) -> Path:
+    """The tokenizer that a run's model was trained with.
+
+    Raises:
+        PretrainError: the run has none.
+    """
+    path = run_dir / "tokenizer.json"
+    if not path.is_file():
+        raise PretrainError(
+            f"{run_dir} has no tokenizer.json: start its training once more, which writes it"
+        )
+    return path
+
+
+def keep_tokenizer(run: Run) -> None:
+    """Keep the tokenizer beside the checkpoints, for whoever uses the model without the data.
+
+    Raises:
+        PretrainError: the run was begun with another one, whose ids the model knows.
+    """
+    failure: Exception | None = None
+    if run.processes.is_main:
+        try:
+            write_tokenizer(run.data.tokenizer, Path(run.config.run_dir))
+        except PretrainError as error:
+            failure = error
+    agree(failure)
+
+
+def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Write the run's tokenizer.json, where there is none yet; for one process.
+
+    Raises:
+        PretrainError: there is another one, or the disk refused.
+    """
+    path = run_dir / "tokenizer.json"
+    now = path.with_suffix(".partial")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(now)
+        if not path.exists():
+            now.rename(path)
+        elif _encoding(path) != _encoding(now):
+            raise PretrainError(
+                f"{path} is another tokenizer than the data's: train with the data that the run "
+                "was begun with, or choose another run_dir"
+            )
+        now.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise PretrainError(f"cannot write {path}: {error}") from error
+
+
+def _encoding(path: Path) -> dict[str, Any]:
+    """What decides a text's ids; what goes before and after a text is not in it."""
+    described: dict[str, Any] = json.loads(path.read_text())
+    return described | {"post_processor": None}
 
 
 def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpoint.Tensors:
@@ -84,7 +172,9 @@ def _restore(run: Run) -> int:
         return 0
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
-    _check_same_run(path, manifest["facts"].get("config", {}), to_dict(run.config))
+    facts = manifest["facts"]
+    keys = _MODEL if facts.get("weights_only") else _FIXED
+    _check_same_run(path, facts.get("config", {}), to_dict(run.config), keys)
     stored = checkpoint.shapes(path)
     if any(_EARLIER_PART.search(name) for name in stored):
         raise PretrainError(
@@ -107,7 +197,8 @@ def _restore(run: Run) -> int:
             if key.startswith(prefix)
         }
     checkpoint.load(path, _tensors(run, states))
-    run.optimizer.state.update(states)
+    # Weights that were imported come without: the optimizer begins anew.
+    run.optimizer.state.update({key: kept for key, kept in states.items() if kept})
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
@@ -130,10 +221,12 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "data": {**data, "sources": sources}}
 
 
-def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(
+    path: Path, then: dict[str, Any], now: dict[str, Any], keys: Sequence[str]
+) -> None:
     then = {"precision": "float32", **then}  # which checkpoints without the setting had
     then, now = _without_places(then), _without_places(now)
-    for key in _FIXED:
+    for key in keys:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:
             continue

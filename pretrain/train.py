@@ -11,7 +11,7 @@ from pretrain.config import Config, to_dict
 from pretrain.data import Data, Dealing, prepare
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
-from pretrain.runtime import processes
+from pretrain.runtime import checkpoint, processes
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.processes import Processes
 from pretrain.runtime.profiler import Profiler
@@ -28,6 +28,7 @@ def train(config: Config) -> None:
     here, data = set_up(config)
     run = build(config, here, data)
     done = state.restore(run)
+    state.keep_tokenizer(run)
 
     run_dir = Path(config.run_dir)
     out = open_metrics(config, here, done)
@@ -73,7 +74,7 @@ def evaluate(config: Config) -> None:
     here, data = set_up(config)
     run = build(config, here, data)
     step = state.restore(run)
-    if step == 0:
+    if not checkpoint.steps(state.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
     losses = {"step": step, **held_out_losses(run)}
     transcriptions = transcribe(run)

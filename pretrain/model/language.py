@@ -65,6 +65,13 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
 
 
+class LatentRMSNorm(RMSNorm):
+    """The norm of MLA's latents, whose epsilon no setting of DeepSeek-V3 changes."""
+
+    def __init__(self, config: Any, hidden_size: int, **_spec: Any) -> None:
+        super().__init__(config, hidden_size, eps=1e-6)
+
+
 class DuplicatedLinear(nn.Linear):
     """A linear layer that every tensor-parallel rank has whole, for its part of the sequence.
 
@@ -134,6 +141,7 @@ def transformer_config(
         batch_p2p_comm=parallel.interleave == 1,
         overlap_p2p_comm=parallel.interleave > 1,
         normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         add_bias_linear=False,
@@ -205,8 +213,8 @@ def build_language_model(
             layer.submodules.pre_mlp_layernorm = RMSNorm
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = CoreAttention
-            attention.q_layernorm = RMSNorm
-            attention.kv_layernorm = RMSNorm
+            attention.q_layernorm = LatentRMSNorm
+            attention.kv_layernorm = LatentRMSNorm
         model = GPTModel(
             config=settings,
             transformer_layer_spec=spec,

@@ -53,13 +53,8 @@ def launcher_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start(parallel: ParallelConfig, seed: int) -> Processes:
-    """Join the other processes and set up megatron-core's groups.
-
-    Started by torchrun, or as a single process without it. A process group that exists already
-    is used.
-    """
-    cpu.enable()
+def join() -> None:
+    """Join the other processes, or be a group of one; a process group that exists is used."""
     if cpu.USE_CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -68,6 +63,15 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def start(parallel: ParallelConfig, seed: int) -> Processes:
+    """Join the other processes and set up megatron-core's groups.
+
+    Started by torchrun, or as a single process without it.
+    """
+    cpu.enable()
+    join()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

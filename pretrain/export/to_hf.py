@@ -1,0 +1,298 @@
+"""A run's checkpoint as a folder that transformers loads, and vLLM and SGLang serve.
+
+One process without a launcher, which holds one file of weights at a time: the parallel model is
+not built, for the tensors of a checkpoint have their names in the whole model.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as _Tokenizer
+from torch.distributed.checkpoint import state_dict_loader
+
+from pretrain import state
+from pretrain.data.fit import MAX_PATCHES_OF_A_FRAME, MAX_PATCHES_OF_A_SIDE, MAX_PATCHES_OF_AN_IMAGE
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+from pretrain.export.layout import Rows, rows, settings
+from pretrain.model.vision import MAX_FRAMES, MERGE
+from pretrain.runtime import checkpoint
+
+MAX_FILE_BYTES = 5 * 10**9
+_PREFIX = "model."
+_EMBEDDING = f"{_PREFIX}language.embedding.word_embeddings.weight"
+Dtype = Literal["float32", "bfloat16"]
+
+
+def export(
+    run_dir: Path,
+    out: Path | None = None,
+    *,
+    step: int | None = None,
+    text_only: bool = False,
+    dtype: Dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Write a run's model for transformers: Kimi-K2.5, or DeepSeek-V3 without images.
+
+    Args:
+        out: the folder to make; ``hf`` or ``hf-text`` in the run's folder by default. Where this
+            raises, it does not exist.
+        step: of which checkpoint; the newest by default.
+        text_only: leave the vision encoder out.
+        dtype: of the weights; as in the checkpoint by default. The router's bias stays float32,
+            and a run of bfloat16 has float32 master weights to give.
+        max_file_bytes: of weights in one file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PretrainError: there is no such checkpoint, it is damaged, the model has a shape that
+            theirs cannot have, or the disk refused.
+    """
+    saved = state.saved(run_dir, step)
+    tokenizer_file = state.tokenizer_file(run_dir)
+    tokenizer = Tokenizer.load(tokenizer_file)
+    out = out or run_dir / ("hf-text" if text_only else "hf")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PretrainError(f"{out} exists: remove it, or choose another folder with --out")
+    stored = checkpoint.shapes(saved.path)
+    if _EMBEDDING not in stored:
+        raise PretrainError(_lacks(saved.path, _EMBEDDING, stored))
+    config, vocab_size = saved.config, stored[_EMBEDDING][0][0]
+    vision = None if text_only else config.vision
+    if vision and tokenizer.media_pad < 0:
+        raise PretrainError(
+            f"{tokenizer.name} has no tokens for images, so this run has none: add --text-only"
+        )
+    special = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }
+    described = settings(
+        config.language, vision, vocab_size, config.data.seq_length, special, tokenizer.media_pad
+    )
+    wanted = list(rows(config.language, vision, vocab_size))
+    _check(saved.path, wanted, stored)
+    types = {name: _type(name, stored, dtype) for item in wanted for name in item.ours}
+    described["dtype"] = str(next(iter(types.values()))).removeprefix("torch.")
+    files = list(_in_files(wanted, types, max_file_bytes))
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        needed = sum(_bytes(item, types) for item in wanted)
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise PretrainError(
+                f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: "
+                "choose another folder with --out"
+            )
+        _write_weights(saved.path, partial, files, stored, types)
+        _write_json(partial / "config.json", described)
+        _write_json(partial / "generation_config.json", special)
+        _write_tokenizer(partial, tokenizer_file, tokenizer, config.data.seq_length)
+        if vision is not None:
+            _write_processor(partial, vision.patch_size)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise PretrainError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _lacks(path: Path, name: str, stored: dict[str, Any]) -> str:
+    if any(other.startswith(f"{name}[") for other in stored):
+        return (
+            f"the checkpoint {path} has {name} in the parts of tensor parallelism, as earlier "
+            "versions did, and cannot be read: export with the version that wrote it"
+        )
+    return f"the checkpoint {path} has no {name}: it is of another version of this program"
+
+
+def _check(path: Path, wanted: Sequence[Rows], stored: dict[str, Any]) -> None:
+    for item in wanted:
+        for name, shape in item.ours.items():
+            if _PREFIX + name not in stored:
+                raise PretrainError(_lacks(path, _PREFIX + name, stored))
+            if tuple(stored[_PREFIX + name][0]) != shape:
+                raise PretrainError(
+                    f"the checkpoint {path} has {_PREFIX}{name} of shape "
+                    f"{tuple(stored[_PREFIX + name][0])}, where its configuration means {shape}"
+                )
+
+
+def _type(name: str, stored: dict[str, Any], dtype: Dtype | None) -> torch.dtype:
+    own: torch.dtype = stored[_PREFIX + name][1]
+    # Theirs is float32 too: its steps are too small for bfloat16.
+    return own if dtype is None or name.endswith(".expert_bias") else getattr(torch, dtype)
+
+
+def _bytes(item: Rows, types: dict[str, torch.dtype]) -> int:
+    return sum(
+        torch.Size(shape).numel() * types[name].itemsize for name, shape in item.ours.items()
+    )
+
+
+def _in_files(
+    wanted: Sequence[Rows], types: dict[str, torch.dtype], max_bytes: int
+) -> Iterator[list[Rows]]:
+    """The rows of each file: in order, as many as fit."""
+    file: list[Rows] = []
+    filled = 0
+    for item in wanted:
+        size = _bytes(item, types)
+        if file and filled + size > max_bytes:
+            yield file
+            file, filled = [], 0
+        file.append(item)
+        filled += size
+    yield file
+
+
+def _source(name: str, stored: dict[str, Any], types: dict[str, torch.dtype]) -> str:
+    """Where a weight is read: of one kept in 16 bits there is a float32 master to be had."""
+    master = f"optimizer.{name}.master"
+    wider = types[name].itemsize > stored[_PREFIX + name][1].itemsize
+    return master if wider and master in stored else _PREFIX + name
+
+
+def _write_weights(
+    path: Path,
+    folder: Path,
+    files: Sequence[Sequence[Rows]],
+    stored: dict[str, Any],
+    types: dict[str, torch.dtype],
+) -> None:
+    where, total = {}, 0
+    for number, file in enumerate(files, start=1):
+        name = "model.safetensors"
+        if len(files) > 1:
+            name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        shapes = {weight: shape for item in file for weight, shape in item.ours.items()}
+        ours = {weight: torch.empty(shape, dtype=types[weight]) for weight, shape in shapes.items()}
+        with warnings.catch_warnings():
+            # That there are no other processes is what was asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            named = {_source(weight, stored, types): tensor for weight, tensor in ours.items()}
+            state_dict_loader.load(named, checkpoint_id=path, no_dist=True)
+        theirs = {weight: t for item in file for weight, t in item.to_theirs(ours).items()}
+        save_file(theirs, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(theirs, name))
+        total += sum(tensor.nbytes for tensor in theirs.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+# A model that has learned from documents alone knows no roles: the messages' contents follow one
+# another as text and images do in a document.
+_CHAT_TEMPLATE = (
+    "{{{{ bos_token }}}}{{% for message in messages %}}{{% if message.content is string %}}"
+    "{{{{ message.content }}}}{{% else %}}{{% for part in message.content %}}"
+    "{{% if part.type in ('image', 'image_url') %}}{image}"
+    "{{% elif part.type == 'text' %}}{{{{ part.text }}}}{{% endif %}}"
+    "{{% endfor %}}{{% endif %}}{{% endfor %}}"
+)
+
+
+def _write_tokenizer(folder: Path, file: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """The run's tokenizer; but a text begins with BOS by itself, as every document does."""
+    backend = json.loads(file.read_text())
+    name = _Tokenizer.from_file(str(file)).id_to_token
+    bos = name(tokenizer.bos)
+    begin, text, second = (
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 0}},
+    )
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, second],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+    }
+    media = [
+        name(number)
+        for number in (tokenizer.media_begin, tokenizer.media_pad, tokenizer.media_end)
+        if number >= 0
+    ]
+    template = _CHAT_TEMPLATE.format(image="".join(media))
+    _write_json(folder / "tokenizer.json", backend)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": name(tokenizer.eos),
+            "pad_token": name(tokenizer.pad),
+            "additional_special_tokens": media,
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": template,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def _write_processor(folder: Path, patch_size: int) -> None:
+    """What :mod:`pretrain.data.fit` does, for transformers and (``media_proc_cfg``) for servers."""
+    middle = [0.5, 0.5, 0.5]
+    common = {
+        "processor_class": "Kimi_K25Processor",
+        "patch_size": patch_size,
+        "merge_size": MERGE,
+        "size": {"max_height": MAX_PATCHES_OF_A_SIDE, "max_width": MAX_PATCHES_OF_A_SIDE},
+        "do_resize": True,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": middle,
+        "image_std": middle,
+        "do_convert_rgb": True,
+    }
+    image = {
+        **common,
+        "image_processor_type": "Kimi_K25ImageProcessor",
+        "max_patches": MAX_PATCHES_OF_AN_IMAGE,
+        "media_proc_cfg": {
+            "patch_size": patch_size,
+            "merge_kernel_size": MERGE,
+            "temporal_merge_kernel_size": MAX_FRAMES,
+            "in_patch_limit": MAX_PATCHES_OF_AN_IMAGE,
+            "in_patch_limit_each_frame": MAX_PATCHES_OF_A_FRAME,
+            "in_patch_limit_video": None,
+            "patch_limit_on_one_side": MAX_PATCHES_OF_A_SIDE,
+            "fixed_output_tokens": None,
+            "image_mean": middle,
+            "image_std": middle,
+            "sample_fps": 2.0,
+            "max_num_frames_each_video": None,
+            "timestamp_mode": "hh:mm:ss.fff",
+        },
+    }
+    video = {
+        **common,
+        "video_processor_type": "Kimi_K25VideoProcessor",
+        "max_patches": MAX_PATCHES_OF_A_FRAME,
+        "temporal_patch_size": MAX_FRAMES,
+    }
+    _write_json(folder / "preprocessor_config.json", image)
+    _write_json(folder / "video_preprocessor_config.json", video)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

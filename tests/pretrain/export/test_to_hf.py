@@ -1,0 +1,242 @@
+"""transformers computes from an exported folder what the model that was trained computes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from pretrain.data import Document
+from pretrain.data.fit import fit
+from pretrain.data.images import VisionItem
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+from pretrain.export.layout import rows
+from pretrain.export.to_hf import export
+from pretrain.runtime import checkpoint
+from tests.distributed import training
+from tests.pretrain.saved_run import SHAPE, STEP, Made, Read
+
+pytest.importorskip("transformers", minversion="5.23")
+PATCH = 14
+
+
+@pytest.fixture(scope="session")
+def run_dir(made: Made, run_folder: Path) -> Path:
+    return run_folder / "run"
+
+
+@pytest.fixture(scope="session")
+def hf(run_dir: Path) -> Path:
+    return export(run_dir)
+
+
+@pytest.fixture(scope="session")
+def hf_text(run_dir: Path) -> Path:
+    """In several files, as a large model is."""
+    return export(run_dir, text_only=True, max_file_bytes=100_000)
+
+
+def load(kind: str, folder: Path) -> Any:
+    """A model of theirs that has every weight, and no other, from a folder."""
+    import transformers
+
+    model, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    assert model.dtype == torch.float32
+    return model.eval()
+
+
+def close(theirs: Tensor, read: Read) -> None:
+    assert read.logits.std() > 0.5
+    torch.testing.assert_close(theirs, read.logits, rtol=0, atol=1e-4)
+
+
+def pixels_of(patches: Tensor) -> Tensor:
+    return (patches / 127.5 - 1).view(-1, 3, PATCH, PATCH)
+
+
+@torch.no_grad()
+def test_text_gives_deepseek_v3s_logits(hf_text: Path, made: Made) -> None:
+    assert len(list(hf_text.glob("model-0000*-of-0000*.safetensors"))) > 2
+    model = load("AutoModelForCausalLM", hf_text)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    close(model(made.reads["text"].tokens).logits[0], made.reads["text"])
+
+
+@pytest.fixture(scope="session")
+def kimi(hf: Path) -> Any:
+    model = load("AutoModelForImageTextToText", hf)
+    assert type(model).__name__ == "Kimi_K25ForConditionalGeneration"
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["text", "image", "clip", "video"])
+def test_text_and_images_give_kimi_k25s_logits(kimi: Any, made: Made, name: str) -> None:
+    read = made.reads[name]
+    images = {"pixel_values": pixels_of(read.patches), "image_grid_thw": read.grids}
+    close(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
+
+
+@torch.no_grad()
+def test_videos_are_their_own_inputs_with_a_placeholder_of_their_own(kimi: Any, made: Made) -> None:
+    read = made.reads["video"]
+    assert read.grids[:, 0].tolist() == [4, 4, 1]
+    config = kimi.config
+    tokens = read.tokens.masked_fill(read.tokens == config.image_token_id, config.video_token_id)
+    pixels = pixels_of(read.patches)
+    output = kimi(tokens, pixel_values_videos=pixels, video_grid_thw=read.grids)
+    close(output.logits[0], read)
+
+
+def test_the_layout_has_every_tensor_of_the_model(made: Made, run_folder: Path) -> None:
+    config = training.tiny(str(run_folder), *SHAPE)
+    vocab_size = made.tensors["language.output_layer.weight"].shape[0]
+    named = {
+        name: shape
+        for item in rows(config.language, config.vision, vocab_size)
+        for name, shape in item.ours.items()
+    }
+    assert named == {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}
+
+
+def test_the_tokenizer_is_the_runs(hf: Path, run_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(hf)
+    ours = Tokenizer.load(run_dir / "tokenizer.json")
+
+    @settings(deadline=None, max_examples=50)
+    @given(st.text(max_size=80))
+    def agree(text: str) -> None:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == ours.encode(text).tolist()
+        assert theirs.decode(ids) == ours.decode(ids)
+        assert theirs(text).input_ids == [ours.bos, *ids]
+
+    agree()
+
+
+def test_special_tokens_and_messages_with_images(hf: Path, run_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(hf)
+    ours = Tokenizer.load(run_dir / "tokenizer.json")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        *(ours.bos, ours.eos),
+        ours.pad,
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    image = [ours.media_begin, ours.media_pad, ours.media_end]
+    assert ids == [ours.bos, *image, *ours.encode("What is it?").tolist()]
+
+
+def test_the_processor_makes_of_an_image_what_the_data_does(hf: Path, run_dir: Path) -> None:
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it is of another build of torch
+        pytest.skip(f"transformers' processor needs torchvision: {error}")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(hf)
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.json")
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 71), (28, 14))]
+    document = Document(tokenizer).add_tokens(tokenizer.encode("See "))
+    for image in pixels:
+        document.add_image(VisionItem(fit(image[None], PATCH), ""), PATCH)
+    document.add_tokens(tokenizer.encode(" them"))
+    image = "<|media_begin|><|media_pad|><|media_end|>"
+    made = processor(
+        text=f"See {image}{image} them",
+        images=[Image.fromarray(image) for image in pixels],
+        return_tensors="pt",
+    )
+    assert made["input_ids"][0].tolist() == document.tokens
+    assert made["image_grid_thw"].tolist() == [list(grid) for grid in document.grids]
+    torch.testing.assert_close(
+        made["pixel_values"], pixels_of(torch.cat(document.patches)), rtol=0, atol=1e-6
+    )
+
+
+def test_settings_that_servers_read(hf: Path) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    assert config["architectures"] == ["KimiK25ForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert config["media_placeholder_token_id"] == config["image_token_id"] == 4
+    vision = config["vision_config"]
+    assert vision["vt_hidden_size"] == vision["hidden_size"] == 16
+    assert vision["text_hidden_size"] == config["text_config"]["hidden_size"] == 32
+    processing = json.loads((hf / "preprocessor_config.json").read_text())["media_proc_cfg"]
+    assert (processing["patch_size"], processing["merge_kernel_size"]) == (PATCH, 2)
+
+
+def test_weights_may_be_rounded_but_not_the_routers_bias(run_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    export(run_dir, tmp_path / "out", dtype="bfloat16")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        bias = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if bias else torch.bfloat16), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(PretrainError) as error:
+        export(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_cannot_be_exported_is_told(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "nowhere is no folder" in refusal(tmp_path / "nowhere", out)
+    assert "has no checkpoint: train first" in refusal(tmp_path, out)
+    assert f"has no checkpoint of step 3: it has {STEP}" in refusal(run_dir, out, step=3)
+    out.mkdir()
+    (out / "mine").touch()
+    assert "out exists: remove it" in refusal(run_dir, out)
+    (tmp_path / "file").touch()
+    assert "cannot write" in refusal(run_dir, tmp_path / "file" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_checkpoint_that_is_damaged_or_of_another_version_is_told(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    path = checkpoint.path_of(copy / "checkpoints", STEP)
+    path.parent.mkdir(parents=True)
+    newest = checkpoint.path_of(run_dir / "checkpoints", STEP)
+    path.mkdir()
+    for file in newest.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    assert "copy has no tokenizer.json" in refusal(copy)
+    (copy / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
+
+    stored = checkpoint.shapes(path)
+    name = "model.language.decoder.layers.0.mlp.linear_fc2.weight"
+    for change, message in (
+        ({}, f"has no {name}: it is of another version"),
+        ({f"{name}[0/2]": stored[name]}, f"has {name} in the parts of tensor parallelism"),
+        ({name: (torch.Size([1, 2]), torch.float32)}, f"has {name} of shape (1, 2)"),
+    ):
+        others = {key: value for key, value in stored.items() if key != name} | change
+        monkeypatch.setattr(checkpoint, "shapes", lambda _path, others=others: others)
+        assert message in refusal(copy)
+    monkeypatch.undo()
+
+    data = next(path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "is damaged" in refusal(copy)
+    assert not (copy / "hf").exists()

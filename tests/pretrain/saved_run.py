@@ -1,0 +1,107 @@
+"""A run's checkpoint of a small model that is far from its first weights, and what it computes."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain import batches, state
+from pretrain.build import Run, build
+from pretrain.data import Document
+from pretrain.data.fit import frame_groups
+from pretrain.data.images import VisionItem
+from pretrain.evaluate import held_out_losses
+from pretrain.model import multimodal
+from pretrain.train import set_up
+from tests.distributed import training
+
+STEP = 7
+SHAPE = (
+    *("language.num_layers=3", "language.num_heads=3", "language.num_experts=5"),
+    *("language.experts_per_token=2", "language.expert_ffn_hidden_size=24"),
+    *("language.shared_expert_ffn_hidden_size=48", "language.rope_base=500.0"),
+    *("language.qk_nope_head_dim=6", "language.v_head_dim=10", "vision.num_layers=2"),
+)
+
+
+class Read(NamedTuple):
+    """A text with images, and the model's logits after each of its tokens [s, vocabulary]."""
+
+    tokens: Tensor
+    patches: Tensor
+    grids: Tensor
+    logits: Tensor
+
+
+def randomize(name: str, tensor: Tensor) -> None:
+    """Weights that give attention, routers and logits of several units."""
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    noise = torch.empty(tensor.shape).normal_(generator=generator)
+    if name.endswith("expert_bias"):
+        tensor.copy_(0.2 * noise)
+    elif tensor.ndim < 2:
+        tensor.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+    else:
+        tensor.copy_(
+            noise * (1.5 if "q_" in name or "k" in name else 1.0) / tensor[0].numel() ** 0.5
+        )
+
+
+def documents(run: Run) -> dict[str, Document]:
+    """A text; an image, odd in size, in a text; clips of one to nine frames."""
+    rng = np.random.default_rng(0)
+    tokenizer, patch = run.data.tokenizer, run.config.vision.patch_size
+    encode = tokenizer.encode
+
+    def item(frames: int, rows: int, columns: int) -> VisionItem:
+        size = (frames, rows * patch, columns * patch, 3)
+        return VisionItem(rng.integers(0, 256, size, dtype=np.uint8), "")
+
+    text = Document(tokenizer).add_tokens(encode("The same text in two models, with 42 numbers."))
+    image = Document(tokenizer).add_tokens(encode("Look: ")).add_image(item(1, 4, 10), patch)
+    image.add_tokens(encode(" and ")).add_image(item(1, 2, 2), patch).add_tokens(encode("so."))
+    clip = Document(tokenizer).add_image(item(3, 4, 4), patch).add_tokens(encode("moves"))
+    video, frames = Document(tokenizer), item(9, 4, 6).pixels
+    for group in frame_groups(len(frames)):
+        video.add_image(VisionItem(frames[group], ""), patch).add_tokens(encode("then "))
+    return {"text": text, "image": image, "clip": clip, "video": video}
+
+
+@torch.no_grad()
+def read(run: Run, document: Document) -> Read:
+    """What the model that is trained computes of a document."""
+    (sample,) = run.data.pack([document], len(document))
+    batch = batches.collate([sample], run.processes.device)
+    features = run.tower(batch.patches, batch.grids)
+    placeholder = run.data.tokenizer.media_pad
+    logits = multimodal.forward(run.language[0], batch, features, placeholder, logits=True)
+    return Read(batch.tokens, batch.patches, batch.grids, logits[0])
+
+
+class Made(NamedTuple):
+    """What :func:`make` leaves, beside the run's folder."""
+
+    reads: dict[str, Read]
+    tensors: dict[str, Tensor]
+    held_out: dict[str, float | None]
+
+
+def make(folder: str) -> Made:
+    """Save a run of randomized weights in ``folder``/run; its readings and every tensor."""
+    training.tiny_file(Path(folder))
+    config = training.tiny(folder, *SHAPE)
+    here, data = set_up(config)
+    run = build(config, here, data)
+    with torch.no_grad():
+        for name, tensor in run.named.items():
+            randomize(name, tensor)
+    state.save(run, STEP)
+    state.keep_tokenizer(run)
+    run.train(False)
+    reads = {name: read(run, document) for name, document in documents(run).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+    return Made(reads, tensors, held_out_losses(run))

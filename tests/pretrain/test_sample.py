@@ -1,0 +1,179 @@
+"""Tokens come one by one as the whole model would have them, and mistakes are told in a line."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pretrain import batches, sample
+from pretrain.data import Document
+from pretrain.data.packing import pack
+from pretrain.errors import PretrainError
+from pretrain.model import multimodal
+from pretrain.runtime import processes
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.pretrain.saved_run import Made
+
+PROMPT = "in the image: "
+
+
+class Found(NamedTuple):
+    """What :func:`look` found.
+
+    Attributes:
+        at_once, step_by_step: logits [tokens, vocabulary] of the same text.
+        pieces: what was written, several times over, by options.
+        told: of the command line, status, output and errors.
+        refusals: of what cannot be read.
+    """
+
+    at_once: Tensor
+    step_by_step: Tensor
+    pieces: list[list[str]]
+    greedy: str
+    told: tuple[int, str, str]
+    refusals: list[str]
+
+
+def _refusal(model: sample.Model, *args: Any, **kwargs: Any) -> str:
+    try:
+        list(sample.sample(model, *args, **kwargs))
+    except PretrainError as error:
+        return str(error)
+    return ""
+
+
+def look(folder: str, image: str) -> Found:
+    """Everything that needs the model, in one process."""
+    model = sample.load(Path(folder, "run"))
+    path, patch = Path(image), model.config.vision.patch_size
+    item = sample.VisionItem(sample.fit(sample.read_image(path).pixels, patch), "")
+    document = (
+        Document(model.tokenizer).add_image(item, patch).add_tokens(model.tokenizer.encode(PROMPT))
+    )
+    start = len(document)
+
+    with torch.inference_mode():
+        conversation = sample.Conversation(model, document, 96)
+        steps, chosen = [conversation.logits], []
+        for _ in range(12):
+            chosen.append(int(conversation.logits.argmax()))
+            conversation.add(chosen[-1])
+            steps.append(conversation.logits)
+        document.add_tokens(chosen)
+        batch = batches.collate(pack([document], len(document), patch, 0), model.device)
+        features = model.tower(batch.patches, batch.grids)
+        whole = multimodal.forward(
+            model.language, batch, features, model.tokenizer.media_pad, logits=True
+        )
+
+    options = [
+        {"temperature": 0.0},
+        {"seed": 1, "top_p": 0.9},
+        {"seed": 1, "top_p": 0.9},
+        {"seed": 2, "top_p": 0.9},
+        {"top_p": 1e-9},
+    ]
+    written = [list(sample.sample(model, PROMPT, [path], max_tokens=12, **o)) for o in options]
+    refusals = [
+        _refusal(model, "word " * 200),
+        _refusal(model, "word", max_tokens=95),
+        _refusal(model, "word", temperature=-1.0),
+        _refusal(model, "word", top_p=0.0),
+    ]
+    processes.stop()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status, errors = training.command(
+            *("sample", f"{folder}/run", "--image", image, "--prompt", PROMPT),
+            *("--max-tokens", "12", "--temperature", "0"),
+        )
+    return Found(
+        whole[0, start - 1 :],
+        torch.stack(steps),
+        written,
+        model.tokenizer.decode(chosen),
+        (status, output.getvalue(), errors),
+        refusals,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(made: Made, run_folder: Path) -> Found:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 71, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(run_folder / "image.png")
+    (found,) = launch(look, 1, str(run_folder), str(run_folder / "image.png"))
+    return found  # type: ignore[no-any-return]
+
+
+def test_a_token_at_a_time_gives_the_logits_of_all_at_once(found: Found) -> None:
+    assert found.at_once.std() > 0.5
+    torch.testing.assert_close(found.step_by_step, found.at_once, rtol=0, atol=1e-5)
+
+
+def test_likeliest_tokens_are_streamed_and_draws_repeat_with_their_seed(found: Found) -> None:
+    greedy, drawn, again, other, nearly_greedy = found.pieces
+    assert "".join(greedy) == "".join(nearly_greedy) == found.greedy
+    assert len(greedy) > 3, "what is written comes in pieces"
+    assert drawn == again != other
+
+
+def test_the_command_line_prints_them(found: Found) -> None:
+    assert found.told == (0, found.greedy + "\n", "")
+
+
+def test_what_is_too_long_or_out_of_range_is_told(found: Found) -> None:
+    too_long, too_many, cold, narrow = found.refusals
+    assert "tokens, which leaves 0 of the 96 that this model has learned to read" in too_long
+    assert "fewer --max-tokens" in too_many
+    assert cold == "--temperature must be >= 0, not -1.0"
+    assert narrow == "--top-p must be in (0, 1], not 0.0"
+
+
+def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]
+    generator = torch.Generator().manual_seed(0)
+    for top_p, tokens in (
+        (0.4, {1}),
+        (0.5, {1}),
+        (0.6, {1, 3}),
+        (0.9, {0, 1, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ):
+        draws = [sample.pick(logits, 1.0, top_p, generator) for _ in range(400)]
+        assert set(draws) == tokens
+    hot = [sample.pick(logits, 100.0, 1.0, generator) for _ in range(400)]
+    assert hot.count(2) > 60
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    missing, broken, half = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    broken.write_text("no image")
+    Image.new("RGB", (300, 300), "red").save(half)
+    half.write_bytes(half.read_bytes()[:200])
+    for path in (missing, broken, half, tmp_path):
+        with pytest.raises(PretrainError) as error:
+            sample.read_image(path)
+        assert str(error.value).startswith(f"cannot read the image {path}: ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tiff" if mode in ("CMYK", "I;16") else "a.png")
+    Image.new(mode, (5, 3)).save(path)
+    assert sample.read_image(path).pixels.shape == (1, 3, 5, 3)
+
+
+def test_a_run_that_has_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PretrainError, match="has no checkpoint: train first"):
+        sample.load(tmp_path)
+    with pytest.raises(PretrainError, match="nowhere is no folder"):
+        sample.load(tmp_path / "nowhere")
