@@ -211,7 +211,11 @@ _CHAT_TEMPLATE = (
 def _write_tokenizer(folder: Path, file: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """The run's tokenizer; but a text begins with BOS by itself, as every document does."""
     backend = json.loads(file.read_text())
-    name = _Tokenizer.from_file(str(file)).id_to_token
+    tokens = _Tokenizer.from_file(str(file))
+
+    def name(number: int) -> str:
+        return str(tokens.id_to_token(number))
+
     bos = name(tokenizer.bos)
     begin, text, second = (
         {"SpecialToken": {"id": bos, "type_id": 0}},
