@@ -128,6 +128,7 @@ class Monitor:
         dtype: of the matrix products that the peak is measured with, unless it is configured.
 
     Attributes:
+        routing: as given.
         peak_flops: FLOP/s of all ranks together, of which utilisation is the used share.
     """
 
@@ -143,7 +144,7 @@ class Monitor:
     ) -> None:
         language, vision, device = config.language, config.vision, processes.device
         self._processes, self._log_every = processes, config.log_every
-        self._routing, self._updates = routing, updates
+        self.routing, self._updates = routing, updates
         self._tokens = config.global_batch_size * config.data.seq_length
         self._assignments = self._tokens * language.experts_per_token
         self._heads = (
@@ -205,8 +206,8 @@ class Monitor:
             grids = torch.cat([batch.grids for batch in micro_batches])
             flops = float(self._encoder_flops.costs(grids).sum())
         routed = torch.zeros(self._experts, dtype=torch.float64, device=device)
-        if self._routing.tokens is not None:
-            routed[self._sparse] = self._routing.tokens.double()
+        if self.routing.tokens is not None:
+            routed[self._sparse] = self.routing.tokens.double()
         # Data-parallel ranks clip the same heads of the language model; all ranks the encoder's.
         own = language.num_clipped.double() / self._processes.data_size
         own = torch.stack([own, own.new_tensor(flops)])

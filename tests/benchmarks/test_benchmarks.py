@@ -34,7 +34,7 @@ def leaves(value: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "name", ["coefficients", "dep", "dep_plan", "optimizer_memory", "optimizer_step"]
+    "name", ["coefficients", "dep", "dep_plan", "optimizer_memory", "optimizer_step", "overhead"]
 )
 def test_a_benchmark_stores_its_result_and_picture(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,235 @@
+"""What measuring and logging add to the trainer's step, beside one that shows nothing.
+
+The trainer of ``configs/laptop.yaml`` in one process takes each batch twice: once bare, and once
+with all that a run shows: measures gathered, the update's RMS sampled every ``log_every`` steps,
+metrics.jsonl, TensorBoard and progress lines written. The cost is told as the ratio of the two,
+which the machine's noise blurs, and as the time within the calls that do it, of all steps.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks import runner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pretrain.build import Run
+
+TARGET = 0.02
+# Of configs/laptop.yaml; rounds, and batches that they go through.
+_FORMS: dict[str, tuple[int, int, list[str]]] = {
+    "tiny": (
+        4,
+        2,
+        [
+            "global_batch_size=2",
+            "micro_batch_size=2",
+            "log_every=2",
+            "data.max_corpus_mb=1",
+            "data.vocab_size=400",
+        ],
+    ),
+    "quick": (40, 8, ["global_batch_size=16"]),
+    "full": (
+        100,
+        8,
+        [
+            *("language.num_layers=12", "language.hidden_size=1024", "language.num_heads=16"),
+            *("language.ffn_hidden_size=4096", "language.expert_ffn_hidden_size=512"),
+            *("language.num_experts=32", "data.seq_length=1024", "precision=bfloat16"),
+        ],
+    ),
+}
+BARE, SHOWN = "bare", "shown"
+_TITLES = {
+    "routing": "copy the routers' counts",
+    "before_update": "sample weights",
+    "after_update": "the update's RMS",
+    "gather": "gather measures from all ranks",
+    "write": "write them",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, help="timed steps of each variant")
+
+
+def run(options: argparse.Namespace) -> runner.Result:
+    # In a process of its own: the trainer sets up its process group and fits torch to a CPU.
+    with tempfile.TemporaryDirectory() as folder:
+        worker = multiprocessing.get_context("spawn").Process(
+            target=_measure,
+            args=(options.form, options.rounds, options.clock, torch.get_num_threads(), folder),
+        )
+        worker.start()
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError("the measuring process failed: its error is above")
+        told: runner.Result = json.loads(Path(folder, "result.json").read_text())
+    return told
+
+
+def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: str) -> None:
+    from pretrain import batches, config
+    from pretrain.build import build
+    from pretrain.monitor import Monitor
+    from pretrain.runtime import processes
+    from pretrain.runtime.metrics import MetricsWriter
+    from pretrain.step import train_step
+    from pretrain.train import set_up
+
+    class Blind(Monitor):
+        """Shows nothing."""
+
+        def __init__(self) -> None: ...
+
+        def before_update(self, step: int) -> None: ...
+
+        def after_update(self) -> Any: ...
+
+        def gather(self, *_arguments: Any) -> dict[str, Any]:
+            return {}
+
+    torch.set_num_threads(threads)
+    default_rounds, count, overrides = _FORMS[form]
+    settings = config.load(
+        runner.ROOT / "configs" / "laptop.yaml",
+        [
+            "parallel.expert=1",
+            f"run_dir={folder}/run",
+            f"data.cache_dir={folder}/cache",
+            *overrides,
+        ],
+    )
+    here, data = set_up(settings)
+    trained = build(settings, here, data)
+    out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
+    made = [batches.of_step(settings, here, data, step) for step in range(1, count + 1)]
+    runs = {BARE: replace(trained, monitor=Blind()), SHOWN: trained}
+
+    now = runner.CLOCKS[clock]
+    spent = dict.fromkeys(_TITLES, 0.0)
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def within(*arguments: Any) -> Any:
+            begun = now()
+            result = call(*arguments)
+            spent[name] += now() - begun
+            return result
+
+        return within
+
+    monitor = trained.monitor
+    for name in ("before_update", "after_update", "gather"):
+        setattr(monitor, name, timed(name, getattr(monitor, name)))
+    setattr(monitor.routing, "take", timed("routing", monitor.routing.take))  # noqa: B010 (for mypy)
+    write = timed("write", out.write)
+
+    taken = dict.fromkeys(runs, 0)
+    parts: list[dict[str, float]] = []
+
+    def step_of(name: str) -> Callable[[], None]:
+        def step() -> None:
+            number = taken[name] = taken[name] + 1
+            spent.update(dict.fromkeys(spent, 0.0))
+            begun = now()
+            metrics = train_step(runs[name], made[number % count], number)
+            if name == SHOWN:
+                seconds = now() - begun
+                metrics["tokens_per_second"] = metrics["tokens"] / seconds
+                metrics["mfu"] = metrics["model_flops"] / seconds / monitor.peak_flops
+                write(metrics)
+                parts.append(dict(spent))
+
+        return step
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds = runner.interleave(
+            {name: step_of(name) for name in runs},
+            rounds=rounds or default_rounds,
+            warmup=1,
+            device=here.device,
+            clock=clock,
+        )
+    out.close()
+    processes.stop()
+    Path(folder, "result.json").write_text(json.dumps(_result(trained, seconds, parts[1:])))
+
+
+def _result(
+    run: "Run", seconds: dict[str, list[float]], parts: list[dict[str, float]]
+) -> runner.Result:
+    ratios = [shown / bare - 1 for bare, shown in zip(seconds[BARE], seconds[SHOWN], strict=True)]
+    whole = sum(seconds[SHOWN])
+    within = {name: sum(part[name] for part in parts) for name in _TITLES}
+    return {
+        "parameters": sum(parameter.numel() for _, parameter in run.parameters()),
+        "tokens": run.config.global_batch_size * run.config.data.seq_length,
+        "log_every": run.config.log_every,
+        "variants": runner.summarise(seconds, BARE),
+        "overhead": runner.quartiles(ratios),
+        "of_totals": whole / sum(seconds[BARE]) - 1,
+        "within": sum(within.values()) / whole,
+        "parts_s": {name: total / len(parts) for name, total in within.items()},
+        "target": TARGET,
+    }
+
+
+def table(result: runner.Result) -> str:
+    low, middle, high = result["overhead"]
+    header = (
+        "", "step, ms", "against bare, median of rounds", "of all rounds together",
+        "within the calls, of the step", "wanted",
+    )  # fmt: skip
+    rows = [
+        [
+            "nothing shown",
+            f"{result['variants'][BARE]['median_s'] * 1e3:.1f}",
+            *[""] * 4,
+        ],
+        [
+            "**measured and logged**",
+            f"{result['variants'][SHOWN]['median_s'] * 1e3:.1f}",
+            f"{middle:+.2%} ({low:+.2%} to {high:+.2%})",
+            f"{result['of_totals']:+.2%}",
+            f"{result['within']:.2%}",
+            f"≤ {result['target']:.0%}",
+        ],
+    ]
+    about = (
+        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens a step, "
+        f"{result['variants'][SHOWN]['rounds']} rounds, log_every {result['log_every']}"
+    )
+    parts = [[_TITLES[name], f"{part * 1e3:.3f}"] for name, part in result["parts_s"].items()]
+    return "\n\n".join(
+        [about, runner.markdown(header, rows), runner.markdown(("", "ms a step, mean"), parts)]
+    )
+
+
+def plot(result: runner.Result, figure: "Figure") -> None:
+    axes = figure.subplots()
+    step = result["variants"][SHOWN]["median_s"]
+    left = 0.0
+    for name, part in result["parts_s"].items():
+        axes.barh(0, 100 * part / step, left=left, label=_TITLES[name])
+        left += 100 * part / step
+    axes.axvline(100 * result["target"], color="black", linestyle="--", linewidth=1)
+    axes.set(
+        title="What measuring and logging take of a step (dashed: what they may)",
+        xlabel="of a training step, %",
+        yticks=[],
+        xlim=(0, 110 * max(result["target"], left / 100)),
+        ylim=(-1, 1.5),
+    )
+    axes.legend()
