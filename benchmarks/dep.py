@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pretrain.build import Run
     from pretrain.model.multimodal import MicroBatch
 
+VOCABULARY = 320
 TEXT = "text only"
 _MEDIA_PAD = 4  # any id that no random token has
 DEP = "DEP"
@@ -34,7 +35,8 @@ BASELINES = ("encoder on the first stage", "round-robin")
 class Setting:
     """A backbone and an encoder: its share of the FLOPs is several times what it is in Kimi K2.5
     (two FLOPs a weight: 0.4 patches a token x 0.4 billion, beside 32 billion), so that what it
-    costs, and who pays, is more than the noise of a machine."""
+    costs, and who pays, is more than the noise of a machine. Stages are alike, as one makes them
+    for text: no dense layer in the first, and hardly a vocabulary to tell apart in the last."""
 
     processes: int
     layers: int
@@ -121,6 +123,7 @@ def _prepare(
         micro_batch_size=1,
         language=LanguageConfig(
             num_layers=setting.layers,
+            dense_layers=0,
             hidden_size=hidden,
             ffn_hidden_size=3 * hidden,
             num_heads=4,
@@ -135,7 +138,7 @@ def _prepare(
             num_heads=2,
             ffn_hidden_size=4 * setting.vision_hidden,
         ),
-        data=DataConfig(seq_length=setting.sequence),
+        data=DataConfig(seq_length=setting.sequence, vocab_size=VOCABULARY),
         parallel=ParallelConfig(pipeline=setting.processes),
     )
     here = processes.start(config.parallel, seed)
@@ -176,9 +179,11 @@ def _batches(
 
     generator = torch.Generator().manual_seed(seed)
     length, waiting, made = setting.sequence, 0.0, []
-    rows, columns = _sides(generator, spread, length // 2)
+    # No image is more than half a sequence, nor more than a quarter of what the step has of them.
+    most = min(length // 2, max(1, int(share * length * setting.micro_batches / 4)))
+    rows, columns = _sides(generator, spread, most)
     for _ in range(setting.micro_batches):
-        tokens = torch.randint(300, 1000, (1, length), generator=generator)
+        tokens = torch.randint(100, VOCABULARY, (1, length), generator=generator)
         grids, place = [], 1
         waiting += share * length  # tokens of images that are due
         while True:
@@ -189,7 +194,7 @@ def _batches(
             grids.append([1, rows, columns])
             waiting -= size
             place += size + 1
-            rows, columns = _sides(generator, spread, length // 2)
+            rows, columns = _sides(generator, spread, most)
         shapes = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
         if not first_stage:
             shapes = shapes[:0]
@@ -197,7 +202,7 @@ def _batches(
         made.append(
             MicroBatch(
                 tokens=tokens,
-                labels=torch.randint(300, 1000, (1, length), generator=generator),
+                labels=torch.randint(100, VOCABULARY, (1, length), generator=generator),
                 kinds=torch.full((1, length), TEXT_KIND, dtype=torch.uint8),
                 documents=torch.zeros(1, length, dtype=torch.int32),
                 patches=torch.randint(256, (patches, 588), dtype=torch.uint8),
