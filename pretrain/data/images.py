@@ -173,8 +173,16 @@ def patchify(pixels: Pixels, patch_size: int) -> tuple[Pixels, tuple[int, int, i
     Returns:
         uint8 [frames * rows * columns, 3 * patch_size * patch_size], patches in reading order,
         each laid out (channel, y, x) as a convolution's kernel is; and (frames, rows, columns).
+
+    Raises:
+        ValueError: height or width is no multiple of the patch.
     """
     frames, height, width, channels = pixels.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"an image of {height} x {width} pixels is no multiple of patches of {patch_size}: "
+            "pad it (pretrain.data.fit.fit)"
+        )
     rows, columns = height // patch_size, width // patch_size
     cut = pixels.reshape(frames, rows, patch_size, columns, patch_size, channels)
     patches = cut.transpose(0, 1, 3, 5, 2, 4).reshape(frames * rows * columns, -1)

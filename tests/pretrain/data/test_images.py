@@ -87,3 +87,11 @@ def test_a_linear_layer_on_patches_is_a_convolution_on_pixels(
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
     convolved = torch.nn.functional.conv2d(planes, kernel, stride=patch)
     torch.testing.assert_close(linear, convolved.permute(0, 2, 3, 1).flatten(0, 2))
+
+
+@pytest.mark.parametrize("size", [(28, 29), (27, 28)])
+def test_an_image_that_is_no_multiple_of_the_patch_is_refused_with_its_size(
+    size: tuple[int, int],
+) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is no multiple .* pad it"):
+        images.patchify(np.zeros((1, *size, 3), np.uint8), 14)
