@@ -10,13 +10,16 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.index import MixedIndex, TextIndex
 from pretrain.data.packing import Document
+
+if TYPE_CHECKING:
+    from pretrain.data.energon import Shards
 
 # States are kept at every so many sequences, to go back to.
 _ANCHOR = 256
@@ -76,7 +79,7 @@ class IndexCursor:
     source: int
     weight: float
     vision: bool
-    index: TextIndex | MixedIndex
+    index: "TextIndex | MixedIndex | Shards"
     documents: npt.NDArray[np.int64]
     seed: int
     rank: int = 0
@@ -92,14 +95,14 @@ class IndexCursor:
 
     def peek(self) -> tuple[int, int]:
         document = self._document()
-        if isinstance(self.index, MixedIndex):
-            tokens, placeholders = self.index.sizes[document].tolist()
-            return tokens, placeholders
-        return 1 + self.index.length(document) - self.offset, 0
+        if isinstance(self.index, TextIndex):
+            return 1 + self.index.length(document) - self.offset, 0
+        tokens, placeholders = self.index.sizes[document].tolist()
+        return tokens, placeholders
 
     def take(self, room: int) -> Piece:
         document = self._document()
-        if isinstance(self.index, MixedIndex):
+        if not isinstance(self.index, TextIndex):
             self.taken += int(self.index.sizes[document, 0])
             self.position += 1
             return Piece(self.source, document)
@@ -221,3 +224,38 @@ class Sequences:
         if self._stream.sequences % _ANCHOR == 0:
             self._anchors.setdefault(self._stream.sequences, self._stream.state())
         return pieces
+
+
+class OnwardSequences:
+    """A stream that reads as it goes, and can only go on.
+
+    Args:
+        share: sequences of a step: states are kept before each, for the last few.
+    """
+
+    def __init__(self, make: Callable[[], Stream], share: int) -> None:
+        self._stream, self._share = make(), share
+        self._states: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        with self._lock:
+            if index != self._stream.sequences:
+                raise ValueError(f"sequence {index} is not the next one, {self._stream.sequences}")
+            if index % self._share == 0:
+                self._states[index] = copy.deepcopy(self._stream.state())
+                for old in sorted(self._states)[:-4]:
+                    del self._states[old]
+            return self._stream.next()
+
+    def state(self, index: int) -> dict[str, Any]:
+        """As it was before sequence ``index``, the first of one of the last steps."""
+        with self._lock:
+            if index == self._stream.sequences:
+                return copy.deepcopy(self._stream.state())
+            return self._states[index]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with self._lock:
+            self._stream.restore(state)
+            self._states.clear()

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import packing, sources
 from pretrain.data.data import Data
+from pretrain.data.energon import EnergonCursor, Shards, read_meta, require_energon
+from pretrain.data.energon import texts as energon_texts
 from pretrain.data.images import VisionItem
 from pretrain.data.index import (
     Composer,
@@ -24,7 +26,14 @@ from pretrain.data.index import (
     mixed_index,
     text_index,
 )
-from pretrain.data.mixture import Cursor, IndexCursor, Piece, Sequences, Stream
+from pretrain.data.mixture import (
+    Cursor,
+    IndexCursor,
+    OnwardSequences,
+    Piece,
+    Sequences,
+    Stream,
+)
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources import Mixed, Text
@@ -65,12 +74,31 @@ class Source:
     number: int
     key: str
     config: SourceConfig
-    index: TextIndex | MixedIndex
+    index: TextIndex | MixedIndex | Shards
     documents: dict[Split, npt.NDArray[np.int64]]
 
     @property
     def vision(self) -> bool:
-        return isinstance(self.index, MixedIndex)
+        return not isinstance(self.index, TextIndex)
+
+    def num_documents(self, split: Split) -> int:
+        if isinstance(self.index, Shards) and split == "train":
+            return self.index.train  # energon knows which
+        return len(self.documents[split])
+
+    def cursor(self, split: Split, seed: int, turn: "Dealing") -> Cursor:
+        if isinstance(self.index, Shards) and split == "train":
+            return EnergonCursor(self.number, self.config.weight, self.index, turn.rank, turn.ranks)
+        return IndexCursor(
+            self.number,
+            self.config.weight,
+            self.vision,
+            self.index,
+            self.documents[split],
+            seed,
+            turn.rank,
+            turn.ranks,
+        )
 
 
 class OwnData(Data):
@@ -91,31 +119,37 @@ class OwnData(Data):
         self._by_number = {source.number: source for source in opened}
         self._skips = list(skips)
         self._listed = list(skips)
-        self._sequences: dict[Split, Sequences] = {
-            split: Sequences(lambda split=split: self._stream(split))  # type: ignore[misc]
-            for split in SPLITS
-            if self._cursors(split)
-        }
+        # Energon reads as it goes: then every rank has a stream of its own, which goes one way.
+        self._one_way = any(isinstance(source.index, Shards) for source in opened)
+        self._sequences: dict[Split, Sequences | OnwardSequences] = {}
+        for split in SPLITS:
+            if not any(source.num_documents(split) for source in opened):
+                continue
+            make = partial(self._stream, split)
+            if self._one_way and split == "train":
+                self._sequences[split] = OnwardSequences(make, dealing.share)
+            else:
+                self._sequences[split] = Sequences(make)
         self._captioned = lru_cache(maxsize=8)(self._find_captioned)
 
     def _cursors(self, split: Split, turn: Dealing = ALL) -> list[Cursor]:
         return [
-            IndexCursor(
-                source.number,
-                source.config.weight,
-                source.vision,
-                source.index,
-                source.documents[split],
-                self.seed,
-                turn.rank,
-                turn.ranks,
-            )
+            source.cursor(split, self.seed, turn)
             for source in self._sources
-            if len(source.documents[split])
+            if source.num_documents(split)
         ]
 
     def _stream(self, split: Split) -> Stream:
-        return Stream(self._cursors(split), self.config.seq_length, self.config.vision_share)
+        turn = self._dealing if self._one_way and split == "train" else ALL
+        cursors = self._cursors(split, turn)
+        return Stream(cursors, self.config.seq_length, self.config.vision_share)
+
+    def _place(self, split: Split, index: int) -> int:
+        """The number of a sequence in this rank's stream."""
+        if not self._one_way or split != "train":
+            return index
+        step, within = divmod(index, self._dealing.global_batch_size)
+        return step * self._dealing.share + within - self._dealing.rank * self._dealing.share
 
     @property
     def has_held_out(self) -> bool:
@@ -123,7 +157,8 @@ class OwnData(Data):
 
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``; the place of what is found corrupt stays empty."""
-        documents = [self._document(piece) for piece in self._sequences[split][index]]
+        pieces = self._sequences[split][self._place(split, index)]
+        documents = [self._document(piece) for piece in pieces]
         found = [document for document in documents if document is not None]
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         shuffled = [found[place] for place in rng.permutation(len(found))]
@@ -159,7 +194,7 @@ class OwnData(Data):
     def _pairs(self, split: Split) -> Iterator[VisionItem]:
         """Images with their captions, and clips that are one item of the encoder."""
         for source in self._sources:
-            if not isinstance(source.index, MixedIndex):
+            if isinstance(source.index, TextIndex):
                 continue
             for number in source.documents[split]:
                 _, parts, shapes = source.index.describe(int(number))
@@ -172,17 +207,21 @@ class OwnData(Data):
                     yield VisionItem(pixels, caption)
 
     def take_skipped(self) -> list[Skip]:
-        taken, self._skips = self._skips, []
+        taken = []
+        shards = (s.index.skips for s in self._sources if isinstance(s.index, Shards))
+        for skips in (self._skips, *shards):
+            while skips:  # a thread may be adding to it
+                taken.append(skips.pop(0))
         return taken
 
     def state_dict(self, step: int) -> dict[str, Any]:
+        dealing = self._dealing
+        before = step * (dealing.share if self._one_way else dealing.global_batch_size)
         return {
-            "fingerprint": self._fingerprint(),
-            "train": self._sequences["train"].state(step * self._dealing.global_batch_size),
+            "ranks": dealing.ranks if self._one_way else None,
+            "fingerprint": [source.index.fingerprint for source in self._sources],
+            "train": self._sequences["train"].state(before),
         }
-
-    def _fingerprint(self) -> list[str]:
-        return [source.index.fingerprint for source in self._sources]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         state = states[min(self._dealing.rank, len(states) - 1)]
@@ -193,12 +232,18 @@ class OwnData(Data):
                     "the checkpoint was made with: put them back to go on, or choose another "
                     "run_dir to start anew"
                 )
+        if self._one_way and state["ranks"] != self._dealing.ranks:
+            raise PretrainError(
+                f"the checkpoint was made with {state['ranks']} data-parallel ranks, among which "
+                f"energon dealt the shards, not {self._dealing.ranks}: start as many processes as "
+                "then to go on"
+            )
         self._sequences["train"].restore(state["train"])
 
     def describe(self) -> str:
         lines = []
         for source in self._sources:
-            train, held_out = (len(source.documents[split]) for split in SPLITS)
+            train, held_out = (source.num_documents(split) for split in SPLITS)
             lines.append(
                 f"{source.key}: {_where(source.config)}, weight {source.config.weight:g}: "
                 f"{train:,} documents, {held_out:,} held out"
@@ -228,7 +273,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             together.
     """
     readers = {
-        number: _reader(config, number)
+        number: _reader(config, number, seed)
         for number, source in enumerate(config.sources)
         if source.weight > 0
     }
@@ -240,6 +285,15 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
     skips: list[Skip] = []
     for number, reader in readers.items():
         source, key = config.sources[number], f"data.sources[{number}]"
+        if source.type == "energon":
+            tokenizer.require_media()
+            shards = Shards(Path(source.path), key, composer, config.seq_length, seed)
+            held_out = np.arange(len(shards.held_out))
+            nothing = np.empty(0, np.int64)
+            opened.append(
+                Source(number, key, source, shards, {"train": nothing, "held_out": held_out})
+            )
+            continue
         index: TextIndex | MixedIndex
         if reader.vision:
             tokenizer.require_media()
@@ -302,7 +356,7 @@ def _threshold(config: DataConfig) -> int:
 
 
 def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
-    training = [source for source in opened if len(source.documents["train"])]
+    training = [source for source in opened if source.num_documents("train")]
     if not training:
         raise PretrainError(
             "data.sources: no documents to train on: every source has split: held_out"
@@ -315,7 +369,8 @@ def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
             f"data.vision_share=0 leaves {vision[0].key} out: raise it, or remove the source"
         )
     for source in vision:
-        assert isinstance(source.index, MixedIndex)
+        if not isinstance(source.index, MixedIndex):
+            continue  # what is in shards is seen when it is read
         tokens, placeholders = source.index.sizes[source.documents["train"]].sum(0, dtype=np.int64)
         if placeholders < config.vision_share * tokens:
             raise PretrainError(
@@ -345,8 +400,17 @@ class _Reader:
             yield record.text
 
 
-def _reader(config: DataConfig, number: int) -> _Reader:
+def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
     source, name = config.sources[number], f"data.sources[{number}]"
+    if source.type == "energon":
+        require_energon()
+        folder = Path(source.path)
+        return _Reader(
+            read_meta(folder, name).fingerprint,
+            False,
+            lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
+            _nothing,
+        )
     if source.type == "standard_library":
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))
         digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]

@@ -1,0 +1,131 @@
+"""Writing a folder of images and captions as WebDataset shards that megatron-energon reads."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from pretrain.config import SourceConfig
+from pretrain.data import sources
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import Media, Mixed
+from pretrain.errors import PretrainError
+
+# What energon calls its splits.
+PARTS = {"train": "train", "held_out": "val"}
+_DATASET = {
+    "sample_type": {"__module__": "megatron.energon", "__class__": "CaptioningSample"},
+    "field_map": {"image": "jpg,jpeg,png,webp,gif,bmp,tif,tiff", "caption": "txt"},
+}
+
+
+def make_shards(
+    folder: Path, out: Path, *, per_shard: int = 1000, held_out: float = 0.02
+) -> tuple[dict[str, int], list[Skip]]:
+    """Write every image of a folder with its caption, and energon's index of them.
+
+    Args:
+        folder: with a ``captions.jsonl``, or ``a.txt`` beside ``a.jpg``.
+        out: a new or empty folder.
+        per_shard: pairs in a shard.
+        held_out: share of pairs that goes to energon's split ``val``, by a hash of name and
+            caption.
+
+    Returns:
+        The number of pairs in each split of energon's, and what was left out.
+
+    Raises:
+        PretrainError: energon is not installed, there is nothing to write, or ``out`` has
+            something in it.
+    """
+    from pretrain.data.energon import require_energon
+
+    require_energon()
+    if not folder.is_dir():
+        raise PretrainError(f"{folder} is not a folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PretrainError(f"{out} exists already: choose a new folder for the shards")
+    out.mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(PARTS.values(), 0)
+    skips: list[Skip] = []
+    writers = {part: _Writer(out, part, per_shard) for part in counts}
+    for record in _pairs(folder):
+        if isinstance(record, Skip):
+            skips.append(record)
+            continue
+        part = PARTS["held_out" if record.hash < int(held_out * 2**64) else "train"]
+        media, caption = record.parts
+        assert isinstance(media, Media) and isinstance(caption, str)
+        path = Path(media.paths[0])
+        # The key in a shard: no two in a dataset may be the same.
+        writers[part].add(
+            f"{part}{counts[part]:09}",
+            {path.suffix[1:].lower(): path.read_bytes(), "txt": caption.encode()},
+        )
+        counts[part] += 1
+    for writer in writers.values():
+        writer.close()
+    if not sum(counts.values()):
+        first = f"; the first: {skips[0].name} ({skips[0].reason})" if skips else ""
+        raise PretrainError(f"{folder} has no image with a caption{first}")
+    _index(out, [part for part, count in counts.items() if count])
+    return counts, skips
+
+
+def _pairs(folder: Path) -> Iterator[Mixed | Skip]:
+    """Images with a caption that can be opened."""
+    source = SourceConfig("images", str(folder))
+    for record in sources.read_mixed(source, sources.mixed_files(source, str(folder)), "folder"):
+        if isinstance(record, Mixed):
+            media = record.parts[0]
+            if not isinstance(media, Media) or media.moving or len(record.parts) != 2:
+                yield Skip(record.name, "no image with a caption")
+                continue
+            try:
+                sources.load(media)
+            except ValueError as error:
+                yield Skip(record.name, str(error))
+                continue
+        yield record
+
+
+class _Writer:
+    """Shards of one split: train-000000.tar, …"""
+
+    def __init__(self, out: Path, part: str, per_shard: int) -> None:
+        self._out, self._part, self._per_shard = out, part, per_shard
+        self._count = 0
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, key: str, files: dict[str, bytes]) -> None:
+        if self._count % self._per_shard == 0:
+            self.close()
+            number = self._count // self._per_shard
+            path = self._out / f"{self._part}-{number:06}.tar"
+            self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed when it is full)
+        assert self._tar is not None
+        for suffix, content in files.items():
+            entry = tarfile.TarInfo(f"{key}.{suffix}")
+            entry.size = len(content)
+            self._tar.addfile(entry, io.BytesIO(content))
+        self._count += 1
+
+    def close(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+
+
+def _index(out: Path, parts: list[str]) -> None:
+    """Energon's own preparation, as `energon prepare` does it."""
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    BaseWebdatasetFactory.prepare_dataset(
+        out,
+        sorted(path.name for path in out.glob("*.tar")),
+        split_parts_patterns=[(part, f"{part}-.*") for part in parts],
+        shuffle_seed=None,
+        workers=1,
+    )
+    (out / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(_DATASET))
