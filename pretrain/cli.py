@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     _add_model_commands(commands)
+    _data_parsers(
+        commands.add_parser("data", help="look at data, or write shards").add_subparsers(
+            dest="action", required=True, metavar="ACTION"
+        )
+    )
     commands.add_parser("settings", help="list every setting with its default and meaning")
     return parser
 
@@ -126,7 +131,31 @@ def _sample(options: argparse.Namespace) -> None:
     print()
 
 
-_OF_ONE_PROCESS = {"export": _export, "import": _import, "sample": _sample}
+def _data_parsers(actions: Any) -> None:
+    text = "show packed sequences with their pictures, tokens and labels on one HTML page"
+    inspect = actions.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("config", help="a YAML file; its data is prepared, and kept in the cache")
+    inspect.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
+    inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences (8)")
+    inspect.add_argument("--held-out", action="store_true", help="of the held-out split")
+    text = "write a folder of images and captions as WebDataset shards for megatron-energon"
+    shards = actions.add_parser("make-shards", help=text, description=text)
+    shards.add_argument("folder", type=Path, help="with a captions.jsonl, or a.txt beside a.jpg")
+    shards.add_argument("out", type=Path, help="a new folder")
+    shards.add_argument("--per-shard", type=int, default=1000, metavar="N", help="pairs (1000)")
+    shards.add_argument(
+        "--held-out", type=float, default=0.02, metavar="SHARE", help="of the pairs (0.02)"
+    )
+
+
+def _data(options: argparse.Namespace) -> None:
+    from pretrain.data import commands
+
+    commands.run(options)
+
+
+_OF_ONE_PROCESS = {"data": _data, "export": _export, "import": _import, "sample": _sample}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -66,9 +66,10 @@ def _loader(
             return sample
 
     def note(error: Exception, sample: Any, sources: Any) -> None:
-        where = sources[0] if sources else None
-        name = f"{where.shard_name}:{where.index}" if where else "a sample"
-        skips.append(Skip(f"{folder}/{name}", " ".join(str(error).split())[:300]))
+        # What energon hands over is its raw sample: the files of one key in a shard.
+        raw: dict[str, Any] = next(iter(getattr(sample, "data", None) or ()), {})
+        name = f"{raw.get('__shard__', 'a shard')}:{raw.get('__key__', 'a sample')}"
+        skips.append(Skip(f"{folder}/{name}", _reason(error)))
 
     settings = {
         "worker_config": energon.WorkerConfig(
@@ -85,6 +86,13 @@ def _loader(
     else:
         dataset = energon.get_val_dataset(folder, **settings)
     return energon.get_savable_loader(dataset, watchdog_timeout_seconds=None)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; of what lies below it, where it says nothing itself."""
+    while not str(error) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _parts(sample: Any) -> list[str | Pixels]:
@@ -194,7 +202,7 @@ class Shards:
 
     def failure(self, error: Exception) -> PretrainError:
         """Energon gave up: everything is damaged, or shards are missing."""
-        reason = self.skips[-1].reason if self.skips else " ".join(str(error).split())[:300]
+        reason = self.skips[-1].reason if self.skips else _reason(error)
         return PretrainError(f"{self.key}: energon cannot read {self.folder}: {reason}")
 
     def _size(self, parts: list[str | Pixels]) -> tuple[int, int]:

@@ -1,0 +1,58 @@
+"""``python -m pretrain data …``: looking at data, and writing shards."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from pretrain import config
+from pretrain.data import inspect, prepare
+from pretrain.data.shards import make_shards
+from pretrain.data.skipped import Skip
+from pretrain.data.text import Split
+from pretrain.errors import PretrainError
+
+
+def run(options: Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        PretrainError: what was asked for cannot be done.
+    """
+    if options.action == "inspect":
+        split: Split = "held_out" if options.held_out else "train"
+        inspect_data(options.config, options.overrides, options.out, options.count, split)
+    else:
+        _make_shards(options.folder, options.out, options.per_shard, options.held_out)
+
+
+def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: Split) -> None:
+    """Write the first ``count`` sequences of a configuration's data as a page."""
+    if count < 1:
+        raise PretrainError(f"--count must be > 0, not {count}")
+    settings = config.load(path, overrides)
+    data = prepare(settings.data, settings.vision.patch_size, settings.seed)
+    if split == "held_out" and not data.has_held_out:
+        raise PretrainError("nothing is held out: raise data.held_out")
+    text = inspect.page(data, split, count, f"Data of {path}")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PretrainError(f"cannot write {out}: {error.strerror}") from error
+    _tell(data.take_skipped())
+    print(f"{count} sequences of the {split} split: {out}")
+
+
+def _make_shards(folder: Path, out: Path, per_shard: int, held_out: float) -> None:
+    if per_shard < 1:
+        raise PretrainError(f"--per-shard must be > 0, not {per_shard}")
+    if not 0 <= held_out < 1:
+        raise PretrainError(f"--held-out must be in [0, 1), not {held_out}")
+    counts, skips = make_shards(folder, out, per_shard=per_shard, held_out=held_out)
+    _tell(skips)
+    print(f"{counts['train']} pairs to train on and {counts['val']} held out: {out}")
+
+
+def _tell(skips: list[Skip]) -> None:
+    for skip in skips[:10]:
+        print(f"skipped: {skip.name} ({skip.reason})")
+    if len(skips) > 10:
+        print(f"and {len(skips) - 10} more")

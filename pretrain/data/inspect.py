@@ -1,0 +1,110 @@
+"""Packed sequences on one HTML page: their pictures, tokens, labels and documents."""
+
+import base64
+import html
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from pretrain.data.data import Data
+from pretrain.data.images import Pixels, num_tokens
+from pretrain.data.packing import CAPTION, NOTHING, TEXT, PackedSample
+from pretrain.data.text import Split
+
+_KINDS = {NOTHING: "nothing", TEXT: "text", CAPTION: "caption"}
+_STYLE = """
+body { font: 14px/1.9 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; }
+h2 { margin: 2em 0 .3em; font-size: 1.1em; }
+.document { border-left: 4px solid #8ab; margin: .5em 0; padding: .2em .8em; background: #f7f9fa; }
+.t { font-family: ui-monospace, monospace; border-radius: 3px; padding: 1px 1px; white-space: pre; }
+.t:nth-child(even) { filter: brightness(.93); }
+.text { background: #dceaf7; } .caption { background: #fbe3c4; } .nothing { background: #e6e6e6; }
+.frames img { border: 1px solid #999; margin: 0 4px; vertical-align: middle; max-width: 100%; }
+.note { color: #666; }
+"""
+
+
+def page(data: Data, split: Split, count: int, title: str) -> str:
+    """The first ``count`` sequences of a split, as HTML that needs no other file."""
+    body = []
+    for index in range(count):
+        sample = data.sample(split, index)
+        images = int((sample.tokens == data.tokenizer.media_pad).sum())
+        body.append(
+            f"<h2>{split} sequence {index}</h2><p class=note>{len(sample.tokens)} tokens, "
+            f"{images} of them images; {int((sample.kinds != NOTHING).sum())} labels</p>"
+        )
+        body += _documents(data, sample)
+    legend = " ".join(
+        f'<span class="t {name}">{meaning}</span>'
+        for name, meaning in (
+            ("text", " its next token is learnt as text "),
+            ("caption", " as a caption "),
+            ("nothing", " nothing is learnt after it "),
+        )
+    )
+    sources = "<br>".join(html.escape(line) for line in data.describe().splitlines())
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{sources}</p>"
+        f"<p>Tokens of one document see each other and nothing else. {legend} "
+        f"Point at a token for its number, its label and its place.</p>" + "\n".join(body)
+    )
+
+
+def pictures(sample: PackedSample, patch_size: int) -> list[Pixels]:
+    """uint8 [frames, height, width, 3] of each image in a sequence, as the encoder gets it."""
+    found, start = [], 0
+    for frames, rows, columns in sample.grids.tolist():
+        patches = sample.patches[start : start + frames * rows * columns].numpy()
+        start += len(patches)
+        cut = patches.reshape(frames, rows, columns, 3, patch_size, patch_size)
+        shape = (frames, rows * patch_size, columns * patch_size, 3)
+        found.append(cut.transpose(0, 1, 4, 2, 5, 3).reshape(shape))
+    return found
+
+
+def _documents(data: Data, sample: PackedSample) -> Iterator[str]:
+    shown = zip(sample.grids.tolist(), pictures(sample, data.patch_size), strict=True)
+    numbers = sample.documents.tolist()
+    for _, places in itertools.groupby(range(len(numbers)), numbers.__getitem__):
+        yield f"<div class=document>{_spans(data, sample, list(places), shown)}</div>"
+
+
+def _spans(
+    data: Data,
+    sample: PackedSample,
+    places: Sequence[int],
+    shown: Iterator[tuple[list[int], Pixels]],
+) -> str:
+    spans, tokens, kinds = [], sample.tokens.tolist(), sample.kinds.tolist()
+    labels = sample.labels.tolist()
+    place, end = places[0], places[-1] + 1
+    while place < end:
+        if tokens[place] == data.tokenizer.media_pad:
+            grid, pixels = next(shown)
+            count = num_tokens(grid)
+            frames = "".join(f"<img src={_source(frame)}>" for frame in pixels)
+            spans.append(f"<span class=frames>{frames}</span>")
+            patches = " by ".join(map(str, grid))
+            spans.append(f"<span class=note>{count} tokens, {patches} patches</span>")
+            place += count
+            continue
+        text = data.tokenizer.decode([tokens[place]], skip_special_tokens=False)
+        label = f"label {labels[place]}" if kinds[place] != NOTHING else "no label"
+        shown_text = html.escape(text).replace("\n", "⏎<br>") or "·"
+        spans.append(
+            f'<span class="t {_KINDS[kinds[place]]}" title="{tokens[place]}, {label}, '
+            f'place {place}">{shown_text}</span>'
+        )
+        place += 1
+    return "".join(spans)
+
+
+def _source(frame: Pixels) -> str:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
