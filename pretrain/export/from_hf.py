@@ -46,6 +46,9 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
     folder = run_dir / "checkpoints"
     if checkpoint.steps(folder):
         raise PretrainError(f"{run_dir} has checkpoints already: choose a new folder for the run")
+    written = run_dir / "config.yaml"
+    if written.exists():
+        raise PretrainError(f"{written} exists already: choose a new folder for the run")
     described = _read_json(source / "config.json")
     try:
         language, vision, vocab_size = our_settings(described)
@@ -66,13 +69,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
         tensors |= _new_vision(config)
 
     processes.join()  # a group of one, in which checkpoints are written
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        state.write_tokenizer(tokenizer, run_dir)
-        text = yaml.safe_dump(values, sort_keys=False)
-        (run_dir / "config.yaml").write_text(f"# Made of {source.name}.\n{text}")
-    except OSError as error:
-        raise PretrainError(f"cannot write into {run_dir}: {error.strerror}") from error
+    state.write_tokenizer(tokenizer, run_dir)
     checkpoint.save(
         folder,
         0,
@@ -80,6 +77,10 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
         {"config": configuration.to_dict(config), "weights_only": True},
         keep=1,
     )
+    try:
+        written.write_text(f"# Made of {source.name}.\n{yaml.safe_dump(values, sort_keys=False)}")
+    except OSError as error:
+        raise PretrainError(f"cannot write {written}: {error.strerror}") from error
     return config
 
 

@@ -6,15 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain import batches, state
 from pretrain.build import Run, build
+from pretrain.config import to_dict
 from pretrain.data import Document
 from pretrain.data.fit import frame_groups
 from pretrain.data.images import VisionItem
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
+from pretrain.runtime import checkpoint
 from pretrain.train import set_up
 from tests.distributed import training
 
@@ -91,7 +93,10 @@ class Made(NamedTuple):
 
 
 def make(folder: str) -> Made:
-    """Save a run of randomized weights in ``folder``/run; its readings and every tensor."""
+    """Save a run of randomized weights in ``folder``/run; its readings and every tensor.
+
+    Beside it in run16 as a run of bfloat16 keeps them: rounded, with float32 masters.
+    """
     training.tiny_file(Path(folder))
     config = training.tiny(folder, *SHAPE)
     here, data = set_up(config)
@@ -101,6 +106,17 @@ def make(folder: str) -> Made:
             randomize(name, tensor)
     state.save(run, STEP)
     state.keep_tokenizer(run)
+    rounded = {
+        f"model.{name}": tensor.bfloat16() if isinstance(tensor, nn.Parameter) else tensor
+        for name, tensor in run.named.items()
+    }
+    masters = {
+        f"optimizer.{name}.master": parameter.detach() for name, parameter in run.parameters()
+    }
+    sixteen = Path(folder, "run16")
+    facts = {"config": {**to_dict(config), "precision": "bfloat16"}}
+    checkpoint.save(sixteen / "checkpoints", STEP, rounded | masters, facts, 1)
+    state.write_tokenizer(data.tokenizer, sixteen)
     run.train(False)
     reads = {name: read(run, document) for name, document in documents(run).items()}
     tensors = {name: tensor.detach().clone() for name, tensor in run.named.items()}

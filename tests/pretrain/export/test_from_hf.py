@@ -192,3 +192,9 @@ def test_settings_that_contradict_the_checkpoint_and_folders_in_use_are_refused(
     assert "cannot read" in refusal(copy.parent / "nowhere")
     with pytest.raises(PretrainError, match="run has checkpoints already"):
         import_hf(copy, run_folder / "run")
+    mine = copy.parent / "mine"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("steps: 3")
+    with pytest.raises(PretrainError, match=r"config\.yaml exists already"):
+        import_hf(copy, mine)
+    assert (mine / "config.yaml").read_text() == "steps: 3"

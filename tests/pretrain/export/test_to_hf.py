@@ -191,6 +191,22 @@ def test_weights_may_be_rounded_but_not_the_routers_bias(run_dir: Path, tmp_path
     assert config["dtype"] == "bfloat16"
 
 
+def test_a_run_of_bfloat16_gives_its_weights_or_their_masters(
+    hf: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    in_float32 = load_file(hf / "model.safetensors")
+    sixteen = run_dir.parent / "run16"
+    masters = load_file(export(sixteen, tmp_path / "a", dtype="float32") / "model.safetensors")
+    assert masters.keys() == in_float32.keys()
+    assert all(torch.equal(masters[name], tensor) for name, tensor in in_float32.items())
+    rounded = load_file(export(sixteen, tmp_path / "b") / "model.safetensors")
+    for name, tensor in in_float32.items():
+        bias = name.endswith("e_score_correction_bias")
+        assert torch.equal(rounded[name], tensor if bias else tensor.bfloat16()), name
+
+
 def refusal(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(PretrainError) as error:
         export(*args, **kwargs)
