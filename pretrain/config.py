@@ -354,9 +354,40 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """The newest checkpoints that stay."""
+    asynchronous: bool = True
+    """Copy to memory, and write while training goes on. An error is told after the step in which
+    it is found; a kill loses the steps since the last checkpoint that was written to its end."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What is done about a bad step, and about ranks that hang."""
+
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    """Of a loss or gradient that is not finite. stop: end the run with a line that names it; skip:
+    leave this step's update out; roll_back: restore the newest checkpoint and go on with the data
+    that follows this step's."""
+    spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
+    """The same of a loss far above those before it."""
+    spike_window: int = 64
+    """Losses that a step's is compared with; the first so many steps are no spikes."""
+    spike_deviations: float = 10.0
+    """A spike is above their median by more than so many standard deviations, estimated as 1.4826
+    times the median absolute deviation (and no less than a thousandth of the median)."""
+    max_in_a_row: int = 5
+    """Steps skipped one after another, or times rolled back to one checkpoint, before the run
+    stops."""
+    hang_seconds: float = 1800.0
+    """Without progress for so long, each rank writes its stacks to stderr and run_dir, and ends;
+    0: never. Longer than a step, an evaluation and the writing of a checkpoint may take."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "spike_deviations", "max_in_a_row")
+        _require(self.spike_window >= 4, f"spike_window must be >= 4, not {self.spike_window}")
+        _require(self.hang_seconds >= 0, f"hang_seconds must be >= 0, not {self.hang_seconds}")
 
 
 @dataclass(frozen=True)
@@ -435,6 +466,7 @@ class Config:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     encoder_process: EncoderProcessConfig = field(default_factory=EncoderProcessConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)

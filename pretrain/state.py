@@ -16,6 +16,7 @@ from pretrain.config import Config, DataConfig, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.runtime import checkpoint
+from pretrain.runtime.faults import Guard, RollBack
 from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
@@ -132,11 +133,10 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpo
     return found
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint after update ``step``."""
-    tensors = _tensors(run, run.optimizer.state)
-    facts = {"config": to_dict(run.config), "data": _data_states(run, step)}
-    checkpoint.save(folder(run), step, tensors, facts, run.config.checkpoint.keep)
+def saver(run: Run) -> checkpoint.Saver:
+    """What writes the run's checkpoints; made by all ranks at once, to be closed by each."""
+    options = run.config.checkpoint
+    return checkpoint.Saver(folder(run), options.keep, options.asynchronous)
 
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
@@ -147,29 +147,83 @@ def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
 
 
-def restore(run: Run) -> int:
+def save(run: Run, saver: checkpoint.Saver, guard: Guard, step: int) -> None:
+    """Write a checkpoint after update ``step``, or begin to.
+
+    Raises:
+        PretrainError: it, or the one before it, could not be written.
+    """
+    facts = {
+        "config": to_dict(run.config),
+        "data": _data_states(run, step + guard.passed_over),
+        "faults": guard.facts(),
+    }
+    saver.save(step, _tensors(run, run.optimizer.state), facts)
+
+
+def roll_back(run: Run, saver: checkpoint.Saver, guard: Guard, step: int, why: RollBack) -> int:
+    """Take up the newest checkpoint, but for the data's place: the data goes on after ``step``'s.
+
+    Returns:
+        The checkpoint's step.
+
+    Raises:
+        PretrainError: there is none, or the run went back to it too often.
+    """
+    saver.wait()
+    if not checkpoint.steps(folder(run)):
+        raise PretrainError(
+            f"step {step} is to be rolled back ({why}), and there is no checkpoint yet: start "
+            "anew with a smaller checkpoint.every, or lower optimizer.lr"
+        )
+    to, facts = _restore_together(run)
+    guard.roll_back(step, to, facts.get("faults", {}))
+    return to
+
+
+def restore(run: Run, guard: Guard | None = None) -> int:
     """Take up the run's newest checkpoint; 0, and nothing changed, where there is none.
 
     Schedule and initial weights are functions of the seed and the step, so the weights, the
-    optimizer's state, the step and the data's place are all there is to restore.
+    optimizer's state, the step, the data's place and what faults led to are all there is to
+    restore.
+
+    Args:
+        guard: takes up what the checkpoint knows of faults; default: nobody asks.
 
     Raises:
         PretrainError: the checkpoint is damaged, or of another run or model.
     """
+    step, facts = _restore_together(run)
+    if guard is not None:
+        guard.take_up(facts.get("faults", {}))
     failure: Exception | None = None
-    step = 0
     try:
-        step = _restore(run)
+        if facts.get("data"):
+            run.data.load_state_dict(facts["data"])
     except Exception as error:
         failure = error
     agree(failure)
     return step
 
 
-def _restore(run: Run) -> int:
+def _restore_together(run: Run) -> tuple[int, dict[str, Any]]:
+    """:func:`_restore` on all ranks, or an error on all."""
+    failure: Exception | None = None
+    step, facts = 0, dict[str, Any]()
+    try:
+        step, facts = _restore(run)
+    except Exception as error:
+        failure = error
+    agree(failure)
+    return step, facts
+
+
+def _restore(run: Run) -> tuple[int, dict[str, Any]]:
+    """The newest checkpoint's tensors in their places; its step, and its facts."""
     steps = checkpoint.steps(folder(run))
     if not steps:
-        return 0
+        return 0, {}
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
     facts = manifest["facts"]
@@ -197,14 +251,15 @@ def _restore(run: Run) -> int:
             if key.startswith(prefix)
         }
     checkpoint.load(path, _tensors(run, states))
-    # Weights that were imported come without: the optimizer begins anew.
-    run.optimizer.state.update({key: kept for key, kept in states.items() if kept})
+    for trained, kept in states.items():
+        if kept:
+            run.optimizer.state[trained] = kept
+        else:  # weights that were imported come without: the optimizer begins anew
+            run.optimizer.state.pop(trained, None)
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
-    if manifest["facts"].get("data"):
-        run.data.load_state_dict(manifest["facts"]["data"])
-    return int(manifest["step"])
+    return int(manifest["step"]), facts
 
 
 def _device(key: str, parameter: Tensor) -> torch.device:

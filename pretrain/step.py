@@ -12,12 +12,14 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from muonclip import ClipResult
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
 from pretrain.data import CAPTION, TEXT
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime.faults import Fault, Guard, RollBack
 
 
 def loss_sums(losses: Tensor, kinds: Tensor) -> Tensor:
@@ -122,18 +124,27 @@ def gradient_norm(run: Run) -> Tensor:
     return squares.sqrt()
 
 
-def _refuse_non_finite(run: Run, step: int, loss: float | None) -> None:
-    """Name the parameters whose gradient is not finite; every rank raises the same error."""
+def _stop(run: Run, step: int, loss: float | None, fault: Fault) -> None:
+    """Say why the run ends; where gradients are not finite, name their parameters.
+
+    Raises:
+        PretrainError: the same on every rank.
+    """
+    before = f", after {fault.skipped} steps skipped in a row" if fault.skipped else ""
+    advice = (
+        f"nothing was updated{before}. Lower optimizer.lr, or look at the data of this step; the "
+        "last checkpoint is intact"
+    )
+    if fault.kind == "spike":
+        raise PretrainError(f"{fault.reason}, at step {step}; {advice}")
     local = [n for n, p in run.parameters() if p.grad is not None and not p.grad.isfinite().all()]
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, local)
     names = sorted({name for names in found for name in names})
-    whose = f"{names[0]} (and {len(names) - 1} other parameters)" if names else "all parameters"
-    raise PretrainError(
-        f"the gradient of {whose} is not finite{'' if names else ' in its norm'} at step {step} "
-        f"(loss {loss}); nothing was updated. Lower optimizer.lr, or look at the data of this "
-        "step; the last checkpoint is intact"
-    )
+    whose = f"gradient of {names[0]} (and {len(names) - 1} other parameters)" if names else "loss"
+    if not names and math.isfinite(loss or 0.0):
+        whose = "norm of the gradient"
+    raise PretrainError(f"the {whose} is not finite at step {step} (loss {loss}); {advice}")
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -187,28 +198,37 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict[str, Any]:
+def train_step(
+    run: Run, micro_batches: Sequence[MicroBatch], step: int, guard: Guard | None = None
+) -> dict[str, Any]:
     """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
 
+    Args:
+        guard: judges the step before anything is updated; default: one that has seen no other.
+
     Raises:
-        PretrainError: a gradient is not finite; nothing was updated.
+        PretrainError: a loss or gradient is not finite, or the loss is a spike, and the run is to
+            stop then; nothing was updated.
+        RollBack: the same, and the run is to go back to its newest checkpoint.
     """
+    guard = guard or Guard(run.config.faults)
+    buffers = [tensor for tensor in run.named.values() if not isinstance(tensor, nn.Parameter)]
+    # The router's bias moves with the backward pass, before the step can be judged.
+    before = [buffer.clone() for buffer in buffers] if guard.may_skip else []
     metrics = {"step": step, **mean_losses(gradients(run, micro_batches))}
     norm = gradient_norm(run)
-    if not norm.isfinite():
-        _refuse_non_finite(run, step, metrics["loss"])
-    scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
-
+    fault = guard.judge(metrics["loss"], norm.item())
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    run.monitor.before_update(step)
-    with record_function("optimizer"):
-        run.optimizer.step()
-    moved = run.monitor.after_update()
-    with record_function("QK-Clip"):
-        clipped = [clip.step() for clip in run.clips]
+    if fault is None:
+        moved, clipped = _update(run, norm, factor, step)
+    else:
+        if fault.action == "stop":
+            _stop(run, step, metrics["loss"], fault)
+        moved, clipped = _leave_out(run)
+        if fault.action == "roll_back":
+            raise RollBack(fault.reason)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
     # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
     run.optimizer.zero_grad(set_to_none=True)
 
@@ -220,4 +240,31 @@ def train_step(run: Run, micro_batches: Sequence[MicroBatch], step: int) -> dict
         "encoder_least_balance": run.encoder.least_balance,
         "encoder_oversized": run.encoder.oversized,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
+        "skipped_steps": guard.skipped,
+        "passed_over_batches": guard.passed_over,
     }
+
+
+def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
+    """Clip the gradient, step the optimizer at ``factor`` of the peak rates, clip the heads."""
+    scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    run.monitor.before_update(step)
+    with record_function("optimizer"):
+        run.optimizer.step()
+    moved = run.monitor.after_update()
+    with record_function("QK-Clip"):
+        return moved, [clip.step() for clip in run.clips]
+
+
+def _leave_out(run: Run) -> tuple[Tensor, list[ClipResult]]:
+    """What :func:`_update` returns, where nothing is to change."""
+    seen = []
+    for clip in run.clips:
+        threshold, clip.threshold = clip.threshold, math.inf
+        seen.append(clip.step())
+        clip.threshold = threshold
+    run.optimizer.zero_grad(set_to_none=True)
+    return run.monitor.after_update(), seen

@@ -1,7 +1,9 @@
 """Training, from top to bottom."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pretrain.data import Data, Dealing, prepare
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.runtime import checkpoint, processes
+from pretrain.runtime.faults import TERMINATED, Guard, RollBack, Watchdog, on_sigterm
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.processes import Processes
 from pretrain.runtime.profiler import Profiler
@@ -24,10 +27,12 @@ def train(config: Config) -> None:
 
     Raises:
         PretrainError: anything that the user can put right; all ranks raise the same.
+        SystemExit: with status 143, after SIGTERM: the step at hand was finished and saved.
     """
     here, data = set_up(config)
     run = build(config, here, data)
-    done = state.restore(run)
+    guard = Guard(config.faults)
+    done = state.restore(run, guard)
     state.keep_tokenizer(run)
 
     run_dir = Path(config.run_dir)
@@ -38,23 +43,55 @@ def train(config: Config) -> None:
     skipped.settle()
     out.save("parameters.txt", run.assignment)
     out.append("starts.jsonl", report.start(run, done))
-    if done == 0:
-        out.write({"step": 0, **held_out_losses(run)})
-    began = time.monotonic()
-    remaining = range(done + 1, config.steps + 1)
-    for step, micro_batches in batches.ahead(config, here, data, remaining, skipped):
-        profiler.before(step)
-        metrics = train_step(run, micro_batches, step)
-        profiler.after(step)
-        seconds = time.monotonic() - began
-        metrics["tokens_per_second"] = metrics["tokens"] / seconds
-        metrics["mfu"] = metrics["model_flops"] / seconds / run.monitor.peak_flops
-        if step % config.evaluation.every == 0 or step == config.steps:
-            metrics |= held_out_losses(run)
-        out.write(metrics)
-        if step % config.checkpoint.every == 0 or step == config.steps:
-            state.save(run, step)
+
+    def numbers() -> Iterator[int]:
+        """Of the batches to come, one more than are needed so far: a step may be taken back."""
+        number = done + guard.passed_over
+        while done < config.steps and number <= config.steps + guard.passed_over:
+            yield (number := number + 1)
+
+    with (
+        contextlib.closing(state.saver(run)) as saver,
+        Watchdog(config.faults.hang_seconds, here.rank, here.world_size, run_dir) as watchdog,
+        on_sigterm() as termination,
+    ):
+        if done == 0:
+            out.write({"step": 0, **held_out_losses(run)})
         began = time.monotonic()
+        for number, micro_batches in batches.ahead(config, here, data, numbers(), skipped):
+            step = number - guard.passed_over
+            watchdog.beat(f"step {step}")
+            profiler.before(step)
+            try:
+                metrics = train_step(run, micro_batches, step, guard)
+            except RollBack as why:
+                to = state.roll_back(run, saver, guard, step, why)
+                out.say(f"step {step}: {why}; on from step {to}, with the data after this step's")
+                began = time.monotonic()
+                continue
+            profiler.after(step)
+            seconds = time.monotonic() - began
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds
+            metrics["mfu"] = metrics["model_flops"] / seconds / run.monitor.peak_flops
+            if step % config.evaluation.every == 0 or step == config.steps:
+                watchdog.beat(f"the evaluation after step {step}")
+                metrics |= held_out_losses(run)
+            out.write(metrics)
+            watchdog.beat(f"the checkpoint of step {step}")
+            unwritten, ends = processes.any_rank(saver.failed(), termination.asked)
+            if unwritten:
+                saver.wait()  # tells what failed
+            if step % config.checkpoint.every == 0 or step == config.steps or ends:
+                state.save(run, saver, guard, step)
+            if ends and step < config.steps:
+                saver.wait()
+                out.say(f"SIGTERM: saved after step {step}; started again, the run goes on")
+                out.close()
+                raise SystemExit(TERMINATED)
+            if step == config.steps:
+                break
+            began = time.monotonic()
+        saver.wait()
 
     transcriptions = transcribe(run)
     out.save("transcriptions.json", json.dumps(transcriptions))

@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,17 +36,23 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from pretrain.errors import PretrainError
 from pretrain.runtime.processes import agree
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
+_PARTIAL, _REMOVED = ".partial", ".removed"
+# A rank that has died is noticed at once; this is for disks that take their time.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,19 @@ class _SavePlanner(DefaultSavePlanner):
         return self._blocks[index]
 
 
+class _Writer(FileSystemWriter):
+    """Tells what the system said about a file, where torch.save tells what it made of that."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
 class _LoadPlanner(DefaultLoadPlanner):
     """Plans to fill each block of each tensor from whatever blocks it was written as."""
 
@@ -156,7 +178,14 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(folder: Path, step: int, tensors: Tensors, facts: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    facts: Mapping[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Write a checkpoint; every rank calls it with the tensors it holds.
 
     Args:
@@ -164,52 +193,157 @@ def save(folder: Path, step: int, tensors: Tensors, facts: Mapping[str, Any], ke
         tensors: by name in the whole model. What several ranks have is written once.
         facts: what else is to be read back, as JSON.
         keep: older checkpoints than the newest ``keep`` are removed, once this one exists.
+        group: of all ranks, in place of the default one.
 
     Raises:
         PretrainError: the disk refused; earlier checkpoints are as they were.
     """
     final = path_of(folder, step)
-    partial = final.with_suffix(".partial")
+    partial = final.with_suffix(_PARTIAL)
     is_main = dist.get_rank() == 0
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What a kill left behind, here and in earlier attempts.
+        for suffix in (_PARTIAL, _REMOVED):
+            for path in folder.glob(f"step-*{suffix}"):
+                shutil.rmtree(path)
         partial.mkdir(parents=True)
+
+    def write() -> None:
+        planner, writer = _SavePlanner(tensors), _Writer(partial)
+        state_dict_saver.save({}, storage_writer=writer, planner=planner, process_group=group)
 
     def publish() -> None:
         files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         manifest = {"step": step, "facts": dict(facts), "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         _remove(final)
         partial.rename(final)
+        _sync(folder)
         for old in steps(folder)[:-keep]:
             _remove(path_of(folder, old))
 
-    for action, everywhere in (
-        (prepare, False),
-        (
-            lambda: state_dict_saver.save({}, checkpoint_id=partial, planner=_SavePlanner(tensors)),
-            True,
-        ),
-        (publish, False),
-    ):
+    for action, everywhere in ((prepare, False), (write, True), (publish, False)):
         failure = None
         if is_main or everywhere:
             try:
                 action()
-            except Exception as error:  # what a file system or a peer did has one answer here
-                failure = PretrainError(f"cannot write the checkpoint {final}: {error}")
-        agree(failure)
+            # What a file system or a peer did has one answer here.
+            except (Exception, CheckpointException) as error:
+                failure = PretrainError(
+                    f"cannot write the checkpoint {final}: {_cause(error)}; earlier checkpoints "
+                    "are intact: see to the disk and start again"
+                )
+        try:
+            agree(failure, group)
+        except PretrainError:
+            if is_main:  # a full disk gets its space back
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     return final
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong, on whichever rank it did."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error, _stack = next(iter(error.failures.values()))
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder, through a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Saver:
+    """Writes a run's checkpoints one after another, while the run goes on if so asked.
+
+    Every rank makes one and calls its methods at the same points of the run. In the background,
+    the tensors are first copied to memory; a thread then writes them. What the threads of all
+    ranks tell each other goes through a process group of their own, so that it never meets the
+    run's collectives.
+
+    Args:
+        folder: where checkpoints live.
+        keep: the newest ones that stay.
+        asynchronous: write in the background.
+    """
+
+    def __init__(self, folder: Path, keep: int, asynchronous: bool) -> None:
+        self.folder, self._keep = folder, keep
+        self._pending: Future[Path] | None = None
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        if asynchronous:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint, or begin to, once the one before it is written.
+
+        Raises:
+            PretrainError: this one, or the one before it, could not be written.
+        """
+        self.wait()
+        if self._pool is None:
+            save(self.folder, step, tensors, facts, self._keep)
+            return
+        staged = self._stage(tensors)
+        self._pending = self._pool.submit(
+            save, self.folder, step, staged, facts, self._keep, self._group
+        )
+
+    def failed(self) -> bool:
+        """Whether writing in the background has failed on this rank: :meth:`wait` will raise."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> None:
+        """Return once nothing is being written.
+
+        Raises:
+            PretrainError: it could not be written; the same on every rank.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread, after what it is writing; an error of that is not told."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _stage(self, tensors: Tensors) -> dict[str, Part]:
+        """Copies in memory that this object keeps from one checkpoint to the next."""
+        staged = {}
+        for name, tensor in tensors.items():
+            part = _as_part(tensor)
+            pieces = []
+            for number, (offsets, values) in enumerate(part.pieces):
+                buffer = self._buffers.get((name, number))
+                if buffer is None:
+                    buffer = torch.empty(
+                        values.shape, dtype=values.dtype, pin_memory=values.is_cuda
+                    )
+                    self._buffers[name, number] = buffer
+                pieces.append((offsets, buffer.copy_(values, non_blocking=True)))
+            staged[name] = Part(part.shape, pieces)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return staged
 
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
     if path.exists():
-        doomed = path.with_suffix(".removed")
+        doomed = path.with_suffix(_REMOVED)
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

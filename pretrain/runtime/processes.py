@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
@@ -60,7 +61,12 @@ def join() -> None:
     if not dist.is_initialized():
         backend = "nccl" if cpu.USE_CUDA else "gloo"
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, size = next(rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun's c10d rendezvous has one store for all restarts of a node, in which
+                # the addresses of processes that are gone would be found.
+                store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
@@ -121,17 +127,28 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def agree(error: Exception | None) -> None:
+def any_rank(*flags: bool) -> list[bool]:
+    """Which of the flags are set on any rank: the same answer on every rank, which all call it."""
+    device = "cuda" if cpu.USE_CUDA else "cpu"
+    told = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
+
+
+def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise the first rank's error on every rank, or nothing if no rank has one.
 
     For steps that can fail on one rank alone (reading its files, say): all ranks call it after
     the step, and none is left waiting in a collective for one that has gone.
 
+    Args:
+        group: of all ranks, in place of the default one.
+
     Raises:
         PretrainError: with the message of the lowest rank that had an error.
     """
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
+    dist.all_gather_object(messages, None if error is None else str(error), group=group)
     for message in messages:
         if message is not None:
             raise PretrainError(message) from error

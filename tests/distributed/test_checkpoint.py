@@ -1,5 +1,6 @@
 """A checkpoint comes back whole, at any number of ranks, or one line says why not."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pretrain.errors import PretrainError
 from pretrain.model.names import Cut
-from pretrain.runtime import checkpoint
+from pretrain.runtime import checkpoint, processes
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -163,4 +164,65 @@ def test_a_disk_that_refuses_stops_all_ranks_and_keeps_the_earlier_checkpoint(
     errors = launch(_save_where_a_file_is_in_the_way, 2, str(tmp_path))
     assert all("cannot write the checkpoint" in error for error in errors)
     assert checkpoint.steps(tmp_path) == [1]
+    assert launch(_load, 2, str(tmp_path), 1) == [True, True]
+
+
+def _train_on_while_writing(folder: str) -> bool:
+    tensors = {"weight": torch.zeros(1 << 20)}
+    saver = checkpoint.Saver(Path(folder), keep=9, asynchronous=True)
+    for step in (1, 2):
+        saver.save(step, tensors, {})
+        for _ in range(20):  # the run's own collectives, and updates in place
+            dist.all_reduce(torch.ones(()))
+            tensors["weight"] += 1
+    saver.wait()
+    saver.close()
+    for step, value in ((1, 0.0), (2, 20.0)):
+        loaded = {"weight": torch.full((1 << 20,), -1.0)}
+        checkpoint.load(checkpoint.path_of(Path(folder), step), loaded)
+        if not torch.equal(loaded["weight"], torch.full((1 << 20,), value)):
+            return False
+    return True
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    assert launch(_train_on_while_writing, 2, str(tmp_path)) == [True, True]
+
+
+def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
+    """The system refuses to let a file of rank 1 grow past 64 KiB; how far it got, and the line."""
+    saver = checkpoint.Saver(Path(folder), keep=9, asynchronous=asynchronous)
+    saver.save(1, _tensors(), {"fact": 1})
+    saver.wait()
+    if dist.get_rank() == 1:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    step = 1
+    try:
+        saver.save(2, {f"big.{dist.get_rank()}": torch.zeros(1 << 18)}, {})
+        while True:  # training
+            step += 1
+            (failed,) = processes.any_rank(saver.failed())
+            if failed:
+                saver.wait()
+    except PretrainError as error:
+        return step, str(error)
+    finally:
+        saver.close()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_is_one_line_on_all_ranks_at_the_same_step(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    (step, error), (other_step, other_error) = launch(
+        _save_to_a_full_disk, 2, str(tmp_path), asynchronous
+    )
+    assert (step, error) == (other_step, other_error)
+    assert step > 1 or not asynchronous
+    assert "cannot write the checkpoint" in error and "File too large" in error
+    assert "earlier checkpoints are intact" in error and "\n" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert launch(_load, 2, str(tmp_path), 1) == [True, True]

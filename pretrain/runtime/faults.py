@@ -1,0 +1,276 @@
+"""What can go wrong with a run that is not the user's mistake: bad steps, hung ranks, a sudden end.
+
+Whatever decides here decides from numbers that were reduced over all ranks, so all do the same.
+"""
+
+import contextlib
+import faulthandler
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Literal, NamedTuple
+
+from pretrain.config import FaultConfig
+from pretrain.errors import PretrainError
+
+# Python's way to say that a process ended by a signal; what a launcher expects of one that obeyed.
+TERMINATED = 128 + signal.SIGTERM
+
+
+# ---------------------------------------------------------------------- bad steps
+
+
+class Fault(NamedTuple):
+    """A step that must not update the model as it stands.
+
+    Attributes:
+        kind: what is wrong with it.
+        action: what is to be done, by the configuration.
+        reason: for people.
+        skipped: steps that were skipped just before it, where it is to stop for these.
+    """
+
+    kind: Literal["non_finite", "spike"]
+    action: Literal["stop", "skip", "roll_back"]
+    reason: str
+    skipped: int = 0
+
+
+class RollBack(Exception):
+    """A step is to be taken back, with all since the newest checkpoint; the message says why."""
+
+
+def is_spike(loss: float, before: Sequence[float], deviations: float) -> bool:
+    """Whether a loss stands out above those before it.
+
+    It does if it is above their median by more than ``deviations`` standard deviations, estimated
+    as 1.4826 times the median absolute deviation, which is theirs for normal values and does not
+    see outliers; and taken for no less than a thousandth of the median.
+    """
+    median = statistics.median(before)
+    spread = 1.4826 * statistics.median(abs(value - median) for value in before)
+    return loss > median + deviations * max(spread, 1e-3 * abs(median))
+
+
+class Guard:
+    """Judges every step before it updates the model, and counts what was left out.
+
+    Its state is a function of the run so far, is kept in checkpoints, and thus comes out the same
+    in a run that was interrupted.
+
+    Args:
+        config: what to do about which fault.
+
+    Attributes:
+        skipped: steps without an update.
+        passed_over: batches of the data that a roll back passed over: update n of the run is made
+            with the data of number n + ``passed_over``.
+    """
+
+    def __init__(self, config: FaultConfig) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self._in_a_row = 0
+        self._returned: tuple[int, int] = (0, 0)
+        self.skipped = 0
+        self.passed_over = 0
+
+    @property
+    def may_skip(self) -> bool:
+        return "skip" in (self._config.non_finite, self._config.spike)
+
+    def judge(self, loss: float | None, norm: float) -> Fault | None:
+        """What is wrong with a step, if anything is.
+
+        Args:
+            loss: of the global batch; None if nothing in it counts.
+            norm: of the whole model's gradient.
+        """
+        config = self._config
+        if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
+            reason = f"loss {loss} and gradient norm {norm} are not both finite"
+            return self._fault("non_finite", config.non_finite, reason)
+        full = len(self._losses) == config.spike_window
+        if (
+            config.spike != "ignore"
+            and loss is not None
+            and full
+            and is_spike(loss, self._losses, config.spike_deviations)
+        ):
+            reason = (
+                f"the loss {loss:.4g} is far above the {len(self._losses)} before it, of median "
+                f"{statistics.median(self._losses):.4g}"
+            )
+            return self._fault("spike", config.spike, reason)
+        self._in_a_row = 0
+        if loss is not None:
+            self._losses.append(loss)
+        return None
+
+    def _fault(
+        self,
+        kind: Literal["non_finite", "spike"],
+        action: Literal["stop", "skip", "roll_back"],
+        reason: str,
+    ) -> Fault:
+        if action == "skip":
+            self._in_a_row += 1
+            if self._in_a_row > self._config.max_in_a_row:
+                return Fault(kind, "stop", reason, self._in_a_row - 1)
+            self.skipped += 1
+        return Fault(kind, action, reason)
+
+    def roll_back(self, step: int, to: int, facts: dict[str, Any]) -> None:
+        """The run goes back from ``step`` to the checkpoint ``to``, of which these are the facts.
+
+        Raises:
+            PretrainError: it went back to that checkpoint too often.
+        """
+        passed_over = self.passed_over + step - to
+        times = self._returned[1] + 1 if self._returned[0] == to else 1
+        if times > self._config.max_in_a_row:
+            raise PretrainError(
+                f"rolled back to step {to} {times - 1} times (faults.max_in_a_row), and a fault is "
+                f"met again at step {step}: lower optimizer.lr, or look at the data"
+            )
+        self.take_up(facts)
+        self._returned, self.passed_over = (to, times), passed_over
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {
+            "losses": list(self._losses),
+            "in_a_row": self._in_a_row,
+            "skipped": self.skipped,
+            "passed_over": self.passed_over,
+        }
+
+    def take_up(self, facts: dict[str, Any]) -> None:
+        """Be as :meth:`facts` were; of a checkpoint without them, as in the beginning."""
+        self._losses = deque(facts.get("losses", ()), maxlen=self._config.spike_window)
+        self._in_a_row = facts.get("in_a_row", 0)
+        self.skipped = facts.get("skipped", 0)
+        self.passed_over = facts.get("passed_over", 0)
+
+
+# ---------------------------------------------------------------------- hung ranks
+
+
+class Watchdog:
+    """Ends this process when the run makes no progress, with its name and stacks.
+
+    A rank that hangs leaves all others waiting for it. Each that still runs writes where it stands
+    to stderr and to ``stacks-rank<r>.txt`` in the run's folder, the first of them names those that
+    wrote nothing, and all end with status 1, upon which torchrun ends or restarts the job.
+
+    Args:
+        seconds: without :meth:`beat` after which the process ends; 0: never.
+        rank, world_size: among all processes.
+        run_dir: a folder that all ranks see.
+    """
+
+    _GRACE_SECONDS = 5.0
+
+    def __init__(self, seconds: float, rank: int, world_size: int, run_dir: Path) -> None:
+        self._seconds, self._rank, self._world_size = seconds, rank, world_size
+        self._run_dir = run_dir
+        self._beaten = time.monotonic()
+        self._doing = "the beginning"
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = self._path(self._rank).open("w")
+            self.beat(self._doing)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._file is not None:
+            self._closed.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self._path(self._rank).unlink(missing_ok=True)
+
+    def beat(self, doing: str) -> None:
+        """There is progress; what comes next is named for people."""
+        self._beaten, self._doing = time.monotonic(), doing
+        if self._file is not None:
+            # Should something hang that lets no thread of Python run: this one is not of Python.
+            limit = self._seconds + 3 * self._GRACE_SECONDS
+            faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
+
+    def _path(self, rank: int) -> Path:
+        return self._run_dir / f"stacks-rank{rank}.txt"
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._beaten > self._seconds:
+                self._end()
+
+    def _end(self) -> None:
+        assert self._file is not None
+        said = (
+            f"rank {self._rank} (process {os.getpid()}) made no progress for {self._seconds:g} "
+            f"seconds (faults.hang_seconds) in {self._doing}; it ends, and its stacks are:\n"
+        )
+        self._file.write(said)
+        self._file.flush()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        sys.stderr.write(self._path(self._rank).read_text())
+        sys.stderr.flush()
+        time.sleep(self._GRACE_SECONDS)  # others come to the same end
+        told = [r for r in range(self._world_size) if self._wrote(r)]
+        silent = [str(r) for r in range(self._world_size) if r not in told]
+        if silent and self._rank == told[0]:
+            sys.stderr.write(f"no sign of life from rank {', '.join(silent)}\n")
+            sys.stderr.flush()
+        os._exit(1)
+
+    def _wrote(self, rank: int) -> bool:
+        try:
+            return self._path(rank).stat().st_size > 0
+        except OSError:
+            return False
+
+
+# ---------------------------------------------------------------------- a sudden end
+
+
+class Termination:
+    """Whether this process was asked to end, by SIGTERM."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def on_sigterm() -> Iterator[Termination]:
+    """Within, SIGTERM is noted and nothing else: a step is finished and saved first.
+
+    It may come several times, from a scheduler and from torchrun. Who cannot wait sends SIGKILL.
+    """
+    termination = Termination()
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        termination.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield termination  # signals are not this thread's to take
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield termination
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

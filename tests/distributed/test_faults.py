@@ -1,0 +1,212 @@
+"""Bad steps are left out or taken back, dead and hung ranks end or restart a run, SIGTERM saves it.
+
+A bad step is a real one, of which one rank's batch is marked and its gradient made NaN.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain import batches, step, train
+from pretrain.build import build
+from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime import checkpoint
+from pretrain.runtime.faults import Guard
+from pretrain.runtime.metrics import read
+from tests.distributed import training
+from tests.distributed.launch import launch
+
+# No evaluation on the way, and none to speak of at the ends.
+BRIEF = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0", "evaluation.every=99",
+         "evaluation.sequences=1", "evaluation.captions=2", "evaluation.transcriptions=0",
+         "parallel.expert=2")  # fmt: skip
+SPOILT = 399  # every label of a batch that is bad
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    training.tiny_file(folder)
+    return folder
+
+
+def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> None:
+    """In this process, spoil the batches of these numbers; each step takes that of ``data_of``."""
+    of_step, gradients = batches.of_step, step.gradients
+
+    def spoilt_of_step(config: Any, here: Any, data: Any, number: int) -> list[MicroBatch]:
+        made = of_step(config, here, data, data_of(number))
+        if data_of(number) in bad and here.rank == 1:
+            for batch in made:
+                batch.labels.fill_(SPOILT)
+        return made
+
+    def spoilt_gradients(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        sums = gradients(run, micro_batches)
+        if (micro_batches[0].labels == SPOILT).all():
+            next(p for _, p in run.parameters()).grad.view(-1)[0] = torch.nan
+        return sums
+
+    batches.of_step, step.gradients = spoilt_of_step, spoilt_gradients
+
+
+def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool]]:
+    settings = training.tiny(folder, *BRIEF, "faults.non_finite=skip")
+    spoil([3])
+    here, data = train.set_up(settings)
+    run, guard = build(settings, here, data), Guard(settings.faults)
+    states = []
+    for number in (1, 2, 3, 4):
+        step.train_step(run, batches.of_step(settings, here, data, number), number, guard)
+        state = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+        for name, parameter in run.parameters():
+            for key, value in run.optimizer.state[parameter].items():
+                state[f"{name}.{key}"] = value.clone()
+        states.append(state)
+    same = [
+        all(torch.equal(after[name], before[name]) for name in before)
+        for before, after in itertools.pairwise(states)
+    ]
+    bias = any("expert_bias" in name for name in states[0])
+    return bias, guard.skipped, same
+
+
+def test_a_skipped_step_changes_nothing_on_any_rank(folder: Path) -> None:
+    """Weights, the routers' bias, momentum and moments are the same to the bit."""
+    for bias, skipped, same in launch(_before_and_after_a_bad_step, 2, str(folder)):
+        assert bias
+        assert (skipped, same) == (1, [False, True, False])
+
+
+ROLL_BACK = (*BRIEF, "faults.non_finite=roll_back", "checkpoint.every=4")
+
+
+def _train_rolling_back(folder: str, *overrides: str) -> list[dict[str, Any]]:
+    spoil([7, 14])
+    return training.train_and_read(folder, *ROLL_BACK, *overrides)
+
+
+def _train_without_that_data(folder: str, *overrides: str) -> list[dict[str, Any]]:
+    # From 7 it went back to 4. The eleventh update then took number 14, and it went back to 8.
+    spoil([], data_of=lambda number: number + (0 if number <= 4 else 3 if number <= 8 else 6))
+    return training.train_and_read(folder, *ROLL_BACK, *overrides)
+
+
+def test_rolled_back_a_run_goes_on_past_the_bad_data_and_may_be_interrupted(folder: Path) -> None:
+    """As a run that never had the data from the checkpoint to the bad batch, to the bit."""
+    settings = (str(folder), "steps=12")
+    clean = launch(_train_without_that_data, 2, *settings, f"run_dir={folder}/clean")[0]
+    back = launch(_train_rolling_back, 2, *settings, f"run_dir={folder}/back")[0]
+    assert [record["step"] for record in back] == list(range(13))
+    assert [record["passed_over_batches"] for record in back[1:]] == [0] * 4 + [3] * 4 + [6] * 4
+    for mine, theirs in zip(back[1:], clean[1:], strict=True):
+        assert (mine["loss"], mine["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+
+    broken = (str(folder), f"run_dir={folder}/broken")
+    launch(_train_rolling_back, 2, *broken, "steps=8")
+    resumed = launch(_train_rolling_back, 2, *broken, "steps=12")[0]
+    assert [r["loss"] for r in resumed[1:]] == [r["loss"] for r in back[1:]]
+
+
+def _start(
+    folder: Path, run_dir: str, *overrides: str, restarts: int = 0
+) -> "subprocess.Popen[str]":
+    launcher = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", *launcher),
+            *("--max-restarts", str(restarts), "--shutdown-timeout", "20"),
+            *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *BRIEF),
+            *(f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _reach(run: "subprocess.Popen[str]", metrics: Path, number: int) -> None:
+    deadline = time.monotonic() + 240
+    while not ((records := read(metrics)) and records[-1]["step"] >= number):
+        assert run.poll() is None, f"the run ended early: {run.communicate()[1]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _rank(run: "subprocess.Popen[str]", rank: int) -> psutil.Process:
+    for process in psutil.Process(run.pid).children():
+        if process.environ().get("RANK") == str(rank):
+            return process
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
+    calm = folder / "calm" / "metrics.jsonl"
+    run = _start(folder, "calm", "steps=20")
+    assert run.communicate(timeout=300) and run.returncode == 0
+
+    metrics = folder / "killed" / "metrics.jsonl"
+    saved = folder / "killed" / "checkpoints"
+    steps = ("steps=20", "checkpoint.every=5")
+    run = _start(folder, "killed", *steps, restarts=1)
+    _reach(run, metrics, 7)
+    _rank(run, 1).send_signal(signal.SIGKILL)
+    _reach(run, metrics, 12)  # by itself, from step 5
+    run.send_signal(signal.SIGTERM)
+    _, told = run.communicate(timeout=300)
+    assert run.returncode != 0
+    last = read(metrics)[-1]["step"]
+    if last < 20:  # else it had ended before the signal reached its ranks
+        assert checkpoint.steps(saved)[-1] == last, told
+    run = _start(folder, "killed", *steps)
+    assert run.communicate(timeout=300) and run.returncode == 0
+    assert training.comparable(metrics) == training.comparable(calm)
+
+
+def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
+    """Rank 0 is told to end in the midst of the third step: what all leave with."""
+    gradients = step.gradients
+    calls = []
+
+    def interrupted(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 3 and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(run, micro_batches)
+
+    step.gradients = interrupted
+    settings = training.tiny(folder, *BRIEF, "steps=20", f"run_dir={folder}/ended")
+    try:
+        train.train(settings)
+    except SystemExit as end:
+        return end.code, checkpoint.steps(Path(folder) / "ended" / "checkpoints")
+    return "went on", []
+
+
+def test_sigterm_on_one_rank_ends_all_after_the_step_with_the_conventional_status(
+    folder: Path,
+) -> None:
+    assert launch(_ended_by_sigterm, 2, str(folder)) == [(143, [3])] * 2
+
+
+def test_a_rank_that_hangs_ends_the_job_with_names_and_stacks(folder: Path) -> None:
+    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=8")
+    _reach(run, folder / "hung" / "metrics.jsonl", 2)
+    _rank(run, 1).send_signal(signal.SIGSTOP)
+    _, told = run.communicate(timeout=300)
+    assert run.returncode != 0
+    assert "rank 0 (process " in told and "made no progress for 8 seconds" in told
+    assert "no sign of life from rank 1" in told
+    assert "train_step" in (folder / "hung" / "stacks-rank0.txt").read_text()

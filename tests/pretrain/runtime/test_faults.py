@@ -1,0 +1,112 @@
+"""A bad step is told from a good one, by numbers that survive a checkpoint; a hang has an end."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.config import FaultConfig
+from pretrain.errors import PretrainError
+from pretrain.runtime.faults import Guard, is_spike
+
+LOSSES = st.lists(st.floats(0.5, 12), min_size=4, max_size=64)
+
+
+@given(LOSSES, st.floats(1, 20))
+def test_a_spike_is_above_what_came_before_and_one_outlier_hides_no_other(
+    losses: list[float], deviations: float
+) -> None:
+    assert not is_spike(min(losses), losses, deviations)
+    assert is_spike(1e6, losses, deviations)
+    steady = [4.0, 4.1, 3.9, 4.05, 3.95, 4.0, 4.1]
+    assert is_spike(6.0, [*steady, 50.0], deviations=10)
+    assert not is_spike(4.3, [*steady, 50.0], deviations=10)
+
+
+def test_losses_that_hardly_move_make_no_spike_of_rounding() -> None:
+    assert not is_spike(3.0001, [3.0] * 8, deviations=10)
+    assert is_spike(3.1, [3.0] * 8, deviations=10)
+
+
+@given(st.lists(st.sampled_from([4.0, 4.1, 3.9, 9.0, math.nan]), max_size=30), st.data())
+def test_a_guard_that_was_saved_and_taken_up_judges_as_one_that_was_not(
+    losses: list[float], data: st.DataObject
+) -> None:
+    config = FaultConfig(non_finite="skip", spike="skip", spike_window=4, max_in_a_row=99)
+    saved_at = data.draw(st.integers(0, len(losses)))
+    guard, other = Guard(config), Guard(config)
+    for loss in losses[:saved_at]:
+        guard.judge(loss, 1.0)
+    other.take_up(json.loads(json.dumps(guard.facts())))
+    for loss in losses[saved_at:]:
+        mine, theirs = guard.judge(loss, 1.0), other.judge(loss, 1.0)
+        assert str(mine) == str(theirs)
+    assert guard.facts() == other.facts()
+
+
+def test_steps_are_skipped_up_to_the_limit_and_counted() -> None:
+    guard = Guard(FaultConfig(non_finite="skip", max_in_a_row=2))
+    for _ in range(3):  # a good step starts the count anew
+        assert guard.judge(4.0, 1.0) is None
+        for _ in range(2):
+            fault = guard.judge(4.0, math.inf)
+            assert fault is not None and fault.action == "skip"
+    assert guard.skipped == 6
+    fault = guard.judge(math.nan, 1.0)
+    assert fault is not None and (fault.action, fault.skipped) == ("stop", 2)
+
+
+def test_data_is_passed_over_and_a_checkpoint_not_returned_to_for_ever() -> None:
+    guard = Guard(FaultConfig(non_finite="roll_back", max_in_a_row=2))
+    guard.roll_back(7, 5, {})
+    assert guard.passed_over == 2
+    guard.roll_back(6, 5, {"passed_over": 0})  # that checkpoint knows nothing of the first time
+    assert guard.passed_over == 3
+    with pytest.raises(PretrainError, match="rolled back to step 5 2 times"):
+        guard.roll_back(9, 5, {})
+    guard.roll_back(12, 10, {"passed_over": 3})
+    assert guard.passed_over == 5
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+from pretrain.runtime.faults import Watchdog
+
+def stuck():
+    time.sleep(60)
+
+Watchdog._GRACE_SECONDS = 0.2
+with Watchdog(1.0, rank=3, world_size=5, run_dir=Path(sys.argv[1])) as watchdog:
+    for step in range(5):
+        watchdog.beat(f"step {step}")
+        time.sleep(0.3)  # together longer than the limit
+    if sys.argv[2] == "hang":
+        stuck()
+"""
+
+
+@pytest.mark.parametrize("what", ["hang", "go on"])
+def test_who_makes_no_progress_ends_with_name_and_stack(tmp_path: Path, what: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANG, str(tmp_path), what],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    stacks = tmp_path / "stacks-rank3.txt"
+    if what == "go on":
+        assert (ended.returncode, ended.stderr, stacks.exists()) == (0, "", False)
+        return
+    assert ended.returncode == 1
+    for text in (ended.stderr, stacks.read_text()):
+        assert "rank 3 (process " in text
+        assert "made no progress for 1 seconds (faults.hang_seconds) in step 4" in text
+        assert "in stuck" in text
+    assert "no sign of life from rank 0, 1, 2, 4" in ended.stderr
