@@ -6,6 +6,7 @@ Everything is in the file: no script, and nothing that a browser would have to f
 import html
 import io
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -301,7 +302,11 @@ def _legend(axes: "Axes") -> None:
 def _line(
     axes: "Axes", records: Records, key: str, label: str, colour: str | None = None, form: str = "-"
 ) -> None:
-    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    points = [
+        (record["step"], record[key])
+        for record in records
+        if record.get(key) is not None and math.isfinite(record[key])
+    ]
     if not points:
         return
     stretches = _stretches(points)

@@ -1,6 +1,7 @@
 """What the main rank tells people while it trains: a live view on a terminal, lines elsewhere."""
 
 import atexit
+import math
 import sys
 import time
 from collections import deque
@@ -95,7 +96,7 @@ class Terminal:
         """Show a training step."""
         step = metrics["step"]
         self._metrics = metrics
-        if metrics["loss"] is not None:
+        if metrics["loss"] is not None and math.isfinite(metrics["loss"]):
             self._losses.append(metrics["loss"])
         due = step % self._log_every == 0 or step == self._done + 1 or step == self._steps
         if self._live is None and due:

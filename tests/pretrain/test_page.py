@@ -1,6 +1,7 @@
 """A run's page shows what was recorded, needs nothing else, and forgives what a kill leaves."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -96,6 +97,13 @@ def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
 def test_a_run_without_a_step_yet_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "No step has been recorded yet" in page.write(tmp_path).read_text()
+
+
+def test_steps_that_were_not_finite_are_gaps() -> None:
+    bad = {"loss": math.nan, "text_loss": math.nan, "grad_norm": math.inf}
+    steps = [record(1), {**record(2), **bad}, record(3), {**record(4), **bad}]
+    made = page.render("run", json.loads(json.dumps(steps)), [], [])
+    assert "Gradient norm" in made and "<b>nan</b>" in made
 
 
 @pytest.mark.parametrize("layers", [1, 61])

@@ -1,6 +1,7 @@
 """A terminal gets a view that stays in place; a file or a pipe gets plain lines."""
 
 import io
+import math
 import os
 import pty
 import subprocess
@@ -39,6 +40,8 @@ def test_a_terminal_gets_progress_and_every_measure() -> None:
     terminal.say("[not] markup")
     for step in range(1, 11):
         terminal.show({"step": step, **METRICS, "loss": 6.0 - step / 10})
+        terminal.show({"step": step, **METRICS, "loss": math.nan})  # one that was skipped
+    terminal.show({"step": 10, **METRICS, "loss": 5.0})
     terminal.close()
     assert isinstance(screen.file, io.StringIO)
     shown = screen.file.getvalue()
