@@ -70,7 +70,8 @@ def test_every_rank_shows_what_one_process_does(
 
 
 def test_every_head_of_every_rank_that_is_clipped_is_counted_once(folder: Path) -> None:
-    overrides = [f"parallel.{name}=2" for name in ("tensor", "pipeline", "expert")]
+    # Two data-parallel ranks clip the same heads; two tensor-parallel ones have other heads.
+    overrides = [f"parallel.{name}=2" for name in ("tensor", "expert")]
     clipping = "optimizer.qk_clip_threshold=1e-9"
     ranks = launch(training.first_step, 4, str(folder), *FOUR_LAYERS, *overrides, clipping)
     for rank in ranks:
