@@ -52,6 +52,23 @@ def test_jsonl_and_pictures_go_on_exactly_at_any_number_of_ranks(folder: Path) -
                 assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-5)
 
 
+def test_shards_go_on_exactly_and_only_at_the_same_number_of_ranks(folder: Path) -> None:
+    arguments = ("data", "make-shards", str(folder / "pictures"), str(folder / "shards"))
+    assert training.command(*arguments) == (0, "")
+    shards = f"{{type: energon, path: {folder}/shards}}"
+    own = (sources(folder, shards), *SHORT)
+    run = training.train_and_read
+    whole = launch(run, 2, str(folder), f"run_dir={folder}/through", "steps=6", *own)[0]
+    run_dir = f"run_dir={folder}/stopped"
+    launch(run, 2, str(folder), run_dir, "steps=3", *own)
+    parts = launch(run, 2, str(folder), run_dir, "steps=6", *own)[0]
+    assert parts[4:] == whole[4:]
+    config = (str(folder / "tiny.yaml"), f"data.cache_dir={folder}/cache", run_dir, "steps=8")
+    ((status, line),) = launch(training.command, 1, "train", *config, *own)
+    assert status == 1
+    assert "made with 2 data-parallel ranks, among which energon dealt the shards, not 1" in line
+
+
 def test_text_alone_trains_and_no_captions_are_tested(folder: Path) -> None:
     own = (sources(folder), "steps=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=0")
     records = launch(
