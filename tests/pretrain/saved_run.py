@@ -1,5 +1,6 @@
 """A run's checkpoint of a small model that is far from its first weights, and what it computes."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from pretrain.data.images import VisionItem
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
 from pretrain.runtime import checkpoint
+from pretrain.runtime.faults import Guard
 from pretrain.train import set_up
 from tests.distributed import training
 
@@ -104,7 +106,8 @@ def make(folder: str) -> Made:
     with torch.no_grad():
         for name, tensor in run.named.items():
             randomize(name, tensor)
-    state.save(run, STEP)
+    with contextlib.closing(state.saver(run)) as saver:
+        state.save(run, saver, Guard(config.faults), STEP)
     state.keep_tokenizer(run)
     rounded = {
         f"model.{name}": tensor.bfloat16() if isinstance(tensor, nn.Parameter) else tensor
