@@ -1,6 +1,7 @@
 """The command line: ``torchrun --nproc-per-node N -m pretrain COMMAND …``."""
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ examples:
   python -m pretrain sample RUN_DIR --image FILE --prompt TEXT
 
   python -m pretrain report runs/laptop
+  python -m pretrain plan configs/kimi_k25.yaml --processes 1024
 
 A run writes into its run_dir: metrics.jsonl, tensorboard/, checkpoints/, curves.png and
 parameters.txt. Started again with the same run_dir, it goes on from its newest checkpoint.
@@ -57,6 +59,20 @@ def _parser() -> argparse.ArgumentParser:
             dest="action", required=True, metavar="ACTION"
         )
     )
+    text = "parameters, memory of a rank, FLOPs and messages of a step; nothing is allocated"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("config", help="a YAML file, such as configs/kimi_k25.yaml")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that differ from it"
+    )
+    command.add_argument(
+        "--processes", type=int, help="default: as few as the parallel sizes allow"
+    )
+    command.add_argument(
+        "--image-patches", type=int, help="of an image; default: 1024, or a quarter of a sequence"
+    )
+    command.add_argument("--memory", type=float, metavar="GIB", help="of a device: does it fit?")
+    command.add_argument("--json", action="store_true", help="everything, in bytes and FLOPs")
     commands.add_parser("settings", help="list every setting with its default and meaning")
     return parser
 
@@ -180,6 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _OF_ONE_PROCESS[options.command](options)
             return 0
         settings = config.load(options.config, options.overrides)
+        if options.command == "plan":
+            from pretrain import budget
+
+            found = budget.plan(settings, options.processes, options.image_patches)
+            print(json.dumps(found) if options.json else budget.table(found, options.memory))
+            return 0
         from pretrain import train
 
         run = {"train": train.train, "eval": train.evaluate}[options.command]
@@ -191,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         # Threads of a process group that is left standing abort the interpreter at its end.
-        if "torch" in sys.modules:
+        if options.command != "plan" and "torch" in sys.modules:
             from pretrain.runtime import processes
 
             processes.stop()

@@ -19,6 +19,7 @@ from pretrain.data import CAPTION, TEXT
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime import apex
 from pretrain.runtime.faults import Fault, Guard, RollBack
 
 
@@ -119,7 +120,7 @@ def gradient_norm(run: Run) -> Tensor:
         if parameter.grad is not None:
             by_copies[run.copies[name]].append(parameter.grad)
     for copies, gradients in by_copies.items():
-        squares += nn.utils.get_total_norm(gradients).double().square() / copies
+        squares += apex.total_norm(gradients).double().square() / copies
     dist.all_reduce(squares)
     return squares.sqrt()
 
@@ -248,7 +249,7 @@ def train_step(
 def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
     """Clip the gradient, step the optimizer at ``factor`` of the peak rates, clip the heads."""
     scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
+    apex.scale_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     run.monitor.before_update(step)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.model.names import Cut
+from pretrain.runtime import apex
 
 MaxLogitObserver = Callable[[Tensor], None]
 
@@ -63,6 +64,11 @@ class RMSNorm(nn.RMSNorm):
         # Under sequence parallelism each tensor-parallel rank sees a part of the sequence, and
         # megatron-core sums the gradients of the parameters that carry this mark.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm of the last dimension; NVIDIA's apex does it where it is installed."""
+        assert self.eps is not None
+        return apex.rms_norm(x, self.weight, self.eps)
 
 
 class LatentRMSNorm(RMSNorm):

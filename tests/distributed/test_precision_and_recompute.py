@@ -88,7 +88,7 @@ def test_recomputing_changes_no_bit_and_shows_every_logit_once(
         every += [BLOCK]
         every += [
             (SELECTIVE, f"recompute.modules=[{module}]")
-            for module in ("mla_up_proj", "mlp", "moe", "shared_experts")
+            for module in ("mlp", "moe", "shared_experts")
         ]
     ranks = launch(gradients_and_observations, world_size, str(folder), every, FIVE_LAYERS, *layout)
     for outcomes in ranks:

@@ -1,0 +1,99 @@
+"""Plans of the shipped configurations, of images, and what is said of what does not fit."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import budget, cli, config
+from pretrain.config import VisionConfig
+from pretrain.encoder_process.cost import count
+from pretrain.model.projector import VisionTower
+from pretrain.model.vision import unobserved
+
+KIMI = "configs/kimi_k25.yaml"
+
+
+def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.json gives 1.026 T, of which a token uses 31.7 B without the embedding's table
+    (32.9 B with it); the report rounds to 1.04 T and 32.6 B (arXiv 2507.20534, table 2)."""
+    began = time.monotonic()
+    assert cli.main(["plan", KIMI, "--json"]) == 0
+    assert time.monotonic() - began < 30
+    found = json.loads(capsys.readouterr().out)
+    parameters = found["parameters"]
+    assert parameters["language"] == 1_026_408_209_408
+    assert parameters["active"] == 31_687_072_768
+    assert parameters["active"] == pytest.approx(32e9, rel=0.01)
+    assert parameters["total"] == pytest.approx(1.04e12, rel=0.015)
+    assert parameters["vision"] == parameters["total"] - parameters["language"]
+    assert found["layout"]["processes"] == 512
+    assert sum(found["layout"]["layers_of_stages"]) == 61
+    assert all(stage["total"] < 74 * 2**30 for stage in found["memory"])
+
+
+def test_what_is_planned_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "configs/h200.yaml", "--memory", "131"]) == 0
+    assert "  fits in 131 GiB" in capsys.readouterr().out
+    assert cli.main(["plan", "configs/h200.yaml", "--memory", "80"]) == 0
+    assert "DOES NOT FIT in 80 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "100"], "100 processes cannot be divided by parallel.expert=32"),
+        (["parallel.expert=7"], "parallel.expert=7 does not divide language.num_experts=384"),
+        (["parallel.pipeline=62"], "is more than language.num_layers=61"),
+        (["--processes", "0"], "processes must be > 0, not 0"),
+        (["--image-patches", "0"], "image-patches must be > 0, not 0"),
+    ],
+)
+def test_what_does_not_fit_is_told_as_the_trainer_tells_it(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", KIMI, *arguments]) == 1
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> None:
+    """Exact but for the resizing of the position table; kept activations within 5 %."""
+    shape = VisionConfig(
+        num_layers=3, hidden_size=64, num_heads=4, ffn_hidden_size=136, position_grid=2
+    )
+    tower, hidden = VisionTower(shape, 48), 48
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    grids = torch.tensor([[1, 8, 8]] * 6)
+    pictures = budget.Images(64, 6 * 16)
+    patches = torch.zeros(6 * 64, 3 * shape.patch_size**2, dtype=torch.uint8)
+    seen: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in tower.parameters()}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with sdpa_kernel(SDPBackend.MATH), unobserved(tower), FlopCounterMode(display=False) as flops:
+        features = tower(patches, grids)
+        forward = flops.get_total_flops()
+        features.sum().backward()
+    both = flops.get_total_flops()
+    cost = count(shape, hidden)
+    resize = 2 * 64 * (8 * 2 * 2 + 8 * 2 * 8)
+    expected = pictures.forward_flops(cost)
+    assert forward == expected + resize
+    assert both == 3 * (expected + resize) - 2 * pictures.patches * 588 * 64 - resize
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tower(patches, grids)
+    settings = config.Config(vision=shape, language=config.LanguageConfig(hidden_size=hidden))
+    planned = budget.encoder_activations(settings, pictures.patches)
+    assert planned == pytest.approx(sum(seen.values()), rel=0.05)
