@@ -1,4 +1,4 @@
-"""NVIDIA's apex, where it is installed: a fused RMSNorm, and passes over many tensors in one launch.
+"""NVIDIA's apex, where it is installed: a fused RMSNorm, and many tensors in one launch.
 
 Never measured: this project's own runs had no apex. torch's functions do the same without it.
 """
