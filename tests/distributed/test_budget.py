@@ -217,7 +217,7 @@ def test_a_plan_is_what_a_built_model_has_and_does(
 def _check_messages(planned: dict[str, float], sent: dict[str, float]) -> None:
     backbone = ("gradients", "encoder gradients", "tensor parallel")
     assert sum(planned[name] for name in backbone) == pytest.approx(
-        sent["all_reduce"] + sent["gather"], rel=2e-3, abs=1024
+        sent["all_reduce"] + sent["gather"], rel=5e-3, abs=1024
     )
     assert planned["expert parallel"] == pytest.approx(sent["all_to_all"], rel=5e-2)
     assert planned.get("pipeline", 0.0) == sent["send"]
