@@ -595,17 +595,19 @@ def _tensor_parallel(
     hidden, ql, kvl = language.hidden_size, language.q_lora_rank, language.kv_lora_rank
     dense = layer < language.dense_layers
     # Attention: hidden states, the cut latent of the queries, both latents, the rotary key; out.
-    forward = hidden + ql + ql + kvl + language.qk_rope_head_dim + hidden
+    forward: float = hidden + ql + ql + kvl + language.qk_rope_head_dim + hidden
     # Inputs are gathered again for the weights' gradient; the rest is each forward's mirror, and
     # the cut latent's gradient is gathered.
-    backward = 2 * hidden + ql + 2 * ql + 2 * kvl + language.qk_rope_head_dim + hidden
+    backward: float = 2 * hidden + ql + 2 * ql + 2 * kvl + language.qk_rope_head_dim + hidden
     # MLP, dense or shared.
     forward += 2 * hidden
     backward += 3 * hidden
     if not dense and place.expert_tensor > 1:
-        copies = language.experts_per_token * hidden
-        forward += 2 * copies
-        backward += 2 * copies
+        # Tokens, and their scores, to all parts of an expert; back in the scores' float32.
+        wide = _FLOAT32 / _ITEMSIZE[config.precision]
+        copies = language.experts_per_token * (hidden * (1 + wide) + wide)
+        forward += copies
+        backward += copies
     out.gather_or_scatter("tensor parallel", row * (forwards * forward + backward), place.tensor)
 
 
