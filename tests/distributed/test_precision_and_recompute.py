@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain import batches, state, step
 from pretrain.build import Run, build
+from pretrain.runtime.faults import Guard
 from pretrain.train import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -199,7 +200,9 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
     micro_batches = partial(batches.of_step, settings, here, data)
     straight = build(settings, here, data)
     go(straight, range(1, 3))
-    state.save(straight, 2)
+    saver, guard = state.saver(straight), Guard(settings.faults)
+    state.save(straight, saver, guard, 2)
+    saver.close()
     expected = go(straight, range(3, 5))
     anew = build(settings, here, data)
     assert state.restore(anew) == 2
