@@ -59,7 +59,7 @@ class LanguageConfig:
     """The routed experts' normalised scores are multiplied by this (K2: 2.827)."""
     expert_bias_update_rate: float = 1e-3
     """Step of the auxiliary-loss-free load balancing."""
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-5
     """RMSNorm's epsilon. The norms of MLA's latents have 1e-6 whatever this says, as in
     DeepSeek-V3's code."""
     init_std: float = 0.02
