@@ -88,15 +88,18 @@ def test_every_layout_gives_the_gradients_of_one_process_with_dep_and_without(
 
 
 def test_two_processes_follow_the_curve_of_one(folder: Path) -> None:
-    """The tolerance is fp32's rounding (1e-7) grown over 20 updates of a training run."""
+    """The tolerances are fp32's rounding (1e-7) grown over 20 updates of a training run: losses
+    are means over thousands of tokens, the others over little or nothing."""
     one = launch(training.train_and_read, 1, str(folder), f"run_dir={folder}/one")[0]
     two = launch(
         training.train_and_read, 2, str(folder), f"run_dir={folder}/two", "parallel.expert=2"
     )[0]
     assert [record["step"] for record in two] == list(range(21))
     for mine, reference in zip(two[1:], one[1:], strict=True):
-        for key in ("loss", "text_loss", "caption_loss", "grad_norm", "max_logit"):
-            assert mine[key] == pytest.approx(reference[key], rel=2e-5), (mine["step"], key)
+        for key in ("loss", "text_loss", "caption_loss"):
+            assert mine[key] == pytest.approx(reference[key], rel=2e-6), (mine["step"], key)
+        for key in ("grad_norm", "max_logit"):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4), (mine["step"], key)
     assert two[-1]["loss"] < two[1]["loss"] - 0.5
 
 
