@@ -433,9 +433,22 @@ def table(result: Result) -> str:
         f"of the encoder is {result['encoder_flops_of_backbone']:.1%} of the backbone's FLOPs"
     )
     header = ["", "tokens/s", "of text only", "encoder load, max / mean"]
+    dep = result["modes"][DEP]["seconds"]
+    beside = []
+    for name in BASELINES:
+        ratios = [
+            theirs / mine
+            for theirs, mine in zip(result["modes"][name]["seconds"], dep, strict=True)
+        ]
+        wins = sum(ratio > 1 for ratio in ratios)
+        beside.append(
+            f"{statistics.median(ratios):.3f} times as fast as {name} (the median over rounds; "
+            f"faster in {wins} of {len(ratios)})"
+        )
     memory = [
         [count, f"{row['patches']:,}", f"{row['peak_bytes'] / 2**20:.1f}"]
         for count, row in result["memory"].items()
     ]
     memory_header = ["images in a step", "patches", "peak memory of the encoder, MiB"]
-    return "\n\n".join([about, markdown(header, rows), markdown(memory_header, memory)])
+    compared = f"In the same round, DEP was {' and '.join(beside)}."
+    return "\n\n".join([about, markdown(header, rows), compared, markdown(memory_header, memory)])
