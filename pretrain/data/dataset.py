@@ -3,9 +3,7 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from pretrain.config import DataConfig
 from pretrain.data import images, own, packing
 from pretrain.data.data import Data
 from pretrain.data.images import VisionItem
+from pretrain.data.index import make_folder
 from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.text import SPLITS, Split, TextFile, prose_lines, read_corpus
@@ -170,37 +169,29 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing | N
         except Exception as error:  # a damaged cache costs seconds; it must not cost the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
-    _build(folder, files, config.vocab_size, tokenizer)
+    make_folder(folder, lambda empty: _build(empty, files, config.vocab_size, tokenizer))
     return make(*_load(folder))
 
 
 def _build(
     folder: Path, files: list[TextFile], vocab_size: int, tokenizer: Tokenizer | None
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made aside and renamed: whoever else builds it too, or is killed, leaves nothing half-made.
-    partial_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
+    """Fill a folder that is empty."""
     tokenizer = tokenizer or Tokenizer.train(
         (file.text for file in files if file.split == "train"), vocab_size
     )
-    tokenizer.save(partial_folder / "tokenizer.json")
+    tokenizer.save(folder / "tokenizer.json")
     trained_on: set[str] = set()
     for split in SPLITS:
         chosen = [file for file in files if file.split == split]
         encoded = tokenizer.encode_many([file.text for file in chosen])
         parts = [part for one in encoded for part in (one, [tokenizer.eos])]
-        np.save(partial_folder / f"{split}.npy", np.concatenate(parts).astype(tokenizer.dtype))
+        np.save(folder / f"{split}.npy", np.concatenate(parts).astype(tokenizer.dtype))
         # A line that also stands in a training file is nothing new to read.
         lines = [line for file in chosen for line in prose_lines(file)]
         lines = [line for line in dict.fromkeys(lines) if line not in trained_on]
         trained_on.update(lines)
-        (partial_folder / f"{split}.json").write_text(json.dumps(lines))
-    try:
-        os.rename(partial_folder, folder)
-    except OSError:
-        shutil.rmtree(partial_folder)
-        if not folder.is_dir():
-            raise
+        (folder / f"{split}.json").write_text(json.dumps(lines))
 
 
 def _load(folder: Path) -> tuple[Tokenizer, dict[Split, Corpus]]:

@@ -18,13 +18,6 @@ from tests.distributed.launch import launch
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """A run of ten steps that saved at five and ten."""
     assert told(folder, "steps=10", f"run_dir={folder}/trained") == ""

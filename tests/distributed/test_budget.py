@@ -36,13 +36,6 @@ SHAPE = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
-
-
 class Sent(TorchDispatchMode):
     """Bytes that this rank sends, collectives counted as rings send them, by what it is called."""
 

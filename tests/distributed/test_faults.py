@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,13 +31,6 @@ BRIEF = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0", "evaluation.ever
          "evaluation.sequences=1", "evaluation.captions=2", "evaluation.transcriptions=0",
          "parallel.expert=2")  # fmt: skip
 SPOILT = 399  # every label of a batch that is bad
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
 
 
 def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> None:

@@ -17,13 +17,6 @@ FOUR_LAYERS = ("language.num_layers=4", "language.dense_layers=1")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     return launch(training.first_step, 1, str(folder), *FOUR_LAYERS)[0]
 

@@ -18,9 +18,7 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
+def folder(folder: Path) -> Path:
     make.captioned_folder(folder / "pictures", 40)
     make.jsonl(folder / "text.jsonl.gz", range(80))
     return folder

@@ -25,13 +25,6 @@ SELECTIVE = "recompute.granularity=selective"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Tensor]:
     return _merged(launch(training.all_gradients, 1, str(folder), FIVE_LAYERS))
 

@@ -19,14 +19,6 @@ from tests.distributed import training
 from tests.distributed.launch import launch
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all: the cache is made once; each test has a run_dir of its own."""
-    folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
-    return folder
-
-
 def _merged(ranks: list[dict[str, Part]]) -> dict[str, torch.Tensor]:
     """The gradients of all ranks by name; parts of cut ones put together."""
     merged: dict[str, torch.Tensor] = {}

@@ -1,0 +1,15 @@
+"""What the tests of whole runs share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests of a module: the cache is made once; each test has a run_dir of its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    training.tiny_file(folder)
+    return folder
