@@ -131,8 +131,9 @@ def test_shares_hold_over_every_stretch_of_sequences(
     largest = 30
     for count, so_far in enumerate(placed, 1):
         assert abs(so_far - share * LENGTH * count) <= largest
+    # Drawn only when behind, a source gets ahead by one piece at most.
     one, _, other = (cursor.taken for cursor in stream.cursors)
-    assert other / one == pytest.approx(weight, rel=0.05, abs=2 * LENGTH / one)
+    assert -weight * LENGTH <= other - weight * one <= LENGTH
 
 
 @given(where=st.integers(0, 700), more=st.integers(0, 40))
