@@ -61,12 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spread", type=float, default=1.0, help="sigma of the log-normal image sides"
     )
+    parser.add_argument("--rounds", type=int, help="timed rounds; default: by form")
 
 
 def run(options: argparse.Namespace) -> Result:
     if options.device.type != "cpu":
         raise SystemExit("--device: the pipeline's processes run on a CPU here (gloo)")
     setting = SETTINGS[options.form]
+    if options.rounds is not None:
+        setting = replace(setting, rounds=options.rounds)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (setting, options.vision_share, options.spread, options.seed, folder)
