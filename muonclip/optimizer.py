@@ -287,8 +287,8 @@ class MuonClip(Optimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, made where there is none."""
         state: dict[str, Any] = self.state[param]
-        if not state:
-            if checks.wants_master(group, param):
+        if state.keys() <= {"master"}:  # which may have been given, without what is learnt
+            if checks.wants_master(group, param) and not state:
                 state["master"] = param.detach().to(torch.float32, copy=True)
                 setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
             dtype = checks.state_dtype(group, param)

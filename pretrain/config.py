@@ -442,6 +442,10 @@ class Config:
 
     run_dir: str = "runs/default"
     """Everything the run writes: metrics.jsonl, tensorboard/, checkpoints/, curves.png."""
+    start_from: str | None = None
+    """The run_dir of another run: this one begins with the weights of its newest checkpoint, and
+    its tokenizer; optimizer, schedule and data begin anew. Once this run has a checkpoint of its
+    own, it goes on from that."""
     seed: int = 0
     steps: int = 1000
     """Optimizer steps of the whole run."""
@@ -474,6 +478,10 @@ class Config:
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "global_batch_size", "micro_batch_size", "log_every")
         _require(
+            self.start_from is None or Path(self.start_from) != Path(self.run_dir),
+            f"start_from={self.start_from} is the run_dir itself: choose another run_dir",
+        )
+        _require(
             self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops must be > 0 or null"
         )
         _require(
@@ -494,12 +502,13 @@ class Config:
             PretrainError: which of the settings does not divide, and the way out.
         """
         parallel, language = self.parallel, self.language
+        other_tokenizer = self.data.tokenizer or self.start_from
         for size, setting, whole in (
             ("expert", "language.num_experts", language.num_experts),
             ("tensor", "language.num_heads", language.num_heads),
             ("tensor", "data.seq_length", self.data.seq_length),
             # Another tokenizer's vocabulary is known, and checked, once it is read.
-            ("tensor", "data.vocab_size", 0 if self.data.tokenizer else self.data.vocab_size),
+            ("tensor", "data.vocab_size", 0 if other_tokenizer else self.data.vocab_size),
             ("tensor", "language.ffn_hidden_size", language.ffn_hidden_size),
             ("expert_tensor", "language.expert_ffn_hidden_size", language.expert_ffn_hidden_size),
             (

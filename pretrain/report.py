@@ -21,6 +21,8 @@ def opening(run: Run, done: int) -> str:
     dep = "on" if config.encoder_process.enabled else "off"
     sources = run.data.describe()
     start = f"going on after step {done}" if done else "starting at step 0"
+    if not done and config.start_from:
+        start += f" with the weights of {config.start_from}"
     return (
         f"{parameters:,} parameters on rank 0 of {run.processes.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}\n"

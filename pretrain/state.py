@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.build import Run
-from pretrain.config import Config, DataConfig, from_dict, to_dict
+from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.runtime import checkpoint
@@ -23,6 +23,8 @@ from pretrain.runtime.processes import agree
 _MODEL = ("language", "vision")
 _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
 _FREE_OF_DATA = ("cache_dir", "max_corrupt")
+# Of a model whose weights alone are taken up: how it learns, and what its positions are.
+_FREE_OF_WEIGHTS = ("init_std", "expert_bias_update_rate", "rope_base")
 # What earlier versions put behind a name where tensor parallelism had cut the tensor.
 _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
@@ -101,36 +103,32 @@ def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
         tokenizer.save(now)
         if not path.exists():
             now.rename(path)
-        elif _encoding(path) != _encoding(now):
+        elif Tokenizer.load(path).digest != tokenizer.digest:
             raise PretrainError(
                 f"{path} is another tokenizer than the data's: train with the data that the run "
                 "was begun with, or choose another run_dir"
             )
         now.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise PretrainError(f"cannot write {path}: {error}") from error
-
-
-def _encoding(path: Path) -> dict[str, Any]:
-    """What decides a text's ids; what goes before and after a text is not in it."""
-    described: dict[str, Any] = json.loads(path.read_text())
-    return described | {"post_processor": None}
 
 
 def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpoint.Tensors:
     """Model and optimizer state by name in the whole model, with what this rank has of each."""
     found: dict[str, Tensor | checkpoint.Part] = {}
     for name, tensor in run.named.items():
-        cut = run.cuts.get(name)
         kept = {f"model.{name}": tensor.detach()}
         kept |= {f"optimizer.{name}.{key}": value for key, value in states.get(tensor, {}).items()}
         for key, value in kept.items():
             # A step count is no part of anything; momentum and moments are cut as the parameter is.
-            if cut is not None and value.shape == tensor.shape:
-                found[key] = checkpoint.Part(cut.whole(value.shape), cut.pieces(value))
-            else:
-                found[key] = value
+            found[key] = _part(run, name, value) if value.shape == tensor.shape else value
     return found
+
+
+def _part(run: Run, name: str, value: Tensor) -> Tensor | checkpoint.Part:
+    """What a value of a parameter's shape is of the whole one's."""
+    cut = run.cuts.get(name)
+    return value if cut is None else checkpoint.Part(cut.whole(value.shape), cut.pieces(value))
 
 
 def saver(run: Run) -> checkpoint.Saver:
@@ -182,7 +180,9 @@ def roll_back(run: Run, saver: checkpoint.Saver, guard: Guard, step: int, why: R
 
 
 def restore(run: Run, guard: Guard | None = None) -> int:
-    """Take up the run's newest checkpoint; 0, and nothing changed, where there is none.
+    """Take up the run's newest checkpoint, or else the weights that it is to begin with.
+
+    Without either, the step is 0 and nothing has changed.
 
     Schedule and initial weights are functions of the seed and the step, so the weights, the
     optimizer's state, the step, the data's place and what faults led to are all there is to
@@ -223,19 +223,25 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     """The newest checkpoint's tensors in their places; its step, and its facts."""
     steps = checkpoint.steps(folder(run))
     if not steps:
+        if run.config.start_from is not None:
+            _begin_with(run, Path(run.config.start_from))
         return 0, {}
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
     facts = manifest["facts"]
-    keys = _MODEL if facts.get("weights_only") else _FIXED
-    _check_same_run(path, facts.get("config", {}), to_dict(run.config), keys)
-    stored = checkpoint.shapes(path)
-    if any(_EARLIER_PART.search(name) for name in stored):
-        raise PretrainError(
-            f"the checkpoint {path} keeps the parts of tensor parallelism apart, as earlier "
-            "versions did, and cannot be read: go on with the version that wrote it, or choose "
-            "another run_dir to start anew"
-        )
+    weights_only = facts.get("weights_only", False)
+    _check_same_run(
+        f"the checkpoint {path} was made with",
+        facts.get("config", {}),
+        to_dict(run.config),
+        _MODEL if weights_only else _FIXED,
+        _FREE_OF_WEIGHTS if weights_only else (),
+        "set it back to go on, or choose another run_dir to start anew",
+    )
+    if weights_only:
+        _take_weights(run, path)
+        return int(manifest["step"]), facts
+    stored = _stored(path)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
@@ -254,7 +260,7 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     for trained, kept in states.items():
         if kept:
             run.optimizer.state[trained] = kept
-        else:  # weights that were imported come without: the optimizer begins anew
+        else:  # it has had no gradient yet
             run.optimizer.state.pop(trained, None)
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
@@ -262,25 +268,95 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     return int(manifest["step"]), facts
 
 
+def _begin_with(run: Run, other: Path) -> None:
+    """Take up the weights of another run's newest checkpoint, and nothing else."""
+    found = saved(other)
+    if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
+        raise PretrainError(
+            f"the data's tokenizer is not {other / 'tokenizer.json'}, whose ids the model of "
+            "start_from knows: leave data.tokenizer out, or choose another run_dir"
+        )
+    _check_same_run(
+        f"the model of start_from={other} has",
+        to_dict(found.config),
+        to_dict(run.config),
+        _MODEL,
+        _FREE_OF_WEIGHTS,
+        "set it to that, or start from another run",
+    )
+    _take_weights(run, found.path)
+
+
+def _take_weights(run: Run, path: Path) -> None:
+    """A checkpoint's weights in their places, without what an optimizer knows.
+
+    Those of a run of lower precision are its masters; a run of lower precision has them as masters.
+    """
+    stored = _stored(path)
+    tensors: dict[str, Tensor | checkpoint.Part] = {}
+    masters: dict[Tensor, Tensor] = {}
+    for name, tensor in run.named.items():
+        key = f"optimizer.{name}.master"
+        if key not in stored:
+            key = f"model.{name}"
+        value = tensor.detach()
+        if key in stored and stored[key][1] == torch.float32 != tensor.dtype:
+            value = masters[tensor] = torch.empty_like(value, dtype=torch.float32)
+        tensors[key] = _part(run, name, value)
+        run.optimizer.state.pop(tensor, None)
+    checkpoint.load(path, tensors)
+    for parameter, master in masters.items():
+        parameter.detach().copy_(master)
+        run.optimizer.state[parameter] = {"master": master}
+        setattr(parameter, "main_param", master)  # noqa: B010 (for mypy)
+
+
+def _stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of a checkpoint's tensors, which are whole."""
+    stored = checkpoint.shapes(path)
+    if any(_EARLIER_PART.search(name) for name in stored):
+        raise PretrainError(
+            f"the checkpoint {path} keeps the parts of tensor parallelism apart, as earlier "
+            "versions did, and cannot be read: go on with the version that wrote it, or choose "
+            "another run_dir to start anew"
+        )
+    return stored
+
+
 def _device(key: str, parameter: Tensor) -> torch.device:
     # The optimizer moves a step count to where it reads it.
     return torch.device("cpu") if key.endswith(".step") else parameter.device
 
 
-def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """Without where data lies; that it is the same data is checked when it is taken up."""
+def _without(config: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Without where data lies; that it is the same data is checked when it is taken up.
+
+    Args:
+        free: settings of the model that are left out as well.
+    """
     # Checkpoints from before a setting had its default.
     data = {**dataclasses.asdict(DataConfig()), **config.get("data", {})}
+    language = {**dataclasses.asdict(LanguageConfig()), **config.get("language", {})}
     sources = [{k: v for k, v in s.items() if k != "path"} for s in data["sources"]]
     data = {k: v for k, v in data.items() if k not in _FREE_OF_DATA}
-    return {**config, "data": {**data, "sources": sources}}
+    language = {k: v for k, v in language.items() if k not in free}
+    return {**config, "language": language, "data": {**data, "sources": sources}}
 
 
 def _check_same_run(
-    path: Path, then: dict[str, Any], now: dict[str, Any], keys: Sequence[str]
+    what: str,
+    then: dict[str, Any],
+    now: dict[str, Any],
+    keys: Sequence[str],
+    free: Sequence[str],
+    remedy: str,
 ) -> None:
+    """
+    Raises:
+        PretrainError: it says ``what`` and the first setting that differs, and the remedy.
+    """
     then = {"precision": "float32", **then}  # which checkpoints without the setting had
-    then, now = _without_places(then), _without_places(now)
+    then, now = _without(then, free), _without(now, free)
     for key in keys:
         old, new = then.get(key), json.loads(json.dumps(now[key]))
         if old == new:
@@ -288,7 +364,4 @@ def _check_same_run(
         if isinstance(old, dict) and isinstance(new, dict):
             sub = next(name for name in {**old, **new} if old.get(name) != new.get(name))
             key, old, new = f"{key}.{sub}", old.get(sub), new.get(sub)
-        raise PretrainError(
-            f"the checkpoint {path} was made with {key}={old}, not {new}: "
-            "set it back to go on, or choose another run_dir to start anew"
-        )
+        raise PretrainError(f"{what} {key}={old}, not {new}: {remedy}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from pretrain import batches, report, state
 from pretrain.build import build
 from pretrain.config import Config, to_dict
-from pretrain.data import Data, Dealing, prepare
+from pretrain.data import Data, Dealing, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.runtime import checkpoint, processes
@@ -158,7 +158,7 @@ def prepare_data(config: Config, here: Processes) -> Data:
         if turn:
             try:
                 dealing = Dealing(here.data_rank, here.data_size, config.global_batch_size)
-                prepared = prepare(config.data, config.vision.patch_size, config.seed, dealing)
+                prepared = prepare(settings(config), config.vision.patch_size, config.seed, dealing)
                 _check_vocabulary(config, prepared)
             except Exception as error:
                 failure = error

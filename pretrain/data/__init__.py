@@ -2,6 +2,7 @@
 
 from pretrain.data.data import Data as Data
 from pretrain.data.dataset import prepare as prepare
+from pretrain.data.dataset import settings as settings
 from pretrain.data.own import Dealing as Dealing
 from pretrain.data.packing import CAPTION as CAPTION
 from pretrain.data.packing import NOTHING as NOTHING

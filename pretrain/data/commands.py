@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.data import inspect, prepare
+from pretrain.data import settings as data_settings
 from pretrain.data.shards import make_shards
 from pretrain.data.skipped import Skip
 from pretrain.data.text import Split
@@ -29,7 +30,7 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
     if count < 1:
         raise PretrainError(f"--count must be > 0, not {count}")
     settings = config.load(path, overrides)
-    data = prepare(settings.data, settings.vision.patch_size, settings.seed)
+    data = prepare(data_settings(settings), settings.vision.patch_size, settings.seed)
     if split == "held_out" and not data.has_held_out:
         raise PretrainError("nothing is held out: raise data.held_out")
     text = inspect.page(data, split, count, f"Data of {path}")

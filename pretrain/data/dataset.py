@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import DataConfig
+from pretrain.config import Config, DataConfig
 from pretrain.data import images, own, packing
 from pretrain.data.data import Data
 from pretrain.data.images import VisionItem
@@ -21,6 +21,7 @@ from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.text import SPLITS, Split, TextFile, prose_lines, read_corpus
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,24 @@ class BuiltIn(Data):
         chunk = tokens[start : start + length]
         ends = np.flatnonzero(chunk == self.tokenizer.eos)
         return chunk[: ends[0] + 1] if len(ends) else chunk
+
+
+def settings(config: Config) -> DataConfig:
+    """``config.data``; of a run that begins with another's weights, with that one's tokenizer.
+
+    Raises:
+        PretrainError: the other run has none.
+    """
+    if config.start_from is None or config.data.tokenizer is not None:
+        return config.data
+    for run_dir in (config.run_dir, config.start_from):  # a run that goes on has a copy
+        path = Path(run_dir, "tokenizer.json")
+        if path.is_file():
+            return replace(config.data, tokenizer=str(path))
+    raise PretrainError(
+        f"start_from={config.start_from} has no tokenizer.json: give the run_dir of a run that has "
+        "been trained"
+    )
 
 
 def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing | None = None) -> Data:

@@ -102,8 +102,9 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides which ids a text becomes."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        """Of everything that decides which ids a text becomes; not of what goes around it."""
+        described = json.loads(self._backend.to_str()) | {"post_processor": None}
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
     def require_media(self) -> None:
         """Refuse a tokenizer that has no tokens to put an image in place of.

@@ -1,0 +1,73 @@
+"""Weights keep their bits from one run to another, whatever precision each computes in."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain import batches, state
+from pretrain.build import build
+from pretrain.runtime import processes
+from pretrain.step import train_step
+from pretrain.train import set_up
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.pretrain.saved_run import SHAPE, Made
+
+
+class Begun(NamedTuple):
+    """What a run that begins with another's weights has, by name.
+
+    Attributes:
+        states: what the optimizer knows of each parameter, before and after a step.
+    """
+
+    named: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    states: tuple[set[str], set[str]]
+
+
+def begin(folder: str, other: str, precision: str) -> Begun:
+    settings = training.tiny(
+        folder,
+        *SHAPE,
+        *(f"run_dir={folder}/new", f"start_from={folder}/{other}", f"precision={precision}"),
+    )
+    here, data = set_up(settings)
+    run = build(settings, here, data)
+    assert state.restore(run) == 0
+    named = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+    known = run.optimizer.state
+    masters = {n: known[p]["master"].clone() for n, p in run.parameters() if "master" in known[p]}
+    before = {key for _, parameter in run.parameters() for key in known[parameter]}
+    train_step(run, batches.of_step(settings, here, data, 1), 1)
+    after = {key for _, parameter in run.parameters() for key in known[parameter]}
+    processes.stop()
+    return Begun(named, masters, (before, after))
+
+
+FRESH = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("other", ["run", "run16"])
+def test_float32_takes_masters_for_weights(made: Made, run_folder: Path, other: str) -> None:
+    (begun,) = launch(begin, 1, str(run_folder), other, "float32")
+    assert begun.named.keys() == made.tensors.keys()
+    assert all(torch.equal(begun.named[name], tensor) for name, tensor in made.tensors.items())
+    assert begun.states == (set(), FRESH)
+
+
+@pytest.mark.parametrize("other", ["run", "run16"])
+def test_bfloat16_takes_float32_weights_for_masters(
+    made: Made, run_folder: Path, other: str
+) -> None:
+    (begun,) = launch(begin, 1, str(run_folder), other, "bfloat16")
+    for name, tensor in made.tensors.items():
+        if isinstance(tensor, nn.Parameter) or not name.endswith("expert_bias"):
+            assert torch.equal(begun.masters[name], tensor), name
+            assert torch.equal(begun.named[name], tensor.bfloat16()), name
+        else:
+            assert torch.equal(begun.named[name], tensor)
+    assert begun.states == ({"master"}, FRESH | {"master"})
