@@ -35,6 +35,52 @@ def _require_positive(options: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """YaRN (arXiv 2309.00071): positions for longer sequences than the model has learned from.
+
+    The names are those of ``rope_scaling`` in DeepSeek-V3's and Kimi K2's config.json.
+    """
+
+    factor: float = 1.0
+    """How many times longer sequences become; 1: positions are as they were."""
+    original_max_position_embeddings: int | None = None
+    """The data.seq_length that the model was pretrained with; needed where ``factor`` is above
+    1."""
+    beta_fast: float = 32.0
+    """Rotary channels that turn more often than this over the original length stay as they are."""
+    beta_slow: float = 1.0
+    """Those that turn less often are slowed down by ``factor``; between the two, partly."""
+    mscale: float = 1.0
+    """Rotary queries and keys are multiplied by m(mscale) / m(mscale_all_dim), where m(x) =
+    0.1 x ln(factor) + 1."""
+    mscale_all_dim: float = 1.0
+    """Attention's logits are multiplied by m(mscale_all_dim) squared."""
+
+    def __post_init__(self) -> None:
+        original = self.original_max_position_embeddings
+        _require(1 <= self.factor < float("inf"), f"factor must be >= 1, not {self.factor}")
+        _require(
+            self.factor == 1 or original is not None,
+            f"original_max_position_embeddings must be given with factor={self.factor}: the "
+            "data.seq_length that the model was pretrained with",
+        )
+        _require(
+            original is None or original > 0,
+            f"original_max_position_embeddings must be > 0 or null, not {original}",
+        )
+        _require_positive(self, "beta_slow", "mscale")
+        _require(
+            self.beta_fast >= self.beta_slow,
+            f"beta_fast={self.beta_fast} must be >= beta_slow={self.beta_slow}",
+        )
+        _require(
+            self.mscale_all_dim > 0 or (self.mscale_all_dim == 0 and self.mscale == 1),
+            f"mscale_all_dim must be > 0, or 0 beside mscale=1, not {self.mscale_all_dim} beside "
+            f"mscale={self.mscale}: programs differ in what that means",
+        )
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """The language model: multi-head latent attention and mixture of experts (Kimi K2's shape)."""
 
@@ -51,6 +97,7 @@ class LanguageConfig:
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
     rope_base: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     num_experts: int = 8
     experts_per_token: int = 2
     expert_ffn_hidden_size: int = 128
@@ -487,6 +534,13 @@ class Config:
         _require(
             self.profile.steps is None or self.profile.steps[1] <= self.steps,
             f"profile.steps ends after steps = {self.steps}",
+        )
+        scaling = self.language.rope_scaling
+        longest = scaling.factor * (scaling.original_max_position_embeddings or 0)
+        _require(
+            scaling.factor == 1 or self.data.seq_length <= longest,
+            f"data.seq_length={self.data.seq_length} is more than language.rope_scaling's factor x "
+            f"original_max_position_embeddings = {longest:g}: raise the factor",
         )
         used = self.optimizer.warmup_steps + self.optimizer.decay_steps
         _require(

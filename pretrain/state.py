@@ -24,7 +24,7 @@ _MODEL = ("language", "vision")
 _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
 _FREE_OF_DATA = ("cache_dir", "max_corrupt")
 # Of a model whose weights alone are taken up: how it learns, and what its positions are.
-_FREE_OF_WEIGHTS = ("init_std", "expert_bias_update_rate", "rope_base")
+_FREE_OF_WEIGHTS = ("init_std", "expert_bias_update_rate", "rope_base", "rope_scaling")
 # What earlier versions put behind a name where tensor parallelism had cut the tensor.
 _EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _values(
     longest = (described.get("text_config") or described).get("max_position_embeddings", _LONGEST)
     return {
         "run_dir": str(run_dir),
-        "language": dict(language),
+        "language": deepcopy(dict(language)),  # overrides are written into it
         **({"vision": dict(vision)} if vision else {}),
         "data": {
             "tokenizer": str(run_dir / "tokenizer.json"),

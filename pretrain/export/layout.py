@@ -8,13 +8,13 @@ of theirs is rows of ours.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.config import LanguageConfig, VisionConfig
+from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
 from pretrain.model.hf_vision import transformers_config
 from pretrain.model.vision import MAX_FRAMES, MERGE
@@ -246,10 +246,21 @@ def text_settings(
         "num_nextn_predict_layers": 0,
         "max_position_embeddings": max_length,
         "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        **_positions(config),
         "attention_dropout": 0.0,
         "use_cache": True,
         **special,
+    }
+
+
+def _positions(config: LanguageConfig) -> dict[str, Any]:
+    """What is done to positions: under transformers' name, and the one that servers read."""
+    if config.rope_scaling.factor == 1:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
+    scaling = asdict(config.rope_scaling)
+    return {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": config.rope_base, **scaling},
+        "rope_scaling": {"type": "yarn", "rope_type": "yarn", **scaling},
     }
 
 
@@ -337,12 +348,8 @@ def our_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     _require(text, _FIXED_TEXT)
     language = {ours: _number(text, theirs) for ours, theirs in _TEXT.items()}
     rope: dict[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise PretrainError(
-            f"config.json scales positions ({rope}): this trainer has the default rotary "
-            "embedding only"
-        )
     language["rope_base"] = float(rope.get("rope_theta") or text.get("rope_theta", 10000.0))
+    language["rope_scaling"] = _our_scaling(rope)
     language["router_scaling"] = float(language["router_scaling"])
     width = language["expert_ffn_hidden_size"]
     language["shared_expert_ffn_hidden_size"] = _number(text, "n_shared_experts") * width
@@ -362,6 +369,31 @@ def our_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     _require(vision, {"mm_hidden_size": found["hidden_size"], "pos_emb_time": MAX_FRAMES})
     theta: Any = (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)
     return language, {**found, "rope_base": float(theta)}, vocab_size
+
+
+def _our_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of RopeScalingConfig.
+
+    What is left out means what it does to transformers: 32, 1, and m(1) on queries and keys.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return asdict(RopeScalingConfig())
+    if kind != "yarn":
+        raise PretrainError(
+            f"config.json scales positions by {kind!r}: this trainer has the default rotary "
+            "embedding and yarn"
+        )
+    _require(rope, {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0})
+    left_out = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    given = {name: value for name, value in rope.items() if value is not None}
+    original = int(_number(given, "original_max_position_embeddings"))
+    numbers = {name: float(_number({**left_out, **given}, name)) for name in ("factor", *left_out)}
+    try:
+        scaling = RopeScalingConfig(original_max_position_embeddings=original, **numbers)
+    except ValueError as error:
+        raise PretrainError(f"the positions' scaling in config.json: {error}") from error
+    return asdict(scaling)
 
 
 def _number(settings: Mapping[str, Any], name: str) -> Any:

@@ -20,7 +20,12 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
+from pretrain.config import (
+    LanguageConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RopeScalingConfig,
+)
 from pretrain.model.names import Cut
 from pretrain.runtime import apex
 
@@ -114,8 +119,8 @@ def transformer_config(
         qk_head_dim=config.qk_nope_head_dim,
         qk_pos_emb_head_dim=config.qk_rope_head_dim,
         v_head_dim=config.v_head_dim,
-        rope_type="rope",
         rotary_base=config.rope_base,
+        **_rope_settings(config.rope_scaling),
         qk_layernorm=True,
         num_moe_experts=config.num_experts,
         moe_layer_freq=[0] * config.dense_layers + [1] * sparse,
@@ -174,6 +179,23 @@ def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[l
         return None
     runs = [["decoder"] * count for count in layers]
     return [["embedding", *runs[0]], *runs[1:-1], [*runs[-1], "loss"]]
+
+
+def _rope_settings(config: RopeScalingConfig) -> dict[str, Any]:
+    """With YaRN, megatron-core's MLA passes on a softmax scale that has m(mscale_all_dim) squared
+    in it, and turns queries and keys with a table that has m(mscale) / m(mscale_all_dim) in it: a
+    head's largest logit is seen with both."""
+    if config.factor == 1:
+        return {"rope_type": "rope"}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": config.factor,
+        "original_max_position_embeddings": config.original_max_position_embeddings,
+        "beta_fast": config.beta_fast,
+        "beta_slow": config.beta_slow,
+        "mscale": config.mscale,
+        "mscale_all_dim": config.mscale_all_dim,
+    }
 
 
 def _recompute_settings(config: RecomputeConfig) -> dict[str, Any]:

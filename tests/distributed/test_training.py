@@ -179,9 +179,16 @@ def test_a_checkpoint_goes_on_at_other_parallel_sizes_and_comes_back(
             assert mine[key] == pytest.approx(reference[key], rel=5e-5), (mine["step"], key)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+SCALED = (
+    "language.rope_scaling.factor=4",
+    "language.rope_scaling.original_max_position_embeddings=24",
+    "language.rope_scaling.mscale=2",
+)
+
+
+@pytest.mark.parametrize(("world_size", "positions"), [(1, ()), (2, ()), (1, SCALED)])
 def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
-    folder: Path, world_size: int
+    folder: Path, world_size: int, positions: tuple[str, ...]
 ) -> None:
     """In the first layer of language model (MLA) and encoder (MHA), where inputs do not change."""
     threshold = 0.03
@@ -189,6 +196,7 @@ def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
         training.max_logits_before_and_after_a_clip,
         world_size,
         *(str(folder), f"parallel.expert={world_size}", f"optimizer.qk_clip_threshold={threshold}"),
+        *positions,
     )[0]
     names = ("language.decoder.layers.0.self_attention", "vision.encoder.blocks.0.attention")
     for name in names:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from pretrain import batches, state
 from pretrain.build import Run, build
-from pretrain.config import to_dict
-from pretrain.data import Document
+from pretrain.config import Config, to_dict
+from pretrain.data import Data, Document
 from pretrain.data.fit import frame_groups
 from pretrain.data.images import VisionItem
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
 from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard
+from pretrain.runtime.processes import Processes
 from pretrain.train import set_up
 from tests.distributed import training
 
@@ -28,6 +29,13 @@ SHAPE = (
     *("language.experts_per_token=2", "language.expert_ffn_hidden_size=24"),
     *("language.shared_expert_ffn_hidden_size=48", "language.rope_base=500.0"),
     *("language.qk_nope_head_dim=6", "language.v_head_dim=10", "vision.num_layers=2"),
+)
+# YaRN with channels that stay, that are slowed down partly and wholly, and with either factor.
+SCALING = (
+    *("language.rope_scaling.factor=4", "language.rope_scaling.beta_fast=4"),
+    *("language.rope_scaling.original_max_position_embeddings=24",),
+    *("language.rope_scaling.beta_slow=0.25", "language.rope_scaling.mscale=0.7"),
+    "language.rope_scaling.mscale_all_dim=0.9",
 )
 
 
@@ -56,7 +64,8 @@ def randomize(name: str, tensor: Tensor) -> None:
 
 
 def documents(run: Run) -> dict[str, Document]:
-    """A text; an image, odd in size, in a text; clips of one to nine frames."""
+    """A text; one as long as a sequence; an image, odd in size, in a text; clips of one to nine
+    frames."""
     rng = np.random.default_rng(0)
     tokenizer, patch = run.data.tokenizer, run.config.vision.patch_size
     encode = tokenizer.encode
@@ -66,13 +75,14 @@ def documents(run: Run) -> dict[str, Document]:
         return VisionItem(rng.integers(0, 256, size, dtype=np.uint8), "")
 
     text = Document(tokenizer).add_tokens(encode("The same text in two models, with 42 numbers."))
+    long = Document(tokenizer).add_tokens(encode("No two of 87 are the same. " * 9)[:95])
     image = Document(tokenizer).add_tokens(encode("Look: ")).add_image(item(1, 4, 10), patch)
     image.add_tokens(encode(" and ")).add_image(item(1, 2, 2), patch).add_tokens(encode("so."))
     clip = Document(tokenizer).add_image(item(3, 4, 4), patch).add_tokens(encode("moves"))
     video, frames = Document(tokenizer), item(9, 4, 6).pixels
     for group in frame_groups(len(frames)):
         video.add_image(VisionItem(frames[group], ""), patch).add_tokens(encode("then "))
-    return {"text": text, "image": image, "clip": clip, "video": video}
+    return {"text": text, "long": long, "image": image, "clip": clip, "video": video}
 
 
 @torch.no_grad()
@@ -90,6 +100,7 @@ class Made(NamedTuple):
     """What :func:`make` leaves, beside the run's folder."""
 
     reads: dict[str, Read]
+    scaled: dict[str, Read]
     tensors: dict[str, Tensor]
     held_out: dict[str, float | None]
 
@@ -97,18 +108,14 @@ class Made(NamedTuple):
 def make(folder: str) -> Made:
     """Save a run of randomized weights in ``folder``/run; its readings and every tensor.
 
-    Beside it in run16 as a run of bfloat16 keeps them: rounded, with float32 masters.
+    Beside it in run16 as a run of bfloat16 keeps them: rounded, with float32 masters. And in
+    scaled the same weights with scaled positions.
     """
     training.tiny_file(Path(folder))
     config = training.tiny(folder, *SHAPE)
     here, data = set_up(config)
-    run = build(config, here, data)
-    with torch.no_grad():
-        for name, tensor in run.named.items():
-            randomize(name, tensor)
-    with contextlib.closing(state.saver(run)) as saver:
-        state.save(run, saver, Guard(config.faults), STEP)
-    state.keep_tokenizer(run)
+    run = _save(config, here, data)
+    scaled = _save(training.tiny(folder, *SHAPE, *SCALING, f"run_dir={folder}/scaled"), here, data)
     rounded = {
         f"model.{name}": tensor.bfloat16() if isinstance(tensor, nn.Parameter) else tensor
         for name, tensor in run.named.items()
@@ -120,7 +127,20 @@ def make(folder: str) -> Made:
     facts = {"config": {**to_dict(config), "precision": "bfloat16"}}
     checkpoint.save(sixteen / "checkpoints", STEP, rounded | masters, facts, 1)
     state.write_tokenizer(data.tokenizer, sixteen)
-    run.train(False)
-    reads = {name: read(run, document) for name, document in documents(run).items()}
+    read_by = []
+    for model in (run, scaled):
+        model.train(False)
+        read_by.append({name: read(model, text) for name, text in documents(model).items()})
     tensors = {name: tensor.detach().clone() for name, tensor in run.named.items()}
-    return Made(reads, tensors, held_out_losses(run))
+    return Made(*read_by, tensors, held_out_losses(run))
+
+
+def _save(config: Config, here: Processes, data: Data) -> Run:
+    run = build(config, here, data)
+    with torch.no_grad():
+        for name, tensor in run.named.items():
+            randomize(name, tensor)
+    with contextlib.closing(state.saver(run)) as saver:
+        state.save(run, saver, Guard(config.faults), STEP)
+    state.keep_tokenizer(run)
+    return run

@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 from pretrain import config
 from pretrain.errors import PretrainError
 
+YARN = (
+    "language.rope_scaling.factor=2",
+    "language.rope_scaling.original_max_position_embeddings=256",
+)
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
@@ -51,6 +55,18 @@ def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path: 
         (["language.dense_layers=9"], "language.dense_layers must leave a layer of experts"),
         (["language.experts_per_token=99"], "experts_per_token is 99 of only 8 experts"),
         (["steps=10"], "is more than steps = 10"),
+        (["start_from=runs/default"], "start_from=runs/default is the run_dir itself"),
+        (["language.rope_scaling.factor=0.5"], "rope_scaling.factor must be >= 1, not 0.5"),
+        (
+            ["language.rope_scaling.factor=4"],
+            "rope_scaling.original_max_position_embeddings must be given with factor=4",
+        ),
+        ([*YARN, "data.seq_length=1024"], "data.seq_length=1024 is more than language.rope_scal"),
+        ([*YARN, "language.rope_scaling.beta_fast=0.5"], "beta_fast=0.5 must be >= beta_slow=1"),
+        (
+            [*YARN, "language.rope_scaling.mscale=2", "language.rope_scaling.mscale_all_dim=0"],
+            "mscale_all_dim must be > 0, or 0 beside mscale=1, not 0.0 beside mscale=2.0",
+        ),
         (["profile.steps=[3, 2]"], "profile.steps must be [first, last], 1 <= first <= last"),
         (["profile.steps=[3]"], "profile.steps must be"),
         (["profile.steps=[1, 2000]"], "profile.steps ends after steps = 1000"),

@@ -28,14 +28,14 @@ class Found(NamedTuple):
     """What :func:`look` found.
 
     Attributes:
-        at_once, step_by_step: logits [tokens, vocabulary] of the same text.
+        logits: [tokens, vocabulary] of the same text, all at once and step by step: of the model,
+            and of it with scaled positions.
         pieces: what was written, several times over, by options.
         told: of the command line, status, output and errors.
         refusals: of what cannot be read.
     """
 
-    at_once: Tensor
-    step_by_step: Tensor
+    logits: list[tuple[Tensor, Tensor]]
     pieces: list[list[str]]
     greedy: str
     told: tuple[int, str, str]
@@ -50,10 +50,9 @@ def _refusal(model: sample.Model, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
-def look(folder: str, image: str) -> Found:
-    """Everything that needs the model, in one process."""
-    model = sample.load(Path(folder, "run"))
-    path, patch = Path(image), model.config.vision.patch_size
+def both_ways(model: sample.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
+    """The likeliest tokens after an image and the prompt, and their logits either way."""
+    patch = model.config.vision.patch_size
     item = sample.VisionItem(sample.fit(sample.read_image(path).pixels, patch), "")
     document = (
         Document(model.tokenizer).add_image(item, patch).add_tokens(model.tokenizer.encode(PROMPT))
@@ -73,6 +72,17 @@ def look(folder: str, image: str) -> Found:
         whole = multimodal.forward(
             model.language, batch, features, model.tokenizer.media_pad, logits=True
         )
+    return chosen, (whole[0, start - 1 :], torch.stack(steps))
+
+
+def look(folder: str, image: str) -> Found:
+    """Everything that needs the model, in one process."""
+    path = Path(image)
+    model = sample.load(Path(folder, "scaled"))
+    _, scaled = both_ways(model, path)
+    processes.stop()
+    model = sample.load(Path(folder, "run"))
+    chosen, plain = both_ways(model, path)
 
     options = [
         {"temperature": 0.0},
@@ -96,8 +106,7 @@ def look(folder: str, image: str) -> Found:
             *("--max-tokens", "12", "--temperature", "0"),
         )
     return Found(
-        whole[0, start - 1 :],
-        torch.stack(steps),
+        [plain, scaled],
         written,
         model.tokenizer.decode(chosen),
         (status, output.getvalue(), errors),
@@ -114,8 +123,11 @@ def found(made: Made, run_folder: Path) -> Found:
 
 
 def test_a_token_at_a_time_gives_the_logits_of_all_at_once(found: Found) -> None:
-    assert found.at_once.std() > 0.5
-    torch.testing.assert_close(found.step_by_step, found.at_once, rtol=0, atol=1e-5)
+    for at_once, step_by_step in found.logits:
+        assert at_once.std() > 0.5
+        torch.testing.assert_close(step_by_step, at_once, rtol=0, atol=1e-5)
+    (plain, _), (scaled, _) = found.logits
+    assert (plain[0] - scaled[0]).abs().max() > 0.01
 
 
 def test_likeliest_tokens_are_streamed_and_draws_repeat_with_their_seed(found: Found) -> None:

@@ -32,6 +32,7 @@ def bring_back(folder: str) -> Imported:
     """Import what was exported: all of it, rounded to bfloat16, and the text alone; train once."""
     root = Path(folder)
     import_hf(root / "hf", root / "imported")
+    import_hf(root / "hf-scaled", root / "imported-scaled")
     import_hf(root / "bf16", root / "imported-bf16")
     vision = ["vision.num_layers=1", "vision.hidden_size=16", "vision.num_heads=2"]
     import_hf(root / "hf-text", root / "imported-text", vision)
@@ -54,6 +55,7 @@ def bring_back(folder: str) -> Imported:
 def hf(made: Made, run_folder: Path) -> Path:
     export(run_folder / "run", run_folder / "bf16", dtype="bfloat16")
     export(run_folder / "run", run_folder / "hf-text", text_only=True)
+    export(run_folder / "scaled", run_folder / "hf-scaled")
     return export(run_folder / "run", run_folder / "hf", max_file_bytes=200_000)
 
 
@@ -67,11 +69,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["hf", "bf16"])
+@pytest.mark.parametrize("name", ["hf", "bf16", "hf-scaled"])
 def test_import_then_export_is_the_identity(
     imported: Imported, run_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    run = run_folder / {"hf": "imported", "bf16": "imported-bf16"}[name]
+    run = run_folder / f"imported{name.removeprefix('hf') if name != 'bf16' else '-bf16'}"
     again = export(run, tmp_path / "again", step=0)
     before, after = weights(run_folder / name), weights(again)
     assert before.keys() == after.keys()
@@ -188,6 +190,9 @@ def test_settings_that_contradict_the_checkpoint_and_folders_in_use_are_refused(
 ) -> None:
     line = refusal(copy, "language.num_layers=4")
     assert line == "language.num_layers=4 was asked for, but the checkpoint has 3"
+    scaled = ("factor=2", "original_max_position_embeddings=4096")
+    line = refusal(copy, *(f"language.rope_scaling.{setting}" for setting in scaled))
+    assert "language.rope_scaling={'factor': 2.0" in line
     assert "unknown configuration key 'language.layers'" in refusal(copy, "language.layers=4")
     assert "cannot read" in refusal(copy.parent / "nowhere")
     with pytest.raises(PretrainError, match="run has checkpoints already"):

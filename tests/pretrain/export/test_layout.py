@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import LanguageConfig, VisionConfig
+from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
 from pretrain.export.layout import our_settings, rows, settings
 
@@ -127,6 +127,18 @@ sizes = st.integers(1, 4096)
         expert_ffn_hidden_size=st.just(64),
         shared_expert_ffn_hidden_size=st.sampled_from([64, 128, 192]),
         rope_base=st.floats(1.0, 1e7),
+        rope_scaling=st.one_of(
+            st.just(RopeScalingConfig()),
+            st.builds(
+                RopeScalingConfig,
+                factor=st.floats(1.01, 100),
+                original_max_position_embeddings=sizes,
+                beta_fast=st.floats(1.0, 64.0),
+                beta_slow=st.floats(0.1, 1.0),
+                mscale=st.just(1.0),
+                mscale_all_dim=st.floats(0.0, 2.0),
+            ),
+        ),
         router_scaling=st.floats(0.1, 10),
         norm_eps=st.sampled_from([1e-5, 1e-6]),
     ),
@@ -145,6 +157,7 @@ sizes = st.integers(1, 4096)
 def test_settings_come_back(language: LanguageConfig, vision: VisionConfig | None) -> None:
     theirs = settings(language, vision, 1000, 256, {}, 4)
     found, found_vision, vocab_size = our_settings(theirs)
+    found["rope_scaling"] = RopeScalingConfig(**found["rope_scaling"])
     assert LanguageConfig(**found) == language
     assert (None if found_vision is None else VisionConfig(**found_vision)) == vision
     assert vocab_size == 1000
@@ -162,6 +175,23 @@ def test_settings_of_either_naming_are_read() -> None:
         assert VisionConfig(**found or {}) == VisionConfig(num_layers=3)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+def test_scaled_positions_are_read_as_kimi_k2_publishes_them() -> None:
+    theirs = settings(LanguageConfig(), None, 1000, 256, {}, 4)
+    del theirs["rope_parameters"]
+    published = {
+        **{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0},
+        **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+    }
+    found, _, _ = our_settings(theirs | {"rope_scaling": published, "rope_theta": 50000.0})
+    assert found["rope_base"] == 50000.0
+    assert found["rope_scaling"] == {k: v for k, v in published.items() if k != "type"}
+    found, _, _ = our_settings(theirs | {"rope_scaling": YARN})
+    assert (found["rope_scaling"]["mscale"], found["rope_scaling"]["mscale_all_dim"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,7 +199,10 @@ def test_settings_of_either_naming_are_read() -> None:
         ({"quantization_config": {"bits": 4}}, "the checkpoint is quantized"),
         ({"n_group": 8}, "n_group=8 in config.json: this trainer's models have 1"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True in config.json"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "config.json scales positions"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, "by 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "original_max_position_embeddi"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2 in config"),
+        ({"rope_parameters": YARN | {"mscale": 0.5}}, "scaling in config.json: mscale_all_dim"),
         ({"q_lora_rank": None}, "q_lora_rank in config.json must be a number, not None"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False in config.json"),
     ],

@@ -86,6 +86,22 @@ def test_text_and_images_give_kimi_k25s_logits(kimi: Any, made: Made, name: str)
 
 
 @torch.no_grad()
+def test_scaled_positions_give_their_logits_beyond_the_original_length(
+    run_dir: Path, made: Made
+) -> None:
+    scaled = run_dir.parent / "scaled"
+    plain, long = made.reads["long"], made.scaled["long"]
+    assert torch.equal(plain.tokens, long.tokens) and long.tokens.shape == (1, 96)
+    text = load("AutoModelForCausalLM", export(scaled, text_only=True))
+    close(text(long.tokens).logits[0], long)
+    assert (long.logits - plain.logits).abs().max() > 0.1, "scaling changes what is computed"
+    kimi = load("AutoModelForImageTextToText", export(scaled))
+    for read in (long, made.scaled["image"]):
+        images = {"pixel_values": pixels_of(read.patches), "image_grid_thw": read.grids}
+        close(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
+
+
+@torch.no_grad()
 def test_videos_are_their_own_inputs_with_a_placeholder_of_their_own(kimi: Any, made: Made) -> None:
     read = made.reads["video"]
     assert read.grids[:, 0].tolist() == [4, 4, 1]
