@@ -219,11 +219,15 @@ class QKClip:
         self._take(name, exact, torch.where(bounds <= threshold, bounds, exact))
 
     @torch.no_grad()
-    def step(self) -> ClipResult:
+    def step(self, *, clip: bool = True) -> ClipResult:
         """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
 
         A collective call: every rank of the process group makes it. On an accelerator nothing
         here waits for it.
+
+        Args:
+            clip: False changes no weight, and counts none as clipped: for a step that the optimizer
+                left out, whose logits are to be seen and must not count in the next step's.
 
         Raises:
             ValueError: if a weight has other rows than when its layout was made, or the place of a
@@ -234,8 +238,9 @@ class QKClip:
         running = self._running = self._running.to(self._device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
-        over = running[0] > self.threshold
-        if running.device.type != "cpu" or over.any():  # reading it waits on an accelerator
+        over = (running[0] > self.threshold) & clip
+        # Whether any is over is not read on an accelerator, which that would wait for.
+        if clip and (running.device.type != "cpu" or over.any()):
             factors = self._factors(running[0])
             for rows, tensor in zip(self._rows, tensors, strict=True):
                 rows.scale(tensor, factors)

@@ -262,10 +262,5 @@ def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, l
 
 def _leave_out(run: Run) -> tuple[Tensor, list[ClipResult]]:
     """What :func:`_update` returns, where nothing is to change."""
-    seen = []
-    for clip in run.clips:
-        threshold, clip.threshold = clip.threshold, math.inf
-        seen.append(clip.step())
-        clip.threshold = threshold
     run.optimizer.zero_grad(set_to_none=True)
-    return run.monitor.after_update(), seen
+    return run.monitor.after_update(), [clip.step(clip=False) for clip in run.clips]

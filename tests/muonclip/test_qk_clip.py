@@ -356,6 +356,26 @@ def test_micro_batches_accumulate_and_a_step_starts_afresh() -> None:
     assert first.max_logits["layer"].tolist() == [7.0, 300.0]  # not overwritten
 
 
+def test_without_clipping_a_step_reads_the_logits_and_starts_afresh() -> None:
+    """For a step that was left out: its logits are told, and the next step does not see them."""
+    attention = layer()
+    before = copy.deepcopy(attention.state_dict())
+    clip = QKClip({"layer": attention.layout}, threshold=10.0)
+    told: list[ClipResult] = []
+    clip.register_step_post_hook(told.append)
+    clip.observe("layer", torch.tensor([400.0, 5.0]))
+    result = clip.step(clip=False)
+    assert result.max_logits["layer"].tolist() == [400.0, 5.0]
+    assert result.num_clipped == 0
+    assert clip.result is result and told == [result]
+    clip.observe("layer", torch.tensor([9.0, 7.0]))
+    assert clip.step().max_logits["layer"].tolist() == [9.0, 7.0]
+    for name, tensor in attention.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    clip.observe("layer", torch.tensor([400.0, 5.0]))
+    assert clip.step().num_clipped == 1
+
+
 def test_layers_are_kept_apart() -> None:
     first, second = layer(0), layer(1)
     clip = QKClip({"first": first.layout, "second": second.layout}, threshold=100.0)
