@@ -174,9 +174,22 @@ def _data(options: argparse.Namespace) -> None:
 _OF_ONE_PROCESS = {"data": _data, "export": _export, "import": _import, "sample": _sample}
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may stand before them and behind them."""
+    parser = _parser()
+    # argparse gives all of a list that stands apart to its first part.
+    options, others = parser.parse_known_args(arguments)
+    if others:
+        unknown = [text for text in others if text.startswith("-") or "=" not in text]
+        if unknown or "overrides" not in options:
+            parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
+        options.overrides += others
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 1 after an error that is told in one line."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # megatron-core remarks on every optional package that it goes without.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     # and calls a collective by a name that newer torch has another one for.

@@ -31,11 +31,17 @@ def test_the_command_writes_one_page_with_pictures_tokens_and_documents(tmp_path
     folder = make.captioned_folder(tmp_path / "pictures", 12)
     (folder / "000.txt").write_text("<b>bold</b>")
     config, page = tmp_path / "run.yaml", tmp_path / "page.html"
+    made: list[str] = []
     config.write_text(
         f"data: {{seq_length: 128, vocab_size: 300, held_out: 0, cache_dir: {tmp_path}/cache, "
         f"sources: [{{type: images, path: {folder}}}]}}\n"
     )
-    assert cli.main(["data", "inspect", str(config), "--out", str(page), "--count", "4"]) == 0
+    options = ["--out", str(page), "--count", "4"]
+    for order in (["seed=5", *options], [*options, "seed=5"], ["seed=1", *options, "seed=5"]):
+        page.unlink(missing_ok=True)
+        assert cli.main(["data", "inspect", str(config), *order]) == 0
+        made.append(page.read_text())
+    assert len(set(made)) == 1
     text = page.read_text()
     assert text.count("<h2>train sequence ") == 4
     assert text.count("class=document") >= 8
