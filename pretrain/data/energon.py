@@ -51,15 +51,24 @@ def _loader(
     ranks: int,
     seed: int,
     skips: list[Skip],
-    decode: bool = True,
+    images: bool = True,
 ) -> Any:
-    """Energon's own savable loader, reading in this process; endless for ``train``."""
+    """Energon's own savable loader, reading in this process; endless for ``train``. Without
+    ``images``, these are left the bytes they are."""
     from megatron import energon
+    from webdataset.autodecode import IMAGE_EXTENSIONS
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
 
+    class TextDecoder(energon.SampleDecoder):  # type: ignore[misc]
+        def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+            raw = {k: v for k, v in sample.items() if k.rpartition(".")[2] in IMAGE_EXTENSIONS}
+            others = {k: v for k, v in sample.items() if k not in raw}
+            decoded: dict[str, Any] = super().__call__(others)
+            return decoded | raw
+
     class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
-        decoder = energon.SampleDecoder(image_decode="pilrgb") if decode else None
+        decoder = energon.SampleDecoder(image_decode="pilrgb") if images else TextDecoder()
 
         @energon.stateless  # type: ignore[untyped-decorator]
         def encode_sample(self, sample: Any) -> Any:
@@ -99,11 +108,13 @@ def _parts(sample: Any) -> list[str | Pixels]:
     """Text and pixels of a sample.
 
     Raises:
-        ValueError: it has neither an image with a caption nor a sequence.
+        ValueError: it has neither an image with a caption nor a sequence, or other things in it.
     """
     if hasattr(sample, "caption") and hasattr(sample, "image"):
+        if not isinstance(sample.caption, str):
+            raise ValueError(f"its caption is a {type(sample.caption).__name__}")
         found = [sample.image, sample.caption.strip()]
-    elif hasattr(sample, "sequence"):
+    elif isinstance(getattr(sample, "sequence", None), list | tuple):
         found = list(sample.sequence)
     else:
         raise ValueError(
@@ -155,9 +166,9 @@ def read_meta(folder: Path, key: str) -> Meta:
 
 
 def texts(folder: Path, key: str, seed: int) -> Iterator[str]:
-    """Text to train a tokenizer on: of one pass over the training samples, images undecoded."""
+    """Text to train a tokenizer on: of as many training samples as there are, images undecoded."""
     count = read_meta(folder, key).train
-    for sample in itertools.islice(_loader(folder, "train", 0, 1, seed, [], decode=False), count):
+    for sample in itertools.islice(_loader(folder, "train", 0, 1, seed, [], images=False), count):
         found = getattr(sample, "sequence", None) or [getattr(sample, "caption", None)]
         yield from (part for part in found if isinstance(part, str))
 
@@ -202,8 +213,11 @@ class Shards:
 
     def failure(self, error: Exception) -> PretrainError:
         """Energon gave up: everything is damaged, or shards are missing."""
-        reason = self.skips[-1].reason if self.skips else _reason(error)
-        return PretrainError(f"{self.key}: energon cannot read {self.folder}: {reason}")
+        corrupt = [skip for skip in self.skips if skip.corrupt][-1:]
+        latest = "".join(f"; the latest sample: {skip.name} ({skip.reason})" for skip in corrupt)
+        return PretrainError(
+            f"{self.key}: energon cannot read {self.folder}: {_reason(error)}{latest}"
+        )
 
     def _size(self, parts: list[str | Pixels]) -> tuple[int, int]:
         document = self.composer.document(parts)
@@ -267,14 +281,17 @@ class EnergonCursor:
         try:
             if self._samples is None:
                 self._samples = iter(self._loader)
-            for sample in self._samples:
+            # Endless: as many as a whole pass has are enough to know that none can be used.
+            for sample in itertools.islice(self._samples, self.shards.train + 1):
                 document = self.shards.document(sample)
                 if document is not None:
                     return document, sample.__restore_key__
         except Exception as error:
             raise self.shards.failure(error) from error
+        latest = "".join(f"; the latest: {skip.reason}" for skip in self.shards.skips[-1:])
         raise PretrainError(
-            f"{self.shards.key}: {self.shards.folder} has nothing for rank {self.rank}"
+            f"{self.shards.key}: {self.shards.folder} has nothing for rank {self.rank} that can be "
+            f"used{latest}"
         )
 
     def peek(self) -> tuple[int, int]:

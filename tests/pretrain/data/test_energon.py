@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import Dealing, prepare
+from pretrain.data.energon import texts
 from pretrain.data.own import OwnData
+from pretrain.data.shards import _index, _Writer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 from tests.pretrain.data.test_packing import check_with
@@ -37,7 +40,10 @@ def opened(folder: Path, rank: int = 0, ranks: int = 1, shards: str = "shards") 
         SourceConfig("energon", str(folder / shards)),
     )
     config = DataConfig(
-        seq_length=128, vocab_size=400, cache_dir=str(folder / "cache"), sources=sources
+        seq_length=128,
+        vocab_size=400,
+        cache_dir=str(folder / "cache"),
+        sources=sources,
     )
     data = prepare(config, 14, 5, Dealing(rank, ranks, BATCH))
     assert isinstance(data, OwnData)
@@ -125,6 +131,52 @@ def test_a_damaged_picture_in_a_shard_is_skipped_and_a_missing_shard_is_told(
     with pytest.raises(PretrainError, match=r"sources\[1\]: energon cannot read \S*/damaged: .*"):
         data = opened(folder, shards="damaged")
         steps(data, 0, 1, range(40))
+
+
+def shards_of(folder: Path, name: str, captions: Sequence[object]) -> None:
+    """Pictures with these captions, in JSON, as energon's field map allows."""
+    writer = _Writer(folder / name, "train", 100)
+    (folder / name).mkdir()
+    for number, caption in enumerate(captions):
+        image = (folder / "pictures" / f"{number:03}.png").read_bytes()
+        described = json.dumps({"caption": caption}).encode()
+        writer.add(f"{number:03}", {"png": image, "json": described})
+    writer.close()
+    _index(folder / name, ["train"])
+    dataset = folder / name / ".nv-meta" / "dataset.yaml"
+    dataset.write_text(dataset.read_text().replace("caption: txt", "caption: json[caption]"))
+
+
+def test_shards_of_which_nothing_fits_are_told_and_not_read_for_ever(folder: Path) -> None:
+    shards_of(folder, "long", [f"{number} {'so long a caption ' * 30}" for number in range(6)])
+    data = opened(folder, shards="long")
+    with pytest.raises(
+        PretrainError,
+        match=r"sources\[1\]: \S*/long has nothing for rank 0 that can be used; the latest: its "
+        r"\d+ tokens do not fit data.seq_length=128",
+    ):
+        steps(data, 0, 1, range(4))
+
+
+def test_tokenizers_are_trained_on_captions_and_images_left_undecoded(folder: Path) -> None:
+    captions = [make.picture(number)[1] for number in range(60)]
+    found = list(texts(folder / "shards", "data.sources[1]", 0))
+    assert len(found) > 40 and {text.strip() for text in found} < set(captions)
+    shards_of(folder, "in_json", captions[:6])
+    path = folder / "in_json" / "train-000000.tar"
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"LOST"))  # no picture can be decoded
+    found = list(texts(folder / "in_json", "data.sources[1]", 0))
+    assert len(found) == 6 and set(found) <= set(captions[:6])
+
+
+def test_a_caption_that_is_no_text_is_skipped(folder: Path) -> None:
+    captions: list[object] = [make.picture(number)[1] for number in range(12)]
+    captions[3] = 7
+    shards_of(folder, "numbers", captions)
+    data = opened(folder, shards="numbers")
+    steps(data, 0, 1, range(20))
+    (skip,) = {skip[:2] for skip in data.take_skipped()}
+    assert skip[0].endswith("/003") and skip[1] == "its caption is a int"
 
 
 def test_what_is_no_folder_of_shards_is_told(folder: Path) -> None:
