@@ -457,7 +457,7 @@ def head_activations(config: Config, place: Layout) -> float:
     return tokens / place.tensor * (norm + config.data.vocab_size * _FLOAT32)
 
 
-def in_flight(config: Config, place: Layout, stage: int) -> int:
+def in_flight(place: Layout, stage: int) -> int:
     """Micro-batches, each of one run of layers, whose activations a stage keeps at its fullest."""
     runs = len(place.stages[stage])
     if runs == 1:
@@ -495,7 +495,7 @@ def memory(config: Config, place: Layout, pictures: Images) -> list[dict[str, fl
             for weight, numel in held
         )
         kept, again = zip(*(run_activations(config, run, place) for run in runs), strict=True)
-        times = in_flight(config, place, stage)
+        times = in_flight(place, stage)
         activations = times * sum(kept) / len(kept) + max(again)
         if stage == place.pipeline - 1:
             activations += head_activations(config, place)
@@ -503,7 +503,10 @@ def memory(config: Config, place: Layout, pictures: Images) -> list[dict[str, fl
         if config.encoder_process.enabled:
             # Encoded before the backbone runs, and again after it: never beside its activations.
             spread = pictures.patches / place.world
-            encoder = encoder_activations(config, min(config.encoder_process.max_patches, spread))
+            at_a_time = min(config.encoder_process.max_patches, spread)
+            if pictures.features:  # an image is not divided
+                at_a_time = max(at_a_time, pictures.patches_per_image)
+            encoder = encoder_activations(config, at_a_time)
             beside = spread * 3 * config.vision.patch_size**2
         else:
             encoder, beside = 0.0, encoder_activations(config, own)
@@ -720,7 +723,12 @@ def table(found: Mapping[str, Any], memory_gib: float | None = None) -> str:
 
     Args:
         memory_gib: of a device, to say whether a rank fits.
+
+    Raises:
+        PretrainError: that is not above 0.
     """
+    if memory_gib is not None and memory_gib <= 0:
+        raise PretrainError(f"memory must be > 0 GiB, not {memory_gib:g}")
     where, parameters = found["layout"], found["parameters"]
     lines = [
         f"{where['processes']} processes: {where['data']} data-parallel x {where['tensor']} tensor "

@@ -1,7 +1,6 @@
 """Plans of the shipped configurations, of images, and what is said of what does not fit."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -20,9 +19,7 @@ KIMI = "configs/kimi_k25.yaml"
 def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixture[str]) -> None:
     """Its config.json gives 1.026 T, of which a token uses 31.7 B without the embedding's table
     (32.9 B with it); the report rounds to 1.04 T and 32.6 B (arXiv 2507.20534, table 2)."""
-    began = time.monotonic()
     assert cli.main(["plan", KIMI, "--json"]) == 0
-    assert time.monotonic() - began < 30
     found = json.loads(capsys.readouterr().out)
     parameters = found["parameters"]
     assert parameters["language"] == 1_026_408_209_408
@@ -50,6 +47,7 @@ def test_what_is_planned_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]
         (["parallel.pipeline=62"], "is more than language.num_layers=61"),
         (["--processes", "0"], "processes must be > 0, not 0"),
         (["--image-patches", "0"], "image-patches must be > 0, not 0"),
+        (["--memory", "0"], "memory must be > 0 GiB, not 0"),
     ],
 )
 def test_what_does_not_fit_is_told_as_the_trainer_tells_it(
@@ -58,6 +56,20 @@ def test_what_does_not_fit_is_told_as_the_trainer_tells_it(
     assert cli.main(["plan", KIMI, *arguments]) == 1
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_of_images_that_go_through_the_encoder_apart_the_memory_of_one_is_planned() -> None:
+    """However few patches are allowed at a time, or however many ranks share the step's images."""
+    few = ["encoder_process.max_patches=16", "vision.num_layers=60", "micro_batch_size=1"]
+    for processes in (2, 32):
+        settings = config.load("configs/laptop.yaml", few)
+        place = budget.layout(settings, processes)
+        pictures = budget.images(settings, 128)
+        assert pictures.patches / 32 < 128 < pictures.patches / 2
+        one = budget.encoder_activations(settings, 128)
+        backbone = budget.memory(settings, place, budget.Images(128, 0.0))[0]["activations"]
+        planned = budget.memory(settings, place, pictures)[0]["activations"]
+        assert planned == one > backbone
 
 
 def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> None:
