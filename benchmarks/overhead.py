@@ -1,9 +1,15 @@
-"""What measuring and logging add to the trainer's step, beside one that shows nothing.
+"""What measuring, logging and checkpoints add to the trainer's step, beside one with none of it.
 
-The trainer of ``configs/laptop.yaml`` in one process takes each batch twice: once bare, and once
-with all that a run shows: measures gathered, the update's RMS sampled every ``log_every`` steps,
-metrics.jsonl, TensorBoard and progress lines written. The cost is told as the ratio of the two,
-which the machine's noise blurs, and as the time within the calls that do it, of all steps.
+The trainer of ``configs/laptop.yaml`` in one process takes each batch three times: bare; with all
+that a run shows: measures gathered, the update's RMS sampled every ``log_every`` steps,
+metrics.jsonl, TensorBoard and progress lines written; and with that and a checkpoint that begins as
+the step does. The cost is told as the ratio to the bare step, which the machine's noise blurs, and
+as the time within the calls that do it, of all steps.
+
+A checkpoint is charged to the ``checkpoint.every`` steps of the configuration between two: the time
+within the call that asks for it, which copies, and all processor time of the thread that then
+writes, whether or not another core was free for it. Beside these stands how much longer the step
+took during which it was written.
 """
 
 import argparse
@@ -11,7 +17,9 @@ import contextlib
 import io
 import json
 import multiprocessing
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,13 +59,17 @@ _FORMS: dict[str, tuple[int, int, list[str]]] = {
         ],
     ),
 }
-BARE, SHOWN = "bare", "shown"
+BARE, SHOWN, SAVED = "bare", "shown", "saved"
+# Of the thread that asks, without what another thread does meanwhile.
+_OWN_CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 _TITLES = {
     "routing": "copy the routers' counts",
     "before_update": "sample weights",
     "after_update": "the update's RMS",
     "gather": "gather measures from all ranks",
     "write": "write them",
+    "copy": "copy a checkpoint, its share of a step",
+    "writer": "write it, the same, in another thread",
 }
 
 
@@ -81,10 +93,11 @@ def run(options: argparse.Namespace) -> runner.Result:
 
 
 def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: str) -> None:
-    from pretrain import batches, config
+    from pretrain import batches, config, state
     from pretrain.build import build
     from pretrain.monitor import Monitor
-    from pretrain.runtime import processes
+    from pretrain.runtime import checkpoint, processes
+    from pretrain.runtime.faults import Guard
     from pretrain.runtime.metrics import MetricsWriter
     from pretrain.step import train_step
     from pretrain.train import set_up
@@ -116,12 +129,14 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     trained = build(settings, here, data)
     out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
     made = [batches.of_step(settings, here, data, step) for step in range(1, count + 1)]
-    runs = {BARE: replace(trained, monitor=Blind()), SHOWN: trained}
+    runs = {BARE: replace(trained, monitor=Blind()), SHOWN: trained, SAVED: trained}
 
     now = runner.CLOCKS[clock]
     spent = dict.fromkeys(_TITLES, 0.0)
 
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(
+        name: str, call: Callable[..., Any], now: Callable[[], float] = now
+    ) -> Callable[..., Any]:
         def within(*arguments: Any) -> Any:
             begun = now()
             result = call(*arguments)
@@ -135,53 +150,90 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
         setattr(monitor, name, timed(name, getattr(monitor, name)))
     setattr(monitor.routing, "take", timed("routing", monitor.routing.take))  # noqa: B010 (for mypy)
     write = timed("write", out.write)
+    guard = Guard(settings.faults)
+    saver = state.saver(trained)
+    save = timed("copy", state.save, _OWN_CLOCKS[clock])
+    # What the saver's thread runs.
+    setattr(checkpoint, "save", timed("writer", checkpoint.save, time.thread_time))  # noqa: B010 (for mypy)
 
     taken = dict.fromkeys(runs, 0)
     parts: list[dict[str, float]] = []
+    saves: list[dict[str, float]] = []
 
     def step_of(name: str) -> Callable[[], None]:
         def step() -> None:
             number = taken[name] = taken[name] + 1
             spent.update(dict.fromkeys(spent, 0.0))
             begun = now()
+            if name == SAVED:
+                save(trained, saver, guard, number)
             metrics = train_step(runs[name], made[number % count], number)
-            if name == SHOWN:
+            if name != BARE:
                 seconds = now() - begun
                 metrics["tokens_per_second"] = metrics["tokens"] / seconds
                 metrics["mfu"] = metrics["model_flops"] / seconds / monitor.peak_flops
                 write(metrics)
+            if name == SHOWN:
                 parts.append(dict(spent))
 
         return step
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    def settle(_next: str) -> None:
+        """What was begun in a step is written before another variant's is timed."""
+        saver.wait()
+        if spent["copy"]:
+            saves.append(dict(spent))
+            spent["copy"] = 0.0
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.closing(saver):
         seconds = runner.interleave(
             {name: step_of(name) for name in runs},
             rounds=rounds or default_rounds,
             warmup=1,
+            before=settle,
             device=here.device,
             clock=clock,
         )
+        settle("")
     out.close()
+    newest = checkpoint.path_of(state.folder(trained), taken[SAVED])
+    size = sum(file.stat().st_size for file in newest.iterdir())
     processes.stop()
-    Path(folder, "result.json").write_text(json.dumps(_result(trained, seconds, parts[1:])))
+    told = _result(trained, seconds, parts[1:], saves[1:], size)
+    Path(folder, "result.json").write_text(json.dumps(told))
 
 
 def _result(
-    run: "Run", seconds: dict[str, list[float]], parts: list[dict[str, float]]
+    run: "Run",
+    seconds: dict[str, list[float]],
+    parts: list[dict[str, float]],
+    saves: list[dict[str, float]],
+    size: int,
 ) -> runner.Result:
     ratios = [shown / bare - 1 for bare, shown in zip(seconds[BARE], seconds[SHOWN], strict=True)]
-    whole = sum(seconds[SHOWN])
-    within = {name: sum(part[name] for part in parts) for name in _TITLES}
+    slower = [saved - shown for shown, saved in zip(seconds[SHOWN], seconds[SAVED], strict=True)]
+    every = run.config.checkpoint.every
+    mean = {name: statistics.fmean(part[name] for part in parts) for name in _TITLES}
+    save = {name: statistics.fmean(one[name] for one in saves) for name in ("copy", "writer")}
+    shares = {name: cost / every for name, cost in save.items()}
+    step = statistics.fmean(seconds[SHOWN])
     return {
         "parameters": sum(parameter.numel() for _, parameter in run.parameters()),
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "log_every": run.config.log_every,
         "variants": runner.summarise(seconds, BARE),
         "overhead": runner.quartiles(ratios),
-        "of_totals": whole / sum(seconds[BARE]) - 1,
-        "within": sum(within.values()) / whole,
-        "parts_s": {name: total / len(parts) for name, total in within.items()},
+        "of_totals": sum(seconds[SHOWN]) / sum(seconds[BARE]) - 1,
+        "within": sum(mean.values()) / step,
+        "parts_s": mean | shares,
+        "checkpoint": {
+            "every": every,
+            "bytes": size,
+            "copy_s": save["copy"],
+            "writer_s": save["writer"],
+            "slower_s": runner.quartiles(slower),
+            "within": sum(shares.values()) / step,
+        },
         "target": TARGET,
     }
 
@@ -207,13 +259,35 @@ def table(result: runner.Result) -> str:
             f"≤ {result['target']:.0%}",
         ],
     ]
+    saved = result.get("checkpoint")  # results from before it was measured have none
+    if saved is not None:
+        low, middle, high = saved["slower_s"]
+        rows.append(
+            [
+                f"**and a checkpoint every {saved['every']} steps**",
+                *[""] * 3,
+                f"{result['within'] + saved['within']:.2%}",
+                f"≤ {result['target']:.0%}",
+            ]
+        )
+        about_saves = (
+            f"A checkpoint of {saved['bytes'] / 2**20:.1f} MiB: {saved['copy_s'] * 1e3:.1f} ms "
+            f"within the step, {saved['writer_s'] * 1e3:.1f} ms of the writing thread's processor "
+            f"time; the step beside it took {middle * 1e3:+.1f} ms (median of rounds; quartiles "
+            f"{low * 1e3:+.1f} and {high * 1e3:+.1f})."
+        )
     about = (
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens a step, "
         f"{result['variants'][SHOWN]['rounds']} rounds, log_every {result['log_every']}"
     )
     parts = [[_TITLES[name], f"{part * 1e3:.3f}"] for name, part in result["parts_s"].items()]
     return "\n\n".join(
-        [about, runner.markdown(header, rows), runner.markdown(("", "ms a step, mean"), parts)]
+        [
+            about,
+            runner.markdown(header, rows),
+            *([] if saved is None else [about_saves]),
+            runner.markdown(("", "ms a step, mean"), parts),
+        ]
     )
 
 
@@ -226,7 +300,7 @@ def plot(result: runner.Result, figure: "Figure") -> None:
         left += 100 * part / step
     axes.axvline(100 * result["target"], color="black", linestyle="--", linewidth=1)
     axes.set(
-        title="What measuring and logging take of a step (dashed: what they may)",
+        title="What measuring, logging and saving take of a step (dashed: what they may)",
         xlabel="of a training step, %",
         yticks=[],
         xlim=(0, 110 * max(result["target"], left / 100)),

@@ -6,7 +6,9 @@ import os
 import re
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,20 @@ ONLY = {
     "optimizer_step": ["--only", "MuonClip", "textbook", "AdamW"],
     "optimizer_memory": ["--only", "bfloat16 momentum"],
 }
+
+
+def checkpoints_are_charged(result: dict[str, Any]) -> None:
+    """To the steps between two, of configs/laptop.yaml; written whole, and by another thread."""
+    saved = result["checkpoint"]
+    assert saved["every"] == 120
+    assert saved["bytes"] > 8 * result["parameters"]  # weights and momentum
+    assert saved["copy_s"] > 0 and saved["writer_s"] > 0
+    parts = result["parts_s"]
+    assert parts["writer"] == pytest.approx(saved["writer_s"] / 120)
+    assert parts["copy"] == pytest.approx(saved["copy_s"] / 120)
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"overhead": checkpoints_are_charged}
 
 
 def leaves(value: object) -> list[object]:
@@ -47,6 +63,7 @@ def test_a_benchmark_stores_its_result_and_picture(
     stored = json.loads(text)
     numbers = [leaf for leaf in leaves(stored["result"]) if isinstance(leaf, float)]
     assert numbers and all(map(math.isfinite, numbers))
+    CHECKS.get(name, lambda result: None)(stored["result"])
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["machine"]["cores"] == os.cpu_count()
     # Results are published: nothing in them tells whose machine it was.
