@@ -70,7 +70,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
             metrics.read_lines(run_dir / "starts.jsonl"),
             _transcriptions(run_dir / "transcriptions.json"),
         )
-        out.write_text(page)
+        out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise PretrainError(f"cannot write the report {out}: {error.strerror}") from error
     return out
@@ -247,6 +247,14 @@ def _plots(training: Records, held_out: Records, config: Mapping[str, Any]) -> I
     def logits(key: str) -> Callable[["Axes"], None]:
         return lambda axes: _layers(axes, training, key, "layer", 0, threshold)
 
+    left_out = {
+        key: label
+        for key, label in (
+            ("skipped_steps", "steps without an update"),
+            ("passed_over_batches", "batches passed over"),
+        )
+        if any(record.get(key) for record in training)
+    }
     dense = config.get("language", {}).get("dense_layers", 0)
     for title, draw in (
         ("Loss, nats a token", losses),
@@ -256,6 +264,7 @@ def _plots(training: Records, held_out: Records, config: Mapping[str, Any]) -> I
         ("Largest logit by layer: language model", logits("language_max_logits")),
         ("Largest logit by layer: vision encoder", logits("vision_max_logits")),
         ("Heads clipped in a step", lines(heads_clipped="")),
+        ("Left out for faults, so far", lines(**left_out)),
         (
             "Expert load, max / mean over experts",
             lambda axes: _layers(axes, training, "expert_loads", "layer", dense, None),

@@ -66,8 +66,10 @@ def record(step: int, layers: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_run_that_went_on_with_other_settings_is_shown_whole(tmp_path: Path) -> None:
-    training.tiny_file(tmp_path)
+def test_a_run_that_went_on_with_other_settings_is_shown_whole(
+    tmp_path: Path, prepared: Path
+) -> None:
+    training.tiny_file(tmp_path, prepared)
     shorter = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
     for steps in (3, 5):
         launch(training.train_and_read, 1, str(tmp_path), f"steps={steps}", *shorter)
@@ -86,6 +88,17 @@ def test_a_run_that_went_on_with_other_settings_is_shown_whole(tmp_path: Path) -
     assert not {"script", "link", "iframe"} & set(reader.tags)
     for link in reader.links:
         assert link.startswith("data:") or reader.ids.count(link[1:]) == 1, link
+
+
+def test_steps_left_out_are_shown_where_there_are_any() -> None:
+    title, counted = "Left out for faults, so far", "steps without an update"
+    none = {"skipped_steps": 0, "passed_over_batches": 0}
+    calm = [{"step": step, "loss": 1.0, "grad_norm": 1.0, **none} for step in (1, 2, 3)]
+    assert title not in page.render("run", calm, [], [])
+    skipped = page.render("run", [*calm, {**calm[-1], "step": 4, "skipped_steps": 1}], [], [])
+    assert title in skipped and counted in skipped and "batches passed over" not in skipped
+    rolled_back = [*calm, {**calm[-1], "step": 4, "passed_over_batches": 3}]
+    assert "batches passed over" in page.render("run", rolled_back, [], [])
 
 
 def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
