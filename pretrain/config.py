@@ -429,7 +429,8 @@ class FaultConfig:
     stops."""
     hang_seconds: float = 1800.0
     """Without progress for so long, each rank writes its stacks to stderr and run_dir, and ends;
-    0: never. Longer than a step, an evaluation and the writing of a checkpoint may take."""
+    0: never. Longer than a step, an evaluation, and reading or writing a checkpoint may take;
+    preparing data is not watched."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "spike_deviations", "max_in_a_row")

@@ -155,6 +155,8 @@ def save(run: Run, saver: checkpoint.Saver, guard: Guard, step: int) -> None:
         "config": to_dict(run.config),
         "data": _data_states(run, step + guard.passed_over),
         "faults": guard.facts(),
+        # Groups count alike: each step is one of all.
+        "updates": run.optimizer.param_groups[0]["updates"],
     }
     saver.save(step, _tensors(run, run.optimizer.state), facts)
 
@@ -262,6 +264,9 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
             run.optimizer.state[trained] = kept
         else:  # it has had no gradient yet
             run.optimizer.state.pop(trained, None)
+    for group in run.optimizer.param_groups:
+        # A checkpoint from before it was kept: as if no step had been left out.
+        group["updates"] = facts.get("updates", manifest["step"])
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)

@@ -30,8 +30,15 @@ def train(config: Config) -> None:
         SystemExit: with status 143, after SIGTERM: the step at hand was finished and saved.
     """
     here, data = set_up(config)
+    with watch(config, here) as watchdog:
+        _train(config, here, data, watchdog)
+    processes.stop()
+
+
+def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> None:
     run = build(config, here, data)
     guard = Guard(config.faults)
+    watchdog.beat("taking up the newest checkpoint")
     done = state.restore(run, guard)
     state.keep_tokenizer(run)
 
@@ -50,12 +57,9 @@ def train(config: Config) -> None:
         while done < config.steps and number <= config.steps + guard.passed_over:
             yield (number := number + 1)
 
-    with (
-        contextlib.closing(state.saver(run)) as saver,
-        Watchdog(config.faults.hang_seconds, here.rank, here.world_size, run_dir) as watchdog,
-        on_sigterm() as termination,
-    ):
+    with contextlib.closing(state.saver(run)) as saver, on_sigterm() as termination:
         if done == 0:
+            watchdog.beat("the evaluation before the first step")
             out.write({"step": 0, **held_out_losses(run)})
         began = time.monotonic()
         for number, micro_batches in batches.ahead(config, here, data, numbers(), skipped):
@@ -93,13 +97,13 @@ def train(config: Config) -> None:
             began = time.monotonic()
         saver.wait()
 
+    watchdog.beat("the transcription of held-out images")
     transcriptions = transcribe(run)
     out.save("transcriptions.json", json.dumps(transcriptions))
     out.close()
     if here.is_main:
         print(report.closing(read(out.path), transcriptions))
         print(f"curves: {plot(run_dir)}")
-    processes.stop()
 
 
 def evaluate(config: Config) -> None:
@@ -119,6 +123,19 @@ def evaluate(config: Config) -> None:
         print(held_out_line(losses))
         print(report.readings(transcriptions))
     processes.stop()
+
+
+def watch(config: Config, here: Processes) -> Watchdog:
+    """This rank's watchdog; all ranks leave together where one cannot write its file."""
+    failure: Exception | None = None
+    try:
+        watchdog = Watchdog(
+            config.faults.hang_seconds, here.rank, here.world_size, Path(config.run_dir)
+        )
+    except OSError as error:
+        failure = PretrainError(f"cannot write into run_dir={config.run_dir}: {error.strerror}")
+    processes.agree(failure)
+    return watchdog
 
 
 def open_metrics(config: Config, here: Processes, done: int) -> MetricsWriter:

@@ -175,6 +175,9 @@ class Watchdog:
         seconds: without :meth:`beat` after which the process ends; 0: never.
         rank, world_size: among all processes.
         run_dir: a folder that all ranks see.
+
+    Raises:
+        OSError: its file cannot be made there.
     """
 
     _GRACE_SECONDS = 5.0
@@ -183,15 +186,16 @@ class Watchdog:
         self._seconds, self._rank, self._world_size = seconds, rank, world_size
         self._run_dir = run_dir
         self._beaten = time.monotonic()
-        self._doing = "the beginning"
+        self._doing = "setting up"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._file: IO[str] | None = None
+        if seconds:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = self._path(rank).open("w")
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path(self._rank).open("w")
+        if self._file is not None:
             self.beat(self._doing)
             self._thread.start()
         return self
@@ -221,15 +225,23 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        assert self._file is not None
+        try:
+            self._tell()
+        finally:  # a disk that is full, or nobody at the other end of stderr, keeps nobody here
+            os._exit(1)
+
+    def _tell(self) -> None:
         said = (
             f"rank {self._rank} (process {os.getpid()}) made no progress for {self._seconds:g} "
             f"seconds (faults.hang_seconds) in {self._doing}; it ends, and its stacks are:\n"
         )
+        sys.stderr.write(said)
+        sys.stderr.flush()
+        assert self._file is not None
         self._file.write(said)
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
-        sys.stderr.write(self._path(self._rank).read_text())
+        sys.stderr.write(self._path(self._rank).read_text().removeprefix(said))
         sys.stderr.flush()
         time.sleep(self._GRACE_SECONDS)  # others come to the same end
         told = [r for r in range(self._world_size) if self._wrote(r)]
@@ -237,7 +249,6 @@ class Watchdog:
         if silent and self._rank == told[0]:
             sys.stderr.write(f"no sign of life from rank {', '.join(silent)}\n")
             sys.stderr.flush()
-        os._exit(1)
 
     def _wrote(self, rank: int) -> bool:
         try:

@@ -3,6 +3,7 @@
 A bad step is a real one, of which one rank's batch is marked and its gradient made NaN.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import batches, step, train
+from pretrain import batches, state, step, train
 from pretrain.build import build
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime import checkpoint
-from pretrain.runtime.faults import Guard
+from pretrain.runtime.faults import Guard, Watchdog
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -53,7 +55,7 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
     batches.of_step, step.gradients = spoilt_of_step, spoilt_gradients
 
 
-def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool]]:
+def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], set[int]]:
     settings = training.tiny(folder, *BRIEF, "faults.non_finite=skip")
     spoil([3])
     here, data = train.set_up(settings)
@@ -61,24 +63,30 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool]]:
     states = []
     for number in (1, 2, 3, 4):
         step.train_step(run, batches.of_step(settings, here, data, number), number, guard)
-        state = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+        found = {name: tensor.detach().clone() for name, tensor in run.named.items()}
         for name, parameter in run.parameters():
             for key, value in run.optimizer.state[parameter].items():
-                state[f"{name}.{key}"] = value.clone()
-        states.append(state)
+                found[f"{name}.{key}"] = value.clone()
+        states.append(found)
     same = [
         all(torch.equal(after[name], before[name]) for name in before)
         for before, after in itertools.pairwise(states)
     ]
     bias = any("expert_bias" in name for name in states[0])
-    return bias, guard.skipped, same
+    with contextlib.closing(state.saver(run)) as saver:
+        state.save(run, saver, guard, 4)
+    resumed = build(settings, here, data)
+    state.restore(resumed)
+    counts = {g["updates"] for r in (run, resumed) for g in r.optimizer.param_groups}
+    return bias, guard.skipped, same, counts
 
 
 def test_a_skipped_step_changes_nothing_on_any_rank(folder: Path) -> None:
-    """Weights, the routers' bias, momentum and moments are the same to the bit."""
-    for bias, skipped, same in launch(_before_and_after_a_bad_step, 2, str(folder)):
+    """Weights, the routers' bias, momentum and moments are the same to the bit; and the optimizer's
+    count of updates, also in a run that goes on."""
+    for bias, skipped, same, counts in launch(_before_and_after_a_bad_step, 2, str(folder)):
         assert bias
-        assert (skipped, same) == (1, [False, True, False])
+        assert (skipped, same, counts) == (1, [False, True, False], {3})
 
 
 ROLL_BACK = (*BRIEF, "faults.non_finite=roll_back", "checkpoint.every=4")
@@ -112,13 +120,13 @@ def test_rolled_back_a_run_goes_on_past_the_bad_data_and_may_be_interrupted(fold
 
 
 def _start(
-    folder: Path, run_dir: str, *overrides: str, restarts: int = 0
+    folder: Path, run_dir: str, *overrides: str, restarts: int = 0, patience: int = 20
 ) -> "subprocess.Popen[str]":
     launcher = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", *launcher),
-            *("--max-restarts", str(restarts), "--shutdown-timeout", "20"),
+            *("--max-restarts", str(restarts), "--shutdown-timeout", str(patience)),
             *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *BRIEF),
             *(f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides),
         ],
@@ -145,14 +153,12 @@ def _rank(run: "subprocess.Popen[str]", rank: int) -> psutil.Process:
 
 
 def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
-    calm = folder / "calm" / "metrics.jsonl"
-    run = _start(folder, "calm", "steps=20")
-    assert run.communicate(timeout=300) and run.returncode == 0
+    settings = (str(folder), *BRIEF, "steps=20", "checkpoint.every=5")
+    calm = launch(training.train_and_read, 2, *settings, f"run_dir={folder}/calm")[0]
 
     metrics = folder / "killed" / "metrics.jsonl"
     saved = folder / "killed" / "checkpoints"
-    steps = ("steps=20", "checkpoint.every=5")
-    run = _start(folder, "killed", *steps, restarts=1)
+    run = _start(folder, "killed", *settings[-2:], restarts=1)
     _reach(run, metrics, 7)
     _rank(run, 1).send_signal(signal.SIGKILL)
     _reach(run, metrics, 12)  # by itself, from step 5
@@ -162,9 +168,7 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
     last = read(metrics)[-1]["step"]
     if last < 20:  # else it had ended before the signal reached its ranks
         assert checkpoint.steps(saved)[-1] == last, told
-    run = _start(folder, "killed", *steps)
-    assert run.communicate(timeout=300) and run.returncode == 0
-    assert training.comparable(metrics) == training.comparable(calm)
+    assert launch(training.train_and_read, 2, *settings, f"run_dir={folder}/killed")[0] == calm
 
 
 def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
@@ -193,8 +197,38 @@ def test_sigterm_on_one_rank_ends_all_after_the_step_with_the_conventional_statu
     assert launch(_ended_by_sigterm, 2, str(folder)) == [(143, [3])] * 2
 
 
+def _hang(folder: str, where: str) -> None:
+    """Train two steps, but for a call that never returns."""
+
+    def forever(*_arguments: Any) -> None:
+        time.sleep(600)
+
+    target = {"restore": state, "transcribe": train}[where]
+    setattr(target, where, forever)
+    Watchdog._GRACE_SECONDS = 0.2
+    train.train(training.tiny(folder, *BRIEF[:-1], "steps=2", "faults.hang_seconds=3"))
+
+
+@pytest.mark.parametrize(
+    ("where", "doing"),
+    [
+        ("restore", "taking up the newest checkpoint"),
+        ("transcribe", "the transcription of held-out images"),
+    ],
+)
+def test_a_hang_before_the_first_step_and_after_the_last_has_an_end(
+    folder: Path, where: str, doing: str
+) -> None:
+    with pytest.raises(AssertionError, match="rank 0 ended with 1, no result"):
+        launch(_hang, 1, str(folder), where)
+    stacks = (folder / "run" / "stacks-rank0.txt").read_text()
+    assert f"made no progress for 3 seconds (faults.hang_seconds) in {doing}" in stacks
+    assert "in forever" in stacks
+
+
 def test_a_rank_that_hangs_ends_the_job_with_names_and_stacks(folder: Path) -> None:
-    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=8")
+    # A stopped process does not hear torchrun's SIGTERM: it is killed once that has no patience.
+    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=8", patience=1)
     _reach(run, folder / "hung" / "metrics.jsonl", 2)
     _rank(run, 1).send_signal(signal.SIGSTOP)
     _, told = run.communicate(timeout=300)
