@@ -8,8 +8,8 @@ from tests.distributed import training
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests of a module: the cache is made once; each test has a run_dir of its own."""
+def folder(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """One for all tests of a module; each test has a run_dir of its own in it."""
     folder = tmp_path_factory.mktemp("runs")
-    training.tiny_file(folder)
+    training.tiny_file(folder, prepared)
     return folder

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ _TIMEOUT_SECONDS = 300
 # A fork server imports the heavy packages once; every rank of every test then starts in
 # milliseconds, from a process that has never run a torch operation.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pretrain.train"])
+_context.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def _rank_main(
@@ -50,12 +52,7 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
         AssertionError: a rank raised (its traceback is the message), died, or ran too long.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(function, args, world_size, folder)
         alive = list(processes)
         waited = 0.0
         while alive and waited < _TIMEOUT_SECONDS:
@@ -65,10 +62,7 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
             alive = [process for process in alive if process.is_alive()]
             if failed:
                 break
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        _kill(processes)
         outcomes = []
         for rank, process in enumerate(processes):
             path = Path(folder, f"rank{rank}")
@@ -82,3 +76,43 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
         errors = errors or [text for kind, text in outcomes if kind == "missing"]
         assert not errors, "\n".join(errors)
         return [value for _, value in outcomes]
+
+
+def launch_and_kill(
+    function: Callable[..., Any], world_size: int, when: Callable[[], bool], *args: Any
+) -> None:
+    """Begin as :func:`launch` does, and kill all ranks at once (SIGKILL) as soon as ``when()``.
+
+    Raises:
+        AssertionError: a rank ended before, or ``when()`` was too long in coming.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(function, args, world_size, folder)
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        try:
+            while not when():
+                assert all(process.is_alive() for process in processes), "ended before its time"
+                assert time.monotonic() < deadline, "it was never time to kill them"
+                time.sleep(0.01)
+        finally:
+            _kill(processes)
+
+
+def _start(
+    function: Callable[..., Any], args: tuple[Any, ...], world_size: int, folder: str
+) -> list[ForkServerProcess]:
+    processes = [
+        _context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _kill(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join()

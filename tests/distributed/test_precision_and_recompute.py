@@ -41,7 +41,7 @@ def gradients_and_observations(
     outcomes = []
     here, data = set_up(training.tiny(folder, *overrides))
     for more in every:
-        settings = training.tiny(folder, "peak_tflops=1", *overrides, *more)
+        settings = training.tiny(folder, *overrides, *more)
         run = build(settings, here, data)
         seen: dict[str, list[Tensor]] = {}
         for number, chunk in enumerate(run.language):
@@ -124,7 +124,7 @@ BFLOAT16 = "precision=bfloat16"
 
 def first_steps(folder: str, *overrides: str) -> list[dict[str, Any]]:
     """The metrics of ten updates."""
-    settings = training.tiny(folder, "optimizer.warmup_steps=2", "peak_tflops=1", *overrides)
+    settings = training.tiny(folder, "optimizer.warmup_steps=2", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
     numbers = range(1, 11)
@@ -150,7 +150,7 @@ def test_training_in_bfloat16_follows_the_curve_in_float32(folder: Path) -> None
 
 def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
     """Train some steps with QK-Clip at work; the dtypes of everything, and that masters rule."""
-    settings = training.tiny(folder, "peak_tflops=1", *overrides)
+    settings = training.tiny(folder, *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
     for number in (1, 2):
@@ -188,7 +188,7 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
             metrics = step.train_step(run, micro_batches(number), number)
         return metrics
 
-    settings = training.tiny(folder, "peak_tflops=1", *overrides)
+    settings = training.tiny(folder, *overrides)
     here, data = set_up(settings)
     micro_batches = partial(batches.of_step, settings, here, data)
     straight = build(settings, here, data)

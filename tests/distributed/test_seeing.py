@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.config import WandbConfig
 from pretrain.errors import PretrainError
+from pretrain.runtime.metrics import read
 from pretrain.runtime.wandb_run import open_run
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -16,9 +17,11 @@ from tests.distributed.launch import launch
 SHORT = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0", "evaluation.every=100")
 
 
-def test_every_rank_traces_the_steps_and_wandb_has_the_numbers(tmp_path: Path) -> None:
-    training.tiny_file(tmp_path)
-    asked = ("profile.steps=[2, 3]", "wandb.enabled=true")
+def test_every_rank_traces_the_steps_and_wandb_has_the_numbers(
+    tmp_path: Path, prepared: Path
+) -> None:
+    training.tiny_file(tmp_path, prepared)
+    asked = ("profile.steps=[2, 3]", "wandb.enabled=true", "peak_tflops=null")
     launch(training.train_and_read, 2, str(tmp_path), "steps=4", *SHORT, *asked)
     run = tmp_path / "run"
     assert sorted(path.name for path in (run / "traces").iterdir()) == [
@@ -30,6 +33,7 @@ def test_every_rank_traces_the_steps_and_wandb_has_the_numbers(tmp_path: Path) -
         for part in ("encode", "backbone", "encode again, backwards", "optimizer", "QK-Clip"):
             assert names.count(part) == 2, part
         assert "aten::mm" in names
+    assert all(record["mfu"] > 0 for record in read(run / "metrics.jsonl")[1:])
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     assert (run / "wandb_id.txt").read_text() in file.name
     stored = file.read_bytes()
@@ -43,8 +47,8 @@ def test_without_wandb_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.M
         open_run(WandbConfig(enabled=True), tmp_path, {})
 
 
-def test_a_run_dir_that_cannot_be_is_told_by_all_ranks(tmp_path: Path) -> None:
-    training.tiny_file(tmp_path)
+def test_a_run_dir_that_cannot_be_is_told_by_all_ranks(tmp_path: Path, prepared: Path) -> None:
+    training.tiny_file(tmp_path, prepared)
     (tmp_path / "file").write_text("")
     outcomes = launch(
         training.command,

@@ -3,10 +3,7 @@
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ import torch
 from pretrain.runtime.checkpoint import Part
 from pretrain.runtime.metrics import read
 from tests.distributed import training
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, launch_and_kill
 
 
-def _merged(ranks: list[dict[str, Part]]) -> dict[str, torch.Tensor]:
+def _merged(ranks: Sequence[dict[str, Part]]) -> dict[str, torch.Tensor]:
     """The gradients of all ranks by name; parts of cut ones put together."""
     merged: dict[str, torch.Tensor] = {}
     for gradients in ranks:
@@ -70,10 +67,13 @@ FOUR_LAYERS = ("language.num_layers=4",)
 def test_every_layout_gives_the_gradients_of_one_process_with_dep_and_without(
     folder: Path, alone: dict[str, torch.Tensor], world_size: int, parallel: tuple[str, ...]
 ) -> None:
-    for enabled in ("true", "false"):
-        overrides = [f"parallel.{setting}" for setting in parallel]
-        overrides += [f"encoder_process.enabled={enabled}", *FOUR_LAYERS]
-        together = _merged(launch(training.all_gradients, world_size, str(folder), *overrides))
+    overrides = [f"parallel.{setting}" for setting in parallel]
+    every = [(f"encoder_process.enabled={enabled}",) for enabled in ("true", "false")]
+    ranks = launch(
+        training.gradients_of_each, world_size, str(folder), every, *overrides, *FOUR_LAYERS
+    )
+    for outcomes in zip(*ranks, strict=True):
+        together = _merged(outcomes)
         assert together.keys() == alone.keys()
         for name, expected in alone.items():
             assert (together[name] - expected).norm() <= 1e-5 * expected.norm(), name
@@ -95,6 +95,15 @@ def test_two_processes_follow_the_curve_of_one(folder: Path) -> None:
     assert two[-1]["loss"] < two[1]["loss"] - 0.5
 
 
+# Ten steps with the optimizer's shared work, QK-Clip, evaluation and transcription.
+SHORT = (*FOUR_LAYERS, "steps=10", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> list[dict[str, Any]]:
+    return launch(training.train_and_read, 1, str(folder), f"run_dir={folder}/single", *SHORT)[0]
+
+
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [
@@ -105,20 +114,12 @@ def test_two_processes_follow_the_curve_of_one(folder: Path) -> None:
     ],
 )
 def test_every_layout_trains_evaluates_and_reads_as_one_process_does(
-    folder: Path, world_size: int, parallel: tuple[str, ...]
+    folder: Path, single: list[dict[str, Any]], world_size: int, parallel: tuple[str, ...]
 ) -> None:
-    """Ten steps with the optimizer's shared work, QK-Clip, evaluation and transcription."""
-    short = (*FOUR_LAYERS, "steps=10", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
-    runs = []
-    for name, size, settings in (("single", 1, ()), ("spread", world_size, parallel)):
-        run_dir = folder / f"{name}-{world_size}-{'-'.join(parallel)}"
-        overrides = [f"parallel.{setting}" for setting in settings]
-        runs.append(
-            launch(
-                training.train_and_read, size, str(folder), f"run_dir={run_dir}", *short, *overrides
-            )[0]
-        )
-    for reference, mine in zip(*runs, strict=True):
+    run_dir = folder / f"spread-{world_size}-{'-'.join(parallel)}"
+    overrides = (f"run_dir={run_dir}", *(f"parallel.{setting}" for setting in parallel), *SHORT)
+    spread = launch(training.train_and_read, world_size, str(folder), *overrides)[0]
+    for reference, mine in zip(single, spread, strict=True):
         assert mine.keys() == reference.keys()
         for key in ("loss", "caption_loss", "grad_norm", "max_logit", "held_out_text_loss"):
             if reference.get(key) is not None:
@@ -206,46 +207,17 @@ def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
     assert clipped == (every > threshold).sum() > 0
 
 
-def _start(config: Path, *overrides: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-            *("-m", "pretrain", "train", str(config), "parallel.expert=2", *overrides),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
 def test_killed_at_any_step_and_started_again_it_is_as_if_it_never_stopped(folder: Path) -> None:
-    config = folder / "tiny.yaml"
-    cache = f"data.cache_dir={folder}/cache"
-    assert _start(config, cache, f"run_dir={folder}/calm").wait(timeout=180) == 0
+    expert = "parallel.expert=2"
+    calm = launch(training.train_and_read, 2, str(folder), f"run_dir={folder}/calm", expert)[0]
 
     fatal_step = random.Random(os.urandom(4)).randrange(6, 19)
+    killed = (str(folder), f"run_dir={folder}/killed", expert)
     metrics = folder / "killed" / "metrics.jsonl"
-    run = _start(config, cache, f"run_dir={folder}/killed")
-    deadline = time.monotonic() + 120
-    while not (
-        metrics.exists() and (records := read(metrics)) and records[-1]["step"] >= fatal_step
-    ):
-        assert run.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    # Every process of the run: launcher and ranks, in the middle of whatever they do.
-    _kill_session(run)
 
-    assert _start(config, cache, f"run_dir={folder}/killed").wait(timeout=180) == 0
-    assert training.comparable(metrics) == training.comparable(folder / "calm" / "metrics.jsonl")
+    def reached() -> bool:
+        return bool(records := read(metrics)) and records[-1]["step"] >= fatal_step
 
-
-def _kill_session(run: "subprocess.Popen[bytes]") -> None:
-    import psutil
-
-    everyone = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
-    for process in everyone:
-        process.send_signal(signal.SIGKILL)
-    run.wait()
+    # All processes of the run, in the middle of whatever they do.
+    launch_and_kill(training.train_and_read, 2, reached, *killed)
+    assert launch(training.train_and_read, 2, *killed)[0] == calm

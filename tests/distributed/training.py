@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ steps: 20
 global_batch_size: 8
 micro_batch_size: 2
 log_every: 5
+peak_tflops: 1.0
 language: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_heads: 2, q_lora_rank: 16,
   kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8, num_experts: 4,
   expert_ffn_hidden_size: 32, shared_expert_ffn_hidden_size: 32}
@@ -34,8 +36,10 @@ evaluation: {every: 10, sequences: 4, captions: 6, transcriptions: 2}
 """
 
 
-def tiny_file(folder: Path) -> Path:
-    """Write the tiny configuration; once, before any rank reads it."""
+def tiny_file(folder: Path, prepared: Path) -> Path:
+    """Write the tiny configuration, beside a cache that others share; once, before any rank reads
+    it."""
+    (folder / "cache").symlink_to(prepared)
     path = folder / "tiny.yaml"
     path.write_text(TINY)
     return path
@@ -67,18 +71,28 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
 
 def all_gradients(folder: str, *overrides: str) -> dict[str, Part]:
     """What this rank has of every gradient of the first step, by name in the whole model."""
-    settings = tiny(folder, *overrides)
-    here, data = set_up(settings)
-    run = build(settings, here, data)
-    step.gradients(run, batches.of_step(settings, here, data, 1))
-    found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
-    assert found.keys() == dict(run.parameters()).keys()
-    whole = {name: Part(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()}
-    cut = {
-        name: Part(cut.whole(found[name].shape), cut.pieces(found[name]))
-        for name, cut in run.cuts.items()
-    }
-    return whole | cut
+    return gradients_of_each(folder, [()], *overrides)[0]
+
+
+def gradients_of_each(
+    folder: str, every: Sequence[tuple[str, ...]], *overrides: str
+) -> list[dict[str, Part]]:
+    """:func:`all_gradients` with each of some settings, which leave processes and data alone."""
+    outcomes = []
+    here, data = set_up(tiny(folder, *overrides))
+    for more in every:
+        settings = tiny(folder, *overrides, *more)
+        run = build(settings, here, data)
+        step.gradients(run, batches.of_step(settings, here, data, 1))
+        found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
+        assert found.keys() == dict(run.parameters()).keys()
+        whole = {name: Part(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()}
+        cut = {
+            name: Part(cut.whole(found[name].shape), cut.pieces(found[name]))
+            for name, cut in run.cuts.items()
+        }
+        outcomes.append(whole | cut)
+    return outcomes
 
 
 def max_logits_before_and_after_a_clip(

@@ -2,14 +2,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain import saved_run
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """A folder with tiny.yaml, cache and run, the run_dir of :func:`made`."""
-    return tmp_path_factory.mktemp("saved")
+    folder = tmp_path_factory.mktemp("saved")
+    training.tiny_file(folder, prepared)
+    return folder
 
 
 @pytest.fixture(scope="session")

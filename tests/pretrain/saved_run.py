@@ -111,7 +111,6 @@ def make(folder: str) -> Made:
     Beside it in run16 as a run of bfloat16 keeps them: rounded, with float32 masters. And in
     scaled the same weights with scaled positions.
     """
-    training.tiny_file(Path(folder))
     config = training.tiny(folder, *SHAPE)
     here, data = set_up(config)
     run = _save(config, here, data)
