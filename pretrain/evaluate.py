@@ -29,6 +29,7 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
     packed = _mean_losses(run, [run.data.sample("held_out", i) for i in range(count)])
     right, swapped = run.data.caption_documents("held_out", options.captions)
     return {
+        "held_out_loss": packed["loss"],
         "held_out_text_loss": packed["text_loss"],
         "held_out_caption_loss": packed["caption_loss"],
         "right_caption_loss": _mean_losses(run, run.data.pack(right, length))["caption_loss"],

@@ -1,0 +1,309 @@
+"""Loss against tokens and time, MuonClip beside AdamW and other Muons, each at its best rate.
+
+On each model every optimizer is given the same learning rates to try, with the whole budget and
+one seed; where the best lies at an end of them, one more is tried beyond it. At the best rate it
+then trains with further seeds, and all but AdamW once more with a part of the steps, its schedule
+shortened to them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from benchmarks import training
+from benchmarks.optimizers import candidates
+from benchmarks.runner import Result, markdown
+from benchmarks.training import KINDS, Job, Kind, Size, mean_and_spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BASELINE = "AdamW (fused)"
+# Of the baseline's steps, in which MuonClip should reach its loss.
+TARGET = 0.6
+_MOST_EXTENSIONS = 3
+
+
+@dataclass(frozen=True)
+class Form:
+    steps: dict[Kind, int]
+    sizes: dict[Kind, Size]
+    rates: tuple[float, ...]
+    seeds: int
+    optimizers: tuple[str, ...]
+
+
+FORMS = {
+    "full": Form(
+        {"dense": 4000, "moe": 4000, "vision": 4000},
+        {
+            "dense": Size(512, 8, 8, 1024, 32, 8192),
+            "moe": Size(512, 8, 8, 1024, 32, 8192),
+            "vision": Size(512, 8, 8, 1024, 32, 8192),
+        },
+        (1e-3, 2e-3, 4e-3),
+        3,
+        (BASELINE, "torch.optim.Muon", "MuonClip"),
+    ),
+    "quick": Form(
+        {"dense": 200, "moe": 100, "vision": 100},
+        {
+            "dense": Size(64, 3, 4, 128, 8, 512),
+            "moe": Size(64, 3, 4, 128, 8, 512),
+            "vision": Size(64, 3, 4, 128, 8, 512),
+        },
+        (4e-3, 8e-3, 16e-3),
+        3,
+        (BASELINE, "MuonClip"),
+    ),
+    "tiny": Form(
+        {"dense": 5, "moe": 5, "vision": 5},
+        {
+            "dense": Size(32, 1, 2, 64, 2, 400),
+            "moe": Size(32, 2, 2, 64, 2, 400),
+            "vision": Size(32, 2, 2, 64, 2, 400),
+        },
+        (4e-3,),
+        2,
+        (BASELINE, "MuonClip"),
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    training.add_arguments(parser)
+    parser.add_argument(
+        "--models", nargs="+", choices=list(KINDS), help="default: all; " + "; ".join(
+            f"{kind}: {title}" for kind, title in KINDS.items()
+        ),
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help=f"optimizers whose names contain these, beside {BASELINE}",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, help="of every model; default: by the form")
+    parser.add_argument("--hidden", type=int, help="width of every model; default: by the form")
+    parser.add_argument("--seeds", type=int, help="default: 3")
+
+
+def run(options: argparse.Namespace) -> Result:
+    form = FORMS[options.form]
+    names = form.optimizers
+    if options.only:
+        names = tuple(one.name for one in candidates(options.only, BASELINE))
+    absent = {
+        one.name: reason
+        for one in candidates()
+        if one.name in names and (reason := one.missing(options.device)) is not None
+    }
+    names = (BASELINE, *(name for name in names if name not in absent and name != BASELINE))
+    kinds: Sequence[Kind] = options.models or list(KINDS)
+    jobs = {
+        kind: Job(
+            kind,
+            BASELINE,
+            0.0,
+            options.steps or form.steps[kind],
+            options.seed,
+            replace(form.sizes[kind], hidden=options.hidden or form.sizes[kind].hidden),
+        )
+        for kind in kinds
+    }
+    seeds = options.seeds or form.seeds
+    overlap = {kind: training.overlap(job.size) for kind, job in jobs.items()}
+
+    tuned = _tune(jobs, names, form.rates, options)
+    longer, shorter = [], []
+    for (kind, name), results in tuned.items():
+        job = replace(jobs[kind], optimizer=name, lr=training.best(results)["lr"])
+        longer += [replace(job, seed=job.seed + number) for number in range(1, seeds)]
+        if name != BASELINE:
+            steps = round(TARGET * job.steps)
+            shorter += [
+                replace(job, seed=job.seed + n, steps=steps, label=f"{name}, {steps} steps")
+                for n in range(seeds)
+            ]
+    done = training.train_all([*longer, *shorter], options)
+    told: Result = {"target": TARGET, "seeds": seeds, "not_run": absent, "models": {}}
+    for kind, job in jobs.items():
+        told["models"][kind] = {
+            "title": KINDS[kind],
+            "steps": job.steps,
+            "tokens_per_step": job.size.tokens,
+            "hidden": job.size.hidden,
+            "layers": job.size.layers,
+            "held_out_also_in_training": overlap[kind],
+            "optimizers": {},
+        }
+        for name in names:
+            mine = [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)]
+            best = training.best(tuned[kind, name])
+            told["models"][kind]["parameters"] = best["parameters"]
+            told["models"][kind]["optimizers"][name] = {
+                "lr": best["lr"],
+                "tuning": sorted([r["lr"], r["final"]] for r in tuned[kind, name]),
+                "runs": [best, *(r for r in mine if r["label"] == name)],
+                "short": [r for r in mine if r["label"] != name],
+            }
+        _compare(told["models"][kind]["optimizers"])
+    return told
+
+
+def _tune(
+    jobs: dict[Kind, Job], names: Sequence[str], rates: Sequence[float], options: Any
+) -> dict[tuple[Kind, str], list[Result]]:
+    """Runs of one seed at all rates, by model and optimizer; rates are added where the best is at
+    an end."""
+    results: dict[tuple[Kind, str], list[Result]] = {
+        (kind, name): [] for kind in jobs for name in names
+    }
+    wanted = {key: list(rates) for key in results}
+    for _ in range(_MOST_EXTENSIONS + 1):
+        batch = [
+            replace(jobs[kind], optimizer=name, lr=lr)
+            for (kind, name), missing in wanted.items()
+            for lr in missing
+        ]
+        if not batch:
+            break
+        for job, result in zip(batch, training.train_all(batch, options), strict=True):
+            results[job.kind, job.optimizer].append(result)
+        wanted = {key: _beyond(told) for key, told in results.items()} if len(rates) > 1 else {}
+    return results
+
+
+def _beyond(results: Sequence[Result]) -> list[float]:
+    """One rate more, where the best of those tried is the least or the largest."""
+    tried = sorted(result["lr"] for result in results)
+    best = training.best(results)["lr"]
+    if best == tried[0]:
+        return [best / 2]
+    return [best * 2] if best == tried[-1] else []
+
+
+def _compare(optimizers: dict[str, Any]) -> None:
+    """Add to each when it reached the baseline's final loss, seed by seed."""
+    finals = {run["seed"]: run["final"] for run in optimizers[BASELINE]["runs"]}
+    for told in optimizers.values():
+        told["share_of_steps"] = [
+            reached(run["evaluations"]["steps"], run["evaluations"]["loss"], finals[run["seed"]])
+            for run in told["runs"]
+        ]
+
+
+def reached(steps: Sequence[float], losses: Sequence[float], goal: float) -> float | None:
+    """The share of the steps after which the loss is down at the goal, between two evaluations by
+    a straight line; None if it never is."""
+    if losses[0] <= goal:
+        return steps[0] / steps[-1]
+    for (before, above), (after, below) in pairwise(zip(steps, losses, strict=True)):
+        if below <= goal:
+            return (before + (after - before) * (above - goal) / (above - below)) / steps[-1]
+    return None
+
+
+# ---------------------------------------------------------------------- for people
+
+
+def table(result: Result) -> str:
+    parts = []
+    for model in result["models"].values():
+        base = [run["final"] for run in model["optimizers"][BASELINE]["runs"]]
+        rows = []
+        for name, told in model["optimizers"].items():
+            finals = [run["final"] for run in told["runs"]]
+            shares = told["share_of_steps"]
+            mean = "never" if None in shares else f"{np.mean(cast(list[float], shares)):.0%}"
+            short = [run["final"] for run in told["short"]]
+            seconds = np.median([run["step_s"] for run in told["runs"]])
+            own = np.median([run["optimizer_s"] for run in told["runs"]])
+            rows.append(
+                [
+                    f"**{name}**" if name == training.MUONCLIP else name,
+                    f"{told['lr']:g}",
+                    _with_spread(finals),
+                    f"{_difference(finals, base)}" if name != BASELINE else "",
+                    mean if name != BASELINE else "",
+                    f"{_with_spread(short)}" if short else "",
+                    f"{_difference(short, base)}" if short else "",
+                    f"{seconds * 1e3:.0f}",
+                    f"{own / seconds:.0%}",
+                ]
+            )
+        part = f"{result['target']:.0%}"
+        header = (
+            "", "best rate", "held-out loss", "to AdamW's", "AdamW's loss after",
+            f"with {part} of the steps", "to AdamW's", "step, ms", "of it the optimizer",
+        )  # fmt: skip
+        parts.append(
+            f"**{model['title'].capitalize()}**: {model['parameters']:,} parameters, "
+            f"{model['steps']:,} steps of {model['tokens_per_step']:,} tokens\n\n"
+            + markdown(header, rows)
+            + f"\n\n{model['held_out_also_in_training']:.2%} of the held-out text's runs of 32 "
+            "tokens are also in the training text."
+        )
+    parts.append(
+        f"Mean and standard deviation of {result['seeds']} seeds; losses in nats a token; a step's "
+        "time is the process's own."
+    )
+    if result["not_run"]:
+        said = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
+        parts.append(f"Not run: {said}.")
+    return "\n\n".join(parts)
+
+
+def _with_spread(values: Sequence[float | None]) -> str:
+    if None in values:
+        return "diverged"
+    mean, spread = mean_and_spread(cast(Sequence[float], values))
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
+def _difference(values: Sequence[float | None], base: Sequence[float]) -> str:
+    """Mean over seeds of the difference."""
+    if None in values:
+        return ""
+    return f"{np.mean(np.subtract(cast(Sequence[float], values), base)):+.3f}"
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    models = result["models"]
+    figure.set_size_inches(13, 3.6 * len(models))
+    axes = figure.subplots(len(models), 3, squeeze=False)
+    for row, model in zip(axes, models.values(), strict=True):
+        tokens, seconds, rates = row
+        base = np.mean([run["final"] for run in model["optimizers"][BASELINE]["runs"]])
+        for number, (name, told) in enumerate(model["optimizers"].items()):
+            colour = f"C{number}"
+            for against, axis in (("tokens", tokens), ("seconds", seconds)):
+                xs = np.mean([run["evaluations"][against] for run in told["runs"]], axis=0)
+                ys = np.array([run["evaluations"]["loss"] for run in told["runs"]])
+                axis.plot(xs, ys.mean(0), color=colour, label=name)
+                axis.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, lw=0)
+                if told["short"]:
+                    xs = np.mean([run["evaluations"][against] for run in told["short"]], axis=0)
+                    ys = np.array([run["evaluations"]["loss"] for run in told["short"]])
+                    axis.plot(xs, ys.mean(0), color=colour, ls=":")
+            ends = [(lr, final) for lr, final in told["tuning"] if final is not None]
+            rates.plot(*zip(*ends, strict=True), "o-", color=colour, ms=4, label=name)
+        for axis, what in (
+            (tokens, "tokens"),
+            (seconds, "seconds of training"),
+            (rates, "peak learning rate"),
+        ):
+            axis.set(xlabel=what, ylabel="held-out loss, nats a token")
+            axis.grid(alpha=0.3)
+        for axis in (tokens, seconds):
+            axis.axhline(base, color="grey", lw=0.8, ls="--")
+        rates.set_xscale("log", base=2)
+        rates.xaxis.set_major_formatter("{x:g}")
+        tokens.set_title(model["title"], fontsize=10)
+        seconds.set_title(
+            f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's end", fontsize=9
+        )
+        rates.set_title("one seed at each rate", fontsize=9)
+        tokens.legend(fontsize=8)

@@ -1,0 +1,183 @@
+"""Attention logits of every head under plain Muon, which lets them run away, and under MuonClip.
+
+The same runs at a high learning rate with heads of few dimensions: once with QK-Clip reading alone,
+once at a threshold τ, and once at each of some others. Logits are those of the forward passes in
+training, before the step's clip: what the clip is there to hold.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import training
+from benchmarks.runner import Result, markdown
+from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLAIN = "Muon, no clip"
+# Plain Muon should pass 3 τ, and MuonClip stay within 1.05 τ.
+RUNAWAY, HELD = 3.0, 1.05
+
+
+@dataclass(frozen=True)
+class Form:
+    size: Size
+    steps: int
+    lr: float
+    threshold: float
+    sweep: tuple[float, ...]
+    seeds: int
+
+
+FORMS = {
+    "full": Form(Size(512, 8, 16, 1024, 32, 8192), 8000, 8e-3, 100.0, (30.0, 50.0, 200.0), 3),
+    "quick": Form(Size(64, 2, 4, 128, 16, 512), 400, 32e-3, 30.0, (15.0, 60.0), 3),
+    "tiny": Form(Size(32, 1, 2, 64, 2, 400), 6, 32e-3, 2.0, (1.0,), 2),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    training.add_arguments(parser)
+    parser.add_argument("--lr", type=float, help="peak learning rate; default: by the form")
+    parser.add_argument("--steps", type=int, help="default: by the form")
+    parser.add_argument("--threshold", type=float, help="τ; default: by the form")
+    parser.add_argument("--seeds", type=int, help="default: 3")
+
+
+def run(options: argparse.Namespace) -> Result:
+    form = FORMS[options.form]
+    threshold = options.threshold or form.threshold
+    seeds = [options.seed + number for number in range(options.seeds or form.seeds)]
+    job = Job(
+        "dense",
+        MUONCLIP,
+        options.lr or form.lr,
+        options.steps or form.steps,
+        size=form.size,
+        watch=True,
+    )
+    plain = [replace(job, seed=seed, threshold=None, label=PLAIN) for seed in seeds]
+    held = [replace(job, seed=seed, threshold=threshold, label=MUONCLIP) for seed in seeds]
+    swept = [
+        replace(job, seed=seeds[0], threshold=other, label=f"{MUONCLIP}, τ {other:g}")
+        for other in form.sweep
+    ]
+    overlap = training.overlap(job.size)
+    told = training.train_all([*plain, *held, *swept], options)
+    count = len(seeds)
+    return {
+        "threshold": threshold,
+        "lr": job.lr,
+        "steps": job.steps,
+        "tokens_per_step": job.size.tokens,
+        "hidden": job.size.hidden,
+        "layers": job.size.layers,
+        "heads": job.size.heads,
+        "held_out_also_in_training": overlap,
+        "plain": told[:count],
+        "held": told[count : 2 * count],
+        "sweep": [
+            {"threshold": other, **result}
+            for other, result in zip(form.sweep, told[2 * count :], strict=True)
+        ],
+    }
+
+
+def _highest(run: Any) -> float:
+    """The largest logit of any head in any step."""
+    return float(np.max(run["max_logits"]))
+
+
+def _row(name: str, runs: Sequence[Any], threshold: float, over: float) -> list[str]:
+    """One kind of run: its highest logits, over the threshold ``over`` where it has none."""
+    finals = [run["final"] for run in runs]
+    highest = [_highest(run) for run in runs]
+    steps = np.concatenate([np.max(run["max_logits"], axis=1) for run in runs])
+    heads = np.shape(runs[0]["max_logits"])[1]
+    clipped = np.mean([np.mean(run["clipped"]) / heads for run in runs])
+    loss = "diverged"
+    if None not in finals:
+        mean, spread = mean_and_spread(finals)
+        loss = f"{mean:.3f}" + (f" ± {spread:.3f}" if len(runs) > 1 else "")
+    return [
+        name,
+        f"{threshold:g}" if np.isfinite(threshold) else "none",
+        str(len(runs)),
+        f"{max(highest):.1f}",
+        f"{max(highest) / over:.2f}",
+        f"{np.mean(steps > HELD * over):.1%}",
+        f"{clipped:.1%}",
+        loss,
+    ]
+
+
+def table(result: Result) -> str:
+    tau = result["threshold"]
+    rows = [
+        _row(PLAIN, result["plain"], np.inf, tau),
+        _row(f"**{MUONCLIP}**", result["held"], tau, tau),
+        *(_row(MUONCLIP, [run], run["threshold"], run["threshold"]) for run in result["sweep"]),
+    ]
+    header = (
+        "", "τ", "runs", "largest logit", "over τ", f"steps above {HELD:g} τ",
+        "heads clipped, mean of steps", "held-out loss",
+    )  # fmt: skip
+    differences = [
+        held["final"] - plain["final"]
+        for held, plain in zip(result["held"], result["plain"], strict=True)
+        if held["final"] is not None and plain["final"] is not None
+    ]
+    _, spread = mean_and_spread([run["final"] for run in result["plain"] if run["final"]])
+    told = ""
+    if differences:
+        told = (
+            f"\n\nLoss of {MUONCLIP} against {PLAIN} with the same seed: "
+            f"{np.mean(differences):+.4f} on average ({', '.join(f'{d:+.4f}' for d in differences)});"
+            f" seeds of {PLAIN} differ by a standard deviation of {spread:.4f}."
+        )
+    return (
+        f"Hidden {result['hidden']}, {result['layers']} layers of {result['heads']} heads, "
+        f"{result['steps']:,} steps of {result['tokens_per_step']:,} tokens, peak rate "
+        f"{result['lr']:g}; {PLAIN}'s logits over τ = {tau:g}\n\n" + markdown(header, rows) + told
+    )
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    figure.set_size_inches(13, 7)
+    (plain, held), (swept, clipped) = figure.subplots(2, 2)
+    tau = result["threshold"]
+    for axis, runs, title in (
+        (plain, result["plain"], PLAIN),
+        (held, result["held"], f"{MUONCLIP}, τ = {tau:g}"),
+    ):
+        for head in np.transpose(runs[0]["max_logits"]):
+            axis.plot(range(1, len(head) + 1), head, lw=0.8)
+        axis.axhline(tau, color="black", ls="--", lw=0.8)
+        axis.set(title=f"{title}: every head", xlabel="step", ylabel="largest logit")
+    held.set_ylim(0, 2 * tau)
+    for number, (label, run) in enumerate(
+        [(PLAIN, result["plain"][0]), (f"τ = {tau:g}", result["held"][0])]
+        + [(f"τ = {run['threshold']:g}", run) for run in result["sweep"]]
+    ):
+        largest = np.max(run["max_logits"], axis=1)
+        swept.plot(range(1, len(largest) + 1), largest, color=f"C{number}", label=label, lw=0.9)
+        share = np.array(run["clipped"]) / np.shape(run["max_logits"])[1]
+        window = max(1, len(share) // 20)
+        smooth = np.convolve(share, np.full(window, 1 / window), mode="valid")
+        if label != PLAIN:
+            clipped.plot(
+                range(window, window + len(smooth)), 100 * smooth, color=f"C{number}", label=label
+            )
+    swept.set(title="largest logit of all heads", xlabel="step", yscale="log")
+    clipped.set(
+        title="heads clipped, mean of the steps before", xlabel="step", ylabel="% of heads"
+    )
+    for axis in (plain, held, swept, clipped):
+        axis.grid(alpha=0.3)
+    swept.legend(fontsize=8)
+    clipped.legend(fontsize=8)
