@@ -1,9 +1,9 @@
 """Loss against tokens and time, MuonClip beside AdamW and other Muons, each at its best rate.
 
-On each model every optimizer is given the same learning rates to try, with the whole budget and
-one seed; where the best lies at an end of them, one more is tried beyond it. At the best rate it
-then trains with further seeds, and all but AdamW once more with a part of the steps, its schedule
-shortened to them.
+On each model every optimizer is given the same learning rates, with the whole budget and all seeds;
+where the best lies at an end of them, one more is tried beyond it. The best has the least mean loss
+over the seeds. At its own best rate each optimizer but AdamW then trains once more with a part of
+the steps, the schedule shortened to them.
 """
 
 import argparse
@@ -50,7 +50,7 @@ FORMS = {
         (BASELINE, "torch.optim.Muon", "MuonClip"),
     ),
     "quick": Form(
-        {"dense": 200, "moe": 100, "vision": 100},
+        {"dense": 300, "moe": 150, "vision": 120},
         {
             "dense": Size(64, 3, 4, 128, 8, 512),
             "moe": Size(64, 3, 4, 128, 8, 512),
@@ -116,18 +116,17 @@ def run(options: argparse.Namespace) -> Result:
     seeds = options.seeds or form.seeds
     overlap = {kind: training.overlap(job.size) for kind, job in jobs.items()}
 
-    tuned = _tune(jobs, names, form.rates, options)
-    longer, shorter = [], []
-    for (kind, name), results in tuned.items():
-        job = replace(jobs[kind], optimizer=name, lr=training.best(results)["lr"])
-        longer += [replace(job, seed=job.seed + number) for number in range(1, seeds)]
+    tuned = _tune(jobs, names, form.rates, seeds, options)
+    chosen = {key: training.best_rate(results) for key, results in tuned.items()}
+    shorter = []
+    for (kind, name), lr in chosen.items():
+        steps = round(TARGET * jobs[kind].steps)
+        job = replace(
+            jobs[kind], optimizer=name, lr=lr, steps=steps, label=f"{name}, {steps} steps"
+        )
         if name != BASELINE:
-            steps = round(TARGET * job.steps)
-            shorter += [
-                replace(job, seed=job.seed + n, steps=steps, label=f"{name}, {steps} steps")
-                for n in range(seeds)
-            ]
-    done = training.train_all([*longer, *shorter], options)
+            shorter += training.with_seeds(job, seeds)
+    done = training.train_all(shorter, options)
     told: Result = {"target": TARGET, "seeds": seeds, "not_run": absent, "models": {}}
     for kind, job in jobs.items():
         told["models"][kind] = {
@@ -140,23 +139,26 @@ def run(options: argparse.Namespace) -> Result:
             "optimizers": {},
         }
         for name in names:
-            mine = [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)]
-            best = training.best(tuned[kind, name])
-            told["models"][kind]["parameters"] = best["parameters"]
+            results, lr = tuned[kind, name], chosen[kind, name]
+            told["models"][kind]["parameters"] = results[0]["parameters"]
             told["models"][kind]["optimizers"][name] = {
-                "lr": best["lr"],
-                "tuning": sorted([r["lr"], r["final"]] for r in tuned[kind, name]),
-                "runs": [best, *(r for r in mine if r["label"] == name)],
-                "short": [r for r in mine if r["label"] != name],
+                "lr": lr,
+                "tuning": sorted([r["lr"], r["seed"], r["final"]] for r in results),
+                "runs": [r for r in results if r["lr"] == lr],
+                "short": [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)],
             }
         _compare(told["models"][kind]["optimizers"])
     return told
 
 
 def _tune(
-    jobs: dict[Kind, Job], names: Sequence[str], rates: Sequence[float], options: Any
+    jobs: dict[Kind, Job],
+    names: Sequence[str],
+    rates: Sequence[float],
+    seeds: int,
+    options: argparse.Namespace,
 ) -> dict[tuple[Kind, str], list[Result]]:
-    """Runs of one seed at all rates, by model and optimizer; rates are added where the best is at
+    """Runs of all seeds at all rates, by model and optimizer; rates are added where the best is at
     an end."""
     results: dict[tuple[Kind, str], list[Result]] = {
         (kind, name): [] for kind in jobs for name in names
@@ -164,9 +166,10 @@ def _tune(
     wanted = {key: list(rates) for key in results}
     for _ in range(_MOST_EXTENSIONS + 1):
         batch = [
-            replace(jobs[kind], optimizer=name, lr=lr)
+            job
             for (kind, name), missing in wanted.items()
             for lr in missing
+            for job in training.with_seeds(replace(jobs[kind], optimizer=name, lr=lr), seeds)
         ]
         if not batch:
             break
@@ -178,8 +181,8 @@ def _tune(
 
 def _beyond(results: Sequence[Result]) -> list[float]:
     """One rate more, where the best of those tried is the least or the largest."""
-    tried = sorted(result["lr"] for result in results)
-    best = training.best(results)["lr"]
+    tried = sorted({result["lr"] for result in results})
+    best = training.best_rate(results)
     if best == tried[0]:
         return [best / 2]
     return [best * 2] if best == tried[-1] else []
@@ -288,8 +291,10 @@ def plot(result: Result, figure: "Figure") -> None:
                     xs = np.mean([run["evaluations"][against] for run in told["short"]], axis=0)
                     ys = np.array([run["evaluations"]["loss"] for run in told["short"]])
                     axis.plot(xs, ys.mean(0), color=colour, ls=":")
-            ends = [(lr, final) for lr, final in told["tuning"] if final is not None]
-            rates.plot(*zip(*ends, strict=True), "o-", color=colour, ms=4, label=name)
+            ends = [(lr, final) for lr, _, final in told["tuning"] if final is not None]
+            rates.plot(*zip(*ends, strict=True), "o", color=colour, ms=3)
+            means = {lr: np.mean([end for at, end in ends if at == lr]) for lr, _ in ends}
+            rates.plot(*zip(*means.items(), strict=True), "-", color=colour, label=name)
         for axis, what in (
             (tokens, "tokens"),
             (seconds, "seconds of training"),
@@ -305,5 +310,5 @@ def plot(result: Result, figure: "Figure") -> None:
         seconds.set_title(
             f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's end", fontsize=9
         )
-        rates.set_title("one seed at each rate", fontsize=9)
+        rates.set_title("every seed, and their mean", fontsize=9)
         tokens.legend(fontsize=8)

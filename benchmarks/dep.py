@@ -95,7 +95,7 @@ def _rank(rank: int, setting: Setting, share: float, spread: float, seed: int, f
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=setting.processes
     )
-    runs, batches = _prepare(setting, share, spread, seed)
+    runs, batches = _prepare(setting, share, spread, seed, Path(folder, "cost.json"))
     seconds, timelines, balances = _measure(setting, runs, batches)
     if rank == 0:
         result = _result(setting, share, runs[DEP], batches[DEP], seconds, timelines, balances)
@@ -106,7 +106,7 @@ def _rank(rank: int, setting: Setting, share: float, spread: float, seed: int, f
 
 
 def _prepare(
-    setting: Setting, share: float, spread: float, seed: int
+    setting: Setting, share: float, spread: float, seed: int, cost_file: Path
 ) -> tuple[dict[str, "Run"], dict[str, list["MicroBatch"]]]:
     """One model under several encoders, and its batches: of text, and with images."""
     from pretrain.build import build, make_encoder
@@ -148,14 +148,15 @@ def _prepare(
     tokenizer = SimpleNamespace(vocab_size=config.data.vocab_size, media_pad=_MEDIA_PAD)
     data: Any = SimpleNamespace(tokenizer=tokenizer)
     run = build(config, here, data)
+    # Encoders are small here: what an item costs however small it is, no count of FLOPs knows.
     kinds = {
         TEXT: EncoderProcessConfig(),
-        DEP: EncoderProcessConfig(),
+        DEP: EncoderProcessConfig(cost="measured"),
         BASELINES[0]: EncoderProcessConfig(enabled=False),
-        BASELINES[1]: EncoderProcessConfig(spread="round_robin"),
+        BASELINES[1]: EncoderProcessConfig(spread="round_robin", cost="measured"),
     }
     runs = {
-        name: replace(run, encoder=make_encoder(kind, run.tower, here))
+        name: replace(run, encoder=make_encoder(kind, run.tower, here, cost_file))
         for name, kind in kinds.items()
     }
     plain = _batches(setting, 0.0, spread, seed, here.first_stage)
@@ -331,11 +332,10 @@ def _backbone_flops(run: "Run", tokens: int) -> float:
 
 
 def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
-    """Each rank's share of the encoder's work, by mode; all of it is 1."""
-    from pretrain.encoder_process.cost import count
+    """Each rank's share of the encoder's work as its cost is measured, by mode; all of it is 1."""
     from pretrain.encoder_process.plan import plan
 
-    loads = count(run.config.vision, run.config.language.hidden_size).loads(grids)
+    loads = run.encoder.cost.loads(grids)
     places = {
         DEP: plan(loads, ranks, owners=[0] * len(loads)),
         BASELINES[0]: [0] * len(loads),

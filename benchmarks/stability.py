@@ -52,24 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
     threshold = options.threshold or form.threshold
-    seeds = [options.seed + number for number in range(options.seeds or form.seeds)]
+    count = options.seeds or form.seeds
     job = Job(
         "dense",
         MUONCLIP,
         options.lr or form.lr,
         options.steps or form.steps,
+        options.seed,
         size=form.size,
         watch=True,
     )
-    plain = [replace(job, seed=seed, threshold=None, label=PLAIN) for seed in seeds]
-    held = [replace(job, seed=seed, threshold=threshold, label=MUONCLIP) for seed in seeds]
+    plain = training.with_seeds(replace(job, threshold=None, label=PLAIN), count)
+    held = training.with_seeds(replace(job, threshold=threshold), count)
     swept = [
-        replace(job, seed=seeds[0], threshold=other, label=f"{MUONCLIP}, τ {other:g}")
-        for other in form.sweep
+        replace(job, threshold=other, label=f"{MUONCLIP}, τ {other:g}") for other in form.sweep
     ]
     overlap = training.overlap(job.size)
     told = training.train_all([*plain, *held, *swept], options)
-    count = len(seeds)
     return {
         "threshold": threshold,
         "lr": job.lr,
@@ -137,8 +136,9 @@ def table(result: Result) -> str:
     if differences:
         told = (
             f"\n\nLoss of {MUONCLIP} against {PLAIN} with the same seed: "
-            f"{np.mean(differences):+.4f} on average ({', '.join(f'{d:+.4f}' for d in differences)});"
-            f" seeds of {PLAIN} differ by a standard deviation of {spread:.4f}."
+            f"{np.mean(differences):+.4f} on average "
+            f"({', '.join(f'{difference:+.4f}' for difference in differences)}); seeds of {PLAIN} "
+            f"differ by a standard deviation of {spread:.4f}."
         )
     return (
         f"Hidden {result['hidden']}, {result['layers']} layers of {result['heads']} heads, "
@@ -174,9 +174,7 @@ def plot(result: Result, figure: "Figure") -> None:
                 range(window, window + len(smooth)), 100 * smooth, color=f"C{number}", label=label
             )
     swept.set(title="largest logit of all heads", xlabel="step", yscale="log")
-    clipped.set(
-        title="heads clipped, mean of the steps before", xlabel="step", ylabel="% of heads"
-    )
+    clipped.set(title="heads clipped, mean of the steps before", xlabel="step", ylabel="% of heads")
     for axis in (plain, held, swept, clipped):
         axis.grid(alpha=0.3)
     swept.legend(fontsize=8)

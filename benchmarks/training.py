@@ -12,9 +12,9 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -144,14 +144,18 @@ class Dense:
                 max_position_embeddings=size.sequence,
                 original_max_position_embeddings=size.sequence,
                 pad_token_id=data.tokenizer.pad,
+                bos_token_id=None,
+                eos_token_id=data.tokenizer.eos,
                 use_cache=False,
             )
         ).to(device)
         layouts = matrix_layouts(self.model, per_head=job.layouts == "per_head")
         if job.layouts == "fused":
             layouts = {}
-        self.groups = muonclip.param_groups(self.model, layouts=layouts)
-        self.clips = [transformers.qk_clip(self.model, exact=job.watch)]
+        self.groups: Sequence[Mapping[str, Any]] = muonclip.param_groups(
+            self.model, layouts=layouts
+        )
+        self.clips: Sequence[QKClip] = [transformers.qk_clip(self.model, exact=job.watch)]
         self._train, self._held_out = (
             torch.from_numpy(data.corpora[split].tokens.astype(np.int64)).to(device)
             for split in ("train", "held_out")
@@ -197,7 +201,7 @@ class Trained:
         self.run: Run = build(config, here, data)
         if here.device.type != device.type:
             raise ValueError(f"the trainer runs on {here.device.type} here, not {device.type}")
-        self.groups = [
+        self.groups: Sequence[Mapping[str, Any]] = [
             {
                 "params": list(zip(group["param_names"], group["params"], strict=True))
                 if "param_names" in group
@@ -207,10 +211,11 @@ class Trained:
             }
             for group in self.run.optimizer.param_groups
         ]
-        self.clips = self.run.clips
+        self.clips: Sequence[QKClip] = self.run.clips
 
     def gradients(self, step: int) -> float:
-        from pretrain import batches, step as trainer
+        from pretrain import batches
+        from pretrain import step as trainer
 
         micro_batches = batches.of_step(self.run.config, self.run.processes, self.run.data, step)
         losses = trainer.mean_losses(trainer.gradients(self.run, micro_batches))
@@ -277,7 +282,9 @@ def _runs(tokens: Any) -> Any:
     factor = np.uint64(0x9E3779B97F4A7C15)
     hashed = np.zeros(len(tokens) - _OVERLAP_TOKENS + 1, np.uint64)
     for place in range(_OVERLAP_TOKENS):
-        hashed = hashed * factor + tokens[place : place + len(hashed)].astype(np.uint64) + np.uint64(1)
+        hashed = (
+            hashed * factor + tokens[place : place + len(hashed)].astype(np.uint64) + np.uint64(1)
+        )
     return hashed
 
 
@@ -317,8 +324,9 @@ def _prepared(job: Job) -> tuple[Any, Any, Any]:
             f"data.cache_dir={ROOT / '.cache' / 'pretrain'}",
             f"evaluation.sequences={max(1, 16_384 // size.sequence)}",
             f"evaluation.captions={64 if job.kind == 'vision' else 2}",
-            f"optimizer.decay_steps={job.steps}",
-            f"optimizer.warmup_steps={min(40, job.steps)}",
+            # The schedule is this module's own.
+            "optimizer.decay_steps=0",
+            "optimizer.warmup_steps=0",
             *job.overrides,
         ],
     )
@@ -485,20 +493,26 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def best(results: Iterable[Result]) -> Result:
-    """The one with the least held-out loss at the end.
+def best_rate(results: Iterable[Result]) -> float:
+    """The learning rate with the least held-out loss at the end, the mean over its seeds.
 
     Raises:
-        RuntimeError: all diverged.
+        RuntimeError: at every rate a seed diverged.
     """
-    ended = [result for result in results if result["final"] is not None]
-    if not ended:
+    ends: dict[float, list[float]] = {}
+    for result in results:
+        end = math.inf if result["final"] is None else result["final"]
+        ends.setdefault(result["lr"], []).append(end)
+    means = {lr: float(np.mean(losses)) for lr, losses in ends.items()}
+    best = min(means, key=means.__getitem__)
+    if math.isinf(means[best]):
         raise RuntimeError("every learning rate diverged: try lower ones")
-    return min(ended, key=lambda result: float(result["final"]))
+    return best
 
 
 def with_seeds(job: Job, seeds: int) -> list[Job]:
-    return [replace(job, seed=seed) for seed in range(seeds)]
+    """The job with its own seed and those that follow."""
+    return [replace(job, seed=job.seed + number) for number in range(seeds)]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

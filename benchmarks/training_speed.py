@@ -67,9 +67,7 @@ def _measure(kind: Kind, size: Size, rounds: int, options: argparse.Namespace) -
         parameters = sum(p.numel() for p in trained)
         own[name] = []
         steps[name] = _step(model, stepped, trained, name, own[name], options)
-    seconds = interleave(
-        steps, rounds=rounds, warmup=2, device=options.device, clock=options.clock
-    )
+    seconds = interleave(steps, rounds=rounds, warmup=2, device=options.device, clock=options.clock)
     told: Result = {"kind": kind, "tokens": size.tokens, "parameters": parameters}
     slower = np.divide(seconds[MUONCLIP], seconds[BASELINE])
     told["slower"] = quartiles(slower.tolist())
@@ -119,8 +117,8 @@ def _step(
 
 def table(result: Result) -> str:
     header = (
-        "model", "tokens a step", "AdamW, tokens/s", "MuonClip, tokens/s", "MuonClip's step to AdamW's",
-        "AdamW, of its step", "MuonClip, of its step",
+        "model", "tokens a step", "AdamW, tokens/s", "MuonClip, tokens/s",
+        "MuonClip's step to AdamW's", "AdamW, of its step", "MuonClip, of its step",
     )  # fmt: skip
     rows = [
         [
