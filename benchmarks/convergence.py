@@ -1,9 +1,9 @@
 """Loss against tokens and time, MuonClip beside AdamW and other Muons, each at its best rate.
 
-On each model every optimizer is given the same learning rates, with the whole budget and all seeds;
-where the best lies at an end of them, one more is tried beyond it. The best has the least mean loss
-over the seeds. At its own best rate each optimizer but AdamW then trains once more with a part of
-the steps, the schedule shortened to them.
+On each model every optimizer tries the same learning rates with the whole budget and the same
+seeds; where the best lies at an end of them, one more is tried beyond it. The best has the least
+mean loss. There each trains with further seeds, and all but AdamW once more with a part of the
+steps, the schedule shortened to them.
 """
 
 import argparse
@@ -34,6 +34,7 @@ class Form:
     sizes: dict[Kind, Size]
     rates: tuple[float, ...]
     seeds: int
+    tuning_seeds: int
     optimizers: tuple[str, ...]
 
 
@@ -47,17 +48,19 @@ FORMS = {
         },
         (1e-3, 2e-3, 4e-3),
         3,
+        3,
         (BASELINE, "torch.optim.Muon", "MuonClip"),
     ),
     "quick": Form(
-        {"dense": 300, "moe": 150, "vision": 120},
+        {"dense": 120, "moe": 100, "vision": 70},
         {
-            "dense": Size(64, 3, 4, 128, 8, 512),
-            "moe": Size(64, 3, 4, 128, 8, 512),
-            "vision": Size(64, 3, 4, 128, 8, 512),
+            "dense": Size(64, 3, 4, 128, 32, 512),
+            "moe": Size(64, 3, 4, 128, 16, 512),
+            "vision": Size(64, 3, 4, 128, 16, 512),
         },
-        (4e-3, 8e-3, 16e-3),
+        (2e-3, 4e-3, 8e-3),
         3,
+        1,
         (BASELINE, "MuonClip"),
     ),
     "tiny": Form(
@@ -69,6 +72,7 @@ FORMS = {
         },
         (4e-3,),
         2,
+        1,
         (BASELINE, "MuonClip"),
     ),
 }
@@ -87,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="of every model; default: by the form")
     parser.add_argument("--hidden", type=int, help="width of every model; default: by the form")
-    parser.add_argument("--seeds", type=int, help="default: 3")
+    parser.add_argument("--seeds", type=int, help="at the best rate; default: 3")
+    parser.add_argument(
+        "--tuning-seeds", type=int, help="at every rate; default: 1 in the quick form, else 3"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -140,12 +147,16 @@ def run(options: argparse.Namespace) -> Result:
         }
         for name in names:
             results, lr = tuned[kind, name], chosen[kind, name]
+            mine = [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)]
             told["models"][kind]["parameters"] = results[0]["parameters"]
             told["models"][kind]["optimizers"][name] = {
                 "lr": lr,
                 "tuning": sorted([r["lr"], r["seed"], r["final"]] for r in results),
-                "runs": [r for r in results if r["lr"] == lr],
-                "short": [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)],
+                "runs": [
+                    *(r for r in results if r["lr"] == lr),
+                    *(r for r in mine if r["label"] == name),
+                ],
+                "short": [r for r in mine if r["label"] != name],
             }
         _compare(told["models"][kind]["optimizers"])
     return told
@@ -158,8 +169,7 @@ def _tune(
     seeds: int,
     options: argparse.Namespace,
 ) -> dict[tuple[Kind, str], list[Result]]:
-    """Runs of all seeds at all rates, by model and optimizer; rates are added where the best is at
-    an end."""
+    """Runs at all rates, by model and optimizer; rates are added where the best is at an end."""
     results: dict[tuple[Kind, str], list[Result]] = {
         (kind, name): [] for kind in jobs for name in names
     }
@@ -310,5 +320,5 @@ def plot(result: Result, figure: "Figure") -> None:
         seconds.set_title(
             f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's end", fontsize=9
         )
-        rates.set_title("every seed, and their mean", fontsize=9)
+        rates.set_title("tuning: every seed, and their mean", fontsize=9)
         tokens.legend(fontsize=8)
