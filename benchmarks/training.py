@@ -160,7 +160,12 @@ class Dense:
             torch.from_numpy(data.corpora[split].tokens.astype(np.int64)).to(device)
             for split in ("train", "held_out")
         )
-        self._job, self._size = job, size
+        self._job, self._size, self._bos = job, size, data.tokenizer.bos
+
+    def _windows(self, tokens: Tensor, starts: Iterable[int]) -> Tensor:
+        """[sequences, length + 1]: inputs and, one further, labels; each begins with BOS."""
+        rows = [tokens[int(start) : int(start) + self._size.sequence] for start in starts]
+        return nn.functional.pad(torch.stack(rows), (1, 0), value=self._bos)
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.model(windows[:, :-1]).logits
@@ -170,7 +175,7 @@ class Dense:
         rng = np.random.default_rng([self._job.seed, step])
         starts = rng.integers(len(self._train) - self._size.sequence, size=self._size.sequences)
         self.model.train()
-        loss = self._loss(_windows(self._train, starts, self._size.sequence))
+        loss = self._loss(self._windows(self._train, starts))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
@@ -181,14 +186,9 @@ class Dense:
         starts = np.linspace(0, len(self._held_out) - self._size.sequence - 1, count).astype(int)
         total = 0.0
         for part in np.array_split(starts, math.ceil(count / self._size.sequences)):
-            loss = self._loss(_windows(self._held_out, part, self._size.sequence))
+            loss = self._loss(self._windows(self._held_out, part))
             total += loss.item() * len(part)
         return {"loss": total / count}
-
-
-def _windows(tokens: Tensor, starts: Iterable[int], length: int) -> Tensor:
-    """[sequences, length + 1]: inputs and, one further, labels."""
-    return torch.stack([tokens[int(start) : int(start) + length + 1] for start in starts])
 
 
 class Trained:
