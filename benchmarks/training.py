@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pretrain.build import Run
     from pretrain.config import DataConfig
     from pretrain.data.dataset import BuiltIn
+    from pretrain.model.multimodal import MicroBatch
 
 Kind = Literal["dense", "moe", "vision"]
 KINDS: dict[Kind, str] = {
@@ -113,6 +114,9 @@ class Model(Protocol):
     def gradients(self, step: int) -> float:
         """Leave the batch's mean gradient in ``.grad``; returns the mean loss in nats a token."""
 
+    def look(self, step: int) -> None:
+        """Show the clips the logits of the step's batch as the weights are now."""
+
     def held_out(self) -> dict[str, float]:
         """Mean losses in nats a token; ``loss`` is the one that is compared."""
 
@@ -171,13 +175,20 @@ class Dense:
         logits = self.model(windows[:, :-1]).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
-    def gradients(self, step: int) -> float:
+    def _of_step(self, step: int) -> Tensor:
         rng = np.random.default_rng([self._job.seed, step])
         starts = rng.integers(len(self._train) - self._size.sequence, size=self._size.sequences)
         self.model.train()
-        loss = self._loss(self._windows(self._train, starts))
+        return self._loss(self._windows(self._train, starts))
+
+    def gradients(self, step: int) -> float:
+        loss = self._of_step(step)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
+
+    @torch.no_grad()
+    def look(self, step: int) -> None:
+        self._of_step(step)
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
@@ -213,14 +224,26 @@ class Trained:
         ]
         self.clips: Sequence[QKClip] = self.run.clips
 
-    def gradients(self, step: int) -> float:
+    def _of_step(self, step: int) -> "list[MicroBatch]":
         from pretrain import batches
-        from pretrain import step as trainer
 
-        micro_batches = batches.of_step(self.run.config, self.run.processes, self.run.data, step)
-        losses = trainer.mean_losses(trainer.gradients(self.run, micro_batches))
-        assert losses["loss"] is not None
-        return losses["loss"]
+        return batches.of_step(self.run.config, self.run.processes, self.run.data, step)
+
+    def gradients(self, step: int) -> float:
+        from pretrain.step import gradients, mean_losses
+
+        loss = mean_losses(gradients(self.run, self._of_step(step)))["loss"]
+        assert loss is not None
+        return loss
+
+    @torch.no_grad()
+    def look(self, step: int) -> None:
+        from pretrain.step import backbone
+
+        self.run.train()
+        batch = self._of_step(step)
+        features = self.run.encoder.encode([(one.patches, one.grids) for one in batch])
+        backbone(self.run, batch, features, forward_only=True)
 
     def held_out(self) -> dict[str, float]:
         from pretrain.evaluate import held_out_losses
@@ -374,17 +397,17 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
         ``steps``, ``tokens``, ``seconds`` and ``loss`` (held out) at each evaluation, with what
         else the model measures; ``final``, the last held-out loss, or None where the loss was not
         finite and training ended; ``train`` and ``step_s``/``optimizer_s``, loss and time of every
-        step; with ``watch`` also ``max_logits`` [steps][heads] before the step's clip, and
-        ``clipped``, heads a step. Evaluations are in no time.
+        step; with ``watch`` also ``max_logits`` [steps][heads] in the step's forward pass,
+        ``after`` the step, the largest of all heads on the same batch once updated and clipped, and
+        ``clipped``, heads a step. Evaluations and looking again are in no time.
     """
     model = make(job, device)
     stepped = optimizers(job, model.groups)
     peaks = [[group["lr"] for group in one.param_groups] for one in stepped]
     parameters = [p for one in stepped for group in one.param_groups for p in group["params"]]
+    clips = job.optimizer == MUONCLIP and job.threshold is not None
     for clip in model.clips:
-        clip.threshold = math.inf
-        if job.optimizer == MUONCLIP and job.threshold is not None:
-            clip.threshold = job.threshold
+        clip.threshold = job.threshold or clip.threshold
     due = {round(job.steps * (i + 1) / job.evaluations) for i in range(job.evaluations)}
     now = CLOCKS[clock]
     evaluations: dict[str, list[float]] = {}
@@ -392,6 +415,7 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
     step_s: list[float] = []
     optimizer_s: list[float] = []
     max_logits: list[list[float]] = []
+    after: list[float] = []
     clipped: list[int] = []
     final = None
     for step in range(1, job.steps + 1):
@@ -406,7 +430,7 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
             for group, peak in zip(one.param_groups, rates, strict=True):
                 group["lr"] = peak * rate(step, job.steps)
             one.step()
-        results = [clip.step() for clip in model.clips]
+        results = [clip.step(clip=clips) for clip in model.clips]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         done = now()
@@ -418,6 +442,10 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
             heads = [layer for result in results for layer in result.max_logits.values()]
             max_logits.append([round(value, 3) for value in torch.cat(heads).tolist()])
             clipped.append(sum(int(result.num_clipped) for result in results))
+            model.look(step)
+            results = [clip.step(clip=False) for clip in model.clips]
+            heads = [layer for result in results for layer in result.max_logits.values()]
+            after.append(round(float(torch.cat(heads).max()), 3))
         if step in due:
             told = model.held_out()
             for name, value in {
@@ -441,7 +469,7 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
         "train": [round(loss, 4) for loss in losses],
         "step_s": float(np.median(step_s)) if step_s else None,
         "optimizer_s": float(np.median(optimizer_s)) if optimizer_s else None,
-        **({"max_logits": max_logits, "clipped": clipped} if job.watch else {}),
+        **({"max_logits": max_logits, "after": after, "clipped": clipped} if job.watch else {}),
     }
 
 
