@@ -13,7 +13,7 @@ from benchmarks import runner
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 # Modules of this package that make benchmarks work and are none.
-SUPPORT = {"__init__", "__main__", "optimizers", "runner", "workloads"}
+SUPPORT = {"__init__", "__main__", "optimizers", "runner", "training", "workloads"}
 
 
 def names() -> list[str]:

@@ -66,6 +66,11 @@ class Size:
         """In a step."""
         return self.sequence * self.sequences
 
+    @property
+    def held_out(self) -> int:
+        """Sequences of an evaluation."""
+        return 8 * self.sequences
+
 
 @dataclass(frozen=True)
 class Job:
@@ -193,7 +198,7 @@ class Dense:
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         self.model.eval()
-        count = max(1, 16_384 // self._size.sequence)
+        count = self._size.held_out
         starts = np.linspace(0, len(self._held_out) - self._size.sequence - 1, count).astype(int)
         total = 0.0
         for part in np.array_split(starts, math.ceil(count / self._size.sequences)):
@@ -289,15 +294,20 @@ def overlap(size: Size) -> float:
     Raises:
         RuntimeError: it is more than 5 %: what is measured would partly be memory.
     """
-    corpora = text(size, 0).corpora
-    train, held_out = (_runs(corpora[split].tokens) for split in ("train", "held_out"))
-    share = float(np.isin(held_out, train).mean())
+    share = _shared(size)
     if share > MOST_OVERLAP:
         raise RuntimeError(
             f"{share:.1%} of the held-out text is also in the training text (at most "
             f"{MOST_OVERLAP:.0%}): losses on it would measure memory"
         )
     return share
+
+
+@cache
+def _shared(size: Size) -> float:
+    corpora = text(size, 0).corpora
+    train, held_out = (_runs(corpora[split].tokens) for split in ("train", "held_out"))
+    return float(np.isin(held_out, train).mean())
 
 
 def _runs(tokens: Any) -> Any:
@@ -345,8 +355,8 @@ def _prepared(job: Job) -> tuple[Any, Any, Any]:
             f"data.vocab_size={size.vocabulary}",
             f"data.vision_share={0.1 if job.kind == 'vision' else 0.0}",
             f"data.cache_dir={ROOT / '.cache' / 'pretrain'}",
-            f"evaluation.sequences={max(1, 16_384 // size.sequence)}",
-            f"evaluation.captions={64 if job.kind == 'vision' else 2}",
+            f"evaluation.sequences={size.held_out}",
+            f"evaluation.captions={size.sequences if job.kind == 'vision' else 2}",
             # The schedule is this module's own.
             "optimizer.decay_steps=0",
             "optimizer.warmup_steps=0",

@@ -20,8 +20,9 @@ from benchmarks.optimizer_step import update_error
 from benchmarks.optimizers import BASELINE, Candidate, candidates
 from benchmarks.workloads import Workload, workloads
 
-# Peers that compile would take minutes.
+# Peers that compile would take minutes; one model shows what all do.
 ONLY = {
+    "convergence": ["--models", "moe"],
     "optimizer_step": ["--only", "MuonClip", "textbook", "AdamW"],
     "optimizer_memory": ["--only", "bfloat16 momentum"],
 }
@@ -50,7 +51,18 @@ def leaves(value: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "name", ["coefficients", "dep", "dep_plan", "optimizer_memory", "optimizer_step", "overhead"]
+    "name",
+    [
+        "coefficients",
+        "convergence",
+        "dep",
+        "dep_plan",
+        "optimizer_memory",
+        "optimizer_step",
+        "overhead",
+        "stability",
+        "training_speed",
+    ],
 )
 def test_a_benchmark_stores_its_result_and_picture(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,79 @@
+"""What comparisons of training stand on: the schedule, the choice of a rate, unseen text."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.convergence import _beyond, reached
+from benchmarks.training import Job, Size
+
+SMALL = Size(32, 1, 2, 64, 2, 400)
+
+
+def result(lr: float, final: float | None, seed: int = 0) -> dict[str, Any]:
+    return {"lr": lr, "final": final, "seed": seed}
+
+
+def test_the_rate_warms_up_and_ends_at_a_tenth() -> None:
+    rates = [training.rate(step, 50) for step in range(1, 51)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_the_best_rate_has_the_least_mean_and_never_a_seed_that_diverged() -> None:
+    results = [result(1, 3.0), result(1, 3.4), result(2, 2.0), result(2, None), result(4, 3.3)]
+    assert training.best_rate(results) == 1
+    with pytest.raises(RuntimeError, match="diverged"):
+        training.best_rate([result(1, None)])
+
+
+def test_a_rate_is_added_where_the_best_is_at_an_end() -> None:
+    assert _beyond([result(1, 3.0), result(2, 3.1), result(4, 3.2)]) == [0.5]
+    assert _beyond([result(1, 3.2), result(2, 3.1), result(4, 3.0)]) == [8]
+    assert _beyond([result(1, 3.2), result(2, 3.0), result(4, 3.1)]) == []
+
+
+def test_where_a_loss_is_reached_between_two_evaluations() -> None:
+    assert reached([10, 20, 40], [5.0, 4.0, 3.0], 3.5) == pytest.approx(0.75)
+    assert reached([10, 20, 40], [5.0, 4.0, 3.0], 6.0) == 0.25
+    assert reached([10, 20, 40], [5.0, 4.0, 3.0], 2.0) is None
+
+
+def test_held_out_text_is_not_in_the_training_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < training.overlap(SMALL) < training.MOST_OVERLAP
+    corpora = training.text(SMALL, 0).corpora
+    held_out = training._runs(corpora["held_out"].tokens)
+    # The hash tells runs apart as the runs themselves do.
+    windows = np.lib.stride_tricks.sliding_window_view(corpora["held_out"].tokens[:20_000], 32)
+    assert len(np.unique(windows, axis=0)) == len(np.unique(held_out[: len(windows)]))
+    monkeypatch.setattr(training, "MOST_OVERLAP", 0.0)
+    with pytest.raises(RuntimeError, match="memory"):
+        training.overlap(SMALL)
+
+
+@pytest.mark.parametrize("kind", training.KINDS)
+def test_every_optimizer_sees_the_same_weights_and_batches(kind: training.Kind) -> None:
+    jobs = [
+        Job(kind, name, 1e-3, 2, size=SMALL if kind == "dense" else Size(32, 2, 2, 64, 2, 400))
+        for name in ("AdamW (fused)", training.MUONCLIP)
+    ]
+    first, second = (training.train(job, torch.device("cpu")) for job in jobs)
+    assert first["train"][0] == second["train"][0]
+    assert first["train"][1] != second["train"][1]
+    assert first["parameters"] == second["parameters"]
+
+
+def test_without_a_threshold_nothing_is_clipped_but_all_is_seen() -> None:
+    job = Job("dense", training.MUONCLIP, 0.1, 3, size=SMALL, threshold=1e-6, watch=True)
+    clipped = training.train(job, torch.device("cpu"))
+    plain = training.train(
+        Job("dense", training.MUONCLIP, 0.1, 3, size=SMALL, threshold=None, watch=True),
+        torch.device("cpu"),
+    )
+    assert plain["max_logits"][0] == clipped["max_logits"][0]
+    assert sum(clipped["clipped"]) > 0 == sum(plain["clipped"])
+    assert max(clipped["after"]) < max(plain["after"])
