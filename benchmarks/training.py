@@ -356,7 +356,7 @@ def _prepared(job: Job) -> tuple[Any, Any, Any]:
             f"data.vision_share={0.1 if job.kind == 'vision' else 0.0}",
             f"data.cache_dir={ROOT / '.cache' / 'pretrain'}",
             f"evaluation.sequences={size.held_out}",
-            f"evaluation.captions={size.sequences if job.kind == 'vision' else 2}",
+            f"evaluation.captions={size.held_out if job.kind == 'vision' else 2}",
             # The schedule is this module's own.
             "optimizer.decay_steps=0",
             "optimizer.warmup_steps=0",
