@@ -28,14 +28,12 @@ from pretrain.runtime.metrics import read
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# kills, steps of the run, steps between checkpoints
-_FORMS = {"full": (50, 450, 5), "quick": (6, 60, 5), "tiny": (1, 12, 4)}
-_RANKS = 2
+# ranks, kills, steps of the run, steps between checkpoints
+_FORMS = {"full": (2, 50, 450, 5), "quick": (2, 6, 60, 5), "tiny": (1, 1, 12, 4)}
 _PATIENCE_SECONDS = 300.0
 _CONFIG = """
 global_batch_size: 4
 micro_batch_size: 2
-parallel: {expert: 2}
 language: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_heads: 2, q_lora_rank: 16,
   kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8, num_experts: 4,
   expert_ffn_hidden_size: 32, shared_expert_ffn_hidden_size: 32}
@@ -51,20 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    kills, steps, every = _FORMS[options.form]
+    ranks, kills, steps, every = _FORMS[options.form]
     if options.kills is not None:
+        if options.kills < 1:
+            raise SystemExit(f"--kills must be at least 1, not {options.kills}")
         kills, steps = options.kills, max(steps, 9 * options.kills + 6)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "run.yaml").write_text(
-            _CONFIG + f"steps: {steps}\ncheckpoint: {{every: {every}}}\n"
+            f"{_CONFIG}steps: {steps}\ncheckpoint: {{every: {every}}}\n"
+            f"parallel: {{expert: {ranks}}}\n"
         )
-        with _started(folder, "calm", 0) as calm:
-            _ended(calm)
-        with _started(folder, "killed", kills) as killed:
-            told = [_kill(killed, folder / "killed", rng, number, every) for number in range(kills)]
+        # Beside each other: while one starts again, the other has the machine.
+        with (
+            _started(folder, "calm", ranks, 0) as calm,
+            _started(folder, "killed", ranks, kills) as killed,
+        ):
+            run_dir = folder / "killed"
+            told = [_kill(killed, run_dir, rng, ranks, number, every) for number in range(kills)]
             _ended(killed)
+            _ended(calm)
         starts = _lines(folder / "killed" / "starts.jsonl")
         losses, expected = (
             [record["loss"] for record in read(folder / run_dir / "metrics.jsonl")[1:]]
@@ -75,7 +80,7 @@ def run(options: argparse.Namespace) -> Result:
     return {
         "steps": steps,
         "steps_between_checkpoints": every,
-        "ranks": _RANKS,
+        "ranks": ranks,
         "kills": told,
         "losses": losses,
         "expected": expected,
@@ -83,9 +88,11 @@ def run(options: argparse.Namespace) -> Result:
 
 
 @contextlib.contextmanager
-def _started(folder: Path, run_dir: str, restarts: int) -> Iterator["subprocess.Popen[bytes]"]:
+def _started(
+    folder: Path, run_dir: str, ranks: int, restarts: int
+) -> Iterator["subprocess.Popen[bytes]"]:
     """A run under torchrun; it, and whatever it started, is gone afterwards."""
-    launcher = ("--nproc-per-node", str(_RANKS), "--max-restarts", str(restarts), "--standalone")
+    launcher = ("--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--standalone")
     with (folder / f"{run_dir}.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -102,10 +109,11 @@ def _started(folder: Path, run_dir: str, restarts: int) -> Iterator["subprocess.
         try:
             yield process
         except BaseException:
-            everyone = [*psutil.Process(process.pid).children(recursive=True), process]
-            for one in everyone:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+            process.kill()
             raise
         finally:
             process.wait()
@@ -118,12 +126,17 @@ def _ended(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _kill(
-    process: "subprocess.Popen[bytes]", run_dir: Path, rng: random.Random, number: int, every: int
+    process: "subprocess.Popen[bytes]",
+    run_dir: Path,
+    rng: random.Random,
+    ranks: int,
+    number: int,
+    every: int,
 ) -> dict[str, Any]:
     """Kill a rank once this start of the run has made some steps; where it stood then."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
-    in_save, ahead, rank = rng.random() < 0.5, rng.randrange(1, 2 * every), rng.randrange(_RANKS)
+    in_save, ahead, rank = rng.random() < 0.5, rng.randrange(1, 2 * every), rng.randrange(ranks)
     delay = rng.uniform(0, 0.2)
 
     def wait_for(moment: "Any") -> None:

@@ -39,7 +39,17 @@ def checkpoints_are_charged(result: dict[str, Any]) -> None:
     assert parts["copy"] == pytest.approx(saved["copy_s"] / 120)
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"overhead": checkpoints_are_charged}
+def a_kill_changed_nothing(result: dict[str, Any]) -> None:
+    assert len(result["kills"]) == 1
+    assert result["kills"][0]["after_step"] >= result["kills"][0]["resumed_from"]
+    assert len(result["losses"]) == result["steps"] == 12
+    assert result["losses"] == result["expected"]
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "crash": a_kill_changed_nothing,
+    "overhead": checkpoints_are_charged,
+}
 
 
 def leaves(value: object) -> list[object]:
@@ -55,6 +65,7 @@ def leaves(value: object) -> list[object]:
     [
         "coefficients",
         "convergence",
+        "crash",
         "dep",
         "dep_plan",
         "optimizer_memory",
