@@ -74,7 +74,7 @@ def test_data_is_passed_over_and_a_checkpoint_not_returned_to_for_ever() -> None
 
 
 HANG = """
-import sys, time
+import resource, sys, time
 from pathlib import Path
 from pretrain.runtime.faults import Watchdog
 
@@ -86,12 +86,14 @@ with Watchdog(1.0, rank=3, world_size=5, run_dir=Path(sys.argv[1])) as watchdog:
     for step in range(5):
         watchdog.beat(f"step {step}")
         time.sleep(0.3)  # together longer than the limit
-    if sys.argv[2] == "hang":
+    if sys.argv[2] != "go on":
+        if sys.argv[2] == "hang on a full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         stuck()
 """
 
 
-@pytest.mark.parametrize("what", ["hang", "go on"])
+@pytest.mark.parametrize("what", ["hang", "hang on a full disk", "go on"])
 def test_who_makes_no_progress_ends_with_name_and_stack(tmp_path: Path, what: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path), what],
@@ -105,6 +107,9 @@ def test_who_makes_no_progress_ends_with_name_and_stack(tmp_path: Path, what: st
         assert (ended.returncode, ended.stderr, stacks.exists()) == (0, "", False)
         return
     assert ended.returncode == 1
+    if what == "hang on a full disk":
+        assert "made no progress for 1 seconds" in ended.stderr
+        return
     for text in (ended.stderr, stacks.read_text()):
         assert "rank 3 (process " in text
         assert "made no progress for 1 seconds (faults.hang_seconds) in step 4" in text
