@@ -123,17 +123,18 @@ def run(options: argparse.Namespace) -> Result:
     seeds = options.seeds or form.seeds
     overlap = {kind: training.overlap(job.size) for kind, job in jobs.items()}
 
-    tuned = _tune(jobs, names, form.rates, seeds, options)
+    tuning_seeds = min(seeds, options.tuning_seeds or form.tuning_seeds)
+    tuned = _tune(jobs, names, form.rates, tuning_seeds, options)
     chosen = {key: training.best_rate(results) for key, results in tuned.items()}
-    shorter = []
+    further = []
     for (kind, name), lr in chosen.items():
-        steps = round(TARGET * jobs[kind].steps)
-        job = replace(
-            jobs[kind], optimizer=name, lr=lr, steps=steps, label=f"{name}, {steps} steps"
-        )
+        job = replace(jobs[kind], optimizer=name, lr=lr)
+        further += training.with_seeds(job, seeds)[tuning_seeds:]
+        steps = round(TARGET * job.steps)
         if name != BASELINE:
-            shorter += training.with_seeds(job, seeds)
-    done = training.train_all(shorter, options)
+            job = replace(job, steps=steps, label=f"{name}, {steps} steps")
+            further += training.with_seeds(job, seeds)
+    done = training.train_all(further, options)
     told: Result = {"target": TARGET, "seeds": seeds, "not_run": absent, "models": {}}
     for kind, job in jobs.items():
         told["models"][kind] = {
