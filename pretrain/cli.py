@@ -19,6 +19,7 @@ examples:
   python -m pretrain export RUN_DIR --to hf
   python -m pretrain import HF_DIR RUN_DIR
   python -m pretrain sample RUN_DIR --image FILE --prompt TEXT
+  python -m pretrain sample RUN_DIR --chat --prompt QUESTION
 
   python -m pretrain report runs/laptop
   python -m pretrain plan configs/kimi_k25.yaml --processes 1024
@@ -102,6 +103,9 @@ def _add_model_commands(commands: Any) -> None:
     command = commands.add_parser("sample", help=text, description=text)
     command.add_argument("run", type=Path, help="the run_dir of a run")
     command.add_argument("--prompt", default="", help="text after the images")
+    command.add_argument(
+        "--chat", action="store_true", help="they are a user's message; the assistant replies"
+    )
     command.add_argument("--image", type=Path, nargs="+", action="extend", default=[])
     command.add_argument("--max-tokens", type=int, help="at most (as many as the model can read)")
     command.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (1)")
@@ -142,6 +146,7 @@ def _sample(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
+        reply=options.chat,
     ):
         print(piece, end="", flush=True)
     print()

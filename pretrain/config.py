@@ -191,23 +191,33 @@ class ImageConfig:
 class SourceConfig:
     """One of a run's own sources of data."""
 
-    type: Literal["text", "images", "energon", "standard_library"] = "text"
+    type: Literal[
+        "text", "chat", "images", "energon", "standard_library", "standard_library_chat"
+    ] = "text"
     """text: JSONL (also .gz, .zst) and plain text files; images: a folder of images with captions,
     or JSONL of images, videos and text that name image files; energon: a folder of WebDataset
-    shards prepared for megatron-energon; standard_library: the built-in text."""
+    shards prepared for megatron-energon; standard_library: the built-in text. chat: JSONL of
+    conversations, of which the assistant's replies are learnt, for supervised finetuning;
+    standard_library_chat: questions and answers from the built-in text."""
     path: str = ""
     """A file, a folder (with what is below it) or a pattern such as data/*.jsonl.gz."""
     weight: float = 1.0
     """Its share of tokens beside the other sources of text, or the other sources of images."""
     field: str = "text"
-    """Where in a JSON object the text is; of images, the caption (`caption` is found too)."""
+    """Where in a JSON object the text is; of images, the caption (`caption` is found too); of
+    conversations, the list of messages (`messages` is found too)."""
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: held out by a hash of what is in a document; else the whole source is of one split."""
 
+    @property
+    def is_chat(self) -> bool:
+        return self.type in ("chat", "standard_library_chat")
+
     def __post_init__(self) -> None:
         _require(0 <= self.weight < float("inf"), f"weight must be >= 0, not {self.weight}")
+        built_in = self.type in ("standard_library", "standard_library_chat")
         _require(
-            bool(self.path) != (self.type == "standard_library"),
+            bool(self.path) != built_in,
             f"path must be given for a source of {self.type}"
             if not self.path
             else "path must be left out for the standard library",

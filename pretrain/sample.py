@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pretrain import state
 from pretrain.build import names_in_checkpoint, set_precision
 from pretrain.config import Config, ParallelConfig
-from pretrain.data import Document
+from pretrain.data import Document, chat
 from pretrain.data.fit import fit
 from pretrain.data.images import VisionItem
 from pretrain.data.tokenizer import Tokenizer
@@ -152,15 +152,17 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    reply: bool = False,
 ) -> Iterator[str]:
     """Yield what the model writes after the images and the prompt, as it comes.
 
-    It ends with the token that ends a text, or after ``max_tokens`` (by default as many as the
+    With ``reply``, these are a user's message, and the assistant's follows. It ends with the token
+    that ends a text (or a message), or after ``max_tokens`` (by default as many as the
     model's sequence length leaves). A character is yielded when all its bytes are there.
 
     Raises:
-        PretrainError: an image cannot be read, an option is out of its range, or the text is longer
-            than the model has learned to read.
+        PretrainError: an image cannot be read, an option is out of its range, the text is longer
+            than the model has learned to read, or its tokenizer knows no conversations.
     """
     if temperature < 0:
         raise PretrainError(f"--temperature must be >= 0, not {temperature}")
@@ -170,12 +172,17 @@ def sample(
         raise PretrainError(f"--max-tokens must be >= 1, not {max_tokens}")
     patch_size, longest = model.config.vision.patch_size, model.config.data.seq_length
     document = Document(model.tokenizer)
+    if reply:
+        model.tokenizer.require_chat()
+        chat.begin(document, "user")
     if images and model.tokenizer.media_pad < 0:
         raise PretrainError("this run's tokenizer has no tokens for images: leave --image out")
     for path in images:
         item = read_image(path)
         document.add_image(VisionItem(fit(item.pixels, patch_size), ""), patch_size)
     document.add_tokens(model.tokenizer.encode(prompt))
+    if reply:
+        chat.begin(document.add_tokens([model.tokenizer.im_end]), chat.REPLY)
     room = longest - len(document)
     if room < (max_tokens or 1):
         raise PretrainError(
@@ -189,7 +196,7 @@ def sample(
     told = ""
     for _ in range(max_tokens or room):
         token = pick(conversation.logits, temperature, top_p, generator)
-        if token == model.tokenizer.eos:
+        if token == model.tokenizer.eos or (reply and token == model.tokenizer.im_end):
             break
         written.append(token)
         text = model.tokenizer.decode(written)

@@ -34,6 +34,11 @@ class Data(ABC):
         """Whether there is anything to evaluate on."""
         return True
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there is anything to see in the training split."""
+        return True
+
     def question(self, item: VisionItem) -> Document:
         """A document that ends where the item's caption would begin."""
         return Document(self.tokenizer).add_image(item, self.patch_size)

@@ -26,7 +26,7 @@ from pretrain.errors import PretrainError
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: to be raised when what is cached changes.
-_FORMAT = 3
+_FORMAT = 4
 _MAX_IMAGES_PER_DOCUMENT = 3
 _MAX_TEXT_BEFORE_IMAGE = 12
 
@@ -48,6 +48,10 @@ class BuiltIn(Data):
     seed: int
     tokenizer: Tokenizer
     corpora: dict[Split, Corpus]
+
+    @property
+    def has_images(self) -> bool:
+        return self.config.vision_share > 0
 
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index`` of an endless supply.

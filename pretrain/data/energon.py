@@ -265,6 +265,7 @@ class EnergonCursor:
     rank: int
     ranks: int
     vision: bool = True
+    whole: bool = True
     taken: int = 0
 
     def __post_init__(self) -> None:

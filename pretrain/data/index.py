@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data import sources
+from pretrain.data import chat, sources
 from pretrain.data.fit import (
     MAX_PATCHES_OF_A_FRAME,
     MAX_PATCHES_OF_AN_IMAGE,
@@ -31,7 +31,7 @@ from pretrain.data.fit import (
 from pretrain.data.images import MERGE, Pixels, VisionItem
 from pretrain.data.packing import TEXT, Document
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media, Mixed, Text
+from pretrain.data.sources import Chat, Media, Mixed, Text
 from pretrain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def key_of(files: Iterable[Path], *settings: object) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What both kinds know.
+    """What all kinds know.
 
     Attributes:
         hashes: uint64 [n], of what is in each document.
@@ -150,6 +150,29 @@ class TextIndex(Index):
         """Tokens ``start`` to ``stop`` of a document."""
         first = int(self.ends[document - 1]) if document else 0
         return self.tokens[first + start : first + stop]
+
+
+@dataclass(frozen=True)
+class ChatIndex(Index):
+    """Conversations as they are rendered, each whole or not at all.
+
+    Attributes:
+        tokens: all of them in a row.
+        kinds: uint8, of each token, what it is as a label.
+        ends: int64 [n], where each conversation ends.
+        sizes: int32 [n, 2], tokens of each, and placeholders: none.
+    """
+
+    tokens: npt.NDArray[Any]
+    kinds: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+
+    def read(self, document: int) -> tuple[list[int], list[int]]:
+        """A conversation's tokens and kinds."""
+        stop = int(self.ends[document])
+        here = slice(stop - int(self.sizes[document, 0]), stop)
+        return self.tokens[here].tolist(), self.kinds[here].tolist()
 
 
 @dataclass(frozen=True)
@@ -224,6 +247,61 @@ def text_index(
         return TextIndex(hashes, skips, tokens, ends)
 
     return _cached(folder, build, load)
+
+
+def chat_index(
+    folder: Path, records: Callable[[], Iterator[Chat | Skip]], tokenizer: Tokenizer, longest: int
+) -> ChatIndex:
+    """The index in ``folder``, built from the records where there is none.
+
+    Args:
+        longest: conversations of more tokens are skipped.
+    """
+    dtype = np.dtype(tokenizer.dtype)
+
+    def build(partial: Path) -> None:
+        skips: list[Skip] = []
+        ends, hashes, total = [], [], 0
+        with (partial / "tokens").open("wb") as tokens, (partial / "kinds").open("wb") as kinds:
+            for record in records():
+                if isinstance(record, Skip):
+                    skips.append(record)
+                    continue
+                document = chat.render(tokenizer, record.messages)
+                if len(document) > longest:
+                    skips.append(_too_long(record.name, len(document), longest))
+                    continue
+                tokens.write(np.array(document.tokens, dtype).tobytes())
+                kinds.write(np.array(document.kinds, np.uint8).tobytes())
+                total += len(document)
+                ends.append(total)
+                hashes.append(record.hash)
+        _write(partial, skips, ends, hashes)
+
+    def load() -> ChatIndex:
+        skips, ends, hashes = _read(folder)
+        tokens = _mapped(folder / "tokens", dtype)
+        kinds = _mapped(folder / "kinds", np.dtype(np.uint8))
+        if not len(tokens) == len(kinds) == (ends[-1] if len(ends) else 0):
+            raise ValueError("conversations are not what was written")
+        lengths = np.diff(ends, prepend=0).astype(np.int32)
+        sizes = np.stack([lengths, np.zeros_like(lengths)], axis=1)
+        return ChatIndex(hashes, skips, tokens, kinds, ends, sizes)
+
+    return _cached(folder, build, load)
+
+
+def _too_long(name: str, size: int, length: int) -> Skip:
+    return Skip(name, f"its {size} tokens do not fit data.seq_length={length}", corrupt=False)
+
+
+def too_long(index: MixedIndex, length: int) -> list[Skip]:
+    """The documents that do not fit a sequence."""
+    sizes = index.sizes[:, 0]
+    return [
+        _too_long(index.describe(int(number))[0], int(sizes[number]), length)
+        for number in np.flatnonzero(sizes > length)
+    ]
 
 
 def mixed_index(

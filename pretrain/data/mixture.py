@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.index import MixedIndex, TextIndex
+from pretrain.data.index import ChatIndex, MixedIndex, TextIndex
 from pretrain.data.packing import Document
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     Attributes:
         source: its number.
         document: its number in the source's index, or the document itself.
-        start, stop: which of a text's tokens.
+        start, stop: which of a text's tokens, where it is cut.
     """
 
     source: int
@@ -48,6 +48,10 @@ class Cursor(Protocol):
     vision: bool
     taken: int
     """Tokens drawn so far."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether documents are never cut."""
 
     def peek(self) -> tuple[int, int]:
         """(tokens, placeholders among them) of the next document."""
@@ -79,7 +83,7 @@ class IndexCursor:
     source: int
     weight: float
     vision: bool
-    index: "TextIndex | MixedIndex | Shards"
+    index: "TextIndex | ChatIndex | MixedIndex | Shards"
     documents: npt.NDArray[np.int64]
     seed: int
     rank: int = 0
@@ -87,6 +91,10 @@ class IndexCursor:
     position: int = 0
     offset: int = 0
     taken: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return not isinstance(self.index, TextIndex)
 
     def _document(self) -> int:
         epoch, place = divmod(self.position * self.ranks + self.rank, len(self.documents))
@@ -159,11 +167,15 @@ class Stream:
             pieces.append(cursor.take(room))
             room -= size
             self.placed += placeholders
+        text = list(text)
         while text and room > 1:
             cursor = _furthest_behind(text)
-            piece = cursor.take(room)
-            pieces.append(piece)
-            room -= 1 + piece.stop - piece.start
+            size, _ = cursor.peek()
+            if cursor.whole and size > room:
+                text.remove(cursor)  # it waits for the next sequence; others may fill this one
+                continue
+            pieces.append(cursor.take(room))
+            room -= min(size, room)
         return pieces
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A user's own data: sources opened, split, and mixed into sequences."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,19 +13,23 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import packing, sources
+from pretrain.data.chat import REPLY, Message
 from pretrain.data.data import Data
 from pretrain.data.energon import EnergonCursor, Shards, read_meta, require_energon
 from pretrain.data.energon import texts as energon_texts
 from pretrain.data.images import VisionItem
 from pretrain.data.index import (
+    ChatIndex,
     Composer,
     MixedIndex,
     TextIndex,
+    chat_index,
     is_pair,
     key_of,
     make_folder,
     mixed_index,
     text_index,
+    too_long,
 )
 from pretrain.data.mixture import (
     Cursor,
@@ -36,9 +41,9 @@ from pretrain.data.mixture import (
 )
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip, Skipped
-from pretrain.data.sources import Mixed, Text
-from pretrain.data.text import SPLITS, Split, read_corpus
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.sources import Chat, Mixed, Text
+from pretrain.data.text import SPLITS, Split, TextFile, questions, read_corpus
+from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
 
 # Room that a caption test leaves for what the model writes.
@@ -74,12 +79,12 @@ class Source:
     number: int
     key: str
     config: SourceConfig
-    index: TextIndex | MixedIndex | Shards
+    index: TextIndex | ChatIndex | MixedIndex | Shards
     documents: dict[Split, npt.NDArray[np.int64]]
 
     @property
     def vision(self) -> bool:
-        return not isinstance(self.index, TextIndex)
+        return isinstance(self.index, MixedIndex | Shards)
 
     def num_documents(self, split: Split) -> int:
         if isinstance(self.index, Shards) and split == "train":
@@ -155,6 +160,10 @@ class OwnData(Data):
     def has_held_out(self) -> bool:
         return "held_out" in self._sequences
 
+    @property
+    def has_images(self) -> bool:
+        return any(source.vision and source.num_documents("train") for source in self._sources)
+
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``; the place of what is found corrupt stays empty."""
         pieces = self._sequences[split][self._place(split, index)]
@@ -171,6 +180,8 @@ class OwnData(Data):
         if isinstance(index, TextIndex):
             tokens = index.read(piece.document, piece.start, piece.stop)
             return Document(self.tokenizer).add_tokens(tokens)
+        if isinstance(index, ChatIndex):
+            return Document(self.tokenizer, *index.read(piece.document))
         try:
             return self._composer.document(index.load(piece.document, self._composer))
         except ValueError as error:
@@ -194,7 +205,7 @@ class OwnData(Data):
     def _pairs(self, split: Split) -> Iterator[VisionItem]:
         """Images with their captions, and clips that are one item of the encoder."""
         for source in self._sources:
-            if isinstance(source.index, TextIndex):
+            if isinstance(source.index, TextIndex | ChatIndex):
                 continue
             for number in source.documents[split]:
                 _, parts, shapes = source.index.describe(int(number))
@@ -294,20 +305,26 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
                 Source(number, key, source, shards, {"train": nothing, "held_out": held_out})
             )
             continue
-        index: TextIndex | MixedIndex
-        if reader.vision:
+        index: TextIndex | ChatIndex | MixedIndex
+        if source.is_chat:
+            tokenizer.require_chat()
+            folder = cache / f"chat-{reader.key}-{tokenizer.digest}-{config.seq_length}"
+            index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
+        elif reader.vision:
             tokenizer.require_media()
             folder = cache / f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}"
             index = mixed_index(folder, reader.mixed, composer)
         else:
             folder = cache / f"text-{reader.key}-{tokenizer.digest}"
             index = text_index(folder, reader.texts, tokenizer)
-        usable, too_long = _fitting(index, config.seq_length)
-        here = [*index.skips, *too_long]
+        here, usable = index.skips, np.arange(len(index.ends))
+        if isinstance(index, MixedIndex):  # text is cut, and of conversations these are left out
+            here = [*here, *too_long(index, config.seq_length)]
+            usable = np.flatnonzero(index.sizes[:, 0] <= config.seq_length)
         if not len(usable):
             first = f"; the first: {here[0].name} ({here[0].reason})" if here else ""
             raise PretrainError(
-                f"{key}.path: none of the documents in {source.path} can be used{first}"
+                f"{key}.path: none of the documents in {_where(source)} can be used{first}"
             )
         skips += here
         opened.append(Source(number, key, source, index, _split(source, index, usable, config)))
@@ -316,27 +333,9 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
     return OwnData(config, seed, composer, opened, dealing, skips)
 
 
-def _fitting(
-    index: TextIndex | MixedIndex, length: int
-) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-    """The documents that fit a sequence (text is cut, images are not), and those that do not."""
-    if isinstance(index, TextIndex):
-        return np.arange(len(index.ends)), []
-    sizes = index.sizes[:, 0]
-    skips = [
-        Skip(
-            index.describe(int(number))[0],
-            f"its {sizes[number]} tokens do not fit data.seq_length={length}",
-            corrupt=False,
-        )
-        for number in np.flatnonzero(sizes > length)
-    ]
-    return np.flatnonzero(sizes <= length), skips
-
-
 def _split(
     source: SourceConfig,
-    index: TextIndex | MixedIndex,
+    index: TextIndex | ChatIndex | MixedIndex,
     usable: npt.NDArray[np.int64],
     config: DataConfig,
 ) -> dict[Split, npt.NDArray[np.int64]]:
@@ -362,6 +361,12 @@ def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
             "data.sources: no documents to train on: every source has split: held_out"
         )
     vision = [source for source in training if source.vision]
+    chats = [source for source in opened if source.config.is_chat]
+    if vision and chats:
+        raise PretrainError(
+            f"data.sources: {chats[0].key} has conversations of text alone, whose runs see no "
+            f"images: take out {vision[0].key}, or the conversations"
+        )
     if len(vision) == len(training):
         return  # images fill everything
     if vision and config.vision_share == 0:
@@ -388,10 +393,11 @@ class _Reader:
     vision: bool
     texts: Callable[[], Iterator[Text | Skip]]
     mixed: Callable[[], Iterator[Mixed | Skip]]
+    chats: Callable[[], Iterator[Chat | Skip]]
 
     def sample_texts(self, most: int, threshold: int) -> Iterator[str]:
         """Text of up to ``most`` characters that is not held out."""
-        for record in self.mixed() if self.vision else self.texts():
+        for record in itertools.chain(self.texts(), self.mixed(), self.chats()):
             if most <= 0:
                 return
             if isinstance(record, Skip) or record.hash < threshold:
@@ -409,22 +415,43 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
             read_meta(folder, name).fingerprint,
             False,
             lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
-            _nothing,
+            *(_nothing, _nothing),
         )
-    if source.type == "standard_library":
+    if source.type in ("standard_library", "standard_library_chat"):
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))
         digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]
+        if source.is_chat:
+            return _Reader(digest, False, _nothing, _nothing, lambda: _questions(corpus))
         return _Reader(
-            digest, False, lambda: (Text(file.name, file.text) for file in corpus), _nothing
+            *(digest, False, lambda: (Text(file.name, file.text) for file in corpus)),
+            *(_nothing, _nothing),
         )
     if source.type == "text":
         files = sources.text_files(source, name)
         key = key_of(files, "text", source.field)
-        return _Reader(key, False, lambda: sources.read_text(source, files, name), _nothing)
+        texts = partial(sources.read_text, source, files, name)
+        return _Reader(key, False, texts, _nothing, _nothing)
+    if source.type == "chat":
+        files = sources.chat_files(source, name)
+        key = key_of(files, "chat", source.field)
+        chats = partial(sources.read_chats, source, files, name)
+        return _Reader(key, False, _nothing, _nothing, chats)
     files = sources.mixed_files(source, name)
     captions = [file.with_suffix(".txt") for file in files]
     key = key_of([*files, *(p for p in captions if p.exists())], "images", source.field)
-    return _Reader(key, True, _nothing, lambda: sources.read_mixed(source, files, name))
+    mixed = partial(sources.read_mixed, source, files, name)
+    return _Reader(key, True, _nothing, mixed, _nothing)
+
+
+def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:
+    """A question and its answer each; no answer twice."""
+    answers: set[str] = set()
+    for file in corpus:
+        for question, answer in questions(file):
+            if answer not in answers:
+                answers.add(answer)
+                messages = Message("user", question), Message(REPLY, answer)
+                yield Chat(f"{file.name}: {question}", messages)
 
 
 def _nothing() -> Iterator[Any]:
@@ -436,7 +463,9 @@ def _tokenizer(config: DataConfig, readers: dict[int, _Reader]) -> Tokenizer:
     if config.tokenizer is not None:
         return Tokenizer.load(Path(config.tokenizer))
     keys = [reader.key for reader in readers.values()]
-    settings = repr((keys, config.vocab_size, config.max_corpus_mb, config.held_out))
+    settings = repr(
+        (keys, config.vocab_size, config.max_corpus_mb, config.held_out, SPECIAL_TOKENS)
+    )
     folder = Path(config.cache_dir) / (
         "tokenizer-" + hashlib.sha256(settings.encode()).hexdigest()[:16]
     )

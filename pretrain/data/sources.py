@@ -16,8 +16,10 @@ import zstandard
 from PIL import Image
 
 from pretrain.config import SourceConfig
+from pretrain.data.chat import REPLY, Message
 from pretrain.data.images import Pixels
 from pretrain.data.skipped import Skip
+from pretrain.data.tokenizer import ROLES
 from pretrain.errors import PretrainError
 
 _JSONL = (".jsonl", ".ndjson")
@@ -73,6 +75,22 @@ class Mixed:
         return content_hash(*(name.removeprefix(f"{root}/") for name in names))
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A conversation; there is a reply in it."""
+
+    name: str
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message.content for message in self.messages)
+
+    @property
+    def hash(self) -> int:
+        return content_hash(*(part for message in self.messages for part in message))
+
+
 def content_hash(*parts: str) -> int:
     """64 bits of what is in a document: the same document is always of the same split."""
     digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
@@ -83,6 +101,12 @@ def text_files(source: SourceConfig, key: str) -> list[Path]:
     """The files of a source of text, in an order that only names decide."""
     suffixes = [kind + packed for kind in (*_JSONL, *_PLAIN) for packed in _PACKED]
     return _find(source, key, suffixes, "files of text (.jsonl, .txt, .md; .gz or .zst)")
+
+
+def chat_files(source: SourceConfig, key: str) -> list[Path]:
+    """The JSONL files of a source of conversations."""
+    suffixes = [kind + packed for kind in _JSONL for packed in _PACKED]
+    return _find(source, key, suffixes, "JSONL files (.jsonl; .gz or .zst)", others=False)
 
 
 def mixed_files(source: SourceConfig, key: str) -> list[Path]:
@@ -241,6 +265,50 @@ class _Zstd(io.RawIOBase):
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_chats(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Chat | Skip]:
+    """Every conversation: lines of ``{"messages": [{"role": "user", "content": "…"}, …]}``.
+
+    Raises:
+        PretrainError: the first object of the source has no such field.
+    """
+    seen = False
+    for file in files:
+        for name, value in _read_jsonl(file):
+            if isinstance(value, Skip):
+                yield value
+                continue
+            field = source.field if source.field in value else "messages"
+            if not seen and field not in value:
+                raise PretrainError(
+                    f"{name} has no field 'messages', only {', '.join(value) or 'none'}: "
+                    f"set {key}.field"
+                )
+            seen = True
+            yield _chat(name, value.get(field), field)
+
+
+def _chat(name: str, value: Any, field: str) -> Chat | Skip:
+    if not isinstance(value, list):
+        return Skip(name, f"no list of messages in {field!r}")
+    messages = []
+    for number, message in enumerate(value, 1):
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, dict)
+            else (None, None)
+        )
+        if role not in ROLES:
+            return Skip(name, f"message {number} is of role {role!r}, none of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            return Skip(name, f"message {number} has no text for its content")
+        if not _is_unicode(content):
+            return Skip(name, f"half a surrogate pair in message {number}")
+        messages.append(Message(role, content))
+    if not any(message.role == REPLY and message.content.strip() for message in messages):
+        return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
+    return Chat(name, tuple(messages))
 
 
 def read_mixed(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Mixed | Skip]:

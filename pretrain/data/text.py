@@ -113,6 +113,33 @@ def prose_lines(file: TextFile) -> list[str]:
     return [line for line in (" ".join(line.split()) for line in lines) if _is_prose(line)]
 
 
+def questions(file: TextFile) -> Iterator[tuple[str, str]]:
+    """(question, answer) about a module, its public classes, functions and methods.
+
+    The answer is the first paragraph of what the documentation in the source says.
+    """
+    module = file.name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    if not file.name.endswith(".py") or any(part.startswith("_") for part in module.split(".")):
+        return
+    try:
+        tree = ast.parse(file.text)
+    except (SyntaxError, ValueError):
+        return
+    nodes: list[tuple[str, ast.AST]] = [(module, tree)]
+    while nodes:
+        name, node = nodes.pop(0)
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
+        answer = " ".join(paragraph.split())
+        if answer.isascii() and answer.isprintable() and answer.count(" ") >= 2:
+            does = isinstance(node, ast.FunctionDef)
+            yield f"What does {name} do?" if does else f"What is {name}?", answer
+        if not isinstance(node, ast.FunctionDef):
+            named = ((getattr(child, "name", "_"), child) for child in node.body)
+            nodes += [(f"{name}.{own}", child) for own, child in named if not own.startswith("_")]
+
+
 def _is_prose(line: str) -> bool:
     letters = len(_LETTERS.findall(line))
     plain = line.isascii() and line.isprintable()

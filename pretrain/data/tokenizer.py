@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from pretrain.errors import PretrainError
 
+ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = (
     "<|pad|>",
     "<|bos|>",
@@ -21,6 +22,11 @@ SPECIAL_TOKENS = (
     "<|media_begin|>",
     "<|media_pad|>",
     "<|media_end|>",
+    "<|im_system|>",
+    "<|im_user|>",
+    "<|im_assistant|>",
+    "<|im_middle|>",
+    "<|im_end|>",
 )
 # What each is called elsewhere, the likeliest first: Kimi K2's, then other families'.
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +36,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "media_begin": ("<|media_begin|>", "<|media_start|>", "<|vision_start|>"),
     "media_pad": ("<|media_pad|>", "<|image_pad|>"),
     "media_end": ("<|media_end|>", "<|vision_end|>"),
+    # The chat template is Kimi K2's, and so are the names.
+    **{f"im_{part}": (f"<|im_{part}|>",) for part in (*ROLES, "middle", "end")},
 }
 # The specials of Kimi K2's and K2.5's tokenizers, by their place after the text tokens (163584).
 _KIMI_RESERVED = 256
@@ -65,6 +73,8 @@ class Tokenizer:
         media_begin, media_pad, media_end: ids of what stands for an image; -1 where a tokenizer
             has none (it serves for text alone).
         newline: the id that ends a caption.
+        roles, im_middle, im_end: ids of what begins each role's message, of what ends its heading,
+            and of what ends it; no roles and -1 where a tokenizer lacks one of them.
     """
 
     def __init__(self, backend: _Tokenizer, name: str = "the tokenizer") -> None:
@@ -84,6 +94,12 @@ class Tokenizer:
         known = [number for number in media if number is not None]
         # One alone is of no use.
         self.media_begin, self.media_pad, self.media_end = known if len(known) == 3 else (-1,) * 3
+        chat = {role: found[f"im_{role}"] for role in (*ROLES, "middle", "end")}
+        whole = {role: number for role, number in chat.items() if number is not None}
+        if len(whole) < len(chat):
+            whole = {"middle": -1, "end": -1}
+        self.im_middle, self.im_end = whole.pop("middle"), whole.pop("end")
+        self.roles = whole
         self.newline = int(self.encode("\n")[-1])
 
     def _find(self, names: Iterable[str]) -> int | None:
@@ -117,6 +133,19 @@ class Tokenizer:
             raise PretrainError(
                 f"{self.name} has no tokens for images: add {names} to its added_tokens, or take "
                 "the sources of images out of data.sources"
+            )
+
+    def require_chat(self) -> None:
+        """Refuse a tokenizer that has no tokens to tell who says what.
+
+        Raises:
+            PretrainError: with what is to be added.
+        """
+        if not self.roles:
+            names = ", ".join(_NAMES[f"im_{part}"][0] for part in (*ROLES, "middle", "end"))
+            raise PretrainError(
+                f"{self.name} has not all the tokens of a conversation: {names}. Start from a run "
+                "whose tokenizer has them, or add them to its added_tokens"
             )
 
     @classmethod

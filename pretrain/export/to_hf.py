@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from torch.distributed.checkpoint import state_dict_loader
 
 from pretrain import state
+from pretrain.data import chat
 from pretrain.data.fit import MAX_PATCHES_OF_A_FRAME, MAX_PATCHES_OF_A_SIDE, MAX_PATCHES_OF_AN_IMAGE
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -41,6 +42,8 @@ def export(
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write a run's model for transformers: Kimi-K2.5, or DeepSeek-V3 without images.
+
+    Of a run that learned from conversations, with the chat template that it learned by.
 
     Args:
         out: the folder to make; ``hf`` or ``hf-text`` in the run's folder by default. Where this
@@ -99,8 +102,10 @@ def export(
             )
         _write_weights(saved.path, partial, files, stored, types)
         _write_json(partial / "config.json", described)
-        _write_json(partial / "generation_config.json", special)
-        _write_tokenizer(partial, tokenizer_file, tokenizer, config.data.seq_length)
+        chats = any(source.is_chat for source in config.data.sources)
+        ends = {"eos_token_id": [tokenizer.im_end, tokenizer.eos]} if chats else {}
+        _write_json(partial / "generation_config.json", special | ends)
+        _write_tokenizer(partial, tokenizer_file, tokenizer, config.data.seq_length, chats=chats)
         if vision is not None:
             _write_processor(partial, vision.patch_size)
         if out.exists():
@@ -197,19 +202,34 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-# A model that has learned from documents alone knows no roles: the messages' contents follow one
-# another as text and images do in a document.
-_CHAT_TEMPLATE = (
-    "{{{{ bos_token }}}}{{% for message in messages %}}{{% if message.content is string %}}"
-    "{{{{ message.content }}}}{{% else %}}{{% for part in message.content %}}"
+_CONTENT = (
+    "{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}"
+    "{{% for part in message.content %}}"
     "{{% if part.type in ('image', 'image_url') %}}{image}"
-    "{{% elif part.type == 'text' %}}{{{{ part.text }}}}{{% endif %}}"
-    "{{% endfor %}}{{% endif %}}{{% endfor %}}"
+    "{{% elif part.type == 'text' %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
 )
 
 
-def _write_tokenizer(folder: Path, file: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    """The run's tokenizer; but a text begins with BOS by itself, as every document does."""
+def _template(image: str, *, chats: bool) -> str:
+    """The chat template.
+
+    A model that has learned from documents alone knows no roles: the messages' contents follow one
+    another as text and images do in a document.
+    """
+    content = _CONTENT.format(image=image)
+    if chats:
+        return chat.template(content)
+    return f"{{{{ bos_token }}}}{{% for message in messages %}}{content}{{% endfor %}}"
+
+
+def _write_tokenizer(
+    folder: Path, file: Path, tokenizer: Tokenizer, max_length: int, *, chats: bool
+) -> None:
+    """The run's tokenizer; but a text begins with BOS by itself, as every document does.
+
+    Args:
+        chats: whether the model has learned from conversations.
+    """
     backend = json.loads(file.read_text())
     tokens = _Tokenizer.from_file(str(file))
 
@@ -233,7 +253,7 @@ def _write_tokenizer(folder: Path, file: Path, tokenizer: Tokenizer, max_length:
         for number in (tokenizer.media_begin, tokenizer.media_pad, tokenizer.media_end)
         if number >= 0
     ]
-    template = _CHAT_TEMPLATE.format(image="".join(media))
+    template = _template("".join(media), chats=chats)
     _write_json(folder / "tokenizer.json", backend)
     _write_json(
         folder / "tokenizer_config.json",

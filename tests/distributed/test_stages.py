@@ -1,5 +1,8 @@
 """A stage begins with the weights of another run, at any parallel sizes, and else anew."""
 
+import contextlib
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import state_dict_loader
 
+from pretrain.data.chat import Message, render
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.export.to_hf import export
 from pretrain.runtime import checkpoint
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -58,10 +64,9 @@ def test_schedule_data_and_optimizer_begin_anew(
     assert [record["step"] for record in whole] == list(range(5))
     assert [record["lr"] for record in whole[1:4]] == [record["lr"] for record in pretrained[1:]]
     assert whole[1]["loss"] < pretrained[1]["loss"] - 0.05, "the same data, better known"
-    count = {"optimizer.language.embedding.word_embeddings.weight.step": torch.zeros(())}
     path = checkpoint.path_of(folder / "whole" / "checkpoints", 4)
-    state_dict_loader.load(count, checkpoint_id=path, no_dist=True)
-    assert [value.item() for value in count.values()] == [4]
+    (count,) = stored(path, "optimizer.language.embedding.word_embeddings.weight.step").values()
+    assert count.item() == 4
 
 
 def test_it_goes_on_from_its_own_checkpoint_wherever_the_other_run_is(
@@ -110,3 +115,102 @@ def test_what_cannot_be_begun_with_is_told(folder: Path, pretrained: Records) ->
     )
     assert nowhere.startswith("start_from=nowhere has no tokenizer.json: give the run_dir of a run")
     assert "/stage is the run_dir itself: choose another run_dir" in itself
+
+
+SAID = {"What is one?": "A number.", "What is red?": "A colour, of course."}
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path, pretrained: Records) -> tuple[str, ...]:
+    """The settings of a stage that learns two replies by heart."""
+    with (folder / "chats.jsonl").open("w") as file:
+        for question, reply in SAID.items():
+            said = ({"role": "user", "content": question}, {"role": "assistant", "content": reply})
+            file.write(json.dumps({"messages": said}) + "\n")
+    sources = f"data.sources=[{{type: chat, path: {folder}/chats.jsonl}}]"
+    sizes = ("global_batch_size=4", "micro_batch_size=4", "optimizer.lr=1e-2", "data.held_out=0")
+    return stage(folder, "chat", sources, *sizes, "checkpoint.every=20", "checkpoint.keep=9")
+
+
+@pytest.fixture(scope="module")
+def learned(folder: Path, chat: tuple[str, ...]) -> Records:
+    return launch(training.train_and_read, 1, *chat, "steps=40")[0]  # type: ignore[no-any-return]
+
+
+def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors whose names begin so."""
+    shapes = {n: s for n, s in checkpoint.shapes(path).items() if n.startswith(prefix)}
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    state_dict_loader.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
+def test_finetuning_counts_replies_alone_goes_on_exactly_and_leaves_the_encoder_as_it_was(
+    folder: Path, chat: tuple[str, ...], learned: Records
+) -> None:
+    assert learned[40]["text_loss"] < 0.1 < learned[1]["text_loss"]
+    assert learned[1]["caption_loss"] is None
+    stopped = f"run_dir={folder}/stopped"
+    launch(training.train_and_read, 1, *chat, stopped, "steps=20")
+    rest = launch(training.train_and_read, 1, *chat, stopped, "steps=24")[0]
+    assert [record["loss"] for record in rest[21:]] == [r["loss"] for r in learned[21:25]]
+    before = stored(checkpoint.path_of(folder / "run" / "checkpoints", 3), "model.vision.")
+    after = stored(checkpoint.path_of(folder / "chat" / "checkpoints", 40), "model.vision.")
+    assert before.keys() == after.keys() and len(before) > 10
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def ask(run: str) -> list[str]:
+    """What the command line prints as replies."""
+    printed = []
+    for question in SAID:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            ask = ("--chat", "--prompt", question, "--temperature", "0")
+            assert training.command("sample", run, *ask) == (0, "")
+        printed.append(output.getvalue())
+    return printed
+
+
+def test_what_was_learned_is_said_and_ends_where_the_reply_does(
+    folder: Path, learned: Records
+) -> None:
+    (printed,) = launch(ask, 1, str(folder / "chat"))
+    assert printed == [f"{reply}\n" for reply in SAID.values()]
+
+
+def test_transformers_renders_what_was_learned_and_stops_there(
+    folder: Path, learned: Records
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    hf = export(folder / "chat", text_only=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
+    ours = Tokenizer.load(folder / "chat" / "tokenizer.json")
+    messages = [
+        {"role": "system", "content": " Be\n brief. "},
+        {"role": "user", "content": "Was ist größer: 12 or 7?\n"},
+        {"role": "assistant", "content": "12."},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "So?"},
+    ]
+    document = render(ours, [Message(**message) for message in messages])
+    ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert ids == document.tokens
+    prompt = theirs.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    assert ids[len(prompt) :] == [*ours.encode("So?"), ours.im_end]
+    with pytest.raises(Exception, match="the roles are system, user, assistant, not tool"):
+        theirs.apply_chat_template([{"role": "tool", "content": ""}])
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    question, reply = next(iter(SAID.items()))
+    asked = theirs.apply_chat_template(
+        [{"role": "user", "content": question}],
+        **{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"},
+    )
+    written = model.generate(**asked, max_new_tokens=40, do_sample=False)
+    answer = written[0, asked["input_ids"].shape[1] :]
+    assert theirs.decode(answer, skip_special_tokens=True) == reply
+    assert answer[-1] == ours.im_end

@@ -82,6 +82,8 @@ def test_kimis_special_tokens_follow_the_text_tokens(ours: Tokenizer) -> None:
         first + 20,
         first + 21,
     )
+    places = {"system": first + 10, "user": first + 3, "assistant": first + 4}
+    assert (ours.roles, ours.im_middle, ours.im_end) == (places, first + 17, first + 2)
     # Kimi K2: 163584 text tokens; media_begin is 163602, media_pad 163605, of 163840 in all.
     assert ours.vocab_size == first + 256
 

@@ -38,6 +38,33 @@ def f(argument):
     assert text.prose_lines(text.TextFile("broken.py", "def (")) == []
 
 
+def test_questions_are_about_what_is_public_and_documented() -> None:
+    source = '''
+"""Things that read.
+
+Not of the first paragraph."""
+class Reader:
+    """One who reads,
+    and reads on."""
+    def read(self):
+        """Read a thing."""
+    def _skip(self):
+        """Skip a private thing."""
+def close():
+    pass
+def f():
+    """Döes a thing or two."""
+'''
+    assert list(text.questions(text.TextFile("pages/__init__.py", source))) == [
+        ("What is pages?", "Things that read."),
+        ("What is pages.Reader?", "One who reads, and reads on."),
+        ("What does pages.Reader.read do?", "Read a thing."),
+    ]
+    assert list(text.questions(text.TextFile("_pages.py", source))) == []
+    assert list(text.questions(text.TextFile("topics/pages", source))) == []
+    assert list(text.questions(text.TextFile("broken.py", "def ("))) == []
+
+
 def test_a_python_without_its_library_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

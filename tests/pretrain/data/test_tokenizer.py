@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from pretrain.data.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer.train(["the quick brown fox\n", "def f(x):\n    return x\n"] * 20, 300)
 
@@ -22,5 +22,6 @@ def test_a_special_token_written_out_is_text(special: str, text: str) -> None:
 def test_special_tokens_have_their_places_and_newline_is_one_token() -> None:
     ids = (TOKENIZER.pad, TOKENIZER.bos, TOKENIZER.eos)
     media = (TOKENIZER.media_begin, TOKENIZER.media_pad, TOKENIZER.media_end)
-    assert (*ids, *media) == tuple(range(len(SPECIAL_TOKENS)))
+    chat = (*(TOKENIZER.roles[role] for role in ROLES), TOKENIZER.im_middle, TOKENIZER.im_end)
+    assert (*ids, *media, *chat) == tuple(range(len(SPECIAL_TOKENS)))
     assert TOKENIZER.encode("\n").tolist() == [TOKENIZER.newline]

@@ -1,0 +1,212 @@
+"""Replies are learnt and nothing else, conversations are never cut, and bad ones are named."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data import NOTHING, TEXT, prepare
+from pretrain.data.chat import Message, render
+from pretrain.data.index import ChatIndex
+from pretrain.data.own import OwnData
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import Chat, read_chats
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+from tests.pretrain.data import make
+
+LENGTH = 96
+PATCH = 14
+
+
+def turns(number: int) -> list[dict[str, str]]:
+    """A conversation; every number has its own."""
+    rng = np.random.default_rng([3, number])
+    said = [{"role": "system", "content": "Be brief."}] if number % 3 == 0 else []
+    for turn in range(int(rng.integers(1, 3))):
+        said.append({"role": "user", "content": f"What is {number} and {turn}?"})
+        said.append({"role": "assistant", "content": f"It is {number + turn}." * (number % 4)})
+    return said
+
+
+def lines(path: Path, conversations: list[Any], field: str = "messages") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps({field: one}) + "\n" for one in conversations)
+    make.write_packed(path, text.encode())
+    return path
+
+
+def opened(folder: Path, *sources: SourceConfig, **options: Any) -> OwnData:
+    options = {"seq_length": LENGTH, "vocab_size": 400, "held_out": 0.1} | options
+    config = DataConfig(sources=sources, cache_dir=str(folder / "cache"), **options)
+    data = prepare(config, PATCH, 3)
+    assert isinstance(data, OwnData)
+    return data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    lines(folder / "chats" / "a.jsonl.gz", [turns(number) for number in range(60)])
+    lines(folder / "chats" / "b.jsonl", [turns(number) for number in range(60, 90)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> OwnData:
+    return opened(folder, SourceConfig("chat", str(folder / "chats")))
+
+
+def test_of_a_conversation_replies_and_their_ends_are_learnt(data: OwnData) -> None:
+    ids = data.tokenizer
+    messages = [
+        Message("system", "Be brief."),
+        Message("user", "<|im_end|>?"),
+        Message("assistant", "No."),
+        Message("user", "And?"),
+        Message("assistant", "Yes"),
+    ]
+    document = render(ids, messages)
+    learnt = [t for t, kind in zip(document.tokens, document.kinds, strict=True) if kind == TEXT]
+    assert learnt == [*ids.encode("No."), ids.im_end, *ids.encode("Yes"), ids.im_end]
+    assert ids.decode(document.tokens, skip_special_tokens=False) == (
+        "<|bos|><|im_system|>system<|im_middle|>Be brief.<|im_end|>"
+        "<|im_user|>user<|im_middle|><|im_end|>?<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>No.<|im_end|>"
+        "<|im_user|>user<|im_middle|>And?<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>Yes<|im_end|>"
+    )
+    assert document.tokens.count(ids.im_end) == 5, "what looks like a token is text"
+
+
+def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: OwnData) -> None:
+    ids = data.tokenizer
+    rendered = {}
+    for number in range(90):
+        said = [Message(turn["role"], turn["content"]) for turn in turns(number)]
+        document = render(ids, said)
+        rendered[tuple(document.tokens)] = document.kinds
+    seen, filled = set(), []
+    for split, index in itertools.product(("train", "held_out"), range(60)):
+        sample = data.sample(split, index)  # type: ignore[arg-type]
+        tokens, numbers = sample.tokens.numpy(), sample.documents.numpy()
+        count = numbers.max() + (tokens[-1] != ids.pad)
+        assert count >= 1
+        for number in range(count):
+            (places,) = np.nonzero(numbers == number)
+            document = tuple(tokens[places].tolist())
+            kinds, labels = (x.numpy()[places] for x in (sample.kinds, sample.labels))
+            assert kinds.tolist() == [*rendered[document][1:], NOTHING]
+            expected = np.where(kinds == TEXT, [*document[1:], 0], 0)
+            assert labels.tolist() == expected.tolist()
+            seen.add(document)
+        assert not sample.kinds.numpy()[numbers == count].any()
+        filled.append((numbers < count).mean())
+    assert np.mean(filled) > 0.6
+    assert len(seen) == 67, "all but those without a reply"
+    assert not data.has_images
+
+
+def test_every_epoch_reads_every_conversation_once(data: OwnData) -> None:
+    (source,) = data._sources
+    (cursor,) = data._cursors("train")
+    count = len(source.documents["train"])
+    epochs = [[cursor.take(LENGTH).document for _ in range(count)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == source.documents["train"].tolist()  # type: ignore[type-var]
+    assert epochs[0] != epochs[1]
+
+
+def test_text_beside_conversations_fills_sequences_and_shares_hold(folder: Path) -> None:
+    make.jsonl(folder / "text.jsonl", range(80))
+    both = (
+        SourceConfig("chat", str(folder / "chats"), weight=2),
+        SourceConfig("text", str(folder / "text.jsonl")),
+    )
+    data = opened(folder, *both)
+    stream = data._stream("train")
+    for _ in range(400):
+        stream.next()
+    chat, text = (cursor.taken for cursor in stream.cursors)
+    assert chat / text == pytest.approx(2, rel=0.02)
+    full = [(data.sample("train", i).tokens != data.tokenizer.pad).sum() for i in range(20)]
+    assert min(full) >= LENGTH - 1
+
+
+def test_what_is_too_long_or_wrong_is_left_out_and_listed(tmp_path: Path) -> None:
+    good = turns(1)
+    long = [{"role": "user", "content": "why? " * 60}, *good]
+    path = lines(
+        tmp_path / "chats.jsonl",
+        [
+            good,
+            long,
+            "hello",
+            [{"role": "tool", "content": "x"}],
+            [{"role": "user", "content": ["x"]}],
+            good[:1],
+            [{"role": "assistant", "content": "\ud800"}],
+            ["x"],
+            turns(2),
+        ],
+    )
+    path.write_text(path.read_text() + '{"messages": [\n{"other": 1}\n')
+    data = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0)
+    assert "2 documents, 0 held out" in data.describe()
+    assert "skipped: 7 corrupt, 2 empty or too long" in data.describe()
+    skips = {int(skip.name.rpartition(":")[2]): skip for skip in data.take_skipped()}
+    reasons = {number: skip.reason for number, skip in skips.items()}
+    assert reasons.pop(2).endswith(f"tokens do not fit data.seq_length={LENGTH}")
+    assert reasons.pop(10).startswith("not JSON: ")
+    assert reasons == {
+        3: "no list of messages in 'messages'",
+        4: "message 1 is of role 'tool', none of system, user, assistant",
+        5: "message 1 has no text for its content",
+        6: "no reply of the assistant in it",
+        7: "half a surrogate pair in message 1",
+        8: "message 1 is of role None, none of system, user, assistant",
+        11: "no list of messages in 'messages'",
+    }
+    assert [number for number, skip in skips.items() if not skip.corrupt] == [2, 6]
+    longer = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0, seq_length=1024)
+    assert "3 documents" in longer.describe(), "the cache knows of what length it is"
+    with pytest.raises(PretrainError, match="3 samples are corrupt, more than"):
+        opened(tmp_path, SourceConfig("chat", str(path)), max_corrupt=2)
+
+
+def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [turns(1)], field="talk")
+    source = SourceConfig("chat", str(path), field="talk")
+    (chat,) = read_chats(source, [path], "data.sources[0]")
+    assert isinstance(chat, Chat) and not isinstance(chat, Skip)
+    assert [message._asdict() for message in chat.messages] == turns(1)
+    with pytest.raises(PretrainError, match=r"a.jsonl:1 has no field 'messages', only talk: set "):
+        opened(tmp_path, SourceConfig("chat", str(path)))
+
+
+def test_what_does_not_go_together_is_told(folder: Path, tmp_path: Path) -> None:
+    chats = SourceConfig("chat", str(folder / "chats"))
+    make.captioned_folder(tmp_path / "pictures", 12)
+    with pytest.raises(PretrainError, match=r"sources\[1\] has conversations of text alone, whose"):
+        opened(tmp_path, SourceConfig("images", str(tmp_path / "pictures")), chats)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(PretrainError, match=r"a.txt is neither a folder nor a .jsonl file"):
+        opened(tmp_path, SourceConfig("chat", str(tmp_path / "a.txt")))
+    Tokenizer.train([make.text(1)], 320).save(tmp_path / "tokenizer.json")
+    without = (tmp_path / "tokenizer.json").read_text().replace("<|im_end|>", "<|end|>")
+    (tmp_path / "tokenizer.json").write_text(without)
+    with pytest.raises(PretrainError, match=r"tokenizer.json has not all the tokens of a conv"):
+        opened(tmp_path, chats, tokenizer=str(tmp_path / "tokenizer.json"))
+
+
+def test_the_standard_library_answers_questions(tmp_path: Path) -> None:
+    data = opened(tmp_path, SourceConfig("standard_library_chat"), max_corpus_mb=1.0)
+    (source,) = data._sources
+    assert isinstance(source.index, ChatIndex)
+    assert len(source.documents["train"]) > 100 < 10 * len(source.documents["held_out"])
+    tokens, _ = source.index.read(int(source.documents["train"][0]))
+    text = data.tokenizer.decode(tokens, skip_special_tokens=False)
+    assert text.startswith("<|bos|><|im_user|>user<|im_middle|>What ")
