@@ -47,7 +47,7 @@ def test_its_first_losses_are_those_of_the_weights_it_begins_with(
     folder: Path, pretrained: Records, whole: Records
 ) -> None:
     keys = [key for key in whole[0] if key.endswith("_loss")]
-    assert len(keys) == 4
+    assert len(keys) == 5
     for key in keys:
         assert whole[0][key] == pytest.approx(pretrained[3][key], rel=2e-6), key
         assert whole[0][key] < pretrained[0][key] - 0.05, "and not those of new weights"
