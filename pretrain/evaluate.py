@@ -85,11 +85,14 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
 def _next_tokens(
     run: Run, batch: MicroBatch, features: Tensor, rows: Tensor, places: Tensor
 ) -> Tensor:
-    """The likeliest token after each place, int64, on all ranks."""
+    """The likeliest token after each place, int64, on all ranks; no placeholder of an image, for
+    which there would be none."""
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.processes.device)
 
     def take(_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        tokens.copy_(logits[rows, places].argmax(-1))
+        likely = logits[rows, places]
+        likely[:, run.data.tokenizer.media_pad] = -torch.inf
+        tokens.copy_(likely.argmax(-1))
         return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), {}
 
     # The interleaved schedule takes no less than a micro-batch a stage.

@@ -1,0 +1,33 @@
+"""A model may want to write anything, and is read all the same."""
+
+from pathlib import Path
+
+import torch
+
+from pretrain import state
+from pretrain.build import build
+from pretrain.evaluate import transcribe
+from pretrain.train import set_up
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.pretrain.saved_run import SHAPE, Made
+
+
+def wish_for_images(folder: str) -> list[tuple[str, str]]:
+    """What a model transcribes to which an image's placeholder or its opposite is the likeliest."""
+    settings = training.tiny(folder, *SHAPE)
+    here, data = set_up(settings)
+    run = build(settings, here, data)
+    state.restore(run)
+    head = run.named["language.output_layer.weight"]
+    with torch.no_grad():
+        head[data.tokenizer.media_pad] = 100 * head[data.tokenizer.newline + 1]
+    return transcribe(run)
+
+
+def test_no_placeholder_of_an_image_is_written_where_there_is_none(
+    made: Made, run_folder: Path
+) -> None:
+    (read,) = launch(wish_for_images, 1, str(run_folder))
+    assert len(read) == 2
+    assert all(truth and isinstance(answer, str) for truth, answer in read)
