@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 BASELINE = "AdamW (fused)"
 # Of the baseline's steps, in which MuonClip should reach its loss.
 TARGET = 0.6
-_MOST_EXTENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -171,32 +170,11 @@ def _tune(
     options: argparse.Namespace,
 ) -> dict[tuple[Kind, str], list[Result]]:
     """Runs at all rates, by model and optimizer; rates are added where the best is at an end."""
-    results: dict[tuple[Kind, str], list[Result]] = {
-        (kind, name): [] for kind in jobs for name in names
+    cases = {
+        (kind, name): replace(job, optimizer=name) for kind, job in jobs.items() for name in names
     }
-    wanted = {key: list(rates) for key in results}
-    for _ in range(_MOST_EXTENSIONS + 1):
-        batch = [
-            job
-            for (kind, name), missing in wanted.items()
-            for lr in missing
-            for job in training.with_seeds(replace(jobs[kind], optimizer=name, lr=lr), seeds)
-        ]
-        if not batch:
-            break
-        for job, result in zip(batch, training.train_all(batch, options), strict=True):
-            results[job.kind, job.optimizer].append(result)
-        wanted = {key: _beyond(told) for key, told in results.items()} if len(rates) > 1 else {}
-    return results
-
-
-def _beyond(results: Sequence[Result]) -> list[float]:
-    """One rate more, where the best of those tried is the least or the largest."""
-    tried = sorted({result["lr"] for result in results})
-    best = training.best_rate(results)
-    if best == tried[0]:
-        return [best / 2]
-    return [best * 2] if best == tried[-1] else []
+    told = training.tune(list(cases.values()), [rates] * len(cases), options, seeds)
+    return dict(zip(cases, told, strict=True))
 
 
 def _compare(optimizers: dict[str, Any]) -> None:

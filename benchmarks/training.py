@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,9 +41,12 @@ KINDS: dict[Kind, str] = {
     "vision": "MLA and mixture of experts, text and images",
 }
 MUONCLIP = "MuonClip"
+# Of "vision", in training where nothing else is said and in what it is judged by.
+VISION_SHARE = 0.1
 # As the trainer's defaults: warm-up, then a cosine down to a tenth.
 _WARMUP, _FINAL = 0.1, 0.1
 _CLIP_GRAD_NORM = 1.0
+_MOST_EXTENSIONS = 3
 _PATCH = 14
 # A run of so many tokens that is also in the training text counts as seen.
 _OVERLAP_TOKENS = 32
@@ -52,7 +55,7 @@ MOST_OVERLAP = 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model and its batches."""
+    """Of a model and its batches; ``init_std`` is of its first matrices and tables."""
 
     hidden: int = 96
     layers: int = 4
@@ -60,6 +63,7 @@ class Size:
     sequence: int = 128
     sequences: int = 16
     vocabulary: int = 1024
+    init_std: float = 0.02
 
     @property
     def tokens(self) -> int:
@@ -141,7 +145,7 @@ class Dense:
 
         size = job.size
         torch.manual_seed(job.seed)
-        data = text(size, job.seed)
+        data = text(size.vocabulary)
         self.model = Phi3ForCausalLM(
             Phi3Config(
                 vocab_size=data.tokenizer.vocab_size,
@@ -150,6 +154,7 @@ class Dense:
                 num_hidden_layers=size.layers,
                 num_attention_heads=size.heads,
                 num_key_value_heads=size.heads,
+                initializer_range=size.init_std,
                 max_position_embeddings=size.sequence,
                 original_max_position_embeddings=size.sequence,
                 pad_token_id=data.tokenizer.pad,
@@ -212,8 +217,10 @@ class Trained:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         from pretrain.build import build
+        from pretrain.data.dataset import BuiltIn
 
         here, data, config = _prepared(job)
+        assert isinstance(data, BuiltIn)
         self.run: Run = build(config, here, data)
         if here.device.type != device.type:
             raise ValueError(f"the trainer runs on {here.device.type} here, not {device.type}")
@@ -228,6 +235,10 @@ class Trained:
             for group in self.run.optimizer.param_groups
         ]
         self.clips: Sequence[QKClip] = self.run.clips
+        # All are judged by the same sequences, whatever they were trained with.
+        share = VISION_SHARE if job.kind == "vision" else 0.0
+        judged = replace(data, seed=0, config=replace(data.config, vision_share=share))
+        self._judged = replace(self.run, data=judged)
 
     def _of_step(self, step: int) -> "list[MicroBatch]":
         from pretrain import batches
@@ -253,7 +264,9 @@ class Trained:
     def held_out(self) -> dict[str, float]:
         from pretrain.evaluate import held_out_losses
 
-        found = {name: loss for name, loss in held_out_losses(self.run).items() if loss is not None}
+        found = {
+            name: loss for name, loss in held_out_losses(self._judged).items() if loss is not None
+        }
         return {"loss": found["held_out_loss"], **found}
 
 
@@ -277,12 +290,12 @@ def data_config(size: Size, vision_share: float = 0.0) -> "DataConfig":
 
 
 @cache
-def text(size: Size, seed: int) -> "BuiltIn":
-    """The built-in data, from the cache or made now."""
+def text(vocabulary: int) -> "BuiltIn":
+    """The built-in data, from the cache or made now; its splits as tokens are what counts here."""
     from pretrain.data import prepare
     from pretrain.data.dataset import BuiltIn
 
-    data = prepare(data_config(size), _PATCH, seed)
+    data = prepare(data_config(Size(vocabulary=vocabulary)), _PATCH, seed=0)
     assert isinstance(data, BuiltIn)
     return data
 
@@ -294,7 +307,7 @@ def overlap(size: Size) -> float:
     Raises:
         RuntimeError: it is more than 5 %: what is measured would partly be memory.
     """
-    share = _shared(size)
+    share = _shared(size.vocabulary)
     if share > MOST_OVERLAP:
         raise RuntimeError(
             f"{share:.1%} of the held-out text is also in the training text (at most "
@@ -304,8 +317,8 @@ def overlap(size: Size) -> float:
 
 
 @cache
-def _shared(size: Size) -> float:
-    corpora = text(size, 0).corpora
+def _shared(vocabulary: int) -> float:
+    corpora = text(vocabulary).corpora
     train, held_out = (_runs(corpora[split].tokens) for split in ("train", "held_out"))
     return float(np.isin(held_out, train).mean())
 
@@ -323,6 +336,10 @@ def _runs(tokens: Any) -> Any:
 
 @cache
 def _here() -> Any:
+    # First: on a CPU the trainer puts functions in place of CUDA's classes, which the annotations
+    # of transformers' modules do not bear.
+    import transformers.models.phi3.modeling_phi3  # noqa: F401
+
     from pretrain.config import ParallelConfig
     from pretrain.runtime import processes
 
@@ -351,9 +368,10 @@ def _prepared(job: Job) -> tuple[Any, Any, Any]:
             f"language.shared_expert_ffn_hidden_size={size.hidden}",
             f"language.q_lora_rank={size.hidden // 2}",
             f"language.kv_lora_rank={size.hidden // 2}",
+            f"language.init_std={size.init_std}",
             f"data.seq_length={size.sequence}",
             f"data.vocab_size={size.vocabulary}",
-            f"data.vision_share={0.1 if job.kind == 'vision' else 0.0}",
+            f"data.vision_share={VISION_SHARE if job.kind == 'vision' else 0.0}",
             f"data.cache_dir={ROOT / '.cache' / 'pretrain'}",
             f"evaluation.sequences={size.held_out}",
             f"evaluation.captions={size.held_out if job.kind == 'vision' else 2}",
@@ -476,7 +494,7 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
         "parameters": sum(p.numel() for p in parameters),
         "final": final,
         "evaluations": evaluations,
-        "train": [round(loss, 4) for loss in losses],
+        "train": [round(loss, 7) for loss in losses],
         "step_s": float(np.median(step_s)) if step_s else None,
         "optimizer_s": float(np.median(optimizer_s)) if optimizer_s else None,
         **({"max_logits": max_logits, "after": after, "clipped": clipped} if job.watch else {}),
@@ -497,34 +515,38 @@ def train_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[Result]:
     """
     device: torch.device = options.device
     workers = options.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    workers = min(workers, len(jobs))
-    for size in {job.size for job in jobs}:
-        text(size, 0)  # before several would make it at once
+    for vocabulary in {job.size.vocabulary for job in jobs}:
+        text(vocabulary)  # before several would make it at once
     clock = "wall" if device.type == "cuda" else "cpu"
     told: dict[int, Result] = {}
     begun = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        running = {
-            pool.submit(train, job, device, clock): number for number, job in enumerate(jobs)
-        }
-        try:
-            for ended in as_completed(running):
-                number = running[ended]
-                told[number] = ended.result()
-                passed = time.monotonic() - begun
-                left = passed / len(told) * (len(jobs) - len(told))
-                loss = told[number]["final"]
-                shown = "diverged" if loss is None else f"held-out loss {loss:.3f}"
-                print(
-                    f"[{len(told)}/{len(jobs)}] {jobs[number]}: {shown} "
-                    f"({passed:.0f} s, about {left:.0f} s to go)",
-                    flush=True,
-                )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = _pool(workers)
+    running = {pool.submit(train, job, device, clock): number for number, job in enumerate(jobs)}
+    try:
+        for ended in as_completed(running):
+            number = running[ended]
+            told[number] = ended.result()
+            passed = time.monotonic() - begun
+            left = passed / len(told) * (len(jobs) - len(told))
+            loss = told[number]["final"]
+            shown = "diverged" if loss is None else f"held-out loss {loss:.3f}"
+            print(
+                f"[{len(told)}/{len(jobs)}] {jobs[number]}: {shown} "
+                f"({passed:.0f} s, about {left:.0f} s to go)",
+                flush=True,
+            )
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        _pool.cache_clear()
+        raise
     return [told[number] for number in range(len(jobs))]
+
+
+@cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that stay for the next jobs: each needs seconds to import what it trains with."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
 
 
 def _one_thread() -> None:
@@ -546,6 +568,54 @@ def best_rate(results: Iterable[Result]) -> float:
     if math.isinf(means[best]):
         raise RuntimeError("every learning rate diverged: try lower ones")
     return best
+
+
+def tune(
+    jobs: Sequence[Job],
+    rates: Sequence[Sequence[float]],
+    options: argparse.Namespace,
+    seeds: int = 1,
+    at: Callable[[Job, float], Job] = lambda job, lr: replace(job, lr=lr),
+) -> list[list[Result]]:
+    """Train every job at its learning rates; where the best lies at an end of them, one more is
+    tried beyond it. A single rate is taken as it is.
+
+    Args:
+        rates: of each job.
+        seeds: the job's own and those that follow, at every rate.
+        at: makes the job with a rate.
+
+    Returns:
+        What :func:`train` tells, of each job at all rates and seeds.
+    """
+    told: list[list[Result]] = [[] for _ in jobs]
+    wanted = [list(tried) for tried in rates]
+    for _ in range(_MOST_EXTENSIONS + 1):
+        numbers = [n for n, missing in enumerate(wanted) for _ in range(len(missing) * seeds)]
+        batch = [
+            one
+            for job, missing in zip(jobs, wanted, strict=True)
+            for lr in missing
+            for one in with_seeds(at(job, lr), seeds)
+        ]
+        if not batch:
+            break
+        for number, result in zip(numbers, train_all(batch, options), strict=True):
+            told[number].append(result)
+        wanted = [
+            _beyond(results) if len(first) > 1 else []
+            for results, first in zip(told, rates, strict=True)
+        ]
+    return told
+
+
+def _beyond(results: Sequence[Result]) -> list[float]:
+    """One rate more, where the best of those tried is the least or the largest."""
+    tried = sorted({result["lr"] for result in results})
+    best = best_rate(results)
+    if best == tried[0]:
+        return [best / 2]
+    return [best * 2] if best == tried[-1] else []
 
 
 def with_seeds(job: Job, seeds: int) -> list[Job]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.convergence import _beyond, reached
-from benchmarks.training import Job, Size
+from benchmarks.convergence import reached
+from benchmarks.training import Job, Size, _beyond
 
 SMALL = Size(32, 1, 2, 64, 2, 400)
 
@@ -45,7 +45,7 @@ def test_where_a_loss_is_reached_between_two_evaluations() -> None:
 
 def test_held_out_text_is_not_in_the_training_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < training.overlap(SMALL) < training.MOST_OVERLAP
-    corpora = training.text(SMALL, 0).corpora
+    corpora = training.text(SMALL.vocabulary).corpora
     held_out = training._runs(corpora["held_out"].tokens)
     # The hash tells runs apart as the runs themselves do.
     windows = np.lib.stride_tricks.sliding_window_view(corpora["held_out"].tokens[:20_000], 32)
