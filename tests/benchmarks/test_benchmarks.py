@@ -71,6 +71,7 @@ def leaves(value: object) -> list[object]:
         "optimizer_memory",
         "optimizer_step",
         "overhead",
+        "scaling",
         "stability",
         "training_speed",
     ],
