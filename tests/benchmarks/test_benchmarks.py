@@ -63,6 +63,7 @@ def leaves(value: object) -> list[object]:
 @pytest.mark.parametrize(
     "name",
     [
+        "ablations",
         "coefficients",
         "convergence",
         "crash",
