@@ -8,7 +8,6 @@ complete when the rank died, and its losses have to equal those of the other run
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import subprocess
@@ -23,7 +22,7 @@ import psutil
 
 from benchmarks.runner import ROOT, Result, markdown
 from pretrain.runtime import checkpoint
-from pretrain.runtime.metrics import read
+from pretrain.runtime.metrics import read, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> Result:
             told = [_kill(killed, run_dir, rng, ranks, number, every) for number in range(kills)]
             _ended(killed)
             _ended(calm)
-        starts = _lines(folder / "killed" / "starts.jsonl")
+        starts = read_lines(folder / "killed" / "starts.jsonl")
         losses, expected = (
             [record["loss"] for record in read(folder / run_dir / "metrics.jsonl")[1:]]
             for run_dir in ("killed", "calm")
@@ -147,8 +146,8 @@ def _kill(
                 raise RuntimeError(f"the run made no progress before kill {number + 1}")
             time.sleep(0.001)
 
-    wait_for(lambda: len(_lines(run_dir / "starts.jsonl")) == number + 1)
-    first = _lines(run_dir / "starts.jsonl")[-1]["step"]
+    wait_for(lambda: len(read_lines(run_dir / "starts.jsonl")) == number + 1)
+    first = read_lines(run_dir / "starts.jsonl")[-1]["step"]
     wait_for(lambda: (records := read(metrics)) and records[-1]["step"] >= first + ahead)
     if in_save:
         wait_for(lambda: any(checkpoints.glob("*.partial")))
@@ -168,10 +167,6 @@ def _kill(
         "after_step": read(metrics)[-1]["step"],
         "newest_checkpoint": saved[-1] if saved else 0,
     }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _differing(result: Result) -> int:
