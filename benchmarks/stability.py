@@ -128,7 +128,7 @@ def table(result: Result) -> str:
     ]
     header = (
         "", "τ", "runs", "largest logit", "over τ", f"steps above {HELD:g} τ",
-        "largest after its step, over τ", "heads clipped, mean of steps", "held-out loss",
+        "after its step, over τ", "heads clipped, mean of steps", "held-out loss",
     )  # fmt: skip
     differences = [
         held["final"] - plain["final"]
