@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> Result:
         )
         for kind in form.sizes
     }
-    (tried,) = training.tune([base["dense"]], [form.rates], options)
+    (tried,) = training.tune([base["dense"]], [form.rates], [1], options)
     lr = training.best_rate(tried)
     base = {kind: replace(job, lr=lr) for kind, job in base.items()}
 
@@ -155,6 +155,7 @@ def run(options: argparse.Namespace) -> Result:
     tuned = training.tune(
         [_job(base[variant.kind], variant) for variant in scaled],
         [[lr * factor for factor in form.times]] * len(scaled),
+        [1] * len(scaled),
         options,
         at=_with_rate,
     )

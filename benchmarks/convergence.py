@@ -177,7 +177,7 @@ def _tune(
     cases = {
         (kind, name): replace(job, optimizer=name) for kind, job in jobs.items() for name in names
     }
-    told = training.tune(list(cases.values()), [rates] * len(cases), options, seeds)
+    told = training.tune(list(cases.values()), [rates] * len(cases), [seeds] * len(cases), options)
     return dict(zip(cases, told, strict=True))
 
 

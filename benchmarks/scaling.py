@@ -1,8 +1,8 @@
 """A scaling law in miniature: the compute that MuonClip needs for AdamW's held-out loss.
 
 Models of several sizes see tokens in proportion to their parameters. At each size each optimizer is
-given the same learning rates, with one seed; where the best lies at an end of them, one more is
-tried beyond it. At the best it trains with the other seeds.
+given the same learning rates, with all seeds where that is cheap and with one elsewhere; where the
+best lies at an end of them, one more is tried beyond it. At the best it trains with all seeds.
 
 Compute is 6 N D: N parameters without the embedding, which multiplies nothing, and with the output
 head; D tokens trained on. The optimizer's own work is not in it. A power law a·C^-b is fitted by
@@ -45,11 +45,13 @@ class Form:
     Attributes:
         tokens: trained on, for each parameter that counts.
         rates: tried by each optimizer at every size.
+        tuning_seeds: at every rate, by size; no more than ``seeds``.
     """
 
     sizes: tuple[Size, ...]
     tokens: float
     rates: tuple[float, ...]
+    tuning_seeds: tuple[int, ...]
     seeds: int
 
 
@@ -69,18 +71,21 @@ FORMS = {
         _sizes(256, 16, 2048, (48, 3, 3), (64, 4, 4), (96, 5, 6), (128, 6, 8)),
         6.0,
         (4e-3, 8e-3, 16e-3),
+        (5, 5, 5, 1),
         5,
     ),
     "quick": Form(
         _sizes(128, 8, 512, (24, 2, 2), (32, 3, 2), (48, 3, 3), (64, 4, 4)),
-        3.0,
+        2.2,
         (8e-3, 16e-3, 32e-3),
+        (3, 3, 1, 1),
         3,
     ),
     "tiny": Form(
         _sizes(64, 2, 400, (16, 1, 2), (24, 1, 2), (32, 1, 2), (32, 2, 2)),
         0.1,
         (16e-3,),
+        (2, 1, 1, 1),
         2,
     ),
 }
@@ -111,15 +116,25 @@ def run(options: argparse.Namespace) -> Result:
             )
         jobs.append(replace(job, steps=steps))
 
-    cases = [replace(job, optimizer=name) for name in (BASELINE, MUONCLIP) for job in jobs]
-    tried = training.tune(cases, [form.rates] * len(cases), options)
-    rates = [training.best_rate(results) for results in tried]
-    others = [
-        other
-        for case, lr in zip(cases, rates, strict=True)
-        for other in training.with_seeds(replace(case, lr=lr), seeds)[1:]
+    # The longest first: what ends last is short then, and no core waits long.
+    cases = [
+        (place, replace(jobs[place], optimizer=name))
+        for place in reversed(range(len(jobs)))
+        for name in (BASELINE, MUONCLIP)
     ]
-    further = training.train_all(others, options)
+    tuning_seeds = [min(seeds, form.tuning_seeds[place]) for place, _ in cases]
+    tried = training.tune(
+        [case for _, case in cases], [form.rates] * len(cases), tuning_seeds, options
+    )
+    rates = [training.best_rate(results) for results in tried]
+    further = training.train_all(
+        [
+            other
+            for (_, case), lr, done in zip(cases, rates, tuning_seeds, strict=True)
+            for other in training.with_seeds(replace(case, lr=lr), seeds)[done:]
+        ],
+        options,
+    )
     sizes: list[Result] = [
         {
             "hidden": job.size.hidden,
@@ -134,14 +149,14 @@ def run(options: argparse.Namespace) -> Result:
         }
         for job, count in zip(jobs, parameters, strict=True)
     ]
-    for number, (case, results, lr) in enumerate(zip(cases, tried, rates, strict=True)):
-        first = next(result for result in results if result["lr"] == lr)
-        mine = [first, *further[number * (seeds - 1) : (number + 1) * (seeds - 1)]]
+    for (place, case), results, lr in zip(cases, tried, rates, strict=True):
+        mine = [one for one in results if one["lr"] == lr]
+        mine, further = [*mine, *further[: seeds - len(mine)]], further[seeds - len(mine) :]
         if any(one["final"] is None for one in mine):
             raise RuntimeError(f"{case.optimizer} of hidden {case.size.hidden} diverged at {lr:g}")
-        sizes[number % len(jobs)]["optimizers"][case.optimizer] = {
+        sizes[place]["optimizers"][case.optimizer] = {
             "lr": lr,
-            "tuning": sorted([one["lr"], one["final"]] for one in results),
+            "tuning": sorted([one["lr"], one["seed"], one["final"]] for one in results),
             "losses": [one["final"] for one in mine],
             "step_s": float(np.median([one["step_s"] for one in mine])),
             "optimizer_s": float(np.median([one["optimizer_s"] for one in mine])),
@@ -192,7 +207,8 @@ def fits(sizes: Sequence[Any], seed: int) -> Result:
     """Each optimizer's power law, and the compute that MuonClip needs for AdamW's loss, over
     AdamW's, between the smallest size's compute and the largest's; with 95 % intervals.
 
-    ``curves`` hold the fitted losses, for the picture.
+    Each size but the smallest is given its ``share`` too, read between MuonClip's sizes in place of
+    a fit; ``curve`` and ``band`` are the fitted losses, for the picture.
     """
     compute = np.array([size["compute"] for size in sizes])
     count = len(sizes[0]["optimizers"][BASELINE]["losses"])
@@ -201,11 +217,12 @@ def fits(sizes: Sequence[Any], seed: int) -> Result:
     drawn = rng.integers(count, size=(_RESAMPLES + 1, len(sizes), count))
     drawn[0] = np.arange(count)
     points = np.geomspace(compute.min(), compute.max(), 25)
-    laws, fitted = {}, {}
+    laws, fitted, logs = {}, {}, {}
     for name in (BASELINE, MUONCLIP):
         losses = np.array([size["optimizers"][name]["losses"] for size in sizes])
         # The geometric mean of a size's seeds: the fit to it is the fit to every run.
         sampled = np.log(losses)[np.arange(len(sizes))[:, None], drawn].mean(-1)
+        logs[name] = sampled
         log_a, b = laws[name] = power_law(compute, np.exp(sampled))
         curves = np.exp(log_a[:, None] - b[:, None] * np.log(points))
         at_sizes = log_a[0] - b[0] * np.log(compute)
@@ -217,6 +234,11 @@ def fits(sizes: Sequence[Any], seed: int) -> Result:
             "curve": curves[0].tolist(),
             "band": np.percentile(curves[1:], _INTERVAL, axis=0).tolist(),
         }
+    for place in range(1, len(sizes)):
+        found = between(logs[MUONCLIP], logs[BASELINE][:, place], np.log(compute))
+        found = np.exp(found - np.log(compute[place]))
+        sizes[place]["share"] = float(found[0]) if np.isfinite(found[0]) else None
+        sizes[place]["share_interval"] = _interval(found[1:]) if np.isfinite(found).all() else None
     shares = share_of_compute(laws[BASELINE], laws[MUONCLIP], points)
     return {
         "points": points.tolist(),
@@ -252,6 +274,27 @@ def share_of_compute(base: tuple[Array, Array], other: tuple[Array, Array], at: 
     return share
 
 
+def between(logs: Array, goals: Array, x: Array) -> Array:
+    """Where losses that fall from size to size are down at a goal, by straight lines.
+
+    Args:
+        logs: [n, sizes], of the losses.
+        goals: [n], of the loss to reach.
+        x: [sizes], of the compute, ascending.
+
+    Returns:
+        [n], of the compute; NaN where the goal is not among the losses, or these do not fall.
+    """
+    return np.array(
+        [
+            np.interp(-goal, -row, x, left=np.nan, right=np.nan)
+            if (np.diff(row) < 0).all()
+            else np.nan
+            for row, goal in zip(logs, goals, strict=True)
+        ]
+    )
+
+
 # ---------------------------------------------------------------------- for people
 
 
@@ -274,12 +317,14 @@ def table(result: Result) -> str:
                 f"{own['lr']:g}",
                 f"{own_mean:.3f} ± {own_spread:.3f}",
                 f"{differences.mean():+.3f}",
+                _share(size),
                 f"{own['step_s'] / base['step_s']:.2f}",
             ]
         )
     header = (
         "layers x hidden", "N", "D", "6 N D", "AdamW's rate", "AdamW", "MuonClip's rate",
-        "**MuonClip**", "difference", "a step's time, over AdamW's",
+        "**MuonClip**", "difference",
+        "of AdamW's compute, between sizes", "a step's time, over AdamW's",
     )  # fmt: skip
     laws = [
         [
@@ -305,6 +350,15 @@ def table(result: Result) -> str:
     )
 
 
+def _share(size: Any) -> str:
+    if size.get("share") is None:
+        return ""
+    if size["share_interval"] is None:
+        return f"{size['share']:.2f}"
+    low, high = size["share_interval"]
+    return f"{size['share']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def _said(result: Result) -> str:
     """The answer, in a sentence."""
     if result["share"] is None:
@@ -318,8 +372,9 @@ def _said(result: Result) -> str:
         return f"{share} ({low:.2f} to {high:.2f})"
 
     return (
-        f"For AdamW's loss with the largest compute **{MUONCLIP} needs {at(-1)} of it**; in the "
-        f"middle of the range {at(len(result['points']) // 2)}, at its lower end {at(0)}."
+        f"By the power laws, for AdamW's loss with the largest compute **{MUONCLIP} needs "
+        f"{at(-1)} of it**; in the middle of the range {at(len(result['points']) // 2)}, at its "
+        f"lower end {at(0)}."
     )
 
 
@@ -342,15 +397,23 @@ def plot(result: Result, figure: "Figure") -> None:
     )  # fmt: skip
     # Less than a decade: powers of ten alone would leave the axis without numbers.
     losses.yaxis.set_major_locator(MaxNLocator(8))
-    losses.yaxis.set_major_formatter("{x:.1f}")
+    losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_locator(NullLocator())
     losses.legend(fontsize=8)
     if result["share"] is not None:
-        shares.plot(result["points"], result["share"], color="C1", label=MUONCLIP)
+        shares.plot(
+            result["points"], result["share"], color="C1", label=f"{MUONCLIP}, by the power laws"
+        )
         if result["share_band"] is not None:
             shares.fill_between(
                 result["points"], *result["share_band"], color="C1", alpha=0.2, lw=0
             )
+    for size in result["sizes"]:
+        if size.get("share") is not None:
+            low, high = size["share_interval"] or (size["share"], size["share"])
+            shares.plot([size["compute"]] * 2, [low, high], color="black", lw=1)
+            shares.plot(size["compute"], size["share"], "ko", ms=4)
+    shares.plot([], [], "ko-", ms=4, lw=1, label=f"{MUONCLIP}, between sizes, without a fit")
     shares.axhline(1, color="C0", label="AdamW")
     shares.axhline(
         MOONLIGHT, color="grey", ls="--", lw=0.9, label="Moonlight, from 0.4 B parameters on"

@@ -573,8 +573,8 @@ def best_rate(results: Iterable[Result]) -> float:
 def tune(
     jobs: Sequence[Job],
     rates: Sequence[Sequence[float]],
+    seeds: Sequence[int],
     options: argparse.Namespace,
-    seeds: int = 1,
     at: Callable[[Job, float], Job] = lambda job, lr: replace(job, lr=lr),
 ) -> list[list[Result]]:
     """Train every job at its learning rates; where the best lies at an end of them, one more is
@@ -582,7 +582,7 @@ def tune(
 
     Args:
         rates: of each job.
-        seeds: the job's own and those that follow, at every rate.
+        seeds: of each job, how many at every rate: its own and those that follow.
         at: makes the job with a rate.
 
     Returns:
@@ -591,13 +591,11 @@ def tune(
     told: list[list[Result]] = [[] for _ in jobs]
     wanted = [list(tried) for tried in rates]
     for _ in range(_MOST_EXTENSIONS + 1):
-        numbers = [n for n, missing in enumerate(wanted) for _ in range(len(missing) * seeds)]
-        batch = [
-            one
-            for job, missing in zip(jobs, wanted, strict=True)
-            for lr in missing
-            for one in with_seeds(at(job, lr), seeds)
-        ]
+        numbers, batch = [], []
+        for number, missing in enumerate(wanted):
+            for lr in missing:
+                numbers += [number] * seeds[number]
+                batch += with_seeds(at(jobs[number], lr), seeds[number])
         if not batch:
             break
         for number, result in zip(numbers, train_all(batch, options), strict=True):

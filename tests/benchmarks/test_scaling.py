@@ -1,6 +1,7 @@
 """The fit of the scaling law finds what it was made from."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.training import MUONCLIP, Job, Size
 COMPUTE = np.geomspace(1e10, 1e12, 4)
 
 
-def sizes(base: tuple[float, float], other: tuple[float, float], noise: float) -> list[object]:
+def sizes(base: tuple[float, float], other: tuple[float, float], noise: float) -> list[Any]:
     """Losses of three seeds by two power laws a·C^-b."""
     rng = np.random.default_rng(1)
 
@@ -57,6 +58,21 @@ def test_the_interval_widens_with_noise_and_has_the_estimate_in_it() -> None:
         assert (low < told["share"]).all() and (told["share"] < high).all()
         widths.append(float((high - low).mean()))
     assert widths[1] > 3 * widths[0]
+
+
+def test_the_share_is_also_read_between_sizes_without_a_fit() -> None:
+    made = sizes((40.0, 0.1), (40.0 * 0.5**0.1, 0.1), 0.0)
+    scaling.fits(made, seed=0)
+    # On a power law straight lines between the sizes' logarithms are the law itself.
+    assert [size["share"] for size in made[1:]] == pytest.approx([0.5] * 3)
+    assert "share" not in made[0]
+    found = scaling.between(
+        np.array([[3.0, 2.0, 1.0], [3.0, 3.5, 1.0]]),
+        np.array([2.5, 2.5]),
+        np.array([1.0, 2.0, 4.0]),
+    )
+    assert found[0] == 1.5 and np.isnan(found[1])
+    assert np.isnan(scaling.between(np.array([[3.0, 2.0]]), np.array([4.0]), np.array([1.0, 2.0])))
 
 
 def test_a_loss_that_does_not_fall_has_no_share_of_compute() -> None:
