@@ -172,7 +172,7 @@ def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
 
 
 def test_bfloat16_has_masters_and_moments_in_float32(folder: Path) -> None:
-    clipping = "optimizer.qk_clip_threshold=0.02"
+    clipping = "optimizer.qk_clip_threshold=0.002"
     found = launch(precision_of_a_run, 1, str(folder), BFLOAT16, clipping)[0]
     assert found["parameters"] == {"torch.bfloat16"}
     names = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step", "master")
@@ -210,7 +210,7 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
 
 def test_a_checkpoint_in_bfloat16_goes_on_from_its_masters(folder: Path) -> None:
     """To the bit, with QK-Clip at work on the masters that were read."""
-    overrides = (BFLOAT16, "optimizer.qk_clip_threshold=0.02", f"run_dir={folder}/resumed")
+    overrides = (BFLOAT16, "optimizer.qk_clip_threshold=0.002", f"run_dir={folder}/resumed")
     mine, expected, differing = launch(resumed, 1, str(folder), *overrides)[0]
     assert expected["heads_clipped"] > 0
     assert mine | {"memory_gib": None} == expected | {"memory_gib": None}
