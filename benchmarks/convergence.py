@@ -93,7 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"optimizers whose names contain these, beside {BASELINE}",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="of every model; default: by the form")
-    parser.add_argument("--hidden", type=int, help="width of every model; default: by the form")
     parser.add_argument("--seeds", type=int, help="at the best rate; default: 3")
     parser.add_argument(
         "--tuning-seeds", type=int, help="at every rate; default: 1 in the quick form, else 3"
@@ -119,7 +118,7 @@ def run(options: argparse.Namespace) -> Result:
             0.0,
             options.steps or form.steps[kind],
             options.seed,
-            replace(form.sizes[kind], hidden=options.hidden or form.sizes[kind].hidden),
+            form.sizes[kind],
         )
         for kind in kinds
     }
