@@ -16,7 +16,6 @@ def runs(losses: list[float | None], train: float = 1.0) -> list[Result]:
             "final": loss,
             "evaluations": {"loss": [9.0, loss]},
             "train": [train, train],
-            "step_s": 0.1,
         }
         for loss in losses
     ]
