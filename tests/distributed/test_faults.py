@@ -205,7 +205,7 @@ def _hang(folder: str, where: str) -> None:
 
     target = {"restore": state, "transcribe": train}[where]
     setattr(target, where, forever)
-    Watchdog._GRACE_SECONDS = 0.2
+    Watchdog._GRACE_SECONDS = 2.0  # a busy machine's threads wake up late
     train.train(training.tiny(folder, *BRIEF[:-1], "steps=2", "faults.hang_seconds=3"))
 
 

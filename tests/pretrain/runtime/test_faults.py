@@ -81,9 +81,9 @@ from pretrain.runtime.faults import Watchdog
 def stuck():
     time.sleep(60)
 
-Watchdog._GRACE_SECONDS = 0.2
-with Watchdog(1.0, rank=3, world_size=5, run_dir=Path(sys.argv[1])) as watchdog:
-    for step in range(5):
+Watchdog._GRACE_SECONDS = 1.0
+with Watchdog(2.0, rank=3, world_size=5, run_dir=Path(sys.argv[1])) as watchdog:
+    for step in range(8):
         watchdog.beat(f"step {step}")
         time.sleep(0.3)  # together longer than the limit
     if sys.argv[2] != "go on":
@@ -108,10 +108,10 @@ def test_who_makes_no_progress_ends_with_name_and_stack(tmp_path: Path, what: st
         return
     assert ended.returncode == 1
     if what == "hang on a full disk":
-        assert "made no progress for 1 seconds" in ended.stderr
+        assert "made no progress for 2 seconds" in ended.stderr
         return
     for text in (ended.stderr, stacks.read_text()):
         assert "rank 3 (process " in text
-        assert "made no progress for 1 seconds (faults.hang_seconds) in step 4" in text
+        assert "made no progress for 2 seconds (faults.hang_seconds) in step 7" in text
         assert "in stuck" in text
     assert "no sign of life from rank 0, 1, 2, 4" in ended.stderr
