@@ -236,7 +236,8 @@ def table(result: Result) -> str:
         )  # fmt: skip
         parts.append(
             f"**{model['title'][0].upper()}{model['title'][1:]}**: "
-            f"{model['parameters']:,} parameters, {model['steps']:,} steps of {model['tokens_per_step']:,} tokens\n\n"
+            f"{model['parameters']:,} parameters, {model['steps']:,} steps of "
+            f"{model['tokens_per_step']:,} tokens\n\n"
             + markdown(header, rows)
             + f"\n\n{model['held_out_also_in_training']:.2%} of the held-out text's runs of 32 "
             "tokens are also in the training text."
