@@ -30,7 +30,6 @@ from muonclip import MuonClip, QKClip
 
 if TYPE_CHECKING:
     from pretrain.build import Run
-    from pretrain.config import DataConfig
     from pretrain.data.dataset import BuiltIn
     from pretrain.model.multimodal import MicroBatch
 
@@ -277,25 +276,15 @@ def make(job: Job, device: torch.device) -> Model:
 # ---------------------------------------------------------------------- the data
 
 
-def data_config(size: Size, vision_share: float = 0.0) -> "DataConfig":
-    from pretrain.config import DataConfig, ImageConfig
-
-    return DataConfig(
-        seq_length=size.sequence,
-        vocab_size=size.vocabulary,
-        vision_share=vision_share,
-        cache_dir=str(ROOT / ".cache" / "pretrain"),
-        images=ImageConfig(min_chars=3, max_chars=12),
-    )
-
-
 @cache
 def text(vocabulary: int) -> "BuiltIn":
     """The built-in data, from the cache or made now; its splits as tokens are what counts here."""
+    from pretrain.config import DataConfig
     from pretrain.data import prepare
     from pretrain.data.dataset import BuiltIn
 
-    data = prepare(data_config(Size(vocabulary=vocabulary)), _PATCH, seed=0)
+    cache_dir = str(ROOT / ".cache" / "pretrain")
+    data = prepare(DataConfig(vocab_size=vocabulary, cache_dir=cache_dir), _PATCH, seed=0)
     assert isinstance(data, BuiltIn)
     return data
 

@@ -385,15 +385,19 @@ def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
             )
 
 
+def _nothing() -> Iterator[Any]:
+    return iter(())
+
+
 @dataclass(frozen=True)
 class _Reader:
     """A source before it is indexed: what its cache depends on, and its records."""
 
     key: str
     vision: bool
-    texts: Callable[[], Iterator[Text | Skip]]
-    mixed: Callable[[], Iterator[Mixed | Skip]]
-    chats: Callable[[], Iterator[Chat | Skip]]
+    texts: Callable[[], Iterator[Text | Skip]] = _nothing
+    mixed: Callable[[], Iterator[Mixed | Skip]] = _nothing
+    chats: Callable[[], Iterator[Chat | Skip]] = _nothing
 
     def sample_texts(self, most: int, threshold: int) -> Iterator[str]:
         """Text of up to ``most`` characters that is not held out."""
@@ -414,33 +418,29 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
         return _Reader(
             read_meta(folder, name).fingerprint,
             False,
-            lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
-            *(_nothing, _nothing),
+            texts=lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
         )
     if source.type in ("standard_library", "standard_library_chat"):
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))
         digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]
         if source.is_chat:
-            return _Reader(digest, False, _nothing, _nothing, lambda: _questions(corpus))
-        return _Reader(
-            *(digest, False, lambda: (Text(file.name, file.text) for file in corpus)),
-            *(_nothing, _nothing),
-        )
+            return _Reader(digest, False, chats=lambda: _questions(corpus))
+        return _Reader(digest, False, texts=lambda: (Text(file.name, file.text) for file in corpus))
     if source.type == "text":
         files = sources.text_files(source, name)
         key = key_of(files, "text", source.field)
         texts = partial(sources.read_text, source, files, name)
-        return _Reader(key, False, texts, _nothing, _nothing)
+        return _Reader(key, False, texts=texts)
     if source.type == "chat":
         files = sources.chat_files(source, name)
         key = key_of(files, "chat", source.field)
         chats = partial(sources.read_chats, source, files, name)
-        return _Reader(key, False, _nothing, _nothing, chats)
+        return _Reader(key, False, chats=chats)
     files = sources.mixed_files(source, name)
     captions = [file.with_suffix(".txt") for file in files]
     key = key_of([*files, *(p for p in captions if p.exists())], "images", source.field)
     mixed = partial(sources.read_mixed, source, files, name)
-    return _Reader(key, True, _nothing, mixed, _nothing)
+    return _Reader(key, True, mixed=mixed)
 
 
 def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:
@@ -452,10 +452,6 @@ def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:
                 answers.add(answer)
                 messages = Message("user", question), Message(REPLY, answer)
                 yield Chat(f"{file.name}: {question}", messages)
-
-
-def _nothing() -> Iterator[Any]:
-    return iter(())
 
 
 def _tokenizer(config: DataConfig, readers: dict[int, _Reader]) -> Tokenizer:
