@@ -6,11 +6,14 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -437,21 +440,28 @@ def table(result: Result) -> str:
     )
     header = ["", "tokens/s", "of text only", "encoder load, max / mean"]
     dep = result["modes"][DEP]["seconds"]
-    beside = []
-    for name in BASELINES:
-        ratios = [
-            theirs / mine
-            for theirs, mine in zip(result["modes"][name]["seconds"], dep, strict=True)
-        ]
-        wins = sum(ratio > 1 for ratio in ratios)
-        beside.append(
-            f"{statistics.median(ratios):.3f} times as fast as {name} (the median over rounds; "
-            f"faster in {wins} of {len(ratios)})"
-        )
+    beside = [_beside(name, result["modes"][name]["seconds"], dep) for name in (TEXT, *BASELINES)]
     memory = [
         [count, f"{row['patches']:,}", f"{row['peak_bytes'] / 2**20:.1f}"]
         for count, row in result["memory"].items()
     ]
     memory_header = ["images in a step", "patches", "peak memory of the encoder, MiB"]
-    compared = f"In the same round, DEP was {' and '.join(beside)}."
+    compared = "\n".join(beside)
     return "\n\n".join([about, markdown(header, rows), compared, markdown(memory_header, memory)])
+
+
+def _beside(name: str, theirs: Sequence[float], mine: Sequence[float]) -> str:
+    """A line on how fast DEP is, with intervals of a bootstrap over rounds."""
+    pairs = np.array([theirs, mine])
+    drawn = np.random.default_rng(0).integers(pairs.shape[1], size=(10_000, pairs.shape[1]))
+
+    def interval(statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> str:
+        low, high = np.quantile(statistic(pairs[:, drawn]), (0.025, 0.975))
+        return f"{statistic(pairs):.3f} ({low:.3f} to {high:.3f})"
+
+    wins = int((pairs[0] > pairs[1]).sum())
+    return (
+        f"- DEP beside {name}: {interval(lambda two: two[0].sum(-1) / two[1].sum(-1))} times the "
+        f"speed over all rounds together, {interval(lambda two: np.median(two[0] / two[1], -1))} "
+        f"in the median round; faster in {wins} of {pairs.shape[1]}."
+    )
