@@ -156,5 +156,7 @@ def plot(result: Result, figure: "Figure") -> None:
     slower.axhline(1, color="grey", lw=0.8, ls="--")
     for axis in (shares, slower):
         axis.set(xlabel="tokens a step", xscale="log")
+        axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
