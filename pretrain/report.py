@@ -20,14 +20,16 @@ def opening(run: Run, done: int) -> str:
     by_algorithm = "; ".join(run.assignment.splitlines()[-2:])
     dep = "on" if config.encoder_process.enabled else "off"
     sources = run.data.describe()
+    share = f"{config.data.vision_share:.0%} of them images"
     start = f"going on after step {done}" if done else "starting at step 0"
     if not done and config.start_from:
         start += f" with the weights of {config.start_from}"
     return (
         f"{parameters:,} parameters on rank 0 of {run.processes.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}\n"
-        f"{config.steps} steps of {tokens:,} tokens, {config.data.vision_share:.0%} of them images;"
-        f" {start}; writing to {config.run_dir}" + (f"\n{sources}" if sources else "")
+        f"{config.steps} steps of {tokens:,} tokens, "
+        f"{share if run.data.has_images else 'all of them text'}; "
+        f"{start}; writing to {config.run_dir}" + (f"\n{sources}" if sources else "")
     )
 
 
