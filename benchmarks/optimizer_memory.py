@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.optimizers import LR, WEIGHT_DECAY, Candidate, candidates
+from benchmarks.optimizers import (
+    LR,
+    WEIGHT_DECAY,
+    Candidate,
+    add_selection,
+    candidates,
+    selected,
+)
 from benchmarks.runner import Result, cpu_bytes, markdown
 from benchmarks.workloads import dense
 
@@ -19,9 +26,7 @@ ADAMW = "AdamW"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
-    )
+    add_selection(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -30,14 +35,9 @@ def run(options: argparse.Namespace) -> Result:
     }[options.form]  # fmt: skip
     load = dense(layers, hidden, feed_forward, 1, "dense")
     shapes = list(load.matrices)
-    try:
-        wanted = candidates(None if options.only is None else [*options.only, ADAMW])
-    except ValueError as error:
-        raise SystemExit(f"--only: {error}") from error
-
     absent: dict[str, str] = {}
     rows: dict[str, Result] = {}
-    for candidate in wanted:
+    for candidate in selected(options, ADAMW):
         reason = candidate.missing(options.device)
         if reason is None:
             try:
@@ -96,11 +96,11 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) ->
 def _steps(
     candidate: Candidate, params: list[nn.Parameter], count: int
 ) -> list[torch.optim.Optimizer]:
-    optimizers = candidate.build(params, [], LR, WEIGHT_DECAY)
+    built = candidate.build(params, [], LR, WEIGHT_DECAY)
     for _ in range(count):
-        for optimizer in optimizers:
+        for optimizer in built:
             optimizer.step()
-    return optimizers
+    return built
 
 
 def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:

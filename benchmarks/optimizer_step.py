@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from benchmarks.optimizers import BASELINE, LR, WEIGHT_DECAY, Candidate, candidates
+from benchmarks.optimizers import (
+    BASELINE,
+    LR,
+    WEIGHT_DECAY,
+    Candidate,
+    add_selection,
+    selected,
+)
 from benchmarks.runner import Result, interleave, markdown, matmul_peak, summarise
 from benchmarks.workloads import Workload, workloads
 from muonclip import reference
@@ -22,10 +29,7 @@ PEAK_SIZE = {"full": 8192, "quick": 2048, "tiny": 64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
-    )
-    parser.add_argument("--without", nargs="+", metavar="NAME", help="optimizers of just this name")
+    add_selection(parser)
     parser.add_argument("--baseline", default=BASELINE, help="the optimizer all are compared with")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
     parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
@@ -34,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     # Peers that compile do so once for every shape.
     torch._dynamo.config.recompile_limit = 256
-    try:
-        wanted = candidates(options.only, options.baseline)
-    except ValueError as error:
-        raise SystemExit(f"--only, --baseline: {error}") from error
-    wanted = [c for c in wanted if c.name not in (options.without or ())]
+    wanted = selected(options, options.baseline)
     loads = workloads(options.form)
     if options.workloads:
         known = [load.name for load in loads]

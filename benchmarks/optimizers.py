@@ -6,6 +6,7 @@ weight decay. What is no matrix goes to torch's fused AdamW in all of them, so t
 nothing.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
@@ -111,28 +112,53 @@ class PlainMuon(Optimizer):
                 p.add_(x, alpha=-0.2 * max(p.shape[-2:]) ** 0.5 * group["lr"])
 
 
-def candidates(names: Iterable[str] | None = None, baseline: str = BASELINE) -> list[Candidate]:
-    """All, or those whose name contains one of ``names``; the baseline is always among them.
+def candidates(
+    names: Iterable[str] | None = None,
+    baseline: str = BASELINE,
+    without: Iterable[str] | None = None,
+) -> list[Candidate]:
+    """All, or those whose name contains one of ``names``, but for those of just the names in
+    ``without``; the baseline is always among them.
 
     Raises:
-        ValueError: for a name that is in none.
+        ValueError: for a name that none has, and for a baseline to be left out.
     """
     everything = [*_OWN, *_PEERS]
-    if baseline not in [candidate.name for candidate in everything]:
-        known = ", ".join(candidate.name for candidate in everything)
-        raise ValueError(f"no optimizer is called {baseline!r}; there are {known}")
-    if names is None:
-        return everything
-    for name in names:
+    known = ", ".join(candidate.name for candidate in everything)
+    left_out = list(without or ())
+    for name in (baseline, *left_out):
+        if name not in [candidate.name for candidate in everything]:
+            raise ValueError(f"no optimizer is called {name!r}; there are {known}")
+    if baseline in left_out:
+        raise ValueError(f"{baseline} is what all are compared with: it cannot be left out")
+    for name in names or ():
         if not any(name.lower() in candidate.name.lower() for candidate in everything):
-            known = ", ".join(candidate.name for candidate in everything)
             raise ValueError(f"no optimizer has {name!r} in its name; there are {known}")
     return [
         candidate
         for candidate in everything
         if candidate.name == baseline
-        or any(name.lower() in candidate.name.lower() for name in names)
+        or (
+            candidate.name not in left_out
+            and (names is None or any(name.lower() in candidate.name.lower() for name in names))
+        )
     ]
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Which optimizers are compared; for :func:`selected`."""
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
+    )
+    parser.add_argument("--without", nargs="+", metavar="NAME", help="optimizers of just this name")
+
+
+def selected(options: argparse.Namespace, baseline: str) -> list[Candidate]:
+    """:func:`candidates` by the command line; a name that none has ends the program."""
+    try:
+        return candidates(options.only, baseline, options.without)
+    except ValueError as error:
+        raise SystemExit(f"--only, --without, --baseline: {error}") from error
 
 
 # ---------------------------------------------------------------------- MuonClip and torch
@@ -194,6 +220,8 @@ _OWN = [
     Candidate("textbook loop, float32", _plain, "float32", stacks=True),
     Candidate("AdamW (fused)", _adamw(fused=True), "", coefficients=None, stacks=True),
     Candidate("AdamW", _adamw(), "", coefficients=None, stacks=True),
+    # What torch takes by itself on a GPU: all parameters in one call, and as much memory for it.
+    Candidate("AdamW (foreach)", _adamw(foreach=True), "", coefficients=None, stacks=True),
 ]  # fmt: skip
 
 

@@ -259,23 +259,22 @@ def table(result: runner.Result) -> str:
             f"≤ {result['target']:.0%}",
         ],
     ]
-    saved = result.get("checkpoint")  # results from before it was measured have none
-    if saved is not None:
-        low, middle, high = saved["slower_s"]
-        rows.append(
-            [
-                f"**and a checkpoint every {saved['every']} steps**",
-                *[""] * 3,
-                f"{result['within'] + saved['within']:.2%}",
-                f"≤ {result['target']:.0%}",
-            ]
-        )
-        about_saves = (
-            f"A checkpoint of {saved['bytes'] / 2**20:.1f} MiB: {saved['copy_s'] * 1e3:.1f} ms "
-            f"within the step, {saved['writer_s'] * 1e3:.1f} ms of the writing thread's processor "
-            f"time; the step beside it took {middle * 1e3:+.1f} ms (median of rounds; quartiles "
-            f"{low * 1e3:+.1f} and {high * 1e3:+.1f})."
-        )
+    saved = result["checkpoint"]
+    low, middle, high = saved["slower_s"]
+    rows.append(
+        [
+            f"**and a checkpoint every {saved['every']} steps**",
+            *[""] * 3,
+            f"{result['within'] + saved['within']:.2%}",
+            f"≤ {result['target']:.0%}",
+        ]
+    )
+    about_saves = (
+        f"A checkpoint of {saved['bytes'] / 2**20:.1f} MiB: {saved['copy_s'] * 1e3:.1f} ms "
+        f"within the step, {saved['writer_s'] * 1e3:.1f} ms of the writing thread's processor "
+        f"time; the step beside it took {middle * 1e3:+.1f} ms (median of rounds; quartiles "
+        f"{low * 1e3:+.1f} and {high * 1e3:+.1f})."
+    )
     about = (
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens a step, "
         f"{result['variants'][SHOWN]['rounds']} rounds, log_every {result['log_every']}"
@@ -285,7 +284,7 @@ def table(result: runner.Result) -> str:
         [
             about,
             runner.markdown(header, rows),
-            *([] if saved is None else [about_saves]),
+            about_saves,
             runner.markdown(("", "ms a step, mean"), parts),
         ]
     )

@@ -225,9 +225,7 @@ class Trained:
             raise ValueError(f"the trainer runs on {here.device.type} here, not {device.type}")
         self.groups: Sequence[Mapping[str, Any]] = [
             {
-                "params": list(zip(group["param_names"], group["params"], strict=True))
-                if "param_names" in group
-                else group["params"],
+                "params": list(zip(group["param_names"], group["params"], strict=True)),
                 "algorithm": group["algorithm"],
                 "layout": None if job.layouts == "fused" else group["layout"],
             }
@@ -387,9 +385,7 @@ def optimizers(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[Optimizer]
         return [MuonClip([dict(group) for group in groups], lr=job.lr, **options)]
     by_kind: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
     for group in groups:
-        by_kind[group["algorithm"]] += [
-            entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]
-        ]
+        by_kind[group["algorithm"]] += [parameter for _, parameter in group["params"]]
     (candidate,) = (one for one in candidates() if one.name == job.optimizer)
     return candidate.build(by_kind["muon"], by_kind["adamw"], job.lr, job.weight_decay)
 

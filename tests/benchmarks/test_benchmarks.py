@@ -181,6 +181,12 @@ def test_candidates_by_name_keep_the_baseline() -> None:
     assert [c.name for c in candidates(["textbook"])] == [BASELINE, "textbook loop, float32"]
     with pytest.raises(ValueError, match="no optimizer has 'nosuch' in its name"):
         candidates(["nosuch"])
+    with pytest.raises(ValueError, match="no optimizer is called 'nosuch'"):
+        candidates(without=["nosuch"])
+    with pytest.raises(ValueError, match="cannot be left out"):
+        candidates(without=[BASELINE])
+    left = [c.name for c in candidates(["MuonClip"], without=["MuonClip, bfloat16"])]
+    assert left == [BASELINE, "MuonClip", "MuonClip, bfloat16 momentum"]
 
 
 def test_flops_of_newton_schulz() -> None:
