@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CONFIG ?= configs/laptop.yaml
 PROCESSES ?= 2
+# Tests run side by side, a file in one of these; in the folders' order, which has the long ones first.
+WORKERS ?= 2
 # One thread a process: two processes share two cores, and sums come out the same every time.
 export OMP_NUM_THREADS ?= 1
 
@@ -15,7 +17,7 @@ train: $(VENV)/.ready
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
