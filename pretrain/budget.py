@@ -242,7 +242,7 @@ def layout(config: Config, processes: int) -> Layout:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a step: as many as ``data.vision_share`` asks for, all of one size."""
+    """The images of a step: as many as ``data.image_share`` asks for, all of one size."""
 
     patches_per_image: int
     features: float
@@ -267,7 +267,7 @@ def images(config: Config, patches_per_image: int | None = None) -> Images:
     """Of a step; by default images of 1,024 patches (448 x 448 pixels), or what a quarter of a
     sequence holds."""
     patches = patches_per_image or min(1024, config.data.seq_length // 4 * MERGE**2)
-    return Images(patches, config.data.vision_share * tokens_per_step(config))
+    return Images(patches, config.data.image_share * tokens_per_step(config))
 
 
 def tokens_per_step(config: Config) -> int:
@@ -493,6 +493,7 @@ def memory(config: Config, place: Layout, pictures: Images) -> list[dict[str, fl
             numel * _FLOAT32 * ((1 if weight.muon else 2) + (1 if narrow else 0))
             + (0 if weight.muon else _FLOAT32 * _tensors(weight, place))
             for weight, numel in held
+            if pictures.features or not weight.vision  # text alone never steps the encoder
         )
         kept, again = zip(*(run_activations(config, run, place) for run in runs), strict=True)
         times = in_flight(place, stage)

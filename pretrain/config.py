@@ -213,6 +213,10 @@ class SourceConfig:
     def is_chat(self) -> bool:
         return self.type in ("chat", "standard_library_chat")
 
+    @property
+    def has_images(self) -> bool:
+        return self.type in ("images", "energon")
+
     def __post_init__(self) -> None:
         _require(0 <= self.weight < float("inf"), f"weight must be >= 0, not {self.weight}")
         built_in = self.type in ("standard_library", "standard_library_chat")
@@ -272,6 +276,12 @@ class DataConfig:
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
         )
+
+    @property
+    def image_share(self) -> float:
+        """``vision_share``, or 0 where no source can have an image."""
+        without = self.sources and not any(source.has_images for source in self.sources)
+        return 0.0 if without else self.vision_share
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,24 @@ def test_of_images_that_go_through_the_encoder_apart_the_memory_of_one_is_planne
         assert planned == one > backbone
 
 
+def test_of_text_alone_no_images_and_no_state_of_the_encoder_are_planned() -> None:
+    """As the trainer has it, which then leaves the encoder as it is, whatever the vision share."""
+    found = {}
+    for kind in ("standard_library", "images"):
+        settings = config.load(
+            "configs/laptop.yaml",
+            [f"data.sources=[{{type: {kind}{', path: x' if kind == 'images' else ''}}}]"],
+        )
+        pictures = budget.images(settings)
+        assert (pictures.features > 0) == (kind == "images")
+        found[kind] = budget.memory(settings, budget.layout(settings, 2), pictures)[0]
+    tower = [weight for weight in budget.weights(settings) if weight.vision]
+    state = sum(4 * (w.numel if w.muon else 2 * w.numel + 1) for w in tower)
+    text, both = found["standard_library"], found["images"]
+    assert both["optimizer state"] - text["optimizer state"] == state
+    assert both["weights"] == text["weights"] and text["images"] == 0
+
+
 def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> None:
     """Exact but for the resizing of the position table; kept activations within 5 %."""
     shape = VisionConfig(
