@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from benchmarks import training
-from benchmarks.optimizers import candidates
+from benchmarks.optimizers import add_selection, selected
 from benchmarks.runner import Result, markdown
 from benchmarks.training import KINDS, Job, Kind, Size, mean_and_spread
 
@@ -88,10 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"{kind}: {title}" for kind, title in KINDS.items()
         ),
     )  # fmt: skip
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME",
-        help=f"optimizers whose names contain these, beside {BASELINE}",
-    )  # fmt: skip
+    add_selection(parser)
     parser.add_argument("--steps", type=int, help="of every model; default: by the form")
     parser.add_argument("--seeds", type=int, help="at the best rate; default: 3")
     parser.add_argument(
@@ -101,15 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
-    names = form.optimizers
-    if options.only:
-        names = tuple(one.name for one in candidates(options.only, BASELINE))
+    wanted = [
+        one for one in selected(options, BASELINE) if options.only or one.name in form.optimizers
+    ]
     absent = {
-        one.name: reason
-        for one in candidates()
-        if one.name in names and (reason := one.missing(options.device)) is not None
+        one.name: reason for one in wanted if (reason := one.missing(options.device)) is not None
     }
-    names = (BASELINE, *(name for name in names if name not in absent and name != BASELINE))
+    names = [BASELINE, *(one.name for one in wanted if one.name not in (*absent, BASELINE))]
     kinds: Sequence[Kind] = options.models or list(KINDS)
     jobs = {
         kind: Job(
