@@ -195,7 +195,7 @@ class SourceConfig:
         "text", "chat", "images", "energon", "standard_library", "standard_library_chat"
     ] = "text"
     """text: JSONL (also .gz, .zst) and plain text files; images: a folder of images with captions,
-    or JSONL of images, videos and text that name image files; energon: a folder of WebDataset
+    or JSONL of images, videos and text that names their files; energon: a folder of WebDataset
     shards prepared for megatron-energon; standard_library: the built-in text. chat: JSONL of
     conversations, of which the assistant's replies are learnt, for supervised finetuning;
     standard_library_chat: questions and answers from the built-in text."""
@@ -252,6 +252,8 @@ class DataConfig:
     """Share of an own source's documents that is held out."""
     max_image_tokens: int | None = None
     """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
+    video_fps: float = 2.0
+    """Frames a second that are taken of a video file (the processor of Kimi K2.5 takes 2)."""
     max_corrupt: int = 100
     """Corrupt samples that are skipped, listed in the run_dir's skipped.jsonl, before the run
     ends."""
@@ -270,6 +272,7 @@ class DataConfig:
         _require_positive(self, "max_corpus_mb")
         if self.max_image_tokens is not None:
             _require_positive(self, "max_image_tokens")
+        _require(0 < self.video_fps < float("inf"), f"video_fps must be > 0, not {self.video_fps}")
         _require(0 <= self.held_out < 1, f"held_out must be in [0, 1), not {self.held_out}")
         _require(self.max_corrupt >= 0, f"max_corrupt must be >= 0, not {self.max_corrupt}")
         _require(

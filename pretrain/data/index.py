@@ -33,6 +33,7 @@ from pretrain.data.packing import TEXT, Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Chat, Media, Mixed, Text
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.video import is_video, require_av
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T", bound="Index")
@@ -48,18 +49,21 @@ class Composer:
 
     Attributes:
         max_image_tokens: larger images are shrunk to about this many.
+        video_fps: frames a second that are taken of a video file.
     """
 
     tokenizer: Tokenizer
     patch_size: int
     max_image_tokens: int
+    video_fps: float
 
     def _max_patches(self, frames: int) -> int:
         most = MAX_PATCHES_OF_AN_IMAGE if frames == 1 else MAX_PATCHES_OF_A_FRAME
         return min(most, MERGE * MERGE * self.max_image_tokens)
 
-    def fit(self, pixels: Pixels) -> Pixels:
-        return fit(pixels, self.patch_size, max_patches=self._max_patches(len(pixels)))
+    def fit(self, pixels: Pixels, frames: int = 1) -> Pixels:
+        """Frames of an image or a clip, which has so many in all."""
+        return fit(pixels, self.patch_size, max_patches=self._max_patches(frames))
 
     def document(self, parts: Sequence[str | Pixels]) -> Document:
         """Text and pixels (fitted) in order; an image and one text are a pair, with a caption."""
@@ -183,11 +187,13 @@ class MixedIndex(Index):
         lines: descriptions in JSON, one after the other.
         ends: int64 [n], where each description ends.
         sizes: int32 [n, 2], tokens and placeholders of each.
+        video: the first video file, which is read with PyAV; empty without any.
     """
 
     lines: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]
+    video: str
 
     def describe(self, document: int) -> tuple[str, list[str | Media], list[Any]]:
         """Its name, its parts, and for each image the (frames, height, width) it had."""
@@ -209,10 +215,16 @@ class MixedIndex(Index):
             if isinstance(part, str):
                 loaded.append(part)
                 continue
-            pixels = sources.load(part)
-            if list(pixels.shape[:3]) != next(sizes):
-                raise ValueError(f"{part.paths[0]} has changed since its size was noted")
-            loaded.append(composer.fit(pixels))
+            count, *size = next(sizes)
+            fitted = []
+            # One at a time: before they are shrunk, those of a film may be more than memory holds.
+            for frame in sources.frames(part, composer.video_fps):
+                if list(frame.shape[:2]) != size:
+                    raise ValueError(f"{part.paths[0]} has changed since its size was noted")
+                fitted.append(composer.fit(frame[None], count))
+            if len(fitted) != count:
+                raise ValueError(f"{part.paths[0]} has changed since its frames were counted")
+            loaded.append(np.concatenate(fitted))
         return loaded
 
 
@@ -307,29 +319,36 @@ def too_long(index: MixedIndex, length: int) -> list[Skip]:
 def mixed_index(
     folder: Path, records: Callable[[], Iterator[Mixed | Skip]], composer: Composer
 ) -> MixedIndex:
-    """The index in ``folder``, built from the records where there is none."""
+    """The index in ``folder``, built from the records where there is none.
+
+    Raises:
+        PretrainError: a record has a video file, and PyAV is not installed.
+    """
 
     def build(partial: Path) -> None:
         skips: list[Skip] = []
-        ends, hashes, sizes, total = [], [], [], 0
+        ends, hashes, sizes, total, film = [], [], [], 0, ""
         with (partial / "lines").open("wb") as file:
             for record in records():
                 if isinstance(record, Skip):
                     skips.append(record)
                     continue
                 try:
-                    shapes = [sources.measure(p) for p in record.parts if isinstance(p, Media)]
+                    media = [part for part in record.parts if isinstance(part, Media)]
+                    shapes = [sources.measure(part, composer.video_fps) for part in media]
                     measured = iter(shapes)
                     parts = [p if isinstance(p, str) else next(measured) for p in record.parts]
                     sizes.append(composer.size(parts))
                 except ValueError as error:
                     skips.append(Skip(record.name, str(error)))
                     continue
+                film = film or next((p for m in media for p in m.paths if is_video(p)), "")
                 described = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
                 total += file.write(json.dumps([record.name, described, shapes]).encode())
                 ends.append(total)
                 hashes.append(record.hash)
         np.save(partial / "sizes.npy", np.array(sizes, np.int32).reshape(-1, 2))
+        (partial / "video").write_text(film)
         _write(partial, skips, ends, hashes)
 
     def load() -> MixedIndex:
@@ -338,9 +357,12 @@ def mixed_index(
         lines = _mapped(folder / "lines", np.dtype(np.uint8))
         if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
             raise ValueError("descriptions are not what was written")
-        return MixedIndex(hashes, skips, lines, ends, sizes)
+        return MixedIndex(hashes, skips, lines, ends, sizes, (folder / "video").read_text())
 
-    return _cached(folder, build, load)
+    index = _cached(folder, build, load)
+    if index.video:  # measured where it was indexed, and PyAV may be missing here
+        require_av(index.video)
+    return index
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

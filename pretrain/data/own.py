@@ -290,7 +290,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
     }
     tokenizer = _tokenizer(config, readers)
     most = config.max_image_tokens or max(1, config.seq_length // 4)
-    composer = Composer(tokenizer, patch_size, most)
+    composer = Composer(tokenizer, patch_size, most, config.video_fps)
     cache = Path(config.cache_dir)
     opened: list[Source] = []
     skips: list[Skip] = []
@@ -312,7 +312,8 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
         elif reader.vision:
             tokenizer.require_media()
-            folder = cache / f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}"
+            name = f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}-{config.video_fps}"
+            folder = cache / name
             index = mixed_index(folder, reader.mixed, composer)
         else:
             folder = cache / f"text-{reader.key}-{tokenizer.digest}"

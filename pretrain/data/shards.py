@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.config import SourceConfig
+from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import sources
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media, Mixed
@@ -84,7 +84,7 @@ def _pairs(folder: Path) -> Iterator[Mixed | Skip]:
                 yield Skip(record.name, "no image with a caption")
                 continue
             try:
-                sources.load(media)
+                list(sources.frames(media, DataConfig.video_fps))
             except ValueError as error:
                 yield Skip(record.name, str(error))
                 continue

@@ -16,6 +16,7 @@ import zstandard
 from PIL import Image
 
 from pretrain.config import SourceConfig
+from pretrain.data import video
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.images import Pixels
 from pretrain.data.skipped import Skip
@@ -26,7 +27,6 @@ _JSONL = (".jsonl", ".ndjson")
 _PLAIN = (".txt", ".md", ".rst")
 _PACKED = ("", ".gz", ".zst")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 CAPTIONS = "captions.jsonl"
 # What readers of damaged files raise.
 _UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
@@ -49,7 +49,7 @@ class Media:
     """An image, or the frames of a video.
 
     Attributes:
-        paths: of each frame; or one path, of an image or of an animation.
+        paths: of each frame; or one path, of an image, an animation or a video file.
         moving: whether it is a video.
     """
 
@@ -314,8 +314,8 @@ def _chat(name: str, value: Any, field: str) -> Chat | Skip:
 def read_mixed(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Mixed | Skip]:
     """Every document of a source of images.
 
-    Lines of JSONL are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": ["1.png", …],
-    "caption": "…"}`` (or an animated GIF, PNG or WebP), or ``{"parts": [{"text": "…"},
+    Lines of JSONL are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": "a.mp4", "caption":
+    "…"}`` (or an animated GIF, PNG or WebP, or a list of frames), or ``{"parts": [{"text": "…"},
     {"image": "a.jpg"}, …]}``. Paths are relative to the file's folder and stay within it. In a
     folder without ``captions.jsonl``, ``a.txt`` is the caption of ``a.jpg``.
     """
@@ -387,14 +387,24 @@ def _inside(name: str, root: Path) -> str:
     return str(path)
 
 
-def measure(media: Media) -> tuple[int, int, int]:
-    """(frames, height, width) in pixels, without decoding.
+def measure(media: Media, fps: float) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels, without decoding: of a video file but its first frame.
+
+    Args:
+        fps: frames a second that are taken of a video file; of an animation all are.
 
     Raises:
         ValueError: a file is missing or no image.
+        PretrainError: PyAV is needed and not installed.
     """
     sizes = []
     for path in media.paths:
+        if video.is_video(path):
+            if not media.moving:
+                raise ValueError(f"{path} is a video: write 'video', not 'image'")
+            if len(media.paths) > 1:
+                raise ValueError("a frame of it is a video")
+            return video.measure(path, fps)
         with _image(path) as image:
             on_its_side = _orientation(image) >= 5
             height, width = image.size if on_its_side else image.size[::-1]
@@ -406,14 +416,20 @@ def measure(media: Media) -> tuple[int, int, int]:
     return sum(size[0] for size in sizes), *sizes[0][1:]
 
 
-def load(media: Media) -> Pixels:
-    """uint8 [frames, height, width, 3].
+def frames(media: Media, fps: float) -> Iterator[Pixels]:
+    """Each frame, uint8 [height, width, 3].
+
+    Args:
+        fps: as of :func:`measure`.
 
     Raises:
         ValueError: a file is missing or damaged.
+        PretrainError: PyAV is needed and not installed.
     """
-    frames: list[Any] = []
     for path in media.paths:
+        if video.is_video(path):
+            yield from video.frames(path, fps)
+            continue
         with _image(path) as image:
             turn = _TURNS.get(_orientation(image))
             for number in range(_num_frames(image, path) if media.moving else 1):
@@ -422,10 +438,7 @@ def load(media: Media) -> Pixels:
                     frame = image.convert("RGB")
                 except _UNDECODABLE as error:
                     raise ValueError(f"{path}: {_reason(error)}") from error
-                frames.append(np.asarray(frame if turn is None else frame.transpose(turn)))
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError("its frames differ in size")
-    return np.stack(frames)
+                yield np.asarray(frame if turn is None else frame.transpose(turn))
 
 
 # EXIF's orientations, and what makes them upright.
@@ -455,11 +468,6 @@ def _num_frames(image: Image.Image, path: str) -> int:
 
 
 def _image(path: str) -> Image.Image:
-    if path.lower().endswith(_VIDEOS):
-        raise ValueError(
-            f"{path}: video files are not read: cut it into images (ffmpeg -i it %05d.jpg) and "
-            "list them"
-        )
     try:
         return Image.open(path)
     except FileNotFoundError as error:

@@ -107,7 +107,7 @@ def export(
         _write_json(partial / "generation_config.json", special | ends)
         _write_tokenizer(partial, tokenizer_file, tokenizer, config.data.seq_length, chats=chats)
         if vision is not None:
-            _write_processor(partial, vision.patch_size)
+            _write_processor(partial, vision.patch_size, config.data.video_fps)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -271,7 +271,7 @@ def _write_tokenizer(
     (folder / "chat_template.jinja").write_text(template)
 
 
-def _write_processor(folder: Path, patch_size: int) -> None:
+def _write_processor(folder: Path, patch_size: int, video_fps: float) -> None:
     """What :mod:`pretrain.data.fit` does, for transformers and (``media_proc_cfg``) for servers."""
     middle = [0.5, 0.5, 0.5]
     common = {
@@ -303,7 +303,7 @@ def _write_processor(folder: Path, patch_size: int) -> None:
             "fixed_output_tokens": None,
             "image_mean": middle,
             "image_std": middle,
-            "sample_fps": 2.0,
+            "sample_fps": video_fps,
             "max_num_frames_each_video": None,
             "timestamp_mode": "hh:mm:ss.fff",
         },
@@ -313,6 +313,7 @@ def _write_processor(folder: Path, patch_size: int) -> None:
         "video_processor_type": "Kimi_K25VideoProcessor",
         "max_patches": MAX_PATCHES_OF_A_FRAME,
         "temporal_patch_size": MAX_FRAMES,
+        "fps": video_fps,
     }
     _write_json(folder / "preprocessor_config.json", image)
     _write_json(folder / "video_preprocessor_config.json", video)

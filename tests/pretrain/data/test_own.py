@@ -258,7 +258,7 @@ def test_what_is_corrupt_is_skipped_and_listed_with_the_reason(tmp_path: Path) -
         "captions.jsonl:7": "no caption in",
         "captions.jsonl:8": "'parts' is not a list",
         "captions.jsonl:9": "neither an image, a video nor text",
-        "captions.jsonl:10": "video files are not read",
+        "captions.jsonl:10": "film.mp4 does not exist",
     }
     assert found.keys() == reasons.keys()
     for name, reason in reasons.items():

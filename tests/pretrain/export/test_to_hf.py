@@ -194,6 +194,8 @@ def test_settings_that_servers_read(hf: Path) -> None:
     assert vision["text_hidden_size"] == config["text_config"]["hidden_size"] == 32
     processing = json.loads((hf / "preprocessor_config.json").read_text())["media_proc_cfg"]
     assert (processing["patch_size"], processing["merge_kernel_size"]) == (PATCH, 2)
+    films = json.loads((hf / "video_preprocessor_config.json").read_text())
+    assert films["fps"] == processing["sample_fps"] == 2
 
 
 def test_weights_may_be_rounded_but_not_the_routers_bias(run_dir: Path, tmp_path: Path) -> None:

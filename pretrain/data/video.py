@@ -1,0 +1,179 @@
+"""Video files, read with PyAV: a frame every so often, by the times at which frames are shown."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.data.images import Pixels
+from pretrain.errors import PretrainError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# Far beyond what a sequence holds: a header that says more is not to be believed.
+_MOST_FRAMES = 10**6
+# Seconds that may be missing at a video's end: headers round, and count the sound too.
+_MISSING = 1
+_CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+
+
+def is_video(path: str) -> bool:
+    """By its name."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def require_av(path: str) -> None:
+    """
+    Args:
+        path: the file that asks for it.
+
+    Raises:
+        PretrainError: PyAV is not installed.
+    """
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise PretrainError(
+            f"{path} is a video file: these need PyAV, which is not installed: "
+            "pip install '.[video]'"
+        ) from error
+
+
+def measure(path: str, fps: float) -> tuple[int, int, int]:
+    """(frames, height, width) of what :func:`frames` yields, in pixels and upright.
+
+    Of the header and the first frame, which knows how it was turned. There is a frame for every
+    time k / fps before the end that the header names. Where it names none (a recording that was
+    streamed), the times of all packets are read, and nothing is decoded.
+
+    Raises:
+        ValueError: the file is missing or no video.
+        PretrainError: PyAV is not installed.
+    """
+    with _opened(path) as (container, stream):
+        first = next(_decoded(path, container, stream), None)
+        if first is None:
+            raise ValueError(f"{path}: no frame can be decoded")
+        height, width, _ = _upright(first).shape
+    return _count(path, fps), height, width
+
+
+def frames(path: str, fps: float) -> Iterator[Pixels]:
+    """The frame that is shown at each time k / fps from the first one on, upright.
+
+    As many as :func:`measure` says; a last one that is a little early is repeated.
+
+    Yields:
+        uint8 [height, width, 3].
+
+    Raises:
+        ValueError: the file is missing, damaged or cut off.
+        PretrainError: PyAV is not installed.
+    """
+    count = _count(path, fps)
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        step = 1 / (_exact(fps) * _time_base(stream))
+        shown, start, end, taken = None, 0, 0, 0
+        # To the end of the file, whatever is still wanted: threads decode ahead, and how far must
+        # not decide whether damage is met.
+        for frame in _decoded(path, container, stream):
+            time = frame.pts or 0
+            start = time if shown is None else start
+            while shown is not None and taken < count and taken * step < time - start:
+                yield _upright(shown)
+                taken += 1
+            shown, end = frame, max(end, time - start + (frame.duration or 0))
+        if shown is None:
+            raise ValueError(f"{path}: no frame can be decoded")
+        if (count - 1) * step > end + _MISSING / _time_base(stream):
+            seconds = float(end * _time_base(stream))
+            raise ValueError(f"{path} is cut off: its frames end after {seconds:.3g} seconds")
+        for _ in range(count - taken):
+            yield _upright(shown)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """What PyAV raises within becomes a ValueError."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist")
+    require_av(path)
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, av.VideoStream):
+                raise ValueError(f"{path}: no video in it")
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _decoded(
+    path: str, container: "InputContainer", stream: "VideoStream"
+) -> Iterator["VideoFrame"]:
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError(f"{path} is damaged or cut off")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise ValueError(f"{path} is damaged")
+            yield frame
+
+
+def _upright(frame: "VideoFrame") -> Pixels:
+    """RGB, turned and mirrored as the file's display matrix says (that of a phone held upright)."""
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    sides: Any = frame.side_data  # whose types leave most kinds out
+    matrix = sides.get("DISPLAYMATRIX")
+    if matrix is not None:  # x' = a x + c y, y' = b x + d y
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels, np.uint8)
+
+
+def _count(path: str, fps: float) -> int:
+    """Frames to take: of times k / fps, those before the end, and at least one."""
+    with _opened(path) as (container, stream):
+        count = max(1, -(-_duration(container, stream) * _exact(fps) // 1))
+    if count > _MOST_FRAMES:
+        raise ValueError(f"{path} has {count:,} frames by its header, more than {_MOST_FRAMES:,}")
+    return int(count)
+
+
+def _duration(container: "InputContainer", stream: "VideoStream") -> Fraction:
+    """Seconds of the video itself: the container's duration may be that of its sound."""
+    base = _time_base(stream)
+    # Matroska has none of a stream but in a tag; where it has none at all, FFmpeg makes one up from
+    # the bit rate.
+    matroska = "matroska" in container.format.name
+    if stream.duration is not None and stream.duration > 0 and not matroska:
+        return stream.duration * base
+    clock = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
+    if clock:
+        hours, minutes, seconds = map(Fraction, clock.groups())
+        return 3600 * hours + 60 * minutes + seconds - (stream.start_time or 0) * base
+    times = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None]
+    first = min((start for start, _ in times), default=0)
+    return (max((start + length for start, length in times), default=0) - first) * base
+
+
+def _time_base(stream: "VideoStream") -> Fraction:
+    return stream.time_base or Fraction(1, 1)
+
+
+def _exact(fps: float) -> Fraction:
+    """What was written: 0.1 is a tenth."""
+    return Fraction(str(fps))
