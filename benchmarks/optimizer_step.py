@@ -228,8 +228,8 @@ def table(result: Result) -> str:
                 f"**{name}**" if name == "MuonClip" else name,
                 about["version"] or "",
                 about["arithmetic"],
-                f"{1e3 * row['median_s']:.4g}",
-                f"{1e3 * low:.4g} to {1e3 * high:.4g}",
+                _milliseconds(row["median_s"]),
+                f"{_milliseconds(low)} to {_milliseconds(high)}",
                 f"{row['speedup']:.2f}",
                 "" if share is None else f"{100 * share:.0f}%",
                 "" if error is None else f"{error:.0e}",
@@ -238,10 +238,14 @@ def table(result: Result) -> str:
                   "of the peak", "update's error"]  # fmt: skip
         blocks.append(f"**{load['title']}**\n\n{markdown(header, rows)}")
     peaks = ", ".join(
-        f"{dtype} {peak / 1e9:,.0f}" for dtype, peak in result["matmul_peak_flops"].items()
+        f"{dtype} {peak / 1e9:.3g}" for dtype, peak in result["matmul_peak_flops"].items()
     )
     blocks.append(f"Matrix product's peak here, GFLOP/s: {peaks}.")
     if result["not_run"]:
         reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
         blocks.append(f"Not timed: {reasons}.")
     return "\n\n".join(blocks)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"
