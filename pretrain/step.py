@@ -246,11 +246,16 @@ def train_step(
     }
 
 
-def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
-    """Clip the gradient, step the optimizer at ``factor`` of the peak rates, clip the heads."""
-    if not run.data.has_images:  # text alone leaves the encoder as it is, without decay
+def spare_encoder(run: Run) -> None:
+    """Text alone leaves the encoder as it is: without a gradient it is not decayed either."""
+    if not run.data.has_images:
         for parameter in run.tower.parameters():
             parameter.grad = None
+
+
+def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
+    """Clip the gradient, step the optimizer at ``factor`` of the peak rates, clip the heads."""
+    spare_encoder(run)
     scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     apex.scale_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
     for group in run.optimizer.param_groups:

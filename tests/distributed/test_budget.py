@@ -113,6 +113,7 @@ def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list
         ):
             step.gradients(run, micro_batches)
         gradients = sum(_size(p.grad) for _, p in run.parameters() if p.grad is not None)
+        step.spare_encoder(run)
         with Sent() as optimizer_messages:
             run.optimizer.step()
         algorithms = {
