@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import training
+from benchmarks.optimizers import WEIGHT_DECAY
 from benchmarks.runner import Result, markdown
 from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
 
@@ -32,14 +33,14 @@ class Form:
     steps: int
     lr: float
     threshold: float
-    sweep: tuple[float, ...]
+    sweep: tuple[float, ...]  # other thresholds, over the first
     seeds: int
 
 
 FORMS = {
-    "full": Form(Size(512, 8, 16, 1024, 32, 8192), 8000, 8e-3, 100.0, (30.0, 50.0, 200.0), 3),
-    "quick": Form(Size(64, 2, 4, 128, 16, 512), 300, 128e-3, 20.0, (10.0, 40.0), 3),
-    "tiny": Form(Size(32, 1, 2, 64, 2, 400), 6, 32e-3, 2.0, (1.0,), 2),
+    "full": Form(Size(512, 8, 16, 1024, 32, 8192), 8000, 8e-3, 100.0, (0.3, 0.5, 2.0), 3),
+    "quick": Form(Size(64, 2, 4, 128, 16, 512), 300, 128e-3, 20.0, (0.5, 2.0), 3),
+    "tiny": Form(Size(32, 1, 2, 64, 2, 400), 6, 32e-3, 2.0, (0.5,), 2),
 }
 
 
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
     parser.add_argument("--lr", type=float, help="peak learning rate; default: by the form")
     parser.add_argument("--steps", type=int, help="default: by the form")
+    parser.add_argument(
+        "--weight-decay", type=float, default=WEIGHT_DECAY, help=f"default: {WEIGHT_DECAY:g}"
+    )
     parser.add_argument("--threshold", type=float, help="τ; default: by the form")
     parser.add_argument("--seeds", type=int, help="default: 3")
 
@@ -62,13 +66,13 @@ def run(options: argparse.Namespace) -> Result:
         options.steps or form.steps,
         options.seed,
         size=form.size,
+        weight_decay=options.weight_decay,
         watch=True,
     )
     plain = training.with_seeds(replace(job, threshold=None, label=PLAIN), count)
     held = training.with_seeds(replace(job, threshold=threshold), count)
-    swept = [
-        replace(job, threshold=other, label=f"{MUONCLIP}, τ {other:g}") for other in form.sweep
-    ]
+    others = [factor * threshold for factor in form.sweep]
+    swept = [replace(job, threshold=other, label=f"{MUONCLIP}, τ {other:g}") for other in others]
     overlap = training.overlap(job.size)
     told = training.train_all([*plain, *held, *swept], options)
     return {
@@ -84,7 +88,7 @@ def run(options: argparse.Namespace) -> Result:
         "held": told[count : 2 * count],
         "sweep": [
             {"threshold": other, **result}
-            for other, result in zip(form.sweep, told[2 * count :], strict=True)
+            for other, result in zip(others, told[2 * count :], strict=True)
         ],
     }
 
