@@ -195,6 +195,12 @@ class MixedIndex(Index):
     sizes: npt.NDArray[np.int32]
     video: str
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the sizes too: by settings the same image may have other tokens, a clip other frames,
+        and a checkpoint's place in the data is counted in them."""
+        return hashlib.sha256(self.hashes.tobytes() + self.sizes.tobytes()).hexdigest()[:16]
+
     def describe(self, document: int) -> tuple[str, list[str | Media], list[Any]]:
         """Its name, its parts, and for each image the (frames, height, width) it had."""
         first = int(self.ends[document - 1]) if document else 0

@@ -240,8 +240,8 @@ class OwnData(Data):
             if source.index.fingerprint != then:
                 raise PretrainError(
                     f"{source.key}: the documents of {_where(source.config)} are not those that "
-                    "the checkpoint was made with: put them back to go on, or choose another "
-                    "run_dir to start anew"
+                    "the checkpoint was made with, or data.max_image_tokens or data.video_fps is "
+                    "another: put them back to go on, or choose another run_dir to start anew"
                 )
         if self._one_way and state["ranks"] != self._dealing.ranks:
             raise PretrainError(

@@ -341,3 +341,12 @@ def test_a_checkpoint_goes_on_with_the_same_documents_only(tmp_path: Path) -> No
     make.jsonl(moved, range(1, 21))
     with pytest.raises(PretrainError, match=r"sources\[0\]: the documents of .* are not those"):
         opened(tmp_path, *both(tmp_path)).load_state_dict([state])
+
+
+def test_a_checkpoint_goes_on_with_images_of_the_same_sizes_only(tmp_path: Path) -> None:
+    """Smaller ones would be packed otherwise: it would go on at another place in the data."""
+    make.captioned_folder(tmp_path / "pictures", 12)
+    make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
+    state = json.loads(json.dumps(opened(tmp_path, *both(tmp_path)).state_dict(4)))
+    with pytest.raises(PretrainError, match=r"data\.max_image_tokens or data\.video_fps"):
+        opened(tmp_path, *both(tmp_path), max_image_tokens=1).load_state_dict([state])

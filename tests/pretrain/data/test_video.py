@@ -246,6 +246,9 @@ def test_another_rate_makes_another_index(tmp_path: Path) -> None:
     for fps, groups in ((2.0, {4, 1, 2}), (1.0, {3, 1}), (2.0, {4, 1, 2})):
         assert {grid[0] for grid in grids(opened(tmp_path, source, video_fps=fps))} == groups
     assert len(list((tmp_path / "cache").glob("images-*"))) == 2
+    state = opened(tmp_path, source).state_dict(2)
+    with pytest.raises(PretrainError, match=r"data\.video_fps is another"):
+        opened(tmp_path, source, video_fps=1.0).load_state_dict([state])
 
 
 def test_a_video_that_does_not_fit_is_listed_and_not_decoded(tmp_path: Path) -> None:
