@@ -293,7 +293,8 @@ def plot(result: Result, figure: "Figure") -> None:
         for axis in (tokens, seconds):
             axis.axhline(base, color="grey", lw=0.8, ls="--")
         rates.set_xscale("log", base=2)
-        rates.xaxis.set_major_formatter("{x:g}")
+        rates.xaxis.set_major_formatter("{x:.2g}")
+        tokens.xaxis.set_major_formatter(lambda count, _: f"{count / 1e3:,.0f}k")
         tokens.set_title(model["title"], fontsize=10)
         seconds.set_title(
             f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's end", fontsize=9
