@@ -205,8 +205,9 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
         ):
             return torch.cat(list(parts))
         place += part.numel()
-    size = (sum(part.size(0) for part in parts), *first.shape[1:])
-    return first.as_strided(size, first.stride())
+    n, m = first.shape[1:]
+    # Not the first's own strides: in a dimension of one element they may be anything.
+    return first.as_strided((sum(part.size(0) for part in parts), n, m), (n * m, m, 1))
 
 
 def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None) -> None:
