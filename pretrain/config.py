@@ -215,6 +215,7 @@ class SourceConfig:
 
     @property
     def has_images(self) -> bool:
+        """Whether its documents are of the kind that may have images."""
         return self.type in ("images", "energon")
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class Source:
 
     @property
     def vision(self) -> bool:
-        return isinstance(self.index, MixedIndex | Shards)
+        return self.config.has_images
 
     def num_documents(self, split: Split) -> int:
         if isinstance(self.index, Shards) and split == "train":
@@ -310,7 +310,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             tokenizer.require_chat()
             folder = cache / f"chat-{reader.key}-{tokenizer.digest}-{config.seq_length}"
             index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
-        elif reader.vision:
+        elif source.has_images:
             tokenizer.require_media()
             name = f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}-{config.video_fps}"
             folder = cache / name
@@ -395,7 +395,6 @@ class _Reader:
     """A source before it is indexed: what its cache depends on, and its records."""
 
     key: str
-    vision: bool
     texts: Callable[[], Iterator[Text | Skip]] = _nothing
     mixed: Callable[[], Iterator[Mixed | Skip]] = _nothing
     chats: Callable[[], Iterator[Chat | Skip]] = _nothing
@@ -418,30 +417,29 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
         folder = Path(source.path)
         return _Reader(
             read_meta(folder, name).fingerprint,
-            False,
             texts=lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
         )
     if source.type in ("standard_library", "standard_library_chat"):
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))
         digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]
         if source.is_chat:
-            return _Reader(digest, False, chats=lambda: _questions(corpus))
-        return _Reader(digest, False, texts=lambda: (Text(file.name, file.text) for file in corpus))
+            return _Reader(digest, chats=lambda: _questions(corpus))
+        return _Reader(digest, texts=lambda: (Text(file.name, file.text) for file in corpus))
     if source.type == "text":
         files = sources.text_files(source, name)
         key = key_of(files, "text", source.field)
         texts = partial(sources.read_text, source, files, name)
-        return _Reader(key, False, texts=texts)
+        return _Reader(key, texts=texts)
     if source.type == "chat":
         files = sources.chat_files(source, name)
         key = key_of(files, "chat", source.field)
         chats = partial(sources.read_chats, source, files, name)
-        return _Reader(key, False, chats=chats)
+        return _Reader(key, chats=chats)
     files = sources.mixed_files(source, name)
     captions = [file.with_suffix(".txt") for file in files]
     key = key_of([*files, *(p for p in captions if p.exists())], "images", source.field)
     mixed = partial(sources.read_mixed, source, files, name)
-    return _Reader(key, True, mixed=mixed)
+    return _Reader(key, mixed=mixed)
 
 
 def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:
