@@ -53,10 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threshold", type=float, help="τ; default: by the form")
     parser.add_argument("--seeds", type=int, help="default: 3")
+    parser.add_argument("--vocabulary", type=int, help="of the tokenizer; default: by the form")
+    parser.add_argument("--sequences", type=int, help="of a step; default: by the form")
 
 
 def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
+    size = replace(
+        form.size,
+        vocabulary=options.vocabulary or form.size.vocabulary,
+        sequences=options.sequences or form.size.sequences,
+    )
     threshold = options.threshold or form.threshold
     count = options.seeds or form.seeds
     job = Job(
@@ -65,7 +72,7 @@ def run(options: argparse.Namespace) -> Result:
         options.lr or form.lr,
         options.steps or form.steps,
         options.seed,
-        size=form.size,
+        size=size,
         weight_decay=options.weight_decay,
         watch=True,
     )
@@ -83,6 +90,7 @@ def run(options: argparse.Namespace) -> Result:
         "hidden": job.size.hidden,
         "layers": job.size.layers,
         "heads": job.size.heads,
+        "vocabulary": job.size.vocabulary,
         "held_out_also_in_training": overlap,
         "plain": told[:count],
         "held": told[count : 2 * count],
