@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import training
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, markdown, positive_int
 from benchmarks.training import KINDS, MUONCLIP, Job, Kind, Size, mean_and_spread
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
-    parser.add_argument("--seeds", type=int, help="default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="default: by the form")
     parser.add_argument(
         "--groups", nargs="+", metavar="NAME",
         help="variants whose groups contain these; default: all",

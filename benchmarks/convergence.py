@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import training
 from benchmarks.optimizers import add_selection, selected
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, markdown, positive_int
 from benchmarks.training import KINDS, Job, Kind, Size, mean_and_spread
 
 if TYPE_CHECKING:
@@ -89,10 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )  # fmt: skip
     add_selection(parser)
-    parser.add_argument("--steps", type=int, help="of every model; default: by the form")
-    parser.add_argument("--seeds", type=int, help="at the best rate; default: 3")
+    parser.add_argument("--steps", type=positive_int, help="of every model; default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="at the best rate; default: 3")
     parser.add_argument(
-        "--tuning-seeds", type=int, help="at every rate; default: 1 in the quick form, else 3"
+        "--tuning-seeds",
+        type=positive_int,
+        help="at every rate; default: 1 in the quick form, else 3",
     )
 
 

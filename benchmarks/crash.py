@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.runner import ROOT, Result, markdown
+from benchmarks.runner import ROOT, Result, markdown, positive_int
 from pretrain.runtime import checkpoint
 from pretrain.runtime.metrics import read, read_lines
 
@@ -44,7 +44,9 @@ evaluation: {every: 100000, sequences: 1, captions: 2, transcriptions: 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, help="default: 50; 6 with --quick, 1 with --tiny")
+    parser.add_argument(
+        "--kills", type=positive_int, help="default: 50; 6 with --quick, 1 with --tiny"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

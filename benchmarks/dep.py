@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.runner import Result, cpu_bytes, markdown
+from benchmarks.runner import Result, cpu_bytes, markdown, positive_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spread", type=float, default=1.0, help="sigma of the log-normal image sides"
     )
-    parser.add_argument("--rounds", type=int, help="timed rounds; default: by form")
+    parser.add_argument("--rounds", type=positive_int, help="timed rounds; default: by form")
 
 
 def run(options: argparse.Namespace) -> Result:

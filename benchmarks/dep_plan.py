@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.runner import Result, interleave, markdown, quartiles
+from benchmarks.runner import Result, interleave, markdown, positive_int, quartiles
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import cost
 from pretrain.encoder_process.plan import balance, least_balance, least_load, plan
@@ -102,7 +102,9 @@ def least_moved(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--draws", type=int, help="steps drawn of each mix; default: by the form")
+    parser.add_argument(
+        "--draws", type=positive_int, help="steps drawn of each mix; default: by the form"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -16,7 +16,7 @@ from benchmarks.optimizers import (
     add_selection,
     selected,
 )
-from benchmarks.runner import Result, interleave, markdown, matmul_peak, summarise
+from benchmarks.runner import Result, interleave, markdown, matmul_peak, positive_int, summarise
 from benchmarks.workloads import Workload, workloads
 from muonclip import reference
 
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--baseline", default=BASELINE, help="the optimizer all are compared with")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
-    parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
+    parser.add_argument(
+        "--rounds", type=positive_int, help="timed steps of each; default: by the form"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

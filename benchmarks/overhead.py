@@ -74,7 +74,7 @@ _TITLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, help="timed steps of each variant")
+    parser.add_argument("--rounds", type=runner.positive_int, help="timed steps of each variant")
 
 
 def run(options: argparse.Namespace) -> runner.Result:

@@ -187,8 +187,8 @@ class Clock:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", help="sequence lengths")
-    parser.add_argument("--rounds", type=int, help="timed steps of each variant")
+    parser.add_argument("--lengths", type=runner.positive_int, nargs="+", help="sequence lengths")
+    parser.add_argument("--rounds", type=runner.positive_int, help="timed steps of each variant")
 
 
 def run(options: argparse.Namespace) -> runner.Result:

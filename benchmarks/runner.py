@@ -7,6 +7,7 @@ docstring says what it measures.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -53,6 +54,22 @@ class Benchmark(Protocol):
 # ---------------------------------------------------------------------- command line
 
 
+def positive_int(text: str) -> int:
+    """The type of an option that says how many: 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """The type of an option that is a rate, a threshold or a budget: above 0, and finite."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return number
+
+
 def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
     """The shared options and the benchmark's own; sets the threads and the seed."""
     parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", allow_abbrev=False)
@@ -70,7 +87,7 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--threads", type=positive_int, help="of the CPU; default: torch's choice")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall",
         help="cpu: time on the processor alone, for a machine that is busy; with --threads 1",
@@ -84,8 +101,6 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
     if options.clock == "cpu" and (options.device.type != "cpu" or options.threads != 1):
         parser.error("--clock cpu goes with --device cpu and --threads 1")
     if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     return options

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import training
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, markdown, positive_float, positive_int
 from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
-    parser.add_argument("--seeds", type=int, help="default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="default: by the form")
     parser.add_argument(
-        "--tokens", type=float, help="trained on, for each parameter; default: by the form"
+        "--tokens", type=positive_float, help="trained on, for each parameter; default: by the form"
     )
 
 

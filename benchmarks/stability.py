@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import training
 from benchmarks.optimizers import WEIGHT_DECAY
-from benchmarks.runner import Result, markdown
+from benchmarks.runner import Result, markdown, positive_float, positive_int
 from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
 
 if TYPE_CHECKING:
@@ -46,15 +46,19 @@ FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
-    parser.add_argument("--lr", type=float, help="peak learning rate; default: by the form")
-    parser.add_argument("--steps", type=int, help="default: by the form")
+    parser.add_argument(
+        "--lr", type=positive_float, help="peak learning rate; default: by the form"
+    )
+    parser.add_argument("--steps", type=positive_int, help="default: by the form")
     parser.add_argument(
         "--weight-decay", type=float, default=WEIGHT_DECAY, help=f"default: {WEIGHT_DECAY:g}"
     )
-    parser.add_argument("--threshold", type=float, help="τ; default: by the form")
-    parser.add_argument("--seeds", type=int, help="default: 3")
-    parser.add_argument("--vocabulary", type=int, help="of the tokenizer; default: by the form")
-    parser.add_argument("--sequences", type=int, help="of a step; default: by the form")
+    parser.add_argument("--threshold", type=positive_float, help="τ; default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="default: 3")
+    parser.add_argument(
+        "--vocabulary", type=positive_int, help="of the tokenizer; default: by the form"
+    )
+    parser.add_argument("--sequences", type=positive_int, help="of a step; default: by the form")
 
 
 def run(options: argparse.Namespace) -> Result:

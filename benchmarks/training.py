@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer
 
 import muonclip
 from benchmarks.optimizers import WEIGHT_DECAY, candidates
-from benchmarks.runner import CLOCKS, ROOT, Result
+from benchmarks.runner import CLOCKS, ROOT, Result, positive_int
 from muonclip import MuonClip, QKClip
 
 if TYPE_CHECKING:
@@ -488,7 +488,9 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=int, help="runs side by side; default: as many as cores, 1 on a GPU"
+        "--workers",
+        type=positive_int,
+        help="runs side by side; default: as many as cores, 1 on a GPU",
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import training
-from benchmarks.runner import Result, interleave, markdown, quartiles, stopwatch
+from benchmarks.runner import Result, interleave, markdown, positive_int, quartiles, stopwatch
 from benchmarks.training import KINDS, MUONCLIP, Job, Kind, Size
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all"
     )
-    parser.add_argument("--rounds", type=int, help="timed steps of each; default: by the form")
+    parser.add_argument(
+        "--rounds", type=positive_int, help="timed steps of each; default: by the form"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

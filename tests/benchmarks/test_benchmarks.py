@@ -202,10 +202,20 @@ def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
         assert by_name["moe_stacked"].flops() == by_name["moe"].flops()
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
+def test_a_rate_that_is_none_is_refused_and_not_taken_for_the_default(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "stability", "--tiny", "--lr", value])
+    assert "--lr" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
         (
             ["--clock", "cpu", "--threads", "2"],
             "--clock cpu goes with --device cpu and --threads 1",
