@@ -4,7 +4,10 @@ The same runs at a high learning rate with heads of few dimensions: once with QK
 once at a threshold τ, and once at each of some others. Logits are told twice: of the forward passes
 in training, and of the same batch again once the step has updated and clipped. Between a clip and
 the next there is an update, and another batch: both may bring a logit above τ, the more the higher
-the rate.
+the rate, the shorter the run and the smaller its batches.
+
+What is no matrix has a lower rate of its own: at the matrices' rate AdamW would move the gains and
+embeddings that queries and keys are made of by more in a step than any clip can foresee.
 """
 
 import argparse
@@ -15,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import training
-from benchmarks.optimizers import WEIGHT_DECAY
 from benchmarks.runner import Result, markdown, positive_float, positive_int
 from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
 
@@ -32,15 +34,16 @@ class Form:
     size: Size
     steps: int
     lr: float
+    adamw_lr: float  # of tables and gains, which are no matrices
     threshold: float
     sweep: tuple[float, ...]  # other thresholds, over the first
     seeds: int
 
 
 FORMS = {
-    "full": Form(Size(512, 8, 16, 1024, 32, 8192), 8000, 8e-3, 100.0, (0.3, 0.5, 2.0), 3),
-    "quick": Form(Size(64, 2, 4, 128, 16, 512), 300, 128e-3, 20.0, (0.5, 2.0), 3),
-    "tiny": Form(Size(32, 1, 2, 64, 2, 400), 6, 32e-3, 2.0, (0.5,), 2),
+    "full": Form(Size(512, 8, 16, 1024, 32, 8192), 8000, 8e-3, 1e-3, 100.0, (0.3, 0.5, 2.0), 3),
+    "quick": Form(Size(64, 2, 4, 128, 16, 300), 400, 9e-2, 1e-2, 500.0, (0.1, 0.5), 3),
+    "tiny": Form(Size(32, 1, 2, 64, 2, 400), 6, 32e-3, 1e-2, 2.0, (0.5,), 2),
 }
 
 
@@ -49,12 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate; default: by the form"
     )
+    parser.add_argument(
+        "--adamw-lr",
+        type=positive_float,
+        help="the same of what is no matrix; default: by the form",
+    )
     parser.add_argument("--steps", type=positive_int, help="default: by the form")
     parser.add_argument(
-        "--weight-decay", type=float, default=WEIGHT_DECAY, help=f"default: {WEIGHT_DECAY:g}"
+        "--weight-decay", type=float, default=0.0, help="default: none, as it holds logits back too"
     )
     parser.add_argument("--threshold", type=positive_float, help="τ; default: by the form")
     parser.add_argument("--seeds", type=positive_int, help="default: 3")
+    parser.add_argument("--layers", type=positive_int, help="default: by the form")
     parser.add_argument(
         "--vocabulary", type=positive_int, help="of the tokenizer; default: by the form"
     )
@@ -65,10 +74,12 @@ def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
     size = replace(
         form.size,
+        layers=options.layers or form.size.layers,
         vocabulary=options.vocabulary or form.size.vocabulary,
         sequences=options.sequences or form.size.sequences,
     )
     threshold = options.threshold or form.threshold
+    adamw_lr = options.adamw_lr or form.adamw_lr
     count = options.seeds or form.seeds
     job = Job(
         "dense",
@@ -77,6 +88,7 @@ def run(options: argparse.Namespace) -> Result:
         options.steps or form.steps,
         options.seed,
         size=size,
+        options=(("adamw_lr", adamw_lr),),
         weight_decay=options.weight_decay,
         watch=True,
     )
@@ -89,6 +101,7 @@ def run(options: argparse.Namespace) -> Result:
     return {
         "threshold": threshold,
         "lr": job.lr,
+        "adamw_lr": adamw_lr,
         "steps": job.steps,
         "tokens_per_step": job.size.tokens,
         "hidden": job.size.hidden,
@@ -163,7 +176,8 @@ def table(result: Result) -> str:
     return (
         f"Hidden {result['hidden']}, {result['layers']} layers of {result['heads']} heads, "
         f"{result['steps']:,} steps of {result['tokens_per_step']:,} tokens, peak rate "
-        f"{result['lr']:g}; {PLAIN}'s logits over τ = {tau:g}\n\n" + markdown(header, rows) + told
+        f"{result['lr']:g}, of what is no matrix {result['adamw_lr']:g}; {PLAIN}'s logits over "
+        f"τ = {tau:g}\n\n" + markdown(header, rows) + told
     )
 
 
