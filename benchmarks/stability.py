@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weight-decay", type=float, default=0.0, help="default: none, as it holds logits back too"
     )
     parser.add_argument("--threshold", type=positive_float, help="τ; default: by the form")
+    parser.add_argument(
+        "--sweep", type=positive_float, nargs="*", metavar="FACTOR",
+        help="other thresholds, over τ; default: by the form; without a value: none",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=positive_int, help="default: 3")
     parser.add_argument("--layers", type=positive_int, help="default: by the form")
     parser.add_argument(
@@ -94,7 +98,8 @@ def run(options: argparse.Namespace) -> Result:
     )
     plain = training.with_seeds(replace(job, threshold=None, label=PLAIN), count)
     held = training.with_seeds(replace(job, threshold=threshold), count)
-    others = [factor * threshold for factor in form.sweep]
+    sweep = form.sweep if options.sweep is None else options.sweep
+    others = [factor * threshold for factor in sweep]
     swept = [replace(job, threshold=other, label=f"{MUONCLIP}, τ {other:g}") for other in others]
     overlap = training.overlap(job.size)
     told = training.train_all([*plain, *held, *swept], options)
