@@ -130,10 +130,20 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     tag = f"-{options.tag}" if options.tag else ""
     file: Path = options.out / f"{name}-{options.form}-{options.device.type}{tag}.json"
-    file.write_text(json.dumps(stored, indent=1) + "\n")
+    file.write_text(dumps(stored))
     draw(benchmark, result, file.with_suffix(".png"))
     print(table(benchmark, file))
     return file
+
+
+def dumps(stored: Result) -> str:
+    """JSON to read and to compare by lines: a list of numbers is on one line."""
+    # A line break is never within a JSON string, so that no text is taken for a list.
+    numbers = re.compile(r"\[\n([^\[\]{}\"]*)\n *\]")
+    return (
+        numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(stored, indent=1))
+        + "\n"
+    )
 
 
 def _command(name: str, arguments: Sequence[str]) -> str:

@@ -178,10 +178,11 @@ def table(result: Result) -> str:
             f"({', '.join(f'{difference:+.4f}' for difference in differences)}); seeds of {PLAIN} "
             f"differ by a standard deviation of {spread:.4f}."
         )
+    of_others = result.get("adamw_lr", result["lr"])
     return (
         f"Hidden {result['hidden']}, {result['layers']} layers of {result['heads']} heads, "
         f"{result['steps']:,} steps of {result['tokens_per_step']:,} tokens, peak rate "
-        f"{result['lr']:g}, of what is no matrix {result['adamw_lr']:g}; {PLAIN}'s logits over "
+        f"{result['lr']:g}, of what is no matrix {of_others:g}; {PLAIN}'s logits over "
         f"τ = {tau:g}\n\n" + markdown(header, rows) + told
     )
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks import __main__ as command
@@ -200,6 +202,23 @@ def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
     for form in ("full", "quick", "tiny"):
         by_name = {load.name: load for load in workloads(form)}
         assert by_name["moe_stacked"].flops() == by_name["moe"].flops()
+
+
+STORED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(result=st.dictionaries(st.text(), STORED))
+def test_what_is_stored_is_what_was_measured(result: dict[str, Any]) -> None:
+    assert json.loads(runner.dumps(result)) == result
+
+
+def test_a_list_of_numbers_is_stored_on_a_line() -> None:
+    stored = runner.dumps({"losses": [[1.5, 2.0], []], "text": "[\n 1]"})
+    assert "  [1.5, 2.0],\n" in stored
+    assert json.loads(stored)["text"] == "[\n 1]"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
