@@ -99,14 +99,23 @@ def _add_model_commands(commands: Any) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config.yaml"
     )
-    text = "let a run's model write after images and a prompt"
+    text = "let a run's model write after images, videos and a prompt"
     command = commands.add_parser("sample", help=text, description=text)
     command.add_argument("run", type=Path, help="the run_dir of a run")
-    command.add_argument("--prompt", default="", help="text after the images")
+    command.add_argument("--prompt", default="", help="text after the images and videos")
     command.add_argument(
         "--chat", action="store_true", help="they are a user's message; the assistant replies"
     )
-    command.add_argument("--image", type=Path, nargs="+", action="extend", default=[])
+    # In one list, as it is the order in which they are shown.
+    shown: dict[str, Any] = {
+        "dest": "media", "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"
+    }  # fmt: skip
+    command.add_argument(
+        "--image", type=lambda path: (path, False), **shown, help="of an animation the first frame"
+    )
+    command.add_argument(
+        "--video", type=lambda path: (path, True), **shown, help="or an animation, all its frames"
+    )
     command.add_argument("--max-tokens", type=int, help="at most (as many as the model can read)")
     command.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (1)")
     command.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest (1)")
@@ -136,12 +145,17 @@ def _import(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from pretrain import sample
+    from pretrain.data.sources import Media
+    from pretrain.data.video import is_video
 
+    for path, moving in options.media:
+        if not moving and is_video(path):
+            raise PretrainError(f"{path} is a video: show it with --video")
     model = sample.load(options.run, options.step)
     for piece in sample.sample(
         model,
         options.prompt,
-        options.image,
+        [Media((path,), moving) for path, moving in options.media],
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

@@ -1,4 +1,4 @@
-"""What a run's model writes after images and a prompt, token by token.
+"""What a run's model writes after images, videos and a prompt, token by token.
 
 One process, and megatron-core's own forward with its cache of keys and values: the prompt goes
 through the model once, and after it each new token alone.
@@ -8,19 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from pretrain import state
 from pretrain.build import names_in_checkpoint, set_precision
 from pretrain.config import Config, ParallelConfig
-from pretrain.data import Document, chat
-from pretrain.data.fit import fit
-from pretrain.data.images import VisionItem
+from pretrain.data import Document, chat, sources
+from pretrain.data.index import Composer
+from pretrain.data.sources import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model
@@ -69,19 +67,49 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     return Model(config, tokenizer, language, tower, here.device)
 
 
-def read_image(path: Path) -> VisionItem:
-    """An image file, upright and in RGB; of an animation the first frame.
+def compose(
+    model: Model, prompt: str, media: Sequence[Media] = (), *, reply: bool = False
+) -> Document:
+    """Images and videos and the prompt after them, as the model has seen such in training: by its
+    run's ``data.max_image_tokens`` and ``data.video_fps``.
+
+    Args:
+        reply: they are a user's message, and the assistant's begins.
 
     Raises:
-        PretrainError: it cannot be read, or is no image.
+        PretrainError: a file cannot be read, what is shown leaves no room for a token more, or the
+            tokenizer knows no images or no conversations.
     """
+    tokenizer, data = model.tokenizer, model.config.data
+    document = Document(tokenizer)
+    if reply:
+        tokenizer.require_chat()
+        chat.begin(document, "user")
+    if media and tokenizer.media_pad < 0:
+        raise PretrainError("this run's tokenizer has no tokens for images: it was trained on text")
+    composer = Composer.of(data, tokenizer, model.config.vision.patch_size)
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise PretrainError(f"cannot read the image {path}: {' '.join(reason.split())}") from error
-    return VisionItem(pixels[None], "")
+        shapes = [sources.measure(one, data.video_fps) for one in media]
+        # Before anything is decoded: a film may be far longer than what the model reads.
+        least, _ = composer.size(shapes)
+        if least > data.seq_length:
+            raise _too_long(least, data.seq_length)
+        for one, shape in zip(media, shapes, strict=True):
+            composer.add(document, composer.read(one, shape))
+    except ValueError as error:
+        raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
+    document.add_tokens(tokenizer.encode(prompt))
+    if reply:
+        chat.begin(document.add_tokens([tokenizer.im_end]), chat.REPLY)
+    return document
+
+
+def _too_long(length: int, longest: int) -> PretrainError:
+    return PretrainError(
+        f"what is shown and the prompt are {length} tokens, which leaves "
+        f"{max(0, longest - length)} of the {longest} that this model has learned to read: take a "
+        "smaller image, a shorter video or prompt, or fewer --max-tokens"
+    )
 
 
 class Conversation:
@@ -146,7 +174,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 def sample(
     model: Model,
     prompt: str,
-    images: Sequence[Path] = (),
+    media: Sequence[Media] = (),
     *,
     max_tokens: int | None = None,
     temperature: float = 1.0,
@@ -154,15 +182,14 @@ def sample(
     seed: int = 0,
     reply: bool = False,
 ) -> Iterator[str]:
-    """Yield what the model writes after the images and the prompt, as it comes.
+    """Yield what the model writes after images, videos and the prompt, as it comes.
 
     With ``reply``, these are a user's message, and the assistant's follows. It ends with the token
     that ends a text (or a message), or after ``max_tokens`` (by default as many as the
     model's sequence length leaves). A character is yielded when all its bytes are there.
 
     Raises:
-        PretrainError: an image cannot be read, an option is out of its range, the text is longer
-            than the model has learned to read, or its tokenizer knows no conversations.
+        PretrainError: as :func:`compose`, an option is out of its range, or there is not the room.
     """
     if temperature < 0:
         raise PretrainError(f"--temperature must be >= 0, not {temperature}")
@@ -170,26 +197,11 @@ def sample(
         raise PretrainError(f"--top-p must be in (0, 1], not {top_p}")
     if max_tokens is not None and max_tokens < 1:
         raise PretrainError(f"--max-tokens must be >= 1, not {max_tokens}")
-    patch_size, longest = model.config.vision.patch_size, model.config.data.seq_length
-    document = Document(model.tokenizer)
-    if reply:
-        model.tokenizer.require_chat()
-        chat.begin(document, "user")
-    if images and model.tokenizer.media_pad < 0:
-        raise PretrainError("this run's tokenizer has no tokens for images: leave --image out")
-    for path in images:
-        item = read_image(path)
-        document.add_image(VisionItem(fit(item.pixels, patch_size), ""), patch_size)
-    document.add_tokens(model.tokenizer.encode(prompt))
-    if reply:
-        chat.begin(document.add_tokens([model.tokenizer.im_end]), chat.REPLY)
+    longest = model.config.data.seq_length
+    document = compose(model, prompt, media, reply=reply)
     room = longest - len(document)
     if room < (max_tokens or 1):
-        raise PretrainError(
-            f"the images and the prompt are {len(document)} tokens, which leaves {max(room, 0)} of "
-            f"the {longest} that this model has learned to read: take a smaller image, a shorter "
-            "prompt or fewer --max-tokens"
-        )
+        raise _too_long(len(document), longest)
     generator = torch.Generator().manual_seed(seed)
     conversation = Conversation(model, document, longest)
     written: list[int] = []

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.config import DataConfig
 from pretrain.data import chat, sources
 from pretrain.data.fit import (
     MAX_PATCHES_OF_A_FRAME,
@@ -57,6 +58,12 @@ class Composer:
     max_image_tokens: int
     video_fps: float
 
+    @classmethod
+    def of(cls, config: DataConfig, tokenizer: Tokenizer, patch_size: int) -> "Composer":
+        """With a run's own settings."""
+        most = config.max_image_tokens or max(1, config.seq_length // 4)
+        return cls(tokenizer, patch_size, most, config.video_fps)
+
     def _max_patches(self, frames: int) -> int:
         most = MAX_PATCHES_OF_AN_IMAGE if frames == 1 else MAX_PATCHES_OF_A_FRAME
         return min(most, MERGE * MERGE * self.max_image_tokens)
@@ -65,14 +72,39 @@ class Composer:
         """Frames of an image or a clip, which has so many in all."""
         return fit(pixels, self.patch_size, max_patches=self._max_patches(frames))
 
+    def read(self, media: Media, shape: tuple[int, int, int]) -> Pixels:
+        """Its frames, fitted.
+
+        Args:
+            shape: (frames, height, width), as :func:`pretrain.data.sources.measure` found it.
+
+        Raises:
+            ValueError: a file is missing, damaged or another one than when it was measured.
+            PretrainError: PyAV is needed and not installed.
+        """
+        count, *size = shape
+        fitted = []
+        # One at a time: before they are shrunk, those of a film may be more than memory holds.
+        for frame in sources.frames(media, self.video_fps):
+            if list(frame.shape[:2]) != size:
+                raise ValueError(f"{media.paths[0]} has changed since its size was noted")
+            fitted.append(self.fit(frame[None], count))
+        if len(fitted) != count:
+            raise ValueError(f"{media.paths[0]} has changed since its frames were counted")
+        return np.concatenate(fitted)
+
+    def add(self, document: Document, pixels: Pixels) -> None:
+        """An image or a clip (fitted) at the document's end."""
+        for group in frame_groups(len(pixels)):
+            document.add_image(VisionItem(pixels[group], ""), self.patch_size)
+
     def document(self, parts: Sequence[str | Pixels]) -> Document:
         """Text and pixels (fitted) in order; an image and one text are a pair, with a caption."""
         document = Document(self.tokenizer)
         pair = is_pair(parts)
         for part in parts:
             if not isinstance(part, str):
-                for group in frame_groups(len(part)):
-                    document.add_image(VisionItem(part[group], ""), self.patch_size)
+                self.add(document, part)
             elif pair:
                 document.add_caption(part)
             else:
@@ -215,23 +247,10 @@ class MixedIndex(Index):
             ValueError: an image is missing, damaged or another one than when it was indexed.
         """
         _, parts, shapes = self.describe(document)
-        loaded: list[str | Pixels] = []
         sizes = iter(shapes)
-        for part in parts:
-            if isinstance(part, str):
-                loaded.append(part)
-                continue
-            count, *size = next(sizes)
-            fitted = []
-            # One at a time: before they are shrunk, those of a film may be more than memory holds.
-            for frame in sources.frames(part, composer.video_fps):
-                if list(frame.shape[:2]) != size:
-                    raise ValueError(f"{part.paths[0]} has changed since its size was noted")
-                fitted.append(composer.fit(frame[None], count))
-            if len(fitted) != count:
-                raise ValueError(f"{part.paths[0]} has changed since its frames were counted")
-            loaded.append(np.concatenate(fitted))
-        return loaded
+        return [
+            part if isinstance(part, str) else composer.read(part, next(sizes)) for part in parts
+        ]
 
 
 def text_index(

@@ -289,8 +289,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
         if source.weight > 0
     }
     tokenizer = _tokenizer(config, readers)
-    most = config.max_image_tokens or max(1, config.seq_length // 4)
-    composer = Composer(tokenizer, patch_size, most, config.video_fps)
+    composer = Composer.of(config, tokenizer, patch_size)
     cache = Path(config.cache_dir)
     opened: list[Source] = []
     skips: list[Skip] = []
@@ -312,7 +311,8 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
         elif source.has_images:
             tokenizer.require_media()
-            name = f"images-{reader.key}-{tokenizer.digest}-{patch_size}-{most}-{config.video_fps}"
+            settings = (patch_size, composer.max_image_tokens, composer.video_fps)
+            name = "-".join(map(str, ("images", reader.key, tokenizer.digest, *settings)))
             folder = cache / name
             index = mixed_index(folder, reader.mixed, composer)
         else:

@@ -14,11 +14,13 @@ from torch import Tensor
 from pretrain import batches, sample
 from pretrain.data import Document
 from pretrain.data.packing import pack
+from pretrain.data.sources import Media
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.runtime import processes
 from tests.distributed import training
 from tests.distributed.launch import launch
+from tests.pretrain.data.test_video import film
 from tests.pretrain.saved_run import Made
 
 PROMPT = "in the image: "
@@ -31,14 +33,16 @@ class Found(NamedTuple):
         logits: [tokens, vocabulary] of the same text, all at once and step by step: of the model,
             and of it with scaled positions.
         pieces: what was written, several times over, by options.
-        told: of the command line, status, output and errors.
+        film: a film, an image and the prompt as the model sees them.
+        told: of the command line, status, output and errors: of an image, and of that film.
         refusals: of what cannot be read.
     """
 
     logits: list[tuple[Tensor, Tensor]]
     pieces: list[list[str]]
     greedy: str
-    told: tuple[int, str, str]
+    film: Document
+    told: list[tuple[int, str, str]]
     refusals: list[str]
 
 
@@ -50,13 +54,14 @@ def _refusal(model: sample.Model, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
+def picture(path: Path) -> Media:
+    return Media((str(path),), moving=False)
+
+
 def both_ways(model: sample.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
     """The likeliest tokens after an image and the prompt, and their logits either way."""
     patch = model.config.vision.patch_size
-    item = sample.VisionItem(sample.fit(sample.read_image(path).pixels, patch), "")
-    document = (
-        Document(model.tokenizer).add_image(item, patch).add_tokens(model.tokenizer.encode(PROMPT))
-    )
+    document = sample.compose(model, PROMPT, [picture(path)])
     start = len(document)
 
     with torch.inference_mode():
@@ -91,25 +96,37 @@ def look(folder: str, image: str) -> Found:
         {"seed": 2, "top_p": 0.9},
         {"top_p": 1e-9},
     ]
-    written = [list(sample.sample(model, PROMPT, [path], max_tokens=12, **o)) for o in options]
+    shown = [picture(path)]
+    written = [list(sample.sample(model, PROMPT, shown, max_tokens=12, **o)) for o in options]
+    film = [Media((str(path.with_name("film.mp4")),), moving=True), picture(path)]
+    after_film = list(sample.sample(model, PROMPT, film, max_tokens=12, temperature=0.0))
     refusals = [
         _refusal(model, "word " * 200),
         _refusal(model, "word", max_tokens=95),
         _refusal(model, "word", temperature=-1.0),
         _refusal(model, "word", top_p=0.0),
+        _refusal(model, "", [Media((str(path.with_name("long.mp4")),), moving=True)]),
+        _refusal(model, "", [picture(path.with_name("missing.png"))]),
     ]
+    document = sample.compose(model, PROMPT, film)
     processes.stop()
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        status, errors = training.command(
-            *("sample", f"{folder}/run", "--image", image, "--prompt", PROMPT),
-            *("--max-tokens", "12", "--temperature", "0"),
-        )
+    told = []
+    before = ["--video", str(path.with_name("film.mp4"))]
+    for media in (["--image", image], [*before, "--image", image]):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            status, errors = training.command(
+                *("sample", f"{folder}/run", *media, "--prompt", PROMPT),
+                *("--max-tokens", "12", "--temperature", "0"),
+            )
+        told.append((status, output.getvalue(), errors))
+        processes.stop()
     return Found(
         [plain, scaled],
-        written,
+        [*written, after_film],
         model.tokenizer.decode(chosen),
-        (status, output.getvalue(), errors),
+        document,
+        told,
         refusals,
     )
 
@@ -118,6 +135,8 @@ def look(folder: str, image: str) -> Found:
 def found(made: Made, run_folder: Path) -> Found:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 71, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(run_folder / "image.png")
+    film(run_folder / "film.mp4", [40 * number for number in range(6)], rate=2)
+    film(run_folder / "long.mp4", [0] * 200, rate=2)
     (found,) = launch(look, 1, str(run_folder), str(run_folder / "image.png"))
     return found  # type: ignore[no-any-return]
 
@@ -131,20 +150,32 @@ def test_a_token_at_a_time_gives_the_logits_of_all_at_once(found: Found) -> None
 
 
 def test_likeliest_tokens_are_streamed_and_draws_repeat_with_their_seed(found: Found) -> None:
-    greedy, drawn, again, other, nearly_greedy = found.pieces
+    greedy, drawn, again, other, nearly_greedy, _ = found.pieces
     assert "".join(greedy) == "".join(nearly_greedy) == found.greedy
     assert len(greedy) > 3, "what is written comes in pieces"
     assert drawn == again != other
 
 
 def test_the_command_line_prints_them(found: Found) -> None:
-    assert found.told == (0, found.greedy + "\n", "")
+    after_film = "".join(found.pieces[-1])
+    assert found.told == [(0, found.greedy + "\n", ""), (0, after_film + "\n", "")]
+
+
+def test_a_film_is_seen_as_in_training_before_what_comes_after_it(found: Found) -> None:
+    # 48 x 64 pixels are padded to 56 x 84, frames grouped by four.
+    assert found.film.grids == [(4, 4, 6), (2, 4, 6), (1, 4, 6)]
+    groups = [patches.float().mean().item() for patches in found.film.patches[:2]]
+    # The frames' greys, and black where they are padded.
+    share = 48 * 64 / (56 * 84)
+    assert groups == pytest.approx([share * 60, share * 180], abs=3)
 
 
 def test_what_is_too_long_or_out_of_range_is_told(found: Found) -> None:
-    too_long, too_many, cold, narrow = found.refusals
+    too_long, too_many, cold, narrow, long_film, missing = found.refusals
     assert "tokens, which leaves 0 of the 96 that this model has learned to read" in too_long
     assert "fewer --max-tokens" in too_many
+    assert "are 402 tokens, which leaves 0 of the 96" in long_film and "shorter video" in long_film
+    assert missing.startswith("cannot be read: ") and missing.endswith("missing.png does not exist")
     assert cold == "--temperature must be >= 0, not -1.0"
     assert narrow == "--top-p must be in (0, 1], not 0.0"
 
@@ -165,23 +196,9 @@ def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
     assert hot.count(2) > 60
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    missing, broken, half = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
-    broken.write_text("no image")
-    Image.new("RGB", (300, 300), "red").save(half)
-    half.write_bytes(half.read_bytes()[:200])
-    for path in (missing, broken, half, tmp_path):
-        with pytest.raises(PretrainError) as error:
-            sample.read_image(path)
-        assert str(error.value).startswith(f"cannot read the image {path}: ")
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
-def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("a.tiff" if mode in ("CMYK", "I;16") else "a.png")
-    Image.new(mode, (5, 3)).save(path)
-    assert sample.read_image(path).pixels.shape == (1, 3, 5, 3)
+def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None:
+    status, errors = training.command("sample", "nowhere", "--image", "a.mp4")
+    assert status != 0 and "a.mp4 is a video: show it with --video" in errors
 
 
 def test_a_run_that_has_no_checkpoint_is_named(tmp_path: Path) -> None:
