@@ -170,19 +170,23 @@ def table(result: Result) -> str:
         if held["final"] is not None and plain["final"] is not None
     ]
     _, spread = mean_and_spread([run["final"] for run in result["plain"] if run["final"]])
-    told = ""
+    each = [
+        f"{name} {', '.join(f'{_highest(run) / tau:.2f}' for run in result[runs])}"
+        for name, runs in ((PLAIN, "plain"), (MUONCLIP, "held"))
+    ]
+    told = f"\n\nLargest logit of each seed over τ: {'; '.join(each)}."
     if differences:
-        told = (
+        told += (
             f"\n\nLoss of {MUONCLIP} against {PLAIN} with the same seed: "
             f"{np.mean(differences):+.4f} on average "
             f"({', '.join(f'{difference:+.4f}' for difference in differences)}); seeds of {PLAIN} "
             f"differ by a standard deviation of {spread:.4f}."
         )
-    of_others = result.get("adamw_lr", result["lr"])
+    layers = f"{result['layers']} layer{'s' * (result['layers'] > 1)}"
     return (
-        f"Hidden {result['hidden']}, {result['layers']} layers of {result['heads']} heads, "
+        f"Hidden {result['hidden']}, {layers} of {result['heads']} heads, "
         f"{result['steps']:,} steps of {result['tokens_per_step']:,} tokens, peak rate "
-        f"{result['lr']:g}, of what is no matrix {of_others:g}; {PLAIN}'s logits over "
+        f"{result['lr']:g}, of what is no matrix {result['adamw_lr']:g}; {PLAIN}'s logits over "
         f"τ = {tau:g}\n\n" + markdown(header, rows) + told
     )
 
