@@ -86,7 +86,7 @@ def compose(
         tokenizer.require_chat()
         chat.begin(document, "user")
     if media and tokenizer.media_pad < 0:
-        raise PretrainError("this run's tokenizer has no tokens for images: it was trained on text")
+        raise PretrainError("this run's tokenizer has no tokens for images: show it none")
     composer = Composer.of(data, tokenizer, model.config.vision.patch_size)
     try:
         shapes = [sources.measure(one, data.video_fps) for one in media]

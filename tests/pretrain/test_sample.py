@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain import batches, sample
-from pretrain.data import Document
+from pretrain.data import Document, sources
 from pretrain.data.packing import pack
 from pretrain.data.sources import Media
 from pretrain.errors import PretrainError
@@ -35,7 +35,8 @@ class Found(NamedTuple):
         pieces: what was written, several times over, by options.
         film: a film, an image and the prompt as the model sees them.
         told: of the command line, status, output and errors: of an image, and of that film.
-        refusals: of what cannot be read.
+        refusals: of what is too long or out of range.
+        unreadable: the same of images, by their file's name.
     """
 
     logits: list[tuple[Tensor, Tensor]]
@@ -44,6 +45,7 @@ class Found(NamedTuple):
     film: Document
     told: list[tuple[int, str, str]]
     refusals: list[str]
+    unreadable: dict[str, str]
 
 
 def _refusal(model: sample.Model, *args: Any, **kwargs: Any) -> str:
@@ -106,8 +108,11 @@ def look(folder: str, image: str) -> Found:
         _refusal(model, "word", temperature=-1.0),
         _refusal(model, "word", top_p=0.0),
         _refusal(model, "", [Media((str(path.with_name("long.mp4")),), moving=True)]),
-        _refusal(model, "", [picture(path.with_name("missing.png"))]),
     ]
+    unreadable = {
+        name: _refusal(model, "", [picture(path.with_name(name))])
+        for name in ("missing.png", "broken.png", "half.png", "folder.png")
+    }
     document = sample.compose(model, PROMPT, film)
     processes.stop()
     told = []
@@ -128,6 +133,7 @@ def look(folder: str, image: str) -> Found:
         document,
         told,
         refusals,
+        unreadable,
     )
 
 
@@ -137,6 +143,11 @@ def found(made: Made, run_folder: Path) -> Found:
     Image.fromarray(pixels).save(run_folder / "image.png")
     film(run_folder / "film.mp4", [40 * number for number in range(6)], rate=2)
     film(run_folder / "long.mp4", [0] * 200, rate=2)
+    (run_folder / "broken.png").write_text("no image")
+    half = run_folder / "half.png"
+    Image.new("RGB", (300, 300), "red").save(half)
+    half.write_bytes(half.read_bytes()[:200])
+    (run_folder / "folder.png").mkdir()
     (found,) = launch(look, 1, str(run_folder), str(run_folder / "image.png"))
     return found  # type: ignore[no-any-return]
 
@@ -171,11 +182,10 @@ def test_a_film_is_seen_as_in_training_before_what_comes_after_it(found: Found) 
 
 
 def test_what_is_too_long_or_out_of_range_is_told(found: Found) -> None:
-    too_long, too_many, cold, narrow, long_film, missing = found.refusals
+    too_long, too_many, cold, narrow, long_film = found.refusals
     assert "tokens, which leaves 0 of the 96 that this model has learned to read" in too_long
     assert "fewer --max-tokens" in too_many
     assert "are 402 tokens, which leaves 0 of the 96" in long_film and "shorter video" in long_film
-    assert missing.startswith("cannot be read: ") and missing.endswith("missing.png does not exist")
     assert cold == "--temperature must be >= 0, not -1.0"
     assert narrow == "--top-p must be in (0, 1], not 0.0"
 
@@ -194,6 +204,21 @@ def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
         assert set(draws) == tokens
     hot = [sample.pick(logits, 100.0, 1.0, generator) for _ in range(400)]
     assert hot.count(2) > 60
+
+
+def test_an_image_that_cannot_be_read_is_named(found: Found, run_folder: Path) -> None:
+    assert len(found.unreadable) == 4
+    for name, told in found.unreadable.items():
+        assert told.startswith(f"cannot be read: {run_folder / name}")
+        assert "\n" not in told
+    assert found.unreadable["missing.png"].endswith("missing.png does not exist")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tiff" if mode in ("CMYK", "I;16") else "a.png")
+    Image.new(mode, (5, 3)).save(path)
+    assert [frame.shape for frame in sources.frames(picture(path), fps=1)] == [(3, 5, 3)]
 
 
 def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None:
