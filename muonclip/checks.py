@@ -25,7 +25,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_decay_mode": get_args(WeightDecayMode),
     "nonfinite": ("raise", "skip", "ignore"),
     "ns_dtype": (None, *NS_DTYPES),
-    "momentum_dtype": (None, torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    "momentum_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
 }
 
 
@@ -83,6 +83,13 @@ def options(values: Mapping[str, Any]) -> None:
         coefficient_steps(values["ns_coefficients"], values["ns_steps"])
     except ValueError as error:  # names coefficients or steps
         raise ValueError(f"ns_{error}") from None
+    if values["eps"] >= 1:
+        raise ValueError(f"eps must be below 1, as it only guards 0/0, got {values['eps']}")
+    if values["momentum_dtype"] == torch.float16:
+        raise ValueError(
+            "momentum_dtype=torch.float16 cannot represent gradients below 6e-8 or above 65504: "
+            "use torch.bfloat16, of the same size, or torch.float32"
+        )
     for option, choices in _CHOICES.items():
         if values[option] not in choices:
             raise ValueError(f"{option} must be one of {choices}, got {values[option]!r}")
@@ -217,9 +224,15 @@ def rounds(group: Mapping[str, Any], param: Tensor) -> bool:
     return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
 
 
-def state_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
-    """Of moments, where nothing else is asked for."""
+def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype of Muon's momentum, or of AdamW's moments, of a parameter."""
+    muon = group["algorithm"] == "muon"
+    if muon and group["momentum_dtype"] is not None:
+        dtype: torch.dtype = group["momentum_dtype"]
+        return dtype
     wide = wants_master(group, param) or rounds(group, param)
+    # A running average of float16 gradients, a tenth of their size at first, would vanish.
+    wide = wide or (muon and param.dtype == torch.float16)
     return torch.float32 if wide else param.dtype
 
 

@@ -120,13 +120,14 @@ def pre_orthogonalize(
     """Update the momentum of parameters or parts of them.
 
     Returns:
-        What is then to be orthogonalized, unless ``ahead`` is false: fresh tensors, one after the
-        other in memory.
+        The updates to orthogonalize, unless ``ahead`` is false: new tensors, consecutive in memory.
     """
     updates: list[Tensor] = []
     if ahead and items:
         sizes = [item.param.numel() for item in items]
         dtype = working_dtype(items[0].ns_dtype)
+        if any(item.buffer.dtype == torch.float64 for item in items):
+            dtype = torch.float64  # whose range no other dtype has
         flat = torch.empty(sum(sizes), dtype=dtype, device=items[0].param.device)
         updates = [
             part.view(item.param.shape)

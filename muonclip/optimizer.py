@@ -64,7 +64,10 @@ class MuonClip(Optimizer):
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
         ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators, float32 on a CPU.
-        eps: least norm of an update before orthogonalization.
+        eps: guard of the normalization against 0/0, relative to an update's largest entry, below 1.
+            A zero update stays zero; any other is normalized whatever its scale. Scaling the
+            gradients, and so clipping their norm, does not change the size of Muon's updates, only
+            the weight of this step's gradient in the momentum.
         adjust_lr: scale by shape: ``"match_rms_adamw"``, ``"original"``, ``"spectral"`` or
             ``"none"``; see ``update_scale``.
         update_rms: what ``"match_rms_adamw"`` matches.
@@ -73,8 +76,9 @@ class MuonClip(Optimizer):
         momentum_warmup_steps: steps over which the momentum rises linearly from
             ``momentum_warmup_start``; 0: none.
         momentum_warmup_start: where it begins.
-        momentum_dtype: of the momentum; default: the parameter's, or float32 with
-            ``master_weights`` or ``stochastic_rounding``.
+        momentum_dtype: dtype of the momentum: bfloat16, float32 or float64; default: the
+            parameter's, or float32 for float16 parameters and with ``master_weights`` or
+            ``stochastic_rounding``.
         master_weights: keep a float32 copy of each parameter of lower precision, step that, and
             round it into the parameter. The copy is also ``parameter.main_param``.
         stochastic_rounding: round bfloat16 parameters up or down at random instead of to nearest,
@@ -291,9 +295,8 @@ class MuonClip(Optimizer):
             if checks.wants_master(group, param) and not state:
                 state["master"] = param.detach().to(torch.float32, copy=True)
                 setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
-            dtype = checks.state_dtype(group, param)
+            dtype = checks.moment_dtype(group, param)
             if group["algorithm"] == "muon":
-                dtype = group["momentum_dtype"] or dtype
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
             else:
                 # Where torch's fused AdamW reads it: on the device, and nothing waits.
@@ -484,11 +487,10 @@ class MuonClip(Optimizer):
     def _take_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Put back what torch cast to the parameter's dtype, and the master copy if wanted."""
         state = self.state[param]
-        dtype = checks.state_dtype(group, param)
+        dtype = checks.moment_dtype(group, param)
         for name, value in saved.items():
             if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                wanted = (name == "momentum_buffer" and group["momentum_dtype"]) or dtype
-                state[name] = value.to(device=param.device, dtype=wanted)
+                state[name] = value.to(device=param.device, dtype=dtype)
         if not checks.wants_master(group, param):
             state.pop("master", None)
         elif state:

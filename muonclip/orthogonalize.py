@@ -172,7 +172,8 @@ def orthogonalize(
             changed.
         coefficients: see ``coefficient_steps``.
         steps: number of iterations.
-        eps: least Frobenius norm to divide by.
+        eps: guard against 0/0, in [0, 1): least Frobenius norm to divide by, relative to a matrix's
+            largest entry. The result does not depend on the scale of a matrix.
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
             bfloat16 on accelerators, float32 on a CPU.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
@@ -202,8 +203,9 @@ def orthogonalize(
         )
     schedule = coefficient_steps(coefficients, steps)
 
-    x = matrices.detach().to(working_dtype(dtype), copy=True)
-    x = x.reshape(-1, *x.shape[-2:])
+    # Not rounded to ``dtype`` yet, whose range may be too small for what is not normalised.
+    wide = torch.promote_types(matrices.dtype, working_dtype(dtype))
+    x = matrices.detach().to(wide, copy=True).reshape(-1, *matrices.shape[-2:])
     return orthogonalize_(x, schedule, eps=eps, dtype=dtype, form=form).view(matrices.shape)
 
 
@@ -219,7 +221,7 @@ def orthogonalize_(
     """:func:`orthogonalize` in the memory of its argument, as far as it goes; times ``scale``.
 
     Args:
-        matrices: [b, n, m] in ``working_dtype(dtype)``, overwritten.
+        matrices: [b, n, m] in ``working_dtype(dtype)`` or a wider dtype, overwritten.
         schedule, eps, dtype, form: as there, checked.
         scale: on the result.
 
@@ -241,16 +243,39 @@ def orthogonalize_(
 
 
 def _normalize_(x: Tensor, eps: float) -> Tensor:
-    """Divide by the Frobenius norm, or eps: singular values come to lie in [0, 1]."""
+    """Divide each matrix by its Frobenius norm, in place: singular values come to lie in [0, 1].
+
+    The result does not depend on the scale of a matrix: ``eps`` is relative to its largest entry,
+    which its norm exceeds unless both are zero. Squares of entries may leave the range of their
+    dtype, so each matrix is first divided by a power of two, which is exact and brings its largest
+    entry to [1, 2), or below for denormal numbers. (Summing in float64 is no alternative: MPS has
+    none, and on a CPU it is slow.)
+    """
     dims = (-2, -1)
+    accumulate = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-        # A float64 sum of float32 is an order slower here, and a look at the result costs nothing.
-        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        # Reading the result costs nothing here, and seldom is there anything to scale.
+        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
         if norm.amin() > 1e-15 and norm.amax() < 1e15:
-            return x.div_(norm.clamp_(min=eps))
-    # Squares of float32 may overflow or vanish; in float64 they do not.
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float64)
-    return x.div_(norm.clamp_(min=eps).to(x.dtype))
+            return x.div_(norm.to(x.dtype))
+    largest = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=True, dtype=accumulate)
+    power = _power_of_two(largest)
+    norm = torch.linalg.vector_norm(
+        x.div_(power.to(x.dtype)), dim=dims, keepdim=True, dtype=accumulate
+    )
+    least = largest.div_(power).mul_(eps).clamp_(min=torch.finfo(accumulate).tiny)
+    return x.div_(torch.maximum(norm, least).to(x.dtype))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two up to x >= 0, float32 or float64, or the smallest normal one."""
+    bits, exponent = (
+        (torch.int64, 0x7FF0_0000_0000_0000)
+        if x.dtype == torch.float64
+        else (torch.int32, 0x7F80_0000)
+    )
+    power = x.view(bits).bitwise_and(exponent).view(x.dtype)
+    return power.clamp_(min=torch.finfo(x.dtype).tiny)
 
 
 def _use_gram(x: Tensor, form: Form) -> bool:

@@ -12,20 +12,22 @@ from muonclip.orthogonalize import Coefficients, coefficient_steps
 
 
 def orthogonalize(
-    matrix: Tensor, *, coefficients: Coefficients = "quintic", steps: int = 5, eps: float = 1e-7
+    matrix: Tensor, *, coefficients: Coefficients = "quintic", steps: int = 5
 ) -> Tensor:
     """Newton-Schulz as what it is: a polynomial on the singular values, by an SVD.
 
     Args:
         matrix: [n, m].
-        coefficients, steps, eps: as for ``muonclip.orthogonalize``.
+        coefficients, steps: as for ``muonclip.orthogonalize``.
 
     Returns:
         float64 [n, m].
     """
     matrix = matrix.double()
+    if matrix.any():
+        matrix = matrix / matrix.abs().max()  # whose squares are in range
+        matrix = matrix / matrix.norm()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = values / matrix.norm().clamp(min=eps)
     for a, b, c in coefficient_steps(coefficients, steps):
         values = a * values + b * values**3 + c * values**5
     result: Tensor = left @ values.diag() @ right
@@ -59,7 +61,7 @@ def muon_step(
     gradient = gradient.double()
     buffer = momentum * buffer.double() + gradient
     update = momentum * buffer + gradient if nesterov else buffer
-    direction = orthogonalize(update, coefficients=coefficients, steps=steps, eps=0.0)
+    direction = orthogonalize(update, coefficients=coefficients, steps=steps)
     scaled = direction * rms * math.sqrt(max(weight.shape))
     weight = weight.double()
     return weight - lr * (scaled + weight_decay * weight), buffer

@@ -55,18 +55,20 @@ def decay_and_apply(
     """W <- W - lr * (update + weight decay), in place.
 
     ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
-    where update and weight have the same sign, elsewhere nothing (Chen et al., arXiv 2510.12402).
+    where update and weight do not have opposite signs, elsewhere nothing (Chen et al., arXiv
+    2510.12402: the mask is u·w >= 0, so that a weight whose update is zero decays).
     ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here;
     λ·W is in the gradient.
     """
     params = list(params)
     updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
     if weight_decay and mode == "cautious":
-        agree = list(torch._foreach_mul(updates, params))
-        torch._foreach_sign_(agree)
-        torch._foreach_clamp_min_(agree, 0)
-        torch._foreach_mul_(agree, params)
-        _add_scaled(params, agree, -lr * weight_decay)
+        # By signs: the product of two small numbers would vanish.
+        decayed = [
+            torch.where(u.sign() * p.sign() >= 0, p, 0)
+            for u, p in zip(updates, params, strict=True)
+        ]
+        _add_scaled(params, decayed, -lr * weight_decay)
     elif weight_decay and mode in ("decoupled", "independent"):
         # A step with learning rate zero must change nothing: it is one that is skipped, or how
         # torch.distributed.checkpoint makes a fresh optimizer's state.
@@ -111,7 +113,9 @@ def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) 
     are a function of the seed and the shape.
     """
     generator = torch.Generator(source.device).manual_seed(hash(seed) % 2**63)
-    noise = torch.empty_like(source, dtype=torch.int32).random_(0, 2**16, generator=generator)
+    # Contiguous whatever the source: numbers are drawn in the order of memory.
+    noise = torch.empty(source.shape, dtype=torch.int32, device=source.device)
+    noise.random_(0, 2**16, generator=generator)
     bits = source.view(torch.int32).add(noise).bitwise_and_(-(2**16))
     # Infinities and NaN have no neighbours: noise would turn one into the other.
     target.copy_(torch.where(source.isfinite(), bits.view(torch.float32), source))

@@ -38,6 +38,7 @@ def main(path: Path, steps: int) -> None:
                 loss = model(tokens)
             scaler.scale(loss / 2).backward()
         scaler.unscale_(optimizer)
+        # Bounds one step's weight in the momentum. It does not make Muon's updates smaller.
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)  # skips the step, and QK-Clip with it, where gradients overflowed
         scaler.update()

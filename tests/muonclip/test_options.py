@@ -53,6 +53,17 @@ class TestWeightDecay:
         assert 0 < decay.count_nonzero() < decay.numel()
         assert torch.allclose(after, before - 0.1 * (update + decay))
 
+    @pytest.mark.parametrize("tiny", [1.0, 1e-30])
+    def test_cautious_decays_weights_whose_update_is_zero(self, tiny: float) -> None:
+        """The published mask is u·w >= 0, by sign: a product of small numbers vanishes."""
+        weight = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 0.0]) * tiny
+        update = torch.tensor([0.0, 0.0, 1.0, 1.0, -1.0, 1.0]) * tiny
+        decays = torch.tensor([True, True, True, False, False, True])
+        after = weight.clone()
+        decay_and_apply([after], [update], lr=0.1, weight_decay=0.5, mode="cautious")
+        expected = weight - 0.1 * update - 0.05 * weight * decays
+        assert torch.allclose(after, expected, atol=0)
+
     def test_independent_of_the_learning_rate(self) -> None:
         before, update, after = self.step(weight_decay=0.01, weight_decay_mode="independent")
         assert torch.allclose(after, before - 0.1 * update - 0.01 * before)
