@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,6 @@ _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
 _FREE_OF_DATA = ("cache_dir", "max_corrupt")
 # Of a model whose weights alone are taken up: how it learns, and what its positions are.
 _FREE_OF_WEIGHTS = ("init_std", "expert_bias_update_rate", "rope_base", "rope_scaling")
-# What earlier versions put behind a name where tensor parallelism had cut the tensor.
-_EARLIER_PART = re.compile(r"\[\d+/\d+\]")
 
 
 def folder(run: Run) -> Path:
@@ -58,7 +55,20 @@ def saved(run_dir: Path, step: int | None = None) -> Saved:
         )
     path = checkpoint.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
     manifest = checkpoint.read_manifest(path)
-    return Saved(path, manifest["step"], from_dict(manifest["facts"].get("config", {})))
+    checkpoint.verify(path, manifest)
+    return Saved(path, manifest.step, from_dict(_config_of(path, manifest.facts)))
+
+
+def _config_of(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with, unchecked.
+
+    Raises:
+        PretrainError: it has none.
+    """
+    config = facts.get("config")
+    if not isinstance(config, dict):
+        raise PretrainError(f"the checkpoint {path} has no configuration in its manifest.json")
+    return config
 
 
 def tokenizer_file(run_dir: Path) -> Path:
@@ -230,11 +240,12 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
         return 0, {}
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
-    facts = manifest["facts"]
+    checkpoint.verify(path, manifest, run.processes.rank, run.processes.world_size)
+    facts = manifest.facts
     weights_only = facts.get("weights_only", False)
     _check_same_run(
         f"the checkpoint {path} was made with",
-        facts.get("config", {}),
+        _config_of(path, facts),
         to_dict(run.config),
         _MODEL if weights_only else _FIXED,
         _FREE_OF_WEIGHTS if weights_only else (),
@@ -242,18 +253,14 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     )
     if weights_only:
         _take_weights(run, path)
-        return int(manifest["step"]), facts
-    stored = _stored(path)
+        return manifest.step, facts
+    stored = checkpoint.shapes(path)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
-        cut = run.cuts.get(name)
-        whole = torch.Size(cut.whole(parameter.shape) if cut else parameter.shape)
         states[parameter] = {
             key.removeprefix(prefix): torch.empty(
-                parameter.shape if shape == whole else shape,
-                dtype=dtype,
-                device=_device(key, parameter),
+                parameter.shape if shape else (), dtype=dtype, device=_device(key, parameter)
             )
             for key, (shape, dtype) in stored.items()
             if key.startswith(prefix)
@@ -265,12 +272,11 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
         else:  # it has had no gradient yet
             run.optimizer.state.pop(trained, None)
     for group in run.optimizer.param_groups:
-        # A checkpoint from before it was kept: as if no step had been left out.
-        group["updates"] = facts.get("updates", manifest["step"])
+        group["updates"] = facts["updates"]
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
-    return int(manifest["step"]), facts
+    return manifest.step, facts
 
 
 def _begin_with(run: Run, other: Path) -> None:
@@ -297,7 +303,7 @@ def _take_weights(run: Run, path: Path) -> None:
 
     Those of a run of lower precision are its masters; a run of lower precision has them as masters.
     """
-    stored = _stored(path)
+    stored = checkpoint.shapes(path)
     tensors: dict[str, Tensor | checkpoint.Part] = {}
     masters: dict[Tensor, Tensor] = {}
     for name, tensor in run.named.items():
@@ -314,18 +320,6 @@ def _take_weights(run: Run, path: Path) -> None:
         parameter.detach().copy_(master)
         run.optimizer.state[parameter] = {"master": master}
         setattr(parameter, "main_param", master)  # noqa: B010 (for mypy)
-
-
-def _stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of a checkpoint's tensors, which are whole."""
-    stored = checkpoint.shapes(path)
-    if any(_EARLIER_PART.search(name) for name in stored):
-        raise PretrainError(
-            f"the checkpoint {path} keeps the parts of tensor parallelism apart, as earlier "
-            "versions did, and cannot be read: go on with the version that wrote it, or choose "
-            "another run_dir to start anew"
-        )
-    return stored
 
 
 def _device(key: str, parameter: Tensor) -> torch.device:

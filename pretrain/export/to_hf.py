@@ -6,7 +6,6 @@ not built, for the tensors of a checkpoint have their names in the whole model.
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as _Tokenizer
-from torch.distributed.checkpoint import state_dict_loader
 
 from pretrain import state
 from pretrain.data import chat
@@ -69,7 +67,7 @@ def export(
         raise PretrainError(f"{out} exists: remove it, or choose another folder with --out")
     stored = checkpoint.shapes(saved.path)
     if _EMBEDDING not in stored:
-        raise PretrainError(_lacks(saved.path, _EMBEDDING, stored))
+        raise PretrainError(_lacks(saved.path, _EMBEDDING))
     config, vocab_size = saved.config, stored[_EMBEDDING][0][0]
     vision = None if text_only else config.vision
     if vision and tokenizer.media_pad < 0:
@@ -118,12 +116,7 @@ def export(
     return out
 
 
-def _lacks(path: Path, name: str, stored: dict[str, Any]) -> str:
-    if any(other.startswith(f"{name}[") for other in stored):
-        return (
-            f"the checkpoint {path} has {name} in the parts of tensor parallelism, as earlier "
-            "versions did, and cannot be read: export with the version that wrote it"
-        )
+def _lacks(path: Path, name: str) -> str:
     return f"the checkpoint {path} has no {name}: it is of another version of this program"
 
 
@@ -131,7 +124,7 @@ def _check(path: Path, wanted: Sequence[Rows], stored: dict[str, Any]) -> None:
     for item in wanted:
         for name, shape in item.ours.items():
             if _PREFIX + name not in stored:
-                raise PretrainError(_lacks(path, _PREFIX + name, stored))
+                raise PretrainError(_lacks(path, _PREFIX + name))
             if tuple(stored[_PREFIX + name][0]) != shape:
                 raise PretrainError(
                     f"the checkpoint {path} has {_PREFIX}{name} of shape "
@@ -188,11 +181,7 @@ def _write_weights(
             name = f"model-{number:05}-of-{len(files):05}.safetensors"
         shapes = {weight: shape for item in file for weight, shape in item.ours.items()}
         ours = {weight: torch.empty(shape, dtype=types[weight]) for weight, shape in shapes.items()}
-        with warnings.catch_warnings():
-            # That there are no other processes is what was asked for.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            named = {_source(weight, stored, types): tensor for weight, tensor in ours.items()}
-            state_dict_loader.load(named, checkpoint_id=path, no_dist=True)
+        checkpoint.load(path, {_source(name, stored, types): x for name, x in ours.items()})
         theirs = {weight: t for item in file for weight, t in item.to_theirs(ours).items()}
         save_file(theirs, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(theirs, name))

@@ -1,54 +1,41 @@
 """Checkpoints: sharded over the ranks, written whole or not at all, and verified when read.
 
-A checkpoint is a folder ``step-00000100`` that torch.distributed.checkpoint wrote: every tensor
-whole, under its name in the whole model, so that it does not matter which rank held it, nor how it
-was cut: ranks write the parts they have, and read those they need. A manifest with
-the checksum of every file is written last, into a folder that still has another name; the rename
-that follows makes the checkpoint exist.
+A checkpoint is a folder ``step-00000100`` of safetensors files, in which ranks write the blocks of
+tensors that they hold; a block that several ranks hold is written by one of them. Blocks are stored
+under the tensor's name in the whole model with their place in it, so a rank reads the parts it
+needs, however the tensors were split when they were saved. ``manifest.json`` lists the tensors,
+their blocks and the SHA-256 of every file. It is written last, into a folder that still has another
+name; renaming that folder makes the checkpoint exist.
+
+Nothing in a checkpoint is code or is unpickled: reading one from an unknown source is safe.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import file_digest
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as TorchFuture
 
 from pretrain.errors import PretrainError
+from pretrain.runtime import tensor_files
 from pretrain.runtime.processes import agree
+from pretrain.runtime.tensor_files import Block
 
 _FOLDER = re.compile(r"step-(\d{8})")
+_FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")
 _MANIFEST = "manifest.json"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 # A rank that has died is noticed at once; this is for disks that take their time.
@@ -68,6 +55,7 @@ class Part:
     pieces: Sequence[tuple[Sequence[int], Tensor]]
 
 
+T = TypeVar("T")
 Tensors = Mapping[str, Tensor | Part]
 
 
@@ -77,93 +65,15 @@ def _as_part(tensor: Tensor | Part) -> Part:
     return Part(tensor.shape, [([0] * tensor.ndim, tensor)])
 
 
-class _Blocks:
-    """Names to parts, as torch.distributed.checkpoint's planners look them up."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self.parts = {name: _as_part(tensor) for name, tensor in tensors.items()}
-        self._blocks = {
-            MetadataIndex(name, offsets): values
-            for name, part in self.parts.items()
-            for offsets, values in part.pieces
-        }
-
-    def __getitem__(self, index: MetadataIndex) -> Tensor:
-        return self._blocks[index]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    """Plans to write each block of each tensor; what several ranks have, one of them writes."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._blocks = _Blocks(tensors)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [
-                WriteItem(
-                    MetadataIndex(name, offsets),
-                    WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        ChunkStorageMetadata(torch.Size(offsets), values.shape),
-                        TensorProperties.create_from_tensor(values),
-                        torch.Size(part.shape),
-                    ),
-                )
-                for name, part in self._blocks.parts.items()
-                for offsets, values in part.pieces
-            ]
-        )
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._blocks[index]
-
-
-class _Writer(FileSystemWriter):
-    """Tells what the system said about a file, where torch.save tells what it made of that."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Plans to fill each block of each tensor from whatever blocks it was written as."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._blocks = _Blocks(tensors)
-
-    def create_local_plan(self) -> LoadPlan:
-        assert isinstance(self.metadata, Metadata)
-        items = []
-        for name, part in self._blocks.parts.items():
-            stored = self.metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            wanted = [
-                ChunkStorageMetadata(torch.Size(offsets), values.shape)
-                for offsets, values in part.pieces
-            ]
-            items += create_read_items_for_chunk_list(name, stored, wanted)
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._blocks[index]
+def _blocks(tensors: Tensors) -> Iterator[Block]:
+    for name, tensor in tensors.items():
+        for offsets, values in _as_part(tensor).pieces:
+            yield Block(name, tuple(offsets), values)
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def steps(folder: Path) -> list[int]:
@@ -201,59 +111,153 @@ def save(
     final = path_of(folder, step)
     partial = final.with_suffix(_PARTIAL)
     is_main = dist.get_rank() == 0
-
-    def prepare() -> None:
-        # What a kill left behind, here and in earlier attempts.
-        for suffix in (_PARTIAL, _REMOVED):
-            for path in folder.glob(f"step-*{suffix}"):
-                shutil.rmtree(path)
-        partial.mkdir(parents=True)
-
-    def write() -> None:
-        planner, writer = _SavePlanner(tensors), _Writer(partial)
-        state_dict_saver.save({}, storage_writer=writer, planner=planner, process_group=group)
-
-    def publish() -> None:
-        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        manifest = {"step": step, "facts": dict(facts), "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        _remove(final)
-        partial.rename(final)
-        _sync(folder)
-        for old in steps(folder)[:-keep]:
-            _remove(path_of(folder, old))
-
-    for action, everywhere in ((prepare, False), (write, True), (publish, False)):
-        failure = None
-        if is_main or everywhere:
-            try:
-                action()
-            # What a file system or a peer did has one answer here.
-            except (Exception, CheckpointException) as error:
-                failure = PretrainError(
-                    f"cannot write the checkpoint {final}: {_cause(error)}; earlier checkpoints "
-                    "are intact: see to the disk and start again"
-                )
-        try:
-            agree(failure, group)
-        except PretrainError:
-            if is_main:  # a full disk gets its space back
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with _agreed(final, group):
+        if is_main:
+            _clear(folder)
+            partial.mkdir(parents=True)
+    share = _share(list(_blocks(tensors)), group)
+    with _agreed(final, group):
+        written = _write(partial, share, {name: list(x.shape) for name, x in tensors.items()})
+    everything = _gather(written, group)
+    with _agreed(final, group):
+        if is_main:
+            manifest = {"step": step, "facts": dict(facts), **_merge(everything)}
+            with (partial / _MANIFEST).open("w") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(partial, final, keep)
     return final
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong, on whichever rank it did."""
-    while isinstance(error, CheckpointException) and error.failures:
-        error, _stack = next(iter(error.failures.values()))
-    return (str(error).splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _agreed(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Turn a failure of the block on any rank into one error on all, and free its disk space."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        failure = PretrainError(
+            f"cannot write the checkpoint {final}: {cause}; earlier checkpoints are intact: "
+            "see to the disk and start again"
+        )
+    try:
+        agree(failure, group)
+    except PretrainError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(final.with_suffix(_PARTIAL), ignore_errors=True)
+        raise
+
+
+def _clear(folder: Path) -> None:
+    """Remove what interrupted saves and removals left behind."""
+    for suffix in (_PARTIAL, _REMOVED):
+        for path in folder.glob(f"step-*{suffix}"):
+            shutil.rmtree(path)
+
+
+def _publish(partial: Path, final: Path, keep: int) -> None:
+    """Give a complete checkpoint its name, and remove those older than the newest ``keep``."""
+    _sync(partial)
+    _remove(final)
+    partial.rename(final)
+    _sync(final.parent)
+    for old in steps(final.parent)[:-keep]:
+        _remove(path_of(final.parent, old))
+
+
+def _share(blocks: Sequence[Block], group: dist.ProcessGroup | None) -> list[Block]:
+    """Choose which of its blocks this rank writes: each is written once, the load balanced.
+
+    Rank 0 decides, from every rank's list: its time grows with the number of blocks on all ranks.
+    """
+    offered = _gather([(x.name, x.offsets, x.values.nbytes) for x in blocks], group)
+    chosen: list[list[int] | None] = [None]
+    dist.scatter_object_list(
+        chosen, _assign(offered) if dist.get_rank() == 0 else None, src=0, group=group
+    )
+    assert chosen[0] is not None
+    return [blocks[index] for index in chosen[0]]
+
+
+Offer = tuple[str, tuple[int, ...], int]
+
+
+def _assign(offered: Sequence[Sequence[Offer]]) -> list[list[int]]:
+    """Return for each rank the indices of the blocks that it writes.
+
+    Args:
+        offered: name, offsets and bytes of each block, by rank.
+    """
+    holders: dict[Offer, list[tuple[int, int]]] = defaultdict(list)
+    for rank, offers in enumerate(offered):
+        for index, offer in enumerate(offers):
+            holders[offer].append((rank, index))
+    chosen: list[list[int]] = [[] for _ in offered]
+    load = [0] * len(offered)
+    # Those with fewest choices first, and the largest first, so that the rest can even out.
+    for offer in sorted(holders, key=lambda offer: (len(holders[offer]), -offer[2])):
+        rank, index = min(holders[offer], key=lambda holder: load[holder[0]])
+        chosen[rank].append(index)
+        load[rank] += offer[2]
+    return chosen
+
+
+def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return every rank's value on rank 0, and an empty list elsewhere."""
+    if dist.get_rank() != 0:
+        dist.gather_object(value, None, dst=0, group=group)
+        return []
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(value, values, dst=0, group=group)
+    return values
+
+
+class _Written(NamedTuple):
+    """The files that a rank wrote, by SHA-256, and its tensors as the manifest lists them."""
+
+    files: dict[str, str]
+    tensors: dict[str, dict[str, Any]]
+
+
+def _write(folder: Path, blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]]) -> _Written:
+    """Write this rank's blocks; a second block of a tensor goes to a second file, and so on."""
+    written = _Written({}, {})
+    by_file: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        entry = written.tensors.setdefault(
+            block.name,
+            {
+                "dtype": tensor_files.dtype_name(block.values.dtype),
+                "shape": shapes[block.name],
+                "blocks": [],
+            },
+        )
+        file = f"rank-{dist.get_rank():05}-{len(entry['blocks'])}.safetensors"
+        entry["blocks"].append([file, block.offsets, list(block.values.shape)])
+        by_file[file].append(block)
+    for file, members in by_file.items():
+        written.files[file] = tensor_files.write(folder / file, members)
+    return written
+
+
+def _merge(everything: Sequence[_Written]) -> dict[str, Any]:
+    """Return the manifest's files and tensors: those of all ranks."""
+    files: dict[str, str] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    for written in everything:
+        files |= written.files
+        for name, entry in written.tensors.items():
+            if name in tensors:
+                tensors[name]["blocks"] += entry["blocks"]
+            else:
+                tensors[name] = entry
+    return {"files": files, "tensors": tensors}
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder, through a loss of power."""
+    """Make the names in a folder survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -349,60 +353,146 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint's manifest.
+class Stored(NamedTuple):
+    """A tensor in a checkpoint.
+
+    Attributes:
+        blocks: file, offsets in the tensor, and shape of each block.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    blocks: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+class Manifest(NamedTuple):
+    """Everything in a checkpoint but the values of its tensors.
+
+    Attributes:
+        facts: the ``facts`` that :func:`save` was given, as JSON returns them.
+        files: SHA-256 by file name.
+        tensors: by name in the whole model.
+    """
+
+    step: int
+    facts: dict[str, Any]
+    files: dict[str, str]
+    tensors: dict[str, Stored]
+
+
+_REMEDY = "remove that folder to resume from the checkpoint before it, or start a new run_dir"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and validate a checkpoint's manifest; the files are not looked at.
 
     Raises:
-        PretrainError: it is no checkpoint of this program, or a file of it is missing or damaged.
+        PretrainError: it is not a checkpoint of this program.
     """
-    remedy = "remove that folder to go on from the checkpoint before it, or start a new run_dir"
     try:
-        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
-        files = manifest["files"]
-        manifest["facts"], manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
+        tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
+        return Manifest(int(manifest["step"]), dict(manifest["facts"]), files, tensors)
+    # JSON of any shape, at any depth, can stand there.
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError
+    ) as error:  # fmt: skip
         raise PretrainError(
-            f"{path} is not a checkpoint of this program (no readable {_MANIFEST}): {remedy}"
+            f"{path} is not a checkpoint of this program (no readable {_MANIFEST}): {_REMEDY}"
         ) from error
-    for name, expected in files.items():
+
+
+def _file_name(name: str) -> str:
+    if not _FILE.fullmatch(name):
+        raise ValueError(f"{name!r} is no file of a checkpoint")
+    return name
+
+
+def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> Stored:
+    """Return a manifest's entry of a tensor, if its blocks lie within it and fill it."""
+    shape = torch.Size(entry["shape"])
+    blocks = [(file, tuple(offsets), tuple(size)) for file, offsets, size in entry["blocks"]]
+    for file, offsets, size in blocks:
+        files[file]
+        for first, length, whole in zip(offsets, size, shape, strict=True):
+            if not 0 <= first <= first + length <= whole:
+                raise ValueError(f"a block {offsets} of {size} is not within {tuple(shape)}")
+    if sum(prod(size) for _, _, size in blocks) != prod(shape):
+        raise ValueError("blocks do not fill their tensor")
+    return Stored(tensor_files.dtype_of(entry["dtype"]), shape, blocks)
+
+
+def verify(path: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
+    """Check that files are as they were written: this rank's share of them.
+
+    Raises:
+        PretrainError: a file is missing or damaged.
+    """
+    for name in sorted(manifest.files)[rank::ranks]:
         file = path / name
-        if not file.is_file():
-            raise PretrainError(f"the checkpoint {path} is damaged: {name} is missing; {remedy}")
-        if _checksum(file) != expected:
-            raise PretrainError(
-                f"the checkpoint {path} is damaged: {name} is not what was written; {remedy}"
-            )
-    return manifest
+        try:
+            intact = file.is_file() and _checksum(file) == manifest.files[name]
+        except OSError as error:
+            raise PretrainError(f"cannot read {file}: {error.strerror}; {_REMEDY}") from error
+        if not intact:
+            fault = "is not what was written" if file.is_file() else "is missing"
+            raise PretrainError(f"the checkpoint {path} is damaged: {name} {fault}; {_REMEDY}")
 
 
 def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor in a checkpoint, by name, without reading them."""
-    metadata = FileSystemReader(path).read_metadata()
-    return {
-        name: (entry.size, entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    """Return the shape and dtype of every tensor in a checkpoint, by name.
+
+    Raises:
+        PretrainError: it is not a checkpoint of this program.
+    """
+    return {name: (x.shape, x.dtype) for name, x in read_manifest(path).tensors.items()}
 
 
 def load(path: Path, tensors: Tensors) -> None:
     """Fill ``tensors`` in place from a checkpoint, each by its name in the whole model.
 
+    Reads just the parts that are wanted, and no other process is needed. Values are converted to
+    the tensors' dtypes.
+
     Raises:
-        PretrainError: the checkpoint is of another model: the first tensor that it lacks, or has
-            in another shape.
+        PretrainError: the checkpoint is of another model (names the first tensor that it lacks,
+            or has in another shape), or damaged.
     """
-    stored = shapes(path)
+    stored = read_manifest(path).tensors
     for name, tensor in tensors.items():
         if name not in stored:
             raise PretrainError(
                 f"the checkpoint {path} is of another model: it has no {name}; "
                 "use the configuration it was made with, or another run_dir"
             )
-        if stored[name][0] != torch.Size(tensor.shape):
+        if stored[name].shape != torch.Size(tensor.shape):
             raise PretrainError(
                 f"the checkpoint {path} is of another model: {name} is "
-                f"{tuple(stored[name][0])} there and {tuple(tensor.shape)} here; "
+                f"{tuple(stored[name].shape)} there and {tuple(tensor.shape)} here; "
                 "use the configuration it was made with, or another run_dir"
             )
-    state_dict_loader.load({}, checkpoint_id=path, planner=_LoadPlanner(tensors))
+    reads: dict[str, list[tensor_files.Read]] = defaultdict(list)
+    for block in _blocks(tensors):
+        for file, read in _overlaps(block, stored[block.name]):
+            reads[file].append(read)
+    for file, wanted in reads.items():
+        try:
+            tensor_files.read(path / file, wanted)
+        except (OSError, ValueError) as error:
+            raise PretrainError(f"the checkpoint {path} is damaged: {error}; {_REMEDY}") from error
+
+
+def _overlaps(block: Block, stored: Stored) -> Iterator[tuple[str, tensor_files.Read]]:
+    """Yield the file and part of each stored block that a block has elements of."""
+    for file, offsets, size in stored.blocks:
+        sides = list(zip(block.offsets, block.values.shape, offsets, size, strict=True))
+        first = [max(a, b) for a, _, b, _ in sides]
+        last = [min(a + m, b + n) for a, m, b, n in sides]
+        if any(start >= end for start, end in zip(first, last, strict=True)):
+            continue
+        target = block.values
+        for dim, (start, end) in enumerate(zip(first, last, strict=True)):
+            target = target.narrow(dim, start - block.offsets[dim], end - start)
+        start_there = tuple(a - b for a, b in zip(first, offsets, strict=True))
+        yield file, tensor_files.Read(block.name, start_there, target)

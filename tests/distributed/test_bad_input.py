@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from pretrain.config import to_dict
 from pretrain.runtime import checkpoint
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -70,7 +68,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     folder: Path, trained: Path
 ) -> None:
     newest = checkpoint.path_of(trained / "checkpoints", 10)
-    data = next(newest.glob("*.distcp"))
+    data = next(newest.glob("*.safetensors"))
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     run_dir = f"run_dir={trained}"
@@ -108,19 +106,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path) -> None:
     line = told(folder, f"run_dir={folder}/foreign")
     assert f"{stray} is not a checkpoint of this program" in line
     assert (stray / "weights.bin").read_bytes() == b"not ours"
-
-
-def _save_as_earlier_versions_did(folder: str) -> None:
-    settings = training.tiny(folder, "parallel.expert=2", f"run_dir={folder}/earlier")
-    parts = {"model.language.output_layer.weight[0/2]": torch.zeros(2, 2)}
-    facts = {"config": to_dict(settings)}
-    checkpoint.save(Path(folder, "earlier", "checkpoints"), 1, parts, facts, 1)
-
-
-def test_a_checkpoint_of_parts_apart_is_refused_with_the_reason(folder: Path) -> None:
-    launch(_save_as_earlier_versions_did, 1, str(folder))
-    line = told(folder, f"run_dir={folder}/earlier")
-    assert "keeps the parts of tensor parallelism apart, as earlier versions did" in line
 
 
 def test_evaluating_what_was_never_trained_is_refused(folder: Path) -> None:

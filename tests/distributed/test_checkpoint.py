@@ -36,12 +36,13 @@ def _save(folder: str, steps: list[int], keep: int = 9) -> None:
 def _load(folder: str, step: int) -> bool:
     path = checkpoint.path_of(Path(folder), step)
     manifest = checkpoint.read_manifest(path)
+    checkpoint.verify(path, manifest)
     loaded = _tensors(fill=-1.0)
     checkpoint.load(path, loaded)
     expected = _tensors()
     return (
-        manifest["facts"] == {"fact": step}
-        and manifest["step"] == step
+        manifest.facts == {"fact": step}
+        and manifest.step == step
         and all(torch.equal(loaded[name], expected[name]) for name in expected)
     )
 
@@ -49,7 +50,7 @@ def _load(folder: str, step: int) -> bool:
 def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
     path = checkpoint.path_of(Path(folder), 1)
     try:
-        checkpoint.read_manifest(path)
+        checkpoint.verify(path, checkpoint.read_manifest(path))
         checkpoint.load(path, tensors)
     except PretrainError as error:
         return str(error)
@@ -135,7 +136,7 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
     (error,) = launch(_load_error, 1, str(tmp_path), other_name)
     assert "is of another model: it has no missing" in error
 
-    data = next(path.glob("*.distcp"))
+    data = next(path.glob("*.safetensors"))
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert (

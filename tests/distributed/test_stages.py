@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import state_dict_loader
 
 from pretrain.data.chat import Message, render
 from pretrain.data.tokenizer import Tokenizer
@@ -138,10 +137,10 @@ def learned(folder: Path, chat: tuple[str, ...]) -> Records:
 
 
 def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors whose names begin so."""
+    """Read a checkpoint's tensors whose names start with ``prefix``."""
     shapes = {n: s for n, s in checkpoint.shapes(path).items() if n.startswith(prefix)}
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    state_dict_loader.load(tensors, checkpoint_id=path, no_dist=True)
+    checkpoint.load(path, tensors)
     return tensors
 
 
