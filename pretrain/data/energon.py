@@ -17,10 +17,10 @@ import numpy.typing as npt
 import yaml
 from PIL import Image
 
-from pretrain.data.images import Pixels
 from pretrain.data.index import Composer
 from pretrain.data.mixture import Piece
 from pretrain.data.packing import Document
+from pretrain.data.pixels import Pixels
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError
 

@@ -9,7 +9,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from pretrain.data.images import MAX_FRAMES, MERGE, Pixels
+from pretrain.data.images import MAX_FRAMES, MERGE
+from pretrain.data.pixels import Pixels
 
 # The processors' limits, in patches.
 MAX_PATCHES_OF_AN_IMAGE = 16384

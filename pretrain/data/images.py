@@ -11,8 +11,7 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.config import ImageConfig
-
-Pixels = npt.NDArray[np.uint8]
+from pretrain.data.pixels import Pixels
 
 # 2x2 patches become one token.
 MERGE = 2

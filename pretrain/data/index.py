@@ -29,8 +29,9 @@ from pretrain.data.fit import (
     fitted_size,
     frame_groups,
 )
-from pretrain.data.images import MERGE, Pixels, VisionItem
+from pretrain.data.images import MERGE, VisionItem
 from pretrain.data.packing import TEXT, Document
+from pretrain.data.pixels import Pixels
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Chat, Media, Mixed, Text
 from pretrain.data.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound="Index")
 
 # Part of the cache's key: to be raised when what is cached changes.
-FORMAT = 1
+FORMAT = 2
 _AT_ONCE = 256
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from pretrain.data.data import Data
-from pretrain.data.images import Pixels, num_tokens
+from pretrain.data.images import num_tokens
 from pretrain.data.packing import CAPTION, NOTHING, TEXT, PackedSample
+from pretrain.data.pixels import Pixels
 from pretrain.data.text import Split
 
 _KINDS = {NOTHING: "nothing", TEXT: "text", CAPTION: "caption"}

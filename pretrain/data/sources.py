@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
 import zstandard
-from PIL import Image
 
 from pretrain.config import SourceConfig
 from pretrain.data import video
 from pretrain.data.chat import REPLY, Message
-from pretrain.data.images import Pixels
+from pretrain.data.pixels import Pixels, open_image
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import ROLES
 from pretrain.errors import PretrainError
@@ -405,10 +403,8 @@ def measure(media: Media, fps: float) -> tuple[int, int, int]:
             if len(media.paths) > 1:
                 raise ValueError("a frame of it is a video")
             return video.measure(path, fps)
-        with _image(path) as image:
-            on_its_side = _orientation(image) >= 5
-            height, width = image.size if on_its_side else image.size[::-1]
-            sizes.append((_num_frames(image, path) if media.moving else 1, height, width))
+        with open_image(path) as image:
+            sizes.append((image.num_frames if media.moving else 1, *image.size))
     if len({size[1:] for size in sizes}) > 1:
         raise ValueError("its frames differ in size")
     if len(media.paths) > 1 and any(frames > 1 for frames, _, _ in sizes):
@@ -430,47 +426,6 @@ def frames(media: Media, fps: float) -> Iterator[Pixels]:
         if video.is_video(path):
             yield from video.frames(path, fps)
             continue
-        with _image(path) as image:
-            turn = _TURNS.get(_orientation(image))
-            for number in range(_num_frames(image, path) if media.moving else 1):
-                try:
-                    image.seek(number)
-                    frame = image.convert("RGB")
-                except _UNDECODABLE as error:
-                    raise ValueError(f"{path}: {_reason(error)}") from error
-                yield np.asarray(frame if turn is None else frame.transpose(turn))
-
-
-# EXIF's orientations, and what makes them upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow raises of damaged files.
-_UNDECODABLE = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
-
-
-def _orientation(image: Image.Image) -> int:
-    # The base class's: that of PNG decodes the whole image to look for it.
-    return int(Image.Image.getexif(image).get(0x0112, 1))
-
-
-def _num_frames(image: Image.Image, path: str) -> int:
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except _UNDECODABLE as error:
-        raise ValueError(f"{path}: {_reason(error)}") from error
-
-
-def _image(path: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
-    except _UNDECODABLE as error:
-        raise ValueError(f"{path}: {_reason(error)}") from error
+        with open_image(path) as image:
+            for number in range(image.num_frames) if media.moving else (None,):
+                yield image.rgb(number)

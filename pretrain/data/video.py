@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images import Pixels
+from pretrain.data.pixels import MAX_FILM_FRAMES, Pixels
 from pretrain.errors import PretrainError
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-# Far beyond what a sequence holds: a header that says more is not to be believed.
-_MOST_FRAMES = 10**6
 # Seconds that may be missing at a video's end: headers round, and count the sound too.
 _MISSING = 1
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
@@ -148,8 +146,10 @@ def _count(path: str, fps: float) -> int:
     """Frames to take: of times k / fps, those before the end, and at least one."""
     with _opened(path) as (container, stream):
         count = max(1, -(-_duration(container, stream) * _exact(fps) // 1))
-    if count > _MOST_FRAMES:
-        raise ValueError(f"{path} has {count:,} frames by its header, more than {_MOST_FRAMES:,}")
+    if count > MAX_FILM_FRAMES:
+        raise ValueError(
+            f"{path} has {count:,} frames by its header, more than {MAX_FILM_FRAMES:,}"
+        )
     return int(count)
 
 

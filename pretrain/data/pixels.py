@@ -1,0 +1,320 @@
+"""Image files decoded to the picture that an image viewer shows.
+
+Every reader of images uses :func:`open_image`: folders, shards, ``sample`` and ``inspect``.
+Depends on Pillow and NumPy only.
+
+- The first image of a file, or one frame of an animation, is turned as its EXIF orientation says.
+- Colours are converted to sRGB by the embedded ICC profile, or else by a PNG's gamma.
+- Transparent pixels show a white page behind them.
+- 16-bit samples are scaled to 8 bits. Floats and 32-bit integers, which have no defined white, are
+  read as 0..1 (floats), 0..255 or 0..65535, whichever is the first to hold their maximum; with
+  negative or still larger values they are stretched from their minimum to their maximum.
+
+Formats that Pillow renders with another program (EPS through Ghostscript, WMF through Windows) are
+not read: such a file could run code, whatever its name ends in.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that is decoded: 512 MiB in RGB, and Pillow's own limit."""
+MAX_FILM_FRAMES = 10**6
+"""Frames of the longest animation or video: more than any sequence has room for."""
+_RENDERED_BY_PROGRAMS = frozenset({"EPS", "WMF"})
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
+# Pillow's modes of the colour spaces of ICC profiles.
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+# Modes that differ in how they store the same: premultiplied, or as bits.
+_PLAINER = {"La": "LA", "RGBa": "RGBA", "1": "L"}
+# Levels by which a transform may differ from doing nothing, and encoders of sRGB differ.
+_ROUNDING = 2
+_DISPLAY_GAMMA = 2.2
+
+# Pillow warns of damaged metadata, which changes nothing, and of large images below its own limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def formats() -> tuple[str, ...]:
+    """The formats that are read, by Pillow's names."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _RENDERED_BY_PROGRAMS)
+
+
+class ImageFile:
+    """An opened image file."""
+
+    def __init__(self, image: Image.Image, name: str) -> None:
+        self._image, self._name = image, name
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the upright picture; nothing is decoded for it."""
+        width, height = self._image.size
+        return (width, height) if _orientation(self._image) >= 5 else (height, width)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of an animation; 1 for other images.
+
+        Raises:
+            ValueError: the file is damaged, or has more than :data:`MAX_FILM_FRAMES`.
+        """
+        with _named(self._name):
+            count = int(getattr(self._image, "n_frames", 1)) - _still(self._image)
+            if count > MAX_FILM_FRAMES:
+                raise ValueError(
+                    f"{count:,} frames, more than the {MAX_FILM_FRAMES:,} that are read"
+                )
+            return count
+
+    def rgb(self, frame: int | None = None) -> Pixels:
+        """Decode a frame of an animation, or by default the file's first image.
+
+        Returns:
+            uint8 [height, width, 3], sRGB, upright.
+
+        Raises:
+            ValueError: the file is damaged or cut off.
+        """
+        image = self._image
+        with _named(self._name):
+            turn = _TURNS.get(_orientation(image))
+            if frame is not None:
+                image.seek(frame + _still(image))
+            image.load()
+            shown = _on_white(image)
+            return np.asarray(shown if turn is None else shown.transpose(turn))
+
+
+@contextmanager
+def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
+    """Open an image by its content, whatever its name; no pixel is decoded.
+
+    Raises:
+        ValueError: the file is missing or unreadable, is no image, or has more than
+            :data:`MAX_PIXELS` pixels. The message starts with the path, if there is one.
+    """
+    name = "" if isinstance(source, bytes) else f"{source}: "
+    with ExitStack() as stack:
+        with _named(name):
+            file = io.BytesIO(source) if isinstance(source, bytes) else _regular_file(source)
+            image = Image.open(stack.enter_context(file), formats=formats())
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
+                )
+        yield ImageFile(image, name)
+
+
+def decode(source: str | Path | bytes) -> Pixels:
+    """The first image of a file, uint8 [height, width, 3].
+
+    Raises:
+        ValueError: as :func:`open_image` and :meth:`ImageFile.rgb`.
+    """
+    with open_image(source) as image:
+        return image.rgb()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever Pillow raises for a damaged file becomes a ValueError that starts with the name."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{name.removesuffix(': ')} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}cannot identify image file") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(name + " ".join(reason.split())[:300]) from error
+
+
+def _regular_file(path: str | Path) -> IO[bytes]:
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError("not a regular file")
+    return Path(path).open("rb")
+
+
+def _still(image: Image.Image) -> int:
+    """1 where an animated PNG starts with a still for programs that do not animate it."""
+    return int(bool(image.info.get("default_image")) and getattr(image, "n_frames", 1) > 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, by which Pillow's pixels are still to be turned."""
+    if image.format == "TIFF":  # Pillow turns these itself: size and pixels are upright
+        return 1
+    # Viewers show an image whose metadata is damaged.
+    with suppress(Exception):
+        if image.format == "PNG" and "exif" not in image.info:
+            late = _png_exif(image.fp)  # type: ignore[attr-defined]
+            if late:
+                image.info["exif"] = b"Exif\0\0" + late
+        # The base class's method: that of PNG would decode the image to find the chunk.
+        found = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(found) if found in _TURNS else 1
+    return 1
+
+
+def _png_exif(file: Any) -> bytes:
+    """A PNG's eXIf chunk, which may come after the pixels."""
+    place = file.tell()
+    try:
+        file.seek(8)
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"eXIf":
+                return bytes(file.read(min(length, 1 << 16)))
+            file.seek(length + 4, io.SEEK_CUR)
+        return b""
+    finally:
+        file.seek(place)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, as sRGB, with a white page behind."""
+    colours, alpha = _without_alpha(image)
+    colours = _srgb(colours, image.info)
+    if alpha is None:
+        return colours
+    page = Image.new("RGB", colours.size, "white")
+    page.paste(colours, mask=alpha)
+    return page
+
+
+def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours in a mode without alpha or palette, and the alpha channel."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        transparent = image.info.get("transparency")
+        alpha = None
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        return Image.fromarray(_grey_levels(image, values)), alpha
+    if image.mode in _PLAINER:
+        image = image.convert(_PLAINER[image.mode])
+    if not image.has_transparency_data:
+        return image.convert("RGB") if image.mode in ("P", "RGBX") else image, None
+    alpha = image.convert("RGBA").getchannel("A")
+    if image.mode in ("L", "LA"):
+        return image.getchannel("L"), alpha
+    return image.convert("RGBA").convert("RGB"), alpha
+
+
+def _grey_levels(image: Image.Image, values: npt.NDArray[Any]) -> Pixels:
+    """Samples of more than 8 bits as uint8."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        white = (1 << tags.get(_BITS, (16,))[0]) - 1
+        table = np.minimum((np.arange(65536) * 255 + white // 2) // white, 255).astype(np.uint8)
+        levels: Pixels = table[values]
+    else:
+        if tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,):
+            values = values.view(np.uint32)
+        levels = _scaled(values, white=65535 if image.format == "PPM" and image.mode == "I" else 0)
+    # Pillow inverts 8-bit TIFFs whose 0 is white, and leaves wider ones as they are.
+    return np.invert(levels) if tags.get(_PHOTOMETRIC) == 0 else levels
+
+
+def _scaled(values: npt.NDArray[Any], white: int) -> Pixels:
+    """Floats or integers as levels of grey; ``white`` is 0 where the format defines none."""
+    real = values.dtype.kind == "f"
+    values = values.astype(np.float64)
+    values[~np.isfinite(values)] = 0
+    low, high = float(values.min()), float(values.max())
+    # Resampling overshoots, and a float above 1 is a highlight: twice the white is still white.
+    if real and low >= -0.05 and high <= 2:
+        low, high = 0, 1
+    elif low >= 0:
+        low, high = 0, white or next((scale for scale in (255, 65535) if high <= scale), high)
+    values -= low
+    values *= 255 / max(high - low, np.finfo(np.float64).tiny)
+    levels: Pixels = np.rint(values.clip(0, 255)).astype(np.uint8)
+    return levels
+
+
+def _srgb(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
+    """Convert to RGB by the ICC profile, or a PNG's gamma, where there is one."""
+    profile = info.get("icc_profile")
+    if profile:
+        space = _colour_space(profile)
+        if space == "RGB" and image.mode in ("L", "YCbCr", "HSV"):
+            image = image.convert("RGB")
+        transform = _transform(profile, image.mode) if image.mode == space else None
+        if transform is not None:
+            return _apply(transform, image)
+    if image.mode == "LAB":
+        return _apply(_lab_transform(), image)
+    image = image.convert("RGB")
+    exponent = 1 / (info.get("gamma") or 1 / _DISPLAY_GAMMA) / _DISPLAY_GAMMA
+    if profile or "srgb" in info or abs(exponent - 1) < 0.05:
+        return image
+    levels = 255 * (np.arange(256) / 255) ** exponent
+    return image.point(np.rint(levels).astype(int).tolist() * 3)
+
+
+def _apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
+    found = ImageCms.applyTransform(image, transform)
+    assert found is not None  # None where the image itself is changed
+    return found
+
+
+def _colour_space(profile: bytes) -> str:
+    """The mode of the images that a profile describes; empty where it cannot be read."""
+    with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return _MODES.get(opened.profile.xcolor_space.strip(), "")
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where it is damaged, or is sRGB already."""
+    try:
+        transform = _to_srgb(ImageCms.ImageCmsProfile(io.BytesIO(profile)), mode)
+        if mode == "CMYK":
+            return transform
+        levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
+        probe = Image.fromarray(cube).convert(mode)
+        converted, plain = _apply(transform, probe), probe.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    change = np.asarray(converted).astype(int) - np.asarray(plain)
+    return transform if np.abs(change).max() > _ROUNDING else None
+
+
+@lru_cache(maxsize=1)
+def _lab_transform() -> ImageCms.ImageCmsTransform:
+    return _to_srgb(ImageCms.createProfile("LAB"), "LAB")
+
+
+def _to_srgb(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
+    # A transform's cache of the last pixel is not safe between threads.
+    return ImageCms.buildTransform(
+        profile, ImageCms.createProfile("sRGB"), mode, "RGB", flags=ImageCms.Flags.NOCACHE
+    )
