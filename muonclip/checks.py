@@ -142,6 +142,11 @@ def entries(params: Any, group_index: int) -> list[Entry]:
             raise ValueError(f"{text} is sparse; MuonClip needs dense tensors")
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(f"{text} is computed from others; MuonClip updates leaf tensors only")
+        if _may_overlap(param):
+            raise ValueError(
+                f"{text} has elements that share memory (strides {param.stride()}), which a step "
+                "would write more than once: use its .clone() or .contiguous()"
+            )
         if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_shape"):
             # Such a part is a vector: AdamW would take all of the model, and nobody would know.
             raise ValueError(
@@ -153,6 +158,17 @@ def entries(params: Any, group_index: int) -> list[Entry]:
         unnamed = next(entry for entry in result if entry.name is None)
         raise ValueError(f"either all parameters have names or none: {unnamed.label} has none")
     return result
+
+
+def _may_overlap(param: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do."""
+    length = 1
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1:
+            if stride < length:
+                return True
+            length += stride * (size - 1)
+    return False
 
 
 def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from muonclip import checks
+from muonclip.adamw import AdamWRow, adamw_step
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
 from muonclip.orthogonalize import AdjustLR, Coefficients
@@ -387,39 +386,27 @@ class MuonClip(Optimizer):
         for p, own, state in zip(params, held, states, strict=True):
             target = _target(own, state)
             targets.append(target.float() if checks.rounds(group, p) else target)
-        alike = defaultdict(list)  # what torch's kernels take together
+        rows = []
         for p, target, state in zip(params, targets, states, strict=True):
-            if state["step"].device != target.device:  # loaded from a file
-                state["step"] = state["step"].to(target.device)
-            if not target.numel():
+            if target.numel():
+                average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                rows.append(
+                    AdamWRow(target, local_gradient(p), average, square, local(state["step"]))
+                )
+            else:
                 # Counted on empty shards too: a checkpoint keeps one rank's step for all.
                 state["step"] += 1 if found is None else 1 - found
-                continue
-            average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
-            row = (target, local_gradient(p).to(target.dtype), average, square, state["step"])
-            alike[target.device, target.dtype, average.dtype].append(row)
         beta1, beta2 = group["adamw_betas"]
-        for (device, _, _), rows in alike.items():
-            fused = device.type in _get_fused_kernels_supported_devices()
-            moved, gradients, averages, squares, steps = map(list, zip(*rows, strict=True))
-            adamw(
-                moved,
-                gradients,
-                averages,
-                squares,
-                [],
-                steps,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["adamw_eps"],
-                maximize=group["maximize"],
-                fused=fused,
-                foreach=not fused,
-                found_inf=found,
-            )
+        adamw_step(
+            rows,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["adamw_eps"],
+            maximize=group["maximize"],
+            found_inf=found,
+        )
         write_back(
             [
                 (target, own, (group["updates"], number))

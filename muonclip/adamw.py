@@ -1,0 +1,112 @@
+"""AdamW's step, by torch's kernels, on tensors of any strides."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from muonclip.update import Scalar
+
+
+class AdamWRow(NamedTuple):
+    """A non-empty parameter in a step: local tensors of one shape on one device.
+
+    Attributes:
+        param: the tensor to update.
+        gradient: not changed.
+        average, square: first and second moment.
+        step: 0-d float32.
+    """
+
+    param: Tensor
+    gradient: Tensor
+    average: Tensor
+    square: Tensor
+    step: Tensor
+
+
+def adamw_step(
+    rows: Sequence[AdamWRow],
+    *,
+    lr: Scalar,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+    found_inf: Tensor | None,
+) -> None:
+    """Update parameters, moments and steps in place; nothing where ``found_inf`` is 1.
+
+    torch's fused kernels read and write the memory of dense tensors in its order. The one for CPUs
+    does not look at strides, that for CUDA raises unless all are the same. Tensors that differ in
+    strides or dtype from their parameter, or have gaps, therefore take part as copies.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWRow, AdamWRow]]]
+    groups = defaultdict(list)
+    for row in rows:
+        dense = _dense(row)
+        groups[dense.param.device, dense.param.dtype].append((row, dense))
+    for (device, _), pairs in groups.items():
+        fused = device.type in _get_fused_kernels_supported_devices()
+        skip = None if fused else found_inf
+        if skip is not None:  # which only fused kernels know
+            pairs = [(row, AdamWRow(*map(torch.clone, dense))) for row, dense in pairs]
+        params, gradients, averages, squares, steps = map(
+            list, zip(*(dense for _, dense in pairs), strict=True)
+        )
+        adamw(
+            params,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=maximize,
+            fused=fused,
+            foreach=not fused,
+            found_inf=found_inf if fused else None,
+        )
+        for row, dense in pairs:
+            for name in ("param", "average", "square", "step"):
+                old, new = getattr(row, name), getattr(dense, name)
+                if new is not old:
+                    old.copy_(new if skip is None else torch.where(skip == 0, new.to(old), old))
+
+
+def _dense(row: AdamWRow) -> AdamWRow:
+    """The row with dense tensors of the same strides and dtype, copied where needed."""
+    param = row.param
+    dtype = torch.promote_types(param.dtype, row.average.dtype)
+    strides = param.stride() if _is_dense(param) else None
+
+    def fit(tensor: Tensor) -> Tensor:
+        if tensor.dtype == dtype and tensor.stride() == strides:
+            return tensor
+        if strides is None:
+            return torch.empty(param.shape, dtype=dtype, device=param.device).copy_(tensor)
+        copy = torch.empty_strided(param.shape, strides, dtype=dtype, device=param.device)
+        return copy.copy_(tensor)
+
+    return AdamWRow(*map(fit, row[:4]), row.step)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a piece of memory without gaps or overlaps, in any order."""
+    length = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != length:
+                return False
+            length *= size
+    return True
