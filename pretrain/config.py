@@ -1,26 +1,111 @@
 """The configuration of a run: typed, validated, read from YAML plus dotted overrides.
 
-Every setting is a field of one of the dataclasses below, with its meaning and default. A file
-only says what differs; ``key.sub=value`` on the command line differs from the file.
+Every setting is a field of one of the dataclasses below, with its meaning, default and allowed
+values. A file contains the settings that differ from the defaults; ``key.sub=value`` on the command
+line takes precedence over the file.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import itertools
+import os
+import string
 import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
+from pretrain import yaml_core
 from pretrain.errors import PretrainError
 
 T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------- allowed values
+
+
+class Rule(typing.Protocol):
+    """Values that a setting can have, as metadata of its type."""
+
+    text: str
+    """For people; reads on after "must be"."""
+
+    def allows(self, value: Any) -> bool: ...
+
+
+class In:
+    """The numbers of an interval in mathematical notation: ``In("(0, 1]")``. Never NaN."""
+
+    def __init__(self, interval: str) -> None:
+        low, high = interval[1:-1].split(",")
+        self.low, self.high = float(low), float(high)
+        self.low_open, self.high_open = interval[0] == "(", interval[-1] == ")"
+        self.text = f"in {interval}"
+
+    def allows(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+
+class NonEmpty:
+    """Text of at least one character, without NUL."""
+
+    text = "text that is not empty"
+
+    def allows(self, value: str) -> bool:
+        return value.strip() != "" and "\0" not in value
+
+
+class PathRule:
+    """A path, in which :func:`load` expands ``~`` and ``$VARIABLE``.
+
+    Args:
+        optional: empty text means none.
+    """
+
+    def __init__(self, *, optional: bool = False) -> None:
+        self._optional = optional
+        self.text = "a path" + (" or empty" if optional else "")
+
+    def allows(self, value: str) -> bool:
+        return "\0" not in value and (value.strip() != "" or (self._optional and not value))
+
+
+# Upper limits are far above any use: they refuse slips such as a missing decimal point, and keep
+# sizes that are multiplied within 64 bits.
+Size = Annotated[int, In("[1, 1048576]")]
+Layers = Annotated[int, In("[1, 10000]")]
+Steps = Annotated[int, In("[1, 1000000000]")]
+StepsOrZero = Annotated[int, In("[0, 1000000000]")]
+Tokens = Annotated[int, In("[1, 16777216]")]
+Ranks = Annotated[int, In("[1, 1048576]")]
+Positive = Annotated[float, In("[1e-30, 1e30]")]
+Share = Annotated[float, In("[0, 1]")]
+Decay = Annotated[float, In("[0, 1)")]
+RopeBase = Annotated[float, In("(1, 1e12]")]
+Name = Annotated[str, NonEmpty()]
+PathName = Annotated[str, PathRule()]
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _rule(hint: Any) -> Rule | None:
+    """The rule in a setting's type, or in one part of a union or of a tuple."""
+    if typing.get_origin(hint) is Annotated:
+        rule: Rule = hint.__metadata__[0]
+        return rule
+    if _is_union(hint) or typing.get_origin(hint) is tuple:
+        return next(filter(None, map(_rule, typing.get_args(hint))), None)
+    return None
 
 
 def _require(condition: bool, message: str) -> None:
@@ -28,99 +113,105 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_positive(options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        _require(value > 0, f"{name} must be > 0, not {value}")
+@dataclass(frozen=True)
+class Settings:
+    """A section of the configuration: fields whose types say which values are allowed.
+
+    Raises:
+        ValueError: a value is not allowed, or contradicts another one; the message begins with
+            the setting's name.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            rule, value = _rule(hint), getattr(self, name)
+            if rule is None or value is None:
+                continue
+            for item in value if isinstance(value, tuple) else (value,):
+                also = " or null" if type(None) in typing.get_args(hint) else ""
+                _require(rule.allows(item), f"{name} must be {rule.text}{also}, not {_shown(item)}")
+        self._check()
+
+    def _check(self) -> None:
+        """Compare settings with each other."""
+
+
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
-class RopeScalingConfig:
+class RopeScalingConfig(Settings):
     """YaRN (arXiv 2309.00071): positions for longer sequences than the model has learned from.
 
     The names are those of ``rope_scaling`` in DeepSeek-V3's and Kimi K2's config.json.
     """
 
-    factor: float = 1.0
+    factor: Annotated[float, In("[1, 1e6]")] = 1.0
     """How many times longer sequences become; 1: positions are as they were."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Tokens | None = None
     """The data.seq_length that the model was pretrained with; needed where ``factor`` is above
     1."""
-    beta_fast: float = 32.0
+    beta_fast: Annotated[float, In("[1e-6, 1e6]")] = 32.0
     """Rotary channels that turn more often than this over the original length stay as they are."""
-    beta_slow: float = 1.0
+    beta_slow: Annotated[float, In("[1e-6, 1e6]")] = 1.0
     """Those that turn less often are slowed down by ``factor``; between the two, partly."""
-    mscale: float = 1.0
+    mscale: Annotated[float, In("[1e-6, 1000]")] = 1.0
     """Rotary queries and keys are multiplied by m(mscale) / m(mscale_all_dim), where m(x) =
     0.1 x ln(factor) + 1."""
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: Annotated[float, In("[0, 1000]")] = 1.0
     """Attention's logits are multiplied by m(mscale_all_dim) squared."""
 
-    def __post_init__(self) -> None:
-        original = self.original_max_position_embeddings
-        _require(1 <= self.factor < float("inf"), f"factor must be >= 1, not {self.factor}")
+    def _check(self) -> None:
         _require(
-            self.factor == 1 or original is not None,
+            self.factor == 1 or self.original_max_position_embeddings is not None,
             f"original_max_position_embeddings must be given with factor={self.factor}: the "
             "data.seq_length that the model was pretrained with",
         )
-        _require(
-            original is None or original > 0,
-            f"original_max_position_embeddings must be > 0 or null, not {original}",
-        )
-        _require_positive(self, "beta_slow", "mscale")
         _require(
             self.beta_fast >= self.beta_slow,
             f"beta_fast={self.beta_fast} must be >= beta_slow={self.beta_slow}",
         )
         _require(
-            self.mscale_all_dim > 0 or (self.mscale_all_dim == 0 and self.mscale == 1),
-            f"mscale_all_dim must be > 0, or 0 beside mscale=1, not {self.mscale_all_dim} beside "
+            self.mscale_all_dim > 0 or self.mscale == 1,
+            f"mscale_all_dim must be > 0, or 0 with mscale=1, not {self.mscale_all_dim} with "
             f"mscale={self.mscale}: programs differ in what that means",
         )
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
+class LanguageConfig(Settings):
     """The language model: multi-head latent attention and mixture of experts (Kimi K2's shape)."""
 
-    num_layers: int = 4
-    dense_layers: int = 1
+    num_layers: Layers = 4
+    dense_layers: Annotated[int, In("[0, 9999]")] = 1
     """The first layers that have a dense MLP in place of experts."""
-    hidden_size: int = 128
-    ffn_hidden_size: int = 384
+    hidden_size: Size = 128
+    ffn_hidden_size: Size = 384
     """MLP width of the dense layers."""
-    num_heads: int = 4
-    q_lora_rank: int = 64
-    kv_lora_rank: int = 48
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
-    rope_base: float = 10000.0
+    num_heads: Size = 4
+    q_lora_rank: Size = 64
+    kv_lora_rank: Size = 48
+    qk_nope_head_dim: Size = 32
+    qk_rope_head_dim: Annotated[int, In("[2, 1048576]")] = 16
+    v_head_dim: Size = 32
+    rope_base: RopeBase = 10000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    num_experts: int = 8
-    experts_per_token: int = 2
-    expert_ffn_hidden_size: int = 128
-    shared_expert_ffn_hidden_size: int = 128
-    router_scaling: float = 2.0
+    num_experts: Size = 8
+    experts_per_token: Size = 2
+    expert_ffn_hidden_size: Size = 128
+    shared_expert_ffn_hidden_size: Size = 128
+    router_scaling: Annotated[float, In("[1e-6, 1e6]")] = 2.0
     """The routed experts' normalised scores are multiplied by this (K2: 2.827)."""
-    expert_bias_update_rate: float = 1e-3
+    expert_bias_update_rate: Share = 1e-3
     """Step of the auxiliary-loss-free load balancing."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, In("[1e-12, 1]")] = 1e-5
     """RMSNorm's epsilon. The norms of MLA's latents have 1e-6 whatever this says, as in
     DeepSeek-V3's code."""
-    init_std: float = 0.02
+    init_std: Annotated[float, In("[1e-12, 100]")] = 0.02
 
-    def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            *("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "q_lora_rank"),
-            *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_base"),
-            *("num_experts", "experts_per_token", "expert_ffn_hidden_size"),
-            *("shared_expert_ffn_hidden_size", "router_scaling", "norm_eps", "init_std"),
-        )
+    def _check(self) -> None:
         _require(
-            0 <= self.dense_layers < self.num_layers,
+            self.dense_layers < self.num_layers,
             f"dense_layers must leave a layer of experts: 0..{self.num_layers - 1}, "
             f"not {self.dense_layers}",
         )
@@ -129,31 +220,30 @@ class LanguageConfig:
             f"experts_per_token is {self.experts_per_token} of only {self.num_experts} experts",
         )
         _require(
+            self.hidden_size >= self.num_heads,
+            f"hidden_size={self.hidden_size} must be >= num_heads={self.num_heads}",
+        )
+        _require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}",
         )
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Settings):
     """The vision encoder (MoonViT-3D; the defaults are its full size) and its projector."""
 
-    num_layers: int = 27
-    hidden_size: int = 1152
-    num_heads: int = 16
-    ffn_hidden_size: int = 4304
-    patch_size: int = 14
+    num_layers: Layers = 27
+    hidden_size: Annotated[int, In("[4, 1048576]")] = 1152
+    num_heads: Annotated[int, In("[1, 262144]")] = 16
+    ffn_hidden_size: Size = 4304
+    patch_size: Annotated[int, In("[2, 1024]")] = 14
     """Pixels along a patch's side. Each 2x2 patches become one token of the language model."""
-    position_grid: int = 64
+    position_grid: Annotated[int, In("[1, 4096]")] = 64
     """Side of the table of learned positions, interpolated to every image's grid."""
-    rope_base: float = 10000.0
+    rope_base: RopeBase = 10000.0
 
-    def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            *("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size"),
-            *("position_grid", "rope_base"),
-        )
+    def _check(self) -> None:
         _require(
             self.hidden_size % (4 * self.num_heads) == 0,
             f"hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple "
@@ -162,33 +252,30 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(Settings):
     """Images and clips of text: what is drawn, and how."""
 
-    min_chars: int = 4
-    max_chars: int = 20
+    min_chars: Annotated[int, In("[1, 200]")] = 4
+    max_chars: Annotated[int, In("[1, 200]")] = 20
     """Length of a caption, which is the text in the image."""
-    min_font_size: int = 14
-    max_font_size: int = 22
+    min_font_size: Annotated[int, In("[4, 256]")] = 14
+    max_font_size: Annotated[int, In("[4, 256]")] = 22
     """Pixels. Up to about 22 a line is one row of language-model tokens (28 pixels)."""
-    large_share: float = 0.1
+    large_share: Share = 0.1
     """Share of images with up to twice the largest font size."""
-    wrapped_share: float = 0.1
+    wrapped_share: Share = 0.1
     """Share of images whose text is wrapped to several lines."""
-    clip_share: float = 0.1
+    clip_share: Share = 0.1
     """Share of items that are clips of 2 to 4 frames."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "min_chars", "min_font_size")
-        _require(self.max_chars >= self.min_chars, "max_chars must be >= min_chars")
-        _require(self.max_font_size >= self.min_font_size, "max_font_size must be >= min_font_size")
-        for name in ("large_share", "wrapped_share", "clip_share"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
+    def _check(self) -> None:
+        for what in ("chars", "font_size"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            _require(low <= high, f"max_{what}={high} must be >= min_{what}={low}")
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Settings):
     """One of a run's own sources of data."""
 
     type: Literal[
@@ -199,11 +286,11 @@ class SourceConfig:
     shards prepared for megatron-energon; standard_library: the built-in text. chat: JSONL of
     conversations, of which the assistant's replies are learnt, for supervised finetuning;
     standard_library_chat: questions and answers from the built-in text."""
-    path: str = ""
+    path: Annotated[str, PathRule(optional=True)] = ""
     """A file, a folder (with what is below it) or a pattern such as data/*.jsonl.gz."""
-    weight: float = 1.0
+    weight: Annotated[float, In("[0, 1e9]")] = 1.0
     """Its share of tokens beside the other sources of text, or the other sources of images."""
-    field: str = "text"
+    field: Name = "text"
     """Where in a JSON object the text is; of images, the caption (`caption` is found too); of
     conversations, the list of messages (`messages` is found too)."""
     split: Literal["hash", "train", "held_out"] = "hash"
@@ -218,8 +305,7 @@ class SourceConfig:
         """Whether its documents are of the kind that may have images."""
         return self.type in ("images", "energon")
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.weight < float("inf"), f"weight must be >= 0, not {self.weight}")
+    def _check(self) -> None:
         built_in = self.type in ("standard_library", "standard_library_chat")
         _require(
             bool(self.path) != built_in,
@@ -230,52 +316,36 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The data: the built-in text and drawn images, or a run's own sources."""
 
-    seq_length: int = 256
+    seq_length: Annotated[int, In("[64, 16777216]")] = 256
     """Tokens in a packed sequence."""
-    vocab_size: int = 1024
+    vocab_size: Annotated[int, In("[300, 16777216]")] = 1024
     """Of the byte-level BPE tokenizer trained on the text, as far as the text has so many; with
     ``tokenizer``, that one's counts, and this is what `plan` reckons with."""
-    vision_share: float = 0.1
+    vision_share: Annotated[float, In("[0, 0.3]")] = 0.1
     """Share of all tokens that are image placeholders."""
-    max_corpus_mb: float = 8.0
+    max_corpus_mb: Annotated[float, In("[0.1, 1e6]")] = 8.0
     """Text used at most, in 10^6 bytes; of own sources, to train the tokenizer on."""
-    cache_dir: str = ".cache/pretrain"
+    cache_dir: PathName = ".cache/pretrain"
     """Where the tokenizer and the tokenized text are kept."""
     images: ImageConfig = field(default_factory=ImageConfig)
     sources: tuple[SourceConfig, ...] = ()
     """Own data, a list; without it, the standard library's text and images of lines of it."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """A Hugging Face tokenizer.json or a tiktoken file; null: one is trained on the text."""
-    held_out: float = 0.02
+    held_out: Decay = 0.02
     """Share of an own source's documents that is held out."""
-    max_image_tokens: int | None = None
+    max_image_tokens: Tokens | None = None
     """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
-    video_fps: float = 2.0
+    video_fps: Annotated[float, In("[0.001, 1000]")] = 2.0
     """Frames a second that are taken of a video file (the processor of Kimi K2.5 takes 2)."""
-    max_corrupt: int = 100
+    max_corrupt: StepsOrZero = 100
     """Corrupt samples that are skipped, listed in the run_dir's skipped.jsonl, before the run
     ends."""
 
-    def __post_init__(self) -> None:
-        _require(self.seq_length >= 64, f"seq_length must be >= 64, not {self.seq_length}")
-        _require(
-            self.vocab_size >= 300,
-            f"vocab_size must be >= 300 (256 bytes, special tokens, merges), not {self.vocab_size}",
-        )
-        _require(
-            0 <= self.vision_share <= 0.3,
-            f"vision_share must be in [0, 0.3] (captions need more room than images), "
-            f"not {self.vision_share}",
-        )
-        _require_positive(self, "max_corpus_mb")
-        if self.max_image_tokens is not None:
-            _require_positive(self, "max_image_tokens")
-        _require(0 < self.video_fps < float("inf"), f"video_fps must be > 0, not {self.video_fps}")
-        _require(0 <= self.held_out < 1, f"held_out must be in [0, 1), not {self.held_out}")
-        _require(self.max_corrupt >= 0, f"max_corrupt must be >= 0, not {self.max_corrupt}")
+    def _check(self) -> None:
         _require(
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
@@ -289,57 +359,43 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """MuonClip, its schedule and QK-Clip."""
 
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Peak learning rate of the matrices (Muon)."""
-    adamw_lr: float | None = None
+    adamw_lr: Positive | None = None
     """Peak learning rate of everything else (AdamW); the same as ``lr`` when null."""
-    weight_decay: float = 0.1
-    momentum: float = 0.95
-    ns_steps: int = 5
+    weight_decay: Annotated[float, In("[0, 1000]")] = 0.1
+    momentum: Decay = 0.95
+    ns_steps: Annotated[int, In("[1, 100]")] = 5
     ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Newton-Schulz's precision; auto: bfloat16 on accelerators, float32 on a CPU."""
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.95
-    qk_clip_threshold: float = 100.0
+    adamw_beta1: Decay = 0.9
+    adamw_beta2: Decay = 0.95
+    qk_clip_threshold: Positive = 100.0
     """QK-Clip's tau: no head's attention logit is let grow past it."""
-    clip_grad_norm: float = 1.0
-    warmup_steps: int = 50
-    decay_steps: int = 150
+    clip_grad_norm: Positive = 1.0
+    warmup_steps: StepsOrZero = 50
+    decay_steps: StepsOrZero = 150
     """Length of the cosine decay that ends the run; the rate is constant before it."""
-    final_lr_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "lr", "ns_steps", "qk_clip_threshold", "clip_grad_norm")
-        _require(self.adamw_lr is None or self.adamw_lr > 0, "adamw_lr must be > 0 or null")
-        for name in ("weight_decay", "warmup_steps", "decay_steps"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0, not {getattr(self, name)}")
-        for name in ("momentum", "adamw_beta1", "adamw_beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must be in [0, 1), not {value}")
-        _require(
-            0 <= self.final_lr_fraction <= 1,
-            f"final_lr_fraction must be in [0, 1], not {self.final_lr_fraction}",
-        )
+    final_lr_fraction: Share = 0.1
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """How the model is spread over the processes; what is left over is data parallel."""
 
-    expert: int = 1
+    expert: Ranks = 1
     """Expert-parallel size: the experts are divided over this many ranks."""
-    tensor: int = 1
+    tensor: Ranks = 1
     """Tensor-parallel size, with sequence parallelism: each matrix is cut over this many ranks."""
-    pipeline: int = 1
+    pipeline: Ranks = 1
     """Pipeline stages: the layers are divided over this many ranks (1F1B schedule)."""
-    interleave: int = 1
+    interleave: Ranks = 1
     """Runs of layers on each pipeline stage; above 1 the interleaved schedule."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "expert", "tensor", "pipeline", "interleave")
+    def _check(self) -> None:
         _require(
             self.interleave == 1 or self.pipeline > 1,
             f"interleave={self.interleave} needs pipeline stages: set pipeline above 1",
@@ -371,7 +427,7 @@ RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 @dataclass(frozen=True)
-class RecomputeConfig:
+class RecomputeConfig(Settings):
     """Activations of the language model that are computed again in the backward, not kept."""
 
     granularity: Literal["none", "selective", "full"] = "none"
@@ -379,14 +435,13 @@ class RecomputeConfig:
     method: Literal["uniform", "block"] = "uniform"
     """full: uniform keeps the input of every ``num_layers`` layers; block recomputes the first
     ``num_layers`` of each run of layers, and keeps the others' activations."""
-    num_layers: int = 1
+    num_layers: Layers = 1
     """See ``method``."""
     modules: tuple[RecomputedModule, ...] = ("core_attn",)
     """selective: attention's logits and weights; dense MLPs; layers of experts, or their shared
     experts alone."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "num_layers")
+    def _check(self) -> None:
         _require(
             self.granularity != "selective" or len(self.modules) > 0,
             "modules must name what is recomputed, or granularity be none",
@@ -394,7 +449,7 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True)
-class EncoderProcessConfig:
+class EncoderProcessConfig(Settings):
     """The Decoupled Encoder Process."""
 
     enabled: bool = True
@@ -405,36 +460,28 @@ class EncoderProcessConfig:
     cost: Literal["counted", "measured"] = "counted"
     """What an item costs: FLOPs counted from shapes; or measured on the first rank for a few
     seconds when the run begins, and kept in run_dir."""
-    max_patches: int = 16384
+    max_patches: Annotated[int, In("[1, 2147483647]")] = 16384
     """Patches that go through the encoder at a time: bounds the memory of its activations."""
-    max_patches_per_rank: int | None = None
+    max_patches_per_rank: Annotated[int, In("[1, 2147483647]")] | None = None
     """Patches that a rank is given to encode in a step, at most: bounds the memory of their pixels.
     An image larger than that has a rank to itself. null: as many as balance asks for."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "max_patches")
-        most = self.max_patches_per_rank
-        _require(most is None or most > 0, f"max_patches_per_rank must be > 0 or null, not {most}")
-
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """What is saved, and when."""
 
-    every: int = 100
+    every: Steps = 100
     """Steps between checkpoints; one is always written at the end."""
-    keep: int = 2
+    keep: Annotated[int, In("[1, 1000000]")] = 2
     """The newest checkpoints that stay."""
     asynchronous: bool = True
     """Copy to memory, and write while training goes on. An error is told after the step in which
     it is found; a kill loses the steps since the last checkpoint that was written to its end."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "every", "keep")
-
 
 @dataclass(frozen=True)
-class FaultConfig:
+class FaultConfig(Settings):
     """What is done about a bad step, and about ranks that hang."""
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
@@ -443,92 +490,82 @@ class FaultConfig:
     that follows this step's."""
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
     """The same of a loss far above those before it."""
-    spike_window: int = 64
+    spike_window: Annotated[int, In("[4, 100000]")] = 64
     """Losses that a step's is compared with; the first so many steps are no spikes."""
-    spike_deviations: float = 10.0
+    spike_deviations: Annotated[float, In("[1e-6, 1e6]")] = 10.0
     """A spike is above their median by more than so many standard deviations, estimated as 1.4826
     times the median absolute deviation (and no less than a thousandth of the median)."""
-    max_in_a_row: int = 5
+    max_in_a_row: Steps = 5
     """Steps skipped one after another, or times rolled back to one checkpoint, before the run
     stops."""
-    hang_seconds: float = 1800.0
+    hang_seconds: Annotated[float, In("[0, 31536000]")] = 1800.0
     """Without progress for so long, each rank writes its stacks to stderr and run_dir, and ends;
     0: never. Longer than a step, an evaluation, and reading or writing a checkpoint may take;
     preparing data is not watched."""
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "spike_deviations", "max_in_a_row")
-        _require(self.spike_window >= 4, f"spike_window must be >= 4, not {self.spike_window}")
-        _require(self.hang_seconds >= 0, f"hang_seconds must be >= 0, not {self.hang_seconds}")
-
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Held-out evaluation."""
 
-    every: int = 200
+    every: Steps = 200
     """Steps between evaluations of the held-out loss; there is one before and after training."""
-    sequences: int = 64
+    sequences: Annotated[int, In("[1, 1000000]")] = 64
     """Packed held-out sequences in an evaluation."""
-    captions: int = 256
+    captions: Annotated[int, In("[2, 100000]")] = 256
     """Held-out images whose caption is scored with the right and with another's image."""
-    transcriptions: int = 8
+    transcriptions: Annotated[int, In("[0, 100000]")] = 8
     """Held-out images that the trained model transcribes at the end."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "every", "sequences")
-        _require(self.captions >= 2, f"captions must be >= 2 to swap images, not {self.captions}")
-        _require(self.transcriptions >= 0, "transcriptions must be >= 0")
 
 
 @dataclass(frozen=True)
-class WandbConfig:
+class WandbConfig(Settings):
     """Weights & Biases, beside TensorBoard."""
 
     enabled: bool = False
     """Needs ``pip install 'muonclip[wandb]'``."""
     mode: Literal["offline", "online"] = "offline"
     """Offline: into run_dir/wandb, to be sent by ``wandb sync``; online needs ``wandb login``."""
-    project: str = "pretrain"
+    project: Name = "pretrain"
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Settings):
     """Traces of torch's profiler."""
 
-    steps: tuple[int, int] | None = None
+    steps: tuple[Steps, Steps] | None = None
     """[first, last] step to record, into run_dir/traces: a file for each rank, for Perfetto."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if self.steps is not None:
             first, last = self.steps
             _require(
-                1 <= first <= last,
+                first <= last,
                 f"steps must be [first, last], 1 <= first <= last, not {[first, last]}",
             )
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """A run."""
 
-    run_dir: str = "runs/default"
+    run_dir: PathName = "runs/default"
     """Everything the run writes: metrics.jsonl, tensorboard/, checkpoints/, curves.png."""
-    start_from: str | None = None
+    start_from: PathName | None = None
     """The run_dir of another run: this one begins with the weights of its newest checkpoint, and
     its tokenizer; optimizer, schedule and data begin anew. Once this run has a checkpoint of its
     own, it goes on from that."""
-    seed: int = 0
-    steps: int = 1000
+    seed: Annotated[int, In("[0, 4294967295]")] = 0
+    steps: Steps = 1000
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 16
+    global_batch_size: Tokens = 16
     """Packed sequences in a step, over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: Tokens = 8
     """Packed sequences in one forward and backward on one rank."""
-    log_every: int = 10
+    log_every: Steps = 10
     """Steps between progress lines, and between samples of the update's RMS; metrics.jsonl has
     every step."""
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, In("[1e-6, 1e9]")] | None = None
     """TFLOP/s of one process that utilisation (mfu) is a share of; null: what a large matrix
     product reaches here when the run begins."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -547,14 +584,11 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
-    def __post_init__(self) -> None:
-        _require_positive(self, "steps", "global_batch_size", "micro_batch_size", "log_every")
+    def _check(self) -> None:
         _require(
-            self.start_from is None or Path(self.start_from) != Path(self.run_dir),
+            self.start_from is None
+            or os.path.realpath(self.start_from) != os.path.realpath(self.run_dir),
             f"start_from={self.start_from} is the run_dir itself: choose another run_dir",
-        )
-        _require(
-            self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops must be > 0 or null"
         )
         _require(
             self.profile.steps is None or self.profile.steps[1] <= self.steps,
@@ -646,60 +680,73 @@ class Config:
 
 
 def _type_name(expected: Any) -> str:
+    if typing.get_origin(expected) is typing.Annotated:
+        return _type_name(typing.get_args(expected)[0])
     if typing.get_origin(expected) is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(expected))
-    if isinstance(expected, types.UnionType):
+    if _is_union(expected):
         return " or ".join(_type_name(part) for part in typing.get_args(expected))
+    if typing.get_origin(expected) is tuple:
+        parts = [_type_name(part) for part in typing.get_args(expected) if part is not Ellipsis]
+        return f"a list of {parts[0]}" if parts[1:] == [] else f"a list [{', '.join(parts)}]"
     if expected is types.NoneType:
         return "null"
-    return str(expected) if typing.get_args(expected) else str(expected.__name__)
+    return str(expected.__name__)
+
+
+def _is_union(expected: Any) -> bool:
+    return typing.get_origin(expected) in (typing.Union, types.UnionType)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _convert(value: Any, expected: Any, key: str) -> Any:
     """Return ``value`` as ``expected``, or raise naming ``key``; never a lossy conversion."""
-    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+    if isinstance(expected, type) and issubclass(expected, Settings):
         return _build(expected, value, key)
     origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if isinstance(expected, types.UnionType):
+    if origin is typing.Annotated:
+        return _convert(value, args[0], key)
+    if _is_union(expected):
         for part in args:
             try:
                 return _convert(value, part, key)
             except PretrainError:
                 continue
     elif origin is Literal:
-        if value in args:
+        if isinstance(value, str) and value in args:
             return value
     elif origin is tuple and isinstance(value, list | tuple):
         if args[-1] is Ellipsis:
             return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
-    elif expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif expected is float and isinstance(value, str):
-        # YAML 1.1 reads 2e-3 (no point) as text.
-        try:
+    elif expected is float and type(value) is int:
+        with contextlib.suppress(OverflowError):  # more than a float can hold
             return float(value)
-        except ValueError:
-            pass
     elif type(value) is expected:
         return value
-    elif expected is types.NoneType and value is None:
-        return None
-    raise PretrainError(f"{key} must be {_type_name(expected)}, not {value!r}")
+    hint = ""
+    if expected is bool and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
+        hint = ": write true or false"
+    raise PretrainError(f"{key} must be {_type_name(expected)}, not {_shown(value)}{hint}")
 
 
 def _build(cls: type[T], values: Any, prefix: str) -> T:
     if not isinstance(values, dict):
-        raise PretrainError(f"{prefix or 'the configuration'} must be a mapping, not {values!r}")
-    hints = typing.get_type_hints(cls)
+        where = prefix or "the configuration"
+        raise PretrainError(f"{where} must be a mapping, not {_shown(values)}")
+    hints = _hints(cls)
     arguments = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in hints:
             near = difflib.get_close_matches(str(name), list(hints), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(hints)
-            raise PretrainError(f"unknown configuration key {key!r}: {hint}")
+            raise PretrainError(f"unknown configuration key {_shown(key)}: {hint}")
         arguments[name] = _convert(value, hints[name], key)
     try:
         return cls(**arguments)
@@ -707,43 +754,62 @@ def _build(cls: type[T], values: Any, prefix: str) -> T:
         raise PretrainError(f"{prefix}.{error}" if prefix else str(error)) from error
 
 
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put ``more`` into ``values``; a section changes in what it names."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise PretrainError(f"cannot read the override {override!r}: write key=value")
+    try:
+        value = yaml_core.read(text, comments=False)
+    except yaml.YAMLError as error:
+        raise PretrainError(
+            f"cannot read the value of the override {override!r}: {yaml_core.explain(error)}"
+        ) from error
     *parents, name = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise PretrainError(f"the override {override!r} goes into {parent!r}, which is a value")
-    try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PretrainError(f"cannot read the value of the override {override!r}") from error
+    _merge(values, {name: value})
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply ``key.sub=value`` overrides.
+    """Read a YAML file and apply ``key.sub=value`` overrides, of which the last one of a key wins.
+
+    In settings that are paths, ``~`` and ``$VARIABLE`` are expanded; ``$$`` is a dollar sign.
 
     Raises:
-        PretrainError: the file cannot be read, a key is unknown, or a value has the wrong type
-            or lies outside its range; the message names the key.
+        PretrainError: the file cannot be read, a key is unknown or given twice, or a value has the
+            wrong type or lies outside its range; the message names the key.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml_core.read(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PretrainError(f"the configuration {path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
-        line = str(error).replace("\n", " ")
-        raise PretrainError(f"the configuration {path} is not valid YAML: {line}") from error
+        raise PretrainError(
+            f"the configuration {path} is not valid YAML: {yaml_core.explain(error)}"
+        ) from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise PretrainError(f"the configuration {path} must be a mapping of keys to values")
-    return from_dict(values, overrides)
+    return _with_paths_expanded(from_dict(values, overrides), "")
 
 
 def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
-    """A configuration from plain values, such as a checkpoint keeps, and overrides.
+    """A configuration from plain values, such as a checkpoint contains, and overrides.
+
+    Paths stay as they are.
 
     Raises:
         PretrainError: as :func:`load`.
@@ -753,28 +819,88 @@ def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> C
     return _build(Config, values, "")
 
 
+def _with_paths_expanded(settings: S, prefix: str) -> S:
+    changed: dict[str, Any] = {}
+    for name, hint in _hints(type(settings)).items():
+        value, key = getattr(settings, name), f"{prefix}{name}"
+        if isinstance(value, Settings):
+            changed[name] = _with_paths_expanded(value, f"{key}.")
+        elif isinstance(value, tuple):
+            changed[name] = tuple(
+                _with_paths_expanded(item, f"{key}[{i}].") if isinstance(item, Settings) else item
+                for i, item in enumerate(value)
+            )
+        elif isinstance(value, str) and isinstance(_rule(hint), PathRule):
+            changed[name] = _expand(value, key)
+    try:
+        return dataclasses.replace(settings, **changed)
+    except ValueError as error:
+        raise PretrainError(f"{prefix}{error}") from error
+
+
+def _expand(path: str, key: str) -> str:
+    try:
+        expanded = string.Template(path).substitute(os.environ)
+    except KeyError as error:
+        raise PretrainError(
+            f"{key}={path}: the environment has no variable {error.args[0]}; set it, or write $$ "
+            "for a dollar sign"
+        ) from error
+    except ValueError as error:
+        raise PretrainError(f"{key}={path}: write $$ for a dollar sign") from error
+    home = os.path.expanduser(expanded)
+    if home.startswith("~"):
+        raise PretrainError(
+            f"{key}={path}: there is no user {home.split('/')[0][1:]!r}; write ./~ for a name that "
+            "begins with ~"
+        )
+    return home
+
+
+def escape_path(path: str) -> str:
+    """A path as a configuration file has to spell it, such that :func:`load` gives it back."""
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain values, every default included."""
     return dataclasses.asdict(config)
 
 
 def describe() -> str:
-    """Every setting with its type, default and meaning, a line each."""
+    """Every setting with its default, meaning and allowed values, a line each."""
     return "\n".join(_describe(Config, ""))
 
 
 def _describe(cls: type[Any], prefix: str) -> typing.Iterator[str]:
     meanings = _field_docstrings(cls)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _describe(hints[item.name], f"{prefix}{item.name}.")
+        hint = hints[item.name]
+        if isinstance(hint, type) and issubclass(hint, Settings):
+            yield from _describe(hint, f"{prefix}{item.name}.")
         else:
             meaning = " ".join(meanings.get(item.name, "").split())
-            yield f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
-            for part in typing.get_args(hints[item.name])[:1]:  # a list of such
-                if dataclasses.is_dataclass(part) and isinstance(part, type):
+            allowed = _allowed(hint)
+            line = f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
+            yield f"{line}  ({allowed})" if allowed else line
+            for part in typing.get_args(hint)[:1]:  # a list of such
+                if isinstance(part, type) and issubclass(part, Settings):
                     yield from _describe(part, f"{prefix}{item.name}[].")
+
+
+def _allowed(hint: Any) -> str:
+    """The values of a setting; empty where its type says everything."""
+    if typing.get_origin(hint) is tuple:
+        return _allowed(typing.get_args(hint)[0])
+    if _is_union(hint):
+        return " or ".join(filter(None, (_allowed(part) for part in typing.get_args(hint))))
+    if hint is types.NoneType:
+        return "null"
+    if typing.get_origin(hint) is Literal:
+        return _type_name(hint)
+    rule = _rule(hint)
+    return "" if rule is None else rule.text
 
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:

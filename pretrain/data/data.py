@@ -44,22 +44,21 @@ class Data(ABC):
         return Document(self.tokenizer).add_image(item, self.patch_size)
 
     def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
-        """The same captions, after the image they are of, and after another one's.
+        """The same captions, after their own image, and after another caption's image.
 
-        Two empty lists where the data has no two captions.
+        Pairs that do not fit a sequence are left out. Two empty lists if the data has no two
+        captions.
         """
         items = self.captioned_items(split, count)
         if len(items) < 2:
             return [], []
         swapped = [*items[1:], items[0]]
-        right, wrong = (
-            [
-                self.question(shown).add_caption(item.caption)
-                for item, shown in zip(items, others, strict=True)
-            ]
-            for others in (items, swapped)
-        )
-        return right, wrong
+        pairs = [
+            [self.question(shown).add_caption(item.caption) for shown in (item, other)]
+            for item, other in zip(items, swapped, strict=True)
+        ]
+        fitting = [pair for pair in pairs if max(map(len, pair)) <= self.config.seq_length]
+        return [right for right, _ in fitting], [wrong for _, wrong in fitting]
 
     def pack(self, documents: Sequence[Document], length: int) -> list[PackedSample]:
         """Sequences of ``length`` made of whole documents, in order."""

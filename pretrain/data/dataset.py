@@ -1,11 +1,11 @@
 """The built-in data: what is cached of it, and sequences made from it on the fly."""
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = 4
 _MAX_IMAGES_PER_DOCUMENT = 3
 _MAX_TEXT_BEFORE_IMAGE = 12
+# Images that are drawn without a new caption before there are taken to be no more.
+_MAX_DRAWS_IN_VAIN = 300
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,38 @@ class BuiltIn(Data):
         return packing.join(documents, length, self.patch_size, self.tokenizer.pad)
 
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
-        """``count`` single images, no caption twice; the same ones every time."""
+        """Up to ``count`` single images that fit a sequence, no caption twice; the same ones every
+        time."""
         items: dict[str, VisionItem] = {}
-        for index in range(100 * count):
-            if len(items) == count:
+        in_vain = 0
+        for index in itertools.count():
+            if len(items) == count or in_vain == _MAX_DRAWS_IN_VAIN:
                 break
             item = self._draw(split, self._rng(split, 1, index))
-            items.setdefault(item.caption, item)
-        if len(items) < count:
-            raise ValueError(f"{split} has fewer than {count} different captions")
+            in_vain += 1
+            if item.caption not in items and self._fits(item):
+                items[item.caption], in_vain = item, 0
         return list(items.values())
+
+    def require_images_that_fit(self) -> None:
+        """
+        Raises:
+            PretrainError: images are configured, and none of those that are drawn fits a sequence.
+        """
+        if self.has_images and not self.captioned_items("train", 1):
+            options = self.config.images
+            raise PretrainError(
+                f"no image of text fits data.seq_length={self.config.seq_length}: raise it, lower "
+                f"data.images.max_font_size={options.max_font_size} or data.images.max_chars="
+                f"{options.max_chars}, or raise vision.patch_size={self.patch_size}"
+            )
+
+    def _fits(self, item: VisionItem) -> bool:
+        # The cheap test first: an image can be far too large.
+        length = self.config.seq_length
+        return self._num_tokens(item) < length and (
+            len(self.question(item).add_caption(item.caption)) <= length
+        )
 
     def _rng(self, split: Split, purpose: int, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(split), purpose, index])
@@ -185,15 +209,19 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing | N
     for file in files:
         digest.update(f"{file.name}\0{file.text}\0".encode())
     folder = Path(config.cache_dir) / digest.hexdigest()[:16]
-    make = partial(BuiltIn, config, patch_size, seed)
+    loaded = None
     if folder.is_dir():
         try:
-            return make(*_load(folder))
+            loaded = _load(folder)
         except Exception as error:  # a damaged cache costs seconds; it must not cost the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
-    make_folder(folder, lambda empty: _build(empty, files, config.vocab_size, tokenizer))
-    return make(*_load(folder))
+    if loaded is None:
+        make_folder(folder, lambda empty: _build(empty, files, config.vocab_size, tokenizer))
+        loaded = _load(folder)
+    data = BuiltIn(config, patch_size, seed, *loaded)
+    data.require_images_that_fit()
+    return data
 
 
 def _build(

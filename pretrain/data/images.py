@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.config import ImageConfig
 from pretrain.data.pixels import Pixels
+from pretrain.errors import PretrainError
 
 # 2x2 patches become one token.
 MERGE = 2
@@ -149,7 +150,11 @@ def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDA
 
 
 def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Generator) -> str:
-    """Some words in a row of some line, ``min_chars`` to ``max_chars`` long where words allow."""
+    """Some words in a row of some line, ``min_chars`` to ``max_chars`` long where words allow.
+
+    Raises:
+        PretrainError: no line has words of that length.
+    """
     wanted = int(rng.integers(config.min_chars, config.max_chars + 1))
     for _ in range(100):
         words = lines[int(rng.integers(len(lines)))].split(" ")
@@ -161,8 +166,9 @@ def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Gener
             caption += " " + word
         if config.min_chars <= len(caption) <= config.max_chars:
             return caption
-    raise ValueError(
-        f"no words of {config.min_chars} to {config.max_chars} characters were found in 100 lines"
+    raise PretrainError(
+        f"data.images.min_chars={config.min_chars} to max_chars={config.max_chars}: the text has "
+        "no words of that length; choose a wider range"
     )
 
 

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain import state
+from pretrain import state, yaml_core
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -79,7 +78,8 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
         keep=1,
     )
     try:
-        written.write_text(f"# Made of {source.name}.\n{yaml.safe_dump(values, sort_keys=False)}")
+        origin = " ".join(source.name.split())  # a comment is one line
+        written.write_text(f"# Imported from {origin}.\n{yaml_core.dump(values)}")
     except OSError as error:
         raise PretrainError(f"cannot write {written}: {error.strerror}") from error
     return config
@@ -106,11 +106,11 @@ def _values(
     """What config.yaml is to say."""
     longest = (described.get("text_config") or described).get("max_position_embeddings", _LONGEST)
     return {
-        "run_dir": str(run_dir),
+        "run_dir": configuration.escape_path(str(run_dir)),
         "language": deepcopy(dict(language)),  # overrides are written into it
         **({"vision": dict(vision)} if vision else {}),
         "data": {
-            "tokenizer": str(run_dir / "tokenizer.json"),
+            "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
             "seq_length": min(longest, _LONGEST),
         },
     }

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, ImageConfig
 from pretrain.data import CAPTION, PackedSample, prepare
 from pretrain.data.dataset import BuiltIn
+from pretrain.errors import PretrainError
 from tests.pretrain.data.conftest import PATCH
 from tests.pretrain.data.test_packing import check
 
@@ -85,6 +88,38 @@ def test_swapped_captions_are_the_same_captions_beside_other_images(data: BuiltI
         assert one.patches[0].shape != other.patches[0].shape or not torch.equal(
             one.patches[0], other.patches[0]
         )
+
+
+@given(
+    font=st.integers(4, 128), chars=st.integers(4, 60), patch=st.sampled_from([2, 5, 14]),
+    length=st.sampled_from([64, 128, 1024]),
+)  # fmt: skip
+@settings(max_examples=6, deadline=None)
+def test_images_too_large_for_a_sequence_are_left_out_or_refused_in_a_line(
+    data: BuiltIn, font: int, chars: int, patch: int, length: int
+) -> None:
+    options = ImageConfig(min_font_size=font, max_font_size=font, max_chars=chars)
+    drawn = dataclasses.replace(
+        data,
+        config=dataclasses.replace(data.config, images=options, seq_length=length),
+        patch_size=patch,
+    )
+    try:
+        drawn.require_images_that_fit()
+    except PretrainError as error:
+        assert f"no image of text fits data.seq_length={length}: raise it" in str(error)
+    else:
+        for documents in drawn.caption_documents("held_out", 3):
+            assert all(sample.grids.numel() for sample in drawn.pack(documents, length))
+        assert len(drawn.sample("train", 0).tokens) == length
+
+
+def test_fewer_captions_than_asked_for_are_all_there_are(data: BuiltIn) -> None:
+    line = dataclasses.replace(data.corpora["held_out"], lines=["four words of text"])
+    few = dataclasses.replace(data, corpora={**data.corpora, "held_out": line})
+    found = few.captioned_items("held_out", 50)
+    assert 1 <= len(found) < 50
+    assert len({item.caption for item in found}) == len(found)
 
 
 @pytest.mark.parametrize("name", ["train.npy", "tokenizer.json", "held_out.json"])

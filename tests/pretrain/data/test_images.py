@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import ImageConfig
 from pretrain.data import images
+from pretrain.errors import PretrainError
 
 captions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
 
@@ -63,7 +64,7 @@ def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
 
 def test_lines_without_words_of_the_length_are_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
-    with pytest.raises(ValueError, match="no words of 10 to 12 characters"):
+    with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
         images.pick_caption(["a b c"], options, np.random.default_rng(0))
 
 
