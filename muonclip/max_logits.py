@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.kernels.max_logits import max_logits_triton, supports
+from muonclip.kernels.support import full_float32_products
 
 Mask: TypeAlias = Tensor | BlockMask
 
@@ -18,15 +19,21 @@ _LOGITS_AT_A_TIME_ELSEWHERE = 2**26
 
 
 class ScreenedMaxLogits(NamedTuple):
-    """What ``screened_max_logits`` found; float32 (float64 for float64 input), [heads].
+    """Result of ``screened_max_logits``; float32 (float64 for float64 input), [heads].
 
     Attributes:
-        max_logits: the largest logits; -inf for heads whose bound settles them.
-        bounds: what no logit exceeds.
+        max_logits: the largest logits; -inf for heads that were not computed.
+        bounds: upper bounds on the logits.
+        unbiased_max_logits: the largest logits without their additive bias, weighted by what the
+            bias leaves of the threshold: the maximum over entries of (S - b) / (1 - b/τ), where S
+            is the logit, b < τ its bias and τ the threshold. A head's q·k must be multiplied by
+            τ over this maximum for all these entries to be at most τ. Equal to ``max_logits``
+            where there is no bias; -inf for heads that were not computed.
     """
 
     max_logits: Tensor
     bounds: Tensor
+    unbiased_max_logits: Tensor
 
 
 @torch.no_grad()
@@ -36,75 +43,88 @@ def max_logits(
     *,
     scale: float | None = None,
     mask: Mask | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
     block_size: int = 64,
 ) -> Tensor:
-    """The largest input of each head's softmax, exactly and in blocks of queries.
+    """The largest input of each head's softmax, computed exactly and in blocks of queries.
 
     Arguments are as in ``torch.nn.functional.scaled_dot_product_attention``, after any rotary
-    embedding. Products are computed in at least float32. On a CPU keys that a block of queries
-    does not attend to (causal, sliding window, padding) cost nothing. On a GPU without a mask a
-    Triton kernel keeps the logits out of memory.
+    embedding. Products are computed in at least float32, whatever torch allows for matrix products
+    (autocast, TF32). On a CPU keys that a block of queries does not attend to (causal, sliding
+    window, padding) cost nothing. On a GPU without a mask a Triton kernel keeps the logits out of
+    memory.
 
     Args:
         query: [..., heads, queries, d].
         key: [..., groups, keys, d]; groups divides heads (GQA).
         scale: factor on the products; default: 1/√d.
         mask: broadcastable to [..., heads, queries, keys]: boolean, true where a query attends, or
-            floating, added to the logits, where -inf and the dtype's least number mask. Or
-            flex_attention's ``BlockMask``.
+            floating, added to the logits, where -inf and anything below half the dtype's least
+            number mask. Or flex_attention's ``BlockMask``.
+        bias: floating, broadcastable to the logits and added to them, such as a position bias or
+            ALiBi; the same as a floating mask, for use together with any mask.
         causal: a query attends to keys up to its own index.
         block_size: queries per block.
 
     Returns:
         float32 (or float64 for float64 input), [heads], without gradient; -inf for a head that
-        attends to nothing.
+        attends to nothing, such as in an empty batch or sequence.
 
     Raises:
         ValueError: if the shapes disagree or ``block_size`` is below 1.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    _check_shapes(query, key, mask)
-    if isinstance(mask, Tensor | None) and supports(query, key, mask):
+    _check_shapes(query, key, mask, bias)
+    if bias is None and isinstance(mask, Tensor | None) and supports(query, key, mask):
         scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
         return max_logits_triton(query, key, scale=scale, causal=causal)
-    return _max_logits(query, key, scale, mask, causal, block_size)
+    return _max_logits(query, key, scale, mask, bias, causal, block_size=block_size)[0]
 
 
 @torch.no_grad()
 def max_logits_bound(
-    query: Tensor, key: Tensor, *, scale: float | None = None, mask: Mask | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """An upper bound on ``max_logits``: the largest ‖q‖ times the largest ‖k‖ times the scale.
 
     Under the threshold it proves that a head needs no clipping, whatever attention kernel ran,
-    without computing a logit. Cauchy-Schwarz, per sequence of the batch. A floating mask can raise
-    logits: give it, and its largest value is added; one that only removes them is not looked at.
+    without computing a logit. Cauchy-Schwarz, per sequence of the batch. The largest value of a
+    floating mask and of a bias is added; a mask that only removes logits is not read.
 
     Args:
         query: [..., heads, queries, d].
         key: [..., groups, keys, d]; groups divides heads.
         scale: factor on the products; default: 1/√d.
         mask: as in ``max_logits``.
+        bias: as in ``max_logits``.
 
     Returns:
-        float32 (or float64 for float64 input), [heads], without gradient.
+        float32 (or float64 for float64 input), [heads], without gradient; -inf for an empty batch
+        or sequence.
 
     Raises:
         ValueError: if the shapes disagree.
     """
-    groups = _check_shapes(query, key, mask)
+    groups = _check_shapes(query, key, mask, bias)
     heads = query.size(-3)
-    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.full((heads,), -math.inf, dtype=dtype, device=query.device)
+    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     query_norm = torch.linalg.vector_norm(query, dim=-1, dtype=dtype).amax(-1)
     key_norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype).amax(-1)
     bound = query_norm.unflatten(-1, (groups, -1)) * key_norm.unsqueeze(-1) * abs(scale)
     largest: Tensor = bound.reshape(-1, heads).amax(0)
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        raised = mask.amax((-2, -1)) if mask.ndim > 1 else mask.amax()
-        largest = largest + (raised.flatten(0, -2).amax(0) if raised.ndim > 1 else raised)
+    for added in (mask, bias):
+        if isinstance(added, Tensor) and added.is_floating_point():
+            largest = largest + _added(_largest_of_heads(added), dtype)
     return largest
 
 
@@ -116,7 +136,9 @@ def screened_max_logits(
     *,
     scale: float | None = None,
     mask: Mask | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    exact: bool = False,
 ) -> ScreenedMaxLogits:
     """``max_logits`` of only those heads whose ``max_logits_bound`` is above the threshold.
 
@@ -128,31 +150,37 @@ def screened_max_logits(
     Args:
         query: [..., heads, queries, d].
         key: [..., groups, keys, d]; groups divides heads.
-        threshold: τ; -inf for the exact logits of every head.
+        threshold: τ.
         scale: factor on the products; default: 1/√d.
         mask: as in ``max_logits``.
+        bias: as in ``max_logits``.
         causal: a query attends to keys up to its own index.
+        exact: compute the logits of every head, whatever its bound.
 
     Raises:
         ValueError: if the shapes disagree.
     """
-    bounds = max_logits_bound(query, key, scale=scale, mask=mask)
-    if isinstance(mask, Tensor | None) and supports(query, key, mask):
+    bounds = max_logits_bound(query, key, scale=scale, mask=mask, bias=bias)
+    settled_at = -math.inf if exact else threshold
+    if bias is None and isinstance(mask, Tensor | None) and supports(query, key, mask):
         scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-        exact = max_logits_triton(
-            query, key, scale=scale, causal=causal, bound=bounds, threshold=threshold
+        largest = max_logits_triton(
+            query, key, scale=scale, causal=causal, bound=bounds, threshold=settled_at
         )
-        return ScreenedMaxLogits(exact, bounds)
+        return ScreenedMaxLogits(largest, bounds, largest)
     none = torch.full_like(bounds, -math.inf)
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
-        exact = _max_logits(query, key, scale, mask, causal)
-        return ScreenedMaxLogits(none.where(bounds <= threshold, exact), bounds)
-    heads = (~(bounds <= threshold)).nonzero().flatten()  # a bound that is NaN settles nothing
-    if heads.numel() == 0:
-        return ScreenedMaxLogits(none, bounds)
-    some = heads if heads.numel() < bounds.numel() else None
-    exact = _max_logits(query, key, scale, mask, causal, heads=some)
-    return ScreenedMaxLogits(none.index_copy(0, heads, exact), bounds)
+    heads = None
+    if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        heads = (~(bounds <= settled_at)).nonzero().flatten()  # a bound that is NaN settles nothing
+        if heads.numel() == 0:
+            return ScreenedMaxLogits(none, bounds, none)
+    some = heads if heads is not None and heads.numel() < bounds.numel() else None
+    maxima = _max_logits(query, key, scale, mask, bias, causal, heads=some, threshold=threshold)
+    if some is None:
+        largest, unbiased = (none.where(bounds <= settled_at, x) for x in maxima)
+    else:
+        largest, unbiased = (none.index_copy(0, some, x) for x in maxima)
+    return ScreenedMaxLogits(largest, bounds, unbiased)
 
 
 def _max_logits(
@@ -160,13 +188,23 @@ def _max_logits(
     key: Tensor,
     scale: float | None,
     mask: Mask | None,
+    bias: Tensor | None,
     causal: bool,
+    *,
     block_size: int = 64,
     heads: Tensor | None = None,
-) -> Tensor:
-    """``max_logits``, of all heads or of those listed."""
+    threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Largest logits and, given a threshold, largest unbiased ones; of all heads or those listed.
+
+    Without a threshold, or without anything floating added, both are the largest logits.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     device = query.device
+    count = query.size(-3) if heads is None else len(heads)
+    if query.numel() == 0 or key.numel() == 0:
+        none = torch.full((count,), -math.inf, dtype=dtype, device=device)
+        return none, none
     lead, (queries, dim), keys = query.shape[:-3], query.shape[-2:], key.size(-2)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     query, key = query.reshape(-1, *query.shape[-3:]), key.reshape(-1, *key.shape[-3:])
@@ -174,17 +212,18 @@ def _max_logits(
         query, key = query[:, heads], key[:, heads // (query.size(1) // key.size(1))]
     key = key.to(dtype).contiguous()
     batch, groups, per_group = *key.shape[:2], query.size(1) // key.size(1)
-    read_mask = _mask_reader(mask, lead, queries, keys, heads)
+    read_mask = _mask_reader(mask, bias, lead, queries, keys, heads, dtype)
 
     largest = torch.full((batch, groups, per_group), -math.inf, dtype=dtype, device=device)
-    if batch == 0 or queries == 0:
-        return torch.full((groups * per_group,), -math.inf, dtype=dtype, device=device)
+    floating = bias is not None or (isinstance(mask, Tensor) and mask.is_floating_point())
+    unbiased = largest.clone() if floating and threshold is not None else largest
     buffer = torch.empty(0, dtype=dtype, device=device)  # reused: fresh memory costs a CPU dearly
     for start in range(0, queries, block_size):
         stop = min(start + block_size, queries)
         first, last = 0, min(stop, keys) if causal else keys
         part = read_mask(start, stop)
         if part is not None and device.type == "cpu":  # elsewhere reading it would wait
+            part = _as_boolean(part)
             first, last = _span(part[..., :last])
         if first == last:
             continue
@@ -209,18 +248,34 @@ def _max_logits(
             if buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device=device)
             logits = buffer[:size].view(*block.shape[:2], last - first)
-            torch.bmm(block, keys_of_block, out=logits)
+            with full_float32_products(device):
+                torch.bmm(block, keys_of_block, out=logits)
             logits = logits.view(b.stop - b.start, -1, *shape)
+            added = None
             if part is not None:
                 by_batch = part[b] if part.size(0) > 1 else part
-                _apply_mask(logits, by_batch[:, g] if part.size(1) > 1 else by_batch)
-            if cap is not None:
-                at_edge = logits[..., edge - first :]
-                torch.minimum(at_edge, cap, out=at_edge)
-            seen = largest[b, g]
-            torch.maximum(seen, logits.flatten(-2).amax(-1), out=seen)
-    result: Tensor = largest.flatten(1).amax(0)
-    return result
+                added = by_batch[:, g] if part.size(1) > 1 else by_batch
+            weighted = logits  # the same tensor: masked below
+            if threshold is not None and added is not None and added.dtype != torch.bool:
+                weighted = _without_bias(logits, added, threshold)
+            if added is not None:
+                _apply_mask(logits, added)
+            _raise_to_largest(largest[b, g], logits, cap, edge - first)
+            if unbiased is not largest:
+                _raise_to_largest(unbiased[b, g], weighted, cap, edge - first)
+    maxima = largest.flatten(1).amax(0)
+    return maxima, maxima if unbiased is largest else unbiased.flatten(1).amax(0)
+
+
+def _raise_to_largest(maxima: Tensor, logits: Tensor, cap: Tensor | None, edge: int) -> None:
+    """Take the last two dimensions' largest into ``maxima``; ``cap`` limits columns from ``edge``.
+
+    Changes ``logits``.
+    """
+    if cap is not None:
+        at_edge = logits[..., edge:]
+        torch.minimum(at_edge, cap, out=at_edge)
+    torch.maximum(maxima, logits.flatten(-2).amax(-1), out=maxima)
 
 
 def _chunks(
@@ -236,35 +291,54 @@ def _chunks(
             yield slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
 
 
+# ---------------------------------------------------------------------- masks and biases
+
+
 def _mask_reader(
-    mask: Mask | None, lead: torch.Size, queries: int, keys: int, heads: Tensor | None
+    mask: Mask | None,
+    bias: Tensor | None,
+    lead: torch.Size,
+    queries: int,
+    keys: int,
+    heads: Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[int, int], Tensor | None]:
-    """A function of the first and last query that gives their part of the mask.
+    """A function of the first and last query that gives their part of mask and bias.
 
-    The part is [batch or 1, heads or 1, queries or 1, keys]; ``heads`` chooses among its heads.
+    The part is [batch or 1, heads or 1, queries or 1, keys], boolean, or of ``dtype`` with -inf
+    where masked; ``heads`` chooses among its heads.
     """
-    if mask is None:
-        return lambda start, stop: None
+    sources = [_rows_of(x, lead, queries, keys) for x in (mask, bias) if x is not None]
 
-    if isinstance(mask, Tensor):
-        full = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
-        if full.ndim > 4:
-            full = full.expand(*lead, *full.shape[-3:]).flatten(0, -4)
-        full = full.expand(*full.shape[:-1], keys)
-
-        def rows(start: int, stop: int) -> Tensor:
-            return full[..., start:stop, :] if full.size(-2) > 1 else full
-    else:
-        block_mask = mask
-
-        def rows(start: int, stop: int) -> Tensor:
-            return _block_mask_rows(block_mask, start, stop, keys)
-
-    def read(start: int, stop: int) -> Tensor:
-        part = rows(start, stop)
-        return part if heads is None or part.size(1) == 1 else part[:, heads]
+    def read(start: int, stop: int) -> Tensor | None:
+        joined: Tensor | None = None
+        for rows in sources:
+            part = rows(start, stop)
+            if heads is not None and part.size(1) > 1:
+                part = part[:, heads]
+            if part.dtype != torch.bool:
+                part = _added(part, dtype)
+            if joined is None:
+                joined = part
+            elif joined.dtype == torch.bool:
+                joined = torch.where(joined, part, -math.inf)
+            else:
+                joined = joined + part
+        return joined
 
     return read
+
+
+def _rows_of(mask: Mask, lead: torch.Size, queries: int, keys: int) -> Callable[[int, int], Tensor]:
+    """A function of the first and last query that gives their rows of a mask or bias."""
+    if not isinstance(mask, Tensor):
+        return lambda start, stop: _block_mask_rows(mask, start, stop, keys)
+    ndim = max(4, len(lead) + 3)
+    full = mask.view(*[1] * (ndim - mask.ndim), *mask.shape)
+    if full.ndim > 4:
+        full = full.expand(*lead, *full.shape[-3:]).flatten(0, -4)
+    full = full.expand(*full.shape[:-1], keys)
+    return lambda start, stop: full[..., start:stop, :] if full.size(-2) > 1 else full
 
 
 def _block_mask_rows(mask: BlockMask, start: int, stop: int, keys: int) -> Tensor:
@@ -287,9 +361,33 @@ def _block_mask_rows(mask: BlockMask, start: int, stop: int, keys: int) -> Tenso
     return element & blocks.bool()
 
 
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating mask or bias in another dtype, with -inf where it masks.
+
+    Masks use the least number of their dtype. Half of that leaves room for a bias added to it, and
+    for masks made in bfloat16, whose least number is not float32's.
+    """
+    masked = mask <= torch.finfo(mask.dtype).min / 2
+    return mask.to(dtype).masked_fill(masked, -math.inf)
+
+
+def _largest_of_heads(added: Tensor) -> Tensor:
+    """The largest value for each head, [heads or 1], of what broadcasts to [..., heads, q, k]."""
+    full = added.view(*[1] * (3 - added.ndim), *added.shape)
+    return full.amax((-2, -1)).flatten(0, -2).amax(0) if full.ndim > 3 else full.amax((-2, -1))
+
+
+def _as_boolean(part: Tensor) -> Tensor:
+    """A floating mask of nothing but 0 and -inf as a boolean one, anything else as it is."""
+    if part.dtype == torch.bool:
+        return part
+    zero = part == 0
+    return zero if (zero | (part == -math.inf)).all() else part
+
+
 def _span(part: Tensor) -> tuple[int, int]:
     """The range of keys that any query of a mask's part attends to."""
-    attended = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min
+    attended = part if part.dtype == torch.bool else part != -math.inf
     columns = attended.flatten(0, -2).any(0).nonzero()
     return (int(columns[0]), int(columns[-1]) + 1) if columns.numel() else (0, 0)
 
@@ -298,10 +396,20 @@ def _apply_mask(logits: Tensor, mask: Tensor) -> None:
     if mask.dtype == torch.bool:
         logits.masked_fill_(~mask, -math.inf)
     else:
-        logits.add_(mask).masked_fill_(mask <= torch.finfo(mask.dtype).min, -math.inf)
+        logits.add_(mask).masked_fill_(mask == -math.inf, -math.inf)
 
 
-def _check_shapes(query: Tensor, key: Tensor, mask: Mask | None) -> int:
+def _without_bias(products: Tensor, bias: Tensor, threshold: float) -> Tensor:
+    """q·k / (1 - b/τ) where b < τ, and -inf elsewhere, where no factor on q·k could help.
+
+    Scaling q·k by τ over its largest value brings every q·k + b with b < τ to τ or below.
+    """
+    # A bias just under the threshold must not divide by 0.
+    left = (1 - bias / threshold).clamp(min=torch.finfo(bias.dtype).eps)
+    return (products / left).masked_fill_(~((bias < threshold) & (bias > -math.inf)), -math.inf)
+
+
+def _check_shapes(query: Tensor, key: Tensor, mask: Mask | None, bias: Tensor | None) -> int:
     """The number of key groups."""
     if query.ndim < 3 or key.ndim != query.ndim:
         raise ValueError(
@@ -314,18 +422,23 @@ def _check_shapes(query: Tensor, key: Tensor, mask: Mask | None) -> int:
             "query and key must agree in d and in the leading dimensions, "
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    if groups == 0 or heads % groups:
+    if heads != groups and (groups == 0 or heads % groups):
         raise ValueError(f"{heads} query heads cannot be shared by {groups} key groups")
+    logits = (*query.shape[:-1], key.size(-2))
     if isinstance(mask, Tensor):
-        _check_mask(mask, (*query.shape[:-1], key.size(-2)))
+        _check_broadcasts("mask", mask, logits)
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"mask must be boolean or floating, got {mask.dtype}")
+    if bias is not None:
+        _check_broadcasts("bias", bias, logits)
+        if not bias.is_floating_point():
+            raise ValueError(f"bias must be floating, got {bias.dtype}")
     return groups
 
 
-def _check_mask(mask: Tensor, logits: tuple[int, ...]) -> None:
+def _check_broadcasts(name: str, mask: Tensor, logits: tuple[int, ...]) -> None:
     fits = mask.ndim <= len(logits) and all(
         n in (1, wanted) for n, wanted in zip(reversed(mask.shape), reversed(logits), strict=False)
     )
     if mask.ndim == 0 or not fits:
-        raise ValueError(f"mask {tuple(mask.shape)} must broadcast to the logits, {logits}")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask must be boolean or floating, got {mask.dtype}")
+        raise ValueError(f"{name} {tuple(mask.shape)} must broadcast to the logits, {logits}")

@@ -316,22 +316,27 @@ class MaxLogitMonitor:
         if not self._waiting:
             return
         sides = [
-            torch.cat([*result.max_logits.values(), *result.upper_bounds.values()])
+            torch.cat(
+                [
+                    *result.max_logits.values(),
+                    *result.upper_bounds.values(),
+                    *result.factors.values(),
+                ]
+            )
             for result in self._waiting
         ]
         self._waiting.clear()
-        # One transfer. [steps, largest computed and bound, heads].
-        for step in torch.stack(sides).float().cpu().unflatten(1, (2, -1)):  # type: ignore[no-untyped-call]
-            self._add(step)
+        # One transfer. [steps, largest computed, bound and factor, heads].
+        for step in torch.stack(sides).float().cpu().unflatten(1, (3, -1)):  # type: ignore[no-untyped-call]
+            self._add(step[:2], step[2] < 1)
 
-    def _add(self, step: Tensor) -> None:
+    def _add(self, step: Tensor, clipped: Tensor) -> None:
         self._steps += 1
         self._latest = step
         self._peak_step[step[1] > self._peak[1]] = self._steps
         self._peak = torch.maximum(self._peak, step)
-        over = step[0] > self.clip.threshold
-        self._clipped += over
-        entry = _Entry(self._steps, self._steps, step[1], int(over.sum()))
+        self._clipped += clipped
+        entry = _Entry(self._steps, self._steps, step[1], int(clipped.sum()))
         last = self._entries[-1] if self._entries else None
         if last is not None and last.last_step - last.first_step + 1 < self._entry_steps:
             self._entries[-1] = last.join(entry)

@@ -43,15 +43,17 @@ class ClipResult(NamedTuple):
 
     Attributes:
         max_logits: per layer, [heads]: the largest logit that was computed in the step, over
-            micro-batches and ranks, before clipping; -inf where none was.
+            micro-batches and ranks, before clipping, additive biases included; -inf where none was.
         num_clipped: int64 scalar: heads scaled down, over all layers of this rank.
         upper_bounds: per layer, [heads]: what no logit of the step exceeded; -inf where the layer
             was not observed.
+        factors: per layer, [heads]: gamma, the factor on each head's q·k; 1 where nothing changed.
     """
 
     max_logits: dict[str, Tensor]
     num_clipped: Tensor
     upper_bounds: dict[str, Tensor]
+    factors: dict[str, Tensor]
 
 
 def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> ClipFactors:
@@ -63,7 +65,8 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
 
     Args:
         max_logits: [heads], each head's largest logit S_h. A negative or non-finite one asks for
-            nothing: its gamma is 1.
+            nothing: its gamma is 1. With additive biases give ``unbiased_max_logits`` of
+            ``screened_max_logits``.
         threshold: τ, above 0.
         num_kv_groups: key groups; divides heads.
 
@@ -80,12 +83,21 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
             f"max_logits of shape {tuple(max_logits.shape)} must be [heads], "
             f"a multiple of num_kv_groups={num_kv_groups}"
         )
+    return _split(_gamma(max_logits, threshold), num_kv_groups)
+
+
+def _gamma(max_logits: Tensor, threshold: float) -> Tensor:
+    """[heads]: the factor on each head's logits that brings its largest down to the threshold."""
     largest = max_logits.to(torch.promote_types(max_logits.dtype, torch.float32))
     over = (largest > threshold) & largest.isfinite()
     # Clamped because a quotient just under one may round to just over it.
-    gamma = torch.where(over, threshold / largest, 1.0).clamp(max=1)
+    return torch.where(over, threshold / largest, 1.0).clamp(max=1)
+
+
+def _split(gamma: Tensor, num_kv_groups: int) -> ClipFactors:
+    """Divide each head's factor between its query and the key of its group."""
     key = gamma.view(num_kv_groups, -1).amin(1).sqrt()
-    query = gamma / key.repeat_interleave(heads // num_kv_groups)
+    query = gamma / key.repeat_interleave(gamma.numel() // num_kv_groups)
     return ClipFactors(query, key, gamma)
 
 
@@ -144,9 +156,9 @@ class QKClip:
         for name, layout in self.layouts.items():
             self._slices[name] = slice(start, start + layout.num_heads)
             start += layout.num_heads
-        # Largest logits, and what bounds them. One tensor for all layers, so that joining ranks
-        # takes one collective.
-        self._running = torch.full((2, start), -math.inf, device=self._device)
+        # Largest logits, what bounds them, and largest unbiased logits, which decide the factors.
+        # One tensor for all layers, so that joining ranks takes one collective.
+        self._running = torch.full((3, start), -math.inf, dtype=torch.float32, device=self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -160,7 +172,8 @@ class QKClip:
         ``return_max_logit``. Call it for every micro-batch of a step (not in evaluation: those
         logits would count too). Seeing the same forward twice, as activation recomputation does,
         changes nothing. Values that are not finite are passed over: they say nothing about the
-        weights' scale.
+        weights' scale. Logits with an additive bias (position bias, ALiBi) go to
+        ``observe_attention``: their maxima do not say what q·k contributed.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -176,7 +189,7 @@ class QKClip:
                 f"layer {name!r} has {heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
-        self._take(name, max_logits, max_logits)
+        self._take(name, max_logits, max_logits, max_logits)
 
     @torch.no_grad()
     def observe_attention(
@@ -187,6 +200,7 @@ class QKClip:
         *,
         scale: float | None = None,
         mask: Mask | None = None,
+        bias: Tensor | None = None,
         causal: bool = False,
     ) -> None:
         """Take in the queries and keys of one forward pass of one layer, as they enter attention.
@@ -194,12 +208,18 @@ class QKClip:
         Computes the bound max‖q‖·max‖k‖·scale of every head, and exact logits only for heads whose
         bound is over the threshold (or for all, with ``exact``). Call it as ``observe``.
 
+        A bias b that is added to the logits, as a floating mask or as ``bias``, is not scaled by a
+        clip: q·k is scaled by gamma = min (τ - b) / (S - b) over the entries with S > τ and b < τ,
+        the largest factor that brings all of them to τ or below. Entries whose bias alone reaches τ
+        change nothing, since no factor on q·k could bring them below it.
+
         Args:
             name: the layer, as in ``layouts``.
             query: [..., heads, queries, d], after any rotary embedding; detached here.
             key: [..., groups, keys, d]; groups divides heads.
             scale: factor on the products; default: 1/√d.
             mask: boolean, floating or flex_attention's, as in ``max_logits``.
+            bias: floating, added to the logits, as in ``max_logits``.
             causal: a query attends to keys up to its own index.
 
         Raises:
@@ -212,11 +232,19 @@ class QKClip:
                 f"layer {name!r} has {heads} heads: query must be [..., {heads}, queries, d], "
                 f"got {tuple(query.shape)}"
             )
-        threshold = -math.inf if self.exact else self.threshold
-        exact, bounds = screened_max_logits(
-            query.detach(), key.detach(), threshold, scale=scale, mask=mask, causal=causal
+        seen = screened_max_logits(
+            query.detach(),
+            key.detach(),
+            self.threshold,
+            scale=scale,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            exact=self.exact,
         )
-        self._take(name, exact, torch.where(bounds <= threshold, bounds, exact))
+        settled = (seen.bounds <= self.threshold) & (not self.exact)
+        bounds = torch.where(settled, seen.bounds, seen.max_logits)
+        self._take(name, seen.max_logits, bounds, seen.unbiased_max_logits)
 
     @torch.no_grad()
     def step(self, *, clip: bool = True) -> ClipResult:
@@ -238,17 +266,19 @@ class QKClip:
         running = self._running = self._running.to(self._device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
-        over = (running[0] > self.threshold) & clip
+        largest, bounds, unbiased = running
+        gamma = _gamma(unbiased, self.threshold) if clip else torch.ones_like(unbiased)
+        num_clipped = (gamma < 1).sum()
         # Whether any is over is not read on an accelerator, which that would wait for.
-        if clip and (running.device.type != "cpu" or over.any()):
-            factors = self._factors(running[0])
+        if clip and (running.device.type != "cpu" or num_clipped > 0):
+            factors = self._factors(gamma)
             for rows, tensor in zip(self._rows, tensors, strict=True):
                 rows.scale(tensor, factors)
-        largest, bounds = running
         self.result = ClipResult(
             {name: largest[heads] for name, heads in self._slices.items()},
-            over.sum(),
+            num_clipped,
             {name: bounds[heads] for name, heads in self._slices.items()},
+            {name: gamma[heads] for name, heads in self._slices.items()},
         )
         self._running = torch.full_like(running, -math.inf)
         for hook in tuple(self._step_hooks.values()):
@@ -282,11 +312,12 @@ class QKClip:
             raise KeyError(f"no layout for layer {name!r}; layers are {', '.join(self.layouts)}")
         return self.layouts[name]
 
-    def _take(self, name: str, largest: Tensor, bounds: Tensor) -> None:
+    def _take(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
         if self._running.device != self._device:  # the model moved since
             self._running = self._running.to(self._device)
         running = self._running[:, self._slices[name]]
-        seen = torch.stack([largest, bounds]).detach().to(running)
+        seen = torch.stack([largest, bounds, unbiased]).detach().to(running)
+        seen[2].masked_fill_(~seen[0].isfinite(), -math.inf)
         torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
 
     def _place_masters(self, tensors: list[Tensor]) -> None:
@@ -315,16 +346,16 @@ class QKClip:
                 )
             rows.master_start = int(pieces[:rank].sum())
 
-    def _factors(self, largest: Tensor) -> Tensor:
+    def _factors(self, gamma: Tensor) -> Tensor:
         """All layers' factors in the order of ``_rows_of``."""
         # Consecutive layers with as many heads a group are one layer as far as factors go.
         runs = []
         per_group = [x.num_heads // x.num_kv_groups for x in self.layouts.values()]
         for size, layers in groupby(zip(per_group, self.layouts.values(), strict=True), _first):
             groups = sum(layout.num_kv_groups for _, layout in layers)
-            run, largest = largest[: groups * size], largest[groups * size :]
-            runs.append(clip_factors(run, self.threshold, groups))
-        return torch.cat([*map(torch.cat, zip(*runs, strict=True)), largest.new_ones(1)])
+            run, gamma = gamma[: groups * size], gamma[groups * size :]
+            runs.append(_split(run, groups))
+        return torch.cat([*map(torch.cat, zip(*runs, strict=True)), gamma.new_ones(1)])
 
 
 def _first(pair: tuple[int, Any]) -> int:

@@ -65,3 +65,20 @@ def muon_step(
     scaled = direction * rms * math.sqrt(max(weight.shape))
     weight = weight.double()
     return weight - lr * (scaled + weight_decay * weight), buffer
+
+
+def clip_factor(products: Tensor, bias: Tensor, threshold: float) -> float:
+    """The largest factor on a head's scaled products that brings its logits to the threshold.
+
+    Logits are S = q·k · scale + b. An entry with S above the threshold and b below it asks for
+    (threshold - b) / (S - b); the least of these, and of 1, is the factor. Entries whose bias alone
+    reaches the threshold ask for nothing: no factor on q·k brings them below it.
+
+    Args:
+        products: q·k · scale of all entries that enter the softmax, any shape.
+        bias: what is added to each, the same shape; zeros where nothing is.
+        threshold: above 0.
+    """
+    pairs = zip(products.double().flatten().tolist(), bias.double().flatten().tolist(), strict=True)
+    asked: list[float] = [(threshold - b) / p for p, b in pairs if b < threshold < p + b]
+    return min([1.0, *asked])

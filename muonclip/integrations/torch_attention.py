@@ -202,7 +202,9 @@ def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple
         weights = module.q_proj_weight, module.k_proj_weight
     biases = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[:2]
     projected_query, projected_key = (
-        F.linear(x, weight, bias).view(*x.shape[:2], module.num_heads, -1).transpose(1, 2)
+        F.linear(x, weight, bias)
+        .view(*x.shape[:2], module.num_heads, module.head_dim)
+        .transpose(1, 2)
         for x, weight, bias in zip((query, key), weights, biases, strict=True)
     )
     return projected_query, projected_key
@@ -213,7 +215,8 @@ def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -
     masks = []
     if attn_mask is not None:
         by_head = attn_mask.dim() == 3  # [batch * heads, queries, keys]
-        masks.append(attn_mask.view(-1, heads, *attn_mask.shape[1:]) if by_head else attn_mask)
+        shape = (len(attn_mask) // heads, heads, *attn_mask.shape[1:])
+        masks.append(attn_mask.view(shape) if by_head else attn_mask)
     if padding is not None:
         masks.append(padding[:, None, None])
     if not masks:

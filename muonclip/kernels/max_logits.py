@@ -1,5 +1,7 @@
 """The largest attention logit of each head on a GPU, without the logits in memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def max_logits_triton(
     device, so nothing waits for it, and where no head is near the threshold next to nothing is
     read. One operator to ``torch.compile``; may be captured in a CUDA graph.
 
-    Products are summed in float32. Factors in float32 are rounded to tf32 where torch allows it.
+    Products are summed in float32; float32 factors are not rounded to TF32.
 
     Args:
         query: [..., heads, queries, d]; any strides.
@@ -90,6 +92,8 @@ def _max_logits(
     bound: Tensor | None,
     threshold: float | None,
 ) -> Tensor:
+    if query.numel() == 0 or key.numel() == 0:  # a grid of no programs cannot be launched
+        return query.new_full((query.size(-3),), -math.inf, dtype=torch.float32)
     try:
         from muonclip.kernels import max_logits_triton as implementation
     except ImportError as error:

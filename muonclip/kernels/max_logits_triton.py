@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muonclip.kernels.support import allows_tf32
-
 
 class Tiling(NamedTuple):
     """A program compares ``queries`` rows of q with all keys, ``keys`` at a time."""
@@ -59,7 +57,6 @@ def max_logits(
             CAUSAL=causal,
             BOUNDED=bound is not None,
             NEGATE=math.copysign(1, scale) < 0,
-            PRECISION="tf32" if allows_tf32() else "ieee",
             QUERIES=tile.queries, KEYS=tile.keys, DIM=tile.dim,
             num_warps=8 if tile.queries >= 64 else 4, num_stages=2,
         )  # fmt: skip
@@ -74,7 +71,6 @@ def _kernel(
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
     NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence, and QUERIES of its queries."""
@@ -103,14 +99,10 @@ def _kernel(
         whole = tl.minimum(whole, (block * QUERIES + 1) // KEYS * KEYS)
     largest = tl.full((QUERIES, KEYS), -float("inf"), tl.float32)
     for start in range(0, whole, KEYS):
-        products = _products(
-            q, key, start, keys, dim, k_row, k_column, PRECISION, NEGATE, KEYS, DIM, False
-        )
+        products = _products(q, key, start, keys, dim, k_row, k_column, NEGATE, KEYS, DIM, False)
         largest = tl.maximum(largest, products, propagate_nan=tl.PropagateNan.ALL)
     for start in range(whole, stop, KEYS):
-        products = _products(
-            q, key, start, keys, dim, k_row, k_column, PRECISION, NEGATE, KEYS, DIM, True
-        )
+        products = _products(q, key, start, keys, dim, k_row, k_column, NEGATE, KEYS, DIM, True)
         position = start + tl.arange(0, KEYS)[None, :]
         seen = position < keys
         if CAUSAL:
@@ -130,7 +122,7 @@ def _kernel(
 @triton.jit
 def _products(
     q, key, start, keys, dim, k_row, k_column,
-    PRECISION: tl.constexpr, NEGATE: tl.constexpr,
+    NEGATE: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The products of a block of queries and the keys from ``start`` on.
@@ -147,5 +139,5 @@ def _products(
         mask=inside,
         other=0.0,
     )
-    products = tl.dot(q, k, input_precision=PRECISION)
+    products = tl.dot(q, k, input_precision="ieee")
     return -products if NEGATE else products

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -38,3 +40,22 @@ def allows_tf32() -> bool:
     """Whether torch may round float32 factors to tf32 in CUDA products."""
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
+
+
+@contextmanager
+def full_float32_products(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices in float32, where torch is set to round the factors.
+
+    ``torch.set_float32_matmul_precision`` and its relatives allow TF32 on CUDA, and TF32 or
+    bfloat16 on a CPU.
+    """
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision: str = backend.matmul.fp32_precision
+    if precision not in ("tf32", "bf16"):
+        yield
+        return
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = precision

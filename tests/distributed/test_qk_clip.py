@@ -55,6 +55,30 @@ def test_only_the_process_group_counts() -> None:
     assert [maxima[0][0] for maxima, _, _ in results] == [200.0, 200.0, 400.0, 400.0]
 
 
+def clip_with_biases() -> tuple[list[float], list[float]]:
+    """Ranks' biases differ, and the last rank's batch is empty.
+
+    The largest logit is rank 0's, the least factor rank 1's.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    layout = AttentionLayout.separate(torch.ones(4, 3), torch.ones(4, 3), num_heads=2)
+    clip = QKClip({"layer": layout}, threshold=100.0)
+    batch = 0 if rank == world_size - 1 else 1
+    query, key = torch.zeros(batch, 2, 1, 4), torch.zeros(batch, 2, 1, 4)
+    query[..., 0], key[..., 0] = 1.0, 130.0 if rank == 0 else 40.0
+    bias = torch.tensor([0.0 if rank == 0 else 80.0])
+    clip.observe_attention("layer", query, key, scale=1.0, bias=bias)
+    result = clip.step()
+    return result.max_logits["layer"].tolist(), result.factors["layer"].tolist()
+
+
+def test_the_least_factor_of_all_ranks_counts_and_an_empty_batch_does_not() -> None:
+    """(100 - 80) / 40 is less than 100 / 130, although 120 is less than 130."""
+    for maxima, factors in launch(clip_with_biases, 3):
+        assert maxima == [130.0, 130.0]
+        assert factors == pytest.approx([0.5, 0.5])
+
+
 # Placements on a mesh of one dimension, and of two.
 LINES = [(Shard(0),), (Shard(1),), (Replicate(),)]
 GRIDS = [

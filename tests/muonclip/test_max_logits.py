@@ -1,6 +1,7 @@
 """Max logits against the full product, and the bound above them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonclip import max_logits, max_logits_bound
 from muonclip.max_logits import screened_max_logits
@@ -189,6 +191,167 @@ def test_no_gradient_and_no_rounding_in_low_precision() -> None:
     assert torch.allclose(result.double(), reference(query, key, 0.125), rtol=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    groups=st.integers(0, 2),
+    queries=st.integers(0, 2),
+    keys=st.integers(0, 2),
+    lead=st.booleans(),
+    masked=st.sampled_from(["nothing", "boolean", "floating", "bias"]),
+    causal=st.booleans(),
+    exact=st.booleans(),
+)
+def test_empty_batches_and_sequences(
+    batch: int,
+    groups: int,
+    queries: int,
+    keys: int,
+    lead: bool,
+    masked: str,
+    causal: bool,
+    exact: bool,
+) -> None:
+    """No images in a batch, a sequence without tokens, a rank without heads: nothing to see."""
+    heads = 2 * groups
+    sizes = (3, batch) if lead else (batch,)
+    query, key = torch.ones(*sizes, heads, queries, 4), torch.ones(*sizes, groups, keys, 4)
+    options: dict[str, Tensor] = {}
+    if masked == "boolean":
+        options["mask"] = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    elif masked != "nothing":
+        name = "mask" if masked == "floating" else "bias"
+        options[name] = torch.ones(batch, heads, queries, keys)
+    added = 1.0 if masked in ("floating", "bias") else 0.0
+    empty = 0 in (batch, queries, keys)
+    expected = torch.full((heads,), -math.inf if empty else 2.0 + added)
+    assert torch.equal(max_logits(query, key, causal=causal, **options), expected)
+    assert torch.equal(max_logits_bound(query, key, **options), expected)
+    screened = screened_max_logits(query, key, 1.0 + added, exact=exact, causal=causal, **options)
+    assert torch.equal(screened.max_logits, expected)
+    assert torch.equal(screened.bounds, expected)
+    assert (screened.unbiased_max_logits == -math.inf).all() == (empty or groups == 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 2),
+    length=st.integers(1, 12),
+    block=st.integers(1, 13),
+    kind=st.sampled_from(["boolean", "floating", "BlockMask", "none"]),
+    shape=st.sampled_from(["bhqk", "hqk", "qk", "k", "h11"]),
+    causal=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_a_bias_together_with_any_mask(
+    groups: int, length: int, block: int, kind: str, shape: str, causal: bool, seed: int
+) -> None:
+    """A position bias is added; what is masked stays masked."""
+    torch.manual_seed(seed)
+    heads = 2 * groups
+    query, key = torch.randn(2, heads, length, 4), torch.randn(2, groups, length, 4)
+    sizes = {"b": 2, "h": heads, "q": length, "k": length, "1": 1}
+    bias = 5 * torch.randn([sizes[letter] for letter in shape])
+    window = torch.arange(length)[:, None] - torch.arange(length)
+    allowed = window.abs() < 1 + seed % 4
+    mask: Tensor | BlockMask | None = allowed
+    if kind == "floating":
+        mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo().min)
+    elif kind == "BlockMask":
+        mask = create_block_mask(
+            lambda b, h, q, k: (q - k).abs() < 1 + seed % 4,
+            None, None, length, length, device="cpu", BLOCK_SIZE=4,
+        )  # fmt: skip
+    elif kind == "none":
+        mask, allowed = None, torch.ones_like(allowed)
+    if causal:
+        allowed = allowed & (window >= 0)
+    products = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.5
+    logits = (products + bias.double()).where(allowed, -math.inf)
+    expected = logits.amax((0, 2, 3))
+    result = max_logits(
+        query, key, scale=0.5, mask=mask, bias=bias, causal=causal, block_size=block
+    )
+    assert torch.allclose(result.double(), expected, atol=1e-5)
+    assert (max_logits_bound(query, key, scale=0.5, mask=mask, bias=bias) >= result - 1e-5).all()
+    threshold = 4.0
+    screened = screened_max_logits(
+        query, key, threshold, scale=0.5, mask=mask, bias=bias, causal=causal, exact=True
+    )
+    full = bias.double().expand(products.shape)
+    counted = allowed & (full < threshold)
+    weighted = (products / (1 - full / threshold)).where(counted, -math.inf).amax((0, 2, 3))
+    unbiased = screened.unbiased_max_logits.double()
+    assert torch.allclose(unbiased.clamp(min=0), weighted.clamp(min=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_least_numbers_mask_whatever_was_added_to_them(dtype: torch.dtype) -> None:
+    """A bias on a masked entry, a mask made in another dtype: neither becomes a logit."""
+    query = torch.zeros(1, 1, 1, 4)
+    least = torch.finfo(dtype).min
+    for mask in (
+        torch.tensor([0.0, least], dtype=dtype),
+        torch.tensor([0.0, least], dtype=dtype) + torch.tensor([0.0, 200.0], dtype=dtype),
+        torch.full((1, 2), least, dtype=dtype),
+        torch.full((1, 2), least, dtype=dtype).to(torch.promote_types(dtype, torch.bfloat16)),
+    ):
+        expected = 0.0 if mask.ndim == 1 else -math.inf
+        if mask.ndim > 1 and mask.dtype != dtype and dtype == torch.float16:
+            continue  # -65504 is an ordinary number in float32
+        key = torch.zeros(1, 1, 2, 4)
+        assert max_logits(query, key, mask=mask).tolist() == [expected]
+        assert max_logits_bound(query, key, mask=mask).tolist() == [expected]
+
+
+def test_not_a_number_in_a_masked_position_is_not_seen() -> None:
+    """Padding may hold anything."""
+    query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
+    key[..., 2, :] = math.nan
+    allowed = torch.tensor([True, True, False])
+    floating = torch.tensor([0.0, 1.0, -math.inf])
+    assert max_logits(query, key, mask=allowed).tolist() == [2.0]
+    screened = screened_max_logits(query, key, 10.0, mask=floating)
+    assert screened.max_logits.tolist() == [3.0]
+    assert screened.unbiased_max_logits.tolist() == pytest.approx([2 / 0.9])
+
+
+class Multiplied(TorchDispatchMode):
+    """Records the precision that torch is allowed in each matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.overloadpacket is torch.ops.aten.bmm:
+            self.precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_no_setting_of_torch_rounds_the_factors(allowed: str) -> None:
+    """TF32 and bfloat16 in float32 products are for training, not for what decides a clip."""
+    query = torch.randn(1, 2, 70, 64, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with Multiplied() as multiplied:
+            result = max_logits(query, query)
+        assert multiplied.precisions and set(multiplied.precisions) <= {"ieee", "none"}
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.allclose(result.double(), reference(query, query, 0.125), rtol=1e-5)
+
+
+def test_products_that_overflow_float16_are_seen() -> None:
+    query = torch.full((1, 1, 1, 64), 200.0, dtype=torch.float16)
+    assert max_logits(query, query, scale=1.0).tolist() == [64 * 200.0**2]
+
+
 def test_autocast_rounds_nothing() -> None:
     """In a mixed-precision forward pass products would be bfloat16's."""
     torch.manual_seed(0)
@@ -218,6 +381,12 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
     ):
         with pytest.raises(ValueError, match=message):
             max_logits(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), mask=mask)
+    for bias, message in (
+        (torch.ones(3, 5), r"bias \(3, 5\) must broadcast to the logits"),
+        (torch.ones(5, 5, dtype=torch.bool), "bias must be floating, got torch.bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            max_logits(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), bias=bias)
     with pytest.raises(ValueError, match="block_size"):
         max_logits(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), block_size=0)
 

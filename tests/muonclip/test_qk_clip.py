@@ -26,6 +26,7 @@ from muonclip import (
     max_logits,
     max_logits_bound,
 )
+from muonclip.reference import clip_factor
 
 HIDDEN = 12
 THRESHOLD = 20.0
@@ -211,6 +212,127 @@ def test_every_head_comes_down_to_the_threshold_and_no_other_moves(
     assert torch.allclose(after[~over], before[~over], rtol=1e-5, atol=1e-7)
     assert result.num_clipped == over.sum()
     assert torch.allclose(result.max_logits["layer"].double(), before, rtol=1e-6)
+
+
+class TestBiases:
+    """An additive bias is in the logits but not in the rows that a clip scales."""
+
+    @pytest.mark.parametrize("kind", [Separate, MLA])
+    @settings(max_examples=40, deadline=None)
+    @given(
+        groups=st.integers(1, 3),
+        per_group=st.integers(1, 3),
+        shape=st.sampled_from(["bhqk", "b1qk", "hqk", "h11", "qk", "k"]),
+        given_as=st.sampled_from(["bias", "mask", "both"]),
+        masks=st.sampled_from(["nothing", "-inf", "least"]),
+        offset=st.sampled_from([-100.0, 0.0, 15.0, 40.0]),
+        causal=st.booleans(),
+        exact=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def test_every_entry_that_can_come_down_to_the_threshold_does_and_no_further(
+        self,
+        kind: type[Attention],
+        groups: int,
+        per_group: int,
+        shape: str,
+        given_as: str,
+        masks: str,
+        offset: float,
+        causal: bool,
+        exact: bool,
+        seed: int,
+    ) -> None:
+        """Against the definition, entry by entry in float64."""
+        attention, x = scenario(kind, groups * per_group, groups, seed)
+        products = attention(x)
+        batch, heads, length, _ = products.shape
+        sizes = {"b": batch, "h": heads, "q": length, "k": length, "1": 1}
+        bias = 10 * torch.randn([sizes[letter] for letter in shape]) + offset
+        allowed = torch.rand(bias.shape) < (1.0 if masks == "nothing" else 0.7)
+        options: dict[str, Any] = {"causal": causal}
+        if given_as == "both":
+            options |= {"bias": bias, "mask": allowed}
+        else:
+            least = -math.inf if masks == "-inf" else torch.finfo(bias.dtype).min
+            options[given_as] = bias.masked_fill(~allowed, least)
+        counted = allowed.expand(products.shape)
+        if causal:
+            counted = counted & torch.ones(length, length, dtype=torch.bool).tril()
+        full = bias.double().expand(products.shape)
+        gamma = torch.tensor(
+            [
+                clip_factor(products[:, h][counted[:, h]], full[:, h][counted[:, h]], THRESHOLD)
+                for h in range(heads)
+            ]
+        )
+
+        clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD, exact=exact)
+        # In two micro-batches.
+        query, key = attention.query_key(x)
+        for row in range(batch):
+            part = {
+                name: value[row : row + 1] if torch.is_tensor(value) and value.ndim == 4 else value
+                for name, value in options.items()
+            }
+            clip.observe_attention("layer", query[row : row + 1], key[row : row + 1], **part)
+        result = clip.step()
+        assert torch.allclose(result.factors["layer"], gamma, rtol=1e-5)
+        assert result.num_clipped == (result.factors["layer"] < 1).sum()
+        logits = (products + full).where(counted, -math.inf)
+        largest = logits.amax((0, 2, 3))
+        over = largest > THRESHOLD
+        assert torch.allclose(result.max_logits["layer"][over].double(), largest[over], rtol=1e-5)
+        assert (result.upper_bounds["layer"].double() >= largest - 1e-4).all()
+        after = attention(x)
+        wanted = products * gamma[:, None, None]
+        assert torch.allclose(after, wanted, rtol=1e-5, atol=1e-5)
+        at_stake = (after + full)[counted & (full < THRESHOLD)]
+        assert (at_stake <= THRESHOLD + 1e-4).all()
+
+    def test_a_bias_over_the_threshold_does_not_wear_the_weights_down(self) -> None:
+        """Step after step: nothing that q and k could do would bring such a logit down."""
+        attention, x = layer(), torch.randn(2, 5, HIDDEN)
+        before = copy.deepcopy(attention.state_dict())
+        clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
+        for value in (THRESHOLD, THRESHOLD + 1, 1e30, math.inf):
+            clip.observe_attention("layer", *attention.query_key(x), bias=torch.tensor([value]))
+            assert clip.step().num_clipped == 0
+        assert all(torch.equal(p, before[name]) for name, p in attention.state_dict().items())
+
+    def test_a_bias_just_under_the_threshold(self) -> None:
+        """Not a division by zero."""
+        attention, x = layer(), torch.randn(2, 5, HIDDEN)
+        bias = torch.tensor([THRESHOLD]).nextafter(torch.zeros(1))
+        clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
+        clip.observe_attention("layer", *attention.query_key(x), bias=bias)
+        assert clip.step().num_clipped == 2
+        assert all(p.isfinite().all() for p in attention.parameters())
+        assert (attention(x) + bias <= THRESHOLD + 1e-4).all()
+
+    @pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min])
+    def test_a_floating_mask_without_a_bias_clips_as_a_boolean_one(self, masked: float) -> None:
+        """To the bit."""
+        x = 4 * torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+        states = []
+        for mask in (allowed, torch.zeros(5, 5).masked_fill(~allowed, masked)):
+            attention = layer()
+            clip = QKClip({"layer": attention.layout}, threshold=0.5)
+            clip.observe_attention("layer", *attention.query_key(x), mask=mask)
+            assert clip.step().num_clipped == 2
+            states.append(attention.state_dict())
+        assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
+
+    def test_a_trained_bias_is_not_scaled_and_gets_no_gradient_from_the_clip(self) -> None:
+        attention, x = layer(), torch.randn(2, 5, HIDDEN)
+        bias = nn.Parameter(torch.full((2, 5, 5), 10.0))
+        clip = QKClip({"layer": attention.layout}, threshold=10.5)
+        clip.observe_attention("layer", *attention.query_key(x), bias=bias)
+        result = clip.step()
+        assert result.num_clipped == 2
+        assert (bias == 10).all() and bias.grad is None
+        assert not result.max_logits["layer"].requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)

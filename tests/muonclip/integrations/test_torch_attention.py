@@ -125,6 +125,35 @@ def expected_without_zero_key(module: nn.MultiheadAttention, x: Tensor, masked: 
     return logits.masked_fill(masked, -math.inf).amax((0, 2, 3))
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "masked"),  # torch itself fails on an empty batch with a mask
+    [(0, 5, False), (2, 0, False), (2, 0, True), (0, 0, False)],
+)
+def test_empty_batches_and_sequences(batch: int, length: int, masked: bool) -> None:
+    """A layer that accepts them is not stopped by being watched."""
+    module, x = attention(batch_first=True), torch.randn(batch, length, EMBED).double()
+    options: dict[str, Any] = {"need_weights": False}
+    if masked:
+        options["attn_mask"] = torch.zeros(batch * HEADS, length, length, dtype=torch.bool)
+        options["key_padding_mask"] = torch.zeros(batch, length, dtype=torch.bool)
+    clip = qk_clip(module, threshold=1e-6)
+    module(x, x, x, **options)
+    assert clip.step().num_clipped == 0
+
+
+def test_a_floating_mask_that_raises_logits_is_a_bias() -> None:
+    """Scaled are queries and keys, so the factor must leave room for the bias."""
+    module, x = attention(), torch.randn(QUERIES, BATCH, EMBED).double()
+    bias = torch.full((QUERIES, QUERIES), 2.0).double()
+    before = largest_of_weights(module, x, x, x)
+    threshold = float(before.detach().sort().values[:2].mean()) + 2.0
+    clip = qk_clip(module, threshold=threshold)
+    module(x, x, x, attn_mask=bias)
+    assert clip.step().num_clipped == 2
+    after = largest_of_weights(module, x, x, x) + 2.0
+    assert torch.allclose(after, (before + 2.0).clamp(max=threshold), rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 4}])
 @pytest.mark.parametrize("bias", [True, False])
 def test_clips_are_exact(sizes: dict[str, int], bias: bool) -> None:

@@ -99,7 +99,7 @@ def test_max_logits_compiles(capability: int) -> None:
     tile = tiling(192, itemsize=2)
     compiled = compile_for(
         capability, _kernel, "query key partial bound",
-        CAUSAL=True, BOUNDED=True, NEGATE=False, PRECISION="ieee",
+        CAUSAL=True, BOUNDED=True, NEGATE=False,
         QUERIES=tile.queries, KEYS=tile.keys, DIM=tile.dim, num_warps=8, num_stages=2,
         q_column=1, k_column=1, **({"queries": 1, "batches": 1} if capability == 90 else {}),
     )  # fmt: skip

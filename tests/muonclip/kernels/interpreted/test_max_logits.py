@@ -119,9 +119,14 @@ def test_not_a_number_is_not_lost() -> None:
     assert result.isfinite().all()
 
 
-def test_no_keys() -> None:
-    query, key = torch.zeros(1, 2, 3, 4, device=DEVICE), torch.zeros(1, 2, 0, 4, device=DEVICE)
-    assert max_logits_triton(query, key, scale=0.0, causal=False).tolist() == [-math.inf] * 2
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (1, 0, 3), (1, 3, 0)])
+def test_empty_batches_and_sequences(batch: int, queries: int, keys: int) -> None:
+    query = torch.zeros(batch, 2, queries, 4, device=DEVICE)
+    key = torch.zeros(batch, 1, keys, 4, device=DEVICE)
+    bound = torch.ones(2, device=DEVICE)
+    for options in ({}, {"bound": bound, "threshold": 0.0}):
+        result = max_logits_triton(query, key, scale=0.0, causal=False, **options)
+        assert result.tolist() == [-math.inf] * 2
 
 
 def test_no_gradient() -> None:
