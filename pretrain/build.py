@@ -122,7 +122,7 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
     settings = chunks[0].config
     replicas = [
         DistributedDataParallel(
-            settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk
+            settings, DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4), chunk
         )
         for chunk in chunks
     ]
@@ -175,20 +175,20 @@ def _layer_number(model: nn.ModuleDict, name: str) -> int:
 
 
 def set_precision(model: nn.ModuleDict, dtype: torch.dtype) -> None:
-    """Keep parameters in ``dtype`` and let their gradients be float32; buffers stay as they are.
+    """Keep parameters in ``dtype`` and their gradients in at least float32; leave buffers alone.
 
-    The vision tower's gradients add up in float32 where autograd leaves them. megatron-core's
-    wrapper adds the language model's up in buffers of its own, which become ``.grad``.
+    The vision tower's gradients accumulate in ``.grad``. megatron-core's wrapper accumulates the
+    language model's in buffers, which become ``.grad`` after the backward pass.
 
     Raises:
-        PretrainError: this torch (before 2.10) knows no gradients of another precision.
+        PretrainError: 16-bit parameters, and a torch (before 2.10) without wider gradients.
     """
-    if dtype != torch.float32 and not hasattr(Tensor, "grad_dtype"):
+    if dtype.itemsize < 4 and not hasattr(Tensor, "grad_dtype"):
         raise PretrainError(f"precision={str(dtype).removeprefix('torch.')} needs torch >= 2.10")
     for part, own_buffers in (("language", True), ("vision", False)):
         for parameter in model[part].parameters():
             parameter.data = parameter.data.to(dtype)
-            if dtype != torch.float32:
+            if dtype.itemsize < 4:
                 parameter.grad_dtype = None if own_buffers else torch.float32
 
 

@@ -56,7 +56,8 @@ class CoreAttention(nn.Module):
         logits = logits.masked_fill(attention_mask, -torch.inf)
         if self.observer is not None and self.training and torch.is_grad_enabled():
             self.observer(logits.detach().amax(dim=(0, 2, 3)).float())
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(value.dtype)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        weights = torch.softmax(logits, dim=-1, dtype=wide).to(value.dtype)
         context = torch.matmul(weights, value)
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -132,7 +133,7 @@ def transformer_config(
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=config.expert_bias_update_rate,
         moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,

@@ -14,7 +14,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The FLOP/s of a large square matrix product here, the best of a few; under a second."""
     on_gpu = device.type == "cuda"
     # A CPU without instructions for 16 bits takes seconds for what it does in float32 at once.
-    size = 8192 if on_gpu else 1024 if dtype == torch.float32 else 256
+    size = 8192 if on_gpu else 256 if dtype.itemsize < 4 else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):  # the first finds the library unready, and is never the best

@@ -18,7 +18,7 @@ FOUR_LAYERS = ("language.num_layers=4", "language.dense_layers=1")
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return launch(training.first_step, 1, str(folder), *FOUR_LAYERS)[0]
+    return launch(training.first_step, 1, str(folder), training.EXACT, *FOUR_LAYERS)[0]
 
 
 def test_a_step_of_one_process_shows_what_happened(alone: dict[str, Any]) -> None:
@@ -53,12 +53,14 @@ def test_every_rank_shows_what_one_process_does(
     folder: Path, alone: dict[str, Any], world_size: int, parallel: tuple[str, ...]
 ) -> None:
     """Each has some layers, heads, experts and images; measures are of all."""
-    ranks = launch(training.first_step, world_size, str(folder), *FOUR_LAYERS, *parallel)
+    settings = (str(folder), training.EXACT, *FOUR_LAYERS, *parallel)
+    ranks = launch(training.first_step, world_size, *settings)
     for rank in ranks:
         for name, expected in alone["metrics"].items():
             if name in ("memory_gib", "encoder_balance", "encoder_least_balance"):
                 continue
-            assert rank["metrics"][name] == pytest.approx(expected, rel=1e-4), name
+            # Some measures are kept in float32.
+            assert rank["metrics"][name] == pytest.approx(expected, rel=1e-5), name
         assert rank["metrics"] == ranks[0]["metrics"]
 
 

@@ -26,7 +26,7 @@ SELECTIVE = "recompute.granularity=selective"
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Tensor]:
-    return _merged(launch(training.all_gradients, 1, str(folder), FIVE_LAYERS))
+    return _merged(launch(training.all_gradients, 1, str(folder), training.EXACT, FIVE_LAYERS))
 
 
 def _layout(*settings: str) -> tuple[str, ...]:
@@ -111,12 +111,11 @@ def test_recomputing_changes_no_bit_and_shows_every_logit_once(
 def test_stages_of_different_lengths_give_the_gradients_of_one_process(
     folder: Path, alone: dict[str, Tensor], world_size: int, layout: tuple[str, ...]
 ) -> None:
-    together = _merged(
-        launch(training.all_gradients, world_size, str(folder), FIVE_LAYERS, *layout)
-    )
+    settings = (str(folder), training.EXACT, FIVE_LAYERS, *layout)
+    together = _merged(launch(training.all_gradients, world_size, *settings))
     assert together.keys() == alone.keys()
     for name, expected in alone.items():
-        assert (together[name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert (together[name] - expected).norm() <= 1e-10 * expected.norm(), name
 
 
 BFLOAT16 = "precision=bfloat16"
@@ -132,8 +131,8 @@ def first_steps(folder: str, *overrides: str) -> list[dict[str, Any]]:
 
 
 def test_training_in_bfloat16_follows_the_curve_in_float32(folder: Path) -> None:
-    """The tolerance is bfloat16's rounding (0.4 %) in single weights and activations, which
-    averages out in a loss over some 700 tokens."""
+    """bfloat16's rounding (0.4 % of each weight and activation) averages out in a loss over some
+    700 tokens; how much of it is left depends on the processor's bfloat16 instructions."""
     wide = launch(first_steps, 1, str(folder))[0]
     for world_size, layout in (
         (1, ()),
@@ -142,8 +141,8 @@ def test_training_in_bfloat16_follows_the_curve_in_float32(folder: Path) -> None
     ):
         narrow = launch(first_steps, world_size, str(folder), BFLOAT16, *layout)[0]
         for mine, reference in zip(narrow, wide, strict=True):
-            assert mine["loss"] == pytest.approx(reference["loss"], rel=5e-4), mine["step"]
-            assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-2)
+            assert mine["loss"] == pytest.approx(reference["loss"], rel=5e-3), mine["step"]
+            assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
             assert mine["heads"] == reference["heads"]
     assert wide[-1]["loss"] < wide[0]["loss"] - 0.5
 

@@ -45,16 +45,18 @@ def whole(folder: Path, pretrained: Records) -> Records:
 def test_its_first_losses_are_those_of_the_weights_it_begins_with(
     folder: Path, pretrained: Records, whole: Records
 ) -> None:
+    # A rounding error may send a token to another expert, which moves a mean over hundreds of
+    # tokens by less than 1e-4; other weights move it by more than 5e-3.
     keys = [key for key in whole[0] if key.endswith("_loss")]
     assert len(keys) == 5
     for key in keys:
-        assert whole[0][key] == pytest.approx(pretrained[3][key], rel=2e-6), key
+        assert whole[0][key] == pytest.approx(pretrained[3][key], rel=2e-4), key
         assert whole[0][key] < pretrained[0][key] - 0.05, "and not those of new weights"
     cut = launch(training.train_and_read, 2, *stage(folder, "cut", "parallel.tensor=2"))[0]
     for mine, reference in zip(cut, whole, strict=True):
         for key in ("held_out_text_loss", "loss", "grad_norm"):
             if key in reference:
-                assert mine[key] == pytest.approx(reference[key], rel=1e-4), (mine["step"], key)
+                assert mine[key] == pytest.approx(reference[key], rel=1e-3), (mine["step"], key)
 
 
 def test_schedule_data_and_optimizer_begin_anew(
