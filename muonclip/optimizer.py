@@ -13,7 +13,7 @@ from muonclip.adamw import AdamWRow, adamw_step
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
 from muonclip.orthogonalize import AdjustLR, Coefficients
-from muonclip.update import WeightDecayMode, local, write_back
+from muonclip.update import WeightDecayMode, adopt_changed, local, write_back
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -79,7 +79,9 @@ class MuonClip(Optimizer):
             parameter's, or float32 for float16 parameters and with ``master_weights`` or
             ``stochastic_rounding``.
         master_weights: keep a float32 copy of each parameter of lower precision, step that, and
-            round it into the parameter. The copy is also ``parameter.main_param``.
+            round it into the parameter. The copy is also ``parameter.main_param``. Entries of a
+            parameter that are written to between steps, e.g. by ``load_state_dict`` of the model,
+            replace those of the copy at the next step.
         stochastic_rounding: round bfloat16 parameters up or down at random instead of to nearest,
             so that small updates add up without a master copy. Copies of a parameter on several
             ranks round alike.
@@ -288,18 +290,26 @@ class MuonClip(Optimizer):
         )  # fmt: skip
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state, made where there is none."""
+        """A parameter's state, created if missing, as the parameter's device and dtype need it."""
         state: dict[str, Any] = self.state[param]
-        if state.keys() <= {"master"}:  # which may have been given, without what is learnt
-            if checks.wants_master(group, param) and not state:
-                state["master"] = param.detach().to(torch.float32, copy=True)
-                setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
+        device = local(param).device
+        for name, value in list(state.items()):
+            if local(value).device != device:  # the model was moved, or a step loaded from a file
+                state[name] = value.to(device)
+                if name == "master":
+                    _set_master(param, state, state[name])
+        wants_master = checks.wants_master(group, param)
+        if wants_master and "master" not in state:
+            _set_master(param, state, param.detach().to(torch.float32, copy=True))
+        elif not wants_master and "master" in state:  # the model was converted
+            _set_master(param, state, None)
+        if state.keys() <= {"master"}:  # a master may be there before anything is learned
             dtype = checks.moment_dtype(group, param)
             if group["algorithm"] == "muon":
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
             else:
-                # Where torch's fused AdamW reads it: on the device, and nothing waits.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+                # Where torch's fused AdamW reads it: on the device, so that nothing waits.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
         return state
@@ -479,11 +489,12 @@ class MuonClip(Optimizer):
             if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                 state[name] = value.to(device=param.device, dtype=dtype)
         if not checks.wants_master(group, param):
-            state.pop("master", None)
+            _set_master(param, state, None)
         elif state:
             master = saved.get("master", param.detach())
-            state["master"] = master.to(device=param.device, dtype=torch.float32, copy=True)
-            setattr(param, "main_param", state["master"])  # noqa: B010 (for mypy)
+            _set_master(
+                param, state, master.to(device=param.device, dtype=torch.float32, copy=True)
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         if self.shardings or self.process_group is not None:
@@ -498,12 +509,29 @@ class MuonClip(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_shared_work", None)
         self.__dict__.setdefault("_pending", None)
+        for param, own in self.state.items():  # an attribute that copies of parameters do not have
+            if "master" in own:
+                _set_master(param, own, own["master"])
+
+
+def _set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> None:
+    """Set or remove the master copy; it is also ``param.main_param``, as in Megatron, which QK-Clip
+    scales too."""
+    if master is not None:
+        state["master"] = master
+        setattr(param, "main_param", master)  # noqa: B010 (for mypy)
+    elif "master" in state and getattr(param, "main_param", None) is state.pop("master"):
+        delattr(param, "main_param")
 
 
 def _target(held: Tensor, state: dict[str, Any]) -> Tensor:
-    """What is stepped: the master copy, or what this rank holds of the parameter, that very tensor:
+    """The tensor to update: the master copy, or the local part of the parameter, that very tensor:
     two views of it would be taken for two tensors, and one copied into the other."""
-    return local(state["master"]) if "master" in state else held
+    if "master" not in state:
+        return held
+    master = local(state["master"])
+    adopt_changed(master, held)
+    return master
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -105,6 +105,21 @@ def write_back(
         torch._foreach_copy_(targets, sources)
 
 
+def adopt_changed(master: Tensor, param: Tensor) -> None:
+    """Copy into a master copy the entries of its 16-bit parameter that are not its rounded ones.
+
+    A step leaves the rounded master in the parameter. Where the parameter holds anything else,
+    it was written to since then (a loaded state dict, an average of weights swapped in), and the
+    parameter counts; entries that still match keep the master's full precision.
+    """
+    rounded = master.to(param.dtype).view(torch.int16)  # bits: NaN does not equal itself
+    bits = param.view(torch.int16)
+    # Only on a CPU may the result be read without waiting, and there it saves the rest.
+    on_cpu = param.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (on_cpu and torch.equal(rounded, bits)):
+        torch.where(rounded == bits, master, param.to(master.dtype), out=master)
+
+
 def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) -> None:
     """Write float32 ``source`` into bfloat16 ``target``, rounded up or down at random.
 

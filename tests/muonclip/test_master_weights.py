@@ -1,0 +1,192 @@
+"""Master copies follow weights that are written to between steps."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from muonclip import MuonClip, param_groups
+from muonclip.update import adopt_changed
+
+
+def build(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype)
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> MuonClip:
+    common = {"lr": 1e-2, "weight_decay": 0.0, "master_weights": True}
+    return MuonClip(param_groups(model), **{**common, **options})
+
+
+def train(model: nn.Module, optimizer: MuonClip, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def copy_in_place(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+
+
+def copy_data_in_place(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data.copy_(weights[name])
+
+
+def replace_data(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data = weights[name].clone()
+
+
+def load_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights)
+
+
+def load_flat_vector(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    flat = torch.cat([weights[name].flatten() for name, _ in model.named_parameters()])
+    nn.utils.vector_to_parameters(flat, model.parameters())
+
+
+WRITES = (copy_in_place, copy_data_in_place, replace_data, load_state_dict, load_flat_vector)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["decoupled", "l2"])
+def test_training_continues_from_weights_written_between_steps(
+    write: Callable[..., None], dtype: torch.dtype, mode: str
+) -> None:
+    """SkyRL#2149, apex#42: as a model that had these weights, and this momentum, all along."""
+    model = build(dtype)
+    optimizer = optimizer_of(model, weight_decay=0.1, weight_decay_mode=mode)
+    train(model, optimizer, 5)
+    fresh = build(dtype, seed=1)
+    wanted = {name: p.detach().clone() for name, p in fresh.named_parameters()}
+    reference = optimizer_of(fresh, weight_decay=0.1, weight_decay_mode=mode)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state.pop("master")
+    reference.load_state_dict(copy.deepcopy(saved))
+    write(model, wanted)
+    train(model, optimizer, 2, seed=1)
+    train(fresh, reference, 2, seed=1)
+    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["master"], reference.state[b]["master"])
+        assert a.main_param is optimizer.state[a]["master"]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_an_average_swapped_in_and_out_leaves_no_trace(write: Callable[..., None]) -> None:
+    """Evaluation with averaged weights, which are taken out before the next step."""
+    straight, swapped = build(), build()
+    first, second = optimizer_of(straight, lr=1e-4), optimizer_of(swapped, lr=1e-4)
+    for part in range(3):
+        train(straight, first, 3, seed=part)
+        train(swapped, second, 3, seed=part)
+        own = {name: p.detach().clone() for name, p in swapped.named_parameters()}
+        write(swapped, {name: p.detach() * 0.5 for name, p in swapped.named_parameters()})
+        write(swapped, own)
+    for a, b in zip(straight.parameters(), swapped.parameters(), strict=True):
+        assert torch.equal(first.state[a]["master"], second.state[b]["master"])
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first", "optimizer only"])
+def test_loading_in_any_order(order: str) -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 4)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    other = build(seed=1)
+    loaded = optimizer_of(other)
+    train(other, loaded, 2, seed=9)
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    if order == "model first":
+        other.load_state_dict(weights)
+    loaded.load_state_dict(state)
+    if order == "optimizer first":
+        other.load_state_dict(weights)
+    for group in loaded.param_groups + optimizer.param_groups:
+        group["lr"] = 1e-6
+    train(other, loaded, 1, seed=2)
+    train(model, optimizer, 1, seed=2)
+    for (name, a), b in zip(other.named_parameters(), model.parameters(), strict=True):
+        if order == "optimizer only":  # the weights of the model count
+            assert torch.allclose(a, before[name], atol=1e-4, rtol=2**-7)
+        else:
+            assert torch.equal(loaded.state[a]["master"], optimizer.state[b]["master"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    changed=st.lists(st.integers(0, 23), max_size=24),
+    value=st.sampled_from([0.0, -0.0, 1.0, float("nan"), float("inf"), 1e-40, 3e38]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_only_entries_that_were_written_to_are_adopted(
+    changed: list[int], value: float, dtype: torch.dtype, seed: int
+) -> None:
+    master = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+    param = master.to(dtype)
+    expected = master.clone()
+    for index in changed:
+        if param.view(-1)[index] != value:
+            param.view(-1)[index] = value
+            expected.view(-1)[index] = param.view(-1)[index]
+    adopt_changed(master, param)
+    assert torch.equal(master.view(torch.int32), expected.view(torch.int32))
+
+
+def test_a_converted_model_loses_or_gains_its_masters() -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 2)
+    model.float()
+    weights = [p.detach().clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, 1)
+    for p, weight in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(p, weight)
+        assert "master" not in optimizer.state[p] and not hasattr(p, "main_param")
+    model.bfloat16()
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        assert p.main_param is optimizer.state[p]["master"]
+        assert torch.equal(p.float(), optimizer.state[p]["master"])
+
+
+def test_a_copied_optimizer_has_its_own_masters() -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
+        assert q.main_param is twin.state[q]["master"] is not optimizer.state[p]["master"]
+    before = [optimizer.state[p]["master"].clone() for p in model.parameters()]
+    train(twin_model, twin, 2, seed=3)
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(optimizer.state[p]["master"], b)
+
+
+def test_a_foreign_main_param_is_left_alone() -> None:
+    """Megatron's optimizers keep their own masters there."""
+    (p,) = params = [nn.Parameter(torch.ones(4, 4))]
+    foreign = torch.ones(4, 4)
+    p.main_param = foreign  # type: ignore[attr-defined]
+    optimizer = MuonClip(params)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert p.main_param is foreign  # type: ignore[attr-defined]
