@@ -1,6 +1,7 @@
 """The command line: ``torchrun --nproc-per-node N -m pretrain COMMAND …``."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 _EPILOG = """\
 examples:
@@ -206,9 +207,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _print_error(error: BaseException) -> None:
+    """One line about a failure of a file, of its encoding or of memory, or of a PretrainError."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        message = ": ".join([*names, error.strerror])
+    elif isinstance(error, MemoryError):
+        message = f"out of memory {message}"
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 1 after an error that is told in one line."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 1 after a failure that the user can resolve, which is one line on
+        stderr. Errors of the program itself are raised.
+    """
     options = _parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names may have bytes that are not UTF-8, and a terminal may have no Unicode.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # megatron-core remarks on every optional package that it goes without.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     # and calls a collective by a name that newer torch has another one for.
@@ -239,9 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = {"train": train.train, "eval": train.evaluate}[options.command]
         run(settings)
     except PretrainError as error:
-        # All ranks have the same error: one of them tells it.
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # All ranks have the same error: one of them prints it.
+        if os.environ.get("RANK", "0") == "0":
+            _print_error(error)
+        return 1
+    except (OSError, UnicodeError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        _print_error(error)
         return 1
     finally:
         # Threads of a process group that is left standing abort the interpreter at its end.

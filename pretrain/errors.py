@@ -1,9 +1,23 @@
-"""The one error that a user is meant to read."""
+"""Errors that a user is meant to read, each in one line."""
 
 
 class PretrainError(Exception):
-    """Something the user can put right: the message is one line that names it and the fix.
+    """A failure that the user can resolve: the message is one line with the cause and the remedy.
 
     Every rank of a run raises the same one (see :func:`pretrain.runtime.processes.agree`), so
     that all leave together; the command line prints it without a traceback.
     """
+
+
+def one_line(text: str) -> str:
+    """A text in one printable line.
+
+    White space becomes single spaces. Other characters that a terminal would obey or cannot show
+    (control characters; bytes of a file name that are not UTF-8) are written as escapes.
+    """
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for character in " ".join(text.split())
+    )

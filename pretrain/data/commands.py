@@ -9,7 +9,7 @@ from pretrain.data import settings as data_settings
 from pretrain.data.shards import make_shards
 from pretrain.data.skipped import Skip
 from pretrain.data.text import Split
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 
 def run(options: Namespace) -> None:
@@ -35,7 +35,8 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
         raise PretrainError("nothing is held out: raise data.held_out")
     text = inspect.page(data, split, count, f"Data of {path}")
     try:
-        out.write_text(text, encoding="utf-8")
+        # File names may have bytes that are not UTF-8.
+        out.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise PretrainError(f"cannot write {out}: {error.strerror}") from error
     _tell(data.take_skipped())
@@ -54,6 +55,6 @@ def _make_shards(folder: Path, out: Path, per_shard: int, held_out: float) -> No
 
 def _tell(skips: list[Skip]) -> None:
     for skip in skips[:10]:
-        print(f"skipped: {skip.name} ({skip.reason})")
+        print(f"skipped: {one_line(skip.name)} ({skip.reason})")
     if len(skips) > 10:
         print(f"and {len(skips) - 10} more")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +40,13 @@ from pretrain.data.mixture import (
     Stream,
 )
 from pretrain.data.packing import Document, PackedSample
-from pretrain.data.skipped import Skip, Skipped
+from pretrain.data.skipped import Skip, Skipped, within_limit
 from pretrain.data.sources import Chat, Mixed, Text
 from pretrain.data.text import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
+
+T = TypeVar("T")
 
 # Room that a caption test leaves for what the model writes.
 _ANSWER = 24
@@ -318,14 +320,15 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
         else:
             folder = cache / f"text-{reader.key}-{tokenizer.digest}"
             index = text_index(folder, reader.texts, tokenizer)
-        here, usable = index.skips, np.arange(len(index.ends))
+        here, usable = [*reader.skips, *index.skips], np.arange(len(index.ends))
         if isinstance(index, MixedIndex):  # text is cut, and of conversations these are left out
             here = [*here, *too_long(index, config.seq_length)]
             usable = np.flatnonzero(index.sizes[:, 0] <= config.seq_length)
         if not len(usable):
-            first = f"; the first: {here[0].name} ({here[0].reason})" if here else ""
+            first = next((skip for skip in here if skip.corrupt), here[0] if here else None)
+            why = f"; the first: {first.name} ({first.reason})" if first else ""
             raise PretrainError(
-                f"{key}.path: none of the documents in {_where(source)} can be used{first}"
+                f"{key}.path: none of the documents in {_where(source)} can be used{why}"
             )
         skips += here
         opened.append(Source(number, key, source, index, _split(source, index, usable, config)))
@@ -392,9 +395,16 @@ def _nothing() -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A source before it is indexed: what its cache depends on, and its records."""
+    """A source before it is indexed.
+
+    Attributes:
+        key: a digest of everything that its index depends on.
+        skips: files and folders that are left out.
+        texts, mixed, chats: its records, of one kind.
+    """
 
     key: str
+    skips: Sequence[Skip] = ()
     texts: Callable[[], Iterator[Text | Skip]] = _nothing
     mixed: Callable[[], Iterator[Mixed | Skip]] = _nothing
     chats: Callable[[], Iterator[Chat | Skip]] = _nothing
@@ -426,20 +436,26 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
             return _Reader(digest, chats=lambda: _questions(corpus))
         return _Reader(digest, texts=lambda: (Text(file.name, file.text) for file in corpus))
     if source.type == "text":
-        files = sources.text_files(source, name)
-        key = key_of(files, "text", source.field)
-        texts = partial(sources.read_text, source, files, name)
-        return _Reader(key, texts=texts)
+        return _file_reader(source, sources.text_files(source, name), config.max_corrupt)
     if source.type == "chat":
-        files = sources.chat_files(source, name)
-        key = key_of(files, "chat", source.field)
-        chats = partial(sources.read_chats, source, files, name)
-        return _Reader(key, chats=chats)
-    files = sources.mixed_files(source, name)
-    captions = [file.with_suffix(".txt") for file in files]
-    key = key_of([*files, *(p for p in captions if p.exists())], "images", source.field)
-    mixed = partial(sources.read_mixed, source, files, name)
-    return _Reader(key, mixed=mixed)
+        return _file_reader(source, sources.chat_files(source, name), config.max_corrupt)
+    return _file_reader(source, sources.mixed_files(source, name), config.max_corrupt)
+
+
+def _file_reader(source: SourceConfig, found: Sequence[Path | Skip], limit: int) -> _Reader:
+    skips = [item for item in found if isinstance(item, Skip)]
+    files = [item for item in found if isinstance(item, Path)]
+    captions = [file.with_suffix(".txt") for file in files] if source.has_images else []
+    key = key_of([*files, *(p for p in captions if p.exists())], source.type, source.field)
+
+    def limited(read: Callable[..., Iterator[T]]) -> Callable[[], Iterator[T]]:
+        return lambda: within_limit(read(source, files), limit)
+
+    if source.type == "text":
+        return _Reader(key, skips, texts=limited(sources.read_text))
+    if source.type == "chat":
+        return _Reader(key, skips, chats=limited(sources.read_chats))
+    return _Reader(key, skips, mixed=limited(sources.read_mixed))
 
 
 def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:

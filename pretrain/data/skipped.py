@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pretrain.errors import PretrainError
 
 FILE = "skipped.jsonl"
+T = TypeVar("T")
 
 
 class Skip(NamedTuple):
@@ -29,14 +30,11 @@ class Skipped:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.corrupt = 0
         self._all: dict[str, Skip] = {}
 
     def __iter__(self) -> Iterator[Skip]:
         return iter(self._all.values())
-
-    @property
-    def corrupt(self) -> int:
-        return sum(skip.corrupt for skip in self._all.values())
 
     def add(self, skips: Iterable[Skip]) -> list[Skip]:
         """Count them; returns those that are new.
@@ -45,19 +43,32 @@ class Skipped:
             PretrainError: more are corrupt than the limit allows; it names the latest.
         """
         new = []
-        corrupt = self.corrupt
         for skip in skips:
             if skip.name in self._all:
                 continue
             self._all[skip.name] = skip
             new.append(skip)
-            corrupt += skip.corrupt
-            if skip.corrupt and corrupt > self.limit:
+            self.corrupt += skip.corrupt
+            if skip.corrupt and self.corrupt > self.limit:
                 raise PretrainError(
-                    f"{corrupt} samples are corrupt, more than data.max_corrupt={self.limit}; the "
-                    f"latest: {skip.name} ({skip.reason}). Mend the data, or raise data.max_corrupt"
+                    f"{self.corrupt} samples are corrupt, more than "
+                    f"data.max_corrupt={self.limit}; the latest: {skip.name} ({skip.reason}). "
+                    "Repair the data, or raise data.max_corrupt"
                 )
         return new
+
+
+def within_limit(records: Iterable[T], limit: int) -> Iterator[T]:
+    """The records, while no more of them are corrupt than the limit allows.
+
+    Raises:
+        PretrainError: more are; it names the latest.
+    """
+    skipped = Skipped(limit)
+    for record in records:
+        if isinstance(record, Skip):
+            skipped.add([record])
+        yield record
 
 
 def write(path: Path, skips: Iterable[Skip]) -> None:

@@ -1,33 +1,36 @@
 """Reading a user's own files: what is in them, and what is wrong with them."""
 
-import glob
-import gzip
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
-
-import zstandard
+from typing import Any
 
 from pretrain.config import SourceConfig
-from pretrain.data import video
+from pretrain.data import files, video
 from pretrain.data.chat import REPLY, Message
+from pretrain.data.files import reason
 from pretrain.data.pixels import Pixels, open_image
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import ROLES
 from pretrain.errors import PretrainError
 
-_JSONL = (".jsonl", ".ndjson")
-_PLAIN = (".txt", ".md", ".rst")
-_PACKED = ("", ".gz", ".zst")
+_JSON = files.with_compressed(files.JSON_LINES)
+_TEXT = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS = "captions.jsonl"
-# What readers of damaged files raise.
-_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+# Fields whose content a document of text would lose.
+_MEDIA = (
+    *("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios"),
+    *("input_image", "input_audio", "pixel_values"),
+)
+_NOTHING: tuple[Any, ...] = (None, "", [], {}, False)
+_LOST_OF_CHAT = (*_MEDIA, "tools", "functions", "system")
+_LOST_OF_MESSAGE = (
+    *(*_MEDIA, "tool_calls", "function_call", "tool_call_id", "tools"),
+    *("reasoning_content", "reasoning", "thinking", "prefix"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,101 +93,92 @@ class Chat:
 
 
 def content_hash(*parts: str) -> int:
-    """64 bits of what is in a document: the same document is always of the same split."""
-    digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
+    """64 bits of a document's content: the same document is always in the same split."""
+    # File names that are not UTF-8 have surrogates in them.
+    content = "\0".join(parts).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
-def text_files(source: SourceConfig, key: str) -> list[Path]:
-    """The files of a source of text, in an order that only names decide."""
-    suffixes = [kind + packed for kind in (*_JSONL, *_PLAIN) for packed in _PACKED]
-    return _find(source, key, suffixes, "files of text (.jsonl, .txt, .md; .gz or .zst)")
+def text_files(source: SourceConfig, key: str) -> list[Path | Skip]:
+    """The files of a source of text in the order of their names, and what is left out."""
+    kinds = "files of text (.jsonl, .json, .txt, .md; .gz, .zst, .bz2 or .xz)"
+    return files.find(source.path, key, _TEXT, kinds)
 
 
-def chat_files(source: SourceConfig, key: str) -> list[Path]:
-    """The JSONL files of a source of conversations."""
-    suffixes = [kind + packed for kind in _JSONL for packed in _PACKED]
-    return _find(source, key, suffixes, "JSONL files (.jsonl; .gz or .zst)", others=False)
+def chat_files(source: SourceConfig, key: str) -> list[Path | Skip]:
+    """The JSON files of a source of conversations, and what is left out."""
+    return _json_files(source, key)
 
 
-def mixed_files(source: SourceConfig, key: str) -> list[Path]:
-    """The JSONL files of a source of images; or the images of a folder without any."""
+def mixed_files(source: SourceConfig, key: str) -> list[Path | Skip]:
+    """The JSON files of a source of images, or the images of a folder, and what is left out."""
     path = Path(source.path)
-    if path.is_dir():
-        listed = path / CAPTIONS
-        return [listed] if listed.is_file() else _find(source, key, _IMAGES, "images")
-    suffixes = [kind + packed for kind in _JSONL for packed in _PACKED]
-    return _find(source, key, suffixes, "JSONL files", others=False)
+    if not path.is_dir():
+        return _json_files(source, key)
+    if (path / CAPTIONS).is_file():
+        return [path / CAPTIONS]
+    found = files.find(source.path, key, _IMAGES, "images")
+    captions = {str(item.with_suffix(".txt")) for item in found if isinstance(item, Path)}
+    return [item for item in found if isinstance(item, Path) or item.name not in captions]
 
 
-def _find(
-    source: SourceConfig, key: str, suffixes: Sequence[str], what: str, *, others: bool = True
-) -> list[Path]:
+def _json_files(source: SourceConfig, key: str) -> list[Path | Skip]:
     """
     Raises:
-        PretrainError: there is nothing; it names the setting.
+        PretrainError: there is none, or a file is named that is of another kind.
     """
-    path = Path(source.path)
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if p.is_file() and _ends(p, suffixes))
-        found = [p for p in inside if not any(n.startswith(".") for n in p.relative_to(path).parts)]
-        if not found:
-            raise PretrainError(f"{key}.path: the folder {path} has no {what} in it")
-    elif path.is_file():
-        found = [path]
-    elif glob.has_magic(source.path):
-        found = [p for p in map(Path, glob.glob(source.path, recursive=True)) if p.is_file()]
-        if not found:
-            raise PretrainError(f"{key}.path: no file matches {source.path}")
-    else:
-        raise PretrainError(f"{key}.path: {path} does not exist")
-    if not others and not all(_ends(p, suffixes) for p in found):
-        stranger = next(p for p in found if not _ends(p, suffixes))
-        raise PretrainError(
-            f"{key}.path: {stranger} is neither a folder nor a .jsonl file (.jsonl.gz, .jsonl.zst)"
-        )
-    if not any(p.stat().st_size for p in found):
-        raise PretrainError(f"{key}.path: {found[0]} is empty")
-    return sorted(found)
+    found = files.find(source.path, key, _JSON, "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)")
+    for item in found:
+        if isinstance(item, Path) and not files.ends_with(item, _JSON):
+            raise PretrainError(
+                f"{key}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
+                ".jsonl.zst, .json)"
+            )
+    return found
 
 
-def _ends(path: Path, suffixes: Sequence[str]) -> bool:
-    return path.name.lower().endswith(tuple(suffixes))
+def read_text(
+    source: SourceConfig, found: Sequence[Path | Skip], key: str = ""
+) -> Iterator[Text | Skip]:
+    """Every document of the files found: JSON objects, or plain files; and what is left out."""
+    for item in found:
+        yield from [item] if isinstance(item, Skip) else read_text_file(source, item)
 
 
-def read_text(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Text | Skip]:
-    """Every document: a line of a JSONL file, or a plain file.
-
-    Raises:
-        PretrainError: the first object of the source has no such field.
-    """
-    seen = False
-    for file in files:
-        if _ends(file, [kind + packed for kind in _JSONL for packed in _PACKED]):
-            for name, value in _read_jsonl(file):
-                if isinstance(value, Skip):
-                    yield value
-                    continue
-                text = value.get(source.field)
-                if not seen and source.field not in value:
-                    raise PretrainError(
-                        f"{name} has no field {source.field!r}, only {', '.join(value) or 'none'}: "
-                        f"set {key}.field"
-                    )
-                seen = True
-                yield _text(name, text, source.field)
+def read_text_file(source: SourceConfig, file: Path) -> Iterator[Text | Skip]:
+    """Every document of a file: of JSON the objects, otherwise its text."""
+    try:
+        plain = files.content(file) == "plain"
+        if plain:
+            yield _text(str(file), files.read_plain(file), "text")
+    except files.UNREADABLE as error:
+        yield Skip(str(file), reason(error))
+        return
+    for name, value in () if plain else files.read_objects(file):
+        if isinstance(value, Skip):
+            yield value
+        elif source.field not in value:
+            yield Skip(name, _no_field(value, source.field))
+        elif lost := _lost(value, _MEDIA):
+            yield Skip(name, f"its {lost!r} would be lost: a source of text has no images")
         else:
-            try:
-                with _open(file) as stream:
-                    yield _text(str(file), stream.read().decode(), "text")
-            except (*_UNREADABLE, UnicodeDecodeError) as error:
-                yield Skip(str(file), _reason(error))
+            yield _text(name, value[source.field], source.field)
+
+
+def _no_field(value: dict[str, Any], field: str) -> str:
+    keys = ", ".join(str(key)[:40] for key in list(value)[:20])
+    return f"has no field {field!r}, only {keys or 'none'}: set the source's field"
+
+
+def _lost(value: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of the names under which there is something."""
+    return next((name for name in names if value.get(name) not in _NOTHING), "")
 
 
 def _text(name: str, text: Any, field: str) -> Text | Skip:
     if not isinstance(text, str):
-        what = "has no field" if text is None else "has no text in its field"
-        return Skip(name, f"{what} {field!r}")
+        return Skip(name, f"has no text in its field {field!r}")
     if not _is_unicode(text):
         return Skip(name, "half a surrogate pair in its text")
     return Text(name, text) if text.strip() else Skip(name, "no text in it", corrupt=False)
@@ -198,118 +192,83 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
-    """(file and line, object) of every line that is not blank."""
-    number = 0
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, 1):
-                name = f"{file}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    yield name, Skip(name, f"not JSON: {_reason(error)}")
-                    continue
-                yield (
-                    name,
-                    value if isinstance(value, dict) else Skip(name, "not a JSON object"),
-                )
-    except _UNREADABLE as error:
-        yield "", Skip(str(file), f"cannot be read after line {number}: {_reason(error)}")
+def read_chats(
+    source: SourceConfig, found: Sequence[Path | Skip], key: str = ""
+) -> Iterator[Chat | Skip]:
+    """Every conversation of the files found, and what is left out."""
+    for item in found:
+        yield from [item] if isinstance(item, Skip) else read_chat_file(source, item)
 
 
-def _open(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(file, "rb"))
-    if file.suffix == ".zst":
-        return io.BufferedReader(_Zstd(file))
-    return file.open("rb")
+def read_chat_file(source: SourceConfig, file: Path) -> Iterator[Chat | Skip]:
+    """Every conversation of a file: ``{"messages": [{"role": "user", "content": "…"}, …]}``.
 
-
-class _Zstd(io.RawIOBase):
-    """Frames of Zstandard as one stream; zstandard's own reader takes a cut-off frame for whole."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file.open("rb")
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._packed = self._ready = b""
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 16)
-            if not self._packed:
-                if self._inside:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            self._ready = self._frame.decompress(self._packed)
-            self._inside = not self._frame.eof
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_chats(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Chat | Skip]:
-    """Every conversation: lines of ``{"messages": [{"role": "user", "content": "…"}, …]}``.
-
-    Raises:
-        PretrainError: the first object of the source has no such field.
+    A conversation of which something would be lost, such as an image or a call of a tool, is
+    left out.
     """
-    seen = False
-    for file in files:
-        for name, value in _read_jsonl(file):
-            if isinstance(value, Skip):
-                yield value
-                continue
-            field = source.field if source.field in value else "messages"
-            if not seen and field not in value:
-                raise PretrainError(
-                    f"{name} has no field 'messages', only {', '.join(value) or 'none'}: "
-                    f"set {key}.field"
-                )
-            seen = True
-            yield _chat(name, value.get(field), field)
+    for name, value in files.read_objects(file):
+        if isinstance(value, Skip):
+            yield value
+            continue
+        field = source.field if source.field in value else "messages"
+        if field not in value:
+            yield Skip(name, _no_field(value, "messages"))
+            continue
+        try:
+            yield _chat(name, value, field)
+        except ValueError as error:
+            yield Skip(name, reason(error))
 
 
-def _chat(name: str, value: Any, field: str) -> Chat | Skip:
-    if not isinstance(value, list):
-        return Skip(name, f"no list of messages in {field!r}")
-    messages = []
-    for number, message in enumerate(value, 1):
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
-        )
-        if role not in ROLES:
-            return Skip(name, f"message {number} is of role {role!r}, none of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            return Skip(name, f"message {number} has no text for its content")
-        if not _is_unicode(content):
-            return Skip(name, f"half a surrogate pair in message {number}")
-        messages.append(Message(role, content))
+def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
+    """
+    Raises:
+        ValueError: it is not a conversation of text alone.
+    """
+    if not isinstance(value[field], list):
+        raise ValueError(f"no list of messages in {field!r}")
+    if lost := _lost(value, _LOST_OF_CHAT):
+        raise ValueError(f"its {lost!r} would be lost: a source of chat has messages of text alone")
+    messages = tuple(_message(number, one) for number, one in enumerate(value[field], 1))
     if not any(message.role == REPLY and message.content.strip() for message in messages):
         return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
-    return Chat(name, tuple(messages))
+    return Chat(name, messages)
 
 
-def read_mixed(source: SourceConfig, files: Sequence[Path], key: str) -> Iterator[Mixed | Skip]:
+def _message(number: int, message: Any) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
+    if lost := _lost(fields, _LOST_OF_MESSAGE):
+        raise ValueError(f"the {lost!r} of message {number} would be lost: only its text is read")
+    for name in ("weight", "train"):
+        if fields.get(name) in (0, False):
+            raise ValueError(f"message {number} is not to be learned ({name!r}): this is not read")
+    if isinstance(content, list):
+        content = _joined(number, content)
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has no text for its content")
+    if not _is_unicode(content):
+        raise ValueError(f"half a surrogate pair in message {number}")
+    return Message(role, content)
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """The text of a content that is a list of parts, as Chat Completions has it."""
+    texts = []
+    for part in parts:
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type"), fields.get("text")
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"message {number} has a part of type {kind!r:.40}, not only text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_mixed(
+    source: SourceConfig, found: Sequence[Path | Skip], key: str = ""
+) -> Iterator[Mixed | Skip]:
     """Every document of a source of images.
 
     Lines of JSONL are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": "a.mp4", "caption":
@@ -317,9 +276,12 @@ def read_mixed(source: SourceConfig, files: Sequence[Path], key: str) -> Iterato
     {"image": "a.jpg"}, …]}``. Paths are relative to the file's folder and stay within it. In a
     folder without ``captions.jsonl``, ``a.txt`` is the caption of ``a.jpg``.
     """
-    for file in files:
-        if not _ends(file, _IMAGES):
-            for name, value in _read_jsonl(file):
+    for file in found:
+        if isinstance(file, Skip):
+            yield file
+            continue
+        if not files.ends_with(file, _IMAGES):
+            for name, value in files.read_objects(file):
                 yield value if isinstance(value, Skip) else _mixed(name, value, file, source.field)
             continue
         caption = file.with_suffix(".txt")
@@ -328,7 +290,7 @@ def read_mixed(source: SourceConfig, files: Sequence[Path], key: str) -> Iterato
         except FileNotFoundError:
             yield Skip(str(file), f"no caption {caption.name} beside it")
         except (OSError, UnicodeDecodeError) as error:
-            yield Skip(str(caption), _reason(error))
+            yield Skip(str(caption), reason(error))
         else:
             if text:
                 yield Mixed(str(file), (Media((str(file),), moving=False), text))

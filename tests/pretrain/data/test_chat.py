@@ -164,11 +164,11 @@ def test_what_is_too_long_or_wrong_is_left_out_and_listed(tmp_path: Path) -> Non
     assert reasons == {
         3: "no list of messages in 'messages'",
         4: "message 1 is of role 'tool', none of system, user, assistant",
-        5: "message 1 has no text for its content",
+        5: "message 1 has a part of type None, not only text",
         6: "no reply of the assistant in it",
         7: "half a surrogate pair in message 1",
         8: "message 1 is of role None, none of system, user, assistant",
-        11: "no list of messages in 'messages'",
+        11: "has no field 'messages', only other: set the source's field",
     }
     assert [number for number, skip in skips.items() if not skip.corrupt] == [2, 6]
     longer = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0, seq_length=1024)
@@ -183,7 +183,7 @@ def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
     (chat,) = read_chats(source, [path], "data.sources[0]")
     assert isinstance(chat, Chat) and not isinstance(chat, Skip)
     assert [message._asdict() for message in chat.messages] == turns(1)
-    with pytest.raises(PretrainError, match=r"a.jsonl:1 has no field 'messages', only talk: set "):
+    with pytest.raises(PretrainError, match=r"a.jsonl:1 \(has no field 'messages', only talk: "):
         opened(tmp_path, SourceConfig("chat", str(path)))
 
 

@@ -250,7 +250,7 @@ def test_what_is_corrupt_is_skipped_and_listed_with_the_reason(tmp_path: Path) -
         "lines.jsonl:7": "surrogate",
         "cut.jsonl.gz": "cannot be read after line",
         "cut.jsonl.zst": "it ends in the middle of a frame",
-        "latin.txt": "can't decode",
+        "latin.txt": "not UTF-8 (byte 0xe9 at 0): convert it",
         "captions.jsonl:2": "missing.png does not exist",
         "captions.jsonl:3": "cannot identify image file",
         "captions.jsonl:4": "truncated",  # only when it is read
@@ -286,7 +286,7 @@ def test_too_much_corrupt_ends_it_and_names_the_latest(tmp_path: Path) -> None:
         (
             {"path": "fields.jsonl"},
             {},
-            r"no field 'text', only body, id: set data.s",
+            r"no field 'text', only body, id: set the source's field",
         ),
         ({"path": "page.txt", "split": "held_out"}, {}, "no documents to train on"),
         ({"path": "page.txt"}, {"tokenizer": "none.json"}, "cannot read the tokenizer none.json"),

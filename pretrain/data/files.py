@@ -1,0 +1,572 @@
+"""Finding a user's files and reading them: folders, compression, kinds of content, limits.
+
+Every file that a source covers is either read or yielded as a :class:`Skip` with the reason. The
+content decides how a file is read; its suffix only decides which files of a folder are taken.
+"""
+
+import bz2
+import fnmatch
+import glob
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, Protocol
+
+import zstandard
+
+from pretrain.data.skipped import Skip
+from pretrain.errors import PretrainError, one_line
+
+# A line, or a file that is one document, after decompression. Longer ones are skipped.
+MAX_DOCUMENT_BYTES = 64 << 20
+# Bytes read past an overlong line to find its end. Beyond them the rest of the file is skipped.
+_MAX_PASSED_BYTES = 1 << 30
+# Compressed bytes given to a decompressor at a time. At Zstandard's highest ratio (a block of
+# 128 KiB in 4 bytes) they become 32 MiB.
+_STEP = 1 << 10
+# Decompressed bytes that decide how a file is read.
+_HEAD = 1 << 16
+_XZ_MEMORY = 1 << 30
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PLAIN = (".txt", ".md", ".rst")
+_COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+# Errors of reading a file, compressed or not.
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
+
+Content = Literal["lines", "array", "plain"]
+
+
+def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
+    """The suffixes, alone and followed by that of each supported compression."""
+    return tuple(kind + packed for kind in suffixes for packed in ("", *_COMPRESSED))
+
+
+def ends_with(path: Path, suffixes: Iterable[str]) -> bool:
+    return path.name.lower().endswith(tuple(suffixes))
+
+
+# Finding files
+
+
+def find(path: str, key: str, suffixes: Sequence[str], kinds: str) -> list[Path | Skip]:
+    """The files of a source in the order of their names, and everything that is left out.
+
+    Args:
+        path: a file, a folder or a pattern. In a folder, files with one of the suffixes are taken
+            at any depth and through links; hidden files and folders are left out.
+        key: the source's name in messages.
+        kinds: a description of the suffixes.
+
+    Raises:
+        PretrainError: there is no file.
+    """
+    root = Path(path)
+    if root.is_dir():
+        items = list(_walk(root, suffixes, kinds))
+        nothing = f"the folder {root} has no {kinds} in it"
+    elif root.exists():
+        if not root.is_file():
+            raise PretrainError(f"{key}.path: {root} is neither a file nor a folder")
+        items, nothing = [root], ""
+    elif glob.has_magic(path):
+        items = list(_matches(Path(path)))
+        nothing = f"no file matches {path}"
+    else:
+        raise PretrainError(f"{key}.path: {root} does not exist")
+    found = [item for item in items if isinstance(item, Path)]
+    if not found:
+        failed = [item for item in items if isinstance(item, Skip) and item.corrupt]
+        why = f" ({failed[0].name}: {failed[0].reason})" if failed else ""
+        raise PretrainError(f"{key}.path: {nothing}{why}")
+    if not any(_size(file) for file in found):
+        raise PretrainError(f"{key}.path: {found[0]} is empty")
+    return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1  # reading it gives the reason
+
+
+def _walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Skip]:
+    """Every file below a folder."""
+    for item in _tree(root):
+        if isinstance(item, Skip):
+            yield item
+            continue
+        for path, kind in item:
+            if path.name.startswith("."):
+                yield Skip(str(path), "hidden (its name begins with a dot)", corrupt=False)
+            elif kind == "file":
+                if ends_with(path, suffixes):
+                    yield path
+                else:
+                    yield Skip(str(path), _foreign_suffix(path) or f"not {kinds}", corrupt=False)
+            elif kind != "folder":
+                yield Skip(str(path), kind)
+
+
+def _tree(root: Path) -> Iterator[list[tuple[Path, str]] | Skip]:
+    """The entries of a folder and of those below it that are not hidden.
+
+    Links are followed. A folder that is reached more than once is read once.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # a link only where nothing else leads
+        try:
+            status = folder.stat()
+        except OSError as error:
+            yield _unreadable(folder, error)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            yield Skip(str(folder), "a link to a folder that is read already", corrupt=False)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        entries = _entries(folder)
+        yield entries
+        if isinstance(entries, list):
+            for path, kind in entries:
+                if kind == "folder" and not path.name.startswith("."):
+                    (links if path.is_symlink() else folders).append(path)
+
+
+def _entries(folder: Path) -> list[tuple[Path, str]] | Skip:
+    """The path and kind of each entry in a folder, by name."""
+    try:
+        with os.scandir(folder) as scanned:
+            return sorted((folder / entry.name, _kind(entry)) for entry in scanned)
+    except OSError as error:
+        return _unreadable(folder, error)
+
+
+def _unreadable(folder: Path, error: OSError) -> Skip:
+    return Skip(str(folder), f"the folder cannot be read: {reason(error)}")
+
+
+def _kind(entry: "os.DirEntry[str]") -> str:
+    """``folder``, ``file``, or the reason why it is neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        entry.stat()
+    except OSError as error:
+        return f"cannot be read: {reason(error)}"
+    return "neither a file nor a folder"
+
+
+def _matches(pattern: Path) -> Iterator[Path | Skip]:
+    """Every file that a pattern matches, and what it leads to and cannot be read.
+
+    As :func:`glob.glob`, but circles of links end and errors are not dropped.
+    """
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    items = dict.fromkeys(_expand(Path(*fixed), pattern.parts[len(fixed) :]))
+    above = {parent for item in items if isinstance(item, Path) for parent in item.parents}
+    for item in items:
+        if isinstance(item, Skip) or not item.is_dir():
+            yield item
+        elif item not in above:
+            yield Skip(str(item), "a folder (its files match pattern/**/*)", corrupt=False)
+
+
+def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path | Skip]:
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for item in _tree(folder):
+            if isinstance(item, Skip):
+                yield item
+            elif item:
+                yield from _expand(item[0][0].parent, rest or ("*",))
+        return
+    if not glob.has_magic(part):
+        named = folder / part
+        entries: list[tuple[Path, str]] | Skip = [(named, "file")] if named.exists() else []
+    else:
+        entries = _entries(folder)
+    if isinstance(entries, Skip):
+        yield entries
+        return
+    for path, kind in entries:
+        if glob.has_magic(part):
+            hidden = path.name.startswith(".") and not part.startswith(".")
+            if hidden or not fnmatch.fnmatch(path.name, part):
+                continue
+        if not rest:
+            yield path if kind in ("file", "folder") else Skip(str(path), kind)
+        elif path.is_dir():
+            yield from _expand(path, rest)
+
+
+# Reading files
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+_DECOMPRESSORS: tuple[tuple[bytes, Callable[[], _Decompressor]], ...] = (
+    (rb"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
+    # A frame, or one that is to be skipped.
+    (
+        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+        lambda: zstandard.ZstdDecompressor().decompressobj(),
+    ),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2Decompressor),
+    (rb"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
+)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file's bytes; those of a compressed one decompressed in bounded memory.
+
+    The first bytes decide whether it is compressed: names are often wrong about it.
+    """
+    file = path.open("rb")
+    try:
+        head = file.peek(16)[:16]
+        for magic, make in _DECOMPRESSORS:
+            if re.match(magic, head):
+                return io.BufferedReader(_Decompressed(file, make), _HEAD)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+class _Decompressed(io.RawIOBase):
+    """All frames of a compressed file as one stream; a file that is cut off is an error."""
+
+    def __init__(self, file: IO[bytes], make: Callable[[], _Decompressor]) -> None:
+        self._file, self._make = file, make
+        self._frame = make()
+        self._packed, self._ready = b"", memoryview(b"")
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(_STEP)
+            if not self._inside:  # frames may be followed by zeros
+                self._packed = self._packed.lstrip(b"\0") or self._file.read(_STEP).lstrip(b"\0")
+            if not self._packed:
+                if self._inside:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._inside = not self._frame.eof
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = self._make()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Foreign(NamedTuple):
+    """A kind of file that is not read.
+
+    Attributes:
+        suffixes: how its name ends.
+        magic: how its content begins, a regular expression; empty where that says nothing.
+        advice: what to do instead.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    magic: bytes = b""
+    advice: str = "convert it to JSON lines"
+
+
+_FOREIGN = (
+    _Foreign("Parquet", (".parquet",), rb"PAR1[\x00-\x1f]"),
+    _Foreign("Arrow", (".arrow", ".feather"), rb"ARROW1\0|\xff\xff\xff\xff"),
+    _Foreign("CSV", (".csv",)),
+    _Foreign("TSV", (".tsv", ".tab")),
+    _Foreign("NumPy", (".npy", ".npz"), rb"\x93NUMPY"),
+    _Foreign(
+        *("HTML", (".html", ".htm", ".xhtml"), rb"(?i)\s*(<!doctype html|<html[\s>])"),
+        "extract its text",
+    ),
+    _Foreign("PDF", (".pdf",), b"%PDF-", "extract its text"),
+    _Foreign("WARC", (".warc", ".wet", ".wat"), rb"WARC/\d", "extract its text as JSON lines"),
+    _Foreign("a tar archive", (".tar", ".tgz"), rb"(?s).{257}ustar", "unpack it"),
+    _Foreign("a ZIP archive", (".zip", ".docx", ".epub"), rb"PK(\x03\x04|\x05\x06)", "unpack it"),
+    _Foreign("a 7z archive", (".7z",), rb"7z\xbc\xaf\x27\x1c", "unpack it"),
+    _Foreign("a RAR archive", (".rar",), rb"Rar!\x1a\x07", "unpack it"),
+    _Foreign("LZ4", (".lz4",), rb"\x04\x22\x4d\x18", "decompress it"),
+    _Foreign(
+        "compressed twice", (), b"|".join(magic for magic, _ in _DECOMPRESSORS), "decompress it"
+    ),
+    _Foreign("SQLite", (".sqlite",), rb"SQLite format 3\0"),
+    _Foreign("HDF5", (".h5", ".hdf5"), rb"\x89HDF\r\n\x1a\n"),
+    _Foreign("binary data", (".bin", ".idx"), advice="convert it to text or JSON lines"),
+    _Foreign("pickled data", (".pkl", ".pickle", ".pt", ".pth"), rb"\x80[\x02-\x05][^\x80-\xff]"),
+    _Foreign("an image", (), rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "use a source of images"),
+)
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32LE",
+    b"\0\0\xfe\xff": "UTF-32BE",
+    b"\xff\xfe": "UTF-16LE",
+    b"\xfe\xff": "UTF-16BE",
+}
+_BINARY = "binary data (it has NUL bytes), not text"
+_UTF8_MARK = b"\xef\xbb\xbf"
+# Beginnings of JSON, in which a key may be cut off.
+_OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*+(?:"\s*(?::|\Z)|\Z)')
+_ARRAY = re.compile(rb'\[\s*\{\s*"')
+_SECOND_OBJECT = re.compile(rb"[^\n]*\n\s*\{")
+
+
+def _foreign_suffix(path: Path) -> str:
+    """The kind of a file by its name, with the advice; empty where the name says nothing."""
+    for kind in _FOREIGN:
+        if kind.suffixes and ends_with(path, with_compressed(kind.suffixes)):
+            return f"{kind.name}, which is not read: {kind.advice}"
+    return ""
+
+
+def content(path: Path) -> Content:
+    """How a file is read: as JSON objects, one a line or in an array, or as one plain document.
+
+    Raises:
+        ValueError: it is of another kind, with what it is and the advice.
+        OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError: it cannot be read.
+    """
+    if kind := _foreign_suffix(path):
+        raise ValueError(kind)
+    with open_file(path) as stream:
+        head = stream.read(_HEAD)
+    _refuse_foreign(head)
+    start = head.removeprefix(_UTF8_MARK).lstrip()
+    first, newline, rest = start.partition(b"\n")
+    by_line = ends_with(path, with_compressed(JSON_LINES[:-1]))
+    cut_off = not newline and len(head) == _HEAD
+    if _ARRAY.match(start) and not (by_line and rest.strip() and _parses(first)):
+        return "array"
+    if by_line:
+        return "lines"
+    if _OBJECT.match(start):
+        if cut_off or _parses(first) or _SECOND_OBJECT.match(start):
+            return "lines"
+        raise ValueError("a JSON object over several lines: write one a line (jq -c . does)")
+    if ends_with(path, with_compressed(JSON_LINES)) and start:
+        raise ValueError("neither JSON lines nor an array of JSON objects")
+    return "plain"
+
+
+def _refuse_foreign(head: bytes) -> None:
+    for kind in _FOREIGN:
+        if kind.magic and re.match(kind.magic, head):
+            raise ValueError(f"{kind.name}, which is not read: {kind.advice}")
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            raise ValueError(f"{encoding}, not UTF-8: convert it (iconv -f {encoding} -t UTF-8)")
+    if b"\0" in head:
+        raise ValueError(_BINARY)
+
+
+def _parses(text: bytes) -> bool:
+    try:
+        json.loads(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_plain(path: Path) -> str:
+    """A file that is one document.
+
+    Raises:
+        ValueError: it is too large or not UTF-8.
+        OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError: it cannot be read.
+    """
+    with open_file(path) as stream:
+        text = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{_too_large()}: split it, or write its documents as JSON lines")
+    if b"\0" in text:
+        raise ValueError(_BINARY)
+    return decode(text.removeprefix(_UTF8_MARK))
+
+
+def _too_large() -> str:
+    return f"larger than {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+
+def decode(text: bytes) -> str:
+    """
+    Raises:
+        ValueError: it is not UTF-8, with the place and the advice.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 (byte 0x{text[error.start]:02x} at {error.start}): convert it "
+            "(iconv -f LATIN1 -t UTF-8, if that is its encoding)"
+        ) from error
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
+    """(name, object) of every JSON object of a file, one a line or in an array.
+
+    The name is the file and the number of the line or element. What cannot be read is a
+    :class:`Skip` in place of the object, and so is a file without any.
+    """
+    number, unit = 0, "line"
+    try:
+        kind = content(path)
+        if kind == "plain" and _size(path):
+            raise ValueError("not JSON lines")
+        unit, read = ("element", _elements) if kind == "array" else ("line", _lines)
+        with open_file(path) as stream:
+            for number, value in read(stream):
+                name = f"{path}:{number}" if unit == "line" else f"{path}[{number}]"
+                if isinstance(value, Exception):
+                    yield name, Skip(name, reason(value))
+                elif isinstance(value, dict):
+                    yield name, value
+                else:
+                    yield name, Skip(name, "not a JSON object")
+    except UNREADABLE as error:
+        after = f"cannot be read after {unit} {number}: " if number else ""
+        yield str(path), Skip(str(path), after + reason(error))
+    else:
+        if not number:
+            yield str(path), Skip(str(path), "no text in it", corrupt=False)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(number, value or what is wrong with it) of every line that is not blank.
+
+    Raises:
+        ValueError: the end of an overlong line is not found.
+    """
+    decoder = _Decoder()
+    for number in itertools.count(1):
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+            yield number, ValueError(_too_large())
+            _pass_line(stream)
+        elif text := line.removeprefix(_UTF8_MARK if number == 1 else b"").strip():
+            try:
+                yield number, decoder.decode(decode(text))
+            except (ValueError, RecursionError) as error:
+                yield number, error
+
+
+def _pass_line(stream: IO[bytes]) -> None:
+    passed = 0
+    while chunk := stream.readline(_HEAD):
+        passed += len(chunk)
+        if chunk.endswith(b"\n"):
+            return
+        if passed > _MAX_PASSED_BYTES:
+            raise ValueError(f"the line goes on for more than {_MAX_PASSED_BYTES >> 20} MiB")
+
+
+def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(number, value or what is wrong with it) of every element of an array.
+
+    Raises:
+        ValueError: it is not JSON from some element on, or an element is too large.
+    """
+    decoder = _Decoder()
+    reader = io.TextIOWrapper(stream, "utf-8-sig")
+    buffer = reader.read(_HEAD)
+    place, step, number = buffer.index("[") + 1, _HEAD, 1
+    while True:
+        place = _separator_end(buffer, place)
+        if buffer.startswith("]", place):
+            if buffer[place + 1 :].strip() or reader.read(_HEAD).strip():
+                raise ValueError("there is more after the end of the array")
+            return
+        try:
+            value, place = decoder.decode_from(buffer, place)
+        except RecursionError as error:
+            raise ValueError(reason(error)) from error
+        except ValueError as error:
+            # Perhaps only cut off: read on, twice as much each time.
+            more = reader.read(step)
+            if not more:
+                raise ValueError(f"not JSON: {reason(error)}") from error
+            if len(buffer) - place > MAX_DOCUMENT_BYTES:
+                raise ValueError(f"element {number} is {_too_large()} or not JSON") from error
+            buffer, place, step = buffer[place:] + more, 0, 2 * step
+            continue
+        yield number, value
+        number, step = number + 1, _HEAD
+
+
+def _separator_end(buffer: str, place: int) -> int:
+    found = re.compile(r"[\s,]*").match(buffer, place)
+    return found.end() if found else place
+
+
+class _Decoder:
+    """JSON in which no key of an object stands twice: the first value would be lost."""
+
+    def __init__(self) -> None:
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._repeated: str | None = None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._repeated = next(key for key in found if keys.count(key) > 1)
+        return found
+
+    def decode(self, text: str) -> Any:
+        """The value of a text.
+
+        Raises:
+            ValueError: it is not JSON, or a key stands twice.
+            RecursionError: it is nested too deeply.
+        """
+        try:
+            return self._checked(self._decoder.decode(text))
+        except ValueError as error:
+            raise ValueError(f"not JSON: {reason(error)}") from error
+
+    def decode_from(self, text: str, place: int) -> tuple[Any, int]:
+        """The value that begins at a place, and where it ends; raises as :meth:`decode`."""
+        value, end = self._decoder.raw_decode(text, place)
+        return self._checked(value), end
+
+    def _checked(self, value: Any) -> Any:
+        repeated, self._repeated = self._repeated, None
+        return value if repeated is None else ValueError(f"the key {repeated!r} stands twice")
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, RecursionError):
+        return "not JSON: nested too deeply"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return one_line(text)[:300] or type(error).__name__
