@@ -1,29 +1,40 @@
 """Where each attention head's query and key rows live: MHA, GQA, MLA; fused or separate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-# A layer (its weight and bias), a weight, a weight and its bias, or a function that gives those.
+from muonclip.adapters import Effective, RowTensor, active_module, effective, of_tensors
+
+# A layer (its weight and bias), a weight, a weight and its bias, or a function that returns those.
 WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
-Projection: TypeAlias = nn.Module | Tensor | WeightAndBias | Callable[[], WeightAndBias]
+Projection: TypeAlias = (
+    nn.Module | Tensor | WeightAndBias | Callable[[], nn.Module | Tensor | WeightAndBias]
+)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
     """The rows of a weight (and of its bias) that make each head's vector.
 
+    A copy (``copy.deepcopy``, pickle) reads the weights of the copied model. Where ``projection``
+    is a plain function, which cannot be redirected, the copy refuses to be used.
+
     Attributes:
         projection: a layer, of which ``weight`` and ``bias`` count; a weight; a weight and its
-            bias; or a function that gives weight and bias. Layers and functions are asked anew
-            at every step, so that parameters may be replaced after this was made, as FSDP2 does.
+            bias; or a function that returns one of these. Layers and functions are read at every
+            step, so that parameters may be replaced after this was made, as FSDP2 and PEFT do.
         rows: int64 [heads, r], indices along dimension ``dim`` of the weight, each at most once.
         dim: 0 for a weight [rows, columns], as in ``nn.Linear``, and for a norm's gain [rows]; 1
             for a weight stored as [columns, rows].
         bias_rows: int64 [heads, r], the same along the bias's first dimension. Default: ``rows``.
+        num_rows: rows of the whole weight.
+        num_bias_rows: rows of the whole bias; ``num_rows`` without one.
 
     Raises:
         ValueError: if the shapes disagree, or a row is out of range or listed twice.
@@ -33,6 +44,8 @@ class HeadRows:
     rows: Tensor
     dim: int = 0
     bias_rows: Tensor | None = None
+    num_rows: int = field(init=False)
+    num_bias_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         weight, bias = _weight_and_bias(self.projection)
@@ -52,6 +65,8 @@ class HeadRows:
                 f"bias must be [{weight.size(self.dim)}] as the weight has rows, "
                 f"got {tuple(bias.shape)}"
             )
+        object.__setattr__(self, "num_rows", weight.size(self.dim))
+        object.__setattr__(self, "num_bias_rows", self.num_rows if bias is None else bias.size(0))
 
     @property
     def weight(self) -> Tensor:
@@ -62,6 +77,26 @@ class HeadRows:
     def bias(self) -> Tensor | None:
         """The bias as it is now."""
         return _weight_and_bias(self.projection)[1]
+
+    def effective(self) -> Effective:
+        """The tensors that set these rows now, adapters of PEFT included."""
+        with torch.enable_grad():  # to tell computed weights from parameters
+            projection = _read(self.projection)
+        if isinstance(projection, nn.Module):
+            return effective(projection)
+        return of_tensors(*_weight_and_bias(projection))
+
+    def rows_in(self, tensor: RowTensor) -> tuple[int, Tensor, int]:
+        """The dimension of a tensor's rows, which of them are the heads', and how many it has."""
+        if tensor.is_bias:
+            return 0, self.rows if self.bias_rows is None else self.bias_rows, self.num_bias_rows
+        return self.dim if tensor.dim is None else tensor.dim, self.rows, self.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if _is_plain_function(self.projection):
+            state["projection"] = _belongs_to_the_original
+        return state
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,21 +277,43 @@ class AttentionLayout:
         )
 
 
+def _read(projection: Projection) -> nn.Module | Tensor | WeightAndBias:
+    if isinstance(projection, (nn.Module, Tensor, tuple)):
+        return projection
+    return projection()
+
+
 def _weight_and_bias(projection: Projection) -> WeightAndBias:
+    projection = _read(projection)
     if isinstance(projection, Tensor):
         return projection, None
     if isinstance(projection, tuple):
         return projection
-    if not isinstance(projection, nn.Module):
-        return projection()
-    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+    module: Any = active_module(projection)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"{type(projection).__name__} has no weight: give a linear layer, a weight, "
+            f"{type(module).__name__} has no weight: give a linear layer, a weight, "
             "or (weight, bias)"
         )
     # Megatron's layers without a bias hold an empty tensor or None.
     return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
+
+
+def _is_plain_function(projection: Projection) -> bool:
+    """Whether a copy of it would read the weights of the original."""
+    if isinstance(projection, partial):
+        # Its arguments are copied; the function itself must be one that pickle finds by name.
+        return getattr(projection.func, "__qualname__", "").find("<") >= 0
+    return isinstance(projection, FunctionType) and projection is not _belongs_to_the_original
+
+
+def _belongs_to_the_original() -> WeightAndBias:
+    raise ValueError(
+        "this layout was copied together with a model, but it reads its weights by a function, "
+        "which still belongs to the original model: make the layout (and the QKClip) of the copy "
+        "anew, or give layouts a module instead of a function"
+    )
 
 
 def _all_rows(name: str, projection: Projection, heads: int, dim: int = 0) -> Tensor:
@@ -267,7 +324,7 @@ def _all_rows(name: str, projection: Projection, heads: int, dim: int = 0) -> Te
     rows = weight.size(dim)
     if heads < 1 or rows == 0 or rows % heads:
         raise ValueError(f"{name} has {rows} rows, which {heads} heads cannot share")
-    return torch.arange(rows).view(heads, -1)
+    return torch.arange(rows, device="cpu").view(heads, -1)
 
 
 def _check_rows(name: str, rows: Tensor, size: int) -> None:

@@ -40,7 +40,7 @@ class MaxLogitMonitor:
     bound that no logit exceeded, marked as such; it is at most the threshold.
 
     Args:
-        clip: whose steps to take in.
+        clip: whose steps to take in. A copy of the monitor takes in those of the copied clip.
         capacity: entries of history to keep, at least 2.
         fetch_every: steps whose results wait on the device; reading in between fetches them too.
 
@@ -75,15 +75,22 @@ class MaxLogitMonitor:
         self._steps, self._entry_steps = 0, 1
         self._entries: list[_Entry] = []
         # Rows: the largest logit that was computed, and a bound on all.
-        self._latest = torch.full((2, total), -math.inf)
+        self._latest = torch.full((2, total), -math.inf, dtype=torch.float32, device="cpu")
         self._peak = self._latest.clone()
-        self._peak_step = torch.zeros(total, dtype=torch.int64)
-        self._clipped = torch.zeros(total, dtype=torch.int64)
+        self._peak_step = torch.zeros(total, dtype=torch.int64, device="cpu")
+        self._clipped = torch.zeros(total, dtype=torch.int64, device="cpu")
         self._handle = clip.register_step_post_hook(self._take)
 
     def close(self) -> None:
         """Take in no more steps."""
         self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle = self.clip.register_step_post_hook(self._take)
 
     # ------------------------------------------------------------------ reading
 
@@ -183,11 +190,14 @@ class MaxLogitMonitor:
 
     def _draw_heads(self, axes: Any) -> None:
         """The last step: a cell a head; dots on those whose value is a bound."""
+        import numpy as np
         from matplotlib import colormaps
         from matplotlib.colors import ListedColormap, TwoSlopeNorm
 
         threshold, widest = self.clip.threshold, max(self._heads)
-        grid = torch.full((2, len(self._names), widest), math.nan)
+        grid = torch.full(
+            (2, len(self._names), widest), math.nan, dtype=torch.float32, device="cpu"
+        )
         for side, values in zip(grid, self._latest, strict=True):
             for row, layer in zip(side, self._by_layer(values).values(), strict=True):
                 row[: len(layer)] = layer.where(layer.isfinite(), math.nan)
@@ -196,8 +206,8 @@ class MaxLogitMonitor:
         low = min(0.0, float(finite.min())) if finite.numel() else 0.0
         high = max(2 * threshold, float(finite.max())) if finite.numel() else 2 * threshold
         # Blue under the threshold, red over it.
-        shades = [*colormaps["Blues"](torch.linspace(0, 0.85, 128).numpy())]
-        shades += [*colormaps["Reds"](torch.linspace(0.5, 1, 128).numpy())]
+        shades = [*colormaps["Blues"](np.linspace(0, 0.85, 128))]
+        shades += [*colormaps["Reds"](np.linspace(0.5, 1, 128))]
         norm, colors = TwoSlopeNorm(threshold, low, high), ListedColormap(shades)
         axes.set_facecolor("0.85")
         image = axes.imshow(

@@ -5,6 +5,7 @@ several query heads (GQA) is exact per head, where the report gives none.
 """
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import groupby
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.attachment import Attachment, Handle
+from muonclip.attention_layouts import AttentionLayout
 from muonclip.max_logits import Mask, screened_max_logits
-from muonclip.update import local
+from muonclip.row_scaling import Rows, ScalingPlan, Share, plan_key, read_sides
 
 
 class ClipFactors(NamedTuple):
@@ -48,12 +50,14 @@ class ClipResult(NamedTuple):
         upper_bounds: per layer, [heads]: what no logit of the step exceeded; -inf where the layer
             was not observed.
         factors: per layer, [heads]: gamma, the factor on each head's q·k; 1 where nothing changed.
+        skipped: layer -> why its heads are not scaled, for layers whose weights are frozen.
     """
 
     max_logits: dict[str, Tensor]
     num_clipped: Tensor
     upper_bounds: dict[str, Tensor]
     factors: dict[str, Tensor]
+    skipped: dict[str, str]
 
 
 def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> ClipFactors:
@@ -94,8 +98,19 @@ def _gamma(max_logits: Tensor, threshold: float) -> Tensor:
     return torch.where(over, threshold / largest, 1.0).clamp(max=1)
 
 
-def _split(gamma: Tensor, num_kv_groups: int) -> ClipFactors:
-    """Divide each head's factor between its query and the key of its group."""
+def _split(gamma: Tensor, num_kv_groups: int, share: Share = "both") -> ClipFactors:
+    """Divide each head's factor between its query and the key of its group.
+
+    Args:
+        gamma: [heads].
+        num_kv_groups: key groups; divides heads.
+        share: which of the two can be scaled. ``"key"``: as many groups as heads. ``"none"``: gamma
+            is 1.
+    """
+    if share in ("query", "none"):
+        return ClipFactors(gamma, gamma.new_ones(num_kv_groups), gamma)
+    if share == "key":
+        return ClipFactors(torch.ones_like(gamma), gamma, gamma)
     key = gamma.view(num_kv_groups, -1).amin(1).sqrt()
     query = gamma / key.repeat_interleave(gamma.numel() // num_kv_groups)
     return ClipFactors(query, key, gamma)
@@ -109,25 +124,36 @@ class QKClip:
     ``attach`` to the optimizer once and forget about it. Works with any optimizer.
     ``muonclip.integrations`` does the observing for models of other libraries.
 
-    Weights may be DTensors (FSDP2, tensor parallelism), sharded in any way: each rank scales what
-    it holds. A weight with an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
+    Weights may be DTensors (FSDP2, tensor parallelism), sharded in any way: each rank scales its
+    part. A weight with an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
     of Megatron) has that scaled, and is refreshed from it. With ``main_param_sharded`` too, the
-    ranks of ``process_group`` hold consecutive flat pieces of the master, as Megatron's distributed
-    optimizer has it: each scales its own, and the weight itself until the optimizer refreshes it.
+    ranks of ``process_group`` have consecutive flat pieces of the master, as in Megatron's
+    distributed optimizer: each scales its own, and the weight itself until the optimizer refreshes
+    it.
+
+    Only trained weights are scaled, as ``requires_grad`` is at each step. If only the query or only
+    the key is trained, it takes the whole factor where that is exact: the query always, the key
+    where no other query head shares it. Other layers are left alone, and reported by a warning and
+    in ``ClipResult.skipped``. In PEFT's adapters the effective weights are scaled: DoRA and IA3
+    through their vectors; LoRA over a frozen weight cannot be scaled exactly and is refused.
+
+    A copy of a model that refers to its clip (``copy.deepcopy``, ``torch.save``) gets a clip of its
+    own, which scales the weights of the copy; it is not attached to an optimizer and has no hooks.
 
     Args:
         layouts: layer name -> where its heads' rows are.
         threshold: τ: no head's largest logit stays above it.
         exact: compute the exact largest logit of every head in ``observe_attention``, for a
             monitor. Else only of heads whose bound is over the threshold; the clip is the same.
-        process_group: ranks that hold copies or shards of these weights and see other data (data
+        process_group: ranks that have copies or shards of these weights and see other data (data
             and context parallel); their maxima are joined. Default: all ranks, where
             ``torch.distributed`` is initialised. Under Megatron's tensor or pipeline parallelism
-            pass the data-parallel group, since other ranks there hold other heads.
+            pass the data-parallel group, since other ranks there have other heads.
 
     Raises:
         ValueError: if there are no layouts, two layouts share a weight, query and key share rows,
-            or the threshold is not above 0.
+            the threshold is not above 0, or a layer is trained in a way that cannot be clipped
+            exactly (LoRA over a frozen weight, weight norm).
 
     Attributes:
         exact: as above; may be changed at any time.
@@ -150,19 +176,51 @@ class QKClip:
         self.exact = exact
         self.process_group = process_group
         self.result: ClipResult | None = None
-        self._rows = _rows_of(self.layouts)
-        self._step_hooks: OrderedDict[int, Callable[[ClipResult], None]] = OrderedDict()
+        self._lost_group = False
+        self._plan: ScalingPlan | None = None
+        self._current_plan()  # raises now what each step would
         self._slices, start = {}, 0
         for name, layout in self.layouts.items():
             self._slices[name] = slice(start, start + layout.num_heads)
             start += layout.num_heads
-        # Largest logits, what bounds them, and largest unbiased logits, which decide the factors.
-        # One tensor for all layers, so that joining ranks takes one collective.
-        self._running = torch.full((3, start), -math.inf, dtype=torch.float32, device=self._device)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """State that copies do not share."""
+        self._plan = None  # parameters may be replaced (fully_shard): do not keep them
+        self._handles: list[Handle] = []
+        self._step_hooks: OrderedDict[int, Callable[[ClipResult], None]] = OrderedDict()
+        self._inactive = ""  # why the clip does nothing
+        self._warned: set[tuple[str, ...]] = set()
+        # Allocated by the first forward pass, on the device where the model then is.
+        self._running = self._nothing_seen("meta")
+        # Logits of forward passes whose gradients have been computed since.
+        self._graded = self._nothing_seen("meta")
+        self._backward_ran = False
+
+    def _nothing_seen(self, device: "torch.device | str") -> Tensor:
+        """Largest logits, their bounds, and largest unbiased logits, which decide the factors.
+
+        One tensor for all layers, so that joining ranks takes one collective.
+        """
+        heads = sum(layout.num_heads for layout in self.layouts.values())
+        return torch.full((3, heads), -math.inf, dtype=torch.float32, device=device)
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.layouts.values())).query.weight.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("layouts", "threshold", "exact", "_slices", "_inactive")
+        state = {name: getattr(self, name) for name in names}
+        return {**state, "_lost_group": self._lost_group or self.process_group is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, process_group=None, result=None)
+        self._set_up()
+        self._inactive = state["_inactive"]
+        if self._lost_group:
+            self._inactive = "it is a copy, and its process group cannot be copied"
 
     @torch.no_grad()
     def observe(self, name: str, max_logits: Tensor) -> None:
@@ -232,6 +290,10 @@ class QKClip:
                 f"layer {name!r} has {heads} heads: query must be [..., {heads}, queries, d], "
                 f"got {tuple(query.shape)}"
             )
+        if self._inactive:
+            return
+        if self._handles and query.requires_grad:
+            query.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
         seen = screened_max_logits(
             query.detach(),
             key.detach(),
@@ -247,7 +309,7 @@ class QKClip:
         self._take(name, seen.max_logits, bounds, seen.unbiased_max_logits)
 
     @torch.no_grad()
-    def step(self, *, clip: bool = True) -> ClipResult:
+    def step(self, *, clip: bool | Tensor = True) -> ClipResult:
         """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
 
         A collective call: every rank of the process group makes it. On an accelerator nothing
@@ -255,47 +317,100 @@ class QKClip:
 
         Args:
             clip: False changes no weight, and counts none as clipped: for a step that the optimizer
-                left out, whose logits are to be seen and must not count in the next step's.
+                left out, whose logits are to be seen and must not count in the next step's. May be
+                a boolean scalar on the accelerator.
 
         Raises:
-            ValueError: if a weight has other rows than when its layout was made, or the place of a
-                master copy is not known; no weight is changed then.
+            ValueError: if a weight has other rows than when its layout was made, is trained in a
+                way that cannot be clipped exactly, or has a master copy in an unknown place; no
+                weight is changed then.
         """
-        tensors = [rows.check() for rows in self._rows]
-        self._place_masters(tensors)
-        running = self._running = self._running.to(self._device)
+        if self._inactive:
+            self._warn_once((self._inactive,), f"this QKClip does nothing: {self._inactive}")
+            return self._finish(self._nothing_seen("cpu"), None, {})
+        plan = self._current_plan()
+        for rows in plan.rows:
+            rows.check()
+        self._place_masters(plan.rows)
+        self._report_skipped(plan.skipped)
+        self._move()
+        running = torch.maximum(self._running, self._graded)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
-        largest, bounds, unbiased = running
-        gamma = _gamma(unbiased, self.threshold) if clip else torch.ones_like(unbiased)
-        num_clipped = (gamma < 1).sum()
+        gamma = _gamma(running[2], self.threshold)
+        for name in plan.skipped:
+            gamma[self._slices[name]] = 1
+        if isinstance(clip, Tensor) and clip.device.type != "cpu":
+            gamma = gamma.where(clip.to(gamma.device), 1)
+        elif not clip:
+            gamma = torch.ones_like(gamma)
         # Whether any is over is not read on an accelerator, which that would wait for.
-        if clip and (running.device.type != "cpu" or num_clipped > 0):
-            factors = self._factors(gamma)
-            for rows, tensor in zip(self._rows, tensors, strict=True):
-                rows.scale(tensor, factors)
+        if gamma.device.type != "cpu" or (gamma < 1).any():
+            factors = self._factors(gamma, plan.shares)
+            for rows in plan.rows:
+                rows.scale(factors)
+        return self._finish(running, gamma, plan.skipped)
+
+    def _finish(self, running: Tensor, gamma: Tensor | None, skipped: dict[str, str]) -> ClipResult:
+        largest, bounds, _ = running
+        gamma = torch.ones_like(largest) if gamma is None else gamma
         self.result = ClipResult(
             {name: largest[heads] for name, heads in self._slices.items()},
-            num_clipped,
+            (gamma < 1).sum(),
             {name: bounds[heads] for name, heads in self._slices.items()},
             {name: gamma[heads] for name, heads in self._slices.items()},
+            dict(skipped),
         )
         self._running = torch.full_like(running, -math.inf)
+        self._graded = torch.full_like(running, -math.inf)
+        self._backward_ran = False
         for hook in tuple(self._step_hooks.values()):
             hook(self.result)
         return self.result
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: Optimizer) -> Handle:
         """Run ``step`` after every ``optimizer.step()``; its result is then in ``result``.
+
+        Nothing is clipped after a step that changed nothing because a gradient was not finite
+        (``MuonClip(nonfinite="skip")``, ``GradScaler``), and its logits do not count in the next
+        step. They are dropped by the optimizer's ``zero_grad`` where GradScaler does not call
+        ``step`` at all.
+
+        A clip is attached to one optimizer at a time. Attaching it again moves it; attaching
+        another clip of the same weights to the same optimizer replaces this one. A copied optimizer
+        has no clip attached.
+
+        Args:
+            optimizer: any torch optimizer, or Accelerate's or Lightning's wrapper of one.
 
         Returns:
             A handle whose ``remove()`` detaches it.
+
+        Raises:
+            TypeError: for what is not a torch optimizer.
         """
+        for handle in [h for h in self._handles if isinstance(h, Attachment)]:
+            handle.remove()
+        attachment = Attachment(self, optimizer)
+        self.keep(attachment)
+        return attachment
 
-        def clip(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-            self.step()
+    def keep(self, handle: Handle) -> None:
+        """Let ``remove`` undo this, too. ``watch`` calls it with the handle that it returns."""
+        if not self._lost_group:
+            self._inactive = ""
+        self._handles = [h for h in self._handles if h.is_active] + [handle]
 
-        return optimizer.register_step_post_hook(clip)
+    def remove(self) -> None:
+        """Undo every ``watch`` and ``attach`` of this clip, which can be repeated later."""
+        self.retire("it was removed")
+
+    def retire(self, reason: str) -> None:
+        """As ``remove``; from now on ``step`` warns that the clip does nothing, and why."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inactive = self._inactive or reason
 
     def register_step_post_hook(self, hook: Callable[[ClipResult], None]) -> RemovableHandle:
         """Call ``hook(result)`` at the end of every ``step``.
@@ -307,25 +422,95 @@ class QKClip:
         self._step_hooks[handle.id] = hook
         return handle
 
+    def describe(self) -> str:
+        """A line for each layer: its heads, and which of its projections a clip would scale.
+
+        Raises:
+            ValueError: as ``step``.
+        """
+        plan = self._current_plan()
+        words = {"both": "query and key", "query": "query only", "key": "key only"}
+        return "\n".join(
+            f"{name}: {layout.num_heads} heads, {layout.num_kv_groups} key groups; "
+            + (words.get(plan.shares[name]) or f"not scaled, {plan.skipped[name]}")
+            for name, layout in self.layouts.items()
+        )
+
+    # ------------------------------------------------------------------ observations
+
     def _layout(self, name: str) -> AttentionLayout:
         if name not in self.layouts:
             raise KeyError(f"no layout for layer {name!r}; layers are {', '.join(self.layouts)}")
         return self.layouts[name]
 
+    @torch.no_grad()
+    def forget_discarded(self) -> None:
+        """Drop the logits of forward passes whose gradients are discarded unused.
+
+        ``zero_grad`` of an attached optimizer calls it. Logits that no backward pass followed yet
+        are kept: a loop may call ``zero_grad`` between its forward and backward passes.
+        """
+        self._separate_graded()
+        self._graded = torch.full_like(self._graded, -math.inf)
+
+    def _note_backward(self, _gradient: Tensor) -> None:
+        self._backward_ran = True
+
+    def _separate_graded(self) -> None:
+        """Put aside the logits seen before the last backward pass."""
+        if self._backward_ran:
+            self._move()
+            self._graded = torch.maximum(self._graded, self._running)
+            self._running = torch.full_like(self._running, -math.inf)
+            self._backward_ran = False
+
+    def _move(self) -> None:
+        """Follow a model that moved to another device since."""
+        device = self._device
+        if self._running.is_meta:
+            self._running, self._graded = self._nothing_seen(device), self._nothing_seen(device)
+        elif self._running.device != device:
+            self._running, self._graded = self._running.to(device), self._graded.to(device)
+
     def _take(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
-        if self._running.device != self._device:  # the model moved since
-            self._running = self._running.to(self._device)
+        if self._inactive:
+            return
+        self._move()
+        self._separate_graded()
         running = self._running[:, self._slices[name]]
         seen = torch.stack([largest, bounds, unbiased]).detach().to(running)
         seen[2].masked_fill_(~seen[0].isfinite(), -math.inf)
         torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
 
-    def _place_masters(self, tensors: list[Tensor]) -> None:
+    # ------------------------------------------------------------------ weights
+
+    def _current_plan(self) -> ScalingPlan:
+        """What to scale now: parameters may have been replaced, frozen or unfrozen since."""
+        sides = read_sides(self.layouts)
+        if self._plan is None or self._plan.key != plan_key(sides):
+            self._plan = ScalingPlan(self.layouts, sides)
+        return self._plan
+
+    def _report_skipped(self, reasons: Mapping[str, str]) -> None:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            if (name, reason) not in self._warned:
+                self._warned.add((name, reason))
+                by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            self._warn_once((reason, *names), f"QK-Clip does not scale {_listed(names)}: {reason}")
+
+    def _warn_once(self, key: tuple[str, ...], text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, stacklevel=4)
+
+    def _place_masters(self, all_rows: list[Rows]) -> None:
         """Find out, once, where the rank's flat pieces of sharded master copies begin."""
         sharded = [
-            (rows, tensor)
-            for rows, tensor in zip(self._rows, tensors, strict=True)
-            if getattr(tensor, "main_param_sharded", False)
+            (rows, rows.tensor)
+            for rows in all_rows
+            if getattr(rows.tensor, "main_param_sharded", False)
         ]
         if not any(rows.master_start is None for rows, _ in sharded):
             return
@@ -346,179 +531,27 @@ class QKClip:
                 )
             rows.master_start = int(pieces[:rank].sum())
 
-    def _factors(self, gamma: Tensor) -> Tensor:
-        """All layers' factors in the order of ``_rows_of``."""
+    def _factors(self, gamma: Tensor, shares: Mapping[str, Share]) -> Tensor:
+        """All layers' factors in the order of ``ScalingPlan``."""
         # Consecutive layers with as many heads a group are one layer as far as factors go.
         runs = []
-        per_group = [x.num_heads // x.num_kv_groups for x in self.layouts.values()]
-        for size, layers in groupby(zip(per_group, self.layouts.values(), strict=True), _first):
+        kinds = [(x.num_heads // x.num_kv_groups, shares[n]) for n, x in self.layouts.items()]
+        for (size, share), layers in groupby(
+            zip(kinds, self.layouts.values(), strict=True), _first
+        ):
             groups = sum(layout.num_kv_groups for _, layout in layers)
             run, gamma = gamma[: groups * size], gamma[groups * size :]
-            runs.append(_split(run, groups))
+            runs.append(_split(run, groups, share))
         return torch.cat([*map(torch.cat, zip(*runs, strict=True)), gamma.new_ones(1)])
 
 
-def _first(pair: tuple[int, Any]) -> int:
+def _listed(names: list[str], limit: int = 5) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more layers" if more > 0 else "")
+
+
+def _first(pair: tuple[tuple[int, Share], Any]) -> tuple[int, Share]:
     return pair[0]
-
-
-class _Rows:
-    """A weight or bias, and which factor multiplies each of its rows.
-
-    Args:
-        layer: whose it is.
-        read: gives the tensor as it is now.
-        dim: the dimension of its rows.
-        slots: int64 [rows], indices into the factors.
-    """
-
-    def __init__(
-        self, layer: str, read: Callable[[], Tensor | None], dim: int, slots: Tensor
-    ) -> None:
-        self.layer, self.read, self.dim, self.slots = layer, read, dim, slots
-        self.master_start: int | None = None
-        self._local_slots: tuple[Any, Tensor] | None = None
-
-    def check(self) -> Tensor:
-        """The tensor as it is now, if it can be scaled.
-
-        Raises:
-            ValueError: if it cannot.
-        """
-        tensor = self.read()
-        if tensor is None or tensor.ndim <= self.dim or tensor.size(self.dim) != len(self.slots):
-            shape = None if tensor is None else tuple(tensor.shape)
-            raise ValueError(
-                f"layer {self.layer!r}: a weight has become {shape}, its layout has "
-                f"{len(self.slots)} rows: make the layout of the model as it is trained, and shard "
-                "with fully_shard (FSDP2), whose DTensors keep their shape"
-            )
-        master: Any = getattr(tensor, "main_param", None)
-        if getattr(tensor, "main_param_sharded", False):
-            placed = _placements(tensor) is None and (master is None or master.ndim == 1)
-        else:
-            placed = master is None or (
-                (master.shape, _placements(master)) == (tensor.shape, _placements(tensor))
-            )
-        if not placed:
-            raise ValueError(
-                f"layer {self.layer!r}: the master copy (main_param) of a weight of shape "
-                f"{tuple(tensor.shape)} is {tuple(master.shape)}: it must be sharded as the weight "
-                "is, or be a flat piece of it with main_param_sharded set"
-            )
-        self._slots_of(tensor)
-        return tensor
-
-    def scale(self, tensor: Tensor, factors: Tensor) -> None:
-        """Multiply each row by its factor, in the master copy where there is one."""
-        held = local(tensor)
-        shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
-        by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
-        master = getattr(tensor, "main_param", None)
-        if getattr(tensor, "main_param_sharded", False):
-            # Not refreshed from the master: copies on other ranks must stay the same.
-            held.mul_(by_row)
-            if master is not None:
-                piece = by_row.expand_as(held).flatten()[self.master_start :]
-                master.mul_(piece[: master.numel()])
-        elif master is None:
-            held.mul_(by_row)
-        else:
-            master = local(master)
-            master.mul_(by_row)
-            # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
-            held.copy_(torch.where(by_row == 1, held, master))
-
-    def _slots_of(self, tensor: Tensor) -> Tensor:
-        """The slots of the rows that this rank holds, on the tensor's device."""
-        key = (tensor.device, _placements(tensor))
-        if self._local_slots is None or self._local_slots[0] != key:
-            slots = self.slots
-            if _placements(tensor) is not None:
-                slots = slots[_local_rows(tensor, self.dim)]
-            self._local_slots = key, slots.to(tensor.device)
-        return self._local_slots[1]
-
-
-def _rows_of(layouts: Mapping[str, AttentionLayout]) -> list[_Rows]:
-    """Every weight and bias of the layouts, once: query and key may be fused in it.
-
-    Factors are those of all query heads, all key groups, all rotary query heads, and a one.
-    """
-    heads = sum(layout.num_heads for layout in layouts.values())
-    groups = sum(layout.num_kv_groups for layout in layouts.values())
-    one = 2 * heads + groups
-    head, group = 0, heads
-    found: dict[int, _Rows] = {}
-    for name, layout in layouts.items():
-        firsts = (head, group, heads + groups + head)
-        for part, first in zip((layout.query, layout.key, layout.query_rope), firsts, strict=True):
-            for read, dim, rows in _tensors(part):
-                tensor = read()
-                if tensor is None:
-                    continue
-                if id(tensor) not in found:
-                    slots = torch.full((tensor.size(dim),), one)
-                    found[id(tensor)] = _Rows(name, read, dim, slots)
-                known = found[id(tensor)]
-                if known.layer != name:
-                    raise ValueError(
-                        f"layers {known.layer!r} and {name!r} share a weight: "
-                        "give QK-Clip one layout for it and observe both layers under its name"
-                    )
-                rows = rows.cpu()
-                if known.dim != dim or (known.slots[rows] != one).any():
-                    raise ValueError(f"layer {name!r}: query and key share rows of a weight")
-                known.slots[rows] = first + torch.arange(len(rows))[:, None]
-        head, group = head + layout.num_heads, group + layout.num_kv_groups
-    return list(found.values())
-
-
-def _tensors(
-    part: HeadRows | None,
-) -> list[tuple[Callable[[], Tensor | None], int, Tensor]]:
-    """How to read the weight and the bias, the dimension of their rows, and the rows."""
-    if part is None:
-        return []
-    bias_rows = part.rows if part.bias_rows is None else part.bias_rows
-    return [(lambda: part.weight, part.dim, part.rows), (lambda: part.bias, 0, bias_rows)]
-
-
-def _placements(tensor: Tensor) -> Any:
-    """How a DTensor lies on its ranks; None for any other tensor."""
-    placements = getattr(tensor, "placements", None)
-    return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]
-
-
-def _local_rows(tensor: Any, dim: int) -> Tensor:
-    """Which indices along a dimension of a DTensor this rank holds.
-
-    Raises:
-        ValueError: for a sum over ranks that was not formed, or a placement that is not known.
-    """
-    mesh = tensor.device_mesh
-    rows = torch.arange(tensor.size(dim))
-    if mesh.get_coordinate() is None:  # this rank holds nothing of it
-        return rows[:0]
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise ValueError(f"a weight has placements {tensor.placements}: reduce it first")
-        if placement.is_replicate() or placement.dim % tensor.ndim != dim:
-            continue
-        # FSDP2 on top of tensor parallelism cuts each of that many pieces (_StridedShard).
-        pieces = torch.chunk(rows, getattr(placement, "split_factor", 1))
-        rows = torch.cat([_chunk(p, mesh.size(axis), mesh.get_local_rank(axis)) for p in pieces])
-    if len(rows) != tensor.to_local().size(dim):
-        raise ValueError(
-            f"a weight of shape {tuple(tensor.shape)} has placements {tensor.placements}, of which "
-            f"this rank should hold {len(rows)} rows, not {tensor.to_local().size(dim)}"
-        )
-    return rows
-
-
-def _chunk(rows: Tensor, count: int, index: int) -> Tensor:
-    chunks = torch.chunk(rows, count)
-    return chunks[index] if index < len(chunks) else rows[:0]
 
 
 def _check_threshold(threshold: float) -> None:

@@ -1,0 +1,154 @@
+"""Layers as QK-Clip scales them: the tensors that set a layer's rows, adapters of PEFT included.
+
+The modules of PEFT are recognized by their attributes; nothing is imported.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class RowTensor(NamedTuple):
+    """A tensor that has one entry, or slice, per output row of a layer.
+
+    Attributes:
+        tensor: the tensor.
+        dim: the dimension of its rows; None: as the layout of the layer's weight has it.
+        is_bias: whether it is the layer's bias.
+    """
+
+    tensor: Tensor
+    dim: int | None = None
+    is_bias: bool = False
+
+
+class Effective(NamedTuple):
+    """How the rows of a layer's output can be scaled.
+
+    Attributes:
+        tensors: a row of the output is scaled by scaling that row in every one of these.
+        adapter: the adapter that contributes to the output, if any; e.g. ``"LoRA"``.
+        others: further tensors through which the output is trained.
+        obstacle: why scaling ``tensors`` does not scale the output; empty where it does.
+        owned: whether the tensors were found in a module; otherwise the caller gave them.
+    """
+
+    tensors: list[RowTensor]
+    adapter: str = ""
+    others: tuple[Tensor, ...] = ()
+    obstacle: str = ""
+    owned: bool = True
+
+    def is_frozen(self, tensor: Tensor) -> bool:
+        """Whether a tensor is not trained.
+
+        In a module, only parameters (and views of them) are trained. A tensor that the caller gave
+        counts as trained unless it is a parameter without ``requires_grad``.
+        """
+        root = _root(tensor)
+        return (self.owned or isinstance(root, nn.Parameter)) and not root.requires_grad
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """The module that a ``modules_to_save`` wrapper of PEFT runs; any other module itself."""
+    original = module._modules.get("original_module")
+    copies = module._modules.get("modules_to_save")
+    if original is None or not isinstance(copies, nn.ModuleDict):
+        return module
+    wrapper: Any = module
+    names = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in copies]
+    return active_module(copies[names[0]] if names else original)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside all adapters and wrappers of PEFT."""
+    module = active_module(module)
+    inner = module._modules.get("base_layer")
+    return module if inner is None else base_layer(inner)
+
+
+def effective(module: nn.Module) -> Effective:
+    """The tensors that set the rows of a layer's output, at this moment.
+
+    Exact for a plain layer (weight, bias), DoRA (magnitude, bias), IA3 (its vector), and LoRA over
+    a weight that is trained too (weight, bias, B). LoRA over a frozen weight cannot be scaled:
+    gamma (W + sBA) is W + sB'A for some B' only if A spans the rows of W.
+    """
+    module = active_module(module)
+    if module._modules.get("base_layer") is None:
+        return _plain(module)
+    tuner: Any = module
+    base = effective(tuner.base_layer)
+    if getattr(tuner, "disable_adapters", False):
+        return base
+    if getattr(tuner, "merged", False):
+        return base._replace(obstacle="an adapter is merged into its weight: unmerge it")
+    names = tuple(getattr(tuner, "adapter_layer_names", ()))
+    active = [
+        adapter
+        for adapter in getattr(tuner, "active_adapters", ())
+        if any(adapter in (getattr(tuner, name, None) or ()) for name in names)
+    ]
+    if not active:
+        return base
+    others = tuple(
+        parameter
+        for name, parameter in tuner.named_parameters()
+        if not name.startswith("base_layer.") and not set(name.split(".")).isdisjoint(active)
+    )
+    if "ia3_l" in names and not tuner.is_feedforward:
+        # The output is multiplied by each active vector: any trained one can take the factor.
+        vectors = [tuner.ia3_l[adapter] for adapter in active]
+        vector = next((v for v in vectors if v.requires_grad), None)
+        return base if vector is None else Effective([RowTensor(vector, 0)], "IA3")
+    if "lora_A" in names and "lora_B" in names:
+        variants = [getattr(tuner, "lora_variant", {}).get(adapter) for adapter in active]
+        if not any(variants) and all(adapter in tuner.lora_B for adapter in active):
+            return _lora(base, [tuner.lora_B[adapter] for adapter in active], others)
+        if [type(v).__name__ for v in variants] == ["DoraLinearVariant"] and not base.adapter:
+            magnitude = tuner.lora_magnitude_vector[active[0]].weight
+            biases = [t for t in base.tensors if t.is_bias]
+            return Effective([RowTensor(magnitude, 0), *biases], "DoRA", others, base.obstacle)
+    kind = type(tuner).__module__.split(".")[-2:][0] + " adapter"
+    return Effective(base.tensors, kind, others, f"the rows of its {kind} cannot be scaled exactly")
+
+
+def _lora(base: Effective, ups: list[Any], others: tuple[Tensor, ...]) -> Effective:
+    tensors = [RowTensor(up.weight, 0) for up in ups]
+    tensors += [RowTensor(up.bias, 0) for up in ups if up.bias is not None]
+    return Effective([*base.tensors, *tensors], "LoRA", others, base.obstacle)
+
+
+def _plain(module: nn.Module) -> Effective:
+    with torch.enable_grad():  # under no_grad, a computed weight looks like any other tensor
+        weight = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} has no weight: give a linear layer, a weight, "
+            "or (weight, bias)"
+        )
+    plain = of_tensors(weight, bias)._replace(owned=True)
+    # Other implementations of LoRA keep their matrices in the layer or in children of it.
+    others = tuple(p for p in module.parameters() if p.ndim > 1 and p is not weight)
+    if not plain.obstacle and any(p.requires_grad for p in others):
+        return Effective(
+            plain.tensors, "adapter", others, "it trains other matrices than its weight as well"
+        )
+    return plain
+
+
+def of_tensors(weight: Tensor, bias: Tensor | None) -> Effective:
+    """A weight and its bias. Megatron's layers without a bias hold an empty tensor or None."""
+    tensors = [RowTensor(weight)]
+    if isinstance(bias, Tensor) and bias.numel():
+        tensors.append(RowTensor(bias, 0, is_bias=True))
+    if any(_root(row.tensor).grad_fn is not None for row in tensors):
+        obstacle = "its weight is computed from other parameters (weight norm, parametrization)"
+        return Effective(tensors, obstacle=obstacle, owned=False)
+    return Effective(tensors, owned=False)
+
+
+def _root(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
