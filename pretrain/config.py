@@ -295,6 +295,10 @@ class SourceConfig(Settings):
     conversations, the list of messages (`messages` is found too)."""
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: held out by a hash of what is in a document; else the whole source is of one split."""
+    trust_code: bool = False
+    """Of energon: run the Python code that the shards' dataset.yaml names (sample_loader,
+    part_filter, classes and functions), and unpickle what is in them. It can do whatever you can:
+    allow it only for shards that you made, or whose code you have read."""
 
     @property
     def is_chat(self) -> bool:
@@ -312,6 +316,10 @@ class SourceConfig(Settings):
             f"path must be given for a source of {self.type}"
             if not self.path
             else "path must be left out for the standard library",
+        )
+        _require(
+            not self.trust_code or self.type == "energon",
+            f"trust_code is of a source of type energon, not {self.type}",
         )
 
 

@@ -299,7 +299,9 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
         source, key = config.sources[number], f"data.sources[{number}]"
         if source.type == "energon":
             tokenizer.require_media()
-            shards = Shards(Path(source.path), key, composer, config.seq_length, seed)
+            shards = Shards(
+                Path(source.path), key, composer, config.seq_length, seed, source.trust_code
+            )
             held_out = np.arange(len(shards.held_out))
             nothing = np.empty(0, np.int64)
             opened.append(
@@ -424,10 +426,12 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
     source, name = config.sources[number], f"data.sources[{number}]"
     if source.type == "energon":
         require_energon()
-        folder = Path(source.path)
+        folder, trust = Path(source.path), source.trust_code
         return _Reader(
-            read_meta(folder, name).fingerprint,
-            texts=lambda: (Text("", text) for text in energon_texts(folder, name, seed)),
+            read_meta(folder, name, trust_code=trust).fingerprint,
+            texts=lambda: (
+                Text("", text) for text in energon_texts(folder, name, seed, trust_code=trust)
+            ),
         )
     if source.type in ("standard_library", "standard_library_chat"):
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))

@@ -62,11 +62,23 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in _RENDERED_BY_PROGRAMS)
 
 
+def suffixes() -> tuple[str, ...]:
+    """The usual suffixes of the formats that are read, in lower case, each with its dot."""
+    read = set(formats())
+    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in read)
+
+
 class ImageFile:
     """An opened image file."""
 
     def __init__(self, image: Image.Image, name: str) -> None:
         self._image, self._name = image, name
+
+    @property
+    def suffix(self) -> str:
+        """The first usual suffix of its format, whatever the file is called."""
+        known = Image.registered_extensions().items()
+        return next((suffix for suffix, name in known if name == self._image.format), "")
 
     @property
     def size(self) -> tuple[int, int]:

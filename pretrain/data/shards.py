@@ -9,16 +9,14 @@ import yaml
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import sources
+from pretrain.data.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media, Mixed
 from pretrain.errors import PretrainError
 
 # What energon calls its splits.
 PARTS = {"train": "train", "held_out": "val"}
-_DATASET = {
-    "sample_type": {"__module__": "megatron.energon", "__class__": "CaptioningSample"},
-    "field_map": {"image": "jpg,jpeg,png,webp,gif,bmp,tif,tiff", "caption": "txt"},
-}
+_SAMPLE_TYPE = {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
 
 
 def make_shards(
@@ -50,6 +48,7 @@ def make_shards(
     out.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(PARTS.values(), 0)
     skips: list[Skip] = []
+    kinds: set[str] = set()
     writers = {part: _Writer(out, part, per_shard) for part in counts}
     for record in _pairs(folder):
         if isinstance(record, Skip):
@@ -59,10 +58,11 @@ def make_shards(
         media, caption = record.parts
         assert isinstance(media, Media) and isinstance(caption, str)
         path = Path(media.paths[0])
+        kind = _kind(path)
+        kinds.add(kind)
         # The key in a shard: no two in a dataset may be the same.
         writers[part].add(
-            f"{part}{counts[part]:09}",
-            {path.suffix[1:].lower(): path.read_bytes(), "txt": caption.encode()},
+            f"{part}{counts[part]:09}", {kind: path.read_bytes(), "txt": caption.encode()}
         )
         counts[part] += 1
     for writer in writers.values():
@@ -70,7 +70,7 @@ def make_shards(
     if not sum(counts.values()):
         first = f"; the first: {skips[0].name} ({skips[0].reason})" if skips else ""
         raise PretrainError(f"{folder} has no image with a caption{first}")
-    _index(out, [part for part, count in counts.items() if count])
+    _index(out, [part for part, count in counts.items() if count], sorted(kinds))
     return counts, skips
 
 
@@ -117,8 +117,20 @@ class _Writer:
             self._tar.close()
 
 
-def _index(out: Path, parts: list[str]) -> None:
-    """Energon's own preparation, as `energon prepare` does it."""
+def _kind(path: Path) -> str:
+    """The suffix of an image in a shard: its own, or where that says nothing, its format's."""
+    if path.suffix.lower() in suffixes():
+        return path.suffix[1:].lower()
+    with open_image(path) as image:
+        return image.suffix[1:]
+
+
+def _index(out: Path, parts: list[str], images: list[str]) -> None:
+    """Energon's own preparation, as `energon prepare` does it.
+
+    Args:
+        images: suffixes of the images in the shards.
+    """
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     BaseWebdatasetFactory.prepare_dataset(
@@ -128,4 +140,6 @@ def _index(out: Path, parts: list[str]) -> None:
         shuffle_seed=None,
         workers=1,
     )
-    (out / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(_DATASET))
+    fields = {"image": ",".join(images), "caption": "txt"}
+    dataset = {"sample_type": _SAMPLE_TYPE, "field_map": fields}
+    (out / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(dataset))

@@ -3,20 +3,24 @@
 import itertools
 import json
 import shutil
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import Dealing, prepare
+from pretrain.data import Dealing, energon, pixels, prepare, sources
 from pretrain.data.energon import texts
 from pretrain.data.own import OwnData
-from pretrain.data.shards import _index, _Writer
+from pretrain.data.shards import _index, _Writer, make_shards
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import Media
 from pretrain.errors import PretrainError
-from tests.pretrain.data import make
+from tests.pretrain.data import make, test_pixels
 from tests.pretrain.data.test_packing import check_with
 
 BATCH = 4
@@ -34,10 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(folder: Path, rank: int = 0, ranks: int = 1, shards: str = "shards") -> OwnData:
+def opened(
+    folder: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    shards: str = "shards",
+    *,
+    trust_code: bool = False,
+) -> OwnData:
     sources = (
         SourceConfig("text", str(folder / "text.jsonl")),
-        SourceConfig("energon", str(folder / shards)),
+        SourceConfig("energon", str(folder / shards), trust_code=trust_code),
     )
     config = DataConfig(
         seq_length=128,
@@ -142,7 +153,7 @@ def shards_of(folder: Path, name: str, captions: Sequence[object]) -> None:
         described = json.dumps({"caption": caption}).encode()
         writer.add(f"{number:03}", {"png": image, "json": described})
     writer.close()
-    _index(folder / name, ["train"])
+    _index(folder / name, ["train"], ["png"])
     dataset = folder / name / ".nv-meta" / "dataset.yaml"
     dataset.write_text(dataset.read_text().replace("caption: txt", "caption: json[caption]"))
 
@@ -210,9 +221,166 @@ def test_make_shards_says_what_is_wrong(
 
 
 def test_make_shards_counts_what_it_leaves_out(folder: Path) -> None:
-    from pretrain.data.shards import make_shards
-
     counts, skips = make_shards(folder / "pictures", folder / "again", per_shard=10, held_out=0.2)
     assert sum(counts.values()) == 60 and counts["val"] > 0
     assert [Path(skip.name).name for skip in skips] == ["lonely.png"]
     assert list(itertools.islice(sorted((folder / "again").glob("train-*.tar")), 1))
+
+
+def samples_of(shards: Path) -> dict[str, pixels.Pixels]:
+    """Captions and their pictures. They come shuffled: one pass may not have all of them."""
+    meta = energon.read_meta(shards, "source")
+    skips: list[Skip] = []
+    loader = energon._loader(shards, meta, "train", 0, 1, 0, skips)
+    found = {}
+    for sample in itertools.islice(loader, 20 * meta.train):
+        if len(found) == meta.train:
+            break
+        picture, caption = energon._parts(sample)
+        assert isinstance(caption, str) and not isinstance(picture, str)
+        found[caption] = picture[0]
+    assert not skips
+    return found
+
+
+def test_shards_show_what_their_folder_shows_whatever_the_mode_and_orientation(
+    tmp_path: Path,
+) -> None:
+    kinds = [(kind, mode, options) for kind, mode, options in test_pixels.LOSSLESS]
+    kinds += [("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("AVIF", "RGB", {})]
+    suffixes = {"JPEG": "JPG", "TIFF": "tif", "PNG": "png", "WEBP": "", "AVIF": "avif"}
+    paths = {}
+    for number, (kind, mode, options) in enumerate(kinds * 2):
+        image, _ = test_pixels.MODES[mode](np.random.default_rng(number))
+        content = test_pixels.file(image, kind, number % 8 + 1, **options)
+        path = tmp_path / "pictures" / f"{number:03}.{suffixes[kind]}".rstrip(".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        paths[f"number {number}"] = path
+    captions = [{"image": path.name, "caption": caption} for caption, path in paths.items()]
+    listed = "\n".join(map(json.dumps, captions))
+    (tmp_path / "pictures" / "captions.jsonl").write_text(listed)
+    counts, skips = make_shards(tmp_path / "pictures", tmp_path / "shards", held_out=0)
+    assert counts == {"train": len(paths), "val": 0} and not skips
+    found = samples_of(tmp_path / "shards")
+    assert found.keys() == paths.keys()
+    for caption, path in paths.items():
+        (frame,) = sources.frames(Media((str(path),), moving=False), 1)
+        assert np.array_equal(found[caption], frame) and found[caption].dtype == np.uint8
+
+
+def test_shards_of_other_programs_are_shown_upright(folder: Path) -> None:
+    image, expected = test_pixels.MODES["I;16"](np.random.default_rng(0))
+    writer = _Writer(folder / "foreign", "train", 10)
+    (folder / "foreign").mkdir()
+    writer.add("a", {"PNG": test_pixels.file(image, "PNG", 6), "txt": b"turned"})
+    writer.add("b", {"jpg": test_pixels.file(image, "PNG", 3), "txt": b"misnamed"})
+    writer.close()
+    _index(folder / "foreign", ["train"], ["PNG", "jpg"])
+    found = samples_of(folder / "foreign")
+    for caption, turned in (("turned", 6), ("misnamed", 3)):
+        upright = test_pixels.VIEWED[turned](expected)
+        assert np.abs(found[caption] - upright).max() <= 1
+
+
+def sparse_tar(path: Path, name: str, size: int) -> None:
+    """A tar with a file of many zeros in little space, and a text of its name."""
+    data = b"x" * 512
+    sparse = tarfile.TarInfo(name)
+    sparse.size, sparse.type = len(data), tarfile.GNUTYPE_SPARSE
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[386 : 386 + 24] = b"%011o\0%011o\0" % (0, 512)
+    header[386 + 24 : 386 + 48] = b"%011o\0%011o\0" % (size, 0)
+    header[483:495] = size.to_bytes(12, "big") if size >= 8**11 else b"%011o\0" % size
+    if size >= 8**11:
+        header[483] |= 0x80
+        header[386 + 24 : 386 + 36] = (size | 1 << 95).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    text = tarfile.TarInfo(name.partition(".")[0] + ".txt")
+    text.size = 5
+    with path.open("wb") as file:
+        file.write(bytes(header) + data + text.tobuf() + b"large".ljust(512, b"\0") + bytes(1024))
+
+
+def test_a_file_in_a_shard_that_expands_without_end_is_skipped_unread(folder: Path) -> None:
+    shards = folder / "sparse"
+    shards.mkdir()
+    sparse_tar(shards / "train-000000.tar", "a.png", 1 << 40)
+    writer = _Writer(shards, "more", 100)
+    for number in range(4):
+        image = (folder / "pictures" / f"{number:03}.png").read_bytes()
+        writer.add(f"{number}", {"png": image, "txt": make.picture(number)[1].encode()})
+    writer.close()
+    (shards / "more-000000.tar").rename(shards / "train-000001.tar")
+    _index(shards, ["train"], ["png"])
+    data = opened(folder, shards="sparse")
+    steps(data, 0, 1, range(10))
+    (skip,) = {skip[:2] for skip in data.take_skipped()}
+    assert skip[0].endswith("train-000000.tar:a")
+    assert skip[1].endswith("its png is too large: 1,099,511,627,776 bytes")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("split.yaml", "split_parts: {train: ['{0..99999999999}.tar']}", "more than 1,000,000"),
+        ("split.yaml", "split_parts: {train: ['{a,b}{0..999}{0..999}.tar']}", "more than 1,000,"),
+        ("split.yaml", "split_parts: {train: [{a: b}]}", "not a list of names"),
+        ("split.yaml", "split_parts: {train: ['../other.tar']}", r"outside \S*: '../other.tar'"),
+        ("split.yaml", "split_parts: {train: ['/x.tar']}", "names a shard outside"),
+        ("split.yaml", "split_parts: {train: ['msc://a/x.tar']}", "names a shard outside"),
+        ("split.yaml", "[" * 100_000, "is not prepared for energon"),
+        (".info.json", "[" * 100_000, "is not prepared for energon"),
+        (".info.json", '{"shard_counts": {"../../a.tar": 3}}', "names a shard outside"),
+        ("dataset.yaml", "field_map: {image: png}", "has no sample_type"),
+        ("dataset.yaml", "- a", "has no sample_type"),
+    ],
+)
+def test_descriptions_of_shards_that_make_no_sense_are_refused_in_a_line(
+    folder: Path, file: str, content: str, message: str
+) -> None:
+    shutil.copytree(folder / "shards", folder / "described", dirs_exist_ok=True)
+    (folder / "described" / ".nv-meta" / file).write_text(content)
+    with pytest.raises(PretrainError, match=message) as raised:
+        opened(folder, shards="described")
+    assert "\n" not in str(raised.value)
+
+
+def test_samples_of_another_type_are_refused_when_the_source_is_opened(folder: Path) -> None:
+    shutil.copytree(folder / "shards", folder / "other_type", dirs_exist_ok=True)
+    dataset = folder / "other_type" / ".nv-meta" / "dataset.yaml"
+    dataset.write_text(dataset.read_text().replace("CaptioningSample", "VQASample"))
+    with pytest.raises(PretrainError, match=r"has samples of type VQASample: CaptioningSample and"):
+        opened(folder, shards="other_type")
+    dataset.write_text(
+        "__module__: megatron.energon\n__class__: CaptioningWebdataset\n"
+        "field_map: {image: png, caption: txt}\nsubflavors: {a: 1}\n"
+    )
+    assert steps(opened(folder, shards="other_type"), 0, 1, range(1))
+
+
+def test_code_of_shards_runs_when_it_is_trusted(folder: Path) -> None:
+    shutil.copytree(folder / "shards", folder / "trusted", dirs_exist_ok=True)
+    meta = folder / "trusted" / ".nv-meta"
+    (meta / "sample_loader.py").write_text(
+        "def sample_loader(sample):\n"
+        "    return dict(sequence=['first', sample['png'], sample['txt']])\n"
+        "def part_filter(part):\n    return part in ('png', 'txt')\n"
+    )
+    (meta / "dataset.yaml").write_text(
+        "sample_type: {__module__: megatron.energon, __class__: InterleavedSample}\n"
+        "sample_loader: sample_loader.py:sample_loader\n"
+        "part_filter: sample_loader.py:part_filter\n"
+    )
+    with pytest.raises(PretrainError, match=r"'sample_loader', 'part_filter'.*trust_code: true"):
+        opened(folder, shards="trusted")
+    data = opened(folder, shards="trusted", trust_code=True)
+    tokens = torch.cat(steps(data, 0, 1, range(4)))
+    assert "first" in data.tokenizer.decode(tokens.tolist())
+    assert (tokens == data.tokenizer.media_pad).any() and not data.take_skipped()
+
+
+def test_trust_code_is_of_energon_alone() -> None:
+    with pytest.raises(ValueError, match="trust_code is of a source of type energon, not images"):
+        SourceConfig("images", "pictures", trust_code=True)
