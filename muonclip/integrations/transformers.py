@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.integrations.torch_attention import WatchHandle
-from muonclip.max_logits import Mask
 from muonclip.qk_clip import QKClip, clip_factors
 
 # Names that transformers' models give to the same thing, all of them attributes of the attention.
@@ -334,7 +333,7 @@ class _Watched:
         options: dict[str, Any],
     ) -> None:
         if self.trying:
-            raise _Queries(query, key, value)
+            raise _Queries(query, key, value, (mask, options.get("position_bias")))
         # Recomputation of a checkpointed forward runs within the backward pass.
         if module.training and torch._C._current_graph_task_id() == -1:
             observe = partial(self.clip.observe_attention, self.name)
@@ -354,6 +353,8 @@ class _Watched:
         before = self._attention_inputs(module, args, kwargs)
         if before[0].size(1) != layout.num_heads:
             return  # which observing it refuses
+        if before[0].numel() == 0 or before[1].numel() == 0:
+            return  # an empty batch or sequence tells nothing: try again in the next forward pass
         with _replaced(scaled):
             after = self._attention_inputs(module, args, kwargs)
         logits, now = _some_logits(before), _some_logits(after)
@@ -367,12 +368,18 @@ class _Watched:
                 "projection and attention, or the rows are not those of the heads. Declare its "
                 "AttentionLayout, or leave it out with exclude"
             )
+        if not all(map(_same_bias, before[3], after[3])):
+            raise ValueError(
+                f"layer {self.name!r}: when the rows of its layout are scaled, the bias that is "
+                "added to its logits changes too, as with relative positions that queries are "
+                "multiplied by: QK-Clip knows no exact factor there. Leave it out with exclude"
+            )
         self.trial.remove()
 
     def _attention_inputs(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as they reach the attention function."""
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, Any]]:
+        """Query, key, value and (mask, position bias) as they reach the attention function."""
         cache: Any = import_module("transformers.cache_utils").Cache
         self.trying = True
         try:
@@ -381,8 +388,8 @@ class _Watched:
                 **{n: None if isinstance(arg, cache) else arg for n, arg in kwargs.items()},
             )
         except _Queries as found:
-            query, key, value = found.args
-            return query, key, value
+            query, key, value, added = found.args
+            return query, key, value, added
         finally:
             self.trying = False
         raise ValueError(
@@ -469,14 +476,16 @@ def _observe(
 ) -> None:
     """Call ``observe`` with the mask that an attention function makes of its arguments."""
     scale = options.get("scaling")
-    if isinstance(scale, Tensor):
-        query, scale = query * scale, 1.0
+    if isinstance(scale, Tensor):  # a learned temperature, of all heads or of each
+        if scale.ndim > 0 and scale.size(-1) != 1:
+            raise ValueError("a scale that depends on the key is not understood")
+        query, scale = query.to(torch.promote_types(query.dtype, torch.float32)) * scale, 1.0
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     bias = options.get("position_bias")
     if implementation is not None and "flash" in implementation:
         query, key, mask = _flash_mask(query, key, mask, causal, options)
-        causal = False
+        causal, bias = False, None  # which the kernels do not take
     elif implementation in ("eager", "flex_attention", None):
         causal = False  # the mask says it all
     elif implementation == "sdpa":
@@ -487,19 +496,11 @@ def _observe(
             "means: use eager, sdpa, flex_attention or flash_attention_2, or call "
             "QKClip.observe_attention yourself"
         )
-    if isinstance(mask, Tensor):
-        mask = mask[..., : key.size(-2)]
-    if bias is not None:
-        mask = _with_bias(mask, bias[..., : key.size(-2)])
-    observe(query, key, scale=scale, mask=mask, causal=causal)
-
-
-def _with_bias(mask: Mask | None, bias: Tensor) -> Tensor:
-    if mask is None:
-        return bias
-    if not isinstance(mask, Tensor):
-        raise ValueError("a position bias together with a BlockMask is not understood")
-    return torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else mask + bias
+    mask, bias = (x[..., : key.size(-2)] if isinstance(x, Tensor) else x for x in (mask, bias))
+    # Learned queries may come once for the whole batch.
+    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
+    query, key = (x.expand(*batch, *x.shape[1:]) for x in (query, key))
+    observe(query, key, scale=scale, mask=mask, bias=bias, causal=causal)
 
 
 def _flash_mask(
@@ -508,23 +509,25 @@ def _flash_mask(
     """Queries, keys and a boolean mask that say what flash attention is told otherwise."""
     if options.get("indices") is not None or options.get("block_table") is not None:
         raise ValueError("flash attention with indices or a block_table is not understood")
+    if padding is not None:  # slots of a static cache that are not in use yet
+        key = key[..., : padding.size(-1), :]
     batch, queries, keys = query.size(0), query.size(-2), key.size(-2)
     device = query.device
-    names = ("cu_seq_lens_q", "cu_seq_lens_k")
-    boundaries = [options[name] for name in names if options.get(name) is not None]
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    packed = [options.get(name) for name in names]
     positions = options.get("position_ids")
     ones = partial(torch.ones, dtype=torch.bool, device=device)
     if padding is not None:
         present = padding.bool()
         documents = query_documents = torch.zeros_like(present, dtype=torch.int64)
-        present_queries = present[:, -queries:]
+        present_queries = ones(batch, 1) if queries == 1 < keys else present[:, -queries:]
         query_documents = documents[:, -queries:]
-    elif len(boundaries) == 2:
+    elif all(x is not None for x in packed):
         # All sequences of the batch, one after the other.
         query, key = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key))
         query_documents, documents = (
             torch.bucketize(torch.arange(n, device=device), boundary[1:], right=True)[None]
-            for n, boundary in zip((batch * queries, batch * keys), boundaries, strict=True)
+            for n, boundary in zip((batch * queries, batch * keys), packed[:2], strict=True)
         )
         present_queries, present = ones(1, batch * queries), ones(1, batch * keys)
     else:
@@ -598,7 +601,14 @@ def _replaced(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iter
             setattr(owner, name, original)
 
 
-def _some_logits(inputs: tuple[Tensor, Tensor, Tensor], tokens: int = 16) -> Tensor:
+def _same_bias(before: Any, after: Any) -> bool:
+    """Whether a mask or bias stayed as it was; anything but floating tensors does."""
+    if not isinstance(before, Tensor) or not before.is_floating_point():
+        return True
+    return torch.allclose(before, after, rtol=0.01)
+
+
+def _some_logits(inputs: Sequence[Any], tokens: int = 16) -> Tensor:
     """Products of a few queries and keys, [heads, queries, keys]."""
     query, key = (x[0, :, :tokens].float() for x in inputs[:2])
     return query @ key.repeat_interleave(query.size(0) // key.size(0), 0).mT

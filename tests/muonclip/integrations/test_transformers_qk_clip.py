@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from muonclip import AttentionLayout, HeadRows, MuonClip, QKClip, param_groups
 from muonclip.monitor import MaxLogitMonitor
+from muonclip.reference import clip_factor
 
 transformers = pytest.importorskip("transformers", minversion="5")
 from muonclip.integrations.transformers import (  # noqa: E402
@@ -73,9 +74,39 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Vision towers, whose position biases reach attention as a mask of its own kind.
+BEIT: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "image_size": 16,
+    "patch_size": 4,
+    "drop_path_rate": 0.0,
+}
+SWIN: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": [2],
+    "num_heads": [4],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "drop_path_rate": 0.0,
+}
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "bias in each layer": ("BeitConfig", BEIT | {"use_relative_position_bias": True}),
+    "bias shared by layers": ("BeitConfig", BEIT | {"use_shared_relative_position_bias": True}),
+    "bias and shifted windows": ("SwinConfig", SWIN),
+}
+
+
 def make_model(kind: str, spread: float = 1.0) -> nn.Module:
     """A model in training mode, whose query heads differ in size by ``spread`` and more."""
     torch.manual_seed(0)
+    if kind in VISION:
+        name, options = VISION[kind]
+        config = getattr(transformers, name)(**options)
+        return prepared(transformers.AutoModel.from_config(config), spread, size=400.0)
     name, options = CONFIGS[kind]
     config = getattr(transformers, name)(**options)
     for option in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout_rate",
@@ -86,13 +117,21 @@ def make_model(kind: str, spread: float = 1.0) -> nn.Module:
     model: nn.Module = getattr(transformers, auto.get(kind, "AutoModelForCausalLM")).from_config(
         config
     )
+    return prepared(model, spread)
+
+
+def prepared(model: nn.Module, spread: float, size: float = 4.0) -> nn.Module:
+    """In training mode, with query heads and position biases of some size."""
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative" in name:
+                parameter.normal_()
         for index, layout in enumerate(attention_layouts(model).values()):
             for part in (layout.query, layout.query_rope):
                 if part is not None:
                     weight = part.weight.detach().movedim(part.dim, 0)
                     for head, rows in enumerate(part.rows):
-                        weight[rows] *= 4 * spread ** (head + index)
+                        weight[rows] *= size * spread ** (head + index)
     return model.train()
 
 
@@ -107,9 +146,14 @@ def batch(padding: str = "none") -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": present, "labels": ids}
 
 
+def images(size: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator)}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def reference_attention() -> Iterator[None]:
-    """Registers attention in float64 that keeps the largest logits of its modules."""
+    """Registers attention in float64 that keeps the logits of its modules, and the largest."""
 
     def reference(
         module: Any,
@@ -124,13 +168,18 @@ def reference_attention() -> Iterator[None]:
         repeats = query.size(1) // key.size(1)
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+        products = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+        bias, allowed = torch.zeros_like(products), torch.ones_like(products, dtype=torch.bool)
         if position_bias is not None:
-            logits = logits + position_bias
+            bias = bias + position_bias
         if attention_mask is not None:
-            logits = logits.where(attention_mask[..., : key.size(-2)] == 0, -math.inf)
+            mask = attention_mask[..., : key.size(-2)].expand(products.shape)
+            allowed = mask > -1e30
+            bias = bias + mask.where(allowed, 0.0)
+        logits = (products + bias).where(allowed, -math.inf)
         assert logits.dtype == torch.float64
         module.largest = logits.amax((0, 2, 3))
+        module.entries = products.detach(), bias.detach(), allowed
         # A query that attends to nothing, as padding does, attends to everything.
         logits = logits.where((logits > -math.inf).any(-1, keepdim=True), 0.0)
         return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
@@ -144,14 +193,18 @@ def reference_attention() -> Iterator[None]:
     del transformers.AttentionMaskInterface._global_mapping["reference"]
 
 
-def expected(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The largest logits of a copy of the model in float64, with attention of our own."""
+def in_float64(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """The attention modules of a copy of the model that ran in float64, with our attention."""
     twin: Any = copy.deepcopy(model).double()
     twin.set_attn_implementation("reference")
-    twin(**inputs)
-    return {
-        name: module.largest for name, module in twin.named_modules() if hasattr(module, "largest")
-    }
+    images = {n: x.double() for n, x in inputs.items() if n == "pixel_values"}
+    twin(**inputs | images)
+    return {name: module for name, module in twin.named_modules() if hasattr(module, "largest")}
+
+
+def expected(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The largest logits of a copy of the model in float64, with attention of our own."""
+    return {name: module.largest for name, module in in_float64(model, inputs).items()}
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor], implementation: str) -> Any:
@@ -189,33 +242,84 @@ def test_maxima_are_those_of_a_float64_attention(
     assert close(clip.step().max_logits, theirs)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_clipped_heads_come_down_to_the_threshold(kind: str) -> None:
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", [*CONFIGS, *VISION])
+def test_clipped_heads_come_down_to_the_threshold(kind: str, implementation: str) -> None:
     """In a real model: each layer's heads over it, exactly; the other heads are as they were.
 
-    Layer after layer, since a layer's input changes with the layers before it.
+    Layer after layer, since a layer's input changes with the layers before it. Position biases,
+    which a clip does not scale, count as the definition has it, entry by entry.
     """
-    model, inputs = make_model(kind, spread=1.3), batch("right")
-    before = expected(model, inputs)
-    assert list(before) == list(attention_layouts(model))
-    for name, largest in before.items():
-        largest = expected(model, inputs)[name]
-        threshold = float(largest.detach().sort().values[1:3].mean())
-        # A bias is no part of what a clip scales.
-        bias = kind == "position bias"
+    model = make_model(kind, spread=1.3)
+    inputs = images() if kind in VISION else batch("right")
+    layers = in_float64(model, inputs)
+    assert list(layers) == list(attention_layouts(model))
+    biased = False
+    for name in layers:
+        layer = in_float64(model, inputs)[name]
+        products, bias, allowed = layer.entries
+        biased |= bool(bias.any())
+        threshold = float(layer.largest.detach().sort().values[-3:-1].mean())
+        gamma = torch.tensor(
+            [
+                clip_factor(products[:, h][allowed[:, h]], bias[:, h][allowed[:, h]], threshold)
+                for h in range(products.size(1))
+            ]
+        )
         clip = QKClip({name: attention_layouts(model)[name]}, threshold=threshold)
         handle = watch(model, clip)
-        forward(model, inputs, "sdpa")
+        forward(model, inputs, implementation)
         result = clip.step()
         handle.remove()
-        assert result.num_clipped == (largest > threshold).sum() == 2
-        after = expected(model, inputs)[name]
-        over = largest > threshold
-        if not bias:
-            assert torch.allclose(after[over], largest.new_full((2,), threshold), rtol=1e-5)
-            assert torch.allclose(after[~over], largest[~over], rtol=1e-5)
-        else:
-            assert (after[over] < largest[over]).all()
+        assert 1 <= result.num_clipped < len(gamma)
+        assert torch.allclose(result.factors[name], gamma, rtol=1e-4)
+        after, same_bias, _ = in_float64(model, inputs)[name].entries
+        assert torch.allclose(after, products * gamma[:, None, None], rtol=1e-4, atol=1e-6)
+        assert torch.equal(bias, same_bias)
+        at_stake = (after + bias)[allowed & (bias < threshold)]
+        assert at_stake.max() <= threshold * (1 + 1e-5)
+    assert biased == (kind in VISION or kind == "position bias")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(("earlier", "static"), [(7, False), (10, False), (7, True)])
+@pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
+def test_more_keys_than_queries(kind: str, earlier: int, static: bool, implementation: str) -> None:
+    """Keys of a cache come before the queries; slots that are not in use do not count."""
+    if static and implementation == "flex_attention":
+        pytest.skip("transformers 5.24 builds another mask there than its other attentions do")
+    model, whole = make_model(kind), batch("left")
+
+    def run(model: Any, implementation: str) -> None:
+        """The last tokens, after the earlier ones in evaluation."""
+        cache = (
+            transformers.StaticCache(config=model.config, max_cache_len=16)
+            if static
+            else transformers.DynamicCache(config=model.config)
+        )
+        ids, present = whole["input_ids"], whole["attention_mask"]
+        parts = (ids[:, :earlier], present[:, :earlier]), (ids[:, earlier:], present)
+        for training, (tokens, mask) in zip((False, True), parts, strict=True):
+            inputs = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
+            with torch.no_grad():
+                forward(model.train(training), inputs, implementation)
+
+    twin = copy.deepcopy(model).double()
+    run(twin, "reference")
+    clip = qk_clip(model, exact=True)
+    run(model, implementation)
+    theirs: dict[str, Any] = {name: twin.get_submodule(name) for name in clip.layouts}
+    assert close(clip.step().max_logits, {name: m.largest for name, m in theirs.items()})
+
+
+def test_a_batch_of_padding_alone_is_passed_over() -> None:
+    model, inputs = make_model("encoder"), batch()
+    inputs["attention_mask"].zero_()
+    clip = qk_clip(model, exact=True)
+    forward(model, inputs, "eager")
+    result = clip.step()
+    assert all((seen == -math.inf).all() for seen in result.max_logits.values())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -457,6 +561,75 @@ class TestLayouts:
         ):
             attention_layouts(model)
         assert attention_layouts(model, exclude="odd") == {}
+
+
+def test_a_bias_made_of_the_queries_is_refused() -> None:
+    """Scaling q would scale it too, but not as q·k is scaled."""
+    config = transformers.GraniteSpeech5EncoderConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    model = transformers.AutoModel.from_config(config).train()
+    qk_clip(model)
+    with pytest.raises(ValueError, match="the bias that is added to its logits changes too"):
+        model(torch.randn(2, 20, 4 * config.num_mel_bins))
+
+
+class Tempered(nn.Module):
+    """An attention of our own with a learned temperature for each head, and queries that may come
+    once for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, 24) for _ in range(3))
+        self.num_heads, self.is_causal = 4, False
+        self.temperature = nn.Parameter(torch.tensor([1.0, 3.0, 7.0, 11.0]).view(4, 1, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (
+            f(y).unflatten(-1, (4, 6)).transpose(1, 2)
+            for f, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        )
+        self.seen = q.detach(), k.detach()
+        attend = transformers.AttentionInterface().get_interface("eager", self.eager)
+        mixed: Tensor = attend(self, q, k, v, None, scaling=self.temperature)
+        return mixed
+
+    @staticmethod
+    def eager(_self: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Any, scaling: Tensor) -> Tensor:
+        return (q @ k.mT * scaling).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_temperatures_multiply_in_float32_and_queries_are_shared(
+    rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": Tempered().to(dtype)}).train()
+    attention: Any = model["attention"]
+    clip = qk_clip(model, exact=True)
+    attention(torch.randn(rows, 9, 24, dtype=dtype), torch.randn(2, 5, 24, dtype=dtype))
+    query, key = (x.double() for x in attention.seen)
+    logits = query @ key.mT * attention.temperature.detach().double()
+    seen = clip.step().max_logits["attention"].double()
+    assert torch.allclose(seen, logits.amax((0, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [((0, 9), (0, 5)), ((2, 0), (2, 5)), ((2, 9), (2, 0))])
+def test_empty_batches_and_sequences(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """They neither stop training nor count as the trial of a layer."""
+    model = nn.ModuleDict({"attention": Tempered()}).train()
+    attention: Any = model["attention"]
+    layout = attention_layouts(model)["attention"]
+    rows_of_other_heads = HeadRows(layout.query.projection, layout.query.rows.flip(0))
+    clip = QKClip({"attention": AttentionLayout(rows_of_other_heads, layout.key)}, threshold=1e-6)
+    watch(model, clip)
+    attention(*(torch.randn(*shape, 24) for shape in shapes))
+    result = clip.step()
+    assert result.num_clipped == 0
+    assert (result.upper_bounds["attention"] == -math.inf).all()
+    with pytest.raises(ValueError, match="when the rows of its layout are scaled"):
+        attention(torch.randn(2, 9, 24), torch.randn(2, 5, 24))
 
 
 class TestTrial:
