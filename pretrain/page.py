@@ -250,7 +250,8 @@ def _plots(training: Records, held_out: Records, config: Mapping[str, Any]) -> I
     left_out = {
         key: label
         for key, label in (
-            ("skipped_steps", "steps without an update"),
+            ("skipped_steps", "steps skipped after a fault"),
+            ("empty_steps", "steps without a label"),
             ("passed_over_batches", "batches passed over"),
         )
         if any(record.get(key) for record in training)
@@ -264,7 +265,7 @@ def _plots(training: Records, held_out: Records, config: Mapping[str, Any]) -> I
         ("Largest logit by layer: language model", logits("language_max_logits")),
         ("Largest logit by layer: vision encoder", logits("vision_max_logits")),
         ("Heads clipped in a step", lines(heads_clipped="")),
-        ("Left out for faults, so far", lines(**left_out)),
+        ("Steps left out, so far", lines(**left_out)),
         (
             "Expert load, max / mean over experts",
             lambda axes: _layers(axes, training, "expert_loads", "layer", dense, None),

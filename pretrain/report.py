@@ -77,6 +77,11 @@ def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[st
             gap = last["swapped_caption_loss"] - last["right_caption_loss"]
             verdict = "the model sees" if gap >= _SEES else "the model does not see (yet)"
             lines.append(f"the right image is worth {gap:.3f} nats a token: {verdict}")
+    training = [record for record in records if "grad_norm" in record]
+    if empty := sum(record["loss"] is None for record in training):
+        lines.append(
+            f"{empty} of {len(training)} steps had no label in their batch, and updated nothing"
+        )
     if balances:
         lines.append(
             f"encoder load, max / mean over ranks: {sum(balances) / len(balances):.3f} on average, "

@@ -189,7 +189,7 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         run.encoder.reduce_gradients()
 
     dist.all_reduce(sums)
-    labels = sums[1] + sums[3]
+    labels = (sums[1] + sums[3]).clamp(min=1)  # as megatron-core does: no labels, no gradient
     for parameter in run.tower.parameters():
         if parameter.grad is not None:
             parameter.grad.div_(labels.to(parameter.grad.dtype))
@@ -215,7 +215,7 @@ def train_step(
     guard = guard or Guard(run.config.faults)
     buffers = [tensor for tensor in run.named.values() if not isinstance(tensor, nn.Parameter)]
     # The router's bias moves with the backward pass, before the step can be judged.
-    before = [buffer.clone() for buffer in buffers] if guard.may_skip else []
+    before = [buffer.clone() for buffer in buffers]
     metrics = {"step": step, **mean_losses(gradients(run, micro_batches))}
     norm = gradient_norm(run)
     fault = guard.judge(metrics["loss"], norm.item())
@@ -242,6 +242,7 @@ def train_step(
         "encoder_oversized": run.encoder.oversized,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "skipped_steps": guard.skipped,
+        "empty_steps": guard.empty,
         "passed_over_batches": guard.passed_over,
     }
 

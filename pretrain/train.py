@@ -73,6 +73,11 @@ def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> N
                 out.say(f"step {step}: {why}; on from step {to}, with the data after this step's")
                 began = time.monotonic()
                 continue
+            if metrics["loss"] is None and guard.empty == 1:
+                out.say(
+                    f"step {step}: no token of the batch has a label, so nothing was updated; "
+                    "empty_steps in the metrics counts such steps"
+                )
             profiler.after(step)
             seconds = time.monotonic() - began
             metrics["tokens_per_second"] = metrics["tokens"] / seconds

@@ -29,16 +29,16 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class Fault(NamedTuple):
-    """A step that must not update the model as it stands.
+    """A step that must not update the model.
 
     Attributes:
-        kind: what is wrong with it.
-        action: what is to be done, by the configuration.
+        kind: the problem; ``empty``: no token of the global batch has a label.
+        action: what to do, from the configuration; an empty step is always skipped.
         reason: for people.
-        skipped: steps that were skipped just before it, where it is to stop for these.
+        skipped: number of steps that were skipped just before, if the run stops because of them.
     """
 
-    kind: Literal["non_finite", "spike"]
+    kind: Literal["empty", "non_finite", "spike"]
     action: Literal["stop", "skip", "roll_back"]
     reason: str
     skipped: int = 0
@@ -61,16 +61,18 @@ def is_spike(loss: float, before: Sequence[float], deviations: float) -> bool:
 
 
 class Guard:
-    """Judges every step before it updates the model, and counts what was left out.
+    """Judges every step before it updates the model, and counts the steps that were left out.
 
-    Its state is a function of the run so far, is kept in checkpoints, and thus comes out the same
-    in a run that was interrupted.
+    Its state is a function of the run so far and part of its checkpoints, so that an interrupted
+    run has the same.
 
     Args:
         config: what to do about which fault.
 
     Attributes:
-        skipped: steps without an update.
+        skipped: steps that a fault left without an update.
+        empty: steps that had nothing to learn, and thus no update. The learning rate's schedule
+            counts them; limits on faults do not.
         passed_over: batches of the data that a roll back passed over: update n of the run is made
             with the data of number n + ``passed_over``.
     """
@@ -81,27 +83,26 @@ class Guard:
         self._in_a_row = 0
         self._returned: tuple[int, int] = (0, 0)
         self.skipped = 0
+        self.empty = 0
         self.passed_over = 0
 
-    @property
-    def may_skip(self) -> bool:
-        return "skip" in (self._config.non_finite, self._config.spike)
-
     def judge(self, loss: float | None, norm: float) -> Fault | None:
-        """What is wrong with a step, if anything is.
+        """The problem of a step, if it has one.
 
         Args:
-            loss: of the global batch; None if nothing in it counts.
+            loss: of the global batch; None if no token has a label.
             norm: of the whole model's gradient.
         """
         config = self._config
-        if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
+        if loss is None:
+            self.empty += 1
+            return Fault("empty", "skip", "no token of the batch has a label")
+        if not math.isfinite(norm) or not math.isfinite(loss):
             reason = f"loss {loss} and gradient norm {norm} are not both finite"
             return self._fault("non_finite", config.non_finite, reason)
         full = len(self._losses) == config.spike_window
         if (
             config.spike != "ignore"
-            and loss is not None
             and full
             and is_spike(loss, self._losses, config.spike_deviations)
         ):
@@ -111,8 +112,7 @@ class Guard:
             )
             return self._fault("spike", config.spike, reason)
         self._in_a_row = 0
-        if loss is not None:
-            self._losses.append(loss)
+        self._losses.append(loss)
         return None
 
     def _fault(
@@ -150,6 +150,7 @@ class Guard:
             "losses": list(self._losses),
             "in_a_row": self._in_a_row,
             "skipped": self.skipped,
+            "empty": self.empty,
             "passed_over": self.passed_over,
         }
 
@@ -158,6 +159,7 @@ class Guard:
         self._losses = deque(facts.get("losses", ()), maxlen=self._config.spike_window)
         self._in_a_row = facts.get("in_a_row", 0)
         self.skipped = facts.get("skipped", 0)
+        self.empty = facts.get("empty", 0)
         self.passed_over = facts.get("passed_over", 0)
 
 

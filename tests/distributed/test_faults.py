@@ -5,6 +5,7 @@ A bad step is a real one, of which one rank's batch is marked and its gradient m
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from pretrain import batches, state, step, train
 from pretrain.build import build
+from pretrain.evaluate import held_out_losses
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard, Watchdog
@@ -87,6 +89,67 @@ def test_a_skipped_step_changes_nothing_on_any_rank(folder: Path) -> None:
     for bias, skipped, same, counts in launch(_before_and_after_a_bad_step, 2, str(folder)):
         assert bias
         assert (skipped, same, counts) == (1, [False, True, False], {3})
+
+
+# Three updates: of no label at all, of labels in the last quarter alone, and of all labels.
+_EMPTY = {"train": [*range(8), *range(8, 14)], "held_out": range(64)}
+
+
+def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
+    settings = training.tiny(folder, *BRIEF[:-1], "steps=3", *overrides)
+    here, data = train.set_up(settings)
+    sample = data.sample
+
+    def without_labels(split: str, index: int) -> Any:
+        made = sample(split, index)
+        return made.without_labels() if index in _EMPTY[split] else made
+
+    object.__setattr__(data, "sample", without_labels)  # it is frozen
+    run, guard = build(settings, here, data), Guard(settings.faults)
+    metrics, states = [], []
+    for number in (1, 2, 3):
+        states.append({name: tensor.detach().clone() for name, tensor in run.named.items()})
+        micro_batches = batches.of_step(settings, here, data, number)
+        metrics.append(step.train_step(run, micro_batches, number, guard))
+        if number == 1:
+            assert not any(run.optimizer.state.values())
+            assert all(torch.equal(run.named[name], was) for name, was in states[0].items())
+    return {
+        "metrics": metrics,
+        "counts": (guard.empty, guard.skipped, run.optimizer.param_groups[0]["updates"]),
+        "held_out": held_out_losses(run),
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.vision_share=0.2",),
+        ("data.vision_share=0",),
+        ("data.sources=[{type: standard_library_chat}]", "data.max_corpus_mb=1"),
+        ("data.vision_share=0.2", "faults.spike=roll_back", "precision=bfloat16"),
+    ],
+    ids=["images", "text", "chat", "bfloat16"],
+)
+def test_a_batch_without_labels_is_a_step_without_an_update(
+    folder: Path, overrides: tuple[str, ...]
+) -> None:
+    """On every rank, also when some of them or some micro-batches are empty."""
+    alone = launch(_through_empty_batches, 1, str(folder), *overrides)[0]
+    together = launch(_through_empty_batches, 2, str(folder), "parallel.expert=2", *overrides)
+    for outcome in (alone, *together):
+        assert outcome["counts"] == (1, 0, 2)
+        empty, part, full = outcome["metrics"]
+        assert (empty["loss"], empty["grad_norm"], empty["empty_steps"]) == (None, 0.0, 1)
+        assert part["loss"] > 0 and full["loss"] > 0
+        assert outcome["held_out"]["held_out_loss"] is None
+        assert not any(isinstance(v, float) and math.isnan(v) for v in outcome["held_out"].values())
+    tolerance = 2e-2 if "precision=bfloat16" in overrides else 2e-5
+    for mine, reference in zip(together[0]["metrics"][1:], alone["metrics"][1:], strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=tolerance)
+    assert together[0]["metrics"][1]["grad_norm"] == pytest.approx(
+        alone["metrics"][1]["grad_norm"], rel=100 * tolerance
+    )
 
 
 ROLL_BACK = (*BRIEF, "faults.non_finite=roll_back", "checkpoint.every=4")

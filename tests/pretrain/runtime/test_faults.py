@@ -33,9 +33,9 @@ def test_losses_that_hardly_move_make_no_spike_of_rounding() -> None:
     assert is_spike(3.1, [3.0] * 8, deviations=10)
 
 
-@given(st.lists(st.sampled_from([4.0, 4.1, 3.9, 9.0, math.nan]), max_size=30), st.data())
+@given(st.lists(st.sampled_from([4.0, 4.1, 3.9, 9.0, math.nan, None]), max_size=30), st.data())
 def test_a_guard_that_was_saved_and_taken_up_judges_as_one_that_was_not(
-    losses: list[float], data: st.DataObject
+    losses: list[float | None], data: st.DataObject
 ) -> None:
     config = FaultConfig(non_finite="skip", spike="skip", spike_window=4, max_in_a_row=99)
     saved_at = data.draw(st.integers(0, len(losses)))
@@ -59,6 +59,16 @@ def test_steps_are_skipped_up_to_the_limit_and_counted() -> None:
     assert guard.skipped == 6
     fault = guard.judge(math.nan, 1.0)
     assert fault is not None and (fault.action, fault.skipped) == ("stop", 2)
+
+
+def test_steps_without_labels_are_no_faults_whatever_is_configured() -> None:
+    for action in ("stop", "skip", "roll_back"):
+        guard = Guard(FaultConfig(non_finite=action, spike=action, spike_window=4, max_in_a_row=1))
+        for _ in range(9):
+            fault = guard.judge(None, math.nan)
+            assert fault is not None and (fault.kind, fault.action) == ("empty", "skip")
+        assert (guard.empty, guard.skipped) == (9, 0)
+        assert guard.judge(4.0, 1.0) is None
 
 
 def test_data_is_passed_over_and_a_checkpoint_not_returned_to_for_ever() -> None:
