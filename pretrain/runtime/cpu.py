@@ -1,11 +1,11 @@
-"""What megatron-core 0.16 needs beyond its own options to train on a CPU over gloo.
+"""Adaptations of torch and megatron-core 0.16 for training on a CPU over gloo.
 
-Everything that is replaced in torch or megatron-core stands in this file, with its reason.
-Import it before megatron; :func:`enable` does nothing where CUDA is available.
+Everything that is replaced in other libraries is listed in this file, with its reason. Importing
+it changes nothing: :func:`enable` makes the replacements when a model is about to be built, and
+:func:`disable` takes them back. Both do nothing where CUDA is available.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,20 +13,27 @@ import torch
 
 USE_CUDA = torch.cuda.is_available()
 
-if not USE_CUDA:
-    # megatron-core decorates small functions with torch.compile when it is imported. On a CPU
-    # that needs a C++ compiler on the user's machine and costs more start-up than it gives back.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+class _Stream(torch.cuda.Stream):
+    """A CUDA stream that has nothing to wait for.
 
-class _Stream:
-    """A CUDA stream that has nothing to wait for."""
+    A class, as the one it replaces: other libraries use ``torch.cuda.Stream`` in ``isinstance`` and
+    in annotations such as ``torch.cuda.Stream | None``.
+    """
 
-    def wait_stream(self, _other: object) -> None: ...
+    def __new__(cls, *_args: object, **_kwargs: object) -> "_Stream":
+        return object.__new__(cls)  # the base class needs a GPU
 
-    def wait_event(self, _event: object) -> None: ...
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
-    def record_event(self, _event: object = None) -> "_Stream":
+    def __repr__(self) -> str:
+        return "<a stream on a CPU>"
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> Any:
         return self
 
     def synchronize(self) -> None: ...
@@ -41,7 +48,7 @@ def _stream_context(_stream: object) -> Iterator[None]:
 
 
 class _TorchOnCpu:
-    """torch, as schedules.py sees it: ``zeros(device="cuda")`` are made on the CPU."""
+    """torch with ``zeros(device="cuda")`` on the CPU, for schedules.py."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -55,41 +62,67 @@ def _splits_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+_undo = contextlib.ExitStack()
 _enabled = False
 
 
 def enable() -> None:
-    """Make megatron-core usable on this machine's CPU; call once, before building a model."""
+    """Make megatron-core usable on this machine's CPU; call before building a model.
+
+    A second call has no effect until :func:`disable`.
+    """
     global _enabled
     if USE_CUDA or _enabled:
         return
-    _enabled = True
-
-    cuda: Any = torch.cuda
-    # Asked for as the device of buffers, and to order copies that do not happen here.
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.Stream = lambda *_args, **_kwargs: _STREAM
-    cuda.current_stream = lambda *_args: _STREAM
-    cuda.stream = _stream_context
-    cuda.synchronize = lambda *_args: None
-
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    # Counts tokens in a tensor made with device="cuda".
-    schedules.torch = _TorchOnCpu()
+    _enabled = True
+    # megatron-core decorates small functions with torch.compile. On a CPU that needs a C++ compiler
+    # on the user's machine and costs more start-up than it gives back.
+    _undo.enter_context(torch.compiler.set_stance("force_eager"))
+    # The device of buffers, and the order of copies that do not happen here.
+    _replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "current_stream", lambda *_args: _STREAM)
+    _replace(torch.cuda, "stream", _stream_context)
+    _replace(torch.cuda, "synchronize", lambda *_args: None)
+    _replace(torch.cuda, "get_rng_state", lambda *_args: torch.get_rng_state())
+    _replace(torch.cuda, "set_rng_state", lambda state, *_args: torch.set_rng_state(state))
     # The tracker of random states that tensor-parallel layers fork from keeps CUDA's states.
-    tensor_parallel_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: (
-        torch.set_rng_state(state)
+    _replace(
+        tensor_parallel_random,
+        "_get_cuda_rng_state",
+        lambda *_args, **_kwargs: torch.get_rng_state(),
     )
-    cuda.get_rng_state = lambda *_args: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_args: torch.set_rng_state(state)
+    _replace(
+        tensor_parallel_random,
+        "_set_cuda_rng_state",
+        lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+    )
+    # Counts tokens in a tensor made with device="cuda".
+    _replace(schedules, "torch", _TorchOnCpu())
     # Without Transformer Engine its import succeeds with None for every name, so this is True.
-    multi_latent_attention.HAVE_TE = False
-    # Never bound where Transformer Engine is missing, and read all the same.
-    moe_utils.te_general_gemm = None
+    _replace(multi_latent_attention, "HAVE_TE", False)
+    # Not defined without Transformer Engine, and read all the same.
+    _replace(moe_utils, "te_general_gemm", None)
     # Converts the split sizes of the all-to-all only if they are on a GPU.
-    token_dispatcher.maybe_move_tensor_to_cpu = _splits_on_cpu
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_on_cpu)
+
+
+def disable() -> None:
+    """Take back what :func:`enable` replaced, if it did."""
+    global _enabled
+    _undo.close()
+    _enabled = False
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until :func:`disable`."""
+    if hasattr(owner, name):
+        _undo.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        _undo.callback(delattr, owner, name)
+    setattr(owner, name, value)

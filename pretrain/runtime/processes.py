@@ -121,10 +121,14 @@ def require_same(what: str, value: str) -> None:
 
 
 def stop() -> None:
-    """Leave megatron-core's groups and the process group, if they were joined."""
+    """Leave megatron-core's groups and the process group, if they were joined.
+
+    What :func:`start` changed in torch for a CPU is as before; models built since are of no use.
+    """
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+    cpu.disable()
 
 
 def any_rank(*flags: bool) -> list[bool]:
