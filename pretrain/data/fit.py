@@ -5,6 +5,7 @@ black to whole 2x2 patches, and cut clips into groups of four frames.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,59 @@ MAX_PATCHES_OF_A_FRAME = 4096
 MAX_PATCHES_OF_A_SIDE = 512
 
 Size = tuple[int, int]
+
+
+class Limits(NamedTuple):
+    """Above which size an image is shrunk, in patches before padding.
+
+    Attributes:
+        image: of an image.
+        frame: of one frame of a clip.
+        side: along a side.
+    """
+
+    image: int = MAX_PATCHES_OF_AN_IMAGE
+    frame: int = MAX_PATCHES_OF_A_FRAME
+    side: int = MAX_PATCHES_OF_A_SIDE
+
+
+# Tokens of a document beside those of its image: BOS, EOS, and the image's begin and end.
+_AROUND = 4
+
+
+def limits(seq_length: int, max_image_tokens: int | None = None) -> Limits:
+    """The limits of a run, by which an image or a group of frames of any shape fits a sequence.
+
+    Args:
+        seq_length: tokens of a sequence, at least 64.
+        max_image_tokens: images are shrunk to about this many; default: a quarter of seq_length.
+    """
+    room = seq_length - _AROUND
+    side = min(MAX_PATCHES_OF_A_SIDE, MERGE * room)
+    wanted = MERGE * MERGE * (max_image_tokens or max(1, seq_length // 4))
+    low, high = 1, min(MAX_PATCHES_OF_AN_IMAGE, wanted)
+    while low < high:  # the largest that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _most_tokens(middle, side) <= room else (low, middle - 1)
+    return Limits(low, min(low, MAX_PATCHES_OF_A_FRAME), side)
+
+
+def _most_tokens(max_patches: int, max_side: int) -> int:
+    """An upper bound of the tokens of an image of any shape that :func:`fitted_size` gives.
+
+    Whole patches are counted before scaling, and a token is two of them, padded: an image that ends
+    up m tokens high has at least 2m - 2 whole patches of height and is scaled by more than
+    (2m - 2) / (2m - 1), which bounds its width. Of a width of more than two patches, the part of a
+    patch that is not counted is at most a third, and at most one patch.
+    """
+    cells = -(-max_side // MERGE)
+    most = cells  # of a single row
+    for high in range(2, cells + 1):
+        least = 2 * high - 2
+        counted = max_patches * (least + 1) / least**2
+        width = min(max_side, counted + 1, max(MERGE, 1.5 * counted))
+        most = max(most, high * math.ceil(width / MERGE))
+    return most
 
 
 def fitted_size(

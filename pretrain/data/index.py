@@ -22,13 +22,7 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data import chat, sources
-from pretrain.data.fit import (
-    MAX_PATCHES_OF_A_FRAME,
-    MAX_PATCHES_OF_AN_IMAGE,
-    fit,
-    fitted_size,
-    frame_groups,
-)
+from pretrain.data.fit import Limits, fit, fitted_size, frame_groups, limits
 from pretrain.data.images import MERGE, VisionItem
 from pretrain.data.packing import TEXT, Document
 from pretrain.data.pixels import Pixels
@@ -50,28 +44,32 @@ class Composer:
     """Makes documents of text and pixels, and knows beforehand how long they become.
 
     Attributes:
-        max_image_tokens: larger images are shrunk to about this many.
+        limits: larger images and frames are shrunk.
         video_fps: frames a second that are taken of a video file.
     """
 
     tokenizer: Tokenizer
     patch_size: int
-    max_image_tokens: int
+    limits: Limits
     video_fps: float
 
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Tokenizer, patch_size: int) -> "Composer":
         """With a run's own settings."""
-        most = config.max_image_tokens or max(1, config.seq_length // 4)
-        return cls(tokenizer, patch_size, most, config.video_fps)
+        largest = limits(config.seq_length, config.max_image_tokens)
+        return cls(tokenizer, patch_size, largest, config.video_fps)
 
     def _max_patches(self, frames: int) -> int:
-        most = MAX_PATCHES_OF_AN_IMAGE if frames == 1 else MAX_PATCHES_OF_A_FRAME
-        return min(most, MERGE * MERGE * self.max_image_tokens)
+        return self.limits.image if frames == 1 else self.limits.frame
 
     def fit(self, pixels: Pixels, frames: int = 1) -> Pixels:
         """Frames of an image or a clip, which has so many in all."""
-        return fit(pixels, self.patch_size, max_patches=self._max_patches(frames))
+        return fit(
+            pixels,
+            self.patch_size,
+            max_patches=self._max_patches(frames),
+            max_side=self.limits.side,
+        )
 
     def read(self, media: Media, shape: tuple[int, int, int]) -> Pixels:
         """Its frames, fitted.
@@ -126,7 +124,11 @@ class Composer:
                 continue
             frames, height, width = part
             _, (rows, columns) = fitted_size(
-                height, width, self.patch_size, max_patches=self._max_patches(frames)
+                height,
+                width,
+                self.patch_size,
+                max_patches=self._max_patches(frames),
+                max_side=self.limits.side,
             )
             groups = len(frame_groups(frames))
             each = (rows // self.patch_size // MERGE) * (columns // self.patch_size // MERGE)

@@ -315,7 +315,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
         elif source.has_images:
             tokenizer.require_media()
-            settings = (patch_size, composer.max_image_tokens, composer.video_fps)
+            settings = (patch_size, *composer.limits, composer.video_fps)
             name = "-".join(map(str, ("images", reader.key, tokenizer.digest, *settings)))
             folder = cache / name
             index = mixed_index(folder, reader.mixed, composer)

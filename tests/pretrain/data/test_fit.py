@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.fit import fit, fitted_size, frame_groups
+from pretrain.data.fit import fit, fitted_size, frame_groups, limits
 from pretrain.data.images import patchify
 
 lengths = st.one_of(st.integers(1, 100), st.integers(1, 20000))
@@ -54,6 +54,32 @@ def test_what_is_small_enough_is_itself_and_black_on_the_right_and_below(
     _, (_, rows, columns) = patchify(fitted, patch)
     assert rows % 2 == columns % 2 == 0
     assert (rows - 2) * patch < height <= rows * patch
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    lengths,
+    lengths,
+    st.integers(64, 600) | st.sampled_from([4096, 131072]),
+    st.none() | st.integers(1, 5000),
+    st.sampled_from([2, 14, 16]),
+)
+def test_no_shape_of_image_has_more_tokens_than_the_context(
+    height: int, width: int, seq_length: int, max_image_tokens: int | None, patch: int
+) -> None:
+    most = limits(seq_length, max_image_tokens)
+    for max_patches in (most.image, most.frame):
+        _, (rows, columns) = fitted_size(
+            height, width, patch, max_patches=max_patches, max_side=most.side
+        )
+        tokens = (rows // patch // 2) * (columns // patch // 2)
+        assert tokens + 4 <= seq_length
+
+
+def test_limits_are_the_settings_where_these_fit_the_context() -> None:
+    assert limits(128).image == 128
+    assert limits(4096, 1000) == (4000, 4000, 512)
+    assert limits(131072, 10**6) == (16384, 4096, 512)
 
 
 def test_what_is_too_large_is_shrunk_with_its_picture() -> None:
