@@ -140,7 +140,8 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from pretrain.export.from_hf import import_hf
 
-    import_hf(options.source, options.run, options.overrides)
+    for note in import_hf(options.source, options.run, options.overrides).notes:
+        print(note)
     print(f"made {options.run}; train it with: pretrain train {options.run / 'config.yaml'}")
 
 

@@ -106,6 +106,10 @@ class Tokenizer:
         ids = (self._backend.token_to_id(name) for name in names)
         return next((int(found) for found in ids if found is not None), None)
 
+    def name_of(self, token: int) -> str:
+        """A token as the vocabulary writes it; empty for an id without a token."""
+        return str(self._backend.id_to_token(token) or "")
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: as many rows as the embedding needs."""

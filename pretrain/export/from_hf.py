@@ -1,45 +1,68 @@
-"""A published checkpoint as a run that ``train`` goes on with: its weights, a fresh optimizer."""
+"""A published checkpoint as a run that ``train`` continues: its weights, and a fresh optimizer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import yaml
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain import state, yaml_core
+from pretrain import state
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.export.layout import Rows, our_settings, rows
+from pretrain.export.hf_folder import HfFolder, HfWeights
+from pretrain.export.layout import Rows, is_tied, our_settings, rows
+from pretrain.export.provenance import Provenance
 from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
+from pretrain.model.vision import MAX_FRAMES, MERGE
 from pretrain.runtime import checkpoint, processes
 
-_TYPES = ("F32", "F16", "BF16")
 # Settings of the model that say how it learns, and not what it is.
 _FREE = ("init_std", "expert_bias_update_rate")
 _LONGEST = 4096
+# The encoder of a model that came without one: that of configs/laptop.yaml, of 0.3 MB beside its
+# projector. The full size has 1.7 GB.
+_NEW_VISION = {
+    **{"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 256},
+    "position_grid": 16,
+}
 
 
-def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+class Imported(NamedTuple):
+    """A run made by :func:`import_hf`.
+
+    Attributes:
+        notes: lines for the user: what the run has that the checkpoint did not have.
+    """
+
+    config: Config
+    notes: list[str]
+
+
+def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imported:
     """Make a run of a checkpoint of Kimi-K2.5 (text and images) or DeepSeek-V3 (text).
 
     The run's folder gets a checkpoint of step 0 with the weights in the precision they have there,
-    the tokenizer, and ``config.yaml`` to train it with. A model of text gets a vision encoder with
-    its first weights. One process, which holds the weights in memory.
+    the tokenizer, ``config.yaml`` to train it with, and in ``imported.json`` what ``export`` writes
+    again: the chat template, the generation settings and the context length. A model of text gets
+    a small new vision encoder. Runs in one process, which holds the weights in memory. Nothing in
+    the folder is run: it may come from anyone.
 
     Args:
-        source: a folder with config.json, safetensors and a tokenizer.
+        source: a folder with config.json, safetensors and a tokenizer, as published or as
+            transformers' ``save_pretrained`` writes it.
         overrides: ``key.sub=value`` for config.yaml, such as the shape of a new vision encoder.
 
     Raises:
         PretrainError: the folder is incomplete or damaged, the model is of another architecture or
-            shape (the first setting or tensor that does not fit is named), or the run exists.
+            shape (the first key of config.json or tensor that does not fit is named), or the run
+            exists.
     """
     if processes.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
@@ -49,24 +72,50 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
     written = run_dir / "config.yaml"
     if written.exists():
         raise PretrainError(f"{written} exists already: choose a new folder for the run")
-    described = _read_json(source / "config.json")
+    files = HfFolder(source)
+    described = files.required_json("config.json")
     try:
         language, vision, vocab_size = our_settings(described)
+        longest = _context_length(described)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
-    values = _values(described, run_dir, language, vision)
+    data = {"tokenizer": str(run_dir / "tokenizer.json"), "seq_length": min(longest, _LONGEST)}
+    if vision:
+        data |= _image_settings(files, vision)
+    values = {
+        "run_dir": str(run_dir),
+        "language": deepcopy(language),  # overrides are written into it
+        "vision": dict(vision or _NEW_VISION),
+        "data": data,
+    }
     config = configuration.from_dict(values, overrides)  # which leaves the overrides in values
     _check_overrides(config, language, vision or {})
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(files)
     if tokenizer.vocab_size != vocab_size:
         raise PretrainError(
             f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
-            f"embedding {vocab_size} rows"
+            f"embedding {vocab_size} rows (vocab_size in config.json)"
         )
-    wanted = list(rows(config.language, config.vision if vision else None, vocab_size))
-    tensors = _read(source, wanted)
+    provenance = Provenance.of(files, longest)
+    notes = []
+    tensors = _read(
+        files.weights(vision=vision is not None),
+        rows(config.language, config.vision if vision else None, vocab_size),
+        _tied_names(described, vision is not None),
+    )
+    if is_tied(described):
+        notes.append(
+            "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "
+            "on its own"
+        )
     if vision is None:
-        tensors |= _new_vision(config)
+        new = _new_vision(config)
+        tensors |= new
+        notes.append(
+            f"the model has no vision encoder: made a new, untrained one of "
+            f"{sum(tensor.numel() for tensor in new.values()):,} parameters; choose another size "
+            "with vision.num_layers=…, vision.hidden_size=… and so on"
+        )
 
     processes.join()  # a group of one, in which checkpoints are written
     state.write_tokenizer(tokenizer, run_dir)
@@ -77,43 +126,78 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Con
         {"config": configuration.to_dict(config), "weights_only": True},
         keep=1,
     )
+    provenance.write(run_dir)
     try:
-        origin = " ".join(source.name.split())  # a comment is one line
-        written.write_text(f"# Imported from {origin}.\n{yaml_core.dump(values)}")
+        name = json.dumps(source.resolve().name)  # on one line, whatever it contains
+        written.write_text(f"# Made of {name}.\n{yaml.safe_dump(values, sort_keys=False)}")
     except OSError as error:
         raise PretrainError(f"cannot write {written}: {error.strerror}") from error
-    return config
+    return Imported(config, notes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise PretrainError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise PretrainError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PretrainError(f"{path} must hold settings by name")
-    return value
+def _context_length(described: Mapping[str, Any]) -> int:
+    text = described.get("text_config") or described
+    longest = text.get("max_position_embeddings", _LONGEST)
+    if type(longest) is not int or not 64 <= longest <= 1 << 30:
+        raise PretrainError(
+            f"config.json has max_position_embeddings={longest!r:.80}: it must be a whole number "
+            "of at least 64"
+        )
+    return longest
 
 
-def _values(
-    described: Mapping[str, Any],
-    run_dir: Path,
-    language: Mapping[str, Any],
-    vision: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What config.yaml is to say."""
-    longest = (described.get("text_config") or described).get("max_position_embeddings", _LONGEST)
-    return {
-        "run_dir": configuration.escape_path(str(run_dir)),
-        "language": deepcopy(dict(language)),  # overrides are written into it
-        **({"vision": dict(vision)} if vision else {}),
-        "data": {
-            "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
-            "seq_length": min(longest, _LONGEST),
-        },
+def _image_settings(files: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the data by which images are read as the checkpoint's processor reads them.
+
+    Raises:
+        PretrainError: its processor normalizes or cuts images in a way that is not supported.
+    """
+    name = "preprocessor_config.json"
+    values = files.json(name)
+    if values is None:  # save_pretrained of transformers' processors
+        name = "processor_config.json"
+        values = (files.json(name) or {}).get("image_processor")
+        values = values if isinstance(values, dict) else {}
+    server = values.get("media_proc_cfg")
+    server = server if isinstance(server, dict) else {}
+    fixed = {
+        "patch_size": vision["patch_size"],
+        "merge_size": MERGE,
+        "merge_kernel_size": MERGE,
+        "temporal_merge_kernel_size": MAX_FRAMES,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "fixed_output_tokens": None,
+        "in_patch_limit_video": None,
     }
+    for settings in (values, server):
+        for key, expected in fixed.items():
+            given = settings.get(key, expected)
+            # Two of a kernel's sides, or one for both.
+            sides = [expected] * 2 if key == "merge_kernel_size" else expected
+            if given not in (expected, sides):
+                raise PretrainError(
+                    f"cannot import {files.path}: {name} has {key}={given!r:.80}, and this "
+                    f"trainer's models have {expected!r}"
+                )
+    found: dict[str, Any] = {}
+    limit = server.get("in_patch_limit", values.get("max_patches"))
+    if limit is not None:
+        if type(limit) is not int or not 1 <= limit <= 1 << 24:
+            raise PretrainError(
+                f"cannot import {files.path}: {name} has an image of at most {limit!r:.80} "
+                "patches (in_patch_limit or max_patches): it must be a whole number above 0"
+            )
+        found["max_image_tokens"] = -(-limit // (MERGE * MERGE))
+    fps = server.get("sample_fps")
+    if fps is not None:
+        if type(fps) not in (int, float) or not 0 < fps <= 1000:
+            raise PretrainError(
+                f"cannot import {files.path}: {name} has sample_fps={fps!r:.80}: it must be a "
+                "number above 0"
+            )
+        found["video_fps"] = float(fps)
+    return found
 
 
 def _check_overrides(
@@ -128,62 +212,48 @@ def _check_overrides(
                 )
 
 
-def _tokenizer(source: Path) -> Tokenizer:
+def _tokenizer(files: HfFolder) -> Tokenizer:
+    files.file("tokenizer_config.json")  # which a tiktoken file's special tokens are read from
     for name in ("tokenizer.json", "tiktoken.model"):
-        if (source / name).is_file():
-            return Tokenizer.load(source / name)
-    raise PretrainError(f"{source} has no tokenizer: neither tokenizer.json nor tiktoken.model")
+        file = files.file(name)
+        if file is not None:
+            return Tokenizer.load(file)
+    raise PretrainError(f"{files.path} has no tokenizer: neither tokenizer.json nor tiktoken.model")
 
 
-def _read(source: Path, wanted: Sequence[Rows]) -> dict[str, Tensor]:
-    """Every tensor of ours by its name in the whole model, once all are known to fit."""
-    files = _files(source)
-    where: dict[str, Any] = {}
-    try:
-        for file in files:
-            opened: Any = safe_open(file, "pt")
-            where |= dict.fromkeys(opened.keys(), opened)
-        missing: dict[str, tuple[int, ...]] = {}
-        for item in wanted:
-            for name, shape in item.theirs.items():
-                if name not in where:
-                    raise PretrainError(f"{source} has no tensor {name}")
-                part = where[name].get_slice(name)
-                if tuple(part.get_shape()) != shape:
-                    raise PretrainError(
-                        f"{name} in {source} is of shape {tuple(part.get_shape())}, where its "
-                        f"config.json means {shape}"
-                    )
-                if part.get_dtype() not in _TYPES:
-                    raise PretrainError(
-                        f"{name} in {source} is of type {part.get_dtype()}: only checkpoints of "
-                        "float32, float16 or bfloat16 can be imported"
-                    )
-                missing[name] = shape
-        for name in where:
-            if name not in missing and not name.endswith(".inv_freq"):
-                raise PretrainError(f"{source} has a tensor {name}, which a model of ours has not")
-        tensors: dict[str, Tensor] = {}
-        for item in wanted:
-            tensors |= item.to_ours({name: where[name].get_tensor(name) for name in item.theirs})
-    except SafetensorError as error:
-        raise PretrainError(f"the safetensors of {source} are damaged: {error}") from error
+def _tied_names(described: Mapping[str, Any], vision: bool) -> dict[str, str]:
+    """The output layer, and the embedding that it shares its weight with."""
+    prefix = "language_model." if vision else ""
+    tied = {f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"}
+    return tied if is_tied(described) else {}
+
+
+def _read(weights: HfWeights, wanted: Iterable[Rows], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """Every tensor by our name in the whole model, after all are known to fit.
+
+    Args:
+        tied: names of tensors that may be left out, and of those they are copies of.
+
+    Raises:
+        PretrainError: a tensor is missing, unknown, of another shape or type, or not finite.
+    """
+    items, names = [], {}
+    for item in wanted:
+        for name, shape in item.theirs.items():
+            names[name] = tied.get(name, name) if name not in weights else name
+            weights.check(names[name], shape)
+        items.append(item)
+    weights.check_no_others(list(names))
+    for copy, original in tied.items():
+        if copy in weights and not weights.read(copy).equal(weights.read(original)):
+            raise PretrainError(
+                f"cannot import {weights.folder}: config.json has tie_word_embeddings=true, but "
+                f"{copy} differs from {original}"
+            )
+    tensors: dict[str, Tensor] = {}
+    for item in items:
+        tensors |= item.to_ours({name: weights.read(names[name]) for name in item.theirs})
     return tensors
-
-
-def _files(source: Path) -> list[Path]:
-    index = source / "model.safetensors.index.json"
-    if index.exists():
-        placed = _read_json(index).get("weight_map")
-        if not isinstance(placed, dict):
-            raise PretrainError(f"{index} has no weight_map")
-        files = [source / str(name) for name in sorted(set(placed.values()))]
-    else:
-        files = [source / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise PretrainError(f"{source} is incomplete: {file.name} is missing")
-    return files
 
 
 def _new_vision(config: Config) -> dict[str, Tensor]:

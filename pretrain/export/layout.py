@@ -6,10 +6,11 @@ channels in pairs of neighbours, as we have them in both models. Nothing is comp
 of theirs is rows of ours.
 """
 
-import math
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,11 @@ from pretrain.errors import PretrainError
 from pretrain.model.hf_vision import transformers_config
 from pretrain.model.vision import MAX_FRAMES, MERGE
 
+VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
+"""What stands for a video in a text, until a processor replaces it."""
+
 Shapes = dict[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -169,8 +174,31 @@ _FIXED_TEXT = {
     "hidden_act": "silu",
     "rope_interleave": True,
     "attention_bias": False,
-    "tie_word_embeddings": False,
 }
+# Options of other architectures, with the value that leaves them out; null and false do so too.
+_NEUTRAL_TEXT = {
+    "num_nextn_predict_layers": 0,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "layer_types": None,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "index_topk": None,
+    "num_zero_experts": None,
+    "attn_output_gate": False,
+}
+# What every model of ours has, and others may lack.
+_NEEDED = {
+    "q_lora_rank": "queries without a low-rank projection are not supported",
+    "kv_lora_rank": "only multi-head latent attention is supported",
+    "n_routed_experts": "models without experts (all layers dense) are not supported",
+    "n_shared_experts": "models without a shared expert are not supported",
+}
+# Of what config.json counts; a larger number is a mistake, and would take forever to refuse.
+_LARGEST = 1 << 27
 # Ours and theirs, where one number is the other.
 _TEXT = {
     "num_layers": "num_hidden_layers",
@@ -190,6 +218,8 @@ _TEXT = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
+_FLOATS = ("router_scaling", "norm_eps", "init_std")
+_SMALLEST = {"dense_layers": 0, "num_experts": 2}
 # Ours, transformers' name, and the published files' name, which vLLM and SGLang read.
 _VISION = (
     ("num_layers", "num_hidden_layers", "vt_num_hidden_layers"),
@@ -238,6 +268,7 @@ def text_settings(
         "model_type": "deepseek_v3",
         **{theirs: getattr(config, ours) for ours, theirs in _TEXT.items()},
         **_FIXED_TEXT,
+        "tie_word_embeddings": False,
         "vocab_size": vocab_size,
         "num_key_value_heads": config.num_heads,
         "n_shared_experts": shared // width,
@@ -308,7 +339,7 @@ def settings(
         "media_placeholder_token_id": placeholder,
         # No token of the vocabulary: their processor alone writes it.
         "video_token_id": vocab_size,
-        "video_placeholder": "<|kimi_k25_video_placeholder|>",
+        "video_placeholder": VIDEO_PLACEHOLDER,
         "use_unified_vision_chunk": True,
         "ignore_index": -100,
         "tie_word_embeddings": False,
@@ -317,96 +348,207 @@ def settings(
 
 
 def our_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
-    """What ``config.json`` says of a model, in our words.
+    """A model's settings from its ``config.json``.
 
     Returns:
         Fields of LanguageConfig; of VisionConfig, or None for a model of text; the vocabulary's
         size.
 
     Raises:
-        PretrainError: the model is of another architecture; the first setting that does not fit
-            is named.
+        PretrainError: the model is of another architecture; the message names the first key of
+            config.json that does not fit, its value and what is supported.
     """
-    kind = config.get("model_type")
+    whole, kind = _Settings(config), config.get("model_type")
     if kind == "kimi_k25":
-        text, vision = config.get("text_config"), config.get("vision_config")
-        if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise PretrainError("config.json has no text_config and vision_config of its own")
+        text, vision = whole.part("text_config"), whole.part("vision_config")
+        if text is None or vision is None:
+            raise PretrainError("config.json has no text_config or no vision_config")
     elif kind in ("deepseek_v3", "kimi_k2"):
-        text, vision = config, None
+        text, vision = whole, None
     else:
         raise PretrainError(
-            f"config.json is of model_type {kind!r}: only kimi_k25 (text and images) and "
+            f"config.json has model_type={_shown(kind)}: only kimi_k25 (text and images) and "
             "deepseek_v3 or kimi_k2 (text) can be imported"
         )
-    for part in (config, text):
-        if part.get("quantization_config"):
+    for part in (whole, text):
+        if part.values.get("quantization_config"):
             raise PretrainError(
-                "the checkpoint is quantized (quantization_config in config.json): convert it to "
-                "bfloat16 first"
+                f"config.json has {part.prefix}quantization_config: quantized weights cannot be "
+                "imported; convert the model to bfloat16 first"
             )
-    _require(text, _FIXED_TEXT)
-    language = {ours: _number(text, theirs) for ours, theirs in _TEXT.items()}
-    rope: dict[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    language["rope_base"] = float(rope.get("rope_theta") or text.get("rope_theta", 10000.0))
-    language["rope_scaling"] = _our_scaling(rope)
-    language["router_scaling"] = float(language["router_scaling"])
-    width = language["expert_ffn_hidden_size"]
-    language["shared_expert_ffn_hidden_size"] = _number(text, "n_shared_experts") * width
-    _require(text, {"norm_topk_prob": language["experts_per_token"] > 1})
-    _require(text, {"num_key_value_heads": language["num_heads"]})
-    vocab_size = _number(text, "vocab_size")
+    language, vocab_size = _our_language(text)
     if vision is None:
         return language, None, vocab_size
+    return language, _our_vision(vision, whole, language["hidden_size"]), vocab_size
 
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output layer's weight is the embedding's."""
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def _our_language(text: "_Settings") -> tuple[dict[str, Any], int]:
+    """Fields of LanguageConfig, and the vocabulary's size."""
+    for key, reason in _NEEDED.items():
+        if text.values.get(key) in (None, 0):
+            raise text.refuse(key, reason)
+    text.require(_FIXED_TEXT | _NEUTRAL_TEXT)
+    language: dict[str, Any] = {
+        ours: text.number(theirs) if ours in _FLOATS else text.count(theirs, _SMALLEST.get(ours, 1))
+        for ours, theirs in _TEXT.items()
+    }
+    layers, dense = language["num_layers"], language["dense_layers"]
+    if dense >= layers:
+        raise text.refuse(
+            "first_k_dense_replace",
+            f"of num_hidden_layers={layers} at least one must have experts, not all be dense",
+        )
+    if language["experts_per_token"] > language["num_experts"]:
+        raise text.refuse(
+            "num_experts_per_tok", f"there are n_routed_experts={language['num_experts']}"
+        )
+    if language["qk_rope_head_dim"] % 2:
+        raise text.refuse(
+            "qk_rope_head_dim", "rotary channels are turned in pairs: it must be even"
+        )
+    text.require(
+        {
+            "norm_topk_prob": language["experts_per_token"] > 1,
+            "num_key_value_heads": language["num_heads"],
+        }
+    )
+    width = language["expert_ffn_hidden_size"]
+    language["shared_expert_ffn_hidden_size"] = text.count("n_shared_experts") * width
+    rope = text.part("rope_parameters") or text.part("rope_scaling")
+    base = rope if rope and rope.values.get("rope_theta") is not None else text
+    language["rope_base"] = base.number("rope_theta", 10000.0)
+    scaling = _our_scaling(rope) if rope else RopeScalingConfig()
+    text.fits(LanguageConfig, {**language, "rope_scaling": scaling}, _TEXT)
+    return {**language, "rope_scaling": asdict(scaling)}, text.count("vocab_size")
+
+
+def _our_vision(vision: "_Settings", whole: "_Settings", language_size: int) -> dict[str, Any]:
+    """Fields of VisionConfig."""
     found: dict[str, Any] = {}
     for ours, *names in _VISION:
-        name = next((name for name in reversed(names) if name in vision), names[0])
-        value = _number(vision, name)
-        if found.setdefault(ours, value) != value:
-            raise PretrainError(f"{name}={value} in config.json, where the height is {found[ours]}")
-    _require(vision, _FIXED_VISION)
-    _require(vision, {"mm_hidden_size": found["hidden_size"], "pos_emb_time": MAX_FRAMES})
-    theta: Any = (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    return language, {**found, "rope_base": float(theta)}, vocab_size
-
-
-def _our_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of RopeScalingConfig.
-
-    What is left out means what it does to transformers: 32, 1, and m(1) on queries and keys.
-    """
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return asdict(RopeScalingConfig())
-    if kind != "yarn":
-        raise PretrainError(
-            f"config.json scales positions by {kind!r}: this trainer has the default rotary "
-            "embedding and yarn"
+        for name in [name for name in names if name in vision.values] or names[:1]:
+            value = vision.count(name)
+            if found.setdefault(ours, value) != value:
+                raise vision.refuse(name, f"another key says {found[ours]}, and grids are square")
+    heads = found["num_heads"]
+    if found["hidden_size"] % (4 * heads):
+        raise vision.refuse(
+            "hidden_size", f"it must be num_attention_heads={heads} times a multiple of 4"
         )
-    _require(rope, {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0})
-    left_out = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-    given = {name: value for name, value in rope.items() if value is not None}
-    original = int(_number(given, "original_max_position_embeddings"))
-    numbers = {name: float(_number({**left_out, **given}, name)) for name in ("factor", *left_out)}
+    vision.require(
+        _FIXED_VISION
+        | {"mm_hidden_size": found["hidden_size"], "text_hidden_size": language_size}
+        | {"pos_emb_time": MAX_FRAMES, "hidden_act": "gelu_pytorch_tanh"}
+    )
+    whole.require(
+        {"projection_hidden_size": found["hidden_size"], "projection_layer_norm_eps": 1e-5}
+    )
+    rope = vision.part("rope_parameters")
+    found["rope_base"] = rope.number("rope_theta", 10000.0) if rope else 10000.0
+    vision.fits(VisionConfig, found, {ours: theirs for ours, theirs, _ in _VISION})
+    return found
+
+
+def _our_scaling(rope: "_Settings") -> RopeScalingConfig:
+    """The positions' scaling.
+
+    A key that is left out has transformers' default: 32, 1, and m(1) on queries and keys.
+    """
+    name = "rope_type" if "rope_type" in rope.values else "type"
+    kind = rope.values.get(name, "default")
+    if kind == "default":
+        return RopeScalingConfig()
+    if kind != "yarn":
+        raise rope.refuse(name, "positions can be scaled by yarn, or not at all (default)")
+    rope.require({"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0})
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    original = rope.count("original_max_position_embeddings")
+    numbers = {"factor": rope.number("factor", low=1.0)}
+    numbers |= {key: rope.number(key, value, low=0.0) for key, value in defaults.items()}
+    return rope.fits(
+        RopeScalingConfig, {**numbers, "original_max_position_embeddings": original}, {}
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """An object of config.json.
+
+    Attributes:
+        prefix: before its keys in messages, such as ``text_config.``
+    """
+
+    values: Mapping[str, Any]
+    prefix: str = ""
+
+    def refuse(self, key: str, reason: str) -> PretrainError:
+        """An error that names the key, its value and what is supported."""
+        value = self.values.get(key)
+        return PretrainError(f"config.json has {self.prefix}{key}={_shown(value)}: {reason}")
+
+    def fits(self, kind: type[T], fields: Mapping[str, Any], names: Mapping[str, str]) -> T:
+        """The section of the configuration with some fields.
+
+        Args:
+            names: ours and those of config.json, where they differ.
+
+        Raises:
+            PretrainError: a value is not allowed; in terms of config.json.
+        """
+        try:
+            return kind(**fields)
+        except ValueError as error:
+            ours = re.compile(rf"\b({'|'.join(names) or '(?!)'})\b")
+            reason = ours.sub(lambda found: names[found[0]], str(error))
+            raise PretrainError(f"in config.json, {self.prefix}{reason}") from error
+
+    def part(self, key: str) -> "_Settings | None":
+        """An object within; None where it is left out, null or empty."""
+        value = self.values.get(key)
+        if value is None or value == {}:
+            return None
+        if not isinstance(value, dict):
+            raise self.refuse(key, "it must be an object")
+        return _Settings(value, f"{self.prefix}{key}.")
+
+    def count(self, key: str, smallest: int = 1) -> int:
+        """A whole number of a sensible size."""
+        value = self.values.get(key)
+        if type(value) is not int or not smallest <= value <= _LARGEST:
+            raise self.refuse(key, f"it must be a whole number from {smallest} to {_LARGEST}")
+        return value
+
+    def number(self, key: str, default: float | None = None, low: float | None = None) -> float:
+        """A finite number: above 0, or at least ``low``."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30:
+            number = float(value)
+            if number > 0 if low is None else number >= low:
+                return number
+        at_least = "above 0" if low is None else f"of at least {low:g}"
+        raise self.refuse(key, f"it must be a finite number {at_least}")
+
+    def require(self, expected: Mapping[str, Any]) -> None:
+        """Refuse what differs from the only value that is supported; keys may be left out."""
+        for key, value in expected.items():
+            given = self.values.get(key, value)
+            if given != value and not (key in _NEUTRAL_TEXT and not given):
+                raise self.refuse(key, f"this trainer's models have {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """As config.json has it, in a line and not too long."""
     try:
-        scaling = RopeScalingConfig(original_max_position_embeddings=original, **numbers)
-    except ValueError as error:
-        raise PretrainError(f"the positions' scaling in config.json: {error}") from error
-    return asdict(scaling)
-
-
-def _number(settings: Mapping[str, Any], name: str) -> Any:
-    value = settings.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise PretrainError(f"{name} in config.json must be a number, not {value!r}")
-    return value
-
-
-def _require(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for name, value in expected.items():
-        given = settings.get(name, value)
-        if (list(given) if isinstance(given, tuple) else given) != value:
-            raise PretrainError(
-                f"{name}={given!r} in config.json: this trainer's models have {value!r}"
-            )
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,7 @@
 """A run's checkpoint as a folder that transformers loads, and vLLM and SGLang serve.
 
-One process without a launcher, which holds one file of weights at a time: the parallel model is
-not built, for the tensors of a checkpoint have their names in the whole model.
+Runs in one process without a launcher, which holds one file of weights at a time. The parallel
+model is not built: the tensors of a checkpoint have their names in the whole model.
 """
 
 import json
@@ -13,19 +13,21 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as _Tokenizer
 
 from pretrain import state
+from pretrain.config import Config, VisionConfig
 from pretrain.data import chat
-from pretrain.data.fit import MAX_PATCHES_OF_A_FRAME, MAX_PATCHES_OF_A_SIDE, MAX_PATCHES_OF_AN_IMAGE
+from pretrain.data.fit import Limits, limits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.export.layout import Rows, rows, settings
+from pretrain.export.layout import VIDEO_PLACEHOLDER, Rows, rows, settings
+from pretrain.export.provenance import Provenance
 from pretrain.model.vision import MAX_FRAMES, MERGE
 from pretrain.runtime import checkpoint
 
 MAX_FILE_BYTES = 5 * 10**9
 _PREFIX = "model."
+_PROCESSOR = Path(__file__).with_name("kimi_k25_processor.py")
 _EMBEDDING = f"{_PREFIX}language.embedding.word_embeddings.weight"
 Dtype = Literal["float32", "bfloat16"]
 
@@ -41,23 +43,24 @@ def export(
 ) -> Path:
     """Write a run's model for transformers: Kimi-K2.5, or DeepSeek-V3 without images.
 
-    Of a run that learned from conversations, with the chat template that it learned by.
+    The chat template is that of the conversations the run learned from, or else of the model that
+    it was imported from.
 
     Args:
-        out: the folder to make; ``hf`` or ``hf-text`` in the run's folder by default. Where this
-            raises, it does not exist.
-        step: of which checkpoint; the newest by default.
+        out: the folder to make; ``hf`` or ``hf-text`` in the run's folder by default. It does not
+            exist after an error.
+        step: the checkpoint's step; default: the newest.
         text_only: leave the vision encoder out.
-        dtype: of the weights; as in the checkpoint by default. The router's bias stays float32,
-            and a run of bfloat16 has float32 master weights to give.
-        max_file_bytes: of weights in one file.
+        dtype: of the weights; default: as in the checkpoint. The router's bias stays float32, and
+            a run of bfloat16 has float32 master weights to export.
+        max_file_bytes: size of one file of weights.
 
     Returns:
         The folder.
 
     Raises:
         PretrainError: there is no such checkpoint, it is damaged, the model has a shape that
-            theirs cannot have, or the disk refused.
+            the published models cannot have, or a file cannot be written.
     """
     saved = state.saved(run_dir, step)
     tokenizer_file = state.tokenizer_file(run_dir)
@@ -79,9 +82,9 @@ def export(
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
-    described = settings(
-        config.language, vision, vocab_size, config.data.seq_length, special, tokenizer.media_pad
-    )
+    imported = Provenance.read(run_dir)
+    longest = max(config.data.seq_length, imported.max_position_embeddings)
+    described = settings(config.language, vision, vocab_size, longest, special, tokenizer.media_pad)
     wanted = list(rows(config.language, vision, vocab_size))
     _check(saved.path, wanted, stored)
     types = {name: _type(name, stored, dtype) for item in wanted for name in item.ours}
@@ -100,12 +103,14 @@ def export(
             )
         _write_weights(saved.path, partial, files, stored, types)
         _write_json(partial / "config.json", described)
-        chats = any(source.is_chat for source in config.data.sources)
-        ends = {"eos_token_id": [tokenizer.im_end, tokenizer.eos]} if chats else {}
-        _write_json(partial / "generation_config.json", special | ends)
-        _write_tokenizer(partial, tokenizer_file, tokenizer, config.data.seq_length, chats=chats)
+        generation, template = _conversation(config, tokenizer, special, imported, vision)
+        _write_json(partial / "generation_config.json", generation)
+        _write_tokenizer(partial, tokenizer_file, tokenizer, longest, template)
         if vision is not None:
-            _write_processor(partial, vision.patch_size, config.data.video_fps)
+            largest = config.data.max_image_tokens or max(1, config.data.seq_length // 4)
+            _write_processor(
+                partial, vision.patch_size, limits(longest, largest), config.data.video_fps
+            )
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -191,40 +196,56 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-_CONTENT = (
-    "{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}"
-    "{{% for part in message.content %}}"
-    "{{% if part.type in ('image', 'image_url') %}}{image}"
-    "{{% elif part.type == 'text' %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
-)
+def _conversation(
+    config: Config,
+    tokenizer: Tokenizer,
+    special: dict[str, int],
+    imported: Provenance,
+    vision: VisionConfig | None,
+) -> tuple[dict[str, Any], str]:
+    """generation_config.json, and the chat template."""
+    generation = imported.generation or special
+    content = _content(tokenizer if vision else None)
+    if any(source.is_chat for source in config.data.sources):
+        ends = {"eos_token_id": [tokenizer.im_end, tokenizer.eos]}
+        return {**generation, **special, **ends}, chat.template(content)
+    if imported.chat_template is not None:
+        return generation, imported.chat_template
+    # A model that has learned from documents alone knows no roles: the messages' contents follow
+    # one another as text and images do in a document.
+    return generation, f"{{{{ bos_token }}}}{{% for message in messages %}}{content}{{% endfor %}}"
 
 
-def _template(image: str, *, chats: bool) -> str:
-    """The chat template.
+def _content(tokenizer: Tokenizer | None) -> str:
+    """A message's content in Jinja.
 
-    A model that has learned from documents alone knows no roles: the messages' contents follow one
-    another as text and images do in a document.
+    Args:
+        tokenizer: of a model with images; None for a model of text.
     """
-    content = _CONTENT.format(image=image)
-    if chats:
-        return chat.template(content)
-    return f"{{{{ bos_token }}}}{{% for message in messages %}}{content}{{% endfor %}}"
+    readable, shown = "text", ""
+    if tokenizer is not None:
+        media = (tokenizer.media_begin, tokenizer.media_pad, tokenizer.media_end)
+        image = "".join(tokenizer.name_of(number) for number in media)
+        readable = "text, images and videos"
+        shown = (
+            f"{{% elif part.type in ('image', 'image_url') %}}{image}"
+            f"{{% elif part.type in ('video', 'video_url') %}}{VIDEO_PLACEHOLDER}"
+        )
+    return (
+        "{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}"
+        f"{{% if part.type == 'text' %}}{{{{ part.text }}}}{shown}{{% else %}}"
+        f"{{{{ raise_exception('this model reads {readable}, not ' ~ part.type) }}}}"
+        "{% endif %}{% endfor %}{% endif %}"
+    )
 
 
 def _write_tokenizer(
-    folder: Path, file: Path, tokenizer: Tokenizer, max_length: int, *, chats: bool
+    folder: Path, file: Path, tokenizer: Tokenizer, max_length: int, template: str
 ) -> None:
-    """The run's tokenizer; but a text begins with BOS by itself, as every document does.
-
-    Args:
-        chats: whether the model has learned from conversations.
-    """
+    """Write the run's tokenizer, by which a text begins with BOS, as every document does."""
     backend = json.loads(file.read_text())
-    tokens = _Tokenizer.from_file(str(file))
-
-    def name(number: int) -> str:
-        return str(tokens.id_to_token(number))
-
+    name = tokenizer.name_of
     bos = name(tokenizer.bos)
     begin, text, second = (
         {"SpecialToken": {"id": bos, "type_id": 0}},
@@ -242,7 +263,6 @@ def _write_tokenizer(
         for number in (tokenizer.media_begin, tokenizer.media_pad, tokenizer.media_end)
         if number >= 0
     ]
-    template = _template("".join(media), chats=chats)
     _write_json(folder / "tokenizer.json", backend)
     _write_json(
         folder / "tokenizer_config.json",
@@ -253,6 +273,8 @@ def _write_tokenizer(
             "pad_token": name(tokenizer.pad),
             "additional_special_tokens": media,
             "model_max_length": max_length,
+            # Without it, transformers 4 makes token_type_ids, which the model refuses.
+            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             "chat_template": template,
         },
@@ -260,14 +282,18 @@ def _write_tokenizer(
     (folder / "chat_template.jinja").write_text(template)
 
 
-def _write_processor(folder: Path, patch_size: int, video_fps: float) -> None:
-    """What :mod:`pretrain.data.fit` does, for transformers and (``media_proc_cfg``) for servers."""
+def _write_processor(folder: Path, patch_size: int, largest: Limits, video_fps: float) -> None:
+    """Write what :mod:`pretrain.data.fit` does to images, for transformers and for servers.
+
+    ``auto_map`` names the processor that is copied beside it: SGLang needs it, and transformers
+    without torchvision. Servers read ``media_proc_cfg``.
+    """
     middle = [0.5, 0.5, 0.5]
     common = {
         "processor_class": "Kimi_K25Processor",
         "patch_size": patch_size,
         "merge_size": MERGE,
-        "size": {"max_height": MAX_PATCHES_OF_A_SIDE, "max_width": MAX_PATCHES_OF_A_SIDE},
+        "size": {"max_height": largest.side, "max_width": largest.side},
         "do_resize": True,
         "resample": 3,
         "do_rescale": True,
@@ -280,15 +306,19 @@ def _write_processor(folder: Path, patch_size: int, video_fps: float) -> None:
     image = {
         **common,
         "image_processor_type": "Kimi_K25ImageProcessor",
-        "max_patches": MAX_PATCHES_OF_AN_IMAGE,
+        "auto_map": {
+            "AutoProcessor": f"{_PROCESSOR.stem}.KimiProcessor",
+            "AutoImageProcessor": f"{_PROCESSOR.stem}.KimiImageProcessor",
+        },
+        "max_patches": largest.image,
         "media_proc_cfg": {
             "patch_size": patch_size,
             "merge_kernel_size": MERGE,
             "temporal_merge_kernel_size": MAX_FRAMES,
-            "in_patch_limit": MAX_PATCHES_OF_AN_IMAGE,
-            "in_patch_limit_each_frame": MAX_PATCHES_OF_A_FRAME,
+            "in_patch_limit": largest.image,
+            "in_patch_limit_each_frame": largest.frame,
             "in_patch_limit_video": None,
-            "patch_limit_on_one_side": MAX_PATCHES_OF_A_SIDE,
+            "patch_limit_on_one_side": largest.side,
             "fixed_output_tokens": None,
             "image_mean": middle,
             "image_std": middle,
@@ -300,10 +330,11 @@ def _write_processor(folder: Path, patch_size: int, video_fps: float) -> None:
     video = {
         **common,
         "video_processor_type": "Kimi_K25VideoProcessor",
-        "max_patches": MAX_PATCHES_OF_A_FRAME,
+        "max_patches": largest.frame,
         "temporal_patch_size": MAX_FRAMES,
         "fps": video_fps,
     }
+    shutil.copyfile(_PROCESSOR, folder / _PROCESSOR.name)
     _write_json(folder / "preprocessor_config.json", image)
     _write_json(folder / "video_preprocessor_config.json", video)
 

@@ -1,41 +1,65 @@
 """A published checkpoint becomes a run with the same weights, which trains on from them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain import sample
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
+from pretrain.export.hf_folder import INDEX
 from pretrain.export.to_hf import export
-from pretrain.runtime import processes
+from pretrain.runtime import checkpoint, processes
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
-from tests.pretrain.saved_run import Made
+from tests.pretrain.saved_run import STEP, Made
+
+# Each run below is exported, imported and exported again: changes of its configuration.
+ROUND_TRIPS: dict[str, dict[str, Any]] = {
+    "documents": {},
+    "chat": {"sources": [{"type": "chat", "path": "chats.jsonl"}]},
+    "small-images": {"max_image_tokens": 7, "video_fps": 0.5},
+    "images-above-the-context": {"max_image_tokens": 5000},
+    "long-context": {"seq_length": 8192},
+}
 
 
 class Imported(NamedTuple):
-    """What :func:`bring_back` found."""
+    """What :func:`bring_back` found.
+
+    Attributes:
+        notes: of the import of a model of text.
+        text_bytes: size of its checkpoint.
+    """
 
     status: tuple[int, str]
     rounded: dict[str, Tensor]
+    notes: list[str]
+    text_bytes: int
 
 
 def bring_back(folder: str) -> Imported:
     """Import what was exported: all of it, rounded to bfloat16, and the text alone; train once."""
     root = Path(folder)
-    import_hf(root / "hf", root / "imported")
-    import_hf(root / "hf-scaled", root / "imported-scaled")
-    import_hf(root / "bf16", root / "imported-bf16")
+    for name in ("", "-scaled", "-bf16", "-tied", *saved_folders(root)):
+        import_hf(root / f"hf{name}", root / f"imported{name}")
+    for name in ROUND_TRIPS:
+        for kind in ("", "-text"):
+            import_hf(root / "trips" / f"{name}{kind}", root / "trips" / f"{name}{kind}-run")
     vision = ["vision.num_layers=1", "vision.hidden_size=16", "vision.num_heads=2"]
     import_hf(root / "hf-text", root / "imported-text", vision)
+    _, notes = import_hf(root / "hf-text", root / "imported-new")
+    size = sum(f.stat().st_size for f in root.glob("imported-new/**/*") if f.is_file())
     model = sample.load(root / "imported-bf16")
     rounded = {name: tensor.clone() for name, tensor in model.language.named_parameters()}
     processes.stop()
@@ -48,15 +72,59 @@ def bring_back(folder: str) -> Imported:
         *("evaluation.every=2", "evaluation.sequences=4", "evaluation.captions=6"),
         "evaluation.transcriptions=1",
     )
-    return Imported(status, rounded)
+    return Imported(status, rounded, notes, size)
+
+
+def saved_folders(root: Path) -> list[str]:
+    """The folders that transformers saved, without ``hf``."""
+    return sorted(path.name.removeprefix("hf") for path in root.glob("hf-saved*"))
+
+
+def with_data(run: Path, copy: Path, **data: Any) -> Path:
+    """A copy of a run with other settings of its data."""
+    shutil.copytree(run, copy)
+    manifest = checkpoint.path_of(copy / "checkpoints", STEP) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["facts"]["config"]["data"] |= data
+    manifest.write_text(json.dumps(content))
+    return copy
+
+
+def save_with_transformers(root: Path) -> None:
+    """Save the exported models with transformers, in the ways that it offers."""
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    for kind, name in (("AutoModelForImageTextToText", "hf"), ("AutoModelForCausalLM", "hf-text")):
+        for how, dtype, size in (
+            ("one", torch.float32, "1GB"),
+            ("shards", torch.float32, "60KB"),
+            ("bf16", torch.bfloat16, "1GB"),
+        ):
+            model = getattr(transformers, kind).from_pretrained(root / name, dtype=dtype)
+            out = root / f"hf-saved{name.removeprefix('hf')}-{how}"
+            model.save_pretrained(out, max_shard_size=size)
+            transformers.AutoTokenizer.from_pretrained(root / name).save_pretrained(out)
 
 
 @pytest.fixture(scope="module")
 def hf(made: Made, run_folder: Path) -> Path:
-    export(run_folder / "run", run_folder / "bf16", dtype="bfloat16")
-    export(run_folder / "run", run_folder / "hf-text", text_only=True)
+    run = run_folder / "run"
+    export(run, run_folder / "hf-bf16", dtype="bfloat16")
+    export(run, run_folder / "hf-text", text_only=True)
     export(run_folder / "scaled", run_folder / "hf-scaled")
-    return export(run_folder / "run", run_folder / "hf", max_file_bytes=200_000)
+    for name, data in ROUND_TRIPS.items():
+        changed = with_data(run, run_folder / "trips" / f"{name}-before", **data)
+        export(changed, run_folder / "trips" / name)
+        export(changed, run_folder / "trips" / f"{name}-text", text_only=True)
+    tie(export(run, run_folder / "hf-tied"))
+    whole = export(run, run_folder / "hf", max_file_bytes=200_000)
+    save_with_transformers(run_folder)
+    return whole
+
+
+def tie(folder: Path) -> None:
+    """Leave the output layer out, as a model that shares it with the embedding does."""
+    change_config(tie_word_embeddings=True)(folder)
+    change_weights(**{"language_model.lm_head.weight": None})(folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +137,69 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["hf", "bf16", "hf-scaled"])
+@pytest.mark.parametrize("name", ["", "-bf16", "-scaled"])
 def test_import_then_export_is_the_identity(
     imported: Imported, run_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    run = run_folder / f"imported{name.removeprefix('hf') if name != 'bf16' else '-bf16'}"
-    again = export(run, tmp_path / "again", step=0)
-    before, after = weights(run_folder / name), weights(again)
+    again = export(run_folder / f"imported{name}", tmp_path / "again", step=0)
+    same_weights(weights(run_folder / f"hf{name}"), weights(again))
+
+
+def same_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
-    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        assert json.loads((again / file).read_text()) == json.loads(
-            (run_folder / name / file).read_text()
-        )
+
+
+@pytest.mark.parametrize("kind", ["", "-text"])
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_every_file_of_an_export_survives_import_and_export(
+    imported: Imported, run_folder: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    before = run_folder / "trips" / f"{name}{kind}"
+    after = export(
+        run_folder / "trips" / f"{name}{kind}-run", tmp_path / "out", text_only=bool(kind)
+    )
+    assert sorted(f.name for f in before.iterdir()) == sorted(f.name for f in after.iterdir())
+    for file in before.iterdir():
+        assert file.read_bytes() == (after / file.name).read_bytes(), file.name
+
+
+def test_the_chat_template_and_the_ends_of_a_reply_are_in_the_export(
+    hf: Path, run_folder: Path
+) -> None:
+    chat = run_folder / "trips" / "chat"
+    assert "<|im_middle|>" in (chat / "chat_template.jinja").read_text()
+    assert len(json.loads((chat / "generation_config.json").read_text())["eos_token_id"]) == 2
+
+
+@pytest.mark.parametrize("how", ["one", "shards", "bf16"])
+@pytest.mark.parametrize("kind", ["", "-text"])
+def test_what_save_pretrained_writes_is_imported(
+    imported: Imported, run_folder: Path, tmp_path: Path, kind: str, how: str
+) -> None:
+    name = f"-saved{kind}-{how}"
+    assert name in saved_folders(run_folder)
+    sharded = (run_folder / f"hf{name}" / INDEX).exists()
+    assert sharded == (how == "shards")
+    again = export(run_folder / f"imported{name}", tmp_path / "again", text_only=bool(kind))
+    before = weights(run_folder / f"hf{kind}")
+    after = weights(again)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        # transformers keeps routers in float32.
+        assert torch.equal(after[key], tensor.to(after[key].dtype)), key
+        if "embed_tokens" in key or "q_a_proj" in key:
+            assert after[key].dtype == (torch.bfloat16 if how == "bf16" else torch.float32)
+
+
+def test_a_tied_output_layer_is_a_copy_of_the_embedding(
+    imported: Imported, run_folder: Path, tmp_path: Path
+) -> None:
+    found = weights(export(run_folder / "imported-tied", tmp_path / "out"))
+    embedding = found["language_model.model.embed_tokens.weight"]
+    assert torch.equal(found["language_model.lm_head.weight"], embedding)
 
 
 def test_training_goes_on_from_the_weights_with_a_fresh_optimizer(
@@ -115,6 +231,12 @@ def test_a_model_of_text_gets_a_new_vision_encoder(
     new = {name: tensor for name, tensor in found.items() if name not in text}
     assert new["vision_tower.encoder.blocks.0.wqkv.weight"].std() > 0
     assert new["mm_projector.pre_norm.weight"].tolist() == [1.0] * 16
+
+
+def test_the_new_encoder_of_a_model_of_text_is_small_and_mentioned(imported: Imported) -> None:
+    (note,) = imported.notes
+    assert "no vision encoder: made a new, untrained one of" in note and "vision.num_layers" in note
+    assert imported.text_bytes < 3_000_000
 
 
 @pytest.fixture
@@ -158,24 +280,94 @@ def cut_off(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def indexed(**placed: str) -> Callable[[Path], None]:
+    """An index of the one file, but for some tensors; a tensor placed nowhere is left out."""
+
+    def change(folder: Path) -> None:
+        names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors") | placed
+        names = {name: file for name, file in names.items() if file}
+        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+    return change
+
+
+def twice(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({NORM: tensors[NORM]}, folder / "other.safetensors")
+    indexed(**{"other": "other.safetensors"})(folder)
+
+
+def change_file(name: str, content: str | bytes) -> Callable[[Path], None]:
+    return lambda folder: (
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        and None
+    )
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        outside = folder.parent / target
+        outside.write_bytes((folder / name).read_bytes())
+        (folder / name).unlink()
+        (folder / name).symlink_to(outside)
+
+    return change
+
+
 NORM = "model.layers.1.self_attn.q_a_layernorm.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "cannot read"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
-        (change_config(model_type="llama"), "copy: config.json is of model_type 'llama'"),
+        (change_file("config.json", "{"), "config.json is not valid JSON"),
+        (change_file("config.json", b"\xff{}"), "config.json is not valid JSON"),
+        (change_file("config.json", "[" * 100_000), "config.json is not valid JSON"),
+        (change_file("config.json", "[1]"), "config.json must be a JSON object"),
+        (change_config(model_type="llama"), 'copy: config.json has model_type="llama"'),
         (change_config(kv_lora_rank=8), "of shape (24, 32), where its config.json means (16, 32)"),
+        (change_config(num_hidden_layers=9999), "no tensor model.layers.3.input_layernorm.weight"),
+        (change_config(n_routed_experts=1 << 20), "where its config.json means (1048576, 32)"),
         (change_config(vocab_size=401), "its tokenizer has 400 tokens and its embedding 401 rows"),
-        (change_weights(**{NORM: None}), f"copy has no tensor {NORM}"),
+        (change_config(max_position_embeddings=-1), "max_position_embeddings=-1: it must be"),
+        (change_config(tie_word_embeddings=True), f"but {HEAD} differs from model.embed_tokens"),
+        (change_weights(**{NORM: None}), f"copy has no tensor {NORM}, which its config.json asks"),
         (change_weights(**{NORM: torch.ones(3)}), f"{NORM} in "),
         (change_weights(**{NORM: torch.ones(16).int()}), "is of type I32: only checkpoints of"),
-        (change_weights(extra=torch.ones(1)), "has a tensor extra, which a model of ours has not"),
-        (cut_off, "copy are damaged: "),
+        (change_weights(extra=torch.ones(1)), "has a tensor extra, which its config.json does not"),
+        (change_weights(**{NORM: torch.full((16,), torch.nan)}), f"{NORM} in "),
+        (change_weights(**{NORM: torch.full((16,), torch.inf)}), "has values that are NaN or inf"),
+        (change_weights(**{HEAD: None}), f"copy has no tensor {HEAD}"),
+        (
+            change_weights(**{"model.layers.1.mlp.experts.gate_up_proj": torch.ones(1)}),
+            "save_pretrained(..., save_original_format=True)",
+        ),
+        (cut_off, "model.safetensors is damaged: "),
+        (change_file("model.safetensors", b""), "model.safetensors is damaged: "),
+        (change_file("model.safetensors", b"\xff" * 100), "model.safetensors is damaged: "),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (pickled, "pytorch_model.bin, a pickle, which can run code"),
+        (indexed(**{NORM: "lost.safetensors"}), "copy is incomplete: lost.safetensors is missing"),
+        (indexed(**{NORM: "../run/x.safetensors"}), "a file outside of itself: '../run/x.safe"),
+        (indexed(**{NORM: "/etc/passwd"}), "a file outside of itself: '/etc/passwd'"),
+        (indexed(**{NORM: "tokenizer.json"}), "names tokenizer.json: only safetensors files are"),
+        (indexed(**{NORM: ""}), f"has a tensor {NORM}, which {INDEX} does not list"),
+        (indexed(more="model.safetensors"), f"lacks the tensor more, which {INDEX} lists"),
+        (twice, f"other.safetensors has a tensor {NORM}, which {INDEX} places in model.safe"),
+        (change_file(INDEX, "{}"), "has no weight_map of names to files"),
+        (change_file(INDEX, '{"weight_map": {"a": 1}}'), "has no weight_map of names to files"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "copy has no tokenizer: neither"),
+        (change_file("tokenizer.json", "{}"), "is neither a tokenizer.json nor a tiktoken file"),
+        (change_file("generation_config.json", "{"), "generation_config.json is not valid JSON"),
+        (link("model.safetensors", "w"), "model.safetensors is a link out of the folder"),
+        (link("tokenizer.json", "t"), "tokenizer.json is a link out of the folder"),
+        (link("chat_template.jinja", "c"), "chat_template.jinja is a link out of the folder"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -183,6 +375,81 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     damage(copy)
     assert message in refusal(copy)
+
+
+def test_links_of_the_hugging_face_cache_are_followed(copy: Path, tmp_path: Path) -> None:
+    """snapshots/REVISION has links to ../../blobs; only the tokenizer is missing here."""
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(copy.iterdir()):
+        if file.name != "tokenizer.json":
+            file.rename(blobs / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert "has no tokenizer" in refusal(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": [0.48, 0.46, 0.41]}, "preprocessor_config.json has image_mean=[0.48"),
+        ({"patch_size": 16}, "has patch_size=16, and this trainer's models have 14"),
+        ({"media_proc_cfg": {"in_patch_limit": "many"}}, "an image of at most 'many' patches"),
+        ({"media_proc_cfg": {"sample_fps": -1}}, "has sample_fps=-1: it must be a number"),
+    ],
+)
+def test_a_processor_that_reads_images_otherwise_is_refused(
+    hf: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(hf, folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert message in refusal(folder)
+
+
+def damage_at_random(folder: str, out: str) -> None:
+    """Any damage to any file of an export is imported, or refused in a line."""
+    source, number = Path(folder), 0
+
+    @settings(deadline=None, max_examples=60)
+    @given(
+        st.sampled_from(sorted(file.name for file in source.iterdir())),
+        st.sampled_from(["cut", "flip", "fill", "remove"]),
+        st.floats(0, 1, exclude_max=True),
+        st.integers(1, 255),
+    )
+    def survive(name: str, how: str, place: float, value: int) -> None:
+        nonlocal number
+        number += 1
+        copy = Path(out) / str(number)
+        shutil.copytree(source, copy / "hf")
+        file = copy / "hf" / name
+        content = bytearray(file.read_bytes())
+        at = int(place * len(content))
+        if how == "cut":
+            file.write_bytes(content[:at])
+        elif how == "flip":
+            content[at] ^= value
+            file.write_bytes(content)
+        elif how == "fill":
+            file.write_bytes(bytes([value]) * len(content))
+        else:
+            file.unlink()
+        try:
+            import_hf(copy / "hf", copy / "run")
+        except PretrainError as error:
+            assert "\n" not in str(error)
+        finally:
+            shutil.rmtree(copy)
+
+    survive()
+
+
+def test_any_damage_to_any_file_is_imported_or_refused_in_a_line(
+    hf: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    launch(damage_at_random, 1, str(run_folder / "hf-text"), str(tmp_path))
 
 
 def test_settings_that_contradict_the_checkpoint_and_folders_in_use_are_refused(

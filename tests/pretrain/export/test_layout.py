@@ -117,16 +117,16 @@ sizes = st.integers(1, 4096)
         LanguageConfig,
         num_layers=st.integers(2, 90),
         dense_layers=st.integers(0, 1),
-        hidden_size=sizes,
+        hidden_size=st.integers(64, 4096),
         ffn_hidden_size=sizes,
-        num_heads=sizes,
+        num_heads=st.integers(1, 64),
         q_lora_rank=sizes,
         kv_lora_rank=sizes,
         num_experts=st.integers(8, 512),
         experts_per_token=st.integers(1, 8),
         expert_ffn_hidden_size=st.just(64),
         shared_expert_ffn_hidden_size=st.sampled_from([64, 128, 192]),
-        rope_base=st.floats(1.0, 1e7),
+        rope_base=st.floats(1.01, 1e7),
         rope_scaling=st.one_of(
             st.just(RopeScalingConfig()),
             st.builds(
@@ -149,7 +149,7 @@ sizes = st.integers(1, 4096)
             num_layers=sizes,
             hidden_size=st.sampled_from([64, 128, 1152]),
             ffn_hidden_size=sizes,
-            patch_size=st.integers(1, 32),
+            patch_size=st.integers(2, 32),
             position_grid=st.integers(1, 128),
         ),
     ),
@@ -195,23 +195,91 @@ def test_scaled_positions_are_read_as_kimi_k2_publishes_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "is of model_type 'llama': only kimi_k25"),
-        ({"quantization_config": {"bits": 4}}, "the checkpoint is quantized"),
-        ({"n_group": 8}, "n_group=8 in config.json: this trainer's models have 1"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True in config.json"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, "by 'longrope'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "original_max_position_embeddi"),
-        ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2 in config"),
-        ({"rope_parameters": YARN | {"mscale": 0.5}}, "scaling in config.json: mscale_all_dim"),
-        ({"q_lora_rank": None}, "q_lora_rank in config.json must be a number, not None"),
-        ({"norm_topk_prob": False}, "norm_topk_prob=False in config.json"),
+        ({"model_type": "llama"}, 'config.json has model_type="llama": only kimi_k25'),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: quantized weights"),
+        ({"n_group": 8}, "config.json has n_group=8: this trainer's models have 1"),
+        ({"attention_bias": True}, "config.json has attention_bias=true: this trainer's models"),
+        ({"sliding_window": 512}, "config.json has sliding_window=512: this trainer's models"),
+        ({"num_nextn_predict_layers": 1}, "config.json has num_nextn_predict_layers=1"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_parameters.rope_type="longrope"'),
+        ({"rope_parameters": [1]}, "config.json has rope_parameters=[1]: it must be an object"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+            "rope_parameters.original_max_position_embeddings=null: it must be a whole number",
+        ),
+        ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2"),
+        ({"rope_parameters": YARN | {"mscale": 0.5}}, "in config.json, rope_parameters.mscale_all"),
+        ({"rope_parameters": YARN | {"factor": float("nan")}}, "factor=NaN: it must be a finite"),
+        ({"q_lora_rank": None}, "q_lora_rank=null: queries without a low-rank projection are not"),
+        ({"n_shared_experts": 0}, "n_shared_experts=0: models without a shared expert are not"),
+        ({"n_shared_experts": None}, "n_shared_experts=null: models without a shared expert"),
+        ({"n_routed_experts": None}, "n_routed_experts=null: models without experts"),
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace=4: of num_hidden_layers=4 at least"),
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok=99: there are n_routed_experts=8"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: it must be a whole number"),
+        ({"num_hidden_layers": 10**6}, "in config.json, num_hidden_layers must be in [1, 10000]"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0: it must be a whole number from 1"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7: rotary channels are turned in pairs"),
+        ({"rms_norm_eps": "1e-5"}, 'rms_norm_eps="1e-5": it must be a finite number'),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: this trainer's models have 4"),
+        ({"norm_topk_prob": False}, "config.json has norm_topk_prob=false"),
     ],
 )
-def test_what_is_no_model_of_ours_is_named(change: dict[str, Any], message: str) -> None:
+def test_an_unsupported_model_is_refused_by_the_key_of_config_json(
+    change: dict[str, Any], message: str
+) -> None:
     theirs = settings(LanguageConfig(), None, 1000, 256, {}, 4)
     with pytest.raises(PretrainError) as error:
         our_settings(theirs | change)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vt_hidden_size": 64}, "vision_config.vt_hidden_size=64: another key says 1152"),
+        (
+            {"hidden_size": 36, "vt_hidden_size": 36},
+            "vision_config.hidden_size=36: it must be num_",
+        ),
+        ({"mm_hidden_size": 7}, "vision_config.mm_hidden_size=7: this trainer's models have 1152"),
+        ({"init_pos_emb_width": 9}, "vision_config.init_pos_emb_width=9: another key says 64"),
+        ({"merge_kernel_size": [3, 3]}, "vision_config.merge_kernel_size=[3, 3]"),
+    ],
+)
+def test_an_unsupported_encoder_is_refused_by_the_key_of_config_json(
+    change: dict[str, Any], message: str
+) -> None:
+    theirs = settings(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    theirs["vision_config"] |= change
+    with pytest.raises(PretrainError) as error:
+        our_settings(theirs)
+    assert message in str(error.value).replace("config.json has ", "")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda values: st.lists(values, max_size=2) | st.dictionaries(st.text(max_size=3), values),
+    max_leaves=4,
+)
+
+
+@given(st.data())
+def test_any_change_of_config_json_is_read_or_refused_in_a_line(data: st.DataObject) -> None:
+    theirs = settings(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    part = data.draw(st.sampled_from([theirs, theirs["text_config"], theirs["vision_config"]]))
+    key = data.draw(st.sampled_from(sorted(part)))
+    part[key] = data.draw(JSON)
+    try:
+        language, vision, vocab_size = our_settings(theirs)
+    except PretrainError as error:
+        assert "\n" not in str(error) and "config.json" in str(error)
+        return
+    language["rope_scaling"] = RopeScalingConfig(**language["rope_scaling"])
+    LanguageConfig(**language)
+    VisionConfig(**(vision or {}))
+    assert vocab_size > 0
 
 
 def test_what_theirs_cannot_be_is_refused() -> None:
