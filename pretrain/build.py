@@ -263,6 +263,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
         for name in named:
             layer: Any = model.get_submodule(name)
             # In megatron-core's attention a module of its own sees the logits.
-            getattr(layer, "core_attention", layer).observer = partial(clip.observe, name)
+            attention = getattr(layer, "core_attention", layer)
+            attention.observer = partial(clip.observe, name)
+            attention.clip_threshold = clip.threshold
         clips.append(clip)
     return optimizer, clips

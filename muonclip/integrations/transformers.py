@@ -497,9 +497,8 @@ def _observe(
             "QKClip.observe_attention yourself"
         )
     mask, bias = (x[..., : key.size(-2)] if isinstance(x, Tensor) else x for x in (mask, bias))
-    # Learned queries may come once for the whole batch.
-    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1])
-    query, key = (x.expand(*batch, *x.shape[1:]) for x in (query, key))
+    if len(query) == 1:  # learned queries, once for the whole batch
+        query = query.expand(len(key), *query.shape[1:])
     observe(query, key, scale=scale, mask=mask, bias=bias, causal=causal)
 
 
@@ -514,7 +513,7 @@ def _flash_mask(
     batch, queries, keys = query.size(0), query.size(-2), key.size(-2)
     device = query.device
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    packed = [options.get(name) for name in names]
+    packed: list[Any] = [options.get(name) for name in names]
     positions = options.get("position_ids")
     ones = partial(torch.ones, dtype=torch.bool, device=device)
     if padding is not None:
@@ -605,10 +604,12 @@ def _same_bias(before: Any, after: Any) -> bool:
     """Whether a mask or bias stayed as it was; anything but floating tensors does."""
     if not isinstance(before, Tensor) or not before.is_floating_point():
         return True
-    return torch.allclose(before, after, rtol=0.01)
+    same: bool = torch.allclose(before, after, rtol=0.01)
+    return same
 
 
 def _some_logits(inputs: Sequence[Any], tokens: int = 16) -> Tensor:
     """Products of a few queries and keys, [heads, queries, keys]."""
     query, key = (x[0, :, :tokens].float() for x in inputs[:2])
-    return query @ key.repeat_interleave(query.size(0) // key.size(0), 0).mT
+    logits: Tensor = query @ key.repeat_interleave(query.size(0) // key.size(0), 0).mT
+    return logits

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
+from muonclip import screened_max_logits
 from pretrain.config import (
     LanguageConfig,
     ParallelConfig,
@@ -36,13 +37,16 @@ class CoreAttention(nn.Module):
     """Softmax attention that can report every head's largest logit.
 
     ``observer``, where set, is called in training with the maximum over the micro-batch of what
-    enters the softmax (scaled, rotated, masked), a detached float32 tensor [heads].
+    enters the softmax (scaled, rotated, masked), a detached float32 tensor [heads]. In bfloat16
+    only heads that may be above ``clip_threshold`` are computed in float32, as these decide a clip;
+    the others' maxima, at most the threshold, are read from the rounded logits.
     """
 
     def __init__(self, *, softmax_scale: float | None = None, config: Any, **_spec: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.observer: MaxLogitObserver | None = None
+        self.clip_threshold = 0.0  # every head in float32
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_unused: Any
@@ -55,11 +59,24 @@ class CoreAttention(nn.Module):
         logits = torch.matmul(query * self.softmax_scale, key.transpose(-1, -2))
         logits = logits.masked_fill(attention_mask, -torch.inf)
         if self.observer is not None and self.training and torch.is_grad_enabled():
-            self.observer(logits.detach().amax(dim=(0, 2, 3)).float())
+            self.observer(self._largest(query, key, logits, attention_mask))
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights = torch.softmax(logits, dim=-1, dtype=wide).to(value.dtype)
         context = torch.matmul(weights, value)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    @torch.no_grad()
+    def _largest(self, query: Tensor, key: Tensor, logits: Tensor, masked: Tensor) -> Tensor:
+        """Each head's largest logit, float32 [heads]."""
+        rounded = logits.amax(dim=(0, 2, 3)).float()
+        if logits.dtype == torch.float32:
+            return rounded
+        seen = screened_max_logits(
+            query, key, self.clip_threshold, scale=self.softmax_scale, mask=~masked
+        )
+        # No rounding lifts a head over the threshold that its bound keeps it under.
+        settled = rounded.minimum(seen.bounds)
+        return torch.where(seen.bounds <= self.clip_threshold, settled, seen.max_logits)
 
 
 class RMSNorm(nn.RMSNorm):
