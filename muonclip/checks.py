@@ -1,9 +1,8 @@
-"""What may go into the optimizer: options, parameters, gradients, saved state. Errors name both
+"""What may go into the optimizer: options, parameters, gradients. Errors name both
 what is wrong and the way out."""
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from numbers import Real
 from typing import Any, NamedTuple, get_args
 
@@ -15,9 +14,11 @@ from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
 from muonclip.param_groups import Algorithm, choose_algorithm
 from muonclip.update import WeightDecayMode
 
-STATE_KEYS: dict[str, set[str]] = {
-    "muon": {"momentum_buffer"},
-    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+# Options that a group does not keep, and those that they become in AdamW's groups.
+RESOLVED = {
+    "adamw_lr": "lr",
+    "adamw_weight_decay": "weight_decay",
+    "adamw_betas": "momentum (beta1) and adamw_beta2",
 }
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -212,6 +213,27 @@ def matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) ->
         ) from None
 
 
+def resolved(group: Mapping[str, Any]) -> None:
+    """Raise for an option that a group does not read."""
+    for option, becomes in RESOLVED.items():
+        if option in group:
+            raise ValueError(
+                f"{option} has no effect on a group of the optimizer: set {becomes} of the groups "
+                "whose algorithm is 'adamw'"
+            )
+
+
+def has_gradients(group: Mapping[str, Any]) -> None:
+    """Raise for a trained parameter without a gradient, while a CUDA graph is captured."""
+    for index, p in enumerate(group["params"]):
+        if p.requires_grad and p.grad is None:
+            raise RuntimeError(
+                f"{label(group, index)} has no gradient while a CUDA graph is captured: the graph "
+                "would never update it, whatever gradient it gets later. Run backward before the "
+                "capture, with gradients kept (zero_grad(set_to_none=False)), or leave it out"
+            )
+
+
 def gradients(group: Mapping[str, Any]) -> None:
     """Raise for a gradient of the wrong kind."""
     for index, p in enumerate(group["params"]):
@@ -250,49 +272,3 @@ def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     # A running average of float16 gradients, a tenth of their size at first, would vanish.
     wide = wide or (muon and param.dtype == torch.float16)
     return torch.float32 if wide else param.dtype
-
-
-# ---------------------------------------------------------------------- saved state
-
-
-def loadable(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Raise unless ``state_dict`` fits the parameters one to one."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
-    for group, saved in zip_longest(groups, state_dict["param_groups"]):
-        _both(group, saved, group, saved, 0)
-        algorithm = group["algorithm"]
-        for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
-            _both(param, key, group, saved, index)
-            name = label(group, index)
-            if saved.get("algorithm") != algorithm:
-                raise ValueError(
-                    f"{name} is trained by {algorithm}, but its saved state is of "
-                    f"{saved.get('algorithm') or 'another optimizer'}: "
-                    "group the parameters as when it was saved"
-                )
-            state = state_dict["state"].get(key, {})
-            if state and state.keys() - {"master"} != STATE_KEYS[algorithm]:
-                raise ValueError(
-                    f"{name}: the saved state has {sorted(state)}, "
-                    f"{algorithm} needs {sorted(STATE_KEYS[algorithm])}"
-                )
-            for what, value in state.items():
-                if what != "step" and value.shape != param.shape:
-                    raise ValueError(
-                        f"{name} has shape {tuple(param.shape)}, "
-                        f"but its saved {what} has {tuple(value.shape)}"
-                    )
-
-
-def _both(ours: Any, theirs: Any, group: Any, saved: Any, index: int) -> None:
-    """Raise if only one side has the parameter at this place."""
-    for present, absent, owner, side in (
-        (ours, theirs, group, "saved state"),
-        (theirs, ours, saved, "optimizer"),
-    ):
-        if present is not None and absent is None:
-            raise ValueError(
-                f"the {side} has nothing for {label(owner, index)}: "
-                "load a state saved from the same parameters in the same groups"
-            )

@@ -1,5 +1,6 @@
 """MuonClip's optimizer: Muon for matrices, AdamW for the rest, one ``step``."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from muonclip import checks
+from muonclip import checks, saved_state
 from muonclip.adamw import AdamWRow, adamw_step
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
@@ -40,7 +41,10 @@ class MuonClip(Optimizer):
     rule of ``choose_algorithm``: matrices [n, m] and stacks of matrices [E, n, m] to Muon, all
     else, and by name (when given named parameters) embeddings, output heads and routers, to
     AdamW. AdamW's group takes ``adamw_lr`` and ``adamw_weight_decay`` as its ``lr`` and
-    ``weight_decay``, where they are given; schedulers then move each group from its own start.
+    ``weight_decay``, where they are given, and the first of ``adamw_betas`` as its ``momentum``
+    (the second as ``adamw_beta2``). Schedulers then move each group from its own start, and those
+    that cycle momentum (OneCycleLR, CyclicLR) cycle AdamW's beta1 too. Every group has a copy of a
+    tensor ``lr`` for itself: change it there.
     ``param_groups(model)`` also looks at module types and is the better start for a whole model.
 
     The group option ``layout``, a ``MatrixLayout``, says which matrices of the model each of the
@@ -199,17 +203,33 @@ class MuonClip(Optimizer):
 
         for algorithm, members in divided.items():
             group = {**options, "algorithm": algorithm, "updates": 0}
+            if algorithm == "adamw":
+                group["layout"] = None
+                group |= self._adamw_options(param_group)
+            # Schedulers change tensors in place: no two groups may share one, nor a list.
+            group = {option: _own(value) for option, value in group.items()}
             if members and members[0].name is not None:
                 group["params"] = [(entry.name, entry.param) for entry in members]
             else:
                 group["params"] = [entry.param for entry in members]
-            if algorithm == "adamw":
-                group["layout"] = None
-                for option in ("lr", "weight_decay"):
-                    group[option] = self._adamw_option(option, param_group)
             super().add_param_group(group)
-            # Resolved into lr and weight_decay, which is what schedulers move.
-            del group["adamw_lr"], group["adamw_weight_decay"]
+            for option in checks.RESOLVED:
+                del group[option]
+
+    def _adamw_options(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's options under the names that schedulers know: beta1 is the momentum."""
+        beta1, beta2 = self.defaults["adamw_betas"]
+        if "adamw_betas" in param_group:
+            beta1, beta2 = param_group["adamw_betas"]
+        elif param_group.get("algorithm") == "adamw":
+            beta1 = param_group.get("momentum", beta1)
+            beta2 = param_group.get("adamw_beta2", beta2)
+        return {
+            "lr": self._adamw_option("lr", param_group),
+            "weight_decay": self._adamw_option("weight_decay", param_group),
+            "momentum": beta1,
+            "adamw_beta2": beta2,
+        }
 
     def _adamw_option(self, option: str, param_group: dict[str, Any]) -> Any:
         """AdamW's lr or weight_decay: the group's word before the constructor's."""
@@ -246,7 +266,11 @@ class MuonClip(Optimizer):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.raise_if_found()
+        capturing = _is_capturing()
         for group in self.param_groups:
+            checks.resolved(group)
+            if capturing:
+                checks.has_gradients(group)
             checks.gradients(group)
         muon, adamw_groups = self._work()
         found = self._find_nonfinite(muon)
@@ -406,12 +430,11 @@ class MuonClip(Optimizer):
             else:
                 # Counted on empty shards too: a checkpoint keeps one rank's step for all.
                 state["step"] += 1 if found is None else 1 - found
-        beta1, beta2 = group["adamw_betas"]
         adamw_step(
             rows,
             lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
+            beta1=group["momentum"],
+            beta2=group["adamw_beta2"],
             weight_decay=group["weight_decay"],
             eps=group["adamw_eps"],
             maximize=group["maximize"],
@@ -443,51 +466,65 @@ class MuonClip(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, for the same parameters in the same groups.
 
-        Moments and master copies come in the precision this optimizer keeps them in, whatever the
-        parameter's. Layouts stay this optimizer's: they belong to the model.
+        With names on both sides, parameters are matched by name, whatever the order of parameters
+        and groups; a group takes the options of the saved group that most of its parameters were
+        in. Without, they are matched by order. Moments and master copies are copied to the device
+        and dtype that this optimizer keeps them in. Layouts and names stay this optimizer's: they
+        belong to the model.
 
         Args:
             state_dict: as returned by ``state_dict``; not changed.
 
         Raises:
-            ValueError: if it belongs to other parameters, shapes or algorithms; the message names
-                the first parameter that differs, and nothing is loaded.
+            ValueError: if it belongs to other parameters, shapes or algorithms, or has an option
+                out of range; the message names the first parameter or option that differs, and
+                nothing is loaded.
         """
-        loaded: dict[str, Any] = {}
+        fitted: dict[str, Any] = {}
 
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            checks.loadable(optimizer.param_groups, state_dict)
-            loaded.update(state_dict)
+        def fit(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            fitted.update(saved_state.fit(optimizer.param_groups, state_dict))
+            for group, saved in zip(self.param_groups, fitted["param_groups"], strict=True):
+                self._complete_options(saved, group["layout"])
+            return fitted
 
-        layouts = [group["layout"] for group in self.param_groups]
         # As the last pre-hook, so that it sees what the user's own pre-hooks made of the state.
-        handle = self.register_load_state_dict_pre_hook(check)
+        handle = self.register_load_state_dict_pre_hook(fit)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, layout, saved in zip(
-            self.param_groups, layouts, loaded["param_groups"], strict=True
-        ):
-            group["layout"] = layout
-            for option, value in self.defaults.items():  # saved before the option was there
-                if option not in ("adamw_lr", "adamw_weight_decay"):
-                    group.setdefault(option, value)
-            group.setdefault("updates", 0)
-            for option in ("ns_dtype", "momentum_dtype"):
-                if isinstance(group[option], str):  # as "torch.float32"
-                    group[option] = getattr(torch, group[option].removeprefix("torch."))
+        for group, saved in zip(self.param_groups, fitted["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                if key in loaded["state"]:
-                    self._take_state(p, group, loaded["state"][key])
+                if key in fitted["state"]:
+                    self._take_state(p, group, fitted["state"][key])
+
+    def _complete_options(self, saved: dict[str, Any], layout: MatrixLayout | None) -> None:
+        """Options of a saved group as this optimizer keeps them, checked."""
+        saved["layout"] = layout
+        for option in ("ns_dtype", "momentum_dtype"):
+            if isinstance(saved.get(option), str):  # as "torch.float32"
+                saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
+        for option, value in self.defaults.items():  # saved before the option was there
+            if option not in checks.RESOLVED:
+                saved.setdefault(option, value)
+        saved.setdefault("updates", 0)
+        if saved["algorithm"] == "adamw":
+            saved.setdefault("adamw_beta2", self.defaults["adamw_betas"][1])
+        try:
+            checks.options({**{name: self.defaults[name] for name in checks.RESOLVED}, **saved})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the saved state has an option out of range: {error}") from None
 
     def _take_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
-        """Put back what torch cast to the parameter's dtype, and the master copy if wanted."""
+        """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
         state = self.state[param]
         dtype = checks.moment_dtype(group, param)
         for name, value in saved.items():
-            if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                state[name] = value.to(device=param.device, dtype=dtype)
+            if name == "step":
+                state[name] = value.to(local(param).device, copy=True)
+            elif name != "master":
+                state[name] = value.to(device=param.device, dtype=dtype, copy=True)
         if not checks.wants_master(group, param):
             _set_master(param, state, None)
         elif state:
@@ -514,6 +551,13 @@ class MuonClip(Optimizer):
                 _set_master(param, own, own["master"])
 
 
+def _own(value: Any) -> Any:
+    """An option that may be changed in place, copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
+
+
 def _set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> None:
     """Set or remove the master copy; it is also ``param.main_param``, as in Megatron, which QK-Clip
     scales too."""
@@ -532,6 +576,16 @@ def _target(held: Tensor, state: dict[str, Any]) -> Tensor:
     master = local(state["master"])
     adopt_changed(master, held)
     return master
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # a build without CUDA
+        return False
 
 
 def local_gradient(param: Tensor) -> Tensor:
@@ -568,7 +622,7 @@ class _PendingError:
 
     def __init__(self, found: Tensor) -> None:
         self._flag = torch.empty((), dtype=found.dtype, pin_memory=found.is_cuda)
-        self._flag.copy_(found, non_blocking=True)
+        self._flag.copy_(found, non_blocking=found.is_cuda)  # only there can its end be awaited
         self._event: Any = torch.cuda.Event() if found.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()

@@ -459,7 +459,7 @@ class TestErrors:
 
 class TestLoadingAnotherModelsState:
     def saved(self, *shapes: tuple[int, ...], **options: Any) -> dict[str, Any]:
-        params = [(f"p{i}", p) for i, p in enumerate(make(*shapes))]
+        params = [(f"q{i}", p) for i, p in enumerate(make(*shapes))]
         optimizer = MuonClip([{"params": params, **options}])
         train(optimizer, [p for _, p in params], range(1))
         return optimizer.state_dict()
@@ -468,8 +468,8 @@ class TestLoadingAnotherModelsState:
         ("state", "message"),
         [
             (lambda s: s((4, 4), (2, 3), (3,)), r"'q1' has shape \(3, 2\).*\(2, 3\)"),
-            (lambda s: s((4, 4), (3,)), "saved state has nothing for parameter 'q1'"),
-            (lambda s: s((4, 4), (3, 2), (5, 5), (3,)), "optimizer has nothing for .* 'p2'"),
+            (lambda s: s((4, 4), (3,)), "saved state has nothing for parameter 'q2'"),
+            (lambda s: s((4, 4), (3, 2), (5, 5), (3,)), "optimizer has nothing for .* 'q3'"),
             (lambda s: s((4, 4), (3, 2)), "saved state has nothing for parameter 'q2'"),
             (
                 lambda s: s((4, 4), (3, 2), (3,), algorithm="adamw"),

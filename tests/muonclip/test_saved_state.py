@@ -1,0 +1,250 @@
+"""State dicts: matched by name, whatever the order, and taken as numbers of any kind."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from muonclip import MuonClip
+
+# Two of each shape, so that a match by order would go unnoticed.
+SHAPES = {"q": (4, 4), "k": (4, 4), "v": (3, 5), "up": (3, 5), "g": (4,), "b": (4,), "s": ()}
+MUON = ("q", "k", "v", "up")
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+
+
+def grouped(params: dict[str, nn.Parameter], groups: list[list[str]], **options: Any) -> MuonClip:
+    return MuonClip(
+        [
+            {
+                "params": [(name, params[name]) for name in names],
+                "algorithm": "muon" if names[0] in MUON else "adamw",
+                "lr": 0.1 * (place + 1),
+            }
+            for place, names in enumerate(groups)
+            if names
+        ],
+        **options,
+    )
+
+
+def train(optimizer: MuonClip, params: dict[str, nn.Parameter], seed: int = 0) -> None:
+    for place, (name, p) in enumerate(params.items()):
+        generator = torch.Generator().manual_seed(100 * seed + place)
+        p.grad = torch.randn(SHAPES[name], generator=generator)
+    optimizer.step()
+
+
+@st.composite
+def partitions(draw: Any) -> list[list[str]]:
+    """All names in groups of one algorithm each, in any order."""
+    groups: list[list[str]] = []
+    for names in (MUON, tuple(SHAPES.keys() - set(MUON))):
+        order = draw(st.permutations(sorted(names)))
+        cut = draw(st.integers(0, len(order)))
+        groups += [part for part in (order[:cut], order[cut:]) if part]
+    return draw(st.permutations(groups))
+
+
+@settings(max_examples=50, deadline=None)
+@given(saved=partitions(), loaded=partitions())
+def test_every_parameter_finds_its_own_state(
+    saved: list[list[str]], loaded: list[list[str]]
+) -> None:
+    """pytorch#1489: swapped parameters of one shape swapped their momentum."""
+    theirs, ours = parameters(), parameters()
+    first, second = grouped(theirs, saved), grouped(ours, loaded)
+    train(first, theirs)
+    state = first.state_dict()
+    before = copy.deepcopy(state)
+    second.load_state_dict(state)
+    for name in SHAPES:
+        expected, found = first.state[theirs[name]], second.state[ours[name]]
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, found[key]), (name, key)
+    rates = {n: g["lr"] for g in first.param_groups for n in g["param_names"]}
+    for group, names in zip(second.param_groups, loaded, strict=True):
+        assert group["param_names"] == names
+        assert group["lr"] in {rates[name] for name in names}
+        assert group["updates"] == 1
+    train(second, ours, seed=1)  # which must not reach the saved tensors
+    for key, value in before["state"].items():
+        assert all(torch.equal(v, state["state"][key][n]) for n, v in value.items())
+
+
+def test_a_group_takes_the_options_that_most_of_its_parameters_had() -> None:
+    theirs, ours = parameters(), parameters()
+    first = grouped(theirs, [["q", "k"], ["v", "up"], ["g", "b", "s"]])
+    second = grouped(ours, [["up"], ["k", "q", "v"], ["b", "g", "s"]])
+    second.load_state_dict(first.state_dict())
+    assert [g["lr"] for g in second.param_groups] == [
+        first.param_groups[1]["lr"],
+        first.param_groups[0]["lr"],
+        first.param_groups[2]["lr"],
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapped", ["saved", "loaded"])
+def test_names_under_a_wrapper(prefix: str, wrapped: str) -> None:
+    """Trained under DDP or torch.compile, loaded without, or the other way round."""
+    order = list(SHAPES)
+    theirs, ours = parameters(), parameters()
+    named = [
+        [((prefix if side == wrapped else "") + f"layer.{name}", params[name]) for name in names]
+        for side, params, names in (
+            ("saved", theirs, order),
+            ("loaded", ours, ["k", "q", *order[2:]]),
+        )
+    ]
+    first, second = (MuonClip(params) for params in named)
+    train(first, theirs)
+    second.load_state_dict(first.state_dict())
+    for name in ("q", "k"):
+        found = second.state[ours[name]]["momentum_buffer"]
+        assert torch.equal(found, first.state[theirs[name]]["momentum_buffer"])
+    assert second.param_groups[0]["param_names"] == [n for n, p in named[1] if p.ndim == 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names.remove("k"), "saved state has nothing for parameter 'k'"),
+        (lambda names: names.append("new"), "optimizer has nothing for parameter 'new'"),
+        (
+            lambda names: names.__setitem__(0, "renamed"),
+            "nothing for parameter 'q'.* rename it in a load_state_dict pre-hook",
+        ),
+    ],
+)
+def test_a_missing_or_unknown_name_is_refused(change: Any, message: str) -> None:
+    names = ["q", "k", "v"]
+    change(names)
+    theirs = {name: nn.Parameter(torch.ones(4, 4)) for name in names}
+    ours = {name: nn.Parameter(torch.ones(4, 4)) for name in ("q", "k", "v")}
+    first, second = MuonClip(theirs.items()), MuonClip(ours.items())
+    for p in theirs.values():
+        p.grad = torch.ones(4, 4)
+    first.step()
+    with pytest.raises(ValueError, match=message):
+        second.load_state_dict(first.state_dict())
+    assert not second.state
+
+
+def test_a_parameter_that_changed_its_algorithm_is_refused() -> None:
+    theirs, ours = parameters(), parameters()
+    first = grouped(theirs, [["q", "k", "v", "up"], ["g", "b", "s"]])
+    second = MuonClip(
+        [
+            {"params": [(n, ours[n]) for n in ("q", "k", "up")], "algorithm": "muon"},
+            {"params": [(n, ours[n]) for n in ("v", "g", "b", "s")], "algorithm": "adamw"},
+        ]
+    )
+    train(first, theirs)
+    with pytest.raises(ValueError, match="'v' is trained by adamw, but its saved state is of muon"):
+        second.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("sides", ["saved", "loaded", "neither"])
+def test_without_names_on_both_sides_order_counts(sides: str) -> None:
+    theirs, ours = parameters(), parameters()
+    named, plain = theirs.items(), list(theirs.values())
+    first = MuonClip(named if sides == "saved" else plain)
+    second = MuonClip(ours.items() if sides == "loaded" else list(ours.values()))
+    train(first, theirs)
+    second.load_state_dict(first.state_dict())
+    for name in SHAPES:
+        for key, value in first.state[theirs[name]].items():
+            assert torch.equal(value, second.state[ours[name]][key])
+    assert ("param_names" in second.param_groups[0]) == (sides == "loaded")
+    second.add_param_group(
+        {"params": [("x", nn.Parameter(torch.ones(2)))] if sides == "loaded" else [
+            nn.Parameter(torch.ones(2))
+        ]}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        3, 3.0, np.float32(3), np.int64(3), np.array(3.0), np.array([3]), torch.tensor(3),
+        torch.tensor(3.0, dtype=torch.float64), torch.tensor([3.0]),
+        torch.tensor(3.0, dtype=torch.bfloat16),
+    ],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_and_moments_of_any_kind(step: Any, dtype: torch.dtype) -> None:
+    expected, ours = parameters(), parameters()
+    straight = MuonClip(expected.items(), lr=0.01)
+    for seed in range(3):
+        train(straight, expected, seed)
+    saved = copy.deepcopy(straight.state_dict())
+    for state in saved["state"].values():
+        for key, value in state.items():
+            state[key] = copy.deepcopy(step) if key == "step" else value.to(dtype)
+    resumed = MuonClip(ours.items(), lr=0.01)
+    for name, p in ours.items():
+        p.data.copy_(expected[name])
+    resumed.load_state_dict(saved)
+    train(straight, expected, 3)
+    train(resumed, ours, 3)
+    for name, p in ours.items():
+        found: dict[str, Tensor] = resumed.state[p]
+        assert all(value.dtype == torch.float32 for value in found.values())
+        if "step" in found:
+            assert found["step"].shape == () and found["step"] == 4
+        coarse = 2.0**-7 if dtype == torch.bfloat16 else 0.0
+        assert torch.allclose(p, expected[name], rtol=0, atol=0.01 * coarse + 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("step", "three", "'g': its saved step must be a count"),
+        ("step", -1, "'g': its saved step must be a count"),
+        ("step", float("nan"), "'g': its saved step must be a count"),
+        ("step", torch.ones(2), r"'g': its saved step must be one number, got \(2,\)"),
+        ("exp_avg", [0.0] * 4, "'g': its saved exp_avg is a list, not a tensor"),
+    ],
+)
+def test_state_that_is_none_is_refused(key: str, value: Any, message: str) -> None:
+    params = parameters()
+    optimizer = MuonClip(params.items())
+    train(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][list(SHAPES).index("g")][key] = value
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, before["state"][index][n]) for n, v in state.items())
+
+
+def test_an_option_out_of_range_is_refused() -> None:
+    params = parameters()
+    optimizer = MuonClip(params.items())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] = {**saved["param_groups"][0], "momentum_dtype": "torch.float16"}
+    with pytest.raises(ValueError, match="saved state has an option out of range: momentum_dtype"):
+        optimizer.load_state_dict(saved)
+
+
+def test_optimizers_loaded_from_one_state_share_nothing() -> None:
+    theirs, ours = parameters(), parameters()
+    first, second = MuonClip(theirs.items()), MuonClip(ours.items())
+    train(first, theirs)
+    second.load_state_dict(first.state_dict())
+    before = copy.deepcopy(first.state_dict()["state"])
+    train(second, ours, seed=1)
+    for key, state in first.state_dict()["state"].items():
+        assert all(torch.equal(value, before[key][name]) for name, value in state.items())
