@@ -98,7 +98,13 @@ def _dense(row: AdamWRow) -> AdamWRow:
         copy = torch.empty_strided(param.shape, strides, dtype=dtype, device=param.device)
         return copy.copy_(tensor)
 
-    return AdamWRow(*map(fit, row[:4]), row.step)
+    return AdamWRow(
+        param=fit(param),
+        gradient=fit(row.gradient),
+        average=fit(row.average),
+        square=fit(row.square),
+        step=row.step,
+    )
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -202,7 +202,7 @@ def _step(value: Any, name: str) -> Tensor:
         number = (
             value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
         )
-        if not isinstance(number, Real) or not 0 <= number < math.inf:
+        if not isinstance(number, Real) or not 0 <= float(number) < math.inf:
             raise ValueError(f"{name}: its saved step must be a count, got {value!r:.80}")
         return torch.tensor(float(number), dtype=torch.float32)
     if value.numel() != 1 or value.is_complex():
