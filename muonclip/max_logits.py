@@ -1,4 +1,4 @@
-"""The largest attention logit of each head: exactly, and a bound that costs next to nothing."""
+"""The largest attention logit of each head, and an upper bound that is nearly free."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -50,10 +50,10 @@ def max_logits(
     """The largest input of each head's softmax, computed exactly and in blocks of queries.
 
     Arguments are as in ``torch.nn.functional.scaled_dot_product_attention``, after any rotary
-    embedding. Products are computed in at least float32, whatever torch allows for matrix products
-    (autocast, TF32). On a CPU keys that a block of queries does not attend to (causal, sliding
-    window, padding) cost nothing. On a GPU without a mask a Triton kernel keeps the logits out of
-    memory.
+    embedding and before any soft cap. Products are computed in at least float32, whatever torch
+    allows for matrix products (autocast, TF32). A CPU skips keys that no query of a block attends
+    to (causal, sliding window, padding). A GPU without a mask runs a Triton kernel that does not
+    store the logits.
 
     Args:
         query: [..., heads, queries, d].
@@ -94,9 +94,10 @@ def max_logits_bound(
 ) -> Tensor:
     """An upper bound on ``max_logits``: the largest ‖q‖ times the largest ‖k‖ times the scale.
 
-    Under the threshold it proves that a head needs no clipping, whatever attention kernel ran,
-    without computing a logit. Cauchy-Schwarz, per sequence of the batch. The largest value of a
-    floating mask and of a bias is added; a mask that only removes logits is not read.
+    By the Cauchy-Schwarz inequality, for each sequence of the batch. A bound at or below the
+    threshold proves that a head needs no clipping without computing a logit, whatever attention
+    kernel ran. The largest value of a floating mask and of a bias is added; masks that only remove
+    logits are not read.
 
     Args:
         query: [..., heads, queries, d].
@@ -142,10 +143,10 @@ def screened_max_logits(
 ) -> ScreenedMaxLogits:
     """``max_logits`` of only those heads whose ``max_logits_bound`` is above the threshold.
 
-    On a GPU without a mask (causality is none) a Triton kernel decides that on the device. Where
-    it cannot serve, the host reads which heads are over: it waits for the GPU, which costs far
-    less than logits of all heads. While a CUDA graph is captured, and nothing can be read, they
-    are computed.
+    On a GPU without ``mask`` and ``bias`` a Triton kernel compares bounds and threshold on the
+    device. Otherwise the host reads which heads are over the threshold: it waits for the GPU, which
+    costs far less than computing the logits of all heads. During CUDA graph capture, where nothing
+    can be read, the logits of all heads are computed.
 
     Args:
         query: [..., heads, queries, d].
@@ -208,7 +209,7 @@ def _max_logits(
     lead, (queries, dim), keys = query.shape[:-3], query.shape[-2:], key.size(-2)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     query, key = query.reshape(-1, *query.shape[-3:]), key.reshape(-1, *key.shape[-3:])
-    if heads is not None:  # each of them a group of its own
+    if heads is not None:  # one key group for each of them
         query, key = query[:, heads], key[:, heads // (query.size(1) // key.size(1))]
     key = key.to(dtype).contiguous()
     batch, groups, per_group = *key.shape[:2], query.size(1) // key.size(1)
@@ -355,10 +356,31 @@ def _block_mask_rows(mask: BlockMask, start: int, stop: int, keys: int) -> Tenso
     element = allowed(
         torch.arange(batch, device=device), torch.arange(heads, device=device), queries, columns
     )
-    # Blocks that are not listed are skipped, whatever the function says.
+    # The kernel asks the function in partial blocks only: it attends to all of a full block, and to
+    # nothing of a block that is not listed.
     block_rows, block_columns = mask.BLOCK_SIZE
-    blocks = mask.to_dense()[:, :, queries // block_rows][..., columns // block_columns]
-    return element & blocks.bool()
+    rows, blocks = queries // block_rows, columns // block_columns
+    partly = _listed(mask.kv_num_blocks, mask.kv_indices)[:, :, rows][..., blocks]
+    attended: Tensor = element & partly
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
+        fully = _listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        attended = attended | fully[:, :, rows][..., blocks]
+    return attended
+
+
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """Which blocks of keys each row of blocks lists, boolean [..., rows, blocks].
+
+    Args:
+        counts: [..., rows], how many of a row's indices count.
+        indices: [..., rows, blocks].
+    """
+    blocks = indices.size(-1)
+    counted = torch.arange(blocks, device=indices.device) < counts[..., None]
+    # Other indices go to a column that is dropped.
+    targets = indices.where(counted, blocks).long()
+    listed = counted.new_zeros(*indices.shape[:-1], blocks + 1)
+    return listed.scatter(-1, targets, True)[..., :blocks]
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -264,7 +264,9 @@ class QKClip:
         """Take in the queries and keys of one forward pass of one layer, as they enter attention.
 
         Computes the bound max‖q‖·max‖k‖·scale of every head, and exact logits only for heads whose
-        bound is over the threshold (or for all, with ``exact``). Call it as ``observe``.
+        bound is over the threshold (or for all, with ``exact``). Call it as ``observe``. Empty
+        batches and sequences are passed over. A soft cap on the logits is left out: the logits
+        that count are those that follow the weights, before the cap.
 
         A bias b that is added to the logits, as a floating mask or as ``bias``, is not scaled by a
         clip: q·k is scaled by gamma = min (τ - b) / (S - b) over the entries with S > τ and b < τ,

@@ -1,4 +1,4 @@
-"""The largest attention logit of each head on a GPU, without the logits in memory."""
+"""The largest attention logit of each head on a GPU, without storing the logits."""
 
 import math
 
@@ -12,7 +12,7 @@ _MAX_ROW_BYTES = 2048
 
 
 def supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``max_logits_triton`` can do it: CUDA, no mask, float32 or smaller, d not too large.
+    """Whether ``max_logits_triton`` can be used: CUDA, no mask, at most 32 bits, d not too large.
 
     Args:
         query: [..., heads, queries, d].
@@ -40,11 +40,11 @@ def max_logits_triton(
     bound: Tensor | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    """The largest input of each head's softmax, exactly, for inputs that ``supports`` accepts.
+    """The largest input of each head's softmax, for inputs that ``supports`` accepts.
 
-    With ``bound``, only for heads whose bound exceeds the threshold: the decision is made on the
-    device, so nothing waits for it, and where no head is near the threshold next to nothing is
-    read. One operator to ``torch.compile``; may be captured in a CUDA graph.
+    With ``bound``, only heads whose bound exceeds the threshold are computed. The device makes the
+    decision, so the host does not wait, and queries and keys of other heads are not read. A single
+    operator under ``torch.compile``; works in CUDA graphs.
 
     Products are summed in float32; float32 factors are not rounded to TF32.
 
@@ -54,11 +54,11 @@ def max_logits_triton(
         scale: factor on the products.
         causal: query i attends to keys up to i.
         bound: [heads], upper bounds on the result, as from ``max_logits_bound``.
-        threshold: heads whose bound is not above it are passed over.
+        threshold: heads whose bound is not above it are skipped.
 
     Returns:
-        float32 [heads], without gradient; -inf for a head that was passed over or attends to
-        nothing, NaN where a logit is.
+        float32 [heads], without gradient; -inf for a head that was skipped or attends to
+        nothing, NaN where a logit is NaN.
 
     Raises:
         ValueError: if shapes disagree, or only one of ``bound`` and ``threshold`` is given.
@@ -77,7 +77,7 @@ def max_logits_triton(
             f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if (bound is None) != (threshold is None):
-        raise ValueError("bound and threshold say together which heads to pass over: give both")
+        raise ValueError("bound and threshold decide together which heads to skip: give both")
     if bound is not None and bound.shape != (heads,):
         raise ValueError(f"bound must be [heads], here [{heads}], got {tuple(bound.shape)}")
     largest: Tensor = _operator(query, key, scale, causal, bound, threshold)

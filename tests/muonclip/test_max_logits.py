@@ -165,6 +165,20 @@ def test_block_masks_without_a_function() -> None:
     assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
 
 
+def test_full_blocks_are_attended_to_whole() -> None:
+    """flex_attention's kernels ask the mask's function in partial blocks only."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    one, first = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([[[[0, 1], [0, 1]]]]).int()
+    mask = BlockMask.from_kv_blocks(
+        one, first, one, first.flip(-1), BLOCK_SIZE=4, mask_mod=lambda b, h, q, k: q % 4 == k % 4
+    )
+    allowed = torch.ones(8, 8, dtype=torch.bool)
+    allowed[:, :4] = torch.eye(4, dtype=torch.bool).repeat(2, 1)
+    expected = reference(query, key, 0.5, allowed)
+    assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
+
+
 def test_screened_takes_the_groups_key() -> None:
     """GQA: of two heads over the threshold, each meets the keys of its own group."""
     query, key = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)

@@ -32,6 +32,18 @@ def step(clip: QKClip, logits: Tensor) -> None:
     clip.step()
 
 
+def test_a_head_that_only_its_bias_lifts_over_the_threshold_is_not_clipped() -> None:
+    """Its logit is shown all the same."""
+    clip = make_clip()
+    monitor = MaxLogitMonitor(clip)
+    name, heads = next(iter(HEADS.items()))
+    query = torch.ones(1, heads, 1, 4)
+    clip.observe_attention(name, query, query, bias=torch.tensor([150.0]))
+    clip.step()
+    assert monitor.latest[name].tolist() == [152.0] * heads
+    assert monitor.clipped[name].tolist() == [0] * heads
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     steps=st.integers(1, 40),
