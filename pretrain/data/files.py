@@ -69,7 +69,7 @@ def find(path: str, key: str, suffixes: Sequence[str], kinds: str) -> list[Path 
     """
     root = Path(path)
     if root.is_dir():
-        items = list(_walk(root, suffixes, kinds))
+        items = list(walk(root, suffixes, kinds))
         nothing = f"the folder {root} has no {kinds} in it"
     elif root.exists():
         if not root.is_file():
@@ -97,7 +97,7 @@ def _size(file: Path) -> int:
         return -1  # reading it gives the reason
 
 
-def _walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Skip]:
+def walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Skip]:
     """Every file below a folder."""
     for item in _tree(root):
         if isinstance(item, Skip):

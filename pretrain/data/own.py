@@ -449,7 +449,7 @@ def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
 def _file_reader(source: SourceConfig, found: Sequence[Path | Skip], limit: int) -> _Reader:
     skips = [item for item in found if isinstance(item, Skip)]
     files = [item for item in found if isinstance(item, Path)]
-    captions = [file.with_suffix(".txt") for file in files] if source.has_images else []
+    captions = map(sources.caption_of, files) if source.has_images else ()
     key = key_of([*files, *(p for p in captions if p.exists())], source.type, source.field)
 
     def limited(read: Callable[..., Iterator[T]]) -> Callable[[], Iterator[T]]:

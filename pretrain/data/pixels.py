@@ -135,9 +135,7 @@ def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
             image = Image.open(stack.enter_context(file), formats=formats())
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
-                )
+                raise Image.DecompressionBombError
         yield ImageFile(image, name)
 
 
@@ -160,6 +158,8 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name.removesuffix(': ')} does not exist") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}cannot identify image file") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}more than the {MAX_PIXELS:,} pixels that are read") from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(name + " ".join(reason.split())[:300]) from error

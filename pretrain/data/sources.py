@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import SourceConfig
-from pretrain.data import files, video
+from pretrain.data import files, pixels, video
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.files import reason
 from pretrain.data.pixels import Pixels, open_image
@@ -18,8 +18,8 @@ from pretrain.errors import PretrainError
 
 _JSON = files.with_compressed(files.JSON_LINES)
 _TEXT = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS = "captions.jsonl"
+_CAPTION = ".txt"
 # Fields whose content a document of text would lose.
 _MEDIA = (
     *("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios"),
@@ -118,9 +118,48 @@ def mixed_files(source: SourceConfig, key: str) -> list[Path | Skip]:
         return _json_files(source, key)
     if (path / CAPTIONS).is_file():
         return [path / CAPTIONS]
-    found = files.find(source.path, key, _IMAGES, "images")
-    captions = {str(item.with_suffix(".txt")) for item in found if isinstance(item, Path)}
-    return [item for item in found if isinstance(item, Path) or item.name not in captions]
+    return list(_images(path, key))
+
+
+def _images(folder: Path, key: str) -> Iterator[Path | Skip]:
+    """The images of a folder, whatever they are called, and everything else but their captions."""
+    found = list(files.walk(folder, ("",), "files"))
+    images = {item for item in found if isinstance(item, Path) and _is_image(item)}
+    if not images:
+        failed = (item for item in found if isinstance(item, Skip) and item.corrupt)
+        why = "".join(f" ({skip.name}: {skip.reason})" for skip in list(failed)[:1])
+        raise PretrainError(f"{key}.path: the folder {folder} has no images in it{why}")
+    captions = set(map(caption_of, images))
+    for item in sorted(found, key=lambda item: str(item if isinstance(item, Path) else item.name)):
+        if isinstance(item, Skip) or item in images:
+            yield item
+        elif item in captions:
+            continue
+        elif video.is_video(str(item)):
+            yield Skip(str(item), f"a video: name it in {CAPTIONS}", corrupt=False)
+        elif item.suffix.lower() == _CAPTION:
+            yield Skip(str(item), "a caption without an image of its name beside it")
+        else:
+            yield Skip(str(item), "neither an image nor a caption", corrupt=False)
+
+
+def _is_image(file: Path) -> bool:
+    """By its suffix, even if it is damaged; or else by its content."""
+    if files.ends_with(file, pixels.suffixes()):
+        return True
+    if file.suffix.lower() == _CAPTION or video.is_video(str(file)):
+        return False
+    try:
+        with pixels.open_image(file):
+            return True
+    except ValueError:
+        return False
+
+
+def caption_of(image: Path) -> Path:
+    """The text file of an image's name, whether or not there is one."""
+    spelt = [image.with_suffix(suffix) for suffix in (_CAPTION, _CAPTION.upper())]
+    return next((path for path in spelt if path.exists()), spelt[0])
 
 
 def _json_files(source: SourceConfig, key: str) -> list[Path | Skip]:
@@ -269,33 +308,37 @@ def _joined(number: int, parts: list[Any]) -> str:
 def read_mixed(
     source: SourceConfig, found: Sequence[Path | Skip], key: str = ""
 ) -> Iterator[Mixed | Skip]:
-    """Every document of a source of images.
+    """Every document of the files found, and what is left out."""
+    for item in found:
+        yield from [item] if isinstance(item, Skip) else read_mixed_file(source, item)
 
-    Lines of JSONL are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": "a.mp4", "caption":
+
+def read_mixed_file(source: SourceConfig, file: Path) -> Iterator[Mixed | Skip]:
+    """Every document of a JSON file, or an image with its caption.
+
+    Objects of JSON are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": "a.mp4", "caption":
     "…"}`` (or an animated GIF, PNG or WebP, or a list of frames), or ``{"parts": [{"text": "…"},
-    {"image": "a.jpg"}, …]}``. Paths are relative to the file's folder and stay within it. In a
-    folder without ``captions.jsonl``, ``a.txt`` is the caption of ``a.jpg``.
+    {"image": "a.jpg"}, …]}``. Paths are relative to the file's folder and stay within it. The
+    caption of ``a.jpg`` in a folder without ``captions.jsonl`` is ``a.txt``.
     """
-    for file in found:
-        if isinstance(file, Skip):
-            yield file
-            continue
-        if not files.ends_with(file, _IMAGES):
-            for name, value in files.read_objects(file):
-                yield value if isinstance(value, Skip) else _mixed(name, value, file, source.field)
-            continue
-        caption = file.with_suffix(".txt")
-        try:
-            text = caption.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            yield Skip(str(file), f"no caption {caption.name} beside it")
-        except (OSError, UnicodeDecodeError) as error:
-            yield Skip(str(caption), reason(error))
-        else:
-            if text:
-                yield Mixed(str(file), (Media((str(file),), moving=False), text))
-            else:
-                yield Skip(str(caption), "no text in it")
+    if not files.ends_with(file, _JSON):
+        yield _pair(file)
+        return
+    for name, value in files.read_objects(file):
+        yield value if isinstance(value, Skip) else _mixed(name, value, file, source.field)
+
+
+def _pair(image: Path) -> Mixed | Skip:
+    caption = caption_of(image)
+    try:
+        text = caption.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return Skip(str(image), f"no caption {caption.name} beside it")
+    except (OSError, UnicodeDecodeError) as error:
+        return Skip(str(caption), reason(error))
+    if not text:
+        return Skip(str(caption), "no text in it")
+    return Mixed(str(image), (Media((str(image),), moving=False), text))
 
 
 def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | Skip:
@@ -342,7 +385,11 @@ def _part(part: Any, root: Path) -> str | Media:
 
 def _inside(name: str, root: Path) -> str:
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"{name}: {reason(error)}") from error
+    if not inside:
         raise ValueError(f"{name} lies outside {root}")
     return str(path)
 

@@ -469,7 +469,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: P
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
         path = tmp_path / "bomb.png"
         path.write_bytes(bomb + chunk(b"IEND", b""))
-        with pytest.raises(ValueError, match=r"bomb\.png: .*(pixels|exceeds limit)"):
+        with pytest.raises(ValueError, match=r"bomb\.png: more than the 178,956,970 pixels"):
             decode(path)
 
 

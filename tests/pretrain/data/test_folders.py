@@ -1,0 +1,168 @@
+"""Every file of a folder of images is read or listed with the reason, and none ends the run."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain import cli
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data import prepare
+from pretrain.data.own import OwnData
+from pretrain.data.shards import make_shards
+from pretrain.errors import PretrainError
+from tests.pretrain.data import make
+from tests.pretrain.data.test_pixels import MODES, file
+
+
+def opened(folder: Path, **settings: object) -> OwnData:
+    config = DataConfig(
+        seq_length=128,
+        vocab_size=300,
+        held_out=0,
+        cache_dir=str(folder.parent / "cache"),
+        sources=(SourceConfig("images", str(folder)),),
+        **settings,  # type: ignore[arg-type]
+    )
+    data = prepare(config, 14, 0)
+    assert isinstance(data, OwnData)
+    return data
+
+
+def read(data: OwnData) -> set[str]:
+    """The names of the files that are documents."""
+    index = data._sources[0].index
+    documents = data._sources[0].documents["train"]
+    return {index.describe(int(number))[0] for number in documents}  # type: ignore[union-attr]
+
+
+def strange(folder: Path) -> dict[str, str]:
+    """A folder of everything, and why what is not read is left out."""
+    pictures = make.captioned_folder(folder, 2)
+    image, _ = MODES["RGB"](np.random.default_rng(0))
+    read = {"a.JPG": "JPEG", "b.avif": "AVIF", "c.ppm": "PPM", "d": "PNG", "e.dat": "WEBP"}
+    read |= {"f.jp2": "JPEG2000", "g.Tga": "TGA", "h.x.png": "PNG"}
+    for name, kind in read.items():
+        (pictures / name).write_bytes(file(image, kind))
+        (pictures / name).with_suffix(".txt").write_text(f"caption of {name}")
+    (pictures / "upper.png").write_bytes(file(image, "PNG"))
+    (pictures / "upper.TXT").write_text("\ufeffcaption")
+    (pictures / "one.png").write_bytes(file(Image.new("RGB", (1, 1)), "PNG"))
+    (pictures / "one.txt").write_text("one pixel")
+    reasons = {
+        "lonely.png": "no caption lonely.txt beside it",
+        "orphan.txt": "a caption without an image of its name beside it",
+        "blank.txt": "no text in it",
+        "latin.txt": "can't decode byte",
+        "notes.json": "neither an image nor a caption",
+        "film.mp4": "a video: name it in captions.jsonl",
+        "empty.png": "cannot identify image file",
+        "damaged.jpg": "cannot identify image file",
+        "cut.png": "Truncated File Read",
+        "wide.png": "more than the 178,956,970 pixels that are read",
+        "long.png": "do not fit data.seq_length",
+        "broken.png": "cannot be read: No such file",
+        "pipe.png": "neither a file nor a folder",
+        ".hidden.png": "hidden",
+    }
+    (pictures / "lonely.png").write_bytes(file(image, "PNG"))
+    for name in ("blank", "latin"):
+        (pictures / f"{name}.png").write_bytes(file(image, "PNG"))
+    for name in ("empty", "damaged", "cut", "wide", "long", "broken"):
+        (pictures / f"{name}.txt").write_text("caption")
+    (pictures / "orphan.txt").write_text("caption")
+    (pictures / "blank.txt").write_text(" \n")
+    (pictures / "latin.txt").write_bytes("é".encode("latin-1"))
+    (pictures / "notes.json").write_text("{}")
+    (pictures / "film.mp4").write_bytes(b"")
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "damaged.jpg").write_bytes(b"not an image")
+    (pictures / "cut.png").write_bytes(file(image, "PNG")[:20])
+    wide = bytearray(file(image, "PNG"))
+    wide[16:24] = (30000).to_bytes(4, "big") * 2
+    wide[29:33] = zlib.crc32(wide[12:29]).to_bytes(4, "big")
+    (pictures / "wide.png").write_bytes(wide)
+    (pictures / "long.png").write_bytes(file(Image.new("L", (10000, 1)), "PNG"))
+    (pictures / "broken.png").symlink_to("nowhere")
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / ".hidden.png").write_bytes(file(image, "PNG"))
+    return reasons
+
+
+def test_every_file_is_read_or_listed_with_the_reason(tmp_path: Path) -> None:
+    reasons = strange(tmp_path / "pictures")
+    data = opened(tmp_path / "pictures")
+    found = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
+    assert found.keys() == reasons.keys() | {"broken.txt"}
+    for name, reason in reasons.items():
+        assert reason in found[name], name
+    expected = {"000.png", "001.png", "a.JPG", "b.avif", "c.ppm", "d", "e.dat", "f.jp2", "g.Tga"}
+    expected |= {"h.x.png", "upper.png", "one.png"}
+    assert {Path(name).name for name in read(data)} == expected
+    for index in range(8):
+        data.sample("train", index)
+    assert not data.take_skipped()
+
+
+def test_make_shards_reads_and_lists_the_same(tmp_path: Path) -> None:
+    reasons = strange(tmp_path / "pictures")
+    counts, skips = make_shards(tmp_path / "pictures", tmp_path / "shards", held_out=0)
+    found = {Path(skip.name).name for skip in skips}
+    assert found == (reasons.keys() | {"broken.txt"}) - {"long.png"}  # no length is known here
+    assert counts["train"] == 13
+
+
+def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
+    pictures = make.captioned_folder(tmp_path / "pictures", 2)
+    make.captioned_folder(tmp_path / "elsewhere" / "below", 3)
+    (pictures / "link").symlink_to(tmp_path / "elsewhere")
+    (pictures / "link" / "circle").symlink_to(pictures)
+    data = opened(pictures)
+    assert len(read(data)) == 5
+    (skip,) = data.take_skipped()
+    assert skip.name.endswith("link/circle") and "read already" in skip.reason
+    counts, _ = make_shards(pictures, tmp_path / "shards", held_out=0)
+    assert counts["train"] == 5
+
+
+def test_an_image_that_links_to_itself_is_listed(tmp_path: Path) -> None:
+    pictures = make.captioned_folder(tmp_path / "pictures", 3)
+    lines = [{"image": "000.png", "caption": "a"}, {"image": "./001.png", "caption": "b"}]
+    (pictures / "loop.png").symlink_to("loop.png")
+    lines.append({"image": "loop.png", "caption": "c"})
+    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = opened(pictures)
+    found = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
+    assert "loop" in found["captions.jsonl:3"].lower()
+    assert len(read(data)) == 2
+
+
+def test_names_in_other_encodings_are_read_or_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = make.captioned_folder(tmp_path / "pictures", 3)
+    for name in (b"caf\xe9", b"\xff\xfe"):
+        for suffix in (b".png", b".txt"):
+            source = os.fsencode(pictures / "000") + suffix
+            shutil.copy(source, os.fsencode(pictures) + b"/" + name + suffix)
+    shutil.copy(pictures / "000.png", os.fsencode(pictures) + b"/alone\xe9.png")
+    (pictures / os.fsdecode(b"sub\xe9")).mkdir()
+    make.captioned_folder(pictures / os.fsdecode(b"sub\xe9"), 1)
+    assert (
+        cli.main(
+            ["data", "make-shards", str(pictures), str(tmp_path / "shards"), "--held-out", "0"]
+        )
+        == 0
+    )
+    assert "6 pairs" in capsys.readouterr().out
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(PretrainError, match=r"sources\[0\].path: the folder \S* has no images"):
+        opened(tmp_path)
