@@ -59,12 +59,14 @@ def options(values: Mapping[str, Any]) -> None:
         if value is None and option in ("adamw_lr", "adamw_weight_decay"):
             continue
         if option in ("lr", "adamw_lr") and isinstance(value, Tensor):
-            if not capturable or value.ndim:
+            if value.numel() != 1 or not value.is_floating_point():
                 raise TypeError(
-                    f"{option} must be a number, or with capturable=True a 0-d tensor, "
-                    f"got a tensor of shape {tuple(value.shape)}"
+                    f"{option} must be a number or a floating-point tensor of one element, got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
                 )
-            continue
+            if value.device.type != "cpu" or type(value) is not Tensor:
+                continue  # reading it would wait for a device
+            value = value.item()
         _number(option, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{option} must be at least 0 and finite, got {value}")

@@ -60,7 +60,8 @@ class MuonClip(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs, or groups (dicts) of either.
-        lr: learning rate :math:`\eta`; with ``capturable`` also a 0-d tensor.
+        lr: learning rate :math:`\eta`, a number or a tensor of one element, which a captured graph
+            reads in each replay.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, in [0, 1).
         nesterov: look ahead along the momentum.
@@ -554,7 +555,8 @@ class MuonClip(Optimizer):
 def _own(value: Any) -> Any:
     """An option that may be changed in place, copied."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        copied = value.detach().clone()
+        return copied.reshape(()) if copied.numel() == 1 else copied
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 

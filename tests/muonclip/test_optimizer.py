@@ -379,7 +379,9 @@ class TestErrors:
         [
             ({"lr": -1.0}, "lr must be at least 0"),
             ({"lr": float("nan")}, "lr must be at least 0"),
-            ({"lr": torch.tensor(0.1)}, "lr must be a number"),
+            ({"lr": torch.tensor([0.1, 0.2])}, "lr must be a number or a floating-point tensor"),
+            ({"lr": torch.tensor(1)}, "lr must be a number or a floating-point tensor"),
+            ({"lr": torch.tensor(-1.0)}, "lr must be at least 0"),
             ({"weight_decay": -0.1}, "weight_decay must be"),
             ({"momentum": 1.0}, "momentum must be in"),
             ({"eps": -1.0}, "eps must be"),
