@@ -11,7 +11,7 @@ from torch import Tensor
 
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
-from muonclip.param_groups import Algorithm, choose_algorithm
+from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
 from muonclip.update import WeightDecayMode
 
 # Options that a group does not keep, and those that they become in AdamW's groups.
@@ -44,6 +44,11 @@ def label(group: Mapping[str, Any], index: int) -> str:
     if index < len(names):
         return f"parameter {names[index]!r}"
     return f"parameter number {index} of the {group.get('algorithm')} group"
+
+
+def label_of(group: Mapping[str, Any], param: Tensor) -> str:
+    """The label of a parameter of a group."""
+    return label(group, next(i for i, p in enumerate(group["params"]) if p is param))
 
 
 # ---------------------------------------------------------------------- options
@@ -150,12 +155,8 @@ def entries(params: Any, group_index: int) -> list[Entry]:
                 f"{text} has elements that share memory (strides {param.stride()}), which a step "
                 "would write more than once: use its .clone() or .contiguous()"
             )
-        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_shape"):
-            # Such a part is a vector: AdamW would take all of the model, and nobody would know.
-            raise ValueError(
-                f"{text} is a flat part of what was a matrix (FullyShardedDataParallel, DeepSpeed "
-                "ZeRO-3), which Muon needs whole: shard with torch.distributed.fsdp.fully_shard"
-            )
+        if (reason := part_of_matrix(param)) is not None:
+            raise ValueError(f"{text} {reason}")
         result.append(Entry(name, param, text))
     if len({entry.name is None for entry in result}) > 1:
         unnamed = next(entry for entry in result if entry.name is None)
@@ -187,6 +188,10 @@ def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> 
                 "either all parameters have names or none: "
                 f"{added[0].label} differs from the groups before it"
             )
+
+
+def not_zero_redundancy(optimizer: object) -> None:
+    """placeholder"""
 
 
 def divide(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
@@ -234,6 +239,30 @@ def has_gradients(group: Mapping[str, Any]) -> None:
                 "would never update it, whatever gradient it gets later. Run backward before the "
                 "capture, with gradients kept (zero_grad(set_to_none=False)), or leave it out"
             )
+
+
+def changed(
+    group: Mapping[str, Any], index: int, before: torch.Size | None, shape: tuple[int, ...]
+) -> None:
+    """Raise for a parameter that cannot be updated as it is now.
+
+    Args:
+        group, index: its place.
+        before: its shape when it was added; None for another tensor in its place.
+        shape: of the whole parameter.
+    """
+    param, name = group["params"][index], label(group, index)
+    text = f"{name} of shape {tuple(param.shape)}"
+    if (reason := part_of_matrix(param)) is not None:
+        raise ValueError(f"{text} {reason}")
+    if before is not None and before != param.shape:
+        raise ValueError(
+            f"{name} has changed its shape from {tuple(before)} to {tuple(param.shape)} since the "
+            "optimizer was made: make the optimizer of the model as it is trained, after wrapping, "
+            "sharding and resizing it"
+        )
+    if before is None and group["algorithm"] == "muon":
+        matrix(Entry(None, param, text), shape, group["layout"])
 
 
 def gradients(group: Mapping[str, Any]) -> None:

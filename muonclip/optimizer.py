@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from muonclip.update import WeightDecayMode, adopt_changed, local, write_back
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from muonclip.distributed.sharding import Sharding
+    from muonclip.distributed.sharding import ConnectedRanks, Sharding
     from muonclip.distributed.shared import SharedWork
 
 NonFinite = Literal["raise", "skip", "ignore"]
@@ -178,6 +178,10 @@ class MuonClip(Optimizer):
         self.skipped_steps: int | Tensor = 0
         self._shared_work: SharedWork | None = None
         self._pending: _PendingError | None = None
+        self._seen: list[tuple[Tensor, torch.Size]] = []
+        self._groups: list[dist.ProcessGroup] | None = None
+        self._connected: ConnectedRanks | None = None
+        checks.not_zero_redundancy(self)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -216,6 +220,7 @@ class MuonClip(Optimizer):
             super().add_param_group(group)
             for option in checks.RESOLVED:
                 del group[option]
+        self._remember_parameters()
 
     def _adamw_options(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's options under the names that schedulers know: beta1 is the momentum."""
@@ -267,14 +272,23 @@ class MuonClip(Optimizer):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.raise_if_found()
-        capturing = _is_capturing()
-        for group in self.param_groups:
-            checks.resolved(group)
-            if capturing:
-                checks.has_gradients(group)
-            checks.gradients(group)
-        muon, adamw_groups = self._work()
-        found = self._find_nonfinite(muon)
+        muon: list[Item] = []
+        adamw_groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        refusal: Exception | None = None
+        try:
+            self._check_groups()
+            self._check_parameters()
+            muon, adamw_groups = self._work()
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error  # raised once the other ranks know of it
+        flags = self._exchange_flags(muon, refusal)
+        if flags.refused is not None:
+            raise refusal or RuntimeError(
+                f"another rank refused this step before anything was updated: {flags.refused}"
+            )
+        if flags.idle:
+            return loss
+        found = flags.nonfinite
         if found is not None and found.device.type == "cpu":
             if found:
                 return self._skip(loss)
@@ -339,45 +353,114 @@ class MuonClip(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
         return state
 
-    # ------------------------------------------------------------------ non-finite gradients
+    def _remember_parameters(self) -> None:
+        self._seen = [(p, p.shape) for group in self.param_groups for p in group["params"]]
+        self._groups = None
 
-    def _find_nonfinite(self, items: "list[Item]") -> Tensor | None:
-        """1 if any gradient of any rank has an infinity or NaN, as a float32 scalar; or None."""
-        if self.param_groups[0]["nonfinite"] == "ignore":
-            return None
+    def _check_groups(self) -> None:
+        """Raise for options without an effect, and for gradients that cannot be used."""
+        capturing = _is_capturing()
+        for group in self.param_groups:
+            checks.resolved(group)
+            if capturing:
+                checks.has_gradients(group)
+            checks.gradients(group)
+
+    def _check_parameters(self) -> None:
+        """Raise for parameters that were replaced or changed their shape, and cannot be updated as
+        they are now."""
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) != len(self._seen) or any(
+            p is not before or p.shape != shape
+            for p, (before, shape) in zip(now, self._seen, strict=True)
+        ):
+            seen = dict(self._seen)
+            for group in self.param_groups:
+                for index, p in enumerate(group["params"]):
+                    checks.changed(group, index, seen.get(p), self._shape(p))
+            self._remember_parameters()
+
+    # ------------------------------------------------------------------ agreement of the ranks
+
+    def _exchange_flags(self, items: "list[Item]", refusal: Exception | None) -> "_Flags":
+        """The flags of this step, of all ranks that must take it together.
+
+        An accelerator's flags are read on the host only where the step waits for it anyway, to plan
+        the ranks' work, or may be no update.
+        """
+        ignore = self.param_groups[0]["nonfinite"] == "ignore"
+        first = not any(group["updates"] for group in self.param_groups)
+        moves = not first or any(_may_be_nonzero(group["lr"]) for group in self.param_groups)
+        self._find_groups()
+        if ignore and moves and not (first and self._groups):
+            return _Flags(None, None if refusal is None else str(refusal), idle=False)
+        gradients = self._gradients() if refusal is None else {}
+        device = next(iter(gradients), self._device())
+        busy = moves or any(g.count_nonzero() for group in gradients.values() for g in group)
+        fits = self._shared_work is None or self._shared_work.fits(items)
+        found = torch.zeros((), device=device)
+        if not ignore:
+            for tensors in gradients.values():
+                found = torch.maximum(found, _any_nonfinite(tensors).to(device))
+        refused = None if refusal is None else str(refusal)
+        if self._connected is not None:
+            known = (refusal is not None, bool(busy), not fits)
+            flags = torch.stack([found, *(torch.full_like(found, flag) for flag in known)])
+            flags = self._connected.largest(flags)
+            found = flags.unbind()[0]
+            if device.type == "cpu" or self._shared_work is None or not moves:
+                _, any_refused, busy, replan = map(bool, flags.tolist())
+                if any_refused:
+                    refused = self._connected.first_error(refused)
+                if replan:  # together, where one of the ranks has other gradients than before
+                    self._shared_work = None
+        idle = not busy
+        if not ignore and device.type != "cpu" and refused is None and not idle:
+            self.skipped_steps = self.skipped_steps + found
+            if self.param_groups[0]["nonfinite"] == "raise":
+                self._pending = _PendingError(found)
+        return _Flags(None if ignore else found, refused, idle)
+
+    def _gradients(self) -> dict[torch.device, list[Tensor]]:
+        """This rank's parts of all gradients, by device."""
         by_device = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and (gradient := local_gradient(p)).numel():
                     by_device[gradient.device].append(gradient)
-        found = torch.zeros(())
-        for gradients in by_device.values():
-            flag = _any_nonfinite(gradients)
-            found = torch.maximum(found.to(flag.device), flag)
-        if self._is_shared():
-            import torch.distributed as dist
+        return by_device
 
-            # Ranks must also plan anew together, where one of them has other gradients than before.
-            fits = self._shared_work is None or self._shared_work.fits(items)
-            told = torch.stack([found, torch.full_like(found, 0.0 if fits else 1.0)])
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.process_group)
-            found = told[0]
-            if found.device.type == "cpu" and told[1]:
-                self._shared_work = None
-        if found.device.type == "cpu":
-            return found
-        self.skipped_steps = self.skipped_steps + found
-        if self.param_groups[0]["nonfinite"] == "raise":
-            self._pending = _PendingError(found)
-        return found
+    def _device(self) -> torch.device:
+        """The device of the parameters, or that of the process group on a rank without any."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                return local(p).device
+        if self.process_group is not None:
+            backend = torch.distributed.get_backend(self.process_group)
+            if backend == "nccl":
+                return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
-    def _is_shared(self) -> bool:
-        """Whether ranks work on parts of the same parameters, and must leave a step together."""
-        return (
-            bool(self.shardings)
+    def _find_groups(self) -> None:
+        """Find, once, the groups in which this rank shares parameters with others.
+
+        Ranks work on parts or copies of the same parameters there, so that all ranks that are
+        connected through them take or leave out a step together.
+        """
+        if self._groups is not None:
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._groups, self._connected, self._shared_work = [], None, None
+        if (
+            self.shardings
             or self.process_group is not None
-            or any(hasattr(p, "device_mesh") for g in self.param_groups for p in g["params"])
-        )
+            or any(hasattr(p, "device_mesh") for p in params)
+        ):
+            from muonclip.distributed.sharding import ConnectedRanks, groups_of
+
+            self._groups = groups_of(params, self.process_group, self.shardings)
+            if self._groups:
+                self._connected = ConnectedRanks(self._groups)
 
     def _skip(self, loss: float | None) -> float | None:
         self.skipped_steps = self.skipped_steps + 1
@@ -399,16 +482,17 @@ class MuonClip(Optimizer):
     # ------------------------------------------------------------------ Muon
 
     def _step_muon(self, items: "list[Item]", found: Tensor | None) -> None:
-        if not items and self.process_group is None:
-            return
-        if self._is_shared():
-            from muonclip.distributed.shared import SharedWork
-
-            if self._shared_work is None or not self._shared_work.fits(items):
-                self._shared_work = SharedWork(items, self.process_group, self.shardings)
-            self._shared_work.step(items, found)
-        else:
+        if self._connected is None:
             step_alone(items, found)
+            return
+        from muonclip.distributed.shared import SharedWork
+
+        assert self._groups is not None
+        if self._shared_work is None or not self._shared_work.fits(items):
+            self._shared_work = SharedWork(
+                items, self._groups, self._connected, self.process_group, self.shardings
+            )
+        self._shared_work.step(items, found)
 
     # ------------------------------------------------------------------ AdamW
 
@@ -452,11 +536,19 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ saving and copying
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; groups name dtypes and layouts in words.
+        """The state of every trainable parameter, and the groups.
 
-        ``torch.distributed.checkpoint`` takes nothing but tensors, numbers and words.
+        Parameters that never had a gradient get their initial state here:
+        ``torch.distributed.checkpoint`` loads only what the state to load into has, and a
+        checkpoint must have it. Groups store dtypes and layouts as strings, because it saves
+        tensors, numbers and strings only.
         """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not p.is_meta:
+                    self._state_of(p, group)
         saved = super().state_dict()
         for group in saved["param_groups"]:
             for option, value in group.items():
@@ -503,6 +595,7 @@ class MuonClip(Optimizer):
     def _complete_options(self, saved: dict[str, Any], layout: MatrixLayout | None) -> None:
         """Options of a saved group as this optimizer keeps them, checked."""
         saved["layout"] = layout
+        saved.pop("differentiable", None)  # torch's, of no use here
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved.get(option), str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
@@ -545,8 +638,13 @@ class MuonClip(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch puts it there when a state is loaded, and new groups would then have a key more.
+        self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_shared_work", None)
         self.__dict__.setdefault("_pending", None)
+        self.__dict__.setdefault("_connected", None)
+        if "_seen" not in self.__dict__:
+            self._remember_parameters()
         for param, own in self.state.items():  # an attribute that copies of parameters do not have
             if "master" in own:
                 _set_master(param, own, own["master"])
@@ -611,6 +709,28 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
         return torch.tensor(float(any(not g.isfinite().all() for g in gradients)))
     largest = torch._foreach_norm(gradients, float("inf"))
     return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
+
+
+def _may_be_nonzero(lr: float | Tensor) -> bool:
+    """Whether a learning rate may be nonzero; one on an accelerator is not read."""
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr)
+
+
+class _Flags(NamedTuple):
+    """What all ranks of a step know of it.
+
+    Attributes:
+        nonfinite: 1 if a gradient has an infinity or NaN, a float32 scalar on the device of the
+            gradients; None with ``nonfinite="ignore"``.
+        refused: the error that a rank found before anything was updated, or None.
+        idle: whether the step is no update: the first one, with learning rates and gradients of
+            zero. ``torch.distributed.checkpoint.state_dict`` makes such a step to have the state
+            of a fresh optimizer, and it must not count.
+    """
+
+    nonfinite: Tensor | None
+    refused: str | None
+    idle: bool
 
 
 _ADVICE = (

@@ -87,6 +87,31 @@ def choose_algorithm(
     return "muon", "matrix" if parameter.ndim == 2 else "stack of matrices"
 
 
+def part_of_matrix(parameter: Tensor) -> str | None:
+    """The reason why a parameter is a part of what was a matrix; None if it is whole, or a DTensor,
+    which knows the whole.
+
+    Its shape says nothing about the matrix then: as a vector it would go to AdamW unnoticed.
+    """
+    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+        return (
+            "is a flat part of what was a matrix (FullyShardedDataParallel), which Muon needs "
+            "whole: shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_shape"):
+        return (
+            "is partitioned by DeepSpeed ZeRO-3, but Muon needs whole matrices: shard with "
+            "torch.distributed.fsdp.fully_shard (FSDP2), or set DeepSpeed's zero_optimization "
+            "stage to 0"
+        )
+    if getattr(parameter, "is_gtp_weight_remat", False):
+        return (
+            "is a shard of megatron-core's generalized tensor parallelism (GTP), but Muon needs "
+            "whole matrices: turn GTP weight sharding off"
+        )
+    return None
+
+
 def _reason_in_module(module: nn.Module) -> str | None:
     """Why the owner of a matrix sends it to AdamW; None where it does not."""
     if isinstance(module, _ConvNd):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.distributed.plan import Bucket, Unit
+from muonclip.orthogonalize import working_dtype
 
 
 class Exchange:
@@ -19,8 +20,11 @@ class Exchange:
     Args:
         bucket: the units.
         group: the ranks.
-        dtype: what travels.
+        dtype: of the results on their way back: that of Newton-Schulz.
         device: of the tensors.
+
+    Blocks travel to their owner in ``working_dtype(dtype)``: they are normalized by the norm of
+    their whole matrix, which only the owner knows, and until then they need that dtype's range.
 
     Attributes:
         mine: the units that this rank owns.
@@ -31,6 +35,7 @@ class Exchange:
         self, bucket: Bucket, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.group, self.dtype, self.device = group, dtype, device
+        self.dtype_there = working_dtype(dtype)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.mine = [
             unit
@@ -75,7 +80,7 @@ class Exchange:
             block_of: gives this rank's block of each of some units.
         """
         outgoing = [unit for units in self._to_owner for unit in units]
-        packed = self._pack(block_of(outgoing))
+        packed = self._pack(block_of(outgoing), self.dtype_there)
         if self._all_at_home:
             self._received = packed
             return
@@ -96,7 +101,7 @@ class Exchange:
                 whole[unit] = part.view(unit.shape)
                 continue
             if unit not in whole:
-                whole[unit] = torch.empty(unit.shape, dtype=self.dtype, device=self.device)
+                whole[unit] = torch.empty(unit.shape, dtype=part.dtype, device=self.device)
             whole[unit][block.slices] = part.view(block.sizes)
         return [whole[unit] for unit in self.mine]
 
@@ -106,7 +111,7 @@ class Exchange:
         if self._all_to_all_hold:
             # As many elements from everybody: gloo and the fast path of NCCL ask for it.
             longest = max(self._owned_sizes)
-            packed = self._pack([by_unit[unit] for unit in self.mine], longest)
+            packed = self._pack([by_unit[unit] for unit in self.mine], self.dtype, longest)
             self._received = torch.empty(self.size * longest, dtype=self.dtype, device=self.device)
             self._work = dist.all_gather_into_tensor(
                 self._received, packed, group=self.group, async_op=True
@@ -119,7 +124,7 @@ class Exchange:
                 assert block is not None
                 blocks.append(by_unit[unit][block.slices])
         self._start_all_to_all(
-            self._pack(blocks),
+            self._pack(blocks, self.dtype),
             [self._elements(units, rank) for rank, units in enumerate(self._to_holder)],
             [self._elements(units, self.rank) for units in self._from_owner],
         )
@@ -135,12 +140,14 @@ class Exchange:
             results.append((unit, part.view(block.sizes)))
         return results
 
-    def _pack(self, tensors: Sequence[Tensor], length: int | None = None) -> Tensor:
-        flat = [tensor.to(self.dtype).reshape(-1) for tensor in tensors]
+    def _pack(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype, length: int | None = None
+    ) -> Tensor:
+        flat = [tensor.to(dtype).reshape(-1) for tensor in tensors]
         if length is not None:
             rest = length - sum(tensor.numel() for tensor in flat)
-            flat.append(torch.zeros(rest, dtype=self.dtype, device=self.device))
-        return torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
+            flat.append(torch.zeros(rest, dtype=dtype, device=self.device))
+        return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self.device)
 
     def _unpack(
         self,
@@ -171,7 +178,7 @@ class Exchange:
         return sum(block.numel for unit in units if (block := unit.blocks[rank]) is not None)
 
     def _start_all_to_all(self, packed: Tensor, sent: list[int], received: list[int]) -> None:
-        self._received = torch.empty(sum(received), dtype=self.dtype, device=self.device)
+        self._received = torch.empty(sum(received), dtype=packed.dtype, device=self.device)
         self._work = dist.all_to_all_single(
             self._received, packed, received, sent, group=self.group, async_op=True
         )

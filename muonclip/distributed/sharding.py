@@ -1,14 +1,18 @@
 """Which part of a parameter each rank holds."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_T = TypeVar("_T")
 
 
 class Block(NamedTuple):
@@ -68,7 +72,7 @@ class Sharding:
     def gather(
         cls, parts: Sequence[tuple[Sequence[int], Block]], group: dist.ProcessGroup
     ) -> list["Sharding"]:
-        """Put together what every rank says it holds. A collective call of the group.
+        """Shardings from the blocks that the ranks hold. A collective call of the group.
 
         Args:
             parts: for each parameter, the shape of the whole and this rank's block; the same
@@ -78,7 +82,8 @@ class Sharding:
             One sharding for each parameter.
 
         Raises:
-            ValueError: on every rank, if ranks list different parameters.
+            ValueError: on every rank, if ranks list different parameters, or the blocks do not
+                cover one.
         """
         mine = [(tuple(shape), block) for shape, block in parts]
         everyones: list[list[tuple[tuple[int, ...], Block]]] = [
@@ -122,40 +127,165 @@ def _differ(ours: Sequence[tuple[object, Block]], theirs: Sequence[tuple[object,
 
 
 def own_block(tensor: DTensor) -> Block:
-    """What this rank holds of a DTensor.
-
-    Raises:
-        ValueError: for a DTensor whose value is a sum over ranks that was not formed.
-    """
-    if any(isinstance(placement, Partial) for placement in tensor.placements):
-        raise ValueError(
-            f"a DTensor of shape {tuple(tensor.shape)} has placements {tensor.placements}: "
-            "reduce it before the optimizer's step"
-        )
+    """The part of a DTensor on this rank, by its placements."""
     sizes, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return Block(tuple(offsets), tuple(sizes))
 
 
-_groups_of_meshes: dict[tuple[int, ...], dist.ProcessGroup] = {}
+def check_placements(tensor: DTensor) -> None:
+    """Raise unless the placements of a DTensor describe the part that this rank holds.
+
+    Raises:
+        ValueError: for a DTensor whose value is a sum over ranks that was not formed, or whose
+            local tensor has another shape than DTensors have in torch (uneven shards).
+    """
+    what = f"a DTensor of shape {tuple(tensor.shape)} has placements {tensor.placements}"
+    if any(isinstance(placement, Partial) for placement in tensor.placements):
+        raise ValueError(f"{what}: reduce it before the optimizer's step")
+    held, expected = tuple(tensor.to_local().shape), own_block(tensor).sizes
+    if held != expected:
+        raise ValueError(
+            f"{what}, which give this rank {expected}, but it holds {held}: Muon cannot put "
+            "together matrices from such uneven shards (Megatron-FSDP, RaggedShard); shard with "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
-def group_of(tensor: DTensor) -> dist.ProcessGroup:
-    """The group of all ranks of a DTensor's mesh; made once for a mesh of several dimensions."""
+def group_of(tensor: DTensor) -> dist.ProcessGroup | None:
+    """The group of all ranks of a DTensor's mesh; None on a rank outside the mesh."""
     mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        return None
     if mesh.ndim == 1:
         return mesh.get_group()
-    ranks = tuple(mesh.mesh.flatten().tolist())
+    return group_of_ranks(mesh.mesh.flatten().tolist(), mesh.get_all_groups())
+
+
+def groups_of(
+    tensors: Iterable[Tensor],
+    process_group: dist.ProcessGroup | None,
+    shardings: "Mapping[Tensor, Sharding]",
+) -> list[dist.ProcessGroup]:
+    """The groups in which this rank holds parts or copies of tensors, each group once.
+
+    Args:
+        tensors: DTensors and plain tensors.
+        process_group: the group of plain tensors without a sharding, or None; always in the result.
+        shardings: of plain tensors.
+
+    Returns:
+        Groups in the order of ``order_of``: ranks that share several groups must meet in them in
+        the same order.
+    """
+    found = {} if process_group is None else {id(process_group): process_group}
+    for tensor in tensors:
+        group = None
+        if isinstance(tensor, DTensor):
+            group = group_of(tensor)
+        elif tensor in shardings:
+            group = shardings[tensor].group
+        if group is not None:
+            found[id(group)] = group
+    return sorted(found.values(), key=order_of)
+
+
+def order_of(group: dist.ProcessGroup) -> tuple[int, list[int], str]:
+    """Sort key of groups, the same on every rank: the largest first."""
+    ranks = dist.get_process_group_ranks(group)
+    return -len(ranks), ranks, group.group_name
+
+
+class ConnectedRanks:
+    """The ranks that groups connect, directly or through other ranks.
+
+    If one of them leaves out a step, all must: each shares tensors with another one. Making it, and
+    each method, is a collective call of all of them.
+
+    Args:
+        groups: the groups that this rank is in, sorted by ``order_of``; at least one.
+    """
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        self._groups = groups
+        self._rounds = 0
+        neighbours = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
+        known = {dist.get_rank(): neighbours}
+        # After n rounds a rank knows the neighbours of all ranks up to n groups away.
+        while self._rounds < _diameter(known):
+            gathered = [theirs for group in groups for theirs in _gather(known, group)]
+            known = {rank: found for theirs in gathered for rank, found in theirs.items()}
+            self._rounds += 1
+
+    def largest(self, flags: Tensor) -> Tensor:
+        """The elementwise maximum of all ranks' tensors."""
+        for _ in range(self._rounds):
+            for group in self._groups:
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+        return flags
+
+    def first_error(self, error: str | None) -> str | None:
+        """The error of one rank, the same for all; None if no rank has one."""
+        errors = {} if error is None else {dist.get_rank(): error}
+        for _ in range(self._rounds):
+            for group in self._groups:
+                for theirs in _gather(errors, group):
+                    errors |= theirs
+        return errors[min(errors)] if errors else None
+
+
+def _gather(value: dict[int, _T], group: dist.ProcessGroup) -> list[dict[int, _T]]:
+    everyones: list[dict[int, _T]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyones, value, group=group)
+    return everyones
+
+
+def _diameter(neighbours: Mapping[int, set[int]]) -> float:
+    """The largest distance between two ranks; infinite if a rank's neighbours are not known."""
+    if not set().union(*neighbours.values()) <= neighbours.keys():
+        return math.inf
+    largest = 0
+    for rank in neighbours:
+        reached, distance = {rank}, 0
+        while reached != neighbours.keys():
+            reached = set().union(*(neighbours[other] for other in reached))
+            distance += 1
+        largest = max(largest, distance)
+    return largest
+
+
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
+
+
+def group_of_ranks(ranks: Sequence[int], along: Sequence[dist.ProcessGroup]) -> dist.ProcessGroup:
+    """The group of these ranks, made once. A collective call of these ranks alone.
+
+    Args:
+        ranks: global ranks, a grid in any order.
+        along: this rank's group along each dimension of the grid.
+    """
+    world = dist.group.WORLD
+    assert world is not None
     if len(ranks) == dist.get_world_size():
-        group = dist.group.WORLD
-        assert group is not None
-        return group
-    if ranks not in _groups_of_meshes:
-        made = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        _groups_of_meshes[ranks] = made
-    return _groups_of_meshes[ranks]
+        return world
+    made = _made.setdefault(world, {})  # groups end with the world they belong to
+    key = tuple(sorted(ranks))
+    if key not in made:
+        # torch names a group that only its members make after the number of groups that a rank is
+        # in: where that differs, they would wait for each other under different names.
+        count = len(dist.distributed_c10d._world.pg_names)
+        for group in along:
+            counts = _gather({dist.get_rank(): count}, group)
+            count = max(max(theirs.values()) for theirs in counts)
+        while len(dist.distributed_c10d._world.pg_names) < count:
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        found = dist.new_group(list(key), use_local_synchronization=True)
+        assert isinstance(found, dist.ProcessGroup)
+        made[key] = found
+    return made[key]
 
 
 def local_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -8,9 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from muonclip import checks
 from muonclip.distributed.exchange import Exchange
 from muonclip.distributed.plan import Unit, assign_owners, make_buckets, make_units
-from muonclip.distributed.sharding import Block, Sharding, group_of, own_block
+from muonclip.distributed.sharding import (
+    Block,
+    ConnectedRanks,
+    Sharding,
+    check_placements,
+    group_of,
+    order_of,
+    own_block,
+)
 from muonclip.muon import Item, apply, orthogonalize_parameters, pre_orthogonalize, step_alone
 
 # Whole parameters of about this many elements a rank travel at a time.
@@ -23,20 +32,31 @@ class SharedWork:
     Matrices of which ranks hold parts, or copies, get an owner each, balanced by cost. Buckets of
     them are under way to their owners while others are worked on.
 
+    Making the plan is a collective call of all ranks of ``connected``.
+
     Args:
         items: the parameters of a step, in the same order on every rank that holds them.
+        groups: all groups in which this rank shares parameters, with or without a gradient in
+            this step, sorted by ``order_of``.
+        connected: the ranks that ``groups`` connect.
         process_group: ranks that hold copies of the plain tensors without a sharding, or None.
         shardings: of plain tensors that are parts.
+
+    Raises:
+        ValueError: on all ranks of ``connected``, if the ranks of a group have gradients for
+            different parameters, or hold parts of one that its placement does not describe.
     """
 
     def __init__(
         self,
         items: Sequence[Item],
+        groups: Sequence[dist.ProcessGroup],
+        connected: ConnectedRanks,
         process_group: dist.ProcessGroup | None,
         shardings: Mapping[Tensor, Sharding],
     ) -> None:
         self._handles = [item.handle for item in items]
-        placed = _shardings_of(items, process_group, shardings)
+        placed = _shardings_of(items, groups, connected, process_group, shardings)
         self._alone = [
             index
             for index, item in enumerate(items)
@@ -45,16 +65,15 @@ class SharedWork:
         self._block: dict[int, Block] = {}
         self._exchanges: list[Exchange] = []
         shared: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
-        groups: dict[int, dist.ProcessGroup] = {}
+        groups_by_id = {id(group): group for group in groups}
         for index in sorted(set(range(len(items))) - set(self._alone)):
             sharding = placed[index]
             self._block[index] = sharding.blocks[sharding.rank]
-            groups[id(sharding.group)] = sharding.group
             item = items[index]
             shared[id(sharding.group), item.ns_dtype, item.param.device].append(index)
         # Ranks meet in several groups: all must come to them in the same order.
-        for key in sorted(shared, key=lambda key: (_order(groups[key[0]]), str(key[1:]))):
-            group = groups[key[0]]
+        for key in sorted(shared, key=lambda key: (order_of(groups_by_id[key[0]]), str(key[1:]))):
+            group = groups_by_id[key[0]]
             size = dist.get_world_size(group)
             units = [
                 unit
@@ -121,40 +140,56 @@ class SharedWork:
 
 def _shardings_of(
     items: Sequence[Item],
+    groups: Sequence[dist.ProcessGroup],
+    connected: ConnectedRanks,
     process_group: dist.ProcessGroup | None,
     shardings: Mapping[Tensor, Sharding],
 ) -> dict[int, Sharding]:
     """The sharding of every parameter that has one, by its place in the step."""
-    placed: dict[int, Sharding] = {}
-    asked: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
-    if process_group is not None:  # also with nothing to ask, so that no rank waits for this one
-        asked[id(process_group)] = (process_group, [])
+    indices_of: dict[int, list[int]] = {id(group): [] for group in groups}
     for index, item in enumerate(items):
-        group: dist.ProcessGroup | None = None
+        group: dist.ProcessGroup | None = process_group
         if isinstance(item.handle, DTensor):
             group = group_of(item.handle)
         elif item.handle in shardings:
             group = shardings[item.handle].group
-        else:
-            group = process_group
         if group is not None:
-            asked.setdefault(id(group), (group, []))[1].append(index)
-    for group, indices in sorted(asked.values(), key=lambda pair: _order(pair[0])):
-        # Also where each rank could tell by itself: that all update the same parameters is
-        # checked on the way, where a difference would otherwise be a hang.
-        parts = []
-        for index in indices:
-            handle = items[index].handle
-            if isinstance(handle, DTensor):
-                block = own_block(handle)
-            elif handle in shardings:
-                declared = shardings[handle]
-                block = declared.blocks[declared.rank]
-            else:
-                block = Block((0,) * handle.ndim, tuple(handle.shape))
-            parts.append((items[index].shape, block))
-        placed |= dict(zip(indices, Sharding.gather(parts, group), strict=True))
+            indices_of[id(group)].append(index)
+    placed: dict[int, Sharding] = {}
+    error = _wrong_placement(items)
+    # All groups, also those without a gradient on this rank: its other ranks may have some, and
+    # would wait. For the same reason ranks gather what each could compute by itself.
+    for group in groups:
+        indices = indices_of[id(group)]
+        parts = [_part_of(items[index], shardings) for index in indices]
+        try:
+            placed |= dict(zip(indices, Sharding.gather(parts, group), strict=True))
+        except ValueError as found:
+            error = error or found
+    if (message := connected.first_error(None if error is None else str(error))) is not None:
+        raise ValueError(message)
     return placed
+
+
+def _wrong_placement(items: Sequence[Item]) -> ValueError | None:
+    for item in items:
+        if isinstance(item.handle, DTensor) and group_of(item.handle) is not None:
+            try:
+                check_placements(item.handle)
+            except ValueError as error:
+                return ValueError(f"{checks.label_of(item.group, item.handle)}: {error}")
+    return None
+
+
+def _part_of(item: Item, shardings: Mapping[Tensor, Sharding]) -> tuple[tuple[int, ...], Block]:
+    """The shape of the whole parameter, and what this rank holds of it."""
+    handle = item.handle
+    if isinstance(handle, DTensor):
+        return item.shape, own_block(handle)
+    if handle in shardings:
+        declared = shardings[handle]
+        return item.shape, declared.blocks[declared.rank]
+    return item.shape, Block((0,) * handle.ndim, tuple(handle.shape))
 
 
 def _is_whole(item: Item, sharding: Sharding) -> bool:
@@ -162,11 +197,6 @@ def _is_whole(item: Item, sharding: Sharding) -> bool:
     return len(sharding.blocks) == 1 or (
         sharding.is_local and item.layout.slices(item.shape) == item.shape[0]
     )
-
-
-def _order(group: dist.ProcessGroup) -> tuple[int, list[int]]:
-    ranks = dist.get_process_group_ranks(group)
-    return -len(ranks), ranks
 
 
 def _cost(item: Item) -> float:

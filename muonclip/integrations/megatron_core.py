@@ -286,6 +286,8 @@ def _expert_group() -> "dist.ProcessGroup":
     """The ranks that hold the same experts, or parts of them: megatron-core has no such group."""
     import torch.distributed as dist
 
+    from muonclip.distributed.sharding import group_of_ranks
+
     state = _parallel_state()
     tensor, data = state.get_expert_tensor_parallel_group(), state.get_expert_data_parallel_group()
     if tensor.size() == 1:
@@ -294,10 +296,7 @@ def _expert_group() -> "dist.ProcessGroup":
         return tensor  # type: ignore[no-any-return]
     neighbours: list[list[int]] = [[] for _ in range(data.size())]
     dist.all_gather_object(neighbours, dist.get_process_group_ranks(tensor), group=data)
-    ranks = sorted(rank for ranks in neighbours for rank in ranks)
-    group = dist.new_group(ranks, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return group_of_ranks([rank for ranks in neighbours for rank in ranks], [tensor, data])
 
 
 def _parallel_state() -> Any:

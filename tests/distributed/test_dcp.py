@@ -168,6 +168,146 @@ def test_full_state(name: str) -> None:
             assert_close(alone, expected)
 
 
+class Partly(Block):
+    """A layer is frozen, or not reached by any input, until ``used`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(8, 8).double()
+        self.used = False
+        with torch.no_grad():
+            for index, p in enumerate(self.late.parameters()):
+                p.copy_(0.3 * random(p.shape, index, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.late(x) if self.used else x)
+
+
+def make_partly(sharded: bool, masters: bool) -> tuple[Partly, MuonClip]:
+    model = Partly()
+    if masters:
+        model.bfloat16()
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model.late, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, MuonClip(param_groups(model), **EXACT, master_weights=masters)
+
+
+WAYS = [(masters, flatten) for masters in (False, True) for flatten in (False, True)]
+
+
+def save_before_the_late_layer_is_used(folder: Path) -> None:
+    for masters, flatten in WAYS:
+        model, optimizer = make_partly(True, masters)
+        train(model, optimizer, range(2))
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        weights, state = get_state_dict(model, optimizer, options=options)
+        dcp.save({"w": weights, "o": state}, checkpoint_id=folder / f"{masters}-{flatten}")
+
+
+def load_and_use_the_late_layer(folder: Path, trained: bool) -> list[dict[str, Tensor]]:
+    """Into a fresh optimizer, or one that has trained (without the late layer)."""
+    found = []
+    for masters, flatten in WAYS:
+        model, optimizer = make_partly(True, masters)
+        if trained:
+            train(model, optimizer, range(5, 6))
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        weights, state = get_state_dict(model, optimizer, options=options)
+        saved: dict[str, Any] = {"w": weights, "o": state}
+        dcp.load(saved, checkpoint_id=folder / f"{masters}-{flatten}")
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["w"],
+            optim_state_dict=saved["o"],
+            options=options,
+        )
+        model.used = True
+        train(model, optimizer, range(2, 4))
+        found.append(weights_and_state(model, optimizer))
+    return found
+
+
+def test_parameters_without_a_gradient_so_far_resume(tmp_path: Path) -> None:
+    """dion#89, prime-rl#3252: a checkpoint had no state for them, and nothing could load it."""
+    launch(save_before_the_late_layer_is_used, 2, tmp_path)
+    for size, trained in ((1, False), (4, True)):  # means that bfloat16 has exactly
+        for outcomes in launch(load_and_use_the_late_layer, size, tmp_path, trained):
+            for (masters, _), found in zip(WAYS, outcomes, strict=True):
+                model, optimizer = make_partly(False, masters)
+                train(model, optimizer, range(2))
+                model.used = True
+                train(model, optimizer, range(2, 4))
+                assert_close(found, weights_and_state(model, optimizer))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_checkpoint_loads_more_than_once(tmp_path: Path, flatten: bool) -> None:
+    """Loading must not add options to the groups, which the checkpoint would lack."""
+    model, optimizer = make(False, "plain")
+    train(model, optimizer, range(2))
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"w": weights, "o": state}, checkpoint_id=tmp_path)
+    keys = [set(group) for group in optimizer.param_groups]
+    for _ in range(3):
+        weights, state = get_state_dict(model, optimizer, options=options)
+        saved: dict[str, Any] = {"w": weights, "o": state}
+        dcp.load(saved, checkpoint_id=tmp_path)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["w"],
+            optim_state_dict=saved["o"],
+            options=options,
+        )
+        assert [set(group) for group in optimizer.param_groups] == keys
+        optimizer.add_param_group({"params": [("extra", nn.Parameter(torch.ones(3)))]})
+        assert set(optimizer.param_groups.pop()) == keys[-1]
+
+
+def looked_at_before_training(looks: int) -> list[dict[str, Tensor]]:
+    found = []
+    for options in (
+        {"momentum_warmup_steps": 5, "nonfinite": "ignore"},
+        {"stochastic_rounding": True},
+        {"master_weights": True, "weight_decay_mode": "independent"},
+    ):
+        model = Block().bfloat16()
+        if dist.get_world_size() > 1:
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = MuonClip(param_groups(model), **{**EXACT, **options})
+        for _ in range(looks):
+            get_optimizer_state_dict(model, optimizer)
+        train(model, optimizer, range(3))
+        found.append(weights_and_state(model, optimizer))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_looking_at_the_state_before_training_changes_nothing(world_size: int) -> None:
+    """torch makes it by a step, which must not count as an update: to the bit."""
+    looked, expected = (launch(looked_at_before_training, world_size, n) for n in (2, 0))
+    for ours, theirs in zip(looked[0], expected[0], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1.0])
+def test_a_first_step_with_a_rate_of_zero_counts_unless_its_gradients_are_zero(
+    gradient: float,
+) -> None:
+    """A warm-up may begin at zero."""
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = MuonClip([("p", p)], lr=0.0)
+    p.grad = torch.full((4, 4), gradient)
+    optimizer.step()
+    assert optimizer.param_groups[0]["updates"] == gradient
+    assert bool(optimizer.state[p]["momentum_buffer"].any()) == bool(gradient)
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "cautious", "independent", "l2"])
 @pytest.mark.parametrize("precision", ["full", "masters", "stochastic"])
 def test_state_made_for_loading_moves_no_weight(mode: str, precision: str) -> None:
