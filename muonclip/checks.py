@@ -1,6 +1,7 @@
 """What may go into the optimizer: options, parameters, gradients. Errors name both
 what is wrong and the way out."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -190,8 +191,21 @@ def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> 
             )
 
 
-def not_zero_redundancy(optimizer: object) -> None:
-    """placeholder"""
+def splittable() -> None:
+    """Raise for a group that may become two where torch's ZeroRedundancyOptimizer makes it.
+
+    It matches its own groups with the optimizer's by place, and on a rank whose share has one kind
+    of parameters only it would not even notice.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ValueError(
+                "ZeroRedundancyOptimizer needs groups that stay as they are, but MuonClip would "
+                "split these by algorithm: use MuonClip(param_groups(model), process_group=group) "
+                "without it (the ranks share the work), or give it groups with an 'algorithm' each"
+            )
+        frame = frame.f_back
 
 
 def divide(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
@@ -220,10 +234,10 @@ def matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) ->
         ) from None
 
 
-def resolved(group: Mapping[str, Any]) -> None:
-    """Raise for an option that a group does not read."""
+def resolved(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise for an option that a group does not read, unless it has the constructor's value."""
     for option, becomes in RESOLVED.items():
-        if option in group:
+        if option in group and group[option] is not defaults[option]:
             raise ValueError(
                 f"{option} has no effect on a group of the optimizer: set {becomes} of the groups "
                 "whose algorithm is 'adamw'"

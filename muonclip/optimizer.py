@@ -181,7 +181,6 @@ class MuonClip(Optimizer):
         self._seen: list[tuple[Tensor, torch.Size]] = []
         self._groups: list[dist.ProcessGroup] | None = None
         self._connected: ConnectedRanks | None = None
-        checks.not_zero_redundancy(self)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -197,6 +196,8 @@ class MuonClip(Optimizer):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = {**self.defaults, **param_group}
         checks.options(options)
+        if options.get("algorithm") is None:
+            checks.splittable()
         params, names = options.pop("params"), options.pop("param_names", None)
         if names is not None:  # a group that has been in an optimizer
             params = list(zip(names, params, strict=True))
@@ -361,7 +362,7 @@ class MuonClip(Optimizer):
         """Raise for options without an effect, and for gradients that cannot be used."""
         capturing = _is_capturing()
         for group in self.param_groups:
-            checks.resolved(group)
+            checks.resolved(group, self.defaults)
             if capturing:
                 checks.has_gradients(group)
             checks.gradients(group)

@@ -198,6 +198,20 @@ def test_zero_redundancy_optimizer() -> None:
         assert close(weights, train_one(1))
 
 
+def wrap_plain_parameters() -> str:
+    model = Model()
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer") as error:
+        ZeroRedundancyOptimizer(model.parameters(), optimizer_class=MuonClip, **EXACT)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_zero_redundancy_optimizer_refuses_plain_parameters(world_size: int) -> None:
+    """On every rank, also one whose share is all matrices, or nothing."""
+    for message in launch(wrap_plain_parameters, world_size):
+        assert "process_group=group" in message
+
+
 def train_in_buckets() -> Outcome:
     """Each bucket goes to its owners while the one before is worked on."""
     shared._BUCKET_ELEMENTS = 8
