@@ -186,6 +186,7 @@ def prepare_data(config: Config, here: Processes) -> Data:
                 failure = error
         processes.agree(failure)
     assert prepared is not None
+    processes.require_same("the data", prepared.fingerprint)
     return prepared
 
 

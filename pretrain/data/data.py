@@ -87,6 +87,11 @@ class Data(ABC):
         """What was found corrupt since the last call, on this rank."""
         return []
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the documents, the same on all ranks; empty for the built-in data."""
+        return ""
+
     def describe(self) -> str:
         """What is read, for people; empty for the built-in data."""
         return ""

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from pretrain.config import Config, DataConfig
 from pretrain.data import images, own, packing
+from pretrain.data.cache import make_folder
 from pretrain.data.data import Data
 from pretrain.data.images import VisionItem
-from pretrain.data.index import make_folder
 from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.text import SPLITS, Split, TextFile, prose_lines, read_corpus

@@ -1,18 +1,17 @@
 """A user's own data: sources opened, split, and mixed into sequences."""
 
-import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import packing, sources
+from pretrain.data.cache import Progress, cached, key_of, stamp
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.data import Data
 from pretrain.data.energon import EnergonCursor, Shards, read_meta, require_energon
@@ -21,12 +20,12 @@ from pretrain.data.images import VisionItem
 from pretrain.data.index import (
     ChatIndex,
     Composer,
+    Index,
     MixedIndex,
+    Part,
     TextIndex,
     chat_index,
     is_pair,
-    key_of,
-    make_folder,
     mixed_index,
     text_index,
     too_long,
@@ -41,12 +40,10 @@ from pretrain.data.mixture import (
 )
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip, Skipped, within_limit
-from pretrain.data.sources import Chat, Mixed, Text
+from pretrain.data.sources import Chat, Text
 from pretrain.data.text import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
-
-T = TypeVar("T")
 
 # Room that a caption test leaves for what the model writes.
 _ANSWER = 24
@@ -253,6 +250,10 @@ class OwnData(Data):
             )
         self._sequences["train"].restore(state["train"])
 
+    @property
+    def fingerprint(self) -> str:
+        return "-".join(source.index.fingerprint for source in self._sources)
+
     def describe(self) -> str:
         lines = []
         for source in self._sources:
@@ -264,8 +265,12 @@ class OwnData(Data):
         corrupt = sum(skip.corrupt for skip in self._listed)
         if self._listed:
             lines.append(
-                f"skipped: {corrupt} corrupt, {len(self._listed) - corrupt} empty or too long; "
-                "see skipped.jsonl"
+                f"skipped: {corrupt} corrupt, {len(self._listed) - corrupt} empty, too long or not "
+                "read; see skipped.jsonl"
+            )
+        if any(isinstance(s.index, Index) and s.index.cached for s in self._sources):
+            lines.append(
+                f"indexes are from {self.config.cache_dir}: their files have not changed since"
             )
         if not self.has_held_out:
             lines.append("nothing is held out: no evaluation (data.held_out, or a source's split)")
@@ -309,19 +314,21 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
             )
             continue
         index: TextIndex | ChatIndex | MixedIndex
+        name = key_of(source.type, source.path, source.field, tokenizer.digest)
         if source.is_chat:
             tokenizer.require_chat()
-            folder = cache / f"chat-{reader.key}-{tokenizer.digest}-{config.seq_length}"
-            index = chat_index(folder, reader.chats, tokenizer, config.seq_length)
+            folder = cache / f"chat-{name}-{config.seq_length}-{reader.key}"
+            index = chat_index(folder, reader.parts, tokenizer, config.seq_length, reader.limit)
         elif source.has_images:
             tokenizer.require_media()
             settings = (patch_size, *composer.limits, composer.video_fps)
-            name = "-".join(map(str, ("images", reader.key, tokenizer.digest, *settings)))
-            folder = cache / name
-            index = mixed_index(folder, reader.mixed, composer)
+            name = "-".join(map(str, ("images", name, *settings)))
+            index = mixed_index(
+                *(cache, name, reader.key, reader.records, reader.media), composer, reader.limit
+            )
         else:
-            folder = cache / f"text-{reader.key}-{tokenizer.digest}"
-            index = text_index(folder, reader.texts, tokenizer)
+            folder = cache / f"text-{name}-{reader.key}"
+            index = text_index(folder, reader.parts, tokenizer, reader.limit)
         here, usable = [*reader.skips, *index.skips], np.arange(len(index.ends))
         if isinstance(index, MixedIndex):  # text is cut, and of conversations these are left out
             here = [*here, *too_long(index, config.seq_length)]
@@ -391,29 +398,36 @@ def _check_together(config: DataConfig, opened: Sequence[Source]) -> None:
             )
 
 
-def _nothing() -> Iterator[Any]:
-    return iter(())
-
-
 @dataclass(frozen=True)
 class _Reader:
     """A source before it is indexed.
 
     Attributes:
-        key: a digest of everything that its index depends on.
+        key: a digest of everything that its records depend on.
+        parts: its files, each with its records.
+        limit: more corrupt records end the run.
         skips: files and folders that are left out.
-        texts, mixed, chats: its records, of one kind.
+        files: the files that are read.
     """
 
     key: str
+    parts: Sequence[Part[Any]]
+    limit: int
     skips: Sequence[Skip] = ()
-    texts: Callable[[], Iterator[Text | Skip]] = _nothing
-    mixed: Callable[[], Iterator[Mixed | Skip]] = _nothing
-    chats: Callable[[], Iterator[Chat | Skip]] = _nothing
+    files: Sequence[Path] = ()
+
+    def media(self) -> Iterator[str]:
+        """The paths of all images and videos that the files name."""
+        return (path for file in self.files for path in sources.media_paths(file))
+
+    def records(self) -> Iterator[Any]:
+        return within_limit((one for part in self.parts for one in part.records()), self.limit)
 
     def sample_texts(self, most: int, threshold: int) -> Iterator[str]:
         """Text of up to ``most`` characters that is not held out."""
-        for record in itertools.chain(self.texts(), self.mixed(), self.chats()):
+        progress = Progress("reading text to train the tokenizer on")
+        for number, record in enumerate(self.records()):
+            progress(number)
             if most <= 0:
                 return
             if isinstance(record, Skip) or record.hash < threshold:
@@ -424,42 +438,38 @@ class _Reader:
 
 def _reader(config: DataConfig, number: int, seed: int) -> _Reader:
     source, name = config.sources[number], f"data.sources[{number}]"
+
+    def built_in(key: str, records: Callable[[], Iterator[Any]]) -> _Reader:
+        return _Reader(key, [Part("", (int(key, 16),), records)], config.max_corrupt)
+
     if source.type == "energon":
         require_energon()
         folder, trust = Path(source.path), source.trust_code
-        return _Reader(
-            read_meta(folder, name, trust_code=trust).fingerprint,
-            texts=lambda: (
-                Text("", text) for text in energon_texts(folder, name, seed, trust_code=trust)
-            ),
-        )
+        key = read_meta(folder, name, trust_code=trust).fingerprint
+        texts = partial(energon_texts, folder, name, seed, trust_code=trust)
+        return built_in(key, lambda: (Text("", text) for text in texts()))
     if source.type in ("standard_library", "standard_library_chat"):
         corpus = read_corpus(int(config.max_corpus_mb * 1e6))
-        digest = hashlib.sha256("\0".join(file.text for file in corpus).encode()).hexdigest()[:16]
+        key = key_of("corpus", *(file.text for file in corpus))
         if source.is_chat:
-            return _Reader(digest, chats=lambda: _questions(corpus))
-        return _Reader(digest, texts=lambda: (Text(file.name, file.text) for file in corpus))
-    if source.type == "text":
-        return _file_reader(source, sources.text_files(source, name), config.max_corrupt)
-    if source.type == "chat":
-        return _file_reader(source, sources.chat_files(source, name), config.max_corrupt)
-    return _file_reader(source, sources.mixed_files(source, name), config.max_corrupt)
-
-
-def _file_reader(source: SourceConfig, found: Sequence[Path | Skip], limit: int) -> _Reader:
-    skips = [item for item in found if isinstance(item, Skip)]
+            return built_in(key, lambda: _questions(corpus))
+        return built_in(key, lambda: (Text(file.name, file.text) for file in corpus))
+    find, read = _READERS[source.type]
+    found = find(source, name)
     files = [item for item in found if isinstance(item, Path)]
+    skips = [item for item in found if isinstance(item, Skip)]
     captions = map(sources.caption_of, files) if source.has_images else ()
-    key = key_of([*files, *(p for p in captions if p.exists())], source.type, source.field)
+    stamps = {str(file): stamp(file) for file in (*files, *captions)}
+    key = key_of(source.type, source.field, stamps=stamps.items())
+    parts = [Part(str(file), stamps[str(file)], partial(read, source, file)) for file in files]
+    return _Reader(key, parts, config.max_corrupt, skips, files)
 
-    def limited(read: Callable[..., Iterator[T]]) -> Callable[[], Iterator[T]]:
-        return lambda: within_limit(read(source, files), limit)
 
-    if source.type == "text":
-        return _Reader(key, skips, texts=limited(sources.read_text))
-    if source.type == "chat":
-        return _Reader(key, skips, chats=limited(sources.read_chats))
-    return _Reader(key, skips, mixed=limited(sources.read_mixed))
+_READERS: dict[str, tuple[Callable[..., list[Path | Skip]], Callable[..., Iterator[Any]]]] = {
+    "text": (sources.text_files, sources.read_text_file),
+    "chat": (sources.chat_files, sources.read_chat_file),
+    "images": (sources.mixed_files, sources.read_mixed_file),
+}
 
 
 def _questions(corpus: Sequence[TextFile]) -> Iterator[Chat]:
@@ -478,20 +488,21 @@ def _tokenizer(config: DataConfig, readers: dict[int, _Reader]) -> Tokenizer:
     if config.tokenizer is not None:
         return Tokenizer.load(Path(config.tokenizer))
     keys = [reader.key for reader in readers.values()]
-    settings = repr(
-        (keys, config.vocab_size, config.max_corpus_mb, config.held_out, SPECIAL_TOKENS)
+    key = key_of(
+        *("tokenizer", keys, config.vocab_size, config.max_corpus_mb, config.held_out),
+        SPECIAL_TOKENS,
     )
-    folder = Path(config.cache_dir) / (
-        "tokenizer-" + hashlib.sha256(settings.encode()).hexdigest()[:16]
-    )
-    path = folder / "tokenizer.json"
-    if not path.exists():
+
+    def build(folder: Path) -> None:
         most = int(config.max_corpus_mb * 1e6 / len(readers))
         texts = (
             text
             for reader in readers.values()
             for text in reader.sample_texts(most, _threshold(config))
         )
-        trained = Tokenizer.train(texts, config.vocab_size)
-        make_folder(folder, lambda partial: trained.save(partial / "tokenizer.json"))
-    return Tokenizer.load(path)
+        Tokenizer.train(texts, config.vocab_size).save(folder / "tokenizer.json")
+
+    def load(folder: Path) -> Tokenizer:
+        return Tokenizer.load(folder / "tokenizer.json")
+
+    return cached(Path(config.cache_dir) / f"tokenizer-{key}", build, load)[0]

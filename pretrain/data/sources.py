@@ -331,14 +331,32 @@ def read_mixed_file(source: SourceConfig, file: Path) -> Iterator[Mixed | Skip]:
 def _pair(image: Path) -> Mixed | Skip:
     caption = caption_of(image)
     try:
-        text = caption.read_text(encoding="utf-8-sig").strip()
+        text = files.read_plain(caption).strip()
     except FileNotFoundError:
         return Skip(str(image), f"no caption {caption.name} beside it")
-    except (OSError, UnicodeDecodeError) as error:
+    except files.UNREADABLE as error:
         return Skip(str(caption), reason(error))
     if not text:
         return Skip(str(caption), "no text in it")
     return Mixed(str(image), (Media((str(image),), moving=False), text))
+
+
+def media_paths(file: Path) -> Iterator[str]:
+    """Every file that the documents of a file name as an image or a video, whether it is there or
+    not; an image itself."""
+    if not files.ends_with(file, _JSON):
+        yield str(file)
+        return
+    for _, value in files.read_objects(file):
+        if isinstance(value, Skip):
+            continue
+        parts = value.get("parts")
+        for part in (value, *(parts if isinstance(parts, list) else ())):
+            for kind in ("image", "video") if isinstance(part, dict) else ():
+                named = part.get(kind)
+                for one in named if isinstance(named, list) else [named]:
+                    if isinstance(one, str):
+                        yield str(file.parent / one)
 
 
 def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | Skip:
@@ -357,7 +375,7 @@ def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | 
         if not all(_is_unicode(part) for part in parts if isinstance(part, str)):
             raise ValueError("half a surrogate pair in its text")
     except ValueError as error:
-        return Skip(name, str(error))
+        return Skip(name, reason(error))
     return Mixed(name, tuple(parts))
 
 

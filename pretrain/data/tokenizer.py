@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Tokenizer
 
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = (
@@ -201,12 +202,31 @@ class Tokenizer:
         self._backend.save(str(path))
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """[n] ids; special tokens written out in the text are plain text."""
-        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        """[n] ids; special tokens written out in the text are plain text.
+
+        Raises:
+            ValueError: the tokenizer cannot encode it.
+        """
+        with self._failures():
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        return np.asarray(encoded.ids, dtype=np.int64)
 
     def encode_many(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        """The ids of each text; raises as :meth:`encode`."""
+        with self._failures():
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Errors of the tokenizers library, some of which are no Exceptions, become ValueErrors."""
+        try:
+            yield
+        except BaseException as error:
+            # Its regular expressions give up after so many steps, by a panic.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self.name} cannot encode it ({one_line(str(error))})") from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return str(

@@ -156,7 +156,7 @@ def test_what_is_too_long_or_wrong_is_left_out_and_listed(tmp_path: Path) -> Non
     path.write_text(path.read_text() + '{"messages": [\n{"other": 1}\n')
     data = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0)
     assert "2 documents, 0 held out" in data.describe()
-    assert "skipped: 7 corrupt, 2 empty or too long" in data.describe()
+    assert "skipped: 7 corrupt, 2 empty, too long or not read" in data.describe()
     skips = {int(skip.name.rpartition(":")[2]): skip for skip in data.take_skipped()}
     reasons = {number: skip.reason for number, skip in skips.items()}
     assert reasons.pop(2).endswith(f"tokens do not fit data.seq_length={LENGTH}")
