@@ -268,10 +268,11 @@ class OwnData(Data):
                 f"skipped: {corrupt} corrupt, {len(self._listed) - corrupt} empty, too long or not "
                 "read; see skipped.jsonl"
             )
-        if any(isinstance(s.index, Index) and s.index.cached for s in self._sources):
-            lines.append(
-                f"indexes are from {self.config.cache_dir}: their files have not changed since"
-            )
+            if any(isinstance(s.index, Index) and s.index.cached for s in self._sources):
+                lines.append(
+                    f"they were found when the index in {self.config.cache_dir} was made; their "
+                    "files have not changed since"
+                )
         if not self.has_held_out:
             lines.append("nothing is held out: no evaluation (data.held_out, or a source's split)")
         elif len(self.captioned_items("held_out", 2)) < 2 and any(s.vision for s in self._sources):

@@ -58,7 +58,7 @@ def strange(folder: Path) -> dict[str, str]:
         "lonely.png": "no caption lonely.txt beside it",
         "orphan.txt": "a caption without an image of its name beside it",
         "blank.txt": "no text in it",
-        "latin.txt": "can't decode byte",
+        "latin.txt": "not UTF-8 (byte 0xe9",
         "notes.json": "neither an image nor a caption",
         "film.mp4": "a video: name it in captions.jsonl",
         "empty.png": "cannot identify image file",

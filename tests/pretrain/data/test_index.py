@@ -164,7 +164,7 @@ def test_only_what_has_changed_is_read_again(
 ) -> None:
     make_all(tmp_path)
     data = opened(tmp_path, *sources_of(tmp_path))
-    assert "indexes are from" not in data.describe()
+    assert "have not changed since" not in data.describe()
     read, measured = [], []
     plain, measure = sources.read_text_file, sources.measure
     monkeypatch.setitem(
@@ -177,7 +177,7 @@ def test_only_what_has_changed_is_read_again(
     )
     again = opened(tmp_path, *sources_of(tmp_path))
     assert (read, measured) == ([], [])
-    assert "indexes are from" in again.describe() and all_of(again) == all_of(data)
+    assert "have not changed since" in again.describe() and all_of(again) == all_of(data)
     EDITS["a text grows"](tmp_path)
     EDITS["a picture is resized"](tmp_path)
     EDITS["a missing picture is copied there"](tmp_path)
