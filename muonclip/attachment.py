@@ -67,7 +67,19 @@ class Attachment(Handle):
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             applied = applied & (found_inf == 0)
-        self.clip.step(clip=applied)
+        self.clip.step(clip=applied, judge=_trains(optimizer))
+
+
+def _trains(optimizer: Optimizer) -> bool:
+    """Whether a step changes weights, as far as can be told without waiting for an accelerator.
+
+    ``torch.distributed.checkpoint`` makes a step at a learning rate of zero to create the state.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    known = [r for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
+    if len(known) == len(rates) and not any(known):
+        return False
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 _ATTRIBUTE = "_qk_clip_attachments"

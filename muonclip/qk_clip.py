@@ -87,7 +87,7 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
             f"max_logits of shape {tuple(max_logits.shape)} must be [heads], "
             f"a multiple of num_kv_groups={num_kv_groups}"
         )
-    return _split(_gamma(max_logits, threshold), num_kv_groups)
+    return split_factor(_gamma(max_logits, threshold), num_kv_groups)
 
 
 def _gamma(max_logits: Tensor, threshold: float) -> Tensor:
@@ -98,7 +98,7 @@ def _gamma(max_logits: Tensor, threshold: float) -> Tensor:
     return torch.where(over, threshold / largest, 1.0).clamp(max=1)
 
 
-def _split(gamma: Tensor, num_kv_groups: int, share: Share = "both") -> ClipFactors:
+def split_factor(gamma: Tensor, num_kv_groups: int, share: Share = "both") -> ClipFactors:
     """Divide each head's factor between its query and the key of its group.
 
     Args:
@@ -149,6 +149,8 @@ class QKClip:
             and context parallel); their maxima are joined. Default: all ranks, where
             ``torch.distributed`` is initialised. Under Megatron's tensor or pipeline parallelism
             pass the data-parallel group, since other ranks there have other heads.
+        warn_unobserved: warn once about layers that are trained but never observed, so that they
+            are not clipped: because the model is in eval mode, or another model is trained.
 
     Raises:
         ValueError: if there are no layouts, two layouts share a weight, query and key share rows,
@@ -167,6 +169,7 @@ class QKClip:
         threshold: float = 100.0,
         exact: bool = False,
         process_group: "dist.ProcessGroup | None" = None,
+        warn_unobserved: bool = True,
     ) -> None:
         if not layouts:
             raise ValueError("layouts is empty: QK-Clip has no attention layer to watch")
@@ -175,6 +178,7 @@ class QKClip:
         self.threshold = threshold
         self.exact = exact
         self.process_group = process_group
+        self.warn_unobserved = warn_unobserved
         self.result: ClipResult | None = None
         self._lost_group = False
         self._plan: ScalingPlan | None = None
@@ -197,6 +201,12 @@ class QKClip:
         # Logits of forward passes whose gradients have been computed since.
         self._graded = self._nothing_seen("meta")
         self._backward_ran = False
+        # For the warning about layers that are not observed: steps so far, layers observed so far
+        # and since the last step, and layers that ran without being observed since then.
+        self._steps = 0
+        self._ever_observed: set[str] = set()
+        self._observed: set[str] = set()
+        self._passed_over: dict[str, str] = {}
 
     def _nothing_seen(self, device: "torch.device | str") -> Tensor:
         """Largest logits, their bounds, and largest unbiased logits, which decide the factors.
@@ -211,7 +221,7 @@ class QKClip:
         return next(iter(self.layouts.values())).query.weight.device
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("layouts", "threshold", "exact", "_slices", "_inactive")
+        names = ("layouts", "threshold", "exact", "_slices", "_inactive", "warn_unobserved")
         state = {name: getattr(self, name) for name in names}
         return {**state, "_lost_group": self._lost_group or self.process_group is not None}
 
@@ -294,8 +304,7 @@ class QKClip:
             )
         if self._inactive:
             return
-        if self._handles and query.requires_grad:
-            query.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
+        self.follow(query)
         seen = screened_max_logits(
             query.detach(),
             key.detach(),
@@ -311,7 +320,7 @@ class QKClip:
         self._take(name, seen.max_logits, bounds, seen.unbiased_max_logits)
 
     @torch.no_grad()
-    def step(self, *, clip: bool | Tensor = True) -> ClipResult:
+    def step(self, *, clip: bool | Tensor = True, judge: bool = True) -> ClipResult:
         """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
 
         A collective call: every rank of the process group makes it. On an accelerator nothing
@@ -321,6 +330,8 @@ class QKClip:
             clip: False changes no weight, and counts none as clipped: for a step that the optimizer
                 left out, whose logits are to be seen and must not count in the next step's. May be
                 a boolean scalar on the accelerator.
+            judge: whether the step counts for ``warn_unobserved``; False for a step that trains
+                nothing, without gradients or at a learning rate of zero.
 
         Raises:
             ValueError: if a weight has other rows than when its layout was made, is trained in a
@@ -339,10 +350,14 @@ class QKClip:
         running = torch.maximum(self._running, self._graded)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
+        if isinstance(clip, Tensor) and clip.device.type == "cpu":
+            clip = bool(clip)
+        if judge and clip is not False:
+            self._report_unobserved(running[1], plan.skipped)
         gamma = _gamma(running[2], self.threshold)
         for name in plan.skipped:
             gamma[self._slices[name]] = 1
-        if isinstance(clip, Tensor) and clip.device.type != "cpu":
+        if isinstance(clip, Tensor):
             gamma = gamma.where(clip.to(gamma.device), 1)
         elif not clip:
             gamma = torch.ones_like(gamma)
@@ -366,6 +381,7 @@ class QKClip:
         self._running = torch.full_like(running, -math.inf)
         self._graded = torch.full_like(running, -math.inf)
         self._backward_ran = False
+        self._observed, self._passed_over = set(), {}
         for hook in tuple(self._step_hooks.values()):
             hook(self.result)
         return self.result
@@ -455,7 +471,25 @@ class QKClip:
         self._separate_graded()
         self._graded = torch.full_like(self._graded, -math.inf)
 
-    def _note_backward(self, _gradient: Tensor) -> None:
+    def follow(self, *tensors: Tensor) -> None:
+        """Note when a backward pass reaches one of these tensors of the forward pass, so that
+        ``forget_discarded`` can tell which logits it followed."""
+        for tensor in tensors:
+            if self._handles and tensor.requires_grad:
+                tensor.register_hook(self.note_backward)  # type: ignore[no-untyped-call]
+                return
+
+    def pass_over(self, name: str, reason: str) -> None:
+        """Take note of a forward pass of a layer that is not observed, for the warning of ``step``.
+
+        Args:
+            name: the layer.
+            reason: in which mode it ran, e.g. ``"eval mode"``.
+        """
+        self._passed_over[name] = reason
+
+    def note_backward(self, _gradient: Tensor | None = None) -> None:
+        """Take note that a backward pass runs or has run."""
         self._backward_ran = True
 
     def _separate_graded(self) -> None:
@@ -479,6 +513,7 @@ class QKClip:
             return
         self._move()
         self._separate_graded()
+        self._observed.add(name)
         running = self._running[:, self._slices[name]]
         seen = torch.stack([largest, bounds, unbiased]).detach().to(running)
         seen[2].masked_fill_(~seen[0].isfinite(), -math.inf)
@@ -501,6 +536,38 @@ class QKClip:
                 by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
             self._warn_once((reason, *names), f"QK-Clip does not scale {_listed(names)}: {reason}")
+
+    def _report_unobserved(self, bounds: Tensor, skipped: Mapping[str, str]) -> None:
+        """Warn once about layers that no forward pass shows to the clip.
+
+        If a step saw nothing at all, at once. A single layer may be left out of some steps (layer
+        drop, batches without images), so that it is reported after a few.
+        """
+        self._steps += 1
+        self._ever_observed |= self._observed
+        missing = [n for n in self.layouts if n not in self._observed and n not in skipped]
+        never = [n for n in missing if n not in self._ever_observed]
+        if self._observed:
+            missing = never if self._steps >= _STEPS_BEFORE_A_LAYER_IS_MISSED else []
+        elif not self._passed_over:
+            missing = never
+        missing = [n for n in missing if ("unobserved", n) not in self._warned]
+        if not missing or not self.warn_unobserved:
+            return
+        if dist.is_available() and dist.is_initialized():  # another rank may have observed them
+            unseen = bounds.isneginf().cpu()
+            missing = [n for n in missing if unseen[self._slices[n]].all()]
+        if missing:
+            self._warned |= {("unobserved", name) for name in missing}
+            modes = sorted({self._passed_over[n] for n in missing if n in self._passed_over})
+            cause = "no forward pass of the watched model reached it"
+            if modes:
+                cause = f"it ran in {' and '.join(modes)} only; call model.train() before training"
+            warnings.warn(
+                f"QK-Clip did not observe {_listed(missing)} before this step and cannot clip "
+                f"there: {cause}",
+                stacklevel=4,
+            )
 
     def _warn_once(self, key: tuple[str, ...], text: str) -> None:
         if key not in self._warned:
@@ -543,8 +610,12 @@ class QKClip:
         ):
             groups = sum(layout.num_kv_groups for _, layout in layers)
             run, gamma = gamma[: groups * size], gamma[groups * size :]
-            runs.append(_split(run, groups, share))
+            runs.append(split_factor(run, groups, share))
         return torch.cat([*map(torch.cat, zip(*runs, strict=True)), gamma.new_ones(1)])
+
+
+# A layer that is left out of some steps may be missing in the first ones by chance.
+_STEPS_BEFORE_A_LAYER_IS_MISSED = 3
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

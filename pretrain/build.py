@@ -259,7 +259,12 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
     clips = []
     for part, (layouts, group) in seen_by.items():
         named = {f"{part}.{name}": layout for name, layout in layouts.items()}
-        clip = QKClip(named, threshold=config.qk_clip_threshold, process_group=group)
+        clip = QKClip(
+            named,
+            threshold=config.qk_clip_threshold,
+            process_group=group,
+            warn_unobserved=part != "vision",  # a run of text alone has no images
+        )
         for name in named:
             layer: Any = model.get_submodule(name)
             # In megatron-core's attention a module of its own sees the logits.

@@ -11,32 +11,21 @@ and ``clip.attach(optimizer)``.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
+from muonclip.integrations.watching import Watched, WatchedModules
 from muonclip.qk_clip import QKClip
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
-
-
-class WatchHandle:
-    """Ends the watching that a ``watch`` began."""
-
-    def __init__(self, ends: Iterable[Callable[[], object]]) -> None:
-        self._ends = list(ends)
-
-    def remove(self) -> None:
-        """Watch no longer. A second call does nothing."""
-        while self._ends:
-            self._ends.pop()()
 
 
 def qk_clip(
@@ -49,7 +38,7 @@ def qk_clip(
     """QK-Clip for all ``nn.MultiheadAttention`` in a model: layouts found, forward passes watched.
 
     What is left to do is ``clip.attach(optimizer)``, or ``clip.step()`` after each optimizer step.
-    For a handle that ends the watching, call ``attention_layouts`` and ``watch`` instead.
+    ``clip.remove()`` undoes everything. A new clip of the same model replaces an earlier one.
 
     Args:
         model: any module.
@@ -78,8 +67,18 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
         Module name, e.g. ``"layers.0.self_attn"`` -> layout.
 
     Raises:
-        ValueError: for a layer with ``add_bias_kv``, whose keys are not all made by a projection.
+        ValueError: for a layer with ``add_bias_kv``, whose keys are not all made by a projection,
+            and for one that PEFT trains.
     """
+    for name, module in model.named_modules():
+        inner = module._modules.get("base_layer")
+        if isinstance(inner, nn.MultiheadAttention) and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            raise ValueError(
+                f"{name} trains an adapter of PEFT over an nn.MultiheadAttention: QK-Clip cannot "
+                "scale its logits exactly"
+            )
     return {
         name: _layout(name, module)
         for name, module in model.named_modules()
@@ -87,7 +86,7 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
     }
 
 
-def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> WatchHandle:
+def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> Handle:
     """Show ``clip`` the queries and keys of every forward pass in training.
 
     A hook before the forward pass projects them once more, without gradient: about 5% of a
@@ -100,12 +99,16 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
         clip: takes the logits in.
         layers: which of the clip's layers to watch; default: all.
 
+    The model may be compiled before or after: torch's compiler keeps no hooks that were added
+    after it compiled a module, so that this call clears its caches (``torch.compiler.reset``) and
+    everything is compiled again. A layer that another clip watches is watched by this one from now
+    on; the other clip is removed. Copies of the model are not watched.
+
     Returns:
-        A handle whose ``remove()`` ends the watching.
+        A handle whose ``remove()`` ends the watching. It ends by itself with the model.
 
     Raises:
-        ValueError: if a layer is unknown to the clip, no ``nn.MultiheadAttention`` of the model, or
-            watched already.
+        ValueError: if a layer is unknown to the clip, or no ``nn.MultiheadAttention`` of the model.
     """
     modules: dict[str, nn.MultiheadAttention] = {}
     everything = dict(model.named_modules())
@@ -116,19 +119,17 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
                 f"{name!r} is not both a layer of the clip and an nn.MultiheadAttention of the "
                 "model: give the model that attention_layouts was given, or choose with layers"
             )
-        if module in _watched:
-            raise ValueError(f"layer {name!r} is watched already: remove the earlier handle")
         modules[name] = module
-    ends: list[Callable[[], object]] = []
+    _watched.make_room(modules.values(), clip)
+    watched: dict[nn.Module, Watched] = {}
     for name, module in modules.items():
-        _watched[module] = partial(clip.observe_attention, name)
         hook = module.register_forward_pre_hook(_observe, with_kwargs=True)
-        ends += [hook.remove, partial(_watched.pop, module, None)]
-    return WatchHandle(ends)
+        watched[module] = Watched(name, [hook.remove])
+    torch.compiler.reset()
+    return _watched.begin(watched, clip)
 
 
-# By module, so that models can be copied and pickled: copies are not watched.
-_watched: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
+_watched: WatchedModules[Watched] = WatchedModules()
 
 
 def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
@@ -140,7 +141,7 @@ def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
     # Functions, since FSDP2 replaces the parameters.
     if module.in_proj_weight is not None:
         return AttentionLayout.fused(partial(_fused, module), num_heads=module.num_heads)
-    rows = torch.arange(module.embed_dim).view(module.num_heads, -1)
+    rows = torch.arange(module.embed_dim, device="cpu").view(module.num_heads, -1)
     query, key = partial(_query, module), partial(_key, module)
     if module.in_proj_bias is None:
         return AttentionLayout(HeadRows(query, rows), HeadRows(key, rows))
@@ -167,14 +168,22 @@ def _key(module: nn.MultiheadAttention) -> WeightAndBias:
 @torch.no_grad()
 def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Observe what the forward pass will compute from these arguments."""
-    observe = _watched.get(module)
+    watched = _watched.get(module)
+    clip = None if watched is None else watched.clip()
     # Recomputation of a checkpointed forward runs within the backward pass.
-    if observe is None or not module.training or torch._C._current_graph_task_id() != -1:
+    if watched is None or clip is None:
+        return
+    if torch._C._current_graph_task_id() != -1:
+        clip.note_backward()
+        return
+    if not module.training:
+        clip.pass_over(watched.name, "eval mode")
         return
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     query, key = given["query"], given["key"]
+    clip.follow(query, key)
     attn_mask, padding = given["attn_mask"], given["key_padding_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]
@@ -190,7 +199,7 @@ def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[st
         key = F.pad(key, (0, 0, 0, 1))
         if mask is not None:
             mask = F.pad(mask, (0, 1), value=0.0 if mask.is_floating_point() else True)
-    observe(query, key, mask=mask, causal=causal)
+    clip.observe_attention(watched.name, query, key, mask=mask, causal=causal)
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

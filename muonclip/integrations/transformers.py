@@ -18,15 +18,17 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from muonclip.adapters import base_layer
+from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout
-from muonclip.integrations.torch_attention import WatchHandle
-from muonclip.qk_clip import QKClip, clip_factors
+from muonclip.integrations.watching import Watched, WatchedModules
+from muonclip.qk_clip import QKClip, split_factor
+from muonclip.row_scaling import ScalingPlan, Share, read_sides
 
 # Names that transformers' models give to the same thing, all of them attributes of the attention.
 _QUERY_KEY = (("q_proj", "k_proj"), ("query", "key"), ("q", "k"), ("q_lin", "k_lin"))
@@ -53,8 +55,8 @@ def qk_clip(
     """QK-Clip for a transformers model: its layouts found, its attention watched.
 
     What is left to do is ``clip.attach(optimizer)``, or ``clip.step()`` after each optimizer step.
-    Call it before or after the model is wrapped or sharded (DDP, FSDP2). For a handle that ends
-    the watching, call ``attention_layouts`` and ``watch`` instead.
+    Call it before or after the model is wrapped, sharded (DDP, FSDP2) or compiled.
+    ``clip.remove()`` undoes everything. A new clip of the same model replaces an earlier one.
 
     Args:
         model: a model of transformers >= 5.
@@ -109,7 +111,7 @@ def attention_layouts(
     }
 
 
-def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> WatchHandle:
+def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> Handle:
     """Show ``clip`` the queries and keys of every forward pass in training.
 
     They are read where attention modules hand them to the attention function that the model is set
@@ -123,6 +125,9 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     In its first forward pass each layer is tried out: with its rows scaled as a clip would, do its
     logits, and nothing else, follow?
 
+    A layer that another clip watches is watched by this one from now on; the other clip is removed.
+    Copies of the model are not watched.
+
     Args:
         model: the model whose submodules the clip's layers name.
         clip: takes the logits in.
@@ -133,9 +138,9 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
 
     Raises:
         ImportError: without transformers >= 5.
-        ValueError: if a layer is not in the model, not known to the clip, or watched already. In
-            the forward pass: if a layer's logits do not follow its layout, or the attention
-            function's name is not known.
+        ValueError: if a layer is not in the model or not known to the clip. In the forward pass:
+            if a layer's logits do not follow its layout, or the attention function's name is not
+            known.
     """
     names = list(clip.layouts) if layers is None else list(layers)
     modules = dict(model.named_modules())
@@ -147,12 +152,9 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
                 f"the clip's layer {name!r} is not in {type(model).__name__}: give the model that "
                 "attention_layouts was given, or choose with layers"
             )
-        if modules[name] in _watched:
-            raise ValueError(f"layer {name!r} is watched already: remove the earlier handle")
+    _watched.make_room([modules[name] for name in names], clip)
     _read_through_registry()
-    for name in names:
-        _watched[modules[name]] = _Watched(clip, name, modules[name])
-    return WatchHandle(partial(_end, modules[name]) for name in names)
+    return _watched.begin({modules[name]: _Layer(name, modules[name]) for name in names}, clip)
 
 
 # ---------------------------------------------------------------------- layouts
@@ -173,11 +175,11 @@ def _layout(name: str, module: Any) -> AttentionLayout:
     for query_name, key_name in _QUERY_KEY:
         query, key = getattr(module, query_name, None), getattr(module, key_name, None)
         if isinstance(query, nn.Module) and isinstance(key, nn.Module):
-            return _separate(name, module, query, key)
+            return _separate(name, module, query_name, key_name)
     fused = {n: m for n in _FUSED + _FUSED_BY_HEAD if (m := getattr(module, n, None)) is not None}
     if len(fused) == 1:
-        ((projection_name, projection),) = fused.items()
-        return _fused(name, module, projection, by_head=projection_name in _FUSED_BY_HEAD)
+        (projection_name,) = fused
+        return _fused(name, module, projection_name, by_head=projection_name in _FUSED_BY_HEAD)
     raise ValueError(
         f"{name}: the attention of {type(module).__name__} is not known "
         f"({', '.join(child for child, _ in module.named_children())}); declare it with "
@@ -186,20 +188,25 @@ def _layout(name: str, module: Any) -> AttentionLayout:
 
 
 def _mla(module: Any) -> AttentionLayout:
-    query = getattr(module, "q_b_proj", None)
-    query = module.q_proj if query is None else query
+    query = "q_proj" if getattr(module, "q_b_proj", None) is None else "q_b_proj"
     nope, rope, v = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
     return AttentionLayout.mla(
-        query,
-        module.kv_b_proj,
-        num_heads=query.weight.size(0) // (nope + rope),
+        _child(module, query),
+        _child(module, "kv_b_proj"),
+        num_heads=_rows(getattr(module, query)) // (nope + rope),
         nope_dim=nope,
         rope_dim=rope,
         v_dim=v,
     )
 
 
-def _separate(name: str, module: Any, query: nn.Module, key: nn.Module) -> AttentionLayout:
+def _child(module: nn.Module, name: str) -> Callable[[], nn.Module]:
+    """A child module, read at every step: PEFT replaces it."""
+    return partial(getattr, module, name)
+
+
+def _separate(name: str, module: Any, query_name: str, key_name: str) -> AttentionLayout:
+    query, key = getattr(module, query_name), getattr(module, key_name)
     dim = _rows_dim(query)
     rows, key_rows = _rows(query), _rows(key)
     head_dim = _head_dim(module) or rows // _num_heads(name, module)
@@ -211,12 +218,14 @@ def _separate(name: str, module: Any, query: nn.Module, key: nn.Module) -> Atten
     heads, groups = rows // head_dim, key_rows // head_dim
     norms = _norms(module)
     if norms is None:
+        query, key = _child(module, query_name), _child(module, key_name)
         return AttentionLayout.separate(query, key, num_heads=heads, num_kv_groups=groups, dim=dim)
     _check_gains(name, module, norms, heads, groups, head_dim)
     return AttentionLayout.separate(*norms, num_heads=heads, num_kv_groups=groups)
 
 
-def _fused(name: str, module: Any, projection: nn.Module, *, by_head: bool) -> AttentionLayout:
+def _fused(name: str, module: Any, child: str, *, by_head: bool) -> AttentionLayout:
+    projection = getattr(module, child)
     heads, rows = _num_heads(name, module), _rows(projection)
     head_dim = _head_dim(module) or rows // (3 * heads)
     groups = (rows // head_dim - heads) // 2
@@ -230,19 +239,20 @@ def _fused(name: str, module: Any, projection: nn.Module, *, by_head: bool) -> A
         _check_gains(name, module, norms, heads, groups, head_dim)
         return AttentionLayout.separate(*norms, num_heads=heads, num_kv_groups=groups)
     if by_head:
-        return AttentionLayout.fused_by_group(projection, num_heads=heads)
+        return AttentionLayout.fused_by_group(_child(module, child), num_heads=heads)
     return AttentionLayout.fused(
-        projection, num_heads=heads, num_kv_groups=groups, dim=_rows_dim(projection)
+        _child(module, child), num_heads=heads, num_kv_groups=groups, dim=_rows_dim(projection)
     )
 
 
 def _rows_dim(projection: nn.Module) -> int:
     """1 for GPT-2's Conv1D, whose weight is [in, out]."""
-    return int(type(projection).__name__ == "Conv1D")
+    return int(type(base_layer(projection)).__name__ == "Conv1D")
 
 
 def _rows(projection: Any) -> int:
-    return int(projection.weight.size(_rows_dim(projection)))
+    weight: Any = base_layer(projection).weight
+    return int(weight.size(_rows_dim(projection)))
 
 
 def _head_dim(module: nn.Module) -> int | None:
@@ -314,13 +324,13 @@ class _Queries(Exception):
     """Carries what a layer gave to its attention function out of its forward pass."""
 
 
-class _Watched:
+class _Layer(Watched):
     """An attention module that is watched, as one layer of a clip."""
 
-    def __init__(self, clip: QKClip, name: str, module: nn.Module) -> None:
-        self.clip, self.name = clip, name
-        self.trying = False
+    def __init__(self, name: str, module: nn.Module) -> None:
         self.trial = module.register_forward_pre_hook(_try_out, with_kwargs=True)
+        self.trying = False
+        super().__init__(name, [self.trial.remove])
 
     def see(
         self,
@@ -334,19 +344,35 @@ class _Watched:
     ) -> None:
         if self.trying:
             raise _Queries(query, key, value, (mask, options.get("position_bias")))
+        clip = self.clip()
         # Recomputation of a checkpointed forward runs within the backward pass.
-        if module.training and torch._C._current_graph_task_id() == -1:
-            observe = partial(self.clip.observe_attention, self.name)
-            _observe(observe, module, implementation, query, key, mask, options)
+        if clip is None:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            clip.note_backward()
+            return
+        if not module.training:
+            clip.pass_over(self.name, "eval mode")
+            return
+        clip.follow(query)
+        observe = partial(clip.observe_attention, self.name)
+        _observe(observe, module, implementation, query, key, mask, options)
 
     @torch.no_grad()
-    def try_out(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def try_out(
+        self, layout: AttentionLayout, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> None:
         """Scale the rows of the layout as a clip would: the logits must follow, head by head."""
-        layout = self.clip.layouts[self.name]
+        alone = {self.name: layout}
+        share = ScalingPlan(alone, read_sides(alone)).shares[self.name]
+        if share == "none":  # until it is trained
+            return
         # Powers of four: their roots are powers of two, by which scaling rounds nothing.
-        exponents = -torch.arange(layout.num_heads).remainder(5)
-        gamma = torch.pow(4.0, exponents)
-        scaled = _scaled(module, layout, gamma)
+        exponents = torch.arange(layout.num_heads, device="cpu").remainder(5)
+        gamma = torch.ones(layout.num_heads, dtype=torch.float32, device="cpu").ldexp(
+            -2 * exponents
+        )
+        scaled = _scaled(module, layout, gamma, share)
         if scaled is None:  # parameters that are not the module's own at the moment
             self.trial.remove()
             return
@@ -399,40 +425,44 @@ class _Watched:
         )
 
 
-# By module, so that models can be copied and pickled: copies are not watched.
-_watched: "WeakKeyDictionary[nn.Module, _Watched]" = WeakKeyDictionary()
-
-
 def _try_out(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
     watched = _watched.get(module)
-    if watched is not None and module.training and not watched.trying:
-        watched.try_out(module, args, kwargs)
-
-
-def _end(module: nn.Module) -> None:
-    watched = _watched.pop(module, None)
-    if watched is not None:
-        watched.trial.remove()
+    clip = None if watched is None else watched.clip()
+    if watched is not None and clip is not None and module.training and not watched.trying:
+        watched.try_out(clip.layouts[watched.name], module, args, kwargs)
 
 
 def _read_through_registry() -> None:
-    """Let every attention function that a watched module asks for pass through ``_Watched.see``."""
+    """Let every attention function that a watched module asks for pass through ``_Layer.see``."""
     try:
         interface: Any = import_module("transformers.modeling_utils").AttentionInterface
         original = interface.get_interface
     except (ImportError, AttributeError) as error:
         raise ImportError("this needs transformers >= 5: pip install 'transformers>=5'") from error
-    if getattr(original, "is_read_by_muonclip", False):
+    if _OURS in interface.__dict__:
         return
 
     def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
         function = original(self, implementation, default)
         return partial(_attention, function, implementation) if _watched else function
 
-    get_interface.is_read_by_muonclip = True  # type: ignore[attr-defined]
     interface.get_interface = get_interface
+    setattr(interface, _OURS, (get_interface, original))
+
+
+def _leave_registry() -> None:
+    """Put back the registry's own method, unless someone else replaced ours."""
+    interface: Any = import_module("transformers.modeling_utils").AttentionInterface
+    ours, original = interface.__dict__.get(_OURS, (None, None))
+    if ours is not None and interface.__dict__.get("get_interface") is ours:
+        interface.get_interface = original
+        delattr(interface, _OURS)
+
+
+_OURS = "_qk_clip_get_interface"
+_watched: WatchedModules[_Layer] = WatchedModules(when_empty=_leave_registry)
 
 
 def _attention(
@@ -559,7 +589,7 @@ def _flash_mask(
 
 
 def _scaled(
-    module: nn.Module, layout: AttentionLayout, gamma: Tensor
+    module: nn.Module, layout: AttentionLayout, gamma: Tensor, share: Share
 ) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
     """Scaled copies of a layout's parameters: owner, attribute and new value; None if not found."""
     copies: dict[int, tuple[nn.Module, str, Tensor]] = {
@@ -568,19 +598,17 @@ def _scaled(
         for name, parameter in owner.named_parameters(recurse=False)
     }
     scaled = {}
-    factors = clip_factors(1 / gamma, 1.0, layout.num_kv_groups)
+    factors = split_factor(gamma, layout.num_kv_groups, share)
     parts = (layout.query, layout.key, layout.query_rope)
     for part, factor in zip(parts, factors, strict=True):
-        if part is None:
+        if part is None or (factor == 1).all():
             continue
-        bias_rows = part.rows if part.bias_rows is None else part.bias_rows
-        for tensor, dim, rows in ((part.weight, part.dim, part.rows), (part.bias, 0, bias_rows)):
-            if tensor is None:
-                continue
+        for row in part.effective().tensors:
+            tensor, (dim, rows, _) = row.tensor, part.rows_in(row)
             if id(tensor) not in copies or hasattr(tensor, "placements"):
                 return None
             owner, name, copy = copies[id(tensor)]
-            scale = torch.ones(copy.size(dim))
+            scale = torch.ones(copy.size(dim), dtype=factor.dtype, device="cpu")
             scale[rows.cpu()] = factor[:, None]
             copy.mul_(scale.to(copy).view([-1 if d == dim else 1 for d in range(copy.ndim)]))
             scaled[id(tensor)] = (owner, name, nn.Parameter(copy, requires_grad=False))

@@ -248,10 +248,6 @@ def test_refusals() -> None:
         qk_clip(nn.Linear(2, 2))
     module = attention()
     clip = QKClip(attention_layouts(module))
-    handle = watch(module, clip)
-    with pytest.raises(ValueError, match="'' is watched already"):
-        watch(module, clip)
-    handle.remove()
     with pytest.raises(ValueError, match="'' is not both a layer of the clip and"):
         watch(nn.ModuleList([module]), clip)
     with pytest.raises(ValueError, match="'other' is not both"):
