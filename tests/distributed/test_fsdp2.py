@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -407,6 +408,29 @@ def test_masters_of_low_precision_shards_equal_one_process() -> None:
             assert ours is not None and theirs is not None
             assert (ours - theirs).abs().max() < TOLERANCE
             assert torch.equal(weight, ours.bfloat16())
+
+
+def load_weights_between_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6)).bfloat16()
+    fully_shard(model)
+    wanted = {name: torch.full(p.shape, 0.75).bfloat16() for name, p in model.named_parameters()}
+    optimizer = MuonClip(param_groups(model), lr=1e-2, weight_decay=0.0, master_weights=True)
+    for step in range(3):
+        if step == 2:
+            set_model_state_dict(model, wanted, options=StateDictOptions(full_state_dict=True))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+        model(torch.randn(4, 8).bfloat16()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        for tensor in (p, p.main_param):
+            assert (tensor.full_tensor() == 0.75).all(), name
+
+
+def test_masters_of_shards_follow_loaded_weights() -> None:
+    launch(load_weights_between_steps, 2)
 
 
 def test_stochastic_rounding_of_shards() -> None:
