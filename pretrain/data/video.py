@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.pixels import MAX_FILM_FRAMES, Pixels
+from pretrain.data.pixels import MAX_FILM_FRAMES, MAX_PIXELS, Pixels
 from pretrain.errors import PretrainError
 
 if TYPE_CHECKING:
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# FFmpeg detects a format by content: a playlist called .mp4 would have it open other files and
+# addresses.
+_FILES_ALONE = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "file",
+}
 # Seconds that may be missing at a video's end: headers round, and count the sound too.
 _MISSING = 1
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
@@ -60,7 +66,7 @@ def measure(path: str, fps: float) -> tuple[int, int, int]:
         first = next(_decoded(path, container, stream), None)
         if first is None:
             raise ValueError(f"{path}: no frame can be decoded")
-        height, width, _ = _upright(first).shape
+        height, width, _ = _upright(first, path, stream).shape
     return _count(path, fps), height, width
 
 
@@ -83,11 +89,11 @@ def frames(path: str, fps: float) -> Iterator[Pixels]:
         shown, start, end, taken = None, 0, 0, 0
         # To the end of the file, whatever is still wanted: threads decode ahead, and how far must
         # not decide whether damage is met.
-        for frame in _decoded(path, container, stream):
-            time = frame.pts or 0
+        for number, frame in enumerate(_decoded(path, container, stream)):
+            time = _time(frame, number, stream)
             start = time if shown is None else start
             while shown is not None and taken < count and taken * step < time - start:
-                yield _upright(shown)
+                yield _upright(shown, path, stream)
                 taken += 1
             shown, end = frame, max(end, time - start + (frame.duration or 0))
         if shown is None:
@@ -96,7 +102,7 @@ def frames(path: str, fps: float) -> Iterator[Pixels]:
             seconds = float(end * _time_base(stream))
             raise ValueError(f"{path} is cut off: its frames end after {seconds:.3g} seconds")
         for _ in range(count - taken):
-            yield _upright(shown)
+            yield _upright(shown, path, stream)
 
 
 @contextmanager
@@ -108,30 +114,65 @@ def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     import av
 
     try:
-        with av.open(path) as container:
+        with av.open(path, options=_FILES_ALONE) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
                 raise ValueError(f"{path}: no video in it")
+            codec: Any = stream.codec_context
+            if codec is None:
+                raise ValueError(f"{path}: its video is in a format that is not read")
+            _check_pixels(path, codec.width, codec.height)
             yield container, stream
+    except av.ArgumentError as error:  # of a format that is not in the list
+        raise ValueError(f"{path}: not a video in a format that is read") from error
     except av.FFmpegError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _check_pixels(path: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{path}: frames of {width} x {height} pixels, more than the {MAX_PIXELS:,} that are "
+            "read"
+        )
 
 
 def _decoded(
     path: str, container: "InputContainer", stream: "VideoStream"
 ) -> Iterator["VideoFrame"]:
+    decoded = 0
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise ValueError(f"{path} is damaged or cut off")
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise ValueError(f"{path} is damaged")
+            decoded += 1
+            if decoded > MAX_FILM_FRAMES:
+                raise ValueError(f"{path} has more than {MAX_FILM_FRAMES:,} frames")
+            _check_pixels(path, frame.width, frame.height)
             yield frame
 
 
-def _upright(frame: "VideoFrame") -> Pixels:
-    """RGB, turned and mirrored as the file's display matrix says (that of a phone held upright)."""
-    pixels = frame.to_ndarray(format="rgb24", threads=1)
+def _time(frame: "VideoFrame", number: int, stream: "VideoStream") -> int:
+    """When a frame is shown, in units of the time base; where the file says nothing, by number."""
+    if frame.pts is not None:
+        return frame.pts
+    rate = stream.average_rate
+    return round(number / rate / _time_base(stream)) if rate else 0
+
+
+def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
+    """RGB with square pixels, turned and mirrored as the display matrix says (of a phone held
+    upright, for example)."""
+    width, height = frame.width, frame.height
+    aspect = stream.sample_aspect_ratio or 1
+    if aspect > 1:
+        width = round(width * aspect)
+    elif 0 < aspect < 1:
+        height = round(height / aspect)
+    _check_pixels(path, width, height)
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
     sides: Any = frame.side_data  # whose types leave most kinds out
     matrix = sides.get("DISPLAYMATRIX")
     if matrix is not None:  # x' = a x + c y, y' = b x + d y

@@ -37,12 +37,14 @@ def film(
     codec: str = "mpeg4",
     turned: float | None = None,
     mirrored: bool = False,
+    aspect: Fraction | None = None,
     sound: int = 0,
     **options: str,
 ) -> Path:
     """A video file of levels of grey or pixels, each shown from a time on, in units of 1 / rate.
 
     Args:
+        aspect: width of a pixel over its height.
         turned: degrees counterclockwise that a player is to turn it by, then mirroring it.
         sound: seconds of it, beside the pictures.
         options: the container's.
@@ -51,6 +53,8 @@ def film(
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.bit_rate = 4_000_000  # greys stay what they are, nearly
+        if aspect is not None:
+            stream.sample_aspect_ratio = aspect
         if turned is not None:
             stream.set_display_rotation(turned, hflip=mirrored)
         noise = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
@@ -149,6 +153,83 @@ def test_a_video_is_turned_upright(tmp_path: Path, turned: int, mirrored: bool) 
     upright = upright[:, ::-1] if mirrored else upright
     assert frame.shape == upright.shape
     assert np.abs(frame.astype(int) - upright).mean() < 6
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("turned", [0, 90])
+@pytest.mark.parametrize(
+    ("aspect", "size"), [(Fraction(4, 3), (48, 85)), (Fraction(8, 9), (54, 64))]
+)
+def test_pixels_that_are_not_square_are_stretched(
+    tmp_path: Path, name: str, turned: int, aspect: Fraction, size: tuple[int, int]
+) -> None:
+    picture = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
+    picture[:, : WIDTH // 2] = 200
+    if name == "a.mkv" and turned:
+        pytest.skip("PyAV writes no display matrix there")
+    path = film(tmp_path / name, [picture] * 2, 10, aspect=aspect, turned=turned)
+    (frame,) = seen(path, 2)
+    frame = np.rot90(frame, -turned // 90)
+    assert frame.shape[:2] == size
+    assert frame[:, : size[1] // 2 - 4].mean() > 190 and frame[:, size[1] // 2 + 4 :].mean() < 50
+
+
+@pytest.mark.parametrize(
+    "listed", ["ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXTINF:1,\nsecret.mp4\n"]
+)
+def test_a_playlist_called_a_video_opens_no_other_file(tmp_path: Path, listed: str) -> None:
+    film(tmp_path / "secret.mp4", greys(5), 10)
+    path = tmp_path / "list.mp4"
+    path.write_text(listed)
+    for read in (video.measure, lambda *given: list(video.frames(*given))):
+        with pytest.raises(ValueError, match=r"list\.mp4: ") as error:
+            read(str(path), 2)
+        assert "secret" not in str(error.value)
+
+
+def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", greys(5), 10)
+    wide = film(tmp_path / "wide.mp4", greys(5), 10, aspect=Fraction(4, 1))
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH)
+    assert video.measure(str(path), 2) == (1, HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="frames of 256 x 48 pixels, more than the 3,072"):
+        video.measure(str(wide), 2)
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(video, "_decoded", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"a\.mp4: frames of 64 x 48 pixels"):
+        video.measure(str(path), 2)
+
+
+def test_films_of_too_many_frames_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", greys(20), 10)
+    monkeypatch.setattr(video, "MAX_FILM_FRAMES", 10)
+    with pytest.raises(ValueError, match="40 frames by its header, more than 10"):
+        video.measure(str(path), 20)
+    with pytest.raises(ValueError, match="has more than 10 frames"):
+        list(video.frames(str(path), 1))
+
+
+@given(st.binary(min_size=1, max_size=12), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_damaged_videos_are_refused_in_one_line_and_nothing_else_happens(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: float, share: float
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    whole = folder / "whole.mp4"
+    content = bytearray((whole if whole.exists() else film(whole, greys(6), 10)).read_bytes())
+    start = int(place * (len(content) - 1))
+    content[start : start + len(noise)] = noise
+    path = folder / "noise.mp4"
+    path.write_bytes(content[: max(1, int((1 - share**4) * len(content)))])
+    try:
+        count, _, _ = video.measure(str(path), 2)
+        assert len(list(video.frames(str(path), 2))) == count
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("options", [{}, {"live": "1"}])
@@ -320,5 +401,5 @@ def test_inspect_shows_the_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_is_above_nothing(fps: float) -> None:
-    with pytest.raises(ValueError, match="video_fps must be > 0, not"):
+    with pytest.raises(ValueError, match="video_fps must be in "):
         DataConfig(video_fps=fps)
