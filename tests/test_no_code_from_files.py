@@ -6,23 +6,35 @@ the project does. A refusal is one line. Every new kind of file that is read get
 
 import gzip
 import io
+import json
 import os
 import pickle
+import runpy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
-from pretrain.config import DataConfig, SourceConfig
+from pretrain import config as configuration
+from pretrain import sample
+from pretrain.config import DataConfig, LanguageConfig, SourceConfig
 from pretrain.data import Dealing, prepare, sources
 from pretrain.data.shards import _index, _Writer
 from pretrain.data.sources import Media
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.export.from_hf import import_hf
+from pretrain.export.layout import rows, settings
+from pretrain.export.to_hf import export
+from pretrain.runtime import processes
+from tests.distributed.launch import launch
 from tests.pretrain.data import make
 
 Bait = Callable[[Path, Path], None]
@@ -172,4 +184,234 @@ def test_postscript_is_given_to_no_program(
     check(marker, lambda: list(sources.frames(media, 1)))
     with pytest.raises(OSError), Image.open(path) as image:  # the bait is alive
         image.load()
+    assert marker.exists()
+
+
+LANGUAGE = LanguageConfig(
+    **{"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 1, "num_experts": 2},
+    **{"q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4},
+    **{"v_head_dim": 4, "expert_ffn_hidden_size": 8, "shared_expert_ffn_hidden_size": 8},
+)
+
+
+def hf_folder(folder: Path) -> None:
+    """A model of text as transformers publishes it."""
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer.train(["some text"], 300)
+    tokenizer.save(folder / "tokenizer.json")
+    size = tokenizer.vocab_size
+    described = settings(LANGUAGE, None, size, 64, {}, -1)
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "generation_config.json").write_text("{}")
+    shapes = {k: shape for item in rows(LANGUAGE, None, size) for k, shape in item.theirs.items()}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def python(marker: Path) -> str:
+    """A module that creates the marker, under every name that a class could have."""
+    return f"open({str(marker)!r}, 'w')\nclass Evil: pass\nKimiProcessor = Evil\n"
+
+
+def python_files(folder: Path, marker: Path) -> Path:
+    """Code for everything that transformers loads by auto_map."""
+    kinds = ("Config", "Model", "ModelForCausalLM", "Tokenizer", "Processor", "ImageProcessor")
+    mapped: dict[str, object] = {f"Auto{kind}": "evil.Evil" for kind in kinds}
+    mapped["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        file = folder / name
+        values = json.loads(file.read_text()) if file.exists() else {}
+        values |= {"auto_map": mapped, "tokenizer_class": "evil.Evil", "trust_remote_code": True}
+        file.write_text(json.dumps(values))
+    for name in ("__init__", "modeling_deepseek", "kimi_k25_processor", "tokenization_kimi"):
+        (folder / f"{name}.py").write_text(python(marker))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(python(marker))
+    (folder / "evil.py").write_text(python(marker))
+    return folder / "evil.py"
+
+
+def pickle_as(name: str, *removed: str) -> Callable[[Path, Path], Path]:
+    """A pickle in place of a file."""
+
+    def write(folder: Path, marker: Path) -> Path:
+        for file in removed:
+            (folder / file).unlink()
+        (folder / name).write_bytes(pickle.dumps(Touch(marker)))
+        return folder / name
+
+    return write
+
+
+def torch_weights(folder: Path, marker: Path) -> Path:
+    file = folder / "pytorch_model.bin"
+    torch.save({"model.norm.weight": Touch(marker)}, file)
+    (folder / "model.safetensors").unlink()
+    return file
+
+
+def torch_weights_in_the_index(folder: Path, marker: Path) -> Path:
+    file = torch_weights(folder, marker)
+    index = {"weight_map": {"model.norm.weight": file.name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return file
+
+
+def template(folder: Path, marker: Path) -> Path:
+    file = folder / "chat_template.jinja"
+    file.write_text(f"{{{{ cycler.__init__.__globals__.os.system('touch {marker}') }}}}")
+    return file
+
+
+def template_of_the_tokenizer(folder: Path, marker: Path) -> Path:
+    text = template(folder, marker).read_text()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": text}))
+    return folder / "chat_template.jinja"
+
+
+def tagged(name: str) -> Callable[[Path, Path], Path]:
+    """YAML's tag that calls a function, in a file of JSON."""
+
+    def write(folder: Path, marker: Path) -> Path:
+        (folder / name).write_text(f"a: !!python/object/apply:os.system ['touch {marker}']\n")
+        return folder / name
+
+    return write
+
+
+HF_FOLDERS: dict[str, Callable[[Path, Path], Path]] = {
+    "code named by auto_map": python_files,
+    "a chat template": template,
+    "a chat template of the tokenizer": template_of_the_tokenizer,
+    "pickled weights": torch_weights,
+    "pickled weights in the index": torch_weights_in_the_index,
+    "a pickle called safetensors": pickle_as("model.safetensors"),
+    "a pickle called tokenizer.json": pickle_as("tokenizer.json"),
+    "a pickle called tiktoken.model": pickle_as("tiktoken.model", "tokenizer.json"),
+    "a pickle called config.json": pickle_as("config.json"),
+    "a pickle called generation_config.json": pickle_as("generation_config.json"),
+    "tags in config.json": tagged("config.json"),
+    "tags in generation_config.json": tagged("generation_config.json"),
+    "tags in tokenizer_config.json": tagged("tokenizer_config.json"),
+}
+"""Each writes its bait into a folder that can be imported otherwise, and returns the live file."""
+
+
+def use(folders: list[str]) -> dict[str, str]:
+    """Import the model in each folder, export it again and let it write; the errors."""
+    errors = {}
+    for name in folders:
+        folder = Path(name)
+        try:
+            import_hf(next(folder.glob("hf*")), folder / "run")
+            processes.stop()
+            configuration.load(folder / "run" / "config.yaml")
+            export(folder / "run", folder / "again", text_only=True)
+            list(sample.sample(sample.load(folder / "run"), "a", max_tokens=1))
+        except PretrainError as error:
+            errors[name] = str(error)
+        finally:
+            processes.stop()
+    return errors
+
+
+def set_off(file: Path) -> None:
+    """Do what the project must not do with a file."""
+    content = file.read_bytes()
+    with suppress(Exception):
+        if file.suffix == ".py":
+            runpy.run_path(str(file))
+        elif file.suffix == ".jinja":
+            jinja2.Environment().from_string(content.decode()).render()
+        elif b"!!python" in content:
+            yaml.unsafe_load(content)
+        elif file.suffix == ".bin":
+            torch.load(file, weights_only=False)
+        else:
+            pickle.loads(content)
+
+
+def test_hugging_face_folders_run_no_code(tmp_path: Path) -> None:
+    folders = {name: tmp_path / str(number) for number, name in enumerate(HF_FOLDERS)}
+    for name, folder in folders.items():
+        hf_folder(folder / "hf")
+        HF_FOLDERS[name](folder / "hf", folder / "marker")
+    (errors,) = launch(use, 1, [str(folder) for folder in folders.values()])
+    for name, folder in folders.items():
+        # Text alone is imported, exported and used; other files are refused.
+        error = errors.get(str(folder), "")
+        assert bool(error) == ("pickle" in name or "tags" in name), name
+        assert "\n" not in error, name
+        assert not (folder / "marker").exists(), name
+        hf_folder(folder / "alive")
+        set_off(HF_FOLDERS[name](folder / "alive", folder / "marker"))
+        assert (folder / "marker").exists(), f"{name}: the bait is alive"
+
+
+def test_a_folders_name_adds_no_settings(tmp_path: Path) -> None:
+    """It is written into config.yaml, which train reads."""
+    hf_folder(tmp_path / "hf\nsteps: 7")
+    (errors,) = launch(use, 1, [str(tmp_path)])
+    assert not errors
+    assert "steps" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+
+
+TOKENIZERS: dict[str, bytes | None] = {
+    "tokenizer.json": None,
+    "tiktoken.model": None,
+    "a.model": b"!!python/object/apply:os.system ['true']",
+    "b.json": b'{"__reduce__": "os.system"}',
+    "deep.json": b"[" * 10**6,
+    "object.json": b'{"a":' * 10**5,
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_run_no_code(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    file = tmp_path / name
+    file.write_bytes(TOKENIZERS[name] or pickle.dumps(Touch(marker)))
+    check(marker, lambda: Tokenizer.load(file))
+    with pytest.raises(PretrainError):
+        Tokenizer.load(file)
+    if TOKENIZERS[name] is None:
+        pickle.loads(file.read_bytes())
+        assert marker.exists()
+
+
+def test_tokenizers_do_not_take_more_memory_than_there_is(tmp_path: Path) -> None:
+    Tokenizer.train(["some text"], 300).save(tmp_path / "tokenizer.json")
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["model"]["vocab"]["huge"] = 1 << 31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(PretrainError, match="a token of the id 2147483648"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "steps: !!python/object/apply:os.system ['touch {marker}']",
+        "run_dir: !!python/object/new:os.system ['touch {marker}']",
+        "data: !!python/object/apply:subprocess.getoutput ['touch {marker}']",
+    ],
+)
+def test_configurations_run_no_code(tmp_path: Path, line: str) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "a.yaml"
+    file.write_text(line.format(marker=marker))
+    check(marker, lambda: configuration.load(file))
+    set_off(file)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["imported.json", "tokenizer.json"])
+def test_files_of_a_run_run_no_code(tmp_path: Path, name: str) -> None:
+    hf_folder(tmp_path / "hf")
+    (errors,) = launch(use, 1, [str(tmp_path)])
+    assert not errors
+    run, marker = tmp_path / "run", tmp_path / "marker"
+    (run / name).write_bytes(pickle.dumps(Touch(marker)))
+    check(marker, lambda: export(run, tmp_path / "out", text_only=True))
+    assert not (tmp_path / "out").exists()
+    set_off(run / name)
     assert marker.exists()

@@ -48,6 +48,7 @@ _KIMI_SPECIALS = {
     **{17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>"},
     **{20: "<|media_end|>", 21: "<|media_pad|>", 254: "[UNK]", 255: "[PAD]"},
 }
+_MOST_TOKENS = 1 << 24
 # How Kimi K2 cuts text before it merges: Han apart, words with their contractions, three digits.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -101,7 +102,10 @@ class Tokenizer:
             whole = {"middle": -1, "end": -1}
         self.im_middle, self.im_end = whole.pop("middle"), whole.pop("end")
         self.roles = whole
-        self.newline = int(self.encode("\n")[-1])
+        newline = self.encode("\n")
+        if not len(newline):
+            raise PretrainError(f"{name} has no token for the end of a line, which ends a caption")
+        self.newline = int(newline[-1])
 
     def _find(self, names: Iterable[str]) -> int | None:
         ids = (self._backend.token_to_id(name) for name in names)
@@ -236,12 +240,22 @@ class Tokenizer:
 
 def _from_json(description: dict[str, Any]) -> _Tokenizer:
     """A tokenizer.json in which every token of ours is special: none comes out of a text."""
+    vocabulary = (description.get("model") or {}).get("vocab") or {}
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary)]
+    _require_sizes([*ids, *(token["id"] for token in description.get("added_tokens") or ())])
     ours = {name for names in _NAMES.values() for name in names}
     for token in description.get("added_tokens") or ():
         token["special"] = token["special"] or token["content"] in ours
     # Made for prompts of a fixed length: neither is wanted of a corpus.
     description["truncation"] = description["padding"] = None
     return _Tokenizer.from_str(json.dumps(description))
+
+
+def _require_sizes(ids: Iterable[int]) -> None:
+    """Refuse ids for which the library, or a model, would need more memory than there is."""
+    for number in ids:
+        if not 0 <= number < _MOST_TOKENS:
+            raise ValueError(f"it has a token of the id {number}; ids are below {_MOST_TOKENS:,}")
 
 
 def _read_ranks(content: bytes) -> dict[bytes, int]:
@@ -266,6 +280,7 @@ def _from_tiktoken(ranks: dict[bytes, int], specials: dict[int, str] | None) -> 
         raise ValueError("its ranks are not 0, 1, 2, … with all 256 bytes among them")
     if specials is None:
         specials = {first + place: name for place, name in _KIMI_SPECIALS.items()}
+    _require_sizes(specials)
     for number in range(first, max(max(specials) + 1, first + _KIMI_RESERVED)):
         specials.setdefault(number, f"<|reserved_token_{number}|>")
     if min(specials) < first:
