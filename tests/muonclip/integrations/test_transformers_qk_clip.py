@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muonclip import AttentionLayout, HeadRows, MuonClip, QKClip, param_groups
@@ -279,6 +281,38 @@ def test_clipped_heads_come_down_to_the_threshold(kind: str, implementation: str
         at_stake = (after + bias)[allowed & (bias < threshold)]
         assert at_stake.max() <= threshold * (1 + 1e-5)
     assert biased == (kind in VISION or kind == "position bias")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.sampled_from([1, 4]),
+    rows=st.sampled_from([1, 3]),
+    boolean=st.booleans(),
+    share=st.floats(0, 1),
+    implementation=st.sampled_from(["eager", "sdpa"]),
+    seed=st.integers(0, 2**16),
+)
+def test_masks_of_the_users_own(
+    heads: int, rows: int, boolean: bool, share: float, implementation: str, seed: int
+) -> None:
+    """Four-dimensional masks go to the attention as they are: prefixes, trees, biases."""
+    model, inputs = make_model("separate"), batch()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, heads, LENGTH, LENGTH)
+    allowed = torch.rand(shape, generator=generator) < share
+    bias = torch.randn(shape, generator=generator)
+    floating = bias.masked_fill(~allowed, torch.finfo().min)
+    if boolean:
+        floating = torch.zeros(shape).masked_fill(~allowed, torch.finfo().min)
+    theirs = expected(model, inputs | {"attention_mask": floating})
+    mask = allowed if boolean and implementation == "sdpa" else floating
+    clip = qk_clip(model, exact=True)
+    forward(model, inputs | {"attention_mask": mask}, implementation)
+    seen = clip.step().max_logits
+    first = "model.layers.0.self_attn"
+    assert torch.allclose(seen[first].double(), theirs[first], rtol=1e-4, atol=1e-5)
+    if allowed.any(-1).all():  # implementations differ in what rows give that attend to nothing
+        assert close(seen, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
