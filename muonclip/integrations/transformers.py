@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonclip.adapters import base_layer
@@ -535,54 +536,80 @@ def _observe(
 def _flash_mask(
     query: Tensor, key: Tensor, padding: Tensor | None, causal: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and a boolean mask that say what flash attention is told otherwise."""
+    """Queries, keys and the boolean mask equal to the arguments of flash attention."""
     if options.get("indices") is not None or options.get("block_table") is not None:
         raise ValueError("flash attention with indices or a block_table is not understood")
-    if padding is not None:  # slots of a static cache that are not in use yet
-        key = key[..., : padding.size(-1), :]
-    batch, queries, keys = query.size(0), query.size(-2), key.size(-2)
-    device = query.device
+    window = options.get("sliding_window")
+    if window is not None and key.size(-2) <= window:
+        window = None  # transformers does not pass it on
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     packed: list[Any] = [options.get(name) for name in names]
     positions = options.get("position_ids")
-    ones = partial(torch.ones, dtype=torch.bool, device=device)
     if padding is not None:
-        present = padding.bool()
-        documents = query_documents = torch.zeros_like(present, dtype=torch.int64)
-        present_queries = ones(batch, 1) if queries == 1 < keys else present[:, -queries:]
-        query_documents = documents[:, -queries:]
+        key = key[..., : padding.size(-1), :]  # a static cache has slots that are not in use yet
+        query_rows, key_rows = _padded(padding.bool(), query.size(-2))
     elif all(x is not None for x in packed):
         # All sequences of the batch, one after the other.
         query, key = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key))
-        query_documents, documents = (
-            torch.bucketize(torch.arange(n, device=device), boundary[1:], right=True)[None]
-            for n, boundary in zip((batch * queries, batch * keys), packed[:2], strict=True)
-        )
-        present_queries, present = ones(1, batch * queries), ones(1, batch * keys)
+        query_rows, key_rows = _packed(query, packed[0]), _packed(key, packed[1])
+    elif (
+        len(query) == 1
+        and positions is not None
+        and positions.size(-1) == query.size(-2) == key.size(-2)
+    ):
+        # A sequence begins wherever the first position does.
+        flat = positions.reshape(-1, query.size(-2))[0]
+        starts = (flat == flat.min()).nonzero().flatten()
+        query_rows = key_rows = _packed(query, F.pad(starts, (0, 1), value=len(flat)))
     else:
-        present_queries, present = ones(1, queries), ones(1, keys)
-        documents = torch.zeros(1, keys, dtype=torch.int64, device=device)
-        if batch == 1 and positions is not None and positions.shape[-1] == queries == keys:
-            # Packed: a sequence begins wherever the first position does.
-            flat = positions.reshape(-1, queries)[:1]
-            documents = (flat == flat.min()).cumsum(-1)
-        query_documents = documents[:, -queries:]
-    mask: Tensor = (
-        (query_documents[:, :, None] == documents[:, None])
-        & present_queries[:, :, None]
-        & present[:, None]
-    )
-    # Absent tokens are cut out before the kernel counts distances; the last query meets the last
-    # key.
-    key_places = present.cumsum(-1)
-    query_places = present_queries.cumsum(-1) + key_places[:, -1:] - present_queries.sum(-1, True)
-    distance = query_places[:, :, None] - key_places[:, None]
+        query_rows, key_rows = (
+            _packed(x, torch.tensor([0, x.size(-2)], device=x.device)) for x in (query, key)
+        )
+    mask = query_rows.present[:, :, None] & key_rows.present[:, None]
+    mask = mask & (query_rows.sequence[:, :, None] == key_rows.sequence[:, None])
+    # The last query of a sequence meets its last key.
+    distance = key_rows.from_end[:, None] - query_rows.from_end[:, :, None]
     if causal:
         mask = mask & (distance >= 0)
-    window = options.get("sliding_window")
     if window is not None:
         mask = mask & (distance.abs() < window)
     return query, key, mask[:, None]
+
+
+class _SequenceRows(NamedTuple):
+    """Rows of queries or keys as flash attention sees them; [batch or 1, rows].
+
+    Attributes:
+        present: whether a row is given to the kernel.
+        sequence: number of the sequence that it belongs to.
+        from_end: how many present rows of that sequence follow it.
+    """
+
+    present: Tensor
+    sequence: Tensor
+    from_end: Tensor
+
+
+def _padded(present: Tensor, queries: int) -> tuple[_SequenceRows, _SequenceRows]:
+    """Rows of queries and keys of a padding mask [batch, keys]; the queries come last."""
+    # A single query after earlier keys is taken for a token whatever the mask says.
+    tokens = torch.ones_like(present[:, -1:]) if queries == 1 else present[:, -queries:]
+    if queries == present.size(-1):
+        tokens = present
+    query_rows, key_rows = (
+        _SequenceRows(x, torch.zeros_like(x, dtype=torch.int64), x.sum(-1, True) - x.cumsum(-1))
+        for x in (tokens, present)
+    )
+    return query_rows, key_rows
+
+
+def _packed(x: Tensor, boundaries: Tensor) -> _SequenceRows:
+    """Rows of x, [1, heads, rows, d], as sequences between boundaries."""
+    rows = torch.arange(x.size(-2), device=x.device)
+    sequence = torch.bucketize(rows, boundaries[1:], right=True)
+    inside = (rows >= boundaries[0]) & (rows < boundaries[-1])
+    ends = boundaries[1:][sequence.clamp(max=len(boundaries) - 2)]
+    return _SequenceRows(inside[None], sequence[None], (ends - 1 - rows)[None])
 
 
 # ---------------------------------------------------------------------- trying layouts out

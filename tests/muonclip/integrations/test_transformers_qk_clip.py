@@ -4,10 +4,14 @@ Models are built from small configurations; nothing is downloaded.
 """
 
 import copy
+import importlib
 import math
 import pickle
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -519,6 +523,151 @@ class TestFlashAttention:
         assert self.agrees(model, inputs, flash)
         met: dict[str, Any] = {name: model.get_submodule(name) for name in theirs}
         assert close({name: m.largest for name, m in met.items()}, theirs)
+
+
+class FlashKernels(ModuleType):
+    """The functions of the package flash_attn_interface, sequence by sequence in float64.
+
+    transformers' own code decides what they are called with. They keep the largest logits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("flash_attn_interface")
+        self.largest: list[Tensor] = []
+
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None,
+        causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        """q, k: [batch, length, heads, d]. The last query meets the last key."""
+        for queries, keys in zip(
+            q.double().transpose(1, 2), k.double().transpose(1, 2), strict=True
+        ):
+            keys = keys.repeat_interleave(len(queries) // len(keys), 0)
+            logits = queries @ keys.mT * (softmax_scale or q.size(-1) ** -0.5)
+            first = keys.size(1) - queries.size(1)
+            distance = torch.arange(queries.size(1))[:, None] + first - torch.arange(keys.size(1))
+            seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+            before, after = window_size
+            if before >= 0:
+                seen = seen & (distance <= before) & (-distance <= after)
+            if logits.numel():
+                self.largest.append(logits.where(seen, -math.inf).amax((1, 2)))
+        return v.new_zeros(*q.shape[:-1], v.size(-1))
+
+    def flash_attn_varlen_func(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None = None,
+        causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        """q, k: [all lengths, heads, d]."""
+        edges = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+        for (q_start, k_start), (q_stop, k_stop) in pairwise(edges):
+            parts = (q[None, q_start:q_stop], k[None, k_start:k_stop], v[None, k_start:k_stop])
+            self.flash_attn_func(*parts, softmax_scale, causal, window_size)
+        return v.new_zeros(*q.shape[:-1], v.size(-1))
+
+    flash_attn_with_kvcache = None
+
+
+class FlashAttention(nn.Module):
+    """Hands its projections to transformers' flash attention."""
+
+    def __init__(self, heads: int, groups: int, causal: bool) -> None:
+        super().__init__()
+        sizes = (heads, groups, groups)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, 6 * n) for n in sizes)
+        self.head_dim, self.is_causal = 6, causal
+        self.config = SimpleNamespace(_attn_implementation="flash_attention_3")
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        q, k, v = (
+            f(y).unflatten(-1, (-1, 6)).transpose(1, 2)
+            for f, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        )
+        attend = transformers.AttentionInterface().get_interface("flash_attention_3", None)
+        mixed: Tensor = attend(self, q, k, v, mask, scaling=0.7, **options)[0]
+        return mixed
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    how=st.sampled_from(
+        [
+            "plain",
+            "padded",
+            "padded, later",
+            "static cache",
+            "packed",
+            "packed, other keys",
+            "positions",
+            "positions, later",
+        ]
+    ),
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    groups=st.integers(1, 2),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 5),
+    share=st.floats(0.1, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_flash_attention1876_maxima_are_those_of_the_kernels(
+    how: str,
+    batch: int,
+    queries: int,
+    keys: int,
+    groups: int,
+    causal: bool,
+    window: int | None,
+    share: float,
+    seed: int,
+) -> None:
+    """Whatever transformers' own code gives to the kernels: padding, caches, packed sequences."""
+    utilities: Any = importlib.import_module("transformers.modeling_flash_attention_utils")
+    torch.manual_seed(seed)
+    mask: Tensor | None = None
+    options: dict[str, Any] = {"sliding_window": window}
+    if how in ("padded", "packed", "positions"):
+        queries = keys
+    if how in ("padded, later", "static cache", "positions, later"):  # the last queries
+        queries = min(queries, keys)
+    if how == "padded":
+        mask = (torch.rand(batch, keys) < share).long()
+    elif how in ("padded, later", "static cache"):  # on the left
+        starts = torch.randint(keys, (batch, 1))
+        mask = (torch.arange(keys) >= starts).long()
+        mask[:, -1] = 1
+        keys += 4 * (how == "static cache")
+    elif how.startswith("packed"):
+        for name, rows in (("q", batch * queries), ("k", batch * keys)):
+            edges = [0, *torch.randint(rows + 1, (2,)).sort().values.tolist(), rows]
+            options[f"cu_seq_lens_{name}"] = torch.tensor(edges, dtype=torch.int32)
+            options[f"max_length_{name}"] = rows
+        if how == "packed":
+            options["cu_seq_lens_k"] = options["cu_seq_lens_q"]
+    elif how == "positions, later":
+        batch = 1
+        options["position_ids"] = torch.arange(keys - queries, keys)[None]
+    elif how == "positions":
+        batch = 1
+        positions = torch.arange(keys)
+        options["position_ids"] = (positions % (1 + seed % 5))[None] + seed % 2
+    model = nn.ModuleDict({"attention": FlashAttention(2 * groups, groups, causal)}).train()
+    clip = qk_clip(model, exact=True)
+    kernels = FlashKernels()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn_interface", kernels)
+        patch.setattr(utilities, "_loaded_implementation", None)
+        model["attention"](
+            torch.randn(batch, queries, 12), torch.randn(batch, keys, 12), mask, **options
+        )
+        patch.setattr(utilities, "_loaded_implementation", None)
+    nothing = torch.full((2 * groups,), -math.inf, dtype=torch.float64)
+    largest = torch.stack([nothing, *kernels.largest]).amax(0)
+    seen = clip.step().max_logits["attention"].double()
+    assert torch.allclose(seen, largest, rtol=1e-4, atol=1e-5)
 
 
 class TestLayouts:
