@@ -211,7 +211,7 @@ def _parts(sample: Any) -> list[str | Pixels]:
 
 def _pixels(image: Any) -> Pixels:
     if isinstance(image, Image.Image):
-        return ImageFile(image, "").rgb()[None]
+        return ImageFile(image).rgb()[None]
     raise ValueError(f"its image is a {type(image).__name__}")
 
 

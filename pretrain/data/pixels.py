@@ -1,7 +1,7 @@
 """Image files decoded to the picture that an image viewer shows.
 
-Every reader of images uses :func:`open_image`: folders, shards, ``sample`` and ``inspect``.
-Depends on Pillow and NumPy only.
+Every reader of images uses :func:`open_image`: folders, shards, ``sample`` and ``inspect``. An
+export ships this file for its processor: it depends on Pillow and NumPy only.
 
 - The first image of a file, or one frame of an animation, is turned as its EXIF orientation says.
 - Colours are converted to sRGB by the embedded ICC profile, or else by a PNG's gamma.
@@ -16,7 +16,6 @@ not read: such a file could run code, whatever its name ends in.
 
 import io
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
@@ -52,9 +51,6 @@ _PLAINER = {"La": "LA", "RGBa": "RGBA", "1": "L"}
 _ROUNDING = 2
 _DISPLAY_GAMMA = 2.2
 
-# Pillow warns of damaged metadata, which changes nothing, and of large images below its own limit.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 def formats() -> tuple[str, ...]:
     """The formats that are read, by Pillow's names."""
@@ -71,7 +67,7 @@ def suffixes() -> tuple[str, ...]:
 class ImageFile:
     """An opened image file."""
 
-    def __init__(self, image: Image.Image, name: str) -> None:
+    def __init__(self, image: Image.Image, name: str = "") -> None:
         self._image, self._name = image, name
 
     @property

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ _JSON = files.with_compressed(files.JSON_LINES)
 _TEXT = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
 CAPTIONS = "captions.jsonl"
 _CAPTION = ".txt"
+# Pillow warns of damaged metadata, which changes nothing, and of large images below its own limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # Fields whose content a document of text would lose.
 _MEDIA = (
     *("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios"),

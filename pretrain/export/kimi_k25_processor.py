@@ -1,9 +1,10 @@
 """Images and videos for an exported Kimi-K2.5 model, made as its training data were.
 
-``export`` copies this file into the exported folder, where preprocessor_config.json names it in
-``auto_map``. It needs transformers, NumPy and Pillow, and PyAV for video files; not torchvision,
-and nothing of the package that it comes from. With ``trust_remote_code=True`` it is what
-``AutoProcessor`` and SGLang load, and vLLM where numba is missing.
+``export`` copies this file and the module that decodes images (pretrain/data/pixels.py) into the
+exported folder, where preprocessor_config.json names it in ``auto_map``. They need transformers,
+NumPy and Pillow, and PyAV for video files; not torchvision, and nothing else of this package. With
+``trust_remote_code=True`` it is what ``AutoProcessor`` and SGLang load, and vLLM where numba is
+missing.
 
 To the model, a group of up to four frames is an image, and a video is its groups in a row.
 """
@@ -12,20 +13,19 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from transformers import BatchFeature, Kimi_K25Processor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
-Pixels = npt.NDArray[np.uint8]
+from pretrain.data.pixels import ImageFile, Pixels, decode, open_image
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _OF_IMAGES = ("crop_to_patches", "do_rescale", "do_normalize")
@@ -342,79 +342,15 @@ def _rgb(image: Any) -> Image.Image:
     Args:
         image: Pillow's, an array or tensor, the name or bytes of a file, a URL or base64.
     """
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    elif isinstance(image, Path) or (isinstance(image, str) and Path(image[:4096]).is_file()):
-        with Image.open(image) as opened:
-            return _shown(opened)
-    elif isinstance(image, str):
+    if isinstance(image, bytes | Path):
+        return Image.fromarray(decode(image))
+    if isinstance(image, str):
+        if Path(image[:4096]).is_file():
+            return Image.fromarray(decode(image))
         image = load_image(image)
     elif not isinstance(image, Image.Image):
         image = to_pil_image(image)
-    return _shown(image)
-
-
-def _shown(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_levels(np.asarray(image)))
-    alpha, profile = None, image.info.get("icc_profile")
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        image = image.convert("RGBA")
-    if image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    image = _srgb(image, profile)
-    if alpha is None:
-        return image
-    page = Image.new("RGB", image.size, "white")
-    page.paste(image, mask=alpha)
-    return page
-
-
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert to RGB, by the embedded colour profile if there is one."""
-    transform = _transform(profile, image.mode) if profile else None
-    if transform is None and image.mode == "L":
-        transform = _transform(profile, "RGB") if profile else None
-        image = image.convert("RGB")
-    converted = None if transform is None else ImageCms.applyTransform(image, transform)
-    return converted or image.convert("RGB")
-
-
-@lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where it is of other modes, damaged, or sRGB already."""
-    try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = opened.profile.xcolor_space.strip()
-        if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) != mode:
-            return None
-        transform = ImageCms.buildTransform(
-            opened,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            flags=ImageCms.Flags.NOCACHE,  # which threads cannot share
-        )
-        levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
-        probe = Image.fromarray(cube).convert(mode)
-        converted = ImageCms.applyTransform(probe, transform)
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return None
-    change = np.abs(np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB")))
-    # Profiles of sRGB differ by a rounding.
-    return transform if mode == "CMYK" or change.max() > 2 else None
-
-
-def _levels(samples: npt.NDArray[Any]) -> Pixels:
-    """Samples of more than 8 bits, whose white is 1 (of floats), 255 or 65535."""
-    wide = samples.dtype.itemsize == 2
-    largest = samples.max(initial=0)
-    scales = (1, 255, 65535) if samples.dtype.kind == "f" else (255, 65535)
-    white = 65535 if wide else next((scale for scale in scales if largest <= scale), largest)
-    return np.rint(samples.clip(0).astype(np.float64) * (255 / white)).astype(np.uint8)
+    return Image.fromarray(ImageFile(image).rgb())
 
 
 def _videos(videos: Any) -> list[Any]:
@@ -444,10 +380,9 @@ def _frames(video: Any, fps: float) -> Iterator[Image.Image]:
     elif str(video).lower().endswith(_VIDEO_SUFFIXES):
         yield from _file_frames(str(video), fps)
     else:
-        with Image.open(video) as image:
-            for number in range(getattr(image, "n_frames", 1)):
-                image.seek(number)
-                yield _rgb(image.copy())
+        with open_image(video) as image:
+            for number in range(image.num_frames):
+                yield Image.fromarray(image.rgb(number))
 
 
 def _file_frames(file: Any, fps: float) -> Iterator[Image.Image]:

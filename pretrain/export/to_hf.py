@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pretrain import state
 from pretrain.config import Config, VisionConfig
-from pretrain.data import chat
+from pretrain.data import chat, pixels
 from pretrain.data.fit import Limits, limits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -28,6 +28,7 @@ from pretrain.runtime import checkpoint
 MAX_FILE_BYTES = 5 * 10**9
 _PREFIX = "model."
 _PROCESSOR = Path(__file__).with_name("kimi_k25_processor.py")
+_PIXELS = Path(pixels.__file__)
 _EMBEDDING = f"{_PREFIX}language.embedding.word_embeddings.weight"
 Dtype = Literal["float32", "bfloat16"]
 
@@ -334,7 +335,10 @@ def _write_processor(folder: Path, patch_size: int, largest: Limits, video_fps: 
         "temporal_patch_size": MAX_FRAMES,
         "fps": video_fps,
     }
-    shutil.copyfile(_PROCESSOR, folder / _PROCESSOR.name)
+    shutil.copyfile(_PIXELS, folder / _PIXELS.name)
+    # Transformers takes along the modules that a file imports from its own folder.
+    source = _PROCESSOR.read_text().replace(f"from {pixels.__name__} import", "from .pixels import")
+    (folder / _PROCESSOR.name).write_text(source)
     _write_json(folder / "preprocessor_config.json", image)
     _write_json(folder / "video_preprocessor_config.json", video)
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pretrain.config import DataConfig
-from pretrain.data import Document, sources
+from pretrain.data import Document, pixels, sources
 from pretrain.data.index import Composer
 from pretrain.data.sources import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
+from tests.pretrain.data import test_pixels
 from tests.pretrain.data.test_video import film
 from tests.pretrain.saved_run import Made
 
@@ -329,12 +330,29 @@ def test_limits_in_every_file_are_the_runs(hf: Path, processor: Any) -> None:
 
 
 def test_the_file_needs_nothing_of_this_project(hf: Path) -> None:
-    source = (hf / "kimi_k25_processor.py").read_text()
     imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module
-            imported.add(node.module.split(".")[0])
+    for name in ("kimi_k25_processor.py", "pixels.py"):
+        for node in ast.walk(ast.parse((hf / name).read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module == "pixels"
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module
+                imported.add(node.module.split(".")[0])
     assert imported - sys.stdlib_module_names == {"PIL", "av", "numpy", "torch", "transformers"}
+
+
+@pytest.mark.parametrize(("kind", "mode", "options"), test_pixels.LOSSLESS)
+def test_images_of_every_mode_look_as_in_training(
+    processor: Any, kind: str, mode: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    image, _ = test_pixels.MODES[mode](np.random.default_rng(0))
+    content = test_pixels.file(image, kind, 6, **options)
+    (tmp_path / "image").write_bytes(content)
+    expected = pixels.decode(content)
+    shown = sys.modules[type(processor).__module__]._rgb
+    for source in (content, tmp_path / "image", str(tmp_path / "image")):
+        assert np.array_equal(np.asarray(shown(source)), expected)
+    with Image.open(io.BytesIO(content)) as opened:
+        assert np.array_equal(np.asarray(shown(opened)), expected)
