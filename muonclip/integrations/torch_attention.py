@@ -99,10 +99,10 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
         clip: takes the logits in.
         layers: which of the clip's layers to watch; default: all.
 
-    The model may be compiled before or after: torch's compiler keeps no hooks that were added
-    after it compiled a module, so that this call clears its caches (``torch.compiler.reset``) and
-    everything is compiled again. A layer that another clip watches is watched by this one from now
-    on; the other clip is removed. Copies of the model are not watched.
+    The model may be compiled before or after. Since compiled code does not run what is added later,
+    this call clears the caches of torch's compiler (``torch.compiler.reset``). A layer that another
+    clip watches is watched by this one from now on; the other clip is removed. Copies of the model
+    are not watched.
 
     Returns:
         A handle whose ``remove()`` ends the watching. It ends by itself with the model.
@@ -125,7 +125,6 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     for name, module in modules.items():
         hook = module.register_forward_pre_hook(_observe, with_kwargs=True)
         watched[module] = Watched(name, [hook.remove])
-    torch.compiler.reset()
     return _watched.begin(watched, clip)
 
 

@@ -126,8 +126,10 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     In its first forward pass each layer is tried out: with its rows scaled as a clip would, do its
     logits, and nothing else, follow?
 
-    A layer that another clip watches is watched by this one from now on; the other clip is removed.
-    Copies of the model are not watched.
+    The model may be compiled before or after. Since compiled code does not run what is added later,
+    this call clears the caches of torch's compiler (``torch.compiler.reset``). A layer that another
+    clip watches is watched by this one from now on; the other clip is removed. Copies of the model
+    are not watched.
 
     Args:
         model: the model whose submodules the clip's layers name.

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from muonclip.attachment import Handle
@@ -84,6 +85,7 @@ class WatchedModules(Generic[W]):
             module.__dict__[_OWNER] = _Owner(clip)
         handle = Handle(ends)
         clip.keep(handle)
+        torch.compiler.reset()  # code that was compiled before does not run hooks that are new
         return handle
 
     def _end(self, watched: W, module: Callable[[], nn.Module | None], *_: object) -> None:
