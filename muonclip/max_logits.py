@@ -219,6 +219,7 @@ def _max_logits(
     floating = bias is not None or (isinstance(mask, Tensor) and mask.is_floating_point())
     unbiased = largest.clone() if floating and threshold is not None else largest
     buffer = torch.empty(0, dtype=dtype, device=device)  # reused: fresh memory costs a CPU dearly
+    weighted_buffer = buffer
     for start in range(0, queries, block_size):
         stop = min(start + block_size, queries)
         first, last = 0, min(stop, keys) if causal else keys
@@ -232,6 +233,9 @@ def _max_logits(
             # [batch or 1, groups or 1, heads of a group or 1, queries or 1, keys].
             part = part[..., first:last]
             part = part.view(part.size(0), groups if part.size(1) > 1 else 1, -1, *part.shape[2:])
+        weights = excluded = None
+        if threshold is not None and part is not None and part.dtype != torch.bool:
+            weights, excluded = _weights(part, threshold)
         # Causality masks in part only the keys from the block's first query on.
         edge = max(first, start) if causal else last
         cap = None
@@ -252,20 +256,27 @@ def _max_logits(
             with full_float32_products(device):
                 torch.bmm(block, keys_of_block, out=logits)
             logits = logits.view(b.stop - b.start, -1, *shape)
-            added = None
-            if part is not None:
-                by_batch = part[b] if part.size(0) > 1 else part
-                added = by_batch[:, g] if part.size(1) > 1 else by_batch
             weighted = logits  # the same tensor: masked below
-            if threshold is not None and added is not None and added.dtype != torch.bool:
-                weighted = _without_bias(logits, added, threshold)
-            if added is not None:
-                _apply_mask(logits, added)
+            if weights is not None:
+                if weighted_buffer.numel() < size:
+                    weighted_buffer = torch.empty(size, dtype=dtype, device=device)
+                weighted = weighted_buffer[:size].view(logits.shape)
+                torch.mul(logits, _piece(weights, b, g), out=weighted)
+                if excluded is not None:  # may be anything, NaN included
+                    weighted.masked_fill_(_piece(excluded, b, g), -math.inf)
+            if part is not None:
+                _apply_mask(logits, _piece(part, b, g))
             _raise_to_largest(largest[b, g], logits, cap, edge - first)
             if unbiased is not largest:
                 _raise_to_largest(unbiased[b, g], weighted, cap, edge - first)
     maxima = largest.flatten(1).amax(0)
     return maxima, maxima if unbiased is largest else unbiased.flatten(1).amax(0)
+
+
+def _piece(part: Tensor, batch: slice, groups: slice) -> Tensor:
+    """Some batch items and groups of a tensor that broadcasts over both."""
+    part = part[batch] if part.size(0) > 1 else part
+    return part[:, groups] if part.size(1) > 1 else part
 
 
 def _raise_to_largest(maxima: Tensor, logits: Tensor, cap: Tensor | None, edge: int) -> None:
@@ -421,14 +432,19 @@ def _apply_mask(logits: Tensor, mask: Tensor) -> None:
         logits.add_(mask).masked_fill_(mask == -math.inf, -math.inf)
 
 
-def _without_bias(products: Tensor, bias: Tensor, threshold: float) -> Tensor:
-    """q·k / (1 - b/τ) where b < τ, and -inf elsewhere, where no factor on q·k could help.
+def _weights(bias: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:
+    """1 / (1 - b/τ) of every bias b < τ, and which entries are masked or have another bias.
 
-    Scaling q·k by τ over its largest value brings every q·k + b with b < τ to τ or below.
+    Scaling q·k by τ over its largest product with these weights brings all q·k + b with b < τ to τ
+    or below. No factor on q·k could do that where b is at least τ. On a CPU the second is None if
+    it is empty.
     """
+    excluded = ~((bias < threshold) & (bias > -math.inf))
     # A bias just under the threshold must not divide by 0.
-    left = (1 - bias / threshold).clamp(min=torch.finfo(bias.dtype).eps)
-    return (products / left).masked_fill_(~((bias < threshold) & (bias > -math.inf)), -math.inf)
+    left = (1 - bias / threshold).clamp_(min=torch.finfo(bias.dtype).eps)
+    if bias.device.type == "cpu" and not excluded.any():
+        return left.reciprocal_(), None
+    return left.reciprocal_(), excluded
 
 
 def _check_shapes(query: Tensor, key: Tensor, mask: Mask | None, bias: Tensor | None) -> int:

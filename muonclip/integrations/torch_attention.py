@@ -90,9 +90,10 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     """Show ``clip`` the queries and keys of every forward pass in training.
 
     A hook before the forward pass projects them once more, without gradient: about 5% of a
-    transformer layer's work. Masks count as the layer counts them. Forward passes that activation
-    checkpointing repeats are seen once. Layers with hooks do without torch's fast path in
-    evaluation.
+    transformer layer's work. Masks count as the layer counts them; a floating ``attn_mask``
+    may be a bias, which is not scaled, see ``QKClip.observe_attention``. Forward passes that
+    activation checkpointing repeats are seen once. Layers with hooks do without torch's fast path
+    in evaluation.
 
     Args:
         model: the model whose submodules the clip's layers name.

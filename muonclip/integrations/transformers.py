@@ -118,7 +118,8 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     They are read where attention modules hand them to the attention function that the model is set
     to, rotary embedding and all, by way of ``AttentionInterface.get_interface``, which is replaced
     while anything is watched; functions, masks and results stay as they are. Masks, padding,
-    packed sequences and sliding windows count as the kernel counts them; a softcap does not: the
+    packed sequences and sliding windows count as the kernel counts them. Position biases are in
+    the logits but are not scaled, see ``QKClip.observe_attention``. A softcap is left out: the
     logits that count are those that follow the weights, before the cap. Forward passes that
     activation checkpointing repeats are seen once. Under ``torch.compile`` the graph breaks at
     each attention.
@@ -142,8 +143,8 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     Raises:
         ImportError: without transformers >= 5.
         ValueError: if a layer is not in the model or not known to the clip. In the forward pass:
-            if a layer's logits do not follow its layout, or the attention function's name is not
-            known.
+            if a layer's logits do not follow its layout, its position bias is made of the queries,
+            or the attention function's name is not known.
     """
     names = list(clip.layouts) if layers is None else list(layers)
     modules = dict(model.named_modules())
