@@ -546,6 +546,7 @@ class MuonClip(Optimizer):
         checkpoint must have it. Groups store dtypes and layouts as strings, because it saves
         tensors, numbers and strings only.
         """
+        self._drop_replaced()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and not p.is_meta:
@@ -556,6 +557,25 @@ class MuonClip(Optimizer):
                 if isinstance(value, (torch.dtype, MatrixLayout)):
                     group[option] = str(value)
         return saved
+
+    def _drop_replaced(self) -> None:
+        """Drop the initial state of parameters that are no longer in any group.
+
+        Accelerate reads the state when it prepares an optimizer, and then puts sharded parameters
+        in place.
+        """
+        present = {id(p) for group in self.param_groups for p in group["params"]}
+        replaced = [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]
+        for p in replaced:
+            moments = [local(v) for name, v in self.state[p].items() if name != "master"]
+            if any(moment.any() for moment in moments):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} was replaced in the optimizer's groups "
+                    "after training began, and its momentum belongs to none that is there: make "
+                    "an optimizer of the new parameters, and load the old one's state_dict"
+                )
+        for p in replaced:
+            del self.state[p]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, for the same parameters in the same groups.

@@ -248,3 +248,26 @@ def test_optimizers_loaded_from_one_state_share_nothing() -> None:
     train(second, ours, seed=1)
     for key, state in first.state_dict()["state"].items():
         assert all(torch.equal(value, before[key][name]) for name, value in state.items())
+
+
+def test_parameters_replaced_before_training_leave_no_state_behind() -> None:
+    """Accelerate reads the state, loads it, and then puts sharded parameters in place."""
+    params = parameters()
+    optimizer = MuonClip(params.items())
+    optimizer.load_state_dict(optimizer.state_dict())
+    sharded = parameters()
+    for group in optimizer.param_groups:
+        group["params"] = [sharded[name] for name in group["param_names"]]
+    train(optimizer, sharded)
+    assert len(optimizer.state_dict()["state"]) == len(SHAPES) == len(optimizer.state)
+
+
+def test_parameters_replaced_during_training_are_refused() -> None:
+    """Their momentum would be lost without a word."""
+    params = parameters()
+    optimizer = MuonClip(params.items())
+    train(optimizer, params)
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    with pytest.raises(RuntimeError, match=r"of shape \(4, 4\) was replaced .* after training"):
+        optimizer.state_dict()
