@@ -32,6 +32,8 @@ MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded: 512 MiB in RGB, and Pillow's own limit."""
 MAX_FILM_FRAMES = 10**6
 """Frames of the longest animation or video: more than any sequence has room for."""
+MAX_FILM_PIXELS = 2**35
+"""Pixels of all its frames together: of an hour in 1920 x 1080, four frames a second."""
 _RENDERED_BY_PROGRAMS = frozenset({"EPS", "WMF"})
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,8 +121,16 @@ def mixed_files(source: SourceConfig, key: str) -> list[Path | Skip]:
     if not path.is_dir():
         return _json_files(source, key)
     if (path / CAPTIONS).is_file():
-        return [path / CAPTIONS]
+        return [path / CAPTIONS, *_unnamed(path / CAPTIONS)]
     return list(_images(path, key))
+
+
+def _unnamed(captions: Path) -> Iterator[Skip]:
+    """The images of a folder that its captions.jsonl does not name."""
+    named = set(map(os.path.normpath, media_paths(captions)))
+    for item in files.walk(captions.parent, pixels.suffixes(), "images"):
+        if isinstance(item, Path) and os.path.normpath(item) not in named:
+            yield Skip(str(item), f"not named in {CAPTIONS}", corrupt=False)
 
 
 def _images(folder: Path, key: str) -> Iterator[Path | Skip]:
@@ -422,9 +431,20 @@ def measure(media: Media, fps: float) -> tuple[int, int, int]:
         fps: frames a second that are taken of a video file; of an animation all are.
 
     Raises:
-        ValueError: a file is missing or no image.
+        ValueError: a file is missing or no image, or its frames have more than
+            :data:`pretrain.data.pixels.MAX_FILM_PIXELS` pixels in all.
         PretrainError: PyAV is needed and not installed.
     """
+    frames, height, width = _measure(media, fps)
+    if frames * height * width > pixels.MAX_FILM_PIXELS:
+        raise ValueError(
+            f"{media.paths[0]}: {frames:,} frames of {width} x {height} pixels, in all more than "
+            f"the {pixels.MAX_FILM_PIXELS:,} that are read"
+        )
+    return frames, height, width
+
+
+def _measure(media: Media, fps: float) -> tuple[int, int, int]:
     sizes = []
     for path in media.paths:
         if video.is_video(path):

@@ -1,5 +1,7 @@
 """Shards made from a folder go through energon, resume exactly, and what is wrong is told."""
 
+import gzip
+import io
 import itertools
 import json
 import shutil
@@ -319,6 +321,38 @@ def test_a_file_in_a_shard_that_expands_without_end_is_skipped_unread(folder: Pa
     (skip,) = {skip[:2] for skip in data.take_skipped()}
     assert skip[0].endswith("train-000000.tar:a")
     assert skip[1].endswith("its png is too large: 1,099,511,627,776 bytes")
+
+
+def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    picture = (folder / "pictures" / "000.png").read_bytes()
+    with tarfile.open(shards / "train-000000.tar", "w") as tar:
+
+        def add(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.type = len(content), kind
+            entry.linkname = str(tmp_path / "secret.txt") if kind != tarfile.REGTYPE else ""
+            tar.addfile(entry, io.BytesIO(content))
+
+        for number, key in enumerate(("../up", str(tmp_path / "absolute"), "good", "a/b/../c")):
+            add(f"{key}.png", picture)
+            add(f"{key}.txt", f"caption {number}".encode())
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            key = f"link{kind.decode()}"
+            add(f"{key}.png", picture)
+            add(f"{key}.txt", kind=kind)
+        add("nested.png", picture)
+        add("nested.txt", gzip.compress(b"x" * 99))
+    _index(shards, ["train"], ["png"])
+    before = {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts}
+    meta, skips = energon.read_meta(shards, "source"), list[Skip]()
+    loader = energon._loader(shards, meta, "train", 0, 1, 0, skips)
+    found = {sample.caption for sample in itertools.islice(loader, 40)}
+    assert found <= {f"caption {number}" for number in range(4)} and "caption 2" in found
+    assert len({skip.name for skip in skips}) >= 5
+    assert {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts} == before
 
 
 @pytest.mark.parametrize(

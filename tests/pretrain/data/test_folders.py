@@ -130,7 +130,9 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     assert counts["train"] == 5
 
 
-def test_an_image_that_links_to_itself_is_listed(tmp_path: Path) -> None:
+def test_images_that_captions_do_not_name_and_circles_of_links_are_listed(
+    tmp_path: Path,
+) -> None:
     pictures = make.captioned_folder(tmp_path / "pictures", 3)
     lines = [{"image": "000.png", "caption": "a"}, {"image": "./001.png", "caption": "b"}]
     (pictures / "loop.png").symlink_to("loop.png")
@@ -139,7 +141,8 @@ def test_an_image_that_links_to_itself_is_listed(tmp_path: Path) -> None:
     data = opened(pictures)
     found = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
     assert "loop" in found["captions.jsonl:3"].lower()
-    assert len(read(data)) == 2
+    assert found["002.png"] == "not named in captions.jsonl"
+    assert len(found) == 2 and len(read(data)) == 2
 
 
 def test_names_in_other_encodings_are_read_or_listed(
@@ -153,12 +156,20 @@ def test_names_in_other_encodings_are_read_or_listed(
     shutil.copy(pictures / "000.png", os.fsencode(pictures) + b"/alone\xe9.png")
     (pictures / os.fsdecode(b"sub\xe9")).mkdir()
     make.captioned_folder(pictures / os.fsdecode(b"sub\xe9"), 1)
-    assert (
-        cli.main(
-            ["data", "make-shards", str(pictures), str(tmp_path / "shards"), "--held-out", "0"]
-        )
-        == 0
-    )
+    data = opened(pictures)
+    assert len(read(data)) == 6
+    for index in range(4):
+        data.sample("train", index)
+    (skip,) = data.take_skipped()
+    assert "no caption" in skip.reason
+    config = tmp_path / "config.yaml"
+    config.write_text("vision: {num_layers: 1, hidden_size: 64, num_heads: 4}\n")
+    source = f"data.sources=[{{type: images, path: {pictures}}}]"
+    options = ["data.vocab_size=300", f"data.cache_dir={tmp_path / 'cache'}"]
+    page = ["--out", str(tmp_path / "page.html")]
+    assert cli.main(["data", "inspect", str(config), source, *options, *page]) == 0
+    shards = str(tmp_path / "shards")
+    assert cli.main(["data", "make-shards", str(pictures), shards, "--held-out", "0"]) == 0
     assert "6 pairs" in capsys.readouterr().out
 
 

@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from pretrain.data import sources
 from pretrain.data.pixels import MAX_PIXELS, decode, open_image
+from pretrain.data.sources import Media
 
 Array = npt.NDArray[Any]
 # EXIF's definition: how a viewer turns what is stored.
@@ -493,6 +495,18 @@ def test_an_animation_of_too_many_frames_is_refused() -> None:
         open_image(content) as it,
     ):
         _ = it.num_frames
+
+
+def test_an_animation_of_too_many_pixels_in_all_is_refused_undecoded(tmp_path: Path) -> None:
+    frames = [Image.new("1", (20000, 8000), number % 2) for number in range(2)]
+    content = file(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    place = content.index(b"acTL") - 4
+    content = content[:place] + chunk(b"acTL", struct.pack(">II", 300, 0)) + content[place + 20 :]
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.png: 300 frames of 20000 x 8000 pixels, in all more"):
+        sources.measure(Media((str(path),), moving=True), 1)
+    assert sources.measure(Media((str(path),), moving=False), 1) == (1, 8000, 20000)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 10000), (10000, 1)])
