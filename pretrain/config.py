@@ -281,8 +281,8 @@ class SourceConfig(Settings):
     type: Literal[
         "text", "chat", "images", "energon", "standard_library", "standard_library_chat"
     ] = "text"
-    """text: JSONL (also .gz, .zst) and plain text files; images: a folder of images with captions,
-    or JSONL of images, videos and text that names their files; energon: a folder of WebDataset
+    """text: JSON lines and plain text (also .gz, .zst, .bz2, .xz); images: a folder of images with
+    captions, or JSONL of images, videos and text that names their files; energon: a folder of WebDataset
     shards prepared for megatron-energon; standard_library: the built-in text. chat: JSONL of
     conversations, of which the assistant's replies are learnt, for supervised finetuning;
     standard_library_chat: questions and answers from the built-in text."""

@@ -415,3 +415,29 @@ def test_files_of_a_run_run_no_code(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out").exists()
     set_off(run / name)
     assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "images"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.pkl", "a.jsonl.gz", "a.npy"])
+def test_text_and_conversations_run_no_code(tmp_path: Path, kind: str, name: str) -> None:
+    """A pickle under any name, and JSON that asks for a class, are bytes and values."""
+    marker = tmp_path / "marker"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    attack = pickle.dumps(Touch(marker))
+    (folder / name).write_bytes(gzip.compress(attack) if name.endswith(".gz") else attack)
+    asks = {"__reduce__": ["os.system", [f"touch {marker}"]], "text": f"{{{{cycler({marker})}}}}"}
+    (folder / "b.jsonl").write_text(json.dumps(asks) + "\n")
+    for path in (folder, folder / name, folder / "b.jsonl"):
+        source = SourceConfig(kind, str(path))  # type: ignore[arg-type]
+        cache = str(tmp_path / "cache")
+        config = DataConfig(
+            seq_length=128, vocab_size=300, held_out=0, cache_dir=cache, sources=(source,)
+        )
+
+        def read(config: DataConfig = config) -> None:
+            prepare(config, 14, 0, Dealing()).sample("train", 0)
+
+        check(marker, read)
+    pickle.loads(attack)
+    assert marker.exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from pretrain import config
 from pretrain.data import inspect, prepare
 from pretrain.data import settings as data_settings
+from pretrain.data.files import reason
 from pretrain.data.shards import make_shards
 from pretrain.data.skipped import Skip
 from pretrain.data.text import Split
@@ -37,8 +38,8 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
     try:
         # File names may have bytes that are not UTF-8.
         out.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise PretrainError(f"cannot write {out}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise PretrainError(f"cannot write {out}: {reason(error)}") from error
     _tell(data.take_skipped())
     print(f"{count} sequences of the {split} split: {out}")
 

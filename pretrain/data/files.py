@@ -24,9 +24,9 @@ from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError, one_line
 
 # A line, or a file that is one document, after decompression. Longer ones are skipped.
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
 # Bytes read past an overlong line to find its end. Beyond them the rest of the file is skipped.
-_MAX_PASSED_BYTES = 1 << 30
+_MAX_PASSED_BYTES = 4 << 30
 # Compressed bytes given to a decompressor at a time. At Zstandard's highest ratio (a block of
 # 128 KiB in 4 bytes) they become 32 MiB.
 _STEP = 1 << 10

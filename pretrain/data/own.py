@@ -1,5 +1,6 @@
 """A user's own data: sources opened, split, and mixed into sequences."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,6 +46,7 @@ from pretrain.data.text import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
 
+_LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 # Room that a caption test leaves for what the model writes.
 _ANSWER = 24
 
@@ -425,7 +427,10 @@ class _Reader:
         return within_limit((one for part in self.parts for one in part.records()), self.limit)
 
     def sample_texts(self, most: int, threshold: int) -> Iterator[str]:
-        """Text of up to ``most`` characters that is not held out."""
+        """Text of up to about ``most`` characters that is not held out.
+
+        It is cut where a run has no end: merges within a word take time quadratic in its length.
+        """
         progress = Progress("reading text to train the tokenizer on")
         for number, record in enumerate(self.records()):
             progress(number)
@@ -434,7 +439,7 @@ class _Reader:
             if isinstance(record, Skip) or record.hash < threshold:
                 continue
             most -= len(record.text)
-            yield record.text
+            yield from filter(None, _LONG_RUN.split(record.text))
 
 
 def _reader(config: DataConfig, number: int, seed: int) -> _Reader:

@@ -49,6 +49,9 @@ _KIMI_SPECIALS = {
     **{20: "<|media_end|>", 21: "<|media_pad|>", 254: "[UNK]", 255: "[PAD]"},
 }
 _MOST_TOKENS = 1 << 24
+# Limits of a tokenizer's file, far above those of published ones.
+_MAX_BYTES = 256 << 20
+_MAX_TOKEN_BYTES = 1024
 # How Kimi K2 cuts text before it merges: Han apart, words with their contractions, three digits.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -102,7 +105,10 @@ class Tokenizer:
             whole = {"middle": -1, "end": -1}
         self.im_middle, self.im_end = whole.pop("middle"), whole.pop("end")
         self.roles = whole
-        newline = self.encode("\n")
+        try:
+            newline = self.encode("\n")
+        except ValueError as error:
+            raise PretrainError(one_line(str(error))) from error
         if not len(newline):
             raise PretrainError(f"{name} has no token for the end of a line, which ends a caption")
         self.newline = int(newline[-1])
@@ -183,10 +189,7 @@ class Tokenizer:
         Raises:
             PretrainError: the file is missing or neither of these.
         """
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise PretrainError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        content = _read(path)
         try:
             if content.lstrip()[:1] == b"{":
                 backend = _from_json(json.loads(content))
@@ -195,7 +198,7 @@ class Tokenizer:
         except PretrainError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            reason = " ".join(str(error).split())
+            reason = one_line(str(error))[:300]
             raise PretrainError(
                 f"{path} is neither a tokenizer.json nor a tiktoken file ({reason})"
             ) from error
@@ -238,6 +241,27 @@ class Tokenizer:
         )
 
 
+def _read(path: Path) -> bytes:
+    """
+    Raises:
+        PretrainError: it cannot be read, or it is too large for a tokenizer.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise PretrainError(f"cannot read the tokenizer {path}: it is not a file")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PretrainError(f"cannot read the tokenizer {path}: {reason}") from error
+    if len(content) > _MAX_BYTES:
+        raise PretrainError(
+            f"the tokenizer {path} is larger than {_MAX_BYTES >> 20} MiB: give a tokenizer.json or "
+            "a tiktoken file"
+        )
+    return content
+
+
 def _from_json(description: dict[str, Any]) -> _Tokenizer:
     """A tokenizer.json in which every token of ours is special: none comes out of a text."""
     vocabulary = (description.get("model") or {}).get("vocab") or {}
@@ -261,14 +285,17 @@ def _require_sizes(ids: Iterable[int]) -> None:
 def _read_ranks(content: bytes) -> dict[bytes, int]:
     """Bytes of each token to its rank: lines of base64 and number."""
     pairs = (line.split() for line in content.splitlines() if line)
-    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if max(map(len, ranks), default=0) > _MAX_TOKEN_BYTES:
+        raise ValueError(f"a token of it is longer than {_MAX_TOKEN_BYTES} bytes")
+    return ranks
 
 
 def _specials_beside(path: Path) -> dict[int, str] | None:
     config = path.with_name("tokenizer_config.json")
     if not config.exists():
         return None
-    added = json.loads(config.read_text()).get("added_tokens_decoder", {})
+    added = json.loads(_read(config)).get("added_tokens_decoder", {})
     return {int(number): token["content"] for number, token in added.items()} or None
 
 

@@ -280,3 +280,15 @@ def test_progress_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     progress._next = 0
     progress(2000)
     assert capsys.readouterr().err == "indexing text: 2,000 documents so far\n"
+
+
+def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    # Merges within a word take time quadratic in its length: whole, this one takes minutes.
+    texts = ["a" * 3_000_000, " " * 3_000_000 + "b", make.text(1)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    reader = own._reader(DataConfig(sources=(SourceConfig("text", str(path)),)), 0, 0)
+    pieces = list(reader.sample_texts(10**7, 0))
+    assert "".join(pieces) == "".join(texts)
+    assert pieces[-1] == texts[-1], "other texts are whole"
+    assert max(map(len, pieces)) == 1000

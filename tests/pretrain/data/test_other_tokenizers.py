@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare
+from pretrain.data import prepare, tokenizer
 from pretrain.data.tokenizer import KIMI_PATTERN, Tokenizer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -187,3 +187,34 @@ def test_what_is_no_tokenizer_is_told(tmp_path: Path, content: str, message: str
     with pytest.raises(PretrainError, match=message) as error:
         Tokenizer.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_no_tokenizer_needs_are_refused_before_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiktoken_file(tmp_path)
+    long = base64.b64encode(b"ab" * 600).decode()
+    path.write_text(path.read_text() + f"{long} {len(ranks())}\n")
+    with pytest.raises(PretrainError, match="a token of it is longer than 1024 bytes"):
+        Tokenizer.load(path)
+    with pytest.raises(PretrainError, match="cannot read the tokenizer /dev/zero: it is not a fil"):
+        Tokenizer.load(Path("/dev/zero"))
+    monkeypatch.setattr(tokenizer, "_MAX_BYTES", 1000)
+    with pytest.raises(PretrainError, match=r"is larger than 0 MiB: give a tokenizer\.json or"):
+        Tokenizer.load(path)
+
+
+def test_a_regular_expression_without_end_is_one_line(tmp_path: Path) -> None:
+    def endless(described: Any) -> None:
+        described["normalizer"] = {
+            **{"type": "Replace", "pattern": {"String": "\n"}, "content": "a" * 60 + "!"}
+        }
+        split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated"}
+        described["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, described["pre_tokenizer"]],
+        }
+
+    with pytest.raises(PretrainError, match=r"cannot encode it .*retry-limit") as error:
+        Tokenizer.load(written(tmp_path, endless))
+    assert "\n" not in str(error.value)

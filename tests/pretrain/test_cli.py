@@ -1,0 +1,110 @@
+"""Every command answers bad input with one line on stderr and a status above 0."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain import cli, config
+from pretrain.data.tokenizer import Tokenizer
+
+BAD: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
+    "binary": lambda path: path.write_bytes(bytes(range(256)) * 9),
+    "latin": lambda path: path.write_bytes(b"caf\xe9: 1\n"),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "caf\udce9": lambda path: path.write_bytes(b"\xff\xfe"),
+    "two\nlines": lambda path: path.write_text("a: b: c"),
+    "x" * 300: lambda path: None,
+    "binary/below": lambda path: None,
+    "circle": lambda path: path.symlink_to(path),
+}
+COMMANDS = [
+    *(["plan", "{}"], ["data", "inspect", "{}"], ["report", "{}"], ["export", "{}", "--to", "hf"]),
+    *(["import", "{}", "run"], ["sample", "{}"], ["data", "make-shards", "{}", "shards"]),
+    *(["train", "{}"], ["eval", "{}"]),
+    *(["data", "inspect", "ok.yaml", "SOURCE " + kind] for kind in ("chat", "images", "energon")),
+    ["data", "inspect", "ok.yaml", "TOKENIZER"],
+]
+
+
+def argument(text: str, bad: str) -> str:
+    kind, _, source = text.partition(" ")
+    if kind == "SOURCE":
+        return "data.sources=" + json.dumps([{"type": source, "path": bad}])
+    return "data.tokenizer=" + json.dumps(bad) if kind == "TOKENIZER" else text.replace("{}", bad)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_bad_paths_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ok.yaml").write_text("run_dir: run\ndata: {cache_dir: cache, seq_length: 128}\n")
+    for bad, make in BAD.items():
+        if "/" not in bad:
+            make(Path(bad))
+        status = cli.main([argument(text, bad) for text in command])
+        out, err = capsys.readouterr()
+        assert status == 1 and out == "", bad
+        assert err.startswith("error: ") and err.count("\n") == 1 and err[:-1].isprintable(), bad
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "a\nb"), "a b: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"),
+            "'utf-8' codec can",
+        ),
+        (MemoryError("9 TB"), "out of memory 9 TB"),
+        (config.PretrainError("x\x1b[2J"), "x\\x1b[2J"),
+    ],
+)
+def test_failures_of_the_machine_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    line: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(config, "load", fail)
+    assert cli.main(["plan", "a.yaml"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(config, "load", fail)
+    with pytest.raises(KeyError):
+        cli.main(["plan", "a.yaml"])
+
+
+def test_names_that_are_not_utf_8_are_shown_in_pages_and_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for name, content in ((b"a\xe9.txt", b"some words " * 99), (b"b\xe9.txt", b"\xe9")):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(content)
+    Tokenizer.train(["some words"], 300).save(tmp_path / "tokenizer.json")
+    Path("a.yaml").write_text("data: {cache_dir: cache, tokenizer: tokenizer.json}\n")
+    source = json.dumps([{"path": os.fsdecode(folder)}])
+    assert cli.main(["data", "inspect", "a.yaml", f"data.sources={source}"]) == 0
+    out, _ = capsys.readouterr()
+    assert "b\\udce9.txt (not UTF-8 (byte 0xe9 at 0)" in out
+    assert "caf\\udce9" in Path("inspect.html").read_text(encoding="utf-8")
