@@ -282,10 +282,10 @@ class SourceConfig(Settings):
         "text", "chat", "images", "energon", "standard_library", "standard_library_chat"
     ] = "text"
     """text: JSON lines and plain text (also .gz, .zst, .bz2, .xz); images: a folder of images with
-    captions, or JSONL of images, videos and text that names their files; energon: a folder of WebDataset
-    shards prepared for megatron-energon; standard_library: the built-in text. chat: JSONL of
-    conversations, of which the assistant's replies are learnt, for supervised finetuning;
-    standard_library_chat: questions and answers from the built-in text."""
+    captions, or JSONL of images, videos and text that names their files; energon: a folder of
+    WebDataset shards prepared for megatron-energon; standard_library: the built-in text. chat:
+    JSONL of conversations, of which the assistant's replies are learned, for supervised
+    finetuning; standard_library_chat: questions and answers from the built-in text."""
     path: Annotated[str, PathRule(optional=True)] = ""
     """A file, a folder (with what is below it) or a pattern such as data/*.jsonl.gz."""
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
