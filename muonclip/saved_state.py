@@ -90,16 +90,15 @@ def _by_name(
     named: dict[str, _Saved],
 ) -> list[dict[str, Any]]:
     ours = [name for group in groups for name in group["param_names"]]
-    if not named.keys() & set(ours):
+    plain = {_unwrapped(name): saved for name, saved in named.items()}
+    unwrapped = sorted(plain) == sorted(map(_unwrapped, ours)) and len(plain) == len(named)
+    if unwrapped and named.keys() != set(ours):
         # Trained under a wrapper and loaded without it, or the other way round.
-        plain = {_unwrapped(name): saved for name, saved in named.items()}
-        if len(plain) == len(named) and len({_unwrapped(name) for name in ours}) == len(ours):
-            named = plain
-            groups = [
-                {**group, "param_names": [_unwrapped(name) for name in group["param_names"]]}
-                for group in groups
-            ]
-            ours = [_unwrapped(name) for name in ours]
+        named, ours = plain, [_unwrapped(name) for name in ours]
+        groups = [
+            {**group, "param_names": [_unwrapped(name) for name in group["param_names"]]}
+            for group in groups
+        ]
     for name in ours:
         if name not in named:
             raise ValueError(
