@@ -111,6 +111,10 @@ class ImageFile:
         image = self._image
         with _named(self._name):
             turn = _TURNS.get(_orientation(image))
+            if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
+                # Pillow leaves out the alpha of animations that do not announce any, but it is
+                # decoded: outside their frames, nothing is drawn.
+                image._mode = image.rawmode = "RGBA"  # type: ignore[attr-defined]
             if frame is not None:
                 image.seek(frame + _still(image))
             image.load()

@@ -320,7 +320,7 @@ def test_a_file_in_a_shard_that_expands_without_end_is_skipped_unread(folder: Pa
     steps(data, 0, 1, range(10))
     (skip,) = {skip[:2] for skip in data.take_skipped()}
     assert skip[0].endswith("train-000000.tar:a")
-    assert skip[1].endswith("its png is too large: 1,099,511,627,776 bytes")
+    assert skip[1].endswith("its png: too large: 1,099,511,627,776 bytes")
 
 
 def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_path: Path) -> None:
@@ -353,6 +353,31 @@ def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_p
     assert found <= {f"caption {number}" for number in range(4)} and "caption 2" in found
     assert len({skip.name for skip in skips}) >= 5
     assert {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts} == before
+
+
+def test_damaged_parts_of_a_sample_are_skipped_with_the_reason(folder: Path) -> None:
+    writer = _Writer(folder / "parts", "train", 100)
+    (folder / "parts").mkdir()
+    picture = (folder / "pictures" / "000.png").read_bytes()
+    caption = json.dumps({"caption": "number 0"}).encode()
+    for number in range(8):
+        writer.add(f"{number}", {"png": picture, "json": caption})
+    writer.add("deep", {"png": picture, "json": b"[" * 200_000})
+    writer.add("latin", {"png": picture, "json": b"\xe9"})
+    writer.add("empty", {"png": b"", "json": caption})
+    writer.add("cut", {"png": picture[:-30], "json": caption})
+    writer.close()
+    _index(folder / "parts", ["train"], ["png"])
+    dataset = folder / "parts" / ".nv-meta" / "dataset.yaml"
+    dataset.write_text(dataset.read_text().replace("caption: txt", "caption: json[caption]"))
+    data = opened(folder, shards="parts")
+    steps(data, 0, 1, range(20))
+    found = {skip.name.rpartition(":")[2]: skip.reason for skip in data.take_skipped()}
+    reasons = {"deep": "its json: maximum recursion", "latin": "its json:", "cut": "its png: "}
+    reasons |= {"empty": "its png: cannot identify image file"}
+    assert found.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in found[name]
 
 
 @pytest.mark.parametrize(

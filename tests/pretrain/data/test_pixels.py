@@ -416,6 +416,7 @@ def test_animations_show_each_frame_with_what_is_left_of_those_before() -> None:
         ("GIF", {"disposal": 2}),
         ("PNG", {"disposal": PngImagePlugin.Disposal.OP_BACKGROUND}),
         ("PNG", {"disposal": PngImagePlugin.Disposal.OP_BACKGROUND, "default_image": True}),
+        ("WEBP", {"lossless": True}),
     ):
         if "default_image" in more:
             options["append_images"] = frames
