@@ -387,7 +387,10 @@ def _frames(video: Any, fps: float) -> Iterator[Image.Image]:
 
 def _file_frames(file: Any, fps: float) -> Iterator[Image.Image]:
     """The frame that is shown at each time k / fps from the first one on, by PyAV."""
-    import av
+    try:  # transformers demands every package that is imported outside of a try
+        import av
+    except ImportError as error:
+        raise ImportError("video files need PyAV: pip install av") from error
 
     with av.open(file) as container:
         stream = container.streams.video[0]

@@ -356,3 +356,12 @@ def test_images_of_every_mode_look_as_in_training(
         assert np.array_equal(np.asarray(shown(source)), expected)
     with Image.open(io.BytesIO(content)) as opened:
         assert np.array_equal(np.asarray(shown(opened)), expected)
+
+
+def test_video_files_alone_need_pyav(hf: Path) -> None:
+    """transformers refuses to load a file if a package that it imports is missing."""
+    from transformers.dynamic_module_utils import get_imports
+
+    for name in ("kimi_k25_processor.py", "pixels.py"):
+        needed = set(get_imports(hf / name)) - sys.stdlib_module_names
+        assert needed <= {"PIL", "numpy", "torch", "transformers"}
