@@ -142,7 +142,7 @@ class QKClip:
 
     Args:
         layouts: layer name -> where its heads' rows are.
-        threshold: τ: no head's largest logit stays above it.
+        threshold: τ: no head's largest logit stays above it, unless an additive bias alone is.
         exact: compute the exact largest logit of every head in ``observe_attention``, for a
             monitor. Else only of heads whose bound is over the threshold; the clip is the same.
         process_group: ranks that have copies or shards of these weights and see other data (data
