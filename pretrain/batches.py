@@ -12,6 +12,7 @@ from pretrain.data import Data, PackedSample, skipped
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.errors import PretrainError
 from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime.metrics import warn
 from pretrain.runtime.processes import Processes
 
 
@@ -81,7 +82,10 @@ class SkippedOfRun:
         together = [skip for _, skips in every for skip in skips]
         if self._processes.is_main:
             unlisted = {skip.name: skip for skip in together if skip.name not in self._listed}
-            skipped.write(self._path, unlisted.values())
+            try:
+                skipped.write(self._path, unlisted.values())
+            except OSError as error:
+                warn(f"cannot write {self._path} ({error.strerror}): some samples are not listed")
         self._listed |= {skip.name for skip in together}
         self._all.add(together)
 

@@ -1,9 +1,11 @@
 """The command line: ``torchrun --nproc-per-node N -m pretrain COMMAND …``."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import PretrainError, one_line
+from pretrain.runtime import output, stopping
 
 _EPILOG = """\
 examples:
@@ -234,6 +237,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     # and calls a collective by a name that newer torch has another one for.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated")
+    training = options.command in ("train", "eval")
+    with contextlib.ExitStack() as stack:
+        if training:
+            stack.enter_context(output.durable())
+            stack.enter_context(stopping.on_signals())
+            stack.enter_context(stopping.end_with_launcher())
+        try:
+            exit_status = _run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return exit_status
+        except BrokenPipeError:  # as in `pretrain settings | head`
+            if training:  # standard output is no cause
+                raise
+            output.discard(sys.stdout)
+            return stopping.status(signal.SIGPIPE)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return stopping.status(signal.SIGINT)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a command in this process; returns the exit status."""
     from pretrain import config
 
     if options.command == "settings":

@@ -2,24 +2,31 @@
 
 import contextlib
 import json
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from pretrain import batches, report, state
-from pretrain.build import build
+from pretrain.build import Run, build
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Dealing, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
-from pretrain.runtime import checkpoint, processes
-from pretrain.runtime.faults import TERMINATED, Guard, RollBack, Watchdog, on_sigterm
+from pretrain.runtime import checkpoint, processes, stopping
+from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.processes import Processes
 from pretrain.runtime.profiler import Profiler
+from pretrain.runtime.run_lock import RunLock
+from pretrain.runtime.stopping import Termination
 from pretrain.runtime.wandb_run import open_run
 from pretrain.step import train_step
+
+# Seconds between lines about a preparation that other ranks wait for.
+_NEWS_SECONDS = 60.0
 
 
 def train(config: Config) -> None:
@@ -27,15 +34,26 @@ def train(config: Config) -> None:
 
     Raises:
         PretrainError: anything that the user can put right; all ranks raise the same.
-        SystemExit: with status 143, after SIGTERM: the step at hand was finished and saved.
+        SystemExit: after SIGTERM, SIGINT or SIGHUP, with status 128 + the signal's number. A step
+            that had begun was finished and saved.
     """
-    here, data = set_up(config)
-    with watch(config, here) as watchdog:
-        _train(config, here, data, watchdog)
-    processes.stop()
+    with stopping.on_signals() as termination:
+        here = join(config)
+        with lock(config, here) as run_lock:
+            data = prepare_data(config, here)
+            with watch(config, here) as watchdog:
+                _train(config, here, data, watchdog, termination, run_lock)
+        processes.stop()
 
 
-def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> None:
+def _train(
+    config: Config,
+    here: Processes,
+    data: Data,
+    watchdog: Watchdog,
+    termination: Termination,
+    run_lock: RunLock | None,
+) -> None:
     run = build(config, here, data)
     guard = Guard(config.faults)
     watchdog.beat("taking up the newest checkpoint")
@@ -43,13 +61,11 @@ def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> N
     state.keep_tokenizer(run)
 
     run_dir = Path(config.run_dir)
-    out = open_metrics(config, here, done)
+    out = open_metrics(run, done)
     profiler = Profiler(config.profile.steps, run_dir / "traces", here.rank)
     out.say(report.opening(run, done))
     skipped = batches.SkippedOfRun(config, here, data)
     skipped.settle()
-    out.save("parameters.txt", run.assignment)
-    out.append("starts.jsonl", report.start(run, done))
 
     def numbers() -> Iterator[int]:
         """Of the batches to come, one more than are needed so far: a step may be taken back."""
@@ -57,11 +73,12 @@ def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> N
         while done < config.steps and number <= config.steps + guard.passed_over:
             yield (number := number + 1)
 
-    with contextlib.closing(state.saver(run)) as saver, on_sigterm() as termination:
+    with contextlib.closing(state.saver(run)) as saver:
         if done == 0:
             watchdog.beat("the evaluation before the first step")
             out.write({"step": 0, **held_out_losses(run)})
         began = time.monotonic()
+        termination.saves = True
         for number, micro_batches in batches.ahead(config, here, data, numbers(), skipped):
             step = number - guard.passed_over
             watchdog.beat(f"step {step}")
@@ -87,20 +104,32 @@ def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> N
                 metrics |= held_out_losses(run)
             out.write(metrics)
             watchdog.beat(f"the checkpoint of step {step}")
-            unwritten, ends = processes.any_rank(saver.failed(), termination.asked)
+            unwritten, taken, ends = processes.greatest(
+                saver.failed(), run_lock is not None and run_lock.lost, termination.signal
+            )
+            if taken:
+                raise PretrainError(
+                    f"another job has taken run_dir={run_dir} since its run.lock was deleted: "
+                    f"this one ends at step {step}, without saving"
+                )
             if unwritten:
                 saver.wait()  # tells what failed
             if step % config.checkpoint.every == 0 or step == config.steps or ends:
                 state.save(run, saver, guard, step)
             if ends and step < config.steps:
                 saver.wait()
-                out.say(f"SIGTERM: saved after step {step}; started again, the run goes on")
+                out.say(
+                    f"{stopping.name(ends)}: saved after step {step}; start it again to continue"
+                )
                 out.close()
-                raise SystemExit(TERMINATED)
+                raise SystemExit(stopping.status(ends))
             if step == config.steps:
                 break
             began = time.monotonic()
         saver.wait()
+    termination.saves = False  # all is saved
+    if termination.signal:
+        raise SystemExit(stopping.status(termination.signal))
 
     watchdog.beat("the transcription of held-out images")
     transcriptions = transcribe(run)
@@ -108,7 +137,10 @@ def _train(config: Config, here: Processes, data: Data, watchdog: Watchdog) -> N
     out.close()
     if here.is_main:
         print(report.closing(read(out.path), transcriptions))
-        print(f"curves: {plot(run_dir)}")
+        try:
+            print(f"curves: {plot(run_dir)}")
+        except OSError as error:
+            print(f"warning: cannot draw curves.png: {error}", file=sys.stderr)
 
 
 def evaluate(config: Config) -> None:
@@ -130,64 +162,117 @@ def evaluate(config: Config) -> None:
     processes.stop()
 
 
-def watch(config: Config, here: Processes) -> Watchdog:
-    """This rank's watchdog; all ranks leave together where one cannot write its file."""
-    failure: Exception | None = None
-    try:
-        watchdog = Watchdog(
-            config.faults.hang_seconds, here.rank, here.world_size, Path(config.run_dir)
-        )
-    except OSError as error:
-        failure = PretrainError(f"cannot write into run_dir={config.run_dir}: {error.strerror}")
-    processes.agree(failure)
-    return watchdog
-
-
-def open_metrics(config: Config, here: Processes, done: int) -> MetricsWriter:
-    """Open what the main rank writes; all ranks leave together where it cannot."""
-    run_dir = Path(config.run_dir)
-    wandb = partial(open_run, config.wandb, run_dir, to_dict(config))
-    failure: Exception | None = None
-    try:
-        out = MetricsWriter(
-            run_dir,
-            config.steps,
-            done,
-            config.log_every,
-            enabled=here.is_main,
-            wandb=wandb if config.wandb.enabled else None,
-        )
-    except OSError as error:
-        failure = PretrainError(f"cannot write into run_dir={run_dir}: {error.strerror}")
-    except PretrainError as error:
-        failure = error
-    processes.agree(failure)
-    return out
+def join(config: Config) -> Processes:
+    """Join the other processes, which have the same configuration."""
+    config.check_world_size(processes.world_size())
+    here = processes.start(config.parallel, config.seed, config.faults.hang_seconds)
+    processes.require_same("the configuration", repr(config))
+    return here
 
 
 def set_up(config: Config) -> tuple[Processes, Data]:
-    """Join the other processes, all of one mind, and open the data."""
-    config.check_world_size(processes.world_size())
-    here = processes.start(config.parallel, config.seed)
-    processes.require_same("the configuration", repr(config))
+    """Join the other processes, and open the data."""
+    here = join(config)
     return here, prepare_data(config, here)
 
 
+@contextlib.contextmanager
+def lock(config: Config, here: Processes) -> Iterator[RunLock | None]:
+    """Within, no other job writes into the run's folder; all ranks fail together if one does.
+
+    Yields:
+        The main rank's lock; None on other ranks.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def acquire() -> RunLock | None:
+            run_lock = RunLock(Path(config.run_dir)) if here.is_main else None
+            return stack.enter_context(run_lock) if run_lock else None
+
+        yield processes.together(acquire, here.patient)
+
+
+def watch(config: Config, here: Processes) -> Watchdog:
+    """This rank's watchdog; all ranks fail together if one cannot write its file."""
+
+    def make() -> Watchdog:
+        run_dir, seconds = Path(config.run_dir), config.faults.hang_seconds
+        try:
+            return Watchdog(seconds, here.rank, here.world_size, run_dir)
+        except OSError as error:
+            raise unwritable(run_dir, error) from error
+
+    return processes.together(make)
+
+
+def unwritable(run_dir: Path, error: OSError) -> PretrainError:
+    return PretrainError(f"cannot write into run_dir={run_dir}: {error.strerror or error}")
+
+
+def open_metrics(run: Run, done: int) -> MetricsWriter:
+    """Open the files that the main rank writes; all ranks fail together if it cannot.
+
+    Args:
+        done: steps that are in the checkpoint that the run continues from.
+    """
+    config, run_dir = run.config, Path(run.config.run_dir)
+    wandb = partial(open_run, config.wandb, run_dir, to_dict(config))
+
+    def make() -> MetricsWriter:
+        try:
+            out = MetricsWriter(
+                run_dir,
+                config.steps,
+                done,
+                config.log_every,
+                enabled=run.processes.is_main,
+                wandb=wandb if config.wandb.enabled else None,
+            )
+            out.begin(run.assignment, report.start(run, done))
+            return out
+        except OSError as error:
+            raise unwritable(run_dir, error) from error
+
+    return processes.together(make)
+
+
 def prepare_data(config: Config, here: Processes) -> Data:
-    """The main rank makes what is missing in the cache; then every rank opens it."""
-    prepared, failure = None, None
-    for turn in (here.is_main, not here.is_main):
-        if turn:
-            try:
-                dealing = Dealing(here.data_rank, here.data_size, config.global_batch_size)
-                prepared = prepare(settings(config), config.vision.patch_size, config.seed, dealing)
-                _check_vocabulary(config, prepared)
-            except Exception as error:
-                failure = error
-        processes.agree(failure)
-    assert prepared is not None
-    processes.require_same("the data", prepared.fingerprint)
-    return prepared
+    """The main rank makes what is missing in the cache; then every rank opens it.
+
+    Indexing and training a tokenizer can take hours: other ranks wait for as long as that takes.
+    """
+
+    def open_data() -> Data:
+        dealing = Dealing(here.data_rank, here.data_size, config.global_batch_size)
+        data = prepare(settings(config), config.vision.patch_size, config.seed, dealing)
+        _check_vocabulary(config, data)
+        return data
+
+    with _news_of_waiting(here):
+        prepared = processes.together(lambda: open_data() if here.is_main else None, here.patient)
+    opened = processes.together(lambda: open_data() if prepared is None else prepared, here.patient)
+    processes.require_same("the data", opened.fingerprint)
+    return opened
+
+
+@contextlib.contextmanager
+def _news_of_waiting(here: Processes) -> Iterator[None]:
+    """Within, say now and then that the data is being prepared."""
+    done = threading.Event()
+
+    def tell() -> None:
+        began = time.monotonic()
+        while not done.wait(_NEWS_SECONDS):
+            minutes = (time.monotonic() - began) / 60
+            print(f"preparing the data for {minutes:.0f} minutes so far", flush=True)
+
+    thread = threading.Thread(target=tell, name="news", daemon=True)
+    if here.is_main:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _check_vocabulary(config: Config, data: Data) -> None:

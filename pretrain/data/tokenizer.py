@@ -206,7 +206,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write it as a Hugging Face ``tokenizer.json``, wherever it came from."""
-        self._backend.save(str(path))
+        # The library's own save() raises bare Exceptions for a disk that is full.
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """[n] ids; special tokens written out in the text are plain text.

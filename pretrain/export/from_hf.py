@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain import state
+from pretrain import state, yaml_core
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -22,6 +21,7 @@ from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import MAX_FRAMES, MERGE
 from pretrain.runtime import checkpoint, processes
+from pretrain.runtime.run_lock import RunLock
 
 # Settings of the model that say how it learns, and not what it is.
 _FREE = ("init_std", "expert_bias_update_rate")
@@ -79,11 +79,12 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         longest = _context_length(described)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
-    data = {"tokenizer": str(run_dir / "tokenizer.json"), "seq_length": min(longest, _LONGEST)}
+    tokenizer_path = configuration.escape_path(str(run_dir / "tokenizer.json"))
+    data = {"tokenizer": tokenizer_path, "seq_length": min(longest, _LONGEST)}
     if vision:
         data |= _image_settings(files, vision)
     values = {
-        "run_dir": str(run_dir),
+        "run_dir": configuration.escape_path(str(run_dir)),
         "language": deepcopy(language),  # overrides are written into it
         "vision": dict(vision or _NEW_VISION),
         "data": data,
@@ -117,21 +118,22 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             "with vision.num_layers=…, vision.hidden_size=… and so on"
         )
 
-    processes.join()  # a group of one, in which checkpoints are written
-    state.write_tokenizer(tokenizer, run_dir)
-    checkpoint.save(
-        folder,
-        0,
-        {f"model.{name}": tensor for name, tensor in tensors.items()},
-        {"config": configuration.to_dict(config), "weights_only": True},
-        keep=1,
-    )
-    provenance.write(run_dir)
-    try:
-        name = json.dumps(source.resolve().name)  # on one line, whatever it contains
-        written.write_text(f"# Made of {name}.\n{yaml.safe_dump(values, sort_keys=False)}")
-    except OSError as error:
-        raise PretrainError(f"cannot write {written}: {error.strerror}") from error
+    with RunLock(run_dir):
+        processes.join()  # a group of one, in which checkpoints are written
+        state.write_tokenizer(tokenizer, run_dir)
+        checkpoint.save(
+            folder,
+            0,
+            {f"model.{name}": tensor for name, tensor in tensors.items()},
+            {"config": configuration.to_dict(config), "weights_only": True},
+            keep=1,
+        )
+        provenance.write(run_dir)
+        try:
+            name = json.dumps(source.resolve().name)  # on one line, whatever it contains
+            written.write_text(f"# Made of {name}.\n{yaml_core.dump(values)}")
+        except OSError as error:
+            raise PretrainError(f"cannot write {written}: {error.strerror}") from error
     return Imported(config, notes)
 
 

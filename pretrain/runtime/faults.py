@@ -1,29 +1,22 @@
-"""What can go wrong with a run that is not the user's mistake: bad steps, hung ranks, a sudden end.
+"""What can go wrong with a run that is not the user's mistake: bad steps and hung ranks.
 
 Whatever decides here decides from numbers that were reduced over all ranks, so all do the same.
 """
 
-import contextlib
 import faulthandler
 import math
 import os
-import signal
 import statistics
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Literal, NamedTuple
 
 from pretrain.config import FaultConfig
 from pretrain.errors import PretrainError
-
-# Python's way to say that a process ended by a signal; what a launcher expects of one that obeyed.
-TERMINATED = 128 + signal.SIGTERM
-
 
 # ---------------------------------------------------------------------- bad steps
 
@@ -257,33 +250,3 @@ class Watchdog:
             return self._path(rank).stat().st_size > 0
         except OSError:
             return False
-
-
-# ---------------------------------------------------------------------- a sudden end
-
-
-class Termination:
-    """Whether this process was asked to end, by SIGTERM."""
-
-    asked = False
-
-
-@contextlib.contextmanager
-def on_sigterm() -> Iterator[Termination]:
-    """Within, SIGTERM is noted and nothing else: a step is finished and saved first.
-
-    It may come several times, from a scheduler and from torchrun. Who cannot wait sends SIGKILL.
-    """
-    termination = Termination()
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        termination.asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield termination  # signals are not this thread's to take
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield termination
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,13 +1,21 @@
 """What a run writes for people to look at: metrics.jsonl, TensorBoard, curves."""
 
+import io
 import json
+import os
+import platform
+import sys
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from pretrain.errors import one_line
 from pretrain.runtime.terminal import Terminal
 
 # What depends on the machine and its load. All else is a function of configuration and seed.
@@ -56,14 +64,111 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class AppendedFile:
+    """A file that records are appended to, each of them whole or not at all.
+
+    A disk that refuses a record, being full for example, costs a warning. The record is kept, and
+    written before the next one once the disk has room.
+
+    Args:
+        path: made, or continued, at once.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    # Records that are kept; after that, the oldest are lost.
+    _MOST = 10_000
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._waiting: deque[bytes] = deque(maxlen=self._MOST)
+        self._warned = False
+
+    def append(self, record: bytes) -> None:
+        """Write a record after those that are waiting, or leave it waiting."""
+        self._waiting.append(record)
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._warned:
+                warn(
+                    f"cannot write {self._path} ({error.strerror}); training continues, and its "
+                    f"latest {self._MOST:,} records are written as soon as that is possible"
+                )
+            self._warned = True
+        else:
+            if self._warned:
+                warn(f"{self._path} is written again")
+            self._warned = False
+
+    def close(self) -> None:
+        """Close the file; waiting records are tried once more, and otherwise lost."""
+        if self._waiting:
+            self.append(self._waiting.pop())
+        self._file.close()
+
+    def _write(self, record: bytes) -> None:
+        rest = record
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._end)  # of what was written before the disk was full
+            raise
+        self._end += len(record)
+
+
+class TensorBoardFile:
+    """An event file of TensorBoard, written in the calling thread.
+
+    Args:
+        folder: where TensorBoard looks, made here.
+        first: the first step to come; TensorBoard drops what earlier files have of later ones.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{platform.node()}.{os.getpid()}"
+        self._file = AppendedFile(folder / name)
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._append(Event(wall_time=time.time(), step=first, session_log=start))
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
+
+
 class MetricsWriter:
     """metrics.jsonl, TensorBoard and the terminal, written by the main rank alone.
+
+    A disk that is full when a run starts ends it; later on it costs a warning, since metrics are
+    worth less than the training.
 
     Args:
         run_dir: the run's folder, made here.
         steps: the run's length.
-        done: steps that are behind. What was recorded after them belongs to a future that is
-            about to be computed again, and is removed.
+        done: steps that are behind. Records of later steps are removed: these are computed again.
         log_every: steps between progress lines.
         enabled: whether this is the main rank; every method does nothing elsewhere.
         wandb: opens a ``wandb.Run``, where one is wanted.
@@ -90,10 +195,21 @@ class MetricsWriter:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.rename(self.path)
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self._file = AppendedFile(self.path)
+        self._board = TensorBoardFile(run_dir / "tensorboard", done + 1)
         self._wandb = wandb() if wandb is not None else None
         self._terminal = Terminal(steps, done, log_every)
+
+    def begin(self, assignment: str, start: Mapping[str, Any]) -> None:
+        """Write parameters.txt, and a line of starts.jsonl.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if self._enabled:
+            (self.path.parent / "parameters.txt").write_text(assignment + "\n")
+            with (self.path.parent / "starts.jsonl").open("a") as file:
+                file.write(json.dumps(start) + "\n")
 
     def say(self, text: str) -> None:
         """Print a line for people."""
@@ -101,15 +217,12 @@ class MetricsWriter:
             self._terminal.say(text)
 
     def save(self, name: str, text: str) -> None:
-        """Write a text file beside the metrics."""
+        """Write a text file next to the metrics; a disk that refuses costs a warning."""
         if self._enabled:
-            (self.path.parent / name).write_text(text + "\n")
-
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line to a file of JSON lines beside the metrics."""
-        if self._enabled:
-            with (self.path.parent / name).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                (self.path.parent / name).write_text(text + "\n")
+            except OSError as error:
+                warn(f"cannot write {self.path.parent / name}: {error.strerror}")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step: ``step`` and numbers, or lists of them by layer (None, where there was
@@ -117,13 +230,11 @@ class MetricsWriter:
         if not self._enabled:
             return
         step = metrics["step"]
-        self._file.write(json.dumps(metrics) + "\n")
-        # All in one event: a hundred add_scalar() take milliseconds.
+        self._file.append((json.dumps(metrics) + "\n").encode())
         numbers = scalars(metrics)
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._board.file_writer.add_summary(Summary(value=values), step)
+        self._board.write(numbers, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._of_wandb(lambda run: run.log(numbers, step=step))
         if "grad_norm" in metrics:
             self._terminal.show(metrics)
         if "held_out_text_loss" in metrics:
@@ -135,7 +246,14 @@ class MetricsWriter:
             self._file.close()
             self._board.close()
             if self._wandb is not None:
-                self._wandb.finish()
+                self._of_wandb(lambda run: run.finish())
+
+    def _of_wandb(self, action: Callable[[Any], None]) -> None:
+        try:
+            action(self._wandb)
+        except Exception as error:  # a service that has gone is no reason to stop training
+            warn(f"Weights & Biases gets no more metrics ({one_line(str(error))})")
+            self._wandb = None
 
 
 def held_out_line(metrics: Mapping[str, Any]) -> str:

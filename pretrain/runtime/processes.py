@@ -1,7 +1,12 @@
 """The processes of a run: their groups, their devices, and leaving together."""
 
+import math
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +18,13 @@ from torch.distributed.rendezvous import rendezvous
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
 from pretrain.runtime import cpu
+
+T = TypeVar("T")
+
+# A process that has died is noticed at once; this is for one that takes its time.
+_PATIENCE = timedelta(days=365)
+# The watchdog, which shows where ranks are stuck, comes before the groups' own limit.
+_AFTER_WATCHDOG = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class Processes:
         tensor_rank, tensor_size: which part of each cut matrix is this rank's.
         first_stage, last_stage: whether it takes in the batch; whether it computes the loss.
         device: where its tensors live.
+        patient: a group of all ranks that waits for as long as it takes, over gloo.
     """
 
     rank: int
@@ -38,6 +51,7 @@ class Processes:
     first_stage: bool
     last_stage: bool
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,39 +59,73 @@ class Processes:
 
 
 def world_size() -> int:
-    """Processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that the launcher started; 1 without a launcher.
+
+    Raises:
+        PretrainError: WORLD_SIZE is not a number.
+    """
+    return _from_environment("WORLD_SIZE", 1)
 
 
-def launcher_rank() -> int:
-    """This process's rank as the launcher says, known before anything is set up."""
-    return int(os.environ.get("RANK", "0"))
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise PretrainError(f"the environment variable {name}={text!r} must be a number")
+    return int(text)
 
 
-def join() -> None:
-    """Join the other processes, or be a group of one; a process group that exists is used."""
+def join(timeout: timedelta = _PATIENCE) -> None:
+    """Join the other processes, or be a group of one; a process group that exists is used.
+
+    Args:
+        timeout: of its collectives.
+
+    Raises:
+        PretrainError: the others cannot be reached.
+    """
     if cpu.USE_CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        backend = "nccl" if cpu.USE_CUDA else "gloo"
-        if "MASTER_ADDR" in os.environ:
-            store, rank, size = next(rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun's c10d rendezvous has one store for all restarts of a node, in which
-                # the addresses of processes that are gone would be found.
-                store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        torch.cuda.set_device(_from_environment("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        return
+    backend = "nccl" if cpu.USE_CUDA else "gloo"
+    if "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's c10d rendezvous has one store for all restarts of a node, in which
+            # the addresses of processes that are gone would be found.
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's errors are RuntimeErrors
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        rank_name = os.environ.get("RANK", "0")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        failure = PretrainError(
+            f"rank {rank_name} cannot join the other processes at {where} ({reason}): check that "
+            "all of them were started, and that no other job uses the port"
+        )
+        if rank_name != "0":  # the command line prints rank 0's errors, as those of all
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        raise failure from error
 
 
-def start(parallel: ParallelConfig, seed: int) -> Processes:
+def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Processes:
     """Join the other processes and set up megatron-core's groups.
 
     Started by torchrun, or as a single process without it.
+
+    Args:
+        hang_seconds: ``faults.hang_seconds``: collectives fail a while after the watchdog would
+            have ended the process; 0: they wait for as long as it takes.
+
+    Raises:
+        PretrainError: the others cannot be reached.
     """
     cpu.enable()
-    join()
+    timeout = timedelta(seconds=hang_seconds) + _AFTER_WATCHDOG if hang_seconds else _PATIENCE
+    join(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -86,6 +134,7 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
         ),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     model_parallel_cuda_manual_seed(seed)
     return Processes(
@@ -101,6 +150,7 @@ def start(parallel: ParallelConfig, seed: int) -> Processes:
         device=torch.device("cuda", torch.cuda.current_device())
         if cpu.USE_CUDA
         else torch.device("cpu"),
+        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
     )
 
 
@@ -131,12 +181,12 @@ def stop() -> None:
     cpu.disable()
 
 
-def any_rank(*flags: bool) -> list[bool]:
-    """Which of the flags are set on any rank: the same answer on every rank, which all call it."""
+def greatest(*values: int) -> list[int]:
+    """The greatest of each value (0 to 255) over all ranks, which all call it."""
     device = "cuda" if cpu.USE_CUDA else "cpu"
-    told = torch.tensor(flags, dtype=torch.uint8, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in told.tolist()]
+    found = torch.tensor(values, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [int(value) for value in found.tolist()]
 
 
 def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
@@ -156,3 +206,18 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> No
     for message in messages:
         if message is not None:
             raise PretrainError(message) from error
+
+
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do something on every rank that can fail on one alone; returns its result on this rank.
+
+    Raises:
+        PretrainError: with the message of the lowest rank that had an error; see :func:`agree`.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    agree(failure, group)
+    return result

@@ -205,7 +205,7 @@ def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
         saver.save(2, {f"big.{dist.get_rank()}": torch.zeros(1 << 18)}, {})
         while True:  # training
             step += 1
-            (failed,) = processes.any_rank(saver.failed())
+            (failed,) = processes.greatest(saver.failed())
             if failed:
                 saver.wait()
     except PretrainError as error:

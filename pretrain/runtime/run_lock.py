@@ -1,0 +1,170 @@
+"""One job at a time writes into a run's folder.
+
+``run.lock`` names the process that writes. A dead one leaves the file behind harmlessly: on the
+machine of that process, the system tells whether it still runs; from another machine, whether it
+still touches the file, which it does every few seconds.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import PretrainError
+
+FILE = "run.lock"
+# Bytes of a lock that are read; any more are not a lock's.
+_MOST = 4096
+
+
+class RunLock:
+    """Locks a run's folder for this process, from entering to leaving the context.
+
+    Args:
+        run_dir: the run's folder, made if it is missing.
+
+    Attributes:
+        lost: another job has taken the folder, since someone deleted the file.
+
+    Raises:
+        PretrainError: another job writes into the folder, or the folder cannot be written.
+    """
+
+    BEAT_SECONDS = 5.0
+    PATIENCE_SECONDS = 30.0
+    """Without a beat for so long, a process on another machine is taken to be dead."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._path = run_dir, run_dir / FILE
+        self._content = {
+            "host": platform.node(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "since": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds"),
+            "token": uuid.uuid4().hex,
+        }
+        self.lost = False
+        self._released = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b", buffering=0) as file, _exclusively(file.fileno()):
+                owner = _content(self._path)
+                if owner is not None and self._is_alive(owner):
+                    raise PretrainError(self._refusal(owner))
+                _write(file.fileno(), json.dumps(self._content))
+        except OSError as error:
+            raise PretrainError(
+                f"cannot write into run_dir={self._run_dir}: {error.strerror}"
+            ) from error
+        self._beats.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._released.set()
+        self._beats.join()
+        # The file stays, empty: another process may be waiting to lock this very file.
+        with contextlib.suppress(OSError):
+            if not self.lost and self._is_ours():
+                os.truncate(self._path, 0)
+
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        if owner.get("machine") == self._content["machine"]:
+            started = _started(int(owner.get("pid", 0)))
+            return started is not None and started == owner.get("started")
+        # Times of different machines are not compared: only whether the file's time changes.
+        before, deadline = self._path.stat().st_mtime_ns, time.monotonic() + self.PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(0.5, self.PATIENCE_SECONDS / 10))
+            if self._path.stat().st_mtime_ns != before:
+                return True
+        return False
+
+    def _refusal(self, owner: dict[str, Any]) -> str:
+        return (
+            f"another job is writing into run_dir={self._run_dir}: process {owner.get('pid')} on "
+            f"{owner.get('host')}, since {owner.get('since')}; wait for it or stop it, or choose "
+            f"another run_dir ({self._path} is its lock)"
+        )
+
+    def _is_ours(self) -> bool:
+        owner = _content(self._path)
+        return owner is not None and owner.get("token") == self._content["token"]
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a disk that does not answer is no reason to stop
+                owner = _content(self._path)
+                if owner is None:  # someone deleted the file
+                    self._path.write_text(json.dumps(self._content))
+                elif owner.get("token") == self._content["token"]:
+                    os.utime(self._path)
+                elif owner:
+                    self.lost = True
+                    return
+
+
+@contextlib.contextmanager
+def _exclusively(descriptor: int) -> Iterator[None]:
+    """One process at a time, on file systems that can lock; on others two may meet."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the file is closed
+    yield
+
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, text.encode())
+    os.fsync(descriptor)
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a lock says; None if nobody has it. A lock that cannot be read is another machine's."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MOST).decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    if not text.strip():
+        return None
+    try:
+        found = json.loads(text)
+        return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+    except ValueError:
+        return {}
+
+
+def _machine() -> str:
+    """A name for where process numbers mean the same: this boot, and this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return f"{platform.node()} {uuid.getnode():x}"
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, in the system's terms; None if it has ended."""
+    if Path("/proc/self/stat").exists():
+        try:
+            # After the name, which may contain anything: the state, and 19 fields on the start.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    ps = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return ps.stdout.strip() or None

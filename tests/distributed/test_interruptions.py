@@ -1,0 +1,220 @@
+"""Runs that are interrupted, and disks and folders that refuse: one line, and nothing is lost.
+
+Everything goes through the command line, as a user would.
+"""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from pretrain import batches, train
+from pretrain.model.multimodal import MicroBatch
+from pretrain.runtime import checkpoint
+from pretrain.runtime.metrics import read
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.distributed.test_faults import BRIEF
+
+# Longer than any test takes.
+LONG = (*BRIEF, "steps=100000", "checkpoint.every=100000")
+
+
+def start(folder: Path, run_dir: str, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":
+    """Start a job in a process group of its own, as a shell does."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--rdzv-backend",
+        "c10d",
+    ]
+    launcher += ["--rdzv-endpoint", "127.0.0.1:0"]
+    settings = [f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides]
+    settings += ["parallel.expert=1"] if ranks == 1 else []
+    return subprocess.Popen(
+        [
+            *(sys.executable, *(launcher if ranks > 1 else ())),
+            *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *LONG, *settings),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def reach(run: "subprocess.Popen[str]", metrics: Path, number: int) -> None:
+    deadline = time.monotonic() + 240
+    while not ((records := read(metrics)) and records[-1]["step"] >= number):
+        assert run.poll() is None, f"the run ended early: {run.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGHUP)]
+)
+def test_ctrl_c_and_a_lost_terminal_save_the_step(
+    folder: Path, ranks: int, number: signal.Signals
+) -> None:
+    """A terminal sends the signal to all processes, and torchrun passes it on as well."""
+    name = f"{number.name}-{ranks}"
+    run = start(folder, name, ranks=ranks)
+    reach(run, folder / name / "metrics.jsonl", 3)
+    os.killpg(run.pid, number)
+    said, told = run.communicate(timeout=120)
+    last = read(folder / name / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.steps(folder / name / "checkpoints") == [last], told
+    assert f"{number.name}: saved after step {last}; start it again to continue" in said
+    if ranks == 1:
+        assert run.returncode == 128 + number
+        assert told == f"{number.name}: saving after this step; Ctrl-C leaves without saving\n"
+
+
+def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Path) -> None:
+    run_dir = folder / "shared"
+    run = start(folder, "shared")
+    reach(run, run_dir / "metrics.jsonl", 2)
+    file = (run_dir / "metrics.jsonl").stat().st_ino
+    second = start(folder, "shared", ranks=1)
+    _, told = second.communicate(timeout=240)
+    assert second.returncode == 1
+    assert told.startswith(f"error: another job is writing into run_dir={run_dir}: process ")
+    assert told.count("\n") == 1
+    assert run.poll() is None and (run_dir / "metrics.jsonl").stat().st_ino == file
+
+    ranks = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert len(gone) >= 2 and not alive
+    again = start(folder, "shared", ranks=1)  # a dead job is in nobody's way
+    reach(again, run_dir / "metrics.jsonl", 1)
+    again.kill()
+    again.communicate()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.partial", "parameters.txt", "starts.jsonl"])
+def test_a_disk_that_is_full_at_the_start_is_one_line_on_all_ranks(folder: Path, name: str) -> None:
+    run_dir = folder / f"full-{name}"
+    run_dir.mkdir()
+    (run_dir / name).symlink_to("/dev/full")
+    (status, line), (other, nothing) = launch(
+        training.command, 2, "train", f"{folder}/tiny.yaml", *LONG,
+        f"data.cache_dir={folder}/cache", f"run_dir={run_dir}",
+    )  # fmt: skip
+    assert (status, other, nothing) == (1, 1, "")
+    assert line.startswith(f"error: cannot write into run_dir={run_dir}: ") or (
+        f"cannot write {run_dir}/tokenizer.json" in line
+    )
+    assert "\n" not in line
+
+
+def _train_with_a_disk_that_is_full_for_a_while(folder: str, *overrides: str) -> tuple[int, str]:
+    of_step = batches.of_step
+
+    def limited(config: Any, here: Any, data: Any, number: int) -> list[MicroBatch]:
+        if here.is_main and number in (3, 6):
+            limit = 200 if number == 3 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return of_step(config, here, data, number)
+
+    batches.of_step = limited
+    cache = f"data.cache_dir={folder}/cache"
+    return training.command("train", f"{folder}/tiny.yaml", cache, *BRIEF, *overrides)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
+    settings = (str(folder), "steps=9")
+    calm = launch(training.train_and_read, 2, *settings, *BRIEF, f"run_dir={folder}/calm")[0]
+    run_dir = f"run_dir={folder}/while"
+    full = launch(
+        _train_with_a_disk_that_is_full_for_a_while, 2, *settings, run_dir, "checkpoint.every=99"
+    )
+    assert full == [(0, "")] * 2
+    assert training.comparable(folder / "while" / "metrics.jsonl") == calm
+    assert checkpoint.steps(folder / "while" / "checkpoints") == [9]
+
+
+def _set_up_while_the_main_rank_takes_long(folder: str) -> int:
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/again",
+        rank=int(os.environ["RANK"]),
+        world_size=2,
+        timeout=timedelta(seconds=2),
+    )
+    prepare = train.prepare
+
+    def slowly(*arguments: Any) -> Any:
+        if dist.get_rank() == 0:
+            time.sleep(6)
+        return prepare(*arguments)
+
+    train.prepare = slowly
+    train._NEWS_SECONDS = 1.0
+    here, _ = train.set_up(training.tiny(folder, *BRIEF))
+    return here.rank
+
+
+def test_ranks_wait_for_the_preparation_of_data_longer_than_for_collectives(folder: Path) -> None:
+    assert launch(_set_up_while_the_main_rank_takes_long, 2, str(folder)) == [0, 1]
+
+
+def launched(folder: Path, **environment: str) -> tuple[int, str]:
+    """Train in a process that a launcher seems to have started; status, and stderr."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "pretrain", "train", f"{folder}/tiny.yaml", f"run_dir={folder}/l"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    return ended.returncode, "\n".join(
+        line
+        for line in ended.stderr.splitlines()
+        if not line.startswith("[")  # c10d's own
+    )
+
+
+def test_a_port_in_use_is_one_line(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, told = launched(
+            folder, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(taken.getsockname()[1]),
+        )  # fmt: skip
+    assert status == 1
+    assert "rank 0 cannot join the other processes at 127.0.0.1:" in told
+    assert "Traceback" not in told
+
+
+def test_a_world_size_that_is_no_number_is_one_line(folder: Path) -> None:
+    status, told = launched(folder, WORLD_SIZE="two")
+    assert (status, told) == (
+        1, "error: the environment variable WORLD_SIZE='two' must be a number"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_run_dir_that_cannot_be_written_is_one_line_on_all_ranks(
+    folder: Path, place: str
+) -> None:
+    (folder / "file").write_text("not a folder")
+    outcomes: Sequence[tuple[int, str]] = launch(
+        training.command, 2, "train", f"{folder}/tiny.yaml", *LONG,
+        f"data.cache_dir={folder}/cache", f"run_dir={folder}/{place}",
+    )  # fmt: skip
+    assert [status for status, _ in outcomes] == [1, 1]
+    assert outcomes[0][1].startswith(f"error: cannot write into run_dir={folder}/{place}: ")
+    assert outcomes[1][1] == ""
