@@ -146,30 +146,24 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
     assert checkpoint.steps(folder / "while" / "checkpoints") == [9]
 
 
-def _set_up_while_the_main_rank_takes_long(folder: str) -> int:
-    dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/again",
-        rank=int(os.environ["RANK"]),
-        world_size=2,
-        timeout=timedelta(seconds=2),
-    )
+def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
+    settings = training.tiny(folder, *BRIEF)
+    here = train.join(settings)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
     prepare = train.prepare
 
     def slowly(*arguments: Any) -> Any:
-        if dist.get_rank() == 0:
-            time.sleep(6)
+        if here.is_main:
+            time.sleep(8)
         return prepare(*arguments)
 
     train.prepare = slowly
-    train._NEWS_SECONDS = 1.0
-    here, _ = train.set_up(training.tiny(folder, *BRIEF))
+    train.prepare_data(settings, here)
     return here.rank
 
 
 def test_ranks_wait_for_the_preparation_of_data_longer_than_for_collectives(folder: Path) -> None:
-    assert launch(_set_up_while_the_main_rank_takes_long, 2, str(folder)) == [0, 1]
+    assert launch(_prepare_while_the_main_rank_takes_long, 2, str(folder)) == [0, 1]
 
 
 def launched(folder: Path, **environment: str) -> tuple[int, str]:
