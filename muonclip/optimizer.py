@@ -1,6 +1,7 @@
 """MuonClip's optimizer: Muon for matrices, AdamW for the rest, one ``step``."""
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -181,7 +182,10 @@ class MuonClip(Optimizer):
         self._seen: list[tuple[Tensor, torch.Size]] = []
         self._groups: list[dist.ProcessGroup] | None = None
         self._connected: ConnectedRanks | None = None
+        self._made = False
+        self._warned_of_shapes = False
         super().__init__(params, defaults)
+        self._made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as two groups if it mixes Muon's and AdamW's parameters.
@@ -203,9 +207,14 @@ class MuonClip(Optimizer):
             params = list(zip(names, params, strict=True))
         entries = checks.entries(params, len(self.param_groups))
         checks.new_entries(entries, self.param_groups)
-        divided = checks.divide(entries, options.pop("algorithm", None))
+        algorithm = options.pop("algorithm", None)
+        divided = checks.divide(entries, algorithm)
         for entry in divided.get("muon", ()):
             checks.matrix(entry, self._shape(entry.param), options["layout"])
+            if algorithm is None and entry.name is None and not self._warned_of_shapes:
+                self._warned_of_shapes = True
+                # At the line that makes the optimizer, or adds the group.
+                warnings.warn(_BY_SHAPE, stacklevel=2 if self._made else 4)
 
         for algorithm, members in divided.items():
             group = {**options, "algorithm": algorithm, "updates": 0}
@@ -282,6 +291,8 @@ class MuonClip(Optimizer):
             muon, adamw_groups = self._work()
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = error  # raised once the other ranks know of it
+        if not muon and not adamw_groups and refusal is None:
+            self._warn_without_gradients()
         flags = self._exchange_flags(muon, refusal)
         if flags.refused is not None:
             raise refusal or RuntimeError(
@@ -300,6 +311,18 @@ class MuonClip(Optimizer):
         for group, params in adamw_groups:
             self._step_adamw(group, params, found)
         return loss
+
+    def _warn_without_gradients(self) -> None:
+        """Warn of a first step that finds no gradient: it may never find one."""
+        groups = self.param_groups
+        if any(g["updates"] for g in groups) or not any(g["params"] for g in groups):
+            return
+        warnings.warn(
+            "MuonClip's first step finds no gradient of any of its parameters and changes nothing. "
+            "If the model was wrapped or sharded after the optimizer was made, the optimizer has "
+            "the parameters of before: make it afterwards",
+            stacklevel=5,
+        )
 
     # ------------------------------------------------------------------ what there is to do
 
@@ -663,7 +686,9 @@ class MuonClip(Optimizer):
         self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_shared_work", None)
         self.__dict__.setdefault("_pending", None)
-        self.__dict__.setdefault("_connected", None)
+        for flag in ("_connected", "_warned_of_shapes"):
+            self.__dict__.setdefault(flag, None)
+        self._made = True
         if "_seen" not in self.__dict__:
             self._remember_parameters()
         for param, own in self.state.items():  # an attribute that copies of parameters do not have
@@ -754,6 +779,11 @@ class _Flags(NamedTuple):
     idle: bool
 
 
+_BY_SHAPE = (
+    "MuonClip has parameters without names and chooses between Muon and AdamW by their shapes: "
+    "embeddings and output heads, which belong to AdamW, are matrices too and go to Muon. Give it "
+    "param_groups(model), or model.named_parameters(), or groups with algorithm='muon' or 'adamw'"
+)
 _ADVICE = (
     "Look at this step's data and loss, or lower the learning rate; MuonClip(nonfinite='skip') "
     "leaves such steps out"

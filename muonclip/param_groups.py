@@ -21,6 +21,17 @@ Algorithm = Literal["muon", "adamw"]
 _HEADS = {"head", "output_layer", "embed_out", "unembed", "unembedding", "classifier", "score",
           "qa_outputs"}  # fmt: skip
 _ATTENTION_HEADS = {"q_head", "k_head", "v_head"}
+# Heads of several layers, such as RoBERTa's `classifier`, and their last layers.
+_HEADS_OF_LAYERS = {"classifier", "classification_head", "lm_head"}
+_LAST_OF_HEAD = {"out_proj", "decoder"}
+# Components of names that wrappers add: DDP, torch.compile, FSDP, activation checkpointing,
+# Lightning Fabric, PEFT.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+             "_forward_module", "original_module", "base_layer"}  # fmt: skip
+# What PEFT adds to a module is followed by the name of the adapter.
+_LORA = {"lora_A", "lora_B"}
+_BY_ADAPTER = {*_LORA, "modules_to_save", "lora_embedding_A", "lora_embedding_B",
+               "trainable_tokens_delta"}  # fmt: skip
 # Words in the names of parameters that a module keeps beside, or in place of, a linear layer's
 # `weight`, and that no input is multiplied with.
 _NO_MATRIX = {
@@ -130,7 +141,10 @@ def _reason_in_module(module: nn.Module) -> str | None:
 
 def _reason_in_name(name: str, parameter: Tensor) -> str | None:
     """Why the name of a matrix sends it to AdamW; None where it does not."""
-    path = [part for part in name.split(".") if not part.isdigit()] or [name]
+    parts = name.split(".")
+    path = [part for part in _unwrapped(parts) if not part.isdigit()] or [name]
+    if "parametrizations" in path:
+        return "parametrization"
     nearest = path[-2:]  # the owning module and the parameter: further up says too little
     words = [_words(part) for part in nearest]
     if any(part.startswith("patch_embed") for part in path) or any(
@@ -151,13 +165,20 @@ def _reason_in_name(name: str, parameter: Tensor) -> str | None:
         return "norm"
     if any("router" in part or part == "shared_expert_gate" for part in path):
         return "router"
-    # `gate` is also what gated units are called; only a router has fewer rows than columns.
-    if ("gate" in nearest or "wg" in nearest) and parameter.shape[-2] < parameter.shape[-1]:
+    # `gate` is also what gated units are called; only a router has fewer rows than columns. The
+    # factors of an adapter have neither's shape.
+    if (
+        ("gate" in nearest or "wg" in nearest)
+        and _LORA.isdisjoint(parts)
+        and parameter.shape[-2] < parameter.shape[-1]
+    ):
         return "router"
     if path == ["output", "weight"] or any(
         part in _HEADS or (part.endswith("_head") and part not in _ATTENTION_HEADS)
         for part in nearest
     ):
+        return "output head"
+    if len(path) > 2 and path[-3] in _HEADS_OF_LAYERS and path[-2] in _LAST_OF_HEAD:
         return "output head"
     # A convolution known by name only: [out, in, width] is no stack of matrices.
     if parameter.ndim > 2 and any("conv" in part for part in nearest):
@@ -166,6 +187,18 @@ def _reason_in_name(name: str, parameter: Tensor) -> str | None:
     if parameter.ndim == 3 and parameter.size(0) == 1 and not any("expert" in p for p in path):
         return "learned token"
     return None
+
+
+def _unwrapped(parts: Sequence[str]) -> list[str]:
+    """The components of a name without those that wrappers and adapters add."""
+    parts = parts[2:] if parts[:2] == ["base_model", "model"] else parts
+    kept: list[str] = []
+    before = ""
+    for part in parts:
+        if before not in _BY_ADAPTER and part not in (*_WRAPPERS, *_LORA, "modules_to_save"):
+            kept.append(part)
+        before = part
+    return kept
 
 
 def _words(part: str) -> set[str]:
@@ -198,7 +231,8 @@ def assign(
 
     Raises:
         ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
-            ``muon`` names a parameter that is no matrix, or a layout does not fit.
+            ``muon`` names a parameter that is no matrix, a layout does not fit, or a parameter is
+            a flat part of a matrix (FSDP1, DeepSpeed ZeRO-3).
     """
     layouts = dict(layouts or {})
     owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
@@ -221,6 +255,8 @@ def assign(
     assignments = []
     for parameter, names in owners.items():
         name = names[0][0]
+        if parameter.requires_grad:
+            _check_whole(name, names[0][1], parameter)
         forced_adamw, forced_muon = matches["adamw"](names), matches["muon"](names)
         algorithm: Algorithm | None
         if forced_adamw and forced_muon:
@@ -250,13 +286,26 @@ def assign(
     return assignments
 
 
+def _check_whole(name: str, module: nn.Module, parameter: Tensor) -> None:
+    """Raise for a trained parameter that is a part of what was a matrix."""
+    reason = part_of_matrix(parameter)
+    is_weight = isinstance(module, nn.Linear) and name.rpartition(".")[2] == "weight"
+    if reason is None and is_weight and parameter.ndim != 2:
+        reason = (
+            "is the weight of an nn.Linear, but no matrix: something has flattened it. Muon "
+            "needs whole matrices: shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if reason is not None:
+        raise ValueError(f"{name} of shape {tuple(parameter.shape)} {reason}")
+
+
 def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     """The heads that transformers' models tell of, whatever their names."""
     found = set()
     for module in model.modules():
         tell = getattr(module, "get_output_embeddings", None)
         if callable(tell) and isinstance(head := tell(), nn.Module):
-            found.add(head)
+            found.update(head.modules())  # an adapter may have wrapped it
     return found
 
 

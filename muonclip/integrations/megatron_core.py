@@ -9,15 +9,20 @@ Modules are recognised by class name and attributes, with or without Transformer
 ``shardings`` imports megatron-core, for its process groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from muonclip.attention_layouts import AttentionLayout
+from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.matrix_layouts import MatrixLayout
+from muonclip.param_groups import part_of_matrix
+
+# Attention whose projections ``matrix_layouts`` knows.
+_ATTENTION = ("MLASelfAttention", "AbsorbedMLASelfAttention", "SelfAttention", "CrossAttention")
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -33,7 +38,7 @@ def attention_layouts(
     Under tensor parallelism these are the layouts of the rank's own heads.
 
     Args:
-        model: a GPTModel or any module around one; layers without self-attention are passed over.
+        model: a GPTModel or any module around one; layers without attention are skipped.
         exclude: pattern or patterns (``fnmatch``) of names of layers to leave out.
 
     Returns:
@@ -42,21 +47,28 @@ def attention_layouts(
     Raises:
         ValueError: for an attention whose logits do not follow from its weights' scale (a norm on
             query or key) or whose rows are not whole heads (fewer key groups than tensor-parallel
-            ranks).
+            ranks), and for attention of another class, cross-attention included.
     """
-    layouts = {}
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    layouts: dict[str, AttentionLayout] = {}
     for name, module in model.named_modules():
-        if any(fnmatch(name, pattern) for pattern in patterns):
+        if _is_excluded(name, exclude):
             continue
-        if _is_a(module, "MLASelfAttention"):
+        if _is_a(module, "MLASelfAttention") or _is_a(module, "AbsorbedMLASelfAttention"):
             layouts[name] = _mla(module)
         elif _is_a(module, "SelfAttention"):
             layouts[name] = _gqa(name, module)
+        elif _is_attention(module) and not _is_within(name, layouts):
+            raise ValueError(
+                f"{name} is {type(module).__name__}, an attention whose query and key rows are not "
+                "known here, so QK-Clip would not watch it: leave it out with exclude, or add its "
+                "AttentionLayout to these"
+            )
     return layouts
 
 
-def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, MatrixLayout]:
+def matrix_layouts(
+    model: nn.Module, *, per_head: bool = False, exclude: str | Sequence[str] = ()
+) -> dict[str, MatrixLayout]:
     """The matrices of the model that its parameters fuse, for ``param_groups``.
 
     These are gate and up in ``linear_fc1`` of gated MLPs (experts too); query, key, value and an
@@ -73,12 +85,28 @@ def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, Mat
         per_head: orthogonalize the query, key and value rows of each head on their own, as for
             GLM-5 (arXiv 2602.15763) and Kimi K3 (arXiv 2607.24653, section 2.5). The output
             projection stays whole: its heads add up in one output.
+        exclude: pattern or patterns (``fnmatch``) of names of modules to leave out: their
+            parameters are matrices as they are stored, or get layouts of your own.
 
     Returns:
         Parameter name -> its layout.
+
+    Raises:
+        ValueError: for attention of a class that is not known, whose projections may be fused.
     """
     layouts: dict[str, MatrixLayout] = {}
+    known: list[str] = []
     for name, module in model.named_modules():
+        if _is_excluded(name, exclude):
+            continue
+        if any(_is_a(module, kind) for kind in _ATTENTION):
+            known.append(name)
+        elif _is_attention(module) and not _is_within(name, known):
+            raise ValueError(
+                f"{name} is {type(module).__name__}, an attention that is not known here: if its "
+                "projections are fused, Muon would take them for one matrix. Leave it out with "
+                "exclude, and add the MatrixLayout of each fused parameter to these"
+            )
         config = getattr(module, "config", None)
         if config is None:
             continue
@@ -89,15 +117,19 @@ def matrix_layouts(model: nn.Module, *, per_head: bool = False) -> dict[str, Mat
             half = weight.size(0) // 2
             # Each tensor-parallel rank has its rows of gate, then its rows of up.
             fused["linear_fc1"] = MatrixLayout((half, half), _parts(fc1, weight, config))
-        if _is_a(module, "MLASelfAttention"):
+        if _is_a(module, "MLASelfAttention") or _is_a(module, "AbsorbedMLASelfAttention"):
             heads = config.num_attention_heads
             nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
             query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
             fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
             fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
-            fused["linear_kv_up_proj"] = MatrixLayout(
-                (nope, config.v_head_dim), heads, separate=per_head
-            )
+            if not hasattr(module, "linear_k_up_proj"):
+                fused["linear_kv_up_proj"] = MatrixLayout(
+                    (nope, config.v_head_dim), heads, separate=per_head
+                )
+            elif per_head:
+                fused["linear_k_up_proj"] = MatrixLayout((nope,), heads, separate=True)
+                fused["linear_v_up_proj"] = MatrixLayout((config.v_head_dim,), heads, separate=True)
         elif _is_a(module, "SelfAttention"):
             fused["linear_qkv"] = _qkv(config, per_head)
         elif _is_a(module, "CrossAttention"):
@@ -145,14 +177,17 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
     Raises:
         ImportError: without megatron-core.
         ValueError: on all ranks, if they hold different parameters; for a DDP wrapper that leaves
-            each rank a part of the gradients, and for tensor parallelism in ``GroupedMLP``.
+            each rank a part of the gradients, for tensor parallelism in ``GroupedMLP``, and for
+            shards of generalized tensor parallelism (GTP).
     """
     from muonclip.distributed.sharding import Block, Sharding
 
     parts: dict[bool, dict[Tensor, tuple[tuple[int, ...], Block]]] = {False: {}, True: {}}
     for module in model.modules():
         _check_gradients_are_whole(module)
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (reason := part_of_matrix(parameter)) is not None:
+                raise ValueError(f"{name} of a {type(module).__name__} {reason}")
             if parameter is None or parameter.ndim < 2 or hasattr(parameter, "device_mesh"):
                 continue
             expert = not getattr(parameter, "allreduce", True)
@@ -322,13 +357,22 @@ def _check_gradients_are_whole(module: nn.Module) -> None:
 
 
 def _mla(module: Any) -> AttentionLayout:
-    config = module.config
+    config, heads = module.config, module.num_attention_heads_per_partition
+    query = module.linear_q_proj if config.q_lora_rank is None else module.linear_q_up_proj
+    nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
+    if hasattr(module, "linear_k_up_proj"):  # absorbed MLA, keys and values apart
+        rows = torch.arange(heads * (nope + rope)).view(heads, -1)
+        return AttentionLayout(
+            HeadRows(query, rows[:, :nope]),
+            HeadRows(module.linear_k_up_proj, torch.arange(heads * nope).view(heads, -1)),
+            HeadRows(query, rows[:, nope:]),
+        )
     return AttentionLayout.mla(
-        module.linear_q_proj if config.q_lora_rank is None else module.linear_q_up_proj,
+        query,
         module.linear_kv_up_proj,
-        num_heads=module.num_attention_heads_per_partition,
-        nope_dim=config.qk_head_dim,
-        rope_dim=config.qk_pos_emb_head_dim,
+        num_heads=heads,
+        nope_dim=nope,
+        rope_dim=rope,
         v_dim=config.v_head_dim,
     )
 
@@ -359,6 +403,28 @@ def _weights(linear: nn.Module) -> list[tuple[str, Tensor]]:
     """The matrices of a linear layer: ``weight``, or of a grouped one ``weight0``, ``weight1``…"""
     named = linear.named_parameters(recurse=False)
     return [(name, p) for name, p in named if name.startswith("weight") and p.ndim == 2]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module is by its name an attention, with matrices of its own or in its layers.
+
+    The core of an attention, the product of queries and keys alone, has none.
+    """
+    if not any("attention" in cls.__name__.lower() for cls in type(module).__mro__):
+        return False
+    layers = [module, *module.children()]
+    return any(p.ndim > 1 for layer in layers for p in layer.parameters(recurse=False))
+
+
+def _is_excluded(name: str, exclude: str | Sequence[str]) -> bool:
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    parts = name.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatch(path, pattern) for path in paths for pattern in patterns)
+
+
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") or not module for module in modules)
 
 
 def _join(*parts: str) -> str:

@@ -453,14 +453,55 @@ def wrap_in_fsdp1(use_orig_params: bool) -> None:
     model = FullyShardedDataParallel(
         Block(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
-    with pytest.raises(ValueError, match=r"flat part of what was a matrix .*fully_shard"):
-        MuonClip(param_groups(model))
+    for call in (param_groups, lambda model: MuonClip(model.named_parameters())):
+        with pytest.raises(ValueError, match=r"flat part of what was a matrix .*fully_shard"):
+            call(model)
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_flattened_parameters_are_refused(use_orig_params: bool) -> None:
     """DeepSpeed#8438: as vectors they all went to AdamW, without a word."""
     launch(wrap_in_fsdp1, 2, use_orig_params)
+
+
+def wrap_in_fsdp1_afterwards() -> None:
+    model = Block()
+    optimizer = MuonClip(param_groups(model), **EXACT)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped(random((8, 8), 0, dtype=torch.float64)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"flat part of what was a matrix .*fully_shard"):
+        optimizer.step()
+
+
+def test_parameters_flattened_after_the_optimizer_was_made_are_refused() -> None:
+    launch(wrap_in_fsdp1_afterwards, 2)
+
+
+def step_on_uneven_shards(dim: int) -> str:
+    """Rank 0 holds 5 of 8 rows or columns, the others one and two; torch would give 3, 3 and 2."""
+    mesh = init_device_mesh("cpu", (3,))
+    length = (5, 1, 2)[dist.get_rank()]
+    shape = [8, 8]
+    shape[dim] = length
+    local = torch.ones(shape)
+    options: Any = {"shape": torch.Size((8, 8)), "stride": (8, 1), "run_check": False}
+    p = nn.Parameter(DTensor.from_local(local, mesh, [Shard(dim)], **options))
+    p.grad = DTensor.from_local(local.clone(), mesh, [Shard(dim)], **options)
+    even = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)]))
+    even.grad = torch.ones_like(even)
+    optimizer = MuonClip([("even", even), ("uneven", p)], nonfinite="skip")
+    with pytest.raises(ValueError, match=r"parameter 'uneven': .*uneven") as error:
+        optimizer.step()
+    assert torch.equal(p.to_local(), local)  # type: ignore[attr-defined]
+    assert torch.equal(even.to_local(), torch.ones_like(even.to_local()))  # type: ignore[attr-defined]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_uneven_shards_are_refused_on_all_ranks(dim: int) -> None:
+    """Megatron-FSDP and RaggedShard; also on the rank that holds what torch would give it."""
+    messages = launch(step_on_uneven_shards, 3, dim)
+    assert len(set(messages)) == 1 and "fully_shard" in messages[0]
 
 
 def train_in_buckets(elements: int) -> dict[str, Outcome]:

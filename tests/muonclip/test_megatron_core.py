@@ -119,6 +119,101 @@ def test_layouts_of_a_hybrid_model() -> None:
     QKClip(layouts).step()
 
 
+class AbsorbedMLASelfAttention(nn.Module):
+    """megatron-core's, whose keys and values are projected together or apart."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        twin = MLASelfAttention(6)
+        self.config = twin.config
+        self.num_attention_heads_per_partition = 3
+        self.linear_q_down_proj = twin.linear_q_down_proj
+        self.linear_q_up_proj = twin.linear_q_up_proj
+        self.linear_kv_down_proj = twin.linear_kv_down_proj
+        if apart:
+            self.linear_k_up_proj = nn.Linear(8, 3 * 4, bias=False)
+            self.linear_v_up_proj = nn.Linear(8, 3 * 3, bias=False)
+        else:
+            self.linear_kv_up_proj = twin.linear_kv_up_proj
+
+
+def test_absorbed_mla_is_clipped_as_mla_is() -> None:
+    """Keys without position scale by the square root, queries' rotary part by the whole factor."""
+    for apart in (False, True):
+        model = AbsorbedMLASelfAttention(apart)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        clip = QKClip(megatron_core.attention_layouts(nn.ModuleDict({"a": model})), threshold=1.0)
+        clip.observe("a", torch.tensor([0.5, 4.0, 0.5]))
+        clip.step()
+        factor = {name: (p / before[name])[:, 0] for name, p in model.named_parameters()}
+        query, key = factor["linear_q_up_proj.weight"].view(3, 6), "linear_k_up_proj.weight"
+        keys = factor[key].view(3, 4) if apart else factor["linear_kv_up_proj.weight"].view(3, 7)
+        expected = torch.tensor([1.0, 0.5, 1.0])
+        assert torch.allclose(query[:, :4], expected[:, None].expand(3, 4))
+        assert torch.allclose(query[:, 4:], expected[:, None].square().expand(3, 2))
+        assert torch.allclose(keys[:, :4], expected[:, None].expand(3, 4))
+        for name in factor.keys() - {"linear_q_up_proj.weight", key, "linear_kv_up_proj.weight"}:
+            assert torch.equal(factor[name], torch.ones_like(factor[name]))
+
+
+def test_absorbed_mla_stores_the_matrices_of_mla() -> None:
+    model = nn.ModuleList([AbsorbedMLASelfAttention(False), AbsorbedMLASelfAttention(True)])
+    q, down = MatrixLayout((4, 2), 3), MatrixLayout((8, 2))
+    assert megatron_core.matrix_layouts(model) == {
+        "0.linear_q_up_proj.weight": q,
+        "0.linear_kv_down_proj.weight": down,
+        "0.linear_kv_up_proj.weight": MatrixLayout((4, 3), 3),
+        "1.linear_q_up_proj.weight": q,
+        "1.linear_kv_down_proj.weight": down,
+    }
+    apart = megatron_core.matrix_layouts(model[1], per_head=True)
+    assert apart["linear_k_up_proj.weight"] == MatrixLayout((4,), 3, separate=True)
+    assert apart["linear_v_up_proj.weight"] == MatrixLayout((3,), 3, separate=True)
+
+
+class GatedSparseAttention(nn.Module):
+    """Of no class that is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.linear_qkvg = nn.Linear(16, 32)
+
+
+class DotProductAttention(nn.Module):
+    """Multiplies queries and keys, with nothing but a sink for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.zeros(4))
+
+
+def test_attention_of_an_unknown_class_is_not_skipped() -> None:
+    """It would be enabled and do nothing."""
+    known = SelfAttention(norm=IdentityOp())
+    known.core_attention = DotProductAttention()
+    model = nn.ModuleDict({"known": known, "odd": GatedSparseAttention()})
+    for find in (megatron_core.attention_layouts, megatron_core.matrix_layouts):
+        with pytest.raises(ValueError, match=r"odd is GatedSparseAttention.*exclude"):
+            find(model)
+        for exclude in ("odd", ["*dd"]):
+            assert all(name.startswith("known") for name in find(model, exclude=exclude))
+    with pytest.raises(ValueError, match="cross is CrossAttention"):
+        megatron_core.attention_layouts(nn.ModuleDict({"cross": CrossAttention()}))
+    assert "cross.linear_kv.weight" in megatron_core.matrix_layouts(
+        nn.ModuleDict({"cross": CrossAttention()})
+    )
+
+
+def test_shards_of_generalized_tensor_parallelism_are_refused() -> None:
+    """megatron-core 0.19 keeps a part of the rows on each rank: copies of no block."""
+    model = MLP(True)
+    model.linear_fc1.weight.is_gtp_weight_remat = True
+    for call in (megatron_core.shardings, assign):
+        with pytest.raises(ValueError, match="generalized tensor parallelism"):
+            call(model)
+
+
 def test_fused_matrices_feed_param_groups() -> None:
     """MLM#7077, MLM#4731: gate and up, or query, key and value, in one Newton-Schulz."""
     model = nn.ModuleDict(

@@ -1,10 +1,15 @@
 """Every parameter has one place, one reason, and shows both."""
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from muonclip import MatrixLayout, MuonClip, assign, choose_algorithm, describe, param_groups
 
@@ -58,45 +63,49 @@ def test_every_kind_of_parameter() -> None:
     assert set(found) == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("name", "algorithm"),
-    [
-        ("model.embed_tokens.weight", "adamw"),
-        ("embedding.word_embeddings.weight", "adamw"),
-        ("transformer.wte.weight", "adamw"),
-        ("output_layer.weight", "adamw"),
-        ("output.weight", "adamw"),
-        ("decoder.layers.0.mlp.router.weight", "adamw"),
-        ("model.layers.3.mlp.gate.weight", "adamw"),
-        ("model.layers.3.mlp.shared_expert_gate.weight", "adamw"),
-        ("decoder.layers.0.self_attention.linear_kv_down_proj.weight", "muon"),
-        ("encoder.layer.0.attention.output.dense.weight", "muon"),
-        ("model.layers.0.mlp.gate_proj.weight", "muon"),
-        ("model.layers.0.mlp.experts.gate_up_proj", "muon"),
-        ("embedding_model.layers.0.fc.weight", "muon"),
-        ("heads.0.weight", "muon"),
-        ("score.weight", "adamw"),
-        ("audio_lm_head.weight", "adamw"),
-        ("classifier.1.weight", "adamw"),
-        ("attention.q_head.weight", "muon"),
-        ("vision.patch_projection.weight", "adamw"),
-        ("patch_merger.merging_layer.weight", "muon"),
-        ("model.layers.0.self_attn.q_norm.weight", "adamw"),  # a gain for each head
-        ("mixer.A_log", "adamw"),
-        ("mamba.D", "adamw"),
-        ("attention.time_mix_key", "adamw"),
-        ("self_attn.bias_u", "adamw"),
-        ("self_attn.linear_pos.weight", "muon"),
-        ("attn.rel_pos_h", "adamw"),
-        ("experts.gate_up_proj_bias", "adamw"),
-        ("resampler.latents", "adamw"),
-        ("projector.query", "adamw"),
-        ("self_attn.query.weight", "muon"),
-        ("block.layer_scale_1", "adamw"),
-        ("attention.in_proj_weight", "muon"),
-        ("mlp.gate.wg.weight", "adamw"),
-    ],
-)
+NAMES = [
+    ("model.embed_tokens.weight", "adamw"),
+    ("embedding.word_embeddings.weight", "adamw"),
+    ("transformer.wte.weight", "adamw"),
+    ("output_layer.weight", "adamw"),
+    ("output.weight", "adamw"),
+    ("decoder.layers.0.mlp.router.weight", "adamw"),
+    ("model.layers.3.mlp.gate.weight", "adamw"),
+    ("model.layers.3.mlp.shared_expert_gate.weight", "adamw"),
+    ("decoder.layers.0.self_attention.linear_kv_down_proj.weight", "muon"),
+    ("encoder.layer.0.attention.output.dense.weight", "muon"),
+    ("model.layers.0.mlp.gate_proj.weight", "muon"),
+    ("model.layers.0.mlp.experts.gate_up_proj", "muon"),
+    ("embedding_model.layers.0.fc.weight", "muon"),
+    ("heads.0.weight", "muon"),
+    ("score.weight", "adamw"),
+    ("audio_lm_head.weight", "adamw"),
+    ("classifier.1.weight", "adamw"),
+    ("attention.q_head.weight", "muon"),
+    ("vision.patch_projection.weight", "adamw"),
+    ("patch_merger.merging_layer.weight", "muon"),
+    ("model.layers.0.self_attn.q_norm.weight", "adamw"),  # a gain for each head
+    ("mixer.A_log", "adamw"),
+    ("mamba.D", "adamw"),
+    ("attention.time_mix_key", "adamw"),
+    ("self_attn.bias_u", "adamw"),
+    ("self_attn.linear_pos.weight", "muon"),
+    ("attn.rel_pos_h", "adamw"),
+    ("experts.gate_up_proj_bias", "adamw"),
+    ("resampler.latents", "adamw"),
+    ("projector.query", "adamw"),
+    ("self_attn.query.weight", "muon"),
+    ("block.layer_scale_1", "adamw"),
+    ("attention.in_proj_weight", "muon"),
+    ("mlp.gate.wg.weight", "adamw"),
+    ("classifier.dense.weight", "muon"),
+    ("classifier.out_proj.weight", "adamw"),
+    ("lm_head.decoder.weight", "adamw"),
+    ("self_attn.out_proj.weight", "muon"),
+]
+
+
+@pytest.mark.parametrize(("name", "algorithm"), NAMES)
 def test_names_in_the_wild(name: str, algorithm: str) -> None:
     assert choose_algorithm(torch.zeros(4, 8), name)[0] == algorithm
 
@@ -301,3 +310,198 @@ def test_describe_shows_all_and_adds_up() -> None:
     totals = [line for line in lines if "tensors" in line]
     counted = sum(int(line.split()[3].replace(",", "")) for line in totals)
     assert counted == sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- wrappers and adapters
+
+WRAPPERS = ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+            "modules_to_save.default", "modules_to_save.my_head", "base_layer"]  # fmt: skip
+
+
+@given(
+    name=st.sampled_from([name for name, _ in NAMES]),
+    places=st.lists(st.tuples(st.integers(0, 8), st.sampled_from(WRAPPERS)), max_size=4),
+    prefix=st.sampled_from(["", "base_model.model."]),
+)
+def test_what_wrappers_add_to_a_name_changes_nothing(
+    name: str, places: list[tuple[int, str]], prefix: str
+) -> None:
+    """Any of them, anywhere in front of the parameter."""
+    *path, leaf = name.split(".")
+    wrapped = list(path)
+    for place, wrapper in places:
+        wrapped.insert(min(place, len(wrapped)), wrapper)
+    found = choose_algorithm(torch.zeros(4, 8), prefix + ".".join([*wrapped, leaf]))
+    assert found == choose_algorithm(torch.zeros(4, 8), name)
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """As PEFT keeps a module that is trained in full, next to the original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = copy.deepcopy(original).requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict({"default": original})
+
+
+class LoraLinear(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+
+class LoraEmbedding(nn.Module):
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__()
+        rows, width = base.weight.shape
+        self.base_layer = base.requires_grad_(False)
+        self.lora_embedding_A = nn.ParameterDict({"default": torch.zeros(2, rows)})
+        self.lora_embedding_B = nn.ParameterDict({"default": torch.zeros(width, 2)})
+
+
+class Adapted(nn.Module):
+    """A model as PEFT leaves it, under names that only ``get_output_embeddings`` knows too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = LoraEmbedding(nn.Embedding(11, 8))
+        self.v_proj = LoraLinear(nn.Linear(8, 8))
+        self.gate = LoraLinear(nn.Linear(8, 16))  # of a gated unit
+        self.score = ModulesToSaveWrapper(nn.Linear(8, 3, bias=False))
+        self.lm_head = LoraLinear(nn.Linear(8, 11))
+        self.proj_out = ModulesToSaveWrapper(nn.Linear(8, 11, bias=False))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.proj_out
+
+
+def test_trained_heads_and_embeddings_of_adapted_models_go_to_adamw() -> None:
+    model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": Adapted()})})
+    prefix = "base_model.model."
+    found = {
+        i.name.removeprefix(prefix): (i.algorithm, i.reason)
+        for i in assign(model)
+        if i.algorithm is not None
+    }
+    assert found == {
+        "embed_tokens.lora_embedding_A.default": ("adamw", "embedding"),
+        "embed_tokens.lora_embedding_B.default": ("adamw", "embedding"),
+        "v_proj.lora_A.default.weight": ("muon", "matrix"),
+        "v_proj.lora_B.default.weight": ("muon", "matrix"),
+        "gate.lora_A.default.weight": ("muon", "matrix"),
+        "gate.lora_B.default.weight": ("muon", "matrix"),
+        "score.modules_to_save.default.weight": ("adamw", "output head"),
+        "lm_head.lora_A.default.weight": ("adamw", "output head"),
+        "lm_head.lora_B.default.weight": ("adamw", "output head"),
+        "proj_out.modules_to_save.default.weight": ("adamw", "output head"),
+    }
+
+
+def test_compiled_and_checkpointed_modules_are_assigned_as_without() -> None:
+    plain = [(item.algorithm, item.reason) for item in assign(Model())]
+    wrapped = Model()
+    for name, module in list(wrapped.named_children()):
+        setattr(wrapped, name, checkpoint_wrapper(torch.compile(module)))  # type: ignore[arg-type]
+    assert [(item.algorithm, item.reason) for item in assign(wrapped)] == plain
+
+
+def test_parametrizations_by_name_are_as_by_type() -> None:
+    name = "layer.parametrizations.weight.original1"
+    assert choose_algorithm(torch.zeros(4, 8), name) == ("adamw", "parametrization")
+
+
+# ---------------------------------------------------------------------- parts of matrices
+
+
+def partitioned(weight: Tensor) -> nn.Parameter:
+    """As DeepSpeed ZeRO-3 leaves a parameter between forward passes."""
+    found = nn.Parameter(torch.empty(0))
+    found.ds_id, found.ds_shape = 0, weight.shape  # type: ignore[attr-defined]
+    return found
+
+
+def flattened(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().flatten()[:8].clone())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(partitioned, "'?a.weight'? .*ZeRO-3.*fully_shard"), (flattened, "fully_shard")],
+)
+def test_parts_of_matrices_are_refused(change: Any, message: str) -> None:
+    """As vectors they would all go to AdamW, unnoticed: by ``assign``, or at the first step."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)})
+    optimizer = MuonClip(param_groups(model), lr=0.1)
+    broken = change(model["a"].weight)
+    part = nn.ModuleDict({"a": nn.Linear(4, 8)})
+    part["a"].weight = broken
+    for call in (assign, param_groups):
+        with pytest.raises(ValueError, match=message):
+            call(part)
+    if change is partitioned:
+        with pytest.raises(ValueError, match=message):
+            MuonClip(part.named_parameters())
+
+    weight = model["a"].weight  # in place, as both libraries do
+    weight.data = broken.data
+    weight.__dict__.update(broken.__dict__)
+    before = model["b"].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'a.weight' (of shape|has changed its shape)"):
+            optimizer.step()
+    assert torch.equal(model["b"].weight, before)
+
+
+def test_frozen_parts_are_no_concern() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)})
+    model["a"].weight = partitioned(model["a"].weight).requires_grad_(False)
+    assert [i.algorithm for i in assign(model) if i.name == "a.weight"] == [None]
+
+
+def test_a_vector_in_the_place_of_a_matrix_is_refused() -> None:
+    """DeepSpeed ZeRO-1 and 2 put flat partitions into the optimizer's groups."""
+    optimizer = MuonClip(param_groups(nn.Linear(4, 8)))
+    flat = nn.Parameter(torch.zeros(32))
+    flat.grad = torch.ones(32)
+    group = next(g for g in optimizer.param_groups if g["algorithm"] == "muon")
+    group["params"] = [flat]
+    with pytest.raises(ValueError, match=r"'weight' .* cannot go to Muon as it is"):
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------- parameters without names
+
+
+def test_a_choice_by_shape_alone_is_warned_of_once() -> None:
+    """transformers' Trainer passes no names: embeddings and the head would go to Muon."""
+    model = Model()
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    with pytest.warns(
+        UserWarning, match=r"embeddings and output heads.*param_groups\(model\)"
+    ) as seen:
+        optimizer = MuonClip([{"params": decay}, {"params": rest, "weight_decay": 0.0}])
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
+def test_named_or_explicit_groups_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MuonClip(param_groups(Model()))
+        MuonClip(Model().named_parameters())
+        MuonClip([{"params": [nn.Parameter(torch.zeros(4, 4))], "algorithm": "muon"}])
+        MuonClip([nn.Parameter(torch.zeros(4))])
+
+
+def test_a_first_step_without_any_gradient_is_warned_of() -> None:
+    """As after wrapping the model behind the optimizer's back."""
+    optimizer = MuonClip(param_groups(nn.Linear(4, 8)))
+    with pytest.warns(UserWarning, match="no gradient of any of its parameters") as seen:
+        optimizer.step()
+        optimizer.step()
+    assert len(seen) == 1 and seen[0].filename == __file__
