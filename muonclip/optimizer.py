@@ -299,6 +299,7 @@ class MuonClip(Optimizer):
                 f"another rank refused this step before anything was updated: {flags.refused}"
             )
         if flags.idle:
+            self._complete_state()
             return loss
         found = flags.nonfinite
         if found is not None and found.device.type == "cpu":
@@ -403,6 +404,13 @@ class MuonClip(Optimizer):
                 for index, p in enumerate(group["params"]):
                     checks.changed(group, index, seen.get(p), self._shape(p))
             self._remember_parameters()
+
+    def _complete_state(self) -> None:
+        """Create the state of every trainable parameter that has none."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not p.is_meta:
+                    self._state_of(p, group)
 
     # ------------------------------------------------------------------ agreement of the ranks
 
@@ -564,16 +572,14 @@ class MuonClip(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of every trainable parameter, and the groups.
 
-        Parameters that never had a gradient get their initial state here:
+        Once there is any state, parameters that never had a gradient get theirs here:
         ``torch.distributed.checkpoint`` loads only what the state to load into has, and a
         checkpoint must have it. Groups store dtypes and layouts as strings, because it saves
         tensors, numbers and strings only.
         """
         self._drop_replaced()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and not p.is_meta:
-                    self._state_of(p, group)
+        if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
+            self._complete_state()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             for option, value in group.items():
