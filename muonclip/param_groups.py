@@ -301,7 +301,7 @@ def _check_whole(name: str, module: nn.Module, parameter: Tensor) -> None:
 
 def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     """The heads that transformers' models tell of, whatever their names."""
-    found = set()
+    found: set[nn.Module] = set()
     for module in model.modules():
         tell = getattr(module, "get_output_embeddings", None)
         if callable(tell) and isinstance(head := tell(), nn.Module):
