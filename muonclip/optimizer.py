@@ -430,7 +430,7 @@ class MuonClip(Optimizer):
         device = next(iter(gradients), self._device())
         busy = moves or any(g.count_nonzero() for group in gradients.values() for g in group)
         fits = self._shared_work is None or self._shared_work.fits(items)
-        found = torch.zeros((), device=device)
+        found = torch.zeros((), dtype=torch.float32, device=device)
         if not ignore:
             for tensors in gradients.values():
                 found = torch.maximum(found, _any_nonfinite(tensors).to(device))
@@ -757,8 +757,9 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
         # The fast norm may overflow where no gradient does: only then it takes another look.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         if norms.isfinite().all():
-            return torch.zeros(())
-        return torch.tensor(float(any(not g.isfinite().all() for g in gradients)))
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        bad = any(not g.isfinite().all() for g in gradients)
+        return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
     largest = torch._foreach_norm(gradients, float("inf"))
     return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
 

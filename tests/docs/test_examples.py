@@ -86,3 +86,23 @@ def test_lightning_module(example: Any, tmp_path: Path) -> None:
     checkpoint = str(tmp_path / "straight" / "epoch=0.ckpt")
     resumed = example.main(str(tmp_path / "resumed"), resume_from=checkpoint)
     assert same_weights(straight, resumed)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_lightning_module_is_fitted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: Any
+) -> None:
+    """A second ``fit`` makes another optimizer and clip of the same model."""
+    import lightning
+    from torch.utils.data import DataLoader
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("lightning_module")
+    module = example.Module()
+    for _ in range(2):
+        trainer = lightning.Trainer(
+            max_epochs=1, precision=precision, accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(list(example.batch(0).chunk(2)), batch_size=None))
+        assert module.trainer.callback_metrics["loss"].isfinite()

@@ -24,28 +24,28 @@ from muonclip.integrations import transformers as hf  # noqa: E402
 class Kind(NamedTuple):
     """A small model, its integration, and its loss."""
 
-    make: Callable[[], Any]
+    make: Callable[..., Any]
     integration: Any
     loss: Callable[[Any], Tensor]
 
 
-def llama() -> Any:
+def llama(layers: int = 2) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
     )
     return transformers.LlamaForCausalLM(config).train()
 
 
-def encoder() -> Any:
+def encoder(layers: int = 2) -> Any:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
 TOKENS = torch.arange(10).view(2, 5)
@@ -180,18 +180,20 @@ def test_an_average_of_weights_is_not_watched(kind: Kind) -> None:
 @pytest.mark.parametrize("what", ["model", "layers"])
 def test_a_model_that_was_compiled_before_is_watched(kind: Kind, what: str) -> None:
     torch.compiler.reset()
-    model = kind.make()
+    model = kind.make(layers=1)
     run = torch.compile(model, backend="eager") if what == "model" else model
     if what == "layers":
         for layer in model.layers if hasattr(model, "layers") else model.model.layers:
             layer.compile(backend="eager")
     kind.loss(run)
-    for _ in range(2):
-        clip = kind.integration.qk_clip(model)
-        kind.loss(run).backward()
-        assert observed(clip)
-        clip.remove()
-        kind.loss(run)
+    clip = kind.integration.qk_clip(model)
+    kind.loss(run).backward()
+    assert observed(clip)
+    clip.remove()
+    kind.loss(run)
+    kind.integration.watch(model, clip)
+    kind.loss(run)
+    assert observed(clip)
     torch.compiler.reset()
 
 
