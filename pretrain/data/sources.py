@@ -29,6 +29,8 @@ _MEDIA = (
     *("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios"),
     *("input_image", "input_audio", "pixel_values"),
 )
+# Those that no document has; a caption's image_url often tells where its image is from.
+_UNREAD = ("images", "videos", "audio", "audios", "input_audio")
 _NOTHING: tuple[Any, ...] = (None, "", [], {}, False)
 _LOST_OF_CHAT = (*_MEDIA, "tools", "functions", "system")
 _LOST_OF_MESSAGE = (
@@ -373,6 +375,9 @@ def media_paths(file: Path) -> Iterator[str]:
 
 def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | Skip:
     try:
+        unread = (*_UNREAD, "image", "video") if "parts" in value else _UNREAD
+        if lost := _lost(value, unread):
+            raise ValueError(f"its {lost!r} would be lost: name it in 'parts'")
         if "parts" in value:
             parts = [_part(part, file.parent) for part in _list(value["parts"])]
         else:

@@ -210,3 +210,53 @@ def test_the_standard_library_answers_questions(tmp_path: Path) -> None:
     tokens, _ = source.index.read(int(source.documents["train"][0]))
     text = data.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text.startswith("<|bos|><|im_user|>user<|im_middle|>What ")
+
+
+ASKED = {"role": "user", "content": "What is it?"}
+ANSWERED = {"role": "assistant", "content": "A cat."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+SEEN = {"type": "image_url", "image_url": {"url": "a.jpg"}}
+LOST: dict[str, dict[str, Any]] = {
+    "'images' would be lost": {"messages": [ASKED, ANSWERED], "images": ["a.jpg"]},
+    "'video' would be lost": {"messages": [ASKED, ANSWERED], "video": "a.mp4"},
+    "'tools' would be lost": {"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]},
+    "'system' would be lost": {"messages": [ASKED, ANSWERED], "system": "Be brief."},
+    "part of type 'image_url'": {"messages": [ASKED | {"content": [SEEN]}, ANSWERED]},
+    "'tool_calls' of message 2 would": {"messages": [ASKED, CALL, ANSWERED]},
+    "role 'tool'": {"messages": [ASKED, {"role": "tool", "content": "1"}, ANSWERED]},
+    "'images' of message 1 would": {"messages": [ASKED | {"images": ["a.jpg"]}, ANSWERED]},
+    "'reasoning_content' of message 2": {
+        "messages": [ASKED, ANSWERED | {"reasoning_content": "It has whiskers."}]
+    },
+    "('weight')": {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED]},
+}
+
+
+@pytest.mark.parametrize("reason", LOST)
+def test_a_conversation_of_which_something_would_be_lost_is_left_out(
+    tmp_path: Path, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(LOST[reason]))
+    (skip,) = read_chats(SourceConfig("chat", str(path)), [path])
+    assert isinstance(skip, Skip) and skip.corrupt
+    assert reason in skip.reason and skip.name == f"{path}:1"
+
+
+def test_fields_without_anything_in_them_cost_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
+    messages = [
+        ASKED | {"content": parts, "images": [], "tool_calls": None, "name": "x"},
+        ANSWERED | {"weight": 1, "prefix": False},
+    ]
+    path.write_text(json.dumps({"messages": messages, "images": [], "tools": None, "id": 7}))
+    (chat,) = read_chats(SourceConfig("chat", str(path)), [path])
+    assert isinstance(chat, Chat)
+    assert [message._asdict() for message in chat.messages] == [ASKED, ANSWERED]
+
+
+def test_conversations_may_be_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": [ASKED, ANSWERED]}] * 3, indent=1))
+    assert len([one for one in read_chats(SourceConfig("chat", str(path)), [path])]) == 3

@@ -285,7 +285,7 @@ def test_folders_and_files_that_cannot_be_read_are_listed(
 
 names = st.one_of(
     st.sampled_from([b"a.jsonl", b"b.json", b"c.txt", b".hidden", b"d.csv", b"e", b"\xe9.txt"]),
-    st.binary(min_size=1, max_size=12).map(lambda b: b.translate(None, b"/\0") or b"x"),
+    st.binary(min_size=1, max_size=12).map(lambda b: b.translate(None, b"/\0:[") or b"x"),
 )
 contents = st.one_of(
     st.binary(max_size=300),
@@ -345,3 +345,25 @@ def test_reading_stops_at_the_limit_of_corrupt_records() -> None:
         PretrainError, match=r"4 samples are corrupt, more than data\.max_corrupt=3"
     ):
         list(within_limit(endless(), 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"image": "a.png", "caption": "a", "images": ["b.png"]}, "images"),
+        ({"parts": ["a", {"image": "a.png"}], "image": "b.png"}, "image"),
+        ({"parts": ["a"], "video": "b.mp4"}, "video"),
+        ({"image": "a.png", "caption": "a", "audio": "a.wav"}, "audio"),
+        ({"image": "a.png", "caption": "a", "image_url": "http://a.org/a.png", "images": []}, ""),
+    ],
+)
+def test_a_document_with_images_loses_none_of_them(
+    tmp_path: Path, fields: dict[str, Any], lost: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(fields))
+    (record,) = sources.read_mixed(SourceConfig("images", str(path)), [path])
+    if lost:
+        assert isinstance(record, Skip) and f"its {lost!r} would be lost" in record.reason
+    else:
+        assert isinstance(record, sources.Mixed)
