@@ -84,7 +84,7 @@ def _loader(
             return sample
 
     def note(error: Exception, sample: Any, sources: Any) -> None:
-        # What energon hands over is its raw sample: the files of one key in a shard.
+        # Energon passes its raw sample: the files of one key in a shard.
         raw: dict[str, Any] = next(iter(getattr(sample, "data", None) or ()), {})
         name = f"{raw.get('__shard__', 'a shard')}:{raw.get('__key__', 'a sample')}"
         skips.append(Skip(f"{folder}/{name}", _reason(error)))
@@ -219,7 +219,7 @@ def _pixels(image: Any) -> Pixels:
 
 
 class Meta(NamedTuple):
-    """What is known of prepared shards.
+    """Description of prepared shards.
 
     Attributes:
         fingerprint: digest of energon's description of them.
@@ -446,7 +446,7 @@ class Shards:
         return None if parts is None else self.composer.document(parts)
 
     def describe(self, document: int) -> tuple[str, list[Any], list[Any]]:
-        """As of an index, of a held-out document."""
+        """Name, parts and image shapes of a held-out document, as of an index."""
         parts = self.held_out[document]
         return (
             f"{self.folder}/val:{document}",

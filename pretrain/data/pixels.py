@@ -153,7 +153,7 @@ def decode(source: str | Path | bytes) -> Pixels:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Whatever Pillow raises for a damaged file becomes a ValueError that starts with the name."""
+    """Turn everything that Pillow raises for a damaged file into a ValueError with its name."""
     try:
         yield
     except FileNotFoundError as error:

@@ -14,7 +14,7 @@ from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media, Mixed
 from pretrain.errors import PretrainError
 
-# What energon calls its splits.
+# Energon's names of the splits.
 PARTS = {"train": "train", "held_out": "val"}
 _SAMPLE_TYPE = {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
 
@@ -25,7 +25,7 @@ def make_shards(
     """Write every image of a folder with its caption, and energon's index of them.
 
     Args:
-        folder: with a ``captions.jsonl``, or ``a.txt`` beside ``a.jpg``.
+        folder: with a ``captions.jsonl``, or ``a.txt`` for ``a.jpg``.
         out: a new or empty folder.
         per_shard: pairs in a shard.
         held_out: share of pairs that goes to energon's split ``val``, by a hash of name and

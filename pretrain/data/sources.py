@@ -152,13 +152,13 @@ def _images(folder: Path, key: str) -> Iterator[Path | Skip]:
         elif video.is_video(str(item)):
             yield Skip(str(item), f"a video: name it in {CAPTIONS}", corrupt=False)
         elif item.suffix.lower() == _CAPTION:
-            yield Skip(str(item), "a caption without an image of its name beside it")
+            yield Skip(str(item), "a caption without an image of its name")
         else:
             yield Skip(str(item), "neither an image nor a caption", corrupt=False)
 
 
 def _is_image(file: Path) -> bool:
-    """By its suffix, even if it is damaged; or else by its content."""
+    """Whether a file is an image: by its suffix, even if it is damaged, or by its content."""
     if files.ends_with(file, pixels.suffixes()):
         return True
     if file.suffix.lower() == _CAPTION or video.is_video(str(file)):
@@ -347,7 +347,7 @@ def _pair(image: Path) -> Mixed | Skip:
     try:
         text = files.read_plain(caption).strip()
     except FileNotFoundError:
-        return Skip(str(image), f"no caption {caption.name} beside it")
+        return Skip(str(image), f"no caption {caption.name} in its folder")
     except files.UNREADABLE as error:
         return Skip(str(caption), reason(error))
     if not text:

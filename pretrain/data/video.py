@@ -30,7 +30,7 @@ _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 
 
 def is_video(path: str) -> bool:
-    """By its name."""
+    """Whether a file is a video, by its suffix."""
     return path.lower().endswith(SUFFIXES)
 
 
@@ -107,7 +107,7 @@ def frames(path: str, fps: float) -> Iterator[Pixels]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """What PyAV raises within becomes a ValueError."""
+    """Open a video; errors of PyAV become a ValueError with the path."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist")
     require_av(path)
@@ -216,5 +216,5 @@ def _time_base(stream: "VideoStream") -> Fraction:
 
 
 def _exact(fps: float) -> Fraction:
-    """What was written: 0.1 is a tenth."""
+    """The decimal number as it was written: 0.1 is a tenth."""
     return Fraction(str(fps))

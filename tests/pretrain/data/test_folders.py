@@ -55,8 +55,8 @@ def strange(folder: Path) -> dict[str, str]:
     (pictures / "one.png").write_bytes(file(Image.new("RGB", (1, 1)), "PNG"))
     (pictures / "one.txt").write_text("one pixel")
     reasons = {
-        "lonely.png": "no caption lonely.txt beside it",
-        "orphan.txt": "a caption without an image of its name beside it",
+        "lonely.png": "no caption lonely.txt in its folder",
+        "orphan.txt": "a caption without an image of its name",
         "blank.txt": "no text in it",
         "latin.txt": "not UTF-8 (byte 0xe9",
         "notes.json": "neither an image nor a caption",
