@@ -3,6 +3,7 @@ scales the part of a weight that it holds."""
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -394,3 +395,26 @@ def test_what_cannot_be_scaled_is_refused_before_anything_changes() -> None:
     for errors in launch(refuse, 2):
         assert "reduce it first" in errors[0]
         assert "layer 'layer': the master copy (main_param)" in errors[1]
+
+
+def warnings_of_a_step(observing: int) -> list[str]:
+    """The warnings of a step in which one rank observes the layer, or none does."""
+    attention = nn.Linear(3, 8)
+    layout = AttentionLayout.fused_by_group(nn.Linear(3, 24), num_heads=2)
+    clip = QKClip({"layer": layout})
+    optimizer = torch.optim.SGD(attention.parameters(), lr=0.1)
+    clip.attach(optimizer)
+    attention(torch.ones(3)).sum().backward()
+    if dist.get_rank() == observing:
+        clip.observe("layer", torch.ones(2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(warning.message) for warning in said if "QK-Clip" in str(warning.message)]
+
+
+def test_a_layer_that_another_rank_observed_is_not_reported() -> None:
+    """A rank may have no images in a batch."""
+    assert launch(warnings_of_a_step, 2, 1) == [[], []]
+    for said in launch(warnings_of_a_step, 2, -1):
+        assert len(said) == 1 and "did not observe layer" in said[0]
