@@ -128,8 +128,6 @@ def _train(
             began = time.monotonic()
         saver.wait()
     termination.saves = False  # all is saved
-    if termination.signal:
-        raise SystemExit(stopping.status(termination.signal))
 
     watchdog.beat("the transcription of held-out images")
     transcriptions = transcribe(run)
