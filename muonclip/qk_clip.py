@@ -146,8 +146,9 @@ class QKClip:
         exact: compute the exact largest logit of every head in ``observe_attention``, for a
             monitor. Else only of heads whose bound is over the threshold; the clip is the same.
         process_group: ranks that have copies or shards of these weights and see other data (data
-            and context parallel); their maxima are joined. Default: all ranks, where
-            ``torch.distributed`` is initialised. Under Megatron's tensor or pipeline parallelism
+            and context parallel); their maxima are joined. Default: the ranks of the weights'
+            meshes where all are DTensors, otherwise all ranks, if ``torch.distributed`` is
+            initialized. Under Megatron's tensor or pipeline parallelism
             pass the data-parallel group, since other ranks there have other heads.
         warn_unobserved: warn once about layers that are trained but never observed, so that they
             are not clipped: because the model is in eval mode, or another model is trained.
@@ -194,6 +195,7 @@ class QKClip:
         self._plan = None  # parameters may be replaced (fully_shard): do not keep them
         self._handles: list[Handle] = []
         self._step_hooks: OrderedDict[int, Callable[[ClipResult], None]] = OrderedDict()
+        self._connected: Any = None  # the ranks of the weights' meshes
         self._inactive = ""  # why the clip does nothing
         self._warned: set[tuple[str, ...]] = set()
         # Allocated by the first forward pass, on the device where the model then is.
@@ -348,8 +350,7 @@ class QKClip:
         self._report_skipped(plan.skipped)
         self._move()
         running = torch.maximum(self._running, self._graded)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
+        running = self._join_ranks(running)
         if isinstance(clip, Tensor) and clip.device.type == "cpu":
             clip = bool(clip)
         if judge and clip is not False:
@@ -573,6 +574,22 @@ class QKClip:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(text, stacklevel=4)
+
+    def _join_ranks(self, running: Tensor) -> Tensor:
+        """The maxima of all ranks that have copies or shards of the weights."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return running
+        parts = [part for x in self.layouts.values() for part in (x.query, x.key)]
+        weights = [part.weight for part in parts]
+        if self.process_group is None and all(hasattr(w, "device_mesh") for w in weights):
+            from muonclip.distributed.sharding import ConnectedRanks, groups_of
+
+            groups = groups_of(weights, None, {})
+            if self._connected is None and groups:
+                self._connected = ConnectedRanks(groups)
+            return running if self._connected is None else self._connected.largest(running)
+        dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
+        return running
 
     def _place_masters(self, all_rows: list[Rows]) -> None:
         """Find out, once, where the rank's flat pieces of sharded master copies begin."""

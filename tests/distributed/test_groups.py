@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muonclip import MuonClip, param_groups
+from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 from muonclip.distributed import Block, Sharding
 from muonclip.distributed.sharding import ConnectedRanks, _diameter, order_of
 from tests.distributed.launch import launch
@@ -93,6 +93,32 @@ def test_a_step_waits_for_no_rank_outside_its_mesh() -> None:
     assert third is None
     for weights in (first, second):
         assert_same(weights, train_model(Model()))
+
+
+def clip_on_two_of_three() -> Tensor | None:
+    """The third rank never calls the clip; the others see different logits."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    rank = dist.get_rank()
+    if rank == 2:
+        return None
+    attention = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "qk"})
+    for p in attention.parameters():
+        nn.init.ones_(p)
+    fully_shard(attention, mesh=mesh)
+    layout = AttentionLayout.separate(attention["q"], attention["k"], num_heads=2)
+    clip = QKClip({"a": layout}, threshold=1.0)
+    for _ in range(2):
+        clip.observe("a", torch.tensor([0.5, 4.0] if rank else [0.25, 0.5]))
+        assert clip.step().max_logits["a"].tolist() == [0.5, 4.0]
+    return whole(next(attention.parameters()).detach())
+
+
+def test_a_clip_waits_for_no_rank_outside_the_mesh() -> None:
+    first, second, third = launch(clip_on_two_of_three, 3)
+    assert third is None
+    for weight in (first, second):
+        assert torch.allclose(weight[:4], torch.ones(4, 8))
+        assert torch.allclose(weight[4:], torch.full((4, 8), 0.25))
 
 
 def pairs() -> list[DeviceMesh]:
