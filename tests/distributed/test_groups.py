@@ -104,7 +104,8 @@ def clip_on_two_of_three() -> Tensor | None:
     attention = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "qk"})
     for p in attention.parameters():
         nn.init.ones_(p)
-    fully_shard(attention, mesh=mesh)
+    for layer in attention.values():
+        fully_shard(layer, mesh=mesh)
     layout = AttentionLayout.separate(attention["q"], attention["k"], num_heads=2)
     clip = QKClip({"a": layout}, threshold=1.0)
     for _ in range(2):
