@@ -32,6 +32,9 @@ from pretrain.model.vision import VisionAttention
 from pretrain.monitor import Monitor, Routing, Updates
 from pretrain.runtime.processes import Processes
 
+# Attention of the vision encoder, whose query, key and value are matrices of their own.
+_SEPARATE = "vision.encoder.blocks.*.attention"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -163,7 +166,11 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
         copies=held_by,
         monitor=monitor,
         assignment=muonclip.describe(
-            muonclip.assign(model, layouts=matrix_layouts(model), shardings=optimizer.shardings)
+            muonclip.assign(
+                model,
+                layouts=matrix_layouts(model, exclude=_SEPARATE),
+                shardings=optimizer.shardings,
+            )
         ),
     )
 
@@ -224,7 +231,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
     """MuonClip over language model and vision tower, and QK-Clip watching all their heads."""
     parts = shardings(model)
     optimizer = MuonClip(
-        muonclip.param_groups(model, layouts=matrix_layouts(model), shardings=parts),
+        muonclip.param_groups(
+            model, layouts=matrix_layouts(model, exclude=_SEPARATE), shardings=parts
+        ),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
