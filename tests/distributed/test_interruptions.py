@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,36 @@ def start(folder: Path, run_dir: str, *overrides: str, ranks: int = 2) -> "subpr
     launcher += ["--rdzv-endpoint", "127.0.0.1:0"]
     settings = [f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides]
     settings += ["parallel.expert=1"] if ranks == 1 else []
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [
             *(sys.executable, *(launcher if ranks > 1 else ())),
             *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *LONG, *settings),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_take_signals,
     )  # fmt: skip
+    STARTED.append(run)
+    return run
+
+
+def _take_signals() -> None:
+    """Undo what a test run in the background, or under nohup, hands down: ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        run = STARTED.pop()
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
 
 
 def reach(run: "subprocess.Popen[str]", metrics: Path, number: int) -> None:
