@@ -15,8 +15,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 # torchrun passes on a Ctrl-C that the terminal has sent to all processes already.
 _SAME_PRESS_SECONDS = 3.0
-# For leaving from Python code; a call into a library may not return for minutes.
-_GRACE_SECONDS = 5.0
 
 
 class Termination:
@@ -25,49 +23,36 @@ class Termination:
     Attributes:
         signal: the number of the first signal that asked; 0: none.
         saves: whether the run is to finish its step and save first. Otherwise, as during set-up,
-            the signal raises SystemExit at once.
+            the process ends at once.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.saves = False
-        self._forced: threading.Timer | None = None
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        first = not self.signal
-        if first:
-            self.signal = number
-        if first and not self.saves:
-            raise SystemExit(status(number))
+        self.signal = self.signal or number
 
     def watch(self, descriptor: int) -> None:
         """Read signal numbers, which arrive even while the main thread is in a library.
 
-        Returns at the end of the file.
+        An exception in the main thread would not do: imports and libraries catch it, or fail with
+        another one because of it. Returns at the end of the file.
         """
         first: float | None = None
         while received := os.read(descriptor, 1):
             number = received[0]
             if number not in _SIGNALS:
                 continue
-            if first is None:
+            if not self.saves:
+                self._say(f"{name(number)}: stopped; checkpoints are as they were")
+                _leave(number)
+            elif first is None:
                 first = time.monotonic()
-                if not self.saves:
-                    self._say(f"{name(number)}: stopped; checkpoints are as they were")
-                    self._forced = threading.Timer(_GRACE_SECONDS, _leave, [number])
-                    self._forced.daemon = True
-                    self._forced.start()
-                else:
-                    self._say(
-                        f"{name(number)}: saving after this step; Ctrl-C leaves without saving"
-                    )
+                self._say(f"{name(number)}: saving after this step; Ctrl-C leaves without saving")
             elif number == signal.SIGINT and self._is_another_press(first):
                 self._say("SIGINT again: leaving without saving")
                 _leave(number)
-
-    def close(self) -> None:
-        if self._forced is not None:
-            self._forced.cancel()
 
     @staticmethod
     def _is_another_press(first: float) -> bool:
@@ -131,7 +116,6 @@ def on_signals() -> Iterator[Termination]:
         os.close(write_end)
         watcher.join()
         os.close(read_end)
-        termination.close()
 
 
 @contextlib.contextmanager

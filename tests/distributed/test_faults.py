@@ -291,11 +291,12 @@ def test_a_hang_before_the_first_step_and_after_the_last_has_an_end(
 
 def test_a_rank_that_hangs_ends_the_job_with_names_and_stacks(folder: Path) -> None:
     # A stopped process does not hear torchrun's SIGTERM: it is killed once that has no patience.
-    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=8", patience=1)
+    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=12", patience=1)
     _reach(run, folder / "hung" / "metrics.jsonl", 2)
     _rank(run, 1).send_signal(signal.SIGSTOP)
     _, told = run.communicate(timeout=300)
     assert run.returncode != 0
-    assert "rank 0 (process " in told and "made no progress for 8 seconds" in told
+    assert "rank 0 (process " in told and "made no progress for 12 seconds" in told
     assert "no sign of life from rank 1" in told
-    assert "train_step" in (folder / "hung" / "stacks-rank0.txt").read_text()
+    # Which collective it waits in depends on where rank 1 was stopped: not only steps have some.
+    assert "in _train\n" in (folder / "hung" / "stacks-rank0.txt").read_text()
