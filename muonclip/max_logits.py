@@ -441,7 +441,7 @@ def _weights(bias: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:
     """
     excluded = ~((bias < threshold) & (bias > -math.inf))
     # A bias just under the threshold must not divide by 0.
-    left = (1 - bias / threshold).clamp_(min=torch.finfo(bias.dtype).eps)
+    left = ((threshold - bias) / threshold).clamp_(min=torch.finfo(bias.dtype).eps)
     if bias.device.type == "cpu" and not excluded.any():
         return left.reciprocal_(), None
     return left.reciprocal_(), excluded
