@@ -46,8 +46,8 @@ class Effective(NamedTuple):
         In a module, only parameters (and views of them) are trained. A tensor that the caller gave
         counts as trained unless it is a parameter without ``requires_grad``.
         """
-        root = _root(tensor)
-        return (self.owned or isinstance(root, nn.Parameter)) and not root.requires_grad
+        whole = root(tensor)
+        return (self.owned or isinstance(whole, nn.Parameter)) and not whole.requires_grad
 
 
 def active_module(module: nn.Module) -> nn.Module:
@@ -144,11 +144,12 @@ def of_tensors(weight: Tensor, bias: Tensor | None) -> Effective:
     tensors = [RowTensor(weight)]
     if isinstance(bias, Tensor) and bias.numel():
         tensors.append(RowTensor(bias, 0, is_bias=True))
-    if any(_root(row.tensor).grad_fn is not None for row in tensors):
+    if any(root(row.tensor).grad_fn is not None for row in tensors):
         obstacle = "its weight is computed from other parameters (weight norm, parametrization)"
         return Effective(tensors, obstacle=obstacle, owned=False)
     return Effective(tensors, owned=False)
 
 
-def _root(tensor: Tensor) -> Tensor:
+def root(tensor: Tensor) -> Tensor:
+    """The tensor that a view belongs to; any other tensor itself."""
     return tensor if tensor._base is None else tensor._base

@@ -1,6 +1,6 @@
 """Hooks that connect a QK-Clip with an optimizer, and handles that undo such connections."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +47,18 @@ class Attachment(Handle):
         self._skipped_before: int | Tensor | None = None
         for other in tuple(getattr(optimizer, _ATTRIBUTE, ())):
             if _share_weights(other.clip, clip):
-                other.clip.retire("a newer QKClip of these weights was attached to the optimizer")
+                other.clip._retire("a newer QKClip of these weights was attached to the optimizer")
         hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         # In the optimizer, so that both end together. It is not copied with the optimizer.
         optimizer.__dict__.setdefault(_ATTRIBUTE, []).append(self)
-        restore = _call_before_zero_grad(optimizer, clip.forget_discarded)
+        restore = _call_before_zero_grad(optimizer, clip._forget_discarded)
         super().__init__([partial(_forget, optimizer, self), restore, *(h.remove for h in hooks)])
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self.clip._check()  # raises before the step has changed anything
         self._skipped_before = getattr(optimizer, "skipped_steps", None)
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -67,19 +68,23 @@ class Attachment(Handle):
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             applied = applied & (found_inf == 0)
-        self.clip.step(clip=applied, judge=_trains(optimizer))
+        self.clip._step(applied, optimizer)
 
 
-def _trains(optimizer: Optimizer) -> bool:
-    """Whether a step changes weights, as far as can be told without waiting for an accelerator.
+def tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The tensors that an optimizer updates."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def has_rate(optimizer: Optimizer) -> bool:
+    """Whether a learning rate is not zero, as far as the host knows.
 
     ``torch.distributed.checkpoint`` makes a step at a learning rate of zero to create the state.
     """
     rates = [group.get("lr") for group in optimizer.param_groups]
     known = [r for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
-    if len(known) == len(rates) and not any(known):
-        return False
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    return len(known) < len(rates) or any(known)
 
 
 _ATTRIBUTE = "_qk_clip_attachments"

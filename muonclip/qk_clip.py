@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from muonclip.attachment import Attachment, Handle
+from muonclip.attachment import Attachment, Handle, has_rate, tensors_of
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.max_logits import Mask, screened_max_logits
 from muonclip.row_scaling import Rows, ScalingPlan, Share, plan_key, read_sides
@@ -131,7 +131,8 @@ class QKClip:
     distributed optimizer: each scales its own, and the weight itself until the optimizer refreshes
     it.
 
-    Only trained weights are scaled, as ``requires_grad`` is at each step. If only the query or only
+    Only trained weights are scaled, as ``requires_grad`` is at each step; an attached clip leaves
+    layers alone that its optimizer does not have. If only the query or only
     the key is trained, it takes the whole factor where that is exact: the query always, the key
     where no other query head shares it. Other layers are left alone, and reported by a warning and
     in ``ClipResult.skipped``. In PEFT's adapters the effective weights are scaled: DoRA and IA3
@@ -151,7 +152,8 @@ class QKClip:
             initialized. Under Megatron's tensor or pipeline parallelism
             pass the data-parallel group, since other ranks there have other heads.
         warn_unobserved: warn once about layers that are trained but never observed, so that they
-            are not clipped: because the model is in eval mode, or another model is trained.
+            are not clipped: because the model is in eval mode, or another model is trained. Where
+            weights have ``grad`` when ``step`` is called, those without one are not trained.
 
     Raises:
         ValueError: if there are no layouts, two layouts share a weight, query and key share rows,
@@ -304,9 +306,9 @@ class QKClip:
                 f"layer {name!r} has {heads} heads: query must be [..., {heads}, queries, d], "
                 f"got {tuple(query.shape)}"
             )
-        if self._inactive:
+        if self._ignores_forwards:
             return
-        self.follow(query)
+        self._follow(query)
         seen = screened_max_logits(
             query.detach(),
             key.detach(),
@@ -321,8 +323,7 @@ class QKClip:
         bounds = torch.where(settled, seen.bounds, seen.max_logits)
         self._take(name, seen.max_logits, bounds, seen.unbiased_max_logits)
 
-    @torch.no_grad()
-    def step(self, *, clip: bool | Tensor = True, judge: bool = True) -> ClipResult:
+    def step(self, *, clip: bool | Tensor = True) -> ClipResult:
         """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
 
         A collective call: every rank of the process group makes it. On an accelerator nothing
@@ -332,31 +333,35 @@ class QKClip:
             clip: False changes no weight, and counts none as clipped: for a step that the optimizer
                 left out, whose logits are to be seen and must not count in the next step's. May be
                 a boolean scalar on the accelerator.
-            judge: whether the step counts for ``warn_unobserved``; False for a step that trains
-                nothing, without gradients or at a learning rate of zero.
 
         Raises:
             ValueError: if a weight has other rows than when its layout was made, is trained in a
                 way that cannot be clipped exactly, or has a master copy in an unknown place; no
                 weight is changed then.
         """
+        return self._step(clip)
+
+    @torch.no_grad()
+    def _step(self, clip: bool | Tensor, optimizer: Optimizer | None = None) -> ClipResult:
+        """As ``step``, after a step of an optimizer that the clip is attached to."""
         if self._inactive:
             self._warn_once((self._inactive,), f"this QKClip does nothing: {self._inactive}")
             return self._finish(self._nothing_seen("cpu"), None, {})
-        plan = self._current_plan()
-        for rows in plan.rows:
-            rows.check()
+        plan = self._check()
+        skipped = dict(plan.skipped)
+        if optimizer is not None:
+            skipped |= _not_in(optimizer, plan)
         self._place_masters(plan.rows)
-        self._report_skipped(plan.skipped)
+        self._report_skipped(skipped)
         self._move()
         running = torch.maximum(self._running, self._graded)
         running = self._join_ranks(running)
         if isinstance(clip, Tensor) and clip.device.type == "cpu":
             clip = bool(clip)
-        if judge and clip is not False:
-            self._report_unobserved(running[1], plan.skipped)
+        if clip is not False and (optimizer is None or has_rate(optimizer)):
+            self._report_unobserved(running[1], plan, skipped, attached=optimizer is not None)
         gamma = _gamma(running[2], self.threshold)
-        for name in plan.skipped:
+        for name in skipped:
             gamma[self._slices[name]] = 1
         if isinstance(clip, Tensor):
             gamma = gamma.where(clip.to(gamma.device), 1)
@@ -367,7 +372,7 @@ class QKClip:
             factors = self._factors(gamma, plan.shares)
             for rows in plan.rows:
                 rows.scale(factors)
-        return self._finish(running, gamma, plan.skipped)
+        return self._finish(running, gamma, skipped)
 
     def _finish(self, running: Tensor, gamma: Tensor | None, skipped: dict[str, str]) -> ClipResult:
         largest, bounds, _ = running
@@ -377,7 +382,7 @@ class QKClip:
             (gamma < 1).sum(),
             {name: bounds[heads] for name, heads in self._slices.items()},
             {name: gamma[heads] for name, heads in self._slices.items()},
-            dict(skipped),
+            skipped,
         )
         self._running = torch.full_like(running, -math.inf)
         self._graded = torch.full_like(running, -math.inf)
@@ -389,6 +394,10 @@ class QKClip:
 
     def attach(self, optimizer: Optimizer) -> Handle:
         """Run ``step`` after every ``optimizer.step()``; its result is then in ``result``.
+
+        What ``step`` would raise is raised before the optimizer's step, which then changes nothing.
+        Layers none of whose weights the optimizer has are left alone and reported: where several
+        optimizers train the model's attention, call ``step`` after the steps of all instead.
 
         Nothing is clipped after a step that changed nothing because a gradient was not finite
         (``MuonClip(nonfinite="skip")``, ``GradScaler``), and its logits do not count in the next
@@ -411,10 +420,10 @@ class QKClip:
         for handle in [h for h in self._handles if isinstance(h, Attachment)]:
             handle.remove()
         attachment = Attachment(self, optimizer)
-        self.keep(attachment)
+        self._keep(attachment)
         return attachment
 
-    def keep(self, handle: Handle) -> None:
+    def _keep(self, handle: Handle) -> None:
         """Let ``remove`` undo this, too. ``watch`` calls it with the handle that it returns."""
         if not self._lost_group:
             self._inactive = ""
@@ -422,9 +431,9 @@ class QKClip:
 
     def remove(self) -> None:
         """Undo every ``watch`` and ``attach`` of this clip, which can be repeated later."""
-        self.retire("it was removed")
+        self._retire("it was removed")
 
-    def retire(self, reason: str) -> None:
+    def _retire(self, reason: str) -> None:
         """As ``remove``; from now on ``step`` warns that the clip does nothing, and why."""
         for handle in self._handles:
             handle.remove()
@@ -441,20 +450,6 @@ class QKClip:
         self._step_hooks[handle.id] = hook
         return handle
 
-    def describe(self) -> str:
-        """A line for each layer: its heads, and which of its projections a clip would scale.
-
-        Raises:
-            ValueError: as ``step``.
-        """
-        plan = self._current_plan()
-        words = {"both": "query and key", "query": "query only", "key": "key only"}
-        return "\n".join(
-            f"{name}: {layout.num_heads} heads, {layout.num_kv_groups} key groups; "
-            + (words.get(plan.shares[name]) or f"not scaled, {plan.skipped[name]}")
-            for name, layout in self.layouts.items()
-        )
-
     # ------------------------------------------------------------------ observations
 
     def _layout(self, name: str) -> AttentionLayout:
@@ -463,7 +458,7 @@ class QKClip:
         return self.layouts[name]
 
     @torch.no_grad()
-    def forget_discarded(self) -> None:
+    def _forget_discarded(self) -> None:
         """Drop the logits of forward passes whose gradients are discarded unused.
 
         ``zero_grad`` of an attached optimizer calls it. Logits that no backward pass followed yet
@@ -472,15 +467,15 @@ class QKClip:
         self._separate_graded()
         self._graded = torch.full_like(self._graded, -math.inf)
 
-    def follow(self, *tensors: Tensor) -> None:
+    def _follow(self, *tensors: Tensor) -> None:
         """Note when a backward pass reaches one of these tensors of the forward pass, so that
-        ``forget_discarded`` can tell which logits it followed."""
+        ``_forget_discarded`` can tell which logits it followed."""
         for tensor in tensors:
             if self._handles and tensor.requires_grad:
-                tensor.register_hook(self.note_backward)  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
                 return
 
-    def pass_over(self, name: str, reason: str) -> None:
+    def _pass_over(self, name: str, reason: str) -> None:
         """Take note of a forward pass of a layer that is not observed, for the warning of ``step``.
 
         Args:
@@ -489,7 +484,7 @@ class QKClip:
         """
         self._passed_over[name] = reason
 
-    def note_backward(self, _gradient: Tensor | None = None) -> None:
+    def _note_backward(self, _gradient: Tensor | None = None) -> None:
         """Take note that a backward pass runs or has run."""
         self._backward_ran = True
 
@@ -501,6 +496,11 @@ class QKClip:
             self._running = torch.full_like(self._running, -math.inf)
             self._backward_ran = False
 
+    @property
+    def _ignores_forwards(self) -> bool:
+        """Whether forward passes do not count now: nothing in inference mode can be trained."""
+        return bool(self._inactive) or torch.is_inference_mode_enabled()
+
     def _move(self) -> None:
         """Follow a model that moved to another device since."""
         device = self._device
@@ -510,7 +510,7 @@ class QKClip:
             self._running, self._graded = self._running.to(device), self._graded.to(device)
 
     def _take(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
-        if self._inactive:
+        if self._ignores_forwards:
             return
         self._move()
         self._separate_graded()
@@ -529,6 +529,17 @@ class QKClip:
             self._plan = ScalingPlan(self.layouts, sides)
         return self._plan
 
+    def _check(self) -> ScalingPlan:
+        """The current plan.
+
+        Raises:
+            ValueError: as ``step``.
+        """
+        plan = self._current_plan()
+        for rows in plan.rows:
+            rows.check()
+        return plan
+
     def _report_skipped(self, reasons: Mapping[str, str]) -> None:
         by_reason: dict[str, list[str]] = {}
         for name, reason in reasons.items():
@@ -536,13 +547,17 @@ class QKClip:
                 self._warned.add((name, reason))
                 by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            self._warn_once((reason, *names), f"QK-Clip does not scale {_listed(names)}: {reason}")
+            text = f"QK-Clip does not scale {_listed(names)}: {reason}"
+            self._warn_once((reason, *names), text, stacklevel=6)
 
-    def _report_unobserved(self, bounds: Tensor, skipped: Mapping[str, str]) -> None:
+    def _report_unobserved(
+        self, bounds: Tensor, plan: ScalingPlan, skipped: Mapping[str, str], *, attached: bool
+    ) -> None:
         """Warn once about layers that no forward pass shows to the clip.
 
         If a step saw nothing at all, at once. A single layer may be left out of some steps (layer
-        drop, batches without images), so that it is reported after a few.
+        drop, batches without images), so that it is reported after a few. Layers without gradients
+        took no part in the step, unless gradients are elsewhere (Megatron) or were cleared before.
         """
         self._steps += 1
         self._ever_observed |= self._observed
@@ -552,6 +567,9 @@ class QKClip:
             missing = never if self._steps >= _STEPS_BEFORE_A_LAYER_IS_MISSED else []
         elif not self._passed_over:
             missing = never
+        trained = {rows.layer for rows in plan.rows if rows.has_gradient}
+        if trained or attached:
+            missing = [n for n in missing if n in trained]
         missing = [n for n in missing if ("unobserved", n) not in self._warned]
         if not missing or not self.warn_unobserved:
             return
@@ -567,13 +585,13 @@ class QKClip:
             warnings.warn(
                 f"QK-Clip did not observe {_listed(missing)} before this step and cannot clip "
                 f"there: {cause}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _warn_once(self, key: tuple[str, ...], text: str) -> None:
+    def _warn_once(self, key: tuple[str, ...], text: str, stacklevel: int = 5) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=stacklevel)
 
     def _join_ranks(self, running: Tensor) -> Tensor:
         """The maxima of all ranks that have copies or shards of the weights."""
@@ -633,6 +651,22 @@ class QKClip:
 
 # A layer that is left out of some steps may be missing in the first ones by chance.
 _STEPS_BEFORE_A_LAYER_IS_MISSED = 3
+
+
+def _not_in(optimizer: Optimizer, plan: ScalingPlan) -> dict[str, str]:
+    """Layers none of whose tensors an optimizer has -> why they are not scaled."""
+    known = {id(p) for p in tensors_of(optimizer)}
+    inside = {
+        rows.layer
+        for rows in plan.rows
+        # Pieces of a sharded master copy may all be on other ranks.
+        if rows.is_master_sharded or any(id(p) in known for p in rows.sources)
+    }
+    reason = (
+        "the optimizer that this clip is attached to does not have its query and key weights; "
+        "attach the clip to the optimizer that trains them"
+    )
+    return {rows.layer: reason for rows in plan.rows if rows.layer not in inside}
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, HeadRows
-from muonclip.update import local
+from muonclip.update import adopt_changed, local
 
 # Which of a layer's projections take the factor on its logits.
 Share = Literal["both", "query", "key", "none"]
@@ -109,6 +110,22 @@ class Rows:
             raise ValueError(f"layer {self.layer!r}: query and key share rows of a weight")
         self.slots[rows] = first + torch.arange(len(rows), device="cpu")[:, None]
 
+    @property
+    def is_master_sharded(self) -> bool:
+        """Whether ranks have flat pieces of the tensor's master copy."""
+        return bool(getattr(self.tensor, "main_param_sharded", False))
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors that an optimizer may know this one by: itself, or its master copy."""
+        master = getattr(self.tensor, "main_param", None)
+        return [root(self.tensor), *([] if master is None else [master])]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last backward pass reached the tensor, as far as ``grad`` shows."""
+        return any(source.grad is not None for source in self.sources)
+
     def check(self) -> None:
         """Make sure that the tensor can be scaled as it is placed now.
 
@@ -117,7 +134,7 @@ class Rows:
         """
         tensor = self.tensor
         master: Any = getattr(tensor, "main_param", None)
-        if getattr(tensor, "main_param_sharded", False):
+        if self.is_master_sharded:
             placed = _placements(tensor) is None and (master is None or master.ndim == 1)
         else:
             placed = master is None or (
@@ -138,7 +155,7 @@ class Rows:
         shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
         by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
         master = getattr(tensor, "main_param", None)
-        if getattr(tensor, "main_param_sharded", False):
+        if self.is_master_sharded:
             # Not refreshed from the master: copies on other ranks must stay the same.
             held.mul_(by_row)
             if master is not None:
@@ -148,6 +165,8 @@ class Rows:
             held.mul_(by_row)
         else:
             master = local(master)
+            if held.element_size() == 2 and type(held) in (Tensor, nn.Parameter):
+                adopt_changed(master, held)  # weights that were loaded since the optimizer's step
             master.mul_(by_row)
             # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
             held.copy_(torch.where(by_row == 1, held, master))

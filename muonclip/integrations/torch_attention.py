@@ -174,16 +174,16 @@ def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[st
     if watched is None or clip is None:
         return
     if torch._C._current_graph_task_id() != -1:
-        clip.note_backward()
+        clip._note_backward()
         return
     if not module.training:
-        clip.pass_over(watched.name, "eval mode")
+        clip._pass_over(watched.name, "eval mode")
         return
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     query, key = given["query"], given["key"]
-    clip.follow(query, key)
+    clip._follow(query, key)
     attn_mask, padding = given["attn_mask"], given["key_padding_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]

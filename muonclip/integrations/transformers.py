@@ -353,12 +353,12 @@ class _Layer(Watched):
         if clip is None:
             return
         if torch._C._current_graph_task_id() != -1:
-            clip.note_backward()
+            clip._note_backward()
             return
         if not module.training:
-            clip.pass_over(self.name, "eval mode")
+            clip._pass_over(self.name, "eval mode")
             return
-        clip.follow(query)
+        clip._follow(query)
         observe = partial(clip.observe_attention, self.name)
         _observe(observe, module, implementation, query, key, mask, options)
 

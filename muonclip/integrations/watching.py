@@ -72,7 +72,7 @@ class WatchedModules(Generic[W]):
                 continue
             other = watched.clip()
             if other is not None and other is not clip:
-                other.retire("a newer QKClip watches the same model")
+                other._retire("a newer QKClip watches the same model")
             self._end(watched, ref(module))
 
     def begin(self, watched: Mapping[nn.Module, W], clip: QKClip) -> Handle:
@@ -84,7 +84,7 @@ class WatchedModules(Generic[W]):
             self._table[module] = w
             module.__dict__[_OWNER] = _Owner(clip)
         handle = Handle(ends)
-        clip.keep(handle)
+        clip._keep(handle)
         torch.compiler.reset()  # code that was compiled before does not run hooks that are new
         return handle
 

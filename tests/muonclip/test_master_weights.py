@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from muonclip import MuonClip, param_groups
+from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 from muonclip.update import adopt_changed
 
 
@@ -99,6 +99,24 @@ def test_an_average_swapped_in_and_out_leaves_no_trace(write: Callable[..., None
         write(swapped, own)
     for a, b in zip(straight.parameters(), swapped.parameters(), strict=True):
         assert torch.equal(first.state[a]["master"], second.state[b]["master"])
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_qk_clip_scales_weights_written_since_the_last_step(write: Callable[..., None]) -> None:
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8)}).to(torch.bfloat16)
+    layout = AttentionLayout.separate(model["q"], model["k"], num_heads=2)
+    clip = QKClip({"layer": layout}, threshold=1.0)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    loaded = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    write(model, loaded)
+    clip.observe("layer", torch.tensor([16.0, 1.0]))  # a factor of 1/4 on the first head's rows
+    clip.step()
+    factor = torch.tensor([0.25] * 4 + [1.0] * 4, dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        wanted = loaded[name] * (factor[:, None] if p.ndim == 2 else factor)
+        assert torch.equal(p, wanted)
+        assert torch.equal(optimizer.state[p]["master"], wanted.float())
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first", "optimizer only"])

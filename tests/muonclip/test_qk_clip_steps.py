@@ -283,6 +283,89 @@ def test_layers_that_are_left_out_at_times_are_no_cause_for_alarm() -> None:
             parameters.train()
 
 
+def test_layers_that_take_no_part_are_no_cause_for_alarm() -> None:
+    """Batches without images before, between and after others; layers that are often dropped."""
+    torch.manual_seed(0)
+    image, text = watched()[0], Model()
+    clip = QKClip(
+        {
+            name: AttentionLayout.separate(m.q, m.k, num_heads=2)
+            for name, m in (("image", image), ("text", text))
+        }
+    )
+    image.observe = partial(clip.observe_attention, "image")
+    text.observe = partial(clip.observe_attention, "text")
+    alone = nn.Linear(HIDDEN, 1)
+    models = nn.ModuleList([image, text, alone])
+    optimizer = trained(models)
+    clip.attach(optimizer)
+    with no_warnings():
+        for parts in ["", "text", "text", "text", "text", "image", "", "text"]:
+            loss = alone(X).mean()
+            for name, model in (("image", image), ("text", text)):
+                loss = loss + model(X) if name == parts else loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for model in (image, text):  # evaluation
+                model.eval()(X)
+            models.train()
+
+
+def test_weights_that_the_attached_optimizer_does_not_have_are_left_alone() -> None:
+    """Probes: an optimizer of the head alone, over a model whose weights all require gradients."""
+    model, clip = watched(threshold=1e-3)
+    head = nn.Linear(HIDDEN, 1)
+    optimizer = trained(head)
+    clip.attach(optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="does not scale layer: the optimizer that this clip is"):
+        for _ in range(2):
+            (model(X) + head(X).sum()).backward()
+            optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert clip.result is not None and list(clip.result.skipped) == ["layer"]
+    assert clip.result.num_clipped == 0 and (seen(clip) > 1e-3).all()
+
+    optimizer.add_param_group({"params": [model.q.weight]})  # the biases are in another one
+    model(X).backward()
+    optimizer.step()
+    assert clip.result is not None and clip.result.num_clipped == 2 and not clip.result.skipped
+
+
+def test_a_layer_that_cannot_be_clipped_is_refused_before_the_step() -> None:
+    model, clip = watched()
+    optimizer = trained(model)
+    clip.attach(optimizer)
+    model(X).backward()
+    before = copy.deepcopy(model.state_dict())
+    for layer in (model.q, model.k):
+        nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="its weight is computed from other parameters"):
+        optimizer.step()
+    assert torch.equal(model.q.bias, before["q.bias"])
+    assert torch.equal(model.k.bias, before["k.bias"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_forward_passes_in_inference_mode_do_not_count(first: bool) -> None:
+    model, clip = watched()
+    optimizer = trained(model, lr=0.0)
+    clip.attach(optimizer)
+    if not first:
+        model(X).backward()
+    with torch.inference_mode():
+        model(100 * X)
+        clip.observe("layer", torch.tensor([1e6, 1e6]))
+    if first:
+        model(X).backward()
+    optimizer.step()
+    assert torch.equal(seen(clip), model.largest())
+    model(2 * X).backward()
+    optimizer.step()
+    assert torch.equal(seen(clip), model.largest(2 * X))
+
+
 def test_a_layer_that_is_never_observed_is_reported() -> None:
     models = [Model() for _ in range(2)]
     layouts = {

@@ -97,7 +97,6 @@ def test_the_trained_projection_takes_the_factor_where_that_is_exact(
     result = step(attention, x, clip)
     assert changed(attention, before) == scaled
     assert bool(result.skipped) == (not scaled)
-    assert ("not scaled" in clip.describe()) == (not scaled)
 
 
 def test_freezing_and_unfreezing_is_followed() -> None:
@@ -133,7 +132,6 @@ def test_a_frozen_layer_is_reported_once_and_its_logits_are_still_seen() -> None
         clip.observe("layer", attention.largest(x))
         clip.step()
     assert torch.allclose(monitor.latest["layer"].double(), attention.largest(x), rtol=1e-6)
-    assert "layer: 4 heads, 2 key groups; not scaled, its query and key" in clip.describe()
 
 
 def test_frozen_layers_may_share_a_weight() -> None:
