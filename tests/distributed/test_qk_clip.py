@@ -399,12 +399,11 @@ def test_what_cannot_be_scaled_is_refused_before_anything_changes() -> None:
 
 def warnings_of_a_step(observing: int) -> list[str]:
     """The warnings of a step in which one rank observes the layer, or none does."""
-    attention = nn.Linear(3, 8)
-    layout = AttentionLayout.fused_by_group(nn.Linear(3, 24), num_heads=2)
-    clip = QKClip({"layer": layout})
-    optimizer = torch.optim.SGD(attention.parameters(), lr=0.1)
+    qkv = nn.Linear(3, 24)
+    clip = QKClip({"layer": AttentionLayout.fused_by_group(qkv, num_heads=2)})
+    optimizer = torch.optim.SGD(qkv.parameters(), lr=0.1)
     clip.attach(optimizer)
-    attention(torch.ones(3)).sum().backward()
+    qkv(torch.ones(3)).sum().backward()
     if dist.get_rank() == observing:
         clip.observe("layer", torch.ones(2))
     with warnings.catch_warnings(record=True) as said:
