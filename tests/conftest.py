@@ -1,5 +1,6 @@
-"""What tests of all folders share."""
+"""Fixtures and settings for the tests of all folders."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,3 +10,13 @@ import pytest
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for all runs of the tiny configuration; the first of them fills it."""
     return tmp_path_factory.mktemp("prepared")
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start be interrupted.
+
+    A suite that runs in the background, or under nohup, ignores these signals, and so would they.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)

@@ -51,16 +51,9 @@ def start(folder: Path, run_dir: str, *overrides: str, ranks: int = 2) -> "subpr
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=_take_signals,
     )  # fmt: skip
     STARTED.append(run)
     return run
-
-
-def _take_signals() -> None:
-    """Undo what a test run in the background, or under nohup, hands down: ignored signals."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 STARTED: list["subprocess.Popen[str]"] = []
