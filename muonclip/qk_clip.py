@@ -242,10 +242,11 @@ class QKClip:
 
         For attention kernels that give them: flex_attention's ``max_scores``, Transformer Engine's
         ``return_max_logit``. Call it for every micro-batch of a step (not in evaluation: those
-        logits would count too). Seeing the same forward twice, as activation recomputation does,
-        changes nothing. Values that are not finite are passed over: they say nothing about the
-        weights' scale. Logits with an additive bias (position bias, ALiBi) go to
-        ``observe_attention``: their maxima do not say what q·k contributed.
+        logits would count too; only forward passes in inference mode are ignored). Seeing the same
+        forward twice, as activation recomputation does, changes nothing. Values that are not finite
+        are passed over: they say nothing about the weights' scale. Logits with an additive
+        bias (position bias, ALiBi) go to ``observe_attention``: their maxima do not say what q·k
+        contributed.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -575,7 +576,9 @@ class QKClip:
             return
         if dist.is_available() and dist.is_initialized():  # another rank may have observed them
             unseen = bounds.isneginf().cpu()
-            missing = [n for n in missing if unseen[self._slices[n]].all()]
+            unseen_by_all = [n for n in missing if unseen[self._slices[n]].all()]
+            self._ever_observed.update(set(missing).difference(unseen_by_all))
+            missing = unseen_by_all
         if missing:
             self._warned |= {("unobserved", name) for name in missing}
             modes = sorted({self._passed_over[n] for n in missing if n in self._passed_over})
