@@ -60,6 +60,13 @@ class Item(NamedTuple):
     def ns_dtype(self) -> torch.dtype:
         return self.group["ns_dtype"] or default_ns_dtype(self.param.device)
 
+    @property
+    def update_dtype(self) -> torch.dtype:
+        """The dtype of the update until it is normalized, of which it needs the range."""
+        if self.buffer.dtype == torch.float64:  # no other dtype has its range
+            return torch.float64
+        return working_dtype(self.ns_dtype)
+
     def narrow(self, view: Callable[[Tensor], Tensor], first: int) -> "Item":
         """The same for a part of its tensors; ``first`` tells parts apart."""
         param = view(self.param)
@@ -84,7 +91,7 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     alike = defaultdict(list)
     for item in items:
         if item.param.numel():
-            alike[item.param.device, item.ns_dtype, item.shape[-2:]].append(item)
+            alike[item.param.device, item.update_dtype, item.shape[-2:]].append(item)
     batch: list[Item] = []
     elements, kind = 0, None
     for (device, dtype, _), members in alike.items():
@@ -119,16 +126,18 @@ def pre_orthogonalize(
 ) -> list[Tensor]:
     """Update the momentum of parameters or parts of them.
 
+    Args:
+        items: of one device and update dtype.
+        found: 1 if a gradient is not finite; None if all are known to be finite.
+        ahead: whether the updates are wanted.
+
     Returns:
         The updates to orthogonalize, unless ``ahead`` is false: new tensors, consecutive in memory.
     """
     updates: list[Tensor] = []
     if ahead and items:
         sizes = [item.param.numel() for item in items]
-        dtype = working_dtype(items[0].ns_dtype)
-        if any(item.buffer.dtype == torch.float64 for item in items):
-            dtype = torch.float64  # whose range no other dtype has
-        flat = torch.empty(sum(sizes), dtype=dtype, device=items[0].param.device)
+        flat = torch.empty(sum(sizes), dtype=items[0].update_dtype, device=items[0].param.device)
         updates = [
             part.view(item.param.shape)
             for part, item in zip(flat.split_with_sizes(sizes), items, strict=True)

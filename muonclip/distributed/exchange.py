@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.distributed.plan import Bucket, Unit
-from muonclip.orthogonalize import working_dtype
 
 
 class Exchange:
@@ -20,11 +19,10 @@ class Exchange:
     Args:
         bucket: the units.
         group: the ranks.
+        dtype_there: of the blocks on their way to the owner. They are normalized by the norm of
+            their whole matrix, which only the owner knows, and need this dtype's range until then.
         dtype: of the results on their way back: that of Newton-Schulz.
         device: of the tensors.
-
-    Blocks travel to their owner in ``working_dtype(dtype)``: they are normalized by the norm of
-    their whole matrix, which only the owner knows, and until then they need that dtype's range.
 
     Attributes:
         mine: the units that this rank owns.
@@ -32,10 +30,15 @@ class Exchange:
     """
 
     def __init__(
-        self, bucket: Bucket, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
+        self,
+        bucket: Bucket,
+        group: dist.ProcessGroup,
+        dtype_there: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.group, self.dtype, self.device = group, dtype, device
-        self.dtype_there = working_dtype(dtype)
+        self.dtype_there = dtype_there
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.mine = [
             unit

@@ -64,13 +64,15 @@ class SharedWork:
         ]
         self._block: dict[int, Block] = {}
         self._exchanges: list[Exchange] = []
-        shared: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
+        shared: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[int]]
+        shared = defaultdict(list)
         groups_by_id = {id(group): group for group in groups}
         for index in sorted(set(range(len(items))) - set(self._alone)):
             sharding = placed[index]
             self._block[index] = sharding.blocks[sharding.rank]
             item = items[index]
-            shared[id(sharding.group), item.ns_dtype, item.param.device].append(index)
+            key = (id(sharding.group), item.update_dtype, item.ns_dtype, item.param.device)
+            shared[key].append(index)
         # Ranks meet in several groups: all must come to them in the same order.
         for key in sorted(shared, key=lambda key: (order_of(groups_by_id[key[0]]), str(key[1:]))):
             group = groups_by_id[key[0]]
@@ -88,7 +90,7 @@ class SharedWork:
             ]
             owners = assign_owners(units, size)
             for bucket in make_buckets(units, owners, _BUCKET_ELEMENTS * size):
-                self._exchanges.append(Exchange(bucket, group, key[1], key[2]))
+                self._exchanges.append(Exchange(bucket, group, *key[1:]))
 
     def fits(self, items: Sequence[Item]) -> bool:
         """Whether the plan is for these parameters."""
