@@ -208,3 +208,21 @@ def test_a_foreign_main_param_is_left_alone() -> None:
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert p.main_param is foreign  # type: ignore[attr-defined]
+
+
+def test_qk_clip_scales_weights_that_were_loaded_and_not_the_old_master() -> None:
+    attention = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q", "k")})
+    attention.bfloat16()
+    train(attention, optimizer_of(attention), 1)
+    q = attention["q"].weight
+    clip = QKClip(
+        {"a": AttentionLayout.separate(attention["q"], attention["k"], num_heads=2)}, threshold=1.0
+    )
+    loaded = {name: torch.randn_like(w) for name, w in attention.state_dict().items()}
+    attention.load_state_dict(loaded)
+    clip.observe("a", torch.tensor([16.0, 0.5]))
+    clip.step()
+    expected = loaded["q.weight"].float()
+    expected[:4] /= 4.0  # exact in bfloat16
+    assert torch.equal(q.float(), expected)
+    assert torch.equal(q.main_param, expected)
