@@ -60,6 +60,8 @@ def decay_and_apply(
     ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here;
     λ·W is in the gradient.
     """
+    if isinstance(lr, Tensor):  # in 16 bits, 1 - lr * weight_decay would round to 1
+        lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
     params = list(params)
     updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
     if weight_decay and mode == "cautious":

@@ -40,7 +40,7 @@ class TestWeightDecay:
         before = p.detach().clone()
         assert p.grad is not None
         update = direction(p.grad) * 0.2 * 8**0.5
-        MuonClip(params, **EXACT, **options).step()
+        MuonClip(params, **{**EXACT, **options}).step()
         return before, update, p.detach()
 
     def test_decoupled(self) -> None:
@@ -63,6 +63,13 @@ class TestWeightDecay:
         decay_and_apply([after], [update], lr=0.1, weight_decay=0.5, mode="cautious")
         expected = weight - 0.1 * update - 0.05 * weight * decays
         assert torch.allclose(after, expected, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_decays_with_a_learning_rate_in_16_bits(self, dtype: torch.dtype) -> None:
+        """In 16 bits, 1 - lr * weight_decay rounds to 1."""
+        lr = 2.0**-9
+        before, update, after = self.step(lr=torch.tensor(lr, dtype=dtype), weight_decay=0.125)
+        assert torch.allclose(after, before - lr * (update + 0.125 * before), rtol=1e-6)
 
     def test_independent_of_the_learning_rate(self) -> None:
         before, update, after = self.step(weight_decay=0.01, weight_decay_mode="independent")
