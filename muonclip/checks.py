@@ -129,6 +129,20 @@ def _number(option: str, value: Any) -> None:
         raise TypeError(f"{option} must be a number, got {type(value).__name__}")
 
 
+def group(process_group: Any) -> None:
+    """Raise unless this is None or a process group that this rank is in."""
+    if process_group is None or isinstance(process_group, torch.distributed.ProcessGroup):
+        return
+    if isinstance(process_group, int):  # dist.new_group returns it on all other ranks
+        raise ValueError(
+            "this rank is not in process_group: make the optimizer on the ranks of the group only"
+        )
+    raise TypeError(
+        "process_group must be a torch.distributed.ProcessGroup (of a DeviceMesh: "
+        f"mesh.get_group()), got {type(process_group).__name__}"
+    )
+
+
 # ---------------------------------------------------------------------- parameters
 
 

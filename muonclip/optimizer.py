@@ -174,6 +174,7 @@ class MuonClip(Optimizer):
             "maximize": maximize,
         }
         checks.options(defaults)
+        checks.group(process_group)
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.skipped_steps: int | Tensor = 0
@@ -646,6 +647,10 @@ class MuonClip(Optimizer):
         """Options of a saved group as this optimizer keeps them, checked."""
         saved["layout"] = layout
         saved.pop("differentiable", None)  # torch's, of no use here
+        resolved = {option: saved.pop(option, None) for option in checks.RESOLVED}
+        if saved["algorithm"] == "adamw" and resolved["adamw_betas"] is not None:
+            # Saved when groups kept these, and AdamW's had Muon's momentum too.
+            saved["momentum"], saved["adamw_beta2"] = resolved["adamw_betas"]
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved.get(option), str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
@@ -801,7 +806,7 @@ class _PendingError:
     """A flag on its way from an accelerator, to be read when the next step begins."""
 
     def __init__(self, found: Tensor) -> None:
-        self._flag = torch.empty((), dtype=found.dtype, pin_memory=found.is_cuda)
+        self._flag = torch.empty((), dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._flag.copy_(found, non_blocking=found.is_cuda)  # only there can its end be awaited
         self._event: Any = torch.cuda.Event() if found.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:

@@ -192,7 +192,22 @@ def _checked(saved: Mapping[str, Any], name: str, param: Tensor, algorithm: str)
                 f"{name} has shape {tuple(param.shape)}, "
                 f"but its saved {key} has {tuple(value.shape)}"
             )
+        elif _placement(value) != _placement(param):
+            raise ValueError(
+                f"{name} is {_placement(param)}, but its saved {key} is {_placement(value)}: save "
+                "and load with torch.distributed.checkpoint.state_dict (get_optimizer_state_dict, "
+                "set_optimizer_state_dict), which shard a state as the parameters are"
+            )
     return state
+
+
+def _placement(tensor: Tensor) -> str:
+    """How a tensor is placed on ranks, for comparison and for messages."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return "a plain tensor"
+    placements = getattr(tensor, "placements", None)
+    return f"a DTensor with placements {placements} on a mesh of {tuple(mesh.shape)}"
 
 
 def _step(value: Any, name: str) -> Tensor:
@@ -203,7 +218,7 @@ def _step(value: Any, name: str) -> Tensor:
         )
         if not isinstance(number, Real) or not 0 <= float(number) < math.inf:
             raise ValueError(f"{name}: its saved step must be a count, got {value!r:.80}")
-        return torch.tensor(float(number), dtype=torch.float32)
+        return torch.tensor(float(number), dtype=torch.float32, device="cpu")
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"{name}: its saved step must be one number, got {tuple(value.shape)}")
     return value.detach().to(torch.float32).reshape(())

@@ -338,3 +338,76 @@ def test_updates_of_any_scale_equal_one_process() -> None:
                     dtype,
                     scale,
                 )
+
+
+def float64_updates(sharded: bool) -> list[Tensor]:
+    """Updates of float64 parameters by float32 Newton-Schulz, the default on a CPU."""
+    found = []
+    for scale in (1.0, 1e-300, 1e-60, 1e60, 1e300):
+        weight, gradient = (random(SHAPE, i).double() for i in range(2))
+        gradient *= scale
+        if sharded:
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            weight, gradient = (distribute_tensor(x, mesh, [Shard(0)]) for x in (weight, gradient))
+        p = nn.Parameter(weight.clone())
+        p.grad = gradient
+        group = None if sharded else dist.group.WORLD
+        MuonClip([p], lr=1.0, weight_decay=0.0, process_group=group).step()
+        found.append(random(SHAPE, 0) - whole(p.detach()))
+    return found
+
+
+def all_float64_updates() -> list[list[Tensor]]:
+    return [float64_updates(sharded) for sharded in (False, True)]
+
+
+def test_float64_updates_of_any_scale_equal_one_process() -> None:
+    """Momentum travels in float64 where it is kept in it: no other dtype has its range."""
+    ((alone, _),) = launch(all_float64_updates, 1)
+    for outcome in launch(all_float64_updates, 2):
+        for found in outcome:
+            for ours, theirs in zip(found, alone, strict=True):
+                assert theirs.norm() > 1 and (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def load_states_placed_otherwise() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    weight = random((4, 6), 0)
+    params = [
+        nn.Parameter(weight),
+        nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])),
+        nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)])),
+    ]
+    optimizers = [MuonClip([("w", p)]) for p in params]
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    for ours, optimizer in enumerate(optimizers):
+        for theirs, state in enumerate(states):
+            if ours == theirs:
+                optimizer.load_state_dict(state)
+                continue
+            with pytest.raises(ValueError, match=r"'w' is .* saved momentum_buffer is .*_state"):
+                optimizer.load_state_dict(state)
+
+
+def test_a_state_placed_unlike_its_parameter_is_refused() -> None:
+    launch(load_states_placed_otherwise, 2)
+
+
+def make_with_other_groups() -> None:
+    group = dist.new_group([0])
+    params = [nn.Parameter(torch.ones(2, 2))]
+    if dist.get_rank() == 0:
+        MuonClip(params, process_group=group)
+    else:
+        with pytest.raises(ValueError, match="this rank is not in process_group"):
+            MuonClip(params, process_group=group)
+    mesh: Any = init_device_mesh("cpu", (2,))
+    with pytest.raises(TypeError, match=r"mesh.get_group\(\)\), got DeviceMesh"):
+        MuonClip(params, process_group=mesh)
+
+
+def test_a_rank_outside_the_process_group_is_refused() -> None:
+    launch(make_with_other_groups, 2)

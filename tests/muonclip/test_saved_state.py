@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muonclip import MuonClip
+from muonclip.optimizer import _PendingError
 
 # Two of each shape, so that a match by order would go unnoticed.
 SHAPES = {"q": (4, 4), "k": (4, 4), "v": (3, 5), "up": (3, 5), "g": (4,), "b": (4,), "s": ()}
@@ -245,6 +246,44 @@ def test_an_option_out_of_range_is_refused() -> None:
     saved["param_groups"][0] = {**saved["param_groups"][0], "momentum_dtype": "torch.float16"}
     with pytest.raises(ValueError, match="saved state has an option out of range: momentum_dtype"):
         optimizer.load_state_dict(saved)
+
+
+def test_a_state_whose_groups_keep_adamws_betas() -> None:
+    """Groups once had ``adamw_betas``, and AdamW's had Muon's momentum."""
+    params = parameters()
+    optimizer = MuonClip(params.items(), adamw_betas=(0.8, 0.99), momentum=0.7)
+    train(optimizer, params)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group |= {"momentum": 0.7, "adamw_betas": (0.8, 0.99)}
+        group.pop("adamw_beta2", None)
+    twin_params = copy.deepcopy(params)
+    twin = MuonClip(twin_params.items())
+    twin.load_state_dict(saved)
+    for ours, theirs in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k != "params"} == {
+            k: v for k, v in theirs.items() if k != "params"
+        }
+    train(optimizer, params, seed=1)
+    train(twin, twin_params, seed=1)
+    for ours, theirs in zip(params.values(), twin_params.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_steps_that_are_numbers_are_loaded_under_another_default_device() -> None:
+    params = parameters()
+    optimizer = MuonClip(params.items())
+    train(optimizer, params)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+    with torch.device("meta"):
+        optimizer.load_state_dict(saved)
+        flag = _PendingError(torch.ones((), device="cpu"))
+    assert all(v.device.type == "cpu" for s in optimizer.state.values() for v in s.values())
+    with pytest.raises(RuntimeError, match="not finite"):
+        flag.raise_if_found()
 
 
 def test_optimizers_loaded_from_one_state_share_nothing() -> None:
