@@ -22,10 +22,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from pretrain import yaml_core
+from pretrain import whole_files, yaml_core
 from pretrain.errors import PretrainError
 
 T = TypeVar("T")
+
+_MAX_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------- allowed values
@@ -799,7 +801,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
             wrong type or lies outside its range; the message names the key.
     """
     try:
-        values = yaml_core.read(Path(path).read_text(encoding="utf-8-sig"))
+        values = yaml_core.read(whole_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
     except OSError as error:
         raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

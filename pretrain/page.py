@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pretrain import whole_files
 from pretrain.errors import PretrainError
 from pretrain.runtime import metrics
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Records = Sequence[Mapping[str, Any]]
+
+_MAX_BYTES = 64 << 20
 
 # Points that a line is drawn with; longer runs are drawn as means and ranges of so many stretches.
 _POINTS = 600
@@ -78,9 +81,9 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 
 def _transcriptions(path: Path) -> list[list[str]]:
     try:
-        pairs = json.loads(path.read_text())
+        pairs = json.loads(whole_files.read_bytes(path, _MAX_BYTES))
         return [[str(truth), str(answer)] for truth, answer in pairs]
-    except (OSError, ValueError, TypeError):  # not there yet, or being written
+    except (OSError, ValueError, TypeError, RecursionError):  # not there yet, or being written
         return []
 
 

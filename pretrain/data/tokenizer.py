@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Tokenizer
 
+from pretrain import whole_files
 from pretrain.errors import PretrainError, one_line
 
 ROLES = ("system", "user", "assistant")
@@ -248,19 +249,12 @@ def _read(path: Path) -> bytes:
         PretrainError: it cannot be read, or it is too large for a tokenizer.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise PretrainError(f"cannot read the tokenizer {path}: it is not a file")
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        return whole_files.read_bytes(path, _MAX_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PretrainError(f"cannot read the tokenizer {path}: {reason}") from error
-    if len(content) > _MAX_BYTES:
         raise PretrainError(
-            f"the tokenizer {path} is larger than {_MAX_BYTES >> 20} MiB: give a tokenizer.json or "
-            "a tiktoken file"
-        )
-    return content
+            f"cannot read the tokenizer {path}: {reason}; give a tokenizer.json or a tiktoken file"
+        ) from error
 
 
 def _from_json(description: dict[str, Any]) -> _Tokenizer:

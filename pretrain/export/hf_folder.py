@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain import whole_files
 from pretrain.errors import PretrainError
 
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,7 @@ _ONE_FILE = "model.safetensors"
 _TYPES = ("F32", "F16", "BF16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # More than the index of the largest published checkpoint.
-_MAX_JSON_BYTES = 1 << 28
+_MAX_TEXT_BYTES = 1 << 28
 # transformers saves Kimi-K2.5 under other names than the published ones, of which it is a mixture.
 _VISION_RENAMES = (
     (re.compile(r"^model\.(?=(language_model|vision_tower|mm_projector)\.)"), ""),
@@ -91,9 +92,7 @@ class HfFolder:
         if file is None:
             return None
         try:
-            if file.stat().st_size > _MAX_JSON_BYTES:
-                raise PretrainError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
-            value = json.loads(file.read_text(encoding="utf-8"))
+            value = json.loads(whole_files.read_text(file, _MAX_TEXT_BYTES))
         except OSError as error:
             raise PretrainError(f"cannot read {file}: {error.strerror}") from error
         except RecursionError as error:
@@ -115,7 +114,7 @@ class HfFolder:
         """A text file; None where there is no such file."""
         file = self.file(name)
         try:
-            return None if file is None else file.read_text(encoding="utf-8")
+            return None if file is None else whole_files.read_text(file, _MAX_TEXT_BYTES)
         except (OSError, ValueError) as error:
             raise PretrainError(f"cannot read {file}: {error}") from error
 

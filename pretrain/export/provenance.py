@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain import whole_files
 from pretrain.errors import PretrainError
 from pretrain.export.hf_folder import HfFolder
 
 _FILE = "imported.json"
+_MAX_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Provenance:
         """
         file = run_dir / _FILE
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(whole_files.read_text(file, _MAX_BYTES))
             found = cls(**values)
         except FileNotFoundError:
             return cls()

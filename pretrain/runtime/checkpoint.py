@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain import whole_files
 from pretrain.errors import PretrainError
 from pretrain.runtime import tensor_files
 from pretrain.runtime.processes import agree
@@ -37,6 +38,8 @@ from pretrain.runtime.tensor_files import Block
 _FOLDER = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")
 _MANIFEST = "manifest.json"
+# A trillion parameters on thousands of ranks have some hundred MiB.
+_MAX_MANIFEST_BYTES = 8 << 30
 _PARTIAL, _REMOVED = ".partial", ".removed"
 # A rank that has died is noticed at once; this is for disks that take their time.
 _PATIENCE = timedelta(hours=12)
@@ -390,7 +393,7 @@ def read_manifest(path: Path) -> Manifest:
         PretrainError: it is not a checkpoint of this program.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads(whole_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
         files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
         tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
         return Manifest(int(manifest["step"]), dict(manifest["facts"]), files, tensors)

@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     records: list[dict[str, Any]] = []
     for record in read_lines(path):
-        if "step" in record:
+        if type(record.get("step")) is int:
             while records and records[-1]["step"] >= record["step"]:
                 records.pop()
             records.append(record)
@@ -40,11 +40,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a line that a kill cut short is left out."""
     found = []
-    if path.exists():
+    if path.is_file():  # not a pipe, which may never end
         for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 found.append(record)

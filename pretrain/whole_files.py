@@ -1,0 +1,35 @@
+"""Reading whole files that someone else may have made."""
+
+import errno
+import os
+from pathlib import Path
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is a pipe or a device, which may never end; its
+            ``strerror`` says which.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        reason = os.strerror(code) if path.is_dir() else "it is a pipe or a device, not a file"
+        raise OSError(code, reason, str(path))
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        size = f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"
+        raise OSError(errno.EFBIG, f"it is larger than {size}", str(path))
+    return content
+
+
+def read_text(path: str | Path, limit: int, encoding: str = "utf-8") -> str:
+    """:func:`read_bytes`, decoded.
+
+    Raises:
+        OSError: see :func:`read_bytes`.
+        UnicodeDecodeError: it has another encoding.
+    """
+    return read_bytes(path, limit).decode(encoding)
