@@ -6,6 +6,7 @@ still touches the file, which it does every few seconds.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -60,6 +61,8 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            if self._path.exists() and not self._path.is_file():
+                raise OSError(errno.EINVAL, f"{FILE} is not a file")  # a pipe may never end
             with self._path.open("a+b", buffering=0) as file, _exclusively(file.fileno()):
                 owner = _content(self._path)
                 if owner is not None and self._is_alive(owner):

@@ -139,3 +139,9 @@ def test_a_run_dir_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/no/run")):
         with pytest.raises(PretrainError, match=f"cannot write into run_dir={path}: "):
             RunLock(path).__enter__()
+
+
+def test_a_pipe_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.lock")
+    with pytest.raises(PretrainError, match=r"cannot write into .*: run\.lock is not a file"):
+        RunLock(tmp_path).__enter__()
