@@ -311,8 +311,8 @@ def _is_plain_function(projection: Projection) -> bool:
 def _belongs_to_the_original() -> WeightAndBias:
     raise ValueError(
         "this layout was copied together with a model, but it reads its weights by a function, "
-        "which still belongs to the original model: make the layout (and the QKClip) of the copy "
-        "anew, or give layouts a module instead of a function"
+        "which still belongs to the original model: make a new layout (and QKClip) of the copy, "
+        "or give layouts a module instead of a function"
     )
 
 

@@ -1,4 +1,4 @@
-"""What may go into the optimizer: options, parameters, gradients. Errors name both
+"""Checks of options, parameters and gradients given to the optimizer. Errors name both
 what is wrong and the way out."""
 
 import inspect
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def label(group: Mapping[str, Any], index: int) -> str:
-    """What errors call a parameter: its name, or its place in its group."""
+    """Name of a parameter in errors: its own, or its place in its group."""
     names = group.get("param_names", [])
     if index < len(names):
         return f"parameter {names[index]!r}"
@@ -307,7 +307,7 @@ def gradients(group: Mapping[str, Any]) -> None:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a parameter's update is computed in: float32, or what is wider."""
+    """The dtype that a parameter's update is computed in: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

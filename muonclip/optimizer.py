@@ -257,7 +257,7 @@ class MuonClip(Optimizer):
         raise AssertionError("unreachable: the defaults have every option")
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
-        """Of the whole parameter, of which this rank may hold a part."""
+        """Shape of the whole parameter, of which this rank may have a part."""
         sharding = self.shardings.get(param)
         return tuple(param.shape) if sharding is None else sharding.shape
 
@@ -775,7 +775,7 @@ def _may_be_nonzero(lr: float | Tensor) -> bool:
 
 
 class _Flags(NamedTuple):
-    """What all ranks of a step know of it.
+    """Facts of a step that all its ranks know.
 
     Attributes:
         nonfinite: 1 if a gradient has an infinity or NaN, a float32 scalar on the device of the

@@ -106,7 +106,7 @@ def default_ns_dtype(device: torch.device) -> torch.dtype:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What :func:`orthogonalize_` takes: float16's range a gradient may leave unnormalised."""
+    """Dtype of the input of :func:`orthogonalize_`; float16 is too narrow before normalization."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

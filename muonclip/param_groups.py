@@ -310,7 +310,7 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
 
 
 def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLayout | None:
-    """What torch's own modules store in a parameter; None where that is one matrix.
+    """Layout of a parameter of one of torch's modules; None if it stores one matrix.
 
     Convolutions: a matrix a group of channels. Recurrent layers: a matrix a gate.
     ``nn.MultiheadAttention``: query, key and value.
@@ -344,7 +344,7 @@ def _whole(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> 
 def _first_match(
     patterns: Iterable[str],
 ) -> Callable[[list[tuple[str, nn.Module]]], str | None]:
-    """What finds the first of these patterns that matches any of a parameter's names.
+    """A function that finds the first pattern that matches any of a parameter's names.
 
     Integrations list every parameter by its full name: only what has wildcards is tried out.
     """

@@ -38,7 +38,7 @@ class ClipFactors(NamedTuple):
 
 
 class ClipResult(NamedTuple):
-    """What one ``QKClip.step`` saw and did. Tensors on the weights' device: reading them waits.
+    """Result of one ``QKClip.step``. Tensors on the weights' device: reading them waits.
 
     A head's largest logit lies between its entries in ``max_logits`` and ``upper_bounds``. Where
     they are equal it is known exactly, and so it is for every head over the threshold.
@@ -524,7 +524,7 @@ class QKClip:
     # ------------------------------------------------------------------ weights
 
     def _current_plan(self) -> ScalingPlan:
-        """What to scale now: parameters may have been replaced, frozen or unfrozen since."""
+        """The tensors to scale now: parameters may have been replaced, frozen or unfrozen since."""
         sides = read_sides(self.layouts)
         if self._plan is None or self._plan.key != plan_key(sides):
             self._plan = ScalingPlan(self.layouts, sides)

@@ -49,7 +49,7 @@ def of_step(config: Config, processes: Processes, data: Data, step: int) -> list
 
 
 class SkippedOfRun:
-    """What no rank could read, listed in the run's folder; past the limit all ranks leave."""
+    """Samples not read by any rank, listed in the run's folder; past the limit all ranks leave."""
 
     def __init__(self, config: Config, processes: Processes, data: Data) -> None:
         self._path = Path(config.run_dir) / skipped.FILE

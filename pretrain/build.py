@@ -176,7 +176,7 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
 
 
 def _layer_number(model: nn.ModuleDict, name: str) -> int:
-    """Of a language layer's attention, in the whole model, from 0."""
+    """Number of a language layer's attention in the whole model, from 0."""
     attention: Any = model.get_submodule(name)
     return int(attention.layer_number) - 1
 

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_commands(commands: Any) -> None:
-    """What one process does with a run's model; without torchrun."""
+    """Commands of one process on a run's model; without torchrun."""
     text = "write a run's model for transformers, vLLM and SGLang"
     command = commands.add_parser("export", help=text, description=text)
     command.add_argument("run", type=Path, help="the run_dir of a run")

@@ -298,7 +298,7 @@ class SourceConfig(Settings):
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: held out by a hash of what is in a document; else the whole source is of one split."""
     trust_code: bool = False
-    """Of energon: run the Python code that the shards' dataset.yaml names (sample_loader,
+    """For energon: run the Python code that the shards' dataset.yaml names (sample_loader,
     part_filter, classes and functions), and unpickle what is in them. It can do whatever you can:
     allow it only for shards that you made, or whose code you have read."""
 
@@ -332,7 +332,7 @@ class DataConfig(Settings):
     seq_length: Annotated[int, In("[64, 16777216]")] = 256
     """Tokens in a packed sequence."""
     vocab_size: Annotated[int, In("[300, 16777216]")] = 1024
-    """Of the byte-level BPE tokenizer trained on the text, as far as the text has so many; with
+    """Tokens of the byte-level BPE tokenizer trained on the text, if the text has that many; with
     ``tokenizer``, that one's counts, and this is what `plan` reckons with."""
     vision_share: Annotated[float, In("[0, 0.3]")] = 0.1
     """Share of all tokens that are image placeholders."""
@@ -468,7 +468,7 @@ class EncoderProcessConfig(Settings):
     spread: Literal["balanced", "round_robin"] = "balanced"
     """Who encodes what: by cost, as evenly as can be; or item after item, to compare with."""
     cost: Literal["counted", "measured"] = "counted"
-    """What an item costs: FLOPs counted from shapes; or measured on the first rank for a few
+    """Cost of an item: FLOPs counted from shapes; or measured on the first rank for a few
     seconds when the run begins, and kept in run_dir."""
     max_patches: Annotated[int, In("[1, 2147483647]")] = 16384
     """Patches that go through the encoder at a time: bounds the memory of its activations."""
@@ -479,7 +479,7 @@ class EncoderProcessConfig(Settings):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings):
-    """What is saved, and when."""
+    """Checkpoints: when to save, and how many to keep."""
 
     every: Steps = 100
     """Steps between checkpoints; one is always written at the end."""
@@ -492,16 +492,16 @@ class CheckpointConfig(Settings):
 
 @dataclass(frozen=True)
 class FaultConfig(Settings):
-    """What is done about a bad step, and about ranks that hang."""
+    """Handling of bad steps and of ranks that hang."""
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
-    """Of a loss or gradient that is not finite. stop: end the run with a line that names it; skip:
+    """For a loss or gradient that is not finite. stop: end the run with a line that names it; skip:
     leave this step's update out; roll_back: restore the newest checkpoint and go on with the data
     that follows this step's."""
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
     """The same of a loss far above those before it."""
     spike_window: Annotated[int, In("[4, 100000]")] = 64
-    """Losses that a step's is compared with; the first so many steps are no spikes."""
+    """Number of earlier losses to compare a step's with; that many first steps are no spikes."""
     spike_deviations: Annotated[float, In("[1e-6, 1e6]")] = 10.0
     """A spike is above their median by more than so many standard deviations, estimated as 1.4826
     times the median absolute deviation (and no less than a thousandth of the median)."""
@@ -579,7 +579,7 @@ class Config(Settings):
     """TFLOP/s of one process that utilisation (mfu) is a share of; null: what a large matrix
     product reaches here when the run begins."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations. bfloat16 keeps float32 master weights, moments and gradients,
+    """Weights and activations. bfloat16 keeps float32 master weights, moments and gradients,
     and computes router, softmax, loss and norms in float32."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -1,4 +1,4 @@
-"""What a run says to people when it starts and when it ends."""
+"""Messages at the start and the end of a run."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -13,7 +13,7 @@ _SEES = 0.5
 
 
 def opening(run: Run, done: int) -> str:
-    """What is about to be trained, and how."""
+    """Summary of the model and of the run that starts."""
     config = run.config
     parameters = sum(tensor.numel() for _, tensor in run.parameters())
     tokens = config.global_batch_size * config.data.seq_length
@@ -34,7 +34,7 @@ def opening(run: Run, done: int) -> str:
 
 
 def start(run: Run, done: int) -> dict[str, Any]:
-    """What is noted in starts.jsonl each time that a run starts or goes on, for its report."""
+    """Record for starts.jsonl, written each time that a run starts or resumes."""
     return {
         "time": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")[:19],
         "step": done,
@@ -47,7 +47,7 @@ def start(run: Run, done: int) -> dict[str, Any]:
 
 
 def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[str, str]]) -> str:
-    """What was learned: held-out losses, whether the model sees, and what it reads.
+    """Summary of the training: held-out losses, whether the model sees, and what it reads.
 
     Args:
         records: the run's metrics, some with held-out losses.
@@ -91,7 +91,7 @@ def closing(records: Sequence[dict[str, Any]], transcriptions: Sequence[tuple[st
 
 
 def readings(transcriptions: Sequence[tuple[str, str]]) -> str:
-    """What held-out images say, beside what the model reads in them; empty without any."""
+    """The texts of held-out images next to the model's transcriptions; empty without any."""
     if not transcriptions:
         return ""
     width = max((len(truth) for truth, _ in transcriptions), default=0)

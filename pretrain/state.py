@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run takes it up again."""
+"""Contents of a run's checkpoints, and resuming from them."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def tokenizer_file(run_dir: Path) -> Path:
 
 
 def keep_tokenizer(run: Run) -> None:
-    """Keep the tokenizer beside the checkpoints, for whoever uses the model without the data.
+    """Keep the tokenizer with the checkpoints, to use the model without the data.
 
     Raises:
         PretrainError: the run was begun with another one, whose ids the model knows.
@@ -136,13 +136,13 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpo
 
 
 def _part(run: Run, name: str, value: Tensor) -> Tensor | checkpoint.Part:
-    """What a value of a parameter's shape is of the whole one's."""
+    """A value of a parameter's local shape, with its place in the whole parameter's."""
     cut = run.cuts.get(name)
     return value if cut is None else checkpoint.Part(cut.whole(value.shape), cut.pieces(value))
 
 
 def saver(run: Run) -> checkpoint.Saver:
-    """What writes the run's checkpoints; made by all ranks at once, to be closed by each."""
+    """The writer of the run's checkpoints; created by all ranks together, closed by each."""
     options = run.config.checkpoint
     return checkpoint.Saver(folder(run), options.keep, options.asynchronous)
 

@@ -270,6 +270,6 @@ def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, l
 
 
 def _leave_out(run: Run) -> tuple[Tensor, list[ClipResult]]:
-    """What :func:`_update` returns, where nothing is to change."""
+    """Change nothing, and return the same as :func:`_update`."""
     run.optimizer.zero_grad(set_to_none=True)
     return run.monitor.after_update(), [clip.step(clip=False) for clip in run.clips]

@@ -68,7 +68,7 @@ def _train(
     skipped.settle()
 
     def numbers() -> Iterator[int]:
-        """Of the batches to come, one more than are needed so far: a step may be taken back."""
+        """Numbers of the batches, one more than needed so far: a step may be taken back."""
         number = done + guard.passed_over
         while done < config.steps and number <= config.steps + guard.passed_over:
             yield (number := number + 1)

@@ -114,7 +114,7 @@ class SharedWork:
             self._apply(pipeline[-1], items, found)
 
     def _part(self, unit: Unit, item: Item, rank: int) -> Item:
-        """What this rank holds of a unit."""
+        """This rank's part of a unit."""
         block = self._block[unit.item]
         return item.narrow(lambda tensor: unit.view(tensor, rank, block), unit.first)
 

@@ -230,7 +230,7 @@ def _qkv(config: Any, per_head: bool) -> MatrixLayout:
 
 
 def _recurrent(module: Any) -> MatrixLayout:
-    """What a recurrent layer projects its input to; each tensor-parallel rank has a part of each.
+    """Outputs of a recurrent layer's projection; tensor-parallel ranks have a part of each.
 
     Mamba: z, x, B, C, dt. Gated delta net: query, key, value, gate, beta, alpha.
     """
@@ -406,7 +406,7 @@ def _weights(linear: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether a module is by its name an attention, with matrices of its own or in its layers.
+    """Whether a module is an attention by its name, and has matrices itself or in its layers.
 
     The core of an attention, the product of queries and keys alone, has none.
     """

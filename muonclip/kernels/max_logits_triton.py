@@ -22,7 +22,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(dim: int, itemsize: int) -> Tiling:
-    """What every GPU from Ampere on has shared memory (99 KiB) and registers for."""
+    """Tile sizes for the shared memory (99 KiB) and registers of every GPU since Ampere."""
     padded = max(16, triton.next_power_of_2(dim))
     rows = max(16, 2**15 // (padded * itemsize))
     return Tiling(queries=min(256 // itemsize, rows), keys=min(128 // itemsize, rows), dim=padded)

@@ -1,4 +1,4 @@
-"""What this machine and torch's settings allow a Triton kernel to do."""
+"""Whether this machine and torch's settings allow Triton kernels and TF32."""
 
 import functools
 import importlib.util

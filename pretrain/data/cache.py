@@ -59,7 +59,7 @@ def key_of(*settings: object, stamps: Iterable[tuple[str, Stamp]] = ()) -> str:
 def cached(
     folder: Path, build: Callable[[Path], None], load: Callable[[Path], T]
 ) -> tuple[T, bool]:
-    """What is loaded from a folder, which is built where it is missing or damaged.
+    """Load a folder of the cache, and build it if it is missing or damaged.
 
     Returns:
         It, and whether the folder was there.
@@ -107,7 +107,7 @@ def _unwritable(folder: Path, error: OSError) -> PretrainError:
 
 
 def siblings(folder: Path, load: Callable[[Path], T]) -> Iterator[T]:
-    """What was made with the same settings of other stamps, the newest first.
+    """Folders made with the same settings from files with other stamps, the newest first.
 
     The folder's name ends in a key; the rest of the name stands for the settings.
     """

@@ -1,4 +1,4 @@
-"""What the trainer asks of its data, wherever that comes from."""
+"""The interface between the trainer and its data."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class Data(ABC):
         return None
 
     def take_skipped(self) -> list[Skip]:
-        """What was found corrupt since the last call, on this rank."""
+        """Corrupt samples that this rank found since the last call."""
         return []
 
     @property
@@ -93,5 +93,5 @@ class Data(ABC):
         return ""
 
     def describe(self) -> str:
-        """What is read, for people; empty for the built-in data."""
+        """Description of the sources, for people; empty for the built-in data."""
         return ""

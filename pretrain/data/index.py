@@ -141,7 +141,7 @@ def is_pair(parts: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Part(Generic[R]):
-    """A file of a source, or all of a built-in one: indexed anew only where it has changed.
+    """A file of a source, or a whole built-in one: indexed again only if it has changed.
 
     Attributes:
         name: the file.
@@ -156,7 +156,7 @@ class Part(Generic[R]):
 
 @dataclass(frozen=True)
 class Index:
-    """What all kinds know.
+    """The base of all kinds of index.
 
     Attributes:
         hashes: uint64 [n], a hash of each document's content.
@@ -172,7 +172,7 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Of the documents and their order, wherever the files lie."""
+        """Digest of the documents and their order, independent of the files' location."""
         return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
 
 
@@ -239,7 +239,7 @@ class MixedIndex(Index):
 
     @property
     def fingerprint(self) -> str:
-        """Of the sizes too: by settings the same image may have other tokens, a clip other frames,
+        """Includes the sizes: with other settings, images have other tokens and clips other frames,
         and a checkpoint's place in the data is counted in them."""
         return hashlib.sha256(self.hashes.tobytes() + self.sizes.tobytes()).hexdigest()[:16]
 
@@ -282,7 +282,7 @@ class _Writer:
         self._progress = Progress("indexing text")
 
     def begin(self, name: str, stamp: Stamp) -> None:
-        """What is added from now on is of this part."""
+        """Start a part: documents added from now on belong to it."""
         self._parts.append(_PartOfIndex(name, stamp, 0, []))
 
     def skip(self, skip: Skip) -> None:
@@ -321,7 +321,7 @@ class _Writer:
 
 @dataclass
 class _PartOfIndex:
-    """The share of a part in an index: so many documents, and what was left out."""
+    """The share of a part in an index: its number of documents, and what was left out."""
 
     name: str
     stamp: Stamp

@@ -1,4 +1,4 @@
-"""What of the data could not be used: counted, listed in the run's folder, and limited."""
+"""Data that could not be used: counted, listed in the run's folder, and limited."""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -134,7 +134,7 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides which ids a text becomes; not of what goes around it."""
+        """Digest of everything that decides which ids a text becomes."""
         described = json.loads(self._backend.to_str()) | {"post_processor": None}
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
@@ -232,7 +232,7 @@ class Tokenizer:
         try:
             yield
         except BaseException as error:
-            # Its regular expressions give up after so many steps, by a panic.
+            # Its regular expressions give up after a number of steps, by a panic.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"{self.name} cannot encode it ({one_line(str(error))})") from error

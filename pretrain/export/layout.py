@@ -21,7 +21,7 @@ from pretrain.model.hf_vision import transformers_config
 from pretrain.model.vision import MAX_FRAMES, MERGE
 
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
-"""What stands for a video in a text, until a processor replaces it."""
+"""Placeholder of a video in a text, until a processor replaces it."""
 
 Shapes = dict[str, tuple[int, ...]]
 T = TypeVar("T")
@@ -285,7 +285,7 @@ def text_settings(
 
 
 def _positions(config: LanguageConfig) -> dict[str, Any]:
-    """What is done to positions: under transformers' name, and the one that servers read."""
+    """Settings of positions: under transformers' name, and the one that servers read."""
     if config.rope_scaling.factor == 1:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
     scaling = asdict(config.rope_scaling)

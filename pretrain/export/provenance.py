@@ -1,4 +1,4 @@
-"""What an imported run keeps of the folder that it was made of, for ``export`` to write again."""
+"""Facts of an imported folder that its run keeps, so that ``export`` writes them again."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -191,7 +191,7 @@ def transformer_config(
 
 
 def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each run of layers has, where they are not all of one length."""
+    """Contents of each run of layers, if they are not all of one length."""
     layers = parallel.layers(config.num_layers)
     if len(set(layers)) == 1:
         return None

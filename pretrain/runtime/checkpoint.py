@@ -47,7 +47,7 @@ _PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank has of a tensor of which other ranks have other parts.
+    """This rank's part of a tensor that is split over ranks.
 
     Attributes:
         shape: of the whole tensor.

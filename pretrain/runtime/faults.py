@@ -1,4 +1,4 @@
-"""What can go wrong with a run that is not the user's mistake: bad steps and hung ranks.
+"""Faults of a run that are not the user's mistake: bad steps and hung ranks.
 
 Whatever decides here decides from numbers that were reduced over all ranks, so all do the same.
 """
@@ -138,7 +138,7 @@ class Guard:
         self._returned, self.passed_over = (to, times), passed_over
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
+        """State for a checkpoint, as JSON."""
         return {
             "losses": list(self._losses),
             "in_a_row": self._in_a_row,

@@ -1,4 +1,4 @@
-"""What the machine of a run is: how fast it multiplies, how much memory is used, which versions."""
+"""The machine of a run: how fast it multiplies, how much memory is used, which versions."""
 
 import contextlib
 import importlib.metadata
@@ -38,7 +38,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that what a run computes depends on."""
+    """Versions of Python and of the packages that a run's results depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "megatron-core", "muonclip", "numpy", "tokenizers"):
         # Run from a source tree, a package need not be installed.

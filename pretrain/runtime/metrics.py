@@ -1,4 +1,4 @@
-"""What a run writes for people to look at: metrics.jsonl, TensorBoard, curves."""
+"""Metrics of a run, for people: metrics.jsonl, TensorBoard, curves."""
 
 import io
 import json

@@ -134,7 +134,7 @@ def _write(descriptor: int, text: str) -> None:
 
 
 def _content(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None if nobody has it. A lock that cannot be read is another machine's."""
+    """The owner of a lock; None if nobody has it. An unreadable lock is another machine's."""
     try:
         with path.open("rb") as file:
             text = file.read(_MOST).decode(errors="replace")

@@ -284,7 +284,7 @@ SHAPE = (24, 40)
 
 
 def updates(dtype: torch.dtype, kind: str) -> list[Tensor]:
-    """What one step subtracts, by the scale of the gradient."""
+    """The update of one step, by the scale of the gradient."""
     world = dist.group.WORLD
     found = []
     for scale in SCALES:

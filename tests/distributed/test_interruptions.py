@@ -33,7 +33,7 @@ LONG = (*BRIEF, "steps=100000", "checkpoint.every=100000")
 
 
 def start(folder: Path, run_dir: str, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":
-    """Start a job in a process group of its own, as a shell does."""
+    """Start a job in a new process group, as a shell does."""
     launcher = [
         "-m",
         "torch.distributed.run",

@@ -172,7 +172,7 @@ def test_absorbed_mla_stores_the_matrices_of_mla() -> None:
 
 
 class GatedSparseAttention(nn.Module):
-    """Of no class that is known."""
+    """An attention of an unknown class."""
 
     def __init__(self) -> None:
         super().__init__()

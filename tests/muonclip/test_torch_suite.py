@@ -130,7 +130,7 @@ def equal(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize(("info", "error"), list(error_inputs()))
 def test_errors(info: OptimizerInfo, error: Any) -> None:
-    """What torch refuses or warns of at construction, or in a step, is refused at construction."""
+    """Inputs that torch refuses or warns of, at construction or in a step, are refused."""
     given = error.optimizer_error_input
     assert error.error_on in OptimizerErrorEnum
     options = {RENAMED[info.name].get(name, name): value for name, value in given.kwargs.items()}

@@ -91,7 +91,7 @@ def test_a_run_folder_runs_no_code(
     content = craft(file.read_bytes() if file.exists() else b"", touch)
     file.write_bytes(content)
     manifest = path / "manifest.json"
-    if file.parent == path and file != manifest:  # whoever crafts a file can write its digest too
+    if file.parent == path and file != manifest:  # an attacker can write the digest too
         values = json.loads(manifest.read_text())
         values["files"][name] = checkpoint._checksum(file)
         manifest.write_text(json.dumps(values))

@@ -80,7 +80,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Vision towers, whose position biases reach attention as a mask of its own kind.
+# Vision towers, whose position biases reach attention as a special kind of mask.
 BEIT: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,

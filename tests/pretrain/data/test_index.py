@@ -81,7 +81,7 @@ def make_all(folder: Path) -> None:
 
 
 def replace_in_place(path: Path, content: bytes) -> None:
-    """Of the same size, and with the modification time put back."""
+    """An edit that keeps the size and restores the modification time."""
     status = path.stat()
     with path.open("r+b") as file:
         file.write(content[: status.st_size].ljust(status.st_size))

@@ -35,7 +35,7 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
 
 
 class Imported(NamedTuple):
-    """What :func:`bring_back` found.
+    """Findings of :func:`bring_back`.
 
     Attributes:
         notes: of the import of a model of text.

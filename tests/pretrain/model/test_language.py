@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # float32's rounding of sums of products of some 500; bfloat16
 
 
 def observe(query: Tensor, key: Tensor, masked: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """What the observer is given, and the largest logits in float64."""
+    """The logits that the observer gets, and the largest logits in float64."""
     attention = CoreAttention(config=SimpleNamespace(kv_channels=WIDTH)).train()
     attention.clip_threshold = threshold
     seen: list[Tensor] = []

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(cpu.USE_CUDA, reason="nothing is replaced where 
 
 
 def test_importing_every_module_changes_nothing_for_other_libraries() -> None:
-    """In a process of its own: other tests have imported everything."""
+    """In a new process, as other tests have imported everything."""
     script = """
     import os, pkgutil, importlib
     import torch
