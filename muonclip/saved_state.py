@@ -16,8 +16,9 @@ _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
 }
-# Put in front of names by DistributedDataParallel, torch.compile and checkpoint wrappers.
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# Put in front of names by DistributedDataParallel, torch.compile, checkpoint wrappers and Fabric.
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module",
+             "_forward_module"}  # fmt: skip
 _ORDER = (
     "rename it in a load_state_dict pre-hook, or delete 'param_names' from the saved groups to "
     "match by order"

@@ -95,11 +95,13 @@ def test_a_group_takes_the_options_that_most_of_its_parameters_had() -> None:
 
 
 @pytest.mark.parametrize("part", ["all", "q"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "_forward_module."]
+)
 @pytest.mark.parametrize("wrapped", ["saved", "loaded"])
 def test_names_under_a_wrapper(prefix: str, wrapped: str, part: str) -> None:
-    """Trained under DDP or torch.compile, all or one layer of it, and loaded without, or the
-    other way round."""
+    """Trained under DDP, torch.compile or Fabric, all or one layer of it, and loaded without, or
+    the other way round."""
     order = list(SHAPES)
     theirs, ours = parameters(), parameters()
     named = [
