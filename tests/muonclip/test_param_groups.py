@@ -399,6 +399,32 @@ def test_trained_heads_and_embeddings_of_adapted_models_go_to_adamw() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [
+        ("SequenceClassification", "SEQ_CLS", "score"),
+        ("TokenClassification", "TOKEN_CLS", "score"),
+        ("QuestionAnswering", "QUESTION_ANS", "qa_outputs"),
+        ("CausalLM", "CAUSAL_LM", "lm_head"),
+    ],
+)
+def test_heads_that_peft_trains_go_to_adamw(kind: str, task: str, head: str) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=3,
+    )  # fmt: skip
+    model = getattr(transformers, f"LlamaFor{kind}")(config)
+    saved = ["lm_head"] if kind == "CausalLM" else None
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type=task, modules_to_save=saved)
+    trained = [i for i in assign(peft.get_peft_model(model, lora)) if i.algorithm is not None]
+    heads = {
+        (i.algorithm, i.reason) for i in trained if f".{head}." in i.name and "weight" in i.name
+    }
+    assert heads == {("adamw", "output head")}
+    assert {i.algorithm for i in trained if "lora_" in i.name} == {"muon"}
+
+
 def test_compiled_and_checkpointed_modules_are_assigned_as_without() -> None:
     plain = [(item.algorithm, item.reason) for item in assign(Model())]
     wrapped = Model()
