@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,7 +65,8 @@ def cached(
         It, and whether the folder was there.
 
     Raises:
-        PretrainError: the folder cannot be written; or as ``build`` does.
+        PretrainError: the folder cannot be written, or is damaged and cannot be replaced; or as
+            ``build`` does.
     """
     if folder.is_dir():
         try:
@@ -74,7 +75,13 @@ def cached(
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder, build)
-    return load(folder), False
+    try:
+        return load(folder), False
+    except Exception as error:  # such as another user's folder, which could not be removed
+        raise PretrainError(
+            f"the cache {folder} is damaged and cannot be replaced ({one_line(str(error))}): "
+            "remove it, or set data.cache_dir to another folder"
+        ) from error
 
 
 def make_folder(folder: Path, build: Callable[[Path], None]) -> None:

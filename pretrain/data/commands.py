@@ -4,13 +4,15 @@ from argparse import Namespace
 from pathlib import Path
 
 from pretrain import config
-from pretrain.data import inspect, prepare
+from pretrain.data import inspect, prepare, skipped
 from pretrain.data import settings as data_settings
 from pretrain.data.files import reason
 from pretrain.data.shards import make_shards
 from pretrain.data.skipped import Skip
 from pretrain.data.text import Split
 from pretrain.errors import PretrainError, one_line
+
+_MOST_SHOWN = 10
 
 
 def run(options: Namespace) -> None:
@@ -40,7 +42,7 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
         out.write_text(text, encoding="utf-8", errors="backslashreplace")
     except (OSError, ValueError) as error:
         raise PretrainError(f"cannot write {out}: {reason(error)}") from error
-    _tell(data.take_skipped())
+    _tell(data.take_skipped(), out.with_name(f"{out.stem}-{skipped.FILE}"))
     print(f"{count} sequences of the {split} split: {out}")
 
 
@@ -50,12 +52,15 @@ def _make_shards(folder: Path, out: Path, per_shard: int, held_out: float) -> No
     if not 0 <= held_out < 1:
         raise PretrainError(f"--held-out must be in [0, 1), not {held_out}")
     counts, skips = make_shards(folder, out, per_shard=per_shard, held_out=held_out)
-    _tell(skips)
+    _tell(skips, out / skipped.FILE)
     print(f"{counts['train']} pairs to train on and {counts['val']} held out: {out}")
 
 
-def _tell(skips: list[Skip]) -> None:
-    for skip in skips[:10]:
+def _tell(skips: list[Skip], complete: Path) -> None:
+    """Print the first skips; where there are more, write all of them to a file."""
+    for skip in skips[:_MOST_SHOWN]:
         print(f"skipped: {one_line(skip.name)} ({skip.reason})")
-    if len(skips) > 10:
-        print(f"and {len(skips) - 10} more")
+    if len(skips) > _MOST_SHOWN:
+        complete.unlink(missing_ok=True)
+        skipped.write(complete, skips)
+        print(f"and {len(skips) - _MOST_SHOWN} more; all of them: {complete}")

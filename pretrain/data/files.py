@@ -237,7 +237,13 @@ def open_file(path: Path) -> IO[bytes]:
     """A file's bytes; those of a compressed one decompressed in bounded memory.
 
     The first bytes decide whether it is compressed: names are often wrong about it.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is a folder, a pipe or a device.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise ValueError("not a regular file")
     file = path.open("rb")
     try:
         head = file.peek(16)[:16]

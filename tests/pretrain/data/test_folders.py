@@ -12,7 +12,7 @@ from PIL import Image
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare
+from pretrain.data import prepare, skipped
 from pretrain.data.own import OwnData
 from pretrain.data.shards import make_shards
 from pretrain.errors import PretrainError
@@ -68,6 +68,7 @@ def strange(folder: Path) -> dict[str, str]:
         "long.png": "do not fit data.seq_length",
         "broken.png": "cannot be read: No such file",
         "pipe.png": "neither a file nor a folder",
+        "caption_pipe.txt": "not a regular file",
         ".hidden.png": "hidden",
     }
     (pictures / "lonely.png").write_bytes(file(image, "PNG"))
@@ -90,6 +91,8 @@ def strange(folder: Path) -> dict[str, str]:
     (pictures / "long.png").write_bytes(file(Image.new("L", (10000, 1)), "PNG"))
     (pictures / "broken.png").symlink_to("nowhere")
     os.mkfifo(pictures / "pipe.png")
+    (pictures / "caption_pipe.png").write_bytes(file(image, "PNG"))
+    os.mkfifo(pictures / "caption_pipe.txt")  # reading it would wait for a writer
     (pictures / ".hidden.png").write_bytes(file(image, "PNG"))
     return reasons
 
@@ -177,3 +180,17 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(PretrainError, match=r"sources\[0\].path: the folder \S* has no images"):
         opened(tmp_path)
+
+
+def test_all_files_that_make_shards_leaves_out_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("megatron.energon")
+    pictures = make.captioned_folder(tmp_path / "pictures", 2)
+    for number in range(11):
+        (pictures / f"damaged{number}.png").write_bytes(b"not an image")
+        (pictures / f"damaged{number}.txt").write_text("caption")
+    shards = tmp_path / "shards"
+    assert cli.main(["data", "make-shards", str(pictures), str(shards), "--held-out", "0"]) == 0
+    assert f"and 1 more; all of them: {shards / 'skipped.jsonl'}" in capsys.readouterr().out
+    assert len(skipped.read(shards / "skipped.jsonl")) == 11

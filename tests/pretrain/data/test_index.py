@@ -292,3 +292,13 @@ def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_pat
     assert "".join(pieces) == "".join(texts)
     assert pieces[-1] == texts[-1], "other texts are whole"
     assert max(map(len, pieces)) == 1000
+
+
+def test_a_cache_that_stays_damaged_is_named(tmp_path: Path) -> None:
+    def load(folder: Path) -> None:
+        raise ValueError("not what was written")
+
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    with pytest.raises(PretrainError, match=r"cannot be replaced.*data\.cache_dir"):
+        cache.cached(folder, lambda partial: None, load)
