@@ -14,6 +14,7 @@ from pretrain.build import Run
 from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.export.provenance import Provenance
 from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard, RollBack
 from pretrain.runtime.processes import agree
@@ -86,15 +87,23 @@ def tokenizer_file(run_dir: Path) -> Path:
 
 
 def keep_tokenizer(run: Run) -> None:
-    """Keep the tokenizer with the checkpoints, to use the model without the data.
+    """Keep the tokenizer next to the checkpoints, to use the model without the data.
+
+    A run that starts from an imported one also keeps what ``export`` writes again of that import:
+    the chat template, for example.
 
     Raises:
-        PretrainError: the run was begun with another one, whose ids the model knows.
+        PretrainError: the run was started with another tokenizer, whose ids the model knows.
     """
     failure: Exception | None = None
     if run.processes.is_main:
         try:
-            write_tokenizer(run.data.tokenizer, Path(run.config.run_dir))
+            run_dir, other = Path(run.config.run_dir), run.config.start_from
+            write_tokenizer(run.data.tokenizer, run_dir)
+            if other is not None and not checkpoint.steps(folder(run)):
+                imported = Provenance.read(Path(other))
+                if imported != Provenance():
+                    imported.write(run_dir)
         except PretrainError as error:
             failure = error
     agree(failure)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pretrain import batches, state
 from pretrain.build import build
+from pretrain.export.provenance import Provenance
 from pretrain.runtime import processes
 from pretrain.step import train_step
 from pretrain.train import set_up
@@ -38,6 +39,7 @@ def begin(folder: str, other: str, precision: str) -> Begun:
     here, data = set_up(settings)
     run = build(settings, here, data)
     assert state.restore(run) == 0
+    state.keep_tokenizer(run)
     named = {name: tensor.detach().clone() for name, tensor in run.named.items()}
     known = run.optimizer.state
     masters = {n: known[p]["master"].clone() for n, p in run.parameters() if "master" in known[p]}
@@ -52,8 +54,16 @@ FRESH = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("other", ["run", "run16"])
-def test_float32_takes_masters_for_weights(made: Made, run_folder: Path, other: str) -> None:
+def test_float32_takes_masters_for_weights_and_keeps_what_was_imported(
+    made: Made, run_folder: Path, other: str
+) -> None:
+    imported = Provenance(1234, "{{ messages }}", {"eos_token_id": [3, 4]})
+    imported.write(run_folder / other)
     (begun,) = launch(begin, 1, str(run_folder), other, "float32")
+    kept = Provenance.read(run_folder / "new")
+    for run_dir in (other, "new"):  # other tests have the folder as well
+        (run_folder / run_dir / "imported.json").unlink()
+    assert kept == imported
     assert begun.named.keys() == made.tensors.keys()
     assert all(torch.equal(begun.named[name], tensor) for name, tensor in made.tensors.items())
     assert begun.states == (set(), FRESH)
