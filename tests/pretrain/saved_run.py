@@ -134,6 +134,18 @@ def make(folder: str) -> Made:
     return Made(*read_by, tensors, held_out_losses(run))
 
 
+# Heads of 32 channels: vLLM's attention kernel for CPUs supports only certain head sizes.
+SERVED = ("language.qk_nope_head_dim=16", "language.qk_rope_head_dim=16", "language.v_head_dim=32")
+
+
+def make_served(folder: str) -> dict[str, Read]:
+    """Save a run in ``folder``/served whose export vLLM can serve on a CPU; return its readings."""
+    config = training.tiny(folder, *SHAPE, *SERVED, f"run_dir={folder}/served")
+    run = _save(config, *set_up(config))
+    run.train(False)
+    return {name: read(run, document) for name, document in documents(run).items()}
+
+
 def _save(config: Config, here: Processes, data: Data) -> Run:
     run = build(config, here, data)
     with torch.no_grad():
