@@ -30,6 +30,7 @@ def _rank_main(
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
+    dist.barrier()  # a rank that has nothing to do must not leave while others still connect to it
     outcome: tuple[str, Any]
     try:
         outcome = ("value", function(*args))

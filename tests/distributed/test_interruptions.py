@@ -102,9 +102,8 @@ def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Pa
     run = start(folder, "shared")
     reach(run, run_dir / "metrics.jsonl", 2)
     file = (run_dir / "metrics.jsonl").stat().st_ino
-    status, told = training.command(
-        "train", f"{folder}/tiny.yaml", f"data.cache_dir={folder}/cache", f"run_dir={run_dir}"
-    )
+    overrides = (f"data.cache_dir={folder}/cache", f"run_dir={run_dir}")
+    ((status, told),) = launch(training.command, 1, "train", f"{folder}/tiny.yaml", *overrides)
     assert status == 1
     assert told.startswith(f"error: another job is writing into run_dir={run_dir}: process ")
     assert "\n" not in told
