@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,6 +290,8 @@ def _run(options: argparse.Namespace) -> int:
         # All ranks have the same error: one of them prints it.
         if os.environ.get("RANK", "0") == "0":
             _print_error(error)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(3)  # torchrun ends all ranks once one has left: let rank 0 print it first
         return 1
     except (OSError, UnicodeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):

@@ -415,7 +415,11 @@ def _file_name(name: str) -> str:
 def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> Stored:
     """Return a manifest's entry of a tensor, if its blocks lie within it and fill it."""
     shape = torch.Size(entry["shape"])
-    blocks = [(file, tuple(offsets), tuple(size)) for file, offsets, size in entry["blocks"]]
+    # torch.Size takes nothing but whole numbers.
+    blocks = [
+        (file, tuple(torch.Size(offsets)), tuple(torch.Size(size)))
+        for file, offsets, size in entry["blocks"]
+    ]
     for file, offsets, size in blocks:
         files[file]
         for first, length, whole in zip(offsets, size, shape, strict=True):

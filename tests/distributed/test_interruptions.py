@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pretrain import batches, train
 from pretrain.model.multimodal import MicroBatch
-from pretrain.runtime import checkpoint
+from pretrain.runtime import checkpoint, processes
 from pretrain.runtime.metrics import read
 from pretrain.runtime.run_lock import RunLock
 from tests.distributed import training
@@ -62,6 +62,7 @@ STARTED: list["subprocess.Popen[str]"] = []
 
 @pytest.fixture(autouse=True)
 def no_run_outlives_its_test() -> Iterator[None]:
+    processes.stop()  # groups that an earlier test of this process left standing
     yield
     while STARTED:
         run = STARTED.pop()
