@@ -77,7 +77,7 @@ def test_a_job_on_another_machine_is_alive_for_as_long_as_it_touches_its_lock(
 
     def beat() -> None:
         while not ended.wait(0.1):
-            os.utime(tmp_path / FILE, (0, time.monotonic()))  # by a clock of its own
+            os.utime(tmp_path / FILE, (0, time.monotonic()))  # by another clock
 
     thread = threading.Thread(target=beat)
     thread.start()
