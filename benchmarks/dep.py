@@ -112,6 +112,7 @@ def _prepare(
     setting: Setting, share: float, spread: float, seed: int, cost_file: Path
 ) -> tuple[dict[str, "Run"], dict[str, list["MicroBatch"]]]:
     """One model under several encoders, and its batches: of text, and with images."""
+    from pretrain import parallel
     from pretrain.build import build, make_encoder
     from pretrain.config import (
         Config,
@@ -121,7 +122,6 @@ def _prepare(
         ParallelConfig,
         VisionConfig,
     )
-    from pretrain.runtime import processes
 
     hidden = setting.hidden
     config = Config(
@@ -147,7 +147,7 @@ def _prepare(
         data=DataConfig(seq_length=setting.sequence, vocab_size=VOCABULARY),
         parallel=ParallelConfig(pipeline=setting.processes),
     )
-    here = processes.start(config.parallel, seed)
+    here = parallel.start(config.parallel, seed)
     tokenizer = SimpleNamespace(vocab_size=config.data.vocab_size, media_pad=_MEDIA_PAD)
     data: Any = SimpleNamespace(tokenizer=tokenizer)
     run = build(config, here, data)

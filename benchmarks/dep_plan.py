@@ -15,8 +15,8 @@ from benchmarks.runner import Result, interleave, markdown, positive_int, quarti
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import cost
 from pretrain.encoder_process.plan import balance, least_balance, least_load, plan
+from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import MERGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

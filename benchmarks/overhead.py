@@ -93,13 +93,13 @@ def run(options: argparse.Namespace) -> runner.Result:
 
 
 def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: str) -> None:
-    from pretrain import batches, config, state
+    from pretrain import batches, config, parallel, state
     from pretrain.build import build
-    from pretrain.monitor import Monitor
-    from pretrain.runtime import checkpoint, processes
+    from pretrain.runtime import checkpoint
     from pretrain.runtime.faults import Guard
     from pretrain.runtime.metrics import MetricsWriter
     from pretrain.step import train_step
+    from pretrain.step_metrics import Monitor
     from pretrain.train import set_up
 
     class Blind(Monitor):
@@ -198,7 +198,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     out.close()
     newest = checkpoint.path_of(state.folder(trained), taken[SAVED])
     size = sum(file.stat().st_size for file in newest.iterdir())
-    processes.stop()
+    parallel.stop()
     told = _result(trained, seconds, parts[1:], saves[1:], size)
     Path(folder, "result.json").write_text(json.dumps(told))
 

@@ -30,7 +30,7 @@ from muonclip import MuonClip, QKClip
 
 if TYPE_CHECKING:
     from pretrain.build import Run
-    from pretrain.data.dataset import BuiltIn
+    from pretrain.data.builtin.dataset import BuiltIn
     from pretrain.model.multimodal import MicroBatch
 
 Kind = Literal["dense", "moe", "vision"]
@@ -216,7 +216,7 @@ class Trained:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         from pretrain.build import build
-        from pretrain.data.dataset import BuiltIn
+        from pretrain.data.builtin.dataset import BuiltIn
 
         here, data, config = _prepared(job)
         assert isinstance(data, BuiltIn)
@@ -240,7 +240,7 @@ class Trained:
     def _of_step(self, step: int) -> "list[MicroBatch]":
         from pretrain import batches
 
-        return batches.of_step(self.run.config, self.run.processes, self.run.data, step)
+        return batches.of_step(self.run.config, self.run.context, self.run.data, step)
 
     def gradients(self, step: int) -> float:
         from pretrain.step import gradients, mean_losses
@@ -279,7 +279,7 @@ def text(vocabulary: int) -> "BuiltIn":
     """The built-in data, from the cache or made now; its splits as tokens are what counts here."""
     from pretrain.config import DataConfig
     from pretrain.data import prepare
-    from pretrain.data.dataset import BuiltIn
+    from pretrain.data.builtin.dataset import BuiltIn
 
     cache_dir = str(ROOT / ".cache" / "pretrain")
     data = prepare(DataConfig(vocab_size=vocabulary, cache_dir=cache_dir), _PATCH, seed=0)
@@ -327,10 +327,10 @@ def _here() -> Any:
     # of transformers' modules do not bear.
     import transformers.models.phi3.modeling_phi3  # noqa: F401
 
+    from pretrain import parallel
     from pretrain.config import ParallelConfig
-    from pretrain.runtime import processes
 
-    return processes.start(ParallelConfig(), 0)
+    return parallel.start(ParallelConfig(), 0)
 
 
 def _prepared(job: Job) -> tuple[Any, Any, Any]:

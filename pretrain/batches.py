@@ -12,8 +12,8 @@ from pretrain.data import Data, PackedSample, skipped
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.errors import PretrainError
 from pretrain.model.multimodal import MicroBatch
+from pretrain.parallel import ParallelContext
 from pretrain.runtime.metrics import warn
-from pretrain.runtime.processes import Processes
 
 
 def collate(
@@ -37,24 +37,24 @@ def collate(
     )
 
 
-def of_step(config: Config, processes: Processes, data: Data, step: int) -> list[MicroBatch]:
+def of_step(config: Config, context: ParallelContext, data: Data, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of update ``step`` of 1, 2, …: a function of seed and step alone.
 
     The global batch is the same sequences in the same order for every number of ranks.
     """
-    share = config.global_batch_size // processes.data_size
-    first = (step - 1) * config.global_batch_size + processes.data_rank * share
+    share = config.global_batch_size // context.data_size
+    first = (step - 1) * config.global_batch_size + context.data_rank * share
     samples = [data.sample("train", index) for index in range(first, first + share)]
-    return _micro_batches(samples, config, processes)
+    return _micro_batches(samples, config, context)
 
 
 class SkippedOfRun:
     """Samples not read by any rank, listed in the run's folder; past the limit all ranks leave."""
 
-    def __init__(self, config: Config, processes: Processes, data: Data) -> None:
+    def __init__(self, config: Config, context: ParallelContext, data: Data) -> None:
         self._path = Path(config.run_dir) / skipped.FILE
         self._own = bool(config.data.sources)
-        self._processes, self._data = processes, data
+        self._context, self._data = context, data
         self._all = Skipped(config.data.max_corrupt)
         # Of the run so far, if it goes on. Nobody writes before all have read: settle() is next.
         self._listed = {skip.name for skip in skipped.read(self._path)} if self._own else set()
@@ -70,17 +70,17 @@ class SkippedOfRun:
             if failure:
                 raise failure
             return
-        news = torch.tensor([len(found) + (failure is not None)], device=self._processes.device)
+        news = torch.tensor([len(found) + (failure is not None)], device=self._context.device)
         dist.all_reduce(news)
         if not news.item():
             return
-        every: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._processes.world_size
+        every: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._context.world_size
         dist.all_gather_object(every, (str(failure) if failure else None, found))
         failures = [message for message, _ in every if message is not None]
         if failures:
             raise PretrainError(failures[0]) from failure
         together = [skip for _, skips in every for skip in skips]
-        if self._processes.is_main:
+        if self._context.is_main:
             unlisted = {skip.name: skip for skip in together if skip.name not in self._listed}
             try:
                 skipped.write(self._path, unlisted.values())
@@ -92,7 +92,7 @@ class SkippedOfRun:
 
 def ahead(
     config: Config,
-    processes: Processes,
+    context: ParallelContext,
     data: Data,
     steps: Iterable[int],
     skips: SkippedOfRun,
@@ -112,7 +112,7 @@ def ahead(
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
-            following = step, pool.submit(of_step, config, processes, data, step)
+            following = step, pool.submit(of_step, config, context, data, step)
             if waiting:
                 yield waiting[0], settled(waiting[1])
             waiting = following
@@ -121,7 +121,7 @@ def ahead(
 
 
 def of_evaluation(
-    samples: Sequence[PackedSample], config: Config, processes: Processes
+    samples: Sequence[PackedSample], config: Config, context: ParallelContext
 ) -> list[MicroBatch]:
     """This rank's share of a fixed list of sequences, the same number on every rank.
 
@@ -129,23 +129,23 @@ def of_evaluation(
     are of one size: the list is filled up with repetitions of its first sequence in which nothing
     counts.
     """
-    unit = processes.data_size
+    unit = context.data_size
     if config.parallel.pipeline > 1:
         unit *= config.micro_batch_size
     if config.parallel.interleave > 1:
         unit *= config.parallel.pipeline
     filler = [samples[0].without_labels()]
     padded = [*samples, *filler * (-len(samples) % unit)]
-    share = len(padded) // processes.data_size
-    mine = padded[processes.data_rank * share : (processes.data_rank + 1) * share]
-    return _micro_batches(mine, config, processes)
+    share = len(padded) // context.data_size
+    mine = padded[context.data_rank * share : (context.data_rank + 1) * share]
+    return _micro_batches(mine, config, context)
 
 
 def _micro_batches(
-    samples: Sequence[PackedSample], config: Config, processes: Processes
+    samples: Sequence[PackedSample], config: Config, context: ParallelContext
 ) -> list[MicroBatch]:
     size = config.micro_batch_size
     return [
-        collate(samples[start : start + size], processes.device, images=processes.first_stage)
+        collate(samples[start : start + size], context.device, images=context.first_stage)
         for start in range(0, len(samples), size)
     ]

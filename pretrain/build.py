@@ -29,8 +29,8 @@ from pretrain.model.language import build_language_model, cuts
 from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
-from pretrain.monitor import Monitor, Routing, Updates
-from pretrain.runtime.processes import Processes
+from pretrain.parallel import ParallelContext
+from pretrain.step_metrics import Monitor, Routing, Updates
 
 # Attention of the vision encoder, whose query, key and value are matrices of their own.
 _SEPARATE = "vision.encoder.blocks.*.attention"
@@ -54,7 +54,7 @@ class Run:
     """
 
     config: Config
-    processes: Processes
+    context: ParallelContext
     data: Data
     language: list[DistributedDataParallel]
     tower: VisionTower
@@ -90,7 +90,7 @@ def names_in_checkpoint(
     return named
 
 
-def build(config: Config, processes: Processes, data: Data) -> Run:
+def build(config: Config, context: ParallelContext, data: Data) -> Run:
     """Build this rank's part of everything, with its weights as at step 0."""
     dtype: torch.dtype = getattr(torch, config.precision)
     chunks = build_language_model(
@@ -103,11 +103,11 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
-    model = nn.ModuleDict({"language": language, "vision": tower}).to(processes.device)
+    model = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)
     set_precision(model, dtype)
 
     local_experts = config.language.num_experts // config.parallel.expert
-    first_expert = processes.expert_rank * local_experts
+    first_expert = context.expert_rank * local_experts
     named = names_in_checkpoint(chunks, tower, first_expert)
     cut: dict[str, Cut] = {}
     for chunk in chunks:
@@ -117,10 +117,10 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
 
     def copies(name: str, tensor: Tensor) -> int:
         if name.startswith("vision."):
-            return processes.world_size
+            return context.world_size
         if not getattr(tensor, "allreduce", True):
             return int(parallel_state.get_expert_data_parallel_world_size())
-        return processes.data_size * (1 if name in cut else processes.tensor_size)
+        return context.data_size * (1 if name in cut else context.tensor_size)
 
     settings = chunks[0].config
     replicas = [
@@ -143,7 +143,7 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
     held_by = {name: copies(name, tensor) for name, tensor in named.items()}
     monitor = Monitor(
         config,
-        processes,
+        context,
         routing,
         Updates(optimizer, {tensor: held_by[name] for name, tensor in named.items()}),
         {name: _layer_number(model, name) for name in clips[0].layouts},
@@ -152,12 +152,12 @@ def build(config: Config, processes: Processes, data: Data) -> Run:
     )
     return Run(
         config=config,
-        processes=processes,
+        context=context,
         data=data,
         language=replicas,
         tower=tower,
         encoder=make_encoder(
-            config.encoder_process, tower, processes, Path(config.run_dir, "encoder_cost.json")
+            config.encoder_process, tower, context, Path(config.run_dir, "encoder_cost.json")
         ),
         optimizer=optimizer,
         clips=clips,
@@ -202,13 +202,13 @@ def set_precision(model: nn.ModuleDict, dtype: torch.dtype) -> None:
 def make_encoder(
     config: EncoderProcessConfig,
     tower: VisionTower,
-    processes: Processes,
+    context: ParallelContext,
     cost_file: Path | None = None,
 ) -> EncoderProcess | ColocatedEncoder:
     """Who encodes which image; a measured cost is kept in ``cost_file``: a run that goes on plans
     as before."""
     group = parallel_state.get_tensor_model_parallel_group()
-    takes_images = processes.first_stage
+    takes_images = context.first_stage
     if not config.enabled:
         return ColocatedEncoder(
             tower, dist.group.WORLD, takes_images=takes_images, tensor_group=group

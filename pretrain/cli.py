@@ -150,15 +150,15 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from pretrain import sample
+    from pretrain import generate
+    from pretrain.data.media.video import is_video
     from pretrain.data.sources import Media
-    from pretrain.data.video import is_video
 
     for path, moving in options.media:
         if not moving and is_video(path):
             raise PretrainError(f"{path} is a video: show it with --video")
-    model = sample.load(options.run, options.step)
-    for piece in sample.sample(
+    model = generate.load(options.run, options.step)
+    for piece in generate.sample(
         model,
         options.prompt,
         [Media((path,), moving) for path, moving in options.media],
@@ -191,7 +191,7 @@ def _data_parsers(actions: Any) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from pretrain.data import commands
+    from pretrain.data.tools import commands
 
     commands.run(options)
 
@@ -268,16 +268,16 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     try:
         if options.command == "report":
-            from pretrain import page
+            from pretrain import html_report
 
-            print(page.write(options.run_dir, options.out))
+            print(html_report.write(options.run_dir, options.out))
             return 0
         if options.command in _OF_ONE_PROCESS:
             _OF_ONE_PROCESS[options.command](options)
             return 0
         settings = config.load(options.config, options.overrides)
         if options.command == "plan":
-            from pretrain import budget
+            from pretrain.plan import budget
 
             found = budget.plan(settings, options.processes, options.image_patches)
             print(json.dumps(found) if options.json else budget.table(found, options.memory))
@@ -301,7 +301,7 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         # Threads of a process group that is left standing abort the interpreter at its end.
         if options.command != "plan" and "torch" in sys.modules:
-            from pretrain.runtime import processes
+            from pretrain import parallel
 
-            processes.stop()
+            parallel.stop()
     return 0

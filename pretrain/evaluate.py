@@ -42,7 +42,7 @@ def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float |
     """Mean loss a token over fixed sequences, dealt to all ranks; None without any."""
     if not samples:
         return mean_losses(torch.zeros(4))
-    micro_batches = batches.of_evaluation(samples, run.config, run.processes)
+    micro_batches = batches.of_evaluation(samples, run.config, run.context)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     sums = backbone(run, micro_batches, features, forward_only=True)
     dist.all_reduce(sums)
@@ -65,9 +65,9 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
     questions = [run.data.question(item) for item in items]
     starts = torch.tensor([len(question) for question in questions])
     length = int(starts.max()) + _MAX_CAPTION_TOKENS
-    length += -length % run.processes.tensor_size  # sequence parallelism divides it
+    length += -length % run.context.tensor_size  # sequence parallelism divides it
     samples = [run.data.pack([question], length)[0] for question in questions]
-    batch = batches.collate(samples, run.processes.device, images=run.processes.first_stage)
+    batch = batches.collate(samples, run.context.device, images=run.context.first_stage)
     # What is still to be written is padding of another document until then: nothing sees it.
     batch.documents.zero_()
     (features,) = run.encoder.encode([(batch.patches, batch.grids)])
@@ -87,7 +87,7 @@ def _next_tokens(
 ) -> Tensor:
     """The likeliest token after each place, int64, on all ranks; no placeholder of an image, for
     which there would be none."""
-    tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.processes.device)
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.context.device)
 
     def take(_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         likely = logits[rows, places]
@@ -98,5 +98,5 @@ def _next_tokens(
     # The interleaved schedule takes no less than a micro-batch a stage.
     times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1
     run_schedule(run, [batch] * times, [features] * times, take, forward_only=True, logits=True)
-    dist.broadcast(tokens, src=run.processes.world_size - 1)  # a rank of the last stage
+    dist.broadcast(tokens, src=run.context.world_size - 1)  # a rank of the last stage
     return tokens

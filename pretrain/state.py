@@ -15,9 +15,9 @@ from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_di
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.provenance import Provenance
+from pretrain.parallel import agree
 from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard, RollBack
-from pretrain.runtime.processes import agree
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
 _MODEL = ("language", "vision")
@@ -96,7 +96,7 @@ def keep_tokenizer(run: Run) -> None:
         PretrainError: the run was started with another tokenizer, whose ids the model knows.
     """
     failure: Exception | None = None
-    if run.processes.is_main:
+    if run.context.is_main:
         try:
             run_dir, other = Path(run.config.run_dir), run.config.start_from
             write_tokenizer(run.data.tokenizer, run_dir)
@@ -158,9 +158,9 @@ def saver(run: Run) -> checkpoint.Saver:
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     """Where every data-parallel rank's reading stands; one for all where they are the same."""
-    every: list[Any] = [None] * run.processes.world_size
-    dist.all_gather_object(every, (run.processes.data_rank, run.data.state_dict(step)))
-    by_rank = [dict(every)[rank] for rank in range(run.processes.data_size)]
+    every: list[Any] = [None] * run.context.world_size
+    dist.all_gather_object(every, (run.context.data_rank, run.data.state_dict(step)))
+    by_rank = [dict(every)[rank] for rank in range(run.context.data_size)]
     return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
 
 
@@ -249,7 +249,7 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
         return 0, {}
     path = checkpoint.path_of(folder(run), steps[-1])
     manifest = checkpoint.read_manifest(path)
-    checkpoint.verify(path, manifest, run.processes.rank, run.processes.world_size)
+    checkpoint.verify(path, manifest, run.context.rank, run.context.world_size)
     facts = manifest.facts
     weights_only = facts.get("weights_only", False)
     _check_same_run(

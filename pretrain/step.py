@@ -100,10 +100,10 @@ def backbone(
     Returns:
         [4], the :func:`loss_sums` of this rank's micro-batches; zeros where another rank has them.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=run.processes.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=run.context.device)
 
     def total_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        if run.processes.tensor_rank == 0:  # the others of its group have the same losses
+        if run.context.tensor_rank == 0:  # the others of its group have the same losses
             sums.add_(loss_sums(losses, batch.kinds))
         counted = batch.kinds > 0
         return (losses * counted).sum(), counted.sum().int(), {}
@@ -114,7 +114,7 @@ def backbone(
 
 def gradient_norm(run: Run) -> Tensor:
     """The norm of the whole model's gradient, of which every rank has a part."""
-    squares = torch.zeros((), dtype=torch.float64, device=run.processes.device)
+    squares = torch.zeros((), dtype=torch.float64, device=run.context.device)
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for name, parameter in run.parameters():
         if parameter.grad is not None:
@@ -179,7 +179,7 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         features = run.encoder.encode(
             [(batch.patches, batch.grids) for batch in micro_batches],
             multimodal.refusal(micro_batches, run.data.tokenizer.media_pad)
-            if run.processes.first_stage
+            if run.context.first_stage
             else None,
         )
     with record_function("backbone"):

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from pretrain import batches, report, state
+from pretrain import batches, console, parallel, state
 from pretrain.build import Run, build
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Dealing, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
-from pretrain.runtime import checkpoint, processes, stopping
+from pretrain.parallel import ParallelContext
+from pretrain.runtime import checkpoint, stopping
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
-from pretrain.runtime.processes import Processes
 from pretrain.runtime.profiler import Profiler
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
@@ -38,23 +38,23 @@ def train(config: Config) -> None:
             that had begun was finished and saved.
     """
     with stopping.on_signals() as termination:
-        here = join(config)
-        with lock(config, here) as run_lock:
-            data = prepare_data(config, here)
-            with watch(config, here) as watchdog:
-                _train(config, here, data, watchdog, termination, run_lock)
-        processes.stop()
+        context = join(config)
+        with lock(config, context) as run_lock:
+            data = prepare_data(config, context)
+            with watch(config, context) as watchdog:
+                _train(config, context, data, watchdog, termination, run_lock)
+        parallel.stop()
 
 
 def _train(
     config: Config,
-    here: Processes,
+    context: ParallelContext,
     data: Data,
     watchdog: Watchdog,
     termination: Termination,
     run_lock: RunLock | None,
 ) -> None:
-    run = build(config, here, data)
+    run = build(config, context, data)
     guard = Guard(config.faults)
     watchdog.beat("taking up the newest checkpoint")
     done = state.restore(run, guard)
@@ -62,9 +62,9 @@ def _train(
 
     run_dir = Path(config.run_dir)
     out = open_metrics(run, done)
-    profiler = Profiler(config.profile.steps, run_dir / "traces", here.rank)
-    out.say(report.opening(run, done))
-    skipped = batches.SkippedOfRun(config, here, data)
+    profiler = Profiler(config.profile.steps, run_dir / "traces", context.rank)
+    out.say(console.opening(run, done))
+    skipped = batches.SkippedOfRun(config, context, data)
     skipped.settle()
 
     def numbers() -> Iterator[int]:
@@ -79,7 +79,7 @@ def _train(
             out.write({"step": 0, **held_out_losses(run)})
         began = time.monotonic()
         termination.saves = True
-        for number, micro_batches in batches.ahead(config, here, data, numbers(), skipped):
+        for number, micro_batches in batches.ahead(config, context, data, numbers(), skipped):
             step = number - guard.passed_over
             watchdog.beat(f"step {step}")
             profiler.before(step)
@@ -104,7 +104,7 @@ def _train(
                 metrics |= held_out_losses(run)
             out.write(metrics)
             watchdog.beat(f"the checkpoint of step {step}")
-            unwritten, taken, ends = processes.greatest(
+            unwritten, taken, ends = parallel.greatest(
                 saver.failed(), run_lock is not None and run_lock.lost, termination.signal
             )
             if taken:
@@ -133,8 +133,8 @@ def _train(
     transcriptions = transcribe(run)
     out.save("transcriptions.json", json.dumps(transcriptions))
     out.close()
-    if here.is_main:
-        print(report.closing(read(out.path), transcriptions))
+    if context.is_main:
+        print(console.closing(read(out.path), transcriptions))
         try:
             print(f"curves: {plot(run_dir)}")
         except OSError as error:
@@ -147,35 +147,35 @@ def evaluate(config: Config) -> None:
     Raises:
         PretrainError: there is no checkpoint, or it cannot be taken up.
     """
-    here, data = set_up(config)
-    run = build(config, here, data)
+    context, data = set_up(config)
+    run = build(config, context, data)
     step = state.restore(run)
     if not checkpoint.steps(state.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
     losses = {"step": step, **held_out_losses(run)}
     transcriptions = transcribe(run)
-    if here.is_main:
+    if context.is_main:
         print(held_out_line(losses))
-        print(report.readings(transcriptions))
-    processes.stop()
+        print(console.readings(transcriptions))
+    parallel.stop()
 
 
-def join(config: Config) -> Processes:
+def join(config: Config) -> ParallelContext:
     """Join the other processes, which have the same configuration."""
-    config.check_world_size(processes.world_size())
-    here = processes.start(config.parallel, config.seed, config.faults.hang_seconds)
-    processes.require_same("the configuration", repr(config))
-    return here
+    config.check_world_size(parallel.world_size())
+    context = parallel.start(config.parallel, config.seed, config.faults.hang_seconds)
+    parallel.require_same("the configuration", repr(config))
+    return context
 
 
-def set_up(config: Config) -> tuple[Processes, Data]:
+def set_up(config: Config) -> tuple[ParallelContext, Data]:
     """Join the other processes, and open the data."""
-    here = join(config)
-    return here, prepare_data(config, here)
+    context = join(config)
+    return context, prepare_data(config, context)
 
 
 @contextlib.contextmanager
-def lock(config: Config, here: Processes) -> Iterator[RunLock | None]:
+def lock(config: Config, context: ParallelContext) -> Iterator[RunLock | None]:
     """Within, no other job writes into the run's folder; all ranks fail together if one does.
 
     Yields:
@@ -184,23 +184,23 @@ def lock(config: Config, here: Processes) -> Iterator[RunLock | None]:
     with contextlib.ExitStack() as stack:
 
         def acquire() -> RunLock | None:
-            run_lock = RunLock(Path(config.run_dir)) if here.is_main else None
+            run_lock = RunLock(Path(config.run_dir)) if context.is_main else None
             return stack.enter_context(run_lock) if run_lock else None
 
-        yield processes.together(acquire, here.patient)
+        yield parallel.together(acquire, context.patient)
 
 
-def watch(config: Config, here: Processes) -> Watchdog:
+def watch(config: Config, context: ParallelContext) -> Watchdog:
     """This rank's watchdog; all ranks fail together if one cannot write its file."""
 
     def make() -> Watchdog:
         run_dir, seconds = Path(config.run_dir), config.faults.hang_seconds
         try:
-            return Watchdog(seconds, here.rank, here.world_size, run_dir)
+            return Watchdog(seconds, context.rank, context.world_size, run_dir)
         except OSError as error:
             raise unwritable(run_dir, error) from error
 
-    return processes.together(make)
+    return parallel.together(make)
 
 
 def unwritable(run_dir: Path, error: OSError) -> PretrainError:
@@ -223,38 +223,42 @@ def open_metrics(run: Run, done: int) -> MetricsWriter:
                 config.steps,
                 done,
                 config.log_every,
-                enabled=run.processes.is_main,
+                enabled=run.context.is_main,
                 wandb=wandb if config.wandb.enabled else None,
             )
-            out.begin(run.assignment, report.start(run, done))
+            out.begin(run.assignment, console.start(run, done))
             return out
         except OSError as error:
             raise unwritable(run_dir, error) from error
 
-    return processes.together(make)
+    return parallel.together(make)
 
 
-def prepare_data(config: Config, here: Processes) -> Data:
+def prepare_data(config: Config, context: ParallelContext) -> Data:
     """The main rank makes what is missing in the cache; then every rank opens it.
 
     Indexing and training a tokenizer can take hours: other ranks wait for as long as that takes.
     """
 
     def open_data() -> Data:
-        dealing = Dealing(here.data_rank, here.data_size, config.global_batch_size)
+        dealing = Dealing(context.data_rank, context.data_size, config.global_batch_size)
         data = prepare(settings(config), config.vision.patch_size, config.seed, dealing)
         _check_vocabulary(config, data)
         return data
 
-    with _news_of_waiting(here):
-        prepared = processes.together(lambda: open_data() if here.is_main else None, here.patient)
-    opened = processes.together(lambda: open_data() if prepared is None else prepared, here.patient)
-    processes.require_same("the data", opened.fingerprint)
+    with _news_of_waiting(context):
+        prepared = parallel.together(
+            lambda: open_data() if context.is_main else None, context.patient
+        )
+    opened = parallel.together(
+        lambda: open_data() if prepared is None else prepared, context.patient
+    )
+    parallel.require_same("the data", opened.fingerprint)
     return opened
 
 
 @contextlib.contextmanager
-def _news_of_waiting(here: Processes) -> Iterator[None]:
+def _news_of_waiting(context: ParallelContext) -> Iterator[None]:
     """Within, say now and then that the data is being prepared."""
     done = threading.Event()
 
@@ -265,7 +269,7 @@ def _news_of_waiting(here: Processes) -> Iterator[None]:
             print(f"preparing the data for {minutes:.0f} minutes so far", flush=True)
 
     thread = threading.Thread(target=tell, name="news", daemon=True)
-    if here.is_main:
+    if context.is_main:
         thread.start()
     try:
         yield

@@ -23,17 +23,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pretrain import config as configuration
-from pretrain import sample
+from pretrain import generate, parallel
 from pretrain.config import DataConfig, LanguageConfig, SourceConfig
 from pretrain.data import Dealing, prepare, sources
-from pretrain.data.shards import _index, _Writer
 from pretrain.data.sources import Media
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tools.shards import _index, _Writer
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
 from pretrain.export.layout import rows, settings
 from pretrain.export.to_hf import export
-from pretrain.runtime import processes
 from tests.distributed.launch import launch
 from tests.pretrain.data import make
 
@@ -304,14 +303,14 @@ def use(folders: list[str]) -> dict[str, str]:
         folder = Path(name)
         try:
             import_hf(next(folder.glob("hf*")), folder / "run")
-            processes.stop()
+            parallel.stop()
             configuration.load(folder / "run" / "config.yaml")
             export(folder / "run", folder / "again", text_only=True)
-            list(sample.sample(sample.load(folder / "run"), "a", max_tokens=1))
+            list(generate.sample(generate.load(folder / "run"), "a", max_tokens=1))
         except PretrainError as error:
             errors[name] = str(error)
         finally:
-            processes.stop()
+            parallel.stop()
     return errors
 
 

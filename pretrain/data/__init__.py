@@ -1,8 +1,8 @@
 """What the model reads: a user's own data, or the standard library's text and images of it."""
 
-from pretrain.data.data import Data as Data
-from pretrain.data.dataset import prepare as prepare
-from pretrain.data.dataset import settings as settings
+from pretrain.data.builtin.dataset import prepare as prepare
+from pretrain.data.builtin.dataset import settings as settings
+from pretrain.data.interface import Data as Data
 from pretrain.data.own import Dealing as Dealing
 from pretrain.data.packing import CAPTION as CAPTION
 from pretrain.data.packing import NOTHING as NOTHING

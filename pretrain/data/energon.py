@@ -19,9 +19,9 @@ import yaml
 from PIL import Image
 
 from pretrain.data.index import Composer
+from pretrain.data.media.pixels import ImageFile, Pixels, decode
 from pretrain.data.mixture import Piece
 from pretrain.data.packing import Document
-from pretrain.data.pixels import ImageFile, Pixels, decode
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError
 

@@ -18,16 +18,17 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data import chat, sources
+from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
 from pretrain.data.files import reason
-from pretrain.data.fit import Limits, fit, fitted_size, frame_groups, limits
-from pretrain.data.images import MERGE, VisionItem
+from pretrain.data.media.fit import Limits, fit, fitted_size, frame_groups, limits
+from pretrain.data.media.pixels import Pixels
+from pretrain.data.media.video import is_video, require_av
 from pretrain.data.packing import TEXT, Document
-from pretrain.data.pixels import Pixels
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources import Chat, Media, Mixed, Text
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.video import is_video, require_av
+from pretrain.model.geometry import MERGE
 
 R = TypeVar("R")
 

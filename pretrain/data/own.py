@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import packing, sources
+from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.cache import Progress, cached, key_of, stamp
 from pretrain.data.chat import REPLY, Message
-from pretrain.data.data import Data
 from pretrain.data.energon import EnergonCursor, Shards, read_meta, require_energon
 from pretrain.data.energon import texts as energon_texts
-from pretrain.data.images import VisionItem
 from pretrain.data.index import (
     ChatIndex,
     Composer,
@@ -31,6 +31,7 @@ from pretrain.data.index import (
     text_index,
     too_long,
 )
+from pretrain.data.interface import Data
 from pretrain.data.mixture import (
     Cursor,
     IndexCursor,
@@ -42,7 +43,6 @@ from pretrain.data.mixture import (
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip, Skipped, within_limit
 from pretrain.data.sources import Chat, Text
-from pretrain.data.text import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
 

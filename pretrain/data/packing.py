@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.images import VisionItem, num_tokens, patchify
+from pretrain.data.builtin.drawing import VisionItem, patchify
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.geometry import num_tokens
 
 # What a label is.
 NOTHING, TEXT, CAPTION = 0, 1, 2
@@ -22,7 +23,7 @@ class Document:
         tokenizer: says which ids stand for images.
         tokens: ids, an image being its placeholders between begin and end.
         kinds: for each token, what it is as a label: NOTHING for what stands for an image.
-        patches, grids: of each image; see :func:`pretrain.data.images.patchify`.
+        patches, grids: of each image; see :func:`pretrain.data.builtin.drawing.patchify`.
     """
 
     tokenizer: Tokenizer

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import SourceConfig
-from pretrain.data import files, pixels, video
+from pretrain.data import files
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.files import reason
-from pretrain.data.pixels import Pixels, open_image
+from pretrain.data.media import pixels, video
+from pretrain.data.media.pixels import Pixels, open_image
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import ROLES
 from pretrain.errors import PretrainError
@@ -437,7 +438,7 @@ def measure(media: Media, fps: float) -> tuple[int, int, int]:
 
     Raises:
         ValueError: a file is missing or no image, or its frames have more than
-            :data:`pretrain.data.pixels.MAX_FILM_PIXELS` pixels in all.
+            :data:`pretrain.data.media.pixels.MAX_FILM_PIXELS` pixels in all.
         PretrainError: PyAV is needed and not installed.
     """
     frames, height, width = _measure(media, fps)

@@ -1,4 +1,4 @@
 """DEP, the Decoupled Encoder Process: the vision encoder's work, spread evenly over all ranks."""
 
-from pretrain.encoder_process.stages import ColocatedEncoder as ColocatedEncoder
-from pretrain.encoder_process.stages import EncoderProcess as EncoderProcess
+from pretrain.encoder_process.encoder import ColocatedEncoder as ColocatedEncoder
+from pretrain.encoder_process.encoder import EncoderProcess as EncoderProcess

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import VisionConfig
+from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import MERGE, num_features, unobserved
+from pretrain.model.vision import num_features, unobserved
 
 Grids = Sequence[tuple[int, int, int]]
 

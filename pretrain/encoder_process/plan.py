@@ -159,7 +159,7 @@ def oversized(loads: Sequence[int] | Integers, num_ranks: int) -> list[tuple[int
 
     While one is encoded, other ranks wait. It cannot be divided: the patches of all its frames
     attend to each other, and a longer video comes as several items already, of up to
-    :data:`pretrain.model.vision.MAX_FRAMES` frames, which go to different ranks.
+    :data:`pretrain.model.geometry.MAX_FRAMES` frames, which go to different ranks.
     """
     loads = np.asarray(loads, np.int64)
     total = int(loads.sum())

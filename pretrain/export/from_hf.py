@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain import state, yaml_core
+from pretrain import parallel, state, yaml_core
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.hf_folder import HfFolder, HfWeights
 from pretrain.export.layout import Rows, is_tied, our_settings, rows
 from pretrain.export.provenance import Provenance
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import MAX_FRAMES, MERGE
-from pretrain.runtime import checkpoint, processes
+from pretrain.runtime import checkpoint
 from pretrain.runtime.run_lock import RunLock
 
 # Settings of the model that say how it learns, and not what it is.
@@ -64,7 +64,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             shape (the first key of config.json or tensor that does not fit is named), or the run
             exists.
     """
-    if processes.world_size() > 1:
+    if parallel.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
     folder = run_dir / "checkpoints"
     if checkpoint.steps(folder):
@@ -119,7 +119,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         )
 
     with RunLock(run_dir):
-        processes.join()  # a group of one, in which checkpoints are written
+        parallel.join()  # a group of one, in which checkpoints are written
         state.write_tokenizer(tokenizer, run_dir)
         checkpoint.save(
             folder,

@@ -1,6 +1,6 @@
 """Images and videos for an exported Kimi-K2.5 model, made as its training data were.
 
-``export`` copies this file and the module that decodes images (pretrain/data/pixels.py) into the
+``export`` copies this file and pretrain/data/media/pixels.py, which decodes images, into the
 exported folder, where preprocessor_config.json names it in ``auto_map``. They need transformers,
 NumPy and Pillow, and PyAV for video files; not torchvision, and nothing else of this package. With
 ``trust_remote_code=True`` it is what ``AutoProcessor`` and SGLang load, and vLLM where numba is
@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
-from pretrain.data.pixels import ImageFile, Pixels, decode, open_image
+from pretrain.data.media.pixels import ImageFile, Pixels, decode, open_image
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _OF_IMAGES = ("crop_to_patches", "do_rescale", "do_normalize")

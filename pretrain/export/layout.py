@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.hf_vision import transformers_config
-from pretrain.model.vision import MAX_FRAMES, MERGE
 
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
 """Placeholder of a video in a text, until a processor replaces it."""

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 
 from pretrain import state
 from pretrain.config import Config, VisionConfig
-from pretrain.data import chat, pixels
-from pretrain.data.fit import Limits, limits
+from pretrain.data import chat
+from pretrain.data.media import pixels
+from pretrain.data.media.fit import Limits, limits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.layout import VIDEO_PLACEHOLDER, Rows, rows, settings
 from pretrain.export.provenance import Provenance
-from pretrain.model.vision import MAX_FRAMES, MERGE
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.runtime import checkpoint
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -284,7 +285,7 @@ def _write_tokenizer(
 
 
 def _write_processor(folder: Path, patch_size: int, largest: Limits, video_fps: float) -> None:
-    """Write what :mod:`pretrain.data.fit` does to images, for transformers and for servers.
+    """Write what :mod:`pretrain.data.media.fit` does to images, for transformers and for servers.
 
     ``auto_map`` names the processor that is copied beside it: SGLang needs it, and transformers
     without torchvision. Servers read ``media_proc_cfg``.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import VisionConfig
-from pretrain.model.vision import MAX_FRAMES, MERGE
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 
 # Ours (of a VisionTower) and theirs; {} is the number of a layer.
 _NAMES = {

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import VisionConfig
-from pretrain.model.vision import MERGE, VisionEncoder
+from pretrain.model.geometry import MERGE
+from pretrain.model.vision import VisionEncoder
 
 
 class Projector(nn.Module):

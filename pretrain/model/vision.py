@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from muonclip import max_logits
 from pretrain.config import VisionConfig
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.vision_attention import Pack, attend, batches
 
 # (frames, rows, columns) of an item, in patches.
 Shape = tuple[int, int, int]
-
-# 2x2 patches of the (time-pooled) grid are merged into one feature.
-MERGE = 2
-MAX_FRAMES = 4
 
 
 class VisionAttention(nn.Module):
@@ -190,12 +187,12 @@ def check_grids(grids: Tensor, num_patches: int) -> list[Shape]:
         if not 1 <= frames <= MAX_FRAMES:
             raise ValueError(
                 f"item {item} has {frames} frames, not 1 to {MAX_FRAMES}; cut a longer clip into "
-                f"groups of {MAX_FRAMES} (pretrain.data.fit.frame_groups)"
+                f"groups of {MAX_FRAMES} (pretrain.data.media.fit.frame_groups)"
             )
         if rows < MERGE or columns < MERGE or rows % MERGE or columns % MERGE:
             raise ValueError(
                 f"item {item} has {rows} x {columns} patches: both must be multiples of {MERGE}; "
-                "pad the image (pretrain.data.fit.fit)"
+                "pad the image (pretrain.data.media.fit.fit)"
             )
     expected = sum(math.prod(shape) for shape in shapes)
     if expected != num_patches:

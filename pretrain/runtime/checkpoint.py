@@ -31,8 +31,8 @@ from torch import Tensor
 
 from pretrain import whole_files
 from pretrain.errors import PretrainError
+from pretrain.parallel import agree
 from pretrain.runtime import tensor_files
-from pretrain.runtime.processes import agree
 from pretrain.runtime.tensor_files import Block
 
 _FOLDER = re.compile(r"step-(\d{8})")

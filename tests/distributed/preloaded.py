@@ -4,7 +4,7 @@ imports, and a look at all fonts of the machine. Nothing in it runs a torch oper
 import matplotlib.pyplot  # noqa: F401
 
 import pretrain.train  # noqa: F401
-from pretrain.data.images import font_paths
+from pretrain.data.builtin.drawing import font_paths
 from tests.distributed import training  # noqa: F401
 
 font_paths()

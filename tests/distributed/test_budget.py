@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import batches, budget, step
+from pretrain import batches, step
 from pretrain.build import Run, build
+from pretrain.plan import budget
 from pretrain.train import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain import parallel
 from pretrain.errors import PretrainError
 from pretrain.model.names import Cut
-from pretrain.runtime import checkpoint, processes
+from pretrain.runtime import checkpoint
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -205,7 +206,7 @@ def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
         saver.save(2, {f"big.{dist.get_rank()}": torch.zeros(1 << 18)}, {})
         while True:  # training
             step += 1
-            (failed,) = processes.greatest(saver.failed())
+            (failed,) = parallel.greatest(saver.failed())
             if failed:
                 saver.wait()
     except PretrainError as error:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
+from pretrain.encoder_process.encoder import Images
 from pretrain.encoder_process.exchange import Exchange, gather_grids
-from pretrain.encoder_process.stages import Images
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from tests.distributed.launch import launch

@@ -41,9 +41,9 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
     """In this process, spoil the batches of these numbers; each step takes that of ``data_of``."""
     of_step, gradients = batches.of_step, step.gradients
 
-    def spoilt_of_step(config: Any, here: Any, data: Any, number: int) -> list[MicroBatch]:
-        made = of_step(config, here, data, data_of(number))
-        if data_of(number) in bad and here.rank == 1:
+    def spoilt_of_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
+        made = of_step(config, context, data, data_of(number))
+        if data_of(number) in bad and context.rank == 1:
             for batch in made:
                 batch.labels.fill_(SPOILT)
         return made
@@ -60,11 +60,11 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
 def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], set[int]]:
     settings = training.tiny(folder, *BRIEF, "faults.non_finite=skip")
     spoil([3])
-    here, data = train.set_up(settings)
-    run, guard = build(settings, here, data), Guard(settings.faults)
+    context, data = train.set_up(settings)
+    run, guard = build(settings, context, data), Guard(settings.faults)
     states = []
     for number in (1, 2, 3, 4):
-        step.train_step(run, batches.of_step(settings, here, data, number), number, guard)
+        step.train_step(run, batches.of_step(settings, context, data, number), number, guard)
         found = {name: tensor.detach().clone() for name, tensor in run.named.items()}
         for name, parameter in run.parameters():
             for key, value in run.optimizer.state[parameter].items():
@@ -77,7 +77,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
     bias = any("expert_bias" in name for name in states[0])
     with contextlib.closing(state.saver(run)) as saver:
         state.save(run, saver, guard, 4)
-    resumed = build(settings, here, data)
+    resumed = build(settings, context, data)
     state.restore(resumed)
     counts = {g["updates"] for r in (run, resumed) for g in r.optimizer.param_groups}
     return bias, guard.skipped, same, counts
@@ -97,7 +97,7 @@ _EMPTY = {"train": [*range(8), *range(8, 14)], "held_out": range(64)}
 
 def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
     settings = training.tiny(folder, *BRIEF[:-1], "steps=3", *overrides)
-    here, data = train.set_up(settings)
+    context, data = train.set_up(settings)
     sample = data.sample
 
     def without_labels(split: str, index: int) -> Any:
@@ -105,11 +105,11 @@ def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
         return made.without_labels() if index in _EMPTY[split] else made
 
     object.__setattr__(data, "sample", without_labels)  # it is frozen
-    run, guard = build(settings, here, data), Guard(settings.faults)
+    run, guard = build(settings, context, data), Guard(settings.faults)
     metrics, states = [], []
     for number in (1, 2, 3):
         states.append({name: tensor.detach().clone() for name, tensor in run.named.items()})
-        micro_batches = batches.of_step(settings, here, data, number)
+        micro_batches = batches.of_step(settings, context, data, number)
         metrics.append(step.train_step(run, micro_batches, number, guard))
         if number == 1:
             assert not any(run.optimizer.state.values())

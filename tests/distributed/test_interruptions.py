@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pretrain import batches, train
+from pretrain import batches, parallel, train
 from pretrain.model.multimodal import MicroBatch
-from pretrain.runtime import checkpoint, processes
+from pretrain.runtime import checkpoint
 from pretrain.runtime.metrics import read
 from pretrain.runtime.run_lock import RunLock
 from tests.distributed import training
@@ -62,7 +62,7 @@ STARTED: list["subprocess.Popen[str]"] = []
 
 @pytest.fixture(autouse=True)
 def no_run_outlives_its_test() -> Iterator[None]:
-    processes.stop()  # groups that an earlier test of this process left standing
+    parallel.stop()  # groups that an earlier test of this process left standing
     yield
     while STARTED:
         run = STARTED.pop()
@@ -138,11 +138,11 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_on_all_ranks(folder: Path,
 def _train_with_a_disk_that_is_full_for_a_while(folder: str, *overrides: str) -> tuple[int, str]:
     of_step = batches.of_step
 
-    def limited(config: Any, here: Any, data: Any, number: int) -> list[MicroBatch]:
-        if here.is_main and number in (3, 6):
+    def limited(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
+        if context.is_main and number in (3, 6):
             limit = 200 if number == 3 else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return of_step(config, here, data, number)
+        return of_step(config, context, data, number)
 
     batches.of_step = limited
     cache = f"data.cache_dir={folder}/cache"
@@ -163,18 +163,18 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
 
 def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
     settings = training.tiny(folder, *BRIEF)
-    here = train.join(settings)
+    context = train.join(settings)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
     prepare = train.prepare
 
     def slowly(*arguments: Any) -> Any:
-        if here.is_main:
+        if context.is_main:
             time.sleep(8)
         return prepare(*arguments)
 
     train.prepare = slowly
-    train.prepare_data(settings, here)
-    return here.rank
+    train.prepare_data(settings, context)
+    return context.rank
 
 
 def test_ranks_wait_for_the_preparation_of_data_longer_than_for_collectives(folder: Path) -> None:

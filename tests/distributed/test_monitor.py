@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from muonclip import MuonClip, param_groups
-from pretrain.monitor import Updates
+from pretrain.step_metrics import Updates
 from tests.distributed import training
 from tests.distributed.launch import launch
 

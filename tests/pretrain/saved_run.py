@@ -13,13 +13,13 @@ from pretrain import batches, state
 from pretrain.build import Run, build
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Document
-from pretrain.data.fit import frame_groups
-from pretrain.data.images import VisionItem
+from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.media.fit import frame_groups
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
+from pretrain.parallel import ParallelContext
 from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard
-from pretrain.runtime.processes import Processes
 from pretrain.train import set_up
 from tests.distributed import training
 
@@ -89,7 +89,7 @@ def documents(run: Run) -> dict[str, Document]:
 def read(run: Run, document: Document) -> Read:
     """What the model that is trained computes of a document."""
     (sample,) = run.data.pack([document], len(document))
-    batch = batches.collate([sample], run.processes.device)
+    batch = batches.collate([sample], run.context.device)
     features = run.tower(batch.patches, batch.grids)
     placeholder = run.data.tokenizer.media_pad
     logits = multimodal.forward(run.language[0], batch, features, placeholder, logits=True)
@@ -146,7 +146,7 @@ def make_served(folder: str) -> dict[str, Read]:
     return {name: read(run, document) for name, document in documents(run).items()}
 
 
-def _save(config: Config, here: Processes, data: Data) -> Run:
+def _save(config: Config, here: ParallelContext, data: Data) -> Run:
     run = build(config, here, data)
     with torch.no_grad():
         for name, tensor in run.named.items():

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pretrain import budget, config, yaml_core
+from pretrain import config, yaml_core
 from pretrain.config import Config, In, PathRule, Settings
 from pretrain.errors import PretrainError
+from pretrain.plan import budget
 
 YARN = (
     "language.rope_scaling.factor=2",

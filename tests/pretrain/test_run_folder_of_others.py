@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from pretrain import config, page, sample
+from pretrain import config, generate, html_report, parallel
 from pretrain.errors import PretrainError
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint, processes, tensor_files
+from pretrain.runtime import checkpoint, tensor_files
 from tests.pretrain.saved_run import STEP, Made
 from tests.test_no_code_from_files import Touch
 
@@ -98,8 +98,8 @@ def test_a_run_folder_runs_no_code(
     assert craft is tagged_config or is_alive(content, touch)
     for read in (
         lambda: export(run_dir),
-        lambda: sample.load(run_dir),
-        lambda: page.write(run_dir),
+        lambda: generate.load(run_dir),
+        lambda: html_report.write(run_dir),
         lambda: config.load(run_dir / "config.yaml", []),
     ):
         try:
@@ -107,7 +107,7 @@ def test_a_run_folder_runs_no_code(
         except PretrainError as error:
             assert "\n" not in str(error)
         finally:
-            processes.stop()
+            parallel.stop()
         assert not touch.marker.exists()
 
 

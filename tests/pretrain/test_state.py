@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import batches, state
+from pretrain import batches, parallel, state
 from pretrain.build import build
 from pretrain.export.provenance import Provenance
-from pretrain.runtime import processes
 from pretrain.step import train_step
 from pretrain.train import set_up
 from tests.distributed import training
@@ -46,7 +45,7 @@ def begin(folder: str, other: str, precision: str) -> Begun:
     before = {key for _, parameter in run.parameters() for key in known[parameter]}
     train_step(run, batches.of_step(settings, here, data, 1), 1)
     after = {key for _, parameter in run.parameters() for key in known[parameter]}
-    processes.stop()
+    parallel.stop()
     return Begun(named, masters, (before, after))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pretrain.config import DataConfig
 from pretrain.data import prepare
-from pretrain.data.dataset import BuiltIn
+from pretrain.data.builtin.dataset import BuiltIn
 
 PATCH = 14
 

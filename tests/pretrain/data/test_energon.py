@@ -15,12 +15,13 @@ import torch
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import Dealing, energon, pixels, prepare, sources
+from pretrain.data import Dealing, energon, prepare, sources
 from pretrain.data.energon import texts
+from pretrain.data.media import pixels
 from pretrain.data.own import OwnData
-from pretrain.data.shards import _index, _Writer, make_shards
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media
+from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make, test_pixels
 from tests.pretrain.data.test_packing import check_with

@@ -14,10 +14,10 @@ from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import prepare, skipped
 from pretrain.data.own import OwnData
-from pretrain.data.shards import make_shards
+from pretrain.data.tools.shards import make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
-from tests.pretrain.data.test_pixels import MODES, file
+from tests.pretrain.data.media.test_pixels import MODES, file
 
 
 def opened(folder: Path, **settings: object) -> OwnData:

@@ -20,7 +20,7 @@ from pretrain.data.mixture import Sequences
 from pretrain.data.own import OwnData
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
-from tests.pretrain.data.test_dataset import same
+from tests.pretrain.data.builtin.test_dataset import same
 from tests.pretrain.data.test_packing import check_with
 
 PATCH = 14

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain import sample
+from pretrain import generate, parallel
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
 from pretrain.export.hf_folder import INDEX
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint, processes
+from pretrain.runtime import checkpoint
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -60,9 +60,9 @@ def bring_back(folder: str) -> Imported:
     import_hf(root / "hf-text", root / "imported-text", vision)
     _, notes = import_hf(root / "hf-text", root / "imported-new")
     size = sum(f.stat().st_size for f in root.glob("imported-new/**/*") if f.is_file())
-    model = sample.load(root / "imported-bf16")
+    model = generate.load(root / "imported-bf16")
     rounded = {name: tensor.clone() for name, tensor in model.language.named_parameters()}
-    processes.stop()
+    parallel.stop()
     status = training.command(
         "train",
         str(root / "imported" / "config.yaml"),

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pretrain.config import DataConfig
-from pretrain.data import Document, pixels, sources
+from pretrain.data import Document, sources
 from pretrain.data.index import Composer
+from pretrain.data.media import pixels
 from pretrain.data.sources import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
-from tests.pretrain.data import test_pixels
-from tests.pretrain.data.test_video import film
+from tests.pretrain.data.media import test_pixels
+from tests.pretrain.data.media.test_video import film
 from tests.pretrain.saved_run import Made
 
 transformers = pytest.importorskip("transformers", minversion="5.23")

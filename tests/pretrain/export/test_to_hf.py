@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.data import Document
-from pretrain.data.fit import fit
-from pretrain.data.images import VisionItem
+from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.media.fit import fit
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.layout import rows

@@ -11,16 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain import batches, sample
+from pretrain import batches, generate, parallel
 from pretrain.data import Document, sources
 from pretrain.data.packing import pack
 from pretrain.data.sources import Media
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
-from pretrain.runtime import processes
 from tests.distributed import training
 from tests.distributed.launch import launch
-from tests.pretrain.data.test_video import film
+from tests.pretrain.data.media.test_video import film
 from tests.pretrain.saved_run import Made
 
 PROMPT = "in the image: "
@@ -48,9 +47,9 @@ class Found(NamedTuple):
     unreadable: dict[str, str]
 
 
-def _refusal(model: sample.Model, *args: Any, **kwargs: Any) -> str:
+def _refusal(model: generate.Model, *args: Any, **kwargs: Any) -> str:
     try:
-        list(sample.sample(model, *args, **kwargs))
+        list(generate.sample(model, *args, **kwargs))
     except PretrainError as error:
         return str(error)
     return ""
@@ -60,14 +59,14 @@ def picture(path: Path) -> Media:
     return Media((str(path),), moving=False)
 
 
-def both_ways(model: sample.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
+def both_ways(model: generate.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
     """The likeliest tokens after an image and the prompt, and their logits either way."""
     patch = model.config.vision.patch_size
-    document = sample.compose(model, PROMPT, [picture(path)])
+    document = generate.compose(model, PROMPT, [picture(path)])
     start = len(document)
 
     with torch.inference_mode():
-        conversation = sample.Conversation(model, document, 96)
+        conversation = generate.Conversation(model, document, 96)
         steps, chosen = [conversation.logits], []
         for _ in range(12):
             chosen.append(int(conversation.logits.argmax()))
@@ -85,10 +84,10 @@ def both_ways(model: sample.Model, path: Path) -> tuple[list[int], tuple[Tensor,
 def look(folder: str, image: str) -> Found:
     """Everything that needs the model, in one process."""
     path = Path(image)
-    model = sample.load(Path(folder, "scaled"))
+    model = generate.load(Path(folder, "scaled"))
     _, scaled = both_ways(model, path)
-    processes.stop()
-    model = sample.load(Path(folder, "run"))
+    parallel.stop()
+    model = generate.load(Path(folder, "run"))
     chosen, plain = both_ways(model, path)
 
     options = [
@@ -99,9 +98,9 @@ def look(folder: str, image: str) -> Found:
         {"top_p": 1e-9},
     ]
     shown = [picture(path)]
-    written = [list(sample.sample(model, PROMPT, shown, max_tokens=12, **o)) for o in options]
+    written = [list(generate.sample(model, PROMPT, shown, max_tokens=12, **o)) for o in options]
     film = [Media((str(path.with_name("film.mp4")),), moving=True), picture(path)]
-    after_film = list(sample.sample(model, PROMPT, film, max_tokens=12, temperature=0.0))
+    after_film = list(generate.sample(model, PROMPT, film, max_tokens=12, temperature=0.0))
     refusals = [
         _refusal(model, "word " * 200),
         _refusal(model, "word", max_tokens=95),
@@ -113,8 +112,8 @@ def look(folder: str, image: str) -> Found:
         name: _refusal(model, "", [picture(path.with_name(name))])
         for name in ("missing.png", "broken.png", "half.png", "folder.png")
     }
-    document = sample.compose(model, PROMPT, film)
-    processes.stop()
+    document = generate.compose(model, PROMPT, film)
+    parallel.stop()
     told = []
     before = ["--video", str(path.with_name("film.mp4"))]
     for media in (["--image", image], [*before, "--image", image]):
@@ -125,7 +124,7 @@ def look(folder: str, image: str) -> Found:
                 *("--max-tokens", "12", "--temperature", "0"),
             )
         told.append((status, output.getvalue(), errors))
-        processes.stop()
+        parallel.stop()
     return Found(
         [plain, scaled],
         [*written, after_film],
@@ -200,9 +199,9 @@ def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
         (0.9, {0, 1, 3}),
         (1.0, {0, 1, 2, 3}),
     ):
-        draws = [sample.pick(logits, 1.0, top_p, generator) for _ in range(400)]
+        draws = [generate.pick(logits, 1.0, top_p, generator) for _ in range(400)]
         assert set(draws) == tokens
-    hot = [sample.pick(logits, 100.0, 1.0, generator) for _ in range(400)]
+    hot = [generate.pick(logits, 100.0, 1.0, generator) for _ in range(400)]
     assert hot.count(2) > 60
 
 
@@ -228,6 +227,6 @@ def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None
 
 def test_a_run_that_has_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has no checkpoint: train first"):
-        sample.load(tmp_path)
+        generate.load(tmp_path)
     with pytest.raises(PretrainError, match="nowhere is no folder"):
-        sample.load(tmp_path / "nowhere")
+        generate.load(tmp_path / "nowhere")

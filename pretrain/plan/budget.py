@@ -14,8 +14,8 @@ from typing import Any
 from pretrain.config import Config, LanguageConfig, VisionConfig
 from pretrain.encoder_process.cost import CostModel, count
 from pretrain.errors import PretrainError
-from pretrain.flops import FORWARD_AND_BACKWARD, flops_per_token
-from pretrain.model.vision import MERGE
+from pretrain.model.geometry import MERGE
+from pretrain.plan.flops import FORWARD_AND_BACKWARD, flops_per_token
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4

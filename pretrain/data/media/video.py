@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.pixels import MAX_FILM_FRAMES, MAX_PIXELS, Pixels
+from pretrain.data.media.pixels import MAX_FILM_FRAMES, MAX_PIXELS, Pixels
 from pretrain.errors import PretrainError
 
 if TYPE_CHECKING:

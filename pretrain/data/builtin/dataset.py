@@ -13,15 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import Config, DataConfig
-from pretrain.data import images, own, packing
+from pretrain.data import own, packing
+from pretrain.data.builtin import drawing
+from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, prose_lines, read_corpus
 from pretrain.data.cache import make_folder
-from pretrain.data.data import Data
-from pretrain.data.images import VisionItem
+from pretrain.data.interface import Data
 from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
-from pretrain.data.text import SPLITS, Split, TextFile, prose_lines, read_corpus
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import num_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +131,12 @@ class BuiltIn(Data):
 
     def _num_tokens(self, item: VisionItem) -> int:
         frames, height, width, _ = item.pixels.shape
-        return images.num_tokens((frames, height // self.patch_size, width // self.patch_size))
+        return num_tokens((frames, height // self.patch_size, width // self.patch_size))
 
     def _draw(self, split: Split, rng: np.random.Generator) -> VisionItem:
         options = self.config.images
-        caption = images.pick_caption(self.corpora[split].lines, options, rng)
-        return images.draw(caption, options, self.patch_size, rng)
+        caption = drawing.pick_caption(self.corpora[split].lines, options, rng)
+        return drawing.draw(caption, options, self.patch_size, rng)
 
     def _draw_items(self, split: Split, rng: np.random.Generator) -> list[VisionItem]:
         """Items whose tokens are on average exactly the sequence's share.

@@ -28,7 +28,7 @@ _AFTER_WATCHDOG = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
-class Processes:
+class ParallelContext:
     """Where this rank stands.
 
     Attributes:
@@ -111,7 +111,7 @@ def join(timeout: timedelta = _PATIENCE) -> None:
         raise failure from error
 
 
-def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Processes:
+def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> ParallelContext:
     """Join the other processes and set up megatron-core's groups.
 
     Started by torchrun, or as a single process without it.
@@ -137,7 +137,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Pro
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     model_parallel_cuda_manual_seed(seed)
-    return Processes(
+    return ParallelContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),

@@ -4,12 +4,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from pretrain import config
-from pretrain.data import inspect, prepare, skipped
+from pretrain.data import prepare, skipped
 from pretrain.data import settings as data_settings
+from pretrain.data.builtin.standard_library import Split
 from pretrain.data.files import reason
-from pretrain.data.shards import make_shards
 from pretrain.data.skipped import Skip
-from pretrain.data.text import Split
+from pretrain.data.tools import inspect
+from pretrain.data.tools.shards import make_shards
 from pretrain.errors import PretrainError, one_line
 
 _MOST_SHOWN = 10

@@ -6,10 +6,10 @@ from typing import Any
 
 from pretrain.config import DataConfig
 from pretrain.data import packing
-from pretrain.data.images import VisionItem
+from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.builtin.standard_library import Split
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip
-from pretrain.data.text import Split
 from pretrain.data.tokenizer import Tokenizer
 
 

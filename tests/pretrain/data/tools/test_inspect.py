@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pretrain import cli
-from pretrain.data.dataset import BuiltIn
-from pretrain.data.images import patchify
-from pretrain.data.inspect import pictures
+from pretrain.data.builtin.dataset import BuiltIn
+from pretrain.data.builtin.drawing import patchify
+from pretrain.data.tools.inspect import pictures
 from tests.pretrain.data import make
 from tests.pretrain.data.conftest import PATCH
 

@@ -9,7 +9,7 @@ import yaml
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import sources
-from pretrain.data.pixels import open_image, suffixes
+from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media, Mixed
 from pretrain.errors import PretrainError

@@ -11,12 +11,10 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.config import ImageConfig
-from pretrain.data.pixels import Pixels
+from pretrain.data.media.pixels import Pixels
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 
-# 2x2 patches become one token.
-MERGE = 2
-MAX_FRAMES = 4
 _ASCII = frozenset(range(0x20, 0x7F))
 # Faces whose "letters" are symbols or whose shapes are for ornament.
 _UNREADABLE = (
@@ -186,15 +184,9 @@ def patchify(pixels: Pixels, patch_size: int) -> tuple[Pixels, tuple[int, int, i
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"an image of {height} x {width} pixels is no multiple of patches of {patch_size}: "
-            "pad it (pretrain.data.fit.fit)"
+            "pad it (pretrain.data.media.fit.fit)"
         )
     rows, columns = height // patch_size, width // patch_size
     cut = pixels.reshape(frames, rows, patch_size, columns, patch_size, channels)
     patches = cut.transpose(0, 1, 3, 5, 2, 4).reshape(frames * rows * columns, -1)
     return np.ascontiguousarray(patches), (frames, rows, columns)
-
-
-def num_tokens(grid: Sequence[int]) -> int:
-    """Language-model tokens of an item of (frames, rows, columns): frames are pooled into one."""
-    _, rows, columns = grid
-    return (rows // MERGE) * (columns // MERGE)

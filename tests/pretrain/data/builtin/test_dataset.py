@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import DataConfig, ImageConfig
 from pretrain.data import CAPTION, PackedSample, prepare
-from pretrain.data.dataset import BuiltIn
+from pretrain.data.builtin.dataset import BuiltIn
 from pretrain.errors import PretrainError
 from tests.pretrain.data.conftest import PATCH
 from tests.pretrain.data.test_packing import check

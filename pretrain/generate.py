@@ -13,7 +13,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
-from pretrain import state
+from pretrain import parallel, state
 from pretrain.build import names_in_checkpoint, set_precision
 from pretrain.config import Config, ParallelConfig
 from pretrain.data import Document, chat, sources
@@ -24,7 +24,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model
 from pretrain.model.multimodal import merge_features
 from pretrain.model.projector import VisionTower
-from pretrain.runtime import checkpoint, processes
+from pretrain.runtime import checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     Raises:
         PretrainError: there is no such checkpoint, it is damaged, or there are other processes.
     """
-    if processes.world_size() > 1:
+    if parallel.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
     saved = state.saved(run_dir, step)
     tokenizer = Tokenizer.load(state.tokenizer_file(run_dir))
     config = saved.config
-    here = processes.start(ParallelConfig(), config.seed)
+    context = parallel.start(ParallelConfig(), config.seed)
     dtype: torch.dtype = getattr(torch, config.precision)
     (language,) = build_language_model(
         config.language,
@@ -59,12 +59,12 @@ def load(run_dir: Path, step: int | None = None) -> Model:
         dtype=dtype,
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
-    whole = nn.ModuleDict({"language": language, "vision": tower}).to(here.device)
+    whole = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)
     set_precision(whole, dtype)
     whole.eval().requires_grad_(False)
     named = names_in_checkpoint([language], tower)
     checkpoint.load(saved.path, {f"model.{name}": tensor for name, tensor in named.items()})
-    return Model(config, tokenizer, language, tower, here.device)
+    return Model(config, tokenizer, language, tower, context.device)
 
 
 def compose(

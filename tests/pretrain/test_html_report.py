@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import cli, page
+from pretrain import cli, html_report
 from pretrain.errors import PretrainError
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -94,44 +94,46 @@ def test_steps_left_out_are_shown_where_there_are_any() -> None:
     title, counted = "Steps left out, so far", "steps skipped after a fault"
     none = {"skipped_steps": 0, "passed_over_batches": 0}
     calm = [{"step": step, "loss": 1.0, "grad_norm": 1.0, **none} for step in (1, 2, 3)]
-    assert title not in page.render("run", calm, [], [])
-    skipped = page.render("run", [*calm, {**calm[-1], "step": 4, "skipped_steps": 1}], [], [])
+    assert title not in html_report.render("run", calm, [], [])
+    skipped = html_report.render(
+        "run", [*calm, {**calm[-1], "step": 4, "skipped_steps": 1}], [], []
+    )
     assert title in skipped and counted in skipped and "batches passed over" not in skipped
-    empty = page.render(
+    empty = html_report.render(
         "run", [*calm, {**calm[-1], "step": 4, "loss": None, "empty_steps": 1}], [], []
     )
     assert title in empty and "steps without a label" in empty
     rolled_back = [*calm, {**calm[-1], "step": 4, "passed_over_batches": 3}]
-    assert "batches passed over" in page.render("run", rolled_back, [], [])
+    assert "batches passed over" in html_report.render("run", rolled_back, [], [])
 
 
 def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     lines = [json.dumps(record(1)), "[1, 2]", '{"no": 1}', "\x00\x00", json.dumps(record(2))]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 7, "lo']))
-    assert "<b>2</b>" in page.write(tmp_path).read_text()
+    assert "<b>2</b>" in html_report.write(tmp_path).read_text()
 
 
 def test_a_run_without_a_step_yet_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "No step has been recorded yet" in page.write(tmp_path).read_text()
+    assert "No step has been recorded yet" in html_report.write(tmp_path).read_text()
 
 
 def test_steps_that_were_not_finite_are_gaps() -> None:
     bad = {"loss": math.nan, "text_loss": math.nan, "grad_norm": math.inf}
     steps = [record(1), {**record(2), **bad}, record(3), {**record(4), **bad}]
-    made = page.render("run", json.loads(json.dumps(steps)), [], [])
+    made = html_report.render("run", json.loads(json.dumps(steps)), [], [])
     assert "Gradient norm" in made and "<b>nan</b>" in made
 
 
 @pytest.mark.parametrize("layers", [1, 61])
 def test_thousands_of_steps_and_many_layers_make_a_small_page(layers: int) -> None:
-    made = page.render("run", [record(step, layers) for step in range(1, 3001)], [], [])
+    made = html_report.render("run", [record(step, layers) for step in range(1, 3001)], [], [])
     assert len(made) < 500_000
     assert ("<image" in made) == (layers > 6)
 
 
 def test_text_of_the_run_is_text_in_the_page() -> None:
-    made = page.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
+    made = html_report.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
     assert "<script" not in made and "&lt;script&gt;" in made and "&amp;amp;" in made
 
 
@@ -143,4 +145,4 @@ def test_what_is_no_run_is_told_in_one_line(
     assert told.count("\n") == 1 and "is no run: it has no metrics.jsonl" in told
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(PretrainError, match=r"cannot write the report .*: No such file"):
-        page.write(tmp_path, tmp_path / "missing" / "page.html")
+        html_report.write(tmp_path, tmp_path / "missing" / "page.html")

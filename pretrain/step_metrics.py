@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from muonclip import ClipResult, MuonClip
 from pretrain.config import Config
 from pretrain.encoder_process.cost import count
-from pretrain.flops import FORWARD_AND_BACKWARD, flops_per_token
 from pretrain.model.multimodal import MicroBatch
+from pretrain.parallel import ParallelContext
+from pretrain.plan.flops import FORWARD_AND_BACKWARD, flops_per_token
 from pretrain.runtime.machine import matmul_flops, peak_memory_gib
-from pretrain.runtime.processes import Processes
 
 # Entries of each parameter that its update's RMS is estimated from.
 _SAMPLE = 4096
@@ -135,15 +135,15 @@ class Monitor:
     def __init__(
         self,
         config: Config,
-        processes: Processes,
+        context: ParallelContext,
         routing: Routing,
         updates: Updates,
         language_layers: Mapping[str, int],
         vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
-        language, vision, device = config.language, config.vision, processes.device
-        self._processes, self._log_every = processes, config.log_every
+        language, vision, device = config.language, config.vision, context.device
+        self._context, self._log_every = context, config.log_every
         self.routing, self._updates = routing, updates
         self._tokens = config.global_batch_size * config.data.seq_length
         self._assignments = self._tokens * language.experts_per_token
@@ -171,7 +171,7 @@ class Monitor:
 
     def after_update(self) -> Tensor:
         """Call between the optimizer's step and QK-Clip's; for :meth:`gather`."""
-        return self._updates.after(self._processes.device)
+        return self._updates.after(self._context.device)
 
     def gather(
         self, micro_batches: Sequence[MicroBatch], clipped: Sequence[ClipResult], moved: Tensor
@@ -193,7 +193,7 @@ class Monitor:
             process that used most; ``model_flops`` of the step.
         """
         language, vision = clipped
-        device = self._processes.device
+        device = self._context.device
         depth, vision_depth = self._depths
         largest = torch.full((depth + vision_depth + 1,), -torch.inf, device=device)
         largest[self._layers] = _by_layer(language)
@@ -202,14 +202,14 @@ class Monitor:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
 
         flops = 0.0
-        if self._processes.first_stage and self._processes.tensor_rank == 0:
+        if self._context.first_stage and self._context.tensor_rank == 0:
             grids = torch.cat([batch.grids for batch in micro_batches])
             flops = float(self._encoder_flops.costs(grids).sum())
         routed = torch.zeros(self._experts, dtype=torch.float64, device=device)
         if self.routing.tokens is not None:
             routed[self._sparse] = self.routing.tokens.double()
         # Data-parallel ranks clip the same heads of the language model; all ranks the encoder's.
-        own = language.num_clipped.double() / self._processes.data_size
+        own = language.num_clipped.double() / self._context.data_size
         own = torch.stack([own, own.new_tensor(flops)])
         sums = torch.cat([own, moved.flatten(), routed.flatten()])
         dist.all_reduce(sums)

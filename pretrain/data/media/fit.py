@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pretrain.data.images import MAX_FRAMES, MERGE
-from pretrain.data.pixels import Pixels
+from pretrain.data.media.pixels import Pixels
+from pretrain.model.geometry import MAX_FRAMES, MERGE
 
 # The processors' limits, in patches.
 MAX_PATCHES_OF_AN_IMAGE = 16384

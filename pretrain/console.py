@@ -25,7 +25,7 @@ def opening(run: Run, done: int) -> str:
     if not done and config.start_from:
         start += f" with the weights of {config.start_from}"
     return (
-        f"{parameters:,} parameters on rank 0 of {run.processes.world_size} ({by_algorithm}), "
+        f"{parameters:,} parameters on rank 0 of {run.context.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}\n"
         f"{config.steps} steps of {tokens:,} tokens, "
         f"{share if run.data.has_images else 'all of them text'}; "
@@ -38,7 +38,7 @@ def start(run: Run, done: int) -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")[:19],
         "step": done,
-        "processes": run.processes.world_size,
+        "processes": run.context.world_size,
         "processor": machine.processor(),
         "peak_flops": run.monitor.peak_flops,
         "versions": machine.versions(),

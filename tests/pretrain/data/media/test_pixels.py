@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from pretrain.data import sources
-from pretrain.data.pixels import MAX_PIXELS, decode, open_image
+from pretrain.data.media.pixels import MAX_PIXELS, decode, open_image
 from pretrain.data.sources import Media
 
 Array = npt.NDArray[Any]

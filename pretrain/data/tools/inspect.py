@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from pretrain.data.data import Data
-from pretrain.data.images import num_tokens
+from pretrain.data.builtin.standard_library import Split
+from pretrain.data.interface import Data
+from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import CAPTION, NOTHING, TEXT, PackedSample
-from pretrain.data.pixels import Pixels
-from pretrain.data.text import Split
+from pretrain.model.geometry import num_tokens
 
 _KINDS = {NOTHING: "nothing", TEXT: "text", CAPTION: "caption"}
 _STYLE = """

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import text
+from pretrain.data.builtin import standard_library
 from pretrain.errors import PretrainError
 
 
 def test_files_are_distinct_split_by_name_and_within_the_limit() -> None:
-    files = text.read_corpus(2_000_000)
+    files = standard_library.read_corpus(2_000_000)
     assert 1_500_000 < sum(len(file.text) for file in files) <= 2_000_000
     assert len({file.text for file in files}) == len({file.name for file in files}) == len(files)
     held_out = [file for file in files if file.split == "held_out"]
@@ -29,13 +29,13 @@ def f(argument):
     """Give back the argument, unchanged."""
     return "no line of prose here"
 '''
-    lines = text.prose_lines(text.TextFile("f.py", source))
+    lines = standard_library.prose_lines(standard_library.TextFile("f.py", source))
     assert sorted(lines) == [
         "A module about reading things.",
         "Give back the argument, unchanged.",
         "a comment of some words",
     ]
-    assert text.prose_lines(text.TextFile("broken.py", "def (")) == []
+    assert standard_library.prose_lines(standard_library.TextFile("broken.py", "def (")) == []
 
 
 def test_questions_are_about_what_is_public_and_documented() -> None:
@@ -55,20 +55,22 @@ def close():
 def f():
     """Döes a thing or two."""
 '''
-    assert list(text.questions(text.TextFile("pages/__init__.py", source))) == [
+    assert list(
+        standard_library.questions(standard_library.TextFile("pages/__init__.py", source))
+    ) == [
         ("What is pages?", "Things that read."),
         ("What is pages.Reader?", "One who reads, and reads on."),
         ("What does pages.Reader.read do?", "Read a thing."),
     ]
-    assert list(text.questions(text.TextFile("_pages.py", source))) == []
-    assert list(text.questions(text.TextFile("topics/pages", source))) == []
-    assert list(text.questions(text.TextFile("broken.py", "def ("))) == []
+    assert list(standard_library.questions(standard_library.TextFile("_pages.py", source))) == []
+    assert list(standard_library.questions(standard_library.TextFile("topics/pages", source))) == []
+    assert list(standard_library.questions(standard_library.TextFile("broken.py", "def ("))) == []
 
 
 def test_a_python_without_its_library_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(standard_library.sysconfig, "get_path", lambda _name: str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
     with pytest.raises(PretrainError, match="use a full Python installation"):
-        text.read_corpus(8_000_000)
+        standard_library.read_corpus(8_000_000)

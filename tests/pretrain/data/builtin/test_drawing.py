@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ImageConfig
-from pretrain.data import images
+from pretrain.data.builtin import drawing
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import MAX_FRAMES
 
 captions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
 
@@ -19,37 +20,37 @@ def test_items_fit_the_encoder_and_come_out_the_same_again(
     caption: str, seed: int, patch_size: int
 ) -> None:
     options = ImageConfig(clip_share=0.3, wrapped_share=0.3, large_share=0.3)
-    item = images.draw(caption, options, patch_size, np.random.default_rng(seed))
+    item = drawing.draw(caption, options, patch_size, np.random.default_rng(seed))
     frames, height, width, channels = item.pixels.shape
     assert item.caption == caption
     assert item.pixels.dtype == np.uint8
-    assert 1 <= frames <= images.MAX_FRAMES
+    assert 1 <= frames <= MAX_FRAMES
     assert channels == 3
     assert height % (2 * patch_size) == width % (2 * patch_size) == 0
-    again = images.draw(caption, options, patch_size, np.random.default_rng(seed))
+    again = drawing.draw(caption, options, patch_size, np.random.default_rng(seed))
     assert np.array_equal(item.pixels, again.pixels)
 
 
 def test_there_are_many_fonts_sizes_shapes_and_some_clips() -> None:
     rng = np.random.default_rng(0)
-    items = [images.draw("one two three", ImageConfig(), 14, rng) for _ in range(300)]
+    items = [drawing.draw("one two three", ImageConfig(), 14, rng) for _ in range(300)]
     assert len({item.pixels.shape[1:3] for item in items}) >= 10
     assert 10 < sum(item.pixels.shape[0] > 1 for item in items) < 60
-    assert len(images.font_paths()) >= 5
+    assert len(drawing.font_paths()) >= 5
 
 
 def test_the_ink_is_where_the_text_is_and_can_be_told_from_the_paper() -> None:
     options = ImageConfig(clip_share=0, wrapped_share=0, large_share=0)
     for seed in range(50):
-        pixels = images.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0]
+        pixels = drawing.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0]
         assert np.ptp(pixels[..., 0].astype(int)) > 60 or np.ptp(pixels[..., 2].astype(int)) > 60
 
 
 def test_a_machine_without_fonts_draws_with_the_one_that_pillow_carries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "font_paths", tuple)
-    item = images.draw("hello", ImageConfig(), 14, np.random.default_rng(0))
+    monkeypatch.setattr(drawing, "font_paths", tuple)
+    item = drawing.draw("hello", ImageConfig(), 14, np.random.default_rng(0))
     assert np.ptp(item.pixels.astype(int)) > 60
 
 
@@ -57,7 +58,7 @@ def test_a_machine_without_fonts_draws_with_the_one_that_pillow_carries(
 def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
     lines = ["a few words of a line", "another line, of other words"]
     options = ImageConfig(min_chars=4, max_chars=12)
-    caption = images.pick_caption(lines, options, np.random.default_rng(seed))
+    caption = drawing.pick_caption(lines, options, np.random.default_rng(seed))
     assert 4 <= len(caption) <= 12
     assert any(f" {caption} " in f" {line} " for line in lines)
 
@@ -65,7 +66,7 @@ def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
 def test_lines_without_words_of_the_length_are_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
     with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
-        images.pick_caption(["a b c"], options, np.random.default_rng(0))
+        drawing.pick_caption(["a b c"], options, np.random.default_rng(0))
 
 
 @given(
@@ -82,7 +83,7 @@ def test_a_linear_layer_on_patches_is_a_convolution_on_pixels(
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (frames, rows * patch, columns * patch, 3), dtype=np.uint8)
     kernel = torch.from_numpy(rng.normal(size=(5, 3, patch, patch)))
-    patches, grid = images.patchify(pixels, patch)
+    patches, grid = drawing.patchify(pixels, patch)
     assert grid == (frames, rows, columns)
     linear = torch.from_numpy(patches).double() @ kernel.flatten(1).T
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
@@ -95,4 +96,4 @@ def test_an_image_that_is_no_multiple_of_the_patch_is_refused_with_its_size(
     size: tuple[int, int],
 ) -> None:
     with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is no multiple .* pad it"):
-        images.patchify(np.zeros((1, *size, 3), np.uint8), 14)
+        drawing.patchify(np.zeros((1, *size, 3), np.uint8), 14)

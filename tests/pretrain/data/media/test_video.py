@@ -18,10 +18,11 @@ from PIL import Image
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare, video
+from pretrain.data import prepare
+from pretrain.data.media import video
 from pretrain.data.own import OwnData
 from pretrain.errors import PretrainError
-from tests.pretrain.data.test_dataset import same
+from tests.pretrain.data.builtin.test_dataset import same
 from tests.pretrain.data.test_packing import check_with
 
 PATCH = 14

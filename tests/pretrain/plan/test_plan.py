@@ -7,11 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import budget, cli, config
+from pretrain import cli, config
 from pretrain.config import VisionConfig
 from pretrain.encoder_process.cost import count
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import unobserved
+from pretrain.plan import budget
 
 KIMI = "configs/kimi_k25.yaml"
 
