@@ -23,7 +23,8 @@ from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media
 from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
-from tests.pretrain.data import make, test_pixels
+from tests.pretrain.data import make
+from tests.pretrain.data.media import test_pixels
 from tests.pretrain.data.test_packing import check_with
 
 BATCH = 4
