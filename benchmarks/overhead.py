@@ -99,10 +99,10 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     from pretrain.runtime.faults import Guard
     from pretrain.runtime.metrics import MetricsWriter
     from pretrain.step import train_step
-    from pretrain.step_metrics import Monitor
+    from pretrain.step_metrics import StepMetrics
     from pretrain.train import set_up
 
-    class Blind(Monitor):
+    class Blind(StepMetrics):
         """Shows nothing."""
 
         def __init__(self) -> None: ...
@@ -129,7 +129,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     trained = build(settings, here, data)
     out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
     made = [batches.of_step(settings, here, data, step) for step in range(1, count + 1)]
-    runs = {BARE: replace(trained, monitor=Blind()), SHOWN: trained, SAVED: trained}
+    runs = {BARE: replace(trained, step_metrics=Blind()), SHOWN: trained, SAVED: trained}
 
     now = runner.CLOCKS[clock]
     spent = dict.fromkeys(_TITLES, 0.0)
@@ -145,10 +145,11 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
 
         return within
 
-    monitor = trained.monitor
+    step_metrics = trained.step_metrics
     for name in ("before_update", "after_update", "gather"):
-        setattr(monitor, name, timed(name, getattr(monitor, name)))
-    setattr(monitor.routing, "take", timed("routing", monitor.routing.take))  # noqa: B010 (for mypy)
+        setattr(step_metrics, name, timed(name, getattr(step_metrics, name)))
+    tokens = step_metrics.expert_tokens
+    setattr(tokens, "record", timed("routing", tokens.record))  # noqa: B010 (for mypy)
     write = timed("write", out.write)
     guard = Guard(settings.faults)
     saver = state.saver(trained)
@@ -171,7 +172,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
             if name != BARE:
                 seconds = now() - begun
                 metrics["tokens_per_second"] = metrics["tokens"] / seconds
-                metrics["mfu"] = metrics["model_flops"] / seconds / monitor.peak_flops
+                metrics["mfu"] = metrics["model_flops"] / seconds / step_metrics.peak_flops
                 write(metrics)
             if name == SHOWN:
                 parts.append(dict(spent))

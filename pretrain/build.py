@@ -30,7 +30,7 @@ from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from pretrain.parallel import ParallelContext
-from pretrain.step_metrics import Monitor, Routing, Updates
+from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
 # Attention of the vision encoder, whose query, key and value are matrices of their own.
 _SEPARATE = "vision.encoder.blocks.*.attention"
@@ -49,7 +49,7 @@ class Run:
         named: every trained parameter and kept buffer by its name in the whole model.
         cuts: of which of these this rank has a part alone, and which.
         copies: how many ranks hold each of these, or the same part of it.
-        monitor: gathers what a step shows of itself.
+        step_metrics: gathers the metrics of a step from all ranks.
         assignment: which parameter went to Muon, which to AdamW, and why; for people.
     """
 
@@ -64,7 +64,7 @@ class Run:
     named: dict[str, Tensor]
     cuts: dict[str, Cut]
     copies: dict[str, int]
-    monitor: Monitor
+    step_metrics: StepMetrics
     assignment: str
 
     def train(self, mode: bool = True) -> None:
@@ -129,10 +129,10 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         )
         for chunk in chunks
     ]
-    routing = Routing(chunks)
+    expert_tokens = ExpertTokens(chunks)
 
     def finalize(*arguments: Any, **options: Any) -> None:
-        routing.take()
+        expert_tokens.record()
         finalize_model_grads(*arguments, **options)
 
     settings.finalize_model_grads_func = finalize
@@ -141,11 +141,11 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
 
     optimizer, clips = build_optimizer(config.optimizer, model)
     held_by = {name: copies(name, tensor) for name, tensor in named.items()}
-    monitor = Monitor(
+    step_metrics = StepMetrics(
         config,
         context,
-        routing,
-        Updates(optimizer, {tensor: held_by[name] for name, tensor in named.items()}),
+        expert_tokens,
+        UpdateRms(optimizer, {tensor: held_by[name] for name, tensor in named.items()}),
         {name: _layer_number(model, name) for name in clips[0].layouts},
         data.tokenizer.vocab_size,
         tower.projector.fc2.weight.dtype,
@@ -164,7 +164,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         named=named,
         cuts=cut,
         copies=held_by,
-        monitor=monitor,
+        step_metrics=step_metrics,
         assignment=muonclip.describe(
             muonclip.assign(
                 model,

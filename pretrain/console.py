@@ -40,7 +40,7 @@ def start(run: Run, done: int) -> dict[str, Any]:
         "step": done,
         "processes": run.context.world_size,
         "processor": machine.processor(),
-        "peak_flops": run.monitor.peak_flops,
+        "peak_flops": run.step_metrics.peak_flops,
         "versions": machine.versions(),
         "config": to_dict(run.config),
     }

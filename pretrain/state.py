@@ -173,7 +173,7 @@ def save(run: Run, saver: checkpoint.Saver, guard: Guard, step: int) -> None:
     facts = {
         "config": to_dict(run.config),
         "data": _data_states(run, step + guard.passed_over),
-        "faults": guard.facts(),
+        "faults": guard.state_dict(),
         # Groups count alike: each step is one of all.
         "updates": run.optimizer.param_groups[0]["updates"],
     }
@@ -217,7 +217,7 @@ def restore(run: Run, guard: Guard | None = None) -> int:
     """
     step, facts = _restore_together(run)
     if guard is not None:
-        guard.take_up(facts.get("faults", {}))
+        guard.load_state_dict(facts.get("faults", {}))
     failure: Exception | None = None
     try:
         if facts.get("data"):

@@ -236,7 +236,7 @@ def train_step(
     return metrics | {
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
-        **run.monitor.gather(micro_batches, clipped, moved),
+        **run.step_metrics.gather(micro_batches, clipped, moved),
         "encoder_balance": run.encoder.balance,
         "encoder_least_balance": run.encoder.least_balance,
         "encoder_oversized": run.encoder.oversized,
@@ -261,10 +261,10 @@ def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, l
     apex.scale_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    run.monitor.before_update(step)
+    run.step_metrics.before_update(step)
     with record_function("optimizer"):
         run.optimizer.step()
-    moved = run.monitor.after_update()
+    moved = run.step_metrics.after_update()
     with record_function("QK-Clip"):
         return moved, [clip.step() for clip in run.clips]
 
@@ -272,4 +272,4 @@ def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, l
 def _leave_out(run: Run) -> tuple[Tensor, list[ClipResult]]:
     """Change nothing, and return the same as :func:`_update`."""
     run.optimizer.zero_grad(set_to_none=True)
-    return run.monitor.after_update(), [clip.step(clip=False) for clip in run.clips]
+    return run.step_metrics.after_update(), [clip.step(clip=False) for clip in run.clips]

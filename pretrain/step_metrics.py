@@ -25,11 +25,11 @@ _SAMPLE = 4096
 _ALGORITHMS = ("muon", "adamw")
 
 
-class Routing:
+class ExpertTokens:
     """The tokens that this rank sent to each expert in the last step.
 
     megatron-core's routers count them for their load balancing, and forget them when the step's
-    gradients are finalized: :meth:`take` is called just before.
+    gradients are finalized: :meth:`record` is called just before.
 
     Args:
         chunks: this rank's runs of layers.
@@ -47,12 +47,12 @@ class Routing:
         self.tokens: Tensor | None = None
         """[routers, experts] float32; None before the first step."""
 
-    def take(self) -> None:
+    def record(self) -> None:
         if self._routers:
             self.tokens = torch.stack([r.local_tokens_per_expert for r in self._routers])
 
 
-class Updates:
+class UpdateRms:
     """How far the optimizer moves the weights: (W - decay - W_after) / lr, by algorithm.
 
     Estimated from up to 4,096 entries of every parameter, spread evenly over it: copying all of
@@ -114,13 +114,13 @@ def _sample(parameter: Tensor) -> Tensor:
     return flat[:: -(-flat.numel() // _SAMPLE)]
 
 
-class Monitor:
+class StepMetrics:
     """Gathers what all ranks saw of a step; see the module.
 
     Args:
         config: the run's.
         processes: where this rank stands.
-        routing: its routers' counts.
+        expert_tokens: its routers' counts.
         updates: its parameters' moves.
         language_layers: of this rank's language layers by QK-Clip's name: their numbers in the
             whole model, from 0.
@@ -128,7 +128,7 @@ class Monitor:
         dtype: of the matrix products that the peak is measured with, unless it is configured.
 
     Attributes:
-        routing: as given.
+        expert_tokens: as given.
         peak_flops: FLOP/s of all ranks together, of which utilisation is the used share.
     """
 
@@ -136,15 +136,15 @@ class Monitor:
         self,
         config: Config,
         context: ParallelContext,
-        routing: Routing,
-        updates: Updates,
+        expert_tokens: ExpertTokens,
+        updates: UpdateRms,
         language_layers: Mapping[str, int],
         vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
         language, vision, device = config.language, config.vision, context.device
         self._context, self._log_every = context, config.log_every
-        self.routing, self._updates = routing, updates
+        self.expert_tokens, self._updates = expert_tokens, updates
         self._tokens = config.global_batch_size * config.data.seq_length
         self._assignments = self._tokens * language.experts_per_token
         self._heads = (
@@ -155,7 +155,7 @@ class Monitor:
 
         self._depths = language.num_layers, vision.num_layers
         self._layers = torch.tensor(list(language_layers.values()), device=device)
-        self._sparse = torch.tensor(routing.layers, device=device) - language.dense_layers
+        self._sparse = torch.tensor(expert_tokens.layers, device=device) - language.dense_layers
         self._experts = language.num_layers - language.dense_layers, language.num_experts
 
         given = config.peak_tflops
@@ -206,8 +206,8 @@ class Monitor:
             grids = torch.cat([batch.grids for batch in micro_batches])
             flops = float(self._encoder_flops.costs(grids).sum())
         routed = torch.zeros(self._experts, dtype=torch.float64, device=device)
-        if self.routing.tokens is not None:
-            routed[self._sparse] = self.routing.tokens.double()
+        if self.expert_tokens.tokens is not None:
+            routed[self._sparse] = self.expert_tokens.tokens.double()
         # Data-parallel ranks clip the same heads of the language model; all ranks the encoder's.
         own = language.num_clipped.double() / self._context.data_size
         own = torch.stack([own, own.new_tensor(flops)])

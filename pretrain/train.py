@@ -98,7 +98,7 @@ def _train(
             profiler.after(step)
             seconds = time.monotonic() - began
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
-            metrics["mfu"] = metrics["model_flops"] / seconds / run.monitor.peak_flops
+            metrics["mfu"] = metrics["model_flops"] / seconds / run.step_metrics.peak_flops
             if step % config.evaluation.every == 0 or step == config.steps:
                 watchdog.beat(f"the evaluation after step {step}")
                 metrics |= held_out_losses(run)

@@ -121,11 +121,14 @@ class Guard:
             self.skipped += 1
         return Fault(kind, action, reason)
 
-    def roll_back(self, step: int, to: int, facts: dict[str, Any]) -> None:
-        """The run goes back from ``step`` to the checkpoint ``to``, of which these are the facts.
+    def roll_back(self, step: int, to: int, state: dict[str, Any]) -> None:
+        """Record that the run returns from ``step`` to the checkpoint of step ``to``.
+
+        Args:
+            state: the :meth:`state_dict` stored in that checkpoint.
 
         Raises:
-            PretrainError: it went back to that checkpoint too often.
+            PretrainError: the run has already returned to that checkpoint ``max_in_a_row`` times.
         """
         passed_over = self.passed_over + step - to
         times = self._returned[1] + 1 if self._returned[0] == to else 1
@@ -134,11 +137,11 @@ class Guard:
                 f"rolled back to step {to} {times - 1} times (faults.max_in_a_row), and a fault is "
                 f"met again at step {step}: lower optimizer.lr, or look at the data"
             )
-        self.take_up(facts)
+        self.load_state_dict(state)
         self._returned, self.passed_over = (to, times), passed_over
 
-    def facts(self) -> dict[str, Any]:
-        """State for a checkpoint, as JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint; it can be serialized as JSON."""
         return {
             "losses": list(self._losses),
             "in_a_row": self._in_a_row,
@@ -147,13 +150,13 @@ class Guard:
             "passed_over": self.passed_over,
         }
 
-    def take_up(self, facts: dict[str, Any]) -> None:
-        """Be as :meth:`facts` were; of a checkpoint without them, as in the beginning."""
-        self._losses = deque(facts.get("losses", ()), maxlen=self._config.spike_window)
-        self._in_a_row = facts.get("in_a_row", 0)
-        self.skipped = facts.get("skipped", 0)
-        self.empty = facts.get("empty", 0)
-        self.passed_over = facts.get("passed_over", 0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict`; missing entries take their initial values."""
+        self._losses = deque(state.get("losses", ()), maxlen=self._config.spike_window)
+        self._in_a_row = state.get("in_a_row", 0)
+        self.skipped = state.get("skipped", 0)
+        self.empty = state.get("empty", 0)
+        self.passed_over = state.get("passed_over", 0)
 
 
 # ---------------------------------------------------------------------- hung ranks

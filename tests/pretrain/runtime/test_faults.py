@@ -42,11 +42,11 @@ def test_a_guard_that_was_saved_and_taken_up_judges_as_one_that_was_not(
     guard, other = Guard(config), Guard(config)
     for loss in losses[:saved_at]:
         guard.judge(loss, 1.0)
-    other.take_up(json.loads(json.dumps(guard.facts())))
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     for loss in losses[saved_at:]:
         mine, theirs = guard.judge(loss, 1.0), other.judge(loss, 1.0)
         assert str(mine) == str(theirs)
-    assert guard.facts() == other.facts()
+    assert guard.state_dict() == other.state_dict()
 
 
 def test_steps_are_skipped_up_to_the_limit_and_counted() -> None:

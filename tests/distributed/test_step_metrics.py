@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from muonclip import MuonClip, param_groups
-from pretrain.step_metrics import Updates
+from pretrain.step_metrics import UpdateRms
 from tests.distributed import training
 from tests.distributed.launch import launch
 
@@ -85,7 +85,7 @@ def test_samples_of_large_matrices_give_their_updates_rms() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.Linear(300, 400), "down": nn.Linear(400, 300, bias=False)})
     optimizer = MuonClip(param_groups(model), lr=1e-2, weight_decay=0.1)
-    updates = Updates(optimizer, {parameter: 2 for parameter in model.parameters()})
+    updates = UpdateRms(optimizer, {parameter: 2 for parameter in model.parameters()})
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     weights = [model["up"].weight, model["down"].weight]
