@@ -140,7 +140,6 @@ class Dense:
         from transformers import Phi3Config, Phi3ForCausalLM
 
         from muonclip.integrations import transformers
-        from muonclip.integrations.transformers_layouts import matrix_layouts
 
         size = job.size
         torch.manual_seed(job.seed)
@@ -162,7 +161,7 @@ class Dense:
                 use_cache=False,
             )
         ).to(device)
-        layouts = matrix_layouts(self.model, per_head=job.layouts == "per_head")
+        layouts = transformers.matrix_layouts(self.model, per_head=job.layouts == "per_head")
         if job.layouts == "fused":
             layouts = {}
         self.groups: Sequence[Mapping[str, Any]] = muonclip.param_groups(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
-from muonclip.integrations.watching import Watched, WatchedModules
+from muonclip.integrations.watched_modules import Watched, WatchedModules
 from muonclip.qk_clip import QKClip
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)

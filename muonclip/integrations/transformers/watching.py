@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from muonclip.adapters import base_layer
 from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout
-from muonclip.integrations.watching import Watched, WatchedModules
+from muonclip.integrations.watched_modules import Watched, WatchedModules
 from muonclip.qk_clip import QKClip, split_factor
 from muonclip.row_scaling import ScalingPlan, Share, read_sides
 

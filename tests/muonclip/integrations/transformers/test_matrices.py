@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from muonclip import MatrixLayout, MuonClip, assign, param_groups
-from muonclip.integrations.transformers_layouts import matrix_layouts
+from muonclip.integrations.transformers import matrix_layouts
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
