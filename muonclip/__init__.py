@@ -43,7 +43,13 @@ from muonclip.max_logits import max_logits, max_logits_bound, screened_max_logit
 from muonclip.monitor import MaxLogitMonitor
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import COEFFICIENTS, orthogonalize, update_scale
-from muonclip.param_groups import Assignment, assign, choose_algorithm, describe, param_groups
+from muonclip.param_groups import (
+    Assignment,
+    assign_parameters,
+    choose_algorithm,
+    describe_assignment,
+    param_groups,
+)
 from muonclip.qk_clip import ClipFactors, ClipResult, QKClip, clip_factors
 
 __version__ = "0.1.0"
@@ -59,10 +65,10 @@ __all__ = [
     "MaxLogitMonitor",
     "MuonClip",
     "QKClip",
-    "assign",
+    "assign_parameters",
     "choose_algorithm",
     "clip_factors",
-    "describe",
+    "describe_assignment",
     "max_logits",
     "max_logits_bound",
     "orthogonalize",

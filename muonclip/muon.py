@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip import checks
+from muonclip import validation
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.orthogonalize import (
     coefficient_steps,
@@ -229,7 +229,7 @@ def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None
             lr = lr * (1 - found)
         members = [items[index] for index in indices]
         # Lower precision is computed in float32 and rounded once.
-        wide = [item.target.to(checks.compute_dtype(item.target)) for item in members]
+        wide = [item.target.to(validation.compute_dtype(item.target)) for item in members]
         decay_and_apply(
             wide,
             [updates[index] for index in indices],

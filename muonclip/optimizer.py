@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from muonclip import checks, saved_state
+from muonclip import saved_state, validation
 from muonclip.adamw import AdamWRow, adamw_step
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
@@ -20,8 +20,8 @@ from muonclip.update import WeightDecayMode, adopt_changed, local, write_back
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from muonclip.distributed.muon import SharedWork
     from muonclip.distributed.sharding import ConnectedRanks, Sharding
-    from muonclip.distributed.shared import SharedWork
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -173,8 +173,8 @@ class MuonClip(Optimizer):
             "adamw_weight_decay": adamw_weight_decay,
             "maximize": maximize,
         }
-        checks.options(defaults)
-        checks.group(process_group)
+        validation.options(defaults)
+        validation.group(process_group)
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.skipped_steps: int | Tensor = 0
@@ -200,18 +200,18 @@ class MuonClip(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = {**self.defaults, **param_group}
-        checks.options(options)
+        validation.options(options)
         if options.get("algorithm") is None:
-            checks.splittable()
+            validation.splittable()
         params, names = options.pop("params"), options.pop("param_names", None)
         if names is not None:  # a group that has been in an optimizer
             params = list(zip(names, params, strict=True))
-        entries = checks.entries(params, len(self.param_groups))
-        checks.new_entries(entries, self.param_groups)
+        entries = validation.entries(params, len(self.param_groups))
+        validation.new_entries(entries, self.param_groups)
         algorithm = options.pop("algorithm", None)
-        divided = checks.divide(entries, algorithm)
+        divided = validation.divide(entries, algorithm)
         for entry in divided.get("muon", ()):
-            checks.matrix(entry, self._shape(entry.param), options["layout"])
+            validation.matrix(entry, self._shape(entry.param), options["layout"])
             if algorithm is None and entry.name is None and not self._warned_of_shapes:
                 self._warned_of_shapes = True
                 # At the line that makes the optimizer, or adds the group.
@@ -229,7 +229,7 @@ class MuonClip(Optimizer):
             else:
                 group["params"] = [entry.param for entry in members]
             super().add_param_group(group)
-            for option in checks.RESOLVED:
+            for option in validation.RESOLVED:
                 del group[option]
         self._remember_parameters()
 
@@ -363,13 +363,13 @@ class MuonClip(Optimizer):
                 state[name] = value.to(device)
                 if name == "master":
                     _set_master(param, state, state[name])
-        wants_master = checks.wants_master(group, param)
+        wants_master = validation.wants_master(group, param)
         if wants_master and "master" not in state:
             _set_master(param, state, param.detach().to(torch.float32, copy=True))
         elif not wants_master and "master" in state:  # the model was converted
             _set_master(param, state, None)
         if state.keys() <= {"master"}:  # a master may be there before anything is learned
-            dtype = checks.moment_dtype(group, param)
+            dtype = validation.moment_dtype(group, param)
             if group["algorithm"] == "muon":
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
             else:
@@ -387,10 +387,10 @@ class MuonClip(Optimizer):
         """Raise for options without an effect, and for gradients that cannot be used."""
         capturing = _is_capturing()
         for group in self.param_groups:
-            checks.resolved(group, self.defaults)
+            validation.resolved(group, self.defaults)
             if capturing:
-                checks.has_gradients(group)
-            checks.gradients(group)
+                validation.has_gradients(group)
+            validation.gradients(group)
 
     def _check_parameters(self) -> None:
         """Raise for parameters that were replaced or changed their shape, and cannot be updated as
@@ -403,7 +403,7 @@ class MuonClip(Optimizer):
             seen = dict(self._seen)
             for group in self.param_groups:
                 for index, p in enumerate(group["params"]):
-                    checks.changed(group, index, seen.get(p), self._shape(p))
+                    validation.changed(group, index, seen.get(p), self._shape(p))
             self._remember_parameters()
 
     def _complete_state(self) -> None:
@@ -503,7 +503,7 @@ class MuonClip(Optimizer):
 
     def _describe_nonfinite(self) -> str:
         labels = [
-            checks.label(group, index)
+            validation.label(group, index)
             for group in self.param_groups
             for index, p in enumerate(group["params"])
             if p.grad is not None and not local_gradient(p).isfinite().all()
@@ -518,7 +518,7 @@ class MuonClip(Optimizer):
         if self._connected is None:
             step_alone(items, found)
             return
-        from muonclip.distributed.shared import SharedWork
+        from muonclip.distributed.muon import SharedWork
 
         assert self._groups is not None
         if self._shared_work is None or not self._shared_work.fits(items):
@@ -537,7 +537,7 @@ class MuonClip(Optimizer):
         targets = []
         for p, own, state in zip(params, held, states, strict=True):
             target = _target(own, state)
-            targets.append(target.float() if checks.rounds(group, p) else target)
+            targets.append(target.float() if validation.rounds(group, p) else target)
         rows = []
         for p, target, state in zip(params, targets, states, strict=True):
             if target.numel():
@@ -647,7 +647,7 @@ class MuonClip(Optimizer):
         """Options of a saved group as this optimizer keeps them, checked."""
         saved["layout"] = layout
         saved.pop("differentiable", None)  # torch's, of no use here
-        resolved = {option: saved.pop(option, None) for option in checks.RESOLVED}
+        resolved = {option: saved.pop(option, None) for option in validation.RESOLVED}
         if saved["algorithm"] == "adamw" and resolved["adamw_betas"] is not None:
             # Saved when groups kept these, and AdamW's had Muon's momentum too.
             saved["momentum"], saved["adamw_beta2"] = resolved["adamw_betas"]
@@ -655,26 +655,28 @@ class MuonClip(Optimizer):
             if isinstance(saved.get(option), str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
         for option, value in self.defaults.items():  # saved before the option was there
-            if option not in checks.RESOLVED:
+            if option not in validation.RESOLVED:
                 saved.setdefault(option, value)
         saved.setdefault("updates", 0)
         if saved["algorithm"] == "adamw":
             saved.setdefault("adamw_beta2", self.defaults["adamw_betas"][1])
         try:
-            checks.options({**{name: self.defaults[name] for name in checks.RESOLVED}, **saved})
+            validation.options(
+                {**{name: self.defaults[name] for name in validation.RESOLVED}, **saved}
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"the saved state has an option out of range: {error}") from None
 
     def _take_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
         state = self.state[param]
-        dtype = checks.moment_dtype(group, param)
+        dtype = validation.moment_dtype(group, param)
         for name, value in saved.items():
             if name == "step":
                 state[name] = value.to(local(param).device, copy=True)
             elif name != "master":
                 state[name] = value.to(device=param.device, dtype=dtype, copy=True)
-        if not checks.wants_master(group, param):
+        if not validation.wants_master(group, param):
             _set_master(param, state, None)
         elif state:
             master = saved.get("master", param.detach())

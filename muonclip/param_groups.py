@@ -205,7 +205,7 @@ def _words(part: str) -> set[str]:
     return set(re.split(r"[_\d]+", part.lower()))
 
 
-def assign(
+def assign_parameters(
     model: nn.Module,
     *,
     adamw: Sequence[str] = (),
@@ -370,17 +370,20 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for ``MuonClip``: one per algorithm and layout, with names.
 
-    Frozen parameters are left out. ``print(describe(assign(model)))`` shows the same decision.
+    Frozen parameters are left out. ``print(describe_assignment(assign_parameters(model)))`` shows
+    the same assignment.
 
     Args:
-        model, adamw, muon, layouts, shardings: as for ``assign``, with its errors.
+        model, adamw, muon, layouts, shardings: as for ``assign_parameters``, with its errors.
         options: put into every group, e.g. ``weight_decay=0.1``.
 
     Returns:
         Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``layout``.
     """
     groups: dict[tuple[Algorithm, MatrixLayout | None], dict[str, Any]] = {}
-    for item in assign(model, adamw=adamw, muon=muon, layouts=layouts, shardings=shardings):
+    for item in assign_parameters(
+        model, adamw=adamw, muon=muon, layouts=layouts, shardings=shardings
+    ):
         if item.algorithm is None:
             continue
         key = (item.algorithm, item.layout)
@@ -395,7 +398,7 @@ def param_groups(
     return list(groups.values())
 
 
-def describe(assignments: Iterable[Assignment]) -> str:
+def describe_assignment(assignments: Iterable[Assignment]) -> str:
     """A printable table of what went where and why, with totals in parameters (elements)."""
     rows = [("parameter", "shape", "algorithm", "reason")]
     totals: dict[str, list[int]] = {}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip import checks
+from muonclip import validation
 
 _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
@@ -63,7 +63,7 @@ def fit(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> d
         saved.pop("param_names", None)  # the optimizer's count
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
-                name = checks.label(group, index)
+                name = validation.label(group, index)
                 state[key] = _checked(state[key], name, param, group["algorithm"])
     return {**state_dict, "state": state, "param_groups": fitted}
 
@@ -146,7 +146,7 @@ def _by_order(
         _both(group, saved, group, saved, 0)
         for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
             _both(param, key, group, saved, index)
-            _check_algorithm(checks.label(group, index), group, saved)
+            _check_algorithm(validation.label(group, index), group, saved)
     return [dict(saved) for saved in saved_groups]
 
 
@@ -158,7 +158,7 @@ def _both(ours: Any, theirs: Any, group: Any, saved: Any, index: int) -> None:
     ):
         if present is not None and absent is None:
             raise ValueError(
-                f"the {side} has nothing for {checks.label(owner, index)}: "
+                f"the {side} has nothing for {validation.label(owner, index)}: "
                 "load a state saved from the same parameters in the same groups"
             )
 

@@ -165,8 +165,8 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         cuts=cut,
         copies=held_by,
         step_metrics=step_metrics,
-        assignment=muonclip.describe(
-            muonclip.assign(
+        assignment=muonclip.describe_assignment(
+            muonclip.assign_parameters(
                 model,
                 layouts=matrix_layouts(model, exclude=_SEPARATE),
                 shardings=optimizer.shardings,

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from muonclip import MatrixLayout, MuonClip, param_groups
-from muonclip.distributed import shared
+from muonclip.distributed import muon
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
     EXACT,
@@ -95,13 +95,13 @@ def test_ranks_stay_alike_to_the_bit(on_ranks: list[dict[str, Outcome]], name: s
 def shapes_orthogonalized(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """What this rank took on in one step."""
     taken: list[tuple[int, ...]] = []
-    original = shared.orthogonalize_parameters
+    original = muon.orthogonalize_parameters
 
     def count(items: Any, updates: Any) -> list[Tensor]:
         taken.extend(tuple(update.shape) for update in updates)
         return original(items, updates)
 
-    shared.orthogonalize_parameters = count
+    muon.orthogonalize_parameters = count
     params = [nn.Parameter(random(shape, i)) for i, shape in enumerate(shapes)]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -214,7 +214,7 @@ def test_zero_redundancy_optimizer_refuses_plain_parameters(world_size: int) -> 
 
 def train_in_buckets() -> Outcome:
     """Each bucket goes to its owners while the one before is worked on."""
-    shared._BUCKET_ELEMENTS = 8
+    muon._BUCKET_ELEMENTS = 8
     return train(MANY, process_group=dist.group.WORLD)
 
 

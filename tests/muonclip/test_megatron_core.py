@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muonclip import MatrixLayout, QKClip, assign, max_logits
+from muonclip import MatrixLayout, QKClip, assign_parameters, max_logits
 from muonclip.integrations import megatron_core
 from tests.distributed.launch import launch
 
@@ -209,7 +209,7 @@ def test_shards_of_generalized_tensor_parallelism_are_refused() -> None:
     """megatron-core 0.19 keeps a part of the rows on each rank: copies of no block."""
     model = MLP(True)
     model.linear_fc1.weight.is_gtp_weight_remat = True
-    for call in (megatron_core.shardings, assign):
+    for call in (megatron_core.shardings, assign_parameters):
         with pytest.raises(ValueError, match="generalized tensor parallelism"):
             call(model)
 
@@ -237,7 +237,7 @@ def test_fused_matrices_feed_param_groups() -> None:
         "grouped.weight1": MatrixLayout((6, 6), transposed=True, view=(3, 16, 12)),
         "grouped.weight2": MatrixLayout(transposed=True, view=(3, 6, 16)),
     }
-    placed = {item.name: item.layout for item in assign(model, layouts=layouts)}
+    placed = {item.name: item.layout for item in assign_parameters(model, layouts=layouts)}
     assert placed["gated.linear_fc1.weight"] == MatrixLayout((12, 12))
     assert placed["plain.linear_fc1.weight"] is None
 

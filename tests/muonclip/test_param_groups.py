@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from muonclip import MatrixLayout, MuonClip, assign, choose_algorithm, describe, param_groups
+from muonclip import (
+    MatrixLayout,
+    MuonClip,
+    assign_parameters,
+    choose_algorithm,
+    describe_assignment,
+    param_groups,
+)
 
 
 class Vision(nn.Module):
@@ -58,7 +65,7 @@ EXPECTED = {
 
 def test_every_kind_of_parameter() -> None:
     model = Model()
-    found = {item.name: (item.algorithm, item.reason) for item in assign(model)}
+    found = {item.name: (item.algorithm, item.reason) for item in assign_parameters(model)}
     assert found.items() >= EXPECTED.items()
     assert set(found) == {name for name, _ in model.named_parameters()}
 
@@ -153,12 +160,12 @@ def test_modules_in_the_wild() -> None:
             "h": nn.Bilinear(8, 8, 4),
         }
     )
-    found = {item.name: item.algorithm for item in assign(model)}
+    found = {item.name: item.algorithm for item in assign_parameters(model)}
     assert [name for name, algorithm in found.items() if algorithm == "muon"] == ["h.weight"]
 
 
 def test_names_that_are_numbers() -> None:
-    items = assign(nn.ParameterList([torch.zeros(4, 8), torch.zeros(4)]))
+    items = assign_parameters(nn.ParameterList([torch.zeros(4, 8), torch.zeros(4)]))
     assert [(item.name, item.algorithm) for item in items] == [("0", "muon"), ("1", "adamw")]
 
 
@@ -170,7 +177,7 @@ def test_the_first_layout_that_matches_counts() -> None:
         ({"a.weight": halves, "*.weight": quarters}, [halves, quarters]),
         ({"*.weight": quarters, "a.weight": halves}, [quarters, quarters]),
     ):
-        items = assign(model, layouts=layouts)
+        items = assign_parameters(model, layouts=layouts)
         assert [item.layout for item in items if item.algorithm == "muon"] == expected
 
 
@@ -186,7 +193,7 @@ def test_a_head_that_the_model_tells_of() -> None:
         def get_output_embeddings(self) -> nn.Module:
             return self.proj_out
 
-    found = {item.name: (item.algorithm, item.reason) for item in assign(Whisper())}
+    found = {item.name: (item.algorithm, item.reason) for item in assign_parameters(Whisper())}
     assert found["proj_out.weight"] == ("adamw", "output head")
     assert found["fc1.weight"] == ("muon", "matrix")
 
@@ -200,17 +207,17 @@ def test_convolutions_go_to_muon_by_pattern_only() -> None:
             "depthwise": nn.Conv1d(4, 4, 3, groups=4),
         }
     )
-    assert {item.algorithm for item in assign(model)} == {"adamw"}
+    assert {item.algorithm for item in assign_parameters(model)} == {"adamw"}
     found = {
         item.name: item
-        for item in assign(model, muon=["conv2d.weight", "grouped.weight"])
+        for item in assign_parameters(model, muon=["conv2d.weight", "grouped.weight"])
         if item.algorithm == "muon"
     }
     assert found["conv2d.weight"].layout == MatrixLayout(flatten=True)
     assert found["grouped.weight"].layout == MatrixLayout((3,), 2, separate=True, flatten=True)
     assert set(found) == {"conv2d.weight", "grouped.weight"}
     with pytest.raises(ValueError, match="transposed convolution"):
-        assign(nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 3)}), muon=["up.weight"])
+        assign_parameters(nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 3)}), muon=["up.weight"])
 
 
 def test_what_torchs_own_modules_fuse_is_known() -> None:
@@ -225,7 +232,9 @@ def test_what_torchs_own_modules_fuse_is_known() -> None:
             "cell": nn.GRUCell(4, 6),
         }
     )
-    found = {i.name: i.layout for i in assign(model) if i.algorithm == "muon" and i.layout}
+    found = {
+        i.name: i.layout for i in assign_parameters(model) if i.algorithm == "muon" and i.layout
+    }
     assert found == {
         "attention.in_proj_weight": MatrixLayout((8, 8, 8)),
         "lstm.weight_ih_l0": MatrixLayout((6, 6, 6, 6)),
@@ -235,7 +244,9 @@ def test_what_torchs_own_modules_fuse_is_known() -> None:
         "cell.weight_ih": MatrixLayout((6, 6, 6)),
         "cell.weight_hh": MatrixLayout((6, 6, 6)),
     }
-    whole = {item.name for item in assign(model) if item.algorithm == "muon"} - set(found)
+    whole = {item.name for item in assign_parameters(model) if item.algorithm == "muon"} - set(
+        found
+    )
     assert {"apart.q_proj_weight", "lstm.weight_hr_l0", "rnn.weight_ih_l0"} <= whole
 
 
@@ -269,12 +280,12 @@ def test_tied_weights_appear_once_and_stay_an_embedding() -> None:
     for first, second in (("tok", "out"), ("out", "tok")):
         modules = {"tok": nn.Embedding(11, 8), "out": nn.Linear(8, 11, bias=False)}
         modules["out"].weight = modules["tok"].weight
-        found = assign(nn.ModuleDict({first: modules[first], second: modules[second]}))
+        found = assign_parameters(nn.ModuleDict({first: modules[first], second: modules[second]}))
         assert [(item.name, item.algorithm) for item in found] == [(f"{first}.weight", "adamw")]
 
 
 def test_patterns_override() -> None:
-    items = assign(Model(), adamw=["vision.*"], muon=["router.weight"])
+    items = assign_parameters(Model(), adamw=["vision.*"], muon=["router.weight"])
     found = {item.name: (item.algorithm, item.reason) for item in items}
     assert found["vision.mlp.weight"] == ("adamw", "matches 'vision.*'")
     assert found["router.weight"] == ("muon", "matches 'router.weight'")
@@ -301,7 +312,9 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 
 def test_describe_shows_all_and_adds_up() -> None:
     model = Model()
-    text = describe(assign(model, layouts={"gate_proj.weight": MatrixLayout((8, 8))}))
+    text = describe_assignment(
+        assign_parameters(model, layouts={"gate_proj.weight": MatrixLayout((8, 8))})
+    )
     lines = text.splitlines()
     for name, parameter in model.named_parameters():
         line = next(line for line in lines if line.split()[0] == name)
@@ -382,7 +395,7 @@ def test_trained_heads_and_embeddings_of_adapted_models_go_to_adamw() -> None:
     prefix = "base_model.model."
     found = {
         i.name.removeprefix(prefix): (i.algorithm, i.reason)
-        for i in assign(model)
+        for i in assign_parameters(model)
         if i.algorithm is not None
     }
     assert found == {
@@ -417,7 +430,9 @@ def test_heads_that_peft_trains_go_to_adamw(kind: str, task: str, head: str) -> 
     model = getattr(transformers, f"LlamaFor{kind}")(config)
     saved = ["lm_head"] if kind == "CausalLM" else None
     lora = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type=task, modules_to_save=saved)
-    trained = [i for i in assign(peft.get_peft_model(model, lora)) if i.algorithm is not None]
+    trained = [
+        i for i in assign_parameters(peft.get_peft_model(model, lora)) if i.algorithm is not None
+    ]
     heads = {
         (i.algorithm, i.reason) for i in trained if f".{head}." in i.name and "weight" in i.name
     }
@@ -426,11 +441,11 @@ def test_heads_that_peft_trains_go_to_adamw(kind: str, task: str, head: str) -> 
 
 
 def test_compiled_and_checkpointed_modules_are_assigned_as_without() -> None:
-    plain = [(item.algorithm, item.reason) for item in assign(Model())]
+    plain = [(item.algorithm, item.reason) for item in assign_parameters(Model())]
     wrapped = Model()
     for name, module in list(wrapped.named_children()):
         setattr(wrapped, name, checkpoint_wrapper(torch.compile(module)))  # type: ignore[arg-type]
-    assert [(item.algorithm, item.reason) for item in assign(wrapped)] == plain
+    assert [(item.algorithm, item.reason) for item in assign_parameters(wrapped)] == plain
 
 
 def test_parametrizations_by_name_are_as_by_type() -> None:
@@ -457,13 +472,14 @@ def flattened(weight: Tensor) -> nn.Parameter:
     [(partitioned, "'?a.weight'? .*ZeRO-3.*fully_shard"), (flattened, "fully_shard")],
 )
 def test_parts_of_matrices_are_refused(change: Any, message: str) -> None:
-    """As vectors they would all go to AdamW, unnoticed: by ``assign``, or at the first step."""
+    """Flattened matrices are refused when grouped or at the first step: as vectors, all would be
+    trained by AdamW."""
     model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)})
     optimizer = MuonClip(param_groups(model), lr=0.1)
     broken = change(model["a"].weight)
     part = nn.ModuleDict({"a": nn.Linear(4, 8)})
     part["a"].weight = broken
-    for call in (assign, param_groups):
+    for call in (assign_parameters, param_groups):
         with pytest.raises(ValueError, match=message):
             call(part)
     if change is partitioned:
@@ -485,7 +501,7 @@ def test_parts_of_matrices_are_refused(change: Any, message: str) -> None:
 def test_frozen_parts_are_no_concern() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)})
     model["a"].weight = partitioned(model["a"].weight).requires_grad_(False)
-    assert [i.algorithm for i in assign(model) if i.name == "a.weight"] == [None]
+    assert [i.algorithm for i in assign_parameters(model) if i.name == "a.weight"] == [None]
 
 
 def test_a_vector_in_the_place_of_a_matrix_is_refused() -> None:

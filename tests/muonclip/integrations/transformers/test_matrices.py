@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from muonclip import MatrixLayout, MuonClip, assign, param_groups
+from muonclip import MatrixLayout, MuonClip, assign_parameters, param_groups
 from muonclip.integrations.transformers import matrix_layouts
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -295,7 +295,7 @@ def test_assignments_are_those_of_an_expert(case: str) -> None:
     config = getattr(transformers, f"{kind}Config")(**options)
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config)
-    items = assign(model, layouts=matrix_layouts(model))
+    items = assign_parameters(model, layouts=matrix_layouts(model))
     matrices = [item for item in items if item.parameter.ndim > 1 and item.algorithm == "adamw"]
     assert {re.sub(r"\.\d+(?=\.)", ".N", item.name) for item in matrices} == expected
     assert all(item.algorithm == "adamw" for item in items if item.parameter.ndim < 2)
@@ -313,7 +313,7 @@ def test_kimi_k25() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    items = assign(model, layouts=matrix_layouts(model))
+    items = assign_parameters(model, layouts=matrix_layouts(model))
     adamw = {
         re.sub(r"\.\d+(?=\.)", ".N", item.name)
         for item in items

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muonclip import checks
+from muonclip import validation
 from muonclip.distributed.exchange import Exchange
 from muonclip.distributed.plan import Unit, assign_owners, make_buckets, make_units
 from muonclip.distributed.sharding import (
@@ -179,7 +179,7 @@ def _wrong_placement(items: Sequence[Item]) -> ValueError | None:
             try:
                 check_placements(item.handle)
             except ValueError as error:
-                return ValueError(f"{checks.label_of(item.group, item.handle)}: {error}")
+                return ValueError(f"{validation.label_of(item.group, item.handle)}: {error}")
     return None
 
 
