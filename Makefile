@@ -30,6 +30,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --package muonclip --python-version 3.10
 
 # torch comes first and by its exact version: a range may pull gigabytes of another build.
 $(VENV)/.ready: pyproject.toml

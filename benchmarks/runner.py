@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,7 +121,7 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
         "device": options.device.type,
         "seed": options.seed,
         "clock": options.clock,
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit(),
         "versions": {**versions("numpy", "matplotlib"), "torch": torch.__version__},
         "machine": machine(options.device),

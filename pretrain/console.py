@@ -1,7 +1,7 @@
 """Messages at the start and the end of a run."""
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from pretrain.build import Run
@@ -36,7 +36,7 @@ def opening(run: Run, done: int) -> str:
 def start(run: Run, done: int) -> dict[str, Any]:
     """Record for starts.jsonl, written each time that a run starts or resumes."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")[:19],
+        "time": datetime.now(UTC).isoformat(sep=" ", timespec="seconds")[:19],
         "step": done,
         "processes": run.context.world_size,
         "processor": machine.processor(),

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class RunLock:
             "machine": _machine(),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
-            "since": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds"),
+            "since": datetime.now(UTC).isoformat(sep=" ", timespec="seconds"),
             "token": uuid.uuid4().hex,
         }
         self.lost = False
