@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from benchmarks.runner import ROOT, Result, markdown, positive_int
-from pretrain.runtime import checkpoint
+from pretrain.checkpoint import storage
 from pretrain.runtime.metrics import read, read_lines
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _kill(
         wait_for(lambda: any(checkpoints.glob("*.partial")))
     else:
         time.sleep(delay)
-    saved = checkpoint.steps(checkpoints)
+    saved = storage.steps(checkpoints)
     saving = any(checkpoints.glob("*.partial"))
     for one in psutil.Process(process.pid).children():
         if one.environ().get("RANK") == str(rank):

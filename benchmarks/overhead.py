@@ -93,9 +93,9 @@ def run(options: argparse.Namespace) -> runner.Result:
 
 
 def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: str) -> None:
-    from pretrain import batches, config, parallel, state
+    from pretrain import batches, checkpoint, config, parallel
     from pretrain.build import build
-    from pretrain.runtime import checkpoint
+    from pretrain.checkpoint import storage
     from pretrain.runtime.faults import Guard
     from pretrain.runtime.metrics import MetricsWriter
     from pretrain.step import train_step
@@ -152,10 +152,10 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     setattr(tokens, "record", timed("routing", tokens.record))  # noqa: B010 (for mypy)
     write = timed("write", out.write)
     guard = Guard(settings.faults)
-    saver = state.saver(trained)
-    save = timed("copy", state.save, _OWN_CLOCKS[clock])
+    saver = checkpoint.saver(trained)
+    save = timed("copy", checkpoint.save, _OWN_CLOCKS[clock])
     # What the saver's thread runs.
-    setattr(checkpoint, "save", timed("writer", checkpoint.save, time.thread_time))  # noqa: B010 (for mypy)
+    setattr(storage, "save", timed("writer", storage.save, time.thread_time))  # noqa: B010 (for mypy)
 
     taken = dict.fromkeys(runs, 0)
     parts: list[dict[str, float]] = []
@@ -197,7 +197,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
         )
         settle("")
     out.close()
-    newest = checkpoint.path_of(state.folder(trained), taken[SAVED])
+    newest = storage.path_of(checkpoint.folder(trained), taken[SAVED])
     size = sum(file.stat().st_size for file in newest.iterdir())
     parallel.stop()
     told = _result(trained, seconds, parts[1:], saves[1:], size)

@@ -13,8 +13,9 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
-from pretrain import parallel, state
+from pretrain import checkpoint, parallel
 from pretrain.build import names_in_checkpoint, set_precision
+from pretrain.checkpoint import storage
 from pretrain.config import Config, ParallelConfig
 from pretrain.data import Document, chat, sources
 from pretrain.data.index import Composer
@@ -24,7 +25,6 @@ from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model
 from pretrain.model.multimodal import merge_features
 from pretrain.model.projector import VisionTower
-from pretrain.runtime import checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     """
     if parallel.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
-    saved = state.saved(run_dir, step)
-    tokenizer = Tokenizer.load(state.tokenizer_file(run_dir))
+    saved = checkpoint.saved(run_dir, step)
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file(run_dir))
     config = saved.config
     context = parallel.start(ParallelConfig(), config.seed)
     dtype: torch.dtype = getattr(torch, config.precision)
@@ -63,7 +63,7 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     set_precision(whole, dtype)
     whole.eval().requires_grad_(False)
     named = names_in_checkpoint([language], tower)
-    checkpoint.load(saved.path, {f"model.{name}": tensor for name, tensor in named.items()})
+    storage.load(saved.path, {f"model.{name}": tensor for name, tensor in named.items()})
     return Model(config, tokenizer, language, tower, context.device)
 
 

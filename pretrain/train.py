@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from pretrain import batches, console, parallel, state
+from pretrain import batches, checkpoint, console, parallel
 from pretrain.build import Run, build
+from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Dealing, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.parallel import ParallelContext
-from pretrain.runtime import checkpoint, stopping
+from pretrain.runtime import stopping
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
 from pretrain.runtime.profiler import Profiler
@@ -57,8 +58,8 @@ def _train(
     run = build(config, context, data)
     guard = Guard(config.faults)
     watchdog.beat("taking up the newest checkpoint")
-    done = state.restore(run, guard)
-    state.keep_tokenizer(run)
+    done = checkpoint.restore(run, guard)
+    checkpoint.keep_tokenizer(run)
 
     run_dir = Path(config.run_dir)
     out = open_metrics(run, done)
@@ -73,7 +74,7 @@ def _train(
         while done < config.steps and number <= config.steps + guard.passed_over:
             yield (number := number + 1)
 
-    with contextlib.closing(state.saver(run)) as saver:
+    with contextlib.closing(checkpoint.saver(run)) as saver:
         if done == 0:
             watchdog.beat("the evaluation before the first step")
             out.write({"step": 0, **held_out_losses(run)})
@@ -86,7 +87,7 @@ def _train(
             try:
                 metrics = train_step(run, micro_batches, step, guard)
             except RollBack as why:
-                to = state.roll_back(run, saver, guard, step, why)
+                to = checkpoint.roll_back(run, saver, guard, step, why)
                 out.say(f"step {step}: {why}; on from step {to}, with the data after this step's")
                 began = time.monotonic()
                 continue
@@ -115,7 +116,7 @@ def _train(
             if unwritten:
                 saver.wait()  # tells what failed
             if step % config.checkpoint.every == 0 or step == config.steps or ends:
-                state.save(run, saver, guard, step)
+                checkpoint.save(run, saver, guard, step)
             if ends and step < config.steps:
                 saver.wait()
                 out.say(
@@ -149,8 +150,8 @@ def evaluate(config: Config) -> None:
     """
     context, data = set_up(config)
     run = build(config, context, data)
-    step = state.restore(run)
-    if not checkpoint.steps(state.folder(run)):
+    step = checkpoint.restore(run)
+    if not storage.steps(checkpoint.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
     losses = {"step": step, **held_out_losses(run)}
     transcriptions = transcribe(run)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pretrain import checkpoint, parallel
 from pretrain import config as configuration
-from pretrain import parallel, state, yaml_core
-from pretrain.config import Config
+from pretrain.checkpoint import storage
+from pretrain.config import Config, yaml_core
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.hf_folder import HfFolder, HfWeights
@@ -20,7 +21,6 @@ from pretrain.export.provenance import Provenance
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
-from pretrain.runtime import checkpoint
 from pretrain.runtime.run_lock import RunLock
 
 # Settings of the model that say how it learns, and not what it is.
@@ -67,7 +67,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     if parallel.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
     folder = run_dir / "checkpoints"
-    if checkpoint.steps(folder):
+    if storage.steps(folder):
         raise PretrainError(f"{run_dir} has checkpoints already: choose a new folder for the run")
     written = run_dir / "config.yaml"
     if written.exists():
@@ -120,8 +120,8 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
 
     with RunLock(run_dir):
         parallel.join()  # a group of one, in which checkpoints are written
-        state.write_tokenizer(tokenizer, run_dir)
-        checkpoint.save(
+        checkpoint.write_tokenizer(tokenizer, run_dir)
+        storage.save(
             folder,
             0,
             {f"model.{name}": tensor for name, tensor in tensors.items()},

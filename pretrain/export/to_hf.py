@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pretrain import state
+from pretrain import checkpoint
+from pretrain.checkpoint import storage
 from pretrain.config import Config, VisionConfig
 from pretrain.data import chat
 from pretrain.data.media import pixels
@@ -24,7 +25,6 @@ from pretrain.errors import PretrainError
 from pretrain.export.layout import VIDEO_PLACEHOLDER, Rows, rows, settings
 from pretrain.export.provenance import Provenance
 from pretrain.model.geometry import MAX_FRAMES, MERGE
-from pretrain.runtime import checkpoint
 
 MAX_FILE_BYTES = 5 * 10**9
 _PREFIX = "model."
@@ -64,13 +64,13 @@ def export(
         PretrainError: there is no such checkpoint, it is damaged, the model has a shape that
             the published models cannot have, or a file cannot be written.
     """
-    saved = state.saved(run_dir, step)
-    tokenizer_file = state.tokenizer_file(run_dir)
+    saved = checkpoint.saved(run_dir, step)
+    tokenizer_file = checkpoint.tokenizer_file(run_dir)
     tokenizer = Tokenizer.load(tokenizer_file)
     out = out or run_dir / ("hf-text" if text_only else "hf")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainError(f"{out} exists: remove it, or choose another folder with --out")
-    stored = checkpoint.shapes(saved.path)
+    stored = storage.shapes(saved.path)
     if _EMBEDDING not in stored:
         raise PretrainError(_lacks(saved.path, _EMBEDDING))
     config, vocab_size = saved.config, stored[_EMBEDDING][0][0]
@@ -188,7 +188,7 @@ def _write_weights(
             name = f"model-{number:05}-of-{len(files):05}.safetensors"
         shapes = {weight: shape for item in file for weight, shape in item.ours.items()}
         ours = {weight: torch.empty(shape, dtype=types[weight]) for weight, shape in shapes.items()}
-        checkpoint.load(path, {_source(name, stored, types): x for name, x in ours.items()})
+        storage.load(path, {_source(name, stored, types): x for name, x in ours.items()})
         theirs = {weight: t for item in file for weight, t in item.to_theirs(ours).items()}
         save_file(theirs, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(theirs, name))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.runtime import checkpoint
+from pretrain.checkpoint import storage
 from tests.distributed import training
 from tests.distributed.launch import launch
 
@@ -60,26 +60,26 @@ def test_a_gradient_that_is_not_finite_is_named_and_earlier_checkpoints_stay(fol
     assert "the gradient of " in line
     assert "is not finite at step 7" in line
     assert "nothing was updated. Lower optimizer.lr" in line
-    assert checkpoint.steps(folder / "explodes" / "checkpoints") == [5]
+    assert storage.steps(folder / "explodes" / "checkpoints") == [5]
     assert told(folder, run_dir, *steady, "steps=6", "optimizer.decay_steps=0") == ""
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     folder: Path, trained: Path
 ) -> None:
-    newest = checkpoint.path_of(trained / "checkpoints", 10)
+    newest = storage.path_of(trained / "checkpoints", 10)
     data = next(newest.glob("*.safetensors"))
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     run_dir = f"run_dir={trained}"
     line = told(folder, run_dir, "steps=10")
     assert f"the checkpoint {newest} is damaged: {data.name} is not what was written" in line
-    assert checkpoint.steps(trained / "checkpoints") == [5, 10]
+    assert storage.steps(trained / "checkpoints") == [5, 10]
     for path in newest.iterdir():
         path.unlink()
     newest.rmdir()
     assert told(folder, run_dir, "steps=10") == ""
-    assert checkpoint.steps(trained / "checkpoints") == [5, 10]
+    assert storage.steps(trained / "checkpoints") == [5, 10]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import parallel
+from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
 from pretrain.model.names import Cut
-from pretrain.runtime import checkpoint
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -31,15 +31,15 @@ def _tensors(fill: float | None = None) -> dict[str, Tensor]:
 
 def _save(folder: str, steps: list[int], keep: int = 9) -> None:
     for step in steps:
-        checkpoint.save(Path(folder), step, _tensors(), {"fact": step}, keep)
+        storage.save(Path(folder), step, _tensors(), {"fact": step}, keep)
 
 
 def _load(folder: str, step: int) -> bool:
-    path = checkpoint.path_of(Path(folder), step)
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.verify(path, manifest)
+    path = storage.path_of(Path(folder), step)
+    manifest = storage.read_manifest(path)
+    storage.verify(path, manifest)
     loaded = _tensors(fill=-1.0)
-    checkpoint.load(path, loaded)
+    storage.load(path, loaded)
     expected = _tensors()
     return (
         manifest.facts == {"fact": step}
@@ -49,10 +49,10 @@ def _load(folder: str, step: int) -> bool:
 
 
 def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
-    path = checkpoint.path_of(Path(folder), 1)
+    path = storage.path_of(Path(folder), 1)
     try:
-        checkpoint.verify(path, checkpoint.read_manifest(path))
-        checkpoint.load(path, tensors)
+        storage.verify(path, storage.read_manifest(path))
+        storage.load(path, tensors)
     except PretrainError as error:
         return str(error)
     return "no error"
@@ -73,7 +73,7 @@ def _wholes() -> dict[str, Tensor]:
     }
 
 
-def _parts(values: dict[str, Tensor]) -> dict[str, checkpoint.Part]:
+def _parts(values: dict[str, Tensor]) -> dict[str, storage.Part]:
     """This rank's part of each, as tensor parallelism cuts them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts = {}
@@ -81,21 +81,21 @@ def _parts(values: dict[str, Tensor]) -> dict[str, checkpoint.Part]:
         cut = Cut(1 if name == "columns" else 0, rank, size, name == "gate_and_up")
         # Cut afresh, not a view of the whole: it is filled in place.
         part = cut.part(whole).clone()
-        parts[name] = checkpoint.Part(cut.whole(part.shape), cut.pieces(part))
+        parts[name] = storage.Part(cut.whole(part.shape), cut.pieces(part))
     return parts
 
 
 def _save_parts(folder: str) -> None:
-    checkpoint.save(Path(folder), 1, _parts(_wholes()), {}, 9)
+    storage.save(Path(folder), 1, _parts(_wholes()), {}, 9)
 
 
 def _load_parts(folder: str) -> bool:
     parts = _parts({name: torch.full_like(whole, -1) for name, whole in _wholes().items()})
-    path = checkpoint.path_of(Path(folder), 1)
-    checkpoint.load(path, parts)
+    path = storage.path_of(Path(folder), 1)
+    storage.load(path, parts)
     expected = _parts(_wholes())
     whole = {name: torch.full_like(value, -1) for name, value in _wholes().items()}
-    checkpoint.load(path, whole)
+    storage.load(path, whole)
     return all(
         torch.equal(mine, theirs)
         for name in parts
@@ -114,22 +114,22 @@ def test_cut_tensors_are_kept_whole_and_cut_anew(
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     launch(_save, 2, str(tmp_path), [1, 2, 3, 4], 2)
-    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert storage.steps(tmp_path) == [3, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_a_half_written_one_does_not_exist(tmp_path: Path) -> None:
     launch(_save, 1, str(tmp_path), [1])
     (tmp_path / "step-00000002.partial").mkdir()
-    assert checkpoint.steps(tmp_path) == [1]
+    assert storage.steps(tmp_path) == [1]
     launch(_save, 1, str(tmp_path), [2])
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert storage.steps(tmp_path) == [1, 2]
     assert launch(_load, 1, str(tmp_path), 2) == [True]
 
 
 def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: Path) -> None:
     launch(_save, 1, str(tmp_path), [1])
-    path = checkpoint.path_of(tmp_path, 1)
+    path = storage.path_of(tmp_path, 1)
     other_shape = {"shared": torch.zeros(3, 2)}
     other_name = {"missing": torch.zeros(1)}
     (error,) = launch(_load_error, 1, str(tmp_path), other_shape)
@@ -152,7 +152,7 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
 
 def _save_where_a_file_is_in_the_way(folder: str) -> str:
     try:
-        checkpoint.save(Path(folder), 2, _tensors(), {}, 9)
+        storage.save(Path(folder), 2, _tensors(), {}, 9)
     except PretrainError as error:
         return str(error)
     return "no error"
@@ -165,13 +165,13 @@ def test_a_disk_that_refuses_stops_all_ranks_and_keeps_the_earlier_checkpoint(
     (tmp_path / "step-00000002.partial").write_text("a file, where a folder has to be made")
     errors = launch(_save_where_a_file_is_in_the_way, 2, str(tmp_path))
     assert all("cannot write the checkpoint" in error for error in errors)
-    assert checkpoint.steps(tmp_path) == [1]
+    assert storage.steps(tmp_path) == [1]
     assert launch(_load, 2, str(tmp_path), 1) == [True, True]
 
 
 def _train_on_while_writing(folder: str) -> bool:
     tensors = {"weight": torch.zeros(1 << 20)}
-    saver = checkpoint.Saver(Path(folder), keep=9, asynchronous=True)
+    saver = storage.Saver(Path(folder), keep=9, asynchronous=True)
     for step in (1, 2):
         saver.save(step, tensors, {})
         for _ in range(20):  # the run's own collectives, and updates in place
@@ -181,7 +181,7 @@ def _train_on_while_writing(folder: str) -> bool:
     saver.close()
     for step, value in ((1, 0.0), (2, 20.0)):
         loaded = {"weight": torch.full((1 << 20,), -1.0)}
-        checkpoint.load(checkpoint.path_of(Path(folder), step), loaded)
+        storage.load(storage.path_of(Path(folder), step), loaded)
         if not torch.equal(loaded["weight"], torch.full((1 << 20,), value)):
             return False
     return True
@@ -195,7 +195,7 @@ def test_what_is_written_in_the_background_is_what_was_there_when_it_was_asked_f
 
 def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
     """The system refuses to let a file of rank 1 grow past 64 KiB; how far it got, and the line."""
-    saver = checkpoint.Saver(Path(folder), keep=9, asynchronous=asynchronous)
+    saver = storage.Saver(Path(folder), keep=9, asynchronous=asynchronous)
     saver.save(1, _tensors(), {"fact": 1})
     saver.wait()
     if dist.get_rank() == 1:

@@ -20,11 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import batches, state, step, train
+from pretrain import batches, checkpoint, step, train
 from pretrain.build import build
+from pretrain.checkpoint import storage
 from pretrain.evaluate import held_out_losses
 from pretrain.model.multimodal import MicroBatch
-from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard, Watchdog
 from pretrain.runtime.metrics import read
 from tests.distributed import training
@@ -75,10 +75,10 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
         for before, after in itertools.pairwise(states)
     ]
     bias = any("expert_bias" in name for name in states[0])
-    with contextlib.closing(state.saver(run)) as saver:
-        state.save(run, saver, guard, 4)
+    with contextlib.closing(checkpoint.saver(run)) as saver:
+        checkpoint.save(run, saver, guard, 4)
     resumed = build(settings, context, data)
-    state.restore(resumed)
+    checkpoint.restore(resumed)
     counts = {g["updates"] for r in (run, resumed) for g in r.optimizer.param_groups}
     return bias, guard.skipped, same, counts
 
@@ -230,7 +230,7 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
     assert run.returncode != 0
     last = read(metrics)[-1]["step"]
     if last < 20:  # else it had ended before the signal reached its ranks
-        assert checkpoint.steps(saved)[-1] == last, told
+        assert storage.steps(saved)[-1] == last, told
     assert launch(training.train_and_read, 2, *settings, f"run_dir={folder}/killed")[0] == calm
 
 
@@ -250,7 +250,7 @@ def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
     try:
         train.train(settings)
     except SystemExit as end:
-        return end.code, checkpoint.steps(Path(folder) / "ended" / "checkpoints")
+        return end.code, storage.steps(Path(folder) / "ended" / "checkpoints")
     return "went on", []
 
 
@@ -266,7 +266,7 @@ def _hang(folder: str, where: str) -> None:
     def forever(*_arguments: Any) -> None:
         time.sleep(600)
 
-    target = {"restore": state, "transcribe": train}[where]
+    target = {"restore": checkpoint, "transcribe": train}[where]
     setattr(target, where, forever)
     Watchdog._GRACE_SECONDS = 2.0  # a busy machine's threads wake up late
     train.train(training.tiny(folder, *BRIEF[:-1], "steps=2", "faults.hang_seconds=3"))

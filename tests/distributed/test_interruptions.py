@@ -20,8 +20,8 @@ import pytest
 import torch.distributed as dist
 
 from pretrain import batches, parallel, train
+from pretrain.checkpoint import storage
 from pretrain.model.multimodal import MicroBatch
-from pretrain.runtime import checkpoint
 from pretrain.runtime.metrics import read
 from pretrain.runtime.run_lock import RunLock
 from tests.distributed import training
@@ -91,7 +91,7 @@ def test_ctrl_c_and_a_lost_terminal_save_the_step(
     os.killpg(run.pid, number)
     said, told = run.communicate(timeout=120)
     last = read(folder / name / "metrics.jsonl")[-1]["step"]
-    assert checkpoint.steps(folder / name / "checkpoints") == [last], told
+    assert storage.steps(folder / name / "checkpoints") == [last], told
     assert f"{number.name}: saved after step {last}; start it again to continue" in said
     if ranks == 1:
         assert run.returncode == 128 + number
@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
     )
     assert full == [(0, "")] * 2
     assert training.comparable(folder / "while" / "metrics.jsonl") == calm
-    assert checkpoint.steps(folder / "while" / "checkpoints") == [9]
+    assert storage.steps(folder / "while" / "checkpoints") == [9]
 
 
 def _prepare_while_the_main_rank_takes_long(folder: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain import batches, state, step
+from pretrain import batches, checkpoint, step
 from pretrain.build import Run, build
 from pretrain.runtime.faults import Guard
 from pretrain.train import set_up
@@ -192,12 +192,12 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
     micro_batches = partial(batches.of_step, settings, here, data)
     straight = build(settings, here, data)
     go(straight, range(1, 3))
-    saver, guard = state.saver(straight), Guard(settings.faults)
-    state.save(straight, saver, guard, 2)
+    saver, guard = checkpoint.saver(straight), Guard(settings.faults)
+    checkpoint.save(straight, saver, guard, 2)
     saver.close()
     expected = go(straight, range(3, 5))
     anew = build(settings, here, data)
-    assert state.restore(anew) == 2
+    assert checkpoint.restore(anew) == 2
     mine = go(anew, range(3, 5))
     differing = sum(
         not torch.equal(anew.optimizer.state[p][key], straight.optimizer.state[q][key])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.checkpoint import storage
 from pretrain.data.chat import Message, render
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint
 from tests.distributed import training
 from tests.distributed.launch import launch
 
@@ -65,7 +65,7 @@ def test_schedule_data_and_optimizer_begin_anew(
     assert [record["step"] for record in whole] == list(range(5))
     assert [record["lr"] for record in whole[1:4]] == [record["lr"] for record in pretrained[1:]]
     assert whole[1]["loss"] < pretrained[1]["loss"] - 0.05, "the same data, better known"
-    path = checkpoint.path_of(folder / "whole" / "checkpoints", 4)
+    path = storage.path_of(folder / "whole" / "checkpoints", 4)
     (count,) = stored(path, "optimizer.language.embedding.word_embeddings.weight.step").values()
     assert count.item() == 4
 
@@ -98,7 +98,7 @@ def refuse(folder: str) -> list[str]:
         status, line = training.command("train", *config, *overrides)
         assert status == 1
         said.append(line.removeprefix("error: "))
-    assert not checkpoint.steps(root / "stage" / "checkpoints")
+    assert not storage.steps(root / "stage" / "checkpoints")
     return said
 
 
@@ -140,9 +140,9 @@ def learned(folder: Path, chat: tuple[str, ...]) -> Records:
 
 def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Read a checkpoint's tensors whose names start with ``prefix``."""
-    shapes = {n: s for n, s in checkpoint.shapes(path).items() if n.startswith(prefix)}
+    shapes = {n: s for n, s in storage.shapes(path).items() if n.startswith(prefix)}
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    checkpoint.load(path, tensors)
+    storage.load(path, tensors)
     return tensors
 
 
@@ -155,8 +155,8 @@ def test_finetuning_counts_replies_alone_goes_on_exactly_and_leaves_the_encoder_
     launch(training.train_and_read, 1, *chat, stopped, "steps=20")
     rest = launch(training.train_and_read, 1, *chat, stopped, "steps=24")[0]
     assert [record["loss"] for record in rest[21:]] == [r["loss"] for r in learned[21:25]]
-    before = stored(checkpoint.path_of(folder / "run" / "checkpoints", 3), "model.vision.")
-    after = stored(checkpoint.path_of(folder / "chat" / "checkpoints", 40), "model.vision.")
+    before = stored(storage.path_of(folder / "run" / "checkpoints", 3), "model.vision.")
+    after = stored(storage.path_of(folder / "chat" / "checkpoints", 40), "model.vision.")
     assert before.keys() == after.keys() and len(before) > 10
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.runtime.checkpoint import Part
+from pretrain.checkpoint.storage import Part
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch, launch_and_kill

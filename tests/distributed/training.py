@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, cli, config, step
 from pretrain.build import build
+from pretrain.checkpoint.storage import Part
 from pretrain.config import Config
 from pretrain.plan.flops import flops_per_token
-from pretrain.runtime.checkpoint import Part
 from pretrain.runtime.metrics import MACHINE, read
 from pretrain.train import set_up, train
 

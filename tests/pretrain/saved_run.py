@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain import batches, state
+from pretrain import batches, checkpoint
 from pretrain.build import Run, build
+from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Document
 from pretrain.data.builtin.drawing import VisionItem
@@ -18,7 +19,6 @@ from pretrain.data.media.fit import frame_groups
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
 from pretrain.parallel import ParallelContext
-from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard
 from pretrain.train import set_up
 from tests.distributed import training
@@ -124,8 +124,8 @@ def make(folder: str) -> Made:
     }
     sixteen = Path(folder, "run16")
     facts = {"config": {**to_dict(config), "precision": "bfloat16"}}
-    checkpoint.save(sixteen / "checkpoints", STEP, rounded | masters, facts, 1)
-    state.write_tokenizer(data.tokenizer, sixteen)
+    storage.save(sixteen / "checkpoints", STEP, rounded | masters, facts, 1)
+    checkpoint.write_tokenizer(data.tokenizer, sixteen)
     read_by = []
     for model in (run, scaled):
         model.train(False)
@@ -151,7 +151,7 @@ def _save(config: Config, here: ParallelContext, data: Data) -> Run:
     with torch.no_grad():
         for name, tensor in run.named.items():
             randomize(name, tensor)
-    with contextlib.closing(state.saver(run)) as saver:
-        state.save(run, saver, Guard(config.faults), STEP)
-    state.keep_tokenizer(run)
+    with contextlib.closing(checkpoint.saver(run)) as saver:
+        checkpoint.save(run, saver, Guard(config.faults), STEP)
+    checkpoint.keep_tokenizer(run)
     return run

@@ -9,6 +9,7 @@ import pytest
 
 from pretrain import cli, config
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
 
 BAD: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
@@ -66,7 +67,7 @@ def test_bad_paths_are_one_line(
             "'utf-8' codec can",
         ),
         (MemoryError("9 TB"), "out of memory 9 TB"),
-        (config.PretrainError("x\x1b[2J"), "x\\x1b[2J"),
+        (PretrainError("x\x1b[2J"), "x\\x1b[2J"),
     ],
 )
 def test_failures_of_the_machine_are_one_line(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain import state
+from pretrain import checkpoint
 from pretrain.build import build
 from pretrain.evaluate import transcribe
 from pretrain.train import set_up
@@ -18,7 +18,7 @@ def wish_for_images(folder: str) -> list[tuple[str, str]]:
     settings = training.tiny(folder, *SHAPE)
     here, data = set_up(settings)
     run = build(settings, here, data)
-    state.restore(run)
+    checkpoint.restore(run)
     head = run.named["language.output_layer.weight"]
     with torch.no_grad():
         head[data.tokenizer.media_pad] = 100 * head[data.tokenizer.newline + 1]

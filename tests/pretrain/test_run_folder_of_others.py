@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from pretrain import config, generate, html_report, parallel
+from pretrain.checkpoint import storage, tensor_files
 from pretrain.errors import PretrainError
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint, tensor_files
 from tests.pretrain.saved_run import STEP, Made
 from tests.test_no_code_from_files import Touch
 
@@ -86,14 +86,14 @@ def test_a_run_folder_runs_no_code(
 ) -> None:
     run_dir, touch = tmp_path / "run", Touch(tmp_path / "marker")
     shutil.copytree(run_folder / "run", run_dir)
-    path = checkpoint.path_of(run_dir / "checkpoints", STEP)
+    path = storage.path_of(run_dir / "checkpoints", STEP)
     file = (path / name).resolve()
     content = craft(file.read_bytes() if file.exists() else b"", touch)
     file.write_bytes(content)
     manifest = path / "manifest.json"
     if file.parent == path and file != manifest:  # an attacker can write the digest too
         values = json.loads(manifest.read_text())
-        values["files"][name] = checkpoint._checksum(file)
+        values["files"][name] = storage._checksum(file)
         manifest.write_text(json.dumps(values))
     assert craft is tagged_config or is_alive(content, touch)
     for read in (

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import config, whole_files
+from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
-from pretrain.runtime import checkpoint, metrics
+from pretrain.runtime import metrics
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_configurations_and_checkpoints_that_never_end_are_refused(
         config.load(endless)
     (tmp_path / "manifest.json").symlink_to(endless)
     with pytest.raises(PretrainError, match="no readable manifest"):
-        checkpoint.read_manifest(tmp_path)
+        storage.read_manifest(tmp_path)
     assert metrics.read_lines(endless) == []
 
 

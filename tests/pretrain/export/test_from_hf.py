@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain import generate, parallel
+from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
 from pretrain.export.hf_folder import INDEX
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -83,7 +83,7 @@ def saved_folders(root: Path) -> list[str]:
 def with_data(run: Path, copy: Path, **data: Any) -> Path:
     """A copy of a run with other settings of its data."""
     shutil.copytree(run, copy)
-    manifest = checkpoint.path_of(copy / "checkpoints", STEP) / "manifest.json"
+    manifest = storage.path_of(copy / "checkpoints", STEP) / "manifest.json"
     content = json.loads(manifest.read_text())
     content["facts"]["config"]["data"] |= data
     manifest.write_text(json.dumps(content))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from pretrain.checkpoint import storage
 from pretrain.data import Document
 from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.media.fit import fit
@@ -19,7 +20,6 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.layout import rows
 from pretrain.export.to_hf import export
-from pretrain.runtime import checkpoint
 from tests.distributed import training
 from tests.pretrain.saved_run import SHAPE, STEP, Made, Read
 
@@ -249,23 +249,23 @@ def test_a_checkpoint_that_is_damaged_or_of_another_version_is_told(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
-    path = checkpoint.path_of(copy / "checkpoints", STEP)
+    path = storage.path_of(copy / "checkpoints", STEP)
     path.parent.mkdir(parents=True)
-    newest = checkpoint.path_of(run_dir / "checkpoints", STEP)
+    newest = storage.path_of(run_dir / "checkpoints", STEP)
     path.mkdir()
     for file in newest.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     assert "copy has no tokenizer.json" in refusal(copy)
     (copy / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
 
-    stored = checkpoint.shapes(path)
+    stored = storage.shapes(path)
     name = "model.language.decoder.layers.0.mlp.linear_fc2.weight"
     for change, message in (
         ({}, f"has no {name}: it is of another version"),
         ({name: (torch.Size([1, 2]), torch.float32)}, f"has {name} of shape (1, 2)"),
     ):
         others = {key: value for key, value in stored.items() if key != name} | change
-        monkeypatch.setattr(checkpoint, "shapes", lambda _path, others=others: others)
+        monkeypatch.setattr(storage, "shapes", lambda _path, others=others: others)
         assert message in refusal(copy)
     monkeypatch.undo()
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.build import Run
+from pretrain.checkpoint import storage
 from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.provenance import Provenance
 from pretrain.parallel import agree
-from pretrain.runtime import checkpoint
 from pretrain.runtime.faults import Guard, RollBack
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
@@ -47,16 +47,16 @@ def saved(run_dir: Path, step: int | None = None) -> Saved:
     """
     if not run_dir.is_dir():
         raise PretrainError(f"{run_dir} is no folder: give the run_dir of a run")
-    steps = checkpoint.steps(run_dir / "checkpoints")
+    steps = storage.steps(run_dir / "checkpoints")
     if not steps:
         raise PretrainError(f"{run_dir} has no checkpoint: train first, or give a run's run_dir")
     if step is not None and step not in steps:
         raise PretrainError(
             f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
         )
-    path = checkpoint.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.verify(path, manifest)
+    path = storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
+    manifest = storage.read_manifest(path)
+    storage.verify(path, manifest)
     return Saved(path, manifest.step, from_dict(_config_of(path, manifest.facts)))
 
 
@@ -100,7 +100,7 @@ def keep_tokenizer(run: Run) -> None:
         try:
             run_dir, other = Path(run.config.run_dir), run.config.start_from
             write_tokenizer(run.data.tokenizer, run_dir)
-            if other is not None and not checkpoint.steps(folder(run)):
+            if other is not None and not storage.steps(folder(run)):
                 imported = Provenance.read(Path(other))
                 if imported != Provenance():
                     imported.write(run_dir)
@@ -132,9 +132,9 @@ def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
         raise PretrainError(f"cannot write {path}: {error}") from error
 
 
-def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpoint.Tensors:
+def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> storage.Tensors:
     """Model and optimizer state by name in the whole model, with what this rank has of each."""
-    found: dict[str, Tensor | checkpoint.Part] = {}
+    found: dict[str, Tensor | storage.Part] = {}
     for name, tensor in run.named.items():
         kept = {f"model.{name}": tensor.detach()}
         kept |= {f"optimizer.{name}.{key}": value for key, value in states.get(tensor, {}).items()}
@@ -144,16 +144,16 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> checkpo
     return found
 
 
-def _part(run: Run, name: str, value: Tensor) -> Tensor | checkpoint.Part:
+def _part(run: Run, name: str, value: Tensor) -> Tensor | storage.Part:
     """A value of a parameter's local shape, with its place in the whole parameter's."""
     cut = run.cuts.get(name)
-    return value if cut is None else checkpoint.Part(cut.whole(value.shape), cut.pieces(value))
+    return value if cut is None else storage.Part(cut.whole(value.shape), cut.pieces(value))
 
 
-def saver(run: Run) -> checkpoint.Saver:
+def saver(run: Run) -> storage.Saver:
     """The writer of the run's checkpoints; created by all ranks together, closed by each."""
     options = run.config.checkpoint
-    return checkpoint.Saver(folder(run), options.keep, options.asynchronous)
+    return storage.Saver(folder(run), options.keep, options.asynchronous)
 
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
@@ -164,7 +164,7 @@ def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
 
 
-def save(run: Run, saver: checkpoint.Saver, guard: Guard, step: int) -> None:
+def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
     """Write a checkpoint after update ``step``, or begin to.
 
     Raises:
@@ -180,7 +180,7 @@ def save(run: Run, saver: checkpoint.Saver, guard: Guard, step: int) -> None:
     saver.save(step, _tensors(run, run.optimizer.state), facts)
 
 
-def roll_back(run: Run, saver: checkpoint.Saver, guard: Guard, step: int, why: RollBack) -> int:
+def roll_back(run: Run, saver: storage.Saver, guard: Guard, step: int, why: RollBack) -> int:
     """Take up the newest checkpoint, but for the data's place: the data goes on after ``step``'s.
 
     Returns:
@@ -190,7 +190,7 @@ def roll_back(run: Run, saver: checkpoint.Saver, guard: Guard, step: int, why: R
         PretrainError: there is none, or the run went back to it too often.
     """
     saver.wait()
-    if not checkpoint.steps(folder(run)):
+    if not storage.steps(folder(run)):
         raise PretrainError(
             f"step {step} is to be rolled back ({why}), and there is no checkpoint yet: start "
             "anew with a smaller checkpoint.every, or lower optimizer.lr"
@@ -242,14 +242,14 @@ def _restore_together(run: Run) -> tuple[int, dict[str, Any]]:
 
 def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     """The newest checkpoint's tensors in their places; its step, and its facts."""
-    steps = checkpoint.steps(folder(run))
+    steps = storage.steps(folder(run))
     if not steps:
         if run.config.start_from is not None:
             _begin_with(run, Path(run.config.start_from))
         return 0, {}
-    path = checkpoint.path_of(folder(run), steps[-1])
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.verify(path, manifest, run.context.rank, run.context.world_size)
+    path = storage.path_of(folder(run), steps[-1])
+    manifest = storage.read_manifest(path)
+    storage.verify(path, manifest, run.context.rank, run.context.world_size)
     facts = manifest.facts
     weights_only = facts.get("weights_only", False)
     _check_same_run(
@@ -263,7 +263,7 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
     if weights_only:
         _take_weights(run, path)
         return manifest.step, facts
-    stored = checkpoint.shapes(path)
+    stored = storage.shapes(path)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
@@ -274,7 +274,7 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
             for key, (shape, dtype) in stored.items()
             if key.startswith(prefix)
         }
-    checkpoint.load(path, _tensors(run, states))
+    storage.load(path, _tensors(run, states))
     for trained, kept in states.items():
         if kept:
             run.optimizer.state[trained] = kept
@@ -312,8 +312,8 @@ def _take_weights(run: Run, path: Path) -> None:
 
     Those of a run of lower precision are its masters; a run of lower precision has them as masters.
     """
-    stored = checkpoint.shapes(path)
-    tensors: dict[str, Tensor | checkpoint.Part] = {}
+    stored = storage.shapes(path)
+    tensors: dict[str, Tensor | storage.Part] = {}
     masters: dict[Tensor, Tensor] = {}
     for name, tensor in run.named.items():
         key = f"optimizer.{name}.master"
@@ -324,7 +324,7 @@ def _take_weights(run: Run, path: Path) -> None:
             value = masters[tensor] = torch.empty_like(value, dtype=torch.float32)
         tensors[key] = _part(run, name, value)
         run.optimizer.state.pop(tensor, None)
-    checkpoint.load(path, tensors)
+    storage.load(path, tensors)
     for parameter, master in masters.items():
         parameter.detach().copy_(master)
         run.optimizer.state[parameter] = {"master": master}

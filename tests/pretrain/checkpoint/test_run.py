@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import batches, parallel, state
+from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.export.provenance import Provenance
 from pretrain.step import train_step
@@ -37,8 +37,8 @@ def begin(folder: str, other: str, precision: str) -> Begun:
     )
     here, data = set_up(settings)
     run = build(settings, here, data)
-    assert state.restore(run) == 0
-    state.keep_tokenizer(run)
+    assert checkpoint.restore(run) == 0
+    checkpoint.keep_tokenizer(run)
     named = {name: tensor.detach().clone() for name, tensor in run.named.items()}
     known = run.optimizer.state
     masters = {n: known[p]["master"].clone() for n, p in run.parameters() if "master" in known[p]}

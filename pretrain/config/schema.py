@@ -1,87 +1,12 @@
-"""The configuration of a run: typed, validated, read from YAML plus dotted overrides.
+"""Every setting of a run, with its meaning, default and allowed values."""
 
-Every setting is a field of one of the dataclasses below, with its meaning, default and allowed
-values. A file contains the settings that differ from the defaults; ``key.sub=value`` on the command
-line takes precedence over the file.
-"""
-
-import ast
-import contextlib
-import dataclasses
-import difflib
-import inspect
-import itertools
 import os
-import string
-import textwrap
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-
-from pretrain import whole_files, yaml_core
+from pretrain.config.rules import In, NonEmpty, PathRule, Settings, require
 from pretrain.errors import PretrainError
 
-T = TypeVar("T")
-
-_MAX_BYTES = 1 << 20
-
-
-# ---------------------------------------------------------------------- allowed values
-
-
-class Rule(typing.Protocol):
-    """Values that a setting can have, as metadata of its type."""
-
-    text: str
-    """For people; reads on after "must be"."""
-
-    def allows(self, value: Any) -> bool: ...
-
-
-class In:
-    """The numbers of an interval in mathematical notation: ``In("(0, 1]")``. Never NaN."""
-
-    def __init__(self, interval: str) -> None:
-        low, high = interval[1:-1].split(",")
-        self.low, self.high = float(low), float(high)
-        self.low_open, self.high_open = interval[0] == "(", interval[-1] == ")"
-        self.text = f"in {interval}"
-
-    def allows(self, value: float) -> bool:
-        above = value > self.low if self.low_open else value >= self.low
-        return above and (value < self.high if self.high_open else value <= self.high)
-
-
-class NonEmpty:
-    """Text of at least one character, without NUL."""
-
-    text = "text that is not empty"
-
-    def allows(self, value: str) -> bool:
-        return value.strip() != "" and "\0" not in value
-
-
-class PathRule:
-    """A path, in which :func:`load` expands ``~`` and ``$VARIABLE``.
-
-    Args:
-        optional: empty text means none.
-    """
-
-    def __init__(self, *, optional: bool = False) -> None:
-        self._optional = optional
-        self.text = "a path" + (" or empty" if optional else "")
-
-    def allows(self, value: str) -> bool:
-        return "\0" not in value and (value.strip() != "" or (self._optional and not value))
-
-
-# Upper limits are far above any use: they refuse slips such as a missing decimal point, and keep
-# sizes that are multiplied within 64 bits.
 Size = Annotated[int, In("[1, 1048576]")]
 Layers = Annotated[int, In("[1, 10000]")]
 Steps = Annotated[int, In("[1, 1000000000]")]
@@ -94,51 +19,6 @@ Decay = Annotated[float, In("[0, 1)")]
 RopeBase = Annotated[float, In("(1, 1e12]")]
 Name = Annotated[str, NonEmpty()]
 PathName = Annotated[str, PathRule()]
-
-
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
-
-
-def _rule(hint: Any) -> Rule | None:
-    """The rule in a setting's type, or in one part of a union or of a tuple."""
-    if typing.get_origin(hint) is Annotated:
-        rule: Rule = hint.__metadata__[0]
-        return rule
-    if _is_union(hint) or typing.get_origin(hint) is tuple:
-        return next(filter(None, map(_rule, typing.get_args(hint))), None)
-    return None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A section of the configuration: fields whose types say which values are allowed.
-
-    Raises:
-        ValueError: a value is not allowed, or contradicts another one; the message begins with
-            the setting's name.
-    """
-
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            rule, value = _rule(hint), getattr(self, name)
-            if rule is None or value is None:
-                continue
-            for item in value if isinstance(value, tuple) else (value,):
-                also = " or null" if type(None) in typing.get_args(hint) else ""
-                _require(rule.allows(item), f"{name} must be {rule.text}{also}, not {_shown(item)}")
-        self._check()
-
-    def _check(self) -> None:
-        """Compare settings with each other."""
-
-
-S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -164,16 +44,16 @@ class RopeScalingConfig(Settings):
     """Attention's logits are multiplied by m(mscale_all_dim) squared."""
 
     def _check(self) -> None:
-        _require(
+        require(
             self.factor == 1 or self.original_max_position_embeddings is not None,
             f"original_max_position_embeddings must be given with factor={self.factor}: the "
             "data.seq_length that the model was pretrained with",
         )
-        _require(
+        require(
             self.beta_fast >= self.beta_slow,
             f"beta_fast={self.beta_fast} must be >= beta_slow={self.beta_slow}",
         )
-        _require(
+        require(
             self.mscale_all_dim > 0 or self.mscale == 1,
             f"mscale_all_dim must be > 0, or 0 with mscale=1, not {self.mscale_all_dim} with "
             f"mscale={self.mscale}: programs differ in what that means",
@@ -212,20 +92,20 @@ class LanguageConfig(Settings):
     init_std: Annotated[float, In("[1e-12, 100]")] = 0.02
 
     def _check(self) -> None:
-        _require(
+        require(
             self.dense_layers < self.num_layers,
             f"dense_layers must leave a layer of experts: 0..{self.num_layers - 1}, "
             f"not {self.dense_layers}",
         )
-        _require(
+        require(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token is {self.experts_per_token} of only {self.num_experts} experts",
         )
-        _require(
+        require(
             self.hidden_size >= self.num_heads,
             f"hidden_size={self.hidden_size} must be >= num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}",
         )
@@ -246,7 +126,7 @@ class VisionConfig(Settings):
     rope_base: RopeBase = 10000.0
 
     def _check(self) -> None:
-        _require(
+        require(
             self.hidden_size % (4 * self.num_heads) == 0,
             f"hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple "
             "of 4: half of each head turns with the row, half with the column",
@@ -273,7 +153,7 @@ class ImageConfig(Settings):
     def _check(self) -> None:
         for what in ("chars", "font_size"):
             low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-            _require(low <= high, f"max_{what}={high} must be >= min_{what}={low}")
+            require(low <= high, f"max_{what}={high} must be >= min_{what}={low}")
 
 
 @dataclass(frozen=True)
@@ -313,13 +193,13 @@ class SourceConfig(Settings):
 
     def _check(self) -> None:
         built_in = self.type in ("standard_library", "standard_library_chat")
-        _require(
+        require(
             bool(self.path) != built_in,
             f"path must be given for a source of {self.type}"
             if not self.path
             else "path must be left out for the standard library",
         )
-        _require(
+        require(
             not self.trust_code or self.type == "energon",
             f"trust_code is of a source of type energon, not {self.type}",
         )
@@ -356,7 +236,7 @@ class DataConfig(Settings):
     ends."""
 
     def _check(self) -> None:
-        _require(
+        require(
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
         )
@@ -406,7 +286,7 @@ class ParallelConfig(Settings):
     """Runs of layers on each pipeline stage; above 1 the interleaved schedule."""
 
     def _check(self) -> None:
-        _require(
+        require(
             self.interleave == 1 or self.pipeline > 1,
             f"interleave={self.interleave} needs pipeline stages: set pipeline above 1",
         )
@@ -452,7 +332,7 @@ class RecomputeConfig(Settings):
     experts alone."""
 
     def _check(self) -> None:
-        _require(
+        require(
             self.granularity != "selective" or len(self.modules) > 0,
             "modules must name what is recomputed, or granularity be none",
         )
@@ -549,7 +429,7 @@ class ProfileConfig(Settings):
     def _check(self) -> None:
         if self.steps is not None:
             first, last = self.steps
-            _require(
+            require(
                 first <= last,
                 f"steps must be [first, last], 1 <= first <= last, not {[first, last]}",
             )
@@ -595,24 +475,24 @@ class Config(Settings):
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def _check(self) -> None:
-        _require(
+        require(
             self.start_from is None
             or os.path.realpath(self.start_from) != os.path.realpath(self.run_dir),
             f"start_from={self.start_from} is the run_dir itself: choose another run_dir",
         )
-        _require(
+        require(
             self.profile.steps is None or self.profile.steps[1] <= self.steps,
             f"profile.steps ends after steps = {self.steps}",
         )
         scaling = self.language.rope_scaling
         longest = scaling.factor * (scaling.original_max_position_embeddings or 0)
-        _require(
+        require(
             scaling.factor == 1 or self.data.seq_length <= longest,
             f"data.seq_length={self.data.seq_length} is more than language.rope_scaling's factor x "
             f"original_max_position_embeddings = {longest:g}: raise the factor",
         )
         used = self.optimizer.warmup_steps + self.optimizer.decay_steps
-        _require(
+        require(
             used <= self.steps,
             f"optimizer.warmup_steps + optimizer.decay_steps = {used} is more than steps = "
             f"{self.steps}: shorten them or train for longer",
@@ -687,242 +567,3 @@ class Config(Settings):
                 f"{parallel.pipeline} micro-batches on each rank, not {micro_batches}: change "
                 "global_batch_size or micro_batch_size"
             )
-
-
-def _type_name(expected: Any) -> str:
-    if typing.get_origin(expected) is typing.Annotated:
-        return _type_name(typing.get_args(expected)[0])
-    if typing.get_origin(expected) is Literal:
-        return "one of " + ", ".join(repr(value) for value in typing.get_args(expected))
-    if _is_union(expected):
-        return " or ".join(_type_name(part) for part in typing.get_args(expected))
-    if typing.get_origin(expected) is tuple:
-        parts = [_type_name(part) for part in typing.get_args(expected) if part is not Ellipsis]
-        return f"a list of {parts[0]}" if parts[1:] == [] else f"a list [{', '.join(parts)}]"
-    if expected is types.NoneType:
-        return "null"
-    return str(expected.__name__)
-
-
-def _is_union(expected: Any) -> bool:
-    return typing.get_origin(expected) in (typing.Union, types.UnionType)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _convert(value: Any, expected: Any, key: str) -> Any:
-    """Return ``value`` as ``expected``, or raise naming ``key``; never a lossy conversion."""
-    if isinstance(expected, type) and issubclass(expected, Settings):
-        return _build(expected, value, key)
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if origin is typing.Annotated:
-        return _convert(value, args[0], key)
-    if _is_union(expected):
-        for part in args:
-            try:
-                return _convert(value, part, key)
-            except PretrainError:
-                continue
-    elif origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-    elif origin is tuple and isinstance(value, list | tuple):
-        if args[-1] is Ellipsis:
-            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
-        if len(args) == len(value):
-            return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
-    elif expected is float and type(value) is int:
-        with contextlib.suppress(OverflowError):  # more than a float can hold
-            return float(value)
-    elif type(value) is expected:
-        return value
-    hint = ""
-    if expected is bool and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
-        hint = ": write true or false"
-    raise PretrainError(f"{key} must be {_type_name(expected)}, not {_shown(value)}{hint}")
-
-
-def _build(cls: type[T], values: Any, prefix: str) -> T:
-    if not isinstance(values, dict):
-        where = prefix or "the configuration"
-        raise PretrainError(f"{where} must be a mapping, not {_shown(values)}")
-    hints = _hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), list(hints), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(hints)
-            raise PretrainError(f"unknown configuration key {_shown(key)}: {hint}")
-        arguments[name] = _convert(value, hints[name], key)
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise PretrainError(f"{prefix}.{error}" if prefix else str(error)) from error
-
-
-def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put ``more`` into ``values``; a section changes in what it names."""
-    for name, value in more.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            _merge(values[name], value)
-        else:
-            values[name] = value
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise PretrainError(f"cannot read the override {override!r}: write key=value")
-    try:
-        value = yaml_core.read(text, comments=False)
-    except yaml.YAMLError as error:
-        raise PretrainError(
-            f"cannot read the value of the override {override!r}: {yaml_core.explain(error)}"
-        ) from error
-    *parents, name = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise PretrainError(f"the override {override!r} goes into {parent!r}, which is a value")
-    _merge(values, {name: value})
-
-
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply ``key.sub=value`` overrides, of which the last one of a key wins.
-
-    In settings that are paths, ``~`` and ``$VARIABLE`` are expanded; ``$$`` is a dollar sign.
-
-    Raises:
-        PretrainError: the file cannot be read, a key is unknown or given twice, or a value has the
-            wrong type or lies outside its range; the message names the key.
-    """
-    try:
-        values = yaml_core.read(whole_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
-    except OSError as error:
-        raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PretrainError(f"the configuration {path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise PretrainError(
-            f"the configuration {path} is not valid YAML: {yaml_core.explain(error)}"
-        ) from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise PretrainError(f"the configuration {path} must be a mapping of keys to values")
-    return _with_paths_expanded(from_dict(values, overrides), "")
-
-
-def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
-    """A configuration from plain values, such as a checkpoint contains, and overrides.
-
-    Paths stay as they are.
-
-    Raises:
-        PretrainError: as :func:`load`.
-    """
-    for override in overrides:
-        _override(values, override)
-    return _build(Config, values, "")
-
-
-def _with_paths_expanded(settings: S, prefix: str) -> S:
-    changed: dict[str, Any] = {}
-    for name, hint in _hints(type(settings)).items():
-        value, key = getattr(settings, name), f"{prefix}{name}"
-        if isinstance(value, Settings):
-            changed[name] = _with_paths_expanded(value, f"{key}.")
-        elif isinstance(value, tuple):
-            changed[name] = tuple(
-                _with_paths_expanded(item, f"{key}[{i}].") if isinstance(item, Settings) else item
-                for i, item in enumerate(value)
-            )
-        elif isinstance(value, str) and isinstance(_rule(hint), PathRule):
-            changed[name] = _expand(value, key)
-    try:
-        return dataclasses.replace(settings, **changed)
-    except ValueError as error:
-        raise PretrainError(f"{prefix}{error}") from error
-
-
-def _expand(path: str, key: str) -> str:
-    try:
-        expanded = string.Template(path).substitute(os.environ)
-    except KeyError as error:
-        raise PretrainError(
-            f"{key}={path}: the environment has no variable {error.args[0]}; set it, or write $$ "
-            "for a dollar sign"
-        ) from error
-    except ValueError as error:
-        raise PretrainError(f"{key}={path}: write $$ for a dollar sign") from error
-    home = os.path.expanduser(expanded)
-    if home.startswith("~"):
-        raise PretrainError(
-            f"{key}={path}: there is no user {home.split('/')[0][1:]!r}; write ./~ for a name that "
-            "begins with ~"
-        )
-    return home
-
-
-def escape_path(path: str) -> str:
-    """A path as a configuration file has to spell it, such that :func:`load` gives it back."""
-    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, every default included."""
-    return dataclasses.asdict(config)
-
-
-def describe() -> str:
-    """Every setting with its default, meaning and allowed values, a line each."""
-    return "\n".join(_describe(Config, ""))
-
-
-def _describe(cls: type[Any], prefix: str) -> typing.Iterator[str]:
-    meanings = _field_docstrings(cls)
-    hints = _hints(cls)
-    for item in dataclasses.fields(cls):
-        hint = hints[item.name]
-        if isinstance(hint, type) and issubclass(hint, Settings):
-            yield from _describe(hint, f"{prefix}{item.name}.")
-        else:
-            meaning = " ".join(meanings.get(item.name, "").split())
-            allowed = _allowed(hint)
-            line = f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
-            yield f"{line}  ({allowed})" if allowed else line
-            for part in typing.get_args(hint)[:1]:  # a list of such
-                if isinstance(part, type) and issubclass(part, Settings):
-                    yield from _describe(part, f"{prefix}{item.name}[].")
-
-
-def _allowed(hint: Any) -> str:
-    """The values of a setting; empty where its type says everything."""
-    if typing.get_origin(hint) is tuple:
-        return _allowed(typing.get_args(hint)[0])
-    if _is_union(hint):
-        return " or ".join(filter(None, (_allowed(part) for part in typing.get_args(hint))))
-    if hint is types.NoneType:
-        return "null"
-    if typing.get_origin(hint) is Literal:
-        return _type_name(hint)
-    rule = _rule(hint)
-    return "" if rule is None else rule.text
-
-
-def _field_docstrings(cls: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass, which Python itself forgets."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    return {
-        target.target.id: note.value.value
-        for target, note in itertools.pairwise(body.body)
-        if isinstance(target, ast.AnnAssign)
-        and isinstance(target.target, ast.Name)
-        and isinstance(note, ast.Expr)
-        and isinstance(note.value, ast.Constant)
-        and isinstance(note.value.value, str)
-    }

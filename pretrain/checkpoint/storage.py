@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import whole_files
+from pretrain.checkpoint import tensor_files
+from pretrain.checkpoint.tensor_files import Block
 from pretrain.errors import PretrainError
 from pretrain.parallel import agree
-from pretrain.runtime import tensor_files
-from pretrain.runtime.tensor_files import Block
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")

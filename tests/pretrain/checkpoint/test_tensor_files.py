@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, state_dict_loader
 
+from pretrain.checkpoint import storage, tensor_files
 from pretrain.errors import PretrainError
-from pretrain.runtime import checkpoint, tensor_files
 from tests.distributed.launch import launch
 
 VALUES = {
@@ -28,29 +28,29 @@ VALUES = {
 }
 
 
-def split(whole: Tensor, cuts: list[int]) -> checkpoint.Part:
+def split(whole: Tensor, cuts: list[int]) -> storage.Part:
     """Cut a tensor along its first dimension into blocks."""
     if not whole.ndim:
-        return checkpoint.Part((), [((), whole)])
+        return storage.Part((), [((), whole)])
     edges = [0, *sorted(cut % (len(whole) + 1) for cut in cuts), len(whole)]
     pieces = [
         ([first, *[0] * (whole.ndim - 1)], whole[first:last])
         for first, last in itertools.pairwise(edges)
         if last > first or not whole.numel()
     ]
-    return checkpoint.Part(whole.shape, pieces[:1] if not whole.numel() else pieces)
+    return storage.Part(whole.shape, pieces[:1] if not whole.numel() else pieces)
 
 
 def save_split(folder: str) -> None:
     parts = {name: split(value, [2]) for name, value in VALUES.items()}
-    checkpoint.save(Path(folder), 1, parts, {"fact": 1}, keep=1)
+    storage.save(Path(folder), 1, parts, {"fact": 1}, keep=1)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     launch(save_split, 1, str(folder))
-    return checkpoint.path_of(folder, 1)
+    return storage.path_of(folder, 1)
 
 
 def test_torch_distributed_checkpoint_and_safetensors_read_the_files(path: Path) -> None:
@@ -70,9 +70,9 @@ def save_and_load_any_split(folder: str) -> None:
     @given(shapes, cuts, cuts, st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
     def check(shape: list[int], saved: list[int], wanted: list[int], dtype: torch.dtype) -> None:
         whole = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
-        checkpoint.save(Path(folder), 1, {"x": split(whole, saved)}, {}, keep=1)
+        storage.save(Path(folder), 1, {"x": split(whole, saved)}, {}, keep=1)
         loaded = torch.full_like(whole, -1)
-        checkpoint.load(checkpoint.path_of(Path(folder), 1), {"x": split(loaded, wanted)})
+        storage.load(storage.path_of(Path(folder), 1), {"x": split(loaded, wanted)})
         assert torch.equal(loaded, whole)
 
     check()
@@ -83,9 +83,9 @@ def test_saved_in_any_blocks_it_loads_in_any_others(tmp_path: Path) -> None:
 
 
 def read_all(path: Path) -> None:
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.verify(path, manifest)
-    checkpoint.load(path, {name: torch.zeros_like(value) for name, value in VALUES.items()})
+    manifest = storage.read_manifest(path)
+    storage.verify(path, manifest)
+    storage.load(path, {name: torch.zeros_like(value) for name, value in VALUES.items()})
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
@@ -145,7 +145,7 @@ def test_a_crafted_file_with_a_matching_digest_is_one_error(
     content, text = file.read_bytes(), manifest.read_text()
     file.write_bytes(damage(content))
     values = json.loads(text)
-    values["files"][file.name] = checkpoint._checksum(file)
+    values["files"][file.name] = storage._checksum(file)
     manifest.write_text(json.dumps(values))
     with pytest.raises(PretrainError, match=r"is damaged: rank-00000-0\.safetensors is no"):
         read_all(path)

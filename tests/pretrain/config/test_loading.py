@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pretrain import config, yaml_core
-from pretrain.config import Config, In, PathRule, Settings
+from pretrain import config
+from pretrain.config import rules, yaml_core
+from pretrain.config.rules import In, PathRule, Settings
+from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
 from pretrain.plan import budget
 
@@ -258,7 +260,7 @@ def test_a_second_section_of_a_file_is_refused_with_its_line(tmp_path: Path) -> 
 
 def settings(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The key and type of every setting."""
-    for name, hint in config._hints(cls).items():
+    for name, hint in rules.field_types(cls).items():
         element = next(iter(typing.get_args(hint)), None)
         if isinstance(hint, type) and issubclass(hint, Settings):
             yield from settings(hint, f"{prefix}{name}.")
@@ -268,8 +270,8 @@ def settings(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", hint
 
 
-INTERVALS = {key: hint for key, hint in settings(Config) if isinstance(config._rule(hint), In)}
-PATHS = [key for key, hint in settings(Config) if isinstance(config._rule(hint), PathRule)]
+INTERVALS = {key: hint for key, hint in settings(Config) if isinstance(rules.rule_of(hint), In)}
+PATHS = [key for key, hint in settings(Config) if isinstance(rules.rule_of(hint), PathRule)]
 # Other settings that a boundary value needs.
 WITH = {
     "steps": ["optimizer.warmup_steps=0", "optimizer.decay_steps=0"],
@@ -312,7 +314,7 @@ def is_integer(hint: Any) -> bool:
 
 def boundaries(key: str) -> list[float]:
     """The lowest and the highest value that a setting can have."""
-    rule = config._rule(INTERVALS[key])
+    rule = rules.rule_of(INTERVALS[key])
     assert isinstance(rule, In)
     low = math.nextafter(rule.low, math.inf) if rule.low_open else rule.low
     high = math.nextafter(rule.high, -math.inf) if rule.high_open else rule.high
@@ -337,7 +339,7 @@ def test_a_value_outside_a_settings_range_is_refused_at_load_in_a_line_with_the_
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     key = data.draw(st.sampled_from(sorted(INTERVALS)))
-    rule = config._rule(INTERVALS[key])
+    rule = rules.rule_of(INTERVALS[key])
     low, high = boundaries(key)
     if is_integer(INTERVALS[key]):
         outside: Any = st.integers(max_value=int(low) - 1) | st.integers(min_value=int(high) + 1)
@@ -368,7 +370,7 @@ def test_nan_and_values_of_another_type_are_refused(key: str, empty: Path) -> No
 def test_settings_shows_the_range_of_every_setting() -> None:
     lines = dict(line.split("=", 1) for line in config.describe().splitlines())
     for key, hint in INTERVALS.items():
-        rule = config._rule(hint)
+        rule = rules.rule_of(hint)
         assert rule is not None and f"({rule.text}" in lines[key]
     assert lines["optimizer.ns_dtype"].endswith("(one of 'auto', 'bfloat16', 'float16', 'float32')")
 
