@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data import chat, sources
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
 from pretrain.data.files import reason
 from pretrain.data.media.fit import Limits, fit, fitted_size, frame_groups, limits
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.media.video import is_video, require_av
 from pretrain.data.packing import TEXT, Document

@@ -6,8 +6,8 @@ from typing import Any
 
 from pretrain.config import DataConfig
 from pretrain.data import packing
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.builtin.standard_library import Split
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import Tokenizer

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import packing, sources
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.cache import Progress, cached, key_of, stamp
 from pretrain.data.chat import REPLY, Message
@@ -32,6 +31,7 @@ from pretrain.data.index import (
     too_long,
 )
 from pretrain.data.interface import Data
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.mixture import (
     Cursor,
     IndexCursor,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.builtin.drawing import VisionItem, patchify
+from pretrain.data.media.patches import VisionItem, patchify
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.geometry import num_tokens
 
@@ -23,7 +23,7 @@ class Document:
         tokenizer: says which ids stand for images.
         tokens: ids, an image being its placeholders between begin and end.
         kinds: for each token, what it is as a label: NOTHING for what stands for an image.
-        patches, grids: of each image; see :func:`pretrain.data.builtin.drawing.patchify`.
+        patches, grids: of each image; see :func:`pretrain.data.media.patches.patchify`.
     """
 
     tokenizer: Tokenizer

@@ -14,8 +14,8 @@ from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, Document
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.media.fit import frame_groups
+from pretrain.data.media.patches import VisionItem
 from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
 from pretrain.parallel import ParallelContext

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from pretrain.config import Config, DataConfig
 from pretrain.data import own, packing
 from pretrain.data.builtin import drawing
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, prose_lines, read_corpus
 from pretrain.data.cache import make_folder
 from pretrain.data.interface import Data
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.own import Dealing
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.tokenizer import Tokenizer

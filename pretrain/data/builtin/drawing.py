@@ -1,7 +1,6 @@
 """Images and short clips of lines of text, drawn with Pillow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.config import ImageConfig
-from pretrain.data.media.pixels import Pixels
+from pretrain.data.media.patches import VisionItem
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
@@ -30,19 +29,6 @@ _FONT_FOLDERS = (
     "~/.fonts",
     "~/.local/share/fonts",
 )
-
-
-@dataclass(frozen=True)
-class VisionItem:
-    """An image or a clip, and the text in it.
-
-    Attributes:
-        pixels: uint8 [frames, height, width, 3]; height and width are multiples of two patches.
-        caption: the text, lines joined by spaces.
-    """
-
-    pixels: Pixels
-    caption: str
 
 
 @lru_cache(maxsize=1)
@@ -168,25 +154,3 @@ def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Gener
         f"data.images.min_chars={config.min_chars} to max_chars={config.max_chars}: the text has "
         "no words of that length; choose a wider range"
     )
-
-
-def patchify(pixels: Pixels, patch_size: int) -> tuple[Pixels, tuple[int, int, int]]:
-    """Cut [frames, height, width, 3] into patches.
-
-    Returns:
-        uint8 [frames * rows * columns, 3 * patch_size * patch_size], patches in reading order,
-        each laid out (channel, y, x) as a convolution's kernel is; and (frames, rows, columns).
-
-    Raises:
-        ValueError: height or width is no multiple of the patch.
-    """
-    frames, height, width, channels = pixels.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"an image of {height} x {width} pixels is no multiple of patches of {patch_size}: "
-            "pad it (pretrain.data.media.fit.fit)"
-        )
-    rows, columns = height // patch_size, width // patch_size
-    cut = pixels.reshape(frames, rows, patch_size, columns, patch_size, channels)
-    patches = cut.transpose(0, 1, 3, 5, 2, 4).reshape(frames * rows * columns, -1)
-    return np.ascontiguousarray(patches), (frames, rows, columns)

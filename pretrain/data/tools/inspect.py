@@ -11,6 +11,7 @@ from PIL import Image
 
 from pretrain.data.builtin.standard_library import Split
 from pretrain.data.interface import Data
+from pretrain.data.media.patches import unpatchify
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import CAPTION, NOTHING, TEXT, PackedSample
 from pretrain.model.geometry import num_tokens
@@ -33,10 +34,10 @@ def page(data: Data, split: Split, count: int, title: str) -> str:
     body = []
     for index in range(count):
         sample = data.sample(split, index)
-        images = int((sample.tokens == data.tokenizer.media_pad).sum())
+        placeholders = int((sample.tokens == data.tokenizer.media_pad).sum())
         body.append(
             f"<h2>{split} sequence {index}</h2><p class=note>{len(sample.tokens)} tokens, "
-            f"{images} of them images; {int((sample.kinds != NOTHING).sum())} labels</p>"
+            f"{placeholders} of them images; {int((sample.kinds != NOTHING).sum())} labels</p>"
         )
         body += _documents(data, sample)
     legend = " ".join(
@@ -56,20 +57,17 @@ def page(data: Data, split: Split, count: int, title: str) -> str:
     )
 
 
-def pictures(sample: PackedSample, patch_size: int) -> list[Pixels]:
-    """uint8 [frames, height, width, 3] of each image in a sequence, as the encoder gets it."""
-    found, start = [], 0
-    for frames, rows, columns in sample.grids.tolist():
-        patches = sample.patches[start : start + frames * rows * columns].numpy()
-        start += len(patches)
-        cut = patches.reshape(frames, rows, columns, 3, patch_size, patch_size)
-        shape = (frames, rows * patch_size, columns * patch_size, 3)
-        found.append(cut.transpose(0, 1, 4, 2, 5, 3).reshape(shape))
-    return found
+def images(sample: PackedSample, patch_size: int) -> list[Pixels]:
+    """uint8 [frames, height, width, 3] of each image in a sequence, as the encoder receives it."""
+    patches = sample.patches.split(sample.grids.prod(dim=1).tolist())
+    return [
+        unpatchify(patch.numpy(), grid, patch_size)
+        for patch, grid in zip(patches, sample.grids.tolist(), strict=True)
+    ]
 
 
 def _documents(data: Data, sample: PackedSample) -> Iterator[str]:
-    shown = zip(sample.grids.tolist(), pictures(sample, data.patch_size), strict=True)
+    shown = zip(sample.grids.tolist(), images(sample, data.patch_size), strict=True)
     numbers = sample.documents.tolist()
     for _, places in itertools.groupby(range(len(numbers)), numbers.__getitem__):
         yield f"<div class=document>{_spans(data, sample, list(places), shown)}</div>"

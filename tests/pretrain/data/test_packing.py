@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.builtin.drawing import VisionItem
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import CAPTION, NOTHING, TEXT, Document, PackedSample, join, pack
 from pretrain.data.tokenizer import Tokenizer
 

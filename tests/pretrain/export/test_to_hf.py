@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import storage
 from pretrain.data import Document
-from pretrain.data.builtin.drawing import VisionItem
 from pretrain.data.media.fit import fit
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.layout import rows

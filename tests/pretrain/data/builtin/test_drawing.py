@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,33 +66,3 @@ def test_lines_without_words_of_the_length_are_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
     with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
         drawing.pick_caption(["a b c"], options, np.random.default_rng(0))
-
-
-@given(
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.sampled_from([2, 5, 14]),
-    st.integers(0, 2**32),
-)
-@settings(deadline=None)
-def test_a_linear_layer_on_patches_is_a_convolution_on_pixels(
-    frames: int, rows: int, columns: int, patch: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (frames, rows * patch, columns * patch, 3), dtype=np.uint8)
-    kernel = torch.from_numpy(rng.normal(size=(5, 3, patch, patch)))
-    patches, grid = drawing.patchify(pixels, patch)
-    assert grid == (frames, rows, columns)
-    linear = torch.from_numpy(patches).double() @ kernel.flatten(1).T
-    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
-    convolved = torch.nn.functional.conv2d(planes, kernel, stride=patch)
-    torch.testing.assert_close(linear, convolved.permute(0, 2, 3, 1).flatten(0, 2))
-
-
-@pytest.mark.parametrize("size", [(28, 29), (27, 28)])
-def test_an_image_that_is_no_multiple_of_the_patch_is_refused_with_its_size(
-    size: tuple[int, int],
-) -> None:
-    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is no multiple .* pad it"):
-        drawing.patchify(np.zeros((1, *size, 3), np.uint8), 14)

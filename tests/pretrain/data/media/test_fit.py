@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.builtin.drawing import patchify
 from pretrain.data.media.fit import fit, fitted_size, frame_groups, limits
+from pretrain.data.media.patches import patchify
 
 lengths = st.one_of(st.integers(1, 100), st.integers(1, 20000))
 

@@ -11,16 +11,16 @@ from PIL import Image
 
 from pretrain import cli
 from pretrain.data.builtin.dataset import BuiltIn
-from pretrain.data.builtin.drawing import patchify
-from pretrain.data.tools.inspect import pictures
+from pretrain.data.media.patches import patchify
+from pretrain.data.tools.inspect import images
 from tests.pretrain.data import make
 from tests.pretrain.data.conftest import PATCH
 
 
-def test_pictures_are_put_together_again(data: BuiltIn) -> None:
+def test_images_are_put_together_again(data: BuiltIn) -> None:
     for index in range(10):
         sample = data.sample("train", index)
-        found = pictures(sample, PATCH)
+        found = images(sample, PATCH)
         assert len(found) == len(sample.grids)
         cut = [patchify(pixels, PATCH)[0] for pixels in found]
         if cut:
