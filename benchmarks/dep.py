@@ -318,9 +318,10 @@ def _result(
 
 def _encoder_flops(run: "Run", grids: Tensor) -> float:
     """Of a forward through encoder and projector."""
-    from pretrain.encoder_process.cost import count
+    from pretrain.encoder_process.cost import analytic_cost
 
-    return float(count(run.config.vision, run.config.language.hidden_size).costs(grids).sum())
+    model = analytic_cost(run.config.vision, run.config.language.hidden_size)
+    return float(model.costs(grids).sum())
 
 
 def _backbone_flops(run: "Run", tokens: int) -> float:

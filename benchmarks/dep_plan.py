@@ -14,7 +14,7 @@ import torch
 from benchmarks.runner import Result, interleave, markdown, positive_int, quartiles
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import cost
-from pretrain.encoder_process.plan import balance, least_balance, least_load, plan
+from pretrain.encoder_process.plan import balance, balance_lower_bound, load_lower_bound, plan
 from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
 
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     rng = np.random.default_rng(options.seed)
     form = options.form
-    model = cost.count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    model = cost.analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     draws = DRAWS[form] if options.draws is None else options.draws
     if draws < 1:
         raise SystemExit(f"--draws must be at least 1, got {draws}")
@@ -149,16 +149,16 @@ def _evenness(
     """Of one step: largest load over the mean, and the share of bytes that moves."""
     grids, owners = draw(mix, num_ranks, rng)
     loads, patches = model.loads(grids), grids.prod(1).numpy()
-    sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+    sent = cost.transfer_bytes(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
     told = {}
     for name, ranks in _plans(loads, patches, sent, owners, num_ranks).items():
         told[name] = {
             "balance": balance(loads, ranks, num_ranks),
             "moved": float(sent[np.asarray(ranks) != owners].sum() / sent.sum()),
         }
-    limit = (1 + TOLERANCE) * least_load(loads, num_ranks)
+    limit = (1 + TOLERANCE) * load_lower_bound(loads, num_ranks)
     told["least"] = {
-        "balance": least_balance(loads, num_ranks),
+        "balance": balance_lower_bound(loads, num_ranks),
         "moved": least_moved(loads, sent, owners, num_ranks, limit) / float(sent.sum()),
     }
     return told
@@ -170,7 +170,7 @@ def _example(
     """Loads over the mean of every rank of one step: what it owns, what it keeps, what it takes."""
     grids, owners = draw(MAIN, num_ranks, rng)
     loads = model.loads(grids)
-    sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+    sent = cost.transfer_bytes(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
     ranks = np.array(plan(loads, num_ranks, owners=owners, traffic=sent, tolerance=TOLERANCE))
     mean = loads.sum() / num_ranks
     stays = ranks == owners
@@ -195,7 +195,7 @@ def _planning_time(
     for num_ranks, number in sizes:
         grids, owners = draw_items(number, num_ranks, *MIXES[MAIN][1:], rng)
         loads = model.loads(grids)
-        sent = cost.traffic(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
+        sent = cost.transfer_bytes(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
 
         def step(
             loads: Integers = loads, n: int = num_ranks, owners: Integers = owners,
@@ -223,13 +223,13 @@ def _cost_models(options: argparse.Namespace, rng: np.random.Generator) -> Resul
     with torch.device(options.device):
         tower = VisionTower(config, hidden).to(dtype)
     torch.nn.init.normal_(tower.encoder.pos_embed, std=0.02)
-    counted = cost.count(config, hidden)
+    counted = cost.analytic_cost(config, hidden)
     budget = {"full": 4.0, "quick": 2.0, "tiny": 0.01}[options.form]
-    samples = cost.measure(tower, seconds=budget, max_patches=4096)
+    samples = cost.time_packs(tower, seconds=budget, max_patches=4096)
     models = {
         "patches": cost.CostModel(1.0, 0.0, 0.0),
         "counted": counted,
-        "measured": cost.fit(counted, samples),
+        "measured": cost.fit_cost(counted, samples),
     }
     packs = []
     for _ in range(PACKS[options.form]):

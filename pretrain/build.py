@@ -23,9 +23,9 @@ from muonclip.integrations.megatron_core import attention_layouts, matrix_layout
 from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
-from pretrain.encoder_process.cost import measured
+from pretrain.encoder_process.cost import measured_cost
 from pretrain.errors import PretrainError
-from pretrain.model.language import build_language_model, cuts
+from pretrain.model.language import build_language_model, tensor_shards
 from pretrain.model.names import Cut, initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
@@ -112,7 +112,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     cut: dict[str, Cut] = {}
     for chunk in chunks:
         rename = language_names(chunk, first_expert)
-        cut |= {f"language.{rename(name)}": how for name, how in cuts(chunk).items()}
+        cut |= {f"language.{rename(name)}": how for name, how in tensor_shards(chunk).items()}
     initialize(named, cut, config.seed, config.language.init_std, config.language.num_layers)
 
     def copies(name: str, tensor: Tensor) -> int:
@@ -208,20 +208,20 @@ def make_encoder(
     """Who encodes which image; a measured cost is kept in ``cost_file``: a run that goes on plans
     as before."""
     group = parallel_state.get_tensor_model_parallel_group()
-    takes_images = context.first_stage
+    needs_features = context.first_stage
     if not config.enabled:
         return ColocatedEncoder(
-            tower, dist.group.WORLD, takes_images=takes_images, tensor_group=group
+            tower, dist.group.WORLD, needs_features=needs_features, tensor_group=group
         )
     return EncoderProcess(
         tower,
         dist.group.WORLD,
-        takes_images=takes_images,
+        needs_features=needs_features,
         tensor_group=group,
         spread=config.spread,
         max_patches=config.max_patches,
         max_patches_per_rank=config.max_patches_per_rank,
-        cost=measured(tower, dist.group.WORLD, cache=cost_file)
+        cost=measured_cost(tower, dist.group.WORLD, cache=cost_file)
         if config.cost == "measured"
         else None,
     )

@@ -238,7 +238,7 @@ def train_step(
         "lr": run.config.optimizer.lr * factor,
         **run.step_metrics.gather(micro_batches, clipped, moved),
         "encoder_balance": run.encoder.balance,
-        "encoder_least_balance": run.encoder.least_balance,
+        "encoder_least_balance": run.encoder.balance_lower_bound,
         "encoder_oversized": run.encoder.oversized,
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "skipped_steps": guard.skipped,

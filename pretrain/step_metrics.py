@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from muonclip import ClipResult, MuonClip
 from pretrain.config import Config
-from pretrain.encoder_process.cost import count
+from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
 from pretrain.plan.flops import FORWARD_AND_BACKWARD, flops_per_token
@@ -151,7 +151,7 @@ class StepMetrics:
             language.num_layers * language.num_heads + vision.num_layers * vision.num_heads
         )
         self._flops_per_token = flops_per_token(language, vocab_size, config.data.seq_length)
-        self._encoder_flops = count(vision, language.hidden_size)
+        self._encoder_flops = analytic_cost(vision, language.hidden_size)
 
         self._depths = language.num_layers, vision.num_layers
         self._layers = torch.tensor(list(language_layers.values()), device=device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pretrain.config import VisionConfig
 from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import num_features, unobserved
+from pretrain.model.vision import num_features, observers_disabled
 
 Grids = Sequence[tuple[int, int, int]]
 
@@ -62,7 +62,7 @@ class CostModel:
         return np.rint(self.costs(grids) * (1000 / self.per_patch)).astype(np.int64)
 
 
-def count(config: VisionConfig, language_hidden_size: int) -> CostModel:
+def analytic_cost(config: VisionConfig, language_hidden_size: int) -> CostModel:
     """The FLOPs of a forward through encoder and projector, counted from their shapes.
 
     Two for each multiplication and addition in a matrix product; other work is small beside them.
@@ -79,7 +79,7 @@ def count(config: VisionConfig, language_hidden_size: int) -> CostModel:
     )
 
 
-def traffic(
+def transfer_bytes(
     grids: Tensor, config: VisionConfig, language_hidden_size: int, itemsize: int
 ) -> npt.NDArray[np.int64]:
     """Bytes sent in a step because an item is encoded away from its owner.
@@ -101,7 +101,7 @@ def traffic(
 # ---------------------------------------------------------------------- measured
 
 
-def measured(
+def measured_cost(
     tower: VisionTower,
     group: dist.ProcessGroup | None,
     *,
@@ -162,8 +162,8 @@ def _cached(tower: VisionTower, cache: Path | None, seconds: float, max_patches:
             raise ValueError(f"{cache} holds no measured cost model: delete it") from error
         if stored_setting == setting:
             return model
-    counted = count(tower.encoder.config, weight.shape[0])
-    model = fit(counted, measure(tower, seconds=seconds, max_patches=max_patches))
+    counted = analytic_cost(tower.encoder.config, weight.shape[0])
+    model = fit_cost(counted, time_packs(tower, seconds=seconds, max_patches=max_patches))
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         stored = {"setting": setting, "model": dataclasses.asdict(model)}
@@ -171,7 +171,7 @@ def _cached(tower: VisionTower, cache: Path | None, seconds: float, max_patches:
     return model
 
 
-def fit(counted: CostModel, samples: Sequence[tuple[Grids, float]]) -> CostModel:
+def fit_cost(counted: CostModel, samples: Sequence[tuple[Grids, float]]) -> CostModel:
     """Seconds from FLOPs: how fast matrix products are here, how fast attention, how slow an item.
 
     Least squares of the relative errors with coefficients that are not negative. What a pass costs
@@ -180,8 +180,8 @@ def fit(counted: CostModel, samples: Sequence[tuple[Grids, float]]) -> CostModel
     noise would else decide what much larger items cost.
 
     Args:
-        counted: the FLOPs, see :func:`count`.
-        samples: packs of items, and the seconds that each took; see :func:`measure`.
+        counted: the FLOPs, see :func:`analytic_cost`.
+        samples: packs of items, and the seconds that each took; see :func:`time_packs`.
 
     Returns:
         The model in seconds. ``counted`` with a warning where the samples show no cost of a patch:
@@ -234,7 +234,9 @@ def _non_negative_least_squares(
     return solution
 
 
-def measure(tower: VisionTower, *, seconds: float, max_patches: int) -> list[tuple[Grids, float]]:
+def time_packs(
+    tower: VisionTower, *, seconds: float, max_patches: int
+) -> list[tuple[Grids, float]]:
     """Seconds that the encoder's part of a step takes here, for packs of few and of many patches,
     in small and in large items.
 
@@ -288,7 +290,7 @@ def step_seconds(tower: VisionTower, grids: Grids) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    with unobserved(tower):
+    with observers_disabled(tower):
         begun = now()
         with torch.no_grad():
             tower(patches, shapes)

@@ -8,12 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.encoder_process.cost import CostModel, count, traffic
-from pretrain.encoder_process.exchange import Exchange, gather_grids
-from pretrain.encoder_process.plan import NoRoomError, balance, least_balance, oversized, plan
+from pretrain.encoder_process.cost import CostModel, analytic_cost, transfer_bytes
+from pretrain.encoder_process.exchange import ItemExchange, gather_grids
+from pretrain.encoder_process.plan import (
+    CapacityError,
+    balance,
+    balance_lower_bound,
+    oversized,
+    plan,
+)
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import check_grids, chunks, num_features, unobserved
+from pretrain.model.vision import check_grids, chunks, num_features, observers_disabled
 
 Spread = Literal["balanced", "round_robin"]
 # (patches [P, 3 * patch * patch] uint8, grids [n, 3] int64) of one micro-batch.
@@ -40,7 +46,7 @@ def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup | None) -> Non
 class _Sent:
     """What stage 3 needs of stage 1."""
 
-    exchange: Exchange
+    exchange: ItemExchange
     features_per_item: list[int]
     patches: Tensor
     grids: Tensor
@@ -82,7 +88,7 @@ class EncoderProcess:
         tower: VisionTower,
         group: dist.ProcessGroup | None,
         *,
-        takes_images: bool = True,
+        needs_features: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
         spread: Spread = "balanced",
         max_patches: int = 16384,
@@ -91,18 +97,20 @@ class EncoderProcess:
     ) -> None:
         self.tower = tower
         self.group = group
-        self.takes_images = takes_images
+        self.needs_features = needs_features
         self.tensor_group = tensor_group
         self.spread = spread
         self.max_patches = max_patches
         self.max_patches_per_rank = max_patches_per_rank
-        self.cost = cost or count(tower.encoder.config, tower.projector.fc2.out_features)
-        self.owns_images = takes_images and _is_first(tensor_group)
-        self.balance = self.least_balance = 1.0
+        self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
+        self.owns_images = needs_features and _is_first(tensor_group)
+        self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
         self._sent: _Sent | None = None
 
-    def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
+    def encode(
+        self, micro_batches: Sequence[Images], image_error: str | None = None
+    ) -> list[Tensor]:
         """Stage 1.
 
         Args:
@@ -124,14 +132,14 @@ class EncoderProcess:
         counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
         if not self.owns_images:
             patches, grids = patches[:0], grids[:0]
-        everyones = gather_grids(grids, self.group, refused or _refusal(grids, len(patches)))
+        everyones = gather_grids(grids, self.group, image_error or _refusal(grids, len(patches)))
         owners = [rank for rank, theirs in enumerate(everyones) for _ in range(len(theirs))]
         all_grids = torch.cat(everyones)
         patches_per_item = all_grids.prod(1).tolist()
         features_per_item = num_features(all_grids).tolist()
         encoders = self._plan(all_grids, owners, len(everyones))
 
-        exchange = Exchange(owners, encoders, self.group)
+        exchange = ItemExchange(owners, encoders, self.group)
         received = exchange.to_encoders(patches, patches_per_item)
         received_grids = all_grids[exchange.incoming]
         with torch.no_grad():
@@ -141,7 +149,7 @@ class EncoderProcess:
             ]
         mine = torch.cat([_no_features(self.tower), *encoded])
         features = exchange.to_owners(mine, features_per_item)
-        if self.takes_images:
+        if self.needs_features:
             features = _share(features, sum(counts), self.tensor_group)
         else:
             counts = [0] * len(counts)
@@ -166,7 +174,7 @@ class EncoderProcess:
     def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
         """Encode items again, and go backwards from their features' gradient, chunk by chunk."""
         # Stage 1 has shown the observers these logits.
-        with unobserved(self.tower):
+        with observers_disabled(self.tower):
             done = 0
             for part, part_grids in self._chunks(patches, grids):
                 features = self.tower(part, part_grids)
@@ -180,14 +188,14 @@ class EncoderProcess:
             encoders = [item % ranks for item in range(len(loads))]
         else:
             weight = self.tower.projector.fc2.weight
-            sent = traffic(grids, self.tower.encoder.config, len(weight), weight.itemsize)
+            sent = transfer_bytes(grids, self.tower.encoder.config, len(weight), weight.itemsize)
             capacity = self.max_patches_per_rank
             sizes = None if capacity is None else grids.prod(1).numpy()
             try:
                 encoders = plan(
                     loads, ranks, owners=owners, traffic=sent, sizes=sizes, capacity=capacity
                 )
-            except NoRoomError as error:  # all ranks plan the same: all raise it
+            except CapacityError as error:  # all ranks plan the same: all raise it
                 owner = owners[error.item]
                 item = error.item - owners.index(owner)
                 frames, rows, columns = grids[error.item].tolist()
@@ -198,7 +206,7 @@ class EncoderProcess:
                     "global_batch_size or data.vision_share"
                 ) from error
         self.balance = balance(loads, encoders, ranks)
-        self.least_balance = least_balance(loads, ranks)
+        self.balance_lower_bound = balance_lower_bound(loads, ranks)
         self.oversized = len(oversized(loads, ranks))
         return encoders
 
@@ -227,31 +235,33 @@ class ColocatedEncoder:
         tower: VisionTower,
         group: dist.ProcessGroup | None,
         *,
-        takes_images: bool = True,
+        needs_features: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.tower = tower
         self.group = group
-        self.takes_images = takes_images
-        self.owns_images = takes_images and _is_first(tensor_group)
-        self.cost = count(tower.encoder.config, tower.projector.fc2.out_features)
-        self.balance = self.least_balance = 1.0
+        self.needs_features = needs_features
+        self.owns_images = needs_features and _is_first(tensor_group)
+        self.cost = analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
+        self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
 
-    def encode(self, micro_batches: Sequence[Images], refused: str | None = None) -> list[Tensor]:
+    def encode(
+        self, micro_batches: Sequence[Images], image_error: str | None = None
+    ) -> list[Tensor]:
         """Features of each micro-batch, with their graph where gradients are on."""
         patches = sum(len(patches) for patches, _ in micro_batches)
         mine = torch.cat([grids for _, grids in micro_batches])
-        refused = refused or _refusal(mine, patches)
-        if not self.takes_images:
+        image_error = image_error or _refusal(mine, patches)
+        if not self.needs_features:
             mine = mine[:0]
-        everyones = gather_grids(mine, self.group, refused)
+        everyones = gather_grids(mine, self.group, image_error)
         loads = [int(self.cost.loads(theirs).sum()) for theirs in everyones]
         self.balance = balance(loads, range(len(loads)), len(loads))
         all_loads = self.cost.loads(torch.cat(everyones))
-        self.least_balance = least_balance(all_loads, len(everyones))
+        self.balance_lower_bound = balance_lower_bound(all_loads, len(everyones))
         self.oversized = len(oversized(all_loads, len(everyones)))
-        if not self.takes_images:
+        if not self.needs_features:
             return [_no_features(self.tower) for _ in micro_batches]
         return [self.tower(patches, grids) for patches, grids in micro_batches]
 

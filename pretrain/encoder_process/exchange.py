@@ -10,7 +10,7 @@ from pretrain.errors import PretrainError
 
 
 def gather_grids(
-    grids: Tensor, group: dist.ProcessGroup | None, refused: str | None = None
+    grids: Tensor, group: dist.ProcessGroup | None, image_error: str | None = None
 ) -> list[Tensor]:
     """Every rank's int64 grids [n, 3], whatever n is there.
 
@@ -23,14 +23,14 @@ def gather_grids(
         PretrainError: on every rank, if one of them refused: nobody is left waiting for it.
     """
     told: list[tuple[list[list[int]], str | None]] = [([], None)] * dist.get_world_size(group)
-    dist.all_gather_object(told, (grids.tolist(), refused), group=group)
+    dist.all_gather_object(told, (grids.tolist(), image_error), group=group)
     for rank, (_, why) in enumerate(told):
         if why is not None:
             raise PretrainError(f"rank {rank} cannot use its images: {why}")
     return [torch.tensor(rows, dtype=torch.int64).view(-1, 3) for rows, _ in told]
 
 
-class Exchange:
+class ItemExchange:
     """The ways of all items to their encoders and back.
 
     Args:

@@ -22,7 +22,7 @@ _BISECTIONS, _FEW = 6, 4
 _NEVER = np.iinfo(np.int64).max
 
 
-class NoRoomError(ValueError):
+class CapacityError(ValueError):
     """The capacity leaves no room for ``item``."""
 
     def __init__(self, message: str, item: int) -> None:
@@ -61,11 +61,11 @@ def plan(
         num_ranks: at least 1.
         owners: the rank that holds each item; None: all are equally far from everywhere.
         traffic: what it costs to encode each item away from its owner, such as
-            :func:`pretrain.encoder_process.cost.traffic`; None: its load.
+            :func:`pretrain.encoder_process.cost.transfer_bytes`; None: its load.
         sizes: memory that each item takes where it is encoded, such as its number of patches.
         capacity: the largest sum of sizes of a rank. An item larger than that has a rank to itself.
-        tolerance: a largest load of up to 1 + tolerance times :func:`least_load`, or else times
-            the least found, is as good as any.
+        tolerance: a largest load of up to 1 + tolerance times :func:`load_lower_bound`, or else
+            times the least found, is as good as any.
 
     Returns:
         The rank of each item. Ties go to the earlier item and the lower rank.
@@ -82,7 +82,7 @@ def plan(
     def as_good_as(load: int) -> int:
         return int(min(load * (1 + tolerance), total))
 
-    target = as_good_as(least_load(work.loads, num_ranks))
+    target = as_good_as(load_lower_bound(work.loads, num_ranks))
     heaviest = np.argsort(-work.loads, kind="stable")
     heaviest_first: list[int] = heaviest.tolist()
 
@@ -132,14 +132,14 @@ def balance(
     return int(totals.max()) * num_ranks / total if total else 1.0
 
 
-def least_balance(loads: Sequence[int] | Integers, num_ranks: int) -> float:
+def balance_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> float:
     """The :func:`balance` that no plan can be better than: above 1 where items are too few or one
     of them too heavy."""
     total = int(np.sum(loads, dtype=np.int64))
-    return max(1.0, least_load(loads, num_ranks) * num_ranks / total) if total else 1.0
+    return max(1.0, load_lower_bound(loads, num_ranks) * num_ranks / total) if total else 1.0
 
 
-def least_load(loads: Sequence[int] | Integers, num_ranks: int) -> int:
+def load_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> int:
     """The largest load of a rank in any plan is at least this.
 
     It is the mean; or the heaviest item; or, since of the heaviest k * num_ranks + 1 items some
@@ -303,7 +303,7 @@ def _scarce(work: _Work) -> Integers:
     ranks = _tightest_fit(work.sizes, work.num_ranks, work.capacity)
     if isinstance(ranks, int):
         size = int(work.sizes[ranks])
-        raise NoRoomError(
+        raise CapacityError(
             f"capacity leaves no room for item {ranks} of size "
             f"{'at least ' if size == work.capacity else ''}{size}: all items have "
             f"{work.sizes.sum()}, {work.num_ranks} ranks of {work.capacity} have room for "

@@ -282,7 +282,7 @@ def build_language_model(
     return chunks
 
 
-def cuts(chunk: GPTModel) -> dict[str, Cut]:
+def tensor_shards(chunk: GPTModel) -> dict[str, Cut]:
     """How tensor parallelism cut this rank's parameters, by their names in ``chunk``."""
     found = {}
     for name, module in chunk.named_modules():

@@ -157,7 +157,7 @@ class VisionEncoder(nn.Module):
 
 
 @contextmanager
-def unobserved(module: nn.Module) -> Iterator[None]:
+def observers_disabled(module: nn.Module) -> Iterator[None]:
     """Let the attention layers of a module run without calling their observers."""
     layers = [layer for layer in module.modules() if isinstance(layer, VisionAttention)]
     observers = [layer.observer for layer in layers]

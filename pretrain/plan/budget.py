@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config import Config, LanguageConfig, VisionConfig
-from pretrain.encoder_process.cost import CostModel, count
+from pretrain.encoder_process.cost import CostModel, analytic_cost
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MERGE
 from pretrain.plan.flops import FORWARD_AND_BACKWARD, flops_per_token
@@ -346,7 +346,7 @@ def flops(config: Config, place: Layout, pictures: Images) -> dict[str, float]:
                 attention += parts["scores"]
                 recompute += sum(parts[p] for p in own if layer in whole or p in again)
     tokens = tokens_per_step(config)
-    cost = count(config.vision, config.language.hidden_size)
+    cost = analytic_cost(config.vision, config.language.hidden_size)
     encoder = pictures.forward_flops(cost)
     embed = 2.0 * 3 * config.vision.patch_size**2 * config.vision.hidden_size * pictures.patches
     found = {

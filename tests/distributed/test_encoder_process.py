@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.encoder import Images
-from pretrain.encoder_process.exchange import Exchange, gather_grids
+from pretrain.encoder_process.exchange import ItemExchange, gather_grids
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from tests.distributed.launch import launch
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
     data_rank: int
     data_size: int
-    takes_images: bool
+    needs_features: bool
     tensor_group: dist.ProcessGroup | None
 
 
@@ -83,7 +83,7 @@ def _images_of(case: list[Shapes], place: Place) -> list[Images]:
     half = len(mine) // 2
     micro_batches = []
     for part in (mine[:half], mine[half:]):
-        made = [make_images(shapes if place.takes_images else [], i) for i, shapes in part]
+        made = [make_images(shapes if place.needs_features else [], i) for i, shapes in part]
         empty = make_images([], 0)
         micro_batches.append(
             (
@@ -101,11 +101,11 @@ def _step(kind: str, case: list[Shapes], place: Place, dtype: torch.dtype) -> St
     encoder = make(
         tower,
         dist.group.WORLD,
-        takes_images=place.takes_images,
+        needs_features=place.needs_features,
         tensor_group=place.tensor_group,
     )
     features = encoder.encode(_images_of(case, place))
-    if place.takes_images:
+    if place.needs_features:
         for part in features:
             (part.sin() * torch.arange(1, 13, dtype=dtype)).sum().backward()
     encoder.backward()
@@ -340,7 +340,7 @@ def _round_trip(seed: int) -> bool:
     encoders = torch.randint(size, (number,), generator=generator).tolist()
     rows = torch.randint(0, 4, (number,), generator=generator).tolist()
     contents = [torch.full((count, 2), float(item)) for item, count in enumerate(rows)]
-    exchange = Exchange(owners, encoders, dist.group.WORLD)
+    exchange = ItemExchange(owners, encoders, dist.group.WORLD)
     mine = torch.cat(
         [torch.empty(0, 2), *(contents[i] for i in range(number) if owners[i] == rank)]
     )

@@ -14,7 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import VisionConfig
 from pretrain.encoder_process import cost
-from pretrain.encoder_process.cost import CostModel, count, fit, measure, measured, traffic
+from pretrain.encoder_process.cost import (
+    CostModel,
+    analytic_cost,
+    fit_cost,
+    measured_cost,
+    time_packs,
+    transfer_bytes,
+)
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from tests.distributed.launch import launch
@@ -48,7 +55,7 @@ def test_the_count_is_of_the_matrix_products_that_run(grids: list[tuple[int, int
             tower(patches, all_grids)
         return counter.get_total_flops()
 
-    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE).costs(torch.tensor(grids)).sum()
+    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE).costs(torch.tensor(grids)).sum()
     # Once more of the same: position tables are resized once for a shape, however many have it.
     assert flops(grids * 2) - flops(grids) == counted
 
@@ -59,7 +66,7 @@ def test_traffic_is_the_bytes_of_what_is_sent(
     grids: list[tuple[int, int, int]], itemsize: int
 ) -> None:
     tower = make_tower().to({2: torch.bfloat16, 4: torch.float32}[itemsize])
-    told = traffic(torch.tensor(grids), CONFIG, LANGUAGE_HIDDEN_SIZE, itemsize)
+    told = transfer_bytes(torch.tensor(grids), CONFIG, LANGUAGE_HIDDEN_SIZE, itemsize)
     for grid, sent in zip(grids, told, strict=True):
         patches = torch.zeros(int(np.prod(grid)), 12, dtype=torch.uint8)
         features = tower(patches, torch.tensor([grid]))
@@ -97,7 +104,7 @@ def seconds(model: CostModel, fixed: float, pack: list[tuple[int, int, int]]) ->
 
 def machine(product: float, attention: float, item: float) -> CostModel:
     """Seconds, given nanoseconds per FLOP and microseconds per item."""
-    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     return CostModel(
         per_patch=product * 1e-9 * counted.per_patch,
         per_feature=product * 1e-9 * counted.per_feature,
@@ -107,8 +114,8 @@ def machine(product: float, attention: float, item: float) -> CostModel:
 
 
 def refit(made: CostModel, fixed: float) -> CostModel:
-    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
-    return fit(counted, [(pack, seconds(made, fixed * 1e-4, pack)) for pack in PACKS])
+    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    return fit_cost(counted, [(pack, seconds(made, fixed * 1e-4, pack)) for pack in PACKS])
 
 
 @settings(deadline=None)
@@ -140,32 +147,32 @@ def test_attention_of_another_speed_is_found_but_for_what_is_expected_beforehand
 @settings(deadline=None)
 @given(st.lists(st.floats(0.3, 3), min_size=len(PACKS), max_size=len(PACKS)))
 def test_a_fit_to_noise_is_never_negative(noise: list[float]) -> None:
-    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     samples = [
         (pack, factor * seconds(counted, 1e4, pack))
         for pack, factor in zip(PACKS, noise, strict=True)
     ]
-    found = fit(counted, samples)
+    found = fit_cost(counted, samples)
     assert found.per_patch > 0
     assert min(found.per_feature, found.per_pair, found.per_item) >= 0
-    assert fit(counted, samples) == found
+    assert fit_cost(counted, samples) == found
 
 
 def test_where_attention_is_not_seen_it_is_as_fast_as_the_products() -> None:
-    counted = count(VisionConfig(), 7168)
+    counted = analytic_cost(VisionConfig(), 7168)
     small = [[(1, 2, 2)] * 40, [(1, 2, 4)] * 40, [(1, 4, 4)] * 40, [(1, 4, 4)] * 80]
     noise = [1.02, 0.98, 1.02, 1.0]
     samples = [(p, n * seconds(counted, 1e9, p)) for p, n in zip(small, noise, strict=True)]
-    found = fit(counted, samples)
+    found = fit_cost(counted, samples)
     assert found.per_pair / found.per_patch == pytest.approx(
         counted.per_pair / counted.per_patch, rel=0.1
     )
 
 
 def test_times_that_do_not_grow_give_the_count_and_a_warning() -> None:
-    counted = count(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     with pytest.warns(UserWarning, match="not seen to grow with its patches"):
-        assert fit(counted, [(pack, 1.0) for pack in PACKS]) == counted
+        assert fit_cost(counted, [(pack, 1.0) for pack in PACKS]) == counted
 
 
 # ---------------------------------------------------------------------- measured
@@ -179,7 +186,7 @@ def test_measuring_leaves_the_tower_as_it_was() -> None:
         if isinstance(layer, VisionAttention):
             layer.observer = told.append
     random_numbers = torch.get_rng_state()
-    samples = measure(tower, seconds=0.01, max_patches=256)
+    samples = time_packs(tower, seconds=0.01, max_patches=256)
     assert len(samples) >= 5
     assert all(seconds > 0 for _, seconds in samples)
     assert all(16 <= sum(t * h * w for t, h, w in grids) <= 256 for grids, _ in samples)
@@ -189,11 +196,11 @@ def test_measuring_leaves_the_tower_as_it_was() -> None:
     for name, value in tower.state_dict().items():
         assert torch.equal(value, before[name])
     # A frozen encoder has no backward.
-    assert measure(tower.requires_grad_(False), seconds=0.01, max_patches=64)
+    assert time_packs(tower.requires_grad_(False), seconds=0.01, max_patches=64)
 
 
 def _measured(cache: Path | None) -> CostModel:
-    return measured(make_tower(), dist.group.WORLD, cache=cache, seconds=0.01, max_patches=64)
+    return measured_cost(make_tower(), dist.group.WORLD, cache=cache, seconds=0.01, max_patches=64)
 
 
 def test_all_ranks_have_the_first_ones_model_and_find_it_again(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def _fails_on_the_first() -> str:
     if dist.get_rank() == 0:
         del tower.encoder.final_norm
     try:
-        measured(tower, dist.group.WORLD, seconds=0.01, max_patches=64)
+        measured_cost(tower, dist.group.WORLD, seconds=0.01, max_patches=64)
     except RuntimeError as error:
         return str(error)
     return "no error"

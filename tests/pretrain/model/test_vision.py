@@ -20,11 +20,11 @@ from pretrain.model.vision import (
     frame_positions,
     merge,
     num_features,
+    observers_disabled,
     resize,
     rotate,
     rotation_table,
     rotations,
-    unobserved,
 )
 from pretrain.model.vision_attention import Pack
 
@@ -154,7 +154,7 @@ def test_attention_is_softmax_over_the_item_and_reports_its_largest_logit() -> N
         expected.append(attention.o_proj(mixed.flatten(1)))
     torch.testing.assert_close(output, torch.cat(expected))
     torch.testing.assert_close(torch.stack(seen), torch.stack(largest))
-    with unobserved(attention):
+    with observers_disabled(attention):
         attention(x, rotation, pack)
     attention.eval()
     attention(x, rotation, pack)

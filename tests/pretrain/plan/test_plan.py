@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import cli, config
 from pretrain.config import VisionConfig
-from pretrain.encoder_process.cost import count
+from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import unobserved
+from pretrain.model.vision import observers_disabled
 from pretrain.plan import budget
 
 KIMI = "configs/kimi_k25.yaml"
@@ -112,12 +112,16 @@ def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> Non
             alive.append(tensor)
         return tensor
 
-    with sdpa_kernel(SDPBackend.MATH), unobserved(tower), FlopCounterMode(display=False) as flops:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        observers_disabled(tower),
+        FlopCounterMode(display=False) as flops,
+    ):
         features = tower(patches, grids)
         forward = flops.get_total_flops()
         features.sum().backward()
     both = flops.get_total_flops()
-    cost = count(shape, hidden)
+    cost = analytic_cost(shape, hidden)
     resize = 2 * 64 * (8 * 2 * 2 + 8 * 2 * 8)
     expected = pictures.forward_flops(cost)
     assert forward == expected + resize
