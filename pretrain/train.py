@@ -13,7 +13,7 @@ from pretrain import batches, checkpoint, console, parallel
 from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
-from pretrain.data import Data, Dealing, prepare, settings
+from pretrain.data import Data, RankShare, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.parallel import ParallelContext
@@ -242,8 +242,8 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     """
 
     def open_data() -> Data:
-        dealing = Dealing(context.data_rank, context.data_size, config.global_batch_size)
-        data = prepare(settings(config), config.vision.patch_size, config.seed, dealing)
+        share = RankShare(context.data_rank, context.data_size, config.global_batch_size)
+        data = prepare(settings(config), config.vision.patch_size, config.seed, share)
         _check_vocabulary(config, data)
         return data
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from pretrain import config as configuration
 from pretrain import generate, parallel
 from pretrain.config import DataConfig, LanguageConfig, SourceConfig
-from pretrain.data import Dealing, prepare, sources
+from pretrain.data import RankShare, prepare, sources
 from pretrain.data.sources import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tools.shards import _index, _Writer
@@ -68,7 +68,7 @@ def read_shards(folder: Path, *, trust_code: bool = False) -> None:
     source = SourceConfig("energon", str(folder), trust_code=trust_code)
     cache = str(folder / "cache")
     config = DataConfig(seq_length=128, vocab_size=300, cache_dir=cache, sources=(source,))
-    prepare(config, 14, 0, Dealing()).sample("train", 0)
+    prepare(config, 14, 0, RankShare()).sample("train", 0)
 
 
 def described(**settings: object) -> Bait:
@@ -435,7 +435,7 @@ def test_text_and_conversations_run_no_code(tmp_path: Path, kind: str, name: str
         )
 
         def read(config: DataConfig = config) -> None:
-            prepare(config, 14, 0, Dealing()).sample("train", 0)
+            prepare(config, 14, 0, RankShare()).sample("train", 0)
 
         check(marker, read)
     pickle.loads(attack)

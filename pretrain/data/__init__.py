@@ -3,7 +3,7 @@
 from pretrain.data.builtin.dataset import prepare as prepare
 from pretrain.data.builtin.dataset import settings as settings
 from pretrain.data.interface import Data as Data
-from pretrain.data.own import Dealing as Dealing
+from pretrain.data.own import RankShare as RankShare
 from pretrain.data.packing import CAPTION as CAPTION
 from pretrain.data.packing import NOTHING as NOTHING
 from pretrain.data.packing import TEXT as TEXT

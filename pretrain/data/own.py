@@ -52,20 +52,20 @@ _ANSWER = 24
 
 
 @dataclass(frozen=True)
-class Dealing:
-    """How a step's sequences are dealt: rank ``rank`` of ``ranks`` has an equal run of each
-    ``global_batch_size``."""
+class RankShare:
+    """The sequences of each global batch that data-parallel rank ``rank`` of ``ranks`` reads: an
+    equal, contiguous share."""
 
     rank: int = 0
     ranks: int = 1
     global_batch_size: int = 1
 
     @property
-    def share(self) -> int:
+    def local_batch_size(self) -> int:
         return self.global_batch_size // self.ranks
 
 
-ALL = Dealing()
+ALL = RankShare()
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Source:
             return self.index.train  # energon knows which
         return len(self.documents[split])
 
-    def cursor(self, split: Split, seed: int, turn: "Dealing") -> Cursor:
+    def cursor(self, split: Split, seed: int, turn: "RankShare") -> Cursor:
         if isinstance(self.index, Shards) and split == "train":
             return EnergonCursor(self.number, self.config.weight, self.index, turn.rank, turn.ranks)
         return IndexCursor(
@@ -116,12 +116,12 @@ class OwnData(Data):
         seed: int,
         composer: Composer,
         opened: Sequence[Source],
-        dealing: Dealing,
+        share: RankShare,
         skips: Sequence[Skip],
     ) -> None:
         self.config, self.seed = config, seed
         self.tokenizer, self.patch_size = composer.tokenizer, composer.patch_size
-        self._composer, self._sources, self._dealing = composer, list(opened), dealing
+        self._composer, self._sources, self._share = composer, list(opened), share
         self._by_number = {source.number: source for source in opened}
         self._skips = list(skips)
         self._listed = list(skips)
@@ -133,12 +133,12 @@ class OwnData(Data):
                 continue
             make = partial(self._stream, split)
             if self._one_way and split == "train":
-                self._sequences[split] = OnwardSequences(make, dealing.share)
+                self._sequences[split] = OnwardSequences(make, share.local_batch_size)
             else:
                 self._sequences[split] = Sequences(make)
         self._captioned = lru_cache(maxsize=8)(self._find_captioned)
 
-    def _cursors(self, split: Split, turn: Dealing = ALL) -> list[Cursor]:
+    def _cursors(self, split: Split, turn: RankShare = ALL) -> list[Cursor]:
         return [
             source.cursor(split, self.seed, turn)
             for source in self._sources
@@ -146,7 +146,7 @@ class OwnData(Data):
         ]
 
     def _stream(self, split: Split) -> Stream:
-        turn = self._dealing if self._one_way and split == "train" else ALL
+        turn = self._share if self._one_way and split == "train" else ALL
         cursors = self._cursors(split, turn)
         return Stream(cursors, self.config.seq_length, self.config.vision_share)
 
@@ -154,8 +154,8 @@ class OwnData(Data):
         """The number of a sequence in this rank's stream."""
         if not self._one_way or split != "train":
             return index
-        step, within = divmod(index, self._dealing.global_batch_size)
-        return step * self._dealing.share + within - self._dealing.rank * self._dealing.share
+        step, within = divmod(index, self._share.global_batch_size)
+        return within + (step - self._share.rank) * self._share.local_batch_size
 
     @property
     def has_held_out(self) -> bool:
@@ -227,16 +227,16 @@ class OwnData(Data):
         return taken
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        dealing = self._dealing
-        before = step * (dealing.share if self._one_way else dealing.global_batch_size)
+        share = self._share
+        before = step * (share.local_batch_size if self._one_way else share.global_batch_size)
         return {
-            "ranks": dealing.ranks if self._one_way else None,
+            "ranks": share.ranks if self._one_way else None,
             "fingerprint": [source.index.fingerprint for source in self._sources],
             "train": self._sequences["train"].state(before),
         }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        state = states[min(self._dealing.rank, len(states) - 1)]
+        state = states[min(self._share.rank, len(states) - 1)]
         for source, then in zip(self._sources, state["fingerprint"], strict=True):
             if source.index.fingerprint != then:
                 raise PretrainError(
@@ -244,10 +244,10 @@ class OwnData(Data):
                     "the checkpoint was made with, or data.max_image_tokens or data.video_fps is "
                     "another: put them back to go on, or choose another run_dir to start anew"
                 )
-        if self._one_way and state["ranks"] != self._dealing.ranks:
+        if self._one_way and state["ranks"] != self._share.ranks:
             raise PretrainError(
                 f"the checkpoint was made with {state['ranks']} data-parallel ranks, among which "
-                f"energon dealt the shards, not {self._dealing.ranks}: start as many processes as "
+                f"energon dealt the shards, not {self._share.ranks}: start as many processes as "
                 "then to go on"
             )
         self._sequences["train"].restore(state["train"])
@@ -286,7 +286,7 @@ def _where(source: SourceConfig) -> str:
     return source.path or "the standard library"
 
 
-def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) -> OwnData:
+def prepare(config: DataConfig, patch_size: int, seed: int, share: RankShare) -> OwnData:
     """Open every source, tokenizer and index made or taken from the cache.
 
     Raises:
@@ -346,7 +346,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing) ->
         opened.append(Source(number, key, source, index, _split(source, index, usable, config)))
     Skipped(config.max_corrupt).add(skips)
     _check_together(config, opened)
-    return OwnData(config, seed, composer, opened, dealing, skips)
+    return OwnData(config, seed, composer, opened, share, skips)
 
 
 def _split(

@@ -19,7 +19,7 @@ from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, pros
 from pretrain.data.cache import make_folder
 from pretrain.data.interface import Data
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.own import Dealing
+from pretrain.data.own import RankShare
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -189,18 +189,18 @@ def settings(config: Config) -> DataConfig:
     )
 
 
-def prepare(config: DataConfig, patch_size: int, seed: int, dealing: Dealing | None = None) -> Data:
+def prepare(config: DataConfig, patch_size: int, seed: int, share: RankShare | None = None) -> Data:
     """Open the data: everything that is made once is made now, or taken from the cache.
 
     Args:
-        dealing: which sequences are this rank's; by default all are.
+        share: the sequences that this rank reads; by default all of them.
 
     Raises:
         PretrainError: there is no corpus on this machine, or a source of the user's is not what
             it should be.
     """
     if config.sources:
-        return own.prepare(config, patch_size, seed, dealing or Dealing())
+        return own.prepare(config, patch_size, seed, share or RankShare())
     tokenizer = Tokenizer.load(Path(config.tokenizer)) if config.tokenizer else None
     if tokenizer:
         tokenizer.require_media()

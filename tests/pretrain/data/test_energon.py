@@ -15,7 +15,7 @@ import torch
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import Dealing, energon, prepare, sources
+from pretrain.data import RankShare, energon, prepare, sources
 from pretrain.data.energon import texts
 from pretrain.data.media import pixels
 from pretrain.data.own import OwnData
@@ -60,7 +60,7 @@ def opened(
         cache_dir=str(folder / "cache"),
         sources=sources,
     )
-    data = prepare(config, 14, 5, Dealing(rank, ranks, BATCH))
+    data = prepare(config, 14, 5, RankShare(rank, ranks, BATCH))
     assert isinstance(data, OwnData)
     return data
 

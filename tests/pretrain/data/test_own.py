@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import CAPTION, Dealing, prepare
+from pretrain.data import CAPTION, RankShare, prepare
 from pretrain.data.mixture import Sequences
 from pretrain.data.own import OwnData
 from pretrain.errors import PretrainError
@@ -99,7 +99,7 @@ def test_ranks_that_take_turns_read_every_document_once(data: OwnData) -> None:
     cursors = [
         c
         for rank in range(3)
-        for c in data._cursors("train", Dealing(rank, 3, 3))
+        for c in data._cursors("train", RankShare(rank, 3, 3))
         if c.source == text.number
     ]
     seen = []
