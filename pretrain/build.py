@@ -46,7 +46,7 @@ class Run:
         encoder: who encodes which image: the Decoupled Encoder Process, or each its own.
         clips: QK-Clip for the language model's heads and for the vision encoder's, which different
             ranks hold copies of.
-        named: every trained parameter and kept buffer by its name in the whole model.
+        named_tensors: every trained parameter and kept buffer by its name in the whole model.
         cuts: of which of these this rank has a part alone, and which.
         copies: how many ranks hold each of these, or the same part of it.
         step_metrics: gathers the metrics of a step from all ranks.
@@ -61,7 +61,7 @@ class Run:
     encoder: EncoderProcess | ColocatedEncoder
     optimizer: MuonClip
     clips: list[QKClip]
-    named: dict[str, Tensor]
+    named_tensors: dict[str, Tensor]
     cuts: dict[str, Cut]
     copies: dict[str, int]
     step_metrics: StepMetrics
@@ -73,7 +73,7 @@ class Run:
         self.tower.train(mode)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, tensor in self.named.items():
+        for name, tensor in self.named_tensors.items():
             if isinstance(tensor, nn.Parameter):
                 yield name, tensor
 
@@ -161,7 +161,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         ),
         optimizer=optimizer,
         clips=clips,
-        named=named,
+        named_tensors=named,
         cuts=cut,
         copies=held_by,
         step_metrics=step_metrics,

@@ -4,7 +4,7 @@
 class PretrainError(Exception):
     """A failure that the user can resolve: the message is one line with the cause and the remedy.
 
-    Every rank of a run raises the same one (see :func:`pretrain.parallel.agree`), so
+    Every rank of a run raises the same one (see :func:`pretrain.parallel.raise_on_all_ranks`), so
     that all leave together; the command line prints it without a traceback.
     """
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.errors import PretrainError
 from pretrain.runtime import metrics
 
@@ -81,7 +81,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 
 def _transcriptions(path: Path) -> list[list[str]]:
     try:
-        pairs = json.loads(whole_files.read_bytes(path, _MAX_BYTES))
+        pairs = json.loads(untrusted_files.read_bytes(path, _MAX_BYTES))
         return [[str(truth), str(answer)] for truth, answer in pairs]
     except (OSError, ValueError, TypeError, RecursionError):  # not there yet, or being written
         return []

@@ -38,7 +38,7 @@ class ParallelContext:
         tensor_rank, tensor_size: which part of each cut matrix is this rank's.
         first_stage, last_stage: whether it takes in the batch; whether it computes the loss.
         device: where its tensors live.
-        patient: a group of all ranks that waits for as long as it takes, over gloo.
+        patient_group: all ranks over gloo, without a time limit.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class ParallelContext:
     first_stage: bool
     last_stage: bool
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    patient_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +150,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         device=torch.device("cuda", torch.cuda.current_device())
         if cpu.USE_CUDA
         else torch.device("cpu"),
-        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
+        patient_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
     )
 
 
@@ -181,7 +181,7 @@ def stop() -> None:
     cpu.disable()
 
 
-def greatest(*values: int) -> list[int]:
+def max_over_ranks(*values: int) -> list[int]:
     """The greatest of each value (0 to 255) over all ranks, which all call it."""
     device = "cuda" if cpu.USE_CUDA else "cpu"
     found = torch.tensor(values, dtype=torch.uint8, device=device)
@@ -189,7 +189,7 @@ def greatest(*values: int) -> list[int]:
     return [int(value) for value in found.tolist()]
 
 
-def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise the first rank's error on every rank, or nothing if no rank has one.
 
     For steps that can fail on one rank alone (reading its files, say): all ranks call it after
@@ -208,16 +208,16 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> No
             raise PretrainError(message) from error
 
 
-def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def call_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do something on every rank that can fail on one alone; returns its result on this rank.
 
     Raises:
-        PretrainError: with the message of the lowest rank that had an error; see :func:`agree`.
+        PretrainError: with the message of the lowest rank that had an error.
     """
     failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
         failure = error
-    agree(failure, group)
+    raise_on_all_ranks(failure, group)
     return result

@@ -213,7 +213,9 @@ def train_step(
         RollBack: the same, and the run is to go back to its newest checkpoint.
     """
     guard = guard or Guard(run.config.faults)
-    buffers = [tensor for tensor in run.named.values() if not isinstance(tensor, nn.Parameter)]
+    buffers = [
+        tensor for tensor in run.named_tensors.values() if not isinstance(tensor, nn.Parameter)
+    ]
     # The router's bias moves with the backward pass, before the step can be judged.
     before = [buffer.clone() for buffer in buffers]
     metrics = {"step": step, **mean_losses(gradients(run, micro_batches))}

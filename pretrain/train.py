@@ -105,7 +105,7 @@ def _train(
                 metrics |= held_out_losses(run)
             out.write(metrics)
             watchdog.beat(f"the checkpoint of step {step}")
-            unwritten, taken, ends = parallel.greatest(
+            unwritten, taken, ends = parallel.max_over_ranks(
                 saver.failed(), run_lock is not None and run_lock.lost, termination.signal
             )
             if taken:
@@ -188,7 +188,7 @@ def lock(config: Config, context: ParallelContext) -> Iterator[RunLock | None]:
             run_lock = RunLock(Path(config.run_dir)) if context.is_main else None
             return stack.enter_context(run_lock) if run_lock else None
 
-        yield parallel.together(acquire, context.patient)
+        yield parallel.call_on_all_ranks(acquire, context.patient_group)
 
 
 def watch(config: Config, context: ParallelContext) -> Watchdog:
@@ -201,7 +201,7 @@ def watch(config: Config, context: ParallelContext) -> Watchdog:
         except OSError as error:
             raise unwritable(run_dir, error) from error
 
-    return parallel.together(make)
+    return parallel.call_on_all_ranks(make)
 
 
 def unwritable(run_dir: Path, error: OSError) -> PretrainError:
@@ -232,7 +232,7 @@ def open_metrics(run: Run, done: int) -> MetricsWriter:
         except OSError as error:
             raise unwritable(run_dir, error) from error
 
-    return parallel.together(make)
+    return parallel.call_on_all_ranks(make)
 
 
 def prepare_data(config: Config, context: ParallelContext) -> Data:
@@ -248,11 +248,11 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
         return data
 
     with _news_of_waiting(context):
-        prepared = parallel.together(
-            lambda: open_data() if context.is_main else None, context.patient
+        prepared = parallel.call_on_all_ranks(
+            lambda: open_data() if context.is_main else None, context.patient_group
         )
-    opened = parallel.together(
-        lambda: open_data() if prepared is None else prepared, context.patient
+    opened = parallel.call_on_all_ranks(
+        lambda: open_data() if prepared is None else prepared, context.patient_group
     )
     parallel.require_same("the data", opened.fingerprint)
     return opened

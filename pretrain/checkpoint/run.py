@@ -16,7 +16,7 @@ from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_di
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.provenance import Provenance
-from pretrain.parallel import agree
+from pretrain.parallel import raise_on_all_ranks
 from pretrain.runtime.faults import Guard, RollBack
 
 # What the model and its data are. All else (where, how fast, for how long) may change on the way.
@@ -106,7 +106,7 @@ def keep_tokenizer(run: Run) -> None:
                     imported.write(run_dir)
         except PretrainError as error:
             failure = error
-    agree(failure)
+    raise_on_all_ranks(failure)
 
 
 def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
@@ -134,8 +134,8 @@ def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
 
 def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> storage.Tensors:
     """Model and optimizer state by name in the whole model, with what this rank has of each."""
-    found: dict[str, Tensor | storage.Part] = {}
-    for name, tensor in run.named.items():
+    found: dict[str, Tensor | storage.LocalShard] = {}
+    for name, tensor in run.named_tensors.items():
         kept = {f"model.{name}": tensor.detach()}
         kept |= {f"optimizer.{name}.{key}": value for key, value in states.get(tensor, {}).items()}
         for key, value in kept.items():
@@ -144,10 +144,10 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> storage
     return found
 
 
-def _part(run: Run, name: str, value: Tensor) -> Tensor | storage.Part:
+def _part(run: Run, name: str, value: Tensor) -> Tensor | storage.LocalShard:
     """A value of a parameter's local shape, with its place in the whole parameter's."""
     cut = run.cuts.get(name)
-    return value if cut is None else storage.Part(cut.whole(value.shape), cut.pieces(value))
+    return value if cut is None else storage.LocalShard(cut.whole(value.shape), cut.pieces(value))
 
 
 def saver(run: Run) -> storage.Saver:
@@ -224,7 +224,7 @@ def restore(run: Run, guard: Guard | None = None) -> int:
             run.data.load_state_dict(facts["data"])
     except Exception as error:
         failure = error
-    agree(failure)
+    raise_on_all_ranks(failure)
     return step
 
 
@@ -236,7 +236,7 @@ def _restore_together(run: Run) -> tuple[int, dict[str, Any]]:
         step, facts = _restore(run)
     except Exception as error:
         failure = error
-    agree(failure)
+    raise_on_all_ranks(failure)
     return step, facts
 
 
@@ -313,9 +313,9 @@ def _take_weights(run: Run, path: Path) -> None:
     Those of a run of lower precision are its masters; a run of lower precision has them as masters.
     """
     stored = storage.shapes(path)
-    tensors: dict[str, Tensor | storage.Part] = {}
+    tensors: dict[str, Tensor | storage.LocalShard] = {}
     masters: dict[Tensor, Tensor] = {}
-    for name, tensor in run.named.items():
+    for name, tensor in run.named_tensors.items():
         key = f"optimizer.{name}.master"
         if key not in stored:
             key = f"model.{name}"

@@ -29,11 +29,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.checkpoint import tensor_files
 from pretrain.checkpoint.tensor_files import Block
 from pretrain.errors import PretrainError
-from pretrain.parallel import agree
+from pretrain.parallel import raise_on_all_ranks
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")
@@ -46,7 +46,7 @@ _PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalShard:
     """This rank's part of a tensor that is split over ranks.
 
     Attributes:
@@ -59,13 +59,13 @@ class Part:
 
 
 T = TypeVar("T")
-Tensors = Mapping[str, Tensor | Part]
+Tensors = Mapping[str, Tensor | LocalShard]
 
 
-def _as_part(tensor: Tensor | Part) -> Part:
-    if isinstance(tensor, Part):
+def _as_part(tensor: Tensor | LocalShard) -> LocalShard:
+    if isinstance(tensor, LocalShard):
         return tensor
-    return Part(tensor.shape, [([0] * tensor.ndim, tensor)])
+    return LocalShard(tensor.shape, [([0] * tensor.ndim, tensor)])
 
 
 def _blocks(tensors: Tensors) -> Iterator[Block]:
@@ -146,7 +146,7 @@ def _agreed(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
             "see to the disk and start again"
         )
     try:
-        agree(failure, group)
+        raise_on_all_ranks(failure, group)
     except PretrainError:
         if dist.get_rank() == 0:
             shutil.rmtree(final.with_suffix(_PARTIAL), ignore_errors=True)
@@ -327,7 +327,7 @@ class Saver:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _stage(self, tensors: Tensors) -> dict[str, Part]:
+    def _stage(self, tensors: Tensors) -> dict[str, LocalShard]:
         """Copies in memory that this object keeps from one checkpoint to the next."""
         staged = {}
         for name, tensor in tensors.items():
@@ -341,7 +341,7 @@ class Saver:
                     )
                     self._buffers[name, number] = buffer
                 pieces.append((offsets, buffer.copy_(values, non_blocking=True)))
-            staged[name] = Part(part.shape, pieces)
+            staged[name] = LocalShard(part.shape, pieces)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
@@ -393,7 +393,7 @@ def read_manifest(path: Path) -> Manifest:
         PretrainError: it is not a checkpoint of this program.
     """
     try:
-        manifest = json.loads(whole_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
+        manifest = json.loads(untrusted_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
         files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
         tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
         return Manifest(int(manifest["step"]), dict(manifest["facts"]), files, tensors)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.config import yaml_core
 from pretrain.config.rules import (
     PathRule,
@@ -119,7 +119,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
             wrong type or lies outside its range; the message names the key.
     """
     try:
-        values = yaml_core.read(whole_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
+        values = yaml_core.read(untrusted_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
     except OSError as error:
         raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Tokenizer
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.errors import PretrainError, one_line
 
 ROLES = ("system", "user", "assistant")
@@ -249,7 +249,7 @@ def _read(path: Path) -> bytes:
         PretrainError: it cannot be read, or it is too large for a tokenizer.
     """
     try:
-        return whole_files.read_bytes(path, _MAX_BYTES)
+        return untrusted_files.read_bytes(path, _MAX_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PretrainError(

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.errors import PretrainError
 
 INDEX = "model.safetensors.index.json"
@@ -92,7 +92,7 @@ class HfFolder:
         if file is None:
             return None
         try:
-            value = json.loads(whole_files.read_text(file, _MAX_TEXT_BYTES))
+            value = json.loads(untrusted_files.read_text(file, _MAX_TEXT_BYTES))
         except OSError as error:
             raise PretrainError(f"cannot read {file}: {error.strerror}") from error
         except RecursionError as error:
@@ -114,7 +114,7 @@ class HfFolder:
         """A text file; None where there is no such file."""
         file = self.file(name)
         try:
-            return None if file is None else whole_files.read_text(file, _MAX_TEXT_BYTES)
+            return None if file is None else untrusted_files.read_text(file, _MAX_TEXT_BYTES)
         except (OSError, ValueError) as error:
             raise PretrainError(f"cannot read {file}: {error}") from error
 

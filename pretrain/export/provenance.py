@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import whole_files
+from pretrain import untrusted_files
 from pretrain.errors import PretrainError
 from pretrain.export.hf_folder import HfFolder
 
@@ -56,7 +56,7 @@ class Provenance:
         """
         file = run_dir / _FILE
         try:
-            values = json.loads(whole_files.read_text(file, _MAX_BYTES))
+            values = json.loads(untrusted_files.read_text(file, _MAX_BYTES))
             found = cls(**values)
         except FileNotFoundError:
             return cls()

@@ -73,7 +73,7 @@ def _wholes() -> dict[str, Tensor]:
     }
 
 
-def _parts(values: dict[str, Tensor]) -> dict[str, storage.Part]:
+def _parts(values: dict[str, Tensor]) -> dict[str, storage.LocalShard]:
     """This rank's part of each, as tensor parallelism cuts them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts = {}
@@ -81,7 +81,7 @@ def _parts(values: dict[str, Tensor]) -> dict[str, storage.Part]:
         cut = Cut(1 if name == "columns" else 0, rank, size, name == "gate_and_up")
         # Cut afresh, not a view of the whole: it is filled in place.
         part = cut.part(whole).clone()
-        parts[name] = storage.Part(cut.whole(part.shape), cut.pieces(part))
+        parts[name] = storage.LocalShard(cut.whole(part.shape), cut.pieces(part))
     return parts
 
 
@@ -206,7 +206,7 @@ def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
         saver.save(2, {f"big.{dist.get_rank()}": torch.zeros(1 << 18)}, {})
         while True:  # training
             step += 1
-            (failed,) = parallel.greatest(saver.failed())
+            (failed,) = parallel.max_over_ranks(saver.failed())
             if failed:
                 saver.wait()
     except PretrainError as error:

@@ -65,7 +65,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
     states = []
     for number in (1, 2, 3, 4):
         step.train_step(run, batches.of_step(settings, context, data, number), number, guard)
-        found = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+        found = {name: tensor.detach().clone() for name, tensor in run.named_tensors.items()}
         for name, parameter in run.parameters():
             for key, value in run.optimizer.state[parameter].items():
                 found[f"{name}.{key}"] = value.clone()
@@ -108,12 +108,12 @@ def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
     run, guard = build(settings, context, data), Guard(settings.faults)
     metrics, states = [], []
     for number in (1, 2, 3):
-        states.append({name: tensor.detach().clone() for name, tensor in run.named.items()})
+        states.append({name: tensor.detach().clone() for name, tensor in run.named_tensors.items()})
         micro_batches = batches.of_step(settings, context, data, number)
         metrics.append(step.train_step(run, micro_batches, number, guard))
         if number == 1:
             assert not any(run.optimizer.state.values())
-            assert all(torch.equal(run.named[name], was) for name, was in states[0].items())
+            assert all(torch.equal(run.named_tensors[name], was) for name, was in states[0].items())
     return {
         "metrics": metrics,
         "counts": (guard.empty, guard.skipped, run.optimizer.param_groups[0]["updates"]),

@@ -60,7 +60,9 @@ def gradients_and_observations(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             step.gradients(run, batches.of_step(settings, here, data, 1))
         gradients = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
-        bias = {name: t.clone() for name, t in run.named.items() if name.endswith("expert_bias")}
+        bias = {
+            name: t.clone() for name, t in run.named_tensors.items() if name.endswith("expert_bias")
+        }
         outcomes.append((gradients, seen, bias, kept))
     return outcomes
 
@@ -164,7 +166,7 @@ def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
         assert torch.equal(parameter, master.to(parameter.dtype))
         # It knows more than its copy: else it would be no use.
         assert parameter.ndim < 2 or not torch.equal(parameter.float(), master)
-    for name, tensor in run.named.items():
+    for name, tensor in run.named_tensors.items():
         if not tensor.requires_grad:
             found["buffers"].add(f"{name.rpartition('.')[2]} {tensor.dtype}")
     return found

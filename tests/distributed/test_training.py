@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint.storage import Part
+from pretrain.checkpoint.storage import LocalShard
 from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch, launch_and_kill
 from tests.distributed.training import EXACT
 
 
-def _merged(ranks: Sequence[dict[str, Part]]) -> dict[str, torch.Tensor]:
+def _merged(ranks: Sequence[dict[str, LocalShard]]) -> dict[str, torch.Tensor]:
     """The gradients of all ranks by name; parts of cut ones put together."""
     merged: dict[str, torch.Tensor] = {}
     for gradients in ranks:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, cli, config, step
 from pretrain.build import build
-from pretrain.checkpoint.storage import Part
+from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.plan.flops import flops_per_token
 from pretrain.runtime.metrics import MACHINE, read
@@ -90,14 +90,14 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
     return comparable(Path(settings.run_dir) / "metrics.jsonl")
 
 
-def all_gradients(folder: str, *overrides: str) -> dict[str, Part]:
+def all_gradients(folder: str, *overrides: str) -> dict[str, LocalShard]:
     """What this rank has of every gradient of the first step, by name in the whole model."""
     return gradients_of_each(folder, [()], *overrides)[0]
 
 
 def gradients_of_each(
     folder: str, every: Sequence[tuple[str, ...]], *overrides: str
-) -> list[dict[str, Part]]:
+) -> list[dict[str, LocalShard]]:
     """:func:`all_gradients` with each of some settings, which leave processes and data alone."""
     outcomes = []
     here, data = set_up(tiny(folder, *overrides))
@@ -107,9 +107,11 @@ def gradients_of_each(
         step.gradients(run, batches.of_step(settings, here, data, 1))
         found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         assert found.keys() == dict(run.parameters()).keys()
-        whole = {name: Part(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()}
+        whole = {
+            name: LocalShard(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()
+        }
         cut = {
-            name: Part(cut.whole(found[name].shape), cut.pieces(found[name]))
+            name: LocalShard(cut.whole(found[name].shape), cut.pieces(found[name]))
             for name, cut in run.cuts.items()
         }
         outcomes.append(whole | cut)

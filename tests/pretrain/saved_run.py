@@ -117,7 +117,7 @@ def make(folder: str) -> Made:
     scaled = _save(training.tiny(folder, *SHAPE, *SCALING, f"run_dir={folder}/scaled"), here, data)
     rounded = {
         f"model.{name}": tensor.bfloat16() if isinstance(tensor, nn.Parameter) else tensor
-        for name, tensor in run.named.items()
+        for name, tensor in run.named_tensors.items()
     }
     masters = {
         f"optimizer.{name}.master": parameter.detach() for name, parameter in run.parameters()
@@ -130,7 +130,7 @@ def make(folder: str) -> Made:
     for model in (run, scaled):
         model.train(False)
         read_by.append({name: read(model, text) for name, text in documents(model).items()})
-    tensors = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in run.named_tensors.items()}
     return Made(*read_by, tensors, held_out_losses(run))
 
 
@@ -149,7 +149,7 @@ def make_served(folder: str) -> dict[str, Read]:
 def _save(config: Config, here: ParallelContext, data: Data) -> Run:
     run = build(config, here, data)
     with torch.no_grad():
-        for name, tensor in run.named.items():
+        for name, tensor in run.named_tensors.items():
             randomize(name, tensor)
     with contextlib.closing(checkpoint.saver(run)) as saver:
         checkpoint.save(run, saver, Guard(config.faults), STEP)

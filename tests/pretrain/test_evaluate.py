@@ -19,7 +19,7 @@ def wish_for_images(folder: str) -> list[tuple[str, str]]:
     here, data = set_up(settings)
     run = build(settings, here, data)
     checkpoint.restore(run)
-    head = run.named["language.output_layer.weight"]
+    head = run.named_tensors["language.output_layer.weight"]
     with torch.no_grad():
         head[data.tokenizer.media_pad] = 100 * head[data.tokenizer.newline + 1]
     return transcribe(run)

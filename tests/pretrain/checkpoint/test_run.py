@@ -39,7 +39,7 @@ def begin(folder: str, other: str, precision: str) -> Begun:
     run = build(settings, here, data)
     assert checkpoint.restore(run) == 0
     checkpoint.keep_tokenizer(run)
-    named = {name: tensor.detach().clone() for name, tensor in run.named.items()}
+    named = {name: tensor.detach().clone() for name, tensor in run.named_tensors.items()}
     known = run.optimizer.state
     masters = {n: known[p]["master"].clone() for n, p in run.parameters() if "master" in known[p]}
     before = {key for _, parameter in run.parameters() for key in known[parameter]}
@@ -63,8 +63,10 @@ def test_float32_takes_masters_for_weights_and_keeps_what_was_imported(
     for run_dir in (other, "new"):  # other tests have the folder as well
         (run_folder / run_dir / "imported.json").unlink()
     assert kept == imported
-    assert begun.named.keys() == made.tensors.keys()
-    assert all(torch.equal(begun.named[name], tensor) for name, tensor in made.tensors.items())
+    assert begun.named_tensors.keys() == made.tensors.keys()
+    assert all(
+        torch.equal(begun.named_tensors[name], tensor) for name, tensor in made.tensors.items()
+    )
     assert begun.states == (set(), FRESH)
 
 
@@ -76,7 +78,7 @@ def test_bfloat16_takes_float32_weights_for_masters(
     for name, tensor in made.tensors.items():
         if isinstance(tensor, nn.Parameter) or not name.endswith("expert_bias"):
             assert torch.equal(begun.masters[name], tensor), name
-            assert torch.equal(begun.named[name], tensor.bfloat16()), name
+            assert torch.equal(begun.named_tensors[name], tensor.bfloat16()), name
         else:
-            assert torch.equal(begun.named[name], tensor)
+            assert torch.equal(begun.named_tensors[name], tensor)
     assert begun.states == ({"master"}, FRESH | {"master"})

@@ -28,17 +28,17 @@ VALUES = {
 }
 
 
-def split(whole: Tensor, cuts: list[int]) -> storage.Part:
+def split(whole: Tensor, cuts: list[int]) -> storage.LocalShard:
     """Cut a tensor along its first dimension into blocks."""
     if not whole.ndim:
-        return storage.Part((), [((), whole)])
+        return storage.LocalShard((), [((), whole)])
     edges = [0, *sorted(cut % (len(whole) + 1) for cut in cuts), len(whole)]
     pieces = [
         ([first, *[0] * (whole.ndim - 1)], whole[first:last])
         for first, last in itertools.pairwise(edges)
         if last > first or not whole.numel()
     ]
-    return storage.Part(whole.shape, pieces[:1] if not whole.numel() else pieces)
+    return storage.LocalShard(whole.shape, pieces[:1] if not whole.numel() else pieces)
 
 
 def save_split(folder: str) -> None:

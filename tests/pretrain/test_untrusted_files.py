@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import config, whole_files
+from pretrain import config, untrusted_files
 from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
 from pretrain.runtime import metrics
@@ -40,9 +40,9 @@ def test_a_configuration_of_any_size_is_refused_before_it_is_parsed(tmp_path: Pa
 
 def test_a_folder_and_a_missing_file_are_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
-        whole_files.read_bytes(tmp_path, 1)
+        untrusted_files.read_bytes(tmp_path, 1)
     with pytest.raises(FileNotFoundError):
-        whole_files.read_bytes(tmp_path / "none", 1)
+        untrusted_files.read_bytes(tmp_path / "none", 1)
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"step": null}', '{"step": "7"}', "3", "{"])

@@ -1,4 +1,4 @@
-"""Reading whole files that someone else may have made."""
+"""Reading whole files from untrusted sources, up to a size limit."""
 
 import errno
 import os
