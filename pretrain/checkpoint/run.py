@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pretrain.build import Run
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.export.provenance import Provenance
 from pretrain.parallel import raise_on_all_ranks
 from pretrain.runtime.faults import Guard, RollBack
 
@@ -101,8 +101,8 @@ def keep_tokenizer(run: Run) -> None:
             run_dir, other = Path(run.config.run_dir), run.config.start_from
             write_tokenizer(run.data.tokenizer, run_dir)
             if other is not None and not storage.steps(folder(run)):
-                imported = Provenance.read(Path(other))
-                if imported != Provenance():
+                imported = ImportedSettings.read(Path(other))
+                if imported != ImportedSettings():
                     imported.write(run_dir)
         except PretrainError as error:
             failure = error

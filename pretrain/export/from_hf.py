@@ -12,12 +12,12 @@ from torch import Tensor
 from pretrain import checkpoint, parallel
 from pretrain import config as configuration
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, yaml_core
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.hf_folder import HfFolder, HfWeights
 from pretrain.export.layout import Rows, is_tied, our_settings, rows
-from pretrain.export.provenance import Provenance
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
@@ -97,7 +97,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
             f"embedding {vocab_size} rows (vocab_size in config.json)"
         )
-    provenance = Provenance.of(files, longest)
+    kept = _imported_settings(files, longest)
     notes = []
     tensors = _read(
         files.weights(vision=vision is not None),
@@ -128,7 +128,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             {"config": configuration.to_dict(config), "weights_only": True},
             keep=1,
         )
-        provenance.write(run_dir)
+        kept.write(run_dir)
         try:
             name = json.dumps(source.resolve().name)  # on one line, whatever it contains
             written.write_text(f"# Made of {name}.\n{yaml_core.dump(values)}")
@@ -146,6 +146,21 @@ def _context_length(described: Mapping[str, Any]) -> int:
             "of at least 64"
         )
     return longest
+
+
+def _imported_settings(files: HfFolder, max_position_embeddings: int) -> ImportedSettings:
+    template = files.text("chat_template.jinja")
+    if template is None:
+        template = (files.json("tokenizer_config.json") or {}).get("chat_template")
+        if isinstance(template, list):  # several templates, each with a name
+            named = [one for one in template if isinstance(one, dict)]
+            default = (one.get("template") for one in named if one.get("name") == "default")
+            template = next(default, None)
+    generation = files.json("generation_config.json")
+    if generation is not None:
+        generation.pop("transformers_version", None)
+    template = template if isinstance(template, str) else None
+    return ImportedSettings(max_position_embeddings, template, generation)
 
 
 def _image_settings(files: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any]:

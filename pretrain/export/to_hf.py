@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from pretrain import checkpoint
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, VisionConfig
 from pretrain.data import chat
 from pretrain.data.media import pixels
@@ -23,7 +24,6 @@ from pretrain.data.media.fit import Limits, limits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.layout import VIDEO_PLACEHOLDER, Rows, rows, settings
-from pretrain.export.provenance import Provenance
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -84,7 +84,7 @@ def export(
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
-    imported = Provenance.read(run_dir)
+    imported = ImportedSettings.read(run_dir)
     longest = max(config.data.seq_length, imported.max_position_embeddings)
     described = settings(config.language, vision, vocab_size, longest, special, tokenizer.media_pad)
     wanted = list(rows(config.language, vision, vocab_size))
@@ -202,7 +202,7 @@ def _conversation(
     config: Config,
     tokenizer: Tokenizer,
     special: dict[str, int],
-    imported: Provenance,
+    imported: ImportedSettings,
     vision: VisionConfig | None,
 ) -> tuple[dict[str, Any], str]:
     """generation_config.json, and the chat template."""

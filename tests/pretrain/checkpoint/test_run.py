@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
-from pretrain.export.provenance import Provenance
+from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.step import train_step
 from pretrain.train import set_up
 from tests.distributed import training
@@ -56,10 +56,10 @@ FRESH = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 def test_float32_takes_masters_for_weights_and_keeps_what_was_imported(
     made: Made, run_folder: Path, other: str
 ) -> None:
-    imported = Provenance(1234, "{{ messages }}", {"eos_token_id": [3, 4]})
+    imported = ImportedSettings(1234, "{{ messages }}", {"eos_token_id": [3, 4]})
     imported.write(run_folder / other)
     (begun,) = launch(begin, 1, str(run_folder), other, "float32")
-    kept = Provenance.read(run_folder / "new")
+    kept = ImportedSettings.read(run_folder / "new")
     for run_dir in (other, "new"):  # other tests have the folder as well
         (run_folder / run_dir / "imported.json").unlink()
     assert kept == imported
