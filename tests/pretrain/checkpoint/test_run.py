@@ -24,7 +24,7 @@ class Begun(NamedTuple):
         states: what the optimizer knows of each parameter, before and after a step.
     """
 
-    named: dict[str, Tensor]
+    named_tensors: dict[str, Tensor]
     masters: dict[str, Tensor]
     states: tuple[set[str], set[str]]
 
