@@ -128,7 +128,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     here, data = set_up(settings)
     trained = build(settings, here, data)
     out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
-    made = [batches.of_step(settings, here, data, step) for step in range(1, count + 1)]
+    made = [batches.for_step(settings, here, data, step) for step in range(1, count + 1)]
     runs = {BARE: replace(trained, step_metrics=Blind()), SHOWN: trained, SAVED: trained}
 
     now = runner.CLOCKS[clock]

@@ -239,7 +239,7 @@ class Trained:
     def _of_step(self, step: int) -> "list[MicroBatch]":
         from pretrain import batches
 
-        return batches.of_step(self.run.config, self.run.context, self.run.data, step)
+        return batches.for_step(self.run.config, self.run.context, self.run.data, step)
 
     def gradients(self, step: int) -> float:
         from pretrain.step import gradients, mean_losses

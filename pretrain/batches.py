@@ -37,7 +37,7 @@ def collate(
     )
 
 
-def of_step(config: Config, context: ParallelContext, data: Data, step: int) -> list[MicroBatch]:
+def for_step(config: Config, context: ParallelContext, data: Data, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of update ``step`` of 1, 2, …: a function of seed and step alone.
 
     The global batch is the same sequences in the same order for every number of ranks.
@@ -48,7 +48,7 @@ def of_step(config: Config, context: ParallelContext, data: Data, step: int) -> 
     return _micro_batches(samples, config, context)
 
 
-class SkippedOfRun:
+class SkippedSamples:
     """Samples not read by any rank, listed in the run's folder; past the limit all ranks leave."""
 
     def __init__(self, config: Config, context: ParallelContext, data: Data) -> None:
@@ -56,10 +56,10 @@ class SkippedOfRun:
         self._own = bool(config.data.sources)
         self._context, self._data = context, data
         self._all = Skipped(config.data.max_corrupt)
-        # Of the run so far, if it goes on. Nobody writes before all have read: settle() is next.
+        # Listed by earlier jobs of this run. All ranks read before any writes, in synchronize().
         self._listed = {skip.name for skip in skipped.read(self._path)} if self._own else set()
 
-    def settle(self, failure: Exception | None = None) -> None:
+    def synchronize(self, failure: Exception | None = None) -> None:
         """Tell each other what was skipped since the last time; called by all ranks at once.
 
         Raises:
@@ -90,12 +90,12 @@ class SkippedOfRun:
         self._all.add(together)
 
 
-def ahead(
+def prefetch(
     config: Config,
     context: ParallelContext,
     data: Data,
     steps: Iterable[int],
-    skips: SkippedOfRun,
+    skips: SkippedSamples,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """Yield each step with its micro-batches, making the next ones while these are worked on.
 
@@ -106,13 +106,13 @@ def ahead(
     """
 
     def settled(future: Future[list[MicroBatch]]) -> list[MicroBatch]:
-        skips.settle(future.exception())  # type: ignore[arg-type]
+        skips.synchronize(future.exception())  # type: ignore[arg-type]
         return future.result()
 
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
-            following = step, pool.submit(of_step, config, context, data, step)
+            following = step, pool.submit(for_step, config, context, data, step)
             if waiting:
                 yield waiting[0], settled(waiting[1])
             waiting = following
@@ -120,7 +120,7 @@ def ahead(
             yield waiting[0], settled(waiting[1])
 
 
-def of_evaluation(
+def for_evaluation(
     samples: Sequence[PackedSample], config: Config, context: ParallelContext
 ) -> list[MicroBatch]:
     """This rank's share of a fixed list of sequences, the same number on every rank.

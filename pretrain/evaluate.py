@@ -42,7 +42,7 @@ def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float |
     """Mean loss a token over fixed sequences, dealt to all ranks; None without any."""
     if not samples:
         return mean_losses(torch.zeros(4))
-    micro_batches = batches.of_evaluation(samples, run.config, run.context)
+    micro_batches = batches.for_evaluation(samples, run.config, run.context)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     sums = backbone(run, micro_batches, features, forward_only=True)
     dist.all_reduce(sums)

@@ -255,7 +255,7 @@ def _plots(training: Records, held_out: Records, config: Mapping[str, Any]) -> I
         for key, label in (
             ("skipped_steps", "steps skipped after a fault"),
             ("empty_steps", "steps without a label"),
-            ("passed_over_batches", "batches passed over"),
+            ("skipped_batches", "skipped batches"),
         )
         if any(record.get(key) for record in training)
     }

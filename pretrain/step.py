@@ -178,7 +178,7 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     with record_function("encode"):
         features = run.encoder.encode(
             [(batch.patches, batch.grids) for batch in micro_batches],
-            multimodal.refusal(micro_batches, run.data.tokenizer.media_pad)
+            multimodal.image_error(micro_batches, run.data.tokenizer.media_pad)
             if run.context.first_stage
             else None,
         )
@@ -245,7 +245,7 @@ def train_step(
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "skipped_steps": guard.skipped,
         "empty_steps": guard.empty,
-        "passed_over_batches": guard.passed_over,
+        "skipped_batches": guard.skipped_batches,
     }
 
 

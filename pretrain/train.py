@@ -65,13 +65,13 @@ def _train(
     out = open_metrics(run, done)
     profiler = Profiler(config.profile.steps, run_dir / "traces", context.rank)
     out.say(console.opening(run, done))
-    skipped = batches.SkippedOfRun(config, context, data)
-    skipped.settle()
+    skipped = batches.SkippedSamples(config, context, data)
+    skipped.synchronize()
 
     def numbers() -> Iterator[int]:
         """Numbers of the batches, one more than needed so far: a step may be taken back."""
-        number = done + guard.passed_over
-        while done < config.steps and number <= config.steps + guard.passed_over:
+        number = done + guard.skipped_batches
+        while done < config.steps and number <= config.steps + guard.skipped_batches:
             yield (number := number + 1)
 
     with contextlib.closing(checkpoint.saver(run)) as saver:
@@ -80,8 +80,8 @@ def _train(
             out.write({"step": 0, **held_out_losses(run)})
         began = time.monotonic()
         termination.saves = True
-        for number, micro_batches in batches.ahead(config, context, data, numbers(), skipped):
-            step = number - guard.passed_over
+        for number, micro_batches in batches.prefetch(config, context, data, numbers(), skipped):
+            step = number - guard.skipped_batches
             watchdog.beat(f"step {step}")
             profiler.before(step)
             try:

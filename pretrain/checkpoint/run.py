@@ -172,7 +172,7 @@ def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
     """
     facts = {
         "config": to_dict(run.config),
-        "data": _data_states(run, step + guard.passed_over),
+        "data": _data_states(run, step + guard.skipped_batches),
         "faults": guard.state_dict(),
         # Groups count alike: each step is one of all.
         "updates": run.optimizer.param_groups[0]["updates"],

@@ -55,7 +55,7 @@ def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -
     return merged.transpose(0, 1).contiguous()
 
 
-def refusal(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | None:
+def image_error(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | None:
     """What is wrong with these micro-batches, if their images are not what their tokens say."""
     for number, batch in enumerate(micro_batches):
         tokens = int((batch.tokens == placeholder).sum())

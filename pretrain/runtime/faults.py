@@ -66,8 +66,8 @@ class Guard:
         skipped: steps that a fault left without an update.
         empty: steps that had nothing to learn, and thus no update. The learning rate's schedule
             counts them; limits on faults do not.
-        passed_over: batches of the data that a roll back passed over: update n of the run is made
-            with the data of number n + ``passed_over``.
+        skipped_batches: batches of the data skipped by rolling back: update n reads batch
+            n + ``skipped_batches``.
     """
 
     def __init__(self, config: FaultConfig) -> None:
@@ -77,7 +77,7 @@ class Guard:
         self._returned: tuple[int, int] = (0, 0)
         self.skipped = 0
         self.empty = 0
-        self.passed_over = 0
+        self.skipped_batches = 0
 
     def judge(self, loss: float | None, norm: float) -> Fault | None:
         """The problem of a step, if it has one.
@@ -130,7 +130,7 @@ class Guard:
         Raises:
             PretrainError: the run has already returned to that checkpoint ``max_in_a_row`` times.
         """
-        passed_over = self.passed_over + step - to
+        skipped_batches = self.skipped_batches + step - to
         times = self._returned[1] + 1 if self._returned[0] == to else 1
         if times > self._config.max_in_a_row:
             raise PretrainError(
@@ -138,7 +138,7 @@ class Guard:
                 f"met again at step {step}: lower optimizer.lr, or look at the data"
             )
         self.load_state_dict(state)
-        self._returned, self.passed_over = (to, times), passed_over
+        self._returned, self.skipped_batches = (to, times), skipped_batches
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint; it can be serialized as JSON."""
@@ -147,7 +147,7 @@ class Guard:
             "in_a_row": self._in_a_row,
             "skipped": self.skipped,
             "empty": self.empty,
-            "passed_over": self.passed_over,
+            "passed_over": self.skipped_batches,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Guard:
         self._in_a_row = state.get("in_a_row", 0)
         self.skipped = state.get("skipped", 0)
         self.empty = state.get("empty", 0)
-        self.passed_over = state.get("passed_over", 0)
+        self.skipped_batches = state.get("passed_over", 0)
 
 
 # ---------------------------------------------------------------------- hung ranks

@@ -105,7 +105,7 @@ def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list
     for more in every:
         settings = training.tiny(folder, *overrides, *more)
         run = build(settings, here, data)
-        micro_batches = batches.of_step(settings, here, data, 1)
+        micro_batches = batches.for_step(settings, here, data, 1)
         kept = Kept(run)
         with (
             Sent() as step_messages,

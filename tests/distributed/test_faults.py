@@ -39,10 +39,10 @@ SPOILT = 399  # every label of a batch that is bad
 
 def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> None:
     """In this process, spoil the batches of these numbers; each step takes that of ``data_of``."""
-    of_step, gradients = batches.of_step, step.gradients
+    make_batch, gradients = batches.for_step, step.gradients
 
-    def spoilt_of_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
-        made = of_step(config, context, data, data_of(number))
+    def spoilt_for_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
+        made = make_batch(config, context, data, data_of(number))
         if data_of(number) in bad and context.rank == 1:
             for batch in made:
                 batch.labels.fill_(SPOILT)
@@ -54,7 +54,7 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
             next(p for _, p in run.parameters()).grad.view(-1)[0] = torch.nan
         return sums
 
-    batches.of_step, step.gradients = spoilt_of_step, spoilt_gradients
+    batches.for_step, step.gradients = spoilt_for_step, spoilt_gradients
 
 
 def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], set[int]]:
@@ -64,7 +64,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
     run, guard = build(settings, context, data), Guard(settings.faults)
     states = []
     for number in (1, 2, 3, 4):
-        step.train_step(run, batches.of_step(settings, context, data, number), number, guard)
+        step.train_step(run, batches.for_step(settings, context, data, number), number, guard)
         found = {name: tensor.detach().clone() for name, tensor in run.named_tensors.items()}
         for name, parameter in run.parameters():
             for key, value in run.optimizer.state[parameter].items():
@@ -109,7 +109,7 @@ def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
     metrics, states = [], []
     for number in (1, 2, 3):
         states.append({name: tensor.detach().clone() for name, tensor in run.named_tensors.items()})
-        micro_batches = batches.of_step(settings, context, data, number)
+        micro_batches = batches.for_step(settings, context, data, number)
         metrics.append(step.train_step(run, micro_batches, number, guard))
         if number == 1:
             assert not any(run.optimizer.state.values())
@@ -172,7 +172,7 @@ def test_rolled_back_a_run_goes_on_past_the_bad_data_and_may_be_interrupted(fold
     clean = launch(_train_without_that_data, 2, *settings, f"run_dir={folder}/clean")[0]
     back = launch(_train_rolling_back, 2, *settings, f"run_dir={folder}/back")[0]
     assert [record["step"] for record in back] == list(range(13))
-    assert [record["passed_over_batches"] for record in back[1:]] == [0] * 4 + [3] * 4 + [6] * 4
+    assert [record["skipped_batches"] for record in back[1:]] == [0] * 4 + [3] * 4 + [6] * 4
     for mine, theirs in zip(back[1:], clean[1:], strict=True):
         assert (mine["loss"], mine["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 

@@ -136,15 +136,15 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_on_all_ranks(folder: Path,
 
 
 def _train_with_a_disk_that_is_full_for_a_while(folder: str, *overrides: str) -> tuple[int, str]:
-    of_step = batches.of_step
+    make_batch = batches.for_step
 
     def limited(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
         if context.is_main and number in (3, 6):
             limit = 200 if number == 3 else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return of_step(config, context, data, number)
+        return make_batch(config, context, data, number)
 
-    batches.of_step = limited
+    batches.for_step = limited
     cache = f"data.cache_dir={folder}/cache"
     return training.command("train", f"{folder}/tiny.yaml", cache, *BRIEF, *overrides)
 

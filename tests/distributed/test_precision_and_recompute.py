@@ -58,7 +58,7 @@ def gradients_and_observations(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            step.gradients(run, batches.of_step(settings, here, data, 1))
+            step.gradients(run, batches.for_step(settings, here, data, 1))
         gradients = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         bias = {
             name: t.clone() for name, t in run.named_tensors.items() if name.endswith("expert_bias")
@@ -129,7 +129,7 @@ def first_steps(folder: str, *overrides: str) -> list[dict[str, Any]]:
     here, data = set_up(settings)
     run = build(settings, here, data)
     numbers = range(1, 11)
-    return [step.train_step(run, batches.of_step(settings, here, data, n), n) for n in numbers]
+    return [step.train_step(run, batches.for_step(settings, here, data, n), n) for n in numbers]
 
 
 def test_training_in_bfloat16_follows_the_curve_in_float32(folder: Path) -> None:
@@ -155,7 +155,7 @@ def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
     here, data = set_up(settings)
     run = build(settings, here, data)
     for number in (1, 2):
-        metrics = step.train_step(run, batches.of_step(settings, here, data, number), number)
+        metrics = step.train_step(run, batches.for_step(settings, here, data, number), number)
     assert metrics["heads_clipped"] > 0
     found: dict[str, set[str]] = {"parameters": set(), "state": set(), "buffers": set()}
     for _, parameter in run.parameters():
@@ -191,7 +191,7 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
 
     settings = training.tiny(folder, *overrides)
     here, data = set_up(settings)
-    micro_batches = partial(batches.of_step, settings, here, data)
+    micro_batches = partial(batches.for_step, settings, here, data)
     straight = build(settings, here, data)
     go(straight, range(1, 3))
     saver, guard = checkpoint.saver(straight), Guard(settings.faults)

@@ -104,7 +104,7 @@ def gradients_of_each(
     for more in every:
         settings = tiny(folder, *overrides, *more)
         run = build(settings, here, data)
-        step.gradients(run, batches.of_step(settings, here, data, 1))
+        step.gradients(run, batches.for_step(settings, here, data, 1))
         found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         assert found.keys() == dict(run.parameters()).keys()
         whole = {
@@ -125,7 +125,7 @@ def max_logits_before_and_after_a_clip(
     settings = tiny(folder, "optimizer.lr=1e-30", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
-    micro_batches = batches.of_step(settings, here, data, 1)
+    micro_batches = batches.for_step(settings, here, data, 1)
     outcomes = []
     for number in (1, 2):
         step.train_step(run, micro_batches, number)
@@ -154,7 +154,7 @@ def first_step(folder: str, *overrides: str) -> dict[str, Any]:
             if hasattr(module, "expert_bias"):
                 module.register_forward_hook(count)
     before = {p: p.detach().clone() for _, p in run.parameters()}
-    metrics = step.train_step(run, batches.of_step(settings, here, data, 1), 1)
+    metrics = step.train_step(run, batches.for_step(settings, here, data, 1), 1)
     seen: dict[str, Any] = {
         "max_logits": [
             float(logits.max())
@@ -179,7 +179,7 @@ def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
     settings = tiny(folder, "data.vision_share=0", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
-    micro_batches = batches.of_step(settings, here, data, 1)
+    micro_batches = batches.for_step(settings, here, data, 1)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step.backbone(run, micro_batches, features, forward_only=True)

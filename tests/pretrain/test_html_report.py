@@ -92,19 +92,19 @@ def test_a_run_that_went_on_with_other_settings_is_shown_whole(
 
 def test_steps_left_out_are_shown_where_there_are_any() -> None:
     title, counted = "Steps left out, so far", "steps skipped after a fault"
-    none = {"skipped_steps": 0, "passed_over_batches": 0}
+    none = {"skipped_steps": 0, "skipped_batches": 0}
     calm = [{"step": step, "loss": 1.0, "grad_norm": 1.0, **none} for step in (1, 2, 3)]
     assert title not in html_report.render("run", calm, [], [])
     skipped = html_report.render(
         "run", [*calm, {**calm[-1], "step": 4, "skipped_steps": 1}], [], []
     )
-    assert title in skipped and counted in skipped and "batches passed over" not in skipped
+    assert title in skipped and counted in skipped and "skipped batches" not in skipped
     empty = html_report.render(
         "run", [*calm, {**calm[-1], "step": 4, "loss": None, "empty_steps": 1}], [], []
     )
     assert title in empty and "steps without a label" in empty
-    rolled_back = [*calm, {**calm[-1], "step": 4, "passed_over_batches": 3}]
-    assert "batches passed over" in html_report.render("run", rolled_back, [], [])
+    rolled_back = [*calm, {**calm[-1], "step": 4, "skipped_batches": 3}]
+    assert "skipped batches" in html_report.render("run", rolled_back, [], [])
 
 
 def test_damaged_lines_are_left_out(tmp_path: Path) -> None:

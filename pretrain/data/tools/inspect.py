@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pretrain.data.builtin.standard_library import Split
@@ -59,7 +60,7 @@ def page(data: Data, split: Split, count: int, title: str) -> str:
 
 def images(sample: PackedSample, patch_size: int) -> list[Pixels]:
     """uint8 [frames, height, width, 3] of each image in a sequence, as the encoder receives it."""
-    patches = sample.patches.split(sample.grids.prod(dim=1).tolist())
+    patches = torch.split(sample.patches, sample.grids.prod(dim=1).tolist())
     return [
         unpatchify(patch.numpy(), grid, patch_size)
         for patch, grid in zip(patches, sample.grids.tolist(), strict=True)

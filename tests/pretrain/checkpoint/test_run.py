@@ -43,7 +43,7 @@ def begin(folder: str, other: str, precision: str) -> Begun:
     known = run.optimizer.state
     masters = {n: known[p]["master"].clone() for n, p in run.parameters() if "master" in known[p]}
     before = {key for _, parameter in run.parameters() for key in known[parameter]}
-    train_step(run, batches.of_step(settings, here, data, 1), 1)
+    train_step(run, batches.for_step(settings, here, data, 1), 1)
     after = {key for _, parameter in run.parameters() for key in known[parameter]}
     parallel.stop()
     return Begun(named, masters, (before, after))

@@ -71,16 +71,16 @@ def test_steps_without_labels_are_no_faults_whatever_is_configured() -> None:
         assert guard.judge(4.0, 1.0) is None
 
 
-def test_data_is_passed_over_and_a_checkpoint_not_returned_to_for_ever() -> None:
+def test_rolling_back_skips_data_and_gives_up_after_returning_too_often() -> None:
     guard = Guard(FaultConfig(non_finite="roll_back", max_in_a_row=2))
     guard.roll_back(7, 5, {})
-    assert guard.passed_over == 2
+    assert guard.skipped_batches == 2
     guard.roll_back(6, 5, {"passed_over": 0})  # that checkpoint knows nothing of the first time
-    assert guard.passed_over == 3
+    assert guard.skipped_batches == 3
     with pytest.raises(PretrainError, match="rolled back to step 5 2 times"):
         guard.roll_back(9, 5, {})
     guard.roll_back(12, 10, {"passed_over": 3})
-    assert guard.passed_over == 5
+    assert guard.skipped_batches == 5
 
 
 HANG = """
