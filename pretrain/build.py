@@ -26,9 +26,10 @@ from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured_cost
 from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model, tensor_shards
-from pretrain.model.names import Cut, initialize, kept_tensors, language_names
+from pretrain.model.names import initialize, kept_tensors, language_names
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
+from pretrain.model.weights import TensorShard
 from pretrain.parallel import ParallelContext
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
@@ -47,7 +48,7 @@ class Run:
         clips: QK-Clip for the language model's heads and for the vision encoder's, which different
             ranks hold copies of.
         named_tensors: every trained parameter and kept buffer by its name in the whole model.
-        cuts: of which of these this rank has a part alone, and which.
+        shards: those of which this rank has a tensor-parallel shard.
         copies: how many ranks hold each of these, or the same part of it.
         step_metrics: gathers the metrics of a step from all ranks.
         assignment: which parameter went to Muon, which to AdamW, and why; for people.
@@ -62,7 +63,7 @@ class Run:
     optimizer: MuonClip
     clips: list[QKClip]
     named_tensors: dict[str, Tensor]
-    cuts: dict[str, Cut]
+    shards: dict[str, TensorShard]
     copies: dict[str, int]
     step_metrics: StepMetrics
     assignment: str
@@ -109,18 +110,18 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     local_experts = config.language.num_experts // config.parallel.expert
     first_expert = context.expert_rank * local_experts
     named = names_in_checkpoint(chunks, tower, first_expert)
-    cut: dict[str, Cut] = {}
+    shards: dict[str, TensorShard] = {}
     for chunk in chunks:
         rename = language_names(chunk, first_expert)
-        cut |= {f"language.{rename(name)}": how for name, how in tensor_shards(chunk).items()}
-    initialize(named, cut, config.seed, config.language.init_std, config.language.num_layers)
+        shards |= {f"language.{rename(name)}": s for name, s in tensor_shards(chunk).items()}
+    initialize(named, shards, config.seed, config.language.init_std, config.language.num_layers)
 
     def copies(name: str, tensor: Tensor) -> int:
         if name.startswith("vision."):
             return context.world_size
         if not getattr(tensor, "allreduce", True):
             return int(parallel_state.get_expert_data_parallel_world_size())
-        return context.data_size * (1 if name in cut else context.tensor_size)
+        return context.data_size * (1 if name in shards else context.tensor_size)
 
     settings = chunks[0].config
     replicas = [
@@ -162,7 +163,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         optimizer=optimizer,
         clips=clips,
         named_tensors=named,
-        cuts=cut,
+        shards=shards,
         copies=held_by,
         step_metrics=step_metrics,
         assignment=muonclip.describe_assignment(

@@ -146,8 +146,10 @@ def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> storage
 
 def _part(run: Run, name: str, value: Tensor) -> Tensor | storage.LocalShard:
     """A value of a parameter's local shape, with its place in the whole parameter's."""
-    cut = run.cuts.get(name)
-    return value if cut is None else storage.LocalShard(cut.whole(value.shape), cut.pieces(value))
+    shard = run.shards.get(name)
+    if shard is None:
+        return value
+    return storage.LocalShard(shard.whole_shape(value.shape), shard.blocks(value))
 
 
 def saver(run: Run) -> storage.Saver:

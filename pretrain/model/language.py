@@ -27,7 +27,7 @@ from pretrain.config import (
     RecomputeConfig,
     RopeScalingConfig,
 )
-from pretrain.model.names import Cut
+from pretrain.model.weights import TensorShard
 from pretrain.runtime import apex
 
 MaxLogitObserver = Callable[[Tensor], None]
@@ -282,7 +282,7 @@ def build_language_model(
     return chunks
 
 
-def tensor_shards(chunk: GPTModel) -> dict[str, Cut]:
+def tensor_shards(chunk: GPTModel) -> dict[str, TensorShard]:
     """How tensor parallelism cut this rank's parameters, by their names in ``chunk``."""
     found = {}
     for name, module in chunk.named_modules():
@@ -294,6 +294,6 @@ def tensor_shards(chunk: GPTModel) -> dict[str, Cut]:
             continue
         group = module.tp_group
         if group.size() > 1:
-            gated = name.endswith("linear_fc1")
-            found[f"{name}.weight"] = Cut(dim, group.rank(), group.size(), gated)
+            stacked = 2 if name.endswith("linear_fc1") else 1
+            found[f"{name}.weight"] = TensorShard(dim, group.rank(), group.size(), stacked)
     return found

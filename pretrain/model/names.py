@@ -3,11 +3,13 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pretrain.model.weights import TensorShard
 
 _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)")
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)(?=\.)")
@@ -41,46 +43,10 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-class Cut(NamedTuple):
-    """How tensor parallelism cuts a parameter: along ``dim``, this rank's part of ``size``.
-
-    With ``gated``, the rows are those of gate and of up, and each rank has a part of either.
-    """
-
-    dim: int
-    rank: int
-    size: int
-    gated: bool
-
-    def part(self, whole: Tensor) -> Tensor:
-        """What this rank holds of a whole parameter."""
-        halves = whole.chunk(2, self.dim) if self.gated else [whole]
-        return torch.cat([half.chunk(self.size, self.dim)[self.rank] for half in halves], self.dim)
-
-    def whole(self, shape: Sequence[int]) -> list[int]:
-        """The whole parameter's shape, from the part's."""
-        full = list(shape)
-        full[self.dim] *= self.size
-        return full
-
-    def pieces(self, part: Tensor) -> list[tuple[list[int], Tensor]]:
-        """Where in the whole parameter this rank's part lies: (offsets there, view of the part).
-
-        One block, or with ``gated`` one of gate and one of up.
-        """
-        views = part.chunk(2, self.dim) if self.gated else (part,)
-        found = []
-        for number, view in enumerate(views):
-            offsets = [0] * part.ndim
-            offsets[self.dim] = (number * self.size + self.rank) * view.shape[self.dim]
-            found.append((offsets, view))
-        return found
-
-
 @torch.no_grad()
 def initialize(
     tensors: Mapping[str, Tensor],
-    cuts: Mapping[str, Cut],
+    shards: Mapping[str, TensorShard],
     seed: int,
     std: float,
     num_layers: int,
@@ -100,7 +66,7 @@ def initialize(
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         scale = std / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else std
-        cut = cuts.get(name)
-        shape = parameter.shape if cut is None else cut.whole(parameter.shape)
+        shard = shards.get(name)
+        shape = parameter.shape if shard is None else shard.whole_shape(parameter.shape)
         value = torch.empty(shape).normal_(0.0, scale, generator=generator)
-        parameter.copy_(value if cut is None else cut.part(value))
+        parameter.copy_(value if shard is None else shard.local(value))

@@ -126,7 +126,9 @@ def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list
             {
                 "parameters": {
                     name: (
-                        tuple(run.cuts[name].whole(p.shape) if name in run.cuts else p.shape),
+                        tuple(
+                            run.shards[name].whole_shape(p.shape) if name in run.shards else p.shape
+                        ),
                         algorithms[p],
                     )
                     for name, p in run.parameters()

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain import parallel
 from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
-from pretrain.model.names import Cut
+from pretrain.model.weights import TensorShard
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -73,27 +73,28 @@ def _wholes() -> dict[str, Tensor]:
     }
 
 
-def _parts(values: dict[str, Tensor]) -> dict[str, storage.LocalShard]:
-    """This rank's part of each, as tensor parallelism cuts them."""
+def _local_shards(values: dict[str, Tensor]) -> dict[str, storage.LocalShard]:
+    """This rank's shard of each tensor, as tensor parallelism splits them."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    parts = {}
+    shards = {}
     for name, whole in values.items():
-        cut = Cut(1 if name == "columns" else 0, rank, size, name == "gate_and_up")
-        # Cut afresh, not a view of the whole: it is filled in place.
-        part = cut.part(whole).clone()
-        parts[name] = storage.LocalShard(cut.whole(part.shape), cut.pieces(part))
-    return parts
+        dim, stacked = (1 if name == "columns" else 0), (2 if name == "gate_and_up" else 1)
+        shard = TensorShard(dim, rank, size, stacked)
+        # A copy, not a view of the whole: it is filled in place.
+        local = shard.local(whole).clone()
+        shards[name] = storage.LocalShard(shard.whole_shape(local.shape), shard.blocks(local))
+    return shards
 
 
-def _save_parts(folder: str) -> None:
-    storage.save(Path(folder), 1, _parts(_wholes()), {}, 9)
+def _save_shards(folder: str) -> None:
+    storage.save(Path(folder), 1, _local_shards(_wholes()), {}, 9)
 
 
-def _load_parts(folder: str) -> bool:
-    parts = _parts({name: torch.full_like(whole, -1) for name, whole in _wholes().items()})
+def _load_shards(folder: str) -> bool:
+    parts = _local_shards({name: torch.full_like(whole, -1) for name, whole in _wholes().items()})
     path = storage.path_of(Path(folder), 1)
     storage.load(path, parts)
-    expected = _parts(_wholes())
+    expected = _local_shards(_wholes())
     whole = {name: torch.full_like(value, -1) for name, value in _wholes().items()}
     storage.load(path, whole)
     return all(
@@ -108,8 +109,8 @@ def test_cut_tensors_are_kept_whole_and_cut_anew(
     tmp_path: Path, saved_at: int, loaded_at: int
 ) -> None:
     """Rows, columns, and the halves of gate and up; to the bit."""
-    launch(_save_parts, saved_at, str(tmp_path))
-    assert launch(_load_parts, loaded_at, str(tmp_path)) == [True] * loaded_at
+    launch(_save_shards, saved_at, str(tmp_path))
+    assert launch(_load_shards, loaded_at, str(tmp_path)) == [True] * loaded_at
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ def gradients_of_each(
         whole = {
             name: LocalShard(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()
         }
-        cut = {
-            name: LocalShard(cut.whole(found[name].shape), cut.pieces(found[name]))
-            for name, cut in run.cuts.items()
+        sharded = {
+            name: LocalShard(shard.whole_shape(found[name].shape), shard.blocks(found[name]))
+            for name, shard in run.shards.items()
         }
-        outcomes.append(whole | cut)
+        outcomes.append(whole | sharded)
     return outcomes
 
 

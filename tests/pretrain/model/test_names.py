@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.names import Cut, initialize, kept_tensors, language_names
+from pretrain.model.names import initialize, kept_tensors, language_names
+from pretrain.model.weights import TensorShard
 
 
 class Layer(nn.Module):
@@ -48,16 +49,16 @@ def test_ranks_draw_what_one_would() -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.parametrize(("dim", "gated"), [(0, False), (1, False), (0, True)])
-def test_what_tensor_parallelism_cuts_is_drawn_whole(dim: int, gated: bool) -> None:
+@pytest.mark.parametrize(("dim", "stacked"), [(0, 1), (1, 1), (0, 2)])
+def test_what_tensor_parallelism_cuts_is_drawn_whole(dim: int, stacked: int) -> None:
     whole = {"w": torch.empty(8, 12)}
     initialize(whole, {}, seed=1, std=0.02, num_layers=2)
     parts = []
     for rank in (0, 1):
         part = {"w": torch.empty(4, 12) if dim == 0 else torch.empty(8, 6)}
-        initialize(part, {"w": Cut(dim, rank, 2, gated)}, seed=1, std=0.02, num_layers=2)
+        initialize(part, {"w": TensorShard(dim, rank, 2, stacked)}, seed=1, std=0.02, num_layers=2)
         parts.append(part["w"])
-    if gated:  # each rank has rows of gate, then rows of up
+    if stacked == 2:  # each rank has rows of gate, then rows of up
         parts = [torch.cat([p[:2] for p in parts]), torch.cat([p[2:] for p in parts])]
     assert torch.equal(torch.cat(parts, dim), whole["w"])
 
