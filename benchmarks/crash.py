@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.runner import ROOT, Result, markdown, positive_int
 from pretrain.checkpoint import storage
-from pretrain.runtime.metrics import read, read_lines
+from pretrain.metrics import read, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from pretrain.data.skipped import Skip, Skipped
 from pretrain.errors import PretrainError
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
-from pretrain.runtime.metrics import warn
+from pretrain.runtime.output import warn
 
 
 def collate(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,13 +15,17 @@ from pretrain.config import Config, to_dict
 from pretrain.data import Data, RankShare, prepare, settings
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
+from pretrain.metrics import read
 from pretrain.parallel import ParallelContext
+from pretrain.plots import save_curves
 from pretrain.runtime import stopping
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
-from pretrain.runtime.metrics import MetricsWriter, held_out_line, plot, read
+from pretrain.runtime.metrics_writer import MetricsWriter
+from pretrain.runtime.output import warn
 from pretrain.runtime.profiler import Profiler
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
+from pretrain.runtime.terminal import held_out_line
 from pretrain.runtime.wandb_run import open_run
 from pretrain.step import train_step
 
@@ -135,11 +138,13 @@ def _train(
     out.save("transcriptions.json", json.dumps(transcriptions))
     out.close()
     if context.is_main:
-        print(console.closing(read(out.path), transcriptions))
+        records, curves = read(out.path), run_dir / "curves.png"
+        print(console.closing(records, transcriptions))
         try:
-            print(f"curves: {plot(run_dir)}")
+            save_curves(records, curves)
+            print(f"curves: {curves}")
         except OSError as error:
-            print(f"warning: cannot draw curves.png: {error}", file=sys.stderr)
+            warn(f"cannot write {curves}: {error.strerror}")
 
 
 def evaluate(config: Config) -> None:
@@ -227,7 +232,7 @@ def open_metrics(run: Run, done: int) -> MetricsWriter:
                 enabled=run.context.is_main,
                 wandb=wandb if config.wandb.enabled else None,
             )
-            out.begin(run.assignment, console.start(run, done))
+            out.begin(run.assignment, console.start_record(run, done))
             return out
         except OSError as error:
             raise unwritable(run_dir, error) from error

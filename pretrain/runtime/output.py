@@ -47,6 +47,11 @@ def discard(stream: Any) -> None:
         os.close(descriptor)
 
 
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def durable() -> Iterator[None]:
     """Within, standard output and error can be closed at any time; so they can at exit."""

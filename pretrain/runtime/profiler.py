@@ -1,10 +1,11 @@
 """Traces of chosen steps, for Perfetto (ui.perfetto.dev) or Chrome (chrome://tracing)."""
 
-import sys
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from pretrain.runtime.output import warn
 
 
 class Profiler:
@@ -42,4 +43,4 @@ class Profiler:
             self._folder.mkdir(parents=True, exist_ok=True)
             recording.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            print(f"warning: cannot write the trace {path}: {error}", file=sys.stderr, flush=True)
+            warn(f"cannot write the trace {path}: {error}")

@@ -1,12 +1,11 @@
-"""What the main rank tells people while it trains: a live view on a terminal, lines elsewhere."""
+"""Progress of a run on standard output: a live view in a terminal, otherwise lines of text."""
 
 import atexit
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,66 +13,83 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pretrain.metrics import METRICS, Record, formatted
+
+# Metrics of a progress line; each group is a column of the live view.
+_COLUMNS = (
+    ("loss", "text_loss", "caption_loss"),
+    ("max_logit", "heads_clipped", "grad_norm"),
+    ("expert_load", "encoder_balance", "lr"),
+    ("tokens_per_second", "mfu", "memory_gib"),
+)
 _BLOCKS = "▁▂▃▄▅▆▇█"
-# Losses that the live view draws.
-_RECENT = 40
+# Losses drawn in the live view.
+_NUM_LOSSES = 40
 
 
 def duration(seconds: float) -> str:
-    """As ``1h02m`` or ``2m03s``."""
+    """A duration as ``1h02m`` or ``2m03s``."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
-def _nats(value: float | None) -> str:
-    return "    -" if value is None else f"{value:.3f}"
+def _cells(metrics: Record, names: Iterable[str]) -> list[tuple[str, str]]:
+    """(label, value) of each metric."""
+    values = {name: formatted(metrics, name) for name in names}
+    if "heads_clipped" in values:
+        values["heads_clipped"] += f"/{metrics['heads']}"
+    return [(METRICS[name].label, value) for name, value in values.items()]
 
 
-def progress_line(metrics: Mapping[str, Any], steps: int, eta_seconds: float) -> str:
-    """One readable line about a training step."""
-    step = metrics["step"]
-    return (
-        f"step {step:>{len(str(steps))}}/{steps}"
-        f" | loss {_nats(metrics['loss'])} | text {_nats(metrics['text_loss'])}"
-        f" | caption {_nats(metrics['caption_loss'])}"
-        f" | {metrics['tokens_per_second']:6,.0f} tok/s, MFU {metrics['mfu']:.0%}"
-        f" | max logit {metrics['max_logit']:5.1f}"
-        f" | heads clipped {metrics['heads_clipped']}/{metrics['heads']}"
-        f" | expert load {metrics['expert_load']:.2f}"
-        f" | encoder balance {metrics['encoder_balance']:.3f}"
-        f" | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e}"
-        f" | ETA {duration(eta_seconds)}"
-    )
+def progress_line(metrics: Record, steps: int, eta_seconds: float) -> str:
+    """One line about a training step."""
+    step = f"step {metrics['step']:>{len(str(steps))}}/{steps}"
+    cells = _cells(metrics, (name for names in _COLUMNS for name in names))
+    cells.append(("ETA", duration(eta_seconds)))
+    return " | ".join([step, *(f"{label} {value}" for label, value in cells)])
+
+
+def held_out_line(metrics: Record) -> str:
+    """One line about a held-out evaluation."""
+    names = ("held_out_text_loss", "held_out_caption_loss")
+    cells = [f"{METRICS[n].label} {formatted(metrics, n)}" for n in names if metrics[n] is not None]
+    right, swapped = metrics["right_caption_loss"], metrics["swapped_caption_loss"]
+    if right is not None:
+        cells.append(
+            f"with the right image {right:.3f}, with another image {swapped:.3f} "
+            f"(gap {swapped - right:+.3f} nats/token)"
+        )
+    return f"held out after step {metrics['step']}: " + (" | ".join(cells) or "no data")
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Values as a row of blocks, the least lowest and the largest full."""
-    least, most = min(values, default=0.0), max(values, default=0.0)
-    scale = (len(_BLOCKS) - 1) / (most - least) if most > least else 0.0
-    return "".join(_BLOCKS[round((value - least) * scale)] for value in values)
+    """Values as a row of blocks, from the lowest block for the minimum to a full one."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
 
 
 class Terminal:
-    """Progress and time left.
+    """Progress and remaining time.
 
-    On a terminal, a view that stays at the bottom while what is said scrolls above it; elsewhere
-    a line every ``log_every`` steps, and for the first and the last.
+    In a terminal, a live view stays at the bottom while messages scroll above it. Otherwise a line
+    is printed for the first step, the last one and every ``log_every`` steps.
 
     Args:
-        steps: the run's length.
-        done: steps that are behind.
+        steps: length of the run.
+        done: last finished step.
         log_every: steps between lines.
-        console: where to; default: standard output.
+        console: destination; default: standard output.
     """
 
     def __init__(
         self, steps: int, done: int, log_every: int, console: Console | None = None
     ) -> None:
         self._steps, self._done, self._log_every = steps, done, log_every
-        self._started = time.monotonic()
-        self._metrics: Mapping[str, Any] = {}
-        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._start = time.monotonic()
+        self._metrics: Record = {}
+        self._losses: deque[float] = deque(maxlen=_NUM_LOSSES)
         self._live: Live | None = None
         if console is None and sys.stdout.isatty():
             console = Console()
@@ -82,18 +98,18 @@ class Terminal:
                 get_renderable=self._view, console=console, refresh_per_second=2, transient=True
             )
             self._live.start()
-            # An error on the way out must not leave the terminal without its cursor.
+            # The live view hides the cursor: show it again if an error ends the process.
             atexit.register(self._live.stop)
 
     def say(self, text: str) -> None:
-        """Print a line for people."""
+        """Print a message."""
         if self._live is None:
             print(text, flush=True)
         else:
             self._live.console.print(text, markup=False, highlight=False)
 
-    def show(self, metrics: Mapping[str, Any]) -> None:
-        """Show a training step."""
+    def show(self, metrics: Record) -> None:
+        """Show the metrics of a training step."""
         step = metrics["step"]
         self._metrics = metrics
         if metrics["loss"] is not None and math.isfinite(metrics["loss"]):
@@ -103,7 +119,7 @@ class Terminal:
             self.say(progress_line(metrics, self._steps, self._seconds_left()))
 
     def close(self) -> None:
-        """Leave the last view where it is."""
+        """Stop updating; the last view stays visible."""
         if self._live is not None:
             self._live.transient = False
             self._live.stop()
@@ -111,11 +127,11 @@ class Terminal:
 
     def _seconds_left(self) -> float:
         step: int = self._metrics["step"]
-        passed = time.monotonic() - self._started
-        return passed / (step - self._done) * (self._steps - step)
+        elapsed = time.monotonic() - self._start
+        return elapsed / (step - self._done) * (self._steps - step)
 
     def _view(self) -> RenderableType:
-        metrics, elapsed = self._metrics, duration(time.monotonic() - self._started)
+        metrics, elapsed = self._metrics, duration(time.monotonic() - self._start)
         if not metrics:
             return Text(f"before the first step, {elapsed}", style="dim")
         step = metrics["step"]
@@ -126,36 +142,15 @@ class Terminal:
         progress.add_row(
             f"step {step:,}/{self._steps:,}",
             ProgressBar(total=self._steps, completed=step),
-            f"{step / self._steps:.0%}  {elapsed} passed  ETA {duration(self._seconds_left())}",
-        )
-        columns = (
-            (
-                ("loss", f"{_nats(metrics['loss'])} {sparkline(self._losses)}"),
-                ("text", _nats(metrics["text_loss"])),
-                ("caption", _nats(metrics["caption_loss"])),
-            ),
-            (
-                ("max logit", f"{metrics['max_logit']:.1f}"),
-                ("heads clipped", f"{metrics['heads_clipped']}/{metrics['heads']}"),
-                ("gradient norm", f"{metrics['grad_norm']:.2f}"),
-            ),
-            (
-                ("expert load", f"{metrics['expert_load']:.2f}"),
-                ("encoder balance", f"{metrics['encoder_balance']:.3f}"),
-                ("learning rate", f"{metrics['lr']:.1e}"),
-            ),
-            (
-                ("tokens/s", f"{metrics['tokens_per_second']:,.0f}"),
-                ("MFU", f"{metrics['mfu']:.1%}"),
-                ("memory", f"{metrics['memory_gib']:.1f} GiB"),
-            ),
+            f"{step / self._steps:.0%}  {elapsed} elapsed  ETA {duration(self._seconds_left())}",
         )
         table = Table.grid(padding=(0, 3))
-        cells = []
-        for column in columns:
-            cell = Table.grid(padding=(0, 1))
-            for label, value in column:
-                cell.add_row(Text(label, style="dim"), Text(value, no_wrap=True))
-            cells.append(cell)
-        table.add_row(*cells)
+        columns = []
+        for names in _COLUMNS:
+            column = Table.grid(padding=(0, 1))
+            for label, value in _cells(metrics, names):
+                text = f"{value} {sparkline(self._losses)}" if label == "loss" else value
+                column.add_row(Text(label, style="dim"), Text(text, no_wrap=True))
+            columns.append(column)
+        table.add_row(*columns)
         return Group(progress, table)

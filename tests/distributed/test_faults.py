@@ -24,9 +24,9 @@ from pretrain import batches, checkpoint, step, train
 from pretrain.build import build
 from pretrain.checkpoint import storage
 from pretrain.evaluate import held_out_losses
+from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime.faults import Guard, Watchdog
-from pretrain.runtime.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
 

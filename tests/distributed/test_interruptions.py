@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from pretrain import batches, parallel, train
 from pretrain.checkpoint import storage
+from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
-from pretrain.runtime.metrics import read
 from pretrain.runtime.run_lock import RunLock
 from tests.distributed import training
 from tests.distributed.launch import launch

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.config import WandbConfig
 from pretrain.errors import PretrainError
-from pretrain.runtime.metrics import read
+from pretrain.metrics import read
 from pretrain.runtime.wandb_run import open_run
 from tests.distributed import training
 from tests.distributed.launch import launch

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.storage import LocalShard
-from pretrain.runtime.metrics import read
+from pretrain.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch, launch_and_kill
 from tests.distributed.training import EXACT

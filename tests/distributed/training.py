@@ -16,8 +16,8 @@ from pretrain import batches, cli, config, step
 from pretrain.build import build
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
+from pretrain.metrics import METRICS, read
 from pretrain.plan.flops import flops_per_token
-from pretrain.runtime.metrics import MACHINE, read
 from pretrain.train import set_up, train
 
 TINY = """
@@ -76,9 +76,9 @@ def _logits_max(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def comparable(metrics_file: Path) -> list[dict[str, Any]]:
-    """What a run recorded, but for the time and memory it took."""
+    """The records of a run without metrics that depend on the speed of the machine."""
     return [
-        {key: value for key, value in record.items() if key not in MACHINE}
+        {key: value for key, value in record.items() if key == "step" or METRICS[key].deterministic}
         for record in read(metrics_file)
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pretrain import config
-from pretrain.runtime.metrics import read
+from pretrain.metrics import read
 from tests.pretrain.data import make
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,4 +1,4 @@
-"""A run's page shows what was recorded, needs nothing else, and forgives what a kill leaves."""
+"""The HTML report shows the whole run, is self-contained, and tolerates incomplete files."""
 
 import json
 import math
@@ -11,27 +11,28 @@ import pytest
 
 from pretrain import cli, html_report
 from pretrain.errors import PretrainError
+from pretrain.metrics import METRICS, read
 from tests.distributed import training
 from tests.distributed.launch import launch
 
 TITLES = (
-    "Loss, nats a token",
-    "Gradient norm",
+    "Loss, nats per token",
+    "Gradient norm before clipping",
     "Learning rate",
     "Update RMS (sampled)",
-    "Largest logit by layer: language model",
-    "Largest logit by layer: vision encoder",
-    "Heads clipped in a step",
-    "Expert load, max / mean over experts",
+    "Max logit by layer: language model",
+    "Max logit by layer: vision encoder",
+    "Attention heads clipped in a step",
+    "Expert load, max / mean, by layer",
     "Encoder load, max / mean over ranks",
     "Tokens per second",
-    "Model FLOP utilisation",
+    "Model FLOP utilization",
     "Peak memory of a process, GiB",
 )
 
 
 class Reader(HTMLParser):
-    """Every tag, the ids that are defined and referred to, and the text."""
+    """Collects all tags, defined ids, references and the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,8 +49,8 @@ class Reader(HTMLParser):
                 self.ids.append(value or "")
             elif name in ("href", "xlink:href", "src"):
                 self.links.append(value or "")
-            elif found := re.search(r"url\(#(.+?)\)", value or ""):
-                self.links.append("#" + found[1])
+            elif reference := re.search(r"url\(#(.+?)\)", value or ""):
+                self.links.append("#" + reference[1])
 
     handle_startendtag = handle_starttag
 
@@ -66,9 +67,7 @@ def record(step: int, layers: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_run_that_went_on_with_other_settings_is_shown_whole(
-    tmp_path: Path, prepared: Path
-) -> None:
+def test_report_covers_a_run_resumed_with_other_settings(tmp_path: Path, prepared: Path) -> None:
     training.tiny_file(tmp_path, prepared)
     shorter = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
     for steps in (3, 5):
@@ -78,71 +77,74 @@ def test_a_run_that_went_on_with_other_settings_is_shown_whole(
     assert reader.tags.count("svg") == len(TITLES)
     for title in TITLES:
         assert title in reader.text
-    # Both starts, what changed, the configuration, versions, the end and what was read.
+    # Every recorded metric is described, and every described metric is recorded.
+    records = read(tmp_path / "run" / "metrics.jsonl")
+    assert {name for record in records for name in record} == {"step", *METRICS}
+    # Both starts, changed settings, configuration, versions, progress and transcriptions.
     assert "at step 0" in reader.text and "after step 3" in reader.text
     assert "steps=5" in reader.text and "qk_clip_threshold: 100.0" in reader.text
     assert "torch 2." in reader.text and "5 of 5" in reader.text
     assert all(f"step {step}" in reader.text for step in (0, 3, 5))
     assert "the model reads" in reader.text
-    # Nothing is fetched, nothing runs, and plots do not take each other's parts.
+    # No external resources, no scripts, and unique ids across plots.
     assert not {"script", "link", "iframe"} & set(reader.tags)
     for link in reader.links:
         assert link.startswith("data:") or reader.ids.count(link[1:]) == 1, link
 
 
-def test_steps_left_out_are_shown_where_there_are_any() -> None:
-    title, counted = "Steps left out, so far", "steps skipped after a fault"
-    none = {"skipped_steps": 0, "skipped_batches": 0}
-    calm = [{"step": step, "loss": 1.0, "grad_norm": 1.0, **none} for step in (1, 2, 3)]
-    assert title not in html_report.render("run", calm, [], [])
+def test_skipped_steps_and_batches_are_plotted_if_there_are_any() -> None:
+    title, label = "Steps and batches left out, so far", "steps skipped after a fault"
+    zero = {"skipped_steps": 0, "skipped_batches": 0}
+    normal = [{"step": step, "loss": 1.0, "grad_norm": 1.0, **zero} for step in (1, 2, 3)]
+    assert title not in html_report.render("run", normal, [], [])
     skipped = html_report.render(
-        "run", [*calm, {**calm[-1], "step": 4, "skipped_steps": 1}], [], []
+        "run", [*normal, {**normal[-1], "step": 4, "skipped_steps": 1}], [], []
     )
-    assert title in skipped and counted in skipped and "skipped batches" not in skipped
+    assert title in skipped and label in skipped and "skipped batches" not in skipped
     empty = html_report.render(
-        "run", [*calm, {**calm[-1], "step": 4, "loss": None, "empty_steps": 1}], [], []
+        "run", [*normal, {**normal[-1], "step": 4, "loss": None, "empty_steps": 1}], [], []
     )
     assert title in empty and "steps without a label" in empty
-    rolled_back = [*calm, {**calm[-1], "step": 4, "skipped_batches": 3}]
+    rolled_back = [*normal, {**normal[-1], "step": 4, "skipped_batches": 3}]
     assert "skipped batches" in html_report.render("run", rolled_back, [], [])
 
 
-def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
+def test_damaged_lines_are_ignored(tmp_path: Path) -> None:
     lines = [json.dumps(record(1)), "[1, 2]", '{"no": 1}', "\x00\x00", json.dumps(record(2))]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 7, "lo']))
     assert "<b>2</b>" in html_report.write(tmp_path).read_text()
 
 
-def test_a_run_without_a_step_yet_has_a_page(tmp_path: Path) -> None:
+def test_report_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "No step has been recorded yet" in html_report.write(tmp_path).read_text()
 
 
-def test_steps_that_were_not_finite_are_gaps() -> None:
+def test_non_finite_steps_are_gaps() -> None:
     bad = {"loss": math.nan, "text_loss": math.nan, "grad_norm": math.inf}
     steps = [record(1), {**record(2), **bad}, record(3), {**record(4), **bad}]
-    made = html_report.render("run", json.loads(json.dumps(steps)), [], [])
-    assert "Gradient norm" in made and "<b>nan</b>" in made
+    page = html_report.render("run", json.loads(json.dumps(steps)), [], [])
+    assert "Gradient norm" in page and "<b>nan</b>" in page
 
 
 @pytest.mark.parametrize("layers", [1, 61])
-def test_thousands_of_steps_and_many_layers_make_a_small_page(layers: int) -> None:
-    made = html_report.render("run", [record(step, layers) for step in range(1, 3001)], [], [])
-    assert len(made) < 500_000
-    assert ("<image" in made) == (layers > 6)
+def test_report_stays_small_for_many_steps_and_layers(layers: int) -> None:
+    page = html_report.render("run", [record(step, layers) for step in range(1, 3001)], [], [])
+    assert len(page) < 500_000
+    assert ("<image" in page) == (layers > 6)
 
 
-def test_text_of_the_run_is_text_in_the_page() -> None:
-    made = html_report.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
-    assert "<script" not in made and "&lt;script&gt;" in made and "&amp;amp;" in made
+def test_text_is_escaped() -> None:
+    page = html_report.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
+    assert "<script" not in page and "&lt;script&gt;" in page and "&amp;amp;" in page
 
 
-def test_what_is_no_run_is_told_in_one_line(
+def test_folders_without_a_run_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["report", str(tmp_path)]) == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "is no run: it has no metrics.jsonl" in told
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "has no metrics.jsonl" in errors
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(PretrainError, match=r"cannot write the report .*: No such file"):
         html_report.write(tmp_path, tmp_path / "missing" / "page.html")

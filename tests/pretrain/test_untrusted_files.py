@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import config, untrusted_files
+from pretrain import config, metrics, untrusted_files
 from pretrain.checkpoint import storage
 from pretrain.errors import PretrainError
-from pretrain.runtime import metrics
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
 from pretrain.export.hf_folder import INDEX
 from pretrain.export.to_hf import export
-from pretrain.runtime.metrics import read
+from pretrain.metrics import read
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.saved_run import STEP, Made

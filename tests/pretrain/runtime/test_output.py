@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.runtime.metrics import AppendedFile
+from pretrain.runtime.metrics_writer import AppendedFile
 
 WRITER = """
 import os, sys

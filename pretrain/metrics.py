@@ -1,0 +1,139 @@
+"""Metrics of a run: the meaning and format of each one, and reading metrics.jsonl.
+
+metrics.jsonl has one JSON object per line. A training step records ``step`` and most of
+:data:`METRICS`; a held-out evaluation adds its losses to the record of its step, or to step 0
+before training. A value is null if there was nothing to measure.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = Mapping[str, Any]
+
+
+class Metric(NamedTuple):
+    """Presentation and meaning of a metric.
+
+    Attributes:
+        label: short name, for lines, legends and table headers.
+        format: format specification of one value.
+        description: meaning and unit; also the title of its plot.
+        deterministic: a function of configuration and seed, independent of the machine's speed.
+    """
+
+    label: str
+    format: str
+    description: str
+    deterministic: bool = True
+
+
+METRICS = {
+    # Means over the labels of the global batch.
+    "loss": Metric("loss", ".3f", "loss, nats per token"),
+    "text_loss": Metric("text", ".3f", "loss of text, nats per token"),
+    "caption_loss": Metric("caption", ".3f", "loss of captions, nats per token"),
+    "grad_norm": Metric("gradient norm", ".2f", "gradient norm before clipping"),
+    "lr": Metric("learning rate", ".1e", "learning rate"),
+    # The largest attention logit, before QK-Clip; per layer: null for the encoder without images.
+    "max_logit": Metric("max logit", "5.1f", "max logit"),
+    "language_max_logits": Metric("language", "5.1f", "max logit by layer: language model"),
+    "vision_max_logits": Metric("vision", "5.1f", "max logit by layer: vision encoder"),
+    "heads_clipped": Metric("heads clipped", "d", "attention heads clipped in a step"),
+    "heads": Metric("heads", "d", "attention heads of the model"),
+    # Tokens of the busiest expert divided by the mean over experts.
+    "expert_load": Metric("expert load", ".2f", "expert load, max / mean, mean over layers"),
+    "expert_loads": Metric("expert load", ".2f", "expert load, max / mean, by layer"),
+    # The dispatcher has no capacity limit: any value but 0 is a fault.
+    "dropped_tokens": Metric("tokens dropped by routers", ",d", "assignments to experts dropped"),
+    # Change of the weights divided by the learning rate, without weight decay; estimated from a
+    # sample of each parameter, every log_every steps.
+    "update_rms_muon": Metric("Muon", ".3f", "update RMS of Muon's matrices (sampled)"),
+    "update_rms_adamw": Metric("AdamW", ".3f", "update RMS of AdamW's parameters (sampled)"),
+    "memory_gib": Metric("memory, GiB", ".2f", "peak memory of a process, GiB", False),
+    "model_flops": Metric("FLOPs", ".3g", "FLOPs of a step, recomputation not counted"),
+    # Estimated cost of the images of the busiest rank divided by the mean over ranks.
+    "encoder_balance": Metric("encoder balance", ".3f", "encoder load, max / mean over ranks"),
+    "encoder_least_balance": Metric("lower bound", ".3f", "encoder load of an ideal plan"),
+    "encoder_oversized": Metric("oversized", "d", "images that cost more than a rank's fair share"),
+    "tokens": Metric("tokens", ",d", "tokens of the global batch, padding included"),
+    # Totals since the start of the run.
+    "skipped_steps": Metric("steps skipped after a fault", "d", "steps skipped after a fault"),
+    "empty_steps": Metric("steps without a label", "d", "steps without a label"),
+    "skipped_batches": Metric("skipped batches", "d", "batches skipped by rolling back"),
+    "tokens_per_second": Metric("tokens/s", "6,.0f", "tokens per second", False),
+    "mfu": Metric("MFU", ".1%", "model FLOP utilization", False),
+    # Means over held-out labels, in nats per token. The last two evaluate the same captions next
+    # to their own image and next to the image of another sample.
+    "held_out_loss": Metric("held-out loss", ".3f", "held-out loss"),
+    "held_out_text_loss": Metric("text", ".3f", "held-out loss of text"),
+    "held_out_caption_loss": Metric("captions", ".3f", "held-out loss of captions"),
+    "right_caption_loss": Metric("with the right image", ".3f", "loss with the right image"),
+    "swapped_caption_loss": Metric("with another image", ".3f", "loss with another image"),
+}
+
+HELD_OUT = (
+    "held_out_text_loss",
+    "held_out_caption_loss",
+    "right_caption_loss",
+    "swapped_caption_loss",
+)
+
+
+def formatted(record: Record, name: str) -> str:
+    """The value of a metric as text; ``-`` if the record has none."""
+    value = record.get(name)
+    return "-" if value is None else format(value, METRICS[name].format)
+
+
+def training_records(records: Iterable[Record]) -> list[Record]:
+    """The records of training steps."""
+    return [record for record in records if "grad_norm" in record]
+
+
+def held_out_records(records: Iterable[Record]) -> list[Record]:
+    """The records with held-out losses."""
+    return [record for record in records if HELD_OUT[0] in record]
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by name, those of layers as ``name/layer``; None is left out."""
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            width = len(str(len(value) - 1))
+            by_layer = ((f"{name}/{layer:0{width}}", item) for layer, item in enumerate(value))
+            numbers.update((key, item) for key, item in by_layer if item is not None)
+        elif value is not None and name != "step":
+            numbers[name] = value
+    return numbers
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, ordered by step.
+
+    After resuming from an earlier checkpoint, steps are recorded again: the later record counts,
+    and earlier records of the same and of later steps are dropped.
+    """
+    records: list[dict[str, Any]] = []
+    for record in read_lines(path):
+        if type(record.get("step")) is int:
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+            records.append(record)
+    return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; incomplete lines of killed runs are left out."""
+    objects = []
+    if path.is_file():  # reading a pipe could block forever
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                objects.append(value)
+    return objects

@@ -1,0 +1,180 @@
+"""Plots of a run's metrics: curves.png and the plots of the HTML report."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.metrics import METRICS, Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Records = Sequence[Record]
+Plot = tuple[str, Callable[["Axes"], None]]
+"""Title and drawing function."""
+
+# Maximum number of points of a line; a longer run is divided into that many intervals, drawn as
+# their means and ranges.
+_MAX_POINTS = 600
+# Maximum number of layers drawn as lines; more are drawn as a heat map.
+_MAX_LINES = 6
+_COUNTS = ("skipped_steps", "empty_steps", "skipped_batches")
+
+
+def save_curves(records: Records, path: Path) -> None:
+    """Write an image of the losses, the max logit and the encoder balance.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    plots: list[Plot] = [
+        ("Loss, nats per token", partial(draw_losses, records=records)),
+        *(_single(records, name) for name in ("max_logit", "encoder_balance")),
+    ]
+    for axes, (title, draw) in zip(figure.subplots(1, len(plots)), plots, strict=True):
+        draw(axes)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
+    """The plots of the report; some may have nothing to draw."""
+    threshold = config.get("optimizer", {}).get("qk_clip_threshold")
+    dense_layers = config.get("language", {}).get("dense_layers", 0)
+    counts = [name for name in _COUNTS if any(record.get(name) for record in records)]
+
+    def lines(title: str, *names: str) -> Plot:
+        return title, partial(draw_lines, records=records, names=names)
+
+    def layers(name: str, **options: Any) -> Plot:
+        return _title(name), partial(draw_layers, records=records, name=name, **options)
+
+    return [
+        ("Loss, nats per token", partial(draw_losses, records=records)),
+        _single(records, "grad_norm"),
+        _single(records, "lr"),
+        lines("Update RMS (sampled)", "update_rms_muon", "update_rms_adamw"),
+        layers("language_max_logits", threshold=threshold),
+        layers("vision_max_logits", threshold=threshold),
+        _single(records, "heads_clipped"),
+        lines("Steps and batches left out, so far", *counts),
+        layers("expert_loads", first_layer=dense_layers),
+        lines(_title("encoder_balance"), "encoder_balance", "encoder_least_balance"),
+        _single(records, "tokens_per_second"),
+        _single(records, "mfu"),
+        _single(records, "memory_gib"),
+    ]
+
+
+def _title(name: str) -> str:
+    description = METRICS[name].description
+    return description[0].upper() + description[1:]
+
+
+def _single(records: Records, name: str) -> Plot:
+    return _title(name), partial(_draw_line, records=records, name=name)
+
+
+def draw_losses(axes: "Axes", records: Records) -> None:
+    """Training and held-out losses of text and captions."""
+    for kind, color in (("text", "tab:blue"), ("caption", "tab:orange")):
+        _draw_line(axes, records, f"{kind}_loss", kind, color)
+        _draw_line(axes, records, f"held_out_{kind}_loss", f"{kind}, held out", color, "o--")
+    _draw_line(axes, records, "swapped_caption_loss", "caption, another image", "tab:red", "x:")
+    _add_legend(axes)
+
+
+def draw_lines(axes: "Axes", records: Records, names: Sequence[str]) -> None:
+    """One labeled line per metric."""
+    for name in names:
+        _draw_line(axes, records, name, METRICS[name].label)
+    _add_legend(axes)
+
+
+def _draw_line(
+    axes: "Axes",
+    records: Records,
+    name: str,
+    label: str = "",
+    color: str | None = None,
+    style: str = "-",
+) -> None:
+    points = [
+        (record["step"], record[name])
+        for record in records
+        if record.get(name) is not None and math.isfinite(record[name])
+    ]
+    if not points:
+        return
+    intervals = _intervals(points)
+    steps = [statistics.fmean(step for step, _ in interval) for interval in intervals]
+    means = [statistics.fmean(value for _, value in interval) for interval in intervals]
+    (line,) = axes.plot(steps, means, style, color=color, label=label, linewidth=1, markersize=4)
+    if len(points) > len(intervals):
+        low = [min(value for _, value in interval) for interval in intervals]
+        high = [max(value for _, value in interval) for interval in intervals]
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_layers(
+    axes: "Axes",
+    records: Records,
+    name: str,
+    first_layer: int = 0,
+    threshold: float | None = None,
+) -> None:
+    """A metric by layer: a line for each layer, or a heat map of many layers.
+
+    Intervals show their maximum, because peaks matter.
+
+    Args:
+        first_layer: number of the first layer that has the metric.
+        threshold: drawn as a horizontal line.
+    """
+    points = [(record["step"], record[name]) for record in records if record.get(name)]
+    if not points:
+        return
+    num_layers = max(len(values) for _, values in points)
+    intervals = _intervals(points)
+    largest = [
+        [
+            max(
+                (v[layer] for _, v in interval if layer < len(v) and v[layer] is not None),
+                default=math.nan,
+            )
+            for interval in intervals
+        ]
+        for layer in range(num_layers)
+    ]
+    steps = [interval[0][0] for interval in intervals]
+    if num_layers <= _MAX_LINES:
+        for layer, values in enumerate(largest, first_layer):
+            axes.plot(steps, values, linewidth=1, label=f"layer {layer}")
+        # A threshold far above the lines would only flatten them.
+        if threshold is not None and any(v > threshold / 4 for layer in largest for v in layer):
+            axes.axhline(threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
+        _add_legend(axes)
+        return
+    last = first_layer + num_layers - 0.5
+    extent = (steps[0], points[-1][0] + 1, last, first_layer - 0.5)
+    image = axes.imshow(largest, aspect="auto", extent=extent, interpolation="nearest")
+    axes.set_ylabel("layer")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _intervals(points: Sequence[tuple[int, Any]]) -> list[Sequence[tuple[int, Any]]]:
+    """The points in at most ``_MAX_POINTS`` intervals of about equal length."""
+    size = -(-len(points) // _MAX_POINTS)
+    return [points[start : start + size] for start in range(0, len(points), size)]
+
+
+def _add_legend(axes: "Axes") -> None:
+    if any(axes.get_legend_handles_labels()[1]):
+        axes.legend(fontsize=8)
