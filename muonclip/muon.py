@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip import validation
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.orthogonalize import (
     coefficient_steps,
@@ -17,12 +16,12 @@ from muonclip.orthogonalize import (
     update_scale,
     working_dtype,
 )
+from muonclip.precision import compute_dtype, write_back
 from muonclip.update import (
     Scalar,
     decay_and_apply,
     look_ahead_,
     update_momentum,
-    write_back,
 )
 
 # Matrices are worked on in batches of about this many elements (or one matrix): on a CPU what stays
@@ -229,7 +228,7 @@ def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None
             lr = lr * (1 - found)
         members = [items[index] for index in indices]
         # Lower precision is computed in float32 and rounded once.
-        wide = [item.target.to(validation.compute_dtype(item.target)) for item in members]
+        wide = [item.target.to(compute_dtype(item.target)) for item in members]
         decay_and_apply(
             wide,
             [updates[index] for index in indices],

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,15 @@ from muonclip.adamw import AdamWRow, adamw_step
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import Item, step_alone
 from muonclip.orthogonalize import AdjustLR, Coefficients
-from muonclip.update import WeightDecayMode, adopt_changed, local, write_back
+from muonclip.precision import (
+    moment_dtype,
+    needs_master,
+    refresh_master,
+    rounds_stochastically,
+    set_master,
+    write_back,
+)
+from muonclip.update import WeightDecayMode, local
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -362,14 +370,14 @@ class MuonClip(Optimizer):
             if local(value).device != device:  # the model was moved, or a step loaded from a file
                 state[name] = value.to(device)
                 if name == "master":
-                    _set_master(param, state, state[name])
-        wants_master = validation.wants_master(group, param)
-        if wants_master and "master" not in state:
-            _set_master(param, state, param.detach().to(torch.float32, copy=True))
-        elif not wants_master and "master" in state:  # the model was converted
-            _set_master(param, state, None)
+                    set_master(param, state, state[name])
+        master_needed = needs_master(group, param)
+        if master_needed and "master" not in state:
+            set_master(param, state, param.detach().to(torch.float32, copy=True))
+        elif not master_needed and "master" in state:  # the model was converted
+            set_master(param, state, None)
         if state.keys() <= {"master"}:  # a master may be there before anything is learned
-            dtype = validation.moment_dtype(group, param)
+            dtype = moment_dtype(group, param)
             if group["algorithm"] == "muon":
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
             else:
@@ -537,7 +545,7 @@ class MuonClip(Optimizer):
         targets = []
         for p, own, state in zip(params, held, states, strict=True):
             target = _target(own, state)
-            targets.append(target.float() if validation.rounds(group, p) else target)
+            targets.append(target.float() if rounds_stochastically(group, p) else target)
         rows = []
         for p, target, state in zip(params, targets, states, strict=True):
             if target.numel():
@@ -670,19 +678,93 @@ class MuonClip(Optimizer):
     def _take_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
         state = self.state[param]
-        dtype = validation.moment_dtype(group, param)
+        dtype = moment_dtype(group, param)
         for name, value in saved.items():
             if name == "step":
                 state[name] = value.to(local(param).device, copy=True)
             elif name != "master":
                 state[name] = value.to(device=param.device, dtype=dtype, copy=True)
-        if not validation.wants_master(group, param):
-            _set_master(param, state, None)
+        if not needs_master(group, param):
+            set_master(param, state, None)
         elif state:
             master = saved.get("master", param.detach())
-            _set_master(
-                param, state, master.to(device=param.device, dtype=torch.float32, copy=True)
+            set_master(param, state, master.to(device=param.device, dtype=torch.float32, copy=True))
+
+    def named_state(
+        self, named_parameters: Iterable[tuple[str, Tensor]] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """The state of each parameter by its name, without copies.
+
+        For checkpoints that store every tensor by name, whatever the order of parameters and
+        groups.
+
+        Args:
+            named_parameters: (name, parameter) pairs, e.g. ``model.named_parameters()``; default:
+                the names that the optimizer was given.
+
+        Returns:
+            Name -> entries: ``momentum_buffer`` (Muon), or ``step``, ``exp_avg`` and ``exp_avg_sq``
+            (AdamW); and ``master``, if the parameter has a master copy. Empty for a parameter
+            without state.
+
+        Raises:
+            ValueError: if the optimizer has no names and none are given.
+        """
+        return {
+            name: dict(self.state.get(param, {})) for name, param in self._named(named_parameters)
+        }
+
+    def load_named_state(
+        self,
+        state: Mapping[str, Mapping[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Replace the state of each named parameter by the given tensors, without copying them.
+
+        A parameter without entries is left without state, as before its first gradient. ``master``
+        alone attaches a master copy to a parameter whose other state will start at zero.
+
+        Args:
+            state: name -> entries, as returned by ``named_state``.
+            named_parameters: as for ``named_state``.
+
+        Raises:
+            ValueError: for a name or an entry that does not belong to a parameter; nothing is
+                loaded.
+        """
+        params = dict(self._named(named_parameters))
+        algorithms = {p: group["algorithm"] for group in self.param_groups for p in group["params"]}
+        if unknown := {name for name in state if params.get(name) not in algorithms}:
+            raise ValueError(f"the optimizer has no parameter {min(unknown)!r}")
+        checked = {
+            name: saved_state.check_entries(
+                state[name], f"parameter {name!r}", params[name], algorithms[params[name]]
             )
+            for name in state
+        }
+        for param in params.values():
+            set_master(param, self.state.pop(param, {}), None)
+        for name, entries in checked.items():
+            if entries:
+                self.state[params[name]] = entries
+                set_master(params[name], entries, entries.get("master"))
+
+    def _named(
+        self, named_parameters: Iterable[tuple[str, Tensor]] | None
+    ) -> list[tuple[str, Tensor]]:
+        """(name, parameter) pairs: the given ones, or those of the optimizer's groups."""
+        if named_parameters is not None:
+            return list(named_parameters)
+        if not all("param_names" in group for group in self.param_groups):
+            raise ValueError(
+                "the optimizer's parameters have no names: construct it with named parameters, or "
+                "give named_parameters"
+            )
+        return [
+            pair
+            for group in self.param_groups
+            for pair in zip(group["param_names"], group["params"], strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         if self.shardings or self.process_group is not None:
@@ -706,7 +788,7 @@ class MuonClip(Optimizer):
             self._remember_parameters()
         for param, own in self.state.items():  # an attribute that copies of parameters do not have
             if "master" in own:
-                _set_master(param, own, own["master"])
+                set_master(param, own, own["master"])
 
 
 def _own(value: Any) -> Any:
@@ -717,23 +799,13 @@ def _own(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 
-def _set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> None:
-    """Set or remove the master copy; it is also ``param.main_param``, as in Megatron, which QK-Clip
-    scales too."""
-    if master is not None:
-        state["master"] = master
-        setattr(param, "main_param", master)  # noqa: B010 (for mypy)
-    elif "master" in state and getattr(param, "main_param", None) is state.pop("master"):
-        delattr(param, "main_param")
-
-
 def _target(held: Tensor, state: dict[str, Any]) -> Tensor:
     """The tensor to update: the master copy, or the local part of the parameter, that very tensor:
     two views of it would be taken for two tensors, and one copied into the other."""
     if "master" not in state:
         return held
     master = local(state["master"])
-    adopt_changed(master, held)
+    refresh_master(master, held)
     return master
 
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from muonclip.attachment import Attachment, Handle, has_rate, tensors_of
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.max_logits import Mask, screened_max_logits
+from muonclip.precision import get_master
 from muonclip.row_scaling import Rows, ScalingPlan, Share, plan_key, read_sides
 
 
@@ -621,7 +622,7 @@ class QKClip:
         ]
         if not any(rows.master_start is None for rows, _ in sharded):
             return
-        masters = [getattr(tensor, "main_param", None) for _, tensor in sharded]
+        masters = [get_master(tensor) for _, tensor in sharded]
         sizes = torch.tensor([0 if x is None else x.numel() for x in masters], device=self._device)
         everyones, rank = [sizes], 0
         if dist.is_available() and dist.is_initialized():

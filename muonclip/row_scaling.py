@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, HeadRows
-from muonclip.update import adopt_changed, local
+from muonclip.precision import get_master, refresh_master
+from muonclip.update import local
 
 # Which of a layer's projections take the factor on its logits.
 Share = Literal["both", "query", "key", "none"]
@@ -118,7 +119,7 @@ class Rows:
     @property
     def sources(self) -> list[Tensor]:
         """The tensors that an optimizer may know this one by: itself, or its master copy."""
-        master = getattr(self.tensor, "main_param", None)
+        master = get_master(self.tensor)
         return [root(self.tensor), *([] if master is None else [master])]
 
     @property
@@ -133,7 +134,7 @@ class Rows:
             ValueError: if it cannot.
         """
         tensor = self.tensor
-        master: Any = getattr(tensor, "main_param", None)
+        master: Any = get_master(tensor)
         if self.is_master_sharded:
             placed = _placements(tensor) is None and (master is None or master.ndim == 1)
         else:
@@ -154,7 +155,7 @@ class Rows:
         held = local(tensor)
         shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
         by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
-        master = getattr(tensor, "main_param", None)
+        master = get_master(tensor)
         if self.is_master_sharded:
             # Not refreshed from the master: copies on other ranks must stay the same.
             held.mul_(by_row)
@@ -166,7 +167,7 @@ class Rows:
         else:
             master = local(master)
             if held.element_size() == 2 and type(held) in (Tensor, nn.Parameter):
-                adopt_changed(master, held)  # weights that were loaded since the optimizer's step
+                refresh_master(master, held)  # weights that were loaded since the optimizer's step
             master.mul_(by_row)
             # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
             held.copy_(torch.where(by_row == 1, held, master))

@@ -64,7 +64,7 @@ def fit(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> d
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
                 name = validation.label(group, index)
-                state[key] = _checked(state[key], name, param, group["algorithm"])
+                state[key] = check_entries(state[key], name, param, group["algorithm"])
     return {**state_dict, "state": state, "param_groups": fitted}
 
 
@@ -175,9 +175,19 @@ def _check_algorithm(name: str, group: Mapping[str, Any], saved: Mapping[str, An
         )
 
 
-def _checked(saved: Mapping[str, Any], name: str, param: Tensor, algorithm: str) -> dict[str, Any]:
-    """The state of one parameter, if it fits; its step as a tensor."""
-    if saved.keys() - {"master"} != _KEYS[algorithm]:
+def check_entries(
+    saved: Mapping[str, Any],
+    name: str,
+    param: Tensor,
+    algorithm: str,
+) -> dict[str, Any]:
+    """The saved state of one parameter, with its step as a tensor.
+
+    Raises:
+        ValueError: unless it has the entries of the algorithm, in the shape and the placement of
+            the parameter. A master copy may come alone, or be missing.
+    """
+    if not saved.keys() <= {"master"} and saved.keys() - {"master"} != _KEYS[algorithm]:
         raise ValueError(
             f"{name}: the saved state has {sorted(saved)}, {algorithm} needs "
             f"{sorted(_KEYS[algorithm])}"

@@ -87,57 +87,6 @@ def _add_scaled(params: list[Tensor], tensors: list[Tensor], scale: Scalar) -> N
         torch._foreach_add_(params, tensors, alpha=scale)
 
 
-def write_back(
-    results: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], *, stochastic: bool
-) -> None:
-    """Round results into their parameters, unless a result is its parameter.
-
-    Args:
-        results: (result, parameter, seed) each.
-        stochastic: round bfloat16 parameters at random, by the seed, in place of to nearest.
-    """
-    sources, targets = [], []
-    for result, param, seed in results:
-        if stochastic and param.dtype == torch.bfloat16:
-            round_stochastically(result, param, seed)
-        elif result is not param:
-            sources.append(result)
-            targets.append(param)
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-def adopt_changed(master: Tensor, param: Tensor) -> None:
-    """Copy into a master copy the entries of its 16-bit parameter that are not its rounded ones.
-
-    A step leaves the rounded master in the parameter. Where the parameter holds anything else,
-    it was written to since then (a loaded state dict, an average of weights swapped in), and the
-    parameter counts; entries that still match keep the master's full precision.
-    """
-    rounded = master.to(param.dtype).view(torch.int16)  # bits: NaN does not equal itself
-    bits = param.view(torch.int16)
-    # Only on a CPU may the result be read without waiting, and there it saves the rest.
-    on_cpu = param.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (on_cpu and torch.equal(rounded, bits)):
-        torch.where(rounded == bits, master, param.to(master.dtype), out=master)
-
-
-def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) -> None:
-    """Write float32 ``source`` into bfloat16 ``target``, rounded up or down at random.
-
-    The nearer neighbour is the likelier, in proportion: the expectation is ``source``, so that
-    updates smaller than half a unit in the last place are not lost on average. The random bits
-    are a function of the seed and the shape.
-    """
-    generator = torch.Generator(source.device).manual_seed(hash(seed) % 2**63)
-    # Contiguous whatever the source: numbers are drawn in the order of memory.
-    noise = torch.empty(source.shape, dtype=torch.int32, device=source.device)
-    noise.random_(0, 2**16, generator=generator)
-    bits = source.view(torch.int32).add(noise).bitwise_and_(-(2**16))
-    # Infinities and NaN have no neighbours: noise would turn one into the other.
-    target.copy_(torch.where(source.isfinite(), bits.view(torch.float32), source))
-
-
 def local(tensor: Tensor) -> Tensor:
     """A DTensor's part on this rank, sharing its storage; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -21,7 +21,6 @@ RESOLVED = {
     "adamw_weight_decay": "weight_decay",
     "adamw_betas": "momentum (beta1) and adamw_beta2",
 }
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "adjust_lr": get_args(AdjustLR),
     "weight_decay_mode": get_args(WeightDecayMode),
@@ -301,33 +300,3 @@ def gradients(group: Mapping[str, Any]) -> None:
                 f"{label(group, index)} has a sparse gradient; MuonClip needs dense ones "
                 "(nn.Embedding(sparse=False))"
             )
-
-
-# ---------------------------------------------------------------------- precision
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that a parameter's update is computed in: float32 or wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether a float32 copy of the parameter is stepped in its place."""
-    return bool(group["master_weights"]) and param.dtype in _LOW_PRECISION
-
-
-def rounds(group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether the parameter is rounded at random."""
-    return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
-
-
-def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
-    """The dtype of Muon's momentum, or of AdamW's moments, of a parameter."""
-    muon = group["algorithm"] == "muon"
-    if muon and group["momentum_dtype"] is not None:
-        dtype: torch.dtype = group["momentum_dtype"]
-        return dtype
-    wide = wants_master(group, param) or rounds(group, param)
-    # A running average of float16 gradients, a tenth of their size at first, would vanish.
-    wide = wide or (muon and param.dtype == torch.float16)
-    return torch.float32 if wide else param.dtype

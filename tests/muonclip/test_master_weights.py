@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
-from muonclip.update import adopt_changed
+from muonclip.precision import refresh_master
 
 
 def build(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Sequential:
@@ -162,7 +162,7 @@ def test_only_entries_that_were_written_to_are_adopted(
         if param.view(-1)[index] != value:
             param.view(-1)[index] = value
             expected.view(-1)[index] = param.view(-1)[index]
-    adopt_changed(master, param)
+    refresh_master(master, param)
     torch.testing.assert_close(master, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from muonclip import MatrixLayout, MuonClip, orthogonalize
-from muonclip.update import decay_and_apply, round_stochastically
+from muonclip.precision import round_stochastically
+from muonclip.update import decay_and_apply
 
 EXACT: dict[str, Any] = {"ns_dtype": torch.float64, "momentum": 0.0, "lr": 0.1}
 

@@ -40,7 +40,7 @@ def grouped(params: dict[str, nn.Parameter], groups: list[list[str]], **options:
 def train(optimizer: MuonClip, params: dict[str, nn.Parameter], seed: int = 0) -> None:
     for place, (name, p) in enumerate(params.items()):
         generator = torch.Generator().manual_seed(100 * seed + place)
-        p.grad = torch.randn(SHAPES[name], generator=generator)
+        p.grad = torch.randn(SHAPES[name], generator=generator).to(p.dtype)
     optimizer.step()
 
 
@@ -320,3 +320,89 @@ def test_parameters_replaced_during_training_are_refused() -> None:
     group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
     with pytest.raises(RuntimeError, match=r"of shape \(4, 4\) was replaced .* after training"):
         optimizer.state_dict()
+
+
+class TestNamedState:
+    """``named_state`` and ``load_named_state``, by the optimizer's names or by given ones."""
+
+    def trained(self, **options: Any) -> tuple[dict[str, nn.Parameter], MuonClip]:
+        params = parameters()
+        if options.get("master_weights"):
+            params = {name: nn.Parameter(p.detach().bfloat16()) for name, p in params.items()}
+        optimizer = grouped(params, [list(MUON), ["g", "b", "s"]], **options)
+        train(optimizer, params)
+        return params, optimizer
+
+    def test_is_the_state_itself(self) -> None:
+        params, optimizer = self.trained()
+        state = optimizer.named_state()
+        assert state.keys() == SHAPES.keys()
+        assert state["q"].keys() == {"momentum_buffer"}
+        assert state["g"].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, entries in state.items():
+            for key, value in entries.items():
+                assert value is optimizer.state[params[name]][key]
+
+    @pytest.mark.parametrize("master_weights", [False, True])
+    def test_training_continues_bit_exactly_from_a_loaded_state(self, master_weights: bool) -> None:
+        params, optimizer = self.trained(master_weights=master_weights)
+        others, other = self.trained(master_weights=master_weights)
+        train(other, others, seed=1)  # the state that is replaced
+        for name, p in others.items():
+            p.data.copy_(params[name])
+        state = copy.deepcopy(optimizer.named_state())
+        other.load_named_state(state)
+        for name, p in others.items():
+            for key, value in other.state[p].items():
+                assert value.data_ptr() == state[name][key].data_ptr()
+            assert getattr(p, "main_param", None) is state[name].get("master")
+        train(optimizer, params, seed=2)
+        train(other, others, seed=2)
+        for name, p in others.items():
+            assert torch.equal(p, params[name])
+            for key, value in other.state[p].items():
+                assert torch.equal(value, optimizer.state[params[name]][key])
+
+    def test_names_can_be_given(self) -> None:
+        params = parameters()
+        optimizer = MuonClip([{"params": params.values(), "algorithm": "adamw"}])
+        for call in (optimizer.named_state, lambda: optimizer.load_named_state({})):
+            with pytest.raises(ValueError, match="parameters have no names"):
+                call()
+        train(optimizer, params)
+        renamed = [(f"model.{name}", p) for name, p in params.items()]
+        state = optimizer.named_state(renamed)
+        assert state.keys() == {name for name, _ in renamed}
+        del state["model.q"]
+        optimizer.load_named_state(state, renamed)
+        assert params["q"] not in optimizer.state
+        assert optimizer.named_state(renamed) == {**state, "model.q": {}}
+
+    def test_master_alone_starts_everything_else_at_zero(self) -> None:
+        params, optimizer = self.trained(master_weights=True)
+        master = torch.full((4, 4), 0.5)
+        optimizer.load_named_state({"q": {"master": master}})
+        assert optimizer.named_state()["q"].keys() == {"master"}
+        assert params["q"].main_param is master
+        assert not hasattr(params["k"], "main_param")
+        assert params["k"] not in optimizer.state
+        params["q"].data.copy_(master)
+        train(optimizer, params)
+        fresh = torch.zeros(4, 4).lerp_(params["q"].grad.float(), 0.05)
+        assert torch.equal(optimizer.named_state()["q"]["momentum_buffer"], fresh)
+
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            ({"w": {}}, "the optimizer has no parameter 'w'"),
+            ({"q": {"exp_avg": torch.zeros(4, 4)}}, r"parameter 'q': .* muon needs"),
+            ({"q": {"momentum_buffer": torch.zeros(4)}}, "parameter 'q' has shape"),
+            ({"q": {"master": torch.zeros(4)}}, "parameter 'q' has shape"),
+        ],
+    )
+    def test_state_of_other_parameters_is_refused(self, state: Any, message: str) -> None:
+        _, optimizer = self.trained()
+        before = optimizer.named_state()
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_named_state({"g": {}, **state})
+        assert optimizer.named_state() == before

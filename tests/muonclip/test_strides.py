@@ -157,7 +157,7 @@ def test_a_flag_skips_copies_too(
 
 
 def test_stochastic_rounding_does_not_depend_on_strides() -> None:
-    from muonclip.update import round_stochastically
+    from muonclip.precision import round_stochastically
 
     source = torch.randn(5, 8)
     targets = [torch.empty(5, 8, dtype=torch.bfloat16) for _ in range(2)]

@@ -1,0 +1,105 @@
+"""Precision of parameters and state: dtypes, float32 master copies and stochastic rounding."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a parameter's update is computed in: float32 or wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's momentum (Muon) or moments (AdamW)."""
+    muon = group["algorithm"] == "muon"
+    if muon and group["momentum_dtype"] is not None:
+        dtype: torch.dtype = group["momentum_dtype"]
+        return dtype
+    wide = needs_master(group, param) or rounds_stochastically(group, param)
+    # A running average of float16 gradients, a tenth of their size at first, would vanish.
+    wide = wide or (muon and param.dtype == torch.float16)
+    return torch.float32 if wide else param.dtype
+
+
+def needs_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the optimizer updates a float32 master copy in place of the parameter."""
+    return bool(group["master_weights"]) and param.dtype in _LOW_PRECISION
+
+
+def rounds_stochastically(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether updates of the parameter are rounded at random."""
+    return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
+
+
+def get_master(param: Tensor) -> Tensor | None:
+    """The master copy attached to a parameter by ``MuonClip`` or by a Megatron optimizer."""
+    return getattr(param, "main_param", None)
+
+
+def set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> None:
+    """Attach a master copy to a parameter and its optimizer state, or detach it (None).
+
+    The attribute ``main_param``, as in Megatron, lets QK-Clip scale the master copy as well. A
+    ``main_param`` set by another optimizer is not detached.
+    """
+    if master is not None:
+        state["master"] = master
+        setattr(param, "main_param", master)  # noqa: B010 (for mypy)
+    elif "master" in state and get_master(param) is state.pop("master"):
+        delattr(param, "main_param")
+
+
+def refresh_master(master: Tensor, param: Tensor) -> None:
+    """Copy into a master copy the entries of its 16-bit parameter that changed since the last step.
+
+    A step leaves the rounded master in the parameter. An entry that differs was written to since
+    then (``load_state_dict``, averaged weights swapped in) and replaces the master's; entries that
+    still match keep the master's full precision.
+    """
+    rounded = master.to(param.dtype).view(torch.int16)  # bits: NaN does not equal itself
+    bits = param.view(torch.int16)
+    # On a CPU, reading the result costs nothing and usually saves the rest.
+    on_cpu = param.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (on_cpu and torch.equal(rounded, bits)):
+        torch.where(rounded == bits, master, param.to(master.dtype), out=master)
+
+
+def write_back(
+    results: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], *, stochastic: bool
+) -> None:
+    """Round updated tensors into their parameters.
+
+    Args:
+        results: (updated tensor, parameter, seed); nothing is copied where both are one tensor.
+        stochastic: round bfloat16 parameters at random by the seed, instead of to nearest.
+    """
+    sources, targets = [], []
+    for updated, param, seed in results:
+        if stochastic and param.dtype == torch.bfloat16:
+            round_stochastically(updated, param, seed)
+        elif updated is not param:
+            sources.append(updated)
+            targets.append(param)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def round_stochastically(source: Tensor, target: Tensor, seed: tuple[int, ...]) -> None:
+    """Write float32 ``source`` into bfloat16 ``target``, rounded up or down at random.
+
+    The probability of each neighbour is proportional to its closeness, so that the expectation is
+    ``source`` and updates smaller than half a unit in the last place are not lost on average. The
+    random bits depend on the seed and the shape only.
+    """
+    generator = torch.Generator(source.device).manual_seed(hash(seed) % 2**63)
+    # Contiguous whatever the source: numbers are drawn in the order of memory.
+    noise = torch.empty(source.shape, dtype=torch.int32, device=source.device)
+    noise.random_(0, 2**16, generator=generator)
+    bits = source.view(torch.int32).add(noise).bitwise_and_(-(2**16))
+    # Infinities and NaN have no neighbours: noise would turn one into the other.
+    target.copy_(torch.where(source.isfinite(), bits.view(torch.float32), source))
