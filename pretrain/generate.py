@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pretrain import checkpoint, parallel
 from pretrain.build import names_in_checkpoint, set_precision
-from pretrain.checkpoint import storage
 from pretrain.config import Config, ParallelConfig
 from pretrain.data import Document, chat, sources
 from pretrain.data.index import Composer
@@ -46,9 +45,8 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     """
     if parallel.world_size() > 1:
         raise PretrainError("this command is one process: start it with python, not torchrun")
-    saved = checkpoint.saved(run_dir, step)
+    saved, config = checkpoint.find(run_dir, step)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file(run_dir))
-    config = saved.config
     context = parallel.start(ParallelConfig(), config.seed)
     dtype: torch.dtype = getattr(torch, config.precision)
     (language,) = build_language_model(
@@ -63,7 +61,7 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     set_precision(whole, dtype)
     whole.eval().requires_grad_(False)
     named = names_in_checkpoint([language], tower)
-    storage.load(saved.path, {f"model.{name}": tensor for name, tensor in named.items()})
+    saved.load({f"model.{name}": tensor for name, tensor in named.items()})
     return Model(config, tokenizer, language, tower, context.device)
 
 

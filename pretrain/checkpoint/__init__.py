@@ -6,26 +6,26 @@ and manifest.
 """
 
 from pretrain.checkpoint.run import (
-    Saved,
+    SavedRun,
+    find,
     folder,
     keep_tokenizer,
     restore,
     roll_back,
     save,
-    saved,
     saver,
     tokenizer_file,
     write_tokenizer,
 )
 
 __all__ = [
-    "Saved",
+    "SavedRun",
+    "find",
     "folder",
     "keep_tokenizer",
     "restore",
     "roll_back",
     "save",
-    "saved",
     "saver",
     "tokenizer_file",
     "write_tokenizer",

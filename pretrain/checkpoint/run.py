@@ -1,8 +1,6 @@
 """Contents of a run's checkpoints, and resuming from them."""
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,8 @@ from torch import Tensor
 from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
-from pretrain.config import Config, DataConfig, LanguageConfig, from_dict, to_dict
+from pretrain.checkpoint.storage import Checkpoint
+from pretrain.config import Config, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.parallel import raise_on_all_ranks
@@ -31,22 +30,24 @@ def folder(run: Run) -> Path:
     return Path(run.config.run_dir) / "checkpoints"
 
 
-class Saved(NamedTuple):
+class SavedRun(NamedTuple):
     """A run's checkpoint, and the configuration that it was made with."""
 
-    path: Path
-    step: int
+    checkpoint: Checkpoint
     config: Config
 
 
-def saved(run_dir: Path, step: int | None = None) -> Saved:
-    """Find the newest checkpoint of a run, or that of a step, and verify it; for one process.
+def find(run_dir: Path, step: int | None = None) -> SavedRun:
+    """Open and verify a checkpoint of a run, in a single process.
+
+    Args:
+        step: default: the newest checkpoint.
 
     Raises:
-        PretrainError: there is none, or it is damaged.
+        PretrainError: there is no such checkpoint, or it is damaged.
     """
     if not run_dir.is_dir():
-        raise PretrainError(f"{run_dir} is no folder: give the run_dir of a run")
+        raise PretrainError(f"{run_dir} is not a folder: give the run_dir of a run")
     steps = storage.steps(run_dir / "checkpoints")
     if not steps:
         raise PretrainError(f"{run_dir} has no checkpoint: train first, or give a run's run_dir")
@@ -55,21 +56,23 @@ def saved(run_dir: Path, step: int | None = None) -> Saved:
             f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
         )
     path = storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
-    manifest = storage.read_manifest(path)
-    storage.verify(path, manifest)
-    return Saved(path, manifest.step, from_dict(_config_of(path, manifest.facts)))
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    return SavedRun(checkpoint, _config_of(checkpoint))
 
 
-def _config_of(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with, unchecked.
+def _config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was made with.
 
     Raises:
-        PretrainError: it has none.
+        PretrainError: there is none in the manifest, or it is invalid.
     """
-    config = facts.get("config")
-    if not isinstance(config, dict):
-        raise PretrainError(f"the checkpoint {path} has no configuration in its manifest.json")
-    return config
+    values = checkpoint.facts.get("config")
+    if not isinstance(values, dict):
+        raise PretrainError(
+            f"the checkpoint {checkpoint.path} has no configuration in its manifest.json"
+        )
+    return from_dict(values)
 
 
 def tokenizer_file(run_dir: Path) -> Path:
@@ -249,50 +252,49 @@ def _restore(run: Run) -> tuple[int, dict[str, Any]]:
         if run.config.start_from is not None:
             _begin_with(run, Path(run.config.start_from))
         return 0, {}
-    path = storage.path_of(folder(run), steps[-1])
-    manifest = storage.read_manifest(path)
-    storage.verify(path, manifest, run.context.rank, run.context.world_size)
-    facts = manifest.facts
-    weights_only = facts.get("weights_only", False)
+    checkpoint = Checkpoint.open(storage.path_of(folder(run), steps[-1]))
+    checkpoint.verify(run.context.rank, run.context.world_size)
+    weights_only = checkpoint.facts.get("weights_only", False)
     _check_same_run(
-        f"the checkpoint {path} was made with",
-        _config_of(path, facts),
-        to_dict(run.config),
+        f"the checkpoint {checkpoint.path} was made with",
+        _config_of(checkpoint),
+        run.config,
         _MODEL if weights_only else _FIXED,
         _FREE_OF_WEIGHTS if weights_only else (),
-        "set it back to go on, or choose another run_dir to start anew",
+        "set it back to continue, or choose another run_dir to start a new run",
     )
     if weights_only:
-        _take_weights(run, path)
-        return manifest.step, facts
-    stored = storage.shapes(path)
+        _take_weights(run, checkpoint)
+        return checkpoint.step, checkpoint.facts
     states: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter in run.parameters():
         prefix = f"optimizer.{name}."
         states[parameter] = {
             key.removeprefix(prefix): torch.empty(
-                parameter.shape if shape else (), dtype=dtype, device=_device(key, parameter)
+                parameter.shape if stored.shape else (),
+                dtype=stored.dtype,
+                device=_device(key, parameter),
             )
-            for key, (shape, dtype) in stored.items()
+            for key, stored in checkpoint.tensors.items()
             if key.startswith(prefix)
         }
-    storage.load(path, _tensors(run, states))
+    checkpoint.load(_tensors(run, states))
     for trained, kept in states.items():
         if kept:
             run.optimizer.state[trained] = kept
         else:  # it has had no gradient yet
             run.optimizer.state.pop(trained, None)
     for group in run.optimizer.param_groups:
-        group["updates"] = facts["updates"]
+        group["updates"] = checkpoint.facts["updates"]
     for _, parameter in run.parameters():
         if "master" in states[parameter]:  # QK-Clip scales it too
             setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
-    return manifest.step, facts
+    return checkpoint.step, checkpoint.facts
 
 
 def _begin_with(run: Run, other: Path) -> None:
     """Take up the weights of another run's newest checkpoint, and nothing else."""
-    found = saved(other)
+    saved = find(other)
     if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
         raise PretrainError(
             f"the data's tokenizer is not {other / 'tokenizer.json'}, whose ids the model of "
@@ -300,21 +302,21 @@ def _begin_with(run: Run, other: Path) -> None:
         )
     _check_same_run(
         f"the model of start_from={other} has",
-        to_dict(found.config),
-        to_dict(run.config),
+        saved.config,
+        run.config,
         _MODEL,
         _FREE_OF_WEIGHTS,
         "set it to that, or start from another run",
     )
-    _take_weights(run, found.path)
+    _take_weights(run, saved.checkpoint)
 
 
-def _take_weights(run: Run, path: Path) -> None:
+def _take_weights(run: Run, checkpoint: Checkpoint) -> None:
     """A checkpoint's weights in their places, without what an optimizer knows.
 
     Those of a run of lower precision are its masters; a run of lower precision has them as masters.
     """
-    stored = storage.shapes(path)
+    stored = checkpoint.tensors
     tensors: dict[str, Tensor | storage.LocalShard] = {}
     masters: dict[Tensor, Tensor] = {}
     for name, tensor in run.named_tensors.items():
@@ -322,11 +324,11 @@ def _take_weights(run: Run, path: Path) -> None:
         if key not in stored:
             key = f"model.{name}"
         value = tensor.detach()
-        if key in stored and stored[key][1] == torch.float32 != tensor.dtype:
+        if key in stored and stored[key].dtype == torch.float32 != tensor.dtype:
             value = masters[tensor] = torch.empty_like(value, dtype=torch.float32)
         tensors[key] = _part(run, name, value)
         run.optimizer.state.pop(tensor, None)
-    storage.load(path, tensors)
+    checkpoint.load(tensors)
     for parameter, master in masters.items():
         parameter.detach().copy_(master)
         run.optimizer.state[parameter] = {"master": master}
@@ -338,40 +340,45 @@ def _device(key: str, parameter: Tensor) -> torch.device:
     return torch.device("cpu") if key.endswith(".step") else parameter.device
 
 
-def _without(config: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
-    """Without where data lies; that it is the same data is checked when it is taken up.
-
-    Args:
-        free: settings of the model that are left out as well.
-    """
-    # Checkpoints from before a setting had its default.
-    data = {**dataclasses.asdict(DataConfig()), **config.get("data", {})}
-    language = {**dataclasses.asdict(LanguageConfig()), **config.get("language", {})}
-    sources = [{k: v for k, v in s.items() if k != "path"} for s in data["sources"]]
-    data = {k: v for k, v in data.items() if k not in _FREE_OF_DATA}
-    language = {k: v for k, v in language.items() if k not in free}
-    return {**config, "language": language, "data": {**data, "sources": sources}}
-
-
 def _check_same_run(
-    what: str,
-    then: dict[str, Any],
-    now: dict[str, Any],
-    keys: Sequence[str],
-    free: Sequence[str],
+    origin: str,
+    before: Config,
+    now: Config,
+    sections: Sequence[str],
+    ignored: Sequence[str],
     remedy: str,
 ) -> None:
-    """
+    """Compare those settings of two configurations that determine the model and its data.
+
+    Args:
+        origin: beginning of the message, such as "the checkpoint X was made with".
+        sections: the settings and sections to compare.
+        ignored: names of settings within them that may differ.
+
     Raises:
-        PretrainError: it says ``what`` and the first setting that differs, and the remedy.
+        PretrainError: names the first setting that differs, and the remedy.
     """
-    then = {"precision": "float32", **then}  # which checkpoints without the setting had
-    then, now = _without(then, free), _without(now, free)
-    for key in keys:
-        old, new = then.get(key), json.loads(json.dumps(now[key]))
-        if old == new:
+    old, new = (dict(_settings(config, sections, ignored)) for config in (before, now))
+    for key in new:
+        if old[key] != new[key]:
+            raise PretrainError(f"{origin} {key}={old[key]}, not {new[key]}: {remedy}")
+
+
+def _settings(
+    config: Config, sections: Sequence[str], ignored: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the settings that :func:`_check_same_run` compares.
+
+    The files of data may have moved: whether they are the same is checked when the position in
+    them is restored.
+    """
+    values = to_dict(config)
+    for source in values["data"]["sources"]:
+        del source["path"]
+    for section in sections:
+        if not isinstance(values[section], dict):
+            yield section, values[section]
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            sub = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-            key, old, new = f"{key}.{sub}", old.get(sub), new.get(sub)
-        raise PretrainError(f"{what} {key}={old}, not {new}: {remedy}")
+        for name, value in values[section].items():
+            if name not in (*ignored, *_FREE_OF_DATA):
+                yield f"{section}.{name}", value

@@ -1,13 +1,13 @@
-"""Checkpoints: sharded over the ranks, written whole or not at all, and verified when read.
+"""Storage of checkpoints: sharded over the ranks, written atomically, and verified when read.
 
-A checkpoint is a folder ``step-00000100`` of safetensors files, in which ranks write the blocks of
-tensors that they hold; a block that several ranks hold is written by one of them. Blocks are stored
-under the tensor's name in the whole model with their place in it, so a rank reads the parts it
-needs, however the tensors were split when they were saved. ``manifest.json`` lists the tensors,
-their blocks and the SHA-256 of every file. It is written last, into a folder that still has another
-name; renaming that folder makes the checkpoint exist.
+A checkpoint is a folder ``step-00000100`` of safetensors files. Each rank writes blocks of its
+tensors; a block that several ranks have is written by one of them. Blocks are stored under the
+tensor's name in the whole model with their offsets in it, so a rank reads only the parts it needs,
+however the tensors were split when they were saved. ``manifest.json`` lists the tensors, their
+blocks and the SHA-256 of every file. It is written last, into a folder with a temporary name;
+renaming that folder makes the checkpoint exist.
 
-Nothing in a checkpoint is code or is unpickled: reading one from an unknown source is safe.
+Nothing in a checkpoint is executed or unpickled: reading one from an untrusted source is safe.
 """
 
 import json
@@ -41,8 +41,8 @@ _MANIFEST = "manifest.json"
 # A trillion parameters on thousands of ranks have some hundred MiB.
 _MAX_MANIFEST_BYTES = 8 << 30
 _PARTIAL, _REMOVED = ".partial", ".removed"
-# A rank that has died is noticed at once; this is for disks that take their time.
-_PATIENCE = timedelta(hours=12)
+# Ranks may wait for each other's slow disks; a rank that has died is noticed at once.
+_WRITE_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class LocalShard:
     """This rank's part of a tensor that is split over ranks.
 
     Attributes:
-        shape: of the whole tensor.
-        pieces: (offsets in the whole tensor, values) of each block that is here.
+        shape: shape of the whole tensor.
+        blocks: (offsets in the whole tensor, values) of each block on this rank.
     """
 
     shape: Sequence[int]
-    pieces: Sequence[tuple[Sequence[int], Tensor]]
+    blocks: Sequence[tuple[Sequence[int], Tensor]]
 
 
 T = TypeVar("T")
 Tensors = Mapping[str, Tensor | LocalShard]
 
 
-def _as_part(tensor: Tensor | LocalShard) -> LocalShard:
+def _as_shard(tensor: Tensor | LocalShard) -> LocalShard:
     if isinstance(tensor, LocalShard):
         return tensor
     return LocalShard(tensor.shape, [([0] * tensor.ndim, tensor)])
@@ -70,7 +70,7 @@ def _as_part(tensor: Tensor | LocalShard) -> LocalShard:
 
 def _blocks(tensors: Tensors) -> Iterator[Block]:
     for name, tensor in tensors.items():
-        for offsets, values in _as_part(tensor).pieces:
+        for offsets, values in _as_shard(tensor).blocks:
             yield Block(name, tuple(offsets), values)
 
 
@@ -80,14 +80,15 @@ def _checksum(path: Path) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that complete checkpoints in ``folder`` were written at, in order."""
+    """The steps of the complete checkpoints in ``folder``, in ascending order."""
     if not folder.is_dir():
         return []
-    found = (_FOLDER.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def path_of(folder: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
@@ -99,32 +100,36 @@ def save(
     keep: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint; every rank calls it with the tensors it holds.
+    """Write a checkpoint; every rank calls this with its own tensors.
 
     Args:
-        folder: where checkpoints live.
-        tensors: by name in the whole model. What several ranks have is written once.
-        facts: what else is to be read back, as JSON.
-        keep: older checkpoints than the newest ``keep`` are removed, once this one exists.
-        group: of all ranks, in place of the default one.
+        folder: the folder of all checkpoints.
+        step: number of the update after which the tensors were taken.
+        tensors: tensors by name in the whole model. Blocks on several ranks are written once.
+        facts: everything else to store, as values of JSON.
+        keep: number of checkpoints to keep; older ones are removed once this one exists.
+        group: a process group of all ranks; default: the default group.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        PretrainError: the disk refused; earlier checkpoints are as they were.
+        PretrainError: writing failed on any rank; earlier checkpoints are unchanged.
     """
     final = path_of(folder, step)
     partial = final.with_suffix(_PARTIAL)
     is_main = dist.get_rank() == 0
-    with _agreed(final, group):
+    with _failing_on_all_ranks(final, group):
         if is_main:
-            _clear(folder)
+            _remove_leftovers(folder)
             partial.mkdir(parents=True)
-    share = _share(list(_blocks(tensors)), group)
-    with _agreed(final, group):
-        written = _write(partial, share, {name: list(x.shape) for name, x in tensors.items()})
-    everything = _gather(written, group)
-    with _agreed(final, group):
+    blocks = _blocks_to_write(list(_blocks(tensors)), group)
+    with _failing_on_all_ranks(final, group):
+        written = _write(partial, blocks, {name: list(x.shape) for name, x in tensors.items()})
+    written_by_rank = _gather(written, group)
+    with _failing_on_all_ranks(final, group):
         if is_main:
-            manifest = {"step": step, "facts": dict(facts), **_merge(everything)}
+            manifest = {"step": step, "facts": dict(facts), **_merge(written_by_rank)}
             with (partial / _MANIFEST).open("w") as file:
                 json.dump(manifest, file)
                 file.flush()
@@ -134,8 +139,8 @@ def save(
 
 
 @contextmanager
-def _agreed(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turn a failure of the block on any rank into one error on all, and free its disk space."""
+def _failing_on_all_ranks(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raise an error of any rank on all ranks, and remove the unfinished checkpoint."""
     failure = None
     try:
         yield
@@ -143,7 +148,7 @@ def _agreed(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         failure = PretrainError(
             f"cannot write the checkpoint {final}: {cause}; earlier checkpoints are intact: "
-            "see to the disk and start again"
+            "free or repair the disk, and start again"
         )
     try:
         raise_on_all_ranks(failure, group)
@@ -153,27 +158,27 @@ def _agreed(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
         raise
 
 
-def _clear(folder: Path) -> None:
-    """Remove what interrupted saves and removals left behind."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the folders of interrupted saves and removals."""
     for suffix in (_PARTIAL, _REMOVED):
         for path in folder.glob(f"step-*{suffix}"):
             shutil.rmtree(path)
 
 
 def _publish(partial: Path, final: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, and remove those older than the newest ``keep``."""
-    _sync(partial)
+    """Rename a complete checkpoint, and remove those older than the newest ``keep``."""
+    _flush_names(partial)
     _remove(final)
     partial.rename(final)
-    _sync(final.parent)
+    _flush_names(final.parent)
     for old in steps(final.parent)[:-keep]:
         _remove(path_of(final.parent, old))
 
 
-def _share(blocks: Sequence[Block], group: dist.ProcessGroup | None) -> list[Block]:
-    """Choose which of its blocks this rank writes: each is written once, the load balanced.
+def _blocks_to_write(blocks: Sequence[Block], group: dist.ProcessGroup | None) -> list[Block]:
+    """The blocks that this rank writes: each block is written once, with a balanced load.
 
-    Rank 0 decides, from every rank's list: its time grows with the number of blocks on all ranks.
+    Rank 0 decides for all ranks; its time grows with the total number of blocks.
     """
     offered = _gather([(x.name, x.offsets, x.values.nbytes) for x in blocks], group)
     chosen: list[list[int] | None] = [None]
@@ -191,7 +196,7 @@ def _assign(offered: Sequence[Sequence[Offer]]) -> list[list[int]]:
     """Return for each rank the indices of the blocks that it writes.
 
     Args:
-        offered: name, offsets and bytes of each block, by rank.
+        offered: (name, offsets, bytes) of each block, by rank.
     """
     holders: dict[Offer, list[tuple[int, int]]] = defaultdict(list)
     for rank, offers in enumerate(offered):
@@ -199,7 +204,7 @@ def _assign(offered: Sequence[Sequence[Offer]]) -> list[list[int]]:
             holders[offer].append((rank, index))
     chosen: list[list[int]] = [[] for _ in offered]
     load = [0] * len(offered)
-    # Those with fewest choices first, and the largest first, so that the rest can even out.
+    # Blocks with the fewest choices first, the largest of them first; the rest evens out the load.
     for offer in sorted(holders, key=lambda offer: (len(holders[offer]), -offer[2])):
         rank, index = min(holders[offer], key=lambda holder: load[holder[0]])
         chosen[rank].append(index)
@@ -218,14 +223,14 @@ def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 class _Written(NamedTuple):
-    """The files that a rank wrote, by SHA-256, and its tensors as the manifest lists them."""
+    """The files that a rank wrote (name to SHA-256), and its tensors as in the manifest."""
 
     files: dict[str, str]
     tensors: dict[str, dict[str, Any]]
 
 
 def _write(folder: Path, blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]]) -> _Written:
-    """Write this rank's blocks; a second block of a tensor goes to a second file, and so on."""
+    """Write this rank's blocks; a tensor's second block goes to a second file, and so on."""
     written = _Written({}, {})
     by_file: dict[str, list[Block]] = defaultdict(list)
     for block in blocks:
@@ -245,11 +250,11 @@ def _write(folder: Path, blocks: Sequence[Block], shapes: Mapping[str, Sequence[
     return written
 
 
-def _merge(everything: Sequence[_Written]) -> dict[str, Any]:
-    """Return the manifest's files and tensors: those of all ranks."""
+def _merge(written_by_rank: Sequence[_Written]) -> dict[str, Any]:
+    """The manifest's files and tensors: those of all ranks."""
     files: dict[str, str] = {}
     tensors: dict[str, dict[str, Any]] = {}
-    for written in everything:
+    for written in written_by_rank:
         files |= written.files
         for name, entry in written.tensors.items():
             if name in tensors:
@@ -259,8 +264,8 @@ def _merge(everything: Sequence[_Written]) -> dict[str, Any]:
     return {"files": files, "tensors": tensors}
 
 
-def _sync(path: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
+def _flush_names(path: Path) -> None:
+    """Force a folder's list of names to disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -269,16 +274,16 @@ def _sync(path: Path) -> None:
 
 
 class Saver:
-    """Writes a run's checkpoints one after another, while the run goes on if so asked.
+    """Writes a run's checkpoints one after another, in the background if asked to.
 
-    Every rank makes one and calls its methods at the same points of the run. In the background,
-    the tensors are first copied to memory; a thread then writes them. What the threads of all
-    ranks tell each other goes through a process group of their own, so that it never meets the
-    run's collectives.
+    Every rank creates one and calls its methods at the same points of the run. An asynchronous
+    save copies the tensors to memory and leaves the writing to a thread. The threads of all ranks
+    communicate through a separate process group, so they never interfere with the run's
+    collectives.
 
     Args:
-        folder: where checkpoints live.
-        keep: the newest ones that stay.
+        folder: the folder of all checkpoints.
+        keep: number of checkpoints to keep.
         asynchronous: write in the background.
     """
 
@@ -290,13 +295,13 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
 
     def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint, or begin to, once the one before it is written.
+        """Wait for the previous checkpoint to be written, then write this one or start to.
 
         Raises:
-            PretrainError: this one, or the one before it, could not be written.
+            PretrainError: this or the previous checkpoint could not be written.
         """
         self.wait()
         if self._pool is None:
@@ -313,54 +318,54 @@ class Saver:
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        """Return once nothing is being written.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            PretrainError: it could not be written; the same on every rank.
+            PretrainError: it could not be written; the same error on every rank.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """End the thread, after what it is writing; an error of that is not told."""
+        """Finish writing and end the thread; an error of the last checkpoint is not raised."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def _stage(self, tensors: Tensors) -> dict[str, LocalShard]:
-        """Copies in memory that this object keeps from one checkpoint to the next."""
+        """Copy the tensors to buffers in memory, which are reused for every checkpoint."""
         staged = {}
         for name, tensor in tensors.items():
-            part = _as_part(tensor)
-            pieces = []
-            for number, (offsets, values) in enumerate(part.pieces):
+            shard = _as_shard(tensor)
+            blocks = []
+            for number, (offsets, values) in enumerate(shard.blocks):
                 buffer = self._buffers.get((name, number))
                 if buffer is None:
                     buffer = torch.empty(
                         values.shape, dtype=values.dtype, pin_memory=values.is_cuda
                     )
                     self._buffers[name, number] = buffer
-                pieces.append((offsets, buffer.copy_(values, non_blocking=True)))
-            staged[name] = LocalShard(part.shape, pieces)
+                blocks.append((offsets, buffer.copy_(values, non_blocking=True)))
+            staged[name] = LocalShard(shard.shape, blocks)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    """Delete a checkpoint such that a kill half-way leaves nothing that looks like one."""
     if path.exists():
-        doomed = path.with_suffix(_REMOVED)
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        renamed = path.with_suffix(_REMOVED)
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
+        shutil.rmtree(renamed)
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a checkpoint.
 
     Attributes:
-        blocks: file, offsets in the tensor, and shape of each block.
+        blocks: (file, offsets in the tensor, shape) of each block.
     """
 
     dtype: torch.dtype
@@ -368,55 +373,115 @@ class Stored(NamedTuple):
     blocks: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
-class Manifest(NamedTuple):
-    """Everything in a checkpoint but the values of its tensors.
-
-    Attributes:
-        facts: the ``facts`` that :func:`save` was given, as JSON returns them.
-        files: SHA-256 by file name.
-        tensors: by name in the whole model.
-    """
-
-    step: int
-    facts: dict[str, Any]
-    files: dict[str, str]
-    tensors: dict[str, Stored]
-
-
 _REMEDY = "remove that folder to resume from the checkpoint before it, or start a new run_dir"
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and validate a checkpoint's manifest; the files are not looked at.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its manifest in memory, its tensors to be loaded.
 
-    Raises:
-        PretrainError: it is not a checkpoint of this program.
+    Attributes:
+        path: its folder.
+        step: number of the update after which it was written.
+        facts: the ``facts`` passed to :func:`save`, as JSON returns them.
+        files: SHA-256 by file name.
+        tensors: the stored tensors by name in the whole model.
     """
-    try:
-        manifest = json.loads(untrusted_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
-        files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
-        tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
-        return Manifest(int(manifest["step"]), dict(manifest["facts"]), files, tensors)
-    # JSON of any shape, at any depth, can stand there.
-    except (
-        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError
-    ) as error:  # fmt: skip
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    files: dict[str, str]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read and validate the manifest; the other files are not read.
+
+        Raises:
+            PretrainError: the folder is not a checkpoint of this program.
+        """
+        try:
+            manifest = json.loads(untrusted_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
+            files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
+            tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
+            return cls(path, int(manifest["step"]), dict(manifest["facts"]), files, tensors)
+        # The file may contain JSON of any shape and depth.
+        except (
+            OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError
+        ) as error:  # fmt: skip
+            raise PretrainError(
+                f"{path} is not a checkpoint of this program (no readable {_MANIFEST}): {_REMEDY}"
+            ) from error
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compare the files with their checksums; each rank does its share of the files.
+
+        Raises:
+            PretrainError: a file is missing or damaged.
+        """
+        for name in sorted(self.files)[rank::world_size]:
+            file = self.path / name
+            try:
+                intact = file.is_file() and _checksum(file) == self.files[name]
+            except OSError as error:
+                raise PretrainError(f"cannot read {file}: {error.strerror}; {_REMEDY}") from error
+            if not intact:
+                fault = "differs from its checksum" if file.is_file() else "is missing"
+                raise PretrainError(
+                    f"the checkpoint {self.path} is damaged: {name} {fault}; {_REMEDY}"
+                )
+
+    def load(self, tensors: Tensors) -> None:
+        """Copy stored values into ``tensors``, by their names in the whole model.
+
+        Reads only the blocks needed, without other processes. Values are converted to the dtypes
+        of ``tensors``.
+
+        Raises:
+            PretrainError: a tensor is missing or has another shape (the first one is named), or
+                a file is damaged.
+        """
+        for name, tensor in tensors.items():
+            self._check(name, torch.Size(tensor.shape))
+        reads: dict[str, list[tensor_files.Read]] = defaultdict(list)
+        for block in _blocks(tensors):
+            for file, read in _overlaps(block, self.tensors[block.name]):
+                reads[file].append(read)
+        for file, file_reads in reads.items():
+            try:
+                tensor_files.read(self.path / file, file_reads)
+            except (OSError, ValueError) as error:
+                raise PretrainError(
+                    f"the checkpoint {self.path} is damaged: {error}; {_REMEDY}"
+                ) from error
+
+    def _check(self, name: str, shape: torch.Size) -> None:
+        stored = self.tensors.get(name)
+        if stored is not None and stored.shape == shape:
+            return
+        difference = (
+            f"it has no {name}"
+            if stored is None
+            else f"{name} has shape {tuple(stored.shape)} in it, not {tuple(shape)}"
+        )
         raise PretrainError(
-            f"{path} is not a checkpoint of this program (no readable {_MANIFEST}): {_REMEDY}"
-        ) from error
+            f"the checkpoint {self.path} is of another model: {difference}; use the configuration "
+            "it was made with, or another run_dir"
+        )
 
 
 def _file_name(name: str) -> str:
     if not _FILE.fullmatch(name):
-        raise ValueError(f"{name!r} is no file of a checkpoint")
+        raise ValueError(f"{name!r} is not the name of a checkpoint's file")
     return name
 
 
-def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> Stored:
-    """Return a manifest's entry of a tensor, if its blocks lie within it and fill it."""
+def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:
+    """Parse a tensor's entry of a manifest; its blocks must lie within the tensor and fill it."""
     shape = torch.Size(entry["shape"])
-    # torch.Size takes nothing but whole numbers.
     blocks = [
+        # torch.Size accepts only whole numbers.
         (file, tuple(torch.Size(offsets)), tuple(torch.Size(size)))
         for file, offsets, size in entry["blocks"]
     ]
@@ -427,71 +492,11 @@ def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> Stored:
                 raise ValueError(f"a block {offsets} of {size} is not within {tuple(shape)}")
     if sum(prod(size) for _, _, size in blocks) != prod(shape):
         raise ValueError("blocks do not fill their tensor")
-    return Stored(tensor_files.dtype_of(entry["dtype"]), shape, blocks)
+    return StoredTensor(tensor_files.dtype_of(entry["dtype"]), shape, blocks)
 
 
-def verify(path: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
-    """Check that files are as they were written: this rank's share of them.
-
-    Raises:
-        PretrainError: a file is missing or damaged.
-    """
-    for name in sorted(manifest.files)[rank::ranks]:
-        file = path / name
-        try:
-            intact = file.is_file() and _checksum(file) == manifest.files[name]
-        except OSError as error:
-            raise PretrainError(f"cannot read {file}: {error.strerror}; {_REMEDY}") from error
-        if not intact:
-            fault = "is not what was written" if file.is_file() else "is missing"
-            raise PretrainError(f"the checkpoint {path} is damaged: {name} {fault}; {_REMEDY}")
-
-
-def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and dtype of every tensor in a checkpoint, by name.
-
-    Raises:
-        PretrainError: it is not a checkpoint of this program.
-    """
-    return {name: (x.shape, x.dtype) for name, x in read_manifest(path).tensors.items()}
-
-
-def load(path: Path, tensors: Tensors) -> None:
-    """Fill ``tensors`` in place from a checkpoint, each by its name in the whole model.
-
-    Reads just the parts that are wanted, and no other process is needed. Values are converted to
-    the tensors' dtypes.
-
-    Raises:
-        PretrainError: the checkpoint is of another model (names the first tensor that it lacks,
-            or has in another shape), or damaged.
-    """
-    stored = read_manifest(path).tensors
-    for name, tensor in tensors.items():
-        if name not in stored:
-            raise PretrainError(
-                f"the checkpoint {path} is of another model: it has no {name}; "
-                "use the configuration it was made with, or another run_dir"
-            )
-        if stored[name].shape != torch.Size(tensor.shape):
-            raise PretrainError(
-                f"the checkpoint {path} is of another model: {name} is "
-                f"{tuple(stored[name].shape)} there and {tuple(tensor.shape)} here; "
-                "use the configuration it was made with, or another run_dir"
-            )
-    reads: dict[str, list[tensor_files.Read]] = defaultdict(list)
-    for block in _blocks(tensors):
-        for file, read in _overlaps(block, stored[block.name]):
-            reads[file].append(read)
-    for file, wanted in reads.items():
-        try:
-            tensor_files.read(path / file, wanted)
-        except (OSError, ValueError) as error:
-            raise PretrainError(f"the checkpoint {path} is damaged: {error}; {_REMEDY}") from error
-
-
-def _overlaps(block: Block, stored: Stored) -> Iterator[tuple[str, tensor_files.Read]]:
-    """Yield the file and part of each stored block that a block has elements of."""
+def _overlaps(block: Block, stored: StoredTensor) -> Iterator[tuple[str, tensor_files.Read]]:
+    """Yield the file and the overlapping part of each stored block that overlaps ``block``."""
     for file, offsets, size in stored.blocks:
         sides = list(zip(block.offsets, block.values.shape, offsets, size, strict=True))
         first = [max(a, b) for a, _, b, _ in sides]
@@ -501,5 +506,5 @@ def _overlaps(block: Block, stored: Stored) -> Iterator[tuple[str, tensor_files.
         target = block.values
         for dim, (start, end) in enumerate(zip(first, last, strict=True)):
             target = target.narrow(dim, start - block.offsets[dim], end - start)
-        start_there = tuple(a - b for a, b in zip(first, offsets, strict=True))
-        yield file, tensor_files.Read(block.name, start_there, target)
+        start_in_block = tuple(a - b for a, b in zip(first, offsets, strict=True))
+        yield file, tensor_files.Read(block.name, start_in_block, target)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain import checkpoint
-from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config import Config, VisionConfig
 from pretrain.data import chat
 from pretrain.data.media import pixels
@@ -64,16 +64,15 @@ def export(
         PretrainError: there is no such checkpoint, it is damaged, the model has a shape that
             the published models cannot have, or a file cannot be written.
     """
-    saved = checkpoint.saved(run_dir, step)
+    saved, config = checkpoint.find(run_dir, step)
     tokenizer_file = checkpoint.tokenizer_file(run_dir)
     tokenizer = Tokenizer.load(tokenizer_file)
     out = out or run_dir / ("hf-text" if text_only else "hf")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainError(f"{out} exists: remove it, or choose another folder with --out")
-    stored = storage.shapes(saved.path)
-    if _EMBEDDING not in stored:
+    if _EMBEDDING not in saved.tensors:
         raise PretrainError(_lacks(saved.path, _EMBEDDING))
-    config, vocab_size = saved.config, stored[_EMBEDDING][0][0]
+    vocab_size = saved.tensors[_EMBEDDING].shape[0]
     vision = None if text_only else config.vision
     if vision and tokenizer.media_pad < 0:
         raise PretrainError(
@@ -88,8 +87,8 @@ def export(
     longest = max(config.data.seq_length, imported.max_position_embeddings)
     described = settings(config.language, vision, vocab_size, longest, special, tokenizer.media_pad)
     wanted = list(rows(config.language, vision, vocab_size))
-    _check(saved.path, wanted, stored)
-    types = {name: _type(name, stored, dtype) for item in wanted for name in item.ours}
+    _check(saved, wanted)
+    types = {name: _type(name, saved, dtype) for item in wanted for name in item.ours}
     described["dtype"] = str(next(iter(types.values()))).removeprefix("torch.")
     files = list(_in_files(wanted, types, max_file_bytes))
     partial = out.with_name(f"{out.name}.partial")
@@ -103,7 +102,7 @@ def export(
                 f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: "
                 "choose another folder with --out"
             )
-        _write_weights(saved.path, partial, files, stored, types)
+        _write_weights(saved, partial, files, types)
         _write_json(partial / "config.json", described)
         generation, template = _conversation(config, tokenizer, special, imported, vision)
         _write_json(partial / "generation_config.json", generation)
@@ -127,20 +126,20 @@ def _lacks(path: Path, name: str) -> str:
     return f"the checkpoint {path} has no {name}: it is of another version of this program"
 
 
-def _check(path: Path, wanted: Sequence[Rows], stored: dict[str, Any]) -> None:
+def _check(saved: Checkpoint, wanted: Sequence[Rows]) -> None:
     for item in wanted:
         for name, shape in item.ours.items():
-            if _PREFIX + name not in stored:
-                raise PretrainError(_lacks(path, _PREFIX + name))
-            if tuple(stored[_PREFIX + name][0]) != shape:
+            if _PREFIX + name not in saved.tensors:
+                raise PretrainError(_lacks(saved.path, _PREFIX + name))
+            if (found := tuple(saved.tensors[_PREFIX + name].shape)) != shape:
                 raise PretrainError(
-                    f"the checkpoint {path} has {_PREFIX}{name} of shape "
-                    f"{tuple(stored[_PREFIX + name][0])}, where its configuration means {shape}"
+                    f"the checkpoint {saved.path} has {_PREFIX}{name} of shape {found}, "
+                    f"where its configuration means {shape}"
                 )
 
 
-def _type(name: str, stored: dict[str, Any], dtype: Dtype | None) -> torch.dtype:
-    own: torch.dtype = stored[_PREFIX + name][1]
+def _type(name: str, saved: Checkpoint, dtype: Dtype | None) -> torch.dtype:
+    own = saved.tensors[_PREFIX + name].dtype
     # Theirs is float32 too: its steps are too small for bfloat16.
     return own if dtype is None or name.endswith(".expert_bias") else getattr(torch, dtype)
 
@@ -167,18 +166,17 @@ def _in_files(
     yield file
 
 
-def _source(name: str, stored: dict[str, Any], types: dict[str, torch.dtype]) -> str:
+def _source(name: str, saved: Checkpoint, types: dict[str, torch.dtype]) -> str:
     """Where a weight is read: of one kept in 16 bits there is a float32 master to be had."""
     master = f"optimizer.{name}.master"
-    wider = types[name].itemsize > stored[_PREFIX + name][1].itemsize
-    return master if wider and master in stored else _PREFIX + name
+    wider = types[name].itemsize > saved.tensors[_PREFIX + name].dtype.itemsize
+    return master if wider and master in saved.tensors else _PREFIX + name
 
 
 def _write_weights(
-    path: Path,
+    saved: Checkpoint,
     folder: Path,
     files: Sequence[Sequence[Rows]],
-    stored: dict[str, Any],
     types: dict[str, torch.dtype],
 ) -> None:
     where, total = {}, 0
@@ -188,7 +186,7 @@ def _write_weights(
             name = f"model-{number:05}-of-{len(files):05}.safetensors"
         shapes = {weight: shape for item in file for weight, shape in item.ours.items()}
         ours = {weight: torch.empty(shape, dtype=types[weight]) for weight, shape in shapes.items()}
-        storage.load(path, {_source(name, stored, types): x for name, x in ours.items()})
+        saved.load({_source(name, saved, types): x for name, x in ours.items()})
         theirs = {weight: t for item in file for weight, t in item.to_theirs(ours).items()}
         save_file(theirs, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(theirs, name))

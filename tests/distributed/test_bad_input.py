@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     data.write_bytes(whole[: len(whole) // 2])
     run_dir = f"run_dir={trained}"
     line = told(folder, run_dir, "steps=10")
-    assert f"the checkpoint {newest} is damaged: {data.name} is not what was written" in line
+    assert f"the checkpoint {newest} is damaged: {data.name} differs from its checksum" in line
     assert storage.steps(trained / "checkpoints") == [5, 10]
     for path in newest.iterdir():
         path.unlink()

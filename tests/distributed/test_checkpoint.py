@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain import parallel
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.errors import PretrainError
 from pretrain.model.weights import TensorShard
 from tests.distributed.launch import launch
@@ -35,24 +36,23 @@ def _save(folder: str, steps: list[int], keep: int = 9) -> None:
 
 
 def _load(folder: str, step: int) -> bool:
-    path = storage.path_of(Path(folder), step)
-    manifest = storage.read_manifest(path)
-    storage.verify(path, manifest)
+    saved = Checkpoint.open(storage.path_of(Path(folder), step))
+    saved.verify()
     loaded = _tensors(fill=-1.0)
-    storage.load(path, loaded)
+    saved.load(loaded)
     expected = _tensors()
     return (
-        manifest.facts == {"fact": step}
-        and manifest.step == step
+        saved.facts == {"fact": step}
+        and saved.step == step
         and all(torch.equal(loaded[name], expected[name]) for name in expected)
     )
 
 
 def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
-    path = storage.path_of(Path(folder), 1)
     try:
-        storage.verify(path, storage.read_manifest(path))
-        storage.load(path, tensors)
+        saved = Checkpoint.open(storage.path_of(Path(folder), 1))
+        saved.verify()
+        saved.load(tensors)
     except PretrainError as error:
         return str(error)
     return "no error"
@@ -92,15 +92,15 @@ def _save_shards(folder: str) -> None:
 
 def _load_shards(folder: str) -> bool:
     parts = _local_shards({name: torch.full_like(whole, -1) for name, whole in _wholes().items()})
-    path = storage.path_of(Path(folder), 1)
-    storage.load(path, parts)
+    saved = Checkpoint.open(storage.path_of(Path(folder), 1))
+    saved.load(parts)
     expected = _local_shards(_wholes())
     whole = {name: torch.full_like(value, -1) for name, value in _wholes().items()}
-    storage.load(path, whole)
+    saved.load(whole)
     return all(
         torch.equal(mine, theirs)
         for name in parts
-        for (_, mine), (_, theirs) in zip(parts[name].pieces, expected[name].pieces, strict=True)
+        for (_, mine), (_, theirs) in zip(parts[name].blocks, expected[name].blocks, strict=True)
     ) and all(torch.equal(whole[name], value) for name, value in _wholes().items())
 
 
@@ -134,7 +134,7 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
     other_shape = {"shared": torch.zeros(3, 2)}
     other_name = {"missing": torch.zeros(1)}
     (error,) = launch(_load_error, 1, str(tmp_path), other_shape)
-    assert "is of another model: shared is (2, 3) there and (3, 2) here" in error
+    assert "is of another model: shared has shape (2, 3) in it, not (3, 2)" in error
     (error,) = launch(_load_error, 1, str(tmp_path), other_name)
     assert "is of another model: it has no missing" in error
 
@@ -142,7 +142,7 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert (
-        f"is damaged: {data.name} is not what was written"
+        f"is damaged: {data.name} differs from its checksum"
         in launch(_load_error, 1, str(tmp_path), {})[0]
     )
     data.unlink()
@@ -182,7 +182,7 @@ def _train_on_while_writing(folder: str) -> bool:
     saver.close()
     for step, value in ((1, 0.0), (2, 20.0)):
         loaded = {"weight": torch.full((1 << 20,), -1.0)}
-        storage.load(storage.path_of(Path(folder), step), loaded)
+        Checkpoint.open(storage.path_of(Path(folder), step)).load(loaded)
         if not torch.equal(loaded["weight"], torch.full((1 << 20,), value)):
             return False
     return True

@@ -140,9 +140,13 @@ def learned(folder: Path, chat: tuple[str, ...]) -> Records:
 
 def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Read a checkpoint's tensors whose names start with ``prefix``."""
-    shapes = {n: s for n, s in storage.shapes(path).items() if n.startswith(prefix)}
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    storage.load(path, tensors)
+    saved = storage.Checkpoint.open(path)
+    tensors = {
+        name: torch.zeros(stored.shape, dtype=stored.dtype)
+        for name, stored in saved.tensors.items()
+        if name.startswith(prefix)
+    }
+    saved.load(tensors)
     return tensors
 
 

@@ -25,7 +25,7 @@ def _merged(ranks: Sequence[dict[str, LocalShard]]) -> dict[str, torch.Tensor]:
             whole = merged.setdefault(
                 name, torch.full(tuple(part.shape), torch.nan, dtype=torch.float64)
             )
-            for offsets, values in part.pieces:
+            for offsets, values in part.blocks:
                 place = whole[
                     tuple(
                         slice(first, first + size)

@@ -228,5 +228,5 @@ def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None
 def test_a_run_that_has_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has no checkpoint: train first"):
         generate.load(tmp_path)
-    with pytest.raises(PretrainError, match="nowhere is no folder"):
+    with pytest.raises(PretrainError, match="nowhere is not a folder"):
         generate.load(tmp_path / "nowhere")

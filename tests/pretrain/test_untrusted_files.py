@@ -26,7 +26,7 @@ def test_configurations_and_checkpoints_that_never_end_are_refused(
         config.load(endless)
     (tmp_path / "manifest.json").symlink_to(endless)
     with pytest.raises(PretrainError, match="no readable manifest"):
-        storage.read_manifest(tmp_path)
+        storage.Checkpoint.open(tmp_path)
     assert metrics.read_lines(endless) == []
 
 

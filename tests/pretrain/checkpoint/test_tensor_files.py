@@ -72,7 +72,8 @@ def save_and_load_any_split(folder: str) -> None:
         whole = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
         storage.save(Path(folder), 1, {"x": split(whole, saved)}, {}, keep=1)
         loaded = torch.full_like(whole, -1)
-        storage.load(storage.path_of(Path(folder), 1), {"x": split(loaded, wanted)})
+        saved_split = storage.Checkpoint.open(storage.path_of(Path(folder), 1))
+        saved_split.load({"x": split(loaded, wanted)})
         assert torch.equal(loaded, whole)
 
     check()
@@ -83,9 +84,9 @@ def test_saved_in_any_blocks_it_loads_in_any_others(tmp_path: Path) -> None:
 
 
 def read_all(path: Path) -> None:
-    manifest = storage.read_manifest(path)
-    storage.verify(path, manifest)
-    storage.load(path, {name: torch.zeros_like(value) for name, value in VALUES.items()})
+    saved = storage.Checkpoint.open(path)
+    saved.verify()
+    saved.load({name: torch.zeros_like(value) for name, value in VALUES.items()})
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:

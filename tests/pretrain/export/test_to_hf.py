@@ -1,5 +1,6 @@
 """transformers computes from an exported folder what the model that was trained computes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def refusal(*args: Any, **kwargs: Any) -> str:
 
 def test_what_cannot_be_exported_is_told(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "nowhere is no folder" in refusal(tmp_path / "nowhere", out)
+    assert "nowhere is not a folder" in refusal(tmp_path / "nowhere", out)
     assert "has no checkpoint: train first" in refusal(tmp_path, out)
     assert f"has no checkpoint of step 3: it has {STEP}" in refusal(run_dir, out, step=3)
     out.mkdir()
@@ -258,14 +259,18 @@ def test_a_checkpoint_that_is_damaged_or_of_another_version_is_told(
     assert "copy has no tokenizer.json" in refusal(copy)
     (copy / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
 
-    stored = storage.shapes(path)
+    saved = storage.Checkpoint.open(path)
     name = "model.language.decoder.layers.0.mlp.linear_fc2.weight"
     for change, message in (
         ({}, f"has no {name}: it is of another version"),
-        ({name: (torch.Size([1, 2]), torch.float32)}, f"has {name} of shape (1, 2)"),
+        (
+            {name: saved.tensors[name]._replace(shape=torch.Size([1, 2]))},
+            f"has {name} of shape (1, 2)",
+        ),
     ):
-        others = {key: value for key, value in stored.items() if key != name} | change
-        monkeypatch.setattr(storage, "shapes", lambda _path, others=others: others)
+        others = {key: value for key, value in saved.tensors.items() if key != name} | change
+        changed = dataclasses.replace(saved, tensors=others)
+        monkeypatch.setattr(storage.Checkpoint, "open", lambda _path, changed=changed: changed)
         assert message in refusal(copy)
     monkeypatch.undo()
 
