@@ -1,10 +1,21 @@
-"""The weights of the whole model, and how tensor parallelism splits them."""
+"""The catalogue of weights: every parameter and kept buffer of the whole model.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+Names, shapes, tensor-parallel splits and published names are written here only; the trainer, the
+plan, export and import read them. A test compares the catalogue with models that are built.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pretrain.config import LanguageConfig, ParallelConfig, VisionConfig
+from pretrain.model.geometry import PATCHES_PER_TOKEN
+
+Shape = tuple[int, ...]
+Optimizer = Literal["muon", "adamw"]
 
 
 class TensorShard(NamedTuple):
@@ -41,3 +52,205 @@ class TensorShard(NamedTuple):
             offsets[self.dim] = (number * self.size + self.rank) * view.shape[self.dim]
             found.append((offsets, view))
         return found
+
+
+class Split(NamedTuple):
+    """How tensor parallelism splits a weight; the fields are those of :class:`TensorShard`."""
+
+    dim: int
+    stacked: int = 1
+
+
+class Weight(NamedTuple):
+    """A parameter or kept buffer of the whole model.
+
+    Attributes:
+        name: name in the whole model and in checkpoints.
+        shape: shape of the whole tensor.
+        component: part of the model that it belongs to, as ``plan`` lists it.
+        optimizer: algorithm that trains it; None for a buffer.
+        published: names and shapes of the tensors with its values in the published checkpoint of
+            Kimi-K2.5. DeepSeek-V3's names lack the prefix ``language_model.``. A weight with two
+            published tensors is the stack of both; consecutive weights with the same published
+            tensor are stacked there. Reshaped, nothing else changes.
+        split: its tensor-parallel split; None: every tensor-parallel rank has the whole tensor.
+        layer: the layer of the language model whose pipeline stage has it: the first one for the
+            embedding, the last one for the final norm and the output head. None for the vision
+            encoder and the projector, which every rank has.
+        expert: number of its expert within the layer; None outside experts.
+    """
+
+    name: str
+    shape: Shape
+    component: str
+    optimizer: Optimizer | None
+    published: dict[str, Shape]
+    split: Split | None = None
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def shard(self, parallel: ParallelConfig, tensor_rank: int) -> TensorShard | None:
+        """Return the shard of a tensor-parallel rank; None if the rank has the whole tensor."""
+        size = parallel.tensor if self.expert is None else parallel.expert_tensor
+        if self.split is None or size == 1:
+            return None
+        return TensorShard(self.split.dim, tensor_rank, size, self.split.stacked)
+
+
+_COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding
+_GATE_AND_UP = Split(0, stacked=2)  # ColumnParallelLinear of a gated MLP
+_ROWS = Split(1)  # RowParallelLinear
+
+
+def language_weights(
+    config: LanguageConfig, vocab_size: int, experts: Iterable[int] | None = None
+) -> Iterator[Weight]:
+    """Weights of the language model.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        experts: numbers of the experts to list in every layer; default: all.
+    """
+    hidden, last = config.hidden_size, config.num_layers - 1
+    experts = range(config.num_experts) if experts is None else experts
+
+    def weight(
+        name: str, published: str, shape: Shape, component: str, split: Split | None, layer: int
+    ) -> Weight:
+        tensors = {f"language_model.{published}.weight": shape}
+        return Weight(f"language.{name}.weight", shape, component, "adamw", tensors, split, layer)
+
+    yield weight(
+        "embedding.word_embeddings", "model.embed_tokens", (vocab_size, hidden), "embedding",
+        _COLUMNS, layer=0,
+    )  # fmt: skip
+    for layer in range(config.num_layers):
+        yield from _language_layer(config, layer, experts)
+    yield weight("decoder.final_layernorm", "model.norm", (hidden,), "norms", None, last)
+    yield weight("output_layer", "lm_head", (vocab_size, hidden), "output head", _COLUMNS, last)
+
+
+def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) -> Iterator[Weight]:
+    hidden, heads = config.hidden_size, config.num_heads
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
+
+    def weight(
+        name: str, published: str, shape: Shape, component: str, optimizer: Optimizer = "muon",
+        split: Split | None = None, expert: int | None = None,
+    ) -> Weight:  # fmt: skip
+        """``published``: a name, or those of two tensors that are stacked here."""
+        names = published.split()
+        rows, *columns = shape
+        tensors = {
+            f"language_model.model.layers.{layer}.{name}.weight": (rows // len(names), *columns)
+            for name in names
+        }
+        name = f"language.decoder.layers.{layer}.{name}.weight"
+        return Weight(name, shape, component, optimizer, tensors, split, layer, expert)
+
+    def norm(name: str, published: str, size: int) -> Weight:
+        return weight(name, published, (size,), "norms", "adamw")
+
+    def attention(name: str, published: str, shape: Shape, split: Split | None) -> Weight:
+        name, published = f"self_attention.linear_{name}", f"self_attn.{published}"
+        return weight(name, published, shape, "attention", split=split)
+
+    def mlp(
+        name: str, published: str, component: str, width: int, expert: int | None = None
+    ) -> Iterator[Weight]:
+        gate_and_up = f"{published}.gate_proj {published}.up_proj"
+        yield weight(
+            f"{name}.linear_fc1", gate_and_up, (2 * width, hidden), component,
+            split=_GATE_AND_UP, expert=expert,
+        )  # fmt: skip
+        yield weight(
+            f"{name}.linear_fc2", f"{published}.down_proj", (hidden, width), component,
+            split=_ROWS, expert=expert,
+        )  # fmt: skip
+
+    yield norm("input_layernorm", "input_layernorm", hidden)
+    yield attention("q_down_proj", "q_a_proj", (q_rank, hidden), _COLUMNS)
+    yield norm("self_attention.q_layernorm", "self_attn.q_a_layernorm", q_rank)
+    yield attention("q_up_proj", "q_b_proj", (heads * (nope + rope), q_rank), _COLUMNS)
+    # Every rank has the whole: see pretrain.model.language.DuplicatedLinear.
+    yield attention("kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + rope, hidden), None)
+    yield norm("self_attention.kv_layernorm", "self_attn.kv_a_layernorm", kv_rank)
+    yield attention("kv_up_proj", "kv_b_proj", (heads * (nope + value), kv_rank), _COLUMNS)
+    yield attention("proj", "o_proj", (hidden, heads * value), _ROWS)
+    yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden)
+    if layer < config.dense_layers:
+        yield from mlp("mlp", "mlp", "dense MLP", config.ffn_hidden_size)
+        return
+    yield weight("mlp.router", "mlp.gate", (config.num_experts, hidden), "router", "adamw")
+    bias = (config.num_experts,)
+    yield Weight(
+        f"language.decoder.layers.{layer}.mlp.router.expert_bias", bias, "router", None,
+        {f"language_model.model.layers.{layer}.mlp.gate.e_score_correction_bias": bias},
+        layer=layer,
+    )  # fmt: skip
+    for expert in experts:
+        yield from mlp(
+            f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}", "experts",
+            config.expert_ffn_hidden_size, expert,
+        )  # fmt: skip
+    yield from mlp(
+        "mlp.shared_experts", "mlp.shared_experts", "shared experts",
+        config.shared_expert_ffn_hidden_size,
+    )  # fmt: skip
+
+
+def vision_weights(config: VisionConfig, language_hidden_size: int) -> Iterator[Weight]:
+    """Weights of the vision encoder and the projector."""
+    hidden, ffn, side = config.hidden_size, config.ffn_hidden_size, config.patch_size
+    merged = PATCHES_PER_TOKEN * hidden
+
+    def weight(
+        name: str, published: str, shape: Shape, optimizer: Optimizer = "adamw",
+        published_shape: Shape | None = None,
+    ) -> Weight:  # fmt: skip
+        component = "vision encoder" if name.startswith("encoder.") else "projector"
+        tensors = {published: published_shape or shape}
+        return Weight(f"vision.{name}", shape, component, optimizer, tensors)
+
+    def norm(name: str, published: str) -> Iterator[Weight]:
+        for kind in ("weight", "bias"):
+            yield weight(f"{name}.{kind}", f"{published}.{kind}", (hidden,))
+
+    def linear(name: str, published: str, rows: int, columns: int) -> Iterator[Weight]:
+        yield weight(f"{name}.weight", f"{published}.weight", (rows, columns), "muon")
+        yield weight(f"{name}.bias", f"{published}.bias", (rows,))
+
+    table = (config.position_grid, config.position_grid, hidden)
+    yield weight("encoder.pos_embed", "vision_tower.patch_embed.pos_emb.weight", table)
+    name, published = "encoder.patch_embed", "vision_tower.patch_embed.proj"
+    yield weight(
+        f"{name}.weight", f"{published}.weight", (hidden, 3 * side * side),
+        published_shape=(hidden, 3, side, side),
+    )  # fmt: skip
+    yield weight(f"{name}.bias", f"{published}.bias", (hidden,))
+    for layer in range(config.num_layers):
+        name, published = f"encoder.blocks.{layer}", f"vision_tower.encoder.blocks.{layer}"
+        yield from norm(f"{name}.norm1", f"{published}.norm0")
+        for projection in ("q_proj", "k_proj", "v_proj"):
+            yield weight(
+                f"{name}.attention.{projection}.weight", f"{published}.wqkv.weight",
+                (hidden, hidden), "muon", (3 * hidden, hidden),
+            )  # fmt: skip
+        for projection in ("q_proj", "k_proj", "v_proj"):
+            yield weight(
+                f"{name}.attention.{projection}.bias", f"{published}.wqkv.bias",
+                (hidden,), published_shape=(3 * hidden,),
+            )  # fmt: skip
+        yield from linear(f"{name}.attention.o_proj", f"{published}.wo", hidden, hidden)
+        yield from norm(f"{name}.norm2", f"{published}.norm1")
+        yield from linear(f"{name}.fc1", f"{published}.mlp.fc0", ffn, hidden)
+        yield from linear(f"{name}.fc2", f"{published}.mlp.fc1", hidden, ffn)
+    yield from norm("encoder.final_norm", "vision_tower.encoder.final_layernorm")
+    yield from norm("projector.norm", "mm_projector.pre_norm")
+    yield from linear("projector.fc1", "mm_projector.proj.0", merged, merged)
+    yield from linear("projector.fc2", "mm_projector.proj.2", language_hidden_size, merged)
