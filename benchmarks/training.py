@@ -277,11 +277,11 @@ def make(job: Job, device: torch.device) -> Model:
 def text(vocabulary: int) -> "BuiltIn":
     """The built-in data, from the cache or made now; its splits as tokens are what counts here."""
     from pretrain.config import DataConfig
-    from pretrain.data import prepare
+    from pretrain.data import open_data
     from pretrain.data.builtin.dataset import BuiltIn
 
     cache_dir = str(ROOT / ".cache" / "pretrain")
-    data = prepare(DataConfig(vocab_size=vocabulary, cache_dir=cache_dir), _PATCH, seed=0)
+    data = open_data(DataConfig(vocab_size=vocabulary, cache_dir=cache_dir), _PATCH, seed=0)
     assert isinstance(data, BuiltIn)
     return data
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from pretrain import checkpoint, parallel
 from pretrain.build import names_in_checkpoint, set_precision
 from pretrain.config import Config, ParallelConfig
-from pretrain.data import Document, chat, sources
-from pretrain.data.index import Composer
-from pretrain.data.sources import Media
+from pretrain.data import Document, chat
+from pretrain.data.composer import Composer
+from pretrain.data.media import frames
+from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model
@@ -87,7 +88,7 @@ def compose(
         raise PretrainError("this run's tokenizer has no tokens for images: show it none")
     composer = Composer.of(data, tokenizer, model.config.vision.patch_size)
     try:
-        shapes = [sources.measure(one, data.video_fps) for one in media]
+        shapes = [frames.measure(one, data.video_fps) for one in media]
         # Before anything is decoded: a film may be far longer than what the model reads.
         least, _ = composer.size(shapes)
         if least > data.seq_length:

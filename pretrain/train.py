@@ -12,7 +12,7 @@ from pretrain import batches, checkpoint, console, parallel
 from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
-from pretrain.data import Data, RankShare, prepare, settings
+from pretrain.data import Data, RankShare, data_config, open_data
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.metrics import read
@@ -246,21 +246,21 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     Indexing and training a tokenizer can take hours: other ranks wait for as long as that takes.
     """
 
-    def open_data() -> Data:
+    def opened() -> Data:
         share = RankShare(context.data_rank, context.data_size, config.global_batch_size)
-        data = prepare(settings(config), config.vision.patch_size, config.seed, share)
+        data = open_data(data_config(config), config.vision.patch_size, config.seed, share)
         _check_vocabulary(config, data)
         return data
 
     with _news_of_waiting(context):
         prepared = parallel.call_on_all_ranks(
-            lambda: open_data() if context.is_main else None, context.patient_group
+            lambda: opened() if context.is_main else None, context.patient_group
         )
-    opened = parallel.call_on_all_ranks(
-        lambda: open_data() if prepared is None else prepared, context.patient_group
+    data = parallel.call_on_all_ranks(
+        lambda: opened() if prepared is None else prepared, context.patient_group
     )
-    parallel.require_same("the data", opened.fingerprint)
-    return opened
+    parallel.require_same("the data", data.fingerprint)
+    return data
 
 
 @contextlib.contextmanager

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from pretrain import config as configuration
 from pretrain import generate, parallel
 from pretrain.config import DataConfig, LanguageConfig, SourceConfig
-from pretrain.data import RankShare, prepare, sources
-from pretrain.data.sources import Media
+from pretrain.data import RankShare, open_data
+from pretrain.data.media import frames
+from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tools.shards import _index, _Writer
 from pretrain.errors import PretrainError
@@ -68,7 +69,7 @@ def read_shards(folder: Path, *, trust_code: bool = False) -> None:
     source = SourceConfig("energon", str(folder), trust_code=trust_code)
     cache = str(folder / "cache")
     config = DataConfig(seq_length=128, vocab_size=300, cache_dir=cache, sources=(source,))
-    prepare(config, 14, 0, RankShare()).sample("train", 0)
+    open_data(config, 14, 0, RankShare()).sample("train", 0)
 
 
 def described(**settings: object) -> Bait:
@@ -179,8 +180,8 @@ def test_postscript_is_given_to_no_program(
     path = tmp_path / name
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     media = Media((str(path),), moving=False)
-    check(marker, lambda: sources.measure(media, 1))
-    check(marker, lambda: list(sources.frames(media, 1)))
+    check(marker, lambda: frames.measure(media, 1))
+    check(marker, lambda: list(frames.read(media, 1)))
     with pytest.raises(OSError), Image.open(path) as image:  # the bait is alive
         image.load()
     assert marker.exists()
@@ -435,7 +436,7 @@ def test_text_and_conversations_run_no_code(tmp_path: Path, kind: str, name: str
         )
 
         def read(config: DataConfig = config) -> None:
-            prepare(config, 14, 0, RankShare()).sample("train", 0)
+            open_data(config, 14, 0, RankShare()).sample("train", 0)
 
         check(marker, read)
     pickle.loads(attack)

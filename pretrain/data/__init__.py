@@ -1,9 +1,9 @@
-"""What the model reads: a user's own data, or the standard library's text and images of it."""
+"""Training data: packed sequences of the sources that a run names, or of the built-in data."""
 
-from pretrain.data.builtin.dataset import prepare as prepare
-from pretrain.data.builtin.dataset import settings as settings
 from pretrain.data.interface import Data as Data
-from pretrain.data.own import RankShare as RankShare
+from pretrain.data.interface import RankShare as RankShare
+from pretrain.data.open import data_config as data_config
+from pretrain.data.open import open_data as open_data
 from pretrain.data.packing import CAPTION as CAPTION
 from pretrain.data.packing import NOTHING as NOTHING
 from pretrain.data.packing import TEXT as TEXT

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config import DataConfig
@@ -11,6 +12,20 @@ from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """The sequences of each global batch that data-parallel rank ``rank`` of ``ranks`` reads: an
+    equal, contiguous share."""
+
+    rank: int = 0
+    ranks: int = 1
+    global_batch_size: int = 1
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.global_batch_size // self.ranks
 
 
 class Data(ABC):

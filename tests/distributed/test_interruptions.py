@@ -165,14 +165,14 @@ def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
     settings = training.tiny(folder, *BRIEF)
     context = train.join(settings)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
-    prepare = train.prepare
+    open_data = train.open_data
 
     def slowly(*arguments: Any) -> Any:
         if context.is_main:
             time.sleep(8)
-        return prepare(*arguments)
+        return open_data(*arguments)
 
-    train.prepare = slowly
+    train.open_data = slowly
     train.prepare_data(settings, context)
     return context.rank
 

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain import batches, generate, parallel
-from pretrain.data import Document, sources
+from pretrain.data import Document
+from pretrain.data.media import frames
+from pretrain.data.media.frames import Media
 from pretrain.data.packing import pack
-from pretrain.data.sources import Media
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from tests.distributed import training
@@ -217,7 +218,7 @@ def test_an_image_that_cannot_be_read_is_named(found: Found, run_folder: Path) -
 def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tiff" if mode in ("CMYK", "I;16") else "a.png")
     Image.new(mode, (5, 3)).save(path)
-    assert [frame.shape for frame in sources.frames(picture(path), fps=1)] == [(3, 5, 3)]
+    assert [frame.shape for frame in frames.read(picture(path), fps=1)] == [(3, 5, 3)]
 
 
 def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None:

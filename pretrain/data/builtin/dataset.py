@@ -5,21 +5,20 @@ import itertools
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import Config, DataConfig
-from pretrain.data import own, packing
+from pretrain.config import DataConfig
+from pretrain.data import packing
 from pretrain.data.builtin import drawing
 from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, prose_lines, read_corpus
 from pretrain.data.cache import make_folder
 from pretrain.data.interface import Data
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.own import RankShare
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -171,36 +170,13 @@ class BuiltIn(Data):
         return chunk[: ends[0] + 1] if len(ends) else chunk
 
 
-def settings(config: Config) -> DataConfig:
-    """``config.data``; of a run that begins with another's weights, with that one's tokenizer.
+def open_builtin(config: DataConfig, patch_size: int, seed: int) -> BuiltIn:
+    """Open the built-in data: its tokenizer and tokens come from the cache, and are made first if
+    they are missing.
 
     Raises:
-        PretrainError: the other run has none.
+        PretrainError: this machine has no corpus, or no image fits a sequence.
     """
-    if config.start_from is None or config.data.tokenizer is not None:
-        return config.data
-    for run_dir in (config.run_dir, config.start_from):  # a run that goes on has a copy
-        path = Path(run_dir, "tokenizer.json")
-        if path.is_file():
-            return replace(config.data, tokenizer=str(path))
-    raise PretrainError(
-        f"start_from={config.start_from} has no tokenizer.json: give the run_dir of a run that has "
-        "been trained"
-    )
-
-
-def prepare(config: DataConfig, patch_size: int, seed: int, share: RankShare | None = None) -> Data:
-    """Open the data: everything that is made once is made now, or taken from the cache.
-
-    Args:
-        share: the sequences that this rank reads; by default all of them.
-
-    Raises:
-        PretrainError: there is no corpus on this machine, or a source of the user's is not what
-            it should be.
-    """
-    if config.sources:
-        return own.prepare(config, patch_size, seed, share or RankShare())
     tokenizer = Tokenizer.load(Path(config.tokenizer)) if config.tokenizer else None
     if tokenizer:
         tokenizer.require_media()

@@ -4,8 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from pretrain import config
-from pretrain.data import prepare, skipped
-from pretrain.data import settings as data_settings
+from pretrain.data import data_config, open_data, skipped
 from pretrain.data.builtin.standard_library import Split
 from pretrain.data.files import reason
 from pretrain.data.skipped import Skip
@@ -34,7 +33,7 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
     if count < 1:
         raise PretrainError(f"--count must be > 0, not {count}")
     settings = config.load(path, overrides)
-    data = prepare(data_settings(settings), settings.vision.patch_size, settings.seed)
+    data = open_data(data_config(settings), settings.vision.patch_size, settings.seed)
     if split == "held_out" and not data.has_held_out:
         raise PretrainError("nothing is held out: raise data.held_out")
     text = inspect.page(data, split, count, f"Data of {path}")

@@ -9,6 +9,7 @@ import yaml
 
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import sources
+from pretrain.data.media import frames
 from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Media, Mixed
@@ -38,7 +39,7 @@ def make_shards(
         PretrainError: energon is not installed, there is nothing to write, or ``out`` has
             something in it.
     """
-    from pretrain.data.energon import require_energon
+    from pretrain.data.sources.energon import require_energon
 
     require_energon()
     if not folder.is_dir():
@@ -84,7 +85,7 @@ def _pairs(folder: Path) -> Iterator[Mixed | Skip]:
                 yield Skip(record.name, "no image with a caption")
                 continue
             try:
-                list(sources.frames(media, DataConfig.video_fps))
+                list(frames.read(media, DataConfig.video_fps))
             except ValueError as error:
                 yield Skip(record.name, str(error))
                 continue

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import NOTHING, TEXT, prepare
+from pretrain.data import NOTHING, TEXT, open_data
 from pretrain.data.chat import Message, render
 from pretrain.data.index import ChatIndex
-from pretrain.data.own import OwnData
+from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Chat, read_chats
 from pretrain.data.tokenizer import Tokenizer
@@ -40,11 +40,11 @@ def lines(path: Path, conversations: list[Any], field: str = "messages") -> Path
     return path
 
 
-def opened(folder: Path, *sources: SourceConfig, **options: Any) -> OwnData:
+def opened(folder: Path, *sources: SourceConfig, **options: Any) -> MixtureData:
     options = {"seq_length": LENGTH, "vocab_size": 400, "held_out": 0.1} | options
     config = DataConfig(sources=sources, cache_dir=str(folder / "cache"), **options)
-    data = prepare(config, PATCH, 3)
-    assert isinstance(data, OwnData)
+    data = open_data(config, PATCH, 3)
+    assert isinstance(data, MixtureData)
     return data
 
 
@@ -57,11 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path) -> OwnData:
+def data(folder: Path) -> MixtureData:
     return opened(folder, SourceConfig("chat", str(folder / "chats")))
 
 
-def test_of_a_conversation_replies_and_their_ends_are_learnt(data: OwnData) -> None:
+def test_of_a_conversation_replies_and_their_ends_are_learnt(data: MixtureData) -> None:
     ids = data.tokenizer
     messages = [
         Message("system", "Be brief."),
@@ -83,7 +83,7 @@ def test_of_a_conversation_replies_and_their_ends_are_learnt(data: OwnData) -> N
     assert document.tokens.count(ids.im_end) == 5, "what looks like a token is text"
 
 
-def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: OwnData) -> None:
+def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: MixtureData) -> None:
     ids = data.tokenizer
     rendered = {}
     for number in range(90):
@@ -111,7 +111,7 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Ow
     assert not data.has_images
 
 
-def test_every_epoch_reads_every_conversation_once(data: OwnData) -> None:
+def test_every_epoch_reads_every_conversation_once(data: MixtureData) -> None:
     (source,) = data._sources
     (cursor,) = data._cursors("train")
     count = len(source.documents["train"])

@@ -15,12 +15,12 @@ import torch
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import RankShare, energon, prepare, sources
-from pretrain.data.energon import texts
-from pretrain.data.media import pixels
-from pretrain.data.own import OwnData
+from pretrain.data import RankShare, open_data
+from pretrain.data.media import frames, pixels
+from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media
+from pretrain.data.sources import Media, energon
+from pretrain.data.sources.energon import texts
 from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -49,7 +49,7 @@ def opened(
     shards: str = "shards",
     *,
     trust_code: bool = False,
-) -> OwnData:
+) -> MixtureData:
     sources = (
         SourceConfig("text", str(folder / "text.jsonl")),
         SourceConfig("energon", str(folder / shards), trust_code=trust_code),
@@ -60,12 +60,12 @@ def opened(
         cache_dir=str(folder / "cache"),
         sources=sources,
     )
-    data = prepare(config, 14, 5, RankShare(rank, ranks, BATCH))
-    assert isinstance(data, OwnData)
+    data = open_data(config, 14, 5, RankShare(rank, ranks, BATCH))
+    assert isinstance(data, MixtureData)
     return data
 
 
-def steps(data: OwnData, rank: int, ranks: int, which: range) -> list[torch.Tensor]:
+def steps(data: MixtureData, rank: int, ranks: int, which: range) -> list[torch.Tensor]:
     share = BATCH // ranks
     return [
         data.sample("train", step * BATCH + rank * share + place).tokens
@@ -74,7 +74,7 @@ def steps(data: OwnData, rank: int, ranks: int, which: range) -> list[torch.Tens
     ]
 
 
-def captions(data: OwnData, tokens: list[torch.Tensor]) -> list[str]:
+def captions(data: MixtureData, tokens: list[torch.Tensor]) -> list[str]:
     text = data.tokenizer.decode(torch.cat(tokens).tolist())
     return [line for line in text.split("\n") if "number" in line]
 
@@ -269,7 +269,7 @@ def test_shards_show_what_their_folder_shows_whatever_the_mode_and_orientation(
     found = samples_of(tmp_path / "shards")
     assert found.keys() == paths.keys()
     for caption, path in paths.items():
-        (frame,) = sources.frames(Media((str(path),), moving=False), 1)
+        (frame,) = frames.read(Media((str(path),), moving=False), 1)
         assert np.array_equal(found[caption], frame) and found[caption].dtype == np.uint8
 
 

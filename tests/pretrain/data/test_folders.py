@@ -12,15 +12,15 @@ from PIL import Image
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare, skipped
-from pretrain.data.own import OwnData
+from pretrain.data import open_data, skipped
+from pretrain.data.mixture.data import MixtureData
 from pretrain.data.tools.shards import make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 from tests.pretrain.data.media.test_pixels import MODES, file
 
 
-def opened(folder: Path, **settings: object) -> OwnData:
+def opened(folder: Path, **settings: object) -> MixtureData:
     config = DataConfig(
         seq_length=128,
         vocab_size=300,
@@ -29,12 +29,12 @@ def opened(folder: Path, **settings: object) -> OwnData:
         sources=(SourceConfig("images", str(folder)),),
         **settings,  # type: ignore[arg-type]
     )
-    data = prepare(config, 14, 0)
-    assert isinstance(data, OwnData)
+    data = open_data(config, 14, 0)
+    assert isinstance(data, MixtureData)
     return data
 
 
-def read(data: OwnData) -> set[str]:
+def read(data: MixtureData) -> set[str]:
     """The names of the files that are documents."""
     index = data._sources[0].index
     documents = data._sources[0].documents["train"]

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import cache, own, prepare, sources
-from pretrain.data.own import OwnData
+from pretrain.data import cache, open_data, sources
+from pretrain.data.media import frames
+from pretrain.data.mixture import data as mixture
+from pretrain.data.mixture.data import MixtureData
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -25,18 +27,20 @@ from tests.pretrain.data import make
 TOKENIZER = Tokenizer.train([make.text(number) for number in range(9)], 320)
 
 
-def opened(folder: Path, *sources: SourceConfig, where: str = "cache", **options: Any) -> OwnData:
+def opened(
+    folder: Path, *sources: SourceConfig, where: str = "cache", **options: Any
+) -> MixtureData:
     path = folder / "tokenizer.json"
     if not path.exists():
         TOKENIZER.save(path)
     options = {"seq_length": 128, "held_out": 0.0, "tokenizer": str(path)} | options
     config = DataConfig(sources=sources, cache_dir=str(folder / where), **options)
-    data = prepare(config, 14, 3)
-    assert isinstance(data, OwnData)
+    data = open_data(config, 14, 3)
+    assert isinstance(data, MixtureData)
     return data
 
 
-def all_of(data: OwnData) -> list[Any]:
+def all_of(data: MixtureData) -> list[Any]:
     """Everything in the indexes, and everything that is listed."""
     found: list[Any] = [sorted(data._skips)]
     for source in data._sources:
@@ -166,14 +170,14 @@ def test_only_what_has_changed_is_read_again(
     data = opened(tmp_path, *sources_of(tmp_path))
     assert "have not changed since" not in data.describe()
     read, measured = [], []
-    plain, measure = sources.read_text_file, sources.measure
+    plain, measure = sources.read_text_file, frames.measure
     monkeypatch.setitem(
-        own._READERS,
+        mixture._READERS,
         "text",
         (sources.text_files, lambda source, file: read.append(file.name) or plain(source, file)),
     )
     monkeypatch.setattr(
-        sources, "measure", lambda media, fps: measured.append(media.paths) or measure(media, fps)
+        frames, "measure", lambda media, fps: measured.append(media.paths) or measure(media, fps)
     )
     again = opened(tmp_path, *sources_of(tmp_path))
     assert (read, measured) == ([], [])
@@ -287,7 +291,7 @@ def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_pat
     texts = ["a" * 3_000_000, " " * 3_000_000 + "b", make.text(1)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    reader = own._reader(DataConfig(sources=(SourceConfig("text", str(path)),)), 0, 0)
+    reader = mixture._reader(DataConfig(sources=(SourceConfig("text", str(path)),)), 0, 0)
     pieces = list(reader.sample_texts(10**7, 0))
     assert "".join(pieces) == "".join(texts)
     assert pieces[-1] == texts[-1], "other texts are whole"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare, tokenizer
+from pretrain.data import open_data, tokenizer
 from pretrain.data.tokenizer import KIMI_PATTERN, Tokenizer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -142,7 +142,7 @@ def test_ids_above_16_bits_are_kept(tmp_path: Path) -> None:
     config = DataConfig(
         seq_length=64, tokenizer=str(path), cache_dir=str(tmp_path / "cache"), sources=(source,)
     )
-    data = prepare(config, 14, 0)
+    data = open_data(config, 14, 0)
     assert data.tokenizer.vocab_size == 150_002
     assert data.tokenizer.dtype is np.uint32
     assert (data.sample("train", 0).tokens == 150_001).sum() >= 4
@@ -164,12 +164,12 @@ def test_a_tokenizer_without_media_tokens_serves_for_text_alone(tmp_path: Path) 
     text = SourceConfig("text", str(tmp_path / "text.jsonl"))
     images = SourceConfig("images", str(tmp_path / "pictures"))
     options: Any = {"seq_length": 64, "tokenizer": str(path), "cache_dir": str(tmp_path / "cache")}
-    data = prepare(DataConfig(sources=(text,), **options), 14, 0)
+    data = open_data(DataConfig(sources=(text,), **options), 14, 0)
     assert data.tokenizer.media_pad == -1
     assert (data.sample("train", 0).tokens >= 0).all()
     for sources in ((text, images), ()):
         with pytest.raises(PretrainError, match=r"has no tokens for images: add <\|media_begin\|>"):
-            prepare(DataConfig(sources=sources, **options), 14, 0)
+            open_data(DataConfig(sources=sources, **options), 14, 0)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import CAPTION, RankShare, prepare
-from pretrain.data.mixture import Sequences
-from pretrain.data.own import OwnData
+from pretrain.data import CAPTION, RankShare, open_data
+from pretrain.data.mixture.data import MixtureData
+from pretrain.data.mixture.stream import Sequences
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 from tests.pretrain.data.builtin.test_dataset import same
@@ -44,9 +44,9 @@ def config(folder: Path, *sources: SourceConfig, **options: Any) -> DataConfig:
     return DataConfig(sources=sources, cache_dir=str(folder / "cache"), **options)
 
 
-def opened(folder: Path, *sources: SourceConfig, **options: Any) -> OwnData:
-    data = prepare(config(folder, *sources, **options), PATCH, 3)
-    assert isinstance(data, OwnData)
+def opened(folder: Path, *sources: SourceConfig, **options: Any) -> MixtureData:
+    data = open_data(config(folder, *sources, **options), PATCH, 3)
+    assert isinstance(data, MixtureData)
     return data
 
 
@@ -58,11 +58,11 @@ def both(folder: Path) -> tuple[SourceConfig, SourceConfig]:
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path) -> OwnData:
+def data(folder: Path) -> MixtureData:
     return opened(folder, *both(folder))
 
 
-def test_sequences_are_full_and_labelled_right_in_both_splits(data: OwnData) -> None:
+def test_sequences_are_full_and_labelled_right_in_both_splits(data: MixtureData) -> None:
     for split, index in itertools.product(("train", "held_out"), range(20)):
         sample = data.sample(split, index)  # type: ignore[arg-type]
         check_with(data.tokenizer, sample)
@@ -71,7 +71,7 @@ def test_sequences_are_full_and_labelled_right_in_both_splits(data: OwnData) -> 
         assert (sample.tokens == data.tokenizer.pad).sum() <= 1
 
 
-def test_sequences_can_be_read_in_any_order(data: OwnData) -> None:
+def test_sequences_can_be_read_in_any_order(data: MixtureData) -> None:
     far = {i: data.sample("train", i) for i in (0, 1, 3, 255, 256, 300, 599)}
     for index in (599, 3, 256, 255, 0, 300):
         assert same(data.sample("train", index), far[index])
@@ -94,7 +94,7 @@ def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path
         assert epochs[0] != epochs[1]
 
 
-def test_ranks_that_take_turns_read_every_document_once(data: OwnData) -> None:
+def test_ranks_that_take_turns_read_every_document_once(data: MixtureData) -> None:
     (text, _) = data._sources
     cursors = [
         c
@@ -112,7 +112,7 @@ def test_ranks_that_take_turns_read_every_document_once(data: OwnData) -> None:
 @settings(deadline=None, max_examples=20)
 @given(share=st.floats(0.02, 0.2), weight=st.floats(0.1, 10))
 def test_shares_hold_over_every_stretch_of_sequences(
-    data: OwnData, folder: Path, share: float, weight: float
+    data: MixtureData, folder: Path, share: float, weight: float
 ) -> None:
     sources = (
         SourceConfig("text", str(folder / "text")),
@@ -138,7 +138,7 @@ def test_shares_hold_over_every_stretch_of_sequences(
 
 @given(where=st.integers(0, 700), more=st.integers(0, 40))
 @settings(deadline=None, max_examples=20)
-def test_a_stream_goes_on_from_its_state(data: OwnData, where: int, more: int) -> None:
+def test_a_stream_goes_on_from_its_state(data: MixtureData, where: int, more: int) -> None:
     sequences = Sequences(lambda: data._stream("train"))
     state = json.loads(json.dumps(sequences.state(where)))
     resumed = Sequences(lambda: data._stream("train"))
@@ -159,7 +159,7 @@ def test_images_alone_fill_sequences_and_text_alone_too(folder: Path) -> None:
     assert not len(data.sample("train", 0).patches)
 
 
-def test_held_out_captions_are_told_apart_by_their_images(data: OwnData) -> None:
+def test_held_out_captions_are_told_apart_by_their_images(data: MixtureData) -> None:
     right, swapped = data.caption_documents("held_out", 100)
     assert 2 <= len(right) == len(swapped) <= 12
     for one, other in zip(right, swapped, strict=True):

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pretrain.config import DataConfig
-from pretrain.data import Document, sources
-from pretrain.data.index import Composer
-from pretrain.data.media import pixels
-from pretrain.data.sources import Media
+from pretrain.data import Document
+from pretrain.data.composer import Composer
+from pretrain.data.media import frames, pixels
+from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
 from tests.pretrain.data.media import test_pixels
@@ -58,7 +58,7 @@ def documents_of(composer: Composer, *parts: str | Media) -> Document:
         if isinstance(part, str):
             document.add_tokens(composer.tokenizer.encode(part))
         else:
-            shape = sources.measure(part, composer.video_fps)
+            shape = frames.measure(part, composer.video_fps)
             composer.add(document, composer.read(part, shape))
     return document
 

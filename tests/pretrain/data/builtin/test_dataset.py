@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import DataConfig, ImageConfig
-from pretrain.data import CAPTION, PackedSample, prepare
+from pretrain.data import CAPTION, PackedSample, open_data
 from pretrain.data.builtin.dataset import BuiltIn
 from pretrain.errors import PretrainError
 from tests.pretrain.data.conftest import PATCH
@@ -31,7 +31,7 @@ def same(one: PackedSample, other: PackedSample) -> bool:
 
 
 def _sample_in_another_process(config: DataConfig, index: int) -> PackedSample:
-    return prepare(config, PATCH, seed=3).sample("train", index)
+    return open_data(config, PATCH, seed=3).sample("train", index)
 
 
 def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: BuiltIn) -> None:
@@ -127,11 +127,11 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     small_cache: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = DataConfig(vocab_size=300, max_corpus_mb=0.5, cache_dir=str(small_cache))
-    whole = prepare(config, PATCH, seed=3)
+    whole = open_data(config, PATCH, seed=3)
     (folder,) = small_cache.iterdir()
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
-        rebuilt = prepare(config, PATCH, seed=3)
+        rebuilt = open_data(config, PATCH, seed=3)
     assert "rebuilding the damaged cache" in caplog.text
     assert same(rebuilt.sample("train", 0), whole.sample("train", 0))
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import prepare
+from pretrain.data import open_data
 from pretrain.data.media import video
-from pretrain.data.own import OwnData
+from pretrain.data.mixture.data import MixtureData
 from pretrain.errors import PretrainError
 from tests.pretrain.data.builtin.test_dataset import same
 from tests.pretrain.data.test_packing import check_with
@@ -286,11 +286,11 @@ def sources(folder: Path, *lines: dict[str, Any]) -> SourceConfig:
     return SourceConfig("images", str(path))
 
 
-def opened(folder: Path, source: SourceConfig, **options: Any) -> OwnData:
+def opened(folder: Path, source: SourceConfig, **options: Any) -> MixtureData:
     options = {"seq_length": 128, "vocab_size": 300, "held_out": 0, "max_image_tokens": 8} | options
     config = DataConfig(sources=(source,), cache_dir=str(folder / "cache"), **options)
-    data = prepare(config, PATCH, 3)
-    assert isinstance(data, OwnData)
+    data = open_data(config, PATCH, 3)
+    assert isinstance(data, MixtureData)
     return data
 
 
@@ -306,7 +306,7 @@ def both(folder: Path) -> SourceConfig:
     )
 
 
-def grids(data: OwnData) -> set[tuple[int, ...]]:
+def grids(data: MixtureData) -> set[tuple[int, ...]]:
     return {tuple(g) for n in range(2) for g in data.sample("train", n).grids.tolist()}
 
 

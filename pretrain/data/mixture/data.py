@@ -15,24 +15,21 @@ from pretrain.data import packing, sources
 from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, questions, read_corpus
 from pretrain.data.cache import Progress, cached, key_of, stamp
 from pretrain.data.chat import REPLY, Message
-from pretrain.data.energon import EnergonCursor, Shards, read_meta, require_energon
-from pretrain.data.energon import texts as energon_texts
+from pretrain.data.composer import Composer, is_pair
 from pretrain.data.index import (
     ChatIndex,
-    Composer,
     Index,
     MixedIndex,
     Part,
     TextIndex,
     chat_index,
-    is_pair,
     mixed_index,
     text_index,
     too_long,
 )
-from pretrain.data.interface import Data
+from pretrain.data.interface import Data, RankShare
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.mixture import (
+from pretrain.data.mixture.stream import (
     Cursor,
     IndexCursor,
     OnwardSequences,
@@ -43,26 +40,14 @@ from pretrain.data.mixture import (
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip, Skipped, within_limit
 from pretrain.data.sources import Chat, Text
+from pretrain.data.sources.energon import EnergonCursor, Shards, read_meta, require_energon
+from pretrain.data.sources.energon import texts as energon_texts
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
 
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 # Room that a caption test leaves for what the model writes.
 _ANSWER = 24
-
-
-@dataclass(frozen=True)
-class RankShare:
-    """The sequences of each global batch that data-parallel rank ``rank`` of ``ranks`` reads: an
-    equal, contiguous share."""
-
-    rank: int = 0
-    ranks: int = 1
-    global_batch_size: int = 1
-
-    @property
-    def local_batch_size(self) -> int:
-        return self.global_batch_size // self.ranks
 
 
 ALL = RankShare()
@@ -107,7 +92,7 @@ class Source:
         )
 
 
-class OwnData(Data):
+class MixtureData(Data):
     """Sequences of a mixture of sources."""
 
     def __init__(
@@ -286,7 +271,7 @@ def _where(source: SourceConfig) -> str:
     return source.path or "the standard library"
 
 
-def prepare(config: DataConfig, patch_size: int, seed: int, share: RankShare) -> OwnData:
+def open_mixture(config: DataConfig, patch_size: int, seed: int, share: RankShare) -> MixtureData:
     """Open every source, tokenizer and index made or taken from the cache.
 
     Raises:
@@ -346,7 +331,7 @@ def prepare(config: DataConfig, patch_size: int, seed: int, share: RankShare) ->
         opened.append(Source(number, key, source, index, _split(source, index, usable, config)))
     Skipped(config.max_corrupt).add(skips)
     _check_together(config, opened)
-    return OwnData(config, seed, composer, opened, share, skips)
+    return MixtureData(config, seed, composer, opened, share, skips)
 
 
 def _split(

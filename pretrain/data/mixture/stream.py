@@ -19,7 +19,7 @@ from pretrain.data.index import ChatIndex, MixedIndex, TextIndex
 from pretrain.data.packing import Document
 
 if TYPE_CHECKING:
-    from pretrain.data.energon import Shards
+    from pretrain.data.sources.energon import Shards
 
 # States are kept at every so many sequences, to go back to.
 _ANCHOR = 256

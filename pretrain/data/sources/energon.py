@@ -18,9 +18,9 @@ import numpy.typing as npt
 import yaml
 from PIL import Image
 
-from pretrain.data.index import Composer
+from pretrain.data.composer import Composer
 from pretrain.data.media.pixels import ImageFile, Pixels, decode
-from pretrain.data.mixture import Piece
+from pretrain.data.mixture.stream import Piece
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError

@@ -1,0 +1,77 @@
+"""Image and video files as frames: their size without decoding them, and their pixels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pretrain.data.media import pixels, video
+from pretrain.data.media.pixels import Pixels, open_image
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image, or the frames of a video.
+
+    Attributes:
+        paths: of each frame; or one path, of an image, an animation or a video file.
+        moving: whether it is a video.
+    """
+
+    paths: tuple[str, ...]
+    moving: bool
+
+
+def measure(media: Media, fps: float) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels, without decoding: of a video file but its first frame.
+
+    Args:
+        fps: frames a second that are taken of a video file; of an animation all are.
+
+    Raises:
+        ValueError: a file is missing or no image, or its frames have more than
+            :data:`pretrain.data.media.pixels.MAX_FILM_PIXELS` pixels in all.
+        PretrainError: PyAV is needed and not installed.
+    """
+    frames, height, width = _measure(media, fps)
+    if frames * height * width > pixels.MAX_FILM_PIXELS:
+        raise ValueError(
+            f"{media.paths[0]}: {frames:,} frames of {width} x {height} pixels, in all more than "
+            f"the {pixels.MAX_FILM_PIXELS:,} that are read"
+        )
+    return frames, height, width
+
+
+def _measure(media: Media, fps: float) -> tuple[int, int, int]:
+    sizes = []
+    for path in media.paths:
+        if video.is_video(path):
+            if not media.moving:
+                raise ValueError(f"{path} is a video: write 'video', not 'image'")
+            if len(media.paths) > 1:
+                raise ValueError("a frame of it is a video")
+            return video.measure(path, fps)
+        with open_image(path) as image:
+            sizes.append((image.num_frames if media.moving else 1, *image.size))
+    if len({size[1:] for size in sizes}) > 1:
+        raise ValueError("its frames differ in size")
+    if len(media.paths) > 1 and any(frames > 1 for frames, _, _ in sizes):
+        raise ValueError("a frame of it is a video")
+    return sum(size[0] for size in sizes), *sizes[0][1:]
+
+
+def read(media: Media, fps: float) -> Iterator[Pixels]:
+    """Each frame, uint8 [height, width, 3].
+
+    Args:
+        fps: as of :func:`measure`.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+        PretrainError: PyAV is needed and not installed.
+    """
+    for path in media.paths:
+        if video.is_video(path):
+            yield from video.frames(path, fps)
+            continue
+        with open_image(path) as image:
+            for number in range(image.num_frames) if media.moving else (None,):
+                yield image.rgb(number)
