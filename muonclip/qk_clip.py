@@ -310,7 +310,7 @@ class QKClip:
             )
         if self._ignores_forwards:
             return
-        self._follow(query)
+        self._track_backward(query)
         seen = screened_max_logits(
             query.detach(),
             key.detach(),
@@ -469,7 +469,7 @@ class QKClip:
         self._separate_graded()
         self._graded = torch.full_like(self._graded, -math.inf)
 
-    def _follow(self, *tensors: Tensor) -> None:
+    def _track_backward(self, *tensors: Tensor) -> None:
         """Note when a backward pass reaches one of these tensors of the forward pass, so that
         ``_forget_discarded`` can tell which logits it followed."""
         for tensor in tensors:
@@ -477,7 +477,7 @@ class QKClip:
                 tensor.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
                 return
 
-    def _pass_over(self, name: str, reason: str) -> None:
+    def _note_unobserved(self, name: str, reason: str) -> None:
         """Take note of a forward pass of a layer that is not observed, for the warning of ``step``.
 
         Args:

@@ -53,8 +53,11 @@ class ScalingPlan:
     """
 
     def __init__(
-        self, layouts: Mapping[str, AttentionLayout], sides: "dict[str, tuple[Side, Side]]"
+        self,
+        layouts: Mapping[str, AttentionLayout],
+        sides: "dict[str, tuple[Side, Side]] | None" = None,
     ) -> None:
+        sides = read_sides(layouts) if sides is None else sides
         self.key = plan_key(sides)
         self.shares: dict[str, Share] = {}
         self.skipped: dict[str, str] = {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
-from muonclip.integrations.watched_modules import Watched, WatchedModules
+from muonclip.integrations.watched_modules import Watched, WatchedModules, select_layers
 from muonclip.qk_clip import QKClip
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
@@ -111,25 +111,21 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     Raises:
         ValueError: if a layer is unknown to the clip, or no ``nn.MultiheadAttention`` of the model.
     """
-    modules: dict[str, nn.MultiheadAttention] = {}
-    everything = dict(model.named_modules())
-    for name in clip.layouts if layers is None else layers:
-        module = everything.get(name)
-        if name not in clip.layouts or not isinstance(module, nn.MultiheadAttention):
-            raise ValueError(
-                f"{name!r} is not both a layer of the clip and an nn.MultiheadAttention of the "
-                "model: give the model that attention_layouts was given, or choose with layers"
-            )
-        modules[name] = module
-    _watched.make_room(modules.values(), clip)
-    watched: dict[nn.Module, Watched] = {}
+    modules = select_layers(model, clip, layers)
     for name, module in modules.items():
-        hook = module.register_forward_pre_hook(_observe, with_kwargs=True)
-        watched[module] = Watched(name, [hook.remove])
-    return _watched.begin(watched, clip)
+        if not isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"the clip's layer {name!r} is a {type(module).__name__}, not an "
+                "nn.MultiheadAttention: choose with layers"
+            )
+    return _watched.watch(modules, clip)
 
 
-_watched: WatchedModules[Watched] = WatchedModules()
+def _hooked(name: str, module: nn.Module) -> Watched:
+    return Watched(name, [module.register_forward_pre_hook(_observe, with_kwargs=True).remove])
+
+
+_watched = WatchedModules(_hooked)
 
 
 def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
@@ -169,21 +165,14 @@ def _key(module: nn.MultiheadAttention) -> WeightAndBias:
 def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Observe what the forward pass will compute from these arguments."""
     watched = _watched.get(module)
-    clip = None if watched is None else watched.clip()
-    # Recomputation of a checkpointed forward runs within the backward pass.
+    clip = None if watched is None else watched.observer(module)
     if watched is None or clip is None:
-        return
-    if torch._C._current_graph_task_id() != -1:
-        clip._note_backward()
-        return
-    if not module.training:
-        clip._pass_over(watched.name, "eval mode")
         return
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     query, key = given["query"], given["key"]
-    clip._follow(query, key)
+    clip._track_backward(query, key)
     attn_mask, padding = given["attn_mask"], given["key_padding_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]

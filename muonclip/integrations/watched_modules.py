@@ -1,4 +1,4 @@
-"""Modules whose forward passes are shown to a QK-Clip, by integration."""
+"""Modules whose forward passes are observed by a QK-Clip, one table per integration."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,19 +14,35 @@ from muonclip.qk_clip import QKClip
 
 
 class Watched:
-    """A module that is watched, as one layer of a clip.
+    """A watched module: one layer of a clip.
 
     Args:
         name: the layer.
         undo: functions that remove hooks from the module.
 
     Attributes:
-        clip: a weak reference to the clip: watching ends with it.
+        clip: a weak reference to the clip.
     """
 
     def __init__(self, name: str, undo: Iterable[Callable[[], object]]) -> None:
         self.name, self.undo = name, list(undo)
         self.clip: Callable[[], QKClip | None] = lambda: None
+
+    def observer(self, module: nn.Module) -> QKClip | None:
+        """The clip, if it is to observe the current forward pass of the module.
+
+        Passes in eval mode and the repeated passes of activation checkpointing do not count.
+        """
+        clip = self.clip()
+        if clip is None:
+            return None
+        if torch._C._current_graph_task_id() != -1:  # recomputation runs within the backward pass
+            clip._note_backward()
+            return None
+        if not module.training:
+            clip._note_unobserved(self.name, "eval mode")
+            return None
+        return clip
 
 
 class _Owner:
@@ -46,47 +62,64 @@ W = TypeVar("W", bound=Watched)
 class WatchedModules(Generic[W]):
     """The watched modules of an integration.
 
-    A table apart from the modules, so that models can be copied and pickled: copies are not
-    watched. It keeps neither modules nor clips alive; a module keeps the clip that watches it.
+    The table is separate from the modules, so that models can be copied and pickled: copies are
+    not watched. It keeps neither modules nor clips alive; a module keeps the clip that watches it.
 
     Args:
-        when_empty: called when the last module is no longer watched.
+        make: adds the hooks to a module, given the layer's name and the module.
+        when_used: called before modules are watched.
+        when_empty: called when no module is watched any more.
     """
 
-    def __init__(self, when_empty: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        make: Callable[[str, nn.Module], W],
+        when_used: Callable[[], object] = lambda: None,
+        when_empty: Callable[[], object] = lambda: None,
+    ) -> None:
         self._table: WeakKeyDictionary[nn.Module, W] = WeakKeyDictionary()
-        self._when_empty = when_empty
+        self._make, self._when_used, self._when_empty = make, when_used, when_empty
 
     def __len__(self) -> int:
         return len(self._table)
 
     def get(self, module: nn.Module) -> W | None:
-        """How a module is watched, if it is."""
+        """The entry of a module; None if it is not watched."""
         return self._table.get(module)
 
-    def make_room(self, modules: Iterable[nn.Module], clip: QKClip) -> None:
-        """End what watches these modules now. Another clip that does is retired as a whole."""
-        for module in modules:
-            watched = self._table.get(module)
-            if watched is None:
-                continue
-            other = watched.clip()
-            if other is not None and other is not clip:
-                other._retire("a newer QKClip watches the same model")
-            self._end(watched, ref(module))
+    def watch(self, modules: Mapping[str, nn.Module], clip: QKClip) -> Handle:
+        """Watch modules until the returned handle or the clip is removed.
 
-    def begin(self, watched: Mapping[nn.Module, W], clip: QKClip) -> Handle:
-        """Watch modules until the returned handle or the clip is removed."""
-        ends = []
-        for module, w in watched.items():
-            ends.append(partial(self._end, w, ref(module)))
-            w.clip = ref(clip, ends[-1])
-            self._table[module] = w
+        If another clip watches one of them, that clip is removed as a whole.
+
+        Args:
+            modules: layer of the clip -> module.
+            clip: observes the forward passes.
+        """
+        for module in modules.values():
+            self._replace(module, clip)
+        self._when_used()
+        undo = []
+        for name, module in modules.items():
+            watched = self._make(name, module)
+            undo.append(partial(self._end, watched, ref(module)))
+            watched.clip = ref(clip, undo[-1])  # watching ends with the clip
+            self._table[module] = watched
             module.__dict__[_OWNER] = _Owner(clip)
-        handle = Handle(ends)
+        handle = Handle(undo)
         clip._keep(handle)
-        torch.compiler.reset()  # code that was compiled before does not run hooks that are new
+        torch.compiler.reset()  # code that is compiled already would not run the new hooks
         return handle
+
+    def _replace(self, module: nn.Module, clip: QKClip) -> None:
+        """End the present watching of a module."""
+        watched = self._table.get(module)
+        if watched is None:
+            return
+        other = watched.clip()
+        if other is not None and other is not clip:
+            other._retire("a newer QKClip watches the same model")
+        self._end(watched, ref(module))
 
     def _end(self, watched: W, module: Callable[[], nn.Module | None], *_: object) -> None:
         if sys.is_finalizing():  # called because the clip ended with the interpreter
@@ -99,3 +132,29 @@ class WatchedModules(Generic[W]):
             current.__dict__.pop(_OWNER, None)
         if not self._table:
             self._when_empty()
+
+
+def select_layers(
+    model: nn.Module, clip: QKClip, layers: Iterable[str] | None
+) -> dict[str, nn.Module]:
+    """The modules to watch, by layer.
+
+    Args:
+        model: contains the modules.
+        clip: names the layers.
+        layers: layers of the clip; None: all.
+
+    Raises:
+        ValueError: if a layer is not in the clip or not in the model.
+    """
+    names = list(clip.layouts) if layers is None else list(layers)
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in clip.layouts:
+            raise ValueError(f"layers: the clip has no layer {name!r}")
+        if name not in modules:
+            raise ValueError(
+                f"the clip's layer {name!r} is not in {type(model).__name__}: pass the model whose "
+                "attention_layouts the clip was given, or choose with layers"
+            )
+    return {name: modules[name] for name in names}

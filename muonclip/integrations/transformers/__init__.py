@@ -1,11 +1,18 @@
-"""Hugging Face transformers: QK-Clip for its models in two lines, and Muon's matrix layouts.
+"""Hugging Face transformers: QK-Clip and Muon for its models.
 
+>>> groups = param_groups(model, layouts=transformers.matrix_layouts(model))  # doctest: +SKIP
+>>> optimizer = MuonClip(groups)  # doctest: +SKIP
 >>> clip = transformers.qk_clip(model, threshold=100.0)  # doctest: +SKIP
 >>> clip.attach(optimizer)  # doctest: +SKIP
->>> groups = param_groups(model, layouts=transformers.matrix_layouts(model))  # doctest: +SKIP
+
+``structure`` is the table of the names that models give to queries, keys and heads. ``matrices``
+and ``attention`` derive the layouts from it. ``watching`` observes queries and keys where a model
+calls the registry of attention functions (eager, sdpa, flex_attention, flash attention), whose
+masks ``masks`` translates. ``trial`` tests each attention layout in the first forward pass.
 """
 
+from muonclip.integrations.transformers.attention import attention_layouts
 from muonclip.integrations.transformers.matrices import matrix_layouts
-from muonclip.integrations.transformers.watching import attention_layouts, qk_clip, watch
+from muonclip.integrations.transformers.watching import qk_clip, watch
 
 __all__ = ["attention_layouts", "matrix_layouts", "qk_clip", "watch"]

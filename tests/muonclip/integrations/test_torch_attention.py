@@ -248,9 +248,9 @@ def test_refusals() -> None:
         qk_clip(nn.Linear(2, 2))
     module = attention()
     clip = QKClip(attention_layouts(module))
-    with pytest.raises(ValueError, match="'' is not both a layer of the clip and"):
+    with pytest.raises(ValueError, match="'' is a ModuleList, not an"):
         watch(nn.ModuleList([module]), clip)
-    with pytest.raises(ValueError, match="'other' is not both"):
+    with pytest.raises(ValueError, match="the clip has no layer 'other'"):
         watch(module, clip, layers=["other"])
 
 

@@ -864,9 +864,13 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Strange(), {}, "0.qkv_and_more.weight of Strange: what it fuses, .* not known"),
+        (
+            Strange(),
+            {},
+            "0.qkv_and_more.weight of Strange: the matrices .* not known",
+        ),
         (Headless(), {"per_head": True}, "0.q_proj.weight of Headless: .* size of its heads"),
-        (Wrong(), {}, r"24 rows are not those of 4 \+ 2 x 4 heads of 3"),
+        (Wrong(), {}, r"24 rows are not 4 \+ 2 x 4 heads of 3"),
     ],
 )
 def test_refusals_name_the_way_out(

@@ -71,6 +71,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLA, one query projection": ("DeepseekV3Config", MLA | {"q_lora_rank": None}),
     "gain for each head": ("Olmo2Config", GQA),
     "gain for each head, 2-D": ("CohereConfig", GQA | {"use_qk_norm": True}),
+    "capital names": ("CTRLConfig", GPT2 | {"dff": 32, "bos_token_id": None}),
     "encoder": ("BertConfig", SMALL | {"pad_token_id": 0}),
     "position bias": (
         "T5Config",
@@ -744,8 +745,8 @@ class TestLayouts:
         assert attention_layouts(model, exclude="odd") == {}
 
 
-def test_a_bias_made_of_the_queries_is_refused() -> None:
-    """Scaling q would scale it too, but not as q·k is scaled."""
+def test_a_bias_that_depends_on_the_queries_is_refused() -> None:
+    """Scaling q would scale the bias too, but by another factor than q·k."""
     config = transformers.GraniteSpeech5EncoderConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
     )
@@ -753,6 +754,24 @@ def test_a_bias_made_of_the_queries_is_refused() -> None:
     qk_clip(model)
     with pytest.raises(ValueError, match="the bias that is added to its logits changes too"):
         model(torch.randn(2, 20, 4 * config.num_mel_bins))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative_key"])
+def test_conformers_are_clipped_unless_positions_depend_on_the_queries(positions: str) -> None:
+    config = transformers.Wav2Vec2BertConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        feature_projection_input_dim=10, conv_depthwise_kernel_size=3,
+        position_embeddings_type=positions,
+    )  # fmt: skip
+    model = transformers.AutoModel.from_config(config).train()
+    clip = qk_clip(model, threshold=1e-3)
+    inputs = torch.randn(2, 20, 10)
+    if positions == "relative_key":
+        with pytest.raises(ValueError, match="the bias that is added to its logits changes too"):
+            model(inputs)
+        return
+    model(inputs)
+    assert int(clip.step().num_clipped) == 4
 
 
 class Tempered(nn.Module):

@@ -1,0 +1,196 @@
+"""Attention layouts of transformers' models, derived from the structure of their modules."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.attention_layouts import AttentionLayout
+from muonclip.integrations.transformers.structure import (
+    FUSED,
+    FUSED_BY_GROUP,
+    HEAD_DIM,
+    NORMS,
+    NUM_HEADS,
+    SEPARATE,
+    MLADims,
+    is_excluded,
+    is_transposed,
+    linear_shape,
+    mla_dims,
+    number,
+)
+
+_REMEDY = "declare it with AttentionLayout, or leave it out with exclude"
+
+
+def attention_layouts(
+    model: nn.Module, *, exclude: str | Sequence[str] = ()
+) -> dict[str, AttentionLayout]:
+    """The layouts of a model's attention layers, for ``QKClip``.
+
+    Supported structures: separate projections (Llama, Mistral, Qwen2, T5, BERT, ViT…), with or
+    without biases and GQA; fused projections (Phi-3, GPT-2, GPT-NeoX, vision towers); MLA
+    (DeepSeek-V2 and V3); and a norm after the projection with one gain per head (Olmo 2), whose
+    gain is scaled instead of the projection. Layers without softmax attention (Mamba, linear
+    attention, MLPs) are skipped.
+
+    Args:
+        model: any module that contains attention layers of transformers.
+        exclude: pattern or patterns (``fnmatch``) of layer names to leave out, such as
+            ``"*.vision_tower.*"``.
+
+    Returns:
+        Module name, e.g. ``"model.layers.0.self_attn"`` -> layout.
+
+    Raises:
+        ValueError: for an attention of unknown structure, and for queries and keys that are
+            normalized with one gain for all heads (Qwen3, Gemma 3): the norm already bounds their
+            logits.
+    """
+    return {
+        name: _layout(name, module)
+        for name, module in model.named_modules()
+        if _uses_registry(module) and not is_excluded(name, exclude)
+    }
+
+
+def _uses_registry(module: nn.Module) -> bool:
+    """Whether the module's forward gets its function from transformers' attention registry."""
+    for cls in type(module).__mro__:
+        forward = inspect.unwrap(cls.__dict__.get("forward", _uses_registry))
+        if "get_interface" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return True
+    return False
+
+
+def _layout(name: str, module: nn.Module) -> AttentionLayout:
+    dims = mla_dims(module)
+    if dims is not None and _has(module, "kv_b_proj"):
+        return _mla(module, dims)
+    for query, key, _ in SEPARATE:
+        if _has(module, query, key):
+            return _separate(name, module, query, key)
+    fused = [child for child in FUSED + FUSED_BY_GROUP if _has(module, child)]
+    if len(fused) == 1:
+        return _fused(name, module, fused[0])
+    raise ValueError(
+        f"{name}: the attention of {type(module).__name__} is not known "
+        f"({', '.join(child for child, _ in module.named_children())}); {_REMEDY}"
+    )
+
+
+def _has(module: nn.Module, *children: str) -> bool:
+    return all(isinstance(getattr(module, child, None), nn.Module) for child in children)
+
+
+def _projection(module: nn.Module, child: str) -> Callable[[], nn.Module]:
+    """A child module, read at every step because PEFT may replace it."""
+    return partial(getattr, module, child)
+
+
+def _mla(module: nn.Module, dims: MLADims) -> AttentionLayout:
+    query = "q_b_proj" if _has(module, "q_b_proj") else "q_proj"
+    return AttentionLayout.mla(
+        _projection(module, query),
+        _projection(module, "kv_b_proj"),
+        num_heads=linear_shape(getattr(module, query))[0] // (dims.nope + dims.rope),
+        nope_dim=dims.nope,
+        rope_dim=dims.rope,
+        v_dim=dims.value,
+    )
+
+
+def _separate(name: str, module: Any, query: str, key: str) -> AttentionLayout:
+    query_layer, key_layer = getattr(module, query), getattr(module, key)
+    rows, key_rows = linear_shape(query_layer)[0], linear_shape(key_layer)[0]
+    head_dim = number(module, HEAD_DIM) or rows // _num_heads(name, module)
+    if rows % head_dim or key_rows % head_dim:
+        raise ValueError(
+            f"{name}: projections of {rows} and {key_rows} rows cannot be split into heads of "
+            f"{head_dim}: {_REMEDY}"
+        )
+    heads, groups = rows // head_dim, key_rows // head_dim
+    gains = _gains_per_head(name, module, heads, groups, head_dim)
+    if gains is not None:
+        return AttentionLayout.separate(*gains, num_heads=heads, num_kv_groups=groups)
+    return AttentionLayout.separate(
+        _projection(module, query),
+        _projection(module, key),
+        num_heads=heads,
+        num_kv_groups=groups,
+        dim=int(is_transposed(query_layer)),
+    )
+
+
+def _fused(name: str, module: Any, child: str) -> AttentionLayout:
+    layer, by_group = getattr(module, child), child in FUSED_BY_GROUP
+    heads, rows = _num_heads(name, module), linear_shape(layer)[0]
+    head_dim = number(module, HEAD_DIM) or rows // (3 * heads)
+    groups = (rows // head_dim - heads) // 2
+    if groups < 1 or (heads + 2 * groups) * head_dim != rows or (by_group and groups != heads):
+        raise ValueError(
+            f"{name}: a projection of {rows} rows cannot be split into {heads} query heads of "
+            f"{head_dim} and their keys and values: {_REMEDY}"
+        )
+    gains = _gains_per_head(name, module, heads, groups, head_dim)
+    if gains is not None:
+        return AttentionLayout.separate(*gains, num_heads=heads, num_kv_groups=groups)
+    projection = _projection(module, child)
+    if by_group:
+        return AttentionLayout.fused_by_group(projection, num_heads=heads)
+    return AttentionLayout.fused(
+        projection, num_heads=heads, num_kv_groups=groups, dim=int(is_transposed(layer))
+    )
+
+
+def _num_heads(name: str, module: nn.Module) -> int:
+    heads = number(module, NUM_HEADS)
+    if heads is None:
+        raise ValueError(
+            f"{name}: neither {type(module).__name__} nor its config states the number of heads: "
+            f"{_REMEDY}"
+        )
+    return heads
+
+
+def _gains_per_head(
+    name: str, module: Any, heads: int, groups: int, head_dim: int
+) -> tuple[nn.Module, nn.Module] | None:
+    """The norms of projected queries and keys, if any.
+
+    Raises:
+        ValueError: unless each query head and each key group has its own gain.
+    """
+    names = next((names for names in NORMS if _has(module, *names)), None)
+    if names is None or isinstance(getattr(module, names[0]), nn.Identity):
+        return None
+    norms: tuple[nn.Module, nn.Module] = getattr(module, names[0]), getattr(module, names[1])
+    gains = [getattr(norm, "weight", None) for norm in norms]
+    sizes = [gain.numel() if isinstance(gain, Tensor) else 0 for gain in gains]
+    if sizes == [heads * head_dim, groups * head_dim]:
+        return norms
+    bound = ""
+    if sizes == [head_dim, head_dim] and all(type(gain) is nn.Parameter for gain in gains):
+        # Before its gain, a normalized vector is at most √d long.
+        query_gain, key_gain = (_largest_gain(norm, head_dim) for norm in norms)
+        largest = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
+        bound = f", here to {largest:.3g} (d · scale · largest gains)"
+    raise ValueError(
+        f"{name} normalizes queries and keys after their projection, with one gain for all heads: "
+        "QK-Clip cannot scale a single head there and does not need to, because the norm bounds "
+        f'the logits{bound}. Leave such layers out: exclude="{name}", or a pattern of their names'
+    )
+
+
+@torch.no_grad()
+def _largest_gain(norm: nn.Module, head_dim: int) -> float:
+    """Computed by the norm itself, because some norms add one to their weight."""
+    weight: Any = norm.weight
+    unit = torch.ones(head_dim, dtype=weight.dtype, device=weight.device)  # mean 0 and RMS 1
+    unit[1::2] = -1
+    return float(norm(unit).abs().max()) if not weight.is_meta else math.nan

@@ -1,0 +1,141 @@
+"""Tests an attention layout by running its module with scaled rows.
+
+A layout is guessed from a module's structure. The trial scales the rows as QK-Clip would and checks
+that exactly the logits follow, so that a wrong guess raises an error and never changes a model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.attention_layouts import AttentionLayout
+from muonclip.qk_clip import split_factor
+from muonclip.row_scaling import ScalingPlan, Share
+
+
+class AttentionInputs(Exception):
+    """Aborts a forward pass and carries out the arguments of the attention function.
+
+    Args:
+        query: [batch, heads, queries, d].
+        key: [batch, groups, keys, d].
+        value: [batch, groups, keys, d].
+        mask: the attention mask.
+        bias: the position bias.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Any) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.mask, self.bias = query, key, value, mask, bias
+
+
+@torch.no_grad()
+def check_layout(
+    name: str, layout: AttentionLayout, module: nn.Module, run: Callable[[], AttentionInputs]
+) -> bool:
+    """Check that the logits follow when the rows of a layout are scaled.
+
+    Args:
+        name: the layer, for messages.
+        layout: the layout to test.
+        module: the attention module.
+        run: runs the module's forward pass up to its attention function.
+
+    Returns:
+        Whether the trial is over. It must be repeated if the layer is not trained yet, or the batch
+        is empty.
+
+    Raises:
+        ValueError: if the logits do not follow, or something else changes.
+    """
+    share = ScalingPlan({name: layout}).shares[name]
+    if share == "none":
+        return False
+    # Powers of four: their square roots are powers of two, so scaling is free of rounding errors.
+    exponents = torch.arange(layout.num_heads, device="cpu").remainder(5)
+    gamma = torch.ones(layout.num_heads, dtype=torch.float32, device="cpu").ldexp(-2 * exponents)
+    scaled = _scaled_parameters(module, layout, gamma, share)
+    if scaled is None:
+        return True
+    before = run()
+    if before.query.size(1) != layout.num_heads:
+        return False  # ``observe_attention`` raises the error
+    if before.query.numel() == 0 or before.key.numel() == 0:
+        return False
+    with _replaced(scaled):
+        after = run()
+    expected = _some_logits(before) * gamma.to(before.query.device)[:, None, None]
+    error = (_some_logits(after) - expected).abs().amax((-2, -1))
+    follows = (error <= 0.01 * expected.abs().amax((-2, -1))).all()
+    if not follows or not torch.allclose(before.value, after.value, rtol=0.01):
+        raise ValueError(
+            f"layer {name!r}: when the rows of its layout are scaled, its logits do not follow, or "
+            "its values change: either queries or keys are normalized or changed between "
+            "projection and attention, or the rows are not those of the heads. Declare its "
+            "AttentionLayout, or leave it out with exclude"
+        )
+    if not (_unchanged(before.mask, after.mask) and _unchanged(before.bias, after.bias)):
+        raise ValueError(
+            f"layer {name!r}: when the rows of its layout are scaled, the bias that is added to "
+            "its logits changes too, as with relative positions that are multiplied by queries: "
+            "no factor of QK-Clip is exact there. Leave it out with exclude"
+        )
+    return True
+
+
+def _scaled_parameters(
+    module: nn.Module, layout: AttentionLayout, gamma: Tensor, share: Share
+) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
+    """Scaled copies of a layout's parameters: owner, attribute and new value.
+
+    None if a parameter is sharded, or is not in the module.
+    """
+    owners = {
+        id(parameter): (owner, name)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+    }
+    copies: dict[int, Tensor] = {}
+    factors = split_factor(gamma, layout.num_kv_groups, share)
+    for rows, factor in zip((layout.query, layout.key, layout.query_rope), factors, strict=True):
+        if rows is None or (factor == 1).all():
+            continue
+        for row in rows.effective().tensors:
+            tensor, (dim, indices, _) = row.tensor, rows.rows_in(row)
+            if id(tensor) not in owners or hasattr(tensor, "placements"):
+                return None
+            copy = copies.setdefault(id(tensor), tensor.detach().clone())
+            scale = torch.ones(copy.size(dim), dtype=factor.dtype, device="cpu")
+            scale[indices.cpu()] = factor[:, None]
+            copy.mul_(scale.to(copy).view([-1 if d == dim else 1 for d in range(copy.ndim)]))
+    return [(*owners[key], nn.Parameter(x, requires_grad=False)) for key, x in copies.items()]
+
+
+@contextmanager
+def _replaced(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Temporarily replace parameters of modules."""
+    originals = [getattr(owner, name) for owner, name, _ in parameters]
+    try:
+        for owner, name, parameter in parameters:
+            setattr(owner, name, parameter)
+        yield
+    finally:
+        for (owner, name, _), original in zip(parameters, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _unchanged(before: Any, after: Any) -> bool:
+    """Whether a mask or bias stayed the same; only floating tensors can change."""
+    if not isinstance(before, Tensor) or not before.is_floating_point():
+        return True
+    return torch.allclose(before, after, rtol=0.01)
+
+
+def _some_logits(inputs: AttentionInputs, tokens: int = 16) -> Tensor:
+    """Products of the first queries and keys of the first sequence, [heads, queries, keys]."""
+    query, key = (x[0, :, :tokens].float() for x in (inputs.query, inputs.key))
+    logits: Tensor = query @ key.repeat_interleave(query.size(0) // key.size(0), 0).mT
+    return logits
