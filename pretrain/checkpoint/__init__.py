@@ -14,9 +14,8 @@ from pretrain.checkpoint.run import (
     roll_back,
     save,
     saver,
-    tokenizer_file,
-    write_tokenizer,
 )
+from pretrain.checkpoint.tokenizer import tokenizer_file, write_tokenizer
 
 __all__ = [
     "SavedRun",

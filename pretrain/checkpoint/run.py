@@ -1,4 +1,4 @@
-"""Contents of a run's checkpoints, and resuming from them."""
+"""Contents of a run's checkpoints: saving a run, resuming it, and starting from another run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,22 +12,24 @@ from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tokenizer import tokenizer_file, write_tokenizer
 from pretrain.config import Config, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.parallel import raise_on_all_ranks
+from pretrain.parallel import call_on_all_ranks
 from pretrain.runtime.faults import Guard, RollBack
 
-# What the model and its data are. All else (where, how fast, for how long) may change on the way.
+# Settings that determine the model and its data, and may not change when a run is resumed.
 _MODEL = ("language", "vision")
 _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
-_FREE_OF_DATA = ("cache_dir", "max_corrupt")
-# Of a model whose weights alone are taken up: how it learns, and what its positions are.
-_FREE_OF_WEIGHTS = ("init_std", "expert_bias_update_rate", "rope_base", "rope_scaling")
-
-
-def folder(run: Run) -> Path:
-    return Path(run.config.run_dir) / "checkpoints"
+_FIXED_EXCEPT = ("data.cache_dir", "data.max_corrupt")
+# A run that starts from another one's weights may change how they learn, and the positions.
+_MODEL_EXCEPT = (
+    "language.init_std",
+    "language.expert_bias_update_rate",
+    "language.rope_base",
+    "language.rope_scaling",
+)
 
 
 class SavedRun(NamedTuple):
@@ -65,7 +67,7 @@ def _config_of(checkpoint: Checkpoint) -> Config:
     """The configuration that a checkpoint was made with.
 
     Raises:
-        PretrainError: there is none in the manifest, or it is invalid.
+        PretrainError: the manifest has none, or it is invalid.
     """
     values = checkpoint.facts.get("config")
     if not isinstance(values, dict):
@@ -75,310 +77,269 @@ def _config_of(checkpoint: Checkpoint) -> Config:
     return from_dict(values)
 
 
-def tokenizer_file(run_dir: Path) -> Path:
-    """The tokenizer that a run's model was trained with.
-
-    Raises:
-        PretrainError: the run has none.
-    """
-    path = run_dir / "tokenizer.json"
-    if not path.is_file():
-        raise PretrainError(
-            f"{run_dir} has no tokenizer.json: start its training once more, which writes it"
-        )
-    return path
+# ---------------------------------------------------------------------- saving
 
 
-def keep_tokenizer(run: Run) -> None:
-    """Keep the tokenizer next to the checkpoints, to use the model without the data.
-
-    A run that starts from an imported one also keeps what ``export`` writes again of that import:
-    the chat template, for example.
-
-    Raises:
-        PretrainError: the run was started with another tokenizer, whose ids the model knows.
-    """
-    failure: Exception | None = None
-    if run.context.is_main:
-        try:
-            run_dir, other = Path(run.config.run_dir), run.config.start_from
-            write_tokenizer(run.data.tokenizer, run_dir)
-            if other is not None and not storage.steps(folder(run)):
-                imported = ImportedSettings.read(Path(other))
-                if imported != ImportedSettings():
-                    imported.write(run_dir)
-        except PretrainError as error:
-            failure = error
-    raise_on_all_ranks(failure)
-
-
-def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
-    """Write the run's tokenizer.json, where there is none yet; for one process.
-
-    Raises:
-        PretrainError: there is another one, or the disk refused.
-    """
-    path = run_dir / "tokenizer.json"
-    now = path.with_suffix(".partial")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(now)
-        if not path.exists():
-            now.rename(path)
-        elif Tokenizer.load(path).digest != tokenizer.digest:
-            raise PretrainError(
-                f"{path} is another tokenizer than the data's: train with the data that the run "
-                "was begun with, or choose another run_dir"
-            )
-        now.unlink(missing_ok=True)
-    except OSError as error:
-        raise PretrainError(f"cannot write {path}: {error}") from error
-
-
-def _tensors(run: Run, states: Mapping[Tensor, Mapping[str, Tensor]]) -> storage.Tensors:
-    """Model and optimizer state by name in the whole model, with what this rank has of each."""
-    found: dict[str, Tensor | storage.LocalShard] = {}
-    for name, tensor in run.named_tensors.items():
-        kept = {f"model.{name}": tensor.detach()}
-        kept |= {f"optimizer.{name}.{key}": value for key, value in states.get(tensor, {}).items()}
-        for key, value in kept.items():
-            # A step count is no part of anything; momentum and moments are cut as the parameter is.
-            found[key] = _part(run, name, value) if value.shape == tensor.shape else value
-    return found
-
-
-def _part(run: Run, name: str, value: Tensor) -> Tensor | storage.LocalShard:
-    """A value of a parameter's local shape, with its place in the whole parameter's."""
-    shard = run.shards.get(name)
-    if shard is None:
-        return value
-    return storage.LocalShard(shard.whole_shape(value.shape), shard.blocks(value))
+def folder(run: Run) -> Path:
+    """The folder of the run's checkpoints."""
+    return Path(run.config.run_dir) / "checkpoints"
 
 
 def saver(run: Run) -> storage.Saver:
-    """The writer of the run's checkpoints; created by all ranks together, closed by each."""
+    """A writer of the run's checkpoints; all ranks create it together, and each closes its own."""
     options = run.config.checkpoint
     return storage.Saver(folder(run), options.keep, options.asynchronous)
 
 
-def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
-    """Where every data-parallel rank's reading stands; one for all where they are the same."""
-    every: list[Any] = [None] * run.context.world_size
-    dist.all_gather_object(every, (run.context.data_rank, run.data.state_dict(step)))
-    by_rank = [dict(every)[rank] for rank in range(run.context.data_size)]
-    return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
-
-
 def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
-    """Write a checkpoint after update ``step``, or begin to.
+    """Write a checkpoint after update ``step``, or start to write it in the background.
 
     Raises:
-        PretrainError: it, or the one before it, could not be written.
+        PretrainError: this or the previous checkpoint could not be written.
     """
+    optimizer = run.optimizer
     facts = {
         "config": to_dict(run.config),
         "data": _data_states(run, step + guard.skipped_batches),
         "faults": guard.state_dict(),
-        # Groups count alike: each step is one of all.
-        "updates": run.optimizer.param_groups[0]["updates"],
+        # Every update is one of all groups, so they have the same count.
+        "updates": optimizer.param_groups[0]["updates"],
     }
-    saver.save(step, _tensors(run, run.optimizer.state), facts)
+    saver.save(step, _tensors(run, optimizer.named_state(run.parameters())), facts)
+
+
+def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
+    """The position in the data of each data-parallel rank; a single one if all are the same."""
+    states: list[Any] = [None] * run.context.world_size
+    dist.all_gather_object(states, (run.context.data_rank, run.data.state_dict(step)))
+    by_rank = [dict(states)[rank] for rank in range(run.context.data_size)]
+    return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
+
+
+def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Tensors:
+    """The model's and the optimizer's tensors on this rank, by their names in a checkpoint.
+
+    Args:
+        state: the optimizer's state of each parameter by name.
+    """
+    tensors: dict[str, Tensor | storage.LocalShard] = {}
+    for name, tensor in run.named_tensors.items():
+        tensors[f"model.{name}"] = _shard(run, name, tensor.detach())
+        for key, value in state.get(name, {}).items():
+            # Momentum and moments are split like their parameter. A step count is not.
+            is_split = value.shape == tensor.shape
+            tensors[f"optimizer.{name}.{key}"] = _shard(run, name, value) if is_split else value
+    return tensors
+
+
+def _shard(run: Run, name: str, local: Tensor) -> Tensor | storage.LocalShard:
+    """This rank's tensor with its position in the whole one, split like the parameter ``name``."""
+    shard = run.shards.get(name)
+    if shard is None:
+        return local
+    return storage.LocalShard(shard.whole_shape(local.shape), shard.blocks(local))
+
+
+def keep_tokenizer(run: Run) -> None:
+    """Store the tokenizer next to the checkpoints, so that the model can be used without the data.
+
+    A run that starts from an imported model also stores the settings that ``export`` needs, such
+    as the chat template.
+
+    Raises:
+        PretrainError: the run was started with a different tokenizer.
+    """
+
+    def write() -> None:
+        run_dir, start_from = Path(run.config.run_dir), run.config.start_from
+        write_tokenizer(run.data.tokenizer, run_dir)
+        if start_from is not None and not storage.steps(folder(run)):
+            imported = ImportedSettings.read(Path(start_from))
+            if imported != ImportedSettings():
+                imported.write(run_dir)
+
+    call_on_all_ranks(lambda: write() if run.context.is_main else None)
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+def restore(run: Run, guard: Guard | None = None) -> int:
+    """Load the run's newest checkpoint, or else the weights that it starts from.
+
+    Learning rates and initial weights are functions of the step and the seed. Everything else is
+    restored: the weights, the optimizer's state, the step, the position in the data, and the
+    guard's state.
+
+    Args:
+        guard: default: the state of the guard is not needed.
+
+    Returns:
+        The step; 0 without a checkpoint, and the run is then unchanged unless it has a
+        ``start_from``.
+
+    Raises:
+        PretrainError: the checkpoint is damaged, or of another run or model.
+    """
+    step, facts = call_on_all_ranks(lambda: _load_newest(run))
+    if guard is not None:
+        guard.load_state_dict(facts.get("faults", {}))
+    if data_states := facts.get("data"):
+        call_on_all_ranks(lambda: run.data.load_state_dict(data_states))
+    return step
 
 
 def roll_back(run: Run, saver: storage.Saver, guard: Guard, step: int, why: RollBack) -> int:
-    """Take up the newest checkpoint, but for the data's place: the data goes on after ``step``'s.
+    """Load the newest checkpoint without its position in the data, which continues after ``step``.
 
     Returns:
         The checkpoint's step.
 
     Raises:
-        PretrainError: there is none, or the run went back to it too often.
+        PretrainError: there is no checkpoint, or the run has been rolled back to it too often.
     """
     saver.wait()
     if not storage.steps(folder(run)):
         raise PretrainError(
-            f"step {step} is to be rolled back ({why}), and there is no checkpoint yet: start "
-            "anew with a smaller checkpoint.every, or lower optimizer.lr"
+            f"step {step} must be rolled back ({why}), but there is no checkpoint yet: start again "
+            "with a smaller checkpoint.every, or lower optimizer.lr"
         )
-    to, facts = _restore_together(run)
-    guard.roll_back(step, to, facts.get("faults", {}))
-    return to
+    checkpoint_step, facts = call_on_all_ranks(lambda: _load_newest(run))
+    guard.roll_back(step, checkpoint_step, facts.get("faults", {}))
+    return checkpoint_step
 
 
-def restore(run: Run, guard: Guard | None = None) -> int:
-    """Take up the run's newest checkpoint, or else the weights that it is to begin with.
+def _load_newest(run: Run) -> tuple[int, dict[str, Any]]:
+    """Load the tensors of the newest checkpoint, or else of ``start_from``.
 
-    Without either, the step is 0 and nothing has changed.
-
-    Schedule and initial weights are functions of the seed and the step, so the weights, the
-    optimizer's state, the step, the data's place and what faults led to are all there is to
-    restore.
-
-    Args:
-        guard: takes up what the checkpoint knows of faults; default: nobody asks.
-
-    Raises:
-        PretrainError: the checkpoint is damaged, or of another run or model.
+    Returns:
+        The checkpoint's step and facts; 0 and nothing without a checkpoint.
     """
-    step, facts = _restore_together(run)
-    if guard is not None:
-        guard.load_state_dict(facts.get("faults", {}))
-    failure: Exception | None = None
-    try:
-        if facts.get("data"):
-            run.data.load_state_dict(facts["data"])
-    except Exception as error:
-        failure = error
-    raise_on_all_ranks(failure)
-    return step
-
-
-def _restore_together(run: Run) -> tuple[int, dict[str, Any]]:
-    """:func:`_restore` on all ranks, or an error on all."""
-    failure: Exception | None = None
-    step, facts = 0, dict[str, Any]()
-    try:
-        step, facts = _restore(run)
-    except Exception as error:
-        failure = error
-    raise_on_all_ranks(failure)
-    return step, facts
-
-
-def _restore(run: Run) -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's tensors in their places; its step, and its facts."""
     steps = storage.steps(folder(run))
     if not steps:
         if run.config.start_from is not None:
-            _begin_with(run, Path(run.config.start_from))
+            _start_from(run, Path(run.config.start_from))
         return 0, {}
     checkpoint = Checkpoint.open(storage.path_of(folder(run), steps[-1]))
     checkpoint.verify(run.context.rank, run.context.world_size)
     weights_only = checkpoint.facts.get("weights_only", False)
-    _check_same_run(
+    _check_settings(
         f"the checkpoint {checkpoint.path} was made with",
         _config_of(checkpoint),
         run.config,
-        _MODEL if weights_only else _FIXED,
-        _FREE_OF_WEIGHTS if weights_only else (),
-        "set it back to continue, or choose another run_dir to start a new run",
+        sections=_MODEL if weights_only else _FIXED,
+        ignored=_MODEL_EXCEPT if weights_only else _FIXED_EXCEPT,
+        remedy="set it back to continue, or choose another run_dir to start a new run",
     )
     if weights_only:
-        _take_weights(run, checkpoint)
-        return checkpoint.step, checkpoint.facts
-    states: dict[Tensor, dict[str, Tensor]] = {}
-    for name, parameter in run.parameters():
-        prefix = f"optimizer.{name}."
-        states[parameter] = {
-            key.removeprefix(prefix): torch.empty(
-                parameter.shape if stored.shape else (),
-                dtype=stored.dtype,
-                device=_device(key, parameter),
-            )
-            for key, stored in checkpoint.tensors.items()
-            if key.startswith(prefix)
-        }
-    checkpoint.load(_tensors(run, states))
-    for trained, kept in states.items():
-        if kept:
-            run.optimizer.state[trained] = kept
-        else:  # it has had no gradient yet
-            run.optimizer.state.pop(trained, None)
-    for group in run.optimizer.param_groups:
-        group["updates"] = checkpoint.facts["updates"]
-    for _, parameter in run.parameters():
-        if "master" in states[parameter]:  # QK-Clip scales it too
-            setattr(parameter, "main_param", states[parameter]["master"])  # noqa: B010 (for mypy)
+        _load_weights(run, checkpoint)
+    else:
+        state = _empty_state(run, checkpoint)
+        checkpoint.load(_tensors(run, state))
+        run.optimizer.load_named_state(state, run.parameters())
+        for group in run.optimizer.param_groups:
+            group["updates"] = checkpoint.facts["updates"]
     return checkpoint.step, checkpoint.facts
 
 
-def _begin_with(run: Run, other: Path) -> None:
-    """Take up the weights of another run's newest checkpoint, and nothing else."""
-    saved = find(other)
+def _empty_state(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Uninitialized tensors for each parameter's optimizer state in a checkpoint, by name."""
+    parameters = dict(run.parameters())
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for full_name, stored in checkpoint.tensors.items():
+        kind, _, rest = full_name.partition(".")
+        name, _, key = rest.rpartition(".")
+        if kind == "optimizer" and name in parameters:
+            parameter = parameters[name]
+            state[name][key] = torch.empty(
+                parameter.shape if stored.shape else (),
+                dtype=stored.dtype,
+                # The optimizer moves step counts to the device where it reads them.
+                device="cpu" if key == "step" else parameter.device,
+            )
+    return state
+
+
+def _start_from(run: Run, other: Path) -> None:
+    """Load the weights of another run's newest checkpoint, and nothing else."""
+    saved, config = find(other)
     if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
         raise PretrainError(
             f"the data's tokenizer is not {other / 'tokenizer.json'}, whose ids the model of "
             "start_from knows: leave data.tokenizer out, or choose another run_dir"
         )
-    _check_same_run(
+    _check_settings(
         f"the model of start_from={other} has",
-        saved.config,
+        config,
         run.config,
-        _MODEL,
-        _FREE_OF_WEIGHTS,
-        "set it to that, or start from another run",
+        sections=_MODEL,
+        ignored=_MODEL_EXCEPT,
+        remedy="set it to that, or start from another run",
     )
-    _take_weights(run, saved.checkpoint)
+    _load_weights(run, saved)
 
 
-def _take_weights(run: Run, checkpoint: Checkpoint) -> None:
-    """A checkpoint's weights in their places, without what an optimizer knows.
+def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's weights and start with an empty optimizer state.
 
-    Those of a run of lower precision are its masters; a run of lower precision has them as masters.
+    Of a run in bfloat16, the float32 master weights are loaded. For a run in bfloat16, float32
+    weights become the master weights.
     """
     stored = checkpoint.tensors
     tensors: dict[str, Tensor | storage.LocalShard] = {}
-    masters: dict[Tensor, Tensor] = {}
+    masters: dict[str, Tensor] = {}
     for name, tensor in run.named_tensors.items():
         key = f"optimizer.{name}.master"
         if key not in stored:
             key = f"model.{name}"
         value = tensor.detach()
         if key in stored and stored[key].dtype == torch.float32 != tensor.dtype:
-            value = masters[tensor] = torch.empty_like(value, dtype=torch.float32)
-        tensors[key] = _part(run, name, value)
-        run.optimizer.state.pop(tensor, None)
+            value = masters[name] = torch.empty_like(value, dtype=torch.float32)
+        tensors[key] = _shard(run, name, value)
     checkpoint.load(tensors)
-    for parameter, master in masters.items():
-        parameter.detach().copy_(master)
-        run.optimizer.state[parameter] = {"master": master}
-        setattr(parameter, "main_param", master)  # noqa: B010 (for mypy)
+    for name, master in masters.items():
+        run.named_tensors[name].detach().copy_(master)
+    state = {name: {"master": master} for name, master in masters.items()}
+    run.optimizer.load_named_state(state, run.parameters())
 
 
-def _device(key: str, parameter: Tensor) -> torch.device:
-    # The optimizer moves a step count to where it reads it.
-    return torch.device("cpu") if key.endswith(".step") else parameter.device
-
-
-def _check_same_run(
+def _check_settings(
     origin: str,
     before: Config,
     now: Config,
+    *,
     sections: Sequence[str],
     ignored: Sequence[str],
     remedy: str,
 ) -> None:
-    """Compare those settings of two configurations that determine the model and its data.
+    """Compare settings of two configurations.
 
     Args:
         origin: beginning of the message, such as "the checkpoint X was made with".
         sections: the settings and sections to compare.
-        ignored: names of settings within them that may differ.
+        ignored: dotted names of settings in them that may differ.
 
     Raises:
         PretrainError: names the first setting that differs, and the remedy.
     """
-    old, new = (dict(_settings(config, sections, ignored)) for config in (before, now))
+    old, new = (dict(_settings(config, sections)) for config in (before, now))
     for key in new:
-        if old[key] != new[key]:
+        if key not in ignored and old[key] != new[key]:
             raise PretrainError(f"{origin} {key}={old[key]}, not {new[key]}: {remedy}")
 
 
-def _settings(
-    config: Config, sections: Sequence[str], ignored: Sequence[str]
-) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the settings that :func:`_check_same_run` compares.
+def _settings(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the settings in some sections, without the paths of sources.
 
-    The files of data may have moved: whether they are the same is checked when the position in
-    them is restored.
+    The files of the data may have moved; that they are the same files is checked when the position
+    in them is restored.
     """
     values = to_dict(config)
     for source in values["data"]["sources"]:
         del source["path"]
     for section in sections:
-        if not isinstance(values[section], dict):
-            yield section, values[section]
-            continue
-        for name, value in values[section].items():
-            if name not in (*ignored, *_FREE_OF_DATA):
+        if isinstance(values[section], dict):
+            for name, value in values[section].items():
                 yield f"{section}.{name}", value
+        else:
+            yield section, values[section]
