@@ -79,9 +79,9 @@ def closing(records: Sequence[Record], transcriptions: Sequence[tuple[str, str]]
 def held_out_summary(first: Record, last: Record) -> list[str]:
     """Lines that compare two held-out evaluations, and whether the model sees in the last one."""
     headers = [f"at step {record['step']}" for record in (first, last)]
-    lines = ["", f"held-out loss, nats per token{headers[0]:>20}{headers[1]:>20}"]
+    lines = ["", f"held-out loss, nats per token  {headers[0]:>20}{headers[1]:>20}"]
     lines += [
-        f"  {METRICS[name].label:<27}{formatted(first, name):>20}{formatted(last, name):>20}"
+        f"  {METRICS[name].label:<29}{formatted(first, name):>20}{formatted(last, name):>20}"
         for name in HELD_OUT
         if first[name] is not None and last[name] is not None
     ]

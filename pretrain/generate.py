@@ -1,7 +1,7 @@
-"""What a run's model writes after images, videos and a prompt, token by token.
+"""Text generation with a trained model from a prompt with images and videos.
 
-One process, and megatron-core's own forward with its cache of keys and values: the prompt goes
-through the model once, and after it each new token alone.
+One process runs megatron-core's forward with its key-value cache: the prompt passes through the
+model once, then each new token alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from pretrain.model.projector import VisionTower
 
 @dataclass(frozen=True)
 class Model:
-    """A run's whole model in this process, without what training adds to it."""
+    """The complete model of a run in this process, without the state of training."""
 
     config: Config
     tokenizer: Tokenizer
@@ -39,13 +39,18 @@ class Model:
 
 
 def load(run_dir: Path, step: int | None = None) -> Model:
-    """Build the model of a run's newest checkpoint, or of a step's, and read its weights.
+    """Build the model of a run and load its weights.
+
+    Args:
+        run_dir: folder of the run.
+        step: step of the checkpoint; default: the newest one.
 
     Raises:
-        PretrainError: there is no such checkpoint, it is damaged, or there are other processes.
+        PretrainError: the checkpoint does not exist or is damaged, or this is one of several
+            processes.
     """
     if parallel.world_size() > 1:
-        raise PretrainError("this command is one process: start it with python, not torchrun")
+        raise PretrainError("this command runs in one process: start it with python, not torchrun")
     saved, config = checkpoint.find(run_dir, step)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file(run_dir))
     context = parallel.start(ParallelConfig(), config.seed)
@@ -69,15 +74,19 @@ def load(run_dir: Path, step: int | None = None) -> Model:
 def compose(
     model: Model, prompt: str, media: Sequence[Media] = (), *, reply: bool = False
 ) -> Document:
-    """Images and videos and the prompt after them, as the model has seen such in training: by its
-    run's ``data.max_image_tokens`` and ``data.video_fps``.
+    """Build the document of images, videos and a prompt, in the form used in training.
+
+    ``data.max_image_tokens`` and ``data.video_fps`` are those of the run.
 
     Args:
-        reply: they are a user's message, and the assistant's begins.
+        model: the model that will read the document.
+        prompt: text after the images and videos.
+        media: images and videos.
+        reply: the document is the message of a user; the reply of the assistant follows.
 
     Raises:
-        PretrainError: a file cannot be read, what is shown leaves no room for a token more, or the
-            tokenizer knows no images or no conversations.
+        PretrainError: a file cannot be read, the document leaves no room for another token, or the
+            tokenizer has no tokens for images or for conversations.
     """
     tokenizer, data = model.tokenizer, model.config.data
     document = Document(tokenizer)
@@ -85,16 +94,18 @@ def compose(
         tokenizer.require_chat()
         chat.begin(document, "user")
     if media and tokenizer.media_pad < 0:
-        raise PretrainError("this run's tokenizer has no tokens for images: show it none")
+        raise PretrainError(
+            "this run's tokenizer has no tokens for images: give a prompt without images"
+        )
     composer = Composer.of(data, tokenizer, model.config.vision.patch_size)
     try:
-        shapes = [frames.measure(one, data.video_fps) for one in media]
-        # Before anything is decoded: a film may be far longer than what the model reads.
+        shapes = [frames.measure(medium, data.video_fps) for medium in media]
+        # Check the length before decoding: a video may be far longer than the model's sequences.
         least, _ = composer.size(shapes)
         if least > data.seq_length:
             raise _too_long(least, data.seq_length)
-        for one, shape in zip(media, shapes, strict=True):
-            composer.add(document, composer.read(one, shape))
+        for medium, shape in zip(media, shapes, strict=True):
+            composer.add(document, composer.read(medium, shape))
     except ValueError as error:
         raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
     document.add_tokens(tokenizer.encode(prompt))
@@ -103,19 +114,24 @@ def compose(
     return document
 
 
-def _too_long(length: int, longest: int) -> PretrainError:
+def _too_long(length: int, max_length: int) -> PretrainError:
     return PretrainError(
-        f"what is shown and the prompt are {length} tokens, which leaves "
-        f"{max(0, longest - length)} of the {longest} that this model has learned to read: take a "
+        f"images, videos and prompt have {length} tokens, which leaves "
+        f"{max(0, max_length - length)} of the {max_length} of this model's sequences: use a "
         "smaller image, a shorter video or prompt, or fewer --max-tokens"
     )
 
 
-class Conversation:
-    """The model's state after a text: its keys and values, and the next token's logits.
+class CachedForward:
+    """Forward passes of new tokens, with the key-value cache of the tokens before them.
 
     Args:
-        max_length: tokens that the text may grow to.
+        model: the model.
+        document: tokens and patches to begin with.
+        max_length: size of the cache in tokens.
+
+    Attributes:
+        logits: [vocabulary], the logits of the next token.
     """
 
     def __init__(self, model: Model, document: Document, max_length: int) -> None:
@@ -128,45 +144,52 @@ class Conversation:
         self.logits = self._forward(document.tokens, features)
 
     def add(self, token: int) -> None:
-        """Go on with one more token."""
+        """Append a token and update :attr:`logits`."""
         self.logits = self._forward([token], None)
 
-    def _forward(self, new: Sequence[int], features: Tensor | None) -> Tensor:
+    def _forward(self, new_tokens: Sequence[int], features: Tensor | None) -> Tensor:
         """[vocabulary], the logits after the new tokens."""
-        language, past = self._model.language, self._cache.sequence_len_offset
-        tokens = torch.tensor([list(new)], device=self._model.device)
-        places = past + torch.arange(len(new), device=self._model.device)
-        embedded = language.embedding(tokens, places[None])
+        language, length = self._model.language, self._cache.sequence_len_offset
+        device, num_new = self._model.device, len(new_tokens)
+        tokens = torch.tensor([list(new_tokens)], device=device)
+        positions = length + torch.arange(num_new, device=device)
+        embedded = language.embedding(tokens, positions[None])
         if features is not None:
             embedded = merge_features(embedded, tokens == self._model.tokenizer.media_pad, features)
-        later = torch.arange(past + len(new), device=self._model.device) > places[:, None]
+        masked = torch.arange(length + num_new, device=device) > positions[:, None]
         logits = language(
             tokens,
-            places[None],
-            later[None, None],
+            positions[None],
+            masked[None, None],
             decoder_input=embedded,
             inference_context=self._cache,
             runtime_gather_output=True,
         )
-        self._cache.sequence_len_offset += len(new)
+        self._cache.sequence_len_offset += num_new
         self._cache.enable_decode_mode()
         last: Tensor = logits[0, -1]
         return last
 
 
-def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token drawn by its probability at a temperature, out of the likeliest that make up top_p.
+def sample_token(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> int:
+    """Draw a token by nucleus sampling (arXiv 1904.09751).
 
     Args:
         logits: [vocabulary].
-        temperature: 0 takes the likeliest token.
-        top_p: in (0, 1]; the likeliest token is always among them.
+        temperature: divides the logits; 0: the most probable token.
+        top_p: in (0, 1]; draw from the most probable tokens with this total probability, at least
+            from one.
+        generator: on the CPU.
     """
     if temperature == 0:
         return int(logits.argmax())
-    chances, order = torch.softmax(logits.double().cpu() / temperature, -1).sort(descending=True)
-    chances[chances.cumsum(-1) - chances >= top_p] = 0
-    return int(order[torch.multinomial(chances, 1, generator=generator)])
+    probabilities, order = torch.softmax(logits.double().cpu() / temperature, -1).sort(
+        descending=True
+    )
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @torch.inference_mode()
@@ -181,14 +204,26 @@ def sample(
     seed: int = 0,
     reply: bool = False,
 ) -> Iterator[str]:
-    """Yield what the model writes after images, videos and the prompt, as it comes.
+    """Generate text after images, videos and a prompt.
 
-    With ``reply``, these are a user's message, and the assistant's follows. It ends with the token
-    that ends a text (or a message), or after ``max_tokens`` (by default as many as the
-    model's sequence length leaves). A character is yielded when all its bytes are there.
+    Generation ends with the token that ends a document (or a message), or after ``max_tokens``.
+
+    Args:
+        model: the model.
+        prompt: text after the images and videos.
+        media: images and videos.
+        max_tokens: maximum number of tokens; default: the rest of the model's sequence length.
+        temperature: see :func:`sample_token`.
+        top_p: see :func:`sample_token`.
+        seed: seed of the random generator.
+        reply: generate the reply to a user's message; see :func:`compose`.
+
+    Yields:
+        The text in pieces of complete characters.
 
     Raises:
-        PretrainError: as :func:`compose`, an option is out of its range, or there is not the room.
+        PretrainError: as in :func:`compose`, an option is out of range, or the sequence length
+            leaves too few tokens.
     """
     if temperature < 0:
         raise PretrainError(f"--temperature must be >= 0, not {temperature}")
@@ -196,24 +231,24 @@ def sample(
         raise PretrainError(f"--top-p must be in (0, 1], not {top_p}")
     if max_tokens is not None and max_tokens < 1:
         raise PretrainError(f"--max-tokens must be >= 1, not {max_tokens}")
-    longest = model.config.data.seq_length
+    max_length = model.config.data.seq_length
     document = compose(model, prompt, media, reply=reply)
-    room = longest - len(document)
+    room = max_length - len(document)
     if room < (max_tokens or 1):
-        raise _too_long(len(document), longest)
+        raise _too_long(len(document), max_length)
     generator = torch.Generator().manual_seed(seed)
-    conversation = Conversation(model, document, longest)
-    written: list[int] = []
-    told = ""
+    forward = CachedForward(model, document, max_length)
+    generated: list[int] = []
+    yielded = ""
     for _ in range(max_tokens or room):
-        token = pick(conversation.logits, temperature, top_p, generator)
+        token = sample_token(forward.logits, temperature, top_p, generator)
         if token == model.tokenizer.eos or (reply and token == model.tokenizer.im_end):
             break
-        written.append(token)
-        text = model.tokenizer.decode(written)
+        generated.append(token)
+        text = model.tokenizer.decode(generated)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text.removeprefix(told)
-            told = text
-        if len(document) + len(written) < longest:
-            conversation.add(token)
-    yield model.tokenizer.decode(written).removeprefix(told)
+            yield text.removeprefix(yielded)
+            yielded = text
+        if len(document) + len(generated) < max_length:
+            forward.add(token)
+    yield model.tokenizer.decode(generated).removeprefix(yielded)

@@ -51,7 +51,7 @@ METRICS = {
     # sample of each parameter, every log_every steps.
     "update_rms_muon": Metric("Muon", ".3f", "update RMS of Muon's matrices (sampled)"),
     "update_rms_adamw": Metric("AdamW", ".3f", "update RMS of AdamW's parameters (sampled)"),
-    "memory_gib": Metric("memory, GiB", ".2f", "peak memory of a process, GiB", False),
+    "memory_gib": Metric("memory (GiB)", ".2f", "peak memory of a process, GiB", False),
     "model_flops": Metric("FLOPs", ".3g", "FLOPs of a step, recomputation not counted"),
     # Estimated cost of the images of the busiest rank divided by the mean over ranks.
     "encoder_balance": Metric("encoder balance", ".3f", "encoder load, max / mean over ranks"),
@@ -69,8 +69,8 @@ METRICS = {
     "held_out_loss": Metric("held-out loss", ".3f", "held-out loss"),
     "held_out_text_loss": Metric("text", ".3f", "held-out loss of text"),
     "held_out_caption_loss": Metric("captions", ".3f", "held-out loss of captions"),
-    "right_caption_loss": Metric("with the right image", ".3f", "loss with the right image"),
-    "swapped_caption_loss": Metric("with another image", ".3f", "loss with another image"),
+    "right_caption_loss": Metric("captions with the right image", ".3f", "loss with own image"),
+    "swapped_caption_loss": Metric("captions with another image", ".3f", "loss with another image"),
 }
 
 HELD_OUT = (

@@ -1,4 +1,4 @@
-"""What a step shows of itself is what happened, however the model is spread over processes."""
+"""The metrics of a step are correct and the same for every distribution of the model."""
 
 import math
 from pathlib import Path
@@ -17,16 +17,16 @@ FOUR_LAYERS = ("language.num_layers=4", "language.dense_layers=1")
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
+def single_process(folder: Path) -> dict[str, Any]:
     return launch(training.first_step, 1, str(folder), training.EXACT, *FOUR_LAYERS)[0]
 
 
-def test_a_step_of_one_process_shows_what_happened(alone: dict[str, Any]) -> None:
-    metrics, seen = alone["metrics"], alone["seen"]
+def test_metrics_of_one_process_are_those_of_hooks(single_process: dict[str, Any]) -> None:
+    metrics, seen = single_process["metrics"], single_process["seen"]
     by_layer = metrics["language_max_logits"] + metrics["vision_max_logits"]
     assert by_layer == pytest.approx(seen["max_logits"], rel=1e-4)
     assert metrics["max_logit"] == max(seen["max_logits"])
-    # Tokens that each expert got, by layer; no token goes missing.
+    # Tokens of each expert by layer: none is dropped.
     tokens = 8 * 96 * 2
     assert len(seen["routed"]) == 3 and all(sum(layer) == tokens for layer in seen["routed"])
     assert metrics["dropped_tokens"] == 0
@@ -35,7 +35,7 @@ def test_a_step_of_one_process_shows_what_happened(alone: dict[str, Any]) -> Non
     assert metrics["expert_load"] == pytest.approx(sum(loads) / 3)
     for algorithm in ("muon", "adamw"):
         assert metrics[f"update_rms_{algorithm}"] == pytest.approx(seen[algorithm], rel=1e-4)
-    # The very first update of AdamW is the gradient's sign; of Muon, of AdamW's usual size.
+    # AdamW's first update is the sign of the gradient; Muon's update RMS is 0.2.
     assert 0.8 < metrics["update_rms_adamw"] < 1.01
     assert 0.1 < metrics["update_rms_muon"] < 0.3
     assert 0.1 < metrics["memory_gib"] < 10
@@ -49,23 +49,23 @@ def test_a_step_of_one_process_shows_what_happened(alone: dict[str, Any]) -> Non
         (4, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.expert=2")),
     ],
 )
-def test_every_rank_shows_what_one_process_does(
-    folder: Path, alone: dict[str, Any], world_size: int, parallel: tuple[str, ...]
+def test_metrics_do_not_depend_on_the_distribution(
+    folder: Path, single_process: dict[str, Any], world_size: int, parallel: tuple[str, ...]
 ) -> None:
-    """Each has some layers, heads, experts and images; measures are of all."""
+    """Each rank has some layers, heads, experts and images; metrics cover the whole model."""
     settings = (str(folder), training.EXACT, *FOUR_LAYERS, *parallel)
     ranks = launch(training.first_step, world_size, *settings)
     for rank in ranks:
-        for name, expected in alone["metrics"].items():
+        for name, expected in single_process["metrics"].items():
             if name in ("memory_gib", "encoder_balance", "encoder_least_balance"):
                 continue
-            # Some measures are kept in float32.
+            # Some metrics are reduced in float32.
             assert rank["metrics"][name] == pytest.approx(expected, rel=1e-5), name
         assert rank["metrics"] == ranks[0]["metrics"]
 
 
-def test_every_head_of_every_rank_that_is_clipped_is_counted_once(folder: Path) -> None:
-    # Two data-parallel ranks clip the same heads; two tensor-parallel ones have other heads.
+def test_clipped_heads_are_counted_once(folder: Path) -> None:
+    # Two data-parallel ranks clip the same heads; two tensor-parallel ranks have different ones.
     overrides = [f"parallel.{name}=2" for name in ("tensor", "expert")]
     clipping = "optimizer.qk_clip_threshold=1e-9"
     ranks = launch(training.first_step, 4, str(folder), *FOUR_LAYERS, *overrides, clipping)
@@ -74,27 +74,27 @@ def test_every_head_of_every_rank_that_is_clipped_is_counted_once(folder: Path) 
         assert rank["metrics"]["heads_clipped"] == rank["metrics"]["heads"]
 
 
-def test_the_flops_of_a_token_are_those_that_torch_counts(folder: Path) -> None:
-    """Attention here computes all pairs and masks the later ones: as if causal at twice the
+def test_flops_per_token_agree_with_the_counter_of_torch(folder: Path) -> None:
+    """Attention computes all pairs and masks later ones: as many as causal attention at twice the
     length."""
     counted, expected = launch(training.counted_flops, 1, str(folder), *FOUR_LAYERS)[0]
     assert counted == expected
 
 
-def test_samples_of_large_matrices_give_their_updates_rms() -> None:
+def test_update_rms_is_estimated_from_samples_of_large_matrices() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.Linear(300, 400), "down": nn.Linear(400, 300, bias=False)})
     optimizer = MuonClip(param_groups(model), lr=1e-2, weight_decay=0.1)
-    updates = UpdateRms(optimizer, {parameter: 2 for parameter in model.parameters()})
+    update_rms = UpdateRms(optimizer, {parameter: 2 for parameter in model.parameters()})
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     weights = [model["up"].weight, model["down"].weight]
     before = [weight.detach().clone() for weight in weights]
-    assert updates.after(torch.device("cpu")).tolist() == [[0, 0], [0, 0]]
-    updates.before()
+    assert update_rms.after_step(torch.device("cpu")).tolist() == [[0, 0], [0, 0]]
+    update_rms.before_step()
     optimizer.step()
-    (muon, muon_count), (_, adamw_count) = updates.after(torch.device("cpu")).tolist()
-    # Each of two copies counts a half.
+    (muon, muon_count), (_, adamw_count) = update_rms.after_step(torch.device("cpu")).tolist()
+    # Each of the two copies counts half.
     assert (muon_count, adamw_count) == (120_000, 200)
     moved = [
         (old * (1 - 1e-3) - new.detach()) / 1e-2 for old, new in zip(before, weights, strict=True)

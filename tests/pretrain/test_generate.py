@@ -1,4 +1,4 @@
-"""Tokens come one by one as the whole model would have them, and mistakes are told in a line."""
+"""Generation token by token equals the whole model's, and errors are one line."""
 
 import contextlib
 import io
@@ -26,29 +26,31 @@ from tests.pretrain.saved_run import Made
 PROMPT = "in the image: "
 
 
-class Found(NamedTuple):
-    """What :func:`look` found.
+class Generated(NamedTuple):
+    """Results of :func:`generate_all`.
 
     Attributes:
-        logits: [tokens, vocabulary] of the same text, all at once and step by step: of the model,
-            and of it with scaled positions.
-        pieces: what was written, several times over, by options.
-        film: a film, an image and the prompt as the model sees them.
-        told: of the command line, status, output and errors: of an image, and of that film.
-        refusals: of what is too long or out of range.
-        unreadable: the same of images, by their file's name.
+        logits: [tokens, vocabulary] of the same text, at once and token by token: of the model, and
+            of the same model with scaled positions.
+        pieces: the generated pieces of text, for several options.
+        greedy: the text of the most probable tokens.
+        document: a video, an image and the prompt as the model reads them.
+        commands: exit status, output and errors of the command line: with an image, and with a
+            video and an image.
+        errors: messages about documents that are too long and options out of range.
+        unreadable: messages about unreadable images by file name.
     """
 
     logits: list[tuple[Tensor, Tensor]]
     pieces: list[list[str]]
     greedy: str
-    film: Document
-    told: list[tuple[int, str, str]]
-    refusals: list[str]
+    document: Document
+    commands: list[tuple[int, str, str]]
+    errors: list[str]
     unreadable: dict[str, str]
 
 
-def _refusal(model: generate.Model, *args: Any, **kwargs: Any) -> str:
+def _error(model: generate.Model, *args: Any, **kwargs: Any) -> str:
     try:
         list(generate.sample(model, *args, **kwargs))
     except PretrainError as error:
@@ -56,40 +58,41 @@ def _refusal(model: generate.Model, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
-def picture(path: Path) -> Media:
+def image_of(path: Path) -> Media:
     return Media((str(path),), moving=False)
 
 
-def both_ways(model: generate.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
-    """The likeliest tokens after an image and the prompt, and their logits either way."""
-    patch = model.config.vision.patch_size
-    document = generate.compose(model, PROMPT, [picture(path)])
+def greedy_logits(model: generate.Model, path: Path) -> tuple[list[int], tuple[Tensor, Tensor]]:
+    """The most probable tokens after an image and the prompt, and their logits computed at once
+    and token by token."""
+    patch_size = model.config.vision.patch_size
+    document = generate.compose(model, PROMPT, [image_of(path)])
     start = len(document)
 
     with torch.inference_mode():
-        conversation = generate.Conversation(model, document, 96)
-        steps, chosen = [conversation.logits], []
+        forward = generate.CachedForward(model, document, 96)
+        logits, tokens = [forward.logits], []
         for _ in range(12):
-            chosen.append(int(conversation.logits.argmax()))
-            conversation.add(chosen[-1])
-            steps.append(conversation.logits)
-        document.add_tokens(chosen)
-        batch = batches.collate(pack([document], len(document), patch, 0), model.device)
+            tokens.append(int(forward.logits.argmax()))
+            forward.add(tokens[-1])
+            logits.append(forward.logits)
+        document.add_tokens(tokens)
+        batch = batches.collate(pack([document], len(document), patch_size, 0), model.device)
         features = model.tower(batch.patches, batch.grids)
-        whole = multimodal.forward(
+        at_once = multimodal.forward(
             model.language, batch, features, model.tokenizer.media_pad, logits=True
         )
-    return chosen, (whole[0, start - 1 :], torch.stack(steps))
+    return tokens, (at_once[0, start - 1 :], torch.stack(logits))
 
 
-def look(folder: str, image: str) -> Found:
+def generate_all(folder: str, image: str) -> Generated:
     """Everything that needs the model, in one process."""
     path = Path(image)
     model = generate.load(Path(folder, "scaled"))
-    _, scaled = both_ways(model, path)
+    _, scaled = greedy_logits(model, path)
     parallel.stop()
     model = generate.load(Path(folder, "run"))
-    chosen, plain = both_ways(model, path)
+    tokens, plain = greedy_logits(model, path)
 
     options = [
         {"temperature": 0.0},
@@ -98,47 +101,47 @@ def look(folder: str, image: str) -> Found:
         {"seed": 2, "top_p": 0.9},
         {"top_p": 1e-9},
     ]
-    shown = [picture(path)]
-    written = [list(generate.sample(model, PROMPT, shown, max_tokens=12, **o)) for o in options]
-    film = [Media((str(path.with_name("film.mp4")),), moving=True), picture(path)]
-    after_film = list(generate.sample(model, PROMPT, film, max_tokens=12, temperature=0.0))
-    refusals = [
-        _refusal(model, "word " * 200),
-        _refusal(model, "word", max_tokens=95),
-        _refusal(model, "word", temperature=-1.0),
-        _refusal(model, "word", top_p=0.0),
-        _refusal(model, "", [Media((str(path.with_name("long.mp4")),), moving=True)]),
+    images = [image_of(path)]
+    pieces = [list(generate.sample(model, PROMPT, images, max_tokens=12, **o)) for o in options]
+    media = [Media((str(path.with_name("film.mp4")),), moving=True), image_of(path)]
+    pieces.append(list(generate.sample(model, PROMPT, media, max_tokens=12, temperature=0.0)))
+    errors = [
+        _error(model, "word " * 200),
+        _error(model, "word", max_tokens=95),
+        _error(model, "word", temperature=-1.0),
+        _error(model, "word", top_p=0.0),
+        _error(model, "", [Media((str(path.with_name("long.mp4")),), moving=True)]),
     ]
     unreadable = {
-        name: _refusal(model, "", [picture(path.with_name(name))])
+        name: _error(model, "", [image_of(path.with_name(name))])
         for name in ("missing.png", "broken.png", "half.png", "folder.png")
     }
-    document = generate.compose(model, PROMPT, film)
+    document = generate.compose(model, PROMPT, media)
     parallel.stop()
-    told = []
-    before = ["--video", str(path.with_name("film.mp4"))]
-    for media in (["--image", image], [*before, "--image", image]):
+    commands = []
+    video = ["--video", str(path.with_name("film.mp4"))]
+    for arguments in (["--image", image], [*video, "--image", image]):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            status, errors = training.command(
-                *("sample", f"{folder}/run", *media, "--prompt", PROMPT),
+            status, stderr = training.command(
+                *("sample", f"{folder}/run", *arguments, "--prompt", PROMPT),
                 *("--max-tokens", "12", "--temperature", "0"),
             )
-        told.append((status, output.getvalue(), errors))
+        commands.append((status, output.getvalue(), stderr))
         parallel.stop()
-    return Found(
-        [plain, scaled],
-        [*written, after_film],
-        model.tokenizer.decode(chosen),
-        document,
-        told,
-        refusals,
-        unreadable,
+    return Generated(
+        logits=[plain, scaled],
+        pieces=pieces,
+        greedy=model.tokenizer.decode(tokens),
+        document=document,
+        commands=commands,
+        errors=errors,
+        unreadable=unreadable,
     )
 
 
 @pytest.fixture(scope="module")
-def found(made: Made, run_folder: Path) -> Found:
+def generated(made: Made, run_folder: Path) -> Generated:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 71, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(run_folder / "image.png")
     film(run_folder / "film.mp4", [40 * number for number in range(6)], rate=2)
@@ -148,49 +151,51 @@ def found(made: Made, run_folder: Path) -> Found:
     Image.new("RGB", (300, 300), "red").save(half)
     half.write_bytes(half.read_bytes()[:200])
     (run_folder / "folder.png").mkdir()
-    (found,) = launch(look, 1, str(run_folder), str(run_folder / "image.png"))
-    return found  # type: ignore[no-any-return]
+    (generated,) = launch(generate_all, 1, str(run_folder), str(run_folder / "image.png"))
+    return generated  # type: ignore[no-any-return]
 
 
-def test_a_token_at_a_time_gives_the_logits_of_all_at_once(found: Found) -> None:
-    for at_once, step_by_step in found.logits:
+def test_cached_forward_equals_the_whole_forward(generated: Generated) -> None:
+    for at_once, step_by_step in generated.logits:
         assert at_once.std() > 0.5
         torch.testing.assert_close(step_by_step, at_once, rtol=0, atol=1e-5)
-    (plain, _), (scaled, _) = found.logits
+    (plain, _), (scaled, _) = generated.logits
     assert (plain[0] - scaled[0]).abs().max() > 0.01
 
 
-def test_likeliest_tokens_are_streamed_and_draws_repeat_with_their_seed(found: Found) -> None:
-    greedy, drawn, again, other, nearly_greedy, _ = found.pieces
-    assert "".join(greedy) == "".join(nearly_greedy) == found.greedy
-    assert len(greedy) > 3, "what is written comes in pieces"
-    assert drawn == again != other
+def test_text_is_streamed_and_samples_repeat_with_their_seed(generated: Generated) -> None:
+    greedy, sampled, again, other_seed, tiny_top_p, _ = generated.pieces
+    assert "".join(greedy) == "".join(tiny_top_p) == generated.greedy
+    assert len(greedy) > 3, "text is yielded in pieces"
+    assert sampled == again != other_seed
 
 
-def test_the_command_line_prints_them(found: Found) -> None:
-    after_film = "".join(found.pieces[-1])
-    assert found.told == [(0, found.greedy + "\n", ""), (0, after_film + "\n", "")]
+def test_command_line_prints_the_text(generated: Generated) -> None:
+    after_video = "".join(generated.pieces[-1])
+    assert generated.commands == [(0, generated.greedy + "\n", ""), (0, after_video + "\n", "")]
 
 
-def test_a_film_is_seen_as_in_training_before_what_comes_after_it(found: Found) -> None:
-    # 48 x 64 pixels are padded to 56 x 84, frames grouped by four.
-    assert found.film.grids == [(4, 4, 6), (2, 4, 6), (1, 4, 6)]
-    groups = [patches.float().mean().item() for patches in found.film.patches[:2]]
-    # The frames' greys, and black where they are padded.
+def test_videos_are_composed_as_in_training(generated: Generated) -> None:
+    # 48 x 64 pixels are padded to 56 x 84; four frames form a group.
+    assert generated.document.grids == [(4, 4, 6), (2, 4, 6), (1, 4, 6)]
+    groups = [patches.float().mean().item() for patches in generated.document.patches[:2]]
+    # Means of grey frames with black padding.
     share = 48 * 64 / (56 * 84)
     assert groups == pytest.approx([share * 60, share * 180], abs=3)
 
 
-def test_what_is_too_long_or_out_of_range_is_told(found: Found) -> None:
-    too_long, too_many, cold, narrow, long_film = found.refusals
-    assert "tokens, which leaves 0 of the 96 that this model has learned to read" in too_long
+def test_long_documents_and_options_out_of_range_are_refused(generated: Generated) -> None:
+    too_long, too_many, temperature, top_p, long_video = generated.errors
+    assert "tokens, which leaves 0 of the 96 of this model's sequences" in too_long
     assert "fewer --max-tokens" in too_many
-    assert "are 402 tokens, which leaves 0 of the 96" in long_film and "shorter video" in long_film
-    assert cold == "--temperature must be >= 0, not -1.0"
-    assert narrow == "--top-p must be in (0, 1], not 0.0"
+    assert (
+        "have 402 tokens, which leaves 0 of the 96" in long_video and "shorter video" in long_video
+    )
+    assert temperature == "--temperature must be >= 0, not -1.0"
+    assert top_p == "--top-p must be in (0, 1], not 0.0"
 
 
-def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
+def test_top_p_samples_from_the_most_probable_tokens() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]
     generator = torch.Generator().manual_seed(0)
     for top_p, tokens in (
@@ -200,33 +205,33 @@ def test_the_likeliest_that_make_up_top_p_are_drawn_from() -> None:
         (0.9, {0, 1, 3}),
         (1.0, {0, 1, 2, 3}),
     ):
-        draws = [generate.pick(logits, 1.0, top_p, generator) for _ in range(400)]
+        draws = [generate.sample_token(logits, 1.0, top_p, generator) for _ in range(400)]
         assert set(draws) == tokens
-    hot = [generate.pick(logits, 100.0, 1.0, generator) for _ in range(400)]
+    hot = [generate.sample_token(logits, 100.0, 1.0, generator) for _ in range(400)]
     assert hot.count(2) > 60
 
 
-def test_an_image_that_cannot_be_read_is_named(found: Found, run_folder: Path) -> None:
-    assert len(found.unreadable) == 4
-    for name, told in found.unreadable.items():
-        assert told.startswith(f"cannot be read: {run_folder / name}")
-        assert "\n" not in told
-    assert found.unreadable["missing.png"].endswith("missing.png does not exist")
+def test_unreadable_images_are_named(generated: Generated, run_folder: Path) -> None:
+    assert len(generated.unreadable) == 4
+    for name, message in generated.unreadable.items():
+        assert message.startswith(f"cannot be read: {run_folder / name}")
+        assert "\n" not in message
+    assert generated.unreadable["missing.png"].endswith("missing.png does not exist")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
-def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_images_of_any_mode_are_converted_to_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tiff" if mode in ("CMYK", "I;16") else "a.png")
     Image.new(mode, (5, 3)).save(path)
-    assert [frame.shape for frame in frames.read(picture(path), fps=1)] == [(3, 5, 3)]
+    assert [frame.shape for frame in frames.read(image_of(path), fps=1)] == [(3, 5, 3)]
 
 
-def test_a_video_shown_as_an_image_is_refused_before_a_model_is_loaded() -> None:
+def test_videos_given_as_images_are_refused_before_loading_the_model() -> None:
     status, errors = training.command("sample", "nowhere", "--image", "a.mp4")
     assert status != 0 and "a.mp4 is a video: show it with --video" in errors
 
 
-def test_a_run_that_has_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_runs_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has no checkpoint: train first"):
         generate.load(tmp_path)
     with pytest.raises(PretrainError, match="nowhere is not a folder"):
