@@ -31,8 +31,9 @@ from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tools.shards import _index, _Writer
 from pretrain.errors import PretrainError
+from pretrain.export.conversion import conversions
 from pretrain.export.from_hf import import_hf
-from pretrain.export.layout import rows, settings
+from pretrain.export.hf_config import to_hf_config
 from pretrain.export.to_hf import export
 from tests.distributed.launch import launch
 from tests.pretrain.data import make
@@ -200,10 +201,14 @@ def hf_folder(folder: Path) -> None:
     tokenizer = Tokenizer.train(["some text"], 300)
     tokenizer.save(folder / "tokenizer.json")
     size = tokenizer.vocab_size
-    described = settings(LANGUAGE, None, size, 64, {}, -1)
+    described = to_hf_config(LANGUAGE, None, size, 64, {}, -1)
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "generation_config.json").write_text("{}")
-    shapes = {k: shape for item in rows(LANGUAGE, None, size) for k, shape in item.theirs.items()}
+    shapes = {
+        k: shape
+        for item in conversions(LANGUAGE, None, size)
+        for k, shape in item.published.items()
+    }
     tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

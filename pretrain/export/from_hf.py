@@ -16,8 +16,9 @@ from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, yaml_core
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.export.conversion import Conversion, conversions
+from pretrain.export.hf_config import from_hf_config, is_tied
 from pretrain.export.hf_folder import HfFolder, HfWeights
-from pretrain.export.layout import Rows, is_tied, our_settings, rows
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
@@ -75,7 +76,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     files = HfFolder(source)
     described = files.required_json("config.json")
     try:
-        language, vision, vocab_size = our_settings(described)
+        language, vision, vocab_size = from_hf_config(described)
         longest = _context_length(described)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
@@ -101,7 +102,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     notes = []
     tensors = _read(
         files.weights(vision=vision is not None),
-        rows(config.language, config.vision if vision else None, vocab_size),
+        conversions(config.language, config.vision if vision else None, vocab_size),
         _tied_names(described, vision is not None),
     )
     if is_tied(described):
@@ -245,7 +246,9 @@ def _tied_names(described: Mapping[str, Any], vision: bool) -> dict[str, str]:
     return tied if is_tied(described) else {}
 
 
-def _read(weights: HfWeights, wanted: Iterable[Rows], tied: Mapping[str, str]) -> dict[str, Tensor]:
+def _read(
+    weights: HfWeights, wanted: Iterable[Conversion], tied: Mapping[str, str]
+) -> dict[str, Tensor]:
     """Every tensor by our name in the whole model, after all are known to fit.
 
     Args:
@@ -256,7 +259,7 @@ def _read(weights: HfWeights, wanted: Iterable[Rows], tied: Mapping[str, str]) -
     """
     items, names = [], {}
     for item in wanted:
-        for name, shape in item.theirs.items():
+        for name, shape in item.published.items():
             names[name] = tied.get(name, name) if name not in weights else name
             weights.check(names[name], shape)
         items.append(item)
@@ -269,7 +272,7 @@ def _read(weights: HfWeights, wanted: Iterable[Rows], tied: Mapping[str, str]) -
             )
     tensors: dict[str, Tensor] = {}
     for item in items:
-        tensors |= item.to_ours({name: weights.read(names[name]) for name in item.theirs})
+        tensors |= item.to_ours({name: weights.read(names[name]) for name in item.published})
     return tensors
 
 

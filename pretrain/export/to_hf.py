@@ -23,7 +23,8 @@ from pretrain.data.media import pixels
 from pretrain.data.media.fit import Limits, limits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.export.layout import VIDEO_PLACEHOLDER, Rows, rows, settings
+from pretrain.export.conversion import Conversion, conversions
+from pretrain.export.hf_config import VIDEO_PLACEHOLDER, to_hf_config
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -85,8 +86,10 @@ def export(
     }
     imported = ImportedSettings.read(run_dir)
     longest = max(config.data.seq_length, imported.max_position_embeddings)
-    described = settings(config.language, vision, vocab_size, longest, special, tokenizer.media_pad)
-    wanted = list(rows(config.language, vision, vocab_size))
+    described = to_hf_config(
+        config.language, vision, vocab_size, longest, special, tokenizer.media_pad
+    )
+    wanted = list(conversions(config.language, vision, vocab_size))
     _check(saved, wanted)
     types = {name: _type(name, saved, dtype) for item in wanted for name in item.ours}
     described["dtype"] = str(next(iter(types.values()))).removeprefix("torch.")
@@ -126,7 +129,7 @@ def _lacks(path: Path, name: str) -> str:
     return f"the checkpoint {path} has no {name}: it is of another version of this program"
 
 
-def _check(saved: Checkpoint, wanted: Sequence[Rows]) -> None:
+def _check(saved: Checkpoint, wanted: Sequence[Conversion]) -> None:
     for item in wanted:
         for name, shape in item.ours.items():
             if _PREFIX + name not in saved.tensors:
@@ -144,17 +147,17 @@ def _type(name: str, saved: Checkpoint, dtype: Dtype | None) -> torch.dtype:
     return own if dtype is None or name.endswith(".expert_bias") else getattr(torch, dtype)
 
 
-def _bytes(item: Rows, types: dict[str, torch.dtype]) -> int:
+def _bytes(item: Conversion, types: dict[str, torch.dtype]) -> int:
     return sum(
         torch.Size(shape).numel() * types[name].itemsize for name, shape in item.ours.items()
     )
 
 
 def _in_files(
-    wanted: Sequence[Rows], types: dict[str, torch.dtype], max_bytes: int
-) -> Iterator[list[Rows]]:
-    """The rows of each file: in order, as many as fit."""
-    file: list[Rows] = []
+    wanted: Sequence[Conversion], types: dict[str, torch.dtype], max_bytes: int
+) -> Iterator[list[Conversion]]:
+    """Yield the conversions of each file: in order, as many as fit."""
+    file: list[Conversion] = []
     filled = 0
     for item in wanted:
         size = _bytes(item, types)
@@ -176,7 +179,7 @@ def _source(name: str, saved: Checkpoint, types: dict[str, torch.dtype]) -> str:
 def _write_weights(
     saved: Checkpoint,
     folder: Path,
-    files: Sequence[Sequence[Rows]],
+    files: Sequence[Sequence[Conversion]],
     types: dict[str, torch.dtype],
 ) -> None:
     where, total = {}, 0
@@ -187,7 +190,7 @@ def _write_weights(
         shapes = {weight: shape for item in file for weight, shape in item.ours.items()}
         ours = {weight: torch.empty(shape, dtype=types[weight]) for weight, shape in shapes.items()}
         saved.load({_source(name, saved, types): x for name, x in ours.items()})
-        theirs = {weight: t for item in file for weight, t in item.to_theirs(ours).items()}
+        theirs = {weight: t for item in file for weight, t in item.to_published(ours).items()}
         save_file(theirs, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(theirs, name))
         total += sum(tensor.nbytes for tensor in theirs.values())

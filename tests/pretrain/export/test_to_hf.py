@@ -19,7 +19,7 @@ from pretrain.data.media.fit import fit
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.export.layout import rows
+from pretrain.export.conversion import conversions
 from pretrain.export.to_hf import export
 from tests.distributed import training
 from tests.pretrain.saved_run import SHAPE, STEP, Made, Read
@@ -118,7 +118,7 @@ def test_the_layout_has_every_tensor_of_the_model(made: Made, run_folder: Path) 
     vocab_size = made.tensors["language.output_layer.weight"].shape[0]
     named = {
         name: shape
-        for item in rows(config.language, config.vision, vocab_size)
+        for item in conversions(config.language, config.vision, vocab_size)
         for name, shape in item.ours.items()
     }
     assert named == {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}

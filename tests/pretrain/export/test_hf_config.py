@@ -1,113 +1,15 @@
-"""Names and shapes are those of the published checkpoints, and settings survive both ways."""
+"""Every configuration becomes a ``config.json`` and comes back; others are refused by key."""
 
 from dataclasses import asdict
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
-from pretrain.export.layout import our_settings, rows, settings
-
-KIMI_K25 = LanguageConfig(
-    num_layers=61,
-    dense_layers=1,
-    hidden_size=7168,
-    ffn_hidden_size=18432,
-    num_heads=64,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    rope_base=50000.0,
-    num_experts=384,
-    experts_per_token=8,
-    expert_ffn_hidden_size=2048,
-    shared_expert_ffn_hidden_size=2048,
-    router_scaling=2.827,
-    norm_eps=1e-5,
-)
-# The tensors of moonshotai/Kimi-K2.5, whose experts are quantized there: theirs are of the shape
-# that its weight_shape tells.
-LAYER = "language_model.model.layers.{layer}"
-PUBLISHED: list[tuple[str, tuple[int, ...]]] = [
-    ("language_model.lm_head.weight", (163840, 7168)),
-    ("language_model.model.embed_tokens.weight", (163840, 7168)),
-    ("language_model.model.norm.weight", (7168,)),
-    (f"{LAYER}.input_layernorm.weight", (7168,)),
-    (f"{LAYER}.post_attention_layernorm.weight", (7168,)),
-    (f"{LAYER}.self_attn.kv_a_layernorm.weight", (512,)),
-    (f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight", (576, 7168)),
-    (f"{LAYER}.self_attn.kv_b_proj.weight", (16384, 512)),
-    (f"{LAYER}.self_attn.o_proj.weight", (7168, 8192)),
-    (f"{LAYER}.self_attn.q_a_layernorm.weight", (1536,)),
-    (f"{LAYER}.self_attn.q_a_proj.weight", (1536, 7168)),
-    (f"{LAYER}.self_attn.q_b_proj.weight", (12288, 1536)),
-    ("language_model.model.layers.0.mlp.down_proj.weight", (7168, 18432)),
-    ("language_model.model.layers.0.mlp.gate_proj.weight", (18432, 7168)),
-    ("language_model.model.layers.0.mlp.up_proj.weight", (18432, 7168)),
-    (f"{LAYER}.mlp.experts.{{expert}}.down_proj.weight", (7168, 2048)),
-    (f"{LAYER}.mlp.experts.{{expert}}.gate_proj.weight", (2048, 7168)),
-    (f"{LAYER}.mlp.experts.{{expert}}.up_proj.weight", (2048, 7168)),
-    (f"{LAYER}.mlp.gate.e_score_correction_bias", (384,)),
-    (f"{LAYER}.mlp.gate.weight", (384, 7168)),
-    (f"{LAYER}.mlp.shared_experts.down_proj.weight", (7168, 2048)),
-    (f"{LAYER}.mlp.shared_experts.gate_proj.weight", (2048, 7168)),
-    (f"{LAYER}.mlp.shared_experts.up_proj.weight", (2048, 7168)),
-    ("mm_projector.pre_norm.bias", (1152,)),
-    ("mm_projector.pre_norm.weight", (1152,)),
-    ("mm_projector.proj.0.bias", (4608,)),
-    ("mm_projector.proj.0.weight", (4608, 4608)),
-    ("mm_projector.proj.2.bias", (7168,)),
-    ("mm_projector.proj.2.weight", (7168, 4608)),
-    ("vision_tower.encoder.blocks.{block}.mlp.fc0.bias", (4304,)),
-    ("vision_tower.encoder.blocks.{block}.mlp.fc0.weight", (4304, 1152)),
-    ("vision_tower.encoder.blocks.{block}.mlp.fc1.bias", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.mlp.fc1.weight", (1152, 4304)),
-    ("vision_tower.encoder.blocks.{block}.norm0.bias", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.norm0.weight", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.norm1.bias", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.norm1.weight", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.wo.bias", (1152,)),
-    ("vision_tower.encoder.blocks.{block}.wo.weight", (1152, 1152)),
-    ("vision_tower.encoder.blocks.{block}.wqkv.bias", (3456,)),
-    ("vision_tower.encoder.blocks.{block}.wqkv.weight", (3456, 1152)),
-    ("vision_tower.encoder.final_layernorm.bias", (1152,)),
-    ("vision_tower.encoder.final_layernorm.weight", (1152,)),
-    ("vision_tower.patch_embed.pos_emb.weight", (64, 64, 1152)),
-    ("vision_tower.patch_embed.proj.bias", (1152,)),
-    ("vision_tower.patch_embed.proj.weight", (1152, 3, 14, 14)),
-]
-
-
-def test_kimi_k25_has_the_published_names_and_shapes() -> None:
-    expected = {}
-    for name, shape in PUBLISHED:
-        layers = range(1 if ".mlp." in name else 0, 61) if "{layer}" in name else [0]
-        for layer in layers:
-            for expert in range(384) if "{expert}" in name else [0]:
-                for block in range(27) if "{block}" in name else [0]:
-                    expected[name.format(layer=layer, expert=expert, block=block)] = shape
-    ours = {
-        name: shape
-        for item in rows(KIMI_K25, VisionConfig(), 163840)
-        for name, shape in item.theirs.items()
-    }
-    assert ours == expected
-
-
-def test_both_sides_have_the_same_numbers() -> None:
-    for item in rows(LanguageConfig(), VisionConfig(num_layers=1), 300):
-        sizes = [
-            sum(torch.Size(shape).numel() for shape in side.values())
-            for side in (item.ours, item.theirs)
-        ]
-        assert sizes[0] == sizes[1], item
-
+from pretrain.export.hf_config import from_hf_config, to_hf_config
 
 sizes = st.integers(1, 4096)
 
@@ -154,41 +56,43 @@ sizes = st.integers(1, 4096)
         ),
     ),
 )
-def test_settings_come_back(language: LanguageConfig, vision: VisionConfig | None) -> None:
-    theirs = settings(language, vision, 1000, 256, {}, 4)
-    found, found_vision, vocab_size = our_settings(theirs)
+def test_configurations_survive_a_round_trip(
+    language: LanguageConfig, vision: VisionConfig | None
+) -> None:
+    theirs = to_hf_config(language, vision, 1000, 256, {}, 4)
+    found, found_vision, vocab_size = from_hf_config(theirs)
     found["rope_scaling"] = RopeScalingConfig(**found["rope_scaling"])
     assert LanguageConfig(**found) == language
     assert (None if found_vision is None else VisionConfig(**found_vision)) == vision
     assert vocab_size == 1000
 
 
-def test_settings_of_either_naming_are_read() -> None:
-    theirs = settings(LanguageConfig(), VisionConfig(num_layers=3), 1000, 256, {}, 4)
+def test_transformers_keys_and_published_keys_are_read() -> None:
+    theirs = to_hf_config(LanguageConfig(), VisionConfig(num_layers=3), 1000, 256, {}, 4)
     for drop in (("vt_", "init_"), ("num_", "hidden", "intermediate", "pos_emb_h", "pos_emb_w")):
         vision = {
             name: value
             for name, value in theirs["vision_config"].items()
             if not name.startswith(drop)
         }
-        _, found, _ = our_settings(theirs | {"vision_config": vision})
+        _, found, _ = from_hf_config(theirs | {"vision_config": vision})
         assert VisionConfig(**found or {}) == VisionConfig(num_layers=3)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
-def test_scaled_positions_are_read_as_kimi_k2_publishes_them() -> None:
-    theirs = settings(LanguageConfig(), None, 1000, 256, {}, 4)
+def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
+    theirs = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
     del theirs["rope_parameters"]
     published = {
         **{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0},
         **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
     }
-    found, _, _ = our_settings(theirs | {"rope_scaling": published, "rope_theta": 50000.0})
+    found, _, _ = from_hf_config(theirs | {"rope_scaling": published, "rope_theta": 50000.0})
     assert found["rope_base"] == 50000.0
     assert found["rope_scaling"] == {k: v for k, v in published.items() if k != "type"}
-    found, _, _ = our_settings(theirs | {"rope_scaling": YARN})
+    found, _, _ = from_hf_config(theirs | {"rope_scaling": YARN})
     assert (found["rope_scaling"]["mscale"], found["rope_scaling"]["mscale_all_dim"]) == (1, 0)
 
 
@@ -225,12 +129,12 @@ def test_scaled_positions_are_read_as_kimi_k2_publishes_them() -> None:
         ({"norm_topk_prob": False}, "config.json has norm_topk_prob=false"),
     ],
 )
-def test_an_unsupported_model_is_refused_by_the_key_of_config_json(
+def test_an_unsupported_language_model_is_refused_naming_the_key(
     change: dict[str, Any], message: str
 ) -> None:
-    theirs = settings(LanguageConfig(), None, 1000, 256, {}, 4)
+    theirs = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
     with pytest.raises(PretrainError) as error:
-        our_settings(theirs | change)
+        from_hf_config(theirs | change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -248,13 +152,13 @@ def test_an_unsupported_model_is_refused_by_the_key_of_config_json(
         ({"merge_kernel_size": [3, 3]}, "vision_config.merge_kernel_size=[3, 3]"),
     ],
 )
-def test_an_unsupported_encoder_is_refused_by_the_key_of_config_json(
+def test_an_unsupported_vision_encoder_is_refused_naming_the_key(
     change: dict[str, Any], message: str
 ) -> None:
-    theirs = settings(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    theirs = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
     theirs["vision_config"] |= change
     with pytest.raises(PretrainError) as error:
-        our_settings(theirs)
+        from_hf_config(theirs)
     assert message in str(error.value).replace("config.json has ", "")
 
 
@@ -266,13 +170,13 @@ JSON = st.recursive(
 
 
 @given(st.data())
-def test_any_change_of_config_json_is_read_or_refused_in_a_line(data: st.DataObject) -> None:
-    theirs = settings(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+def test_any_change_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
+    theirs = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
     part = data.draw(st.sampled_from([theirs, theirs["text_config"], theirs["vision_config"]]))
     key = data.draw(st.sampled_from(sorted(part)))
     part[key] = data.draw(JSON)
     try:
-        language, vision, vocab_size = our_settings(theirs)
+        language, vision, vocab_size = from_hf_config(theirs)
     except PretrainError as error:
         assert "\n" not in str(error) and "config.json" in str(error)
         return
@@ -282,11 +186,11 @@ def test_any_change_of_config_json_is_read_or_refused_in_a_line(data: st.DataObj
     assert vocab_size > 0
 
 
-def test_what_theirs_cannot_be_is_refused() -> None:
+def test_models_that_the_published_architecture_cannot_have_are_refused() -> None:
     for change, message in (
         ({"shared_expert_ffn_hidden_size": 100}, "shared_expert_ffn_hidden_size=100"),
         ({"num_experts": 1, "experts_per_token": 1}, "at least 2 experts"),
     ):
         language = LanguageConfig(**(asdict(LanguageConfig()) | change))
         with pytest.raises(PretrainError, match=message):
-            settings(language, None, 1000, 256, {}, 4)
+            to_hf_config(language, None, 1000, 256, {}, 4)

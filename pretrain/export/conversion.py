@@ -1,0 +1,68 @@
+"""Weights under the names and in the shapes of published checkpoints, and back.
+
+The checkpoints are those of Kimi-K2.5 and DeepSeek-V3 as published, which transformers converts on
+loading and vLLM and SGLang read directly: every expert has its own tensors, q, k and v of the
+vision encoder are stacked in one tensor, and rotary channels are pairs of neighbours, as in our
+models. Rows keep their order, so that converting computes nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pretrain.config import LanguageConfig, VisionConfig
+from pretrain.model.weights import Shape, language_weights, vision_weights
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Weights of ours and published tensors that have the same rows in the same order.
+
+    Attributes:
+        ours, published: shapes by name, stacked in this order. One of the two has one tensor.
+    """
+
+    ours: dict[str, Shape]
+    published: dict[str, Shape]
+
+    def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the published tensors, given ours."""
+        return _restack(tensors, self.ours, self.published)
+
+    def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return our tensors, given the published ones."""
+        return _restack(tensors, self.published, self.ours)
+
+
+def _restack(
+    tensors: Mapping[str, Tensor], before: Mapping[str, Shape], after: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    stack = [tensors[name] for name in before]
+    rows = stack[0] if len(stack) == 1 else torch.cat(stack)
+    split = torch.split(rows, [shape[0] for shape in after.values()])
+    return {
+        name: tensor.reshape(shape).contiguous()
+        for (name, shape), tensor in zip(after.items(), split, strict=True)
+    }
+
+
+def conversions(
+    language: LanguageConfig, vision: VisionConfig | None, vocab_size: int
+) -> Iterator[Conversion]:
+    """Conversions of all weights of a checkpoint.
+
+    Args:
+        vision: the vision encoder of Kimi-K2.5; None for DeepSeek-V3.
+        vocab_size: rows of the embedding and of the output head.
+    """
+    weights = [*language_weights(language, vocab_size)]
+    if vision is not None:
+        weights += vision_weights(vision, language.hidden_size)
+    prefix = "language_model." if vision is None else ""
+    for _, stack in groupby(weights, key=lambda weight: list(weight.published)):
+        ours = list(stack)
+        published = {name.removeprefix(prefix): s for name, s in ours[0].published.items()}
+        yield Conversion({weight.name: weight.shape for weight in ours}, published)
