@@ -1,4 +1,4 @@
-"""The Decoupled Encoder Process, and the plain way that it must equal."""
+"""Encoding of the images of a step: on all ranks (DEP), or on the ranks that own them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,32 +19,77 @@ from pretrain.encoder_process.plan import (
 )
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
-from pretrain.model.vision import check_grids, chunks, num_features, observers_disabled
+from pretrain.model.vision import check_grids, num_features, observers_disabled, split_items
 
 Spread = Literal["balanced", "round_robin"]
-# (patches [P, 3 * patch * patch] uint8, grids [n, 3] int64) of one micro-batch.
+# (patches [P, 3 * patch_size²] uint8, grids [n, 3] int64) of one micro-batch.
 Images = tuple[Tensor, Tensor]
 
 
-def reduce_gradients(tower: VisionTower, group: dist.ProcessGroup | None) -> None:
-    """Sum the tower's gradients over the ranks in one collective; no gradient counts as zero."""
-    parameters = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            dtype = getattr(parameter, "grad_dtype", parameter.dtype)  # torch < 2.10 has no other
-            parameter.grad = torch.zeros_like(parameter, dtype=dtype)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=group)
-    for gradient, summed in zip(
-        gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
-    ):
-        gradient.copy_(summed.view_as(gradient))
+class _Encoder:
+    """State that both encoders share.
+
+    Args:
+        tower: this rank's replica of encoder and projector.
+        group: ranks that train the tower. Default: all ranks.
+        needs_features: this rank's part of the backbone reads the features (the first pipeline
+            stage). Other ranks have no images and receive no features.
+        tensor_group: tensor-parallel ranks, which need the features of the same images; the first
+            of them owns the images. None: every rank has its own images.
+        cost: cost model of an item. Default: FLOPs.
+
+    Attributes:
+        balance: largest load of a rank over the mean load, in the last :meth:`encode`.
+        balance_lower_bound: lower bound of ``balance`` for these images.
+        oversized: number of items above the mean load.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        group: dist.ProcessGroup | None,
+        *,
+        needs_features: bool = True,
+        tensor_group: dist.ProcessGroup | None = None,
+        cost: CostModel | None = None,
+    ) -> None:
+        self.tower = tower
+        self.group = group
+        self.needs_features = needs_features
+        self.tensor_group = tensor_group
+        self.owns_images = needs_features and _is_first(tensor_group)
+        self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
+        self.balance = self.balance_lower_bound = 1.0
+        self.oversized = 0
+
+    def reduce_gradients(self) -> None:
+        """Sum the tower's gradients over all ranks; no gradient counts as zero."""
+        parameters = [parameter for parameter in self.tower.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                # torch before 2.10 has no other dtype of gradients.
+                dtype = getattr(parameter, "grad_dtype", parameter.dtype)
+                parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, total in zip(gradients, summed, strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+    def _num_ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def _record_balance(self, grids: Tensor, encoders: Sequence[int]) -> None:
+        loads, num_ranks = self.cost.loads(grids), self._num_ranks()
+        self.balance = balance(loads, encoders, num_ranks)
+        self.balance_lower_bound = balance_lower_bound(loads, num_ranks)
+        self.oversized = len(oversized(loads, num_ranks))
 
 
 @dataclass
-class _Sent:
-    """What stage 3 needs of stage 1."""
+class _Forward:
+    """Results of stage 1 that stage 3 needs."""
 
     exchange: ItemExchange
     features_per_item: list[int]
@@ -53,34 +98,26 @@ class _Sent:
     features: Tensor
 
 
-class EncoderProcess:
-    """DEP: every rank encodes a fair share of the global batch's images, whoever owns them.
+class EncoderProcess(_Encoder):
+    """DEP: every rank encodes an equal share of the global batch's images.
 
-    Source: Kimi K2.5 report, section on the training infrastructure. In a step: :meth:`encode`
-    (1. balanced forward that keeps no activations), the backbone's own forward and backward with
-    the features as leaves (2.), and :meth:`backward` (3. recompute, backward) followed by
-    :meth:`reduce_gradients`. All ranks of the group call all of them, with or without images.
+    Source: Kimi K2.5 report, Decoupled Encoder Process. The stages of a step:
+
+    1. :meth:`encode`: balanced forward, without activations for a backward.
+    2. The backbone's forward and backward, with the features as leaves.
+    3. :meth:`backward`: recomputation and backward; then :meth:`reduce_gradients`.
+
+    All ranks of the group call all methods, with or without images.
 
     Args:
-        tower: this rank's copy of encoder and projector.
-        group: the ranks that share the work; None is all.
-        takes_images: whether this rank's part of the backbone takes in the features (the first
-            pipeline stage). Others have no images, and get no features.
-        tensor_group: ranks that take in the same images (tensor parallel); the first of them sends
-            them and the gradients for all. None: every rank has its own.
         spread: ``"balanced"``: by :func:`pretrain.encoder_process.plan.plan`; ``"round_robin"``:
-            item after item, a baseline.
-        max_patches: patches that go through the encoder at a time, which bounds the memory of its
-            activations; a larger item goes alone.
-        max_patches_per_rank: patches that a rank is given to encode, at most, which bounds the
-            memory of their pixels; an item larger than that has a rank to itself. None: as many as
-            balance asks for. The baseline does not heed it.
-        cost: what an item costs; None: the FLOPs of its shapes.
-
-    Attributes:
-        balance: largest load of a rank over the mean, in the last :meth:`encode`.
-        least_balance: what no plan could have been better than, in the same: above 1 where one
-            item is more than a fair share.
+            one item after another, a baseline.
+        max_patches: patches in one forward of the tower, which bounds the memory of its
+            activations. A larger item is encoded alone.
+        max_patches_per_rank: patches of a rank in a step, which bounds the memory of their pixels.
+            A larger item gets a rank without other items. Default: no limit. ``"round_robin"``
+            ignores it.
+        kwargs: of the base class.
     """
 
     def __init__(
@@ -95,18 +132,13 @@ class EncoderProcess:
         max_patches_per_rank: int | None = None,
         cost: CostModel | None = None,
     ) -> None:
-        self.tower = tower
-        self.group = group
-        self.needs_features = needs_features
-        self.tensor_group = tensor_group
+        super().__init__(
+            tower, group, needs_features=needs_features, tensor_group=tensor_group, cost=cost
+        )
         self.spread = spread
         self.max_patches = max_patches
         self.max_patches_per_rank = max_patches_per_rank
-        self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
-        self.owns_images = needs_features and _is_first(tensor_group)
-        self.balance = self.balance_lower_bound = 1.0
-        self.oversized = 0
-        self._sent: _Sent | None = None
+        self._forward: _Forward | None = None
 
     def encode(
         self, micro_batches: Sequence[Images], image_error: str | None = None
@@ -114,170 +146,148 @@ class EncoderProcess:
         """Stage 1.
 
         Args:
-            micro_batches: the images of each of this rank's micro-batches.
-            refused: what the caller found wrong with them, if anything.
+            micro_batches: images of each of this rank's micro-batches.
+            image_error: reason why the caller rejects these images, if any.
 
         Returns:
-            Of each micro-batch, [N, language hidden] features of its images in order (none where
-            this rank takes no images); views of one leaf that collects their gradients, unless
-            gradients are off.
+            For each micro-batch, features [N, language hidden] of its images in order; N is 0 if
+            this rank needs none. They are views of one leaf, which collects their gradients if
+            gradients are enabled.
 
         Raises:
             PretrainError: on every rank, if an image of one of them cannot be encoded (see
-                :func:`pretrain.model.vision.check_grids`), or it refused; or if there are more
-                patches than ``max_patches_per_rank`` lets all ranks have.
+                :func:`pretrain.model.vision.check_grids`) or is rejected, or if
+                ``max_patches_per_rank`` is too small.
         """
         patches = torch.cat([patches for patches, _ in micro_batches])
         grids = torch.cat([grids for _, grids in micro_batches])
         counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
         if not self.owns_images:
             patches, grids = patches[:0], grids[:0]
-        everyones = gather_grids(grids, self.group, image_error or _refusal(grids, len(patches)))
-        owners = [rank for rank, theirs in enumerate(everyones) for _ in range(len(theirs))]
-        all_grids = torch.cat(everyones)
-        patches_per_item = all_grids.prod(1).tolist()
+        image_error = image_error or _image_error(grids, len(patches))
+        all_grids, owners = gather_grids(grids, self.group, image_error)
         features_per_item = num_features(all_grids).tolist()
-        encoders = self._plan(all_grids, owners, len(everyones))
+        encoders = self._plan(all_grids, owners)
+        self._record_balance(all_grids, encoders)
 
         exchange = ItemExchange(owners, encoders, self.group)
-        received = exchange.to_encoders(patches, patches_per_item)
+        received = exchange.to_encoders(patches, all_grids.prod(1).tolist())
         received_grids = all_grids[exchange.incoming]
         with torch.no_grad():
-            encoded = [
-                self.tower(part, part_grids)
-                for part, part_grids in self._chunks(received, received_grids)
-            ]
-        mine = torch.cat([_no_features(self.tower), *encoded])
-        features = exchange.to_owners(mine, features_per_item)
+            encoded = [self.tower(*chunk) for chunk in self._chunks(received, received_grids)]
+        features = torch.cat([_no_features(self.tower), *encoded])
+        features = exchange.to_owners(features, features_per_item)
         if self.needs_features:
-            features = _share(features, sum(counts), self.tensor_group)
+            features = _broadcast(features, sum(counts), self.tensor_group)
         else:
             counts = [0] * len(counts)
         if torch.is_grad_enabled():
             features.requires_grad_()
-            self._sent = _Sent(exchange, features_per_item, received, received_grids, features)
+            self._forward = _Forward(
+                exchange, features_per_item, received, received_grids, features
+            )
         return list(torch.split(features, counts))
 
     def backward(self) -> None:
-        """Stage 3: add the gradients of what this rank encoded to the tower's ``.grad``."""
-        if self._sent is None:
-            raise RuntimeError("backward() needs an encode() with gradients on before it")
-        sent, self._sent = self._sent, None
-        gradient = sent.features.grad
+        """Stage 3: add the gradients of the items that this rank encoded to the tower's ``.grad``.
+
+        Raises:
+            RuntimeError: there was no :meth:`encode` with gradients enabled.
+        """
+        if self._forward is None:
+            raise RuntimeError("backward() needs an encode() with gradients enabled before it")
+        forward, self._forward = self._forward, None
+        gradient = forward.features.grad
         if gradient is None:
-            gradient = torch.zeros_like(sent.features)
-        if not self.owns_images:  # what it got from the first of its tensor group, that one returns
+            gradient = torch.zeros_like(forward.features)
+        if not self.owns_images:  # the first rank of the tensor group sends it for all
             gradient = gradient[:0]
-        gradient = sent.exchange.to_encoders(gradient, sent.features_per_item)
-        self.recompute(sent.patches, sent.grids, gradient)
+        gradient = forward.exchange.to_encoders(gradient, forward.features_per_item)
+        self.recompute(forward.patches, forward.grids, gradient)
 
     def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
-        """Encode items again, and go backwards from their features' gradient, chunk by chunk."""
-        # Stage 1 has shown the observers these logits.
+        """Encode items again, chunk by chunk, and backpropagate the gradient of their features."""
+        # The observers have seen these logits in stage 1.
         with observers_disabled(self.tower):
-            done = 0
-            for part, part_grids in self._chunks(patches, grids):
-                features = self.tower(part, part_grids)
-                features.backward(gradient[done : done + len(features)])
-                done += len(features)
+            first = 0
+            for chunk in self._chunks(patches, grids):
+                features = self.tower(*chunk)
+                features.backward(gradient[first : first + len(features)])
+                first += len(features)
 
-    def _plan(self, grids: Tensor, owners: Sequence[int], ranks: int) -> list[int]:
-        """Who encodes each item of the global batch."""
-        loads = self.cost.loads(grids)
+    def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
+        """Rank that encodes each item of the global batch."""
+        num_ranks, capacity = self._num_ranks(), self.max_patches_per_rank
         if self.spread == "round_robin":
-            encoders = [item % ranks for item in range(len(loads))]
-        else:
-            weight = self.tower.projector.fc2.weight
-            sent = transfer_bytes(grids, self.tower.encoder.config, len(weight), weight.itemsize)
-            capacity = self.max_patches_per_rank
-            sizes = None if capacity is None else grids.prod(1).numpy()
-            try:
-                encoders = plan(
-                    loads, ranks, owners=owners, traffic=sent, sizes=sizes, capacity=capacity
-                )
-            except CapacityError as error:  # all ranks plan the same: all raise it
-                owner = owners[error.item]
-                item = error.item - owners.index(owner)
-                frames, rows, columns = grids[error.item].tolist()
-                raise PretrainError(
-                    f"encoder_process.max_patches_per_rank={capacity} leaves no room on any of "
-                    f"{ranks} ranks for rank {owner}'s image {item} ({frames} x {rows} x {columns} "
-                    f"patches) beside the step's {int(grids.prod(1).sum())}: raise it, or lower "
-                    "global_batch_size or data.vision_share"
-                ) from error
-        self.balance = balance(loads, encoders, ranks)
-        self.balance_lower_bound = balance_lower_bound(loads, ranks)
-        self.oversized = len(oversized(loads, ranks))
-        return encoders
+            return [item % num_ranks for item in range(len(grids))]
+        weight = self.tower.projector.fc2.weight
+        try:
+            return plan(
+                self.cost.loads(grids),
+                num_ranks,
+                owners=owners,
+                traffic=transfer_bytes(
+                    grids, self.tower.encoder.config, len(weight), weight.itemsize
+                ),
+                sizes=None if capacity is None else grids.prod(1).numpy(),
+                capacity=capacity,
+            )
+        except CapacityError as error:  # all ranks plan the same: all raise it
+            owner = owners[error.item]
+            image = error.item - owners.index(owner)
+            shape = " x ".join(map(str, grids[error.item].tolist()))
+            raise PretrainError(
+                f"encoder_process.max_patches_per_rank={capacity} is too small for the step's "
+                f"{int(grids.prod(1).sum())} patches on {num_ranks} ranks: no room is left for "
+                f"rank {owner}'s image {image} of {shape} patches; raise it, or lower "
+                "global_batch_size or data.vision_share"
+            ) from error
 
     def _chunks(self, patches: Tensor, grids: Tensor) -> Iterator[Images]:
-        """The items in runs of at most ``max_patches``."""
+        """Consecutive items of at most ``max_patches`` patches."""
         counts = grids.prod(1).tolist()
         first = 0
-        for run in chunks(counts, self.max_patches):
-            size = sum(counts[run])
-            yield patches[first : first + size], grids[run]
+        for items in split_items(counts, self.max_patches):
+            size = sum(counts[items])
+            yield patches[first : first + size], grids[items]
             first += size
 
-    def reduce_gradients(self) -> None:
-        """Sum the tower's gradients over all ranks."""
-        reduce_gradients(self.tower, self.group)
 
+class ColocatedEncoder(_Encoder):
+    """DEP switched off: each rank encodes the images that it needs, within the backbone's graph.
 
-class ColocatedEncoder:
-    """DEP off: the ranks that take in images encode them themselves, inside the backbone's graph.
-
-    The reference that :class:`EncoderProcess` must equal, with the same methods and arguments.
+    The reference for :class:`EncoderProcess`, with the same methods. All tensor-parallel ranks
+    encode the same images.
     """
-
-    def __init__(
-        self,
-        tower: VisionTower,
-        group: dist.ProcessGroup | None,
-        *,
-        needs_features: bool = True,
-        tensor_group: dist.ProcessGroup | None = None,
-    ) -> None:
-        self.tower = tower
-        self.group = group
-        self.needs_features = needs_features
-        self.owns_images = needs_features and _is_first(tensor_group)
-        self.cost = analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
-        self.balance = self.balance_lower_bound = 1.0
-        self.oversized = 0
 
     def encode(
         self, micro_batches: Sequence[Images], image_error: str | None = None
     ) -> list[Tensor]:
-        """Features of each micro-batch, with their graph where gradients are on."""
-        patches = sum(len(patches) for patches, _ in micro_batches)
-        mine = torch.cat([grids for _, grids in micro_batches])
-        image_error = image_error or _refusal(mine, patches)
+        """Features of each micro-batch, with their graph if gradients are enabled."""
+        num_patches = sum(len(patches) for patches, _ in micro_batches)
+        grids = torch.cat([grids for _, grids in micro_batches])
+        image_error = image_error or _image_error(grids, num_patches)
         if not self.needs_features:
-            mine = mine[:0]
-        everyones = gather_grids(mine, self.group, image_error)
-        loads = [int(self.cost.loads(theirs).sum()) for theirs in everyones]
-        self.balance = balance(loads, range(len(loads)), len(loads))
-        all_loads = self.cost.loads(torch.cat(everyones))
-        self.balance_lower_bound = balance_lower_bound(all_loads, len(everyones))
-        self.oversized = len(oversized(all_loads, len(everyones)))
+            grids = grids[:0]
+        all_grids, owners = gather_grids(grids, self.group, image_error)
+        self._record_balance(all_grids, owners)
         if not self.needs_features:
             return [_no_features(self.tower) for _ in micro_batches]
         return [self.tower(patches, grids) for patches, grids in micro_batches]
 
     def backward(self) -> None:
-        """Nothing: the backbone's backward went through the tower."""
+        """Do nothing: the backbone's backward has reached the tower."""
 
     def reduce_gradients(self) -> None:
-        """Sum the tower's gradients over all ranks, copies of the same work counted once."""
+        """Sum the tower's gradients over all ranks; one rank of a tensor group counts."""
         if not self.owns_images:
             for parameter in self.tower.parameters():
                 parameter.grad = None
-        reduce_gradients(self.tower, self.group)
+        super().reduce_gradients()
 
 
-def _refusal(grids: Tensor, num_patches: int) -> str | None:
-    """Why images cannot be encoded; here an item still has its owner's index."""
+def _image_error(grids: Tensor, num_patches: int) -> str | None:
+    """Reason why this rank's items cannot be encoded, with their local indices."""
     try:
         check_grids(grids, num_patches)
     except ValueError as error:
@@ -289,8 +299,8 @@ def _is_first(group: dist.ProcessGroup | None) -> bool:
     return group is None or dist.get_rank(group) == 0
 
 
-def _share(features: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The features [count, h] that the group's first rank has, on all its ranks."""
+def _broadcast(features: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Features [count, hidden] of the group's first rank, on all of its ranks."""
     if group is None or dist.get_world_size(group) == 1:
         return features
     if not _is_first(group):

@@ -1,4 +1,4 @@
-"""Moving items between the ranks that own them and the ranks that encode them."""
+"""Exchange of items between the ranks that own them and the ranks that encode them."""
 
 from collections.abc import Sequence
 
@@ -7,87 +7,92 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.errors import PretrainError
+from pretrain.model.vision import inverse, select_items
 
 
 def gather_grids(
     grids: Tensor, group: dist.ProcessGroup | None, image_error: str | None = None
-) -> list[Tensor]:
-    """Every rank's int64 grids [n, 3], whatever n is there.
+) -> tuple[Tensor, list[int]]:
+    """Gather the grids of the global batch on all ranks.
 
     Args:
-        grids: this rank's.
-        group: the ranks; None is all.
-        refused: what is wrong with this rank's images, if anything is.
+        grids: int64 [n, 3] of this rank's items; n may differ between ranks.
+        group: default: all ranks.
+        image_error: reason why this rank's images cannot be encoded, if any.
+
+    Returns:
+        int64 [N, 3] of all items, in the order of ranks, and the rank that owns each item.
 
     Raises:
-        PretrainError: on every rank, if one of them refused: nobody is left waiting for it.
+        PretrainError: on all ranks, so that none waits for another, if one of them has an error.
     """
-    told: list[tuple[list[list[int]], str | None]] = [([], None)] * dist.get_world_size(group)
-    dist.all_gather_object(told, (grids.tolist(), image_error), group=group)
-    for rank, (_, why) in enumerate(told):
-        if why is not None:
-            raise PretrainError(f"rank {rank} cannot use its images: {why}")
-    return [torch.tensor(rows, dtype=torch.int64).view(-1, 3) for rows, _ in told]
+    gathered: list[tuple[list[list[int]], str | None]] = [([], None)] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (grids.tolist(), image_error), group=group)
+    for rank, (_, error) in enumerate(gathered):
+        if error is not None:
+            raise PretrainError(f"rank {rank} cannot use its images: {error}")
+    owners = [rank for rank, (rows, _) in enumerate(gathered) for _ in rows]
+    rows = [row for rows, _ in gathered for row in rows]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3), owners
 
 
 class ItemExchange:
-    """The ways of all items to their encoders and back.
+    """All-to-all exchange of items' rows: patches, features or gradients.
 
     Args:
-        owners: for every item of the global batch, in the order of ranks, the rank that holds it.
-        encoders: the rank that encodes it.
-        group: the ranks; None is all.
+        owners: rank that owns each item of the global batch, in ascending order.
+        encoders: rank that encodes each item.
+        group: default: all ranks.
+
+    Attributes:
+        incoming: items that this rank encodes, in ascending order.
     """
 
     def __init__(
         self, owners: Sequence[int], encoders: Sequence[int], group: dist.ProcessGroup | None
     ) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
-        rank = dist.get_rank(group)
-        mine = [item for item, owner in enumerate(owners) if owner == rank]
-        # Sorted by the other side: what goes to one rank is together. The sort is stable, so that
-        # both sides list a pair's items in the same order.
-        self.outgoing = sorted(mine, key=lambda item: encoders[item])
-        incoming = [item for item, encoder in enumerate(encoders) if encoder == rank]
-        self.incoming = sorted(incoming, key=lambda item: owners[item])
-        self._first = mine[0] if mine else 0
+        self._num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self._owners, self._encoders = owners, encoders
+        owned = [item for item, owner in enumerate(owners) if owner == rank]
+        # All-to-all sends and receives one block of rows per rank. The sort is stable, so that both
+        # sides list the items of a pair of ranks in the same order.
+        self._order = sorted(range(len(owned)), key=lambda index: encoders[owned[index]])
+        self._outgoing = [owned[index] for index in self._order]
+        self._owned = owned
+        self.incoming = [item for item, encoder in enumerate(encoders) if encoder == rank]
 
     def to_encoders(self, rows: Tensor, rows_per_item: Sequence[int]) -> Tensor:
-        """Send this rank's own items away and take in those that it encodes.
+        """Send the rows of this rank's items to their encoders.
 
         Args:
-            rows: [R, d], the rows of this rank's items in their own order.
-            rows_per_item: rows of every item of the global batch.
+            rows: [R, d], rows of the items that this rank owns, item by item.
+            rows_per_item: number of rows of every item of the global batch.
 
         Returns:
-            [R', d], the rows of the items in ``incoming``, in that order.
+            [R', d], rows of the items in ``incoming``, item by item.
         """
-        own = sorted(self.outgoing)
-        parts = dict(zip(own, torch.split(rows, [rows_per_item[i] for i in own]), strict=True))
-        packed = torch.cat([rows[:0], *(parts[item] for item in self.outgoing)])
+        rows = select_items(rows, [rows_per_item[item] for item in self._owned], self._order)
         return self._all_to_all(
-            packed,
-            self._counts(self.outgoing, self._encoders, rows_per_item),
-            self._counts(self.incoming, self._owners, rows_per_item),
+            rows,
+            self._rows_per_rank(self._outgoing, self._encoders, rows_per_item),
+            self._rows_per_rank(self.incoming, self._owners, rows_per_item),
         )
 
     def to_owners(self, rows: Tensor, rows_per_item: Sequence[int]) -> Tensor:
-        """The way back: rows of ``incoming`` items to their owners, who get them in own order."""
-        packed = self._all_to_all(
+        """Send rows [R', d] of the items in ``incoming`` to their owners: the inverse."""
+        rows = self._all_to_all(
             rows,
-            self._counts(self.incoming, self._owners, rows_per_item),
-            self._counts(self.outgoing, self._encoders, rows_per_item),
+            self._rows_per_rank(self.incoming, self._owners, rows_per_item),
+            self._rows_per_rank(self._outgoing, self._encoders, rows_per_item),
         )
-        parts = torch.split(packed, [rows_per_item[item] for item in self.outgoing])
-        by_item = dict(zip(self.outgoing, parts, strict=True))
-        return torch.cat([packed[:0], *(by_item[item] for item in sorted(self.outgoing))])
+        counts = [rows_per_item[item] for item in self._outgoing]
+        return select_items(rows, counts, inverse(self._order))
 
-    def _counts(
+    def _rows_per_rank(
         self, items: Sequence[int], ranks: Sequence[int], rows_per_item: Sequence[int]
     ) -> list[int]:
-        counts = [0] * self.size
+        counts = [0] * self._num_ranks
         for item in items:
             counts[ranks[item]] += rows_per_item[item]
         return counts

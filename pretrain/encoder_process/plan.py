@@ -1,7 +1,7 @@
-"""Who encodes what: pure, and the same on every rank.
+"""Assignment of images and clips to the ranks that encode them.
 
-Every rank plans for itself, so that nobody waits for a plan to arrive. Loads are integers: sums of
-them do not depend on the order of adding, which differs from processor to processor.
+Pure functions with the same result on every rank: each rank plans for itself, without
+communication. Loads are integers, whose sums do not depend on the order of addition.
 """
 
 import heapq
@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 
-# Rounds of swaps at most; partners on either side that are weighed for each item in a round; how
-# often those choose again whose partner another one took.
+# Local search: rounds, partners of an item on either side of the best load, and how often items
+# choose again in a round after another item has taken their partner.
 _ROUNDS, _NEIGHBOURS, _CHOICES = 12, 4, 4
-# Multifit's; and the items per rank up to which it can beat swaps.
-_BISECTIONS, _FEW = 6, 4
-_NEVER = np.iinfo(np.int64).max
+# MULTIFIT: bisection steps, and the most items per rank for which it can improve on swaps.
+_BISECTIONS, _FEW_ITEMS = 6, 4
+_INFEASIBLE = np.iinfo(np.int64).max
 
 
 class CapacityError(ValueError):
-    """The capacity leaves no room for ``item``."""
+    """No rank has enough free capacity for ``item``."""
 
     def __init__(self, message: str, item: int) -> None:
         super().__init__(message)
@@ -40,84 +40,49 @@ def plan(
     capacity: int | None = None,
     tolerance: float = 0.01,
 ) -> list[int]:
-    """Give every item to a rank, such that the largest load of a rank is small and little moves.
+    """Assign every item to a rank such that the largest load is small and little data moves.
 
-    Several plans are made, the further ones where none so far keeps within the tolerance:
+    Candidate plans, each of the later ones only if none so far is within the tolerance:
 
-    - Items stay with their owners as long as that keeps within the tolerance, those first that are
-      the most traffic for their load. The others go, the heaviest first, to the rank with the least
-      load. Then items of ranks still above it are swapped for items of light ranks.
-    - All items, the heaviest first, go to the rank with the least load (LPT): at most 4/3 of the
-      least possible (Graham, 1969).
-    - That, and swaps.
-    - Bin packing (multifit), and swaps, where there are few items.
+    1. Items stay with their owners up to the tolerated load, those with the most traffic for their
+       load first. The others go to the least loaded rank, the heaviest first. Then items of ranks
+       above the tolerated load are swapped with items of lightly loaded ranks.
+    2. Longest processing time first (LPT): all items, the heaviest first, go to the least loaded
+       rank. The largest load is at most 4/3 of the optimum (Graham, 1969).
+    3. LPT, then swaps.
+    4. MULTIFIT, then swaps, for few items per rank.
 
-    The one with the least largest load is taken; of those that have hardly more, within the
-    tolerance, the one that moves the least.
+    The result is the plan that moves least among those whose largest load is within the tolerance,
+    or within the tolerance of the smallest largest load found.
 
     Args:
-        loads: cost of each item, such as its number of patches, or
+        loads: cost of each item, such as its number of patches or
             :meth:`pretrain.encoder_process.cost.CostModel.loads`.
         num_ranks: at least 1.
-        owners: the rank that holds each item; None: all are equally far from everywhere.
-        traffic: what it costs to encode each item away from its owner, such as
-            :func:`pretrain.encoder_process.cost.transfer_bytes`; None: its load.
-        sizes: memory that each item takes where it is encoded, such as its number of patches.
-        capacity: the largest sum of sizes of a rank. An item larger than that has a rank to itself.
-        tolerance: a largest load of up to 1 + tolerance times :func:`load_lower_bound`, or else
-            times the least found, is as good as any.
+        owners: rank that has each item's pixels. Default: moving an item is free.
+        traffic: cost of encoding each item away from its owner, such as
+            :func:`pretrain.encoder_process.cost.transfer_bytes`. Default: its load.
+        sizes: memory of each item on the rank that encodes it, such as its number of patches.
+        capacity: largest sum of sizes on a rank. A larger item gets a rank without other items.
+        tolerance: a largest load up to 1 + tolerance times :func:`load_lower_bound` is accepted.
 
     Returns:
-        The rank of each item. Ties go to the earlier item and the lower rank.
+        Rank of each item. Ties go to the earlier item and the lower rank.
 
     Raises:
-        ValueError: an argument is out of its range.
-        NoRoomError: the capacity leaves no room for an item.
+        ValueError: an argument is out of range.
+        CapacityError: the items do not fit into the capacity.
     """
-    work = _check(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
-    if not len(work.loads):
+    problem = _validate(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
+    if not len(problem.loads):
         return []
-    total = int(work.loads.sum())
-
-    def as_good_as(load: int) -> int:
-        return int(min(load * (1 + tolerance), total))
-
-    target = as_good_as(load_lower_bound(work.loads, num_ranks))
-    heaviest = np.argsort(-work.loads, kind="stable")
-    heaviest_first: list[int] = heaviest.tolist()
-
-    def largest(ranks: Integers) -> int:
-        return int(work.totals(ranks).max())
-
-    plans = []
-    if work.owners is not None:
-        stays_first = heaviest
-        if len(heaviest) > _FEW * num_ranks:
-            # The load that leaves should be few bytes. Few items fit so badly that light ones go.
-            worth = work.traffic[heaviest] / work.loads[heaviest].clip(1)
-            stays_first = heaviest[np.argsort(-worth, kind="stable")]
-        stay = _stay(work, stays_first.tolist(), target)
-        stayed = _least_loaded(work, [i for i in heaviest_first if stay[i] < 0], stay)
-        if stayed is not None:
-            plans.append(_swap(work, stayed, target))
-    anywhere = _least_loaded(work, heaviest_first, [-1] * len(heaviest_first))
-    if anywhere is not None:
-        plans.append(anywhere)
-    if not plans:
-        plans.append(_scarce(work))
-    if min(map(largest, plans)) > target:
-        plans.append(_at_home(work, _swap(work, plans[-1], target)))
-    if (least := min(map(largest, plans))) > target and len(work.loads) <= _FEW * num_ranks:
-        packed = _multifit(work, target, least)
-        if packed is not None:
-            plans.append(_at_home(work, _swap(work, packed, target)))
-
-    enough = max(target, as_good_as(min(map(largest, plans))))
+    plans = _candidate_plans(problem)
+    accepted = problem.tolerated(min(map(problem.largest_load, plans)))
+    accepted = max(problem.target, accepted)
 
     def price(ranks: Integers) -> tuple[int, int, int]:
-        load = largest(ranks)
-        moved = 0 if work.owners is None else int(work.traffic[ranks != work.owners].sum())
-        return max(load, enough), moved, load
+        load = problem.largest_load(ranks)
+        return max(load, accepted), problem.moved(ranks), load
 
     encoders: list[int] = min(plans, key=price).tolist()
     return encoders
@@ -126,40 +91,42 @@ def plan(
 def balance(
     loads: Sequence[int] | Integers, ranks: Sequence[int] | Integers, num_ranks: int
 ) -> float:
-    """The largest rank's load over the mean: 1 is perfect; 1 also where there is no load."""
+    """Largest load of a rank over the mean load: 1 is perfect. 1 if there is no load."""
     totals = _sums(np.asarray(loads, np.int64), np.asarray(ranks, np.int64), num_ranks)
     total = int(totals.sum())
     return int(totals.max()) * num_ranks / total if total else 1.0
 
 
 def balance_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> float:
-    """The :func:`balance` that no plan can be better than: above 1 where items are too few or one
-    of them too heavy."""
+    """Lower bound of :func:`balance` over all plans.
+
+    It is above 1 if there are too few items, or one of them is too heavy, to share the work evenly.
+    """
     total = int(np.sum(loads, dtype=np.int64))
     return max(1.0, load_lower_bound(loads, num_ranks) * num_ranks / total) if total else 1.0
 
 
 def load_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> int:
-    """The largest load of a rank in any plan is at least this.
+    """Lower bound of a plan's largest load.
 
-    It is the mean; or the heaviest item; or, since of the heaviest k * num_ranks + 1 items some
-    k + 1 meet on one rank, the k + 1 lightest of these.
+    The maximum of the mean load per rank and, for every k, of the k + 1 lightest of the
+    k * num_ranks + 1 heaviest items: k + 1 of these share a rank, by the pigeonhole principle.
     """
-    ordered = -np.sort(-np.asarray(loads, np.int64))
-    if not len(ordered):
+    heaviest_first = -np.sort(-np.asarray(loads, np.int64))
+    if not len(heaviest_first):
         return 0
-    before = np.concatenate([[0], np.cumsum(ordered)])
-    k = np.arange((len(ordered) - 1) // num_ranks + 1)
-    meeting = before[k * num_ranks + 1] - before[k * (num_ranks - 1)]
-    return max(-(-int(before[-1]) // num_ranks), int(meeting.max()))
+    prefix_sums = np.concatenate([[0], np.cumsum(heaviest_first)])
+    k = np.arange((len(heaviest_first) - 1) // num_ranks + 1)
+    shared = prefix_sums[k * num_ranks + 1] - prefix_sums[k * (num_ranks - 1)]
+    return max(-(-int(prefix_sums[-1]) // num_ranks), int(shared.max()))
 
 
 def oversized(loads: Sequence[int] | Integers, num_ranks: int) -> list[tuple[int, float]]:
-    """The items that are more than a fair share of the work: (item, its load over the mean).
+    """(item, its load over the mean load per rank) of every item above the mean load.
 
-    While one is encoded, other ranks wait. It cannot be divided: the patches of all its frames
-    attend to each other, and a longer video comes as several items already, of up to
-    :data:`pretrain.model.geometry.MAX_FRAMES` frames, which go to different ranks.
+    Other ranks wait while such an item is encoded. It cannot be divided, because the patches of all
+    its frames attend to each other. A longer video is several items of up to
+    :data:`pretrain.model.geometry.MAX_FRAMES` frames, which can go to different ranks.
     """
     loads = np.asarray(loads, np.int64)
     total = int(loads.sum())
@@ -167,9 +134,12 @@ def oversized(loads: Sequence[int] | Integers, num_ranks: int) -> list[tuple[int
     return [(item, int(loads[item]) * num_ranks / total) for item in items]
 
 
+# ---------------------------------------------------------------------- problem
+
+
 @dataclass(frozen=True)
-class _Work:
-    """The checked arguments of :func:`plan`; sizes are cut to the capacity."""
+class _Problem:
+    """Validated arguments of :func:`plan`; sizes are clipped to the capacity."""
 
     loads: Integers
     num_ranks: int
@@ -177,21 +147,40 @@ class _Work:
     traffic: Integers
     sizes: Integers
     capacity: int
+    tolerance: float
+
+    @property
+    def target(self) -> int:
+        """Largest load up to which a plan is good enough."""
+        return self.tolerated(load_lower_bound(self.loads, self.num_ranks))
+
+    def tolerated(self, load: int) -> int:
+        return int(min(int(self.loads.sum()), load * (1 + self.tolerance)))
 
     def totals(self, ranks: Integers) -> Integers:
+        """Load of each rank."""
         return _sums(self.loads, ranks, self.num_ranks)
 
-    def rooms(self, ranks: Integers) -> Integers:
+    def largest_load(self, ranks: Integers) -> int:
+        return int(self.totals(ranks).max())
+
+    def free(self, ranks: Integers) -> Integers:
+        """Free capacity of each rank."""
         return self.capacity - _sums(self.sizes, ranks, self.num_ranks)
+
+    def moved(self, ranks: Integers) -> int:
+        """Traffic of a plan."""
+        return 0 if self.owners is None else int(self.traffic[ranks != self.owners].sum())
 
 
 def _sums(values: Integers, ranks: Integers, num_ranks: int) -> Integers:
+    """Sum of the values on each rank."""
     sums = np.zeros(num_ranks, np.int64)
     np.add.at(sums, ranks, values)
     return sums
 
 
-def _check(
+def _validate(
     loads: Sequence[int] | Integers,
     num_ranks: int,
     owners: Sequence[int] | Integers | None,
@@ -199,7 +188,7 @@ def _check(
     sizes: Sequence[int] | Integers | None,
     capacity: int | None,
     tolerance: float,
-) -> _Work:
+) -> _Problem:
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
     if not tolerance >= 0:
@@ -209,7 +198,7 @@ def _check(
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
 
-    def checked(name: str, values: Sequence[int] | Integers, below: int | None = None) -> Integers:
+    def integers(name: str, values: Sequence[int] | Integers, below: int | None = None) -> Integers:
         array = np.asarray(values)
         if array.ndim != 1 or len(array) != len(loads):
             raise ValueError(
@@ -217,246 +206,352 @@ def _check(
             )
         if len(array) and array.dtype.kind not in "iu":
             raise ValueError(f"{name} must be integers, got {array.dtype}: round them first")
-        wrong = (array < 0) | (array >= below) if below is not None else array < 0
-        if wrong.any():
-            item = int(wrong.argmax())
+        invalid = (array < 0) | (array >= below) if below is not None else array < 0
+        if invalid.any():
+            item = int(invalid.argmax())
             limits = "at least 0" if below is None else f"in 0..{below - 1}"
             raise ValueError(f"{name} must be {limits}: item {item} has {array[item]}")
         return array.astype(np.int64)
 
-    known = checked("loads", loads)
-    if known.sum(dtype=np.float64) * num_ranks > 2**60:
-        raise ValueError(f"loads add up to more than 2**60 / {num_ranks} ranks: take a larger unit")
-    nothing = np.zeros_like(known)
-    return _Work(
-        loads=known,
+    checked = integers("loads", loads)
+    if checked.sum(dtype=np.float64) * num_ranks > 2**60:
+        raise ValueError(f"loads add up to more than 2**60 / {num_ranks} ranks: use a larger unit")
+    if sizes is None:
+        clipped_sizes = np.zeros_like(checked)
+    else:
+        clipped_sizes = np.minimum(integers("sizes", sizes), capacity or 0)
+    return _Problem(
+        loads=checked,
         num_ranks=num_ranks,
-        owners=None if owners is None else checked("owners", owners, num_ranks),
-        traffic=known if traffic is None else checked("traffic", traffic),
-        sizes=nothing if sizes is None else np.minimum(checked("sizes", sizes), capacity or 0),
+        owners=None if owners is None else integers("owners", owners, num_ranks),
+        traffic=checked if traffic is None else integers("traffic", traffic),
+        sizes=clipped_sizes,
         capacity=capacity or 0,
+        tolerance=tolerance,
     )
 
 
-def _least_loaded(work: _Work, items: Iterable[int], ranks: list[int]) -> Integers | None:
-    """Place items in turn, each on the rank with the least load of those that have room.
+# ---------------------------------------------------------------------- candidates
+
+
+def _candidate_plans(problem: _Problem) -> list[Integers]:
+    """The plans of :func:`plan`, in its order."""
+    target = problem.target
+    few_items = len(problem.loads) <= _FEW_ITEMS * problem.num_ranks
+    heaviest_first = np.argsort(-problem.loads, kind="stable")
+
+    plans = []
+    local = _mostly_local(problem, heaviest_first, target, by_traffic=not few_items)
+    if local is not None:
+        plans.append(local)
+    unassigned = [-1] * len(problem.loads)
+    lpt = _list_schedule(problem, heaviest_first.tolist(), unassigned)
+    if lpt is not None:
+        plans.append(lpt)
+    if not plans:
+        plans.append(_fit_capacity(problem))
+    if min(map(problem.largest_load, plans)) > target:
+        plans.append(_relabel_ranks(problem, _swap(problem, plans[-1], target)))
+    smallest = min(map(problem.largest_load, plans))
+    if smallest > target and few_items:
+        packed = _multifit(problem, target, smallest)
+        if packed is not None:
+            plans.append(_relabel_ranks(problem, _swap(problem, packed, target)))
+    return plans
+
+
+def _mostly_local(
+    problem: _Problem, heaviest_first: Integers, target: int, *, by_traffic: bool
+) -> Integers | None:
+    """Leave items with their owners up to the target load, and move the others.
 
     Args:
-        items: what to place.
-        ranks: where all the others are; -1 for the items to place. It is written to.
+        by_traffic: leave items with the most traffic for their load first. Few items fit so badly
+            that the heaviest have to be placed first instead.
 
     Returns:
-        All ranks, or None where some item found no room.
+        Rank of each item, or None if an item does not fit or there are no owners.
     """
-    loads, sizes, num_ranks = work.loads.tolist(), work.sizes.tolist(), work.num_ranks
-    placed = np.array(ranks)
-    there = np.flatnonzero(placed >= 0)
-    totals = _sums(work.loads[there], placed[there], num_ranks).tolist()
-    rooms = (work.capacity - _sums(work.sizes[there], placed[there], num_ranks)).tolist()
-    # A rank and its load in one integer: the least load is in front, and of equals the lower rank.
-    waiting = [load * num_ranks + rank for rank, load in enumerate(totals)]
-    heapq.heapify(waiting)
-    # Ranks that had no room for an item, the most room in front: a smaller item may come.
+    if problem.owners is None:
+        return None
+    order = heaviest_first
+    if by_traffic:
+        worth = problem.traffic[order] / problem.loads[order].clip(1)
+        order = order[np.argsort(-worth, kind="stable")]
+    loads, sizes = problem.loads.tolist(), problem.sizes.tolist()
+    ranks: list[int] = problem.owners.tolist()
+    left, free = [target] * problem.num_ranks, [problem.capacity] * problem.num_ranks
+    for item in order.tolist():
+        rank = ranks[item]
+        if loads[item] <= left[rank] and sizes[item] <= free[rank]:
+            left[rank] -= loads[item]
+            free[rank] -= sizes[item]
+        else:
+            ranks[item] = -1
+    moving = [item for item in heaviest_first.tolist() if ranks[item] < 0]
+    scheduled = _list_schedule(problem, moving, ranks)
+    return None if scheduled is None else _swap(problem, scheduled, target)
+
+
+def _list_schedule(problem: _Problem, items: Iterable[int], ranks: list[int]) -> Integers | None:
+    """Assign items in order, each to the least loaded rank with enough free capacity.
+
+    Args:
+        items: items to assign.
+        ranks: rank of every item, -1 for those to assign; modified.
+
+    Returns:
+        Rank of each item, or None if an item does not fit.
+    """
+    loads, sizes, num_ranks = problem.loads.tolist(), problem.sizes.tolist(), problem.num_ranks
+    given = np.array(ranks)
+    assigned = np.flatnonzero(given >= 0)
+    totals = _sums(problem.loads[assigned], given[assigned], num_ranks).tolist()
+    used = _sums(problem.sizes[assigned], given[assigned], num_ranks)
+    free = (problem.capacity - used).tolist()
+    # A load and its rank in one integer: the least loaded rank comes first, ties by rank.
+    least_loaded = [load * num_ranks + rank for rank, load in enumerate(totals)]
+    heapq.heapify(least_loaded)
+    # Ranks without enough capacity for some item, the most capacity first: a smaller one may fit.
     crowded: list[tuple[int, int]] = []
     for item in items:
         size = sizes[item]
         while crowded and -crowded[0][0] >= size:
-            heapq.heappush(waiting, heapq.heappop(crowded)[1])
-        while waiting and rooms[waiting[0] % num_ranks] < size:
-            least = heapq.heappop(waiting)
-            heapq.heappush(crowded, (-rooms[least % num_ranks], least))
-        if not waiting:
+            heapq.heappush(least_loaded, heapq.heappop(crowded)[1])
+        while least_loaded and free[least_loaded[0] % num_ranks] < size:
+            entry = heapq.heappop(least_loaded)
+            heapq.heappush(crowded, (-free[entry % num_ranks], entry))
+        if not least_loaded:
             return None
-        rank = waiting[0] % num_ranks
-        heapq.heapreplace(waiting, waiting[0] + loads[item] * num_ranks)
+        rank = least_loaded[0] % num_ranks
+        heapq.heapreplace(least_loaded, least_loaded[0] + loads[item] * num_ranks)
         ranks[item] = rank
-        rooms[rank] -= size
+        free[rank] -= size
     return np.array(ranks)
 
 
-def _stay(work: _Work, items: Iterable[int], target: int) -> list[int]:
-    """Let items stay at home, in turn, while load and size of their rank allow.
-
-    Returns:
-        The rank of each item, -1 for those that leave.
-    """
-    assert work.owners is not None
-    loads, sizes = work.loads.tolist(), work.sizes.tolist()
-    ranks: list[int] = work.owners.tolist()
-    left, rooms = [target] * work.num_ranks, [work.capacity] * work.num_ranks
-    for item in items:
-        rank = ranks[item]
-        if loads[item] <= left[rank] and sizes[item] <= rooms[rank]:
-            left[rank] -= loads[item]
-            rooms[rank] -= sizes[item]
-        else:
-            ranks[item] = -1
-    return ranks
-
-
-def _scarce(work: _Work) -> Integers:
-    """A plan for a capacity that leaves little room.
+def _fit_capacity(problem: _Problem) -> Integers:
+    """Plan by sizes alone, for a capacity into which loads did not lead.
 
     Raises:
-        NoRoomError: none is found.
+        CapacityError: the items do not fit.
     """
-    ranks = _tightest_fit(work.sizes, work.num_ranks, work.capacity)
+    ranks = _best_fit_decreasing(problem.sizes, problem.num_ranks, problem.capacity)
     if isinstance(ranks, int):
-        size = int(work.sizes[ranks])
+        size = int(problem.sizes[ranks])
         raise CapacityError(
             f"capacity leaves no room for item {ranks} of size "
-            f"{'at least ' if size == work.capacity else ''}{size}: all items have "
-            f"{work.sizes.sum()}, {work.num_ranks} ranks of {work.capacity} have room for "
-            f"{work.num_ranks * work.capacity}; raise it, or give fewer items",
+            f"{'at least ' if size == problem.capacity else ''}{size}: all items have "
+            f"{problem.sizes.sum()}, {problem.num_ranks} ranks of {problem.capacity} have room for "
+            f"{problem.num_ranks * problem.capacity}; raise it, or give fewer items",
             ranks,
         )
     return ranks
 
 
-def _tightest_fit(values: Integers, num_ranks: int, room: int) -> Integers | int:
-    """The largest values first, each where it leaves the least of the room that every rank has.
+def _best_fit_decreasing(values: Integers, num_ranks: int, capacity: int) -> Integers | int:
+    """Bin packing: the largest values first, each where it leaves the least free capacity.
 
     Returns:
-        The rank of each, or the index of one that finds no room.
+        Rank of each value, or the index of the first value that does not fit.
     """
     ranks = np.empty_like(values)
-    # Room and rank in one integer, sorted.
-    rooms = [room * num_ranks + rank for rank in range(num_ranks)]
+    # Free capacity and rank in one integer, sorted.
+    free = [capacity * num_ranks + rank for rank in range(num_ranks)]
     known = values.tolist()
     for item in np.argsort(-values, kind="stable").tolist():
-        place = bisect_left(rooms, known[item] * num_ranks)
-        if place == num_ranks:
+        index = bisect_left(free, known[item] * num_ranks)
+        if index == num_ranks:
             return int(item)
-        tightest = rooms.pop(place)
-        ranks[item] = tightest % num_ranks
-        insort(rooms, tightest - known[item] * num_ranks)
+        entry = free.pop(index)
+        ranks[item] = entry % num_ranks
+        insort(free, entry - known[item] * num_ranks)
     return ranks
 
 
-def _multifit(work: _Work, least: int, largest: int) -> Integers | None:
-    """The tightest fit into a largest load that bisection makes small, or None if none is smaller.
+def _multifit(problem: _Problem, low: int, high: int) -> Integers | None:
+    """Best-fit decreasing into the smallest load between ``low`` and ``high`` that bisection finds.
 
-    Where ranks have but two or three items, how many each gets decides, and swaps do not change it.
-    Source: Coffman, Garey, Johnson, "An application of bin-packing to multiprocessor scheduling",
-    1978.
+    With two or three items per rank, the number of items on each rank decides, which swaps do not
+    change. Source: Coffman, Garey, Johnson, "An application of bin-packing to multiprocessor
+    scheduling", 1978.
+
+    Returns:
+        Rank of each item, or None if no load below ``high`` is enough.
     """
-    found = None
+    best = None
     for _ in range(_BISECTIONS):
-        middle = (least + largest) // 2
-        ranks = _tightest_fit(work.loads, work.num_ranks, middle)
-        if isinstance(ranks, int) or work.rooms(ranks).min() < 0:
-            least = middle
+        middle = (low + high) // 2
+        ranks = _best_fit_decreasing(problem.loads, problem.num_ranks, middle)
+        if isinstance(ranks, int) or problem.free(ranks).min() < 0:
+            low = middle
         else:
-            found, largest = ranks, middle
-    return found
+            best, high = ranks, middle
+    return best
 
 
-def _at_home(work: _Work, ranks: Integers) -> Integers:
-    """Rename the ranks, whose loads do not change so, such that many items are at home."""
-    if work.owners is None:
+def _relabel_ranks(problem: _Problem, ranks: Integers) -> Integers:
+    """Permute the ranks of a plan, which keeps its balance, to leave more items with their owners.
+
+    Pairs of a rank and an owner are matched greedily, those with the most traffic first.
+    """
+    if problem.owners is None:
         return ranks
-    both, which = np.unique(ranks * work.num_ranks + work.owners, return_inverse=True)
-    names: dict[int, int] = {}
-    unused = dict.fromkeys(range(work.num_ranks))
-    for place in np.argsort(-_sums(work.traffic, which, len(both)), kind="stable").tolist():
-        rank, owner = divmod(int(both[place]), work.num_ranks)
-        if rank not in names and owner in unused:
-            names[rank] = owner
+    num_ranks = problem.num_ranks
+    pairs, pair_of_item = np.unique(ranks * num_ranks + problem.owners, return_inverse=True)
+    traffic = _sums(problem.traffic, pair_of_item, len(pairs))
+    new_rank: dict[int, int] = {}
+    unused = dict.fromkeys(range(num_ranks))
+    for pair in np.argsort(-traffic, kind="stable").tolist():
+        rank, owner = divmod(int(pairs[pair]), num_ranks)
+        if rank not in new_rank and owner in unused:
+            new_rank[rank] = owner
             del unused[owner]
     rest = iter(unused)
-    renamed = [names[rank] if rank in names else next(rest) for rank in range(work.num_ranks)]
-    return np.array(renamed)[ranks]
+    permutation = [new_rank[rank] if rank in new_rank else next(rest) for rank in range(num_ranks)]
+    return np.array(permutation)[ranks]
 
 
-def _swap(work: _Work, ranks: Integers, target: int) -> Integers:
-    """Swap items of ranks above the target for items of light ranks, while that helps.
+# ---------------------------------------------------------------------- local search
 
-    An item x of a rank with load H for an item y of a rank with load L; y may be none, of load 0.
-    The first rank is down at the target where y = x - (H - target), and both are alike where
-    2y - L = 2x - H. So one bisection each finds x's best partners among the items of all light
-    ranks. Every swap lowers the larger load of its two ranks.
-    """
-    ranks = ranks.copy()
-    totals = work.totals(ranks)
-    rooms = work.rooms(ranks)
-    # The last "item" is none.
-    loads, sizes = np.append(work.loads, 0), np.append(work.sizes, 0)
-    none = len(work.loads)
-    excess = _NEVER
+
+def _swap(problem: _Problem, ranks: Integers, target: int) -> Integers:
+    """Improve a plan by swaps until its largest load is the target, or rounds hardly help."""
+    search = _LocalSearch(problem, ranks, target)
+    excess = _INFEASIBLE
     for _ in range(_ROUNDS):
-        # Rounds that hardly help are not worth their time.
-        before, excess = excess, int((totals - target).clip(0).sum())
-        if not excess or excess > 0.9 * before:
+        previous, excess = excess, int((search.totals - target).clip(0).sum())
+        if not excess or excess > 0.9 * previous:
             break
-        order = np.argsort(totals, kind="stable")
-        above = int(np.count_nonzero(totals > target))
-        light = order[:-above][: max(2 * above, 64)]
-        # Where loads are alike, each heavy rank begins to look at another light one.
-        turn = np.full(work.num_ranks, -1)
-        turn[light] = np.arange(len(light))
-        y = np.concatenate([np.flatnonzero(turn[ranks] >= 0), np.full(len(light), none)])
-        y_rank = np.concatenate([ranks[y[: -len(light)]], light])
-        turn[order[-above:]] = np.arange(above) * len(light) // above
-        x = np.flatnonzero(totals[ranks] > target)
-        x_rank = ranks[x]
-        x_total = totals[x_rank]
+        search.round()
+    return search.ranks
 
-        # y that just bring x's rank down to the target, and y that make both ranks alike.
-        enough = _around(
-            loads[y] * len(light) + turn[y_rank],
-            (loads[x] - x_total + target) * len(light) + turn[x_rank],
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Swaps that a round considers: P partners for each of X items of ranks above the target.
+
+    Attributes:
+        item, rank: [X].
+        partner, partner_rank: [X, P].
+        load: [X, P], the larger load of the two ranks after the swap, at least the target.
+    """
+
+    item: Integers
+    rank: Integers
+    partner: Integers
+    partner_rank: Integers
+    load: Integers
+
+
+class _LocalSearch:
+    """Swaps between ranks above the target load (heavy) and the least loaded ranks (light).
+
+    An item of load x on a heavy rank of load H is swapped with an item of load y on a light rank of
+    load L; y may be the empty item, of load 0. The heavy rank reaches the target if
+    y = x - (H - target), and both ranks become equal if 2y - L = 2x - H. Two binary searches
+    therefore find the best partners among the items of all light ranks. Every swap lowers the
+    larger load of its two ranks.
+
+    Attributes:
+        ranks: rank of each item.
+        totals, free: load and free capacity of each rank.
+    """
+
+    def __init__(self, problem: _Problem, ranks: Integers, target: int) -> None:
+        self.num_ranks, self.target = problem.num_ranks, target
+        self.ranks = ranks.copy()
+        self.totals, self.free = problem.totals(ranks), problem.free(ranks)
+        self.empty_item = len(problem.loads)
+        self.loads, self.sizes = np.append(problem.loads, 0), np.append(problem.sizes, 0)
+
+    def round(self) -> None:
+        """Apply swaps, at most one for each rank."""
+        candidates = self._candidates()
+        load, before = candidates.load, self.totals[candidates.rank]
+        for _ in range(_CHOICES):
+            choice = load.argmin(1)
+            best = np.take_along_axis(load, choice[:, None], 1)[:, 0]
+            rows = np.flatnonzero(best < before)
+            if not len(rows):
+                break
+            # The heaviest rank chooses first.
+            rows = rows[np.lexsort((best[rows], -before[rows]))]
+            rows = rows[_first_occurrences(candidates.rank[rows])]
+            rows = rows[_first_occurrences(candidates.partner_rank[rows, choice[rows]])]
+            heavy, light = candidates.rank[rows], candidates.partner_rank[rows, choice[rows]]
+            self._apply(candidates.item[rows], candidates.partner[rows, choice[rows]], heavy, light)
+            used = np.zeros(self.num_ranks, bool)
+            used[heavy] = used[light] = True
+            load[used[candidates.rank]] = _INFEASIBLE
+            load[used[candidates.partner_rank]] = _INFEASIBLE
+
+    def _apply(self, item: Integers, partner: Integers, heavy: Integers, light: Integers) -> None:
+        """Swap items of heavy ranks with partners of light ranks."""
+        load = self.loads[item] - self.loads[partner]
+        size = self.sizes[item] - self.sizes[partner]
+        self.ranks[item] = light
+        real = partner != self.empty_item
+        self.ranks[partner[real]] = heavy[real]
+        self.totals[heavy] -= load
+        self.totals[light] += load
+        self.free[heavy] += size
+        self.free[light] -= size
+
+    def _candidates(self) -> _Candidates:
+        order = np.argsort(self.totals, kind="stable")
+        num_heavy = int(np.count_nonzero(self.totals > self.target))
+        light = order[:-num_heavy][: max(2 * num_heavy, 64)]
+        # Secondary sort key of the searches below: each heavy rank starts at another light rank.
+        key = np.full(self.num_ranks, -1)
+        key[light] = np.arange(len(light))
+        on_light = np.flatnonzero(key[self.ranks] >= 0)
+        partner = np.concatenate([on_light, np.full(len(light), self.empty_item)])
+        partner_rank = np.concatenate([self.ranks[on_light], light])
+        key[order[-num_heavy:]] = np.arange(num_heavy) * len(light) // num_heavy
+        item = np.flatnonzero(self.totals[self.ranks] > self.target)
+        rank = self.ranks[item]
+
+        x, y, total = self.loads[item], self.loads[partner], self.totals[rank]
+        reach_target = _nearest(
+            y * len(light) + key[partner_rank],
+            (x - total + self.target) * len(light) + key[rank],
             range(-_NEIGHBOURS, 0),
         )
-        equal = _around(
-            (2 * loads[y] - totals[y_rank]) * len(light) + turn[y_rank],
-            (2 * loads[x] - x_total) * len(light) + turn[x_rank],
+        become_equal = _nearest(
+            (2 * y - self.totals[partner_rank]) * len(light) + key[partner_rank],
+            (2 * x - total) * len(light) + key[rank],
             range(-_NEIGHBOURS // 2, _NEIGHBOURS // 2),
         )
-        near = np.concatenate([enough, equal], 1)
-        less = loads[x, None] - loads[y[near]]
-        # Below the target all are equal, or everybody would choose the lightest rank.
-        after = np.maximum(x_total[:, None] - less, totals[y_rank[near]] + less).clip(target)
-        smaller = sizes[x, None] - sizes[y[near]]
-        full = (rooms[x_rank, None] < -smaller) | (rooms[y_rank[near]] < smaller)
-        after[full] = _NEVER
+        near = np.concatenate([reach_target, become_equal], 1)
+        partner, partner_rank = partner[near], partner_rank[near]
+        load = self._load_after(item, rank, partner, partner_rank)
+        return _Candidates(item, rank, partner, partner_rank, load)
 
-        for _ in range(_CHOICES):
-            choice = after.argmin(1)
-            best = np.take_along_axis(after, choice[:, None], 1)[:, 0]
-            helps = np.flatnonzero(best < x_total)
-            if not len(helps):
-                break
-            # The heaviest rank chooses first. A rank takes part in one swap of a round.
-            helps = helps[np.lexsort((best[helps], -x_total[helps]))]
-            helps = helps[_firsts(x_rank[helps])]
-            helps = helps[_firsts(y_rank[near[helps, choice[helps]]])]
-            mine, theirs = x[helps], near[helps, choice[helps]]
-            heavy, other = x_rank[helps], y_rank[theirs]
-            less_load = loads[mine] - loads[y[theirs]]
-            less_size = sizes[mine] - sizes[y[theirs]]
-            ranks[mine] = other
-            real = y[theirs] != none
-            ranks[y[theirs][real]] = heavy[real]
-            totals[heavy] -= less_load
-            totals[other] += less_load
-            rooms[heavy] += less_size
-            rooms[other] -= less_size
-            busy = np.zeros(work.num_ranks, bool)
-            busy[heavy] = busy[other] = True
-            after[busy[x_rank]] = _NEVER
-            after[busy[y_rank[near]]] = _NEVER
-    return ranks
+    def _load_after(
+        self, item: Integers, rank: Integers, partner: Integers, partner_rank: Integers
+    ) -> Integers:
+        """:attr:`_Candidates.load`; :data:`_INFEASIBLE` for swaps above the capacity."""
+        load = self.loads[item, None] - self.loads[partner]
+        after = np.maximum(self.totals[rank, None] - load, self.totals[partner_rank] + load)
+        size = self.sizes[item, None] - self.sizes[partner]
+        full = (self.free[rank, None] < -size) | (self.free[partner_rank] < size)
+        # Without the lower limit every item would choose the lightest rank.
+        limited: Integers = np.where(full, _INFEASIBLE, after.clip(self.target))
+        return limited
 
 
-def _around(keys: Integers, wanted: Integers, steps: range) -> Integers:
-    """[len(wanted), len(steps)] indices of keys: those so many steps, in the keys' order, from
-    where each wanted one belongs."""
+def _nearest(keys: Integers, wanted: Integers, offsets: range) -> Integers:
+    """int64 [len(wanted), len(offsets)]: indices of keys around each wanted key.
+
+    Offsets count positions in sorted order from where the wanted key would be inserted.
+    """
     order = np.argsort(keys, kind="stable")
-    places = np.searchsorted(keys[order], wanted, side="right")
-    around: Integers = order[(places[:, None] + np.array(steps)).clip(0, len(keys) - 1)]
-    return around
+    positions = np.searchsorted(keys[order], wanted, side="right")
+    nearest: Integers = order[(positions[:, None] + np.array(offsets)).clip(0, len(keys) - 1)]
+    return nearest
 
 
-def _firsts(values: Integers) -> Integers:
-    """Where each value occurs for the first time, in order."""
+def _first_occurrences(values: Integers) -> Integers:
+    """Index of the first occurrence of each value, ascending."""
     return np.sort(np.unique(values, return_index=True)[1])

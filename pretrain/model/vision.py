@@ -1,7 +1,8 @@
-"""MoonViT-3D: a vision encoder for images of any size and short clips, packed.
+"""MoonViT-3D: a vision encoder for packs of images of any size and short clips.
 
-Source: Kimi-VL (arXiv 2504.07491, section 2.1) and the Kimi K2.5 report for clips. Equal to
-transformers' ``Kimi_K25VisionModel`` on the weights of :mod:`pretrain.model.hf_vision`.
+Sources: Kimi-VL (arXiv 2504.07491, section 2.1) for images; the Kimi K2.5 report for clips, whose
+frames attend to each other and are averaged at the end. A test compares it with transformers'
+``Kimi_K25VisionModel``.
 """
 
 import functools
@@ -16,18 +17,21 @@ from torch import Tensor, nn
 
 from muonclip import max_logits
 from pretrain.config import VisionConfig
-from pretrain.model.geometry import MAX_FRAMES, MERGE
-from pretrain.model.vision_attention import Pack, attend, batches
+from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN, num_tokens
+from pretrain.model.vision_attention import Pack, attend, attention_batches
 
 # (frames, rows, columns) of an item, in patches.
-Shape = tuple[int, int, int]
+Grid = tuple[int, int, int]
+# Consecutive items of one grid: their number, and the grid.
+Group = tuple[int, Grid]
 
 
 class VisionAttention(nn.Module):
-    """Attention of all patches of an item, and of no others.
+    """Multi-head attention within each item of a pack.
 
-    ``observer``, where set, is called in training with every head's largest logit, [heads], of
-    some items at a time; an item's are seen once.
+    Attributes:
+        observer: if set, called in training with the max logit of every head, [heads], over a batch
+            of items; every item is in one batch.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -39,18 +43,18 @@ class VisionAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.observer: Callable[[Tensor], None] | None = None
 
-    def forward(self, x: Tensor, rotation: Tensor, pack: Pack) -> Tensor:
-        """Attend: x [P, hidden] to [P, hidden], by rotation [P, head_dim / 2] (complex)."""
+    def forward(self, x: Tensor, rotary: Tensor, pack: Pack) -> Tensor:
+        """x [P, hidden] and rotary [P, head_dim / 2] (complex) to [P, hidden]."""
         query, key, value = (
             torch.unflatten(projection(x), -1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if self.observer is not None and self.training:
-            for batch in batches(query, key, pack):
+            for batch in attention_batches(query, key, pack):
                 self.observer(max_logits(*batch))
-        mixed: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
-        return mixed
+        output: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
+        return output
 
 
 class VisionBlock(nn.Module):
@@ -64,14 +68,14 @@ class VisionBlock(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
         self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotation: Tensor, pack: Pack) -> Tensor:
-        x = x + self.attention(self.norm1(x), rotation, pack)
+    def forward(self, x: Tensor, rotary: Tensor, pack: Pack) -> Tensor:
+        x = x + self.attention(self.norm1(x), rotary, pack)
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
         return x
 
 
 class VisionEncoder(nn.Module):
-    """Patches of many images and clips to merged features."""
+    """Encoder of a pack of images and clips: patches to merged features."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -87,78 +91,72 @@ class VisionEncoder(nn.Module):
         """Encode a pack of items.
 
         Args:
-            patches: uint8 [P, 3 * patch * patch], item after item, each in reading order frame by
-                frame, each patch laid out (channel, y, x).
+            patches: uint8 [P, 3 * patch_size²], item by item and frame by frame, row-major; each
+                patch is laid out as (channel, y, x).
             grids: int64 [n, 3], (frames, rows, columns) of each item, in patches.
 
         Returns:
-            [N, 4 * hidden], item after item in reading order: frames averaged, 2x2 patches merged.
-            No items give no features.
+            [N, 4 * hidden], item by item, row-major: averages over frames, 2 x 2 patches merged.
 
         Raises:
-            ValueError: an item cannot be encoded (:func:`check_grids` says why, and which), or
-                the patches are not bytes of this encoder's patch size.
+            ValueError: an item cannot be encoded (see :func:`check_grids`), or the patches have
+                another dtype or size.
         """
         shapes = check_grids(grids, patches.shape[0])
         check_patches(patches, self.config.patch_size)
         weight = self.patch_embed.weight
         if not shapes:
-            return weight.new_empty(0, MERGE * MERGE * self.config.hidden_size)
-        # Items of one shape become neighbours: they are handled as a batch, and so is attention
-        # of items of one length.
+            return weight.new_empty(0, PATCHES_PER_TOKEN * self.config.hidden_size)
+        # Sorted, because items of one grid share positions, and items of one length an attention.
         lengths = [math.prod(shape) for shape in shapes]
         order = sorted(range(len(shapes)), key=lambda item: (lengths[item], shapes[item]))
-        pack = Pack([lengths[item] for item in order], weight.device)
-        alike = [
-            (len(list(group)), shape) for shape, group in groupby(shapes[item] for item in order)
+        groups = [
+            (len(list(items)), shape) for shape, items in groupby(shapes[item] for item in order)
         ]
-        patches = patches.index_select(0, _rows_of(lengths, order).to(patches.device))
+        pack = Pack([lengths[item] for item in order], weight.device)
 
-        # Rounded once, at the end: halfway in bfloat16, mid-greys would lose half their bits.
-        pixels = patches.to(torch.promote_types(weight.dtype, torch.float32)).div_(127.5).sub_(1)
+        # Rounded once, at the end: mid-grey values would lose half of their bits in bfloat16.
+        pixels = select_items(patches, lengths, order)
+        pixels = pixels.to(torch.promote_types(weight.dtype, torch.float32)).div_(127.5).sub_(1)
         x = self.patch_embed(pixels.to(weight.dtype))
-        x = x + self._positions(alike)
-        rotation = self._rotations(alike, x)
+        x = x + self._positions(groups)
+        rotary = self._rotary(groups, x)
         for block in self.blocks:
-            x = block(x, rotation, pack)
+            x = block(x, rotary, pack)
         x = self.final_norm(x)
 
-        parts = torch.split(x, [count * math.prod(shape) for count, shape in alike])
-        merged = torch.cat(
-            [merge(part, shape) for part, (_, shape) in zip(parts, alike, strict=True)]
-        )
-        back = sorted(range(len(order)), key=order.__getitem__)
-        cells = [shapes[item][1] * shapes[item][2] // MERGE**2 for item in order]
-        return merged.index_select(0, _rows_of(cells, back).to(merged.device))
+        parts = torch.split(x, [count * math.prod(shape) for count, shape in groups])
+        merged = [merge(part, shape) for part, (_, shape) in zip(parts, groups, strict=True)]
+        features_per_item = [num_tokens(shapes[item]) for item in order]
+        return select_items(torch.cat(merged), features_per_item, inverse(order))
 
-    def _positions(self, alike: Sequence[tuple[int, Shape]]) -> Tensor:
-        """[P, hidden]: the learned table, resized to each item's grid, and the frame's own sine."""
-        wide = torch.promote_types(self.pos_embed.dtype, torch.float32)
-        table = self.pos_embed.to(wide)
-        planes: dict[tuple[int, int], Tensor] = {}
-        parts = []
-        for count, (frames, rows, columns) in alike:
-            if (rows, columns) not in planes:
-                planes[rows, columns] = resize(table, rows, columns).flatten(0, 1)
-            plane = planes[rows, columns]
+    def _positions(self, groups: Sequence[Group]) -> Tensor:
+        """[P, hidden]: learned table, resized to each item's grid, plus sinusoids of the frames."""
+        table = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
+        frame_tables: dict[tuple[int, int], Tensor] = {}
+        positions = []
+        for count, (frames, rows, columns) in groups:
+            if (rows, columns) not in frame_tables:
+                frame_tables[rows, columns] = resize(table, rows, columns).flatten(0, 1)
+            frame = frame_tables[rows, columns]
             if frames > 1:
-                time = frame_positions(frames, plane.shape[-1]).to(plane)
-                plane = (time[:, None] + plane).flatten(0, 1)
-            parts.append(plane.expand(count, -1, -1).flatten(0, 1))
-        return torch.cat(parts).to(self.pos_embed.dtype)
+                time = frame_positions(frames, frame.shape[-1]).to(frame)
+                frame = (time[:, None] + frame).flatten(0, 1)
+            positions.append(frame.expand(count, -1, -1).flatten(0, 1))
+        return torch.cat(positions).to(self.pos_embed.dtype)
 
-    def _rotations(self, alike: Sequence[tuple[int, Shape]], like: Tensor) -> Tensor:
-        """Complex [P, head_dim / 2], as exact as the precision in which heads are turned."""
+    def _rotary(self, groups: Sequence[Group], x: Tensor) -> Tensor:
+        """Complex [P, head_dim / 2] in the precision in which :func:`apply_rotary` rotates x."""
         config = self.config
-        longest = max(max(rows, columns) for _, (_, rows, columns) in alike)
-        turns = rotation_table(longest, config.hidden_size // config.num_heads, config.rope_base)
-        turns = turns.to(like.device, torch.promote_types(like.dtype, torch.complex64))
-        return torch.cat([rotations(shape, turns).repeat(count, 1) for count, shape in alike])
+        longest = max(max(rows, columns) for _, (_, rows, columns) in groups)
+        table = rotary_table(longest, config.hidden_size // config.num_heads, config.rope_base)
+        table = table.to(x.device, torch.promote_types(x.dtype, torch.complex64))
+        return torch.cat([rotary_2d(shape, table).repeat(count, 1) for count, shape in groups])
 
 
 @contextmanager
 def observers_disabled(module: nn.Module) -> Iterator[None]:
-    """Let the attention layers of a module run without calling their observers."""
+    """Run the vision attention layers of a module without their observers."""
     layers = [layer for layer in module.modules() if isinstance(layer, VisionAttention)]
     observers = [layer.observer for layer in layers]
     for layer in layers:
@@ -170,12 +168,15 @@ def observers_disabled(module: nn.Module) -> Iterator[None]:
             layer.observer = observer
 
 
-def check_grids(grids: Tensor, num_patches: int) -> list[Shape]:
-    """The grids as tuples.
+# ---------------------------------------------------------------------- packs of items
+
+
+def check_grids(grids: Tensor, num_patches: int) -> list[Grid]:
+    """Return the grids as tuples.
 
     Raises:
-        ValueError: a grid that cannot be encoded, or does not fit the patches; the message names
-            the item.
+        ValueError: a grid cannot be encoded (the message names the item), or the grids do not add
+            up to ``num_patches``.
     """
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point():
         raise ValueError(
@@ -196,12 +197,12 @@ def check_grids(grids: Tensor, num_patches: int) -> list[Shape]:
             )
     expected = sum(math.prod(shape) for shape in shapes)
     if expected != num_patches:
-        raise ValueError(f"{num_patches} patches were given, but the grids hold {expected}")
+        raise ValueError(f"the grids have {expected} patches, but {num_patches} were given")
     return shapes
 
 
 def check_patches(patches: Tensor, patch_size: int) -> None:
-    """Raises ValueError if these are not bytes [P, 3 * patch_size * patch_size]."""
+    """Raise ValueError unless the patches are uint8 [P, 3 * patch_size²]."""
     width = 3 * patch_size**2
     if patches.dtype != torch.uint8 or patches.ndim != 2 or patches.shape[1] != width:
         raise ValueError(
@@ -211,65 +212,92 @@ def check_patches(patches: Tensor, patch_size: int) -> None:
 
 
 def num_features(grids: Tensor) -> Tensor:
-    """int64 [n]: features, and so tokens, of each item of grids [n, 3]."""
-    return (grids[:, 1] // MERGE) * (grids[:, 2] // MERGE)
+    """int64 [n]: features, and thus language-model tokens, of each item of grids [n, 3]."""
+    return num_tokens(grids.unbind(1))
 
 
-def chunks(patches_per_item: Sequence[int], max_patches: int) -> list[slice]:
-    """Cut a list of items into runs of neighbours of at most ``max_patches`` patches together.
+def select_items(rows: Tensor, rows_per_item: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Reorder packed items.
 
-    Encoding chunk by chunk gives what encoding all at once does, and takes memory for a chunk. An
-    item with more patches, which cannot be cut since all its patches attend to each other, is a
-    chunk of its own.
+    Args:
+        rows: [R, d], item by item.
+        rows_per_item: number of rows of each item.
+        order: items of the result.
+    """
+    counts, items = torch.tensor(rows_per_item, dtype=torch.int64), list(order)
+    first_rows = counts.cumsum(0) - counts
+    counts, first_rows = counts[items], first_rows[items]
+    shifts = first_rows - (counts.cumsum(0) - counts)
+    indices = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+    return rows.index_select(0, indices.to(rows.device))
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """Inverse of a permutation."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def split_items(patches_per_item: Sequence[int], max_patches: int) -> list[slice]:
+    """Split items into slices of at most ``max_patches`` patches.
+
+    Encoding one slice after another gives the same features with less memory. An item with more
+    patches gets its own slice: it cannot be split, because all its patches attend to each other.
 
     Raises:
-        ValueError: max_patches is below 1.
+        ValueError: ``max_patches`` is below 1.
     """
     if max_patches < 1:
         raise ValueError(f"max_patches must be at least 1, not {max_patches}")
-    cuts: list[slice] = []
-    first, filled = 0, 0
+    slices: list[slice] = []
+    first, size = 0, 0
     for item, patches in enumerate(patches_per_item):
-        if item > first and filled + patches > max_patches:
-            cuts.append(slice(first, item))
-            first, filled = item, 0
-        filled += patches
+        if item > first and size + patches > max_patches:
+            slices.append(slice(first, item))
+            first, size = item, 0
+        size += patches
     if first < len(patches_per_item):
-        cuts.append(slice(first, len(patches_per_item)))
-    return cuts
+        slices.append(slice(first, len(patches_per_item)))
+    return slices
 
 
-def merge(x: Tensor, shape: Shape) -> Tensor:
-    """Average an item's frames and join 2x2 patches: [t * h * w, d] to [h/2 * w/2, 4 * d].
+# ---------------------------------------------------------------------- positions and merging
 
-    Several items of the shape in x, one behind the other, come out the same way.
+
+def merge(x: Tensor, grid: Grid) -> Tensor:
+    """Average frames and merge 2 x 2 patches of consecutive items of one grid.
+
+    Args:
+        x: [items * frames * rows * columns, d].
+
+    Returns:
+        [items * rows / 2 * columns / 2, 4 * d].
     """
-    frames, rows, columns = shape
-    grid = x.view(-1, frames, rows // MERGE, MERGE, columns // MERGE, MERGE, x.shape[-1])
-    return grid.mean(1).transpose(2, 3).flatten(3).flatten(0, 2)
+    frames, rows, columns = grid
+    cells = x.view(-1, frames, rows // MERGE, MERGE, columns // MERGE, MERGE, x.shape[-1])
+    return cells.mean(1).transpose(2, 3).flatten(3).flatten(0, 2)
 
 
 def resize(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Resample a table [side, side, d] to [rows, columns, d], bicubically.
+    """Resize a table [side, side, d] to [rows, columns, d] by bicubic interpolation.
 
-    As ``F.interpolate(mode="bicubic")``, in two products: less time on small grids.
+    Equal to ``F.interpolate(mode="bicubic")``, but two matrix products are faster for small grids.
     """
-    down, along = (cubic_weights(n, table.shape[0]).to(table) for n in (rows, columns))
-    tall = torch.unflatten(down @ table.flatten(1), 1, table.shape[1:])
-    return along @ tall
+    vertical, horizontal = (cubic_weights(n, table.shape[0]).to(table) for n in (rows, columns))
+    resized = torch.unflatten(vertical @ table.flatten(1), 1, table.shape[1:])
+    return horizontal @ resized
 
 
 @functools.lru_cache(maxsize=1024)
-@torch.inference_mode(False)  # what is kept must serve training too, whoever asked first
+@torch.inference_mode(False)  # a cached tensor must also serve training
 def cubic_weights(size: int, side: int) -> Tensor:
-    """float64 [size, side]: how ``size`` points mix the ``side`` entries of an axis.
+    """float64 [size, side]: interpolation weights of ``side`` entries at ``size`` points.
 
-    Cubic convolution (Keys, 1981) with a = -0.75, pixel centres aligned (``align_corners=False``),
-    beyond the edge its last entry: the identity where size is side.
+    Cubic convolution (Keys, 1981) with a = -0.75 and ``align_corners=False``. The border entry is
+    repeated. The identity if size == side.
     """
-    at = ((torch.arange(size, dtype=torch.float64) + 0.5) * side / size - 0.5)[:, None]
-    entries = at.floor() + torch.arange(-1, 3)
-    x = (at - entries).abs()
+    points = ((torch.arange(size, dtype=torch.float64) + 0.5) * side / size - 0.5)[:, None]
+    entries = points.floor() + torch.arange(-1, 3)
+    x = (points - entries).abs()
     near = (1.25 * x - 2.25) * x * x + 1
     far = -0.75 * (((x - 5) * x + 8) * x - 4)
     weights = torch.zeros(size, side, dtype=torch.float64)
@@ -279,52 +307,39 @@ def cubic_weights(size: int, side: int) -> Tensor:
 
 
 def frame_positions(frames: int, dim: int) -> Tensor:
-    """float64 [frames, dim]: sines, then cosines, of the frame number at falling frequencies."""
+    """float64 [frames, dim]: sinusoidal embedding of the frame number, sines before cosines."""
     frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = torch.arange(frames, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def rotation_table(length: int, head_dim: int, base: float) -> Tensor:
-    """complex128 [length, head_dim / 4]: the turns of a row's or column's number."""
+def rotary_table(length: int, head_dim: int, base: float) -> Tensor:
+    """complex128 [length, head_dim / 4]: exp(i * position * base^(-4k / head_dim))."""
     exponents = torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim
     angles = torch.arange(length, dtype=torch.float64)[:, None] * base**-exponents
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotations(shape: Shape, turns: Tensor) -> Tensor:
-    """Complex [frames * rows * columns, head_dim / 2]: the 2-D rotary embedding of a grid.
+def rotary_2d(grid: Grid, table: Tensor) -> Tensor:
+    """Complex [frames * rows * columns, head_dim / 2]: 2-D rotary embedding of an item.
 
-    Pairs of channels turn with the column and with the row by turns, at falling frequencies.
+    Even channel pairs rotate with the column, odd ones with the row, at falling frequencies.
 
     Args:
-        turns: :func:`rotation_table` of at least the longer side.
+        table: :func:`rotary_table` of at least the longer side.
     """
-    frames, rows, columns = shape
-    plane = torch.stack(
-        [
-            turns[:columns].expand(rows, -1, -1),
-            turns[:rows, None].expand(-1, columns, -1),
-        ],
-        dim=-1,
-    )
+    frames, rows, columns = grid
+    by_column = table[:columns].expand(rows, -1, -1)
+    by_row = table[:rows, None].expand(-1, columns, -1)
+    plane = torch.stack([by_column, by_row], dim=-1)
     return plane.flatten(2).flatten(0, 1).repeat(frames, 1)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channels of x [P, heads, d] by complex rotation [P, d / 2].
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring channels of x [P, heads, d] by rotary [P, d / 2] (complex).
 
-    In at least float32, whatever x is.
+    Computed in at least float32; the result has the dtype of x.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.view_as_complex(torch.unflatten(x.to(wide), -1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)
-
-
-def _rows_of(counts: Sequence[int], order: Sequence[int]) -> Tensor:
-    """int64: the rows of items that have ``counts`` rows each, taken in this order of items."""
-    numbers = torch.tensor(counts)
-    taken = numbers[list(order)]
-    firsts = (numbers.cumsum(0) - numbers)[list(order)]
-    shifts = firsts - (taken.cumsum(0) - taken)
-    return torch.arange(int(taken.sum())) + shifts.repeat_interleave(taken)
+    return torch.view_as_real(pairs * rotary[:, None]).flatten(-2).to(x.dtype)

@@ -130,7 +130,7 @@ class BuiltIn(Data):
 
     def _num_tokens(self, item: VisionItem) -> int:
         frames, height, width, _ = item.pixels.shape
-        return num_tokens((frames, height // self.patch_size, width // self.patch_size))
+        return int(num_tokens((frames, height // self.patch_size, width // self.patch_size)))
 
     def _draw(self, split: Split, rng: np.random.Generator) -> VisionItem:
         options = self.config.images

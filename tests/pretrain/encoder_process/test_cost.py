@@ -1,4 +1,4 @@
-"""The cost model counts what the encoder computes and sends, and learns how fast a machine is."""
+"""The cost model counts FLOPs and bytes of the encoder, and is fitted to measured times."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ def make_tower() -> VisionTower:
     return tower
 
 
-# ---------------------------------------------------------------------- counted
+# ---------------------------------------------------------------------- analytic cost
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(shapes, min_size=1, max_size=4))
-def test_the_count_is_of_the_matrix_products_that_run(grids: list[tuple[int, int, int]]) -> None:
+def test_flops_are_those_of_the_matrix_products_that_run(grids: list[tuple[int, int, int]]) -> None:
     tower = make_tower()
 
     def flops(grids: list[tuple[int, int, int]]) -> int:
@@ -55,19 +55,19 @@ def test_the_count_is_of_the_matrix_products_that_run(grids: list[tuple[int, int
             tower(patches, all_grids)
         return counter.get_total_flops()
 
-    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE).costs(torch.tensor(grids)).sum()
-    # Once more of the same: position tables are resized once for a shape, however many have it.
-    assert flops(grids * 2) - flops(grids) == counted
+    expected = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE).costs(torch.tensor(grids)).sum()
+    # The difference, because the position table is resized once for all items of a grid.
+    assert flops(grids * 2) - flops(grids) == expected
 
 
 @settings(deadline=None)
 @given(st.lists(shapes, min_size=1, max_size=6), st.sampled_from([2, 4]))
-def test_traffic_is_the_bytes_of_what_is_sent(
+def test_transfer_bytes_are_pixels_features_and_gradients(
     grids: list[tuple[int, int, int]], itemsize: int
 ) -> None:
     tower = make_tower().to({2: torch.bfloat16, 4: torch.float32}[itemsize])
-    told = transfer_bytes(torch.tensor(grids), CONFIG, LANGUAGE_HIDDEN_SIZE, itemsize)
-    for grid, sent in zip(grids, told, strict=True):
+    transferred = transfer_bytes(torch.tensor(grids), CONFIG, LANGUAGE_HIDDEN_SIZE, itemsize)
+    for grid, sent in zip(grids, transferred, strict=True):
         patches = torch.zeros(int(np.prod(grid)), 12, dtype=torch.uint8)
         features = tower(patches, torch.tensor([grid]))
         assert sent == patches.nbytes + 2 * features.nbytes
@@ -82,14 +82,14 @@ def test_loads_are_integers_in_thousandths_of_a_patch(grids: list[tuple[int, int
     assert loads.dtype == np.int64
     for (frames, rows, columns), load in zip(grids, loads, strict=True):
         patches = frames * rows * columns
-        wanted = 7 + 2 * patches + 3 * (rows // 2) * (columns // 2) + 0.5 * patches**2
-        assert abs(load - 500 * wanted) <= 0.5
+        expected = 7 + 2 * patches + 3 * (rows // 2) * (columns // 2) + 0.5 * patches**2
+        assert abs(load - 500 * expected) <= 0.5
     assert CostModel(5.0, 0.0, 0.0).loads(all_grids).tolist() == [
         1000 * t * h * w for t, h, w in grids
     ]
 
 
-# ---------------------------------------------------------------------- fitted
+# ---------------------------------------------------------------------- fit
 
 PACKS = [
     [(1, 2, 2)] * 16, [(1, 4, 4)] * 4, [(1, 8, 8)], [(1, 2, 2)] * 64, [(4, 4, 4)] * 4,
@@ -103,94 +103,92 @@ def seconds(model: CostModel, fixed: float, pack: list[tuple[int, int, int]]) ->
 
 
 def machine(product: float, attention: float, item: float) -> CostModel:
-    """Seconds, given nanoseconds per FLOP and microseconds per item."""
-    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    """Cost model in seconds, given nanoseconds per FLOP and microseconds per item."""
+    flops = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     return CostModel(
-        per_patch=product * 1e-9 * counted.per_patch,
-        per_feature=product * 1e-9 * counted.per_feature,
-        per_pair=attention * 1e-9 * counted.per_pair,
+        per_patch=product * 1e-9 * flops.per_patch,
+        per_feature=product * 1e-9 * flops.per_feature,
+        per_pair=attention * 1e-9 * flops.per_pair,
         per_item=item * 1e-6,
     )
 
 
-def refit(made: CostModel, fixed: float) -> CostModel:
-    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
-    return fit_cost(counted, [(pack, seconds(made, fixed * 1e-4, pack)) for pack in PACKS])
+def refit(model: CostModel, fixed: float) -> CostModel:
+    flops = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    return fit_cost(flops, [(pack, seconds(model, fixed * 1e-4, pack)) for pack in PACKS])
 
 
 @settings(deadline=None)
 @given(positive, st.floats(0, 10), st.floats(0, 10))
-def test_a_fit_finds_the_speeds_that_made_the_times(
-    product: float, item: float, fixed: float
-) -> None:
-    made = machine(product, product, item)
-    found = refit(made, fixed)
-    assert found.per_patch == pytest.approx(made.per_patch, rel=1e-6)
-    assert found.per_feature == pytest.approx(made.per_feature, rel=1e-6)
-    assert found.per_pair == pytest.approx(made.per_pair, rel=1e-6)
-    assert found.per_item == pytest.approx(made.per_item, abs=1e-6 * made.per_patch)
+def test_a_fit_recovers_the_model_of_exact_times(product: float, item: float, fixed: float) -> None:
+    model = machine(product, product, item)
+    fitted = refit(model, fixed)
+    assert fitted.per_patch == pytest.approx(model.per_patch, rel=1e-6)
+    assert fitted.per_feature == pytest.approx(model.per_feature, rel=1e-6)
+    assert fitted.per_pair == pytest.approx(model.per_pair, rel=1e-6)
+    assert fitted.per_item == pytest.approx(model.per_item, abs=1e-6 * model.per_patch)
 
 
 @settings(deadline=None)
 @given(positive, st.floats(0.2, 5), st.floats(0, 10), st.floats(0, 10))
-def test_attention_of_another_speed_is_found_but_for_what_is_expected_beforehand(
+def test_a_fit_recovers_another_speed_of_attention_up_to_the_prior(
     product: float, attention: float, item: float, fixed: float
 ) -> None:
-    made = machine(product, attention * product, item)
-    found = refit(made, fixed)
+    model = machine(product, attention * product, item)
+    fitted = refit(model, fixed)
     for pack in PACKS:
-        told = seconds(found, fixed * 1e-4, pack)
-        assert told == pytest.approx(seconds(made, fixed * 1e-4, pack), rel=0.05)
+        predicted = seconds(fitted, fixed * 1e-4, pack)
+        assert predicted == pytest.approx(seconds(model, fixed * 1e-4, pack), rel=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:the time of the vision encoder")
+@pytest.mark.filterwarnings("ignore:the measured time of the vision encoder")
 @settings(deadline=None)
 @given(st.lists(st.floats(0.3, 3), min_size=len(PACKS), max_size=len(PACKS)))
-def test_a_fit_to_noise_is_never_negative(noise: list[float]) -> None:
-    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
+def test_a_fit_to_noise_has_no_negative_coefficient(noise: list[float]) -> None:
+    flops = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     samples = [
-        (pack, factor * seconds(counted, 1e4, pack))
+        (pack, factor * seconds(flops, 1e4, pack))
         for pack, factor in zip(PACKS, noise, strict=True)
     ]
-    found = fit_cost(counted, samples)
-    assert found.per_patch > 0
-    assert min(found.per_feature, found.per_pair, found.per_item) >= 0
-    assert fit_cost(counted, samples) == found
+    fitted = fit_cost(flops, samples)
+    assert fitted.per_patch > 0
+    assert min(fitted.per_feature, fitted.per_pair, fitted.per_item) >= 0
+    assert fit_cost(flops, samples) == fitted
 
 
-def test_where_attention_is_not_seen_it_is_as_fast_as_the_products() -> None:
-    counted = analytic_cost(VisionConfig(), 7168)
+def test_without_visible_attention_its_flops_are_as_fast_as_others() -> None:
+    flops = analytic_cost(VisionConfig(), 7168)
     small = [[(1, 2, 2)] * 40, [(1, 2, 4)] * 40, [(1, 4, 4)] * 40, [(1, 4, 4)] * 80]
     noise = [1.02, 0.98, 1.02, 1.0]
-    samples = [(p, n * seconds(counted, 1e9, p)) for p, n in zip(small, noise, strict=True)]
-    found = fit_cost(counted, samples)
-    assert found.per_pair / found.per_patch == pytest.approx(
-        counted.per_pair / counted.per_patch, rel=0.1
+    samples = [(p, n * seconds(flops, 1e9, p)) for p, n in zip(small, noise, strict=True)]
+    fitted = fit_cost(flops, samples)
+    assert fitted.per_pair / fitted.per_patch == pytest.approx(
+        flops.per_pair / flops.per_patch, rel=0.1
     )
 
 
-def test_times_that_do_not_grow_give_the_count_and_a_warning() -> None:
-    counted = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
-    with pytest.warns(UserWarning, match="not seen to grow with its patches"):
-        assert fit_cost(counted, [(pack, 1.0) for pack in PACKS]) == counted
+def test_times_that_do_not_grow_give_flops_and_a_warning() -> None:
+    flops = analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
+    with pytest.warns(UserWarning, match="does not grow with its patches"):
+        assert fit_cost(flops, [(pack, 1.0) for pack in PACKS]) == flops
 
 
-# ---------------------------------------------------------------------- measured
+# ---------------------------------------------------------------------- measured cost
 
 
-def test_measuring_leaves_the_tower_as_it_was() -> None:
+def test_measuring_does_not_change_the_tower() -> None:
     tower = make_tower()
     before = {name: value.clone() for name, value in tower.state_dict().items()}
-    told: list[object] = []
+    observed: list[object] = []
     for layer in tower.modules():
         if isinstance(layer, VisionAttention):
-            layer.observer = told.append
+            layer.observer = observed.append
     random_numbers = torch.get_rng_state()
     samples = time_packs(tower, seconds=0.01, max_patches=256)
     assert len(samples) >= 5
     assert all(seconds > 0 for _, seconds in samples)
     assert all(16 <= sum(t * h * w for t, h, w in grids) <= 256 for grids, _ in samples)
-    assert not told
+    assert not observed
     assert torch.equal(torch.get_rng_state(), random_numbers)
     assert all(weight.grad is None for weight in tower.parameters())
     for name, value in tower.state_dict().items():
@@ -203,12 +201,12 @@ def _measured(cache: Path | None) -> CostModel:
     return measured_cost(make_tower(), dist.group.WORLD, cache=cache, seconds=0.01, max_patches=64)
 
 
-def test_all_ranks_have_the_first_ones_model_and_find_it_again(tmp_path: Path) -> None:
+def test_all_ranks_get_the_first_ranks_model_and_reuse_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "run" / "cost.json"
     first, second = launch(_measured, 2, cache)
     assert first == second == CostModel(**json.loads(cache.read_text())["model"])
     assert launch(_measured, 2, cache) == [first, first]
-    # Measured elsewhere: not taken.
+    # A measurement of another device is not used.
     stored = json.loads(cache.read_text())
     stored["setting"]["device"] = "another"
     stored["model"] = dict.fromkeys(stored["model"], 1.0)
@@ -224,16 +222,16 @@ def _damaged(cache: Path) -> str:
     return str(caught.value)
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+def test_errors_name_a_damaged_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cost.json"
     for text in ("{", "[]", '{"setting": {}, "model": {"seconds": 1}}'):
         cache.write_text(text)
         first, second = launch(_damaged, 2, cache)
         assert first == second
-        assert "cost.json holds no measured cost model: delete it" in first
+        assert "cost.json has no measured cost model: delete it" in first
 
 
-def _fails_on_the_first() -> str:
+def _tower_fails_on_first_rank() -> str:
     tower = make_tower()
     if dist.get_rank() == 0:
         del tower.encoder.final_norm
@@ -244,16 +242,16 @@ def _fails_on_the_first() -> str:
     return "no error"
 
 
-def test_where_the_first_rank_cannot_measure_all_say_so() -> None:
-    first, second = launch(_fails_on_the_first, 2)
+def test_all_ranks_raise_the_first_ranks_error() -> None:
+    first, second = launch(_tower_fails_on_first_rank, 2)
     assert first == second
     assert first.startswith(
-        "no cost model of the vision encoder from the first rank: AttributeError"
+        "the first rank cannot measure the vision encoder's cost: AttributeError"
     )
     assert "final_norm" in first
 
 
-def test_packs_have_items_of_many_shapes_and_the_patches_asked_for() -> None:
+def test_packs_have_the_requested_patches_in_different_grids() -> None:
     for side in (8.0, 12.0, 32.0):
         pack = cost._pack(1024, side)
         patches = [t * h * w for t, h, w in pack]

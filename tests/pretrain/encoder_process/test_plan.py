@@ -1,4 +1,4 @@
-"""Every item is encoded once, by a rank whose load is close to everybody's, near home if it can."""
+"""Plans are balanced, move little data, and respect the capacity of the ranks."""
 
 import itertools
 import random
@@ -17,14 +17,14 @@ from pretrain.encoder_process.plan import (
     plan,
 )
 
-# Few different loads make ties, many make none.
+# With and without ties.
 some_loads = st.one_of(
     st.lists(st.integers(0, 5000), max_size=60), st.lists(st.integers(1, 4), max_size=60)
 )
 
 
 def longest_first(loads: Sequence[int], num_ranks: int) -> list[int]:
-    """Greedy, as slow and as plain as it gets."""
+    """LPT: the slow, simple reference."""
     ranks, totals = [0] * len(loads), [0] * num_ranks
     for item in sorted(range(len(loads)), key=lambda item: (-loads[item], item)):
         ranks[item] = totals.index(min(totals))
@@ -65,55 +65,53 @@ def owned(draw: st.DrawFn) -> tuple[list[int], int, list[int], list[int]]:
 
 @settings(deadline=None)
 @given(some_loads, st.integers(1, 9))
-def test_no_rank_has_more_than_longest_first_would_give_it(
-    loads: list[int], num_ranks: int
-) -> None:
+def test_the_largest_load_is_not_above_that_of_lpt(loads: list[int], num_ranks: int) -> None:
     ranks = plan(loads, num_ranks)
     assert len(ranks) == len(loads)
     assert all(0 <= rank < num_ranks for rank in ranks)
-    greedy = longest_first(loads, num_ranks)
-    assert largest(loads, ranks, num_ranks) <= largest(loads, greedy, num_ranks)
+    lpt = longest_first(loads, num_ranks)
+    assert largest(loads, ranks, num_ranks) <= largest(loads, lpt, num_ranks)
     assert load_lower_bound(loads, num_ranks) <= largest(loads, ranks, num_ranks)
     assert plan(loads, num_ranks) == plan(np.array(loads, np.int32), num_ranks) == ranks
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
-def test_the_largest_load_is_within_a_third_of_the_least_possible(
+def test_the_largest_load_is_within_a_third_of_the_optimum(
     loads: list[int], num_ranks: int
 ) -> None:
     every = itertools.product(range(num_ranks), repeat=len(loads))
-    least = min(largest(loads, ranks, num_ranks) for ranks in every)
-    assert load_lower_bound(loads, num_ranks) <= least
-    bound = (4 / 3 - 1 / (3 * num_ranks)) * least
-    assert least <= largest(loads, plan(loads, num_ranks), num_ranks) <= bound
+    optimum = min(largest(loads, ranks, num_ranks) for ranks in every)
+    assert load_lower_bound(loads, num_ranks) <= optimum
+    bound = (4 / 3 - 1 / (3 * num_ranks)) * optimum
+    assert optimum <= largest(loads, plan(loads, num_ranks), num_ranks) <= bound
 
 
 @pytest.mark.parametrize("num_ranks", range(2, 9))
-def test_greedys_worst_case_comes_out_perfect(num_ranks: int) -> None:
-    # Graham's: two of each 2m - 1 .. m + 1, three of m.
+def test_the_worst_case_of_lpt_is_solved_optimally(num_ranks: int) -> None:
+    # Graham's example: two items of each load from 2m - 1 to m + 1, three of load m.
     loads = [*range(num_ranks + 1, 2 * num_ranks), *range(num_ranks, 2 * num_ranks)]
     loads = [*loads, num_ranks, num_ranks]
     assert largest(loads, longest_first(loads, num_ranks), num_ranks) == 4 * num_ranks - 1
     assert largest(loads, plan(loads, num_ranks), num_ranks) == 3 * num_ranks
 
 
-def test_where_greedy_leaves_more_than_a_twentieth_most_of_it_goes() -> None:
-    """Few items of similar sizes: greedy puts the small ones, which come last, badly."""
+def test_most_of_a_large_imbalance_of_lpt_is_removed() -> None:
+    """LPT places the small ones of a few similar items, which come last, badly."""
     excesses = []
     for per_rank, sigma, seed in itertools.product((2.5, 3, 4, 5, 6), (0.2, 0.3, 0.4), range(3)):
         loads = skewed(int(per_rank * 128), sigma, seed)
-        least = load_lower_bound(loads, 128)
-        greedy = largest(loads, longest_first(loads, 128), 128) / least - 1
-        if greedy > 0.05:
-            ours = largest(loads, plan(loads, 128), 128) / least - 1
-            assert ours < greedy
-            excesses.append((greedy, ours))
+        bound = load_lower_bound(loads, 128)
+        lpt = largest(loads, longest_first(loads, 128), 128) / bound - 1
+        if lpt > 0.05:
+            planned = largest(loads, plan(loads, 128), 128) / bound - 1
+            assert planned < lpt
+            excesses.append((lpt, planned))
     assert len(excesses) > 15
-    assert sum(ours for _, ours in excesses) < 0.3 * sum(greedy for greedy, _ in excesses)
+    assert sum(planned for _, planned in excesses) < 0.3 * sum(lpt for lpt, _ in excesses)
 
 
-def test_many_skewed_items_come_out_even() -> None:
+def test_many_skewed_items_are_balanced() -> None:
     loads = skewed(2000, 1.0)
     assert balance(loads, plan(loads, 16), 16) < 1.001
 
@@ -125,12 +123,12 @@ def test_balance_is_the_largest_load_over_the_mean(
 ) -> None:
     size = len(loads)
     ranks = data.draw(st.lists(st.integers(0, num_ranks - 1), min_size=size, max_size=size))
-    told = balance(loads, ranks, num_ranks)
+    ratio = balance(loads, ranks, num_ranks)
     if sum(loads):
-        assert told == pytest.approx(largest(loads, ranks, num_ranks) * num_ranks / sum(loads))
+        assert ratio == pytest.approx(largest(loads, ranks, num_ranks) * num_ranks / sum(loads))
         assert balance(loads, [0] * size, num_ranks) == num_ranks
     else:
-        assert told == 1.0
+        assert ratio == 1.0
     assert (
         1.0
         <= balance_lower_bound(loads, num_ranks)
@@ -138,7 +136,7 @@ def test_balance_is_the_largest_load_over_the_mean(
     )
 
 
-def test_nothing_to_do_and_more_ranks_than_items() -> None:
+def test_no_items_and_fewer_items_than_ranks() -> None:
     assert plan([], 4) == plan([], 4, owners=[], sizes=[], capacity=1) == []
     assert balance([], [], 4) == balance_lower_bound([], 4) == 1.0
     assert plan([7, 9], 4) == [1, 0]
@@ -146,7 +144,7 @@ def test_nothing_to_do_and_more_ranks_than_items() -> None:
     assert plan([0, 0], 2, owners=[1, 0]) == [1, 0]
 
 
-def test_an_item_above_its_fair_share_is_named() -> None:
+def test_oversized_items_are_those_above_the_mean_load() -> None:
     loads = [10, 1, 30, 1, 14]
     assert oversized(loads, 4) == [(2, pytest.approx(30 / 14))]
     assert oversized(loads, 1) == oversized([5, 5], 2) == oversized([], 3) == []
@@ -154,49 +152,49 @@ def test_an_item_above_its_fair_share_is_named() -> None:
     assert ranks.count(ranks[2]) == 1
 
 
-# ---------------------------------------------------------------------- moving
+# ---------------------------------------------------------------------- traffic
 
 
 @settings(deadline=None)
 @given(owned())
-def test_staying_home_costs_no_balance_and_moves_no_more_than_greedy(
+def test_local_items_cost_no_balance_and_no_more_traffic_than_lpt(
     case: tuple[list[int], int, list[int], list[int]],
 ) -> None:
     loads, num_ranks, owners, traffic = case
     ranks = plan(loads, num_ranks, owners=owners, traffic=traffic)
     assert len(ranks) == len(loads)
     assert all(0 <= rank < num_ranks for rank in ranks)
-    ours = largest(loads, ranks, num_ranks)
-    greedy = longest_first(loads, num_ranks)
-    theirs = largest(loads, greedy, num_ranks)
-    assert ours <= 1.01 * max(theirs, load_lower_bound(loads, num_ranks))
-    if theirs <= ours:
-        assert moved(traffic, ranks, owners) <= moved(traffic, greedy, owners)
+    load = largest(loads, ranks, num_ranks)
+    lpt = longest_first(loads, num_ranks)
+    lpt_load = largest(loads, lpt, num_ranks)
+    assert load <= 1.01 * max(lpt_load, load_lower_bound(loads, num_ranks))
+    if lpt_load <= load:
+        assert moved(traffic, ranks, owners) <= moved(traffic, lpt, owners)
 
 
 @settings(deadline=None)
 @given(some_loads, st.integers(1, 9))
-def test_nothing_moves_where_home_is_even(loads: list[int], num_ranks: int) -> None:
-    home = plan(loads, num_ranks)
-    if largest(loads, home, num_ranks) <= 1.01 * load_lower_bound(loads, num_ranks) - 1:
-        assert plan(loads, num_ranks, owners=home) == home
+def test_nothing_moves_if_owners_are_balanced(loads: list[int], num_ranks: int) -> None:
+    owners = plan(loads, num_ranks)
+    if largest(loads, owners, num_ranks) <= 1.01 * load_lower_bound(loads, num_ranks) - 1:
+        assert plan(loads, num_ranks, owners=owners) == owners
 
 
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 1.0])
-def test_at_scale_few_items_move_and_the_loads_are_as_even_as_can_be(sigma: float) -> None:
+def test_at_scale_few_items_move_and_loads_are_balanced(sigma: float) -> None:
     loads = skewed(10_000, sigma)
     owners = sorted(random.Random(1).choices(range(1024), k=10_000))
     ranks = plan(loads, 1024, owners=owners)
     assert balance(loads, ranks, 1024) <= 1.0101 * balance_lower_bound(loads, 1024)
-    home = np.bincount(owners, loads, 1024)
-    # What no plan as even can leave at home.
-    must = np.maximum(home - 1.01 * load_lower_bound(loads, 1024), 0).sum()
-    away = moved(loads, ranks, owners)
-    assert must <= away < 1.6 * must
-    assert away < 0.3 * moved(loads, plan(loads, 1024), owners)
+    owned = np.bincount(owners, loads, 1024)
+    # Lower bound of the load that a plan with this balance moves.
+    bound = np.maximum(owned - 1.01 * load_lower_bound(loads, 1024), 0).sum()
+    traffic = moved(loads, ranks, owners)
+    assert bound <= traffic < 1.6 * bound
+    assert traffic < 0.3 * moved(loads, plan(loads, 1024), owners)
 
 
-def test_with_any_balance_good_enough_all_stay_home() -> None:
+def test_a_large_tolerance_keeps_all_items_local() -> None:
     owners = [0, 0, 0, 2]
     assert plan([9, 8, 7, 1], 3, owners=owners, tolerance=float("inf")) == owners
     assert plan([9, 8, 7, 1], 3, owners=owners, tolerance=2.0) == owners
@@ -205,7 +203,7 @@ def test_with_any_balance_good_enough_all_stay_home() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 5), st.data())
-def test_of_equal_items_as_many_stay_as_a_rank_may_have(
+def test_as_many_equal_items_stay_local_as_balance_allows(
     per_rank: int, num_ranks: int, data: st.DataObject
 ) -> None:
     number = per_rank * num_ranks
@@ -217,21 +215,21 @@ def test_of_equal_items_as_many_stay_as_a_rank_may_have(
         assert stay == min(per_rank, owners.count(rank))
 
 
-# ---------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------- capacity
 
 
 def fits(sizes: Sequence[int], ranks: Sequence[int], num_ranks: int, capacity: int) -> bool:
-    """No rank over the capacity but with a single item, beside which there are only empty ones."""
+    """Whether every rank is within the capacity, or has a single item with a size."""
     for rank in range(num_ranks):
-        held = [size for size, r in zip(sizes, ranks, strict=True) if r == rank and size]
-        if sum(held) > capacity and len(held) > 1:
+        local = [size for size, r in zip(sizes, ranks, strict=True) if r == rank and size]
+        if sum(local) > capacity and len(local) > 1:
             return False
     return True
 
 
 @st.composite
 def sized(draw: st.DrawFn) -> tuple[list[int], int, list[int], list[int], int]:
-    """(loads, ranks, owners, sizes, capacity): sizes go with the loads, or do not."""
+    """(loads, ranks, owners, sizes, capacity); the sizes are the loads, or independent."""
     loads, num_ranks, owners, _ = draw(owned())
     sizes = loads
     if draw(st.booleans()):
@@ -242,16 +240,16 @@ def sized(draw: st.DrawFn) -> tuple[list[int], int, list[int], list[int], int]:
 
 @settings(deadline=None)
 @given(sized(), st.booleans())
-def test_no_rank_holds_more_than_its_capacity_or_the_item_without_room_is_named(
-    case: tuple[list[int], int, list[int], list[int], int], at_home: bool
+def test_capacity_is_respected_or_the_item_without_room_is_named(
+    case: tuple[list[int], int, list[int], list[int], int], with_owners: bool
 ) -> None:
     loads, num_ranks, owners, sizes, capacity = case
-    home = owners if at_home else None
+    known_owners = owners if with_owners else None
     try:
-        ranks = plan(loads, num_ranks, owners=home, sizes=sizes, capacity=capacity)
+        ranks = plan(loads, num_ranks, owners=known_owners, sizes=sizes, capacity=capacity)
     except ValueError as error:
         assert "capacity leaves no room for item" in str(error)
-        # With that much, the emptiest rank always has room.
+        # Otherwise the emptiest rank would always have room.
         largest_size = min(capacity, max(sizes))
         assert capacity < sum(min(size, capacity) for size in sizes) / num_ranks + largest_size
         return
@@ -260,7 +258,9 @@ def test_no_rank_holds_more_than_its_capacity_or_the_item_without_room_is_named(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 20))
-def test_what_no_plan_can_hold_is_refused(sizes: list[int], num_ranks: int, capacity: int) -> None:
+def test_items_that_fit_in_no_plan_are_an_error(
+    sizes: list[int], num_ranks: int, capacity: int
+) -> None:
     every = itertools.product(range(num_ranks), repeat=len(sizes))
     possible = any(fits(sizes, ranks, num_ranks, capacity) for ranks in every)
     if not possible:
@@ -268,20 +268,20 @@ def test_what_no_plan_can_hold_is_refused(sizes: list[int], num_ranks: int, capa
             plan(sizes, num_ranks, sizes=sizes, capacity=capacity)
 
 
-def test_a_scarce_capacity_is_packed_tightly() -> None:
-    # By load 9 | 8, 7, and then neither rank has room for the last.
+def test_a_small_capacity_is_planned_by_size() -> None:
+    # Planned by load (9 | 8, 7), neither rank would have room for the last item.
     ranks = plan([9, 8, 7, 1], 2, sizes=[7, 3, 3, 5], capacity=10)
     assert sorted(sums([7, 3, 3, 5], ranks, 2)) == [8, 10]
 
 
-def test_an_item_larger_than_the_capacity_is_alone() -> None:
+def test_an_item_above_the_capacity_gets_its_own_rank() -> None:
     ranks = plan([1, 100, 1, 1], 2, owners=[1, 1, 1, 1], sizes=[1, 100, 1, 1], capacity=10)
     assert ranks.count(ranks[1]) == 1
     with pytest.raises(ValueError, match="no room for item 2 of size at least 10"):
         plan([5, 5, 5], 2, sizes=[99, 99, 99], capacity=10)
 
 
-# ---------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_an_item_larger_than_the_capacity_is_alone() -> None:
         ({"tolerance": float("nan")}, "tolerance must be at least 0, got nan"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_errors_name_the_invalid_argument(arguments: dict[str, object], message: str) -> None:
     known: dict[str, object] = {"loads": [1, 2], "num_ranks": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         plan(**known)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The projector is a LayerNorm of each patch and an MLP over each 2x2 of them."""
+"""The projector is a LayerNorm of each patch and an MLP over 2 x 2 patches."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pretrain.model.projector import Projector
 
 
-def test_the_norm_is_of_each_patch_and_the_mlp_of_four() -> None:
+def test_layernorm_of_patches_and_mlp_of_four_patches() -> None:
     torch.manual_seed(0)
     projector = Projector(6, 5).double()
     patches = torch.randn(3, 4, 6, dtype=torch.float64)

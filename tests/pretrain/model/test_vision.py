@@ -1,4 +1,4 @@
-"""Items in a pack do not see each other, and geometry is what it says it is."""
+"""Packs of items, positions, and merging in the vision encoder."""
 
 import math
 from itertools import pairwise
@@ -15,16 +15,16 @@ from pretrain.model.projector import VisionTower
 from pretrain.model.vision import (
     VisionAttention,
     VisionEncoder,
-    chunks,
+    apply_rotary,
     cubic_weights,
     frame_positions,
     merge,
     num_features,
     observers_disabled,
     resize,
-    rotate,
-    rotation_table,
-    rotations,
+    rotary_2d,
+    rotary_table,
+    split_items,
 )
 from pretrain.model.vision_attention import Pack
 
@@ -60,7 +60,7 @@ def make_items(shapes: list[tuple[int, int, int]], seed: int = 0) -> tuple[list[
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(grids, min_size=1, max_size=6))
-def test_a_pack_equals_its_items_one_by_one(shapes: list[tuple[int, int, int]]) -> None:
+def test_a_pack_has_the_features_of_its_items(shapes: list[tuple[int, int, int]]) -> None:
     encoder = make_encoder()
     patches, all_grids = make_items(shapes)
     packed = encoder(torch.cat(patches), all_grids)
@@ -71,7 +71,7 @@ def test_a_pack_equals_its_items_one_by_one(shapes: list[tuple[int, int, int]]) 
 
 @settings(deadline=None, max_examples=10)
 @given(st.permutations(range(4)))
-def test_the_order_of_items_is_only_their_order(order: list[int]) -> None:
+def test_reordering_items_reorders_features(order: list[int]) -> None:
     encoder = make_encoder()
     shapes = [(1, 2, 4), (2, 4, 2), (1, 4, 2), (4, 2, 2)]
     patches, all_grids = make_items(shapes)
@@ -80,7 +80,7 @@ def test_the_order_of_items_is_only_their_order(order: list[int]) -> None:
     torch.testing.assert_close(moved, torch.cat([features[i] for i in order]))
 
 
-def test_one_giant_image_among_small_ones() -> None:
+def test_one_large_image_among_small_ones() -> None:
     encoder = make_encoder()
     shapes = [(1, 2, 2), (1, 48, 50), (2, 2, 4), (1, 2, 2)]
     patches, all_grids = make_items(shapes)
@@ -91,25 +91,24 @@ def test_one_giant_image_among_small_ones() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))
-def test_chunks_are_all_items_in_order_as_many_at_a_time_as_fit(
+def test_slices_have_all_items_in_order_and_as_many_as_fit(
     patches_per_item: list[int], max_patches: int
 ) -> None:
-    cuts = chunks(patches_per_item, max_patches)
-    parts = [patches_per_item[cut] for cut in cuts]
-    assert [item for part in parts for item in part] == patches_per_item
-    assert all(sum(part) <= max_patches or len(part) == 1 for part in parts)
-    # The first item of the next one would not have fitted.
-    assert all(sum(part) + after[0] > max_patches for part, after in pairwise(parts))
+    chunks = [patches_per_item[items] for items in split_items(patches_per_item, max_patches)]
+    assert [item for chunk in chunks for item in chunk] == patches_per_item
+    assert all(sum(chunk) <= max_patches or len(chunk) == 1 for chunk in chunks)
+    # The first item of the next chunk would not have fitted.
+    assert all(sum(chunk) + after[0] > max_patches for chunk, after in pairwise(chunks))
 
 
-def test_chunks_of_no_patches_are_refused() -> None:
+def test_max_patches_below_one_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_patches must be at least 1, not 0"):
-        chunks([1], 0)
+        split_items([1], 0)
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(grids, min_size=1, max_size=8), st.integers(1, 300))
-def test_encoding_in_chunks_gives_the_features_and_gradients_of_all_at_once(
+def test_chunks_have_the_features_and_gradients_of_one_pack(
     shapes: list[tuple[int, int, int]], max_patches: int
 ) -> None:
     tower = make_tower()
@@ -122,53 +121,54 @@ def test_encoding_in_chunks_gives_the_features_and_gradients_of_all_at_once(
     tower.zero_grad(set_to_none=True)
     features_per_item = num_features(all_grids).tolist()
     features, gradients = [], list(torch.split(gradient, features_per_item))
-    for cut in chunks([len(item) for item in patches], max_patches):
-        features.append(tower(torch.cat(patches[cut]), all_grids[cut]))
-        features[-1].backward(torch.cat(gradients[cut]))
+    for items in split_items([len(item) for item in patches], max_patches):
+        features.append(tower(torch.cat(patches[items]), all_grids[items]))
+        features[-1].backward(torch.cat(gradients[items]))
     torch.testing.assert_close(torch.cat(features), whole, rtol=1e-12, atol=1e-12)
     for name, parameter in tower.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_attention_is_softmax_over_the_item_and_reports_its_largest_logit() -> None:
+def test_attention_is_softmax_within_each_item_and_reports_max_logits() -> None:
     torch.manual_seed(0)
     attention = VisionAttention(8, 2).double()
     x = torch.randn(10, 8, dtype=torch.float64)
-    turns = rotation_table(3, 4, 10000.0)
-    rotation = torch.cat([rotations((1, 2, 2), turns), rotations((1, 2, 3), turns)])
+    table = rotary_table(3, 4, 10000.0)
+    rotary = torch.cat([rotary_2d((1, 2, 2), table), rotary_2d((1, 2, 3), table)])
     pack = Pack([4, 6], x.device)
-    seen: list[Tensor] = []
-    attention.observer = seen.append
-    output = attention(x, rotation, pack)
+    observed: list[Tensor] = []
+    attention.observer = observed.append
+    output = attention(x, rotary, pack)
 
-    expected, largest = [], []
+    expected, max_logits = [], []
     for part in (slice(0, 4), slice(4, 10)):
         heads = [
             projection(x[part]).unflatten(-1, (2, 4)).double()
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        query, key = rotate(heads[0], rotation[part]), rotate(heads[1], rotation[part])
+        query, key = apply_rotary(heads[0], rotary[part]), apply_rotary(heads[1], rotary[part])
         logits = torch.einsum("ihd,jhd->hij", query, key) / 2
-        largest.append(logits.amax((1, 2)))
+        max_logits.append(logits.amax((1, 2)))
         mixed = torch.einsum("hij,jhd->ihd", logits.softmax(-1), heads[2])
         expected.append(attention.o_proj(mixed.flatten(1)))
     torch.testing.assert_close(output, torch.cat(expected))
-    torch.testing.assert_close(torch.stack(seen), torch.stack(largest))
+    torch.testing.assert_close(torch.stack(observed), torch.stack(max_logits))
     with observers_disabled(attention):
-        attention(x, rotation, pack)
+        attention(x, rotary, pack)
     attention.eval()
-    attention(x, rotation, pack)
-    assert len(seen) == 2
+    attention(x, rotary, pack)
+    assert len(observed) == 2
 
 
-def test_logits_depend_on_where_patches_are_to_each_other_alone() -> None:
-    """Moving both a query and a key by the same rows and columns changes nothing."""
+def test_logits_depend_on_relative_positions_alone() -> None:
+    """Moving a query and a key by the same rows and columns changes nothing."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 1, 8, dtype=torch.float64)
-    turned = rotations((1, 6, 6), rotation_table(6, 8, 10000.0)).view(6, 6, 4)
+    rotary = rotary_2d((1, 6, 6), rotary_table(6, 8, 10000.0)).view(6, 6, 4)
 
     def logit(at: tuple[int, int], other: tuple[int, int]) -> Tensor:
-        return (rotate(query, turned[at][None]) * rotate(key, turned[other][None])).sum()
+        rotated_query = apply_rotary(query, rotary[at][None])
+        return (rotated_query * apply_rotary(key, rotary[other][None])).sum()
 
     torch.testing.assert_close(logit((0, 1), (2, 4)), logit((3, 0), (5, 3)))
     assert not torch.isclose(logit((0, 1), (2, 4)), logit((0, 1), (4, 2)))
@@ -176,20 +176,18 @@ def test_logits_depend_on_where_patches_are_to_each_other_alone() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20))
-def test_the_table_is_resized_as_torch_would_bicubically(
-    side: int, rows: int, columns: int
-) -> None:
+def test_resizing_equals_torchs_bicubic_interpolation(side: int, rows: int, columns: int) -> None:
     table = torch.randn(side, side, 3, dtype=torch.float64)
     expected = F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")
     torch.testing.assert_close(resize(table, rows, columns), expected[0].permute(1, 2, 0))
 
 
-def test_a_table_of_the_grids_size_is_untouched() -> None:
+def test_resizing_to_the_same_size_changes_nothing() -> None:
     table = torch.randn(7, 7, 3)
     assert torch.equal(resize(table, 7, 7), table)
 
 
-def test_what_an_evaluation_asked_for_first_still_serves_training() -> None:
+def test_weights_cached_in_inference_mode_serve_training() -> None:
     cubic_weights.cache_clear()
     encoder = make_encoder()
     patches, all_grids = make_items([(1, 2, 4)])
@@ -199,7 +197,7 @@ def test_what_an_evaluation_asked_for_first_still_serves_training() -> None:
     assert encoder.pos_embed.grad is not None
 
 
-def test_frames_are_averaged_and_neighbours_joined() -> None:
+def test_frames_are_averaged_and_neighbours_merged() -> None:
     frames = torch.arange(2 * 2 * 4, dtype=torch.float64).view(16, 1)
     merged = merge(frames, (2, 2, 4))
     mean = frames.view(2, 2, 4).mean(0)
@@ -209,13 +207,13 @@ def test_frames_are_averaged_and_neighbours_joined() -> None:
     ]
 
 
-def test_the_first_frame_of_time_positions_is_sine_zero_and_cosine_one() -> None:
+def test_frame_positions_are_sines_and_cosines() -> None:
     positions = frame_positions(3, 6)
     assert positions[0].tolist() == [0, 0, 0, 1, 1, 1]
     torch.testing.assert_close(positions[2, 0], torch.tensor(2.0).double().sin())
 
 
-def test_no_items_are_no_features_and_have_a_gradient_of_zero() -> None:
+def test_an_empty_pack_has_empty_features_and_no_gradient() -> None:
     tower = VisionTower(CONFIG, 12)
     features = tower(torch.empty(0, 12, dtype=torch.uint8), torch.empty(0, 3, dtype=torch.int64))
     assert features.shape == (0, 12)
@@ -223,14 +221,14 @@ def test_no_items_are_no_features_and_have_a_gradient_of_zero() -> None:
     assert not any(p.grad is not None and p.grad.any() for p in tower.parameters())
 
 
-def test_pixels_are_rounded_to_the_weights_precision_once() -> None:
+def test_pixels_are_rounded_to_the_weights_dtype_once() -> None:
     encoder = VisionEncoder(CONFIG).bfloat16()
     nn.init.zeros_(encoder.pos_embed)
-    seen: list[Tensor] = []
-    encoder.patch_embed.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    inputs: list[Tensor] = []
+    encoder.patch_embed.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     patches = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 12)
     encoder(patches, torch.tensor([[1, 16, 16]]))
-    assert torch.equal(seen[0][:, 0], (torch.arange(256) / 127.5 - 1).bfloat16())
+    assert torch.equal(inputs[0][:, 0], (torch.arange(256) / 127.5 - 1).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,9 @@ def test_pixels_are_rounded_to_the_weights_precision_once() -> None:
         ((1, -2, -2), "item 1 has -2 x -2 patches"),
     ],
 )
-def test_an_item_that_cannot_be_encoded_is_named(shape: tuple[int, int, int], message: str) -> None:
+def test_errors_name_the_item_that_cannot_be_encoded(
+    shape: tuple[int, int, int], message: str
+) -> None:
     patches = torch.zeros(4 + abs(math.prod(shape)), 12, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
         make_encoder()(patches, torch.tensor([(1, 2, 2), shape]))
@@ -252,13 +252,15 @@ def test_an_item_that_cannot_be_encoded_is_named(shape: tuple[int, int, int], me
 @pytest.mark.parametrize(
     ("patches", "all_grids", "message"),
     [
-        (torch.zeros(9, 12, dtype=torch.uint8), torch.tensor([[2, 2, 2]]), "9 patches were given"),
+        (torch.zeros(9, 12, dtype=torch.uint8), torch.tensor([[2, 2, 2]]), "but 9 were given"),
         (torch.zeros(4, 27, dtype=torch.uint8), torch.tensor([[1, 2, 2]]), r"uint8 \[P, 12\]"),
         (torch.zeros(4, 12), torch.tensor([[1, 2, 2]]), "not torch.float32"),
         (torch.zeros(4, 12, dtype=torch.uint8), torch.tensor([[1.0, 2, 2]]), "must be integers"),
         (torch.zeros(4, 12, dtype=torch.uint8), torch.tensor([1, 2, 2]), "must be integers"),
     ],
 )
-def test_what_is_no_pack_is_refused(patches: Tensor, all_grids: Tensor, message: str) -> None:
+def test_inputs_of_another_dtype_or_shape_are_rejected(
+    patches: Tensor, all_grids: Tensor, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make_encoder()(patches, all_grids)

@@ -1,4 +1,6 @@
-"""Whatever kernel attends to a pack, each item attends to itself and to nothing else."""
+"""Every kernel attends within each item of a pack and nowhere else."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,15 +14,15 @@ from pretrain.model.vision_attention import (
     Kernel,
     Pack,
     attend,
-    batches,
+    attention_batches,
     block_mask,
     choose_kernel,
 )
 
 CPU = torch.device("cpu")
 lengths_of_packs = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(sorted)
-# Tiles of 128 rows that one item fills, that the pack's end cuts, and that several items share.
-TILED = [[1, 2], [128], [300], [3, 128, 128, 256, 1], [4, 4, 130, 260, 7]]
+# Blocks of 128 rows: of one item, incomplete at the end of the pack, and of several items.
+SEVERAL_BLOCKS = [[1, 2], [128], [300], [3, 128, 128, 256, 1], [4, 4, 130, 260, 7]]
 
 
 def make_rows(lengths: list[int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -30,7 +32,7 @@ def make_rows(lengths: list[int], dtype: torch.dtype = torch.float64) -> list[Te
 
 
 def other_items(lengths: list[int]) -> Tensor:
-    """bool [P, P]: what must not be seen."""
+    """bool [P, P]: True where query and key belong to different items."""
     items = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return items[:, None] != items
 
@@ -43,15 +45,15 @@ def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> 
 
 @settings(deadline=None, max_examples=25)
 @given(lengths_of_packs)
-def test_by_lengths_is_softmax_within_each_item(lengths: list[int]) -> None:
+def test_sdpa_is_softmax_within_each_item(lengths: list[int]) -> None:
     rows = make_rows(lengths)
     expected = reference(*rows, lengths)
     torch.testing.assert_close(attend(*rows, Pack(lengths, CPU)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("lengths", TILED)
-def test_flex_attention_gives_the_same(lengths: list[int]) -> None:
+@pytest.mark.parametrize("lengths", SEVERAL_BLOCKS)
+def test_flex_attention_equals_sdpa(lengths: list[int]) -> None:
     rows = make_rows(lengths)
     pack = Pack(lengths, CPU)
     torch.testing.assert_close(
@@ -60,8 +62,12 @@ def test_flex_attention_gives_the_same(lengths: list[int]) -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.one_of(st.sampled_from(TILED), st.lists(st.integers(1, 400), min_size=1, max_size=9)))
-def test_the_mask_lists_the_tiles_that_torch_finds_by_looking_at_every_pair(
+@given(
+    st.one_of(
+        st.sampled_from(SEVERAL_BLOCKS), st.lists(st.integers(1, 400), min_size=1, max_size=9)
+    )
+)
+def test_the_block_mask_equals_the_one_that_torch_computes_from_all_pairs(
     lengths: list[int],
 ) -> None:
     hidden = other_items(lengths)
@@ -83,19 +89,18 @@ def listed(mask: object, kind: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lengths", [[1], [4, 4, 6], [2, 3, 3, 40]])
-def test_the_packed_kernel_is_told_where_items_begin_and_end(
+def test_varlen_attention_gets_the_boundaries_of_items(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's kernel runs on a GPU alone: here a loop with its arguments stands for it."""
+    """torch's kernel needs a GPU; a loop with its arguments replaces it here."""
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch 2.10 and newer have it")
 
-    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *where: Tensor | int) -> Tensor:
-        begin_q, begin_k, longest_q, longest_k = where
-        assert torch.equal(begin_q, begin_k) and begin_q.dtype == torch.int32
-        assert longest_q == longest_k == max(begin_q.diff())
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *boundaries: Tensor | int) -> Tensor:
+        cu_seqlens, cu_seqlens_k, longest, longest_k = boundaries
+        assert torch.equal(cu_seqlens, cu_seqlens_k) and cu_seqlens.dtype == torch.int32
+        assert longest == longest_k == max(cu_seqlens.diff())
         parts = [
-            reference(q[i:j], k[i:j], v[i:j], [j - i])
-            for i, j in zip(begin_q.tolist(), begin_q.tolist()[1:], strict=False)
+            reference(q[i:j], k[i:j], v[i:j], [j - i]) for i, j in pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(parts)
 
@@ -105,30 +110,30 @@ def test_the_packed_kernel_is_told_where_items_begin_and_end(
     torch.testing.assert_close(attended, reference(*rows, lengths), rtol=1e-12, atol=1e-12)
 
 
-def largest(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
-    return torch.stack([max_logits(q, k) for q, k in batches(query, key, pack)]).amax(0)
+def largest_logits(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
+    return torch.stack([max_logits(q, k) for q, k in attention_batches(query, key, pack)]).amax(0)
 
 
 @settings(deadline=None, max_examples=25)
 @given(lengths_of_packs)
-def test_the_largest_logits_are_those_within_items_in_batches_of_either_kind(
+def test_max_logits_of_batches_are_those_within_items(
     lengths: list[int],
 ) -> None:
     query, key, _ = make_rows(lengths)
     logits = torch.einsum("ihd,jhd->hij", query, key) / 4
     expected = logits.masked_fill(other_items(lengths), -torch.inf).amax((1, 2))
     pack = Pack(lengths, CPU)
-    torch.testing.assert_close(largest(query, key, pack), expected)
-    filled = [
+    torch.testing.assert_close(largest_logits(query, key, pack), expected)
+    padded = [
         max_logits(query[rows].transpose(1, 2), key[rows].transpose(1, 2)) for rows in pack.buckets
     ]
-    torch.testing.assert_close(torch.stack(filled).amax(0), expected)
+    torch.testing.assert_close(torch.stack(padded).amax(0), expected)
     assert sum(rows.numel() for rows in pack.buckets) < 2 * sum(lengths)
 
 
-def test_a_cpu_attends_by_lengths_in_every_precision() -> None:
+def test_a_cpu_uses_sdpa_for_every_dtype() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert choose_kernel(torch.empty(3, 2, 16, dtype=dtype)) == "runs"
+        assert choose_kernel(torch.empty(3, 2, 16, dtype=dtype)) == "sdpa"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -138,11 +143,11 @@ def test_a_cpu_attends_by_lengths_in_every_precision() -> None:
         (torch.bfloat16, 72, "varlen", 3e-2),
         (torch.bfloat16, 20, "flex", 3e-2),
         (torch.float32, 72, "flex", 1e-4),
-        (torch.float32, 4, "runs", 1e-4),
-        (torch.float64, 72, "runs", 1e-12),
+        (torch.float32, 4, "sdpa", 1e-4),
+        (torch.float64, 72, "sdpa", 1e-12),
     ],
 )
-def test_a_gpu_attends_by_packed_kernels_forward_and_backward(
+def test_kernels_on_a_gpu_equal_the_reference_forward_and_backward(
     dtype: torch.dtype, width: int, kernel: Kernel, tolerance: float
 ) -> None:
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
@@ -160,5 +165,5 @@ def test_a_gpu_attends_by_packed_kernels_forward_and_backward(
         torch.testing.assert_close(rows.grad.cpu(), exact.grad, **close)
         query, key, _ = rows.detach()
         exact_query, exact_key, _ = exact.detach()
-        expected = largest(exact_query, exact_key, Pack(lengths, CPU))
-        torch.testing.assert_close(largest(query, key, pack).cpu(), expected, **close)
+        expected = largest_logits(exact_query, exact_key, Pack(lengths, CPU))
+        torch.testing.assert_close(largest_logits(query, key, pack).cpu(), expected, **close)
