@@ -1,6 +1,6 @@
-"""Faults of a run that are not the user's mistake: bad steps and hung ranks.
+"""Faults during training: bad steps and hung ranks.
 
-Whatever decides here decides from numbers that were reduced over all ranks, so all do the same.
+All decisions depend on numbers that were reduced over all ranks, so all ranks decide the same.
 """
 
 import faulthandler
@@ -25,10 +25,11 @@ class Fault(NamedTuple):
     """A step that must not update the model.
 
     Attributes:
-        kind: the problem; ``empty``: no token of the global batch has a label.
-        action: what to do, from the configuration; an empty step is always skipped.
-        reason: for people.
-        skipped: number of steps that were skipped just before, if the run stops because of them.
+        kind: ``empty``: no token of the global batch has a label.
+        action: reaction from the configuration; an empty step is always skipped.
+        reason: description for messages.
+        skipped: number of consecutive skipped steps before this one, if their limit is the reason
+            to stop.
     """
 
     kind: Literal["empty", "non_finite", "spike"]
@@ -38,29 +39,28 @@ class Fault(NamedTuple):
 
 
 class RollBack(Exception):
-    """A step is to be taken back, with all since the newest checkpoint; the message says why."""
+    """The run must return to its newest checkpoint; the message is the reason."""
 
 
-def is_spike(loss: float, before: Sequence[float], deviations: float) -> bool:
-    """Whether a loss stands out above those before it.
+def is_spike(loss: float, previous: Sequence[float], deviations: float) -> bool:
+    """Whether a loss exceeds the median of the previous ones by more than ``deviations`` standard
+    deviations.
 
-    It does if it is above their median by more than ``deviations`` standard deviations, estimated
-    as 1.4826 times the median absolute deviation, which is theirs for normal values and does not
-    see outliers; and taken for no less than a thousandth of the median.
+    The standard deviation is estimated robustly as 1.4826 times the median absolute deviation,
+    and is at least a thousandth of the median.
     """
-    median = statistics.median(before)
-    spread = 1.4826 * statistics.median(abs(value - median) for value in before)
-    return loss > median + deviations * max(spread, 1e-3 * abs(median))
+    median = statistics.median(previous)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in previous)
+    return loss > median + deviations * max(deviation, 1e-3 * abs(median))
 
 
 class Guard:
-    """Judges every step before it updates the model, and counts the steps that were left out.
+    """Checks every step before it updates the model, and counts the steps without an update.
 
-    Its state is a function of the run so far and part of its checkpoints, so that an interrupted
-    run has the same.
+    The state is part of the checkpoints, so that a resumed run makes the same decisions.
 
     Args:
-        config: what to do about which fault.
+        config: reaction to each kind of fault.
 
     Attributes:
         skipped: steps that a fault left without an update.
@@ -80,11 +80,11 @@ class Guard:
         self.skipped_batches = 0
 
     def judge(self, loss: float | None, norm: float) -> Fault | None:
-        """The problem of a step, if it has one.
+        """Check a step; None if it may update the model.
 
         Args:
-            loss: of the global batch; None if no token has a label.
-            norm: of the whole model's gradient.
+            loss: mean loss of the global batch; None if no token has a label.
+            norm: norm of the whole model's gradient.
         """
         config = self._config
         if loss is None:
@@ -99,9 +99,10 @@ class Guard:
             and full
             and is_spike(loss, self._losses, config.spike_deviations)
         ):
+            median = statistics.median(self._losses)
             reason = (
-                f"the loss {loss:.4g} is far above the {len(self._losses)} before it, of median "
-                f"{statistics.median(self._losses):.4g}"
+                f"the loss {loss:.4g} is far above the median {median:.4g} of the "
+                f"{len(self._losses)} losses before it"
             )
             return self._fault("spike", config.spike, reason)
         self._in_a_row = 0
@@ -134,8 +135,8 @@ class Guard:
         times = self._returned[1] + 1 if self._returned[0] == to else 1
         if times > self._config.max_in_a_row:
             raise PretrainError(
-                f"rolled back to step {to} {times - 1} times (faults.max_in_a_row), and a fault is "
-                f"met again at step {step}: lower optimizer.lr, or look at the data"
+                f"rolled back to step {to} {times - 1} times (faults.max_in_a_row), and step "
+                f"{step} has a fault again: lower optimizer.lr, or check the data"
             )
         self.load_state_dict(state)
         self._returned, self.skipped_batches = (to, times), skipped_batches
@@ -163,19 +164,19 @@ class Guard:
 
 
 class Watchdog:
-    """Ends this process when the run makes no progress, with its name and stacks.
+    """Ends this process with a stack trace if the run makes no progress.
 
-    A rank that hangs leaves all others waiting for it. Each that still runs writes where it stands
-    to stderr and to ``stacks-rank<r>.txt`` in the run's folder, the first of them names those that
-    wrote nothing, and all end with status 1, upon which torchrun ends or restarts the job.
+    If one rank hangs, all others wait for it. Each rank that still runs writes its stacks to stderr
+    and to ``stacks-rank<r>.txt`` in the run's folder; the first of them names the ranks that wrote
+    nothing; all end with status 1, and torchrun ends or restarts the job.
 
     Args:
-        seconds: without :meth:`beat` after which the process ends; 0: never.
-        rank, world_size: among all processes.
-        run_dir: a folder that all ranks see.
+        seconds: time without :meth:`beat` after which the process ends; 0: never.
+        rank, world_size: of all processes.
+        run_dir: a folder shared by all ranks.
 
     Raises:
-        OSError: its file cannot be made there.
+        OSError: the file of stacks cannot be created.
     """
 
     _GRACE_SECONDS = 5.0
@@ -183,8 +184,8 @@ class Watchdog:
     def __init__(self, seconds: float, rank: int, world_size: int, run_dir: Path) -> None:
         self._seconds, self._rank, self._world_size = seconds, rank, world_size
         self._run_dir = run_dir
-        self._beaten = time.monotonic()
-        self._doing = "setting up"
+        self._last_beat = time.monotonic()
+        self._activity = "setting up"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._file: IO[str] | None = None
@@ -194,7 +195,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._file is not None:
-            self.beat(self._doing)
+            self.beat(self._activity)
             self._thread.start()
         return self
 
@@ -206,11 +207,11 @@ class Watchdog:
             self._file.close()
             self._path(self._rank).unlink(missing_ok=True)
 
-    def beat(self, doing: str) -> None:
-        """There is progress; what comes next is named for people."""
-        self._beaten, self._doing = time.monotonic(), doing
+    def beat(self, activity: str) -> None:
+        """Report progress, and name the activity that begins."""
+        self._last_beat, self._activity = time.monotonic(), activity
         if self._file is not None:
-            # Should something hang that lets no thread of Python run: this one is not of Python.
+            # In case a hang blocks all Python threads: faulthandler uses a native thread.
             limit = self._seconds + 3 * self._GRACE_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
 
@@ -219,36 +220,36 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._beaten > self._seconds:
+            if time.monotonic() - self._last_beat > self._seconds:
                 self._end()
 
     def _end(self) -> None:
         try:
-            self._tell()
-        finally:  # a disk that is full, or nobody at the other end of stderr, keeps nobody here
+            self._report()
+        finally:  # even if the disk is full or stderr is closed
             os._exit(1)
 
-    def _tell(self) -> None:
-        said = (
+    def _report(self) -> None:
+        message = (
             f"rank {self._rank} (process {os.getpid()}) made no progress for {self._seconds:g} "
-            f"seconds (faults.hang_seconds) in {self._doing}; it ends, and its stacks are:\n"
+            f"seconds (faults.hang_seconds) in {self._activity}; it ends with these stacks:\n"
         )
-        sys.stderr.write(said)
+        sys.stderr.write(message)
         sys.stderr.flush()
         assert self._file is not None
-        self._file.write(said)
+        self._file.write(message)
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
-        sys.stderr.write(self._path(self._rank).read_text().removeprefix(said))
+        sys.stderr.write(self._path(self._rank).read_text().removeprefix(message))
         sys.stderr.flush()
-        time.sleep(self._GRACE_SECONDS)  # others come to the same end
-        told = [r for r in range(self._world_size) if self._wrote(r)]
-        silent = [str(r) for r in range(self._world_size) if r not in told]
-        if silent and self._rank == told[0]:
+        time.sleep(self._GRACE_SECONDS)  # wait for the reports of other ranks
+        reported = [r for r in range(self._world_size) if self._has_reported(r)]
+        silent = [str(r) for r in range(self._world_size) if r not in reported]
+        if silent and self._rank == reported[0]:
             sys.stderr.write(f"no sign of life from rank {', '.join(silent)}\n")
             sys.stderr.flush()
 
-    def _wrote(self, rank: int) -> bool:
+    def _has_reported(self, rank: int) -> bool:
         try:
             return self._path(rank).stat().st_size > 0
         except OSError:

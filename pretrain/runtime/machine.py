@@ -1,4 +1,4 @@
-"""The machine of a run: how fast it multiplies, how much memory is used, which versions."""
+"""Properties of the machine: speed of matrix products, memory in use, software versions."""
 
 import contextlib
 import importlib.metadata
@@ -11,44 +11,44 @@ import torch
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s of a large square matrix product here, the best of a few; under a second."""
+    """Measure the FLOP/s of a large square matrix product, the best of six; under a second."""
     on_gpu = device.type == "cuda"
-    # A CPU without instructions for 16 bits takes seconds for what it does in float32 at once.
+    # A CPU without 16-bit instructions needs seconds for large products.
     size = 8192 if on_gpu else 256 if dtype.itemsize < 4 else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(6):  # the first finds the library unready, and is never the best
+    for _ in range(6):  # the first one includes the initialization of the library
         if on_gpu:
             torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         torch.mm(a, a)
         if on_gpu:
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has used so far: on its GPU, or else resident in main memory."""
+    """Peak memory of this process: allocated on its GPU, or else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux counts in KiB, macOS in bytes.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run's results depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("torch", "megatron-core", "muonclip", "numpy", "tokenizers"):
-        # Run from a source tree, a package need not be installed.
+        # muonclip may be used from a source tree without being installed.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def processor() -> str:
-    """The GPU's name, or the CPU architecture's; not the host's."""
+    """Name of the GPU, or the CPU architecture and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"

@@ -1,4 +1,4 @@
-"""Standard output and standard error that may be closed, or full, without an effect on the run."""
+"""Output to standard streams that may be closed or full without affecting the run."""
 
 import contextlib
 import errno
@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# The reader of a pipe has gone, or the terminal.
+# The reader of the pipe, or the terminal, is closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class _Durable:
-    """A text stream whose errors of the system are dropped, with the text."""
+    """A text stream that ignores operating system errors and loses the text then."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -22,16 +22,16 @@ class _Durable:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._dropping_errors():
+        with self._ignoring_errors():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._dropping_errors():
+        with self._ignoring_errors():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _dropping_errors(self) -> Iterator[None]:
+    def _ignoring_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -40,7 +40,7 @@ class _Durable:
 
 
 def discard(stream: Any) -> None:
-    """Send what is written to a stream from now on, and at exit, nowhere."""
+    """Redirect a stream to the null device."""
     with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, stream.fileno())
@@ -54,7 +54,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def durable() -> Iterator[None]:
-    """Within, standard output and error can be closed at any time; so they can at exit."""
+    """Context in which standard output and error may be closed at any time, also at exit."""
     _open_closed()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Durable, streams)
@@ -70,14 +70,14 @@ def durable() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """Streams that were closed from the start lead nowhere.
+    """Redirect streams that were closed before the start to the null device.
 
-    Python has None for them, and the next files that are opened would get their descriptors.
+    For these, Python sets None, and the next opened files would get their descriptors.
     """
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_WRONLY)
-            if opened != descriptor:
-                os.dup2(opened, descriptor)
-                os.close(opened)
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
             setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))

@@ -1,8 +1,8 @@
-"""One job at a time writes into a run's folder.
+"""A lock that lets one job at a time write into a run's folder.
 
-``run.lock`` names the process that writes. A dead one leaves the file behind harmlessly: on the
-machine of that process, the system tells whether it still runs; from another machine, whether it
-still touches the file, which it does every few seconds.
+``run.lock`` names the process that owns the lock. The lock of a dead process does not block: on the
+same machine, the operating system knows whether the process still runs; on other machines, the
+process counts as alive while it updates the time of the file, which it does every few seconds.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from typing import Any
 from pretrain.errors import PretrainError
 
 FILE = "run.lock"
-# Bytes of a lock that are read; any more are not a lock's.
-_MOST = 4096
+# Larger files are not locks.
+_MAX_BYTES = 4096
 
 
 class RunLock:
-    """Locks a run's folder for this process, from entering to leaving the context.
+    """Context manager that locks a run's folder for this process.
 
     Args:
-        run_dir: the run's folder, made if it is missing.
+        run_dir: the run's folder; created if it does not exist.
 
     Attributes:
-        lost: another job has taken the folder, since someone deleted the file.
+        lost: whether another job has taken the lock after somebody deleted the file.
 
     Raises:
         PretrainError: another job writes into the folder, or the folder cannot be written.
@@ -42,7 +42,7 @@ class RunLock:
 
     BEAT_SECONDS = 5.0
     PATIENCE_SECONDS = 30.0
-    """Without a beat for so long, a process on another machine is taken to be dead."""
+    """Time without an update after which a process on another machine counts as dead."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._path = run_dir, run_dir / FILE
@@ -62,11 +62,12 @@ class RunLock:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and not self._path.is_file():
-                raise OSError(errno.EINVAL, f"{FILE} is not a file")  # a pipe may never end
+                # Reading a pipe could block forever.
+                raise OSError(errno.EINVAL, f"{FILE} is not a file")
             with self._path.open("a+b", buffering=0) as file, _exclusively(file.fileno()):
                 owner = _content(self._path)
                 if owner is not None and self._is_alive(owner):
-                    raise PretrainError(self._refusal(owner))
+                    raise PretrainError(self._message(owner))
                 _write(file.fileno(), json.dumps(self._content))
         except OSError as error:
             raise PretrainError(
@@ -78,7 +79,7 @@ class RunLock:
     def __exit__(self, *_exception: object) -> None:
         self._released.set()
         self._beats.join()
-        # The file stays, empty: another process may be waiting to lock this very file.
+        # Empty the file instead of deleting it: another process may be waiting for its lock.
         with contextlib.suppress(OSError):
             if not self.lost and self._is_ours():
                 os.truncate(self._path, 0)
@@ -87,7 +88,7 @@ class RunLock:
         if owner.get("machine") == self._content["machine"]:
             started = _started(int(owner.get("pid", 0)))
             return started is not None and started == owner.get("started")
-        # Times of different machines are not compared: only whether the file's time changes.
+        # Clocks of machines differ: check only whether the time of the file changes.
         before, deadline = self._path.stat().st_mtime_ns, time.monotonic() + self.PATIENCE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(0.5, self.PATIENCE_SECONDS / 10))
@@ -95,7 +96,7 @@ class RunLock:
                 return True
         return False
 
-    def _refusal(self, owner: dict[str, Any]) -> str:
+    def _message(self, owner: dict[str, Any]) -> str:
         return (
             f"another job is writing into run_dir={self._run_dir}: process {owner.get('pid')} on "
             f"{owner.get('host')}, since {owner.get('since')}; wait for it or stop it, or choose "
@@ -108,7 +109,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self.BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that does not answer is no reason to stop
+            with contextlib.suppress(OSError):  # an unavailable disk must not stop the run
                 owner = _content(self._path)
                 if owner is None:  # someone deleted the file
                     self._path.write_text(json.dumps(self._content))
@@ -121,7 +122,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def _exclusively(descriptor: int) -> Iterator[None]:
-    """One process at a time, on file systems that can lock; on others two may meet."""
+    """Exclude other processes, if the file system supports locks."""
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the file is closed
     yield
@@ -134,23 +135,23 @@ def _write(descriptor: int, text: str) -> None:
 
 
 def _content(path: Path) -> dict[str, Any] | None:
-    """The owner of a lock; None if nobody has it. An unreadable lock is another machine's."""
+    """The owner of a lock; None if it is free, {} if the file cannot be parsed."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST).decode(errors="replace")
+            text = file.read(_MAX_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return None
     if not text.strip():
         return None
     try:
-        found = json.loads(text)
-        return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+        owner = json.loads(text)
+        return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else {}
     except ValueError:
         return {}
 
 
 def _machine() -> str:
-    """A name for where process numbers mean the same: this boot, and this container."""
+    """Identifier of the process number space: the boot and the container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -159,10 +160,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in the system's terms; None if it has ended."""
+    """Start time of a process on this machine, in the system's format; None if it has ended."""
     if Path("/proc/self/stat").exists():
         try:
-            # After the name, which may contain anything: the state, and 19 fields on the start.
+            # Fields after the name, which may contain spaces: 0 is the state, 19 the start time.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None

@@ -1,4 +1,4 @@
-"""Ways in which a run ends early: signals, and the end of its launcher."""
+"""Early end of a run: by a signal, or because its launcher has ended."""
 
 import contextlib
 import os
@@ -9,21 +9,21 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# SIGHUP comes when the terminal or the connection is lost.
+# SIGHUP is sent when the terminal or the connection is lost.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Set by torchrun.
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
-# torchrun passes on a Ctrl-C that the terminal has sent to all processes already.
+# The terminal sends Ctrl-C to all processes, and torchrun sends it to its ranks a second time.
 _SAME_PRESS_SECONDS = 3.0
 
 
 class Termination:
-    """Whether this process was asked to end.
+    """Requests to end this process.
 
     Attributes:
-        signal: the number of the first signal that asked; 0: none.
-        saves: whether the run is to finish its step and save first. Otherwise, as during set-up,
-            the process ends at once.
+        signal: number of the first signal received; 0: none.
+        saves: whether the run finishes its step and saves a checkpoint before it ends. Otherwise,
+            as during set-up, the process ends at once.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,8 @@ class Termination:
     def watch(self, descriptor: int) -> None:
         """Read signal numbers, which arrive even while the main thread is in a library.
 
-        An exception in the main thread would not do: imports and libraries catch it, or fail with
-        another one because of it. Returns at the end of the file.
+        Raising an exception in the main thread would not work: imports and libraries may catch it
+        or fail with another one. Returns at the end of the file.
         """
         first: float | None = None
         while received := os.read(descriptor, 1):
@@ -45,14 +45,14 @@ class Termination:
             if number not in _SIGNALS:
                 continue
             if not self.saves:
-                self._say(f"{name(number)}: stopped; checkpoints are as they were")
-                _leave(number)
+                self._say(f"{name(number)}: stopped; checkpoints are unchanged")
+                _exit(number)
             elif first is None:
                 first = time.monotonic()
-                self._say(f"{name(number)}: saving after this step; Ctrl-C leaves without saving")
+                self._say(f"{name(number)}: saving after this step; Ctrl-C exits without saving")
             elif number == signal.SIGINT and self._is_another_press(first):
-                self._say("SIGINT again: leaving without saving")
-                _leave(number)
+                self._say("SIGINT again: exiting without saving")
+                _exit(number)
 
     @staticmethod
     def _is_another_press(first: float) -> bool:
@@ -65,7 +65,7 @@ class Termination:
 
 
 def status(number: int) -> int:
-    """The exit status that a shell gives a process that ended by a signal."""
+    """Exit status of a process that was ended by a signal."""
     return 128 + number
 
 
@@ -74,12 +74,12 @@ def name(number: int) -> str:
 
 
 def _write_to_stderr(text: str) -> None:
-    """Past Python's buffers, which the interrupted code may be using."""
+    """Bypass Python's buffers, which the interrupted code may be using."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
 
-def _leave(number: int) -> None:
+def _exit(number: int) -> None:
     if sys.__stdout__ is not None and sys.__stdout__.isatty():
         os.write(1, b"\x1b[?25h")  # the live view hides the cursor
     os._exit(status(number))
@@ -87,10 +87,10 @@ def _leave(number: int) -> None:
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Termination]:
-    """Within, SIGTERM, SIGINT (Ctrl-C) and SIGHUP are handled as :class:`Termination` says.
+    """Context in which :class:`Termination` handles SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
 
-    They may come several times, from a terminal, a scheduler and torchrun. A second Ctrl-C ends the
-    process at once. A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    The same signal may arrive several times, from a terminal, a scheduler and torchrun. A second
+    Ctrl-C ends the process at once. Ignored signals, such as SIGHUP under nohup, stay ignored.
     """
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
@@ -120,12 +120,12 @@ def on_signals() -> Iterator[Termination]:
 
 @contextlib.contextmanager
 def end_with_launcher(seconds: float = 1.0) -> Iterator[None]:
-    """Within, this process ends when torchrun does, even if that was killed.
+    """Context in which this process ends when torchrun ends, even if torchrun was killed.
 
-    Otherwise its ranks would go on, next to those of the job that takes its place.
+    Otherwise the ranks would continue next to those of the job that replaces them.
 
     Args:
-        seconds: between two checks.
+        seconds: time between two checks.
     """
     if _LAUNCHED not in os.environ:
         yield

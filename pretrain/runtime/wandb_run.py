@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it in the configuration; imported then and not before."""
+"""Weights & Biases; imported only if the configuration enables it."""
 
 import uuid
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from pretrain.errors import PretrainError
 
 
 def open_run(config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) -> Any:
-    """Start, or go on with, the run's page. Its id is kept in run_dir/wandb_id.txt.
+    """Start or resume the run in Weights & Biases; run_dir/wandb_id.txt stores its id.
 
     Args:
-        config: how.
-        run_dir: the run's folder; files of wandb are in its folder ``wandb``.
-        settings: the run's configuration, shown there.
+        config: project and mode.
+        run_dir: folder of the run; wandb writes into its folder ``wandb``.
+        settings: configuration of the run, shown on its page.
 
     Returns:
         A ``wandb.Run``: ``log(scalars, step=...)`` and ``finish()``.
 
     Raises:
-        PretrainError: wandb is not installed, or refuses.
+        PretrainError: wandb is not installed or cannot start.
     """
     try:
         import wandb
@@ -42,11 +42,11 @@ def open_run(config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) ->
             mode=config.mode,
             dir=run_dir,
             config=dict(settings),
-            # Its terminal would be in the way of ours.
+            # Do not capture the terminal, which has its own live view.
             settings=wandb.Settings(console="off", silent=True),
         )
-    except Exception as error:  # what a network, a login or a version did has one answer here
+    except Exception as error:  # network, login or version: the remedy is the same
         raise PretrainError(
-            f"Weights & Biases does not start ({str(error).splitlines()[0]}): set "
+            f"Weights & Biases cannot start ({str(error).splitlines()[0]}): set "
             "wandb.mode=offline, or wandb.enabled=false"
         ) from error

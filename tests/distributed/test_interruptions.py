@@ -95,7 +95,7 @@ def test_ctrl_c_and_a_lost_terminal_save_the_step(
     assert f"{number.name}: saved after step {last}; start it again to continue" in said
     if ranks == 1:
         assert run.returncode == 128 + number
-        assert told == f"{number.name}: saving after this step; Ctrl-C leaves without saving\n"
+        assert told == f"{number.name}: saving after this step; Ctrl-C exits without saving\n"
 
 
 def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A bad step is told from a good one, by numbers that survive a checkpoint; a hang has an end."""
+"""Bad steps are detected, also after resuming, and hung ranks end."""
 
 import json
 import math
@@ -18,7 +18,7 @@ LOSSES = st.lists(st.floats(0.5, 12), min_size=4, max_size=64)
 
 
 @given(LOSSES, st.floats(1, 20))
-def test_a_spike_is_above_what_came_before_and_one_outlier_hides_no_other(
+def test_spikes_exceed_previous_losses_and_outliers_do_not_hide_spikes(
     losses: list[float], deviations: float
 ) -> None:
     assert not is_spike(min(losses), losses, deviations)
@@ -28,30 +28,29 @@ def test_a_spike_is_above_what_came_before_and_one_outlier_hides_no_other(
     assert not is_spike(4.3, [*steady, 50.0], deviations=10)
 
 
-def test_losses_that_hardly_move_make_no_spike_of_rounding() -> None:
+def test_rounding_of_constant_losses_is_no_spike() -> None:
     assert not is_spike(3.0001, [3.0] * 8, deviations=10)
     assert is_spike(3.1, [3.0] * 8, deviations=10)
 
 
 @given(st.lists(st.sampled_from([4.0, 4.1, 3.9, 9.0, math.nan, None]), max_size=30), st.data())
-def test_a_guard_that_was_saved_and_taken_up_judges_as_one_that_was_not(
+def test_restored_guards_decide_as_uninterrupted_ones(
     losses: list[float | None], data: st.DataObject
 ) -> None:
     config = FaultConfig(non_finite="skip", spike="skip", spike_window=4, max_in_a_row=99)
     saved_at = data.draw(st.integers(0, len(losses)))
-    guard, other = Guard(config), Guard(config)
+    guard, restored = Guard(config), Guard(config)
     for loss in losses[:saved_at]:
         guard.judge(loss, 1.0)
-    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     for loss in losses[saved_at:]:
-        mine, theirs = guard.judge(loss, 1.0), other.judge(loss, 1.0)
-        assert str(mine) == str(theirs)
-    assert guard.state_dict() == other.state_dict()
+        assert str(guard.judge(loss, 1.0)) == str(restored.judge(loss, 1.0))
+    assert guard.state_dict() == restored.state_dict()
 
 
-def test_steps_are_skipped_up_to_the_limit_and_counted() -> None:
+def test_steps_are_skipped_up_to_the_limit() -> None:
     guard = Guard(FaultConfig(non_finite="skip", max_in_a_row=2))
-    for _ in range(3):  # a good step starts the count anew
+    for _ in range(3):  # a good step resets the count
         assert guard.judge(4.0, 1.0) is None
         for _ in range(2):
             fault = guard.judge(4.0, math.inf)
@@ -61,7 +60,7 @@ def test_steps_are_skipped_up_to_the_limit_and_counted() -> None:
     assert fault is not None and (fault.action, fault.skipped) == ("stop", 2)
 
 
-def test_steps_without_labels_are_no_faults_whatever_is_configured() -> None:
+def test_steps_without_labels_are_always_skipped() -> None:
     for action in ("stop", "skip", "roll_back"):
         guard = Guard(FaultConfig(non_finite=action, spike=action, spike_window=4, max_in_a_row=1))
         for _ in range(9):
@@ -75,7 +74,7 @@ def test_rolling_back_skips_data_and_gives_up_after_returning_too_often() -> Non
     guard = Guard(FaultConfig(non_finite="roll_back", max_in_a_row=2))
     guard.roll_back(7, 5, {})
     assert guard.skipped_batches == 2
-    guard.roll_back(6, 5, {"passed_over": 0})  # that checkpoint knows nothing of the first time
+    guard.roll_back(6, 5, {"passed_over": 0})  # saved before the first roll back
     assert guard.skipped_batches == 3
     with pytest.raises(PretrainError, match="rolled back to step 5 2 times"):
         guard.roll_back(9, 5, {})
@@ -95,29 +94,29 @@ Watchdog._GRACE_SECONDS = 1.0
 with Watchdog(2.0, rank=3, world_size=5, run_dir=Path(sys.argv[1])) as watchdog:
     for step in range(8):
         watchdog.beat(f"step {step}")
-        time.sleep(0.3)  # together longer than the limit
-    if sys.argv[2] != "go on":
+        time.sleep(0.3)  # in total longer than the limit
+    if sys.argv[2] != "progress":
         if sys.argv[2] == "hang on a full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         stuck()
 """
 
 
-@pytest.mark.parametrize("what", ["hang", "hang on a full disk", "go on"])
-def test_who_makes_no_progress_ends_with_name_and_stack(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("scenario", ["hang", "hang on a full disk", "progress"])
+def test_hung_ranks_end_with_their_number_and_stack(tmp_path: Path, scenario: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", HANG, str(tmp_path), what],
+        [sys.executable, "-c", HANG, str(tmp_path), scenario],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     stacks = tmp_path / "stacks-rank3.txt"
-    if what == "go on":
+    if scenario == "progress":
         assert (ended.returncode, ended.stderr, stacks.exists()) == (0, "", False)
         return
     assert ended.returncode == 1
-    if what == "hang on a full disk":
+    if scenario == "hang on a full disk":
         assert "made no progress for 2 seconds" in ended.stderr
         return
     for text in (ended.stderr, stacks.read_text()):

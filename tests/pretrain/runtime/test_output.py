@@ -1,4 +1,4 @@
-"""Closed and full outputs end nothing."""
+"""Closed and full outputs do not end a run."""
 
 import resource
 import subprocess
@@ -14,7 +14,7 @@ import os, sys
 from pretrain.runtime.output import durable
 
 with durable():
-    assert os.open(os.devnull, os.O_WRONLY) > 2  # files do not get what is printed
+    assert os.open(os.devnull, os.O_WRONLY) > 2  # its descriptor is not one of the standard streams
     for number in range(3000):
         print("line", number, flush=number % 2 == 0)
         print("error", number, file=sys.stderr)
@@ -25,7 +25,7 @@ with durable():
 @pytest.mark.parametrize(
     "redirection", ["| head -1", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full"]
 )
-def test_an_output_that_is_closed_or_full_ends_nothing(redirection: str, tmp_path: Path) -> None:
+def test_closed_and_full_outputs_are_ignored(redirection: str, tmp_path: Path) -> None:
     command = f'"$0" -c "$1" {redirection}; echo "${{PIPESTATUS[0]}}" > "$2"'
     ended = subprocess.run(
         ["bash", "-c", command, sys.executable, WRITER, str(tmp_path / "status")],
@@ -36,7 +36,7 @@ def test_an_output_that_is_closed_or_full_ends_nothing(redirection: str, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["settings", "plan configs/laptop.yaml"])
-def test_commands_end_quietly_when_their_reader_has_gone(command: str) -> None:
+def test_commands_end_quietly_if_their_reader_has_ended(command: str) -> None:
     ended = subprocess.run(
         ["bash", "-c", f'"$0" -u -m pretrain {command} | true', sys.executable],
         capture_output=True, text=True, timeout=120, check=False,
@@ -44,7 +44,7 @@ def test_commands_end_quietly_when_their_reader_has_gone(command: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_records_that_a_full_disk_refused_are_written_whole_once_there_is_room(
+def test_records_refused_by_a_full_disk_are_written_once_there_is_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -53,7 +53,7 @@ def test_records_that_a_full_disk_refused_are_written_whole_once_there_is_room(
     file.append(b"one\n")
     resource.setrlimit(resource.RLIMIT_FSIZE, (6, unlimited[1]))
     try:
-        file.append(b"two\n")  # two of its bytes have room
+        file.append(b"two\n")  # there is room for two bytes
         file.append(b"three\n")
         assert path.read_bytes() == b"one\n"
     finally:

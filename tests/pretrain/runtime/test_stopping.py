@@ -1,4 +1,4 @@
-"""Signals end a run in an orderly way, or at once when that is asked for; so does its launcher."""
+"""Signals end a run after saving, or at once; ranks end with their launcher."""
 
 import os
 import signal
@@ -11,15 +11,16 @@ import pytest
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
-# A run that is set up, trains, saves and is closed, as far as signals are concerned.
+# The phases of a run as far as signals are concerned: set-up, training, saving.
 RUN = """
 import contextlib, sys, time
 from pretrain.runtime import stopping
 
-with stopping.on_signals(), stopping.on_signals() as termination:  # the command line's, the run's
+# Both the command line and train() handle signals.
+with stopping.on_signals(), stopping.on_signals() as termination:
     print("set up", flush=True)
     while sys.argv[1] == "set up":
-        with contextlib.suppress(BaseException):  # as imports and libraries do
+        with contextlib.suppress(BaseException):  # like imports and libraries
             time.sleep(60)
     termination.saves = True
     print("training", flush=True)
@@ -32,72 +33,72 @@ with stopping.on_signals(), stopping.on_signals() as termination:  # the command
 """
 
 
-def run(where: str, **environment: str) -> "subprocess.Popen[str]":
+def run(phase: str, **environment: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, where],
+        [sys.executable, "-c", RUN, phase],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip
-    reached(process, "set up" if where == "set up" else "training")
+    wait_for(process, "set up" if phase == "set up" else "training")
     return process
 
 
-def reached(process: "subprocess.Popen[str]", line: str) -> None:
+def wait_for(process: "subprocess.Popen[str]", line: str) -> None:
     assert process.stdout is not None
-    while (found := process.stdout.readline()) != f"{line}\n":
-        assert found, process.communicate()
+    while (output := process.stdout.readline()) != f"{line}\n":
+        assert output, process.communicate()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_in_training_saves_and_leaves_with_its_status(number: signal.Signals) -> None:
+def test_signals_in_training_save_and_exit_with_their_status(number: signal.Signals) -> None:
     process = run("training")
     process.send_signal(number)
-    said, told = process.communicate(timeout=60)
-    assert (process.returncode, said) == (128 + number, "saving\nsaved\n")
-    assert told == f"{number.name}: saving after this step; Ctrl-C leaves without saving\n"
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (128 + number, "saving\nsaved\n")
+    assert stderr == f"{number.name}: saving after this step; Ctrl-C exits without saving\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_during_set_up_leaves_with_a_line_whatever_is_caught(
+def test_signals_during_set_up_exit_at_once_even_if_exceptions_are_caught(
     number: signal.Signals,
 ) -> None:
     process = run("set up")
     process.send_signal(number)
-    said, told = process.communicate(timeout=60)
-    assert (process.returncode, said) == (128 + number, "")
-    assert told == f"{number.name}: stopped; checkpoints are as they were\n"
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (128 + number, "")
+    assert stderr == f"{number.name}: stopped; checkpoints are unchanged\n"
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_no_other_signal_does() -> None:
+def test_only_a_second_ctrl_c_exits_without_saving() -> None:
     process = run("slow")
     process.send_signal(signal.SIGTERM)
-    reached(process, "saving")
+    wait_for(process, "saving")
     for number in (signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told.endswith("SIGINT again: leaving without saving\n")
+    assert stderr.endswith("SIGINT again: exiting without saving\n")
 
 
-def test_a_ctrl_c_that_torchrun_passes_on_is_no_second_one() -> None:
+def test_ctrl_c_forwarded_by_torchrun_does_not_count_as_the_second() -> None:
     process = run("training", TORCHELASTIC_RUN_ID="x")
     process.send_signal(signal.SIGINT)
-    reached(process, "saving")
+    wait_for(process, "saving")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "saved\n")
+    stdout, _ = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "saved\n")
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    """As SIGHUP under nohup."""
+def test_ignored_signals_stay_ignored() -> None:
+    """For example SIGHUP under nohup."""
     process = subprocess.Popen(
         ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", RUN, "training"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    reached(process, "training")
+    wait_for(process, "training")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
@@ -116,7 +117,7 @@ with end_with_launcher(0.05):
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_rank_ends_with_a_killed_torchrun_and_a_process_of_its_own_does_not_with_its_shell(
+def test_ranks_end_with_a_killed_torchrun_and_single_processes_survive_their_shell(
     tmp_path: Path, launched: bool
 ) -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, sys.argv[1]])"
@@ -130,10 +131,10 @@ def test_a_rank_ends_with_a_killed_torchrun_and_a_process_of_its_own_does_not_wi
         assert time.monotonic() < deadline
         time.sleep(0.01)
     launcher.kill()
-    if launched:  # the end of stderr is the end of the rank, which has it too
+    if launched:  # the rank shares stderr, which is closed when it ends
         assert f"torchrun (process {launcher.pid}) has ended" in launcher.communicate(timeout=60)[1]
         return
     launcher.wait()
     time.sleep(1.0)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it is still there
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # still running
     launcher.communicate()
