@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from muonclip.update import Scalar
 
 
-class AdamWRow(NamedTuple):
+class AdamWParam(NamedTuple):
     """A non-empty parameter in a step: local tensors of one shape on one device.
 
     Attributes:
@@ -30,7 +30,7 @@ class AdamWRow(NamedTuple):
 
 
 def adamw_step(
-    rows: Sequence[AdamWRow],
+    rows: Sequence[AdamWParam],
     *,
     lr: Scalar,
     beta1: float,
@@ -46,7 +46,7 @@ def adamw_step(
     does not look at strides, that for CUDA raises unless all are the same. Tensors that differ in
     strides or dtype from their parameter, or have gaps, therefore take part as copies.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWRow, AdamWRow]]]
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWParam, AdamWParam]]]
     groups = defaultdict(list)
     for row in rows:
         dense = _dense(row)
@@ -55,7 +55,7 @@ def adamw_step(
         fused = device.type in _get_fused_kernels_supported_devices()
         skip = None if fused else found_inf
         if skip is not None:  # which only fused kernels know
-            pairs = [(row, AdamWRow(*map(torch.clone, dense))) for row, dense in pairs]
+            pairs = [(row, AdamWParam(*map(torch.clone, dense))) for row, dense in pairs]
         params, gradients, averages, squares, steps = map(
             list, zip(*(dense for _, dense in pairs), strict=True)
         )
@@ -84,7 +84,7 @@ def adamw_step(
                     old.copy_(new if skip is None else torch.where(skip == 0, new.to(old), old))
 
 
-def _dense(row: AdamWRow) -> AdamWRow:
+def _dense(row: AdamWParam) -> AdamWParam:
     """The row with dense tensors of the same strides and dtype, copied where needed."""
     param = row.param
     dtype = torch.promote_types(param.dtype, row.average.dtype)
@@ -98,7 +98,7 @@ def _dense(row: AdamWRow) -> AdamWRow:
         copy = torch.empty_strided(param.shape, strides, dtype=dtype, device=param.device)
         return copy.copy_(tensor)
 
-    return AdamWRow(
+    return AdamWParam(
         param=fit(param),
         gradient=fit(row.gradient),
         average=fit(row.average),

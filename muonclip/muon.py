@@ -1,8 +1,7 @@
-"""Muon's step for whole parameters, or for the parts of them that a rank holds."""
+"""Muon's step for parameters, or for the shards of them that a rank stores."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,29 +23,30 @@ from muonclip.update import (
     update_momentum,
 )
 
-# Matrices are worked on in batches of about this many elements (or one matrix): on a CPU what stays
-# in its caches, elsewhere enough to keep a device busy. It also bounds the memory of a step.
+# A batch has about this many elements (or one matrix): as many as fit a CPU's caches, or keep an
+# accelerator busy. This also bounds the memory of a step.
 _BATCH_ELEMENTS = {"cpu": 2**19}
 _BATCH_ELEMENTS_ELSEWHERE = 2**26
 
 
-class Item(NamedTuple):
-    """A Muon parameter in a step: what this rank holds of everything that belongs to it.
+class MuonParam(NamedTuple):
+    """A Muon parameter in a step, with this rank's part of every tensor that belongs to it.
 
     Attributes:
-        handle: the parameter itself.
-        param: its local tensor; ``target``: what is updated: it, or its master copy.
-        gradient, buffer: local.
-        group: its options.
+        param: the parameter itself.
+        local: its local tensor.
+        to_update: the tensor to update: the local part of the master copy, or ``local``.
+        gradient, momentum_buffer: local.
+        group: the options.
         shape: of the whole parameter.
-        seed: its own, for rounding.
+        seed: for stochastic rounding.
     """
 
-    handle: Tensor
     param: Tensor
-    target: Tensor
+    local: Tensor
+    to_update: Tensor
     gradient: Tensor
-    buffer: Tensor
+    momentum_buffer: Tensor
     group: dict[str, Any]
     shape: tuple[int, ...]
     seed: tuple[int, ...]
@@ -56,179 +56,215 @@ class Item(NamedTuple):
         return self.group["layout"] or WHOLE
 
     @property
+    def num_slices(self) -> int:
+        """Number of slices [n, m] of a stack that can be orthogonalized independently."""
+        return self.layout.slices(self.shape)
+
+    @property
     def ns_dtype(self) -> torch.dtype:
-        return self.group["ns_dtype"] or default_ns_dtype(self.param.device)
+        return self.group["ns_dtype"] or default_ns_dtype(self.local.device)
 
     @property
     def update_dtype(self) -> torch.dtype:
-        """The dtype of the update until it is normalized, of which it needs the range."""
-        if self.buffer.dtype == torch.float64:  # no other dtype has its range
+        """Dtype of the update until its normalization, which must have the momentum's range."""
+        if self.momentum_buffer.dtype == torch.float64:  # no other dtype has its range
             return torch.float64
         return working_dtype(self.ns_dtype)
 
-    def narrow(self, view: Callable[[Tensor], Tensor], first: int) -> "Item":
-        """The same for a part of its tensors; ``first`` tells parts apart."""
-        param = view(self.param)
+    def narrow(self, start: int, length: int, first: int) -> "MuonParam":
+        """The same for some slices of the local tensors.
+
+        Args:
+            start, length: of the slices, in the local tensors.
+            first: the number of the first of them in a larger unit, to tell their seeds apart.
+        """
+
+        def view(tensor: Tensor) -> Tensor:
+            return tensor[start : start + length]
+
+        local = view(self.local)
         return self._replace(
-            seed=(*self.seed, first),
-            param=param,
-            target=param if self.target is self.param else view(self.target),
+            local=local,
+            to_update=local if self.to_update is self.local else view(self.to_update),
             gradient=view(self.gradient),
-            buffer=view(self.buffer),
+            momentum_buffer=view(self.momentum_buffer),
+            seed=(*self.seed, first),
         )
 
 
-def step_alone(items: Sequence[Item], found: Tensor | None) -> None:
-    """Muon's step for parameters that this rank holds whole."""
-    for batch in _batches(items):
-        updates = pre_orthogonalize(batch, found)
-        apply(batch, orthogonalize_parameters(batch, updates), found)
+def step_local(params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+    """Muon's step for parameters that this rank has whole.
+
+    Args:
+        params: with a gradient.
+        found_inf: 1 if a gradient is not finite, and nothing must change; None if all are finite.
+    """
+    for batch in _batches(params):
+        updates = pre_orthogonalize(batch, found_inf)
+        apply_updates(batch, orthogonalize_updates(batch, updates), found_inf)
 
 
-def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Batches of like shapes where possible, for one device and dtype each; stacks are cut."""
-    alike = defaultdict(list)
-    for item in items:
-        if item.param.numel():
-            alike[item.param.device, item.update_dtype, item.shape[-2:]].append(item)
-    batch: list[Item] = []
-    elements, kind = 0, None
-    for (device, dtype, _), members in alike.items():
-        most = _BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
-        for item in members:
-            for part in _cut(item, most):
-                size = part.param.numel()
-                if batch and (elements + size > most or kind != (device, dtype)):
+def _batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
+    """Batches of one device and dtype, equal shapes next to each other; large stacks are split."""
+    by_kind = defaultdict(list)
+    for param in params:
+        if param.local.numel():
+            by_kind[param.local.device, param.update_dtype, param.shape[-2:]].append(param)
+    batch: list[MuonParam] = []
+    elements, batch_kind = 0, None
+    for (device, dtype, _), members in by_kind.items():
+        limit = _BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
+        for param in members:
+            for part in _split_stack(param, limit):
+                size = part.local.numel()
+                if batch and (elements + size > limit or batch_kind != (device, dtype)):
                     yield batch
                     batch, elements = [], 0
-                kind = device, dtype
+                batch_kind = device, dtype
                 batch.append(part)
                 elements += size
     if batch:
         yield batch
 
 
-def _cut(item: Item, most: int) -> Iterator[Item]:
-    """A stack in runs of its matrices, of about so many elements; anything else as it is."""
-    length = item.param.size(0)
-    step = max(1, most * length // item.param.numel())
-    if step >= length or item.layout.slices(item.shape) == 1:
-        yield item
+def _split_stack(param: MuonParam, elements: int) -> Iterator[MuonParam]:
+    """Split a stack of matrices into parts of about this many elements."""
+    length = param.local.size(0)
+    step = max(1, elements * length // param.local.numel())
+    if step >= length or param.num_slices == 1:
+        yield param
         return
-    for first in range(0, length, step):
-        count = min(step, length - first)
-        yield item.narrow(partial(torch.narrow, dim=0, start=first, length=count), first)
+    for start in range(0, length, step):
+        yield param.narrow(start, min(step, length - start), start)
 
 
-def pre_orthogonalize(
-    items: Sequence[Item], found: Tensor | None, *, ahead: bool = True
-) -> list[Tensor]:
-    """Update the momentum of parameters or parts of them.
+def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> list[Tensor]:
+    """Update the momentum and return the updates to orthogonalize.
 
     Args:
-        items: of one device and update dtype.
-        found: 1 if a gradient is not finite; None if all are known to be finite.
-        ahead: whether the updates are wanted.
+        params: of one device and update dtype.
+        found_inf: as for ``step_local``.
 
     Returns:
-        The updates to orthogonalize, unless ``ahead`` is false: new tensors, consecutive in memory.
+        New tensors, consecutive in memory, in the update dtype.
     """
-    updates: list[Tensor] = []
-    if ahead and items:
-        sizes = [item.param.numel() for item in items]
-        flat = torch.empty(sum(sizes), dtype=items[0].update_dtype, device=items[0].param.device)
-        updates = [
-            part.view(item.param.shape)
-            for part, item in zip(flat.split_with_sizes(sizes), items, strict=True)
-        ]
-    for indices in _by_group(items).values():
-        options = items[indices[0]].group
-        momentum = momentum_now(options)
-        buffers = [items[index].buffer for index in indices]
-        gradients = [items[index].gradient for index in indices]
-        if found is not None:  # a step that is skipped takes the momentum for the gradient
-            gradients = [
-                torch.where(found == 0, g.to(b.dtype), b)
-                for g, b in zip(gradients, buffers, strict=True)
-            ]
-        update_momentum(buffers, gradients, momentum)
-        if ahead:
-            targets = [updates[index] for index in indices]
-            look_ahead_(targets, buffers, gradients, momentum, options["nesterov"])
+    if not params:
+        return []
+    sizes = [param.local.numel() for param in params]
+    flat = torch.empty(sum(sizes), dtype=params[0].update_dtype, device=params[0].local.device)
+    updates = [
+        part.view(param.local.shape)
+        for part, param in zip(flat.split_with_sizes(sizes), params, strict=True)
+    ]
+    gradients = update_momenta(params, found_inf)
+    for indices in _by_group(params):
+        group = params[indices[0]].group
+        look_ahead_(
+            [updates[index] for index in indices],
+            [params[index].momentum_buffer for index in indices],
+            [gradients[index] for index in indices],
+            momentum_now(group),
+            group["nesterov"],
+        )
     return updates
 
 
-def orthogonalize_parameters(items: Sequence[Item], updates: Sequence[Tensor]) -> list[Tensor]:
+def update_momenta(params: Sequence[MuonParam], found_inf: Tensor | None) -> list[Tensor]:
+    """Update the momentum.
+
+    Returns:
+        The gradients; in a step that is skipped, the momentum instead, which does not change it.
+    """
+    gradients = [param.gradient for param in params]
+    if found_inf is not None:
+        gradients = [
+            torch.where(found_inf == 0, g.to(param.momentum_buffer.dtype), param.momentum_buffer)
+            for g, param in zip(gradients, params, strict=True)
+        ]
+    for indices in _by_group(params):
+        update_momentum(
+            [params[index].momentum_buffer for index in indices],
+            [gradients[index] for index in indices],
+            momentum_now(params[indices[0]].group),
+        )
+    return gradients
+
+
+def orthogonalize_updates(params: Sequence[MuonParam], updates: Sequence[Tensor]) -> list[Tensor]:
     """Orthogonalize and scale every matrix of the model in these updates.
 
     Args:
-        items: their parameters; only options and layouts are read.
+        params: the parameters of the updates; only options and layouts are read.
         updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices), in the
             working dtype of Newton-Schulz. Overwritten.
 
     Returns:
         The same shapes, in the dtype of Newton-Schulz.
     """
-    matrices = [item.layout.split(update) for item, update in zip(items, updates, strict=True)]
+    matrices = [param.layout.split(update) for param, update in zip(params, updates, strict=True)]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
-    alike: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    for index, parts in enumerate(matrices):
-        options = items[index].group
-        for place, part in enumerate(parts):
-            key = (
-                part.shape[-2:], items[index].ns_dtype, part.device,
+    by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    for index, stacks in enumerate(matrices):
+        options = params[index].group
+        for position, stack in enumerate(stacks):
+            kind = (
+                stack.shape[-2:], params[index].ns_dtype, stack.device,
                 repr(options["ns_coefficients"]), options["ns_steps"], options["eps"],
                 options["adjust_lr"], options["update_rms"],
             )  # fmt: skip
-            alike[key].append((index, place))
-    for (shape, dtype, *_), places in alike.items():
-        parts = [matrices[index][place] for index, place in places]
-        options = items[places[0][0]].group
+            by_kind[kind].append((index, position))
+    for (shape, dtype, *_), positions in by_kind.items():
+        stacks = [matrices[index][position] for index, position in positions]
+        options = params[positions[0][0]].group
         results = orthogonalize_(
-            _stack(parts),
+            _concatenate(stacks),
             coefficient_steps(options["ns_coefficients"], options["ns_steps"]),
             eps=options["eps"],
             dtype=dtype,
             scale=update_scale(shape, options["adjust_lr"], options["update_rms"]),
         )
-        sizes = [part.size(0) for part in parts]
-        for (index, place), result in zip(places, results.split_with_sizes(sizes), strict=True):
-            matrices[index][place] = result
+        sizes = [stack.size(0) for stack in stacks]
+        for (index, position), result in zip(
+            positions, results.split_with_sizes(sizes), strict=True
+        ):
+            matrices[index][position] = result
     return [
-        item.layout.join(parts, update.shape)
-        for item, parts, update in zip(items, matrices, updates, strict=True)
+        param.layout.join(stacks, update.shape)
+        for param, stacks, update in zip(params, matrices, updates, strict=True)
     ]
 
 
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """[b, n, m] tensors as one, without a copy where they follow one another in memory."""
-    first = parts[0]
-    if len(parts) == 1:
+def _concatenate(stacks: Sequence[Tensor]) -> Tensor:
+    """[b, n, m] tensors as one, without a copy if they follow one another in memory."""
+    first = stacks[0]
+    if len(stacks) == 1:
         return first
-    place = first.storage_offset()
-    for part in parts:
+    offset = first.storage_offset()
+    for stack in stacks:
         if (
-            not part.is_contiguous()
-            or part.storage_offset() != place
-            or part.untyped_storage()._cdata != first.untyped_storage()._cdata
+            not stack.is_contiguous()
+            or stack.storage_offset() != offset
+            or stack.untyped_storage()._cdata != first.untyped_storage()._cdata
         ):
-            return torch.cat(list(parts))
-        place += part.numel()
+            return torch.cat(list(stacks))
+        offset += stack.numel()
     n, m = first.shape[1:]
     # Not the first's own strides: in a dimension of one element they may be anything.
-    return first.as_strided((sum(part.size(0) for part in parts), n, m), (n * m, m, 1))
+    return first.as_strided((sum(stack.size(0) for stack in stacks), n, m), (n * m, m, 1))
 
 
-def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None) -> None:
-    """Decay the weights and move them, in their masters where they have some."""
-    for indices in _by_group(items).values():
-        options = items[indices[0]].group
+def apply_updates(
+    params: Sequence[MuonParam], updates: Sequence[Tensor], found_inf: Tensor | None
+) -> None:
+    """Decay the weights, add the updates, and round the results into the parameters."""
+    for indices in _by_group(params):
+        members = [params[index] for index in indices]
+        options = members[0].group
         lr: Scalar = options["lr"]
-        if found is not None:
-            lr = lr * (1 - found)
-        members = [items[index] for index in indices]
+        if found_inf is not None:
+            lr = lr * (1 - found_inf)
         # Lower precision is computed in float32 and rounded once.
-        wide = [item.target.to(compute_dtype(item.target)) for item in members]
+        wide = [param.to_update.to(compute_dtype(param.to_update)) for param in members]
         decay_and_apply(
             wide,
             [updates[index] for index in indices],
@@ -237,23 +273,27 @@ def apply(items: Sequence[Item], updates: Sequence[Tensor], found: Tensor | None
             mode=options["weight_decay_mode"],
         )
         write_back(
-            [(result, item.param, item.seed) for item, result in zip(members, wide, strict=True)],
+            [
+                (result, param.local, param.seed)
+                for param, result in zip(members, wide, strict=True)
+            ],
             stochastic=options["stochastic_rounding"],
         )
 
 
-def _by_group(items: Sequence[Item]) -> dict[Any, list[int]]:
-    """Places of the items of each group and dtype."""
-    places: dict[Any, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        places[id(item.group), item.target.dtype, item.buffer.dtype].append(index)
-    return places
+def _by_group(params: Sequence[MuonParam]) -> list[list[int]]:
+    """Indices of the parameters of each group and dtype."""
+    indices: dict[Any, list[int]] = defaultdict(list)
+    for index, param in enumerate(params):
+        key = (id(param.group), param.to_update.dtype, param.momentum_buffer.dtype)
+        indices[key].append(index)
+    return list(indices.values())
 
 
 def momentum_now(group: Mapping[str, Any]) -> float:
-    """The momentum at this update, of a group that counted it already."""
+    """The momentum at this update, which is already counted in ``group["updates"]``."""
     steps = group["momentum_warmup_steps"]
-    share = min(group["updates"] / steps, 1.0) if steps else 1.0
+    progress = min(group["updates"] / steps, 1.0) if steps else 1.0
     start: float = group["momentum_warmup_start"]
     momentum: float = group["momentum"]
-    return momentum if share == 1 else start + (momentum - start) * share
+    return momentum if progress == 1 else start + (momentum - start) * progress

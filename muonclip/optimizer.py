@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from muonclip import saved_state, validation
-from muonclip.adamw import AdamWRow, adamw_step
+from muonclip.adamw import AdamWParam, adamw_step
+from muonclip.distributed.sharding import Sharding, local_gradient, local_tensor
 from muonclip.matrix_layouts import MatrixLayout
-from muonclip.muon import Item, step_alone
+from muonclip.muon import MuonParam, step_local
 from muonclip.orthogonalize import AdjustLR, Coefficients
 from muonclip.precision import (
     moment_dtype,
@@ -23,13 +24,14 @@ from muonclip.precision import (
     set_master,
     write_back,
 )
-from muonclip.update import WeightDecayMode, local
+from muonclip.update import WeightDecayMode
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from muonclip.distributed.muon import SharedWork
-    from muonclip.distributed.sharding import ConnectedRanks, Sharding
+    from muonclip.distributed.groups import ConnectedRanks
+    from muonclip.distributed.muon import DistributedMuon
+    from muonclip.distributed.sharding import Sharding
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -186,7 +188,7 @@ class MuonClip(Optimizer):
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.skipped_steps: int | Tensor = 0
-        self._shared_work: SharedWork | None = None
+        self._distributed_muon: DistributedMuon | None = None
         self._pending: _PendingError | None = None
         self._seen: list[tuple[Tensor, torch.Size]] = []
         self._groups: list[dist.ProcessGroup] | None = None
@@ -291,7 +293,7 @@ class MuonClip(Optimizer):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.raise_if_found()
-        muon: list[Item] = []
+        muon: list[MuonParam] = []
         adamw_groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         refusal: Exception | None = None
         try:
@@ -336,9 +338,9 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ what there is to do
 
-    def _work(self) -> "tuple[list[Item], list[tuple[dict[str, Any], list[Tensor]]]]":
+    def _work(self) -> "tuple[list[MuonParam], list[tuple[dict[str, Any], list[Tensor]]]]":
         """Muon's parameters that have a gradient, and AdamW's by group; with their state."""
-        muon: list[Item] = []
+        muon: list[MuonParam] = []
         adamw_groups = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -348,26 +350,28 @@ class MuonClip(Optimizer):
                 adamw_groups.append((group, params))
         return muon, adamw_groups
 
-    def _item(self, param: Tensor, group: dict[str, Any], number: int) -> "Item":
+    def _item(self, param: Tensor, group: dict[str, Any], number: int) -> "MuonParam":
         state = self._state_of(param, group)
-        held = local(param)
+        held = local_tensor(param)
         target = _target(held, state)
         gradient = local_gradient(param)
         if group["maximize"]:
             gradient = -gradient
         if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
             gradient = gradient.to(target.dtype).add(target, alpha=group["weight_decay"])
-        return Item(
-            param, held, target, gradient, local(state["momentum_buffer"]), group,
+        return MuonParam(
+            param, held, target, gradient, local_tensor(state["momentum_buffer"]), group,
             self._shape(param), (group["updates"], number),
         )  # fmt: skip
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, created if missing, as the parameter's device and dtype need it."""
         state: dict[str, Any] = self.state[param]
-        device = local(param).device
+        device = local_tensor(param).device
         for name, value in list(state.items()):
-            if local(value).device != device:  # the model was moved, or a step loaded from a file
+            if (
+                local_tensor(value).device != device
+            ):  # the model was moved, or a step loaded from a file
                 state[name] = value.to(device)
                 if name == "master":
                     set_master(param, state, state[name])
@@ -423,7 +427,7 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ agreement of the ranks
 
-    def _exchange_flags(self, items: "list[Item]", refusal: Exception | None) -> "_Flags":
+    def _exchange_flags(self, items: "list[MuonParam]", refusal: Exception | None) -> "_Flags":
         """The flags of this step, of all ranks that must take it together.
 
         An accelerator's flags are read on the host only where the step waits for it anyway, to plan
@@ -438,7 +442,7 @@ class MuonClip(Optimizer):
         gradients = self._gradients() if refusal is None else {}
         device = next(iter(gradients), self._device())
         busy = moves or any(g.count_nonzero() for group in gradients.values() for g in group)
-        fits = self._shared_work is None or self._shared_work.fits(items)
+        fits = self._distributed_muon is None or self._distributed_muon.matches(items)
         found = torch.zeros((), dtype=torch.float32, device=device)
         if not ignore:
             for tensors in gradients.values():
@@ -449,12 +453,12 @@ class MuonClip(Optimizer):
             flags = torch.stack([found, *(torch.full_like(found, flag) for flag in known)])
             flags = self._connected.largest(flags)
             found = flags.unbind()[0]
-            if device.type == "cpu" or self._shared_work is None or not moves:
+            if device.type == "cpu" or self._distributed_muon is None or not moves:
                 _, any_refused, busy, replan = map(bool, flags.tolist())
                 if any_refused:
                     refused = self._connected.first_error(refused)
                 if replan:  # together, where one of the ranks has other gradients than before
-                    self._shared_work = None
+                    self._distributed_muon = None
         idle = not busy
         if not ignore and device.type != "cpu" and refused is None and not idle:
             self.skipped_steps = self.skipped_steps + found
@@ -475,7 +479,7 @@ class MuonClip(Optimizer):
         """The device of the parameters, or that of the process group on a rank without any."""
         for group in self.param_groups:
             for p in group["params"]:
-                return local(p).device
+                return local_tensor(p).device
         if self.process_group is not None:
             backend = torch.distributed.get_backend(self.process_group)
             if backend == "nccl":
@@ -491,13 +495,13 @@ class MuonClip(Optimizer):
         if self._groups is not None:
             return
         params = [p for group in self.param_groups for p in group["params"]]
-        self._groups, self._connected, self._shared_work = [], None, None
+        self._groups, self._connected, self._distributed_muon = [], None, None
         if (
             self.shardings
             or self.process_group is not None
             or any(hasattr(p, "device_mesh") for p in params)
         ):
-            from muonclip.distributed.sharding import ConnectedRanks, groups_of
+            from muonclip.distributed.groups import ConnectedRanks, groups_of
 
             self._groups = groups_of(params, self.process_group, self.shardings)
             if self._groups:
@@ -522,18 +526,18 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ Muon
 
-    def _step_muon(self, items: "list[Item]", found: Tensor | None) -> None:
+    def _step_muon(self, items: "list[MuonParam]", found: Tensor | None) -> None:
         if self._connected is None:
-            step_alone(items, found)
+            step_local(items, found)
             return
-        from muonclip.distributed.muon import SharedWork
+        from muonclip.distributed.muon import DistributedMuon
 
         assert self._groups is not None
-        if self._shared_work is None or not self._shared_work.fits(items):
-            self._shared_work = SharedWork(
+        if self._distributed_muon is None or not self._distributed_muon.matches(items):
+            self._distributed_muon = DistributedMuon(
                 items, self._groups, self._connected, self.process_group, self.shardings
             )
-        self._shared_work.step(items, found)
+        self._distributed_muon.step(items, found)
 
     # ------------------------------------------------------------------ AdamW
 
@@ -541,7 +545,7 @@ class MuonClip(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], found: Tensor | None
     ) -> None:
         states = [self._state_of(p, group) for p in params]
-        held = [local(p) for p in params]
+        held = [local_tensor(p) for p in params]
         targets = []
         for p, own, state in zip(params, held, states, strict=True):
             target = _target(own, state)
@@ -549,9 +553,11 @@ class MuonClip(Optimizer):
         rows = []
         for p, target, state in zip(params, targets, states, strict=True):
             if target.numel():
-                average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                average, square = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])
                 rows.append(
-                    AdamWRow(target, local_gradient(p), average, square, local(state["step"]))
+                    AdamWParam(
+                        target, local_gradient(p), average, square, local_tensor(state["step"])
+                    )
                 )
             else:
                 # Counted on empty shards too: a checkpoint keeps one rank's step for all.
@@ -605,7 +611,7 @@ class MuonClip(Optimizer):
         present = {id(p) for group in self.param_groups for p in group["params"]}
         replaced = [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]
         for p in replaced:
-            moments = [local(v) for name, v in self.state[p].items() if name != "master"]
+            moments = [local_tensor(v) for name, v in self.state[p].items() if name != "master"]
             if any(moment.any() for moment in moments):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was replaced in the optimizer's groups "
@@ -681,7 +687,7 @@ class MuonClip(Optimizer):
         dtype = moment_dtype(group, param)
         for name, value in saved.items():
             if name == "step":
-                state[name] = value.to(local(param).device, copy=True)
+                state[name] = value.to(local_tensor(param).device, copy=True)
             elif name != "master":
                 state[name] = value.to(device=param.device, dtype=dtype, copy=True)
         if not needs_master(group, param):
@@ -779,7 +785,7 @@ class MuonClip(Optimizer):
         super().__setstate__(state)
         # torch puts it there when a state is loaded, and new groups would then have a key more.
         self.defaults.pop("differentiable", None)
-        self.__dict__.setdefault("_shared_work", None)
+        self.__dict__.setdefault("_distributed_muon", None)
         self.__dict__.setdefault("_pending", None)
         for flag in ("_connected", "_warned_of_shapes"):
             self.__dict__.setdefault(flag, None)
@@ -804,7 +810,7 @@ def _target(held: Tensor, state: dict[str, Any]) -> Tensor:
     two views of it would be taken for two tensors, and one copied into the other."""
     if "master" not in state:
         return held
-    master = local(state["master"])
+    master = local_tensor(state["master"])
     refresh_master(master, held)
     return master
 
@@ -817,17 +823,6 @@ def _is_capturing() -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
     except RuntimeError:  # a build without CUDA
         return False
-
-
-def local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of a gradient, placed as the parameter is."""
-    gradient = param.grad
-    assert gradient is not None
-    if hasattr(param, "device_mesh"):
-        from muonclip.distributed.sharding import local_like
-
-        return local_like(gradient, param)
-    return gradient
 
 
 def _any_nonfinite(gradients: list[Tensor]) -> Tensor:

@@ -604,7 +604,7 @@ class QKClip:
         parts = [part for x in self.layouts.values() for part in (x.query, x.key)]
         weights = [part.weight for part in parts]
         if self.process_group is None and all(hasattr(w, "device_mesh") for w in weights):
-            from muonclip.distributed.sharding import ConnectedRanks, groups_of
+            from muonclip.distributed.groups import ConnectedRanks, groups_of
 
             groups = groups_of(weights, None, {})
             if self._connected is None and groups:

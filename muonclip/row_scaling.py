@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
-from muonclip.update import local
 
 # Which of a layer's projections take the factor on its logits.
 Share = Literal["both", "query", "key", "none"]
@@ -155,7 +155,7 @@ class Rows:
     def scale(self, factors: Tensor) -> None:
         """Multiply each row by its factor, in the master copy where there is one."""
         tensor = self.tensor
-        held = local(tensor)
+        held = local_tensor(tensor)
         shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
         by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
         master = get_master(tensor)
@@ -168,7 +168,7 @@ class Rows:
         elif master is None:
             held.mul_(by_row)
         else:
-            master = local(master)
+            master = local_tensor(master)
             if held.element_size() == 2 and type(held) in (Tensor, nn.Parameter):
                 refresh_master(master, held)  # weights that were loaded since the optimizer's step
             master.mul_(by_row)
@@ -180,8 +180,8 @@ class Rows:
         key = (tensor.device, _placements(tensor))
         if self._local_slots is None or self._local_slots[0] != key:
             slots = self.slots
-            if _placements(tensor) is not None:
-                slots = slots[_local_rows(tensor, self.dim)]
+            if is_dtensor(tensor):
+                slots = slots[local_indices(tensor, self.dim)]
             self._local_slots = key, slots.to(tensor.device)
         return self._local_slots[1]
 
@@ -275,34 +275,3 @@ def _placements(tensor: Tensor) -> Any:
     """How a DTensor lies on its ranks; None for any other tensor."""
     placements = getattr(tensor, "placements", None)
     return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]
-
-
-def _local_rows(tensor: Any, dim: int) -> Tensor:
-    """Indices along a dimension of a DTensor that are on this rank.
-
-    Raises:
-        ValueError: for a sum over ranks that was not formed, or a placement that is not known.
-    """
-    mesh = tensor.device_mesh
-    rows = torch.arange(tensor.size(dim), device="cpu")
-    if mesh.get_coordinate() is None:  # this rank holds nothing of it
-        return rows[:0]
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise ValueError(f"a weight has placements {tensor.placements}: reduce it first")
-        if placement.is_replicate() or placement.dim % tensor.ndim != dim:
-            continue
-        # FSDP2 on top of tensor parallelism cuts each of that many pieces (_StridedShard).
-        pieces = torch.chunk(rows, getattr(placement, "split_factor", 1))
-        rows = torch.cat([_chunk(p, mesh.size(axis), mesh.get_local_rank(axis)) for p in pieces])
-    if len(rows) != tensor.to_local().size(dim):
-        raise ValueError(
-            f"a weight of shape {tuple(tensor.shape)} has placements {tensor.placements}, of which "
-            f"this rank should hold {len(rows)} rows, not {tensor.to_local().size(dim)}"
-        )
-    return rows
-
-
-def _chunk(rows: Tensor, count: int, index: int) -> Tensor:
-    chunks = torch.chunk(rows, count)
-    return chunks[index] if index < len(chunks) else rows[:0]

@@ -85,8 +85,3 @@ def _add_scaled(params: list[Tensor], tensors: list[Tensor], scale: Scalar) -> N
         torch._foreach_add_(params, tensors)
     else:
         torch._foreach_add_(params, tensors, alpha=scale)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's part on this rank, sharing its storage; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

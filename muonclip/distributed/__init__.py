@@ -1,4 +1,4 @@
-"""Muon's matrices over many processes: whole matrices are rebuilt on owners, and updates return."""
+"""Muon over many processes: matrices are rebuilt on the ranks that orthogonalize them."""
 
-from muonclip.distributed.sharding import Block as Block
 from muonclip.distributed.sharding import Sharding as Sharding
+from muonclip.distributed.sharding import TensorShard as TensorShard

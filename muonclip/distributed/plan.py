@@ -1,4 +1,4 @@
-"""Who orthogonalizes what: pure, and the same on every rank."""
+"""Assignment of matrices to ranks: pure functions with the same result on every rank."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -7,89 +7,86 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-from torch import Tensor
-
-from muonclip.distributed.sharding import Block
+from muonclip.distributed.sharding import TensorShard
 
 
 class Route(NamedTuple):
-    """One block of a unit: the rank that sends it to the owner, and all ranks that hold it."""
+    """The transfer of one shard of a unit: its sender, and all ranks that have a copy of it."""
 
-    block: Block
+    shard: TensorShard
     sender: int
     holders: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """What one rank orthogonalizes as a whole: a parameter, or some slices of a stack.
+class WorkUnit:
+    """Matrices that one rank orthogonalizes: a whole parameter, or some slices of a stack.
 
     Attributes:
-        item: the parameter's place in the step.
+        index: of the parameter in the step.
         first: the first slice of the stack; 0 otherwise.
         shape: of the whole unit.
-        blocks: each rank's part of it, in the unit's coordinates; None where it has none.
-        cost: of orthogonalizing it, in multiply-adds.
+        shards: of each rank, in the unit's coordinates; None for a rank without one.
+        cost: of the orthogonalization, in multiply-adds.
     """
 
-    item: int
+    index: int
     first: int
     shape: tuple[int, ...]
-    blocks: tuple[Block | None, ...]
+    shards: tuple[TensorShard | None, ...]
     cost: float
 
-    def view(self, part: Tensor, rank: int, block_of_parameter: Block) -> Tensor:
-        """The unit's part of what a rank holds of the parameter."""
-        block = self.blocks[rank]
-        assert block is not None
-        start = self.first + block.offsets[0] - block_of_parameter.offsets[0]
-        return part[start : start + block.sizes[0]]
+    def shard_of(self, rank: int) -> TensorShard:
+        """The shard of a rank that has one."""
+        shard = self.shards[rank]
+        assert shard is not None
+        return shard
 
     def routes(self, owner: int) -> Iterator[Route]:
-        """How the unit's blocks come to its owner, and who waits for the result."""
-        holders: dict[Block, list[int]] = {}
-        for rank, block in enumerate(self.blocks):
-            if block is not None:
-                holders.setdefault(block, []).append(rank)
-        for block, ranks in holders.items():
-            # Of several copies the nearest is sent; neighbours in rank are so in the network.
+        """How the unit's shards reach its owner, and which ranks wait for the result."""
+        holders: dict[TensorShard, list[int]] = {}
+        for rank, shard in enumerate(self.shards):
+            if shard is not None:
+                holders.setdefault(shard, []).append(rank)
+        for shard, ranks in holders.items():
+            # The nearest of several copies is sent; neighbours in rank are so in the network.
             sender = min(ranks, key=lambda rank: (abs(rank - owner), rank))
-            yield Route(block, sender, tuple(ranks))
+            yield Route(shard, sender, tuple(ranks))
 
 
 def make_units(
-    item: int, shape: tuple[int, ...], blocks: Sequence[Block], pieces: int, cost: float
-) -> list[Unit]:
-    """A parameter as units: a stack [E, n, m] is cut into up to ``pieces``, a matrix stays whole.
+    index: int, shape: tuple[int, ...], shards: Sequence[TensorShard], count: int, cost: float
+) -> list[WorkUnit]:
+    """Split a stack [E, n, m] into up to ``count`` units; a matrix stays whole.
 
     Args:
-        item: the parameter's place in the step.
+        index: of the parameter in the step.
         shape: of the whole parameter.
-        blocks: each rank's part.
-        pieces: 1, or for a stack into how many parts it may be cut.
+        shards: of each rank.
+        count: 1 for anything but a stack.
         cost: of the whole parameter.
     """
     length = shape[0]
-    pieces = min(pieces, length)
-    bounds = [length * piece // pieces for piece in range(pieces + 1)]
+    count = min(count, length)
+    bounds = [length * number // count for number in range(count + 1)]
     units = []
     for first, last in pairwise(bounds):
-        parts: list[Block | None] = []
-        for block in blocks:
-            start = max(first, block.offsets[0])
-            stop = min(last, block.offsets[0] + block.sizes[0])
-            part = Block(
-                (start - first, *block.offsets[1:]), (max(stop - start, 0), *block.sizes[1:])
+        unit_shards: list[TensorShard | None] = []
+        for shard in shards:
+            start = max(first, shard.offsets[0])
+            stop = min(last, shard.offsets[0] + shard.sizes[0])
+            unit_shard = TensorShard(
+                (start - first, *shard.offsets[1:]), (max(stop - start, 0), *shard.sizes[1:])
             )
-            parts.append(part if part.numel else None)
+            unit_shards.append(unit_shard if unit_shard.numel else None)
         unit_shape = (last - first, *shape[1:])
         share = (last - first) / length
-        units.append(Unit(item, first, unit_shape, tuple(parts), cost * share))
+        units.append(WorkUnit(index, first, unit_shape, tuple(unit_shards), cost * share))
     return units
 
 
-def assign_owners(units: Sequence[Unit], ranks: int) -> list[int]:
-    """Give every unit to a rank, the costliest first, each to the rank with the least so far.
+def assign_owners(units: Sequence[WorkUnit], ranks: int) -> list[int]:
+    """Assign every unit to a rank, the costliest first, each to the rank with the least load.
 
     The largest load is at most 4/3 of the least possible (Graham, 1969).
 
@@ -109,30 +106,29 @@ def assign_owners(units: Sequence[Unit], ranks: int) -> list[int]:
 class Bucket:
     """Units that travel together, and the owner of each."""
 
-    units: list[Unit] = field(default_factory=list)
+    units: list[WorkUnit] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
 
 
-def make_buckets(units: Sequence[Unit], owners: Sequence[int], elements: int) -> list[Bucket]:
-    """Cut the work into buckets in which every owner has about an equal share of its own.
+def make_buckets(units: Sequence[WorkUnit], owners: Sequence[int], elements: int) -> list[Bucket]:
+    """Divide the work into buckets, in each of which every owner has about the same share.
 
     Args:
         units: in any order.
         owners: the owner of each.
-        elements: about as many elements of the whole parameters go into one bucket.
+        elements: about the number of elements of whole units in a bucket.
 
     Returns:
-        At least two where there are two units for some owner: one travels while another is
-        worked on.
+        At least two if an owner has two units, so that one travels while another is worked on.
     """
     total = sum(prod(unit.shape) for unit in units)
-    of_owner: dict[int, list[int]] = {}
+    by_owner: dict[int, list[int]] = {}
     for index, owner in enumerate(owners):
-        of_owner.setdefault(owner, []).append(index)
-    most = max((len(indices) for indices in of_owner.values()), default=0)
+        by_owner.setdefault(owner, []).append(index)
+    most = max((len(indices) for indices in by_owner.values()), default=0)
     count = max(1, min(most, max(2, -(-total // elements))))
     buckets = [Bucket() for _ in range(count)]
-    for owner, indices in sorted(of_owner.items()):
+    for owner, indices in sorted(by_owner.items()):
         load = sum(units[index].cost for index in indices)
         before = 0.0
         for index in indices:

@@ -180,9 +180,9 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
             each rank a part of the gradients, for tensor parallelism in ``GroupedMLP``, and for
             shards of generalized tensor parallelism (GTP).
     """
-    from muonclip.distributed.sharding import Block, Sharding
+    from muonclip.distributed.sharding import Sharding, TensorShard
 
-    parts: dict[bool, dict[Tensor, tuple[tuple[int, ...], Block]]] = {False: {}, True: {}}
+    parts: dict[bool, dict[Tensor, tuple[tuple[int, ...], TensorShard]]] = {False: {}, True: {}}
     for module in model.modules():
         _check_gradients_are_whole(module)
         for name, parameter in module._parameters.items():
@@ -202,8 +202,8 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
                     )
                 offsets[dim] = shape[dim] * group.rank()
                 shape[dim] *= group.size()
-            block = Block(tuple(offsets), tuple(parameter.shape))
-            parts[expert][parameter] = (tuple(shape), block)
+            shard = TensorShard(tuple(offsets), tuple(parameter.shape))
+            parts[expert][parameter] = (tuple(shape), shard)
 
     found: dict[Tensor, Sharding] = {}
     for expert, group_of in ((False, _dense_group), (True, _expert_group)):
@@ -321,7 +321,7 @@ def _expert_group() -> "dist.ProcessGroup":
     """The ranks that hold the same experts, or parts of them: megatron-core has no such group."""
     import torch.distributed as dist
 
-    from muonclip.distributed.sharding import group_of_ranks
+    from muonclip.distributed.groups import group_of_ranks
 
     state = _parallel_state()
     tensor, data = state.get_expert_tensor_parallel_group(), state.get_expert_data_parallel_group()

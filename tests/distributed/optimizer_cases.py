@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from muonclip import MatrixLayout, MuonClip
-from muonclip.update import local
+from muonclip.distributed.sharding import local_tensor
 
 # Newton-Schulz in float64: what is left between one process and several is rounding of weights.
 EXACT: dict[str, Any] = {"ns_dtype": torch.float64, "lr": 0.05, "adamw_lr": 0.01, "momentum": 0.9}
@@ -144,12 +144,12 @@ def train_past_a_bad_gradient(
             message = str(error)
         if step == 1:
             weights, state = before
-            assert all(map(torch.equal, map(local, params), map(local, weights)))
+            assert all(map(torch.equal, map(local_tensor, params), map(local_tensor, weights)))
             now = optimizer.state_dict()
             assert now["param_groups"] == state["param_groups"]
             for key, entries in state["state"].items():
                 for name, value in entries.items():
-                    assert torch.equal(local(now["state"][key][name]), local(value))
+                    assert torch.equal(local_tensor(now["state"][key][name]), local_tensor(value))
     assert isinstance(optimizer.skipped_steps, int)
     return message, outcome_of(params, optimizer), optimizer.skipped_steps
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from muonclip import MatrixLayout, MuonClip, param_groups
-from muonclip.update import local
+from muonclip.distributed.sharding import local_tensor
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import EXACT, TOLERANCE, Block, random, whole
 
@@ -100,7 +100,7 @@ def load_and_go_on(folder: Path) -> dict[tuple[str, bool], dict[str, Tensor]]:
 def spoil(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
-            local(p).fill_(0.123)
+            local_tensor(p).fill_(0.123)
 
 
 def uninterrupted(name: str) -> dict[str, Tensor]:

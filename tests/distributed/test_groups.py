@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
-from muonclip.distributed import Block, Sharding
-from muonclip.distributed.sharding import ConnectedRanks, _diameter, order_of
+from muonclip.distributed import Sharding, TensorShard
+from muonclip.distributed.groups import ConnectedRanks, _diameter, order_of
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import EXACT, TOLERANCE, random, whole
 from tests.distributed.optimizer_cases import Block as Model
@@ -304,8 +304,8 @@ def updates(dtype: torch.dtype, kind: str) -> list[Tensor]:
         p.grad = gradient[:, part].contiguous() if kind == "shardings" else gradient
         if kind == "shardings":
             assert world is not None
-            blocks = [Block((0, r * width), (SHAPE[0], width)) for r in range(4)]
-            options["shardings"] = {p: Sharding(SHAPE, world, tuple(blocks))}
+            shards = [TensorShard((0, r * width), (SHAPE[0], width)) for r in range(4)]
+            options["shardings"] = {p: Sharding(SHAPE, world, tuple(shards))}
         MuonClip([p], lr=1.0, weight_decay=0.0, eps=0.0, ns_dtype=dtype, **options).step()
         after = p.detach()
         if kind == "shardings":

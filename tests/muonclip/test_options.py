@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from muonclip import MatrixLayout, MuonClip, orthogonalize
+from muonclip.muon import step_local
 from muonclip.precision import round_stochastically
 from muonclip.update import decay_and_apply
 
@@ -256,13 +257,13 @@ class TestPrecision:
 
 
 @pytest.mark.parametrize("master_weights", [False, True])
-def test_a_parameter_is_its_own_target_unless_it_has_a_master(master_weights: bool) -> None:
-    """Also in part: what is written back is told from what is in place by which tensor it is."""
+def test_the_local_tensor_itself_is_updated_unless_there_is_a_master(master_weights: bool) -> None:
+    """Results are copied into a parameter unless both are the same tensor object."""
     params = make((3, 8, 8), dtype=torch.bfloat16)
     give_grads(params)
-    (item,), _ = MuonClip(params, master_weights=master_weights)._work()
-    for one in (item, item.narrow(lambda tensor: tensor[1:], 1)):
-        assert (one.target is one.param) == (not master_weights)
+    (param,), _ = MuonClip(params, master_weights=master_weights)._work()
+    for part in (param, param.narrow(1, 2, 1)):
+        assert (part.to_update is part.local) == (not master_weights)
 
 
 class TestNonFinite:
@@ -377,9 +378,7 @@ class TestOnAnAccelerator:
             MuonClip(make((2, 2)), capturable=True, **options)
 
     def test_a_skipped_step_on_the_device_changes_nothing(self) -> None:
-        """The branch-free path, on the CPU: a flag of one leaves all as it was, zero changes it."""
-        from muonclip.muon import apply, orthogonalize_parameters, pre_orthogonalize
-
+        """The path of accelerators, without branches, run on the CPU."""
         for flag in (1.0, 0.0):
             (p,) = params = make((4, 6))
             optimizer = MuonClip(params, lr=0.1)
@@ -389,10 +388,8 @@ class TestOnAnAccelerator:
             before = p.detach().clone(), buffer.clone()
             p.grad = torch.full((4, 6), torch.nan) if flag else torch.ones(4, 6)
             with torch.no_grad():
-                items, _ = optimizer._work()
-                found = torch.tensor(flag)
-                updates = pre_orthogonalize(items, found)
-                apply(items, orthogonalize_parameters(items, updates), found)
+                muon_params, _ = optimizer._work()
+                step_local(muon_params, found_inf=torch.tensor(flag))
             same = torch.equal(p, before[0]) and torch.equal(buffer, before[1])
             assert same == bool(flag)
             assert p.isfinite().all()

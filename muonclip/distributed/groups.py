@@ -1,0 +1,152 @@
+"""Process groups that share tensors, and agreement of all ranks that they connect."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+
+from muonclip.distributed.sharding import Sharding, is_dtensor
+
+_T = TypeVar("_T")
+
+
+def group_of(
+    tensor: Tensor,
+    process_group: dist.ProcessGroup | None,
+    shardings: Mapping[Tensor, Sharding],
+) -> dist.ProcessGroup | None:
+    """The group of the ranks that share a tensor; None if this rank is not in it, or has it alone.
+
+    Args:
+        tensor: a DTensor, whose group is that of its whole mesh, or a plain tensor.
+        process_group: the group of plain tensors without a sharding, or None.
+        shardings: of plain tensors.
+    """
+    if not is_dtensor(tensor):
+        return shardings[tensor].group if tensor in shardings else process_group
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        return None
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return group_of_ranks(mesh.mesh.flatten().tolist(), mesh.get_all_groups())
+
+
+def groups_of(
+    tensors: Iterable[Tensor],
+    process_group: dist.ProcessGroup | None,
+    shardings: Mapping[Tensor, Sharding],
+) -> list[dist.ProcessGroup]:
+    """The groups in which this rank shares tensors, each group once.
+
+    Args:
+        tensors, process_group, shardings: as for ``group_of``; ``process_group`` is always in the
+            result.
+
+    Returns:
+        Groups in the order of ``order_of``: ranks that share several groups must meet in them in
+        the same order.
+    """
+    groups = [process_group, *(group_of(t, process_group, shardings) for t in tensors)]
+    distinct = {id(group): group for group in groups if group is not None}
+    return sorted(distinct.values(), key=order_of)
+
+
+def order_of(group: dist.ProcessGroup) -> tuple[int, list[int], str]:
+    """Sort key of groups, the same on every rank: the largest first."""
+    ranks = dist.get_process_group_ranks(group)
+    return -len(ranks), ranks, group.group_name
+
+
+class ConnectedRanks:
+    """The ranks that groups connect, directly or through other ranks.
+
+    If one of them skips a step, all must, because each shares tensors with another. The
+    constructor and each method are collective calls of all of them.
+
+    Args:
+        groups: the groups that this rank is in, sorted by ``order_of``; at least one.
+    """
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        self._groups = groups
+        self._rounds = 0
+        neighbours = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
+        known = {dist.get_rank(): neighbours}
+        # After n rounds a rank knows the neighbours of all ranks up to n groups away.
+        while self._rounds < _diameter(known):
+            gathered = [entries for group in groups for entries in _gather(known, group)]
+            known = {rank: ranks for entries in gathered for rank, ranks in entries.items()}
+            self._rounds += 1
+
+    def largest(self, flags: Tensor) -> Tensor:
+        """The elementwise maximum of all ranks' tensors, in place."""
+        for _ in range(self._rounds):
+            for group in self._groups:
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+        return flags
+
+    def first_error(self, error: str | None) -> str | None:
+        """The error of the lowest rank that has one, the same for all; None if there is none."""
+        errors = {} if error is None else {dist.get_rank(): error}
+        for _ in range(self._rounds):
+            for group in self._groups:
+                for gathered in _gather(errors, group):
+                    errors |= gathered
+        return errors[min(errors)] if errors else None
+
+
+def _gather(value: dict[int, _T], group: dist.ProcessGroup) -> list[dict[int, _T]]:
+    gathered: list[dict[int, _T]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _diameter(neighbours: Mapping[int, set[int]]) -> float:
+    """The largest distance between two ranks; infinite if a rank's neighbours are not known."""
+    if not set().union(*neighbours.values()) <= neighbours.keys():
+        return math.inf
+    largest = 0
+    for rank in neighbours:
+        reached, distance = {rank}, 0
+        while reached != neighbours.keys():
+            reached = set().union(*(neighbours[other] for other in reached))
+            distance += 1
+        largest = max(largest, distance)
+    return largest
+
+
+_groups_by_ranks: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
+
+
+def group_of_ranks(ranks: Sequence[int], along: Sequence[dist.ProcessGroup]) -> dist.ProcessGroup:
+    """The group of these ranks, created once. A collective call of these ranks alone.
+
+    Args:
+        ranks: global ranks, a grid in any order.
+        along: this rank's group along each dimension of the grid.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if len(ranks) == dist.get_world_size():
+        return world
+    created = _groups_by_ranks.setdefault(world, {})  # groups end with the world they belong to
+    key = tuple(sorted(ranks))
+    if key not in created:
+        # torch names a group that only its members create after the number of groups that a rank
+        # is in: where that differs, they would wait for each other under different names.
+        count = len(dist.distributed_c10d._world.pg_names)
+        for group in along:
+            counts = _gather({dist.get_rank(): count}, group)
+            count = max(max(by_rank.values()) for by_rank in counts)
+        while len(dist.distributed_c10d._world.pg_names) < count:
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        group = dist.new_group(list(key), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        created[key] = group
+    return created[key]
