@@ -5,7 +5,7 @@ and allowed values. A file contains the settings that differ from the defaults; 
 the command line takes precedence over the file.
 """
 
-from pretrain.config.loading import escape_path, from_dict, load, to_dict
+from pretrain.config.loading import escape_path, from_dict, load, to_dict, with_overrides
 from pretrain.config.reference import describe
 from pretrain.config.schema import (
     Config,
@@ -42,4 +42,5 @@ __all__ = [
     "from_dict",
     "load",
     "to_dict",
+    "with_overrides",
 ]

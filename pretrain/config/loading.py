@@ -1,11 +1,13 @@
-"""Reading a configuration: YAML files, overrides, and conversion to typed settings."""
+"""Reading a configuration: YAML files that build on each other, overrides, and typed settings."""
 
 import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import string
 import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,103 +27,103 @@ from pretrain.config.rules import (
 from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
 
-T = TypeVar("T")
 S = TypeVar("S", bound=Settings)
+
+# The file, or None for an override, and its settings.
+Layer = tuple[Path | None, dict[str, Any]]
 
 _MAX_BYTES = 1 << 20
 
 
-def _convert(value: Any, expected: Any, key: str) -> Any:
-    """Return ``value`` as ``expected``, or raise naming ``key``; never a lossy conversion."""
-    if isinstance(expected, type) and issubclass(expected, Settings):
-        return _build(expected, value, key)
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if origin is typing.Annotated:
-        return _convert(value, args[0], key)
-    if is_union(expected):
-        for part in args:
-            try:
-                return _convert(value, part, key)
-            except PretrainError:
-                continue
-    elif origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-    elif origin is tuple and isinstance(value, list | tuple):
-        if args[-1] is Ellipsis:
-            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
-        if len(args) == len(value):
-            return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
-    elif expected is float and type(value) is int:
-        with contextlib.suppress(OverflowError):  # more than a float can hold
-            return float(value)
-    elif type(value) is expected:
-        return value
-    hint = ""
-    if expected is bool and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
-        hint = ": write true or false"
-    raise PretrainError(f"{key} must be {type_name(expected)}, not {shortened(value)}{hint}")
+class SettingError(PretrainError):
+    """A setting with an invalid value or name.
+
+    Attributes:
+        key: its dotted name, with which the message begins.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
-def _build(cls: type[T], values: Any, prefix: str) -> T:
-    if not isinstance(values, dict):
-        where = prefix or "the configuration"
-        raise PretrainError(f"{where} must be a mapping, not {shortened(values)}")
-    hints = field_types(cls)
-    arguments = {}
-    for name, value in values.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), list(hints), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(hints)
-            raise PretrainError(f"unknown configuration key {shortened(key)}: {hint}")
-        arguments[name] = _convert(value, hints[name], key)
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise PretrainError(f"{prefix}.{error}" if prefix else str(error)) from error
+# ---------------------------------------------------------------------- files and overrides
 
 
-def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put ``more`` into ``values``; a section changes in what it names."""
-    for name, value in more.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            _merge(values[name], value)
-        else:
-            values[name] = value
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, the files it is based on, and ``key.sub=value`` overrides.
 
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise PretrainError(f"cannot read the override {override!r}: write key=value")
-    try:
-        value = yaml_core.read(text, comments=False)
-    except yaml.YAMLError as error:
-        raise PretrainError(
-            f"cannot read the value of the override {override!r}: {yaml_core.explain(error)}"
-        ) from error
-    *parents, name = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise PretrainError(f"the override {override!r} goes into {parent!r}, which is a value")
-    _merge(values, {name: value})
-
-
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply ``key.sub=value`` overrides, of which the last one of a key wins.
+    ``base: FILE`` in a file names another one, relative to it, whose settings it changes:
+    mappings are merged, everything else is replaced, and null restores a setting's default.
+    Overrides change the result in the same way, in their order.
 
     In settings that are paths, ``~`` and ``$VARIABLE`` are expanded; ``$$`` is a dollar sign.
 
     Raises:
-        PretrainError: the file cannot be read, a key is unknown or given twice, or a value has the
-            wrong type or lies outside its range; the message names the key.
+        PretrainError: a file cannot be read, the bases form a cycle, a key is unknown or given
+            twice, or a value has the wrong type or is out of range. The message names the key,
+            and the file in which it is set.
     """
+    layers = [*_with_bases(Path(path)), *((None, _parse(override)) for override in overrides)]
+    values: dict[str, Any] = {}
+    for _, changes in layers:
+        values = merge(values, changes)
+    try:
+        return _expand_paths(from_dict(values), "")
+    except SettingError as error:
+        file = _file_of(error.key, layers)
+        raise PretrainError(f"{file}: {error}" if file else str(error)) from error
+
+
+def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with ``changes``: mappings are merged, everything else is replaced."""
+    merged = dict(values)
+    for name, value in changes.items():
+        before = merged.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = merge(before, value)
+        merged[name] = value
+    return merged
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return plain values with ``key.sub=value`` overrides.
+
+    Raises:
+        PretrainError: an override cannot be read.
+    """
+    for text in overrides:
+        values = merge(values, _parse(text))
+    return dict(values)
+
+
+def _with_bases(path: Path) -> list[Layer]:
+    """A file and the files it is based on, with their settings; each follows its base."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        name = f"{path}, the base of {chain[0][0]}" if chain else str(path)
+        values = _read(path, name)
+        chain.insert(0, (path, values))
+        if "base" not in values:
+            return [*chain]
+        base = values.pop("base")
+        if not isinstance(base, str) or not base.strip():
+            raise PretrainError(f"{path}: base must be the path of one file, not {shortened(base)}")
+        try:
+            path = path.parent / _expand(base, "base")
+        except SettingError as error:
+            raise PretrainError(f"{path}: {error}") from error
+        if path.resolve() in [file.resolve() for file, _ in chain]:
+            cycle = " -> ".join(str(file) for file in (*(f for f, _ in reversed(chain)), path))
+            raise PretrainError(f"{chain[0][0]}: the base files form a cycle: {cycle}")
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """The settings in a file; ``name`` is for messages."""
     try:
         values = yaml_core.read(untrusted_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
     except OSError as error:
-        raise PretrainError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise PretrainError(f"cannot read the configuration {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PretrainError(f"the configuration {path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
@@ -131,65 +133,164 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise PretrainError(f"the configuration {path} must be a mapping of keys to values")
-    return _with_paths_expanded(from_dict(values, overrides), "")
+    return values
 
 
-def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
-    """A configuration from plain values, such as a checkpoint contains, and overrides.
+def _parse(override: str) -> dict[str, Any]:
+    """The nested values of a ``key.sub=value`` override."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PretrainError(f"cannot read the override {override!r}: write key=value")
+    if not text.strip():  # such as run_dir=$VARIABLE where the variable is not set
+        raise PretrainError(f"the override {override!r} has no value: null restores the default")
+    try:
+        value = yaml_core.read(text, comments=False)
+    except yaml.YAMLError as error:
+        raise PretrainError(
+            f"cannot read the value of the override {override!r}: {yaml_core.explain(error)}"
+        ) from error
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
 
-    Paths stay as they are.
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of the settings and sections in nested values."""
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _file_of(key: str, layers: Sequence[Layer]) -> Path | None:
+    """The file that sets a setting, or else the list or section that contains it; the last one."""
+    while key:
+        for file, values in reversed(layers):
+            if key in _keys(values):
+                return file
+        key = re.sub(r"(^|[.\[])[^.\[]*$", "", key)
+    return None
+
+
+# ---------------------------------------------------------------------- typed settings
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """A configuration from plain values, such as a checkpoint contains.
+
+    Paths stay as they are; settings that are missing or None have their defaults.
 
     Raises:
-        PretrainError: as :func:`load`.
+        SettingError: a key is unknown, or a value is invalid.
     """
-    for override in overrides:
-        _override(values, override)
     return _build(Config, values, "")
 
 
-def _with_paths_expanded(settings: S, prefix: str) -> S:
-    changed: dict[str, Any] = {}
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, including defaults."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type[S], values: Any, prefix: str) -> S:
+    """Construct a section; ``prefix`` is its dotted name and a dot."""
+    if not isinstance(values, Mapping):
+        key = prefix.rstrip(".")
+        name = key or "the configuration"
+        raise SettingError(key, f"{name} must be a mapping, not {shortened(values)}")
+    types = field_types(cls)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            similar = difflib.get_close_matches(str(name), list(types), n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(types)}"
+            raise SettingError(key, f"unknown configuration key {shortened(key)}: {hint}")
+        if value is not None:
+            arguments[name] = _convert(value, types[name], key)
+    return _construct(cls, arguments, prefix)
+
+
+def _construct(cls: type[S], arguments: dict[str, Any], prefix: str) -> S:
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        message = f"{prefix}{error}"
+        raise SettingError(re.split("[ =]", message, maxsplit=1)[0], message) from error
+
+
+def _convert(value: Any, expected: Any, key: str) -> Any:
+    """Return ``value`` as the type ``expected``, without loss, or raise an error about ``key``."""
+    if isinstance(expected, type) and issubclass(expected, Settings):
+        return _build(expected, value, f"{key}.")
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is typing.Annotated:
+        return _convert(value, args[0], key)
+    if is_union(expected):
+        for member in args:
+            with contextlib.suppress(SettingError):
+                return _convert(value, member, key)
+    elif origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
+    elif expected is float and type(value) is int:
+        with contextlib.suppress(OverflowError):  # an int too large for a float
+            return float(value)
+    elif type(value) is expected:
+        return value
+    hint = ""
+    if expected is bool and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
+        hint = ": write true or false"
+    message = f"{key} must be {type_name(expected)}, not {shortened(value)}{hint}"
+    raise SettingError(key, message)
+
+
+# ---------------------------------------------------------------------- paths
+
+
+def _expand_paths(settings: S, prefix: str) -> S:
+    """Expand ``~`` and ``$VARIABLE`` in every setting that is a path."""
+    expanded: dict[str, Any] = {}
     for name, hint in field_types(type(settings)).items():
         value, key = getattr(settings, name), f"{prefix}{name}"
         if isinstance(value, Settings):
-            changed[name] = _with_paths_expanded(value, f"{key}.")
+            value = _expand_paths(value, f"{key}.")
         elif isinstance(value, tuple):
-            changed[name] = tuple(
-                _with_paths_expanded(item, f"{key}[{i}].") if isinstance(item, Settings) else item
+            value = tuple(
+                _expand_paths(item, f"{key}[{i}].") if isinstance(item, Settings) else item
                 for i, item in enumerate(value)
             )
         elif isinstance(value, str) and isinstance(rule_of(hint), PathRule):
-            changed[name] = _expand(value, key)
-    try:
-        return dataclasses.replace(settings, **changed)
-    except ValueError as error:
-        raise PretrainError(f"{prefix}{error}") from error
+            value = _expand(value, key)
+        expanded[name] = value
+    return _construct(type(settings), expanded, prefix)
 
 
 def _expand(path: str, key: str) -> str:
     try:
         expanded = string.Template(path).substitute(os.environ)
     except KeyError as error:
-        raise PretrainError(
+        raise SettingError(
+            key,
             f"{key}={path}: the environment has no variable {error.args[0]}; set it, or write $$ "
-            "for a dollar sign"
+            "for a dollar sign",
         ) from error
     except ValueError as error:
-        raise PretrainError(f"{key}={path}: write $$ for a dollar sign") from error
+        raise SettingError(key, f"{key}={path}: write $$ for a dollar sign") from error
     home = os.path.expanduser(expanded)
     if home.startswith("~"):
-        raise PretrainError(
-            f"{key}={path}: there is no user {home.split('/')[0][1:]!r}; write ./~ for a name that "
-            "begins with ~"
+        user = home.split("/")[0][1:]
+        raise SettingError(
+            key,
+            f"{key}={path}: there is no user {user!r}; write ./~ for a name that begins with ~",
         )
     return home
 
 
 def escape_path(path: str) -> str:
-    """A path as a configuration file has to spell it, such that :func:`load` gives it back."""
+    """Spell a path for a configuration file, such that :func:`load` returns it unchanged."""
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, every default included."""
-    return dataclasses.asdict(config)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,11 +85,12 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         data |= _image_settings(files, vision)
     values = {
         "run_dir": configuration.escape_path(str(run_dir)),
-        "language": deepcopy(language),  # overrides are written into it
+        "language": language,
         "vision": dict(vision or _NEW_VISION),
         "data": data,
     }
-    config = configuration.from_dict(values, overrides)  # which leaves the overrides in values
+    values = configuration.with_overrides(values, overrides)
+    config = configuration.from_dict(values)
     _check_overrides(config, language, vision or {})
     tokenizer = _tokenizer(files)
     if tokenizer.vocab_size != vocab_size:

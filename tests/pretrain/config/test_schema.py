@@ -1,0 +1,239 @@
+"""Every setting has an allowed range that is checked, described and complete."""
+
+import math
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain import config
+from pretrain.config import rules, yaml_core
+from pretrain.config.rules import In, PathRule, Settings
+from pretrain.config.schema import Config
+from pretrain.errors import PretrainError
+from pretrain.plan import budget
+
+
+def settings(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The key and type of every setting."""
+    for name, hint in rules.field_types(cls).items():
+        element = next(iter(typing.get_args(hint)), None)
+        if isinstance(hint, type) and issubclass(hint, Settings):
+            yield from settings(hint, f"{prefix}{name}.")
+        elif isinstance(element, type) and issubclass(element, Settings):
+            yield from settings(element, f"{prefix}{name}[].")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+INTERVALS = {key: hint for key, hint in settings(Config) if isinstance(rules.rule_of(hint), In)}
+PATHS = [key for key, hint in settings(Config) if isinstance(rules.rule_of(hint), PathRule)]
+# Other settings that a boundary value needs.
+WITH = {
+    "steps": ["optimizer.warmup_steps=0", "optimizer.decay_steps=0"],
+    "micro_batch_size": ["global_batch_size=16777216"],
+    "global_batch_size": ["micro_batch_size=1"],
+    "language.num_layers": ["language.dense_layers=0"],
+    "language.dense_layers": ["language.num_layers=10000"],
+    "language.hidden_size": ["language.num_heads=1"],
+    "language.num_heads": ["language.hidden_size=1048576"],
+    "language.num_experts": ["language.experts_per_token=1"],
+    "language.experts_per_token": ["language.num_experts=1048576"],
+    "language.rope_scaling.factor": ["language.rope_scaling.original_max_position_embeddings=256"],
+    "language.rope_scaling.beta_fast": ["language.rope_scaling.beta_slow=1e-6"],
+    "language.rope_scaling.beta_slow": ["language.rope_scaling.beta_fast=1e6"],
+    "vision.num_heads": ["vision.hidden_size=1048576"],
+    "vision.hidden_size": ["vision.num_heads=1"],
+    "data.images.min_chars": ["data.images.max_chars=200"],
+    "data.images.max_chars": ["data.images.min_chars=1"],
+    "data.images.min_font_size": ["data.images.max_font_size=256"],
+    "data.images.max_font_size": ["data.images.min_font_size=4"],
+    "optimizer.warmup_steps": ["optimizer.decay_steps=0", "steps=1000000000"],
+    "optimizer.decay_steps": ["optimizer.warmup_steps=0", "steps=1000000000"],
+    "parallel.interleave": ["parallel.pipeline=2"],
+    "profile.steps": ["steps=1000000000"],
+}  # fmt: skip
+
+
+def override(key: str, value: float) -> str:
+    if key == "profile.steps":
+        return f"{key}=[{value}, {value}]"
+    if key.startswith("data.sources[]."):
+        source = yaml_core.dump({"type": "standard_library", key.rpartition(".")[2]: value})
+        return f"data.sources=[{{{source.strip().replace(chr(10), ', ')}}}, {{path: x}}]"
+    return f"{key}={'.inf' if value == math.inf else '-.inf' if value == -math.inf else value}"
+
+
+def is_integer(hint: Any) -> bool:
+    return hint is int or any(is_integer(part) for part in typing.get_args(hint))
+
+
+def boundaries(key: str) -> list[float]:
+    """The lowest and the highest value that a setting can have."""
+    rule = rules.rule_of(INTERVALS[key])
+    assert isinstance(rule, In)
+    low = math.nextafter(rule.low, math.inf) if rule.low_open else rule.low
+    high = math.nextafter(rule.high, -math.inf) if rule.high_open else rule.high
+    return [int(low), int(high)] if is_integer(INTERVALS[key]) else [low, high]
+
+
+@pytest.mark.parametrize("key", INTERVALS)
+def test_boundary_values_load_and_can_be_planned(key: str, empty: Path) -> None:
+    for value in boundaries(key):
+        loaded = config.load(empty, [*WITH.get(key, []), override(key, value)])
+        if max(loaded.language.num_layers, loaded.vision.num_layers) < 10000:  # takes seconds
+            try:
+                budget.plan(loaded)
+            except PretrainError as error:
+                assert "\n" not in str(error)
+
+
+@given(data=st.data())
+def test_a_value_out_of_range_is_refused_with_the_range(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    key = data.draw(st.sampled_from(sorted(INTERVALS)))
+    rule = rules.rule_of(INTERVALS[key])
+    low, high = boundaries(key)
+    if is_integer(INTERVALS[key]):
+        outside: Any = st.integers(max_value=int(low) - 1) | st.integers(min_value=int(high) + 1)
+    else:
+        outside = st.floats(max_value=math.nextafter(low, -math.inf)) | st.floats(
+            min_value=math.nextafter(high, math.inf)
+        )
+    value = data.draw(outside)
+    path = tmp_path_factory.getbasetemp() / "outside.yaml"
+    path.write_text("")
+    with pytest.raises(PretrainError) as error:
+        config.load(path, [*WITH.get(key, []), override(key, value)])
+    message = str(error.value)
+    assert "\n" not in message and rule is not None
+    assert f"{key.replace('[]', '[0]')} must be {rule.text}" in message
+
+
+@pytest.mark.parametrize("key", INTERVALS)
+def test_nan_and_values_of_another_type_are_refused(key: str, empty: Path) -> None:
+    for text in (".nan", "true", "text", "{a: 1}", "[1, 2, 3]"):
+        value = f"[{{type: standard_library, {key.rpartition('.')[2]}: {text}}}]"
+        written = f"data.sources={value}" if "[]" in key else f"{key}={text}"
+        with pytest.raises(PretrainError, match=" must be ") as error:
+            config.load(empty, [written])
+        assert str(error.value).startswith(key.replace("[]", "[0]"))
+
+
+def test_the_description_shows_every_range() -> None:
+    lines = dict(line.split("=", 1) for line in config.describe().splitlines())
+    for key, hint in INTERVALS.items():
+        rule = rules.rule_of(hint)
+        assert rule is not None and f"({rule.text}" in lines[key]
+    assert lines["optimizer.ns_dtype"].endswith("(one of 'auto', 'bfloat16', 'float16', 'float32')")
+
+
+def of_path(key: str, path: str) -> str:
+    if key == "data.sources[].path":
+        return f"data.sources=[{{path: {path!r}}}]"
+    return f"{key}={path!r}"
+
+
+def path_in(loaded: Config, key: str) -> str:
+    value: Any = loaded
+    for name in key.replace("[]", "").split("."):
+        value = getattr(value, name)
+        value = value[0] if isinstance(value, tuple) else value
+    assert isinstance(value, str)
+    return value
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_are_expanded_in_every_path(
+    key: str, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "over there")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for written, path in (
+        ("~/x", "/home/me/x"),
+        ("$HOME/x", "/home/me/x"),
+        ("a/${PLACE}/x", "a/over there/x"),
+        ("a$$b", "a$b"),
+        ("./~", "./~"),
+        (config.escape_path("~$HOME"), "./~$HOME"),
+    ):
+        assert path_in(config.load(empty, [of_path(key, written)]), key) == path
+    name = key.replace("[]", "[0]")
+    for written, message in (
+        ("$NOWHERE/x", "the environment has no variable NOWHERE"),
+        ("cost$", "write \\$\\$ for a dollar sign"),
+        ("~nobody-of-that-name/x", "there is no user 'nobody-of-that-name'"),
+    ):
+        with pytest.raises(PretrainError, match=f"^{name.replace('[', '.')[:8]}.*{message}"):
+            config.load(empty, [of_path(key, written)])
+
+
+def test_paths_in_a_checkpoint_are_not_expanded_again(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    loaded = config.load(empty, ["run_dir=$HOME/a$$b", "data.cache_dir=$$HOME"])
+    assert config.from_dict(config.to_dict(loaded)) == loaded
+    assert (loaded.run_dir, loaded.data.cache_dir) == ("/home/me/a$b", "$HOME")
+
+
+def test_every_setting_is_described() -> None:
+    text = config.describe()
+    assert "optimizer.lr=0.002  Peak learning rate of the matrices (Muon)." in text
+    assert "language.num_experts=8" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["parallel.expert=3"], 3, "parallel.expert=3 does not divide language.num_experts=8"),
+        (["parallel.expert=2"], 3, "3 processes cannot be divided by parallel.expert=2"),
+        (["global_batch_size=12"], 2, "global_batch_size=12 is no multiple of 2 data-parallel"),
+        (["parallel.tensor=3"], 3, "parallel.tensor=3 does not divide language.num_heads=4"),
+        (["parallel.pipeline=5"], 5, "pipeline=5 x parallel.interleave=1 is more than"),
+        (
+            ["recompute.granularity=full", "recompute.num_layers=3"],
+            1,
+            "recompute.num_layers=3 does not divide the 4 layers",
+        ),
+        (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
+        (
+            ["parallel.pipeline=2", "parallel.interleave=2", "global_batch_size=8"],
+            2,
+            "a multiple of parallel.pipeline=2 micro-batches on each rank, not 1",
+        ),
+    ],
+)
+def test_a_number_of_processes_that_does_not_fit_is_refused(
+    empty: Path, overrides: list[str], world_size: int, message: str
+) -> None:
+    with pytest.raises(PretrainError, match=message):
+        config.load(empty, overrides).check_world_size(world_size)
+
+
+@given(layers=st.integers(1, 200), stages=st.integers(1, 16), interleave=st.integers(1, 4))
+def test_layers_are_divided_evenly_over_pipeline_stages(
+    layers: int, stages: int, interleave: int
+) -> None:
+    interleave = interleave if stages > 1 else 1
+    counts = config.ParallelConfig(pipeline=stages, interleave=interleave).layers(layers)
+    assert len(counts) == stages * interleave and sum(counts) == layers
+    assert max(counts) - min(counts) <= 1
+    assert counts[-1] == min(counts)  # the last one also has the output head
+
+
+def test_null_is_the_default_wherever_it_is_allowed() -> None:
+    """Null in a file restores the default, so no setting can have null as another value."""
+    defaults = config.to_dict(Config())
+    for key, hint in settings(Config):
+        if type(None) in typing.get_args(hint):
+            section: Any = defaults
+            for name in key.split("."):
+                section = section[name]
+            assert section is None, key
