@@ -242,7 +242,8 @@ class Trained:
         return batches.for_step(self.run.config, self.run.context, self.run.data, step)
 
     def gradients(self, step: int) -> float:
-        from pretrain.step import gradients, mean_losses
+        from pretrain.objective import mean_losses
+        from pretrain.step import gradients
 
         loss = mean_losses(gradients(self.run, self._of_step(step)))["loss"]
         assert loss is not None

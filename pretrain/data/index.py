@@ -99,21 +99,25 @@ class ChatIndex(Index):
 
     Attributes:
         tokens: all of them in a row.
-        kinds: uint8, of each token, what it is as a label.
+        weights: float32, of each token, its weight as a label.
+        categories: uint8, of each token, the category its loss is reported under.
         ends: int64 [n], where each conversation ends.
         sizes: int32 [n, 2], tokens of each, and placeholders: none.
     """
 
     tokens: npt.NDArray[Any]
-    kinds: npt.NDArray[np.uint8]
+    weights: npt.NDArray[np.float32]
+    categories: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]
 
-    def read(self, document: int) -> tuple[list[int], list[int]]:
-        """A conversation's tokens and kinds."""
+    def read(self, document: int) -> tuple[list[int], list[float], list[int]]:
+        """A conversation's tokens, weights and categories."""
         stop = int(self.ends[document])
         here = slice(stop - int(self.sizes[document, 0]), stop)
-        return self.tokens[here].tolist(), self.kinds[here].tolist()
+        columns = self.tokens[here], self.weights[here], self.categories[here]
+        tokens, weights, categories = (column.tolist() for column in columns)
+        return tokens, weights, categories
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,11 @@ def chat_index(
     Raises:
         PretrainError: there are more, or the folder cannot be written.
     """
-    dtype = np.dtype(tokenizer.dtype)
+    columns = {
+        "tokens": np.dtype(tokenizer.dtype),
+        "weights": np.dtype(np.float32),
+        "categories": np.dtype(np.uint8),
+    }
 
     def add(writer: _Writer, records: Iterator[Chat | Skip]) -> None:
         for record in records:
@@ -350,19 +358,18 @@ def chat_index(
             if len(document) > longest:
                 writer.skip(_too_long(record.name, len(document), longest))
             else:
-                writer.add(record.hash, document.tokens, document.kinds)
+                writer.add(record.hash, document.tokens, document.weights, document.categories)
 
     def load(folder: Path) -> ChatIndex:
         parts, ends, hashes = _read(folder)
-        tokens = _mapped(folder / "tokens", dtype)
-        kinds = _mapped(folder / "kinds", np.dtype(np.uint8))
-        if not len(tokens) == len(kinds) == (ends[-1] if len(ends) else 0):
+        tokens, weights, categories = (_mapped(folder / name, columns[name]) for name in columns)
+        count = ends[-1] if len(ends) else 0
+        if not len(tokens) == len(weights) == len(categories) == count:
             raise ValueError("conversations are not what was written")
         lengths = np.diff(ends, prepend=0).astype(np.int32)
         sizes = np.stack([lengths, np.zeros_like(lengths)], axis=1)
-        return ChatIndex(hashes, _skips(parts), parts, tokens, kinds, ends, sizes)
+        return ChatIndex(hashes, _skips(parts), parts, tokens, weights, categories, ends, sizes)
 
-    columns = {"tokens": dtype, "kinds": np.dtype(np.uint8)}
     return _index_parts(folder, parts, columns, load, add, limit)
 
 
