@@ -226,7 +226,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     Returns:
         (what, from, to), in seconds from the step's beginning.
     """
-    from pretrain.step import backbone
+    from pretrain.step import run_backbone
 
     marks: list[tuple[str, float, float]] = []
     dist.barrier()
@@ -242,7 +242,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     else:
         features = run.encoder.encode([(batch.patches, batch.grids) for batch in batches])
     done("encode")
-    backbone(run, batches, features)
+    run_backbone(run, batches, features)
     done("backbone")
     if name != TEXT:
         run.encoder.backward()

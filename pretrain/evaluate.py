@@ -10,7 +10,7 @@ from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
 from pretrain.model.multimodal import MicroBatch
-from pretrain.step import backbone, run_schedule
+from pretrain.step import run_backbone, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
 
@@ -43,7 +43,7 @@ def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float |
         return objective.mean_losses(objective.no_losses())
     micro_batches = batches.for_evaluation(samples, run.config, run.context)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
-    sums = backbone(run, micro_batches, features, forward_only=True)
+    sums = run_backbone(run, micro_batches, features, forward_only=True)
     dist.all_reduce(sums)
     return objective.mean_losses(sums)
 

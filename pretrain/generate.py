@@ -92,7 +92,7 @@ def compose(
     document = Document(tokenizer)
     if reply:
         tokenizer.require_chat()
-        chat.begin(document, "user")
+        chat.add_header(document, "user")
     if media and tokenizer.media_pad < 0:
         raise PretrainError(
             "this run's tokenizer has no tokens for images: give a prompt without images"
@@ -110,7 +110,7 @@ def compose(
         raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
     document.add_tokens(tokenizer.encode(prompt))
     if reply:
-        chat.begin(document.add_tokens([tokenizer.im_end]), chat.REPLY)
+        chat.add_header(document.add_tokens([tokenizer.im_end]), chat.REPLY)
     return document
 
 

@@ -57,7 +57,7 @@ def train_step(
     # The backward pass updates the routers' biases, before the guard can judge the step.
     saved = [buffer.clone() for buffer in buffers]
 
-    losses = objective.mean_losses(gradients(run, micro_batches))
+    losses = objective.mean_losses(forward_backward(run, micro_batches))
     norm = gradient_norm(run)
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
     fault = guard.judge(losses["loss"], norm.item())
@@ -90,7 +90,7 @@ def train_step(
     }
 
 
-def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
+def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """Compute the gradient of the objective over the global batch, into every ``.grad``.
 
     Returns:
@@ -108,7 +108,7 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
             else None,
         )
     with record_function("backbone"):
-        sums = backbone(run, micro_batches, features)
+        sums = run_backbone(run, micro_batches, features)
     with record_function("encode again, backwards"):
         run.encoder.backward()
         run.encoder.reduce_gradients()
@@ -125,7 +125,7 @@ def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def backbone(
+def run_backbone(
     run: Run,
     micro_batches: Sequence[MicroBatch],
     features: Sequence[Tensor],
@@ -170,7 +170,7 @@ def run_schedule(
     """
     placeholder = run.data.tokenizer.media_pad
     # megatron-core divides gradients by a count of labels, an integer. 0 leaves this to
-    # gradients(): weights need not be integers.
+    # forward_backward(): weights need not be integers.
     no_labels = torch.zeros((), dtype=torch.int, device=run.context.device)
 
     def loss_of(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -224,7 +224,7 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
 
 
-def spare_encoder(run: Run) -> None:
+def drop_encoder_gradients(run: Run) -> None:
     """Drop the encoder's gradients in a run without images: it is then not decayed either."""
     if not run.data.has_images:
         for parameter in run.tower.parameters():
@@ -233,7 +233,7 @@ def spare_encoder(run: Run) -> None:
 
 def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
     """Clip the gradient, step the optimizer at ``factor`` of the peak rates, apply QK-Clip."""
-    spare_encoder(run)
+    drop_encoder_gradients(run)
     scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     apex.scale_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
     for group in run.optimizer.param_groups:

@@ -21,7 +21,7 @@ class Message(NamedTuple):
     content: str
 
 
-def begin(document: Document, role: str) -> Document:
+def add_header(document: Document, role: str) -> Document:
     """Append the header of a role's message, with weight 0."""
     tokenizer = document.tokenizer
     header = [tokenizer.roles[role], *tokenizer.encode(role), tokenizer.im_middle]
@@ -36,7 +36,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Document:
     """
     document = Document(tokenizer)
     for role, content in messages:
-        begin(document, role)
+        add_header(document, role)
         tokens = [*tokenizer.encode(content), tokenizer.im_end]
         document.add_tokens(tokens, weight=1 if role == REPLY else 0)
     return document

@@ -94,7 +94,7 @@ def weighted_gradients(folder: str, *overrides: str) -> dict[str, Any]:
     for name, change in CHANGES.items():
         changed = [change(batch) for batch in made]
         reference = _reference(run, changed) if context.world_size == 1 else None
-        losses = objective.mean_losses(step.gradients(run, changed))
+        losses = objective.mean_losses(step.forward_backward(run, changed))
         grads = {n: p.grad.clone() for n, p in run.parameters() if p.grad is not None}
         outcomes[name] = losses, grads, reference
         run.optimizer.zero_grad(set_to_none=True)
