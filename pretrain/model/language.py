@@ -15,8 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
@@ -28,7 +26,6 @@ from pretrain.config import (
     RecomputeConfig,
     RopeScalingConfig,
 )
-from pretrain.model.weights import TensorShard
 from pretrain.runtime import apex
 
 MaxLogitObserver = Callable[[Tensor], None]
@@ -181,7 +178,7 @@ def transformer_config(
         # Losses are sums over tokens, divided once by the token count of the global batch, so that
         # the result does not depend on the distribution of sequences to ranks and micro-batches.
         calculate_per_token_loss=True,
-        # pretrain.model.names.initialize gives the same weights in every parallel layout.
+        # pretrain.model.initialize gives the same weights in every parallel layout.
         perform_initialization=False,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
@@ -289,20 +286,3 @@ def _layer_spec(settings: MLATransformerConfig, virtual: dict[str, int]) -> Any:
         attention.q_layernorm = LatentRMSNorm
         attention.kv_layernorm = LatentRMSNorm
     return spec
-
-
-def tensor_shards(chunk: GPTModel) -> dict[str, TensorShard]:
-    """Tensor-parallel shards of a model chunk, by parameter name."""
-    shards = {}
-    for name, module in chunk.named_modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            dim = 0
-        elif isinstance(module, RowParallelLinear):
-            dim = 1
-        else:
-            continue
-        group = module.tp_group
-        if group.size() > 1:
-            stacked = 2 if name.endswith("linear_fc1") else 1
-            shards[f"{name}.weight"] = TensorShard(dim, group.rank(), group.size(), stacked)
-    return shards
