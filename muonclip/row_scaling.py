@@ -1,10 +1,9 @@
-"""Scales the rows of query and key weights by per-head factors, where these weights are trained."""
+"""QK-Clip's weights: which of them are trained, and scaling their rows where they are."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonclip.adapters import root
@@ -12,240 +11,186 @@ from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
 
-# The sides of a layer that take the factor on its logits.
-ScaledSides = Literal["both", "query", "key", "none"]
+# Which of a layer's projections take the factor on its logits.
+Share = Literal["both", "query", "key", "none"]
 
 
-class _HeadRows(NamedTuple):
-    """The rows of a tensor that belong to the heads of a layer.
-
-    Attributes:
-        tensor: a weight, a bias, or a vector of an adapter.
-        dim: the dimension of its rows.
-        rows: [heads, r].
-        first_factor: index of the first head's factor.
-        is_frozen: the tensor is not trained.
-    """
-
-    tensor: Tensor
-    dim: int
-    rows: Tensor
-    first_factor: int
-    is_frozen: bool
-
-
-class _Side(NamedTuple):
-    """The queries or the keys of one layer.
+class Side(NamedTuple):
+    """The query or key rows of one layer, as they are now.
 
     Attributes:
-        tensors: the tensors that set their rows.
-        obstacle: the reason why they cannot be scaled; empty if they can.
-        is_frozen: none of the tensors is trained.
+        tensors: tensor, dimension of its rows, rows [heads, r], index of the first factor, and
+            whether it is frozen.
+        obstacle: why they cannot be scaled; empty where they can.
+        is_frozen: none of it is trained.
         is_adapted: an adapter trains it, or its weight is computed.
     """
 
-    tensors: list[_HeadRows]
+    tensors: list[tuple[Tensor, int, Tensor, int, bool]]
     obstacle: str
     is_frozen: bool
     is_adapted: bool
 
 
 class ScalingPlan:
-    """The tensors to scale, and the factor of each of their rows.
+    """Which tensors to scale, and which factor multiplies each of their rows.
 
-    Factors are one vector: of all query heads, all key groups, all rotary query heads, and a one.
+    Factors are those of all query heads, all key groups, all rotary query heads, and a one.
 
     Args:
-        layouts: layer -> layout.
+        layouts: of all layers.
+        sides: as ``read_sides`` returned them.
 
     Attributes:
-        tensors: the tensors to scale.
-        sides: layer -> the sides that take the factor.
-        skipped: layer -> the reason why it is not scaled.
+        key: ``plan_key(sides)``.
+        rows: the tensors to scale.
+        shares: per layer: which of its projections take the factor.
+        skipped: layer -> why it is not scaled.
 
     Raises:
-        ValueError: if layers share a trained weight, query and key share rows, a weight has another
-            number of rows than its layout, or a layer is trained in a way that cannot be clipped
-            exactly.
+        ValueError: if layers share a trained weight, query and key share rows, or a layer is
+            trained in a way that cannot be clipped exactly.
     """
 
-    def __init__(self, layouts: Mapping[str, AttentionLayout]) -> None:
-        self._layouts = layouts
-        sides = _read_sides(layouts)
-        self._fingerprint = _fingerprint(sides)
-        self.sides: dict[str, ScaledSides] = {}
+    def __init__(
+        self,
+        layouts: Mapping[str, AttentionLayout],
+        sides: "dict[str, tuple[Side, Side]] | None" = None,
+    ) -> None:
+        sides = read_sides(layouts) if sides is None else sides
+        self.key = plan_key(sides)
+        self.shares: dict[str, Share] = {}
         self.skipped: dict[str, str] = {}
         for name, (query, key) in sides.items():
-            self.sides[name], reason = _scaled_sides(name, layouts[name], query, key)
+            self.shares[name], reason = _share(name, layouts[name], query, key)
             if reason:
                 self.skipped[name] = reason
-        self.tensors = self._collect(sides)
+        self.rows = self._rows(layouts, sides)
 
-    def is_current(self) -> bool:
-        """Whether no parameter was replaced, frozen or unfrozen since the plan was made."""
-        return self._fingerprint == _fingerprint(_read_sides(self._layouts))
-
-    def _collect(self, sides: Mapping[str, tuple[_Side, _Side]]) -> "list[ScaledTensor]":
-        """Every trained tensor of the layers to scale, once even if query and key are fused."""
-        one = sum(2 * x.num_heads + x.num_kv_groups for x in self._layouts.values())
-        scaled: dict[int, ScaledTensor] = {}
-        for name, (query, key) in sides.items():
-            if self.sides[name] == "none":
+    def _rows(
+        self, layouts: Mapping[str, AttentionLayout], sides: "dict[str, tuple[Side, Side]]"
+    ) -> "list[Rows]":
+        """Every trained tensor of the layers to scale, once: query and key may be fused in it."""
+        one = sum(2 * x.num_heads + x.num_kv_groups for x in layouts.values())
+        found: dict[int, Rows] = {}
+        for name, pair in sides.items():
+            if self.shares[name] == "none":
                 continue
-            for tensor, dim, rows, first_factor, is_frozen in query.tensors + key.tensors:
-                if is_frozen:  # its factors are one
+            for tensor, dim, rows, first, frozen in pair[0].tensors + pair[1].tensors:
+                if frozen:  # its factors are one
                     continue
-                entry = scaled.setdefault(id(tensor), ScaledTensor(name, tensor, dim, one))
-                if entry.layer != name:
+                if id(tensor) not in found:
+                    found[id(tensor)] = Rows(name, tensor, dim, one)
+                known = found[id(tensor)]
+                if known.layer != name:
                     raise ValueError(
-                        f"layers {entry.layer!r} and {name!r} share a weight: "
+                        f"layers {known.layer!r} and {name!r} share a weight: "
                         "give QK-Clip one layout for it and observe both layers under its name"
                     )
-                entry.assign(rows, dim, first_factor)
-        return list(scaled.values())
+                known.assign(rows, dim, first)
+        return list(found.values())
 
 
-class ScaledTensor:
-    """A weight, bias or adapter vector, and the factor of each of its rows.
+class Rows:
+    """A weight, bias or other tensor, and which factor multiplies each of its rows.
 
     Args:
         layer: name of its layer.
         tensor: the tensor.
         dim: the dimension of its rows.
-        one: index of the factor one, for rows that are not assigned.
-
-    Attributes:
-        master_start: index of the first element of this rank's shard of a sharded master copy;
-            None before ``locate_master_shards``.
+        one: index of the factor one, which multiplies all rows that are not assigned.
     """
 
     def __init__(self, layer: str, tensor: Tensor, dim: int, one: int) -> None:
         self.layer, self.tensor, self.dim, self._one = layer, tensor, dim, one
-        self._factor_indices = torch.full((tensor.size(dim),), one, dtype=torch.int64, device="cpu")
+        self.slots = torch.full((tensor.size(dim),), one, dtype=torch.int64, device="cpu")
         self.master_start: int | None = None
-        self._local_indices: tuple[Any, Tensor] | None = None
+        self._local_slots: tuple[Any, Tensor] | None = None
 
-    def assign(self, rows: Tensor, dim: int, first_factor: int) -> None:
-        """Give the rows of head i, ``rows[i]``, the factor ``first_factor`` + i."""
+    def assign(self, rows: Tensor, dim: int, first: int) -> None:
+        """Let row i of ``rows``, [heads, r], take factor ``first`` + i."""
         rows = rows.cpu()
-        if self.dim != dim or (self._factor_indices[rows] != self._one).any():
+        if self.dim != dim or (self.slots[rows] != self._one).any():
             raise ValueError(f"layer {self.layer!r}: query and key share rows of a weight")
-        heads = torch.arange(len(rows), device="cpu")
-        self._factor_indices[rows] = first_factor + heads[:, None]
+        self.slots[rows] = first + torch.arange(len(rows), device="cpu")[:, None]
 
     @property
-    def has_sharded_master(self) -> bool:
-        """Whether each rank has a flat shard of the tensor's master copy."""
+    def is_master_sharded(self) -> bool:
+        """Whether ranks have flat pieces of the tensor's master copy."""
         return bool(getattr(self.tensor, "main_param_sharded", False))
 
     @property
-    def optimizer_tensors(self) -> list[Tensor]:
-        """The tensors that an optimizer may update: the tensor itself or its master copy."""
+    def sources(self) -> list[Tensor]:
+        """The tensors that an optimizer may know this one by: itself, or its master copy."""
         master = get_master(self.tensor)
         return [root(self.tensor), *([] if master is None else [master])]
 
     @property
     def has_gradient(self) -> bool:
-        """Whether ``grad`` shows that the last backward pass reached the tensor."""
-        return any(tensor.grad is not None for tensor in self.optimizer_tensors)
+        """Whether the last backward pass reached the tensor, as far as ``grad`` shows."""
+        return any(source.grad is not None for source in self.sources)
 
     def check(self) -> None:
-        """Check that the tensor and its master copy can be scaled.
+        """Make sure that the tensor can be scaled as it is placed now.
 
         Raises:
-            ValueError: if they cannot.
+            ValueError: if it cannot.
         """
         tensor = self.tensor
         master: Any = get_master(tensor)
-        if self.has_sharded_master:
-            is_valid = _placements(tensor) is None and (master is None or master.ndim == 1)
+        if self.is_master_sharded:
+            placed = _placements(tensor) is None and (master is None or master.ndim == 1)
         else:
-            is_valid = master is None or (
+            placed = master is None or (
                 (master.shape, _placements(master)) == (tensor.shape, _placements(tensor))
             )
-        if not is_valid:
+        if not placed:
             raise ValueError(
                 f"layer {self.layer!r}: the master copy (main_param) of a weight of shape "
                 f"{tuple(tensor.shape)} is {tuple(master.shape)}: it must be sharded as the weight "
-                "is, or be a flat shard of it with main_param_sharded set"
+                "is, or be a flat piece of it with main_param_sharded set"
             )
-        self._indices()
+        self._slots_of(tensor)
 
     def scale(self, factors: Tensor) -> None:
-        """Multiply each row by its factor, in the master copy if there is one."""
-        weight = local_tensor(self.tensor)
-        shape = [-1 if dim == self.dim else 1 for dim in range(weight.ndim)]
-        by_row = factors.to(weight.device)[self._indices()].view(shape)
-        master = get_master(self.tensor)
-        if self.has_sharded_master:
+        """Multiply each row by its factor, in the master copy where there is one."""
+        tensor = self.tensor
+        held = local_tensor(tensor)
+        shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
+        by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
+        master = get_master(tensor)
+        if self.is_master_sharded:
             # Not refreshed from the master: copies on other ranks must stay the same.
-            weight.mul_(by_row)
+            held.mul_(by_row)
             if master is not None:
-                by_element = by_row.expand_as(weight).flatten()[self.master_start :]
-                master.mul_(by_element[: master.numel()])
+                piece = by_row.expand_as(held).flatten()[self.master_start :]
+                master.mul_(piece[: master.numel()])
         elif master is None:
-            weight.mul_(by_row)
+            held.mul_(by_row)
         else:
             master = local_tensor(master)
-            if weight.element_size() == 2 and type(weight) in (Tensor, nn.Parameter):
-                refresh_master(master, weight)  # it may have been loaded since the optimizer's step
+            if held.element_size() == 2 and type(held) in (Tensor, nn.Parameter):
+                refresh_master(master, held)  # weights that were loaded since the optimizer's step
             master.mul_(by_row)
-            # Rows with factor one keep their bits, even if they are not the rounded master's.
-            weight.copy_(torch.where(by_row == 1, weight, master))
+            # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
+            held.copy_(torch.where(by_row == 1, held, master))
 
-    def _indices(self) -> Tensor:
-        """The factor of each row on this rank, on the tensor's device."""
-        key = (self.tensor.device, _placements(self.tensor))
-        if self._local_indices is None or self._local_indices[0] != key:
-            indices = self._factor_indices
-            if is_dtensor(self.tensor):
-                indices = indices[local_indices(self.tensor, self.dim)]
-            self._local_indices = key, indices.to(self.tensor.device)
-        return self._local_indices[1]
+    def _slots_of(self, tensor: Tensor) -> Tensor:
+        """The slots of the rows that this rank holds, on the tensor's device."""
+        key = (tensor.device, _placements(tensor))
+        if self._local_slots is None or self._local_slots[0] != key:
+            slots = self.slots
+            if is_dtensor(tensor):
+                slots = slots[local_indices(tensor, self.dim)]
+            self._local_slots = key, slots.to(tensor.device)
+        return self._local_slots[1]
 
 
-def locate_master_shards(
-    tensors: Iterable[ScaledTensor],
-    process_group: "dist.ProcessGroup | None",
-    device: torch.device,
-) -> None:
-    """Find where this rank's flat shards of sharded master copies begin.
-
-    A collective call of the process group for shards that are not located yet.
-
-    Args:
-        tensors: tensors with and without sharded master copies.
-        process_group: the ranks that have the shards, in their order.
-        device: for the collective.
+def read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[Side, Side]]:
+    """Every layer's query and key rows, as they are now.
 
     Raises:
-        ValueError: if the shards of a tensor do not add up to it.
-    """
-    sharded = [x for x in tensors if x.has_sharded_master]
-    if all(x.master_start is not None for x in sharded):
-        return
-    masters = [get_master(x.tensor) for x in sharded]
-    sizes = torch.tensor([0 if x is None else x.numel() for x in masters], device=device)
-    gathered, rank = [sizes], 0
-    if dist.is_available() and dist.is_initialized():
-        rank = dist.get_rank(process_group)
-        gathered = [sizes.clone() for _ in range(dist.get_world_size(process_group))]
-        dist.all_gather(gathered, sizes, group=process_group)
-    for x, sizes_by_rank in zip(sharded, torch.stack(gathered, 1).tolist(), strict=True):
-        if sum(sizes_by_rank) != x.tensor.numel():
-            raise ValueError(
-                f"layer {x.layer!r}: the sharded master copies (main_param) of a weight of "
-                f"{x.tensor.numel()} elements have {sum(sizes_by_rank)} elements over the process "
-                "group: give QKClip the group that the optimizer shards over"
-            )
-        x.master_start = sum(sizes_by_rank[:rank])
-
-
-def _read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[_Side, _Side]]:
-    """Queries and keys of every layer, with the parameters that the model has now.
-
-    Raises:
-        ValueError: if a weight has another number of rows than its layout.
+        ValueError: if a weight has other rows than its layout.
     """
     heads = sum(layout.num_heads for layout in layouts.values())
     groups = sum(layout.num_kv_groups for layout in layouts.values())
@@ -254,57 +199,53 @@ def _read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[_Side
         query = [(layout.query, head)]
         if layout.query_rope is not None:
             query.append((layout.query_rope, heads + groups + head))
-        sides[name] = _read_side(name, query), _read_side(name, [(layout.key, group)])
+        sides[name] = _side(name, query), _side(name, [(layout.key, group)])
         head, group = head + layout.num_heads, group + layout.num_kv_groups
     return sides
 
 
-def _fingerprint(sides: Mapping[str, tuple[_Side, _Side]]) -> tuple[object, ...]:
+def plan_key(sides: Mapping[str, tuple[Side, Side]]) -> tuple[object, ...]:
     """A value that changes whenever another plan is needed."""
     return tuple(
-        (id(tensor), is_frozen, side.obstacle, side.is_frozen)
+        (id(tensor), frozen, side.obstacle, side.is_frozen)
         for pair in sides.values()
         for side in pair
-        for tensor, _, _, _, is_frozen in side.tensors
+        for tensor, _, _, _, frozen in side.tensors
     )
 
 
-def _read_side(name: str, rows_and_factors: Sequence[tuple[HeadRows, int]]) -> _Side:
-    tensors: list[_HeadRows] = []
-    obstacle, is_trained, is_adapted = "", False, False
-    for head_rows, first_factor in rows_and_factors:
-        effective = head_rows.effective()
-        for row in effective.tensors:
-            dim, rows, num_rows = head_rows.rows_in(row)
-            if row.tensor.ndim <= dim or row.tensor.size(dim) != num_rows:
+def _side(name: str, parts: list[tuple[HeadRows, int]]) -> Side:
+    tensors, obstacle, trains, adapter = [], "", False, False
+    for part, first in parts:
+        found = part.effective()
+        for row in found.tensors:
+            dim, rows, count = part.rows_in(row)
+            if row.tensor.ndim <= dim or row.tensor.size(dim) != count:
                 raise ValueError(
-                    f"layer {name!r}: a weight now has shape {tuple(row.tensor.shape)}, but its "
-                    f"layout has {num_rows} rows: make the layout of the model as it is trained, "
-                    "and shard with fully_shard (FSDP2), whose DTensors keep their shape"
+                    f"layer {name!r}: a weight has become {tuple(row.tensor.shape)}, its layout "
+                    f"has {count} rows: make the layout of the model as it is trained, and shard "
+                    "with fully_shard (FSDP2), whose DTensors keep their shape"
                 )
-            is_frozen = effective.is_frozen(row.tensor)
-            tensors.append(_HeadRows(row.tensor, dim, rows, first_factor, is_frozen))
-            is_trained |= not is_frozen
-        is_trained |= any(p.requires_grad for p in effective.others)
-        is_adapted |= bool(effective.adapter or effective.obstacle)
-        obstacle = obstacle or effective.obstacle
-        if not obstacle and any(x.is_frozen for x in tensors):
-            if effective.adapter:
-                obstacle = (
-                    f"it is trained through {effective.adapter} over a frozen weight, whose rows "
-                    "cannot be scaled exactly"
-                )
-            elif all(x.is_frozen for x in tensors):
-                obstacle = "its weights are frozen"
-            else:
-                obstacle = "a part of its weights and biases is frozen"
-    return _Side(tensors, obstacle, not is_trained, is_adapted)
+            frozen = found.is_frozen(row.tensor)
+            tensors.append((row.tensor, dim, rows, first, frozen))
+            trains |= not frozen
+        trains |= any(p.requires_grad for p in found.others)
+        adapter |= bool(found.adapter or found.obstacle)
+        obstacle = obstacle or found.obstacle
+        if not obstacle and any(frozen for *_, frozen in tensors):
+            obstacle = (
+                f"it is trained through {found.adapter} over a frozen weight, whose rows cannot be "
+                "scaled exactly"
+                if found.adapter
+                else "its weights are frozen"
+                if all(frozen for *_, frozen in tensors)
+                else "a part of its weights and biases is frozen"
+            )
+    return Side(tensors, obstacle, not trains, adapter)
 
 
-def _scaled_sides(
-    name: str, layout: AttentionLayout, query: _Side, key: _Side
-) -> tuple[ScaledSides, str]:
-    """The sides of a layer that take the factor, and the reason if none does.
+def _share(name: str, layout: AttentionLayout, query: Side, key: Side) -> tuple[Share, str]:
+    """Which projections of a layer take the factor, and why none does.
 
     Raises:
         ValueError: if an adapter trains the layer and cannot be scaled.
@@ -313,23 +254,24 @@ def _scaled_sides(
         return "none", "its query and key weights are frozen"
     if not query.obstacle:
         return ("query" if key.obstacle else "both"), ""
-    reason = f"query: {query.obstacle}"
+    whose = f"query: {query.obstacle}"
     if not key.obstacle:
-        # A key can take the factors of its query heads only if it has a single query head.
+        # The key alone can take the factors of all its query heads only if it has just one.
         if layout.num_kv_groups == layout.num_heads and layout.query_rope is None:
             return "key", ""
-        reason += ", and the key alone cannot take the factor, which differs by query head"
+        whose += ", and the key alone cannot take the factor, which differs by query head"
     else:
-        reason += f"; key: {key.obstacle}"
+        whose += f"; key: {key.obstacle}"
     if (query.is_adapted and not query.is_frozen) or (key.is_adapted and not key.is_frozen):
         raise ValueError(
-            f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({reason}). "
+            f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({whose}). "
             "Train its query and key projections whole (modules_to_save in PEFT) or with DoRA "
             "(use_dora=True), or leave the layer out with exclude"
         )
-    return "none", reason
+    return "none", whose
 
 
-def _placements(tensor: Tensor) -> object:
-    """The mesh and placements of a DTensor; None for any other tensor."""
-    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+def _placements(tensor: Tensor) -> Any:
+    """How a DTensor lies on its ranks; None for any other tensor."""
+    placements = getattr(tensor, "placements", None)
+    return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, RankShare, data_config, open_data
+from pretrain.data.sources import source_types
 from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.metrics import read
@@ -169,6 +170,7 @@ def evaluate(config: Config) -> None:
 def join(config: Config) -> ParallelContext:
     """Join the other processes, which have the same configuration."""
     config.check_world_size(parallel.world_size())
+    source_types(config.data)  # raises if a source is misconfigured
     context = parallel.start(config.parallel, config.seed, config.faults.hang_seconds)
     parallel.require_same("the configuration", repr(config))
     return context

@@ -160,9 +160,7 @@ class ImageConfig(Settings):
 class SourceConfig(Settings):
     """One of a run's own sources of data."""
 
-    type: Literal[
-        "text", "chat", "images", "energon", "standard_library", "standard_library_chat"
-    ] = "text"
+    type: Name = "text"
     """text: JSON lines and plain text (also .gz, .zst, .bz2, .xz); images: a folder of images with
     captions, or JSONL of images, videos and text that names their files; energon: a folder of
     WebDataset shards prepared for megatron-energon; standard_library: the built-in text. chat:
@@ -181,28 +179,6 @@ class SourceConfig(Settings):
     """For energon: run the Python code that the shards' dataset.yaml names (sample_loader,
     part_filter, classes and functions), and unpickle what is in them. It can do whatever you can:
     allow it only for shards that you made, or whose code you have read."""
-
-    @property
-    def is_chat(self) -> bool:
-        return self.type in ("chat", "standard_library_chat")
-
-    @property
-    def has_images(self) -> bool:
-        """Whether its documents are of the kind that may have images."""
-        return self.type in ("images", "energon")
-
-    def _check(self) -> None:
-        built_in = self.type in ("standard_library", "standard_library_chat")
-        require(
-            bool(self.path) != built_in,
-            f"path must be given for a source of {self.type}"
-            if not self.path
-            else "path must be left out for the standard library",
-        )
-        require(
-            not self.trust_code or self.type == "energon",
-            f"trust_code is of a source of type energon, not {self.type}",
-        )
 
 
 @dataclass(frozen=True)
@@ -240,12 +216,6 @@ class DataConfig(Settings):
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
         )
-
-    @property
-    def image_share(self) -> float:
-        """``vision_share``, or 0 where no source can have an image."""
-        without = self.sources and not any(source.has_images for source in self.sources)
-        return 0.0 if without else self.vision_share
 
 
 @dataclass(frozen=True)

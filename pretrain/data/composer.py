@@ -1,8 +1,8 @@
-"""Composing documents of text, images and video clips, and computing their sizes beforehand."""
+"""Composing documents of text, images and video clips, and their sizes before any pixel is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,18 +12,20 @@ from pretrain.data.media.fit import Limits, fit, fitted_size, frame_groups, limi
 from pretrain.data.media.frames import Media
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
-from pretrain.data.packing import Document
+from pretrain.data.packing import TEXT, Document
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.geometry import MERGE
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Composer:
-    """Makes documents of text and pixels, and knows beforehand how long they become.
+    """Builds documents of text and pixels, and computes their sizes.
 
     Attributes:
-        limits: larger images and frames are shrunk.
-        video_fps: frames a second that are taken of a video file.
+        limits: larger images and frames are shrunk to these.
+        video_fps: frames per second that are sampled from a video file.
     """
 
     tokenizer: Tokenizer
@@ -33,88 +35,92 @@ class Composer:
 
     @classmethod
     def of(cls, config: DataConfig, tokenizer: Tokenizer, patch_size: int) -> "Composer":
-        """With a run's own settings."""
+        """The composer of a run."""
         largest = limits(config.seq_length, config.max_image_tokens)
         return cls(tokenizer, patch_size, largest, config.video_fps)
 
-    def _max_patches(self, frames: int) -> int:
-        return self.limits.image if frames == 1 else self.limits.frame
+    def _max_patches(self, num_frames: int) -> int:
+        return self.limits.image if num_frames == 1 else self.limits.frame
 
-    def fit(self, pixels: Pixels, frames: int = 1) -> Pixels:
-        """Frames of an image or a clip, which has so many in all."""
+    def fit(self, pixels: Pixels, num_frames: int = 1) -> Pixels:
+        """Shrink and pad frames of an image or clip that has ``num_frames`` in all."""
         return fit(
             pixels,
             self.patch_size,
-            max_patches=self._max_patches(frames),
+            max_patches=self._max_patches(num_frames),
             max_side=self.limits.side,
         )
 
-    def read(self, media: Media, shape: tuple[int, int, int]) -> Pixels:
-        """Its frames, fitted.
+    def read(self, media: Media, shape: Sequence[int]) -> Pixels:
+        """Read and fit the frames of an image or video.
 
         Args:
-            shape: (frames, height, width), as :func:`pretrain.data.media.frames.measure` found it.
+            shape: (frames, height, width), from :func:`pretrain.data.media.frames.measure`.
 
         Raises:
-            ValueError: a file is missing, damaged or another one than when it was measured.
+            ValueError: a file is missing or damaged, or has changed since it was measured.
             PretrainError: PyAV is needed and not installed.
         """
-        count, *size = shape
+        num_frames, *size = shape
         fitted = []
-        # One at a time: before they are shrunk, those of a film may be more than memory holds.
+        # One frame at a time: those of a film may exceed the memory before they are shrunk.
         for frame in frames.read(media, self.video_fps):
             if list(frame.shape[:2]) != size:
                 raise ValueError(f"{media.paths[0]} has changed since its size was noted")
-            fitted.append(self.fit(frame[None], count))
-        if len(fitted) != count:
+            fitted.append(self.fit(frame[None], num_frames))
+        if len(fitted) != num_frames:
             raise ValueError(f"{media.paths[0]} has changed since its frames were counted")
         return np.concatenate(fitted)
 
     def add(self, document: Document, pixels: Pixels) -> None:
-        """An image or a clip (fitted) at the document's end."""
+        """Append a fitted image or clip to a document."""
         for group in frame_groups(len(pixels)):
             document.add_image(VisionItem(pixels[group], ""), self.patch_size)
 
     def document(self, parts: Sequence[str | Pixels]) -> Document:
-        """Text and pixels (fitted) in order; an image and one text are a pair, with a caption."""
+        """A document of text and fitted pixels in order; the text of a pair is a caption."""
         document = Document(self.tokenizer)
-        pair = is_pair(parts)
+        is_pair = as_pair(parts) is not None
         for part in parts:
             if not isinstance(part, str):
                 self.add(document, part)
-            elif pair:
+            elif is_pair:
                 document.add_caption(part)
             else:
                 document.add_tokens(self.tokenizer.encode(part))
-        return document.add_tokens([self.tokenizer.eos])
+        return document.add_tokens([self.tokenizer.eos], TEXT)
 
     def size(self, parts: Sequence[str | tuple[int, int, int]]) -> tuple[int, int]:
-        """(tokens, placeholders among them) of the document that these would be.
+        """(tokens, image placeholders among them) of the document of these parts.
 
         Args:
-            parts: text, and (frames, height, width) of what is to be fitted.
+            parts: text, and the (frames, height, width) of images and clips before fitting.
         """
         length, placeholders = 2, 0
-        pair = is_pair(parts)
+        is_pair = as_pair(parts) is not None
         for part in parts:
             if isinstance(part, str):
-                length += len(self.tokenizer.encode(part)) + pair
+                length += len(self.tokenizer.encode(part)) + is_pair
                 continue
-            frames, height, width = part
+            num_frames, height, width = part
             _, (rows, columns) = fitted_size(
                 height,
                 width,
                 self.patch_size,
-                max_patches=self._max_patches(frames),
+                max_patches=self._max_patches(num_frames),
                 max_side=self.limits.side,
             )
-            groups = len(frame_groups(frames))
+            groups = len(frame_groups(num_frames))
             each = (rows // self.patch_size // MERGE) * (columns // self.patch_size // MERGE)
             length += groups * (each + 2)
             placeholders += groups * each
         return length, placeholders
 
 
-def is_pair(parts: Sequence[Any]) -> bool:
-    """An image or a video, and then a text that is of it."""
-    return len(parts) == 2 and not isinstance(parts[0], str) and isinstance(parts[1], str)
+def as_pair(parts: Sequence[T | str]) -> tuple[T, str] | None:
+    """The image or video and its caption, if a document consists of these two."""
+    if len(parts) == 2:
+        media, caption = parts
+        if isinstance(caption, str) and not isinstance(media, str):
+            return media, caption
+    return None

@@ -48,6 +48,14 @@ def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
     return tuple(kind + packed for kind in suffixes for packed in ("", *_COMPRESSED))
 
 
+_JSON = with_compressed(JSON_LINES)
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file's name is that of JSON lines or of an array of JSON objects."""
+    return ends_with(path, _JSON)
+
+
 def ends_with(path: Path, suffixes: Iterable[str]) -> bool:
     return path.name.lower().endswith(tuple(suffixes))
 
@@ -88,6 +96,22 @@ def find(path: str, key: str, suffixes: Sequence[str], kinds: str) -> list[Path 
     if not any(_size(file) for file in found):
         raise PretrainError(f"{key}.path: {found[0]} is empty")
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def find_json(path: str, key: str) -> list[Path | Skip]:
+    """:func:`find` for sources that read only JSON.
+
+    Raises:
+        PretrainError: there is no file, or ``path`` names a file of another kind.
+    """
+    found = find(path, key, _JSON, "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)")
+    for item in found:
+        if isinstance(item, Path) and not is_json(item):
+            raise PretrainError(
+                f"{key}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
+                ".jsonl.zst, .json)"
+            )
+    return found
 
 
 def _size(file: Path) -> int:

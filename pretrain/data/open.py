@@ -5,8 +5,11 @@ from pathlib import Path
 
 from pretrain.config import Config, DataConfig
 from pretrain.data.builtin.dataset import open_builtin
+from pretrain.data.composer import Composer
 from pretrain.data.interface import Data, RankShare
-from pretrain.data.mixture.data import open_mixture
+from pretrain.data.mixture.data import MixtureData
+from pretrain.data.mixture.tokenizer import load_tokenizer
+from pretrain.data.sources import find_sources
 from pretrain.errors import PretrainError
 
 
@@ -45,5 +48,13 @@ def open_data(
             ``data.max_corrupt``, the sources do not fit together, or this machine has no corpus.
     """
     if config.sources:
-        return open_mixture(config, patch_size, seed, share or RankShare())
+        return _open_mixture(config, patch_size, seed, share or RankShare())
     return open_builtin(config, patch_size, seed)
+
+
+def _open_mixture(config: DataConfig, patch_size: int, seed: int, share: RankShare) -> MixtureData:
+    sources = find_sources(config, seed)
+    tokenizer = load_tokenizer(config, sources)
+    composer = Composer.of(config, tokenizer, patch_size)
+    documents = [source.open(composer) for source in sources]
+    return MixtureData(config, seed, composer, documents, share)

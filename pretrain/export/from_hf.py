@@ -19,8 +19,7 @@ from pretrain.export.conversion import Conversion, conversions
 from pretrain.export.hf_config import from_hf_config, is_tied
 from pretrain.export.hf_folder import HfFolder, HfWeights
 from pretrain.model.geometry import MAX_FRAMES, MERGE
-from pretrain.model.initialize import initialize
-from pretrain.model.names import named_tensors
+from pretrain.model.names import initialize, kept_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.runtime.run_lock import RunLock
 
@@ -280,6 +279,6 @@ def _read(
 def _new_vision(config: Config) -> dict[str, Tensor]:
     """The first weights of a vision encoder, as :func:`pretrain.build.build` draws them."""
     tower = VisionTower(config.vision, config.language.hidden_size)
-    named = {name: tensor.detach() for name, tensor in named_tensors([], tower).items()}
+    named = {f"vision.{name}": tensor.detach() for name, tensor in kept_tensors(tower)}
     initialize(named, {}, config.seed, config.language.init_std, config.language.num_layers)
     return named

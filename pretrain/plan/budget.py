@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config import Config, LanguageConfig, VisionConfig
+from pretrain.data.sources import image_share
 from pretrain.encoder_process.cost import CostModel, analytic_cost
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MERGE
@@ -242,7 +243,7 @@ def layout(config: Config, processes: int) -> Layout:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a step: as many as ``data.image_share`` asks for, all of one size."""
+    """The images of a step: as many as ``data.vision_share`` asks for, all of one size."""
 
     patches_per_image: int
     features: float
@@ -267,7 +268,7 @@ def images(config: Config, patches_per_image: int | None = None) -> Images:
     """Of a step; by default images of 1,024 patches (448 x 448 pixels), or what a quarter of a
     sequence holds."""
     patches = patches_per_image or min(1024, config.data.seq_length // 4 * MERGE**2)
-    return Images(patches, config.data.image_share * tokens_per_step(config))
+    return Images(patches, image_share(config.data) * tokens_per_step(config))
 
 
 def tokens_per_step(config: Config) -> int:

@@ -64,7 +64,9 @@ def test_shards_go_on_exactly_and_only_at_the_same_number_of_ranks(folder: Path)
     config = (str(folder / "tiny.yaml"), f"data.cache_dir={folder}/cache", run_dir, "steps=8")
     ((status, line),) = launch(training.command, 1, "train", *config, *own)
     assert status == 1
-    assert "made with 2 data-parallel ranks, among which energon dealt the shards, not 1" in line
+    assert (
+        "made with 2 data-parallel ranks, among which energon distributed the shards, not 1" in line
+    )
 
 
 def test_text_alone_trains_and_no_captions_are_tested(folder: Path) -> None:

@@ -1,10 +1,14 @@
-"""Image and video files as frames: their size without decoding them, and their pixels."""
+"""Image and video files as frames: their sizes without decoding, and their pixels."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pretrain.data.media import pixels, video
 from pretrain.data.media.pixels import Pixels, open_image
+
+# Pillow warns of damaged metadata, which changes no pixel, and of large images below its own limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -12,7 +16,7 @@ class Media:
     """An image, or the frames of a video.
 
     Attributes:
-        paths: of each frame; or one path, of an image, an animation or a video file.
+        paths: the file of each frame; or one path of an image, an animation or a video file.
         moving: whether it is a video.
     """
 
@@ -21,14 +25,14 @@ class Media:
 
 
 def measure(media: Media, fps: float) -> tuple[int, int, int]:
-    """(frames, height, width) in pixels, without decoding: of a video file but its first frame.
+    """(frames, height, width) in pixels. Only the first frame of a video file is decoded.
 
     Args:
-        fps: frames a second that are taken of a video file; of an animation all are.
+        fps: frames per second to sample from a video file; animations have all their frames.
 
     Raises:
-        ValueError: a file is missing or no image, or its frames have more than
-            :data:`pretrain.data.media.pixels.MAX_FILM_PIXELS` pixels in all.
+        ValueError: a file is missing or not an image, or its frames together exceed
+            :data:`pretrain.data.media.pixels.MAX_FILM_PIXELS` pixels.
         PretrainError: PyAV is needed and not installed.
     """
     frames, height, width = _measure(media, fps)
@@ -59,10 +63,10 @@ def _measure(media: Media, fps: float) -> tuple[int, int, int]:
 
 
 def read(media: Media, fps: float) -> Iterator[Pixels]:
-    """Each frame, uint8 [height, width, 3].
+    """Decode each frame: uint8 [height, width, 3].
 
     Args:
-        fps: as of :func:`measure`.
+        fps: as for :func:`measure`.
 
     Raises:
         ValueError: a file is missing or damaged.

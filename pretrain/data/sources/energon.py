@@ -1,6 +1,7 @@
 """Vision-text from WebDataset shards, through megatron-energon: its format, order and resume."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,22 +9,28 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 from PIL import Image
 
-from pretrain.data.composer import Composer
+from pretrain.config import DataConfig
+from pretrain.data.builtin.standard_library import Split
+from pretrain.data.composer import Composer, as_pair
+from pretrain.data.interface import RankShare
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import ImageFile, Pixels, decode
-from pretrain.data.mixture.stream import Piece
 from pretrain.data.packing import Document
-from pretrain.data.skipped import Skip
+from pretrain.data.skipped import Skip, take_all
+from pretrain.data.sources.indexed import DocumentCursor, too_long
+from pretrain.data.sources.interface import Cursor, Documents, Segment, Source
+from pretrain.data.sources.text import Text
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import MAX_FRAMES
 
 # Held-out documents that are read, and kept, at the start.
 _HELD_OUT = 256
@@ -34,6 +41,8 @@ _LARGEST = 2**28
 _LARGEST_TEXT = 2**24
 # Names of shards that a folder's split may expand to at most.
 _MOST_SHARDS = 10**6
+# The number of a training sample, which has none.
+_UNNUMBERED = -1
 # The one class in energon's state.
 _SLICE = "SliceState"
 _TEXT = ("txt", "text", "transcript")
@@ -348,168 +357,182 @@ def _without_code(dataset: Any, file: Path, key: str) -> tuple[str, tuple[tuple[
     return sample_type, tuple((str(name), suffixes) for name, suffixes in fields.items())
 
 
-def texts(folder: Path, key: str, seed: int, *, trust_code: bool = False) -> Iterator[str]:
-    """Text to train a tokenizer on: of as many training samples as there are, images undecoded."""
-    meta, skips = read_meta(folder, key, trust_code=trust_code), list[Skip]()
-    try:
-        loader = _loader(folder, meta, "train", 0, 1, seed, skips, images=False)
-        for sample in itertools.islice(loader, meta.train):
-            found = getattr(sample, "sequence", None) or [getattr(sample, "caption", None)]
-            yield from (part for part in found if isinstance(part, str))
-    except Exception as error:
-        raise _failure(folder, key, skips, error) from error
+class EnergonSource(Source):
+    """A folder of WebDataset shards that is prepared for megatron-energon."""
+
+    has_images = True
+    may_run_code = True
+
+    def __init__(self, number: int, data: DataConfig, seed: int) -> None:
+        super().__init__(number, data, seed)
+        require_energon()
+        self.folder = Path(self.config.path)
+        self.meta = read_meta(self.folder, self.setting, trust_code=self.config.trust_code)
+        self.key = self.meta.fingerprint
+
+    def records(self) -> Iterator[Text]:
+        """The text of as many training samples as there are; their images are not decoded."""
+        skips: list[Skip] = []
+        with self.errors_named(skips):
+            loader = self.loader("train", RankShare(), skips, images=False)
+            for sample in itertools.islice(loader, self.meta.train):
+                parts = getattr(sample, "sequence", None) or [getattr(sample, "caption", None)]
+                yield from (Text("", part) for part in parts if isinstance(part, str))
+
+    def open(self, composer: Composer) -> "EnergonDocuments":
+        composer.tokenizer.require_media()
+        return EnergonDocuments(self, composer)
+
+    def loader(self, part: str, share: RankShare, skips: list[Skip], *, images: bool = True) -> Any:
+        """Energon's loader of a rank's share of a split; see :func:`_loader`."""
+        return _loader(
+            *(self.folder, self.meta, part, share.rank, share.ranks, self.seed, skips), images
+        )
+
+    @contextlib.contextmanager
+    def errors_named(self, skips: Sequence[Skip]) -> Iterator[None]:
+        """Name the source when energon gives up: everything is damaged, or shards are missing.
+
+        Raises:
+            PretrainError: in place of any exception.
+        """
+        try:
+            yield
+        except Exception as error:
+            corrupt = [skip for skip in skips if skip.corrupt][-1:]
+            latest = "".join(
+                f"; the latest sample: {skip.name} ({skip.reason})" for skip in corrupt
+            )
+            raise PretrainError(
+                f"{self.setting}: energon cannot read {self.folder}: {_reason(error)}{latest}"
+            ) from error
 
 
-def _failure(folder: Path, key: str, skips: Sequence[Skip], error: Exception) -> PretrainError:
-    """Energon gave up: everything is damaged, or shards are missing."""
-    corrupt = [skip for skip in skips if skip.corrupt][-1:]
-    latest = "".join(f"; the latest sample: {skip.name} ({skip.reason})" for skip in corrupt)
-    return PretrainError(f"{key}: energon cannot read {folder}: {_reason(error)}{latest}")
+class EnergonDocuments(Documents):
+    """The samples of prepared shards. Held-out samples are read at the start and kept."""
 
+    one_pass = True
+    whole = True
 
-@dataclass
-class Shards:
-    """A prepared folder of shards, and its held-out documents.
-
-    Attributes:
-        sizes: int32 [n, 2], tokens and placeholders of each held-out document.
-        skips: what could not be taken in.
-        trust_code: see :class:`pretrain.config.SourceConfig`.
-    """
-
-    folder: Path
-    key: str
-    composer: Composer
-    length: int
-    seed: int
-    trust_code: bool = False
-    skips: list[Skip] = field(default_factory=list)
-    meta: Meta = field(init=False)
-    held_out: list[list[str | Pixels]] = field(default_factory=list)
-    sizes: npt.NDArray[np.int32] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.meta = read_meta(self.folder, self.key, trust_code=self.trust_code)
-        if self.meta.has_val:
+    def __init__(self, source: EnergonSource, composer: Composer) -> None:
+        self.source: EnergonSource = source
+        self.composer = composer
+        self.skips = ()
+        self.met: list[Skip] = []  # samples that could not be used
+        self.held_out: list[list[str | Pixels]] = []
+        if source.meta.has_val:
             for sample in itertools.islice(self._held_out_samples(), _HELD_OUT):
                 parts = self._fitted(sample)
                 if parts is not None:
                     self.held_out.append(parts)
-        sizes = [self._size(parts) for parts in self.held_out]
-        self.sizes = np.array(sizes, np.int32).reshape(-1, 2)
+        self._sizes = [self._size(parts) for parts in self.held_out]
 
     @property
     def fingerprint(self) -> str:
-        return self.meta.fingerprint
+        return self.source.meta.fingerprint
 
-    @property
-    def train(self) -> int:
-        return self.meta.train
+    def count(self, split: Split) -> int:
+        return self.source.meta.train if split == "train" else len(self.held_out)
 
-    def loader(self, part: str, rank: int = 0, ranks: int = 1) -> Any:
-        """Energon's loader of a split, for this rank's part of the samples."""
-        try:
-            return _loader(self.folder, self.meta, part, rank, ranks, self.seed, self.skips)
-        except Exception as error:
-            raise self.failure(error) from error
+    def cursor(self, split: Split, share: RankShare) -> Cursor:
+        if split == "train":
+            return EnergonCursor(self.source, self, share)
+        return DocumentCursor(self.source, self, np.arange(len(self.held_out)), share)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(tokens, image placeholders among them) of a held-out document."""
+        return self._sizes[number]
+
+    def document(self, segment: Segment) -> Document:
+        if segment.document is not None:
+            return segment.document
+        return self.composer.document(self.held_out[segment.number])
+
+    def pairs(self, split: Split) -> Iterator[VisionItem]:
+        for parts in self.held_out if split == "held_out" else ():
+            pair = as_pair(parts)
+            if pair and len(pair[0]) <= MAX_FRAMES:
+                yield VisionItem(*pair)
+
+    def take_skipped(self) -> list[Skip]:
+        return take_all(self.met)
 
     def _held_out_samples(self) -> Iterator[Any]:
-        try:
-            yield from self.loader("val")
-        except Exception as error:
-            raise self.failure(error) from error
-
-    def failure(self, error: Exception) -> PretrainError:
-        return _failure(self.folder, self.key, self.skips, error)
+        with self.source.errors_named(self.met):
+            yield from self.source.loader("val", RankShare(), self.met)
 
     def _size(self, parts: list[str | Pixels]) -> tuple[int, int]:
         document = self.composer.document(parts)
         return len(document), document.tokens.count(self.composer.tokenizer.media_pad)
 
     def _fitted(self, sample: Any) -> list[str | Pixels] | None:
-        """A sample's parts; None, and a note of it, where it cannot be used."""
-        name = f"{self.folder}/{sample.__key__}"
+        """A sample's parts; None, and an entry in :attr:`met`, if it cannot be used."""
+        name = f"{self.source.folder}/{sample.__key__}"
         try:
             parts = [p if isinstance(p, str) else self.composer.fit(p) for p in _parts(sample)]
         except ValueError as error:
-            self.skips.append(Skip(name, str(error)))
+            self.met.append(Skip(name, str(error)))
             return None
         tokens, _ = self._size(parts)
-        if tokens > self.length:
-            reason = f"its {tokens} tokens do not fit data.seq_length={self.length}"
-            self.skips.append(Skip(name, reason, corrupt=False))
+        if tokens > self.source.data.seq_length:
+            self.met.append(too_long(name, tokens, self.source.data.seq_length))
             return None
         return parts
 
-    def document(self, sample: Any) -> Document | None:
+    def compose(self, sample: Any) -> Document | None:
+        """The document of a sample; None if it cannot be used."""
         parts = self._fitted(sample)
         return None if parts is None else self.composer.document(parts)
-
-    def describe(self, document: int) -> tuple[str, list[Any], list[Any]]:
-        """Name, parts and image shapes of a held-out document, as of an index."""
-        parts = self.held_out[document]
-        return (
-            f"{self.folder}/val:{document}",
-            parts,
-            [list(p.shape[:3]) for p in parts if not isinstance(p, str)],
-        )
-
-    def load(self, document: int, composer: Composer) -> list[str | Pixels]:
-        return self.held_out[document]
 
 
 @dataclass
 class EnergonCursor:
-    """In the training samples of a folder of shards: this rank's part, as energon deals it."""
+    """A position in a rank's share of the training samples, which energon shuffles."""
 
-    source: int
-    weight: float
-    shards: Shards
-    rank: int
-    ranks: int
-    vision: bool = True
+    source: EnergonSource
+    documents: EnergonDocuments
+    share: RankShare
     whole: bool = True
     taken: int = 0
 
     def __post_init__(self) -> None:
         self._loader = self._new_loader()
         self._samples: Iterator[Any] | None = None
-        # Read, and waiting for room: the document, and the key that energon gives it out by.
+        # The next document, and the key by which energon can restore its sample.
         self._waiting: tuple[Document, Any] | None = None
 
     def _new_loader(self) -> Any:
-        return self.shards.loader("train", self.rank, self.ranks)
+        with self.source.errors_named(self.documents.met):
+            return self.source.loader("train", self.share, self.documents.met)
 
     def _next(self) -> tuple[Document, Any]:
-        try:
+        with self.source.errors_named(self.documents.met):
             if self._samples is None:
                 self._samples = iter(self._loader)
-            # Endless: as many as a whole pass has are enough to know that none can be used.
-            for sample in itertools.islice(self._samples, self.shards.train + 1):
-                document = self.shards.document(sample)
+            # The loader is endless: after one pass it is known that no sample can be used.
+            for sample in itertools.islice(self._samples, self.source.meta.train + 1):
+                document = self.documents.compose(sample)
                 if document is not None:
                     return document, sample.__restore_key__
-        except Exception as error:
-            raise self.shards.failure(error) from error
-        latest = "".join(f"; the latest: {skip.reason}" for skip in self.shards.skips[-1:])
+        latest = "".join(f"; the latest: {skip.reason}" for skip in self.documents.met[-1:])
         raise PretrainError(
-            f"{self.shards.key}: {self.shards.folder} has nothing for rank {self.rank} that can be "
-            f"used{latest}"
+            f"{self.source.setting}: {self.source.folder} has nothing for rank {self.share.rank} "
+            f"that can be used{latest}"
         )
 
-    def peek(self) -> tuple[int, int]:
+    def _peek(self) -> Document:
         if self._waiting is None:
             self._waiting = self._next()
-        document, _ = self._waiting
+        return self._waiting[0]
+
+    def peek(self) -> tuple[int, int]:
+        document = self._peek()
         return len(document), document.tokens.count(document.tokenizer.media_pad)
 
-    def take(self, room: int) -> Piece:
-        if self._waiting is None:
-            self._waiting = self._next()
-        document, _ = self._waiting
-        self._waiting = None
+    def take(self, room: int) -> Segment:
+        document, self._waiting = self._peek(), None
         self.taken += len(document)
-        return Piece(self.source, document)
+        return Segment(self.source.number, _UNNUMBERED, document=document)
 
     def state(self) -> dict[str, Any]:
         """Energon's own state, and the sample that waits."""
@@ -526,10 +549,10 @@ class EnergonCursor:
 
         self._loader, self._samples = self._new_loader(), None
         self.taken, self._waiting = state["taken"], None
-        try:
+        with self.source.errors_named(self.documents.met):
             if state["waiting"] is not None:
                 key = _unplain(state["waiting"])
-                document = self.shards.document(self._loader.restore_sample(key))
+                document = self.documents.compose(self._loader.restore_sample(key))
                 assert document is not None
                 self._waiting = document, key
             self._loader.restore_state_rank(
@@ -539,8 +562,6 @@ class EnergonCursor:
                     micro_batch_size=None,
                 )
             )
-        except Exception as error:
-            raise self.shards.failure(error) from error
 
 
 def _plain(value: Any) -> Any:

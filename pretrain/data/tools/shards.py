@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import sources
+from pretrain.config import DataConfig
+from pretrain.data.composer import as_pair
 from pretrain.data.media import frames
 from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media, Mixed
+from pretrain.data.sources.images import Mixed, find_images, read_images
 from pretrain.errors import PretrainError
 
 # Energon's names of the splits.
@@ -51,14 +51,12 @@ def make_shards(
     skips: list[Skip] = []
     kinds: set[str] = set()
     writers = {part: _Writer(out, part, per_shard) for part in counts}
-    for record in _pairs(folder):
-        if isinstance(record, Skip):
-            skips.append(record)
+    for pair in _pairs(folder):
+        if isinstance(pair, Skip):
+            skips.append(pair)
             continue
-        part = PARTS["held_out" if record.hash < int(held_out * 2**64) else "train"]
-        media, caption = record.parts
-        assert isinstance(media, Media) and isinstance(caption, str)
-        path = Path(media.paths[0])
+        hash, path, caption = pair
+        part = PARTS["held_out" if hash < int(held_out * 2**64) else "train"]
         kind = _kind(path)
         kinds.add(kind)
         # The key in a shard: no two in a dataset may be the same.
@@ -75,21 +73,23 @@ def make_shards(
     return counts, skips
 
 
-def _pairs(folder: Path) -> Iterator[Mixed | Skip]:
-    """Images with a caption that can be opened."""
-    source = SourceConfig("images", str(folder))
-    for record in sources.read_mixed(source, sources.mixed_files(source, str(folder)), "folder"):
-        if isinstance(record, Mixed):
-            media = record.parts[0]
-            if not isinstance(media, Media) or media.moving or len(record.parts) != 2:
-                yield Skip(record.name, "no image with a caption")
-                continue
-            try:
-                list(frames.read(media, DataConfig.video_fps))
-            except ValueError as error:
-                yield Skip(record.name, str(error))
-                continue
-        yield record
+def _pairs(folder: Path) -> Iterator[tuple[int, Path, str] | Skip]:
+    """(hash, image, caption) of every pair whose image can be decoded, and what is left out."""
+    for item in find_images(str(folder), str(folder)):
+        for record in [item] if isinstance(item, Skip) else read_images(item, "text"):
+            yield record if isinstance(record, Skip) else _pair(record)
+
+
+def _pair(record: Mixed) -> tuple[int, Path, str] | Skip:
+    pair = as_pair(record.parts)
+    if pair is None or pair[0].moving:
+        return Skip(record.name, "no image with a caption")
+    media, caption = pair
+    try:
+        list(frames.read(media, DataConfig.video_fps))
+    except ValueError as error:
+        return Skip(record.name, str(error))
+    return record.hash, Path(media.paths[0]), caption
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""Small data of a user's own, made on the spot."""
+"""Small files for sources of data, and their records."""
 
 import gzip
 import json
@@ -8,12 +8,17 @@ import numpy as np
 import zstandard
 from PIL import Image
 
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import find_sources
+from pretrain.data.sources.interface import Record
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128,) * 3}
 SHAPES = ("square", "stripe", "spot")
 
 
 def picture(number: int) -> tuple[Image.Image, str]:
-    """A picture and its caption; every number has its own."""
+    """A picture and its caption, a different one for each number."""
     rng = np.random.default_rng(number)
     colour = list(COLOURS)[number % 4]
     shape = SHAPES[number // 4 % 3]
@@ -29,7 +34,7 @@ def picture(number: int) -> tuple[Image.Image, str]:
 
 
 def captioned_folder(folder: Path, count: int) -> Path:
-    """Images, each with a text file of its name beside it."""
+    """Images, each with its caption in a text file of the same name."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         image, caption = picture(number)
@@ -39,7 +44,7 @@ def captioned_folder(folder: Path, count: int) -> Path:
 
 
 def text(number: int) -> str:
-    """A document of some sentences; every number has its own."""
+    """A document of some sentences, a different one for each number."""
     rng = np.random.default_rng([7, number])
     words = [
         "the",
@@ -63,11 +68,17 @@ def text(number: int) -> str:
 
 
 def jsonl(path: Path, numbers: range, field: str = "text") -> Path:
-    """A line a document, packed as the name says."""
+    """JSON lines, compressed as the file name says."""
     lines = "".join(json.dumps({field: text(number)}) + "\n" for number in numbers)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_packed(path, lines.encode())
     return path
+
+
+def records(config: SourceConfig, max_corrupt: int = 1000) -> list[Record | Skip]:
+    """Every document of a source, and what is left out."""
+    (source,) = find_sources(DataConfig(sources=(config,), max_corrupt=max_corrupt), seed=0)
+    return [*getattr(source, "skips", ()), *source.records()]
 
 
 def write_packed(path: Path, content: bytes) -> None:

@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import SourceConfig
-from pretrain.data import files, sources
+from pretrain.data import files
 from pretrain.data.skipped import Skip, within_limit
-from pretrain.data.sources import Chat, Text
+from pretrain.data.sources import Chat, Mixed, Text
 from pretrain.errors import PretrainError
+from tests.pretrain.data import make
 
-KEY = "data.sources[0]"
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
@@ -40,8 +40,7 @@ EXPECTED = [one["text"] for one in OBJECTS]
 
 
 def read(path: Path | str) -> tuple[list[str], list[Skip]]:
-    source = SourceConfig("text", str(path))
-    records = list(sources.read_text(source, sources.text_files(source, KEY), KEY))
+    records = make.records(SourceConfig("text", str(path)), max_corrupt=10**6)
     texts = [record.text for record in records if isinstance(record, Text)]
     return texts, [record for record in records if isinstance(record, Skip)]
 
@@ -311,15 +310,14 @@ def test_every_file_of_a_folder_is_read_or_listed_whatever_is_in_it(
         with open(os.fsencode(folder) + b"/" + name, "wb") as file:
             file.write(data[: len(data) - cut] if cut > 20 else data)
     present = {str(path) for path in folder.iterdir()}
-    for kind, reader in (("text", sources.read_text), ("chat", sources.read_chats)):
-        source = SourceConfig(kind, str(folder))  # type: ignore[arg-type]
+    for kind in ("text", "chat"):
         try:
-            found = (sources.text_files if kind == "text" else sources.chat_files)(source, KEY)
+            records = make.records(SourceConfig(kind, str(folder)), max_corrupt=10**6)
         except PretrainError as error:
             assert "\n" not in str(error)
             continue
         seen = set()
-        for record in reader(source, found, KEY):  # type: ignore[operator]
+        for record in records:
             assert isinstance(record, Text | Chat | Skip)
             name = record.name
             seen.add(next(path for path in present if name == path or _within(name, path)))
@@ -362,8 +360,8 @@ def test_a_document_with_images_loses_none_of_them(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(fields))
-    (record,) = sources.read_mixed(SourceConfig("images", str(path)), [path])
+    (record,) = make.records(SourceConfig("images", str(path)))
     if lost:
         assert isinstance(record, Skip) and f"its {lost!r} would be lost" in record.reason
     else:
-        assert isinstance(record, sources.Mixed)
+        assert isinstance(record, Mixed)

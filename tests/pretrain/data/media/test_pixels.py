@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from pretrain.data.media.frames import Media
+from pretrain.data.media.frames import Media, measure
 from pretrain.data.media.pixels import MAX_PIXELS, decode, open_image
 
 Array = npt.NDArray[Any]
@@ -505,8 +505,8 @@ def test_an_animation_of_too_many_pixels_in_all_is_refused_undecoded(tmp_path: P
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.png: 300 frames of 20000 x 8000 pixels, in all more"):
-        frames.measure(Media((str(path),), moving=True), 1)
-    assert frames.measure(Media((str(path),), moving=False), 1) == (1, 8000, 20000)
+        measure(Media((str(path),), moving=True), 1)
+    assert measure(Media((str(path),), moving=False), 1) == (1, 8000, 20000)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 10000), (10000, 1)])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import open_data
+from pretrain.data import NOTHING, TEXT, open_data
 from pretrain.data.chat import Message, render
-from pretrain.data.index import ChatIndex
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Chat, read_chats
+from pretrain.data.sources import Chat
+from pretrain.data.sources.chat import ChatIndex
+from pretrain.data.sources.interface import Segment
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -71,8 +72,8 @@ def test_of_a_conversation_replies_and_their_ends_are_learnt(data: MixtureData) 
         Message("assistant", "Yes"),
     ]
     document = render(ids, messages)
-    learned = [t for t, weight in zip(document.tokens, document.weights, strict=True) if weight]
-    assert learned == [*ids.encode("No."), ids.im_end, *ids.encode("Yes"), ids.im_end]
+    learnt = [t for t, kind in zip(document.tokens, document.kinds, strict=True) if kind == TEXT]
+    assert learnt == [*ids.encode("No."), ids.im_end, *ids.encode("Yes"), ids.im_end]
     assert ids.decode(document.tokens, skip_special_tokens=False) == (
         "<|bos|><|im_system|>system<|im_middle|>Be brief.<|im_end|>"
         "<|im_user|>user<|im_middle|><|im_end|>?<|im_end|>"
@@ -89,7 +90,7 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Mi
     for number in range(90):
         said = [Message(turn["role"], turn["content"]) for turn in turns(number)]
         document = render(ids, said)
-        rendered[tuple(document.tokens)] = document.weights
+        rendered[tuple(document.tokens)] = document.kinds
     seen, filled = set(), []
     for split, index in itertools.product(("train", "held_out"), range(60)):
         sample = data.sample(split, index)  # type: ignore[arg-type]
@@ -99,12 +100,12 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Mi
         for number in range(count):
             (places,) = np.nonzero(numbers == number)
             document = tuple(tokens[places].tolist())
-            weights, labels = (x.numpy()[places] for x in (sample.weights, sample.labels))
-            assert weights.tolist() == [*rendered[document][1:], 0]
-            expected = np.where(weights > 0, [*document[1:], 0], 0)
+            kinds, labels = (x.numpy()[places] for x in (sample.kinds, sample.labels))
+            assert kinds.tolist() == [*rendered[document][1:], NOTHING]
+            expected = np.where(kinds == TEXT, [*document[1:], 0], 0)
             assert labels.tolist() == expected.tolist()
             seen.add(document)
-        assert not sample.weights.numpy()[numbers == count].any()
+        assert not sample.kinds.numpy()[numbers == count].any()
         filled.append((numbers < count).mean())
     assert np.mean(filled) > 0.6
     assert len(seen) == 67, "all but those without a reply"
@@ -112,11 +113,11 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Mi
 
 
 def test_every_epoch_reads_every_conversation_once(data: MixtureData) -> None:
-    (source,) = data._sources
-    (cursor,) = data._cursors("train")
-    count = len(source.documents["train"])
-    epochs = [[cursor.take(LENGTH).document for _ in range(count)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == source.documents["train"].tolist()  # type: ignore[type-var]
+    (documents,) = data._documents
+    (cursor,) = data._stream("train").cursors
+    count = documents.count("train")
+    epochs = [[cursor.take(LENGTH).number for _ in range(count)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == documents.numbers["train"].tolist()
     assert epochs[0] != epochs[1]
 
 
@@ -180,8 +181,8 @@ def test_what_is_too_long_or_wrong_is_left_out_and_listed(tmp_path: Path) -> Non
 def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [turns(1)], field="talk")
     source = SourceConfig("chat", str(path), field="talk")
-    (chat,) = read_chats(source, [path], "data.sources[0]")
-    assert isinstance(chat, Chat) and not isinstance(chat, Skip)
+    (chat,) = make.records(source)
+    assert isinstance(chat, Chat)
     assert [message._asdict() for message in chat.messages] == turns(1)
     with pytest.raises(PretrainError, match=r"a.jsonl:1 \(has no field 'messages', only talk: "):
         opened(tmp_path, SourceConfig("chat", str(path)))
@@ -204,11 +205,11 @@ def test_what_does_not_go_together_is_told(folder: Path, tmp_path: Path) -> None
 
 def test_the_standard_library_answers_questions(tmp_path: Path) -> None:
     data = opened(tmp_path, SourceConfig("standard_library_chat"), max_corpus_mb=1.0)
-    (source,) = data._sources
-    assert isinstance(source.index, ChatIndex)
-    assert len(source.documents["train"]) > 100 < 10 * len(source.documents["held_out"])
-    tokens, *_ = source.index.read(int(source.documents["train"][0]))
-    text = data.tokenizer.decode(tokens, skip_special_tokens=False)
+    (documents,) = data._documents
+    assert isinstance(documents.index, ChatIndex)
+    assert documents.count("train") > 100 < 10 * documents.count("held_out")
+    first = documents.document(Segment(0, int(documents.numbers["train"][0])))
+    text = data.tokenizer.decode(first.tokens, skip_special_tokens=False)
     assert text.startswith("<|bos|><|im_user|>user<|im_middle|>What ")
 
 
@@ -238,7 +239,7 @@ def test_a_conversation_of_which_something_would_be_lost_is_left_out(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(LOST[reason]))
-    (skip,) = read_chats(SourceConfig("chat", str(path)), [path])
+    (skip,) = make.records(SourceConfig("chat", str(path)))
     assert isinstance(skip, Skip) and skip.corrupt
     assert reason in skip.reason and skip.name == f"{path}:1"
 
@@ -251,7 +252,7 @@ def test_fields_without_anything_in_them_cost_nothing(tmp_path: Path) -> None:
         ANSWERED | {"weight": 1, "prefix": False},
     ]
     path.write_text(json.dumps({"messages": messages, "images": [], "tools": None, "id": 7}))
-    (chat,) = read_chats(SourceConfig("chat", str(path)), [path])
+    (chat,) = make.records(SourceConfig("chat", str(path)))
     assert isinstance(chat, Chat)
     assert [message._asdict() for message in chat.messages] == [ASKED, ANSWERED]
 
@@ -259,4 +260,4 @@ def test_fields_without_anything_in_them_cost_nothing(tmp_path: Path) -> None:
 def test_conversations_may_be_an_array(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [ASKED, ANSWERED]}] * 3, indent=1))
-    assert len([one for one in read_chats(SourceConfig("chat", str(path)), [path])]) == 3
+    assert len(make.records(SourceConfig("chat", str(path)))) == 3

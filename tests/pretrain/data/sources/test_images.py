@@ -36,9 +36,8 @@ def opened(folder: Path, **settings: object) -> MixtureData:
 
 def read(data: MixtureData) -> set[str]:
     """The names of the files that are documents."""
-    index = data._sources[0].index
-    documents = data._sources[0].documents["train"]
-    return {index.describe(int(number))[0] for number in documents}  # type: ignore[union-attr]
+    (documents,) = data._documents
+    return {documents.index.describe(int(number))[0] for number in documents.numbers["train"]}
 
 
 def strange(folder: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import Category, RankShare, open_data
+from pretrain.data import CAPTION, RankShare, open_data
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.mixture.stream import Sequences
 from pretrain.errors import PretrainError
@@ -80,33 +80,27 @@ def test_sequences_can_be_read_in_any_order(data: MixtureData) -> None:
 
 def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path) -> None:
     data = opened(folder, *both(folder))
-    for source in data._sources:
-        cursor = next(c for c in data._cursors("train") if c.source == source.number)
+    for documents, cursor in zip(data._documents, data._stream("train").cursors, strict=True):
         epochs = []
         for _ in range(2):
             whole: list[int] = []
-            while len(whole) < len(source.documents["train"]):
-                piece = cursor.take(LENGTH)
-                if source.vision or piece.stop == source.index.length(piece.document):  # type: ignore
-                    whole.append(piece.document)  # type: ignore[arg-type]
-            assert sorted(whole) == source.documents["train"].tolist()
+            while len(whole) < documents.count("train"):
+                segment = cursor.take(LENGTH)
+                if segment.stop == documents.index.size(segment.number)[0]:
+                    whole.append(segment.number)
+            assert sorted(whole) == documents.numbers["train"].tolist()
             epochs.append(whole)
         assert epochs[0] != epochs[1]
 
 
 def test_ranks_that_take_turns_read_every_document_once(data: MixtureData) -> None:
-    (text, _) = data._sources
-    cursors = [
-        c
-        for rank in range(3)
-        for c in data._cursors("train", RankShare(rank, 3, 3))
-        if c.source == text.number
-    ]
-    seen = []
-    while len(seen) < len(text.documents["train"]):
+    (text, _) = data._documents
+    cursors = [text.cursor("train", RankShare(rank, 3, 3)) for rank in range(3)]
+    seen: list[int] = []
+    while len(seen) < text.count("train"):
         cursor = cursors[len(seen) % 3]
-        seen.append(cursor.take(10**6).document)
-    assert sorted(seen) == text.documents["train"].tolist()  # type: ignore[type-var]
+        seen.append(cursor.take(10**6).number)
+    assert sorted(seen) == text.numbers["train"].tolist()
 
 
 @settings(deadline=None, max_examples=20)
@@ -126,7 +120,7 @@ def test_shares_hold_over_every_stretch_of_sequences(
     placed = []
     for _ in range(100):
         stream.next()
-        placed.append(stream.placed)
+        placed.append(stream.placeholders)
     # What is due is placed; at most one picture too many, or one that waits for room.
     largest = 30
     for count, so_far in enumerate(placed, 1):
@@ -164,7 +158,7 @@ def test_held_out_captions_are_told_apart_by_their_images(data: MixtureData) -> 
     assert 2 <= len(right) == len(swapped) <= 12
     for one, other in zip(right, swapped, strict=True):
         captions = [
-            [t for t, c in zip(d.tokens, d.categories, strict=True) if c == Category.CAPTION]
+            [t for t, kind in zip(d.tokens, d.kinds, strict=True) if kind == CAPTION]
             for d in (one, other)
         ]
         assert captions[0] == captions[1]

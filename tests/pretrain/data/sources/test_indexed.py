@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import cache, open_data, sources
+from pretrain.data import cache, open_data
 from pretrain.data.media import frames
-from pretrain.data.mixture import data as mixture
 from pretrain.data.mixture.data import MixtureData
+from pretrain.data.mixture.tokenizer import sample_texts
+from pretrain.data.sources import find_sources
+from pretrain.data.sources.text import TextSource
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -43,12 +45,12 @@ def opened(
 def all_of(data: MixtureData) -> list[Any]:
     """Everything in the indexes, and everything that is listed."""
     found: list[Any] = [sorted(data._skips)]
-    for source in data._sources:
-        fields = {f.name: getattr(source.index, f.name) for f in dataclasses.fields(source.index)}
+    for documents in data._documents:
+        index = documents.index
+        fields = {f.name: getattr(index, f.name) for f in dataclasses.fields(index)}
         del fields["cached"]
-        # Inodes and times of parts are not content.
-        parts = [(part.name, part.documents, part.skips) for part in fields.pop("parts")]
-        found.append(parts)
+        # Inodes and times of files are not content.
+        found.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
         found.append(
             {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
@@ -170,11 +172,9 @@ def test_only_what_has_changed_is_read_again(
     data = opened(tmp_path, *sources_of(tmp_path))
     assert "have not changed since" not in data.describe()
     read, measured = [], []
-    plain, measure = sources.read_text_file, frames.measure
-    monkeypatch.setitem(
-        mixture._READERS,
-        "text",
-        (sources.text_files, lambda source, file: read.append(file.name) or plain(source, file)),
+    plain, measure = TextSource.read, frames.measure
+    monkeypatch.setattr(
+        TextSource, "read", lambda source, file: read.append(file.name) or plain(source, file)
     )
     monkeypatch.setattr(
         frames, "measure", lambda media, fps: measured.append(media.paths) or measure(media, fps)
@@ -266,8 +266,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_listed(tmp_path: Path) -> No
     data = opened(tmp_path, SourceConfig("text", str(path)))
     (skip,) = data.take_skipped()
     assert skip.name == f"{path}:2" and "cannot encode it" in skip.reason
-    (source,) = data._sources
-    assert len(source.index.hashes) == 3  # type: ignore[union-attr]
+    assert "3 documents" in data.describe()
 
 
 def test_more_corrupt_documents_than_allowed_end_the_indexing_at_once(tmp_path: Path) -> None:
@@ -291,8 +290,8 @@ def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_pat
     texts = ["a" * 3_000_000, " " * 3_000_000 + "b", make.text(1)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    reader = mixture._reader(DataConfig(sources=(SourceConfig("text", str(path)),)), 0, 0)
-    pieces = list(reader.sample_texts(10**7, 0))
+    (source,) = find_sources(DataConfig(sources=(SourceConfig("text", str(path)),)), 0)
+    pieces = list(sample_texts(source, 10**7, 0))
     assert "".join(pieces) == "".join(texts)
     assert pieces[-1] == texts[-1], "other texts are whole"
     assert max(map(len, pieces)) == 1000

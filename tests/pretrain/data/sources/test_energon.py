@@ -19,8 +19,7 @@ from pretrain.data import RankShare, open_data
 from pretrain.data.media import frames, pixels
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media, energon
-from pretrain.data.sources.energon import texts
+from pretrain.data.sources import Media, energon, find_sources, source_types
 from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -173,14 +172,21 @@ def test_shards_of_which_nothing_fits_are_told_and_not_read_for_ever(folder: Pat
         steps(data, 0, 1, range(4))
 
 
+def texts(shards: Path) -> list[str]:
+    """The text that a tokenizer is trained on."""
+    config = DataConfig(sources=(SourceConfig("energon", str(shards)),))
+    (source,) = find_sources(config, seed=0)
+    return [record.text for record in source.records()]
+
+
 def test_tokenizers_are_trained_on_captions_and_images_left_undecoded(folder: Path) -> None:
     captions = [make.picture(number)[1] for number in range(60)]
-    found = list(texts(folder / "shards", "data.sources[1]", 0))
+    found = texts(folder / "shards")
     assert len(found) > 40 and {text.strip() for text in found} < set(captions)
     shards_of(folder, "in_json", captions[:6])
     path = folder / "in_json" / "train-000000.tar"
     path.write_bytes(path.read_bytes().replace(b"IDAT", b"LOST"))  # no picture can be decoded
-    found = list(texts(folder / "in_json", "data.sources[1]", 0))
+    found = texts(folder / "in_json")
     assert len(found) == 6 and set(found) <= set(captions[:6])
 
 
@@ -443,5 +449,6 @@ def test_code_of_shards_runs_when_it_is_trusted(folder: Path) -> None:
 
 
 def test_trust_code_is_of_energon_alone() -> None:
-    with pytest.raises(ValueError, match="trust_code is of a source of type energon, not images"):
-        SourceConfig("images", "pictures", trust_code=True)
+    config = DataConfig(sources=(SourceConfig("images", "pictures", trust_code=True),))
+    with pytest.raises(PretrainError, match="trust_code applies to sources of type energon, not i"):
+        source_types(config)

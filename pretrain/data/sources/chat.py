@@ -1,0 +1,161 @@
+"""Sources of conversations: JSON lines in the format of Chat Completions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data import files
+from pretrain.data.chat import REPLY, Message, render
+from pretrain.data.composer import Composer
+from pretrain.data.files import reason
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip
+from pretrain.data.sources.fields import MEDIA, is_unicode, lost_field, no_field
+from pretrain.data.sources.indexed import FileSource, IndexedSource, extent, too_long
+from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.data.sources.tokens import TokenIndex, TokenWriter, index_tokens
+from pretrain.data.tokenizer import ROLES
+
+_LOST_FROM_CHAT = (*MEDIA, "tools", "functions", "system")
+_LOST_FROM_MESSAGE = (
+    *(*MEDIA, "tool_calls", "function_call", "tool_call_id", "tools"),
+    *("reasoning_content", "reasoning", "thinking", "prefix"),
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with at least one reply."""
+
+    name: str
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message.content for message in self.messages)
+
+    @property
+    def hash(self) -> int:
+        return content_hash(*(part for message in self.messages for part in message))
+
+
+class ChatSource(FileSource[Chat]):
+    """JSON lines of conversations: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
+
+    is_chat = True
+
+    def find(self) -> list[Path | Skip]:
+        return files.find_json(self.config.path, self.setting)
+
+    def read(self, file: Path) -> Iterator[Chat | Skip]:
+        """The conversations of a file.
+
+        A conversation that would lose something, such as an image or a tool call, is skipped.
+        """
+        for name, value in files.read_objects(file):
+            if isinstance(value, Skip):
+                yield value
+                continue
+            field = self.config.field if self.config.field in value else "messages"
+            if field not in value:
+                yield Skip(name, no_field(value, "messages"))
+                continue
+            try:
+                yield _chat(name, value, field)
+            except ValueError as error:
+                yield Skip(name, reason(error))
+
+    def index(self, composer: Composer) -> "ChatIndex":
+        return index_chats(self, composer)
+
+
+def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
+    """
+    Raises:
+        ValueError: the record is not a conversation, or contains more than text.
+    """
+    if not isinstance(value[field], list):
+        raise ValueError(f"no list of messages in {field!r}")
+    if lost := lost_field(value, _LOST_FROM_CHAT):
+        raise ValueError(f"its {lost!r} would be lost: a source of chat has messages of text alone")
+    messages = tuple(_message(number, message) for number, message in enumerate(value[field], 1))
+    if not any(message.role == REPLY and message.content.strip() for message in messages):
+        return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
+    return Chat(name, messages)
+
+
+def _message(number: int, message: Any) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
+    if lost := lost_field(fields, _LOST_FROM_MESSAGE):
+        raise ValueError(f"the {lost!r} of message {number} would be lost: only its text is read")
+    for name in ("weight", "train"):
+        if fields.get(name) in (0, False):
+            raise ValueError(f"message {number} is not to be learned ({name!r}): this is not read")
+    if isinstance(content, list):
+        content = _joined(number, content)
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has no text for its content")
+    if not is_unicode(content):
+        raise ValueError(f"half a surrogate pair in message {number}")
+    return Message(role, content)
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """The text of a content that is a list of parts, as in Chat Completions."""
+    texts = []
+    for part in parts:
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type"), fields.get("text")
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"message {number} has a part of type {kind!r:.40}, not only text")
+        texts.append(text)
+    return "".join(texts)
+
+
+@dataclass(frozen=True)
+class ChatIndex(TokenIndex):
+    """Rendered conversations, which are never cut.
+
+    Attributes:
+        kinds: uint8, the kind of each token as a label.
+    """
+
+    kinds: npt.NDArray[np.uint8]
+
+    def document(self, segment: Segment, composer: Composer) -> Document:
+        tokens = extent(self.ends, segment.number)
+        return Document(
+            composer.tokenizer, self.tokens[tokens].tolist(), self.kinds[tokens].tolist()
+        )
+
+
+def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatIndex:
+    """Load the index of a source of conversations, or build it; raises as :func:`index_tokens`."""
+    tokenizer, length = composer.tokenizer, source.data.seq_length
+    tokenizer.require_chat()
+
+    def add(writer: TokenWriter, records: Iterator[Chat | Skip]) -> None:
+        for record in records:
+            if isinstance(record, Skip):
+                writer.skip(record)
+                continue
+            try:
+                document = render(tokenizer, record.messages)
+            except ValueError as error:
+                writer.skip(Skip(record.name, reason(error)))
+                continue
+            if len(document) > length:
+                writer.skip(too_long(record.name, len(document), length))
+            else:
+                writer.add(record.hash, document.tokens, document.kinds)
+
+    columns = {"tokens": np.dtype(tokenizer.dtype), "kinds": np.dtype(np.uint8)}
+    name = source.index_name("chat", tokenizer, length)
+    return index_tokens(source, name, columns, ChatIndex, add)

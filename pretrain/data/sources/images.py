@@ -1,0 +1,453 @@
+"""Sources of images, videos and text: captioned pairs, and documents that mix them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data import files
+from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
+from pretrain.data.composer import Composer, as_pair
+from pretrain.data.files import reason
+from pretrain.data.media import frames, pixels, video
+from pretrain.data.media.frames import Media
+from pretrain.data.media.patches import VisionItem
+from pretrain.data.media.pixels import Pixels
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip, Skipped
+from pretrain.data.sources.fields import is_unicode, lost_field
+from pretrain.data.sources.indexed import (
+    FileSource,
+    Index,
+    IndexedFile,
+    extent,
+    map_array,
+    read_index,
+    read_lines,
+    too_long,
+    write_index,
+    write_lines,
+)
+from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.errors import PretrainError
+from pretrain.model.geometry import MAX_FRAMES
+
+CAPTIONS = "captions.jsonl"
+_CAPTION_SUFFIX = ".txt"
+# Fields with media that documents do not have. A caption's image_url often names its origin.
+_LOST = ("images", "videos", "audio", "audios", "input_audio")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A document of text and images in reading order; a pair is an image and its caption."""
+
+    name: str
+    parts: tuple[str | Media, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def hash(self) -> int:
+        names = [n for p in self.parts for n in ([p] if isinstance(p, str) else p.paths)]
+        root = Path(self.name).parent
+        return content_hash(*(name.removeprefix(f"{root}/") for name in names))
+
+
+class ImageSource(FileSource[Mixed]):
+    """JSON lines that name image and video files, or a folder of images with captions."""
+
+    has_images = True
+
+    def find(self) -> list[Path | Skip]:
+        return find_images(self.config.path, self.setting)
+
+    def read(self, file: Path) -> Iterator[Mixed | Skip]:
+        return read_images(file, self.config.field)
+
+    def companions(self, paths: Sequence[Path]) -> Iterable[Path]:
+        return map(caption_of, paths)
+
+    def index(self, composer: Composer) -> "MixedIndex":
+        return index_images(self, composer)
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def find_images(path: str, setting: str) -> list[Path | Skip]:
+    """The JSON files of a source, or the images of a folder, and what is left out.
+
+    Args:
+        setting: the source's name in messages.
+
+    Raises:
+        PretrainError: there are none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return files.find_json(path, setting)
+    captions = folder / CAPTIONS
+    if captions.is_file():
+        return [captions, *_unnamed(captions)]
+    return list(_images(folder, setting))
+
+
+def _unnamed(captions: Path) -> Iterator[Skip]:
+    """The images of a folder that its captions.jsonl does not name."""
+    named = set(map(os.path.normpath, media_paths(captions)))
+    for item in files.walk(captions.parent, pixels.suffixes(), "images"):
+        if isinstance(item, Path) and os.path.normpath(item) not in named:
+            yield Skip(str(item), f"not named in {CAPTIONS}", corrupt=False)
+
+
+def _images(folder: Path, setting: str) -> Iterator[Path | Skip]:
+    """The images of a folder, by content or name, and all other files except their captions."""
+    items = list(files.walk(folder, ("",), "files"))
+    images = {item for item in items if isinstance(item, Path) and _is_image(item)}
+    if not images:
+        failed = (item for item in items if isinstance(item, Skip) and item.corrupt)
+        why = "".join(f" ({skip.name}: {skip.reason})" for skip in list(failed)[:1])
+        raise PretrainError(f"{setting}.path: the folder {folder} has no images in it{why}")
+    captions = set(map(caption_of, images))
+    for item in sorted(items, key=lambda item: str(item if isinstance(item, Path) else item.name)):
+        if isinstance(item, Skip) or item in images:
+            yield item
+        elif item in captions:
+            continue
+        elif video.is_video(str(item)):
+            yield Skip(str(item), f"a video: name it in {CAPTIONS}", corrupt=False)
+        elif item.suffix.lower() == _CAPTION_SUFFIX:
+            yield Skip(str(item), "a caption without an image of its name")
+        else:
+            yield Skip(str(item), "neither an image nor a caption", corrupt=False)
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file is an image: by its suffix, even if it is damaged, or by its content."""
+    if files.ends_with(file, pixels.suffixes()):
+        return True
+    if file.suffix.lower() == _CAPTION_SUFFIX or video.is_video(str(file)):
+        return False
+    try:
+        with pixels.open_image(file):
+            return True
+    except ValueError:
+        return False
+
+
+def caption_of(image: Path) -> Path:
+    """The path of an image's caption, which may not exist."""
+    paths = [image.with_suffix(suffix) for suffix in (_CAPTION_SUFFIX, _CAPTION_SUFFIX.upper())]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_images(file: Path, field: str) -> Iterator[Mixed | Skip]:
+    """The documents of a JSON file, or an image with its caption.
+
+    JSON objects are ``{"image": "a.jpg", "caption": "…"}``, ``{"video": "a.mp4", "caption": "…"}``
+    (also an animated GIF, PNG or WebP, or a list of frames), or ``{"parts": [{"text": "…"},
+    {"image": "a.jpg"}, …]}``. Paths are relative to the file's folder and must stay within it. In a
+    folder without ``captions.jsonl``, the caption of ``a.jpg`` is ``a.txt``.
+
+    Args:
+        field: name of the caption; ``caption`` is read, too.
+    """
+    if not files.is_json(file):
+        yield _captioned(file)
+        return
+    for name, value in files.read_objects(file):
+        yield value if isinstance(value, Skip) else _mixed(name, value, file, field)
+
+
+def _captioned(image: Path) -> Mixed | Skip:
+    caption = caption_of(image)
+    try:
+        text = files.read_plain(caption).strip()
+    except FileNotFoundError:
+        return Skip(str(image), f"no caption {caption.name} in its folder")
+    except files.UNREADABLE as error:
+        return Skip(str(caption), reason(error))
+    if not text:
+        return Skip(str(caption), "no text in it")
+    return Mixed(str(image), (Media((str(image),), moving=False), text))
+
+
+def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | Skip:
+    try:
+        fields = (*_LOST, "image", "video") if "parts" in value else _LOST
+        if lost := lost_field(value, fields):
+            raise ValueError(f"its {lost!r} would be lost: name it in 'parts'")
+        if "parts" in value:
+            if not isinstance(value["parts"], list):
+                raise ValueError("'parts' is not a list")
+            parts = [_part(part, file.parent) for part in value["parts"]]
+        else:
+            caption = value.get(field, value.get("caption"))
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(f"no caption in {field!r} or 'caption'")
+            media = {kind: value[kind] for kind in ("image", "video") if kind in value}
+            parts = [_part(media, file.parent), caption.strip()]
+        parts = [part for part in parts if part]
+        if not parts:
+            raise ValueError("nothing in it")
+        if not all(is_unicode(part) for part in parts if isinstance(part, str)):
+            raise ValueError("half a surrogate pair in its text")
+    except ValueError as error:
+        return Skip(name, reason(error))
+    return Mixed(name, tuple(parts))
+
+
+def _part(part: Any, root: Path) -> str | Media:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and len(part) == 1:
+        ((kind, value),) = part.items()
+        if kind == "text" and isinstance(value, str):
+            return value
+        if kind == "image" and isinstance(value, str):
+            return Media((_inside(value, root),), moving=False)
+        if kind == "video" and isinstance(value, str):
+            return Media((_inside(value, root),), moving=True)
+        if kind == "video" and isinstance(value, list) and value:
+            return Media(tuple(_inside(str(frame), root) for frame in value), moving=True)
+    raise ValueError("neither an image, a video nor text: " + json.dumps(part)[:80])
+
+
+def _inside(name: str, root: Path) -> str:
+    path = root / name
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # a cycle of links
+        raise ValueError(f"{name}: {reason(error)}") from error
+    if not inside:
+        raise ValueError(f"{name} lies outside {root}")
+    return str(path)
+
+
+def media_paths(file: Path) -> Iterator[str]:
+    """Every image and video that a JSON file names, even if it is missing; or the image itself."""
+    if not files.is_json(file):
+        yield str(file)
+        return
+    for _, value in files.read_objects(file):
+        if isinstance(value, Skip):
+            continue
+        parts = value.get("parts")
+        for part in (value, *(parts if isinstance(parts, list) else ())):
+            for kind in ("image", "video") if isinstance(part, dict) else ():
+                named = part.get(kind)
+                for path in named if isinstance(named, list) else [named]:
+                    if isinstance(path, str):
+                        yield str(file.parent / path)
+
+
+# ---------------------------------------------------------------------- indexing
+
+
+@dataclass(frozen=True)
+class MixedIndex(Index):
+    """Documents with images.
+
+    Attributes:
+        ends: int64 [n], where each description ends.
+        lines: descriptions in JSON, one after the other.
+        sizes: int32 [n, 2], tokens and image placeholders of each document.
+        video: the first video file, which requires PyAV; empty if there is none.
+    """
+
+    ends: npt.NDArray[np.int64]
+    lines: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
+    video: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Includes the sizes, in which a checkpoint counts its position in the data: they depend on
+        settings such as ``data.max_image_tokens``."""
+        return hashlib.sha256(self.hashes.tobytes() + self.sizes.tobytes()).hexdigest()[:16]
+
+    def size(self, number: int) -> tuple[int, int]:
+        tokens, placeholders = self.sizes[number].tolist()
+        return tokens, placeholders
+
+    def token_counts(self, numbers: npt.NDArray[np.int64]) -> tuple[int, int]:
+        tokens, placeholders = self.sizes[numbers].sum(0, dtype=np.int64).tolist()
+        return tokens, placeholders
+
+    def fitting(self, length: int) -> tuple[npt.NDArray[np.int64], list[Skip]]:
+        tokens = self.sizes[:, 0]
+        unfitting = [
+            too_long(self.describe(int(number))[0], int(tokens[number]), length)
+            for number in np.flatnonzero(tokens > length)
+        ]
+        return np.flatnonzero(tokens <= length), unfitting
+
+    def describe(self, number: int) -> tuple[str, list[str | Media], list[list[int]]]:
+        """A document's name, its parts, and the [frames, height, width] of each image."""
+        name, parts, shapes = json.loads(self.lines[extent(self.ends, number)].tobytes())
+        media = [p if isinstance(p, str) else Media(tuple(p[0]), moving=p[1]) for p in parts]
+        return name, media, shapes
+
+    def document(self, segment: Segment, composer: Composer) -> Document | Skip:
+        name, parts, shapes = self.describe(segment.number)
+        remaining = iter(shapes)
+        try:
+            read = [p if isinstance(p, str) else composer.read(p, next(remaining)) for p in parts]
+        except ValueError as error:
+            return Skip(name, str(error))
+        return composer.document(read)
+
+    def pairs(self, numbers: Iterable[int], composer: Composer) -> Iterator[VisionItem]:
+        for number in numbers:
+            _, parts, shapes = self.describe(number)
+            pair = as_pair(parts)
+            if pair and shapes[0][0] <= MAX_FRAMES:
+                try:
+                    read: Pixels = composer.read(pair[0], shapes[0])
+                except ValueError:
+                    continue  # it is reported when a sequence contains it
+                yield VisionItem(read, pair[1])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The size of an image or video when its files had these stamps.
+
+    Attributes:
+        shape: (frames, height, width) in pixels; or the reason why it cannot be read.
+    """
+
+    stamps: tuple[Stamp, ...]
+    shape: tuple[int, int, int] | str
+
+
+def index_images(source: ImageSource, composer: Composer) -> MixedIndex:
+    """Load the index of a source, or build it if it is missing. Only new and changed images are
+    measured.
+
+    Raises:
+        PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
+            written, or a document has a video file and PyAV is not installed.
+    """
+    tokenizer = composer.tokenizer
+    tokenizer.require_media()
+    cache = Path(source.data.cache_dir)
+    media = (path for file in source.files for path in media_paths(Path(file.name)))
+    named, _ = cached(cache / f"media-{source.key}", partial(_write_media, media), _read_media)
+    stamps = {path: stamp(Path(path)) for path in named}
+    settings = (composer.patch_size, *composer.limits, composer.video_fps)
+    name = source.index_name("images", tokenizer, *settings)
+    folder = cache / f"{name}-{key_of(source.key, stamps=stamps.items())}"
+    index, was_cached = cached(
+        folder, lambda partial: _build(partial, folder, source, composer, stamps), _load
+    )
+    if index.video:  # the index may have been built where PyAV was installed
+        video.require_av(index.video)
+    return replace(index, cached=was_cached)
+
+
+def _build(
+    partial: Path,
+    folder: Path,
+    source: ImageSource,
+    composer: Composer,
+    stamps: dict[str, Stamp],
+) -> None:
+    """Write an index to ``partial``, which will become ``folder``."""
+    known: dict[Media, Measured] = next(siblings(folder, _read_measured), {})
+    measured: dict[Media, Measured] = {}
+
+    def measure(media: Media) -> tuple[int, int, int]:
+        if media not in measured:
+            current = tuple(stamps.get(path, ()) for path in media.paths)
+            earlier = known.get(media)
+            unchanged = earlier is not None and earlier.stamps == current and all(current)
+            measured[media] = (
+                earlier if earlier and unchanged else _measured(media, current, composer)
+            )
+        shape = measured[media].shape
+        if isinstance(shape, str):
+            raise ValueError(shape)
+        return shape
+
+    skipped = Skipped(source.data.max_corrupt)
+    ends: list[int] = []
+    hashes: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    total, film = 0, ""
+    progress = Progress("indexing images")
+    with (partial / "lines").open("wb") as file:
+        for record in source.records():
+            progress(len(ends))
+            if isinstance(record, Skip):
+                skipped.add([record])
+                continue
+            media = [part for part in record.parts if isinstance(part, Media)]
+            try:
+                shapes = [measure(item) for item in media]
+                remaining = iter(shapes)
+                size = composer.size(
+                    [p if isinstance(p, str) else next(remaining) for p in record.parts]
+                )
+            except ValueError as error:
+                skipped.add([Skip(record.name, reason(error))])
+                continue
+            sizes.append(size)
+            film = film or next((p for m in media for p in m.paths if video.is_video(p)), "")
+            parts = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
+            total += file.write(json.dumps([record.name, parts, shapes]).encode())
+            ends.append(total)
+            hashes.append(record.hash)
+    np.save(partial / "sizes.npy", np.array(sizes, np.int32).reshape(-1, 2))
+    (partial / "video").write_text(json.dumps(film))
+    write_lines(
+        partial / "measured",
+        ([m.paths, m.moving, size.stamps, size.shape] for m, size in measured.items()),
+    )
+    write_index(partial, [IndexedFile("", (), len(ends), list(skipped))], ends, hashes)
+
+
+def _load(folder: Path) -> MixedIndex:
+    hashes, indexed, ends = read_index(folder)
+    sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+    lines = map_array(folder / "lines", np.dtype(np.uint8))
+    if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
+        raise ValueError("descriptions are not what was written")
+    film = json.loads((folder / "video").read_text())
+    return MixedIndex(hashes, indexed, ends, lines, sizes, film)
+
+
+def _measured(media: Media, stamps: tuple[Stamp, ...], composer: Composer) -> Measured:
+    try:
+        return Measured(stamps, frames.measure(media, composer.video_fps))
+    except ValueError as error:
+        return Measured(stamps, reason(error))
+
+
+def _read_measured(folder: Path) -> dict[Media, Measured]:
+    measured = {}
+    for paths, moving, stamps, shape in read_lines(folder / "measured"):
+        size = shape if isinstance(shape, str) else tuple(shape)
+        measured[Media(tuple(paths), moving)] = Measured(tuple(map(tuple, stamps)), size)
+    return measured
+
+
+def _write_media(media: Iterable[str], folder: Path) -> None:
+    write_lines(folder / "paths", dict.fromkeys(media))
+
+
+def _read_media(folder: Path) -> list[str]:
+    return list(read_lines(folder / "paths"))

@@ -1,0 +1,380 @@
+"""Sources whose documents are indexed on disk: numbered, with known sizes, cached between runs.
+
+The text of all files, compressed or not, becomes a single row of tokens that is mapped into memory,
+so that any document can be read at any time. For documents with images, the index has their sizes,
+for packing, and the names of the image files, which are read when a sequence needs them.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config import DataConfig
+from pretrain.data.builtin.standard_library import Split
+from pretrain.data.cache import Stamp, key_of, stamp
+from pretrain.data.composer import Composer
+from pretrain.data.interface import RankShare
+from pretrain.data.media.patches import VisionItem
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip, within_limit
+from pretrain.data.sources.interface import Documents, Record, Segment, Source
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+
+R = TypeVar("R", bound=Record)
+
+
+# ---------------------------------------------------------------------- files and indexes
+
+
+@dataclass(frozen=True)
+class InputFile(Generic[R]):
+    """A file of a source, the unit that is indexed again if it has changed.
+
+    A source without files is a single one.
+
+    Attributes:
+        name: path of the file.
+        stamp: changes whenever the file does.
+        records: reads its documents.
+    """
+
+    name: str
+    stamp: Stamp
+    records: Callable[[], Iterator[R | Skip]]
+
+
+@dataclass
+class IndexedFile:
+    """The entry of a file in an index: its number of documents, and those left out."""
+
+    name: str
+    stamp: Stamp
+    documents: int
+    skips: list[Skip]
+
+
+@dataclass(frozen=True)
+class Index(ABC):
+    """Documents by number, on disk.
+
+    Attributes:
+        whole: whether documents are never cut.
+        hashes: uint64 [n], a hash of the content of each document.
+        files: the indexed files in order.
+        cached: whether the index existed, and no file has changed since it was made.
+    """
+
+    whole: ClassVar[bool] = True
+    hashes: npt.NDArray[np.uint64]
+    files: list[IndexedFile]
+    cached: bool = field(default=False, kw_only=True)
+
+    @property
+    def skips(self) -> list[Skip]:
+        """Everything that was left out."""
+        return [skip for file in self.files for skip in file.skips]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the documents and their order, independent of where the files are."""
+        return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
+
+    @abstractmethod
+    def size(self, number: int) -> tuple[int, int]:
+        """(tokens, image placeholders among them) of a document."""
+
+    @abstractmethod
+    def document(self, segment: Segment, composer: Composer) -> Document | Skip:
+        """See :meth:`pretrain.data.sources.interface.Documents.document`."""
+
+    def pairs(self, numbers: Iterable[int], composer: Composer) -> Iterator[VisionItem]:
+        """See :meth:`pretrain.data.sources.interface.Documents.pairs`."""
+        return iter(())
+
+    def token_counts(self, numbers: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+        """See :meth:`pretrain.data.sources.interface.Documents.token_counts`."""
+        return None
+
+    def fitting(self, length: int) -> tuple[npt.NDArray[np.int64], list[Skip]]:
+        """The numbers of documents that fit a sequence, and the documents that do not."""
+        return np.arange(len(self.hashes)), []
+
+
+def too_long(name: str, size: int, length: int) -> Skip:
+    return Skip(name, f"its {size} tokens do not fit data.seq_length={length}", corrupt=False)
+
+
+# ---------------------------------------------------------------------- sources
+
+
+class IndexedSource(Source, Generic[R]):
+    """A source whose documents are indexed.
+
+    Attributes:
+        files: the files to index.
+        skips: files and folders that are left out.
+    """
+
+    files: Sequence[InputFile[R]]
+    skips: Sequence[Skip] = ()
+
+    @abstractmethod
+    def index(self, composer: Composer) -> Index:
+        """Load the index of :attr:`files`, or build it if it is missing; raises as :meth:`open`."""
+
+    def records(self) -> Iterator[R | Skip]:
+        records = (record for file in self.files for record in file.records())
+        return within_limit(records, self.data.max_corrupt)
+
+    def open(self, composer: Composer) -> "IndexedDocuments":
+        index = self.index(composer)
+        usable, unfitting = index.fitting(self.data.seq_length)
+        skips = [*self.skips, *index.skips, *unfitting]
+        if not len(usable):
+            first = next((skip for skip in skips if skip.corrupt), skips[0] if skips else None)
+            why = f"; the first: {first.name} ({first.reason})" if first else ""
+            raise PretrainError(
+                f"{self.setting}.path: none of the documents in {self.location} can be used{why}"
+            )
+        numbers = self._split(usable, index.hashes[usable])
+        return IndexedDocuments(self, skips, index, numbers, composer)
+
+    def _split(
+        self, usable: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
+    ) -> dict[Split, npt.NDArray[np.int64]]:
+        empty = np.empty(0, np.int64)
+        if self.config.split == "train":
+            return {"train": usable, "held_out": empty}
+        if self.config.split == "held_out":
+            return {"train": empty, "held_out": usable}
+        held_out = hashes < np.uint64(held_out_below(self.data))
+        if held_out.all():  # such as a single document
+            held_out[:] = False
+        return {"train": usable[~held_out], "held_out": usable[held_out]}
+
+    def index_name(self, kind: str, tokenizer: Tokenizer, *settings: object) -> str:
+        """The name of an index in the cache, up to the digest of the files."""
+        config = self.config
+        digest = key_of(config.type, config.path, config.field, tokenizer.digest)
+        return "-".join(map(str, (kind, digest, *settings)))
+
+
+def held_out_below(data: DataConfig) -> int:
+    """Documents with a hash below this number are held out."""
+    return int(data.held_out * 2**64)
+
+
+class FileSource(IndexedSource[R]):
+    """A source of files. A subclass finds them, reads one, and chooses the index."""
+
+    def __init__(self, number: int, data: DataConfig, seed: int) -> None:
+        super().__init__(number, data, seed)
+        found = self.find()
+        paths = [item for item in found if isinstance(item, Path)]
+        self.skips = [item for item in found if isinstance(item, Skip)]
+        stamps = {str(path): stamp(path) for path in (*paths, *self.companions(paths))}
+        self.key = key_of(self.config.type, self.config.field, stamps=stamps.items())
+        self.files = [
+            InputFile(str(path), stamps[str(path)], partial(self.read, path)) for path in paths
+        ]
+
+    @abstractmethod
+    def find(self) -> list[Path | Skip]:
+        """The files, in a fixed order, and what is left out.
+
+        Raises:
+            PretrainError: there are none.
+        """
+
+    @abstractmethod
+    def read(self, file: Path) -> Iterator[R | Skip]:
+        """Read every document of a file; a document that cannot be used is a :class:`Skip`."""
+
+    def companions(self, paths: Sequence[Path]) -> Iterable[Path]:
+        """Other files that the documents of these are read from."""
+        return ()
+
+
+# ---------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class IndexedDocuments(Documents):
+    """The documents of an index.
+
+    Attributes:
+        numbers: int64 [n] for each split, the numbers of its documents in the index.
+    """
+
+    source: Source
+    skips: Sequence[Skip]
+    index: Index
+    numbers: dict[Split, npt.NDArray[np.int64]]
+    composer: Composer
+
+    @property
+    def cached(self) -> bool:
+        return self.index.cached
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint
+
+    def count(self, split: Split) -> int:
+        return len(self.numbers[split])
+
+    def cursor(self, split: Split, share: RankShare) -> "DocumentCursor":
+        return DocumentCursor(self.source, self.index, self.numbers[split], share)
+
+    def document(self, segment: Segment) -> Document | Skip:
+        return self.index.document(segment, self.composer)
+
+    def pairs(self, split: Split) -> Iterator[VisionItem]:
+        return self.index.pairs(map(int, self.numbers[split]), self.composer)
+
+    def token_counts(self, split: Split) -> tuple[int, int] | None:
+        return self.index.token_counts(self.numbers[split])
+
+
+class SizedDocuments(Protocol):
+    """Documents with numbers and known sizes."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether documents are never cut."""
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(tokens, image placeholders among them) of a document."""
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, source: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, source, epoch]).permutation(count)
+
+
+@dataclass
+class DocumentCursor:
+    """A position in numbered documents; the seed decides their order in each epoch.
+
+    Attributes:
+        numbers: the documents of the split.
+        share: the cursors of all ranks together read every document once per epoch.
+        position: documents taken.
+        offset: tokens taken of the current document, which is cut.
+        taken: tokens taken.
+    """
+
+    source: Source
+    documents: SizedDocuments
+    numbers: npt.NDArray[np.int64]
+    share: RankShare
+    position: int = 0
+    offset: int = 0
+    taken: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.documents.whole
+
+    def _number(self) -> int:
+        place = self.position * self.share.ranks + self.share.rank
+        epoch, index = divmod(place, len(self.numbers))
+        order = _order(self.source.seed, self.source.number, epoch, len(self.numbers))
+        return int(self.numbers[order[index]])
+
+    def peek(self) -> tuple[int, int]:
+        tokens, placeholders = self.documents.size(self._number())
+        # A range of a cut document also gets the token that begins a document.
+        return tokens - self.offset + (not self.whole), placeholders
+
+    def take(self, room: int) -> Segment:
+        number, start = self._number(), self.offset
+        tokens, _ = self.documents.size(number)
+        stop = tokens if self.whole else min(tokens, start + room - 1)
+        self.taken += stop - start
+        self.offset = stop
+        if stop == tokens:
+            self.position, self.offset = self.position + 1, 0
+        return Segment(self.source.number, number, start, stop)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "offset": self.offset, "taken": self.taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position, self.offset = state["position"], state["offset"]
+        self.taken = state["taken"]
+
+
+# ---------------------------------------------------------------------- files of an index
+
+
+def write_index(
+    folder: Path, files: Iterable[IndexedFile], ends: list[int], hashes: list[int]
+) -> None:
+    """Write what all indexes have in common.
+
+    Args:
+        ends: where each document ends in the index's data.
+    """
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    write_lines(folder / "parts", ([f.name, f.stamp, f.documents, f.skips] for f in files))
+
+
+def read_index(
+    folder: Path,
+) -> tuple[npt.NDArray[np.uint64], list[IndexedFile], npt.NDArray[np.int64]]:
+    """Hashes, files and ends.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    files = [
+        IndexedFile(name, tuple(numbers), documents, [Skip(*skip) for skip in skips])
+        for name, numbers, documents, skips in read_lines(folder / "parts")
+    ]
+    ends = np.load(folder / "ends.npy", mmap_mode="r")
+    hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+    if ends.ndim != 1 or not ends.shape == hashes.shape == (sum(f.documents for f in files),):
+        raise ValueError("documents are not what was written")
+    return hashes, files, ends
+
+
+def extent(ends: npt.NDArray[np.int64], number: int) -> slice:
+    """The range of a document in its index's data."""
+    return slice(int(ends[number - 1]) if number else 0, int(ends[number]))
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write JSON lines, ended by their count."""
+    with path.open("w") as file:
+        count = sum(1 for value in values if file.write(json.dumps(value) + "\n"))
+        file.write(json.dumps({"lines": count}) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """Read JSON lines of :func:`write_lines`.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    *lines, last = path.read_text().splitlines()
+    if json.loads(last) != {"lines": len(lines)}:
+        raise ValueError(f"{path.name} is not what was written")
+    return map(json.loads, lines)
+
+
+def map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Map a file into memory as a one-dimensional array."""
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")

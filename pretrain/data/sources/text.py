@@ -1,0 +1,136 @@
+"""Sources of text: JSON lines and plain text files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data import files
+from pretrain.data.composer import Composer
+from pretrain.data.files import reason
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip
+from pretrain.data.sources.fields import MEDIA, is_unicode, lost_field, no_field
+from pretrain.data.sources.indexed import FileSource, IndexedSource, extent
+from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.data.sources.tokens import TokenIndex, TokenWriter, index_tokens
+from pretrain.data.tokenizer import Tokenizer
+
+_SUFFIXES = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
+_KINDS = "files of text (.jsonl, .json, .txt, .md; .gz, .zst, .bz2 or .xz)"
+# Limits of a batch of texts that are tokenized at once.
+_BATCH_TEXTS = 256
+_BATCH_CHARACTERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document of text."""
+
+    name: str
+    text: str
+
+    @property
+    def hash(self) -> int:
+        return content_hash(self.text)
+
+
+class TextSource(FileSource[Text]):
+    """JSON lines, arrays of JSON objects, and plain text files, compressed or not."""
+
+    def find(self) -> list[Path | Skip]:
+        return files.find(self.config.path, self.setting, _SUFFIXES, _KINDS)
+
+    def read(self, file: Path) -> Iterator[Text | Skip]:
+        """The JSON objects of a file, or its whole text."""
+        try:
+            plain = files.content(file) == "plain"
+            if plain:
+                yield _text(str(file), files.read_plain(file), "text")
+        except files.UNREADABLE as error:
+            yield Skip(str(file), reason(error))
+            return
+        field = self.config.field
+        for name, value in () if plain else files.read_objects(file):
+            if isinstance(value, Skip):
+                yield value
+            elif field not in value:
+                yield Skip(name, no_field(value, field))
+            elif lost := lost_field(value, MEDIA):
+                yield Skip(name, f"its {lost!r} would be lost: a source of text has no images")
+            else:
+                yield _text(name, value[field], field)
+
+    def index(self, composer: Composer) -> "TextIndex":
+        return index_text(self, composer)
+
+
+def _text(name: str, text: Any, field: str) -> Text | Skip:
+    if not isinstance(text, str):
+        return Skip(name, f"has no text in its field {field!r}")
+    if not is_unicode(text):
+        return Skip(name, "half a surrogate pair in its text")
+    return Text(name, text) if text.strip() else Skip(name, "no text in it", corrupt=False)
+
+
+@dataclass(frozen=True)
+class TextIndex(TokenIndex):
+    """Documents of text, each ended by the token that ends a document.
+
+    They are cut where a sequence is full, and continue in the next one.
+    """
+
+    whole: ClassVar[bool] = False
+
+    def document(self, segment: Segment, composer: Composer) -> Document:
+        first = extent(self.ends, segment.number).start
+        tokens = self.tokens[first + segment.start : first + segment.stop]
+        return Document(composer.tokenizer).add_tokens(tokens)
+
+
+def index_text(source: IndexedSource[Text], composer: Composer) -> TextIndex:
+    """Load the index of a source of text, or build it; raises as :func:`index_tokens`."""
+    tokenizer = composer.tokenizer
+
+    def add(writer: TokenWriter, records: Iterator[Text | Skip]) -> None:
+        for batch in _batches(records):
+            texts = [record.text for record in batch if not isinstance(record, Skip)]
+            encoded = iter(_encoded(tokenizer, texts))
+            for record in batch:
+                if isinstance(record, Skip):
+                    writer.skip(record)
+                    continue
+                tokens = next(encoded)
+                if isinstance(tokens, str):
+                    writer.skip(Skip(record.name, tokens))
+                else:
+                    writer.add(record.hash, np.append(tokens, tokenizer.eos))
+
+    columns = {"tokens": np.dtype(tokenizer.dtype)}
+    return index_tokens(source, source.index_name("text", tokenizer), columns, TextIndex, add)
+
+
+def _batches(records: Iterator[Text | Skip]) -> Iterator[list[Text | Skip]]:
+    batch: list[Text | Skip] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += 0 if isinstance(record, Skip) else len(record.text)
+        if len(batch) == _BATCH_TEXTS or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[npt.NDArray[np.int64] | str]:
+    """The tokens of each text, or the reason why it has none."""
+    try:
+        encoded: list[npt.NDArray[np.int64] | str] = list(tokenizer.encode_many(texts))
+    except ValueError as error:
+        if len(texts) == 1:
+            return [reason(error)]
+        return [tokens for text in texts for tokens in _encoded(tokenizer, [text])]
+    return [tokens if len(tokens) else "the tokenizer makes no tokens of it" for tokens in encoded]
