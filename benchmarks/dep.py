@@ -181,7 +181,7 @@ def _batches(
     setting: Setting, share: float, spread: float, seed: int, first_stage: bool
 ) -> list["MicroBatch"]:
     """Micro-batches of one sequence: random tokens, with images for a share of them."""
-    from pretrain.data import TEXT as TEXT_KIND
+    from pretrain.data import Category
     from pretrain.model.multimodal import MicroBatch
 
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +210,8 @@ def _batches(
             MicroBatch(
                 tokens=tokens,
                 labels=torch.randint(100, VOCABULARY, (1, length), generator=generator),
-                kinds=torch.full((1, length), TEXT_KIND, dtype=torch.uint8),
+                weights=torch.ones(1, length),
+                categories=torch.full((1, length), Category.TEXT, dtype=torch.uint8),
                 documents=torch.zeros(1, length, dtype=torch.int32),
                 patches=torch.randint(256, (patches, 588), dtype=torch.uint8),
                 grids=shapes,
@@ -225,7 +226,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     Returns:
         (what, from, to), in seconds from the step's beginning.
     """
-    from pretrain.step import backbone
+    from pretrain.step import run_backbone
 
     marks: list[tuple[str, float, float]] = []
     dist.barrier()
@@ -241,7 +242,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     else:
         features = run.encoder.encode([(batch.patches, batch.grids) for batch in batches])
     done("encode")
-    backbone(run, batches, features)
+    run_backbone(run, batches, features)
     done("backbone")
     if name != TEXT:
         run.encoder.backward()

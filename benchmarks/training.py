@@ -242,20 +242,21 @@ class Trained:
         return batches.for_step(self.run.config, self.run.context, self.run.data, step)
 
     def gradients(self, step: int) -> float:
-        from pretrain.step import gradients, mean_losses
+        from pretrain.objective import mean_losses
+        from pretrain.step import forward_backward
 
-        loss = mean_losses(gradients(self.run, self._of_step(step)))["loss"]
+        loss = mean_losses(forward_backward(self.run, self._of_step(step)))["loss"]
         assert loss is not None
         return loss
 
     @torch.no_grad()
     def look(self, step: int) -> None:
-        from pretrain.step import backbone
+        from pretrain.step import run_backbone
 
         self.run.train()
         batch = self._of_step(step)
         features = self.run.encoder.encode([(one.patches, one.grids) for one in batch])
-        backbone(self.run, batch, features, forward_only=True)
+        run_backbone(self.run, batch, features, forward_only=True)
 
     def held_out(self) -> dict[str, float]:
         from pretrain.evaluate import held_out_losses

@@ -47,18 +47,20 @@ class Attachment(Handle):
         self._skipped_before: int | Tensor | None = None
         for other in tuple(getattr(optimizer, _ATTRIBUTE, ())):
             if _share_weights(other.clip, clip):
-                other.clip._retire("a newer QKClip of these weights was attached to the optimizer")
+                other.clip._deactivate(
+                    "a newer QKClip of these weights was attached to the optimizer"
+                )
         hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         # In the optimizer, so that both end together. It is not copied with the optimizer.
         optimizer.__dict__.setdefault(_ATTRIBUTE, []).append(self)
-        restore = _call_before_zero_grad(optimizer, clip._forget_discarded)
+        restore = _call_before_zero_grad(optimizer, clip._discard_graded)
         super().__init__([partial(_forget, optimizer, self), restore, *(h.remove for h in hooks)])
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self.clip._check()  # raises before the step has changed anything
+        self.clip._checked_plan()  # raises before the step has changed anything
         self._skipped_before = getattr(optimizer, "skipped_steps", None)
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

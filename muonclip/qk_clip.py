@@ -1,13 +1,22 @@
-"""QK-Clip: keep every head's largest attention logit at a threshold by scaling its q and k rows.
+"""QK-Clip: keep every head's largest attention logit at or below a threshold by scaling q and k.
 
-Source: Kimi K2 technical report (arXiv 2507.20534), section 2.1. The rule for key groups shared by
-several query heads (GQA) is exact per head, where the report gives none.
+After an optimizer step, a head h whose largest logit S_h is above the threshold τ has its logits
+multiplied by gamma_h = τ / S_h, through the rows of its query and key weights:
+
+- one key per query head (MHA): W_q <- √gamma_h · W_q and W_k <- √gamma_h · W_k;
+- MLA: the same for the parts without position (nope); the rotary part (rope) of the query takes
+  gamma_h, because its key is shared by all heads and stays as it is;
+- one key for a group of query heads (GQA): the key takes √(min gamma) of its heads, and the query
+  of head h takes gamma_h divided by that.
+
+Source: Kimi K2 technical report (arXiv 2507.20534), section 2.1, for MHA and MLA. The rule for GQA
+is exact for each head; the report has none.
 """
 
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,17 +29,16 @@ from torch.utils.hooks import RemovableHandle
 from muonclip.attachment import Attachment, Handle, has_rate, tensors_of
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.max_logits import Mask, screened_max_logits
-from muonclip.precision import get_master
-from muonclip.row_scaling import Rows, ScalingPlan, Share, plan_key, read_sides
+from muonclip.row_scaling import ScaledSides, ScalingPlan, locate_master_shards
 
 
 class ClipFactors(NamedTuple):
-    """Factors on the rows of one attention layer.
+    """Factors for the rows of one attention layer.
 
     Attributes:
-        query: [heads], on each query head's rows.
-        key: [groups], on each key group's rows.
-        query_rope: [heads], on each rotary query's rows (MLA); the factor on the head's logits.
+        query: [heads], for each query head.
+        key: [groups], for each key group.
+        query_rope: [heads], for each rotary query (MLA): gamma, the factor on the head's logits.
     """
 
     query: Tensor
@@ -39,19 +47,19 @@ class ClipFactors(NamedTuple):
 
 
 class ClipResult(NamedTuple):
-    """Result of one ``QKClip.step``. Tensors on the weights' device: reading them waits.
+    """Result of one ``QKClip.step``. Tensors are on the weights' device: reading them waits.
 
-    A head's largest logit lies between its entries in ``max_logits`` and ``upper_bounds``. Where
-    they are equal it is known exactly, and so it is for every head over the threshold.
+    A head's largest logit lies between its entries in ``max_logits`` and ``upper_bounds``. They
+    are equal where it is known exactly, which includes every head above the threshold.
 
     Attributes:
-        max_logits: per layer, [heads]: the largest logit that was computed in the step, over
-            micro-batches and ranks, before clipping, additive biases included; -inf where none was.
-        num_clipped: int64 scalar: heads scaled down, over all layers of this rank.
-        upper_bounds: per layer, [heads]: what no logit of the step exceeded; -inf where the layer
+        max_logits: layer -> [heads]: the largest computed logit of the step, over micro-batches and
+            ranks, before clipping, with additive biases; -inf if none was computed.
+        num_clipped: int64 scalar: number of heads scaled down, over all layers of this rank.
+        upper_bounds: layer -> [heads]: an upper bound on all logits of the step; -inf if the layer
             was not observed.
-        factors: per layer, [heads]: gamma, the factor on each head's q·k; 1 where nothing changed.
-        skipped: layer -> why its heads are not scaled, for layers whose weights are frozen.
+        factors: layer -> [heads]: gamma, the factor on each head's q·k; 1 if it was not clipped.
+        skipped: layer -> reason why its heads are not scaled, for layers with frozen weights.
     """
 
     max_logits: dict[str, Tensor]
@@ -62,18 +70,14 @@ class ClipResult(NamedTuple):
 
 
 def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> ClipFactors:
-    """The factors that bring each head's largest logit down to the threshold, and no other's.
-
-    With gamma_h = min(1, τ/S_h) for head h, key group g takes the root of its heads' least gamma
-    and head h's query takes gamma_h over that: its logits are multiplied by exactly gamma_h. With
-    one head per group both take the root of gamma_h, as published.
+    """The factors that bring the largest logit of every head above the threshold down to it.
 
     Args:
-        max_logits: [heads], each head's largest logit S_h. A negative or non-finite one asks for
-            nothing: its gamma is 1. With additive biases give ``unbiased_max_logits`` of
+        max_logits: [heads], each head's largest logit S_h. Heads with a negative or non-finite one
+            are not scaled. With additive biases, pass ``unbiased_max_logits`` of
             ``screened_max_logits``.
         threshold: τ, above 0.
-        num_kv_groups: key groups; divides heads.
+        num_kv_groups: number of key groups; divides heads.
 
     Returns:
         Factors in at least float32; exactly 1 for groups with no head above τ.
@@ -92,69 +96,70 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
 
 
 def _gamma(max_logits: Tensor, threshold: float) -> Tensor:
-    """[heads]: the factor on each head's logits that brings its largest down to the threshold."""
+    """gamma_h = min(1, τ / S_h), [heads]."""
     largest = max_logits.to(torch.promote_types(max_logits.dtype, torch.float32))
-    over = (largest > threshold) & largest.isfinite()
-    # Clamped because a quotient just under one may round to just over it.
-    return torch.where(over, threshold / largest, 1.0).clamp(max=1)
+    is_over = (largest > threshold) & largest.isfinite()
+    # Clamped because a quotient just below one may round to just above it.
+    return torch.where(is_over, threshold / largest, 1.0).clamp(max=1)
 
 
-def split_factor(gamma: Tensor, num_kv_groups: int, share: Share = "both") -> ClipFactors:
-    """Divide each head's factor between its query and the key of its group.
+def split_factor(gamma: Tensor, num_kv_groups: int, sides: ScaledSides = "both") -> ClipFactors:
+    """Divide each head's gamma between its query and the key of its group.
 
     Args:
         gamma: [heads].
-        num_kv_groups: key groups; divides heads.
-        share: which of the two can be scaled. ``"key"``: as many groups as heads. ``"none"``: gamma
-            is 1.
+        num_kv_groups: number of key groups; divides heads.
+        sides: the sides that can be scaled. ``"key"`` requires one group per head, ``"none"``
+            that gamma is 1.
     """
-    if share in ("query", "none"):
+    if sides in ("query", "none"):
         return ClipFactors(gamma, gamma.new_ones(num_kv_groups), gamma)
-    if share == "key":
+    if sides == "key":
         return ClipFactors(torch.ones_like(gamma), gamma, gamma)
     key = gamma.view(num_kv_groups, -1).amin(1).sqrt()
     query = gamma / key.repeat_interleave(gamma.numel() // num_kv_groups)
-    return ClipFactors(query, key, gamma)
+    return ClipFactors(query, key, query_rope=gamma)
 
 
 class QKClip:
-    """Watches the largest attention logits of a model and clips them after each optimizer step.
+    """Observes the largest attention logits of a model and clips them after each optimizer step.
 
-    In the forward pass hand each layer's queries and keys to ``observe_attention``, or maxima that
-    the attention kernel gives to ``observe``; after ``optimizer.step()`` call ``step()``, or
-    ``attach`` to the optimizer once and forget about it. Works with any optimizer.
-    ``muonclip.integrations`` does the observing for models of other libraries.
+    In the forward pass, pass each layer's queries and keys to ``observe_attention``, or the maxima
+    that an attention kernel returns to ``observe``. Call ``step()`` after each
+    ``optimizer.step()``, or ``attach`` the clip to the optimizer once. Works with any optimizer.
+    ``muonclip.integrations`` observes the models of other libraries.
 
-    Weights may be DTensors (FSDP2, tensor parallelism), sharded in any way: each rank scales its
-    part. A weight with an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
-    of Megatron) has that scaled, and is refreshed from it. With ``main_param_sharded`` too, the
-    ranks of ``process_group`` have consecutive flat pieces of the master, as in Megatron's
-    distributed optimizer: each scales its own, and the weight itself until the optimizer refreshes
-    it.
+    Weights may be DTensors (FSDP2, tensor parallelism) with any sharding: each rank scales its
+    shard. If a weight has an attribute ``main_param`` (the float32 master copy of ``MuonClip`` and
+    of Megatron), the master copy is scaled and the weight refreshed from it. With
+    ``main_param_sharded`` too, each rank of ``process_group`` has a flat shard of the master, one
+    after the other, as in Megatron's distributed optimizer: each rank scales its shard of the
+    master, and the whole weight until the optimizer refreshes it.
 
-    Only trained weights are scaled, as ``requires_grad`` is at each step; an attached clip leaves
-    layers alone that its optimizer does not have. If only the query or only
-    the key is trained, it takes the whole factor where that is exact: the query always, the key
-    where no other query head shares it. Other layers are left alone, and reported by a warning and
-    in ``ClipResult.skipped``. In PEFT's adapters the effective weights are scaled: DoRA and IA3
-    through their vectors; LoRA over a frozen weight cannot be scaled exactly and is refused.
+    Only trained weights are scaled, by their ``requires_grad`` at each step; an attached clip skips
+    layers that its optimizer does not train. If only the query or only the key is trained, it takes
+    the whole factor if that is exact: the query always, the key if it has a single query head. All
+    other layers are skipped and reported, by a warning and in ``ClipResult.skipped``. Under PEFT's
+    adapters the effective weights are scaled: DoRA and IA3 through their vectors; LoRA over a
+    frozen weight cannot be scaled exactly and is refused.
 
-    A copy of a model that refers to its clip (``copy.deepcopy``, ``torch.save``) gets a clip of its
-    own, which scales the weights of the copy; it is not attached to an optimizer and has no hooks.
+    A copy of a model that refers to its clip (``copy.deepcopy``, ``torch.save``) gets a separate
+    clip, which scales the weights of the copy. It is not attached to an optimizer and has no hooks.
 
     Args:
-        layouts: layer name -> where its heads' rows are.
+        layouts: layer name -> rows of its heads.
         threshold: τ: no head's largest logit stays above it, unless an additive bias alone is.
         exact: compute the exact largest logit of every head in ``observe_attention``, for a
-            monitor. Else only of heads whose bound is over the threshold; the clip is the same.
-        process_group: ranks that have copies or shards of these weights and see other data (data
-            and context parallel); their maxima are joined. Default: the ranks of the weights'
-            meshes where all are DTensors, otherwise all ranks, if ``torch.distributed`` is
-            initialized. Under Megatron's tensor or pipeline parallelism
-            pass the data-parallel group, since other ranks there have other heads.
-        warn_unobserved: warn once about layers that are trained but never observed, so that they
-            are not clipped: because the model is in eval mode, or another model is trained. Where
-            weights have ``grad`` when ``step`` is called, those without one are not trained.
+            monitor. Otherwise only for heads whose bound is above the threshold; the clip is the
+            same.
+        process_group: ranks that have copies or shards of these weights and process other data
+            (data and context parallel); their maxima are combined. Default: the ranks of the
+            weights' meshes if all are DTensors, otherwise all ranks, if ``torch.distributed`` is
+            initialized. Under Megatron's tensor or pipeline parallelism pass the data-parallel
+            group, because the other ranks have other heads.
+        warn_unobserved: warn once about layers that are trained but never observed and so not
+            clipped, because the model is in eval mode or another model is trained. If weights have
+            ``grad`` when ``step`` is called, those without one count as not trained.
 
     Raises:
         ValueError: if there are no layouts, two layouts share a weight, query and key share rows,
@@ -163,7 +168,7 @@ class QKClip:
 
     Attributes:
         exact: as above; may be changed at any time.
-        result: what the last ``step`` returned, or None.
+        result: the result of the last ``step``, or None.
     """
 
     def __init__(
@@ -183,55 +188,38 @@ class QKClip:
         self.exact = exact
         self.process_group = process_group
         self.warn_unobserved = warn_unobserved
-        self.result: ClipResult | None = None
         self._lost_group = False
-        self._plan: ScalingPlan | None = None
-        self._current_plan()  # raises now what each step would
-        self._slices, start = {}, 0
-        for name, layout in self.layouts.items():
-            self._slices[name] = slice(start, start + layout.num_heads)
-            start += layout.num_heads
+        ScalingPlan(self.layouts)  # raises now the errors that each step would
         self._set_up()
 
     def _set_up(self) -> None:
         """State that copies do not share."""
-        self._plan = None  # parameters may be replaced (fully_shard): do not keep them
+        self.result: ClipResult | None = None
+        self._heads: dict[str, slice] = {}  # of each layer, among those of all layers
+        num_heads = 0
+        for name, layout in self.layouts.items():
+            self._heads[name] = slice(num_heads, num_heads + layout.num_heads)
+            num_heads += layout.num_heads
+        self._maxima = _Maxima(num_heads)
+        self._log = _ObservationLog(self.layouts)
+        self._plan: ScalingPlan | None = None  # made by each step if parameters were replaced
         self._handles: list[Handle] = []
         self._step_hooks: OrderedDict[int, Callable[[ClipResult], None]] = OrderedDict()
         self._connected: Any = None  # the ranks of the weights' meshes
-        self._inactive = ""  # why the clip does nothing
-        self._warned: set[tuple[str, ...]] = set()
-        # Allocated by the first forward pass, on the device where the model then is.
-        self._running = self._nothing_seen("meta")
-        # Logits of forward passes whose gradients have been computed since.
-        self._graded = self._nothing_seen("meta")
-        self._backward_ran = False
-        # For the warning about layers that are not observed: steps so far, layers observed so far
-        # and since the last step, and layers that ran without being observed since then.
-        self._steps = 0
-        self._ever_observed: set[str] = set()
-        self._observed: set[str] = set()
-        self._passed_over: dict[str, str] = {}
-
-    def _nothing_seen(self, device: "torch.device | str") -> Tensor:
-        """Largest logits, their bounds, and largest unbiased logits, which decide the factors.
-
-        One tensor for all layers, so that joining ranks takes one collective.
-        """
-        heads = sum(layout.num_heads for layout in self.layouts.values())
-        return torch.full((3, heads), -math.inf, dtype=torch.float32, device=device)
+        self._inactive = ""  # the reason why the clip does nothing
+        self._warned: set[tuple[str, str]] = set()  # layer, reason
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.layouts.values())).query.weight.device
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("layouts", "threshold", "exact", "_slices", "_inactive", "warn_unobserved")
+        names = ("layouts", "threshold", "exact", "warn_unobserved", "_inactive")
         state = {name: getattr(self, name) for name in names}
         return {**state, "_lost_group": self._lost_group or self.process_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, process_group=None, result=None)
+        self.__dict__.update(state, process_group=None)
         self._set_up()
         self._inactive = state["_inactive"]
         if self._lost_group:
@@ -239,15 +227,15 @@ class QKClip:
 
     @torch.no_grad()
     def observe(self, name: str, max_logits: Tensor) -> None:
-        """Take in the largest logits of one forward pass of one layer.
+        """Observe the largest logits of one forward pass of one layer.
 
-        For attention kernels that give them: flex_attention's ``max_scores``, Transformer Engine's
-        ``return_max_logit``. Call it for every micro-batch of a step (not in evaluation: those
-        logits would count too; only forward passes in inference mode are ignored). Seeing the same
-        forward twice, as activation recomputation does, changes nothing. Values that are not finite
-        are passed over: they say nothing about the weights' scale. Logits with an additive
-        bias (position bias, ALiBi) go to ``observe_attention``: their maxima do not say what q·k
-        contributed.
+        For attention kernels that return them: flex_attention's ``max_scores``, Transformer
+        Engine's ``return_max_logit``. Call it for every micro-batch of a step, but not in
+        evaluation, whose logits would count too; only forward passes in inference mode are
+        ignored. Observing a forward pass twice, as activation recomputation does, changes nothing.
+        Non-finite values are ignored, because they say nothing about the weights' scale. Logits
+        with an additive bias (position bias, ALiBi) require ``observe_attention``, because their
+        maxima do not show the contribution of q·k.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -263,7 +251,7 @@ class QKClip:
                 f"layer {name!r} has {heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
-        self._take(name, max_logits, max_logits, max_logits)
+        self._record(name, max_logits, max_logits, max_logits)
 
     @torch.no_grad()
     def observe_attention(
@@ -277,17 +265,17 @@ class QKClip:
         bias: Tensor | None = None,
         causal: bool = False,
     ) -> None:
-        """Take in the queries and keys of one forward pass of one layer, as they enter attention.
+        """Observe the queries and keys of one forward pass of one layer, as they enter attention.
 
-        Computes the bound max‖q‖·max‖k‖·scale of every head, and exact logits only for heads whose
-        bound is over the threshold (or for all, with ``exact``). Call it as ``observe``. Empty
-        batches and sequences are passed over. A soft cap on the logits is left out: the logits
-        that count are those that follow the weights, before the cap.
+        Computes the bound max‖q‖ · max‖k‖ · scale of every head, and exact logits only for heads
+        whose bound is above the threshold (for all with ``exact``). Call it when ``observe`` would
+        be called. Empty batches and sequences are ignored. Leave out a soft cap on the logits: only
+        the logits before the cap follow the weights.
 
-        A bias b that is added to the logits, as a floating mask or as ``bias``, is not scaled by a
-        clip: q·k is scaled by gamma = min (τ - b) / (S - b) over the entries with S > τ and b < τ,
-        the largest factor that brings all of them to τ or below. Entries whose bias alone reaches τ
-        change nothing, since no factor on q·k could bring them below it.
+        A bias b that is added to the logits, as a floating mask or as ``bias``, is not scaled:
+        gamma = min (τ - b) / (S - b) over the entries with S > τ and b < τ is the largest factor on
+        q·k that brings all of them to τ or below. Entries whose bias alone reaches τ do not count,
+        because no factor on q·k could bring them below it.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -300,7 +288,7 @@ class QKClip:
 
         Raises:
             KeyError: for an unknown layer.
-            ValueError: if the shapes disagree or do not fit the layer.
+            ValueError: if the shapes disagree or do not match the layer.
         """
         heads = self._layout(name).num_heads
         if query.ndim < 3 or query.size(-3) != heads:
@@ -311,7 +299,7 @@ class QKClip:
         if self._ignores_forwards:
             return
         self._track_backward(query)
-        seen = screened_max_logits(
+        screened = screened_max_logits(
             query.detach(),
             key.detach(),
             self.threshold,
@@ -321,90 +309,89 @@ class QKClip:
             causal=causal,
             exact=self.exact,
         )
-        settled = (seen.bounds <= self.threshold) & (not self.exact)
-        bounds = torch.where(settled, seen.bounds, seen.max_logits)
-        self._take(name, seen.max_logits, bounds, seen.unbiased_max_logits)
+        is_bound_enough = (screened.bounds <= self.threshold) & (not self.exact)
+        bounds = torch.where(is_bound_enough, screened.bounds, screened.max_logits)
+        self._record(name, screened.max_logits, bounds, screened.unbiased_max_logits)
 
     def step(self, *, clip: bool | Tensor = True) -> ClipResult:
-        """Join the maxima over ranks, scale the rows of heads above the threshold, start afresh.
+        """Clip the heads above the threshold, by the maxima of all forward passes since last time.
 
-        A collective call: every rank of the process group makes it. On an accelerator nothing
-        here waits for it.
+        A collective call: every rank of the process group makes it. On an accelerator the host does
+        not wait for the device.
 
         Args:
-            clip: False changes no weight, and counts none as clipped: for a step that the optimizer
-                left out, whose logits are to be seen and must not count in the next step's. May be
+            clip: False changes no weight and counts no head as clipped. For a step that the
+                optimizer skipped: its logits are reported and do not count in the next step. May be
                 a boolean scalar on the accelerator.
 
         Raises:
-            ValueError: if a weight has other rows than when its layout was made, is trained in a
-                way that cannot be clipped exactly, or has a master copy in an unknown place; no
-                weight is changed then.
+            ValueError: if a weight has another number of rows than its layout, is trained in a way
+                that cannot be clipped exactly, or has a master copy whose sharding is not known.
+                Then no weight is changed.
         """
         return self._step(clip)
 
     @torch.no_grad()
     def _step(self, clip: bool | Tensor, optimizer: Optimizer | None = None) -> ClipResult:
-        """As ``step``, after a step of an optimizer that the clip is attached to."""
+        """``step``, also after a step of the optimizer that the clip is attached to."""
         if self._inactive:
-            self._warn_once((self._inactive,), f"this QKClip does nothing: {self._inactive}")
-            return self._finish(self._nothing_seen("cpu"), None, {})
-        plan = self._check()
+            if ("", self._inactive) not in self._warned:
+                self._warned.add(("", self._inactive))
+                warnings.warn(f"this QKClip does nothing: {self._inactive}", stacklevel=4)
+            maxima = self._maxima.empty("cpu")
+            return self._finish(maxima, torch.ones_like(maxima[0]), {})
+        plan = self._checked_plan()
         skipped = dict(plan.skipped)
         if optimizer is not None:
-            skipped |= _not_in(optimizer, plan)
-        self._place_masters(plan.rows)
-        self._report_skipped(skipped)
-        self._move()
-        running = torch.maximum(self._running, self._graded)
-        running = self._join_ranks(running)
+            skipped |= _not_trained_by(optimizer, plan)
+        locate_master_shards(plan.tensors, self.process_group, self._device)
+        self._warn_skipped(skipped)
+        maxima = self._combine_ranks(self._maxima.total(self._device))
+        _, bounds, unbiased = maxima
         if isinstance(clip, Tensor) and clip.device.type == "cpu":
             clip = bool(clip)
         if clip is not False and (optimizer is None or has_rate(optimizer)):
-            self._report_unobserved(running[1], plan, skipped, attached=optimizer is not None)
-        gamma = _gamma(running[2], self.threshold)
+            self._warn_unobserved(bounds, plan, skipped, attached=optimizer is not None)
+        gamma = _gamma(unbiased, self.threshold)
         for name in skipped:
-            gamma[self._slices[name]] = 1
+            gamma[self._heads[name]] = 1
         if isinstance(clip, Tensor):
             gamma = gamma.where(clip.to(gamma.device), 1)
         elif not clip:
             gamma = torch.ones_like(gamma)
-        # Whether any is over is not read on an accelerator, which that would wait for.
+        # On an accelerator this is not read, because the host would wait for it.
         if gamma.device.type != "cpu" or (gamma < 1).any():
-            factors = self._factors(gamma, plan.shares)
-            for rows in plan.rows:
-                rows.scale(factors)
-        return self._finish(running, gamma, skipped)
+            factors = self._factors(gamma, plan.sides)
+            for tensor in plan.tensors:
+                tensor.scale(factors)
+        return self._finish(maxima, gamma, skipped)
 
-    def _finish(self, running: Tensor, gamma: Tensor | None, skipped: dict[str, str]) -> ClipResult:
-        largest, bounds, _ = running
-        gamma = torch.ones_like(largest) if gamma is None else gamma
-        self.result = ClipResult(
-            {name: largest[heads] for name, heads in self._slices.items()},
-            (gamma < 1).sum(),
-            {name: bounds[heads] for name, heads in self._slices.items()},
-            {name: gamma[heads] for name, heads in self._slices.items()},
-            skipped,
-        )
-        self._running = torch.full_like(running, -math.inf)
-        self._graded = torch.full_like(running, -math.inf)
-        self._backward_ran = False
-        self._observed, self._passed_over = set(), {}
+    def _finish(self, maxima: Tensor, gamma: Tensor, skipped: dict[str, str]) -> ClipResult:
+        """Publish the result of a step and start the next one."""
+        largest, bounds, _ = (self._by_layer(x) for x in maxima)
+        num_clipped = (gamma < 1).sum()
+        self.result = ClipResult(largest, num_clipped, bounds, self._by_layer(gamma), skipped)
+        self._maxima.reset(maxima.device)
+        self._log.start_step()
         for hook in tuple(self._step_hooks.values()):
             hook(self.result)
         return self.result
 
+    def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
+        return {name: values[heads] for name, heads in self._heads.items()}
+
     def attach(self, optimizer: Optimizer) -> Handle:
         """Run ``step`` after every ``optimizer.step()``; its result is then in ``result``.
 
-        What ``step`` would raise is raised before the optimizer's step, which then changes nothing.
-        Layers none of whose weights the optimizer has are left alone and reported: where several
-        optimizers train the model's attention, call ``step`` after the steps of all instead.
+        Errors of ``step`` are raised before the optimizer's step, which then changes nothing.
+        Layers whose query and key weights the optimizer does not have are skipped and reported. If
+        several optimizers train the model's attention, call ``step`` after the steps of all of them
+        instead.
 
-        Nothing is clipped after a step that changed nothing because a gradient was not finite
+        Nothing is clipped after a step that was skipped because a gradient was not finite
         (``MuonClip(nonfinite="skip")``, ``GradScaler``), and its logits do not count in the next
-        step. They are dropped by the optimizer's ``zero_grad`` where GradScaler does not call
-        ``step`` at all.
+        step. If GradScaler does not call ``step`` at all, the optimizer's ``zero_grad`` discards
+        them.
 
         A clip is attached to one optimizer at a time. Attaching it again moves it; attaching
         another clip of the same weights to the same optimizer replaces this one. A copied optimizer
@@ -414,29 +401,29 @@ class QKClip:
             optimizer: any torch optimizer, or Accelerate's or Lightning's wrapper of one.
 
         Returns:
-            A handle whose ``remove()`` detaches it.
+            A handle whose ``remove()`` detaches the clip.
 
         Raises:
-            TypeError: for what is not a torch optimizer.
+            TypeError: if it is not a torch optimizer.
         """
         for handle in [h for h in self._handles if isinstance(h, Attachment)]:
             handle.remove()
         attachment = Attachment(self, optimizer)
-        self._keep(attachment)
+        self._add_handle(attachment)
         return attachment
 
-    def _keep(self, handle: Handle) -> None:
-        """Let ``remove`` undo this, too. ``watch`` calls it with the handle that it returns."""
+    def _add_handle(self, handle: Handle) -> None:
+        """Let ``remove`` undo an ``attach`` or ``watch``, and activate the clip again."""
         if not self._lost_group:
             self._inactive = ""
         self._handles = [h for h in self._handles if h.is_active] + [handle]
 
     def remove(self) -> None:
-        """Undo every ``watch`` and ``attach`` of this clip, which can be repeated later."""
-        self._retire("it was removed")
+        """Undo every ``watch`` and ``attach`` of this clip. They can be repeated later."""
+        self._deactivate("it was removed")
 
-    def _retire(self, reason: str) -> None:
-        """As ``remove``; from now on ``step`` warns that the clip does nothing, and why."""
+    def _deactivate(self, reason: str) -> None:
+        """``remove``, with the reason that ``step`` gives in its warning from now on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -446,7 +433,7 @@ class QKClip:
         """Call ``hook(result)`` at the end of every ``step``.
 
         Returns:
-            A handle whose ``remove()`` ends that.
+            A handle whose ``remove()`` unregisters the hook.
         """
         handle = RemovableHandle(self._step_hooks)
         self._step_hooks[handle.id] = hook
@@ -459,227 +446,264 @@ class QKClip:
             raise KeyError(f"no layout for layer {name!r}; layers are {', '.join(self.layouts)}")
         return self.layouts[name]
 
-    @torch.no_grad()
-    def _forget_discarded(self) -> None:
-        """Drop the logits of forward passes whose gradients are discarded unused.
+    @property
+    def _ignores_forwards(self) -> bool:
+        """Whether forward passes do not count now. Inference mode cannot be part of training."""
+        return bool(self._inactive) or torch.is_inference_mode_enabled()
 
-        ``zero_grad`` of an attached optimizer calls it. Logits that no backward pass followed yet
-        are kept: a loop may call ``zero_grad`` between its forward and backward passes.
+    def _record(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
+        if self._ignores_forwards:
+            return
+        self._log.observed.add(name)
+        values = torch.stack([largest, bounds, unbiased]).detach()
+        self._maxima.update(self._heads[name], values, self._device)
+
+    def _note_unobserved(self, name: str, reason: str) -> None:
+        """Record that a layer ran without being observed, for the warning of ``step``.
+
+        Args:
+            name: the layer.
+            reason: the mode in which it ran, e.g. ``"eval mode"``.
         """
-        self._separate_graded()
-        self._graded = torch.full_like(self._graded, -math.inf)
+        self._log.unobserved_modes[name] = reason
 
     def _track_backward(self, *tensors: Tensor) -> None:
-        """Note when a backward pass reaches one of these tensors of the forward pass, so that
-        ``_forget_discarded`` can tell which logits it followed."""
+        """Call ``_note_backward`` when a backward pass reaches one of these tensors."""
         for tensor in tensors:
             if self._handles and tensor.requires_grad:
                 tensor.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
                 return
 
-    def _note_unobserved(self, name: str, reason: str) -> None:
-        """Take note of a forward pass of a layer that is not observed, for the warning of ``step``.
-
-        Args:
-            name: the layer.
-            reason: in which mode it ran, e.g. ``"eval mode"``.
-        """
-        self._passed_over[name] = reason
-
     def _note_backward(self, _gradient: Tensor | None = None) -> None:
-        """Take note that a backward pass runs or has run."""
-        self._backward_ran = True
+        """Record that a backward pass runs."""
+        self._maxima.backward_ran = True
 
-    def _separate_graded(self) -> None:
-        """Put aside the logits seen before the last backward pass."""
-        if self._backward_ran:
-            self._move()
-            self._graded = torch.maximum(self._graded, self._running)
-            self._running = torch.full_like(self._running, -math.inf)
-            self._backward_ran = False
+    @torch.no_grad()
+    def _discard_graded(self) -> None:
+        """Discard the logits of forward passes whose gradients are discarded.
 
-    @property
-    def _ignores_forwards(self) -> bool:
-        """Whether forward passes do not count now: nothing in inference mode can be trained."""
-        return bool(self._inactive) or torch.is_inference_mode_enabled()
-
-    def _move(self) -> None:
-        """Follow a model that moved to another device since."""
-        device = self._device
-        if self._running.is_meta:
-            self._running, self._graded = self._nothing_seen(device), self._nothing_seen(device)
-        elif self._running.device != device:
-            self._running, self._graded = self._running.to(device), self._graded.to(device)
-
-    def _take(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
-        if self._ignores_forwards:
-            return
-        self._move()
-        self._separate_graded()
-        self._observed.add(name)
-        running = self._running[:, self._slices[name]]
-        seen = torch.stack([largest, bounds, unbiased]).detach().to(running)
-        seen[2].masked_fill_(~seen[0].isfinite(), -math.inf)
-        torch.maximum(running, seen.where(seen.isfinite(), -math.inf), out=running)
-
-    # ------------------------------------------------------------------ weights
-
-    def _current_plan(self) -> ScalingPlan:
-        """The tensors to scale now: parameters may have been replaced, frozen or unfrozen since."""
-        sides = read_sides(self.layouts)
-        if self._plan is None or self._plan.key != plan_key(sides):
-            self._plan = ScalingPlan(self.layouts, sides)
-        return self._plan
-
-    def _check(self) -> ScalingPlan:
-        """The current plan.
-
-        Raises:
-            ValueError: as ``step``.
+        Called by ``zero_grad`` of an attached optimizer. Logits without a backward pass so far are
+        kept, because a loop may call ``zero_grad`` between its forward and backward passes.
         """
-        plan = self._current_plan()
-        for rows in plan.rows:
-            rows.check()
-        return plan
+        self._maxima.discard_graded(self._device)
 
-    def _report_skipped(self, reasons: Mapping[str, str]) -> None:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in reasons.items():
-            if (name, reason) not in self._warned:
-                self._warned.add((name, reason))
-                by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            text = f"QK-Clip does not scale {_listed(names)}: {reason}"
-            self._warn_once((reason, *names), text, stacklevel=6)
-
-    def _report_unobserved(
-        self, bounds: Tensor, plan: ScalingPlan, skipped: Mapping[str, str], *, attached: bool
-    ) -> None:
-        """Warn once about layers that no forward pass shows to the clip.
-
-        If a step saw nothing at all, at once. A single layer may be left out of some steps (layer
-        drop, batches without images), so that it is reported after a few. Layers without gradients
-        took no part in the step, unless gradients are elsewhere (Megatron) or were cleared before.
-        """
-        self._steps += 1
-        self._ever_observed |= self._observed
-        missing = [n for n in self.layouts if n not in self._observed and n not in skipped]
-        never = [n for n in missing if n not in self._ever_observed]
-        if self._observed:
-            missing = never if self._steps >= _STEPS_BEFORE_A_LAYER_IS_MISSED else []
-        elif not self._passed_over:
-            missing = never
-        trained = {rows.layer for rows in plan.rows if rows.has_gradient}
-        if trained or attached:
-            missing = [n for n in missing if n in trained]
-        missing = [n for n in missing if ("unobserved", n) not in self._warned]
-        if not missing or not self.warn_unobserved:
-            return
-        if dist.is_available() and dist.is_initialized():  # another rank may have observed them
-            unseen = bounds.isneginf().cpu()
-            unseen_by_all = [n for n in missing if unseen[self._slices[n]].all()]
-            self._ever_observed.update(set(missing).difference(unseen_by_all))
-            missing = unseen_by_all
-        if missing:
-            self._warned |= {("unobserved", name) for name in missing}
-            modes = sorted({self._passed_over[n] for n in missing if n in self._passed_over})
-            cause = "no forward pass of the watched model reached it"
-            if modes:
-                cause = f"it ran in {' and '.join(modes)} only; call model.train() before training"
-            warnings.warn(
-                f"QK-Clip did not observe {_listed(missing)} before this step and cannot clip "
-                f"there: {cause}",
-                stacklevel=5,
-            )
-
-    def _warn_once(self, key: tuple[str, ...], text: str, stacklevel: int = 5) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(text, stacklevel=stacklevel)
-
-    def _join_ranks(self, running: Tensor) -> Tensor:
-        """The maxima of all ranks that have copies or shards of the weights."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return running
-        parts = [part for x in self.layouts.values() for part in (x.query, x.key)]
-        weights = [part.weight for part in parts]
+    def _combine_ranks(self, maxima: Tensor) -> Tensor:
+        """The maxima over all ranks that have copies or shards of the weights."""
+        if not _is_distributed():
+            return maxima
+        weights = [x.weight for layout in self.layouts.values() for x in (layout.query, layout.key)]
         if self.process_group is None and all(hasattr(w, "device_mesh") for w in weights):
             from muonclip.distributed.groups import ConnectedRanks, groups_of
 
             groups = groups_of(weights, None, {})
             if self._connected is None and groups:
                 self._connected = ConnectedRanks(groups)
-            return running if self._connected is None else self._connected.largest(running)
-        dist.all_reduce(running, dist.ReduceOp.MAX, group=self.process_group)
-        return running
+            return maxima if self._connected is None else self._connected.largest(maxima)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.process_group)
+        return maxima
 
-    def _place_masters(self, all_rows: list[Rows]) -> None:
-        """Find out, once, where the rank's flat pieces of sharded master copies begin."""
-        sharded = [
-            (rows, rows.tensor)
-            for rows in all_rows
-            if getattr(rows.tensor, "main_param_sharded", False)
-        ]
-        if not any(rows.master_start is None for rows, _ in sharded):
+    # ------------------------------------------------------------------ weights
+
+    def _checked_plan(self) -> ScalingPlan:
+        """The plan for the model's present parameters.
+
+        Raises:
+            ValueError: as ``step``.
+        """
+        if self._plan is None or not self._plan.is_current():
+            self._plan = ScalingPlan(self.layouts)
+        for tensor in self._plan.tensors:
+            tensor.check()
+        return self._plan
+
+    def _factors(self, gamma: Tensor, sides: Mapping[str, ScaledSides]) -> Tensor:
+        """The factors of all layers, in the order of ``ScalingPlan``."""
+
+        def rule(name: str) -> tuple[int, ScaledSides]:
+            layout = self.layouts[name]
+            return layout.num_heads // layout.num_kv_groups, sides[name]
+
+        factors = []
+        # Consecutive layers with the same rule are computed at once.
+        for (heads_per_group, scaled_sides), names in groupby(self.layouts, rule):
+            groups = sum(self.layouts[name].num_kv_groups for name in names)
+            heads = groups * heads_per_group
+            factors.append(split_factor(gamma[:heads], groups, scaled_sides))
+            gamma = gamma[heads:]
+        return torch.cat([*map(torch.cat, zip(*factors, strict=True)), gamma.new_ones(1)])
+
+    # ------------------------------------------------------------------ warnings
+
+    def _warn_skipped(self, reasons: Mapping[str, str]) -> None:
+        new = {
+            name: reason for name, reason in reasons.items() if (name, reason) not in self._warned
+        }
+        self._warned |= set(new.items())
+        for reason in dict.fromkeys(new.values()):
+            names = _enumerate([name for name in new if new[name] == reason])
+            warnings.warn(f"QK-Clip does not scale {names}: {reason}", stacklevel=5)
+
+    def _warn_unobserved(
+        self, bounds: Tensor, plan: ScalingPlan, skipped: Mapping[str, str], *, attached: bool
+    ) -> None:
+        """Warn once about layers that are trained but never observed.
+
+        Layers without gradients took no part in the step, unless gradients are elsewhere (Megatron)
+        or were cleared before.
+        """
+        missing = self._log.missing_layers(skipped)
+        trained = {tensor.layer for tensor in plan.tensors if tensor.has_gradient}
+        if trained or attached:
+            missing = [name for name in missing if name in trained]
+        if not missing or not self.warn_unobserved:
             return
-        masters = [get_master(tensor) for _, tensor in sharded]
-        sizes = torch.tensor([0 if x is None else x.numel() for x in masters], device=self._device)
-        everyones, rank = [sizes], 0
-        if dist.is_available() and dist.is_initialized():
-            rank = dist.get_rank(self.process_group)
-            everyones = [sizes.clone() for _ in range(dist.get_world_size(self.process_group))]
-            dist.all_gather(everyones, sizes, group=self.process_group)
-        by_rank = torch.stack(everyones).cpu()
-        for (rows, tensor), pieces in zip(sharded, by_rank.unbind(1), strict=True):
-            if pieces.sum() != tensor.numel():
-                raise ValueError(
-                    f"layer {rows.layer!r}: the sharded master copies (main_param) of a weight of "
-                    f"{tensor.numel()} elements have {int(pieces.sum())} over the process group: "
-                    "give QKClip the group that the optimizer shards over"
-                )
-            rows.master_start = int(pieces[:rank].sum())
-
-    def _factors(self, gamma: Tensor, shares: Mapping[str, Share]) -> Tensor:
-        """All layers' factors in the order of ``ScalingPlan``."""
-        # Consecutive layers with as many heads a group are one layer as far as factors go.
-        runs = []
-        kinds = [(x.num_heads // x.num_kv_groups, shares[n]) for n, x in self.layouts.items()]
-        for (size, share), layers in groupby(
-            zip(kinds, self.layouts.values(), strict=True), _first
-        ):
-            groups = sum(layout.num_kv_groups for _, layout in layers)
-            run, gamma = gamma[: groups * size], gamma[groups * size :]
-            runs.append(split_factor(run, groups, share))
-        return torch.cat([*map(torch.cat, zip(*runs, strict=True)), gamma.new_ones(1)])
+        if _is_distributed():  # another rank may have observed them
+            is_unobserved = bounds.isneginf().cpu()
+            observed = {name for name in missing if not is_unobserved[self._heads[name]].all()}
+            self._log.ever_observed |= observed
+            missing = [name for name in missing if name not in observed]
+        if missing:
+            self._log.reported |= set(missing)
+            modes = sorted({mode for n, mode in self._log.unobserved_modes.items() if n in missing})
+            cause = "no forward pass of the watched model reached it"
+            if modes:
+                cause = f"it ran in {' and '.join(modes)} only; call model.train() before training"
+            warnings.warn(
+                f"QK-Clip did not observe {_enumerate(missing)} before this step and cannot clip "
+                f"there: {cause}",
+                stacklevel=5,
+            )
 
 
-# A layer that is left out of some steps may be missing in the first ones by chance.
+class _Maxima:
+    """The maxima of all forward passes since the last step, for the heads of all layers.
+
+    float32 [3, heads]: largest logits, upper bounds on them, and largest unbiased logits, which
+    determine gamma. One tensor, so that combining ranks takes one collective.
+
+    Maxima of forward passes whose gradients have been computed are kept separately, because
+    ``zero_grad`` discards those gradients if ``GradScaler`` skips a step.
+
+    Attributes:
+        backward_ran: whether a backward pass ran since the last update.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        self._num_heads = num_heads
+        self.reset("meta")  # allocated in the first forward pass, where the model then is
+
+    def empty(self, device: torch.device | str) -> Tensor:
+        """The maxima of no forward pass."""
+        return torch.full((3, self._num_heads), -math.inf, dtype=torch.float32, device=device)
+
+    def reset(self, device: torch.device | str) -> None:
+        """Forget all forward passes."""
+        self._recent, self._graded = self.empty(device), self.empty(device)
+        self.backward_ran = False
+
+    def update(self, heads: slice, values: Tensor, device: torch.device) -> None:
+        """Take the maximum with the values of a forward pass, [3, heads of the layer].
+
+        Changes ``values``. Entries that are not finite do not count.
+        """
+        self._move(device)
+        self._separate_graded()
+        recent = self._recent[:, heads]
+        values = values.to(recent)
+        values[2].masked_fill_(~values[0].isfinite(), -math.inf)
+        torch.maximum(recent, values.where(values.isfinite(), -math.inf), out=recent)
+
+    def discard_graded(self, device: torch.device) -> None:
+        """Forget the forward passes whose gradients have been computed."""
+        self._move(device)
+        self._separate_graded()
+        self._graded = torch.full_like(self._graded, -math.inf)
+
+    def total(self, device: torch.device) -> Tensor:
+        """The maxima of all forward passes."""
+        self._move(device)
+        return torch.maximum(self._recent, self._graded)
+
+    def _separate_graded(self) -> None:
+        if self.backward_ran:
+            self._graded = torch.maximum(self._graded, self._recent)
+            self._recent = torch.full_like(self._recent, -math.inf)
+            self.backward_ran = False
+
+    def _move(self, device: torch.device) -> None:
+        """Follow a model that was moved to another device."""
+        if self._recent.is_meta:
+            self._recent, self._graded = self.empty(device), self.empty(device)
+        elif self._recent.device != device:
+            self._recent, self._graded = self._recent.to(device), self._graded.to(device)
+
+
+# A layer may be left out of some steps by chance (layer drop, batches without images).
 _STEPS_BEFORE_A_LAYER_IS_MISSED = 3
 
 
-def _not_in(optimizer: Optimizer, plan: ScalingPlan) -> dict[str, str]:
-    """Layers none of whose tensors an optimizer has -> why they are not scaled."""
-    known = {id(p) for p in tensors_of(optimizer)}
-    inside = {
-        rows.layer
-        for rows in plan.rows
-        # Pieces of a sharded master copy may all be on other ranks.
-        if rows.is_master_sharded or any(id(p) in known for p in rows.sources)
+class _ObservationLog:
+    """Which layers were observed, to find those that never are.
+
+    Args:
+        layers: all layers of the clip.
+
+    Attributes:
+        observed: layers observed since the last step.
+        ever_observed: layers observed in earlier steps.
+        unobserved_modes: layer -> mode in which it ran without being observed since the last step.
+        reported: layers that a warning has named.
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers, self._steps = tuple(layers), 0
+        self.ever_observed: set[str] = set()
+        self.reported: set[str] = set()
+        self.start_step()
+
+    def start_step(self) -> None:
+        self.observed: set[str] = set()
+        self.unobserved_modes: dict[str, str] = {}
+
+    def missing_layers(self, skipped: Mapping[str, str]) -> list[str]:
+        """Layers to report at the end of a step, except skipped and reported ones.
+
+        All unobserved layers if some ran in eval mode and none was observed; otherwise layers that
+        never were: at once if this step observed none, after a few steps if it observed others.
+        """
+        self._steps += 1
+        self.ever_observed |= self.observed
+        candidates = set(self._layers) - self.observed - set(skipped) - self.reported
+        if self.observed or not self.unobserved_modes:
+            candidates -= self.ever_observed
+        if self.observed and self._steps < _STEPS_BEFORE_A_LAYER_IS_MISSED:
+            return []
+        return [name for name in self._layers if name in candidates]
+
+
+def _not_trained_by(optimizer: Optimizer, plan: ScalingPlan) -> dict[str, str]:
+    """Layers that have no tensor in common with an optimizer -> reason why they are not scaled."""
+    updated = {id(p) for p in tensors_of(optimizer)}
+    trained = {
+        x.layer
+        for x in plan.tensors
+        # Shards of a master copy may all be on other ranks.
+        if x.has_sharded_master or any(id(p) in updated for p in x.optimizer_tensors)
     }
     reason = (
         "the optimizer that this clip is attached to does not have its query and key weights; "
         "attach the clip to the optimizer that trains them"
     )
-    return {rows.layer: reason for rows in plan.rows if rows.layer not in inside}
+    return {x.layer: reason for x in plan.tensors if x.layer not in trained}
 
 
-def _listed(names: list[str], limit: int = 5) -> str:
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _enumerate(names: list[str], limit: int = 5) -> str:
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more layers" if more > 0 else "")
-
-
-def _first(pair: tuple[tuple[int, Share], Any]) -> tuple[int, Share]:
-    return pair[0]
 
 
 def _check_threshold(threshold: float) -> None:

@@ -1,9 +1,10 @@
-"""QK-Clip's weights: which of them are trained, and scaling their rows where they are."""
+"""Scales the rows of query and key weights by per-head factors, where these weights are trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonclip.adapters import root
@@ -11,186 +12,240 @@ from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
 
-# Which of a layer's projections take the factor on its logits.
-Share = Literal["both", "query", "key", "none"]
+# The sides of a layer that take the factor on its logits.
+ScaledSides = Literal["both", "query", "key", "none"]
 
 
-class Side(NamedTuple):
-    """The query or key rows of one layer, as they are now.
+class _HeadRows(NamedTuple):
+    """The rows of a tensor that belong to the heads of a layer.
 
     Attributes:
-        tensors: tensor, dimension of its rows, rows [heads, r], index of the first factor, and
-            whether it is frozen.
-        obstacle: why they cannot be scaled; empty where they can.
-        is_frozen: none of it is trained.
+        tensor: a weight, a bias, or a vector of an adapter.
+        dim: the dimension of its rows.
+        rows: [heads, r].
+        first_factor: index of the first head's factor.
+        is_frozen: the tensor is not trained.
+    """
+
+    tensor: Tensor
+    dim: int
+    rows: Tensor
+    first_factor: int
+    is_frozen: bool
+
+
+class _Side(NamedTuple):
+    """The queries or the keys of one layer.
+
+    Attributes:
+        tensors: the tensors that set their rows.
+        obstacle: the reason why they cannot be scaled; empty if they can.
+        is_frozen: none of the tensors is trained.
         is_adapted: an adapter trains it, or its weight is computed.
     """
 
-    tensors: list[tuple[Tensor, int, Tensor, int, bool]]
+    tensors: list[_HeadRows]
     obstacle: str
     is_frozen: bool
     is_adapted: bool
 
 
 class ScalingPlan:
-    """Which tensors to scale, and which factor multiplies each of their rows.
+    """The tensors to scale, and the factor of each of their rows.
 
-    Factors are those of all query heads, all key groups, all rotary query heads, and a one.
+    Factors are one vector: of all query heads, all key groups, all rotary query heads, and a one.
 
     Args:
-        layouts: of all layers.
-        sides: as ``read_sides`` returned them.
+        layouts: layer -> layout.
 
     Attributes:
-        key: ``plan_key(sides)``.
-        rows: the tensors to scale.
-        shares: per layer: which of its projections take the factor.
-        skipped: layer -> why it is not scaled.
+        tensors: the tensors to scale.
+        sides: layer -> the sides that take the factor.
+        skipped: layer -> the reason why it is not scaled.
 
     Raises:
-        ValueError: if layers share a trained weight, query and key share rows, or a layer is
-            trained in a way that cannot be clipped exactly.
+        ValueError: if layers share a trained weight, query and key share rows, a weight has another
+            number of rows than its layout, or a layer is trained in a way that cannot be clipped
+            exactly.
     """
 
-    def __init__(
-        self,
-        layouts: Mapping[str, AttentionLayout],
-        sides: "dict[str, tuple[Side, Side]] | None" = None,
-    ) -> None:
-        sides = read_sides(layouts) if sides is None else sides
-        self.key = plan_key(sides)
-        self.shares: dict[str, Share] = {}
+    def __init__(self, layouts: Mapping[str, AttentionLayout]) -> None:
+        self._layouts = layouts
+        sides = _read_sides(layouts)
+        self._fingerprint = _fingerprint(sides)
+        self.sides: dict[str, ScaledSides] = {}
         self.skipped: dict[str, str] = {}
         for name, (query, key) in sides.items():
-            self.shares[name], reason = _share(name, layouts[name], query, key)
+            self.sides[name], reason = _scaled_sides(name, layouts[name], query, key)
             if reason:
                 self.skipped[name] = reason
-        self.rows = self._rows(layouts, sides)
+        self.tensors = self._collect(sides)
 
-    def _rows(
-        self, layouts: Mapping[str, AttentionLayout], sides: "dict[str, tuple[Side, Side]]"
-    ) -> "list[Rows]":
-        """Every trained tensor of the layers to scale, once: query and key may be fused in it."""
-        one = sum(2 * x.num_heads + x.num_kv_groups for x in layouts.values())
-        found: dict[int, Rows] = {}
-        for name, pair in sides.items():
-            if self.shares[name] == "none":
+    def is_current(self) -> bool:
+        """Whether no parameter was replaced, frozen or unfrozen since the plan was made."""
+        return self._fingerprint == _fingerprint(_read_sides(self._layouts))
+
+    def _collect(self, sides: Mapping[str, tuple[_Side, _Side]]) -> "list[ScaledTensor]":
+        """Every trained tensor of the layers to scale, once even if query and key are fused."""
+        one = sum(2 * x.num_heads + x.num_kv_groups for x in self._layouts.values())
+        scaled: dict[int, ScaledTensor] = {}
+        for name, (query, key) in sides.items():
+            if self.sides[name] == "none":
                 continue
-            for tensor, dim, rows, first, frozen in pair[0].tensors + pair[1].tensors:
-                if frozen:  # its factors are one
+            for tensor, dim, rows, first_factor, is_frozen in query.tensors + key.tensors:
+                if is_frozen:  # its factors are one
                     continue
-                if id(tensor) not in found:
-                    found[id(tensor)] = Rows(name, tensor, dim, one)
-                known = found[id(tensor)]
-                if known.layer != name:
+                entry = scaled.setdefault(id(tensor), ScaledTensor(name, tensor, dim, one))
+                if entry.layer != name:
                     raise ValueError(
-                        f"layers {known.layer!r} and {name!r} share a weight: "
+                        f"layers {entry.layer!r} and {name!r} share a weight: "
                         "give QK-Clip one layout for it and observe both layers under its name"
                     )
-                known.assign(rows, dim, first)
-        return list(found.values())
+                entry.assign(rows, dim, first_factor)
+        return list(scaled.values())
 
 
-class Rows:
-    """A weight, bias or other tensor, and which factor multiplies each of its rows.
+class ScaledTensor:
+    """A weight, bias or adapter vector, and the factor of each of its rows.
 
     Args:
         layer: name of its layer.
         tensor: the tensor.
         dim: the dimension of its rows.
-        one: index of the factor one, which multiplies all rows that are not assigned.
+        one: index of the factor one, for rows that are not assigned.
+
+    Attributes:
+        master_start: index of the first element of this rank's shard of a sharded master copy;
+            None before ``locate_master_shards``.
     """
 
     def __init__(self, layer: str, tensor: Tensor, dim: int, one: int) -> None:
         self.layer, self.tensor, self.dim, self._one = layer, tensor, dim, one
-        self.slots = torch.full((tensor.size(dim),), one, dtype=torch.int64, device="cpu")
+        self._factor_indices = torch.full((tensor.size(dim),), one, dtype=torch.int64, device="cpu")
         self.master_start: int | None = None
-        self._local_slots: tuple[Any, Tensor] | None = None
+        self._local_indices: tuple[Any, Tensor] | None = None
 
-    def assign(self, rows: Tensor, dim: int, first: int) -> None:
-        """Let row i of ``rows``, [heads, r], take factor ``first`` + i."""
+    def assign(self, rows: Tensor, dim: int, first_factor: int) -> None:
+        """Give the rows of head i, ``rows[i]``, the factor ``first_factor`` + i."""
         rows = rows.cpu()
-        if self.dim != dim or (self.slots[rows] != self._one).any():
+        if self.dim != dim or (self._factor_indices[rows] != self._one).any():
             raise ValueError(f"layer {self.layer!r}: query and key share rows of a weight")
-        self.slots[rows] = first + torch.arange(len(rows), device="cpu")[:, None]
+        heads = torch.arange(len(rows), device="cpu")
+        self._factor_indices[rows] = first_factor + heads[:, None]
 
     @property
-    def is_master_sharded(self) -> bool:
-        """Whether ranks have flat pieces of the tensor's master copy."""
+    def has_sharded_master(self) -> bool:
+        """Whether each rank has a flat shard of the tensor's master copy."""
         return bool(getattr(self.tensor, "main_param_sharded", False))
 
     @property
-    def sources(self) -> list[Tensor]:
-        """The tensors that an optimizer may know this one by: itself, or its master copy."""
+    def optimizer_tensors(self) -> list[Tensor]:
+        """The tensors that an optimizer may update: the tensor itself or its master copy."""
         master = get_master(self.tensor)
         return [root(self.tensor), *([] if master is None else [master])]
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the last backward pass reached the tensor, as far as ``grad`` shows."""
-        return any(source.grad is not None for source in self.sources)
+        """Whether ``grad`` shows that the last backward pass reached the tensor."""
+        return any(tensor.grad is not None for tensor in self.optimizer_tensors)
 
     def check(self) -> None:
-        """Make sure that the tensor can be scaled as it is placed now.
+        """Check that the tensor and its master copy can be scaled.
 
         Raises:
-            ValueError: if it cannot.
+            ValueError: if they cannot.
         """
         tensor = self.tensor
         master: Any = get_master(tensor)
-        if self.is_master_sharded:
-            placed = _placements(tensor) is None and (master is None or master.ndim == 1)
+        if self.has_sharded_master:
+            is_valid = _placements(tensor) is None and (master is None or master.ndim == 1)
         else:
-            placed = master is None or (
+            is_valid = master is None or (
                 (master.shape, _placements(master)) == (tensor.shape, _placements(tensor))
             )
-        if not placed:
+        if not is_valid:
             raise ValueError(
                 f"layer {self.layer!r}: the master copy (main_param) of a weight of shape "
                 f"{tuple(tensor.shape)} is {tuple(master.shape)}: it must be sharded as the weight "
-                "is, or be a flat piece of it with main_param_sharded set"
+                "is, or be a flat shard of it with main_param_sharded set"
             )
-        self._slots_of(tensor)
+        self._indices()
 
     def scale(self, factors: Tensor) -> None:
-        """Multiply each row by its factor, in the master copy where there is one."""
-        tensor = self.tensor
-        held = local_tensor(tensor)
-        shape = [-1 if dim == self.dim else 1 for dim in range(held.ndim)]
-        by_row = factors.to(held.device)[self._slots_of(tensor)].view(shape)
-        master = get_master(tensor)
-        if self.is_master_sharded:
+        """Multiply each row by its factor, in the master copy if there is one."""
+        weight = local_tensor(self.tensor)
+        shape = [-1 if dim == self.dim else 1 for dim in range(weight.ndim)]
+        by_row = factors.to(weight.device)[self._indices()].view(shape)
+        master = get_master(self.tensor)
+        if self.has_sharded_master:
             # Not refreshed from the master: copies on other ranks must stay the same.
-            held.mul_(by_row)
+            weight.mul_(by_row)
             if master is not None:
-                piece = by_row.expand_as(held).flatten()[self.master_start :]
-                master.mul_(piece[: master.numel()])
+                by_element = by_row.expand_as(weight).flatten()[self.master_start :]
+                master.mul_(by_element[: master.numel()])
         elif master is None:
-            held.mul_(by_row)
+            weight.mul_(by_row)
         else:
             master = local_tensor(master)
-            if held.element_size() == 2 and type(held) in (Tensor, nn.Parameter):
-                refresh_master(master, held)  # weights that were loaded since the optimizer's step
+            if weight.element_size() == 2 and type(weight) in (Tensor, nn.Parameter):
+                refresh_master(master, weight)  # it may have been loaded since the optimizer's step
             master.mul_(by_row)
-            # Rows that were not scaled keep their bits, even where the copy was rounded otherwise.
-            held.copy_(torch.where(by_row == 1, held, master))
+            # Rows with factor one keep their bits, even if they are not the rounded master's.
+            weight.copy_(torch.where(by_row == 1, weight, master))
 
-    def _slots_of(self, tensor: Tensor) -> Tensor:
-        """The slots of the rows that this rank holds, on the tensor's device."""
-        key = (tensor.device, _placements(tensor))
-        if self._local_slots is None or self._local_slots[0] != key:
-            slots = self.slots
-            if is_dtensor(tensor):
-                slots = slots[local_indices(tensor, self.dim)]
-            self._local_slots = key, slots.to(tensor.device)
-        return self._local_slots[1]
+    def _indices(self) -> Tensor:
+        """The factor of each row on this rank, on the tensor's device."""
+        key = (self.tensor.device, _placements(self.tensor))
+        if self._local_indices is None or self._local_indices[0] != key:
+            indices = self._factor_indices
+            if is_dtensor(self.tensor):
+                indices = indices[local_indices(self.tensor, self.dim)]
+            self._local_indices = key, indices.to(self.tensor.device)
+        return self._local_indices[1]
 
 
-def read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[Side, Side]]:
-    """Every layer's query and key rows, as they are now.
+def locate_master_shards(
+    tensors: Iterable[ScaledTensor],
+    process_group: "dist.ProcessGroup | None",
+    device: torch.device,
+) -> None:
+    """Find where this rank's flat shards of sharded master copies begin.
+
+    A collective call of the process group for shards that are not located yet.
+
+    Args:
+        tensors: tensors with and without sharded master copies.
+        process_group: the ranks that have the shards, in their order.
+        device: for the collective.
 
     Raises:
-        ValueError: if a weight has other rows than its layout.
+        ValueError: if the shards of a tensor do not add up to it.
+    """
+    sharded = [x for x in tensors if x.has_sharded_master]
+    if all(x.master_start is not None for x in sharded):
+        return
+    masters = [get_master(x.tensor) for x in sharded]
+    sizes = torch.tensor([0 if x is None else x.numel() for x in masters], device=device)
+    gathered, rank = [sizes], 0
+    if dist.is_available() and dist.is_initialized():
+        rank = dist.get_rank(process_group)
+        gathered = [sizes.clone() for _ in range(dist.get_world_size(process_group))]
+        dist.all_gather(gathered, sizes, group=process_group)
+    for x, sizes_by_rank in zip(sharded, torch.stack(gathered, 1).tolist(), strict=True):
+        if sum(sizes_by_rank) != x.tensor.numel():
+            raise ValueError(
+                f"layer {x.layer!r}: the sharded master copies (main_param) of a weight of "
+                f"{x.tensor.numel()} elements have {sum(sizes_by_rank)} elements over the process "
+                "group: give QKClip the group that the optimizer shards over"
+            )
+        x.master_start = sum(sizes_by_rank[:rank])
+
+
+def _read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[_Side, _Side]]:
+    """Queries and keys of every layer, with the parameters that the model has now.
+
+    Raises:
+        ValueError: if a weight has another number of rows than its layout.
     """
     heads = sum(layout.num_heads for layout in layouts.values())
     groups = sum(layout.num_kv_groups for layout in layouts.values())
@@ -199,53 +254,57 @@ def read_sides(layouts: Mapping[str, AttentionLayout]) -> dict[str, tuple[Side, 
         query = [(layout.query, head)]
         if layout.query_rope is not None:
             query.append((layout.query_rope, heads + groups + head))
-        sides[name] = _side(name, query), _side(name, [(layout.key, group)])
+        sides[name] = _read_side(name, query), _read_side(name, [(layout.key, group)])
         head, group = head + layout.num_heads, group + layout.num_kv_groups
     return sides
 
 
-def plan_key(sides: Mapping[str, tuple[Side, Side]]) -> tuple[object, ...]:
+def _fingerprint(sides: Mapping[str, tuple[_Side, _Side]]) -> tuple[object, ...]:
     """A value that changes whenever another plan is needed."""
     return tuple(
-        (id(tensor), frozen, side.obstacle, side.is_frozen)
+        (id(tensor), is_frozen, side.obstacle, side.is_frozen)
         for pair in sides.values()
         for side in pair
-        for tensor, _, _, _, frozen in side.tensors
+        for tensor, _, _, _, is_frozen in side.tensors
     )
 
 
-def _side(name: str, parts: list[tuple[HeadRows, int]]) -> Side:
-    tensors, obstacle, trains, adapter = [], "", False, False
-    for part, first in parts:
-        found = part.effective()
-        for row in found.tensors:
-            dim, rows, count = part.rows_in(row)
-            if row.tensor.ndim <= dim or row.tensor.size(dim) != count:
+def _read_side(name: str, rows_and_factors: Sequence[tuple[HeadRows, int]]) -> _Side:
+    tensors: list[_HeadRows] = []
+    obstacle, is_trained, is_adapted = "", False, False
+    for head_rows, first_factor in rows_and_factors:
+        effective = head_rows.effective()
+        for row in effective.tensors:
+            dim, rows, num_rows = head_rows.rows_in(row)
+            if row.tensor.ndim <= dim or row.tensor.size(dim) != num_rows:
                 raise ValueError(
-                    f"layer {name!r}: a weight has become {tuple(row.tensor.shape)}, its layout "
-                    f"has {count} rows: make the layout of the model as it is trained, and shard "
-                    "with fully_shard (FSDP2), whose DTensors keep their shape"
+                    f"layer {name!r}: a weight now has shape {tuple(row.tensor.shape)}, but its "
+                    f"layout has {num_rows} rows: make the layout of the model as it is trained, "
+                    "and shard with fully_shard (FSDP2), whose DTensors keep their shape"
                 )
-            frozen = found.is_frozen(row.tensor)
-            tensors.append((row.tensor, dim, rows, first, frozen))
-            trains |= not frozen
-        trains |= any(p.requires_grad for p in found.others)
-        adapter |= bool(found.adapter or found.obstacle)
-        obstacle = obstacle or found.obstacle
-        if not obstacle and any(frozen for *_, frozen in tensors):
-            obstacle = (
-                f"it is trained through {found.adapter} over a frozen weight, whose rows cannot be "
-                "scaled exactly"
-                if found.adapter
-                else "its weights are frozen"
-                if all(frozen for *_, frozen in tensors)
-                else "a part of its weights and biases is frozen"
-            )
-    return Side(tensors, obstacle, not trains, adapter)
+            is_frozen = effective.is_frozen(row.tensor)
+            tensors.append(_HeadRows(row.tensor, dim, rows, first_factor, is_frozen))
+            is_trained |= not is_frozen
+        is_trained |= any(p.requires_grad for p in effective.others)
+        is_adapted |= bool(effective.adapter or effective.obstacle)
+        obstacle = obstacle or effective.obstacle
+        if not obstacle and any(x.is_frozen for x in tensors):
+            if effective.adapter:
+                obstacle = (
+                    f"it is trained through {effective.adapter} over a frozen weight, whose rows "
+                    "cannot be scaled exactly"
+                )
+            elif all(x.is_frozen for x in tensors):
+                obstacle = "its weights are frozen"
+            else:
+                obstacle = "a part of its weights and biases is frozen"
+    return _Side(tensors, obstacle, not is_trained, is_adapted)
 
 
-def _share(name: str, layout: AttentionLayout, query: Side, key: Side) -> tuple[Share, str]:
-    """Which projections of a layer take the factor, and why none does.
+def _scaled_sides(
+    name: str, layout: AttentionLayout, query: _Side, key: _Side
+) -> tuple[ScaledSides, str]:
+    """The sides of a layer that take the factor, and the reason if none does.
 
     Raises:
         ValueError: if an adapter trains the layer and cannot be scaled.
@@ -254,24 +313,23 @@ def _share(name: str, layout: AttentionLayout, query: Side, key: Side) -> tuple[
         return "none", "its query and key weights are frozen"
     if not query.obstacle:
         return ("query" if key.obstacle else "both"), ""
-    whose = f"query: {query.obstacle}"
+    reason = f"query: {query.obstacle}"
     if not key.obstacle:
-        # The key alone can take the factors of all its query heads only if it has just one.
+        # A key can take the factors of its query heads only if it has a single query head.
         if layout.num_kv_groups == layout.num_heads and layout.query_rope is None:
             return "key", ""
-        whose += ", and the key alone cannot take the factor, which differs by query head"
+        reason += ", and the key alone cannot take the factor, which differs by query head"
     else:
-        whose += f"; key: {key.obstacle}"
+        reason += f"; key: {key.obstacle}"
     if (query.is_adapted and not query.is_frozen) or (key.is_adapted and not key.is_frozen):
         raise ValueError(
-            f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({whose}). "
+            f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({reason}). "
             "Train its query and key projections whole (modules_to_save in PEFT) or with DoRA "
             "(use_dora=True), or leave the layer out with exclude"
         )
-    return "none", whose
+    return "none", reason
 
 
-def _placements(tensor: Tensor) -> Any:
-    """How a DTensor lies on its ranks; None for any other tensor."""
-    placements = getattr(tensor, "placements", None)
-    return None if placements is None else (tensor.device_mesh, placements)  # type: ignore[attr-defined]
+def _placements(tensor: Tensor) -> object:
+    """The mesh and placements of a DTensor; None for any other tensor."""
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None

@@ -30,7 +30,8 @@ def collate(
     return MicroBatch(
         tokens=torch.stack([sample.tokens for sample in samples]).to(device),
         labels=torch.stack([sample.labels for sample in samples]).to(device),
-        kinds=torch.stack([sample.kinds for sample in samples]).to(device),
+        weights=torch.stack([sample.weights for sample in samples]).to(device),
+        categories=torch.stack([sample.categories for sample in samples]).to(device),
         documents=torch.stack([sample.documents for sample in samples]).to(device),
         patches=patches.to(device),
         grids=grids.to(device),

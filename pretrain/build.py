@@ -1,6 +1,6 @@
 """Putting a run together: model, encoder, optimizer and clip, from the configuration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 import muonclip
@@ -25,11 +24,12 @@ from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured_cost
 from pretrain.errors import PretrainError
-from pretrain.model.language import build_language_model, tensor_shards
-from pretrain.model.names import initialize, kept_tensors, language_names
+from pretrain.model.initialize import initialize
+from pretrain.model.language import build_language_model
+from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
-from pretrain.model.weights import TensorShard
+from pretrain.model.weights import TensorShard, language_weights
 from pretrain.parallel import ParallelContext
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
@@ -79,18 +79,6 @@ class Run:
                 yield name, tensor
 
 
-def names_in_checkpoint(
-    chunks: Sequence[GPTModel], tower: VisionTower, first_expert: int = 0
-) -> dict[str, Tensor]:
-    """Every parameter and kept buffer of this rank's runs of layers and of the vision tower, by
-    its name in the whole model."""
-    named = {f"vision.{name}": tensor for name, tensor in kept_tensors(tower)}
-    for chunk in chunks:
-        rename = language_names(chunk, first_expert)
-        named |= {f"language.{rename(name)}": tensor for name, tensor in kept_tensors(chunk)}
-    return named
-
-
 def build(config: Config, context: ParallelContext, data: Data) -> Run:
     """Build this rank's part of everything, with its weights as at step 0."""
     dtype: torch.dtype = getattr(torch, config.precision)
@@ -109,11 +97,14 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
 
     local_experts = config.language.num_experts // config.parallel.expert
     first_expert = context.expert_rank * local_experts
-    named = names_in_checkpoint(chunks, tower, first_expert)
-    shards: dict[str, TensorShard] = {}
-    for chunk in chunks:
-        rename = language_names(chunk, first_expert)
-        shards |= {f"language.{rename(name)}": s for name, s in tensor_shards(chunk).items()}
+    named = named_tensors(chunks, tower, first_expert)
+    experts = range(first_expert, first_expert + local_experts)
+    shards = {
+        weight.name: shard
+        for weight in language_weights(config.language, data.tokenizer.vocab_size, experts)
+        if weight.name in named
+        and (shard := weight.shard(config.parallel, context.tensor_rank)) is not None
+    }
     initialize(named, shards, config.seed, config.language.init_std, config.language.num_layers)
 
     def copies(name: str, tensor: Tensor) -> int:

@@ -1,17 +1,16 @@
 """Held-out evaluation: loss by modality, whether the model sees, and what it reads."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import batches
+from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
 from pretrain.model.multimodal import MicroBatch
-from pretrain.step import backbone, mean_losses, run_schedule
+from pretrain.step import run_backbone, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
 
@@ -41,12 +40,12 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
 def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
     """Mean loss a token over fixed sequences, dealt to all ranks; None without any."""
     if not samples:
-        return mean_losses(torch.zeros(4))
+        return objective.mean_losses(objective.no_losses())
     micro_batches = batches.for_evaluation(samples, run.config, run.context)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
-    sums = backbone(run, micro_batches, features, forward_only=True)
+    sums = run_backbone(run, micro_batches, features, forward_only=True)
     dist.all_reduce(sums)
-    return mean_losses(sums)
+    return objective.mean_losses(sums)
 
 
 @torch.no_grad()
@@ -89,11 +88,11 @@ def _next_tokens(
     which there would be none."""
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.context.device)
 
-    def take(_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def take(_batch: MicroBatch, logits: Tensor) -> Tensor:
         likely = logits[rows, places]
         likely[:, run.data.tokenizer.media_pad] = -torch.inf
         tokens.copy_(likely.argmax(-1))
-        return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), {}
+        return logits.new_zeros(())
 
     # The interleaved schedule takes no less than a micro-batch a stage.
     times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1

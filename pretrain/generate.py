@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
 from pretrain import checkpoint, parallel
-from pretrain.build import names_in_checkpoint, set_precision
+from pretrain.build import set_precision
 from pretrain.config import Config, ParallelConfig
 from pretrain.data import Document, chat
 from pretrain.data.composer import Composer
@@ -24,6 +24,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.language import build_language_model
 from pretrain.model.multimodal import merge_features
+from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 
 
@@ -66,7 +67,7 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     whole = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)
     set_precision(whole, dtype)
     whole.eval().requires_grad_(False)
-    named = names_in_checkpoint([language], tower)
+    named = named_tensors([language], tower)
     saved.load({f"model.{name}": tensor for name, tensor in named.items()})
     return Model(config, tokenizer, language, tower, context.device)
 
@@ -92,7 +93,7 @@ def compose(
     document = Document(tokenizer)
     if reply:
         tokenizer.require_chat()
-        chat.begin(document, "user")
+        chat.add_header(document, "user")
     if media and tokenizer.media_pad < 0:
         raise PretrainError(
             "this run's tokenizer has no tokens for images: give a prompt without images"
@@ -110,7 +111,7 @@ def compose(
         raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
     document.add_tokens(tokenizer.encode(prompt))
     if reply:
-        chat.begin(document.add_tokens([tokenizer.im_end]), chat.REPLY)
+        chat.add_header(document.add_tokens([tokenizer.im_end]), chat.REPLY)
     return document
 
 

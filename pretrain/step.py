@@ -1,4 +1,9 @@
-"""One training step: encoder, backbone, encoder again, optimizer, clip."""
+"""One training step: gradients, optimizer, QK-Clip.
+
+The gradients are computed in the three stages of the Decoupled Encoder Process (DEP; Kimi K2.5
+report): all ranks encode a balanced share of the images, the backbone trains as if on text, and the
+encoder runs again, forward and backward.
+"""
 
 import math
 from collections import defaultdict
@@ -13,229 +18,65 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from muonclip import ClipResult
+from pretrain import objective
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
-from pretrain.data import CAPTION, TEXT
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime import apex
 from pretrain.runtime.faults import Fault, Guard, RollBack
 
-
-def loss_sums(losses: Tensor, kinds: Tensor) -> Tensor:
-    """[4] float64: summed loss and count of text labels, then of caption labels."""
-    parts = []
-    for kind in (TEXT, CAPTION):
-        counted = kinds == kind
-        parts += [(losses.detach() * counted).sum(dtype=torch.float64), counted.sum()]
-    return torch.stack([part.double() for part in parts])
-
-
-def mean_losses(sums: Tensor) -> dict[str, float | None]:
-    """Means per token from :func:`loss_sums`; None where there was no such token."""
-    text, texts, caption, captions = sums.tolist()
-    return {
-        "loss": (text + caption) / (texts + captions) if texts + captions else None,
-        "text_loss": text / texts if texts else None,
-        "caption_loss": caption / captions if captions else None,
-    }
-
-
-Output = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
-
-
-def run_schedule(
-    run: Run,
-    micro_batches: Sequence[MicroBatch],
-    features: Sequence[Tensor],
-    take: Output,
-    *,
-    forward_only: bool,
-    logits: bool = False,
-) -> None:
-    """Pass micro-batches through the language model, under megatron-core's own schedule.
-
-    Args:
-        features: of each micro-batch.
-        take: called where the model ends with each micro-batch and the model's output; returns a
-            loss, the number of labels it is summed over, and an empty dictionary.
-        forward_only: no backward.
-        logits: the output is logits in place of losses; see ``multimodal.forward``.
-    """
-
-    placeholder = run.data.tokenizer.media_pad
-
-    def forward_step(
-        batches: Iterator[tuple[MicroBatch, Tensor]], model: nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]]:
-        batch, batch_features = next(batches)
-        output = multimodal.forward(model, batch, batch_features, placeholder, logits=logits)
-        return output, partial(take, batch)
-
-    # Every run of layers on this rank goes through all micro-batches.
-    iterators = [iter(zip(micro_batches, features, strict=True)) for _ in run.language]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=run.language,
-        num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].tokens.shape[1],
-        micro_batch_size=micro_batches[0].tokens.shape[0],
-        forward_only=forward_only,
-    )
-
-
-def backbone(
-    run: Run,
-    micro_batches: Sequence[MicroBatch],
-    features: Sequence[Tensor],
-    *,
-    forward_only: bool = False,
-) -> Tensor:
-    """Forward and backward of the language model.
-
-    Its gradients are summed over the global batch and divided by the number of labels there.
-
-    Returns:
-        [4], the :func:`loss_sums` of this rank's micro-batches; zeros where another rank has them.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=run.context.device)
-
-    def total_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        if run.context.tensor_rank == 0:  # the others of its group have the same losses
-            sums.add_(loss_sums(losses, batch.kinds))
-        counted = batch.kinds > 0
-        return (losses * counted).sum(), counted.sum().int(), {}
-
-    run_schedule(run, micro_batches, features, total_loss, forward_only=forward_only)
-    return sums
-
-
-def gradient_norm(run: Run) -> Tensor:
-    """The norm of the whole model's gradient, of which every rank has a part."""
-    squares = torch.zeros((), dtype=torch.float64, device=run.context.device)
-    by_copies: dict[int, list[Tensor]] = defaultdict(list)
-    for name, parameter in run.parameters():
-        if parameter.grad is not None:
-            by_copies[run.copies[name]].append(parameter.grad)
-    for copies, gradients in by_copies.items():
-        squares += apex.total_norm(gradients).double().square() / copies
-    dist.all_reduce(squares)
-    return squares.sqrt()
-
-
-def _stop(run: Run, step: int, loss: float | None, fault: Fault) -> None:
-    """Say why the run ends; where gradients are not finite, name their parameters.
-
-    Raises:
-        PretrainError: the same on every rank.
-    """
-    before = f", after {fault.skipped} steps skipped in a row" if fault.skipped else ""
-    advice = (
-        f"nothing was updated{before}. Lower optimizer.lr, or look at the data of this step; the "
-        "last checkpoint is intact"
-    )
-    if fault.kind == "spike":
-        raise PretrainError(f"{fault.reason}, at step {step}; {advice}")
-    local = [n for n, p in run.parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, local)
-    names = sorted({name for names in found for name in names})
-    whose = f"gradient of {names[0]} (and {len(names) - 1} other parameters)" if names else "loss"
-    if not names and math.isfinite(loss or 0.0):
-        whose = "norm of the gradient"
-    raise PretrainError(f"the {whose} is not finite at step {step} (loss {loss}); {advice}")
-
-
-def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Warm-up, stable, decay: the factor on the peak rates for update ``step`` of 1..``steps``.
-
-    Linear from 0 over ``warmup_steps``, one, and over the last ``decay_steps`` a cosine down to
-    ``final_lr_fraction``, as in the Kimi K2 report (section 2.5).
-    """
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    decayed = step - (steps - config.decay_steps)
-    if decayed <= 0:
-        return 1.0
-    cosine = (1 + math.cos(math.pi * decayed / config.decay_steps)) / 2
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
-
-
-def gradients(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Leave the global batch's gradient in every parameter's ``.grad``.
-
-    Returns:
-        [4], the :func:`loss_sums` of the global batch.
-    """
-    run.train()
-    for chunk in run.language:
-        chunk.zero_grad_buffer()
-
-    # DEP: 1. everybody encodes a fair share; 2. the backbone, as if for text; 3. encode again,
-    # now backwards.
-    with record_function("encode"):
-        features = run.encoder.encode(
-            [(batch.patches, batch.grids) for batch in micro_batches],
-            multimodal.image_error(micro_batches, run.data.tokenizer.media_pad)
-            if run.context.first_stage
-            else None,
-        )
-    with record_function("backbone"):
-        sums = backbone(run, micro_batches, features)
-    with record_function("encode again, backwards"):
-        run.encoder.backward()
-        run.encoder.reduce_gradients()
-
-    dist.all_reduce(sums)
-    labels = (sums[1] + sums[3]).clamp(min=1)  # as megatron-core does: no labels, no gradient
-    for parameter in run.tower.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(labels.to(parameter.grad.dtype))
-    for chunk in run.language:
-        for parameter in chunk.parameters():
-            parameter.grad = parameter.main_grad
-    return sums
+# Called with a micro-batch and the output of the model's last layer; returns the scalar to
+# differentiate.
+LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 
 def train_step(
     run: Run, micro_batches: Sequence[MicroBatch], step: int, guard: Guard | None = None
 ) -> dict[str, Any]:
-    """Do update ``step`` of 1..``config.steps`` and return its metrics, the same on every rank.
+    """Perform update ``step`` of 1..``config.steps``.
 
     Args:
-        guard: judges the step before anything is updated; default: one that has seen no other.
+        micro_batches: this rank's share of the global batch.
+        guard: decides, before anything is updated, whether the step is faulty. Default: a guard
+            without a history.
+
+    Returns:
+        The metrics of the step, the same on every rank.
 
     Raises:
-        PretrainError: a loss or gradient is not finite, or the loss is a spike, and the run is to
-            stop then; nothing was updated.
-        RollBack: the same, and the run is to go back to its newest checkpoint.
+        PretrainError: a loss or gradient is not finite, or the loss is a spike, and the
+            configuration says to stop. Nothing was updated.
+        RollBack: the same, and the configuration says to return to the newest checkpoint.
     """
     guard = guard or Guard(run.config.faults)
     buffers = [
         tensor for tensor in run.named_tensors.values() if not isinstance(tensor, nn.Parameter)
     ]
-    # The router's bias moves with the backward pass, before the step can be judged.
-    before = [buffer.clone() for buffer in buffers]
-    metrics = {"step": step, **mean_losses(gradients(run, micro_batches))}
+    # The backward pass updates the routers' biases, before the guard can judge the step.
+    saved = [buffer.clone() for buffer in buffers]
+
+    losses = objective.mean_losses(forward_backward(run, micro_batches))
     norm = gradient_norm(run)
-    fault = guard.judge(metrics["loss"], norm.item())
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
+    fault = guard.judge(losses["loss"], norm.item())
     if fault is None:
         moved, clipped = _update(run, norm, factor, step)
     else:
         if fault.action == "stop":
-            _stop(run, step, metrics["loss"], fault)
-        moved, clipped = _leave_out(run)
+            _stop(run, step, losses["loss"], fault)
+        moved, clipped = _skip_update(run)
         if fault.action == "roll_back":
             raise RollBack(fault.reason)
-        for buffer, value in zip(buffers, before, strict=True):
+        for buffer, value in zip(buffers, saved, strict=True):
             buffer.copy_(value)
-    # The data-parallel wrapper adds what it finds in .grad to its buffer, which .grad now is.
+    # The data-parallel wrapper adds a .grad to its gradient buffer, of which .grad is now a view.
     run.optimizer.zero_grad(set_to_none=True)
 
-    return metrics | {
+    return {
+        "step": step,
+        **losses,
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
         **run.step_metrics.gather(micro_batches, clipped, moved),
@@ -249,16 +90,150 @@ def train_step(
     }
 
 
-def spare_encoder(run: Run) -> None:
-    """Text alone leaves the encoder as it is: without a gradient it is not decayed either."""
+def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Compute the gradient of the objective over the global batch, into every ``.grad``.
+
+    Returns:
+        The :func:`pretrain.objective.loss_sums` of the global batch.
+    """
+    run.train()
+    for chunk in run.language:
+        chunk.zero_grad_buffer()
+
+    with record_function("encode"):
+        features = run.encoder.encode(
+            [(batch.patches, batch.grids) for batch in micro_batches],
+            multimodal.image_error(micro_batches, run.data.tokenizer.media_pad)
+            if run.context.first_stage
+            else None,
+        )
+    with record_function("backbone"):
+        sums = run_backbone(run, micro_batches, features)
+    with record_function("encode again, backwards"):
+        run.encoder.backward()
+        run.encoder.reduce_gradients()
+
+    dist.all_reduce(sums)
+    total = objective.total_weight(sums)
+    for parameter in run.tower.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(total.to(parameter.grad.dtype))
+    for chunk in run.language:
+        chunk.scale_gradients(1 / total)
+        for parameter in chunk.parameters():
+            parameter.grad = parameter.main_grad
+    return sums
+
+
+def run_backbone(
+    run: Run,
+    micro_batches: Sequence[MicroBatch],
+    features: Sequence[Tensor],
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """Forward and backward of the language model, over the features of the images.
+
+    The gradients are sums over the global batch, still to be divided by its total weight.
+
+    Returns:
+        The :func:`pretrain.objective.loss_sums` of this rank's micro-batches. Zeros on all but one
+        of the ranks that share them: the first tensor-parallel rank of the last pipeline stage.
+    """
+    sums = objective.no_losses(run.context.device)
+
+    def weighted_loss(batch: MicroBatch, losses: Tensor) -> Tensor:
+        if run.context.tensor_rank == 0:
+            sums.add_(objective.loss_sums(losses, batch.weights, batch.categories))
+        return objective.weighted_loss(losses, batch.weights)
+
+    run_schedule(run, micro_batches, features, weighted_loss, forward_only=forward_only)
+    return sums
+
+
+def run_schedule(
+    run: Run,
+    micro_batches: Sequence[MicroBatch],
+    features: Sequence[Tensor],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool,
+    logits: bool = False,
+) -> None:
+    """Pass micro-batches through the language model by megatron-core's pipeline schedule.
+
+    Args:
+        features: the image features of each micro-batch.
+        loss_function: called for each micro-batch, on the last pipeline stage.
+        forward_only: skip the backward pass.
+        logits: the output is logits instead of losses; see :func:`multimodal.forward`.
+    """
+    placeholder = run.data.tokenizer.media_pad
+    # megatron-core divides gradients by a count of labels, an integer. 0 leaves this to
+    # forward_backward(): weights need not be integers.
+    no_labels = torch.zeros((), dtype=torch.int, device=run.context.device)
+
+    def loss_of(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        return loss_function(batch, output), no_labels, {}
+
+    def forward_step(
+        batches: Iterator[tuple[MicroBatch, Tensor]], model: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]]:
+        batch, batch_features = next(batches)
+        output = multimodal.forward(model, batch, batch_features, placeholder, logits=logits)
+        return output, partial(loss_of, batch)
+
+    # All micro-batches pass through each of this rank's model chunks.
+    iterators = [iter(zip(micro_batches, features, strict=True)) for _ in run.language]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=run.language,
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """Norm of the gradient of the whole model, across ranks and their shards; float64 scalar."""
+    squares = torch.zeros((), dtype=torch.float64, device=run.context.device)
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for name, parameter in run.parameters():
+        if parameter.grad is not None:
+            by_copies[run.copies[name]].append(parameter.grad)
+    for copies, grads in by_copies.items():
+        squares += apex.total_norm(grads).double().square() / copies
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Factor on the peak learning rates for update ``step`` of 1..``steps``.
+
+    The schedule is warmup-stable-decay: linear from 0 over ``warmup_steps``, then 1, then a cosine
+    to ``final_lr_fraction`` over the last ``decay_steps`` (Kimi K2 report, section 2.5).
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    decayed = step - (steps - config.decay_steps)
+    if decayed <= 0:
+        return 1.0
+    cosine = (1 + math.cos(math.pi * decayed / config.decay_steps)) / 2
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+def drop_encoder_gradients(run: Run) -> None:
+    """Drop the encoder's gradients in a run without images: it is then not decayed either."""
     if not run.data.has_images:
         for parameter in run.tower.parameters():
             parameter.grad = None
 
 
 def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, list[ClipResult]]:
-    """Clip the gradient, step the optimizer at ``factor`` of the peak rates, clip the heads."""
-    spare_encoder(run)
+    """Clip the gradient, step the optimizer at ``factor`` of the peak rates, apply QK-Clip."""
+    drop_encoder_gradients(run)
     scale = (run.config.optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     apex.scale_([p.grad for _, p in run.parameters() if p.grad is not None], scale)
     for group in run.optimizer.param_groups:
@@ -271,7 +246,31 @@ def _update(run: Run, norm: Tensor, factor: float, step: int) -> tuple[Tensor, l
         return moved, [clip.step() for clip in run.clips]
 
 
-def _leave_out(run: Run) -> tuple[Tensor, list[ClipResult]]:
-    """Change nothing, and return the same as :func:`_update`."""
+def _skip_update(run: Run) -> tuple[Tensor, list[ClipResult]]:
+    """Leave all parameters unchanged; returns the same as :func:`_update`."""
     run.optimizer.zero_grad(set_to_none=True)
     return run.step_metrics.after_update(), [clip.step(clip=False) for clip in run.clips]
+
+
+def _stop(run: Run, step: int, loss: float | None, fault: Fault) -> None:
+    """Report why the run stops; name the parameters whose gradients are not finite.
+
+    Raises:
+        PretrainError: always; the same on every rank.
+    """
+    skipped = f", after {fault.skipped} steps skipped in a row" if fault.skipped else ""
+    advice = (
+        f"nothing was updated{skipped}. Lower optimizer.lr, or look at the data of this step; the "
+        "last checkpoint is intact"
+    )
+    if fault.kind == "spike":
+        raise PretrainError(f"{fault.reason}, at step {step}; {advice}")
+    local = [n for n, p in run.parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, local)
+    names = sorted({name for names in gathered for name in names})
+    if names:
+        cause = f"gradient of {names[0]} (and {len(names) - 1} other parameters)"
+    else:
+        cause = "norm of the gradient" if math.isfinite(loss or 0.0) else "loss"
+    raise PretrainError(f"the {cause} is not finite at step {step} (loss {loss}); {advice}")

@@ -107,7 +107,7 @@ class WatchedModules(Generic[W]):
             self._table[module] = watched
             module.__dict__[_OWNER] = _Owner(clip)
         handle = Handle(undo)
-        clip._keep(handle)
+        clip._add_handle(handle)
         torch.compiler.reset()  # code that is compiled already would not run the new hooks
         return handle
 
@@ -118,7 +118,7 @@ class WatchedModules(Generic[W]):
             return
         other = watched.clip()
         if other is not None and other is not clip:
-            other._retire("a newer QKClip watches the same model")
+            other._deactivate("a newer QKClip watches the same model")
         self._end(watched, ref(module))
 
     def _end(self, watched: W, module: Callable[[], nn.Module | None], *_: object) -> None:

@@ -443,7 +443,7 @@ class Checkpoint:
                 a file is damaged.
         """
         for name, tensor in tensors.items():
-            self._check(name, torch.Size(tensor.shape))
+            self.check(name, tensor.shape)
         reads: dict[str, list[tensor_files.Read]] = defaultdict(list)
         for block in _blocks(tensors):
             for file, read in _overlaps(block, self.tensors[block.name]):
@@ -456,9 +456,10 @@ class Checkpoint:
                     f"the checkpoint {self.path} is damaged: {error}; {_REMEDY}"
                 ) from error
 
-    def _check(self, name: str, shape: torch.Size) -> None:
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise PretrainError unless there is a tensor of this name and shape."""
         stored = self.tensors.get(name)
-        if stored is not None and stored.shape == shape:
+        if stored is not None and tuple(stored.shape) == tuple(shape):
             return
         difference = (
             f"it has no {name}"

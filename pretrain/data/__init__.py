@@ -4,8 +4,6 @@ from pretrain.data.interface import Data as Data
 from pretrain.data.interface import RankShare as RankShare
 from pretrain.data.open import data_config as data_config
 from pretrain.data.open import open_data as open_data
-from pretrain.data.packing import CAPTION as CAPTION
-from pretrain.data.packing import NOTHING as NOTHING
-from pretrain.data.packing import TEXT as TEXT
+from pretrain.data.packing import Category as Category
 from pretrain.data.packing import Document as Document
 from pretrain.data.packing import PackedSample as PackedSample

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Part of every key: to be raised when what is cached changes.
-FORMAT = 3
+FORMAT = 4
 # Seconds between two lines about an operation that takes long.
 _EVERY = 10.0
 # The resolution of a file's times, in nanoseconds: of most file systems, and of old ones, which

@@ -1,54 +1,58 @@
-"""Conversations as the model reads them, rendered as by Kimi K2's chat template."""
+"""Conversations as the model reads them: Kimi K2's chat format."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pretrain.data.packing import NOTHING, TEXT, Document
+from pretrain.data.packing import Document
 from pretrain.data.tokenizer import ROLES, Tokenizer
 
 REPLY = "assistant"
 
 
 class Message(NamedTuple):
-    """What one of :data:`ROLES` says."""
+    """A message of a conversation.
+
+    Attributes:
+        role: one of :data:`ROLES`.
+        content: its text.
+    """
 
     role: str
     content: str
 
 
-def begin(document: Document, role: str) -> Document:
-    """Add the heading of a role's message: nothing of it is learnt."""
+def add_header(document: Document, role: str) -> Document:
+    """Append the header of a role's message, with weight 0."""
     tokenizer = document.tokenizer
-    name = tokenizer.encode(role)
-    return document.add_tokens([tokenizer.roles[role], *name, tokenizer.im_middle], NOTHING)
+    header = [tokenizer.roles[role], *tokenizer.encode(role), tokenizer.im_middle]
+    return document.add_tokens(header, weight=0)
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Document:
-    """A conversation as a document, in which replies are learnt, with what ends each.
+    """Render a conversation; only replies and their end tokens have a weight other than 0.
 
-    :func:`template` says the same to others; only that what looks like a special token in a content
-    is text here. Kimi K2's own template puts a sentence about Kimi before a conversation that has
-    no system message; this one does not.
+    :func:`template` renders the same tokens, except that special tokens written out in a content
+    are plain text here. Unlike Kimi K2's own template, neither adds a default system message.
     """
     document = Document(tokenizer)
     for role, content in messages:
-        begin(document, role)
-        kind = TEXT if role == REPLY else NOTHING
-        document.add_tokens([*tokenizer.encode(content), tokenizer.im_end], kind)
+        add_header(document, role)
+        tokens = [*tokenizer.encode(content), tokenizer.im_end]
+        document.add_tokens(tokens, weight=1 if role == REPLY else 0)
     return document
 
 
 def template(content: str) -> str:
-    """The chat template in Jinja, as transformers and servers read it.
+    """The chat template in Jinja, for transformers and inference servers.
 
     Args:
-        content: Jinja that renders a message's content.
+        content: Jinja that renders the content of a message.
     """
-    refusal = f"the roles are {', '.join(ROLES)}, not "
+    unknown_role = f"the roles are {', '.join(ROLES)}, not "
     return (
         "{{ bos_token }}{% for message in messages %}"
         f"{{% if message.role not in {list(ROLES)} %}}"
-        f"{{{{ raise_exception('{refusal}' ~ message.role) }}}}{{% endif %}}"
+        f"{{{{ raise_exception('{unknown_role}' ~ message.role) }}}}{{% endif %}}"
         "{{ '<|im_' ~ message.role ~ '|>' ~ message.role }}<|im_middle|>"
         f"{content}<|im_end|>{{% endfor %}}"
         f"{{% if add_generation_prompt %}}<|im_{REPLY}|>{REPLY}<|im_middle|>{{% endif %}}"

@@ -12,7 +12,7 @@ from pretrain.data.media.fit import Limits, fit, fitted_size, frame_groups, limi
 from pretrain.data.media.frames import Media
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
-from pretrain.data.packing import TEXT, Document
+from pretrain.data.packing import Document
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.geometry import MERGE
 
@@ -88,7 +88,7 @@ class Composer:
                 document.add_caption(part)
             else:
                 document.add_tokens(self.tokenizer.encode(part))
-        return document.add_tokens([self.tokenizer.eos], TEXT)
+        return document.add_tokens([self.tokenizer.eos])
 
     def size(self, parts: Sequence[str | tuple[int, int, int]]) -> tuple[int, int]:
         """(tokens, image placeholders among them) of the document of these parts.

@@ -1,7 +1,9 @@
-"""Documents of text and images, and packing them into sequences of one length."""
+"""Documents of text and images, packed into sequences of equal length."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -11,51 +13,79 @@ from pretrain.data.media.patches import VisionItem, patchify
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.geometry import num_tokens
 
-# What a label is.
-NOTHING, TEXT, CAPTION = 0, 1, 2
+
+class Category(IntEnum):
+    """The categories under which losses are reported (``text_loss``, ``caption_loss``).
+
+    A new category needs one line here; metrics contain its loss from then on.
+    """
+
+    TEXT = 0
+    CAPTION = 1
 
 
 @dataclass
 class Document:
-    """Text and images in reading order; it begins with the token that begins a document.
+    """Text and images in reading order, starting with the BOS token.
 
     Attributes:
-        tokenizer: says which ids stand for images.
-        tokens: ids, an image being its placeholders between begin and end.
-        kinds: for each token, what it is as a label: NOTHING for what stands for an image.
+        tokenizer: the tokenizer, which has the ids of BOS and of images.
+        tokens: ids. An image is a run of placeholders between a begin and an end token.
+        weights: for each token, its weight in the loss as the label of the token before it; 0: the
+            model does not learn to predict it.
+        categories: for each token, the :class:`Category` under which its loss is reported.
         patches, grids: of each image; see :func:`pretrain.data.media.patches.patchify`.
     """
 
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    categories: list[int] = field(default_factory=list)
     patches: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.tokens:
-            self.add_tokens([self.tokenizer.bos], NOTHING)
+            self.add_tokens([self.tokenizer.bos], weight=0)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add_tokens(self, tokens: Iterable[int], kind: int = TEXT) -> "Document":
+    def add_tokens(
+        self, tokens: Iterable[int], *, weight: float = 1, category: Category = Category.TEXT
+    ) -> "Document":
+        """Append tokens.
+
+        Args:
+            tokens: their ids.
+            weight: the weight of each in the loss (see :mod:`pretrain.objective`).
+            category: the category under which their loss is reported.
+
+        Raises:
+            ValueError: the weight is negative or not finite.
+        """
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"the weight of a label must be finite and at least 0, not {weight}")
         before = len(self.tokens)
         self.tokens.extend(int(token) for token in tokens)
-        self.kinds.extend([kind] * (len(self.tokens) - before))
+        added = len(self.tokens) - before
+        self.weights.extend([weight] * added)
+        self.categories.extend([category] * added)
         return self
 
     def add_image(self, item: VisionItem, patch_size: int) -> "Document":
+        """Append an image or clip: its patches, and placeholder tokens with weight 0."""
         patches, grid = patchify(item.pixels, patch_size)
         self.patches.append(torch.from_numpy(patches))
         self.grids.append(grid)
         ids = self.tokenizer
         placeholders = [ids.media_pad] * num_tokens(grid)
-        return self.add_tokens([ids.media_begin, *placeholders, ids.media_end], NOTHING)
+        return self.add_tokens([ids.media_begin, *placeholders, ids.media_end], weight=0)
 
     def add_caption(self, caption: str) -> "Document":
-        """The text in the image, ended by a newline."""
-        return self.add_tokens([*self.tokenizer.encode(caption), self.tokenizer.newline], CAPTION)
+        """Append the text in an image, ended by a newline."""
+        tokens = [*self.tokenizer.encode(caption), self.tokenizer.newline]
+        return self.add_tokens(tokens, category=Category.CAPTION)
 
 
 @dataclass(frozen=True)
@@ -64,27 +94,29 @@ class PackedSample:
 
     Attributes:
         tokens: int64 [s].
-        labels: int64 [s], the next token of the same document; 0 where the kind is NOTHING.
-        kinds: uint8 [s], what each label is: NOTHING, TEXT or CAPTION.
-        documents: int32 [s], the number of each token's document in this sequence.
+        labels: int64 [s], the next token of the same document; 0 where the weight is 0.
+        weights: float32 [s], the weight of each label in the loss.
+        categories: uint8 [s], the :class:`Category` of each label.
+        documents: int32 [s], the index in this sequence of each token's document.
         patches: uint8 [P, 3 * patch * patch], of all images in order.
         grids: int64 [n, 3], (frames, rows, columns) of each image, in patches.
     """
 
     tokens: Tensor
     labels: Tensor
-    kinds: Tensor
+    weights: Tensor
+    categories: Tensor
     documents: Tensor
     patches: Tensor
     grids: Tensor
 
     def without_labels(self) -> "PackedSample":
-        """The same sequence, in which nothing counts."""
-        return replace(self, labels=self.labels * 0, kinds=self.kinds * 0)
+        """The same sequence with all weights 0."""
+        return replace(self, labels=self.labels * 0, weights=self.weights * 0)
 
 
 def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) -> PackedSample:
-    """One sequence of documents one after the other, filled up with ``pad`` at the end.
+    """Concatenate documents to one sequence, padded at the end to ``length`` with ``pad``.
 
     Raises:
         ValueError: the documents are longer than the sequence.
@@ -93,26 +125,29 @@ def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) 
     if total > length:
         raise ValueError(f"documents of {total} tokens do not fit a sequence of {length}")
     tokens = np.full(length, pad, dtype=np.int64)
-    kinds = np.zeros(length, dtype=np.uint8)
-    numbers = np.full(length, len(documents), dtype=np.int32)
-    position = 0
-    for number, document in enumerate(documents):
-        end = position + len(document)
-        tokens[position:end] = document.tokens
-        numbers[position:end] = number
-        # A label is the next token: what stands first in a document is nobody's.
-        kinds[position : end - 1] = document.kinds[1:]
-        position = end
+    weights = np.zeros(length, dtype=np.float32)
+    categories = np.zeros(length, dtype=np.uint8)
+    indices = np.full(length, len(documents), dtype=np.int32)
+    start = 0
+    for index, document in enumerate(documents):
+        end = start + len(document)
+        tokens[start:end] = document.tokens
+        indices[start:end] = index
+        # A label is the next token, so the first token of a document is not a label.
+        weights[start : end - 1] = document.weights[1:]
+        categories[start : end - 1] = document.categories[1:]
+        start = end
     labels = np.zeros(length, dtype=np.int64)
     labels[:-1] = tokens[1:]
-    labels[kinds == NOTHING] = 0
+    labels[weights == 0] = 0
     images = [patches for document in documents for patches in document.patches]
     grids = [grid for document in documents for grid in document.grids]
     return PackedSample(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        kinds=torch.from_numpy(kinds),
-        documents=torch.from_numpy(numbers),
+        weights=torch.from_numpy(weights),
+        categories=torch.from_numpy(categories),
+        documents=torch.from_numpy(indices),
         patches=torch.cat([torch.empty(0, 3 * patch_size**2, dtype=torch.uint8), *images]),
         grids=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
     )
@@ -121,18 +156,18 @@ def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) 
 def pack(
     documents: Iterable[Document], length: int, patch_size: int, pad: int
 ) -> list[PackedSample]:
-    """Sequences of whole documents, in order, each as full as the next document lets it be.
+    """Pack whole documents, in order, into sequences; a new one starts where the next does not fit.
 
     Raises:
         ValueError: a document is longer than a sequence.
     """
     samples: list[PackedSample] = []
-    waiting: list[Document] = []
+    group: list[Document] = []
     for document in documents:
-        if waiting and sum(map(len, waiting)) + len(document) > length:
-            samples.append(join(waiting, length, patch_size, pad))
-            waiting = []
-        waiting.append(document)
-    if waiting:
-        samples.append(join(waiting, length, patch_size, pad))
+        if group and sum(map(len, group)) + len(document) > length:
+            samples.append(join(group, length, patch_size, pad))
+            group = []
+        group.append(document)
+    if group:
+        samples.append(join(group, length, patch_size, pad))
     return samples

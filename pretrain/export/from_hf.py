@@ -19,7 +19,8 @@ from pretrain.export.conversion import Conversion, conversions
 from pretrain.export.hf_config import from_hf_config, is_tied
 from pretrain.export.hf_folder import HfFolder, HfWeights
 from pretrain.model.geometry import MAX_FRAMES, MERGE
-from pretrain.model.names import initialize, kept_tensors
+from pretrain.model.initialize import initialize
+from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.runtime.run_lock import RunLock
 
@@ -279,6 +280,6 @@ def _read(
 def _new_vision(config: Config) -> dict[str, Tensor]:
     """The first weights of a vision encoder, as :func:`pretrain.build.build` draws them."""
     tower = VisionTower(config.vision, config.language.hidden_size)
-    named = {f"vision.{name}": tensor.detach() for name, tensor in kept_tensors(tower)}
+    named = {name: tensor.detach() for name, tensor in named_tensors([], tower).items()}
     initialize(named, {}, config.seed, config.language.init_std, config.language.num_layers)
     return named

@@ -1,7 +1,8 @@
-"""The language model: megatron-core's GPTModel with MLA and MoE layers, as in Kimi K2.
+"""The language model: megatron-core's GPTModel with the architecture of Kimi K2.
 
-megatron-core is entered through its layer spec alone: the core attention is ours, because it is
-where attention logits can be seen, and so are the norms.
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) and a mixture of experts with sigmoid
+scores and aux-loss-free balancing (DeepSeek-V3, arXiv 2412.19437). The layer spec replaces the core
+attention, which observes max logits, and the norms.
 """
 
 import math
@@ -14,8 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
@@ -27,95 +26,95 @@ from pretrain.config import (
     RecomputeConfig,
     RopeScalingConfig,
 )
-from pretrain.model.weights import TensorShard
 from pretrain.runtime import apex
 
 MaxLogitObserver = Callable[[Tensor], None]
 
 
 class CoreAttention(nn.Module):
-    """Softmax attention that can report every head's largest logit.
+    """Softmax attention that reports every head's max logit.
 
-    ``observer``, where set, is called in training with the maximum over the micro-batch of what
-    enters the softmax (scaled, rotated, masked), a detached float32 tensor [heads]. In bfloat16
-    only heads that may be above ``clip_threshold`` are computed in float32, as these decide a clip;
-    the others' maxima, at most the threshold, are read from the rounded logits.
+    Attributes:
+        observer: if set, called in training with the max logits of a micro-batch: the largest input
+            of the softmax (scaled, rotated, masked) of every head, detached float32 [heads].
+        clip_threshold: τ of QK-Clip. With 16-bit logits, max logits that may be above it are
+            computed in float32; the others are those of the rounded logits, and at most τ.
     """
 
     def __init__(self, *, softmax_scale: float | None = None, config: Any, **_spec: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.observer: MaxLogitObserver | None = None
-        self.clip_threshold = 0.0  # every head in float32
+        self.clip_threshold = 0.0
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_unused: Any
     ) -> Tensor:
-        """Attend: query, key [s, b, heads, d], value [s, b, heads, v] to [s, b, heads * v].
+        """query, key [s, b, heads, d] and value [s, b, heads, v] to [s, b, heads * v].
 
-        ``attention_mask`` is bool, broadcast to [b, heads, s, s], True where not to look.
+        ``attention_mask`` is bool, broadcast to [b, heads, s, s], True where attention is masked.
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         logits = torch.matmul(query * self.softmax_scale, key.transpose(-1, -2))
         logits = logits.masked_fill(attention_mask, -torch.inf)
         if self.observer is not None and self.training and torch.is_grad_enabled():
-            self.observer(self._largest(query, key, logits, attention_mask))
+            self.observer(self._max_logits(query, key, logits, attention_mask))
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights = torch.softmax(logits, dim=-1, dtype=wide).to(value.dtype)
         context = torch.matmul(weights, value)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     @torch.no_grad()
-    def _largest(self, query: Tensor, key: Tensor, logits: Tensor, masked: Tensor) -> Tensor:
-        """Each head's largest logit, float32 [heads]."""
+    def _max_logits(self, query: Tensor, key: Tensor, logits: Tensor, masked: Tensor) -> Tensor:
+        """float32 [heads]."""
         rounded = logits.amax(dim=(0, 2, 3)).float()
         if logits.dtype == torch.float32:
             return rounded
-        seen = screened_max_logits(
+        screened = screened_max_logits(
             query, key, self.clip_threshold, scale=self.softmax_scale, mask=~masked
         )
-        # No rounding lifts a head over the threshold that its bound keeps it under.
-        settled = rounded.minimum(seen.bounds)
-        return torch.where(seen.bounds <= self.clip_threshold, settled, seen.max_logits)
+        # The upper bound keeps rounding from lifting a max logit above the threshold.
+        below = rounded.minimum(screened.bounds)
+        return torch.where(screened.bounds <= self.clip_threshold, below, screened.max_logits)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, built the way a layer spec builds it."""
+    """RMSNorm with the constructor that layer specs require."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_spec: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Under sequence parallelism each tensor-parallel rank sees a part of the sequence, and
-        # megatron-core sums the gradients of the parameters that carry this mark.
+        # With sequence parallelism, megatron-core sums the gradients of parameters with this
+        # attribute over the tensor-parallel ranks, each of which has a part of the sequence.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm of the last dimension; NVIDIA's apex does it where it is installed."""
+        """Normalize the last dimension, with NVIDIA's apex if it is installed."""
         assert self.eps is not None
         return apex.rms_norm(x, self.weight, self.eps)
 
 
 class LatentRMSNorm(RMSNorm):
-    """The norm of MLA's latents, whose epsilon no setting of DeepSeek-V3 changes."""
+    """RMSNorm of MLA's latents, with DeepSeek-V3's fixed epsilon of 1e-6."""
 
     def __init__(self, config: Any, hidden_size: int, **_spec: Any) -> None:
         super().__init__(config, hidden_size, eps=1e-6)
 
 
 class DuplicatedLinear(nn.Linear):
-    """A linear layer that every tensor-parallel rank has whole, for its part of the sequence.
+    """MLA's ``linear_kv_down_proj`` with the whole weight on every tensor-parallel rank.
 
-    It takes the place of MLA's ``linear_kv_down_proj``, whose output holds the rotary key that all
-    heads share. Cut by ``ColumnParallelLinear``, that key's gradient would be each rank's own
-    heads' alone: megatron-core 0.16 gathers the output without summing its gradient.
+    Its output contains the rotary key that all heads share. megatron-core 0.16 splits the layer
+    and gathers the output without summing its gradient, so that the shared key would get the
+    gradient of each rank's own heads only.
     """
 
-    def __init__(self, cut: ColumnParallelLinear) -> None:
-        super().__init__(cut.input_size, cut.output_size, bias=False, dtype=cut.weight.dtype)
-        # As for norms, its gradient is summed over the parts of the sequence.
+    def __init__(self, split: ColumnParallelLinear) -> None:
+        super().__init__(split.input_size, split.output_size, bias=False, dtype=split.weight.dtype)
+        # See RMSNorm.
         setattr(self.weight, "sequence_parallel", True)  # noqa: B010 (for mypy)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """megatron-core's layers return a bias beside their output."""
+        """Output and no bias, as megatron-core's linear layers return them."""
         return super().forward(x), None
 
 
@@ -125,8 +124,8 @@ def transformer_config(
     recompute: RecomputeConfig,
     dtype: torch.dtype,
 ) -> MLATransformerConfig:
-    """megatron-core's settings for our language model."""
-    sparse = config.num_layers - config.dense_layers
+    """megatron-core's configuration of the language model."""
+    moe_layers = config.num_layers - config.dense_layers
     return MLATransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -141,7 +140,7 @@ def transformer_config(
         **_rope_settings(config.rope_scaling),
         qk_layernorm=True,
         num_moe_experts=config.num_experts,
-        moe_layer_freq=[0] * config.dense_layers + [1] * sparse,
+        moe_layer_freq=[0] * config.dense_layers + [1] * moe_layers,
         moe_router_topk=config.experts_per_token,
         moe_ffn_hidden_size=config.expert_ffn_hidden_size,
         moe_shared_expert_intermediate_size=config.shared_expert_ffn_hidden_size,
@@ -165,8 +164,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         **_recompute_settings(recompute),
-        # Two stages are each other's next and previous: messages sent in one batch could be
-        # taken one for the other.
+        # Of two stages, each is the next and the previous of the other: with batched messages they
+        # could confuse activations and gradients.
         batch_p2p_comm=parallel.interleave == 1,
         overlap_p2p_comm=parallel.interleave > 1,
         normalization="RMSNorm",
@@ -176,10 +175,10 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Losses are sums over tokens, divided once by the count of the whole global batch: the
-        # result does not depend on how sequences are dealt to ranks and micro-batches.
+        # Losses are sums over tokens, divided once by the token count of the global batch, so that
+        # the result does not depend on the distribution of sequences to ranks and micro-batches.
         calculate_per_token_loss=True,
-        # Weights are drawn by pretrain.model.initialize, the same in every parallel layout.
+        # pretrain.model.initialize gives the same weights in every parallel layout.
         perform_initialization=False,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
@@ -191,18 +190,20 @@ def transformer_config(
 
 
 def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    """Contents of each run of layers, if they are not all of one length."""
+    """Layers of each model chunk; None if all chunks have the same number of layers."""
     layers = parallel.layers(config.num_layers)
     if len(set(layers)) == 1:
         return None
-    runs = [["decoder"] * count for count in layers]
-    return [["embedding", *runs[0]], *runs[1:-1], [*runs[-1], "loss"]]
+    chunks = [["decoder"] * count for count in layers]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def _rope_settings(config: RopeScalingConfig) -> dict[str, Any]:
-    """With YaRN, megatron-core's MLA passes on a softmax scale that has m(mscale_all_dim) squared
-    in it, and turns queries and keys with a table that has m(mscale) / m(mscale_all_dim) in it: a
-    head's largest logit is seen with both."""
+    """Rotary embedding, with YaRN (arXiv 2309.00071) if the context is extended.
+
+    megatron-core's MLA multiplies the softmax scale by m(mscale_all_dim)², and the rotary table by
+    m(mscale) / m(mscale_all_dim). Max logits include both factors.
+    """
     if config.factor == 1:
         return {"rope_type": "rope"}
     return {
@@ -239,38 +240,29 @@ def build_language_model(
     recompute: RecomputeConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[GPTModel]:
-    """Build this rank's part of the model; megatron-core's parallel state must be set up.
+    """Build this rank's model chunks; megatron-core's parallel state must be initialized.
 
     Args:
-        recompute: which activations are not kept; None keeps all.
+        recompute: activations to recompute. Default: none.
         dtype: of the parameters.
 
     Returns:
-        The runs of layers that this rank has: one, or several with an interleaved pipeline.
+        One model chunk, or several with an interleaved pipeline.
     """
     settings = transformer_config(config, parallel, recompute or RecomputeConfig(), dtype)
     chunks = []
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}
-        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, **virtual)
-        spec.layer_norm = RMSNorm
-        for layer in spec.layer_specs:
-            layer.submodules.input_layernorm = RMSNorm
-            layer.submodules.pre_mlp_layernorm = RMSNorm
-            attention = layer.submodules.self_attention.submodules
-            attention.core_attention = CoreAttention
-            attention.q_layernorm = LatentRMSNorm
-            attention.kv_layernorm = LatentRMSNorm
         model = GPTModel(
             config=settings,
-            transformer_layer_spec=spec,
+            transformer_layer_spec=_layer_spec(settings, virtual),
             vocab_size=vocab_size,
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
             position_embedding_type="none",
             share_embeddings_and_output_weights=False,
-            # Image features take their places first; multimodal.forward scatters after that.
+            # multimodal.forward scatters the embeddings after it has inserted image features.
             scatter_embedding_sequence_parallel=False,
             **virtual,
         )
@@ -282,18 +274,15 @@ def build_language_model(
     return chunks
 
 
-def tensor_shards(chunk: GPTModel) -> dict[str, TensorShard]:
-    """How tensor parallelism cut this rank's parameters, by their names in ``chunk``."""
-    found = {}
-    for name, module in chunk.named_modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            dim = 0
-        elif isinstance(module, RowParallelLinear):
-            dim = 1
-        else:
-            continue
-        group = module.tp_group
-        if group.size() > 1:
-            stacked = 2 if name.endswith("linear_fc1") else 1
-            found[f"{name}.weight"] = TensorShard(dim, group.rank(), group.size(), stacked)
-    return found
+def _layer_spec(settings: MLATransformerConfig, virtual: dict[str, int]) -> Any:
+    """megatron-core's layer spec of a model chunk, with our core attention and norms."""
+    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, **virtual)
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        attention.q_layernorm = LatentRMSNorm
+        attention.kv_layernorm = LatentRMSNorm
+    return spec

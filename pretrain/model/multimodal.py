@@ -18,7 +18,8 @@ class MicroBatch:
     Attributes:
         tokens: [b, s] int64.
         labels: [b, s] int64, the next token; 0 where there is none to learn.
-        kinds: [b, s] uint8, what a label is (:mod:`pretrain.data`): 0 nothing, text or caption.
+        weights: [b, s] float32, the weight of each label in the loss (:mod:`pretrain.objective`).
+        categories: [b, s] uint8, the category under which each label's loss is reported.
         documents: [b, s] int32, the document of each token; attention stays within it.
         patches: [P, 3 * patch * patch] uint8, every image's patches in order.
         grids: [n, 3] int64, every image's (frames, rows, columns) in patches.
@@ -26,7 +27,8 @@ class MicroBatch:
 
     tokens: Tensor
     labels: Tensor
-    kinds: Tensor
+    weights: Tensor
+    categories: Tensor
     documents: Tensor
     patches: Tensor
     grids: Tensor
@@ -82,7 +84,7 @@ def forward(
         logits: return next-token logits in place of losses.
 
     Returns:
-        [b, s] float32, the cross entropy of each label (meaningless where the kind is 0); or
+        [b, s] float32, the cross entropy of each label (meaningless where its weight is 0); or
         [b, s, vocabulary], the logits. Where the model does not end on this rank, what it sends on.
     """
     language: Any = getattr(model, "module", model)

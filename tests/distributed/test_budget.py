@@ -112,9 +112,9 @@ def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list
             kept,
             FlopCounterMode(display=False) as flops,
         ):
-            step.gradients(run, micro_batches)
+            step.forward_backward(run, micro_batches)
         gradients = sum(_size(p.grad) for _, p in run.parameters() if p.grad is not None)
-        step.spare_encoder(run)
+        step.drop_encoder_gradients(run)
         with Sent() as optimizer_messages:
             run.optimizer.step()
         algorithms = {

@@ -95,13 +95,13 @@ def test_ranks_stay_alike_to_the_bit(on_ranks: list[dict[str, Outcome]], name: s
 def shapes_orthogonalized(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """What this rank took on in one step."""
     taken: list[tuple[int, ...]] = []
-    original = muon.orthogonalize_parameters
+    original = muon.orthogonalize_updates
 
     def count(items: Any, updates: Any) -> list[Tensor]:
         taken.extend(tuple(update.shape) for update in updates)
         return original(items, updates)
 
-    muon.orthogonalize_parameters = count
+    muon.orthogonalize_updates = count
     params = [nn.Parameter(random(shape, i)) for i, shape in enumerate(shapes)]
     for p in params:
         p.grad = torch.ones_like(p)

@@ -39,7 +39,7 @@ SPOILT = 399  # every label of a batch that is bad
 
 def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> None:
     """In this process, spoil the batches of these numbers; each step takes that of ``data_of``."""
-    make_batch, gradients = batches.for_step, step.gradients
+    make_batch, forward_backward = batches.for_step, step.forward_backward
 
     def spoilt_for_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
         made = make_batch(config, context, data, data_of(number))
@@ -48,13 +48,13 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
                 batch.labels.fill_(SPOILT)
         return made
 
-    def spoilt_gradients(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        sums = gradients(run, micro_batches)
+    def spoilt_forward_backward(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        sums = forward_backward(run, micro_batches)
         if (micro_batches[0].labels == SPOILT).all():
             next(p for _, p in run.parameters()).grad.view(-1)[0] = torch.nan
         return sums
 
-    batches.for_step, step.gradients = spoilt_for_step, spoilt_gradients
+    batches.for_step, step.forward_backward = spoilt_for_step, spoilt_forward_backward
 
 
 def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], set[int]]:
@@ -236,16 +236,16 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
 
 def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
     """Rank 0 is told to end in the midst of the third step: what all leave with."""
-    gradients = step.gradients
+    forward_backward = step.forward_backward
     calls = []
 
     def interrupted(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         calls.append(None)
         if len(calls) == 3 and dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return gradients(run, micro_batches)
+        return forward_backward(run, micro_batches)
 
-    step.gradients = interrupted
+    step.forward_backward = interrupted
     settings = training.tiny(folder, *BRIEF, "steps=20", f"run_dir={folder}/ended")
     try:
         train.train(settings)

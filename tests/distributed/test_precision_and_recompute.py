@@ -58,7 +58,7 @@ def gradients_and_observations(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            step.gradients(run, batches.for_step(settings, here, data, 1))
+            step.forward_backward(run, batches.for_step(settings, here, data, 1))
         gradients = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         bias = {
             name: t.clone() for name, t in run.named_tensors.items() if name.endswith("expert_bias")

@@ -104,7 +104,7 @@ def gradients_of_each(
     for more in every:
         settings = tiny(folder, *overrides, *more)
         run = build(settings, here, data)
-        step.gradients(run, batches.for_step(settings, here, data, 1))
+        step.forward_backward(run, batches.for_step(settings, here, data, 1))
         found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         assert found.keys() == dict(run.parameters()).keys()
         whole = {
@@ -182,7 +182,7 @@ def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
     micro_batches = batches.for_step(settings, here, data, 1)
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        step.backbone(run, micro_batches, features, forward_only=True)
+        step.run_backbone(run, micro_batches, features, forward_only=True)
     length = settings.data.seq_length
     per_token = flops_per_token(settings.language, data.tokenizer.vocab_size, 2 * length - 1)
     return counter.get_total_flops(), per_token * settings.global_batch_size * length

@@ -531,8 +531,8 @@ def test_master_copies_are_scaled_and_the_weight_follows() -> None:
     [
         (torch.zeros(3), False, r"'second': the master copy .* is \(3,\): it must be sharded as"),
         (torch.zeros(8, 12), True, r"'second': the master copy .* is \(8, 12\)"),
-        (torch.zeros(3), True, "of 96 elements have 3 over the process group"),
-        (None, True, "of 96 elements have 0 over the process group"),
+        (torch.zeros(3), True, "of 96 elements have 3 elements over the process group"),
+        (None, True, "of 96 elements have 0 elements over the process group"),
     ],
 )
 def test_mlm7382_a_master_in_an_unknown_place_is_refused_before_anything_changes(
@@ -778,13 +778,13 @@ def test_parameters_replaced_since_are_clipped() -> None:
 
 
 def test_a_flattened_parameter_is_refused_before_anything_changes() -> None:
-    """FSDP1 leaves each rank a flat piece, whose rows nobody knows."""
+    """FSDP1 leaves each rank a flat shard, whose rows are not known."""
     attention = layer()
     clip = QKClip({"layer": attention.layout}, threshold=1.0)
     attention.k.weight = nn.Parameter(attention.k.weight.detach().flatten()[:5].clone())
     before = attention.q.weight.detach().clone()
     clip.observe("layer", torch.tensor([9.0, 9.0]))
-    with pytest.raises(ValueError, match=r"'layer': a weight has become \(5,\), its layout has 8"):
+    with pytest.raises(ValueError, match=r"'layer': a weight now has shape \(5,\), but its"):
         clip.step()
     assert torch.equal(attention.q.weight, before)
 

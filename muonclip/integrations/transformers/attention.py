@@ -10,20 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
-from muonclip.integrations.transformers.structure import (
-    FUSED,
-    FUSED_BY_GROUP,
-    HEAD_DIM,
-    NORMS,
-    NUM_HEADS,
-    SEPARATE,
-    MLADims,
-    is_excluded,
-    is_transposed,
-    linear_shape,
-    mla_dims,
-    number,
-)
+from muonclip.integrations.transformers import structure
 
 _REMEDY = "declare it with AttentionLayout, or leave it out with exclude"
 
@@ -55,7 +42,7 @@ def attention_layouts(
     return {
         name: _layout(name, module)
         for name, module in model.named_modules()
-        if _uses_registry(module) and not is_excluded(name, exclude)
+        if _uses_registry(module) and not structure.is_excluded(name, exclude)
     }
 
 
@@ -69,13 +56,13 @@ def _uses_registry(module: nn.Module) -> bool:
 
 
 def _layout(name: str, module: nn.Module) -> AttentionLayout:
-    dims = mla_dims(module)
+    dims = structure.mla_dims(module)
     if dims is not None and _has(module, "kv_b_proj"):
         return _mla(module, dims)
-    for query, key, _ in SEPARATE:
+    for query, key, _ in structure.SEPARATE:
         if _has(module, query, key):
             return _separate(name, module, query, key)
-    fused = [child for child in FUSED + FUSED_BY_GROUP if _has(module, child)]
+    fused = [child for child in structure.FUSED + structure.FUSED_BY_GROUP if _has(module, child)]
     if len(fused) == 1:
         return _fused(name, module, fused[0])
     raise ValueError(
@@ -93,12 +80,12 @@ def _projection(module: nn.Module, child: str) -> Callable[[], nn.Module]:
     return partial(getattr, module, child)
 
 
-def _mla(module: nn.Module, dims: MLADims) -> AttentionLayout:
+def _mla(module: nn.Module, dims: structure.MLADims) -> AttentionLayout:
     query = "q_b_proj" if _has(module, "q_b_proj") else "q_proj"
     return AttentionLayout.mla(
         _projection(module, query),
         _projection(module, "kv_b_proj"),
-        num_heads=linear_shape(getattr(module, query))[0] // (dims.nope + dims.rope),
+        num_heads=structure.linear_shape(getattr(module, query))[0] // (dims.nope + dims.rope),
         nope_dim=dims.nope,
         rope_dim=dims.rope,
         v_dim=dims.value,
@@ -107,8 +94,8 @@ def _mla(module: nn.Module, dims: MLADims) -> AttentionLayout:
 
 def _separate(name: str, module: Any, query: str, key: str) -> AttentionLayout:
     query_layer, key_layer = getattr(module, query), getattr(module, key)
-    rows, key_rows = linear_shape(query_layer)[0], linear_shape(key_layer)[0]
-    head_dim = number(module, HEAD_DIM) or rows // _num_heads(name, module)
+    rows, key_rows = structure.linear_shape(query_layer)[0], structure.linear_shape(key_layer)[0]
+    head_dim = structure.head_dim(module) or rows // _num_heads(name, module)
     if rows % head_dim or key_rows % head_dim:
         raise ValueError(
             f"{name}: projections of {rows} and {key_rows} rows cannot be split into heads of "
@@ -123,14 +110,14 @@ def _separate(name: str, module: Any, query: str, key: str) -> AttentionLayout:
         _projection(module, key),
         num_heads=heads,
         num_kv_groups=groups,
-        dim=int(is_transposed(query_layer)),
+        dim=int(structure.is_transposed(query_layer)),
     )
 
 
 def _fused(name: str, module: Any, child: str) -> AttentionLayout:
-    layer, by_group = getattr(module, child), child in FUSED_BY_GROUP
-    heads, rows = _num_heads(name, module), linear_shape(layer)[0]
-    head_dim = number(module, HEAD_DIM) or rows // (3 * heads)
+    layer, by_group = getattr(module, child), child in structure.FUSED_BY_GROUP
+    heads, rows = _num_heads(name, module), structure.linear_shape(layer)[0]
+    head_dim = structure.head_dim(module) or rows // (3 * heads)
     groups = (rows // head_dim - heads) // 2
     if groups < 1 or (heads + 2 * groups) * head_dim != rows or (by_group and groups != heads):
         raise ValueError(
@@ -144,12 +131,12 @@ def _fused(name: str, module: Any, child: str) -> AttentionLayout:
     if by_group:
         return AttentionLayout.fused_by_group(projection, num_heads=heads)
     return AttentionLayout.fused(
-        projection, num_heads=heads, num_kv_groups=groups, dim=int(is_transposed(layer))
+        projection, num_heads=heads, num_kv_groups=groups, dim=int(structure.is_transposed(layer))
     )
 
 
 def _num_heads(name: str, module: nn.Module) -> int:
-    heads = number(module, NUM_HEADS)
+    heads = structure.num_heads(module)
     if heads is None:
         raise ValueError(
             f"{name}: neither {type(module).__name__} nor its config states the number of heads: "
@@ -166,7 +153,7 @@ def _gains_per_head(
     Raises:
         ValueError: unless each query head and each key group has its own gain.
     """
-    names = next((names for names in NORMS if _has(module, *names)), None)
+    names = next((names for names in structure.NORMS if _has(module, *names)), None)
     if names is None or isinstance(getattr(module, names[0]), nn.Identity):
         return None
     norms: tuple[nn.Module, nn.Module] = getattr(module, names[0]), getattr(module, names[1])

@@ -10,19 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from muonclip.integrations.transformers.structure import (
-    FUSED,
-    FUSED_BY_GROUP,
-    HEAD_DIM,
-    NUM_HEADS,
-    NUM_KEY_HEADS,
-    SEPARATE,
-    is_excluded,
-    is_transposed,
-    linear_shape,
-    mla_dims,
-    number,
-)
+from muonclip.integrations.transformers import structure
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 
 
@@ -62,7 +50,7 @@ def matrix_layouts(
     for path, module in model.named_modules():
         for leaf, weight in _matrices(module):
             name = f"{path}.{leaf}" if path else leaf
-            if is_excluded(name, exclude):
+            if structure.is_excluded(name, exclude):
                 continue
             try:
                 layout = _layout(module, leaf, weight, per_head)
@@ -98,25 +86,25 @@ def _layout(module: nn.Module, leaf: str, weight: Tensor, per_head: bool) -> Mat
     if child == leaf:
         return _direct_parameter(module, leaf, weight, per_head)
     layer = module.get_submodule(child)
-    rows, _ = linear_shape(layer)
+    rows, _ = structure.linear_shape(layer)
     for rule in (_mla, _recurrent, _fused_attention, _separate_attention, _gated, _grouped):
         layout = rule(module, child, rows, per_head)
         if layout is not None:
             break
     else:
-        if "qkv" in child.lower() or "gate_up" in child or child in FUSED_BY_GROUP:
+        if "qkv" in child.lower() or "gate_up" in child or child in structure.FUSED_BY_GROUP:
             raise ValueError("the matrices that it fuses and their order are not known")
         layout = WHOLE
     if layout.blocks is not None and len(layout.blocks) == 1 and not layout.separate:
         layout = WHOLE  # for example without a rotary part
-    return replace(layout, transposed=is_transposed(layer))
+    return replace(layout, transposed=structure.is_transposed(layer))
 
 
 # ---------------------------------------------------------------------- attention
 
 
 def _mla(module: nn.Module, child: str, rows: int, per_head: bool) -> MatrixLayout | None:
-    dims = mla_dims(module)
+    dims = structure.mla_dims(module)
     if dims is None:
         return None
     if child == "kv_a_proj_with_mqa":
@@ -137,10 +125,10 @@ def _fused_attention(module: Any, child: str, rows: int, per_head: bool) -> Matr
     class_name = type(module).__name__
     deberta = child == "in_proj" and rows == 3 * getattr(module, "all_head_size", 0)
     key_value = child == "to_kv" or (child == "kv_proj" and hasattr(module, "kv_projection_size"))
-    if not (deberta or key_value or child in FUSED + FUSED_BY_GROUP):
+    if not (deberta or key_value or child in structure.FUSED + structure.FUSED_BY_GROUP):
         return None
-    heads, head_dim = number(module, NUM_HEADS), number(module, HEAD_DIM)
-    groups = number(module, NUM_KEY_HEADS) or heads
+    heads, head_dim = structure.num_heads(module), structure.head_dim(module)
+    groups = structure.num_key_heads(module) or heads
     if key_value or getattr(module, "is_cross_attention", False):  # no queries
         half = _divide(rows, 2, "rows of keys and of values")
         if head_dim is None and groups is not None:
@@ -151,7 +139,7 @@ def _fused_attention(module: Any, child: str, rows: int, per_head: bool) -> Matr
         return _heads((rows,), head_dim, True) if per_head else MatrixLayout((part,) * 3, 4)
     by_group = (
         deberta
-        or child in FUSED_BY_GROUP
+        or child in structure.FUSED_BY_GROUP
         or "LightningAttention" in class_name
         or isinstance(getattr(module, "multi_query", None), bool)
     )
@@ -173,20 +161,20 @@ def _fused_attention(module: Any, child: str, rows: int, per_head: bool) -> Matr
 def _separate_attention(
     module: nn.Module, child: str, rows: int, per_head: bool
 ) -> MatrixLayout | None:
-    names = next((names for names in SEPARATE if child in names), None)
+    names = next((names for names in structure.SEPARATE if child in names), None)
     if names is None or not all(_is_linear(module, name) for name in names[:2]):
         return None
     query, _, value = names
-    heads, head_dim = number(module, NUM_HEADS), number(module, HEAD_DIM)
+    heads, head_dim = structure.num_heads(module), structure.head_dim(module)
     if child == query and heads and head_dim and rows == 2 * heads * head_dim:
         # Each head's queries, then its output gate.
         return MatrixLayout((head_dim, head_dim), heads, separate=per_head)
     if not per_head:
         return WHOLE
     if child == value:
-        head_dim = number(module, ("v_head_dim", "head_v_dim")) or head_dim
+        head_dim = structure.number(module, ("v_head_dim", "head_v_dim")) or head_dim
     if head_dim is None and heads is not None:
-        query_rows, _ = linear_shape(module.get_submodule(query))
+        query_rows, _ = structure.linear_shape(module.get_submodule(query))
         head_dim = _divide(query_rows, heads, "rows per head")
     return _heads((rows,), head_dim, per_head)
 
@@ -237,10 +225,10 @@ def _recurrent(module: Any, child: str, rows: int, per_head: bool) -> MatrixLayo
 
 def _gated(module: nn.Module, child: str, rows: int, per_head: bool) -> MatrixLayout | None:
     """Gate and up in one layer: a later layer of the module maps half of its rows back."""
-    _, columns = linear_shape(module.get_submodule(child))
+    _, columns = structure.linear_shape(module.get_submodule(child))
     children = list(module._modules)
     for name in children[children.index(child) + 1 :]:
-        if _is_linear(module, name) and linear_shape(module.get_submodule(name)) == (
+        if _is_linear(module, name) and structure.linear_shape(module.get_submodule(name)) == (
             columns,
             rows / 2,
         ):
@@ -253,7 +241,7 @@ def _grouped(module: nn.Module, child: str, rows: int, per_head: bool) -> Matrix
     layer = module.get_submodule(child)
     if not type(layer).__name__.endswith("GroupedLinear"):
         return None
-    groups = number(layer, ("n_groups",))
+    groups = structure.number(layer, ("n_groups",))
     if groups is None:
         raise ValueError("it does not state the number of its groups")
     return MatrixLayout((_divide(rows, groups, "rows per group"),), groups, separate=True)

@@ -36,12 +36,6 @@ NORMS = (
     ("q_layer_norm", "k_layer_norm"),
     ("query_layernorm", "key_layernorm"),
 )
-# Numbers, as attributes of the module or of its configuration.
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-HEAD_DIM = (
-    "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv", "head_k_dim"
-)  # fmt: skip
 
 
 class MLADims(NamedTuple):
@@ -65,6 +59,22 @@ def mla_dims(module: nn.Module) -> MLADims | None:
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     sizes: list[Any] = [getattr(module, name, None) for name in names]
     return None if None in sizes else MLADims(*sizes)
+
+
+def num_heads(module: nn.Module) -> int | None:
+    """Query heads of an attention module; None if unknown."""
+    return number(module, ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"))
+
+
+def num_key_heads(module: nn.Module) -> int | None:
+    """Key heads of an attention module; None if unknown or equal to the query heads."""
+    return number(module, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
+
+
+def head_dim(module: nn.Module) -> int | None:
+    """Rows of a head of an attention module; None if unknown."""
+    names = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
+    return number(module, (*names, "head_k_dim"))
 
 
 def number(module: nn.Module, names: Sequence[str]) -> int | None:

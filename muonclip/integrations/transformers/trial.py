@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.qk_clip import split_factor
-from muonclip.row_scaling import ScalingPlan, Share
+from muonclip.row_scaling import ScaledSides, ScalingPlan
 
 
 class AttentionInputs(Exception):
@@ -51,13 +51,13 @@ def check_layout(
     Raises:
         ValueError: if the logits do not follow, or something else changes.
     """
-    share = ScalingPlan({name: layout}).shares[name]
-    if share == "none":
+    sides = ScalingPlan({name: layout}).sides[name]
+    if sides == "none":
         return False
     # Powers of four: their square roots are powers of two, so scaling is free of rounding errors.
     exponents = torch.arange(layout.num_heads, device="cpu").remainder(5)
     gamma = torch.ones(layout.num_heads, dtype=torch.float32, device="cpu").ldexp(-2 * exponents)
-    scaled = _scaled_parameters(module, layout, gamma, share)
+    scaled = _scaled_parameters(module, layout, gamma, sides)
     if scaled is None:
         return True
     before = run()
@@ -87,7 +87,7 @@ def check_layout(
 
 
 def _scaled_parameters(
-    module: nn.Module, layout: AttentionLayout, gamma: Tensor, share: Share
+    module: nn.Module, layout: AttentionLayout, gamma: Tensor, sides: ScaledSides
 ) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
     """Scaled copies of a layout's parameters: owner, attribute and new value.
 
@@ -99,7 +99,7 @@ def _scaled_parameters(
         for name, parameter in owner.named_parameters(recurse=False)
     }
     copies: dict[int, Tensor] = {}
-    factors = split_factor(gamma, layout.num_kv_groups, share)
+    factors = split_factor(gamma, layout.num_kv_groups, sides)
     for rows, factor in zip((layout.query, layout.key, layout.query_rope), factors, strict=True):
         if rows is None or (factor == 1).all():
             continue

@@ -124,16 +124,17 @@ class ChatIndex(TokenIndex):
     """Rendered conversations, which are never cut.
 
     Attributes:
-        kinds: uint8, the kind of each token as a label.
+        weights: float32, the weight of each token as a label.
+        categories: uint8, the category under which the loss of each token is reported.
     """
 
-    kinds: npt.NDArray[np.uint8]
+    weights: npt.NDArray[np.float32]
+    categories: npt.NDArray[np.uint8]
 
     def document(self, segment: Segment, composer: Composer) -> Document:
         tokens = extent(self.ends, segment.number)
-        return Document(
-            composer.tokenizer, self.tokens[tokens].tolist(), self.kinds[tokens].tolist()
-        )
+        columns = (self.tokens, self.weights, self.categories)
+        return Document(composer.tokenizer, *(column[tokens].tolist() for column in columns))
 
 
 def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatIndex:
@@ -154,8 +155,12 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatIndex:
             if len(document) > length:
                 writer.skip(too_long(record.name, len(document), length))
             else:
-                writer.add(record.hash, document.tokens, document.kinds)
+                writer.add(record.hash, document.tokens, document.weights, document.categories)
 
-    columns = {"tokens": np.dtype(tokenizer.dtype), "kinds": np.dtype(np.uint8)}
+    columns = {
+        "tokens": np.dtype(tokenizer.dtype),
+        "weights": np.dtype(np.float32),
+        "categories": np.dtype(np.uint8),
+    }
     name = source.index_name("chat", tokenizer, length)
     return index_tokens(source, name, columns, ChatIndex, add)

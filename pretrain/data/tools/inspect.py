@@ -14,10 +14,9 @@ from pretrain.data.builtin.standard_library import Split
 from pretrain.data.interface import Data
 from pretrain.data.media.patches import unpatchify
 from pretrain.data.media.pixels import Pixels
-from pretrain.data.packing import CAPTION, NOTHING, TEXT, PackedSample
+from pretrain.data.packing import Category, PackedSample
 from pretrain.model.geometry import num_tokens
 
-_KINDS = {NOTHING: "nothing", TEXT: "text", CAPTION: "caption"}
 _STYLE = """
 body { font: 14px/1.9 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; }
 h2 { margin: 2em 0 .3em; font-size: 1.1em; }
@@ -38,7 +37,7 @@ def page(data: Data, split: Split, count: int, title: str) -> str:
         placeholders = int((sample.tokens == data.tokenizer.media_pad).sum())
         body.append(
             f"<h2>{split} sequence {index}</h2><p class=note>{len(sample.tokens)} tokens, "
-            f"{placeholders} of them images; {int((sample.kinds != NOTHING).sum())} labels</p>"
+            f"{placeholders} of them images; {int((sample.weights > 0).sum())} labels</p>"
         )
         body += _documents(data, sample)
     legend = " ".join(
@@ -80,8 +79,8 @@ def _spans(
     places: Sequence[int],
     shown: Iterator[tuple[list[int], Pixels]],
 ) -> str:
-    spans, tokens, kinds = [], sample.tokens.tolist(), sample.kinds.tolist()
-    labels = sample.labels.tolist()
+    spans, tokens, labels = [], sample.tokens.tolist(), sample.labels.tolist()
+    weights, categories = sample.weights.tolist(), sample.categories.tolist()
     place, end = places[0], places[-1] + 1
     while place < end:
         if tokens[place] == data.tokenizer.media_pad:
@@ -94,10 +93,13 @@ def _spans(
             place += count
             continue
         text = data.tokenizer.decode([tokens[place]], skip_special_tokens=False)
-        label = f"label {labels[place]}" if kinds[place] != NOTHING else "no label"
+        label, style = "no label", "nothing"
+        if weights[place]:
+            label = f"label {labels[place]}, weight {weights[place]:g}"
+            style = Category(categories[place]).name.lower()
         shown_text = html.escape(text).replace("\n", "⏎<br>") or "·"
         spans.append(
-            f'<span class="t {_KINDS[kinds[place]]}" title="{tokens[place]}, {label}, '
+            f'<span class="t {style}" title="{tokens[place]}, {label}, '
             f'place {place}">{shown_text}</span>'
         )
         place += 1

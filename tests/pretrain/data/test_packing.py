@@ -1,5 +1,7 @@
 """Labels are the next token of the same document, and every image has its placeholders."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.packing import CAPTION, NOTHING, TEXT, Document, PackedSample, join, pack
+from pretrain.data.packing import Category, Document, PackedSample, join, pack
 from pretrain.data.tokenizer import Tokenizer
 
 PATCH = 2
@@ -33,17 +35,18 @@ def build(content: list[list[int] | tuple[int, int, int]]) -> Document:
 
 
 def check(sample: PackedSample) -> None:
-    """Of the built-in tokenizer, whose special tokens are the same whatever it is trained on."""
+    """Check a sample of any built-in tokenizer: all have the same special tokens."""
     check_with(TOKENIZER, sample)
 
 
 def check_with(tokenizer: Tokenizer, sample: PackedSample) -> None:
+    """Check the invariants of a packed sample."""
     never = {tokenizer.pad, tokenizer.bos, tokenizer.media_begin, tokenizer.media_end}
     never.add(tokenizer.media_pad)
-    tokens, labels, kinds = (x.tolist() for x in (sample.tokens, sample.labels, sample.kinds))
+    tokens, labels, weights = (x.tolist() for x in (sample.tokens, sample.labels, sample.weights))
     documents = sample.documents.tolist()
-    for i, kind in enumerate(kinds):
-        if kind == NOTHING:
+    for i, weight in enumerate(weights):
+        if weight == 0:
             assert labels[i] == 0
         else:
             assert documents[i] == documents[i + 1]
@@ -56,7 +59,7 @@ def check_with(tokenizer: Tokenizer, sample: PackedSample) -> None:
 
 
 @given(st.lists(st.lists(parts, max_size=4), min_size=1, max_size=6))
-def test_whatever_is_packed_is_labelled_right(contents: list[list[list[int]]]) -> None:
+def test_labels_are_the_next_tokens_of_the_same_document(contents: list[list[list[int]]]) -> None:
     documents = [build(content) for content in contents]
     length = max(64, max(map(len, documents)))
     samples = pack(documents, length, PATCH, PAD)
@@ -68,23 +71,30 @@ def test_whatever_is_packed_is_labelled_right(contents: list[list[list[int]]]) -
     assert grids.tolist() == [list(g) for document in documents for g in document.grids]
 
 
-def test_the_first_caption_token_is_asked_of_the_end_of_the_image_and_the_newline_ends_it() -> None:
+def test_captions_are_learned_from_the_end_of_the_image_to_the_newline() -> None:
     document = build([[10, 11], (1, 1, 2)])
     sample = join([document], len(document), PATCH, PAD)
     end = sample.tokens.tolist().index(TOKENIZER.media_end)
     caption = [*TOKENIZER.encode("word"), TOKENIZER.newline]
     assert sample.labels[end:-1].tolist() == caption
-    assert sample.kinds[end:-1].tolist() == [CAPTION] * len(caption)
-    # Asked of nobody: begin, two placeholders, end.
-    assert sample.kinds[:end].tolist() == [TEXT, TEXT, *[NOTHING] * 4]
+    assert sample.categories[end:-1].tolist() == [Category.CAPTION] * len(caption)
+    assert sample.categories[:end].tolist() == [Category.TEXT] * end
+    # Not learned: begin, two placeholders, end.
+    assert sample.weights.tolist() == [1, 1, *[0] * 4, *[1] * len(caption), 0]
 
 
-def test_too_long_a_document_is_refused() -> None:
+@pytest.mark.parametrize("weight", [-0.5, math.inf, math.nan])
+def test_weights_that_are_negative_or_not_finite_are_rejected(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"must be finite and at least 0, not {weight}"):
+        Document(TOKENIZER).add_tokens([10], weight=weight)
+
+
+def test_documents_longer_than_a_sequence_are_rejected() -> None:
     with pytest.raises(ValueError, match="documents of 9 tokens do not fit a sequence of 8"):
         pack([build([[10] * 8])], 8, PATCH, PAD)
 
 
-def test_a_filler_counts_nothing() -> None:
+def test_a_sample_without_labels_has_no_weights() -> None:
     sample = join([build([[10, 11], (1, 1, 2)])], 32, PATCH, PAD).without_labels()
-    assert sample.kinds.sum() == 0
+    assert sample.weights.sum() == 0
     assert sample.labels.sum() == 0

@@ -1,4 +1,4 @@
-"""transformers computes from an exported folder what the model that was trained computes."""
+"""A model that transformers loads from an export computes the logits of the trained model."""
 
 import dataclasses
 import json
@@ -40,23 +40,23 @@ def hf(run_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hf_text(run_dir: Path) -> Path:
-    """In several files, as a large model is."""
+    """In several files, like a large model."""
     return export(run_dir, text_only=True, max_file_bytes=100_000)
 
 
 def load(kind: str, folder: Path) -> Any:
-    """A model of theirs that has every weight, and no other, from a folder."""
+    """Load a model with transformers and check that no weight is missing or unexpected."""
     import transformers
 
-    model, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
     assert model.dtype == torch.float32
     return model.eval()
 
 
-def close(theirs: Tensor, read: Read) -> None:
+def check_logits(logits: Tensor, read: Read) -> None:
     assert read.logits.std() > 0.5
-    torch.testing.assert_close(theirs, read.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, read.logits, rtol=0, atol=1e-4)
 
 
 def pixels_of(patches: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ def pixels_of(patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_text_gives_deepseek_v3s_logits(hf_text: Path, made: Made) -> None:
+def test_deepseek_v3_has_the_logits_of_the_trained_model(hf_text: Path, made: Made) -> None:
     assert len(list(hf_text.glob("model-0000*-of-0000*.safetensors"))) > 2
     model = load("AutoModelForCausalLM", hf_text)
     assert type(model).__name__ == "DeepseekV3ForCausalLM"
-    close(model(made.reads["text"].tokens).logits[0], made.reads["text"])
+    check_logits(model(made.reads["text"].tokens).logits[0], made.reads["text"])
 
 
 @pytest.fixture(scope="session")
@@ -80,40 +80,38 @@ def kimi(hf: Path) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["text", "image", "clip", "video"])
-def test_text_and_images_give_kimi_k25s_logits(kimi: Any, made: Made, name: str) -> None:
+def test_kimi_k25_has_the_logits_of_the_trained_model(kimi: Any, made: Made, name: str) -> None:
     read = made.reads[name]
     images = {"pixel_values": pixels_of(read.patches), "image_grid_thw": read.grids}
-    close(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
+    check_logits(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
 
 
 @torch.no_grad()
-def test_scaled_positions_give_their_logits_beyond_the_original_length(
-    run_dir: Path, made: Made
-) -> None:
+def test_yarn_has_the_same_logits_beyond_the_original_length(run_dir: Path, made: Made) -> None:
     scaled = run_dir.parent / "scaled"
     plain, long = made.reads["long"], made.scaled["long"]
     assert torch.equal(plain.tokens, long.tokens) and long.tokens.shape == (1, 96)
     text = load("AutoModelForCausalLM", export(scaled, text_only=True))
-    close(text(long.tokens).logits[0], long)
+    check_logits(text(long.tokens).logits[0], long)
     assert (long.logits - plain.logits).abs().max() > 0.1, "scaling changes what is computed"
     kimi = load("AutoModelForImageTextToText", export(scaled))
     for read in (long, made.scaled["image"]):
         images = {"pixel_values": pixels_of(read.patches), "image_grid_thw": read.grids}
-        close(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
+        check_logits(kimi(read.tokens, **(images if len(read.grids) else {})).logits[0], read)
 
 
 @torch.no_grad()
-def test_videos_are_their_own_inputs_with_a_placeholder_of_their_own(kimi: Any, made: Made) -> None:
+def test_videos_have_separate_inputs_and_a_separate_placeholder(kimi: Any, made: Made) -> None:
     read = made.reads["video"]
     assert read.grids[:, 0].tolist() == [4, 4, 1]
     config = kimi.config
     tokens = read.tokens.masked_fill(read.tokens == config.image_token_id, config.video_token_id)
     pixels = pixels_of(read.patches)
     output = kimi(tokens, pixel_values_videos=pixels, video_grid_thw=read.grids)
-    close(output.logits[0], read)
+    check_logits(output.logits[0], read)
 
 
-def test_the_layout_has_every_tensor_of_the_model(made: Made, run_folder: Path) -> None:
+def test_conversions_have_every_tensor_of_the_model(made: Made, run_folder: Path) -> None:
     config = training.tiny(str(run_folder), *SHAPE)
     vocab_size = made.tensors["language.output_layer.weight"].shape[0]
     named = {
@@ -124,7 +122,7 @@ def test_the_layout_has_every_tensor_of_the_model(made: Made, run_folder: Path) 
     assert named == {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}
 
 
-def test_the_tokenizer_is_the_runs(hf: Path, run_dir: Path) -> None:
+def test_the_tokenizer_equals_that_of_the_run(hf: Path, run_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(hf)
@@ -157,7 +155,7 @@ def test_special_tokens_and_messages_with_images(hf: Path, run_dir: Path) -> Non
     assert ids == [ours.bos, *image, *ours.encode("What is it?").tolist()]
 
 
-def test_the_processor_makes_of_an_image_what_the_data_does(hf: Path, run_dir: Path) -> None:
+def test_transformers_processor_equals_the_data_pipeline(hf: Path, run_dir: Path) -> None:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:  # RuntimeError: it is of another build of torch
@@ -185,7 +183,7 @@ def test_the_processor_makes_of_an_image_what_the_data_does(hf: Path, run_dir: P
     )
 
 
-def test_settings_that_servers_read(hf: Path) -> None:
+def test_the_settings_that_servers_read_are_present(hf: Path) -> None:
     config = json.loads((hf / "config.json").read_text())
     assert config["architectures"] == ["KimiK25ForConditionalGeneration"]
     assert config["text_config"]["architectures"] == ["DeepseekV3ForCausalLM"]
@@ -199,7 +197,7 @@ def test_settings_that_servers_read(hf: Path) -> None:
     assert films["fps"] == processing["sample_fps"] == 2
 
 
-def test_weights_may_be_rounded_but_not_the_routers_bias(run_dir: Path, tmp_path: Path) -> None:
+def test_dtype_rounds_weights_but_not_the_routers_bias(run_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     export(run_dir, tmp_path / "out", dtype="bfloat16")
@@ -210,7 +208,7 @@ def test_weights_may_be_rounded_but_not_the_routers_bias(run_dir: Path, tmp_path
     assert config["dtype"] == "bfloat16"
 
 
-def test_a_run_of_bfloat16_gives_its_weights_or_their_masters(
+def test_a_bfloat16_run_exports_weights_or_float32_masters(
     hf: Path, run_dir: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
@@ -226,27 +224,27 @@ def test_a_run_of_bfloat16_gives_its_weights_or_their_masters(
         assert torch.equal(rounded[name], tensor if bias else tensor.bfloat16()), name
 
 
-def refusal(*args: Any, **kwargs: Any) -> str:
+def error_of(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(PretrainError) as error:
         export(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_what_cannot_be_exported_is_told(run_dir: Path, tmp_path: Path) -> None:
+def test_export_errors_name_cause_and_remedy(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "nowhere is not a folder" in refusal(tmp_path / "nowhere", out)
-    assert "has no checkpoint: train first" in refusal(tmp_path, out)
-    assert f"has no checkpoint of step 3: it has {STEP}" in refusal(run_dir, out, step=3)
+    assert "nowhere is not a folder" in error_of(tmp_path / "nowhere", out)
+    assert "has no checkpoint: train first" in error_of(tmp_path, out)
+    assert f"has no checkpoint of step 3: it has {STEP}" in error_of(run_dir, out, step=3)
     out.mkdir()
     (out / "mine").touch()
-    assert "out exists: remove it" in refusal(run_dir, out)
+    assert "out exists: remove it" in error_of(run_dir, out)
     (tmp_path / "file").touch()
-    assert "cannot write" in refusal(run_dir, tmp_path / "file" / "out")
+    assert "cannot write" in error_of(run_dir, tmp_path / "file" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
-def test_a_checkpoint_that_is_damaged_or_of_another_version_is_told(
+def test_a_damaged_checkpoint_is_an_error(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
@@ -256,25 +254,25 @@ def test_a_checkpoint_that_is_damaged_or_of_another_version_is_told(
     path.mkdir()
     for file in newest.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
-    assert "copy has no tokenizer.json" in refusal(copy)
+    assert "copy has no tokenizer.json" in error_of(copy)
     (copy / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
 
     saved = storage.Checkpoint.open(path)
     name = "model.language.decoder.layers.0.mlp.linear_fc2.weight"
     for change, message in (
-        ({}, f"has no {name}: it is of another version"),
+        ({}, f"it has no {name}"),
         (
             {name: saved.tensors[name]._replace(shape=torch.Size([1, 2]))},
-            f"has {name} of shape (1, 2)",
+            f"{name} has shape (1, 2) in it",
         ),
     ):
         others = {key: value for key, value in saved.tensors.items() if key != name} | change
         changed = dataclasses.replace(saved, tensors=others)
         monkeypatch.setattr(storage.Checkpoint, "open", lambda _path, changed=changed: changed)
-        assert message in refusal(copy)
+        assert message in error_of(copy)
     monkeypatch.undo()
 
     data = next(path.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:-1])
-    assert "is damaged" in refusal(copy)
+    assert "is damaged" in error_of(copy)
     assert not (copy / "hf").exists()

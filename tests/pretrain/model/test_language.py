@@ -1,4 +1,4 @@
-"""Largest logits in bfloat16 are those of its queries and keys, not of their rounded products."""
+"""Max logits of 16-bit attention are those of its queries and keys, not of rounded products."""
 
 import math
 from types import SimpleNamespace
@@ -13,28 +13,28 @@ from pretrain.model.language import CoreAttention
 
 LENGTH, BATCH, HEADS, WIDTH = 7, 2, 4, 24
 THRESHOLD = 100.0
-TOLERANCE = 1e-3  # float32's rounding of sums of products of some 500; bfloat16's is 0.5
+TOLERANCE = 1e-3  # rounding of logits near 100 in float32; in bfloat16 it is 0.5
 
 
 def observe(query: Tensor, key: Tensor, masked: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The logits that the observer gets, and the largest logits in float64."""
+    """Max logits that the observer receives, and the exact ones in float64."""
     attention = CoreAttention(config=SimpleNamespace(kv_channels=WIDTH)).train()
     attention.clip_threshold = threshold
-    seen: list[Tensor] = []
-    attention.observer = seen.append
+    observed: list[Tensor] = []
+    attention.observer = observed.append
     attention(query, key, key, masked)
     q, k = (x.detach().double().permute(1, 2, 0, 3) for x in (query, key))
     logits = (q @ k.mT / math.sqrt(WIDTH)).masked_fill(masked, -math.inf)
-    (largest,) = seen
-    assert largest.dtype == torch.float32 and not largest.requires_grad
-    return largest.double(), logits.amax((0, 2, 3))
+    (max_logits,) = observed
+    assert max_logits.dtype == torch.float32 and not max_logits.requires_grad
+    return max_logits.double(), logits.amax((0, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @settings(max_examples=25, deadline=None)
 @given(target=st.floats(95.0, 110.0), seed=st.integers(0, 2**16))
-def test_no_rounding_of_logits_decides_a_clip(dtype: torch.dtype, target: float, seed: int) -> None:
-    """bfloat16's neighbours of 100 are 99.5 and 100.5: a head at 100.2 would pass for 100."""
+def test_rounded_logits_do_not_decide_a_clip(dtype: torch.dtype, target: float, seed: int) -> None:
+    """In bfloat16, whose values near 100 are 0.5 apart, a max logit of 100.2 would be 100."""
     torch.manual_seed(seed)
     query = torch.randn(LENGTH, BATCH, HEADS, WIDTH)
     key = torch.randn(LENGTH, BATCH, HEADS, WIDTH)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import DataConfig, ImageConfig
-from pretrain.data import CAPTION, PackedSample, open_data
+from pretrain.data import Category, PackedSample, open_data
 from pretrain.data.builtin.dataset import BuiltIn
 from pretrain.errors import PretrainError
 from tests.pretrain.data.conftest import PATCH
@@ -81,7 +81,7 @@ def test_swapped_captions_are_the_same_captions_beside_other_images(data: BuiltI
     assert len({item.caption for item in items}) == 20
     for one, other in zip(right, swapped, strict=True):
         caption, also = (
-            [t for t, kind in zip(d.tokens, d.kinds, strict=True) if kind == CAPTION]
+            [t for t, c in zip(d.tokens, d.categories, strict=True) if c == Category.CAPTION]
             for d in (one, other)
         )
         assert caption == also

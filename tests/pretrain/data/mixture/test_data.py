@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import CAPTION, RankShare, open_data
+from pretrain.data import Category, RankShare, open_data
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.mixture.stream import Sequences
 from pretrain.errors import PretrainError
@@ -158,7 +158,7 @@ def test_held_out_captions_are_told_apart_by_their_images(data: MixtureData) -> 
     assert 2 <= len(right) == len(swapped) <= 12
     for one, other in zip(right, swapped, strict=True):
         captions = [
-            [t for t, kind in zip(d.tokens, d.kinds, strict=True) if kind == CAPTION]
+            [t for t, c in zip(d.tokens, d.categories, strict=True) if c == Category.CAPTION]
             for d in (one, other)
         ]
         assert captions[0] == captions[1]

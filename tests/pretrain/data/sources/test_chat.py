@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import NOTHING, TEXT, open_data
+from pretrain.data import open_data
 from pretrain.data.chat import Message, render
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
@@ -72,8 +72,8 @@ def test_of_a_conversation_replies_and_their_ends_are_learnt(data: MixtureData) 
         Message("assistant", "Yes"),
     ]
     document = render(ids, messages)
-    learnt = [t for t, kind in zip(document.tokens, document.kinds, strict=True) if kind == TEXT]
-    assert learnt == [*ids.encode("No."), ids.im_end, *ids.encode("Yes"), ids.im_end]
+    learned = [t for t, weight in zip(document.tokens, document.weights, strict=True) if weight]
+    assert learned == [*ids.encode("No."), ids.im_end, *ids.encode("Yes"), ids.im_end]
     assert ids.decode(document.tokens, skip_special_tokens=False) == (
         "<|bos|><|im_system|>system<|im_middle|>Be brief.<|im_end|>"
         "<|im_user|>user<|im_middle|><|im_end|>?<|im_end|>"
@@ -90,7 +90,7 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Mi
     for number in range(90):
         said = [Message(turn["role"], turn["content"]) for turn in turns(number)]
         document = render(ids, said)
-        rendered[tuple(document.tokens)] = document.kinds
+        rendered[tuple(document.tokens)] = document.weights
     seen, filled = set(), []
     for split, index in itertools.product(("train", "held_out"), range(60)):
         sample = data.sample(split, index)  # type: ignore[arg-type]
@@ -100,12 +100,12 @@ def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: Mi
         for number in range(count):
             (places,) = np.nonzero(numbers == number)
             document = tuple(tokens[places].tolist())
-            kinds, labels = (x.numpy()[places] for x in (sample.kinds, sample.labels))
-            assert kinds.tolist() == [*rendered[document][1:], NOTHING]
-            expected = np.where(kinds == TEXT, [*document[1:], 0], 0)
+            weights, labels = (x.numpy()[places] for x in (sample.weights, sample.labels))
+            assert weights.tolist() == [*rendered[document][1:], 0]
+            expected = np.where(weights > 0, [*document[1:], 0], 0)
             assert labels.tolist() == expected.tolist()
             seen.add(document)
-        assert not sample.kinds.numpy()[numbers == count].any()
+        assert not sample.weights.numpy()[numbers == count].any()
         filled.append((numbers < count).mean())
     assert np.mean(filled) > 0.6
     assert len(seen) == 67, "all but those without a reply"

@@ -1,0 +1,80 @@
+"""The training objective: next-token cross entropy, weighted label by label.
+
+Every label has a weight (0: not learned; 1: the default) and a category under which its loss is
+reported. The loss of a global batch is
+
+    sum(weight * loss) / sum(weight)    over the labels of all ranks.
+
+Ranks and micro-batches add up numerator and denominator separately: the result does not depend on
+how the batch is distributed. The data sets the weights (``Document.add_tokens`` in
+:mod:`pretrain.data.packing`): masked prompts, or turns that count more than others, need no other
+code.
+"""
+
+import torch
+from torch import Tensor
+
+from pretrain.data.packing import Category
+
+
+def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
+    """The numerator of a micro-batch, a scalar to differentiate.
+
+    Args:
+        losses: [b, s], the cross entropy of each label.
+        weights: [b, s] float32.
+    """
+    return (losses * weights).sum()
+
+
+def loss_sums(losses: Tensor, weights: Tensor, categories: Tensor) -> Tensor:
+    """Numerator and denominator of a micro-batch by category, for reports.
+
+    Args:
+        losses, weights: see :func:`weighted_loss`.
+        categories: [b, s] uint8, a :class:`Category` for each label.
+
+    Returns:
+        [categories, 2] float64: the weighted sum of the losses, and the sum of the weights.
+    """
+    weights = weights.double()
+    weighted = losses.detach().double() * weights
+    return torch.stack(
+        [
+            torch.stack([(weighted * chosen).sum(), (weights * chosen).sum()])
+            for chosen in (categories == category for category in Category)
+        ]
+    )
+
+
+def no_losses(device: torch.device | None = None) -> Tensor:
+    """The :func:`loss_sums` of no labels."""
+    return torch.zeros(len(Category), 2, dtype=torch.float64, device=device)
+
+
+def total_weight(sums: Tensor) -> Tensor:
+    """The denominator, a scalar: the sum of all weights; 1 if nothing is learned.
+
+    Args:
+        sums: the :func:`loss_sums` of the global batch.
+    """
+    total = sums[:, 1].sum()
+    return total.where(total > 0, 1.0)
+
+
+def mean_losses(sums: Tensor) -> dict[str, float | None]:
+    """Mean loss of all labels (``loss``) and of each category (``text_loss``, …).
+
+    Args:
+        sums: summed :func:`loss_sums`.
+
+    Returns:
+        Each mean, weighted; None where all weights are 0.
+    """
+    rows = sums.tolist()
+    means = {f"{c.name.lower()}_loss": _ratio(*rows[c]) for c in Category}
+    return {"loss": _ratio(*map(sum, zip(*rows, strict=True))), **means}
+
+
+def _ratio(losses: float, weights: float) -> float | None:
+    return losses / weights if weights else None
