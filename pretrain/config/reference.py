@@ -1,4 +1,4 @@
-"""The list of all settings that ``python -m pretrain settings`` prints."""
+"""The reference of all settings, which ``python -m pretrain settings`` prints."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ from pretrain.config.schema import Config
 
 
 def describe() -> str:
-    """Every setting with its default, meaning and allowed values, a line each."""
+    """One line per setting: its name, default, meaning and allowed values."""
     return "\n".join(_describe(Config, ""))
 
 
@@ -30,17 +30,17 @@ def _describe(cls: type[Any], prefix: str) -> typing.Iterator[str]:
             allowed = _allowed(hint)
             line = f"{prefix}{item.name}={item.default!r}  {meaning}".rstrip()
             yield f"{line}  ({allowed})" if allowed else line
-            for part in typing.get_args(hint)[:1]:  # a list of such
-                if isinstance(part, type) and issubclass(part, Settings):
-                    yield from _describe(part, f"{prefix}{item.name}[].")
+            for element in typing.get_args(hint)[:1]:  # of a list of sections
+                if isinstance(element, type) and issubclass(element, Settings):
+                    yield from _describe(element, f"{prefix}{item.name}[].")
 
 
 def _allowed(hint: Any) -> str:
-    """The values of a setting; empty where its type says everything."""
+    """The allowed values of a setting; empty if its type has no rule."""
     if typing.get_origin(hint) is tuple:
         return _allowed(typing.get_args(hint)[0])
     if is_union(hint):
-        return " or ".join(filter(None, (_allowed(part) for part in typing.get_args(hint))))
+        return " or ".join(filter(None, map(_allowed, typing.get_args(hint))))
     if hint is types.NoneType:
         return "null"
     if typing.get_origin(hint) is Literal:
@@ -50,7 +50,7 @@ def _allowed(hint: Any) -> str:
 
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass, which Python itself forgets."""
+    """The docstrings of a dataclass's fields by name; Python does not store them."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     return {

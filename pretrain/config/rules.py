@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 
 
 class Rule(typing.Protocol):
-    """Values that a setting can have, as metadata of its type."""
+    """The allowed values of a setting, given as metadata of its type."""
 
     text: str
-    """For people; reads on after "must be"."""
+    """Description that continues "must be"."""
 
     def allows(self, value: Any) -> bool: ...
 
 
 class In:
-    """The numbers of an interval in mathematical notation: ``In("(0, 1]")``. Never NaN."""
+    """The numbers in an interval such as ``In("(0, 1]")``; NaN is not allowed."""
 
     def __init__(self, interval: str) -> None:
         low, high = interval[1:-1].split(",")
@@ -30,7 +30,7 @@ class In:
 
 
 class NonEmpty:
-    """Text of at least one character, without NUL."""
+    """Text that is not blank, without NUL characters."""
 
     text = "text that is not empty"
 
@@ -39,10 +39,10 @@ class NonEmpty:
 
 
 class PathRule:
-    """A path, in which :func:`load` expands ``~`` and ``$VARIABLE``.
+    """A path, in which :func:`~pretrain.config.load` expands ``~`` and ``$VARIABLE``.
 
     Args:
-        optional: empty text means none.
+        optional: whether the path may be empty.
     """
 
     def __init__(self, *, optional: bool = False) -> None:
@@ -53,16 +53,13 @@ class PathRule:
         return "\0" not in value and (value.strip() != "" or (self._optional and not value))
 
 
-# Upper limits are far above any use: they refuse slips such as a missing decimal point, and keep
-# sizes that are multiplied within 64 bits.
-
-
 def field_types(cls: type[Any]) -> dict[str, Any]:
+    """The type of each field by name, with its metadata."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def rule_of(hint: Any) -> Rule | None:
-    """The rule in a setting's type, or in one part of a union or of a tuple."""
+    """The rule in a type, or in a member of a union or tuple."""
     if typing.get_origin(hint) is Annotated:
         rule: Rule = hint.__metadata__[0]
         return rule
@@ -72,17 +69,18 @@ def rule_of(hint: Any) -> Rule | None:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise a ``ValueError`` unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A section of the configuration: fields whose types say which values are allowed.
+    """Base class of the sections of a configuration; a field's type contains its allowed values.
 
     Raises:
-        ValueError: a value is not allowed, or contradicts another one; the message begins with
-            the setting's name.
+        ValueError: a value is not allowed, or contradicts another one. The message begins with the
+            setting's name.
     """
 
     def __post_init__(self) -> None:
@@ -91,35 +89,41 @@ class Settings:
             if rule is None or value is None:
                 continue
             for item in value if isinstance(value, tuple) else (value,):
-                also = " or null" if type(None) in typing.get_args(hint) else ""
+                or_null = " or null" if type(None) in typing.get_args(hint) else ""
                 require(
-                    rule.allows(item), f"{name} must be {rule.text}{also}, not {shortened(item)}"
+                    rule.allows(item),
+                    f"{name} must be {rule.text}{or_null}, not {shortened(item)}",
                 )
         self._check()
 
     def _check(self) -> None:
-        """Compare settings with each other."""
+        """Refuse combinations of settings; overridden by sections that have such rules."""
 
 
 def type_name(expected: Any) -> str:
+    """A type as error messages name it."""
     if typing.get_origin(expected) is typing.Annotated:
         return type_name(typing.get_args(expected)[0])
     if typing.get_origin(expected) is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(expected))
     if is_union(expected):
-        return " or ".join(type_name(part) for part in typing.get_args(expected))
+        return " or ".join(type_name(member) for member in typing.get_args(expected))
     if typing.get_origin(expected) is tuple:
-        parts = [type_name(part) for part in typing.get_args(expected) if part is not Ellipsis]
-        return f"a list of {parts[0]}" if parts[1:] == [] else f"a list [{', '.join(parts)}]"
+        first, *others = typing.get_args(expected)
+        if others == [Ellipsis]:
+            return f"a list of {type_name(first)}"
+        return f"a list [{', '.join(map(type_name, typing.get_args(expected)))}]"
     if expected is types.NoneType:
         return "null"
     return str(expected.__name__)
 
 
 def is_union(expected: Any) -> bool:
+    """Whether a type is a union, such as ``int | None``."""
     return typing.get_origin(expected) in (typing.Union, types.UnionType)
 
 
 def shortened(value: Any) -> str:
+    """A value's representation of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

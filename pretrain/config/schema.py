@@ -1,5 +1,6 @@
 """Every setting of a run, with its meaning, default and allowed values."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -7,6 +8,8 @@ from typing import Annotated, Literal
 from pretrain.config.rules import In, NonEmpty, PathRule, Settings, require
 from pretrain.errors import PretrainError
 
+# Upper limits are far above any use. They catch mistakes such as a missing decimal point, and keep
+# products of sizes within 64 bits.
 Size = Annotated[int, In("[1, 1048576]")]
 Layers = Annotated[int, In("[1, 10000]")]
 Steps = Annotated[int, In("[1, 1000000000]")]
@@ -23,25 +26,24 @@ PathName = Annotated[str, PathRule()]
 
 @dataclass(frozen=True)
 class RopeScalingConfig(Settings):
-    """YaRN (arXiv 2309.00071): positions for longer sequences than the model has learned from.
+    """YaRN (arXiv 2309.00071): rotary positions for longer sequences than in pretraining.
 
     The names are those of ``rope_scaling`` in DeepSeek-V3's and Kimi K2's config.json.
     """
 
     factor: Annotated[float, In("[1, 1e6]")] = 1.0
-    """How many times longer sequences become; 1: positions are as they were."""
+    """Ratio of the new to the original sequence length; 1: no scaling."""
     original_max_position_embeddings: Tokens | None = None
-    """The data.seq_length that the model was pretrained with; needed where ``factor`` is above
-    1."""
+    """data.seq_length of pretraining; required if ``factor`` is above 1."""
     beta_fast: Annotated[float, In("[1e-6, 1e6]")] = 32.0
-    """Rotary channels that turn more often than this over the original length stay as they are."""
+    """Rotary channels with more turns than this over the original length are not scaled."""
     beta_slow: Annotated[float, In("[1e-6, 1e6]")] = 1.0
-    """Those that turn less often are slowed down by ``factor``; between the two, partly."""
+    """Channels with fewer turns are slowed down by ``factor``; those in between, partly."""
     mscale: Annotated[float, In("[1e-6, 1000]")] = 1.0
     """Rotary queries and keys are multiplied by m(mscale) / m(mscale_all_dim), where m(x) =
     0.1 x ln(factor) + 1."""
     mscale_all_dim: Annotated[float, In("[0, 1000]")] = 1.0
-    """Attention's logits are multiplied by m(mscale_all_dim) squared."""
+    """Attention logits are multiplied by m(mscale_all_dim) squared."""
 
     def _check(self) -> None:
         require(
@@ -56,17 +58,17 @@ class RopeScalingConfig(Settings):
         require(
             self.mscale_all_dim > 0 or self.mscale == 1,
             f"mscale_all_dim must be > 0, or 0 with mscale=1, not {self.mscale_all_dim} with "
-            f"mscale={self.mscale}: programs differ in what that means",
+            f"mscale={self.mscale}: implementations disagree about that case",
         )
 
 
 @dataclass(frozen=True)
 class LanguageConfig(Settings):
-    """The language model: multi-head latent attention and mixture of experts (Kimi K2's shape)."""
+    """The language model: multi-head latent attention and mixture of experts, as in Kimi K2."""
 
     num_layers: Layers = 4
     dense_layers: Annotated[int, In("[0, 9999]")] = 1
-    """The first layers that have a dense MLP in place of experts."""
+    """Number of first layers with a dense MLP instead of experts."""
     hidden_size: Size = 128
     ffn_hidden_size: Size = 384
     """MLP width of the dense layers."""
@@ -83,12 +85,11 @@ class LanguageConfig(Settings):
     expert_ffn_hidden_size: Size = 128
     shared_expert_ffn_hidden_size: Size = 128
     router_scaling: Annotated[float, In("[1e-6, 1e6]")] = 2.0
-    """The routed experts' normalised scores are multiplied by this (K2: 2.827)."""
+    """Factor of the routed experts' normalized scores (Kimi K2: 2.827)."""
     expert_bias_update_rate: Share = 1e-3
-    """Step of the auxiliary-loss-free load balancing."""
+    """Step size of the auxiliary-loss-free load balancing."""
     norm_eps: Annotated[float, In("[1e-12, 1]")] = 1e-5
-    """RMSNorm's epsilon. The norms of MLA's latents have 1e-6 whatever this says, as in
-    DeepSeek-V3's code."""
+    """Epsilon of RMSNorm. The norms of MLA's latents always use 1e-6, as in DeepSeek-V3's code."""
     init_std: Annotated[float, In("[1e-12, 100]")] = 0.02
 
     def _check(self) -> None:
@@ -120,29 +121,29 @@ class VisionConfig(Settings):
     num_heads: Annotated[int, In("[1, 262144]")] = 16
     ffn_hidden_size: Size = 4304
     patch_size: Annotated[int, In("[2, 1024]")] = 14
-    """Pixels along a patch's side. Each 2x2 patches become one token of the language model."""
+    """Side of a patch in pixels. Each 2x2 patches become one token of the language model."""
     position_grid: Annotated[int, In("[1, 4096]")] = 64
-    """Side of the table of learned positions, interpolated to every image's grid."""
+    """Side of the table of learned positions, which is interpolated to each image's grid."""
     rope_base: RopeBase = 10000.0
 
     def _check(self) -> None:
         require(
             self.hidden_size % (4 * self.num_heads) == 0,
             f"hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple "
-            "of 4: half of each head turns with the row, half with the column",
+            "of 4: half of each head encodes the row, half the column",
         )
 
 
 @dataclass(frozen=True)
 class ImageConfig(Settings):
-    """Images and clips of text: what is drawn, and how."""
+    """Drawn images and clips of text."""
 
     min_chars: Annotated[int, In("[1, 200]")] = 4
     max_chars: Annotated[int, In("[1, 200]")] = 20
-    """Length of a caption, which is the text in the image."""
+    """Length of a caption, i.e. of the text in an image."""
     min_font_size: Annotated[int, In("[4, 256]")] = 14
     max_font_size: Annotated[int, In("[4, 256]")] = 22
-    """Pixels. Up to about 22 a line is one row of language-model tokens (28 pixels)."""
+    """In pixels. Up to about 22, a line of text fits into one row of tokens (28 pixels)."""
     large_share: Share = 0.1
     """Share of images with up to twice the largest font size."""
     wrapped_share: Share = 0.1
@@ -151,9 +152,9 @@ class ImageConfig(Settings):
     """Share of items that are clips of 2 to 4 frames."""
 
     def _check(self) -> None:
-        for what in ("chars", "font_size"):
-            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-            require(low <= high, f"max_{what}={high} must be >= min_{what}={low}")
+        for name in ("chars", "font_size"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            require(low <= high, f"max_{name}={high} must be >= min_{name}={low}")
 
 
 @dataclass(frozen=True)
@@ -183,33 +184,34 @@ class SourceConfig(Settings):
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """The data: the built-in text and drawn images, or a run's own sources."""
+    """The data: the built-in text and drawn images, or other sources."""
 
     seq_length: Annotated[int, In("[64, 16777216]")] = 256
     """Tokens in a packed sequence."""
     vocab_size: Annotated[int, In("[300, 16777216]")] = 1024
-    """Tokens of the byte-level BPE tokenizer trained on the text, if the text has that many; with
-    ``tokenizer``, that one's counts, and this is what `plan` reckons with."""
+    """Tokens of the byte-level BPE tokenizer that is trained on the text, if the text has enough.
+    With ``tokenizer``, only `plan` uses this number."""
     vision_share: Annotated[float, In("[0, 0.3]")] = 0.1
     """Share of all tokens that are image placeholders."""
     max_corpus_mb: Annotated[float, In("[0.1, 1e6]")] = 8.0
-    """Text used at most, in 10^6 bytes; of own sources, to train the tokenizer on."""
+    """Maximum size of the built-in text, or of the text that the tokenizer of other sources is
+    trained on, in 10^6 bytes."""
     cache_dir: PathName = ".cache/pretrain"
-    """Where the tokenizer and the tokenized text are kept."""
+    """Folder of the tokenizer and the tokenized text."""
     images: ImageConfig = field(default_factory=ImageConfig)
     sources: tuple[SourceConfig, ...] = ()
-    """Own data, a list; without it, the standard library's text and images of lines of it."""
+    """Sources of data; default: the text of the standard library, and images of lines of it."""
     tokenizer: PathName | None = None
-    """A Hugging Face tokenizer.json or a tiktoken file; null: one is trained on the text."""
+    """A Hugging Face tokenizer.json or a tiktoken file; null: train one on the text."""
     held_out: Decay = 0.02
-    """Share of an own source's documents that is held out."""
+    """Share of the documents of ``sources`` that is held out."""
     max_image_tokens: Tokens | None = None
     """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
     video_fps: Annotated[float, In("[0.001, 1000]")] = 2.0
-    """Frames a second that are taken of a video file (the processor of Kimi K2.5 takes 2)."""
+    """Frames per second sampled from a video file (2 in the processor of Kimi K2.5)."""
     max_corrupt: StepsOrZero = 100
-    """Corrupt samples that are skipped, listed in the run_dir's skipped.jsonl, before the run
-    ends."""
+    """Maximum number of corrupt samples before the run ends; they are skipped and listed in
+    run_dir/skipped.jsonl."""
 
     def _check(self) -> None:
         require(
@@ -225,35 +227,35 @@ class OptimizerConfig(Settings):
     lr: Positive = 2e-3
     """Peak learning rate of the matrices (Muon)."""
     adamw_lr: Positive | None = None
-    """Peak learning rate of everything else (AdamW); the same as ``lr`` when null."""
+    """Peak learning rate of everything else (AdamW); null: ``lr``."""
     weight_decay: Annotated[float, In("[0, 1000]")] = 0.1
     momentum: Decay = 0.95
     ns_steps: Annotated[int, In("[1, 100]")] = 5
     ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Newton-Schulz's precision; auto: bfloat16 on accelerators, float32 on a CPU."""
+    """Precision of Newton-Schulz; auto: bfloat16 on accelerators, float32 on a CPU."""
     adamw_beta1: Decay = 0.9
     adamw_beta2: Decay = 0.95
     qk_clip_threshold: Positive = 100.0
-    """QK-Clip's tau: no head's attention logit is let grow past it."""
+    """QK-Clip's tau: the limit of each head's max logit."""
     clip_grad_norm: Positive = 1.0
     warmup_steps: StepsOrZero = 50
     decay_steps: StepsOrZero = 150
-    """Length of the cosine decay that ends the run; the rate is constant before it."""
+    """Length of the cosine decay at the end of the run; before it, the rate is constant."""
     final_lr_fraction: Share = 0.1
 
 
 @dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """How the model is spread over the processes; what is left over is data parallel."""
+    """Parallelism of the model; the remaining factor of the processes is data parallel."""
 
     expert: Ranks = 1
-    """Expert-parallel size: the experts are divided over this many ranks."""
+    """Expert-parallel size: number of ranks that share the experts."""
     tensor: Ranks = 1
-    """Tensor-parallel size, with sequence parallelism: each matrix is cut over this many ranks."""
+    """Tensor-parallel size, with sequence parallelism: number of ranks that split each matrix."""
     pipeline: Ranks = 1
-    """Pipeline stages: the layers are divided over this many ranks (1F1B schedule)."""
+    """Number of pipeline stages, which share the layers (1F1B schedule)."""
     interleave: Ranks = 1
-    """Runs of layers on each pipeline stage; above 1 the interleaved schedule."""
+    """Model chunks on each pipeline stage; above 1: the interleaved schedule."""
 
     def _check(self) -> None:
         require(
@@ -263,23 +265,36 @@ class ParallelConfig(Settings):
 
     @property
     def expert_tensor(self) -> int:
-        """Over how many ranks each expert is cut.
+        """Number of ranks that split each expert.
 
-        Experts are small: where expert parallelism divides them they stay whole, and the ranks of
-        a tensor-parallel group hold different ones.
+        Experts are small: with expert parallelism they are not split, and the ranks of a
+        tensor-parallel group have different experts.
         """
         return self.tensor if self.expert == 1 else 1
 
-    def layers(self, num_layers: int) -> list[int]:
-        """How many of the model's layers each run of layers has, in the model's order.
+    @property
+    def min_world_size(self) -> int:
+        """The smallest number of processes that these sizes allow."""
+        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_tensor)
 
-        As even as can be. What is left over goes to later runs, since earlier stages keep more
-        micro-batches; but last of all to the last one, which has the output head.
+    def data_size(self, world_size: int) -> int:
+        """Data-parallel size: number of ranks that share a global batch."""
+        return world_size // (self.tensor * self.pipeline)
+
+    def expert_data_size(self, world_size: int) -> int:
+        """Number of ranks with the same experts."""
+        return world_size // (self.expert * self.expert_tensor * self.pipeline)
+
+    def layers(self, num_layers: int) -> list[int]:
+        """Number of layers in each model chunk, in the model's order.
+
+        Chunks have the same number of layers, or one more. Later chunks come first, since earlier
+        stages keep more micro-batches; the last chunk comes last, since it has the output head.
         """
-        runs = self.pipeline * self.interleave
-        counts = [num_layers // runs] * runs
-        for run in [*range(runs - 2, -1, -1), runs - 1][: num_layers % runs]:
-            counts[run] += 1
+        chunks = self.pipeline * self.interleave
+        counts = [num_layers // chunks] * chunks
+        for chunk in [*range(chunks - 2, -1, -1), chunks - 1][: num_layers % chunks]:
+            counts[chunk] += 1
         return counts
 
 
@@ -288,23 +303,23 @@ RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 @dataclass(frozen=True)
 class RecomputeConfig(Settings):
-    """Activations of the language model that are computed again in the backward, not kept."""
+    """Activations of the language model that the backward pass computes again."""
 
     granularity: Literal["none", "selective", "full"] = "none"
-    """full: whole layers; selective: the ``modules`` of every layer. Same gradients as none."""
+    """full: whole layers. selective: the ``modules`` of every layer. Gradients are the same."""
     method: Literal["uniform", "block"] = "uniform"
-    """full: uniform keeps the input of every ``num_layers`` layers; block recomputes the first
-    ``num_layers`` of each run of layers, and keeps the others' activations."""
+    """For full: uniform stores the input of every ``num_layers`` layers; block recomputes the
+    first ``num_layers`` layers of each model chunk, and stores the activations of the others."""
     num_layers: Layers = 1
     """See ``method``."""
     modules: tuple[RecomputedModule, ...] = ("core_attn",)
-    """selective: attention's logits and weights; dense MLPs; layers of experts, or their shared
-    experts alone."""
+    """For selective: attention's logits and weights; dense MLPs; layers of experts, or only their
+    shared experts."""
 
     def _check(self) -> None:
         require(
             self.granularity != "selective" or len(self.modules) > 0,
-            "modules must name what is recomputed, or granularity be none",
+            "modules must name at least one module, or granularity must be none",
         )
 
 
@@ -313,31 +328,31 @@ class EncoderProcessConfig(Settings):
     """The Decoupled Encoder Process."""
 
     enabled: bool = True
-    """Spread the vision encoder's work over all ranks; off: the ranks whose stage takes in the
-    images encode them."""
+    """Distribute the vision encoder's work over all ranks; false: the ranks of the first pipeline
+    stage encode their own images."""
     spread: Literal["balanced", "round_robin"] = "balanced"
-    """Who encodes what: by cost, as evenly as can be; or item after item, to compare with."""
+    """Assignment of images to ranks: balanced by cost, or round robin for comparison."""
     cost: Literal["counted", "measured"] = "counted"
-    """Cost of an item: FLOPs counted from shapes; or measured on the first rank for a few
-    seconds when the run begins, and kept in run_dir."""
+    """Cost of an image: FLOPs counted from its shape, or measured on the first rank for a few
+    seconds at the start of the run and stored in run_dir."""
     max_patches: Annotated[int, In("[1, 2147483647]")] = 16384
-    """Patches that go through the encoder at a time: bounds the memory of its activations."""
+    """Maximum number of patches in a forward of the encoder; limits the memory of activations."""
     max_patches_per_rank: Annotated[int, In("[1, 2147483647]")] | None = None
-    """Patches that a rank is given to encode in a step, at most: bounds the memory of their pixels.
-    An image larger than that has a rank to itself. null: as many as balance asks for."""
+    """Maximum number of patches assigned to a rank in a step; limits the memory of their pixels.
+    An image with more patches is assigned to a rank without other images. null: no limit."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings):
-    """Checkpoints: when to save, and how many to keep."""
+    """When to save checkpoints, and how many to keep."""
 
     every: Steps = 100
     """Steps between checkpoints; one is always written at the end."""
     keep: Annotated[int, In("[1, 1000000]")] = 2
-    """The newest checkpoints that stay."""
+    """Number of checkpoints to keep, the newest ones."""
     asynchronous: bool = True
-    """Copy to memory, and write while training goes on. An error is told after the step in which
-    it is found; a kill loses the steps since the last checkpoint that was written to its end."""
+    """Copy to memory, and write while training continues. An error is reported after the step in
+    which it occurs; a killed run resumes from the last checkpoint that was completely written."""
 
 
 @dataclass(frozen=True)
@@ -345,23 +360,22 @@ class FaultConfig(Settings):
     """Handling of bad steps and of ranks that hang."""
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
-    """For a loss or gradient that is not finite. stop: end the run with a line that names it; skip:
-    leave this step's update out; roll_back: restore the newest checkpoint and go on with the data
-    that follows this step's."""
+    """For a non-finite loss or gradient. stop: end the run with an error; skip: skip the update;
+    roll_back: restore the newest checkpoint and continue with the data after this step's."""
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
-    """The same of a loss far above those before it."""
+    """The same for a loss far above the previous ones."""
     spike_window: Annotated[int, In("[4, 100000]")] = 64
-    """Number of earlier losses to compare a step's with; that many first steps are no spikes."""
+    """Number of previous losses to compare with; as many first steps are never spikes."""
     spike_deviations: Annotated[float, In("[1e-6, 1e6]")] = 10.0
-    """A spike is above their median by more than so many standard deviations, estimated as 1.4826
-    times the median absolute deviation (and no less than a thousandth of the median)."""
+    """A spike is more than this many standard deviations above their median. The deviation is
+    estimated as 1.4826 times the median absolute deviation, and at least 0.001 of the median."""
     max_in_a_row: Steps = 5
-    """Steps skipped one after another, or times rolled back to one checkpoint, before the run
-    stops."""
+    """Maximum number of consecutive skipped steps, or of times rolled back to the same checkpoint,
+    before the run stops."""
     hang_seconds: Annotated[float, In("[0, 31536000]")] = 1800.0
-    """Without progress for so long, each rank writes its stacks to stderr and run_dir, and ends;
-    0: never. Longer than a step, an evaluation, and reading or writing a checkpoint may take;
-    preparing data is not watched."""
+    """Seconds without progress after which each rank writes its stacks to stderr and run_dir, and
+    ends; 0: never. Choose more than a step, an evaluation, or a checkpoint takes. The preparation
+    of data is not watched."""
 
 
 @dataclass(frozen=True)
@@ -369,23 +383,23 @@ class EvaluationConfig(Settings):
     """Held-out evaluation."""
 
     every: Steps = 200
-    """Steps between evaluations of the held-out loss; there is one before and after training."""
+    """Steps between evaluations of the held-out loss; also before and after training."""
     sequences: Annotated[int, In("[1, 1000000]")] = 64
-    """Packed held-out sequences in an evaluation."""
+    """Number of packed held-out sequences in an evaluation."""
     captions: Annotated[int, In("[2, 100000]")] = 256
-    """Held-out images whose caption is scored with the right and with another's image."""
+    """Number of held-out images; each caption is scored with its image and with a wrong one."""
     transcriptions: Annotated[int, In("[0, 100000]")] = 8
-    """Held-out images that the trained model transcribes at the end."""
+    """Number of held-out images that the trained model transcribes at the end."""
 
 
 @dataclass(frozen=True)
 class WandbConfig(Settings):
-    """Weights & Biases, beside TensorBoard."""
+    """Weights & Biases, in addition to TensorBoard."""
 
     enabled: bool = False
     """Needs ``pip install 'muonclip[wandb]'``."""
     mode: Literal["offline", "online"] = "offline"
-    """Offline: into run_dir/wandb, to be sent by ``wandb sync``; online needs ``wandb login``."""
+    """offline: write to run_dir/wandb, for ``wandb sync``. online: needs ``wandb login``."""
     project: Name = "pretrain"
 
 
@@ -394,7 +408,7 @@ class ProfileConfig(Settings):
     """Traces of torch's profiler."""
 
     steps: tuple[Steps, Steps] | None = None
-    """[first, last] step to record, into run_dir/traces: a file for each rank, for Perfetto."""
+    """[first, last] step to record: a file for Perfetto per rank, in run_dir/traces."""
 
     def _check(self) -> None:
         if self.steps is not None:
@@ -410,27 +424,27 @@ class Config(Settings):
     """A run."""
 
     run_dir: PathName = "runs/default"
-    """Everything the run writes: metrics.jsonl, tensorboard/, checkpoints/, curves.png."""
+    """Folder for the run's output: metrics.jsonl, tensorboard/, checkpoints/, curves.png."""
     start_from: PathName | None = None
-    """The run_dir of another run: this one begins with the weights of its newest checkpoint, and
-    its tokenizer; optimizer, schedule and data begin anew. Once this run has a checkpoint of its
-    own, it goes on from that."""
+    """The run_dir of another run. Training starts with the weights of its newest checkpoint and
+    its tokenizer, and with a new optimizer state, schedule and data order. Once this run has a
+    checkpoint, it resumes from that."""
     seed: Annotated[int, In("[0, 4294967295]")] = 0
     steps: Steps = 1000
     """Optimizer steps of the whole run."""
     global_batch_size: Tokens = 16
-    """Packed sequences in a step, over all ranks."""
+    """Packed sequences per step, over all ranks."""
     micro_batch_size: Tokens = 8
-    """Packed sequences in one forward and backward on one rank."""
+    """Packed sequences per forward and backward pass of a rank."""
     log_every: Steps = 10
-    """Steps between progress lines, and between samples of the update's RMS; metrics.jsonl has
+    """Steps between progress lines, and between samples of the update RMS. metrics.jsonl contains
     every step."""
     peak_tflops: Annotated[float, In("[1e-6, 1e9]")] | None = None
-    """TFLOP/s of one process that utilisation (mfu) is a share of; null: what a large matrix
-    product reaches here when the run begins."""
+    """Peak TFLOP/s of one process, for the utilization (mfu); null: measure a large matrix product
+    at the start of the run."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Weights and activations. bfloat16 keeps float32 master weights, moments and gradients,
-    and computes router, softmax, loss and norms in float32."""
+    """Precision of weights and activations. With bfloat16, master weights, moments and gradients
+    are float32; router, softmax, loss and norms compute in float32."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -468,49 +482,21 @@ class Config(Settings):
             f"{self.steps}: shorten them or train for longer",
         )
 
+    def micro_batches(self, world_size: int) -> int:
+        """Number of micro-batches of a rank in a step."""
+        return self.global_batch_size // (
+            self.parallel.data_size(world_size) * self.micro_batch_size
+        )
+
     def check_world_size(self, world_size: int) -> None:
-        """Refuse a number of processes that the configuration does not fit.
+        """Refuse a number of processes that does not fit the configuration.
 
         Raises:
-            PretrainError: which of the settings does not divide, and the way out.
+            PretrainError: names the setting that does not divide another one, and the remedy.
         """
-        parallel, language = self.parallel, self.language
-        other_tokenizer = self.data.tokenizer or self.start_from
-        for size, setting, whole in (
-            ("expert", "language.num_experts", language.num_experts),
-            ("tensor", "language.num_heads", language.num_heads),
-            ("tensor", "data.seq_length", self.data.seq_length),
-            # Another tokenizer's vocabulary is known, and checked, once it is read.
-            ("tensor", "data.vocab_size", 0 if other_tokenizer else self.data.vocab_size),
-            ("tensor", "language.ffn_hidden_size", language.ffn_hidden_size),
-            ("expert_tensor", "language.expert_ffn_hidden_size", language.expert_ffn_hidden_size),
-            (
-                "tensor",
-                "language.shared_expert_ffn_hidden_size",
-                language.shared_expert_ffn_hidden_size,
-            ),
-        ):
-            if whole % getattr(parallel, size):
-                raise PretrainError(
-                    f"parallel.{size.removeprefix('expert_') if size != 'expert' else size}="
-                    f"{getattr(parallel, size)} does not divide {setting}="
-                    f"{whole}: choose a divisor"
-                )
-        if language.num_layers < parallel.pipeline * parallel.interleave:
-            raise PretrainError(
-                f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
-                f"{parallel.interleave} is more than language.num_layers={language.num_layers}: "
-                "each run of layers needs one"
-            )
-        recompute = self.recompute
-        if recompute.granularity == "full" and recompute.method == "uniform":
-            for layers in parallel.layers(language.num_layers):
-                if layers % recompute.num_layers:
-                    raise PretrainError(
-                        f"recompute.num_layers={recompute.num_layers} does not divide the {layers} "
-                        "layers of a pipeline stage's run: choose a divisor, or "
-                        "recompute.method=block"
-                    )
+        self._check_divisors()
+        self._check_layers()
+        parallel = self.parallel
         for name, ranks in (
             ("parallel.expert", parallel.expert),
             ("parallel.tensor", parallel.tensor),
@@ -523,17 +509,56 @@ class Config(Settings):
                     f"{world_size} processes cannot be divided by {name}={ranks}: start "
                     f"torchrun with --nproc-per-node {ranks} (or a multiple), or set {name}"
                 )
-        replicas = world_size // (parallel.tensor * parallel.pipeline)
-        if self.global_batch_size % (replicas * self.micro_batch_size):
+        data_size = parallel.data_size(world_size)
+        if self.global_batch_size % (data_size * self.micro_batch_size):
             raise PretrainError(
-                f"global_batch_size={self.global_batch_size} is no multiple of {replicas} "
+                f"global_batch_size={self.global_batch_size} is not a multiple of {data_size} "
                 f"data-parallel ranks x micro_batch_size={self.micro_batch_size}: "
                 "change one of them"
             )
-        micro_batches = self.global_batch_size // (replicas * self.micro_batch_size)
+        micro_batches = self.micro_batches(world_size)
         if parallel.interleave > 1 and micro_batches % parallel.pipeline:
             raise PretrainError(
                 f"the interleaved schedule needs a multiple of parallel.pipeline="
                 f"{parallel.pipeline} micro-batches on each rank, not {micro_batches}: change "
                 "global_batch_size or micro_batch_size"
             )
+
+    def _check_divisors(self) -> None:
+        """Refuse expert and tensor parallelism that do not divide the model's sizes evenly."""
+        parallel, language, data = self.parallel, self.language, self.data
+        sizes = [
+            ("expert", parallel.expert, "language", "num_experts"),
+            ("tensor", parallel.tensor, "language", "num_heads"),
+            ("tensor", parallel.tensor, "data", "seq_length"),
+            ("tensor", parallel.tensor, "language", "ffn_hidden_size"),
+            ("tensor", parallel.expert_tensor, "language", "expert_ffn_hidden_size"),
+            ("tensor", parallel.tensor, "language", "shared_expert_ffn_hidden_size"),
+        ]
+        # The vocabulary of another tokenizer is checked once it has been read.
+        if not data.tokenizer and not self.start_from:
+            sizes.append(("tensor", parallel.tensor, "data", "vocab_size"))
+        for name, ranks, section, setting in sizes:
+            size = getattr(language if section == "language" else data, setting)
+            if size % ranks:
+                raise PretrainError(
+                    f"parallel.{name}={ranks} does not divide {section}.{setting}={size}: choose a "
+                    "divisor"
+                )
+
+    def _check_layers(self) -> None:
+        """Refuse model chunks without layers, or that recomputation does not divide evenly."""
+        parallel, num_layers, recompute = self.parallel, self.language.num_layers, self.recompute
+        if num_layers < parallel.pipeline * parallel.interleave:
+            raise PretrainError(
+                f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
+                f"{parallel.interleave} is more than language.num_layers={num_layers}: each model "
+                "chunk needs a layer"
+            )
+        if recompute.granularity == "full" and recompute.method == "uniform":
+            for layers in parallel.layers(num_layers):
+                if layers % recompute.num_layers:
+                    raise PretrainError(
+                        f"recompute.num_layers={recompute.num_layers} does not divide the {layers} "
+                        "layers of a model chunk: choose a divisor, or recompute.method=block"
+                    )

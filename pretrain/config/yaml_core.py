@@ -1,9 +1,9 @@
-"""YAML 1.2's core schema: numbers and booleans are what they look like, and nothing is lost.
+"""The core schema of YAML 1.2: numbers and booleans mean what they look like.
 
 PyYAML reads YAML 1.1, in which ``010`` is 8, ``12:30`` is 750, ``off`` is false and ``1e-3`` is
-text. Besides, it lets a key that is given twice replace the first. Here scalars follow the core
-schema (yaml.org/spec/1.2.2, section 10.3.2), and what a configuration does not need is refused:
-duplicate keys, anchors and aliases (which also can expand to any size), merge keys and tags.
+text, and in which the second of two equal keys replaces the first. Here, scalars follow the core
+schema (yaml.org/spec/1.2.2, section 10.3.2). Features that a configuration does not need are
+refused: duplicate keys, anchors and aliases (which can expand to any size), merge keys and tags.
 """
 
 import re
@@ -30,29 +30,29 @@ _CORE = (
 
 def _add_core_schema(cls: Any) -> None:
     for tag, pattern, first in _CORE:
-        # PyYAML lists patterns by the first character that they can match; "" is empty text.
+        # PyYAML looks patterns up by the first character of the text; "" stands for empty text.
         matcher = re.compile(rf"(?:{pattern})\Z")
         cls.add_implicit_resolver(tag, matcher, [*first, *([""] if tag == _NULL else [])])
 
 
-def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+def _error(problem: str, node: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; :func:`_value` makes values of them."""
+    """Parses YAML into nodes, which :func:`_value` converts to values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise _refusal("anchors and aliases are not supported: write the value", event)
+            raise _error("anchors and aliases are not supported: write the value", event)
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"tags are not supported: remove {event.tag}", event)
+            raise _error(f"tags are not supported: remove {event.tag}", event)
         return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that :func:`read`, or a reader of YAML 1.1, would take for another type."""
+    """Quotes text that :func:`read` or a YAML 1.1 reader would take for another type."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True
@@ -64,13 +64,13 @@ _add_core_schema(_Dumper)
 
 
 def read(text: str, *, comments: bool = True) -> Any:
-    """The value of a YAML document; None if it is empty.
+    """The value of a YAML document; None for an empty one.
 
     Args:
-        comments: accept comments; without, text that follows the value is refused.
+        comments: whether comments are allowed.
 
     Raises:
-        yaml.YAMLError: it is not valid, or uses what this module refuses.
+        yaml.YAMLError: the text is not valid, or uses a feature that this module refuses.
     """
     try:
         loader = _Loader(text)
@@ -87,7 +87,7 @@ def read(text: str, *, comments: bool = True) -> Any:
 
 
 def explain(error: yaml.YAMLError) -> str:
-    """One line about an error of :func:`read`, with the line that it is in."""
+    """A one-line description of an error of :func:`read`, with the line number."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     context = getattr(error, "context", None)
     if mark is None or problem is None:
@@ -96,7 +96,7 @@ def explain(error: yaml.YAMLError) -> str:
 
 
 def dump(values: Any) -> str:
-    """Plain values as YAML in their order, such that :func:`read` returns the same."""
+    """Write plain values as YAML, in their order, such that :func:`read` returns the same."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -113,10 +113,10 @@ def _mapping(node: MappingNode) -> dict[Any, Any]:
     values: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, ScalarNode):
-            raise _refusal("a key must be a name", key_node)
+            raise _error("a key must be a name", key_node)
         key = _scalar(key_node)
         if key in values:
-            raise _refusal(f"{key!r} is given twice: merge the two", key_node)
+            raise _error(f"{key!r} is given twice: merge the two", key_node)
         values[key] = _value(value_node)
     return values
 
@@ -139,4 +139,4 @@ def _integer(node: ScalarNode, text: str) -> int:
     try:
         return int(text, base)
     except ValueError:  # Python limits the digits of a number
-        raise _refusal(f"the number has {len(text)} digits", node) from None
+        raise _error(f"the number has {len(text)} digits", node) from None

@@ -43,7 +43,7 @@ def told(folder: Path, *overrides: str, command: str = "train", world_size: int 
         (["steps=ten"], "steps must be int, not 'ten'"),
         (["parallel.expert=3"], "parallel.expert=3 does not divide language.num_experts=4"),
         (["parallel.expert=4"], "2 processes cannot be divided by parallel.expert=4"),
-        (["global_batch_size=6"], "global_batch_size=6 is no multiple of 2 data-parallel"),
+        (["global_batch_size=6"], "global_batch_size=6 is not a multiple of 2 data-parallel"),
     ],
 )
 def test_a_configuration_that_does_not_fit(

@@ -194,7 +194,7 @@ def test_every_setting_is_described() -> None:
     [
         (["parallel.expert=3"], 3, "parallel.expert=3 does not divide language.num_experts=8"),
         (["parallel.expert=2"], 3, "3 processes cannot be divided by parallel.expert=2"),
-        (["global_batch_size=12"], 2, "global_batch_size=12 is no multiple of 2 data-parallel"),
+        (["global_batch_size=12"], 2, "global_batch_size=12 is not a multiple of 2 data-parallel"),
         (["parallel.tensor=3"], 3, "parallel.tensor=3 does not divide language.num_heads=4"),
         (["parallel.pipeline=5"], 5, "pipeline=5 x parallel.interleave=1 is more than"),
         (
