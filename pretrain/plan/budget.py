@@ -209,12 +209,6 @@ class Layout:
         return weight.numel // (self.tensor if weight.cut else 1)
 
 
-def least_processes(config: Config) -> int:
-    """The smallest number of processes that the parallel sizes allow."""
-    parallel = config.parallel
-    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
-
-
 def layout(config: Config, processes: int) -> Layout:
     """The trainer's layout over so many processes.
 
@@ -225,16 +219,15 @@ def layout(config: Config, processes: int) -> Layout:
     parallel = config.parallel
     counts = parallel.layers(config.language.num_layers)
     runs = [range(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
-    replicas = processes // (parallel.tensor * parallel.pipeline)
     return Layout(
         world=processes,
         tensor=parallel.tensor,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
-        data=replicas,
-        expert_data=processes // (parallel.pipeline * parallel.expert * parallel.expert_tensor),
+        data=parallel.data_size(processes),
+        expert_data=parallel.expert_data_size(processes),
         stages=tuple(tuple(runs[stage :: parallel.pipeline]) for stage in range(parallel.pipeline)),
-        micro_batches=config.global_batch_size // (replicas * config.micro_batch_size),
+        micro_batches=config.micro_batches(processes),
     )
 
 
@@ -681,7 +674,7 @@ def plan(
     for name, value in (("processes", processes), ("image-patches", patches_per_image)):
         if value is not None and value <= 0:
             raise PretrainError(f"{name} must be > 0, not {value}")
-    place = layout(config, least_processes(config) if processes is None else processes)
+    place = layout(config, config.parallel.min_world_size if processes is None else processes)
     pictures = images(config, patches_per_image)
     every = weights(config)
     parts: Counter[str] = Counter()
