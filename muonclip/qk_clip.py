@@ -458,14 +458,9 @@ class QKClip:
         values = torch.stack([largest, bounds, unbiased]).detach()
         self._maxima.update(self._heads[name], values, self._device)
 
-    def _note_unobserved(self, name: str, reason: str) -> None:
-        """Record that a layer ran without being observed, for the warning of ``step``.
-
-        Args:
-            name: the layer.
-            reason: the mode in which it ran, e.g. ``"eval mode"``.
-        """
-        self._log.unobserved_modes[name] = reason
+    def _note_unobserved(self, name: str, mode: str) -> None:
+        """Record that a layer ran in a mode that is not observed, for the warning of ``step``."""
+        self._log.unobserved_modes[name] = mode
 
     def _track_backward(self, *tensors: Tensor) -> None:
         """Call ``_note_backward`` when a backward pass reaches one of these tensors."""
@@ -583,9 +578,6 @@ class _Maxima:
 
     Maxima of forward passes whose gradients have been computed are kept separately, because
     ``zero_grad`` discards those gradients if ``GradScaler`` skips a step.
-
-    Attributes:
-        backward_ran: whether a backward pass ran since the last update.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -643,17 +635,7 @@ _STEPS_BEFORE_A_LAYER_IS_MISSED = 3
 
 
 class _ObservationLog:
-    """Which layers were observed, to find those that never are.
-
-    Args:
-        layers: all layers of the clip.
-
-    Attributes:
-        observed: layers observed since the last step.
-        ever_observed: layers observed in earlier steps.
-        unobserved_modes: layer -> mode in which it ran without being observed since the last step.
-        reported: layers that a warning has named.
-    """
+    """Which layers were observed, to find those that never are."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._layers, self._steps = tuple(layers), 0
@@ -662,8 +644,8 @@ class _ObservationLog:
         self.start_step()
 
     def start_step(self) -> None:
-        self.observed: set[str] = set()
-        self.unobserved_modes: dict[str, str] = {}
+        self.observed: set[str] = set()  # since the last step
+        self.unobserved_modes: dict[str, str] = {}  # layer -> mode in which it ran instead
 
     def missing_layers(self, skipped: Mapping[str, str]) -> list[str]:
         """Layers to report at the end of a step, except skipped and reported ones.

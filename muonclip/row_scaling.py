@@ -17,37 +17,22 @@ ScaledSides = Literal["both", "query", "key", "none"]
 
 
 class _HeadRows(NamedTuple):
-    """The rows of a tensor that belong to the heads of a layer.
-
-    Attributes:
-        tensor: a weight, a bias, or a vector of an adapter.
-        dim: the dimension of its rows.
-        rows: [heads, r].
-        first_factor: index of the first head's factor.
-        is_frozen: the tensor is not trained.
-    """
+    """The rows of a weight, bias or adapter vector that belong to the heads of a layer."""
 
     tensor: Tensor
-    dim: int
-    rows: Tensor
-    first_factor: int
+    dim: int  # of the rows
+    rows: Tensor  # [heads, r]
+    first_factor: int  # index of the first head's factor
     is_frozen: bool
 
 
 class _Side(NamedTuple):
-    """The queries or the keys of one layer.
-
-    Attributes:
-        tensors: the tensors that set their rows.
-        obstacle: the reason why they cannot be scaled; empty if they can.
-        is_frozen: none of the tensors is trained.
-        is_adapted: an adapter trains it, or its weight is computed.
-    """
+    """The queries or the keys of one layer."""
 
     tensors: list[_HeadRows]
-    obstacle: str
-    is_frozen: bool
-    is_adapted: bool
+    obstacle: str  # the reason why they cannot be scaled; empty if they can
+    is_frozen: bool  # nothing is trained
+    is_adapted: bool  # an adapter trains it, or its weight is computed
 
 
 class ScalingPlan:
@@ -211,12 +196,8 @@ def locate_master_shards(
 ) -> None:
     """Find where this rank's flat shards of sharded master copies begin.
 
-    A collective call of the process group for shards that are not located yet.
-
-    Args:
-        tensors: tensors with and without sharded master copies.
-        process_group: the ranks that have the shards, in their order.
-        device: for the collective.
+    A collective call of the process group, whose ranks have the shards in their order, unless all
+    shards are located already.
 
     Raises:
         ValueError: if the shards of a tensor do not add up to it.

@@ -14,19 +14,14 @@ from muonclip.qk_clip import QKClip
 
 
 class Watched:
-    """A watched module: one layer of a clip.
+    """A watched module: the layer ``name`` of a clip.
 
-    Args:
-        name: the layer.
-        undo: functions that remove hooks from the module.
-
-    Attributes:
-        clip: a weak reference to the clip.
+    ``undo`` are functions that remove hooks from the module.
     """
 
     def __init__(self, name: str, undo: Iterable[Callable[[], object]]) -> None:
         self.name, self.undo = name, list(undo)
-        self.clip: Callable[[], QKClip | None] = lambda: None
+        self.clip: Callable[[], QKClip | None] = lambda: None  # a weak reference
 
     def observer(self, module: nn.Module) -> QKClip | None:
         """The clip, if it is to observe the current forward pass of the module.
@@ -91,13 +86,13 @@ class WatchedModules(Generic[W]):
         """Watch modules until the returned handle or the clip is removed.
 
         If another clip watches one of them, that clip is removed as a whole.
-
-        Args:
-            modules: layer of the clip -> module.
-            clip: observes the forward passes.
         """
         for module in modules.values():
-            self._replace(module, clip)
+            if (previous := self._table.get(module)) is not None:
+                other = previous.clip()
+                if other is not None and other is not clip:
+                    other._deactivate("a newer QKClip watches the same model")
+                self._end(previous, ref(module))
         self._when_used()
         undo = []
         for name, module in modules.items():
@@ -110,16 +105,6 @@ class WatchedModules(Generic[W]):
         clip._add_handle(handle)
         torch.compiler.reset()  # code that is compiled already would not run the new hooks
         return handle
-
-    def _replace(self, module: nn.Module, clip: QKClip) -> None:
-        """End the present watching of a module."""
-        watched = self._table.get(module)
-        if watched is None:
-            return
-        other = watched.clip()
-        if other is not None and other is not clip:
-            other._deactivate("a newer QKClip watches the same model")
-        self._end(watched, ref(module))
 
     def _end(self, watched: W, module: Callable[[], nn.Module | None], *_: object) -> None:
         if sys.is_finalizing():  # called because the clip ended with the interpreter
@@ -138,11 +123,6 @@ def select_layers(
     model: nn.Module, clip: QKClip, layers: Iterable[str] | None
 ) -> dict[str, nn.Module]:
     """The modules to watch, by layer.
-
-    Args:
-        model: contains the modules.
-        clip: names the layers.
-        layers: layers of the clip; None: all.
 
     Raises:
         ValueError: if a layer is not in the clip or not in the model.

@@ -382,7 +382,7 @@ def test_autocast_rounds_nothing() -> None:
         ((3, 5, 4), (2, 5, 4), "3 query heads cannot be shared by 2"),
         ((2, 5, 4), (2, 5, 3), "agree in d"),
         ((2, 2, 5, 4), (1, 2, 5, 4), "leading dimensions"),
-        ((5, 4), (5, 4), "as many dimensions"),
+        ((5, 4), (5, 4), "same number of dimensions"),
     ],
 )
 def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> None:

@@ -29,15 +29,7 @@ def logit_inputs(
     mask: Any,
     options: dict[str, Any],
 ) -> LogitInputs:
-    """Translate the arguments of an attention function.
-
-    Args:
-        module: the attention module.
-        implementation: name of the function in the registry.
-        query: [batch or 1, heads, queries, d].
-        key: [batch, groups, keys, d].
-        mask: as the function takes it.
-        options: its keyword arguments.
+    """Translate the arguments of the attention function that is registered as ``implementation``.
 
     Raises:
         ValueError: for an unknown implementation, or arguments whose meaning is not known.

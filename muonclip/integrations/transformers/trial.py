@@ -17,15 +17,7 @@ from muonclip.row_scaling import ScaledSides, ScalingPlan
 
 
 class AttentionInputs(Exception):
-    """Aborts a forward pass and carries out the arguments of the attention function.
-
-    Args:
-        query: [batch, heads, queries, d].
-        key: [batch, groups, keys, d].
-        value: [batch, groups, keys, d].
-        mask: the attention mask.
-        bias: the position bias.
-    """
+    """Aborts a forward pass and carries out the arguments of the attention function."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Any) -> None:
         super().__init__()
