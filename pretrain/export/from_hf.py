@@ -1,4 +1,4 @@
-"""A published checkpoint as a run that ``train`` continues: its weights, and a fresh optimizer."""
+"""Import of a published checkpoint: a run with its weights, which ``train`` continues."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,19 +18,22 @@ from pretrain.errors import PretrainError
 from pretrain.export.conversion import Conversion, conversions
 from pretrain.export.hf_config import from_hf_config, is_tied
 from pretrain.export.hf_folder import HfFolder, HfWeights
-from pretrain.model.geometry import MAX_FRAMES, MERGE
+from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN
 from pretrain.model.initialize import initialize
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.runtime.run_lock import RunLock
 
-# Settings of the model that say how it learns, and not what it is.
-_FREE = ("init_std", "expert_bias_update_rate")
-_LONGEST = 4096
-# The encoder of a model that came without one: that of configs/laptop.yaml, of 0.3 MB beside its
-# projector. The full size has 1.7 GB.
+# Settings of training, which may differ from those of the checkpoint.
+_CHANGEABLE = ("init_std", "expert_bias_update_rate")
+_MAX_SEQ_LENGTH = 4096
+# The vision encoder that a text model gets: that of configs/laptop.yaml, which has 0.3 MB without
+# the projector. One of the full size would have 1.7 GB.
 _NEW_VISION = {
-    **{"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 256},
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "ffn_hidden_size": 256,
     "position_grid": 16,
 }
 
@@ -39,7 +42,7 @@ class Imported(NamedTuple):
     """A run made by :func:`import_hf`.
 
     Attributes:
-        notes: lines for the user: what the run has that the checkpoint did not have.
+        notes: lines for the user about weights that differ from the checkpoint's.
     """
 
     config: Config
@@ -47,140 +50,162 @@ class Imported(NamedTuple):
 
 
 def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imported:
-    """Make a run of a checkpoint of Kimi-K2.5 (text and images) or DeepSeek-V3 (text).
+    """Make a run from a checkpoint of Kimi-K2.5 (text and images) or DeepSeek-V3 (text).
 
-    The run's folder gets a checkpoint of step 0 with the weights in the precision they have there,
-    the tokenizer, ``config.yaml`` to train it with, and in ``imported.json`` what ``export`` writes
-    again: the chat template, the generation settings and the context length. A model of text gets
-    a small new vision encoder. Runs in one process, which holds the weights in memory. Nothing in
-    the folder is run: it may come from anyone.
+    The run's folder gets a checkpoint of step 0 with the weights in their dtypes, the tokenizer,
+    ``config.yaml`` for training, and ``imported.json`` with the chat template, the generation
+    settings and the context length, which ``export`` writes again. A text model gets a small new
+    vision encoder. Import runs in one process, which holds the weights in memory. It runs no code
+    from the source folder, which may be untrusted.
 
     Args:
-        source: a folder with config.json, safetensors and a tokenizer, as published or as
-            transformers' ``save_pretrained`` writes it.
+        source: folder with config.json, safetensors and a tokenizer, as published or as written by
+            ``save_pretrained`` of transformers.
         overrides: ``key.sub=value`` for config.yaml, such as the shape of a new vision encoder.
 
     Raises:
-        PretrainError: the folder is incomplete or damaged, the model is of another architecture or
-            shape (the first key of config.json or tensor that does not fit is named), or the run
-            exists.
+        PretrainError: the folder is incomplete or damaged, the architecture is not supported (the
+            message names the first unsupported key of config.json or tensor), or the run exists.
     """
     if parallel.world_size() > 1:
-        raise PretrainError("this command is one process: start it with python, not torchrun")
-    folder = run_dir / "checkpoints"
-    if storage.steps(folder):
-        raise PretrainError(f"{run_dir} has checkpoints already: choose a new folder for the run")
-    written = run_dir / "config.yaml"
-    if written.exists():
-        raise PretrainError(f"{written} exists already: choose a new folder for the run")
-    files = HfFolder(source)
-    described = files.required_json("config.json")
+        raise PretrainError("import runs in one process: start it with python, not torchrun")
+    if storage.steps(run_dir / "checkpoints") or (run_dir / "config.yaml").exists():
+        raise PretrainError(f"{run_dir} has checkpoints or a config.yaml: choose a new folder")
+    folder = HfFolder(source)
+    hf_config = folder.required_json("config.json")
     try:
-        language, vision, vocab_size = from_hf_config(described)
-        longest = _context_length(described)
+        language, vision, vocab_size = from_hf_config(hf_config)
+        context_length = _context_length(hf_config)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
-    tokenizer_path = configuration.escape_path(str(run_dir / "tokenizer.json"))
-    data = {"tokenizer": tokenizer_path, "seq_length": min(longest, _LONGEST)}
-    if vision:
-        data |= _image_settings(files, vision)
     values = {
         "run_dir": configuration.escape_path(str(run_dir)),
         "language": language,
         "vision": dict(vision or _NEW_VISION),
-        "data": data,
+        "data": {
+            "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
+            "seq_length": min(context_length, _MAX_SEQ_LENGTH),
+            **(_image_settings(folder, vision) if vision else {}),
+        },
     }
     values = configuration.with_overrides(values, overrides)
     config = configuration.from_dict(values)
     _check_overrides(config, language, vision or {})
-    tokenizer = _tokenizer(files)
+    tokenizer = _tokenizer(folder)
     if tokenizer.vocab_size != vocab_size:
         raise PretrainError(
             f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
             f"embedding {vocab_size} rows (vocab_size in config.json)"
         )
-    kept = _imported_settings(files, longest)
-    notes = []
+    imported = _imported_settings(folder, context_length)
     tensors = _read(
-        files.weights(vision=vision is not None),
+        folder.weights(vision=vision is not None),
         conversions(config.language, config.vision if vision else None, vocab_size),
-        _tied_names(described, vision is not None),
+        _tied_names(vision is not None) if is_tied(hf_config) else {},
     )
-    if is_tied(described):
+    notes = []
+    if is_tied(hf_config):
         notes.append(
             "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "
-            "on its own"
+            "separately"
         )
     if vision is None:
-        new = _new_vision(config)
-        tensors |= new
+        new_vision = _new_vision(config)
+        tensors |= new_vision
         notes.append(
-            f"the model has no vision encoder: made a new, untrained one of "
-            f"{sum(tensor.numel() for tensor in new.values()):,} parameters; choose another size "
-            "with vision.num_layers=…, vision.hidden_size=… and so on"
+            "the model has no vision encoder: made a new, untrained one of "
+            f"{sum(tensor.numel() for tensor in new_vision.values()):,} parameters; choose another "
+            "size with vision.num_layers=…, vision.hidden_size=… and so on"
         )
-
+    name = json.dumps(source.resolve().name)  # on one line, whatever characters it has
     with RunLock(run_dir):
-        parallel.join()  # a group of one, in which checkpoints are written
+        parallel.join()  # checkpoints are written by a process group, here of one process
         checkpoint.write_tokenizer(tokenizer, run_dir)
         storage.save(
-            folder,
+            run_dir / "checkpoints",
             0,
             {f"model.{name}": tensor for name, tensor in tensors.items()},
             {"config": configuration.to_dict(config), "weights_only": True},
             keep=1,
         )
-        kept.write(run_dir)
-        try:
-            name = json.dumps(source.resolve().name)  # on one line, whatever it contains
-            written.write_text(f"# Made of {name}.\n{yaml_core.dump(values)}")
-        except OSError as error:
-            raise PretrainError(f"cannot write {written}: {error.strerror}") from error
+        imported.write(run_dir)
+        _write_text(run_dir / "config.yaml", f"# Made of {name}.\n{yaml_core.dump(values)}")
     return Imported(config, notes)
 
 
-def _context_length(described: Mapping[str, Any]) -> int:
-    text = described.get("text_config") or described
-    longest = text.get("max_position_embeddings", _LONGEST)
-    if type(longest) is not int or not 64 <= longest <= 1 << 30:
+def _write_text(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise PretrainError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _context_length(hf_config: Mapping[str, Any]) -> int:
+    text = hf_config.get("text_config") or hf_config
+    length = text.get("max_position_embeddings", _MAX_SEQ_LENGTH)
+    if type(length) is not int or not 64 <= length <= 1 << 30:
         raise PretrainError(
-            f"config.json has max_position_embeddings={longest!r:.80}: it must be a whole number "
+            f"config.json has max_position_embeddings={length!r:.80}: it must be a whole number "
             "of at least 64"
         )
-    return longest
+    return length
 
 
-def _imported_settings(files: HfFolder, max_position_embeddings: int) -> ImportedSettings:
-    template = files.text("chat_template.jinja")
+def _imported_settings(folder: HfFolder, max_position_embeddings: int) -> ImportedSettings:
+    template = folder.text("chat_template.jinja")
     if template is None:
-        template = (files.json("tokenizer_config.json") or {}).get("chat_template")
+        template = (folder.json("tokenizer_config.json") or {}).get("chat_template")
         if isinstance(template, list):  # several templates, each with a name
-            named = [one for one in template if isinstance(one, dict)]
-            default = (one.get("template") for one in named if one.get("name") == "default")
+            named = [entry for entry in template if isinstance(entry, dict)]
+            default = (entry.get("template") for entry in named if entry.get("name") == "default")
             template = next(default, None)
-    generation = files.json("generation_config.json")
+    generation = folder.json("generation_config.json")
     if generation is not None:
         generation.pop("transformers_version", None)
     template = template if isinstance(template, str) else None
     return ImportedSettings(max_position_embeddings, template, generation)
 
 
-def _image_settings(files: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the data by which images are read as the checkpoint's processor reads them.
+def _image_settings(folder: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the data with which images are processed as by the checkpoint's processor.
 
     Raises:
-        PretrainError: its processor normalizes or cuts images in a way that is not supported.
+        PretrainError: the processor's patches or normalization are not supported.
     """
     name = "preprocessor_config.json"
-    values = files.json(name)
+    values = folder.json(name)
     if values is None:  # save_pretrained of transformers' processors
         name = "processor_config.json"
-        values = (files.json(name) or {}).get("image_processor")
+        values = (folder.json(name) or {}).get("image_processor")
         values = values if isinstance(values, dict) else {}
     server = values.get("media_proc_cfg")
     server = server if isinstance(server, dict) else {}
-    fixed = {
-        "patch_size": vision["patch_size"],
+    for settings in (values, server):
+        _check_processor(folder.path / name, settings, vision["patch_size"])
+
+    found: dict[str, Any] = {}
+    limit = server.get("in_patch_limit", values.get("max_patches"))
+    if limit is not None:
+        if type(limit) is not int or not 1 <= limit <= 1 << 24:
+            raise PretrainError(
+                f"cannot import {folder.path}: {name} limits images to {limit!r:.80} patches "
+                "(in_patch_limit or max_patches): it must be a whole number above 0"
+            )
+        found["max_image_tokens"] = -(-limit // PATCHES_PER_TOKEN)
+    fps = server.get("sample_fps")
+    if fps is not None:
+        if type(fps) not in (int, float) or not 0 < fps <= 1000:
+            raise PretrainError(
+                f"cannot import {folder.path}: {name} has sample_fps={fps!r:.80}: it must be a "
+                "number above 0"
+            )
+        found["video_fps"] = float(fps)
+    return found
+
+
+def _check_processor(file: Path, settings: Mapping[str, Any], patch_size: int) -> None:
+    supported = {
+        "patch_size": patch_size,
         "merge_size": MERGE,
         "merge_kernel_size": MERGE,
         "temporal_merge_kernel_size": MAX_FRAMES,
@@ -189,81 +214,64 @@ def _image_settings(files: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any
         "fixed_output_tokens": None,
         "in_patch_limit_video": None,
     }
-    for settings in (values, server):
-        for key, expected in fixed.items():
-            given = settings.get(key, expected)
-            # Two of a kernel's sides, or one for both.
-            sides = [expected] * 2 if key == "merge_kernel_size" else expected
-            if given not in (expected, sides):
-                raise PretrainError(
-                    f"cannot import {files.path}: {name} has {key}={given!r:.80}, and this "
-                    f"trainer's models have {expected!r}"
-                )
-    found: dict[str, Any] = {}
-    limit = server.get("in_patch_limit", values.get("max_patches"))
-    if limit is not None:
-        if type(limit) is not int or not 1 <= limit <= 1 << 24:
+    for key, expected in supported.items():
+        value = settings.get(key, expected)
+        # The size of a kernel is one number or two.
+        equivalent = [expected] * 2 if key == "merge_kernel_size" else expected
+        if value not in (expected, equivalent):
             raise PretrainError(
-                f"cannot import {files.path}: {name} has an image of at most {limit!r:.80} "
-                "patches (in_patch_limit or max_patches): it must be a whole number above 0"
+                f"cannot import {file.parent}: {file.name} has {key}={value!r:.80}, but this "
+                f"trainer's models have {expected!r}"
             )
-        found["max_image_tokens"] = -(-limit // (MERGE * MERGE))
-    fps = server.get("sample_fps")
-    if fps is not None:
-        if type(fps) not in (int, float) or not 0 < fps <= 1000:
-            raise PretrainError(
-                f"cannot import {files.path}: {name} has sample_fps={fps!r:.80}: it must be a "
-                "number above 0"
-            )
-        found["video_fps"] = float(fps)
-    return found
 
 
 def _check_overrides(
     config: Config, language: Mapping[str, Any], vision: Mapping[str, Any]
 ) -> None:
-    for part, theirs in (("language", language), ("vision", vision)):
-        ours = asdict(getattr(config, part))
-        for name, value in theirs.items():
-            if ours[name] != value and name not in _FREE:
+    for section, fixed in (("language", language), ("vision", vision)):
+        requested = asdict(getattr(config, section))
+        for name, value in fixed.items():
+            if requested[name] != value and name not in _CHANGEABLE:
                 raise PretrainError(
-                    f"{part}.{name}={ours[name]} was asked for, but the checkpoint has {value}"
+                    f"{section}.{name}={requested[name]} contradicts the checkpoint, which has "
+                    f"{value}: leave it out"
                 )
 
 
-def _tokenizer(files: HfFolder) -> Tokenizer:
-    files.file("tokenizer_config.json")  # which a tiktoken file's special tokens are read from
+def _tokenizer(folder: HfFolder) -> Tokenizer:
+    folder.file("tokenizer_config.json")  # Tokenizer.load reads it along with a tiktoken file
     for name in ("tokenizer.json", "tiktoken.model"):
-        file = files.file(name)
+        file = folder.file(name)
         if file is not None:
             return Tokenizer.load(file)
-    raise PretrainError(f"{files.path} has no tokenizer: neither tokenizer.json nor tiktoken.model")
+    raise PretrainError(
+        f"{folder.path} has no tokenizer: neither tokenizer.json nor tiktoken.model"
+    )
 
 
-def _tied_names(described: Mapping[str, Any], vision: bool) -> dict[str, str]:
-    """The output layer, and the embedding that it shares its weight with."""
+def _tied_names(vision: bool) -> dict[str, str]:
+    """Name of the output layer, and of the embedding whose weight it shares."""
     prefix = "language_model." if vision else ""
-    tied = {f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"}
-    return tied if is_tied(described) else {}
+    return {f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"}
 
 
 def _read(
-    weights: HfWeights, wanted: Iterable[Conversion], tied: Mapping[str, str]
+    weights: HfWeights, conversions: Iterable[Conversion], tied: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Every tensor by our name in the whole model, after all are known to fit.
+    """Read all tensors, by our names, after checking the names and shapes of all of them.
 
     Args:
-        tied: names of tensors that may be left out, and of those they are copies of.
+        tied: names of tensors that may be missing, and of the tensors that replace them.
 
     Raises:
-        PretrainError: a tensor is missing, unknown, of another shape or type, or not finite.
+        PretrainError: a tensor is missing, unknown, of another shape or dtype, or not finite.
     """
-    items, names = [], {}
-    for item in wanted:
-        for name, shape in item.published.items():
+    checked, names = [], {}
+    for conversion in conversions:
+        for name, shape in conversion.published.items():
             names[name] = tied.get(name, name) if name not in weights else name
             weights.check(names[name], shape)
-        items.append(item)
+        checked.append(conversion)
     weights.check_no_others(list(names))
     for copy, original in tied.items():
         if copy in weights and not weights.read(copy).equal(weights.read(original)):
@@ -272,13 +280,14 @@ def _read(
                 f"{copy} differs from {original}"
             )
     tensors: dict[str, Tensor] = {}
-    for item in items:
-        tensors |= item.to_ours({name: weights.read(names[name]) for name in item.published})
+    for conversion in checked:
+        published = {name: weights.read(names[name]) for name in conversion.published}
+        tensors |= conversion.to_ours(published)
     return tensors
 
 
 def _new_vision(config: Config) -> dict[str, Tensor]:
-    """The first weights of a vision encoder, as :func:`pretrain.build.build` draws them."""
+    """Initial weights of a vision encoder, as :func:`pretrain.build.build` gives them."""
     tower = VisionTower(config.vision, config.language.hidden_size)
     named = {name: tensor.detach() for name, tensor in named_tensors([], tower).items()}
     initialize(named, {}, config.seed, config.language.init_std, config.language.num_layers)

@@ -1,7 +1,7 @@
-"""A Hugging Face folder that somebody else made: read as data, never run.
+"""An untrusted Hugging Face folder, read without running code from it.
 
-Nothing here imports transformers or a Python file of the folder, unpickles, or follows a link out
-of the folder. Only JSON, safetensors and tokenizer files are read.
+This module does not import transformers or Python files of the folder, unpickle, or follow links
+out of the folder. It reads JSON, safetensors and tokenizer files only.
 """
 
 import json
@@ -18,12 +18,12 @@ from pretrain import untrusted_files
 from pretrain.errors import PretrainError
 
 INDEX = "model.safetensors.index.json"
-_ONE_FILE = "model.safetensors"
-_TYPES = ("F32", "F16", "BF16")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# More than the index of the largest published checkpoint.
+_SINGLE_FILE = "model.safetensors"
+_DTYPES = ("F32", "F16", "BF16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# More than the largest index of a published checkpoint.
 _MAX_TEXT_BYTES = 1 << 28
-# transformers saves Kimi-K2.5 under other names than the published ones, of which it is a mixture.
+# Names under which versions of transformers save Kimi-K2.5, and the published names.
 _VISION_RENAMES = (
     (re.compile(r"^model\.(?=(language_model|vision_tower|mm_projector)\.)"), ""),
     (re.compile(r"^(?=lm_head\.)"), "language_model."),
@@ -31,26 +31,28 @@ _VISION_RENAMES = (
     (re.compile(r"^language_model\.(model\.)?blocks\."), "language_model.model.layers."),
     (re.compile(r"^vision_tower\.encoder\.(?=patch_embed\.)"), "vision_tower."),
 )
+# Names within transformers, whose tensors differ from the published ones.
 _INTERNAL = re.compile(r"\.experts\.(gate_up_proj|down_proj)$|vision_tower\.layers\.|\.in_proj\.")
 
 
-class _Place(NamedTuple):
-    """Where a tensor is stored.
+class _StoredTensor(NamedTuple):
+    """A tensor in a file.
 
     Attributes:
-        stored: its name in the file.
+        reader: the open file.
+        name: of the tensor in the file.
     """
 
     file: Path
-    opened: Any
-    stored: str
+    reader: Any
+    name: str
 
 
 class HfFolder:
-    """The files of a folder.
+    """Files of a folder.
 
     Raises:
-        PretrainError: it is not a folder.
+        PretrainError: the path is not a folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,31 +64,32 @@ class HfFolder:
         self.path = path
 
     def file(self, name: str) -> Path | None:
-        """A file of the folder; None where there is none.
+        """Path of a file; None if it does not exist.
+
+        Links of the Hugging Face cache to its blobs are followed.
 
         Raises:
-            PretrainError: the name, or a link, leads out of the folder (links of the Hugging Face
-                cache to its own blobs are followed).
+            PretrainError: the name, or another link, leads out of the folder.
         """
         file = self.path / name
         if Path(name).name != name:
-            raise PretrainError(f"{self.path} names a file outside of itself: {name!r}")
+            raise PretrainError(f"{self.path} names a file outside the folder: {name!r}")
         try:
-            real, here = file.resolve(strict=False), self.path.resolve()
-            blobs = here.parent.parent / "blobs"
-            if not (real.is_relative_to(here) or real.is_relative_to(blobs)):
+            target, folder = file.resolve(strict=False), self.path.resolve()
+            blobs = folder.parent.parent / "blobs"
+            if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
                 raise PretrainError(
-                    f"{file} is a link out of the folder, to {real}: copy the file itself"
+                    f"{file} is a link out of the folder, to {target}: copy the file itself"
                 )
             return file if file.is_file() else None
         except (OSError, ValueError, RuntimeError) as error:
             raise PretrainError(f"cannot read {file}: {error}") from error
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None where there is no such file.
+        """Content of a file with a JSON object; None if it does not exist.
 
         Raises:
-            PretrainError: it is not one, or unreadable.
+            PretrainError: the file cannot be read, or is not a JSON object.
         """
         file = self.file(name)
         if file is None:
@@ -104,14 +107,14 @@ class HfFolder:
         return value
 
     def required_json(self, name: str) -> dict[str, Any]:
-        """A JSON object that has to be there."""
+        """:meth:`json` of a file that must exist."""
         value = self.json(name)
         if value is None:
-            raise PretrainError(f"cannot read {self.path / name}: there is no such file")
+            raise PretrainError(f"cannot read {self.path / name}: the file does not exist")
         return value
 
     def text(self, name: str) -> str | None:
-        """A text file; None where there is no such file."""
+        """Content of a text file; None if it does not exist."""
         file = self.file(name)
         try:
             return None if file is None else untrusted_files.read_text(file, _MAX_TEXT_BYTES)
@@ -119,27 +122,29 @@ class HfFolder:
             raise PretrainError(f"cannot read {file}: {error}") from error
 
     def weights(self, *, vision: bool) -> "HfWeights":
-        """The tensors, by their published names.
+        """Tensors by their published names.
 
         Args:
-            vision: they are Kimi-K2.5's, and not DeepSeek-V3's.
+            vision: the model is Kimi-K2.5, not DeepSeek-V3.
         """
         return HfWeights(self, vision=vision)
 
     def weight_files(self) -> tuple[list[Path], dict[str, str] | None]:
-        """The safetensors files, and which tensor is in which, if there is an index.
+        """Safetensors files, and the file name of each tensor if there is an index.
 
         Raises:
-            PretrainError: one is missing, or the weights are pickled.
+            PretrainError: a file is missing, or the weights are pickled.
         """
-        placed = None
-        names = [_ONE_FILE]
+        weight_map = None
+        names = [_SINGLE_FILE]
         index = self.json(INDEX)
         if index is not None:
-            placed = index.get("weight_map")
-            if not isinstance(placed, dict) or not all(type(v) is str for v in placed.values()):
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                type(file) is str for file in weight_map.values()
+            ):
                 raise PretrainError(f"{self.path / INDEX} has no weight_map of names to files")
-            names = sorted(set(placed.values()))
+            names = sorted(set(weight_map.values()))
         files = []
         for name in names:
             file = self.file(name)
@@ -147,117 +152,118 @@ class HfFolder:
                 raise self._missing(name)
             if file.suffix != ".safetensors":
                 raise PretrainError(
-                    f"{self.path / INDEX} names {name}: only safetensors files are read, as other "
-                    "files of weights can run code"
+                    f"{self.path / INDEX} names {name}: only safetensors files are read, because "
+                    "other files of weights can run code"
                 )
             files.append(file)
-        return files, placed
+        return files, weight_map
 
     def _missing(self, name: str) -> PretrainError:
-        pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in _PICKLED)
+        pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in _PICKLES)
         if pickled:
             return PretrainError(
                 f"{self.path} has its weights in {pickled[0]}, a pickle, which can run code when "
-                "it is read: save the model as safetensors (save_pretrained of transformers does)"
+                "read: save the model as safetensors (save_pretrained of transformers does)"
             )
         return PretrainError(f"{self.path} is incomplete: {name} is missing")
 
 
 class HfWeights:
-    """Tensors of one or more safetensors files, each opened and read when needed.
+    """Tensors of a folder's safetensors files, each of which is read on demand.
 
     Raises:
-        PretrainError: a file is missing or damaged, or a tensor is there twice, or not in the file
-            that the index names.
+        PretrainError: a file is missing or damaged, or the files and the index have different
+            tensors.
     """
 
     def __init__(self, folder: HfFolder, *, vision: bool) -> None:
         self.folder = folder.path
-        self._places: dict[str, _Place] = {}
-        files, placed = folder.weight_files()
+        self._tensors: dict[str, _StoredTensor] = {}
+        files, weight_map = folder.weight_files()
         for file in files:
             try:
-                opened: Any = safe_open(file, "pt")
-                stored = list(opened.keys())
+                reader: Any = safe_open(file, "pt")
+                names = list(reader.keys())
             except (SafetensorError, OSError) as error:
                 raise _damaged(file, error) from error
-            for name in stored:
-                if placed is not None and placed.get(name) != file.name:
+            for name in names:
+                if weight_map is not None and weight_map.get(name) != file.name:
+                    listed = weight_map.get(name, "no file")
                     raise PretrainError(
-                        f"{file} has a tensor {name}, which {INDEX} "
-                        f"{'places in ' + placed[name] if name in placed else 'does not list'}"
+                        f"{file} has a tensor {name}, which {INDEX} lists in {listed}"
                     )
-                self._add(_published(name) if vision else name, _Place(file, opened, name))
-        for name in placed or ():
-            if (_published(name) if vision else name) not in self._places:
+                tensor = _StoredTensor(file, reader, name)
+                self._add(_published_name(name) if vision else name, tensor)
+        for name in weight_map or ():
+            if (_published_name(name) if vision else name) not in self._tensors:
                 raise PretrainError(f"{folder.path} lacks the tensor {name}, which {INDEX} lists")
 
-    def _add(self, name: str, place: _Place) -> None:
+    def _add(self, name: str, tensor: _StoredTensor) -> None:
         if _INTERNAL.search(name):
             raise PretrainError(
-                f"{place.file} has a tensor {place.stored}, a name within transformers: save the "
+                f"{tensor.file} has a tensor {tensor.name}, a name within transformers: save the "
                 "model with save_pretrained(..., save_original_format=True)"
             )
-        if name in self._places:
-            other = self._places[name]
+        if name in self._tensors:
+            other = self._tensors[name]
             raise PretrainError(
-                f"{self.folder} has the tensor {name} twice: as {other.stored} in "
-                f"{other.file.name}, and as {place.stored} in {place.file.name}"
+                f"{self.folder} has the tensor {name} twice: as {other.name} in "
+                f"{other.file.name}, and as {tensor.name} in {tensor.file.name}"
             )
-        self._places[name] = place
+        self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._tensors
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that is missing, of another shape or of a type that is not supported."""
-        if name not in self._places:
+        """Raise PretrainError if a tensor is missing, or has another shape or an unknown dtype."""
+        if name not in self._tensors:
             raise PretrainError(
-                f"{self.folder} has no tensor {name}, which its config.json asks for"
+                f"{self.folder} has no tensor {name}, which its config.json requires"
             )
-        _, opened, stored = self._places[name]
-        part = opened.get_slice(stored)
-        if tuple(part.get_shape()) != shape:
+        _, reader, stored_name = self._tensors[name]
+        stored = reader.get_slice(stored_name)
+        if tuple(stored.get_shape()) != shape:
             raise PretrainError(
-                f"{stored} in {self.folder} is of shape {tuple(part.get_shape())}, where its "
-                f"config.json means {shape}"
+                f"{stored_name} in {self.folder} has shape {tuple(stored.get_shape())}, but its "
+                f"config.json requires {shape}"
             )
-        if part.get_dtype() not in _TYPES:
+        if stored.get_dtype() not in _DTYPES:
             raise PretrainError(
-                f"{stored} in {self.folder} is of type {part.get_dtype()}: only checkpoints of "
-                "float32, float16 or bfloat16 can be imported"
+                f"{stored_name} in {self.folder} has dtype {stored.get_dtype()}: only checkpoints "
+                "in float32, float16 or bfloat16 can be imported"
             )
 
     def check_no_others(self, known: Sequence[str]) -> None:
-        """Refuse tensors that a model of ours does not have."""
-        for name in sorted(self._places.keys() - set(known)):
-            if not name.endswith(".inv_freq"):  # buffers that earlier versions stored
+        """Raise PretrainError if there are tensors that our models do not have."""
+        for name in sorted(self._tensors.keys() - set(known)):
+            if not name.endswith(".inv_freq"):  # a constant of early versions of transformers
                 raise PretrainError(
-                    f"{self.folder} has a tensor {name}, which its config.json does not ask for: "
-                    "it is of another architecture"
+                    f"{self.folder} has a tensor {name}, which its config.json does not describe: "
+                    "the architecture is not supported"
                 )
 
     def read(self, name: str) -> Tensor:
-        """A tensor's values.
+        """Read a tensor.
 
         Raises:
             PretrainError: the file is damaged, or a value is not finite.
         """
-        file, opened, stored = self._places[name]
+        file, reader, stored_name = self._tensors[name]
         try:
-            tensor: Tensor = opened.get_tensor(stored)
+            tensor: Tensor = reader.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
         if not torch.isfinite(tensor).all():
             raise PretrainError(
-                f"{stored} in {file} has values that are NaN or infinite: the model is damaged, "
-                "or its training diverged"
+                f"{stored_name} in {file} has NaN or infinite values: the model is damaged, or its "
+                "training diverged"
             )
         return tensor
 
 
-def _published(name: str) -> str:
-    """A tensor's name in the published checkpoints, from whichever transformers saved it under."""
+def _published_name(name: str) -> str:
+    """Name in the published checkpoints of a tensor that transformers may have saved."""
     for pattern, replacement in _VISION_RENAMES:
         name = pattern.sub(replacement, name)
     return name

@@ -1,4 +1,4 @@
-"""A published checkpoint becomes a run with the same weights, which trains on from them."""
+"""An imported checkpoint is a run with the same weights, which can be trained further."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.saved_run import STEP, Made
 
-# Each run below is exported, imported and exported again: changes of its configuration.
+# Changes of the configuration of runs that are exported, imported and exported again.
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "documents": {},
     "chat": {"sources": [{"type": "chat", "path": "chats.jsonl"}]},
@@ -35,11 +35,13 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
 
 
 class Imported(NamedTuple):
-    """Findings of :func:`bring_back`.
+    """Results of :func:`import_exports`.
 
     Attributes:
-        notes: of the import of a model of text.
-        text_bytes: size of its checkpoint.
+        status: exit code and error line of training.
+        rounded: parameters of the bfloat16 export, imported.
+        notes: of the import of a text model.
+        text_bytes: size of its run.
     """
 
     status: tuple[int, str]
@@ -48,8 +50,8 @@ class Imported(NamedTuple):
     text_bytes: int
 
 
-def bring_back(folder: str) -> Imported:
-    """Import what was exported: all of it, rounded to bfloat16, and the text alone; train once."""
+def import_exports(folder: str) -> Imported:
+    """Import all exports, and train from one of them."""
     root = Path(folder)
     for name in ("", "-scaled", "-bf16", "-tied", *saved_folders(root)):
         import_hf(root / f"hf{name}", root / f"imported{name}")
@@ -76,12 +78,12 @@ def bring_back(folder: str) -> Imported:
 
 
 def saved_folders(root: Path) -> list[str]:
-    """The folders that transformers saved, without ``hf``."""
+    """Names of the folders that transformers saved, without the prefix ``hf``."""
     return sorted(path.name.removeprefix("hf") for path in root.glob("hf-saved*"))
 
 
 def with_data(run: Path, copy: Path, **data: Any) -> Path:
-    """A copy of a run with other settings of its data."""
+    """Copy a run, and change the data settings of its configuration."""
     shutil.copytree(run, copy)
     manifest = storage.path_of(copy / "checkpoints", STEP) / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -91,7 +93,7 @@ def with_data(run: Path, copy: Path, **data: Any) -> Path:
 
 
 def save_with_transformers(root: Path) -> None:
-    """Save the exported models with transformers, in the ways that it offers."""
+    """Load and save the exported models with transformers, in one file, in several, in bfloat16."""
     transformers = pytest.importorskip("transformers", minversion="5.23")
     for kind, name in (("AutoModelForImageTextToText", "hf"), ("AutoModelForCausalLM", "hf-text")):
         for how, dtype, size in (
@@ -122,14 +124,14 @@ def hf(made: Made, run_folder: Path) -> Path:
 
 
 def tie(folder: Path) -> None:
-    """Leave the output layer out, as a model that shares it with the embedding does."""
+    """Remove the output layer, as in a model that shares it with the embedding."""
     change_config(tie_word_embeddings=True)(folder)
     change_weights(**{"language_model.lm_head.weight": None})(folder)
 
 
 @pytest.fixture(scope="module")
 def imported(hf: Path, run_folder: Path) -> Imported:
-    (imported,) = launch(bring_back, 1, str(run_folder))
+    (imported,) = launch(import_exports, 1, str(run_folder))
     return imported  # type: ignore[no-any-return]
 
 
@@ -138,14 +140,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["", "-bf16", "-scaled"])
-def test_import_then_export_is_the_identity(
+def test_exporting_an_import_is_the_identity(
     imported: Imported, run_folder: Path, tmp_path: Path, name: str
 ) -> None:
     again = export(run_folder / f"imported{name}", tmp_path / "again", step=0)
-    same_weights(weights(run_folder / f"hf{name}"), weights(again))
+    assert_same_weights(weights(run_folder / f"hf{name}"), weights(again))
 
 
-def same_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def assert_same_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype
@@ -154,7 +156,7 @@ def same_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", ["", "-text"])
 @pytest.mark.parametrize("name", ROUND_TRIPS)
-def test_every_file_of_an_export_survives_import_and_export(
+def test_import_and_export_preserve_every_file(
     imported: Imported, run_folder: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     before = run_folder / "trips" / f"{name}{kind}"
@@ -166,7 +168,7 @@ def test_every_file_of_an_export_survives_import_and_export(
         assert file.read_bytes() == (after / file.name).read_bytes(), file.name
 
 
-def test_the_chat_template_and_the_ends_of_a_reply_are_in_the_export(
+def test_an_export_has_the_chat_template_and_the_end_tokens_of_replies(
     hf: Path, run_folder: Path
 ) -> None:
     chat = run_folder / "trips" / "chat"
@@ -176,7 +178,7 @@ def test_the_chat_template_and_the_ends_of_a_reply_are_in_the_export(
 
 @pytest.mark.parametrize("how", ["one", "shards", "bf16"])
 @pytest.mark.parametrize("kind", ["", "-text"])
-def test_what_save_pretrained_writes_is_imported(
+def test_models_saved_by_transformers_can_be_imported(
     imported: Imported, run_folder: Path, tmp_path: Path, kind: str, how: str
 ) -> None:
     name = f"-saved{kind}-{how}"
@@ -202,7 +204,7 @@ def test_a_tied_output_layer_is_a_copy_of_the_embedding(
     assert torch.equal(found["language_model.lm_head.weight"], embedding)
 
 
-def test_training_goes_on_from_the_weights_with_a_fresh_optimizer(
+def test_training_continues_from_imported_weights(
     imported: Imported, made: Made, run_folder: Path
 ) -> None:
     assert imported.status == (0, "")
@@ -213,16 +215,14 @@ def test_training_goes_on_from_the_weights_with_a_fresh_optimizer(
     assert records[2]["held_out_text_loss"] < records[0]["held_out_text_loss"]
 
 
-def test_bfloat16_weights_are_read_into_the_model_that_trains(
-    imported: Imported, made: Made
-) -> None:
+def test_bfloat16_weights_are_loaded_as_float32(imported: Imported, made: Made) -> None:
     for name, tensor in imported.rounded.items():
         whole = made.tensors[f"language.{name}"]
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, whole.bfloat16().float()), name
 
 
-def test_a_model_of_text_gets_a_new_vision_encoder(
+def test_a_text_model_gets_a_new_vision_encoder(
     imported: Imported, made: Made, run_folder: Path, tmp_path: Path
 ) -> None:
     found = weights(export(run_folder / "imported-text", tmp_path / "out"))
@@ -233,7 +233,7 @@ def test_a_model_of_text_gets_a_new_vision_encoder(
     assert new["mm_projector.pre_norm.weight"].tolist() == [1.0] * 16
 
 
-def test_the_new_encoder_of_a_model_of_text_is_small_and_mentioned(imported: Imported) -> None:
+def test_the_new_vision_encoder_is_small_and_reported(imported: Imported) -> None:
     (note,) = imported.notes
     assert "no vision encoder: made a new, untrained one of" in note and "vision.num_layers" in note
     assert imported.text_bytes < 3_000_000
@@ -241,7 +241,7 @@ def test_the_new_encoder_of_a_model_of_text_is_small_and_mentioned(imported: Imp
 
 @pytest.fixture
 def copy(hf: Path, run_folder: Path, tmp_path: Path) -> Path:
-    """An exported model of text, to be damaged."""
+    """Copy of an exported text model, to be damaged."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for file in (run_folder / "hf-text").iterdir():
@@ -249,7 +249,7 @@ def copy(hf: Path, run_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def refusal(source: Path, *overrides: str) -> str:
+def import_error(source: Path, *overrides: str) -> str:
     run_dir = source.parent / "run"
     with pytest.raises(PretrainError) as error:
         import_hf(source, run_dir, overrides)
@@ -285,7 +285,7 @@ def pickled(folder: Path) -> None:
 
 
 def indexed(**placed: str) -> Callable[[Path], None]:
-    """An index of the one file, but for some tensors; a tensor placed nowhere is left out."""
+    """Write an index with other files for some tensors; ``""`` removes a tensor from it."""
 
     def change(folder: Path) -> None:
         names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors") | placed
@@ -331,18 +331,21 @@ HEAD = "lm_head.weight"
         (change_file("config.json", "[" * 100_000), "config.json is not valid JSON"),
         (change_file("config.json", "[1]"), "config.json must be a JSON object"),
         (change_config(model_type="llama"), 'copy: config.json has model_type="llama"'),
-        (change_config(kv_lora_rank=8), "of shape (24, 32), where its config.json means (16, 32)"),
+        (
+            change_config(kv_lora_rank=8),
+            "shape (24, 32), but its config.json requires (16, 32)",
+        ),
         (change_config(num_hidden_layers=9999), "no tensor model.layers.3.input_layernorm.weight"),
-        (change_config(n_routed_experts=1 << 20), "where its config.json means (1048576, 32)"),
+        (change_config(n_routed_experts=1 << 20), "but its config.json requires (1048576, 32)"),
         (change_config(vocab_size=401), "its tokenizer has 400 tokens and its embedding 401 rows"),
         (change_config(max_position_embeddings=-1), "max_position_embeddings=-1: it must be"),
         (change_config(tie_word_embeddings=True), f"but {HEAD} differs from model.embed_tokens"),
-        (change_weights(**{NORM: None}), f"copy has no tensor {NORM}, which its config.json asks"),
+        (change_weights(**{NORM: None}), f"copy has no tensor {NORM}, which its config.json req"),
         (change_weights(**{NORM: torch.ones(3)}), f"{NORM} in "),
-        (change_weights(**{NORM: torch.ones(16).int()}), "is of type I32: only checkpoints of"),
+        (change_weights(**{NORM: torch.ones(16).int()}), "has dtype I32: only checkpoints in"),
         (change_weights(extra=torch.ones(1)), "has a tensor extra, which its config.json does not"),
         (change_weights(**{NORM: torch.full((16,), torch.nan)}), f"{NORM} in "),
-        (change_weights(**{NORM: torch.full((16,), torch.inf)}), "has values that are NaN or inf"),
+        (change_weights(**{NORM: torch.full((16,), torch.inf)}), "has NaN or infinite values"),
         (change_weights(**{HEAD: None}), f"copy has no tensor {HEAD}"),
         (
             change_weights(**{"model.layers.1.mlp.experts.gate_up_proj": torch.ones(1)}),
@@ -354,12 +357,12 @@ HEAD = "lm_head.weight"
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (pickled, "pytorch_model.bin, a pickle, which can run code"),
         (indexed(**{NORM: "lost.safetensors"}), "copy is incomplete: lost.safetensors is missing"),
-        (indexed(**{NORM: "../run/x.safetensors"}), "a file outside of itself: '../run/x.safe"),
-        (indexed(**{NORM: "/etc/passwd"}), "a file outside of itself: '/etc/passwd'"),
+        (indexed(**{NORM: "../run/x.safetensors"}), "a file outside the folder: '../run/x.safe"),
+        (indexed(**{NORM: "/etc/passwd"}), "a file outside the folder: '/etc/passwd'"),
         (indexed(**{NORM: "tokenizer.json"}), "names tokenizer.json: only safetensors files are"),
-        (indexed(**{NORM: ""}), f"has a tensor {NORM}, which {INDEX} does not list"),
+        (indexed(**{NORM: ""}), f"has a tensor {NORM}, which {INDEX} lists in no file"),
         (indexed(more="model.safetensors"), f"lacks the tensor more, which {INDEX} lists"),
-        (twice, f"other.safetensors has a tensor {NORM}, which {INDEX} places in model.safe"),
+        (twice, f"other.safetensors has a tensor {NORM}, which {INDEX} lists in model.safe"),
         (change_file(INDEX, "{}"), "has no weight_map of names to files"),
         (change_file(INDEX, '{"weight_map": {"a": 1}}'), "has no weight_map of names to files"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "copy has no tokenizer: neither"),
@@ -370,15 +373,15 @@ HEAD = "lm_head.weight"
         (link("chat_template.jinja", "c"), "chat_template.jinja is a link out of the folder"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_import_errors_name_the_cause(
     copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(copy)
-    assert message in refusal(copy)
+    assert message in import_error(copy)
 
 
 def test_links_of_the_hugging_face_cache_are_followed(copy: Path, tmp_path: Path) -> None:
-    """snapshots/REVISION has links to ../../blobs; only the tokenizer is missing here."""
+    """snapshots/REVISION has links to ../../blobs. Only the tokenizer is missing here."""
     snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -386,30 +389,30 @@ def test_links_of_the_hugging_face_cache_are_followed(copy: Path, tmp_path: Path
         if file.name != "tokenizer.json":
             file.rename(blobs / str(number))
             (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    assert "has no tokenizer" in refusal(snapshot)
+    assert "has no tokenizer" in import_error(snapshot)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"image_mean": [0.48, 0.46, 0.41]}, "preprocessor_config.json has image_mean=[0.48"),
-        ({"patch_size": 16}, "has patch_size=16, and this trainer's models have 14"),
-        ({"media_proc_cfg": {"in_patch_limit": "many"}}, "an image of at most 'many' patches"),
+        ({"patch_size": 16}, "has patch_size=16, but this trainer's models have 14"),
+        ({"media_proc_cfg": {"in_patch_limit": "many"}}, "limits images to 'many' patches"),
         ({"media_proc_cfg": {"sample_fps": -1}}, "has sample_fps=-1: it must be a number"),
     ],
 )
-def test_a_processor_that_reads_images_otherwise_is_refused(
+def test_an_unsupported_image_processor_is_an_error(
     hf: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(hf, folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert message in refusal(folder)
+    assert message in import_error(folder)
 
 
 def damage_at_random(folder: str, out: str) -> None:
-    """Any damage to any file of an export is imported, or refused in a line."""
+    """Damage files of an export, and import them."""
     source, number = Path(folder), 0
 
     @settings(deadline=None, max_examples=60)
@@ -446,27 +449,25 @@ def damage_at_random(folder: str, out: str) -> None:
     survive()
 
 
-def test_any_damage_to_any_file_is_imported_or_refused_in_a_line(
+def test_damaged_files_are_imported_or_give_a_one_line_error(
     hf: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     launch(damage_at_random, 1, str(run_folder / "hf-text"), str(tmp_path))
 
 
-def test_settings_that_contradict_the_checkpoint_and_folders_in_use_are_refused(
-    copy: Path, run_folder: Path
-) -> None:
-    line = refusal(copy, "language.num_layers=4")
-    assert line == "language.num_layers=4 was asked for, but the checkpoint has 3"
+def test_contradicting_overrides_and_used_folders_are_errors(copy: Path, run_folder: Path) -> None:
+    line = import_error(copy, "language.num_layers=4")
+    assert line == "language.num_layers=4 contradicts the checkpoint, which has 3: leave it out"
     scaled = ("factor=2", "original_max_position_embeddings=4096")
-    line = refusal(copy, *(f"language.rope_scaling.{setting}" for setting in scaled))
+    line = import_error(copy, *(f"language.rope_scaling.{setting}" for setting in scaled))
     assert "language.rope_scaling={'factor': 2.0" in line
-    assert "unknown configuration key 'language.layers'" in refusal(copy, "language.layers=4")
-    assert "cannot read" in refusal(copy.parent / "nowhere")
-    with pytest.raises(PretrainError, match="run has checkpoints already"):
+    assert "unknown configuration key 'language.layers'" in import_error(copy, "language.layers=4")
+    assert "cannot read" in import_error(copy.parent / "nowhere")
+    with pytest.raises(PretrainError, match="run has checkpoints or a config"):
         import_hf(copy, run_folder / "run")
     mine = copy.parent / "mine"
     mine.mkdir()
     (mine / "config.yaml").write_text("steps: 3")
-    with pytest.raises(PretrainError, match=r"config\.yaml exists already"):
+    with pytest.raises(PretrainError, match="mine has checkpoints or a config"):
         import_hf(copy, mine)
     assert (mine / "config.yaml").read_text() == "steps: 3"

@@ -128,8 +128,11 @@ def test_the_tokenizer_equals_that_of_the_run(hf: Path, run_dir: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(hf)
     ours = Tokenizer.load(run_dir / "tokenizer.json")
 
+    # In a text, transformers reads the names of special tokens as these, and ours as text.
+    texts = st.text(max_size=80).filter(lambda text: "<|" not in text)
+
     @settings(deadline=None, max_examples=50)
-    @given(st.text(max_size=80))
+    @given(texts)
     def agree(text: str) -> None:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ids == ours.encode(text).tolist()
