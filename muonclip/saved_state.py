@@ -32,7 +32,7 @@ class _Saved(NamedTuple):
     group: int
 
 
-def fit(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
     With names on both sides, every parameter finds its state by name, whatever the order of

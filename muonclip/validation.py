@@ -1,5 +1,4 @@
-"""Checks of options, parameters and gradients given to the optimizer. Errors name both
-what is wrong and the way out."""
+"""Validation of options, parameters and gradients. Every error names its cause and a remedy."""
 
 import inspect
 import math
@@ -15,7 +14,7 @@ from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
 from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
 from muonclip.update import WeightDecayMode
 
-# Options that a group does not keep, and those that they become in AdamW's groups.
+# Options of the constructor that groups do not keep, and the options of AdamW's groups they set.
 RESOLVED = {
     "adamw_lr": "lr",
     "adamw_weight_decay": "weight_decay",
@@ -31,7 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 class Entry(NamedTuple):
-    """A parameter on its way into a group; ``label`` is what errors call it."""
+    """A parameter to add to a group; ``label`` identifies it in errors."""
 
     name: str | None
     param: Tensor
@@ -39,7 +38,7 @@ class Entry(NamedTuple):
 
 
 def label(group: Mapping[str, Any], index: int) -> str:
-    """Name of a parameter in errors: its own, or its place in its group."""
+    """Identify a parameter in errors: by its name, or by its position in its group."""
     names = group.get("param_names", [])
     if index < len(names):
         return f"parameter {names[index]!r}"
@@ -47,14 +46,14 @@ def label(group: Mapping[str, Any], index: int) -> str:
 
 
 def label_of(group: Mapping[str, Any], param: Tensor) -> str:
-    """The label of a parameter of a group."""
+    """Identify a parameter of a group in errors."""
     return label(group, next(i for i, p in enumerate(group["params"]) if p is param))
 
 
 # ---------------------------------------------------------------------- options
 
 
-def options(values: Mapping[str, Any]) -> None:
+def check_options(values: Mapping[str, Any]) -> None:
     """Raise for an option out of range, naming it."""
     capturable = values["capturable"]
     for option in (
@@ -128,13 +127,13 @@ def _number(option: str, value: Any) -> None:
         raise TypeError(f"{option} must be a number, got {type(value).__name__}")
 
 
-def group(process_group: Any) -> None:
+def check_process_group(process_group: Any) -> None:
     """Raise unless this is None or a process group that this rank is in."""
     if process_group is None or isinstance(process_group, torch.distributed.ProcessGroup):
         return
     if isinstance(process_group, int):  # dist.new_group returns it on all other ranks
         raise ValueError(
-            "this rank is not in process_group: make the optimizer on the ranks of the group only"
+            "this rank is not in process_group: construct the optimizer only on the group's ranks"
         )
     raise TypeError(
         "process_group must be a torch.distributed.ProcessGroup (of a DeviceMesh: "
@@ -145,8 +144,13 @@ def group(process_group: Any) -> None:
 # ---------------------------------------------------------------------- parameters
 
 
-def entries(params: Any, group_index: int) -> list[Entry]:
-    """The tensors of a group, with their names where given, checked one by one."""
+def check_parameters(params: Any, group_index: int) -> list[Entry]:
+    """Validate the parameters of a group.
+
+    Args:
+        params: a tensor, or an ordered iterable of tensors or (name, tensor) pairs.
+        group_index: the number of the group, for errors.
+    """
     if isinstance(params, Tensor):
         params = [params]
     if isinstance(params, (set, frozenset)):
@@ -189,8 +193,8 @@ def _may_overlap(param: Tensor) -> bool:
     return False
 
 
-def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for a parameter that is there already, or names where the others have none."""
+def check_new_parameters(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for a parameter that is in a group already, or if only some parameters have names."""
     known = {id(p) for group in groups for p in group["params"]}
     for entry in added:
         if id(entry.param) in known:
@@ -204,11 +208,11 @@ def new_entries(added: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> 
             )
 
 
-def splittable() -> None:
-    """Raise for a group that may become two where torch's ZeroRedundancyOptimizer makes it.
+def check_may_split() -> None:
+    """Raise if torch's ZeroRedundancyOptimizer is constructing the optimizer.
 
-    It matches its own groups with the optimizer's by place, and on a rank whose share has one kind
-    of parameters only it would not even notice.
+    It matches its own groups with the optimizer's by position, which fails once a group is split by
+    algorithm; on a rank whose share has parameters of one kind only, it would not even notice.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -221,21 +225,21 @@ def splittable() -> None:
         frame = frame.f_back
 
 
-def divide(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
-    """The entries by algorithm: all in the named one, or each by ``choose_algorithm``."""
+def split_by_algorithm(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
+    """Group parameters by algorithm: the given one, or each by ``choose_algorithm``."""
     if algorithm not in (None, *get_args(Algorithm)):
         first = members[0].label if members else "an empty group"
         raise ValueError(f"algorithm must be 'muon' or 'adamw', got {algorithm!r} for {first}")
     if algorithm is not None or not members:
         return {algorithm or "muon": members}
-    divided: dict[Algorithm, list[Entry]] = {}
+    by_algorithm: dict[Algorithm, list[Entry]] = {}
     for entry in members:
-        divided.setdefault(choose_algorithm(entry.param, entry.name)[0], []).append(entry)
-    return divided
+        by_algorithm.setdefault(choose_algorithm(entry.param, entry.name)[0], []).append(entry)
+    return by_algorithm
 
 
-def matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) -> None:
-    """Raise unless a parameter, of which this is the whole's shape, is one or more matrices."""
+def check_matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) -> None:
+    """Raise unless a parameter is one or more matrices; ``shape`` is that of the whole one."""
     if math.prod(shape) == 0:
         raise ValueError(f"{entry.label} has no elements: leave it out")
     try:
@@ -247,18 +251,18 @@ def matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) ->
         ) from None
 
 
-def resolved(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise for an option that a group does not read, unless it has the constructor's value."""
-    for option, becomes in RESOLVED.items():
+def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise for an option that has no effect on a group, unless it has the constructor's value."""
+    for option, effective in RESOLVED.items():
         if option in group and group[option] is not defaults[option]:
             raise ValueError(
-                f"{option} has no effect on a group of the optimizer: set {becomes} of the groups "
-                "whose algorithm is 'adamw'"
+                f"{option} has no effect on a group of the optimizer: set {effective} of the "
+                "groups whose algorithm is 'adamw'"
             )
 
 
-def has_gradients(group: Mapping[str, Any]) -> None:
-    """Raise for a trained parameter without a gradient, while a CUDA graph is captured."""
+def check_has_gradients(group: Mapping[str, Any]) -> None:
+    """Raise for a trained parameter without a gradient, to call while a CUDA graph is captured."""
     for index, p in enumerate(group["params"]):
         if p.requires_grad and p.grad is None:
             raise RuntimeError(
@@ -268,14 +272,14 @@ def has_gradients(group: Mapping[str, Any]) -> None:
             )
 
 
-def changed(
+def check_changed_parameter(
     group: Mapping[str, Any], index: int, before: torch.Size | None, shape: tuple[int, ...]
 ) -> None:
-    """Raise for a parameter that cannot be updated as it is now.
+    """Raise for a parameter that was replaced, or changed its shape, and cannot be updated.
 
     Args:
-        group, index: its place.
-        before: its shape when it was added; None for another tensor in its place.
+        group, index: the group of the parameter, and its position there.
+        before: its shape when it was added; None for a tensor that replaced another.
         shape: of the whole parameter.
     """
     param, name = group["params"][index], label(group, index)
@@ -285,15 +289,14 @@ def changed(
     if before is not None and before != param.shape:
         raise ValueError(
             f"{name} has changed its shape from {tuple(before)} to {tuple(param.shape)} since the "
-            "optimizer was made: make the optimizer of the model as it is trained, after wrapping, "
-            "sharding and resizing it"
+            "optimizer was constructed: wrap, shard and resize the model before"
         )
     if before is None and group["algorithm"] == "muon":
-        matrix(Entry(None, param, text), shape, group["layout"])
+        check_matrix(Entry(None, param, text), shape, group["layout"])
 
 
-def gradients(group: Mapping[str, Any]) -> None:
-    """Raise for a gradient of the wrong kind."""
+def check_gradients(group: Mapping[str, Any]) -> None:
+    """Raise for a sparse gradient."""
     for index, p in enumerate(group["params"]):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(

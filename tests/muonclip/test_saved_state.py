@@ -250,28 +250,6 @@ def test_an_option_out_of_range_is_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_a_state_whose_groups_keep_adamws_betas() -> None:
-    """Groups once had ``adamw_betas``, and AdamW's had Muon's momentum."""
-    params = parameters()
-    optimizer = MuonClip(params.items(), adamw_betas=(0.8, 0.99), momentum=0.7)
-    train(optimizer, params)
-    saved = optimizer.state_dict()
-    for group in saved["param_groups"]:
-        group |= {"momentum": 0.7, "adamw_betas": (0.8, 0.99)}
-        group.pop("adamw_beta2", None)
-    twin_params = copy.deepcopy(params)
-    twin = MuonClip(twin_params.items())
-    twin.load_state_dict(saved)
-    for ours, theirs in zip(optimizer.param_groups, twin.param_groups, strict=True):
-        assert {k: v for k, v in ours.items() if k != "params"} == {
-            k: v for k, v in theirs.items() if k != "params"
-        }
-    train(optimizer, params, seed=1)
-    train(twin, twin_params, seed=1)
-    for ours, theirs in zip(params.values(), twin_params.values(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_steps_that_are_numbers_are_loaded_under_another_default_device() -> None:
     params = parameters()
     optimizer = MuonClip(params.items())
