@@ -336,7 +336,7 @@ def _here() -> Any:
 def _prepared(job: Job) -> tuple[Any, Any, Any]:
     """Process group, data and configuration of the trainer."""
     from pretrain import config
-    from pretrain.train import prepare_data
+    from pretrain.setup import prepare_data
 
     size = job.size
     settings = config.load(

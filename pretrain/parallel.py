@@ -1,4 +1,11 @@
-"""The processes of a run: their groups, their devices, and leaving together."""
+"""The processes of a run: joining, process groups, and errors on all ranks.
+
+A new kind of parallelism starts here. Its size is a setting of
+:class:`~pretrain.config.ParallelConfig`, which also derives the sizes of the groups. :func:`start`
+passes it to megatron-core and stores this rank's position in a :class:`ParallelContext`.
+:mod:`pretrain.model.weights` says which weights it splits, :mod:`pretrain.batches` which sequences
+a rank reads, and :mod:`pretrain.plan` what it costs.
+"""
 
 import math
 import os
@@ -21,23 +28,23 @@ from pretrain.runtime import cpu
 
 T = TypeVar("T")
 
-# A process that has died is noticed at once; this is for one that takes its time.
-_PATIENCE = timedelta(days=365)
-# The watchdog, which shows where ranks are stuck, comes before the groups' own limit.
+# Practically none: a slow process may take its time, and one that has died is noticed at once.
+_NO_TIMEOUT = timedelta(days=365)
+# Collectives time out after the watchdog, which reports where ranks are stuck.
 _AFTER_WATCHDOG = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this rank stands.
+    """The position of this rank in the parallelism of a run.
 
     Attributes:
         rank, world_size: among all processes.
-        data_rank, data_size: which share of a global batch is this rank's.
-        expert_rank: which share of the experts is this rank's.
-        tensor_rank, tensor_size: which part of each cut matrix is this rank's.
-        first_stage, last_stage: whether it takes in the batch; whether it computes the loss.
-        device: where its tensors live.
+        data_rank, data_size: share of the global batch.
+        expert_rank: share of the experts.
+        tensor_rank, tensor_size: shard of each tensor-parallel weight.
+        first_stage: whether this rank is in the first pipeline stage, which reads the images.
+        device: the device of its tensors.
         patient_group: all ranks over gloo, without a time limit.
     """
 
@@ -49,7 +56,6 @@ class ParallelContext:
     tensor_rank: int
     tensor_size: int
     first_stage: bool
-    last_stage: bool
     device: torch.device
     patient_group: dist.ProcessGroup | None = None
 
@@ -59,10 +65,10 @@ class ParallelContext:
 
 
 def world_size() -> int:
-    """Processes that the launcher started; 1 without a launcher.
+    """Number of processes that the launcher started; 1 without a launcher.
 
     Raises:
-        PretrainError: WORLD_SIZE is not a number.
+        PretrainError: the environment variable WORLD_SIZE is not a number.
     """
     return _from_environment("WORLD_SIZE", 1)
 
@@ -74,14 +80,14 @@ def _from_environment(name: str, default: int) -> int:
     return int(text)
 
 
-def join(timeout: timedelta = _PATIENCE) -> None:
-    """Join the other processes, or be a group of one; a process group that exists is used.
+def join(timeout: timedelta = _NO_TIMEOUT) -> None:
+    """Create the default process group, of one process without a launcher, unless it exists.
 
     Args:
-        timeout: of its collectives.
+        timeout: time limit of its collectives.
 
     Raises:
-        PretrainError: the others cannot be reached.
+        PretrainError: the other processes cannot be reached.
     """
     if cpu.USE_CUDA:
         torch.cuda.set_device(_from_environment("LOCAL_RANK", 0))
@@ -94,8 +100,8 @@ def join(timeout: timedelta = _PATIENCE) -> None:
     try:
         store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's c10d rendezvous has one store for all restarts of a node, in which
-            # the addresses of processes that are gone would be found.
+            # torchrun's c10d rendezvous uses one store for all restarts of a node. It contains
+            # the addresses of processes that no longer exist.
             store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:  # torch's errors are RuntimeErrors
@@ -106,25 +112,25 @@ def join(timeout: timedelta = _PATIENCE) -> None:
             f"rank {rank_name} cannot join the other processes at {where} ({reason}): check that "
             "all of them were started, and that no other job uses the port"
         )
-        if rank_name != "0":  # the command line prints rank 0's errors, as those of all
+        if rank_name != "0":  # the command line prints only rank 0's errors, as those of all
             print(f"error: {failure}", file=sys.stderr, flush=True)
         raise failure from error
 
 
 def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> ParallelContext:
-    """Join the other processes and set up megatron-core's groups.
-
-    Started by torchrun, or as a single process without it.
+    """Join the other processes and create megatron-core's process groups.
 
     Args:
-        hang_seconds: ``faults.hang_seconds``: collectives fail a while after the watchdog would
-            have ended the process; 0: they wait for as long as it takes.
+        parallel: sizes of the groups.
+        seed: seed of megatron-core's random states.
+        hang_seconds: ``faults.hang_seconds``. Collectives time out a while after the watchdog
+            ends the process; 0: never.
 
     Raises:
-        PretrainError: the others cannot be reached.
+        PretrainError: the other processes cannot be reached.
     """
     cpu.enable()
-    timeout = timedelta(seconds=hang_seconds) + _AFTER_WATCHDOG if hang_seconds else _PATIENCE
+    timeout = timedelta(seconds=hang_seconds) + _AFTER_WATCHDOG if hang_seconds else _NO_TIMEOUT
     join(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -146,34 +152,37 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
-        last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         device=torch.device("cuda", torch.cuda.current_device())
         if cpu.USE_CUDA
         else torch.device("cpu"),
-        patient_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
+        patient_group=dist.new_group(backend="gloo", timeout=_NO_TIMEOUT),
     )
 
 
 def require_same(what: str, value: str) -> None:
-    """Refuse to go on where ranks were told different things, such as two versions of a file.
+    """Compare a value, such as the content of a file, on all ranks.
+
+    Args:
+        what: name of the value, for the message.
 
     Raises:
-        PretrainError: on every rank, naming ``what`` and the ranks that differ from rank 0.
+        PretrainError: on every rank, if any differs from rank 0; names those ranks.
     """
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    others = [str(rank) for rank, theirs in enumerate(values) if theirs != values[0]]
-    if others:
+    different = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+    if different:
         raise PretrainError(
-            f"{what} is not the same on all ranks: {', '.join(others)} of {len(values)} differ "
-            "from rank 0; start them all from one file"
+            f"{what} is not the same on all ranks: {', '.join(different)} of {len(values)} differ "
+            "from rank 0; start all of them with the same file"
         )
 
 
 def stop() -> None:
-    """Leave megatron-core's groups and the process group, if they were joined.
+    """Destroy megatron-core's groups and the process group, if they exist.
 
-    What :func:`start` changed in torch for a CPU is as before; models built since are of no use.
+    Also undoes the changes that :func:`start` made to torch for a CPU; models built since then no
+    longer work.
     """
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -182,24 +191,25 @@ def stop() -> None:
 
 
 def max_over_ranks(*values: int) -> list[int]:
-    """The greatest of each value (0 to 255) over all ranks, which all call it."""
+    """The maximum of each value (0 to 255) over all ranks; every rank calls this."""
     device = "cuda" if cpu.USE_CUDA else "cpu"
-    found = torch.tensor(values, dtype=torch.uint8, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return [int(value) for value in found.tolist()]
+    maxima = torch.tensor(values, dtype=torch.uint8, device=device)
+    dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return [int(value) for value in maxima.tolist()]
 
 
 def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise the first rank's error on every rank, or nothing if no rank has one.
+    """Raise the error of any rank on every rank.
 
-    For steps that can fail on one rank alone (reading its files, say): all ranks call it after
-    the step, and none is left waiting in a collective for one that has gone.
+    Every rank calls this after an action that can fail on a single rank, such as reading a file,
+    so that no rank waits in a collective for one that has ended.
 
     Args:
-        group: of all ranks, in place of the default one.
+        error: this rank's error; None if it has none.
+        group: a process group of all ranks; default: the default group.
 
     Raises:
-        PretrainError: with the message of the lowest rank that had an error.
+        PretrainError: with the message of the lowest rank that has an error.
     """
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error), group=group)
@@ -209,10 +219,16 @@ def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None 
 
 
 def call_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do something on every rank that can fail on one alone; returns its result on this rank.
+    """Call a function on every rank; if it fails on any rank, raise the error on all of them.
+
+    Args:
+        group: a process group of all ranks; default: the default group.
+
+    Returns:
+        The result of this rank.
 
     Raises:
-        PretrainError: with the message of the lowest rank that had an error.
+        PretrainError: with the message of the lowest rank that has an error.
     """
     failure: Exception | None = None
     try:

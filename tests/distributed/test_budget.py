@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain import batches, step
 from pretrain.build import Run, build
 from pretrain.plan import budget
-from pretrain.train import set_up
+from pretrain.setup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 

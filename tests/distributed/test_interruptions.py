@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pretrain import batches, parallel, train
+from pretrain import batches, parallel, setup
 from pretrain.checkpoint import storage
 from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
@@ -163,17 +163,17 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
 
 def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
     settings = training.tiny(folder, *BRIEF)
-    context = train.join(settings)
+    context = setup.join(settings)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
-    open_data = train.open_data
+    open_data = setup.open_data
 
     def slowly(*arguments: Any) -> Any:
         if context.is_main:
             time.sleep(8)
         return open_data(*arguments)
 
-    train.open_data = slowly
-    train.prepare_data(settings, context)
+    setup.open_data = slowly
+    setup.prepare_data(settings, context)
     return context.rank
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain.build import build
 from pretrain.config import LanguageConfig
 from pretrain.model.weights import TensorShard, language_weights, vision_weights
-from pretrain.train import set_up
+from pretrain.setup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 

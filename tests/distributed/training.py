@@ -18,7 +18,8 @@ from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.metrics import METRICS, read
 from pretrain.plan.flops import flops_per_token
-from pretrain.train import set_up, train
+from pretrain.setup import set_up
+from pretrain.train import train
 
 TINY = """
 steps: 20

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.checkpoint.imported import ImportedSettings
+from pretrain.setup import set_up
 from pretrain.step import train_step
-from pretrain.train import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.saved_run import SHAPE, Made
