@@ -277,10 +277,10 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         settings = config.load(options.config, options.overrides)
         if options.command == "plan":
-            from pretrain.plan import budget
+            from pretrain.plan import format_plan, plan
 
-            found = budget.plan(settings, options.processes, options.image_patches)
-            print(json.dumps(found) if options.json else budget.table(found, options.memory))
+            found = plan(settings, options.processes, options.image_patches)
+            print(json.dumps(found) if options.json else format_plan(found, options.memory))
             return 0
         from pretrain import train
 

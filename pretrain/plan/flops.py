@@ -1,44 +1,105 @@
-"""Floating-point operations of the model, counted from its shapes.
+"""Floating-point operations of the model, counted from the shapes of its weights.
 
-Two for each multiplication and addition in a matrix product; norms, activations and softmax are
-small beside them. Model FLOPs as in PaLM (arXiv 2204.02311, appendix B): what the mathematics of a
-step needs, so that work done again to save memory (DEP's second forward, activation recompute) is
-not counted, and utilisation falls where it is done.
+A matrix product has two for each multiplication and addition; norms, activations and softmax are
+small in comparison and not counted. Model FLOPs are those that the mathematics of a step needs, as
+in PaLM (arXiv 2204.02311, appendix B): work that is repeated to save memory (the second forward of
+the encoder process, activation recomputation) does not count, and lowers the utilisation.
 """
 
-from pretrain.config import LanguageConfig
+import math
 
-# A backward pass multiplies each output's gradient with the weights and with the inputs.
+from pretrain.config import Config, LanguageConfig
+from pretrain.encoder_process.cost import CostModel, analytic_cost
+from pretrain.model.weights import language_weights
+from pretrain.plan.parameters import active_numel
+from pretrain.plan.ranks import Ranks
+from pretrain.plan.recompute import recomputed_layers, recomputed_parts
+from pretrain.plan.workload import Images, tokens_per_step
+
+# A backward pass multiplies every output's gradient by the weights and by the inputs.
 FORWARD_AND_BACKWARD = 3
 
 
-def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: int) -> float:
-    """Of a forward pass of the language model, a token of a full sequence.
+def forward_flops(
+    config: LanguageConfig, vocab_size: int, keys_per_query: float
+) -> dict[tuple[int, str], float]:
+    """FLOPs per token of a forward pass of the language model.
 
-    Attention is counted as causal: a token meets itself and those before it, (``seq_length`` + 1)
-    / 2 on average. That packed documents do not see each other is not counted.
+    Returns:
+        FLOPs by (layer, part). The parts are the components of the catalogue of weights, and
+        ``scores``: the products of queries with keys and of attention weights with values.
     """
-    hidden, heads = config.hidden_size, config.num_heads
-    qk_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    attention = (
-        hidden * config.q_lora_rank
-        + config.q_lora_rank * heads * qk_dim
-        + hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        + heads * config.v_head_dim * hidden
-        + heads * (qk_dim + config.v_head_dim) * (seq_length + 1) / 2
+    heads = config.num_heads
+    head_dims = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    flops = {
+        (layer, "scores"): 2.0 * heads * head_dims * keys_per_query
+        for layer in range(config.num_layers)
+    }
+    for weight in language_weights(config, vocab_size, experts=range(1)):
+        if weight.layer is not None and len(weight.shape) == 2:
+            key = weight.layer, weight.component
+            flops[key] = flops.get(key, 0.0) + 2.0 * active_numel(config, weight)
+    return flops
+
+
+def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: int) -> float:
+    """Model FLOPs per token of a forward pass of the language model on full sequences.
+
+    Attention is causal: a token attends to (``seq_length`` + 1) / 2 tokens on average. Packed
+    documents, which do not attend to each other, are counted as one.
+    """
+    return sum(forward_flops(config, vocab_size, (seq_length + 1) / 2).values())
+
+
+def encoder_forward_flops(cost: CostModel, images: Images) -> float:
+    """FLOPs of a forward pass of encoder and projector over the images of a step."""
+    pairs = images.patches * images.patches_per_image
+    return (
+        cost.per_patch * images.patches
+        + cost.per_feature * images.features
+        + (cost.per_pair * pairs)
     )
-    # Gate, up and down.
-    dense = 3 * hidden * config.ffn_hidden_size
-    experts = (
-        hidden * config.num_experts
-        + 3 * hidden * config.expert_ffn_hidden_size * config.experts_per_token
-        + 3 * hidden * config.shared_expert_ffn_hidden_size
+
+
+def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
+    """FLOPs of a step on all ranks by purpose: as executed, their ``total``, and ``model`` FLOPs.
+
+    As executed, attention computes the scores of all pairs of tokens, masked or not.
+    """
+    language, tokens = config.language, tokens_per_step(config)
+    executed = forward_flops(language, config.data.vocab_size, config.data.seq_length)
+    forward = sum(executed.values())
+    scores = sum(flops for (_, part), flops in executed.items() if part == "scores")
+    whole_layers = {
+        layer
+        for chunks in ranks.stages
+        for chunk in chunks
+        for layer in recomputed_layers(config, chunk)
+    }
+    parts = recomputed_parts(config)
+    recomputed = math.fsum(
+        flops
+        for (layer, part), flops in executed.items()
+        if (layer in whole_layers and part != "output head") or part in parts
     )
-    multiplications = (
-        config.num_layers * attention
-        + config.dense_layers * dense
-        + (config.num_layers - config.dense_layers) * experts
-        + hidden * vocab_size
-    )
-    return 2.0 * multiplications
+    vision = config.vision
+    cost = analytic_cost(vision, language.hidden_size)
+    encoder = encoder_forward_flops(cost, images)
+    patch_embedding = 2.0 * 3 * vision.patch_size**2 * vision.hidden_size * images.patches
+    flops = {
+        "language forward": tokens * (forward - scores),
+        "attention forward": tokens * scores,
+        "language backward": 2 * tokens * forward,
+        "language recompute": tokens * recomputed,
+        "encoder forward": encoder,
+        "encoder backward": 2 * encoder - patch_embedding,  # pixels have no gradient
+        "encoder recompute": encoder if config.encoder_process.enabled else 0.0,
+        # The max logits of all heads, for QK-Clip: one of attention's two products.
+        "encoder logits": cost.per_pair / 2 * images.patches * images.patches_per_image,
+    }
+    per_token = flops_per_token(language, config.data.vocab_size, config.data.seq_length)
+    return {
+        **flops,
+        "total": sum(flops.values()),
+        "model": FORWARD_AND_BACKWARD * (tokens * per_token + encoder),
+    }

@@ -15,7 +15,7 @@ from pretrain.config import rules, yaml_core
 from pretrain.config.rules import In, PathRule, Settings
 from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
-from pretrain.plan import budget
+from pretrain.plan import plan
 
 
 def settings(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,7 +87,7 @@ def test_boundary_values_load_and_can_be_planned(key: str, empty: Path) -> None:
         loaded = config.load(empty, [*WITH.get(key, []), override(key, value)])
         if max(loaded.language.num_layers, loaded.vision.num_layers) < 10000:  # takes seconds
             try:
-                budget.plan(loaded)
+                plan(loaded)
             except PretrainError as error:
                 assert "\n" not in str(error)
 

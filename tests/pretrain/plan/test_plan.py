@@ -1,4 +1,4 @@
-"""Plans of the shipped configurations, of images, and what is said of what does not fit."""
+"""Plans of the shipped configurations and of images; configurations that do not fit."""
 
 import json
 
@@ -12,13 +12,17 @@ from pretrain.config import VisionConfig
 from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import observers_disabled
-from pretrain.plan import budget
+from pretrain.plan.flops import encoder_forward_flops
+from pretrain.plan.memory import chunk_activations, encoder_activations, step_memory
+from pretrain.plan.parameters import trained_weights
+from pretrain.plan.ranks import ranks_of
+from pretrain.plan.workload import Images, images_per_step
 
 KIMI = "configs/kimi_k25.yaml"
 
 
 def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its config.json gives 1.026 T, of which a token uses 31.7 B without the embedding's table
+    """Its config.json gives 1.026 T, of which each token uses 31.7 B without the embedding's table
     (32.9 B with it); the report rounds to 1.04 T and 32.6 B (arXiv 2507.20534, table 2)."""
     assert cli.main(["plan", KIMI, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -33,7 +37,7 @@ def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixt
     assert all(stage["total"] < 74 * 2**30 for stage in found["memory"])
 
 
-def test_what_is_planned_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "configs/h200.yaml", "--memory", "131"]) == 0
     assert "  fits in 131 GiB" in capsys.readouterr().out
     assert cli.main(["plan", "configs/h200.yaml", "--memory", "80"]) == 0
@@ -51,48 +55,60 @@ def test_what_is_planned_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]
         (["--memory", "0"], "memory must be > 0 GiB, not 0"),
     ],
 )
-def test_what_does_not_fit_is_told_as_the_trainer_tells_it(
+def test_a_configuration_that_does_not_fit_is_refused_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", KIMI, *arguments]) == 1
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_of_images_that_go_through_the_encoder_apart_the_memory_of_one_is_planned() -> None:
-    """However few patches are allowed at a time, or however many ranks share the step's images."""
-    few = ["encoder_process.max_patches=16", "vision.num_layers=60", "micro_batch_size=1"]
+def test_the_encoder_process_needs_memory_for_at_least_one_image() -> None:
+    """However few patches are encoded at a time, and however many ranks share the images."""
+    overrides = ["encoder_process.max_patches=16", "vision.num_layers=60", "micro_batch_size=1"]
     for processes in (2, 32):
-        settings = config.load("configs/laptop.yaml", few)
-        place = budget.layout(settings, processes)
-        pictures = budget.images(settings, 128)
-        assert pictures.patches / 32 < 128 < pictures.patches / 2
-        one = budget.encoder_activations(settings, 128)
-        backbone = budget.memory(settings, place, budget.Images(128, 0.0))[0]["activations"]
-        planned = budget.memory(settings, place, pictures)[0]["activations"]
-        assert planned == one > backbone
+        settings = config.load("configs/laptop.yaml", overrides)
+        ranks = ranks_of(settings, processes)
+        images = images_per_step(settings, 128)
+        assert images.patches / 32 < 128 < images.patches / 2
+        one_image = encoder_activations(settings, 128)
+        backbone = step_memory(settings, ranks, Images(128, 0.0))[0]["activations"]
+        assert step_memory(settings, ranks, images)[0]["activations"] == one_image > backbone
 
 
-def test_of_text_alone_no_images_and_no_state_of_the_encoder_are_planned() -> None:
-    """As the trainer has it, which then leaves the encoder as it is, whatever the vision share."""
-    found = {}
-    for kind in ("standard_library", "images"):
-        settings = config.load(
-            "configs/laptop.yaml",
-            [f"data.sources=[{{type: {kind}{', path: x' if kind == 'images' else ''}}}]"],
-        )
-        pictures = budget.images(settings)
-        assert (pictures.features > 0) == (kind == "images")
-        found[kind] = budget.memory(settings, budget.layout(settings, 2), pictures)[0]
-    tower = [weight for weight in budget.weights(settings) if weight.vision]
-    state = sum(4 * (w.numel if w.muon else 2 * w.numel + 1) for w in tower)
-    text, both = found["standard_library"], found["images"]
+def test_text_only_data_needs_no_images_and_no_optimizer_state_of_the_encoder() -> None:
+    """Whatever the vision share, the trainer does not update the encoder then."""
+    memory = {}
+    for source in ("standard_library", "images"):
+        path = ", path: x" if source == "images" else ""
+        override = f"data.sources=[{{type: {source}{path}}}]"
+        settings = config.load("configs/laptop.yaml", [override])
+        images = images_per_step(settings)
+        assert (images.features > 0) == (source == "images")
+        memory[source] = step_memory(settings, ranks_of(settings, 2), images)[0]
+    encoder = [weight for weight in trained_weights(settings) if weight.layer is None]
+    state = sum(4 * (w.numel if w.optimizer == "muon" else 2 * w.numel + 1) for w in encoder)
+    text, both = memory["standard_library"], memory["images"]
     assert both["optimizer state"] - text["optimizer state"] == state
     assert both["weights"] == text["weights"] and text["images"] == 0
 
 
-def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> None:
-    """Exact but for the resizing of the position table; kept activations within 5 %."""
+def test_selective_recompute_trades_kept_activations_for_recomputed_ones() -> None:
+    every = ("core_attn", "mlp", "moe", "shared_experts")
+    kept, recomputed = {}, {}
+    for module in ("none", *every):
+        overrides = ["recompute.granularity=selective", f"recompute.modules=[{module}]"]
+        settings = config.load("configs/laptop.yaml", overrides if module != "none" else [])
+        ranks = ranks_of(settings)
+        (chunk,) = ranks.stages[0]
+        kept[module], recomputed[module] = chunk_activations(settings, chunk, ranks)
+    assert recomputed["none"] == 0
+    assert all(kept[module] < kept["none"] and recomputed[module] > 0 for module in every)
+    assert kept["moe"] < kept["shared_experts"]
+
+
+def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path: object) -> None:
+    """Exact except for the resizing of the position table; kept activations within 5 %."""
     shape = VisionConfig(
         num_layers=3, hidden_size=64, num_heads=4, ffn_hidden_size=136, position_grid=2
     )
@@ -100,7 +116,7 @@ def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> Non
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     grids = torch.tensor([[1, 8, 8]] * 6)
-    pictures = budget.Images(64, 6 * 16)
+    images = Images(64, 6 * 16)
     patches = torch.zeros(6 * 64, 3 * shape.patch_size**2, dtype=torch.uint8)
     seen: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in tower.parameters()}
     alive = []
@@ -123,12 +139,12 @@ def test_the_encoder_computes_and_keeps_what_is_planned(tmp_path: object) -> Non
     both = flops.get_total_flops()
     cost = analytic_cost(shape, hidden)
     resize = 2 * 64 * (8 * 2 * 2 + 8 * 2 * 8)
-    expected = pictures.forward_flops(cost)
+    expected = encoder_forward_flops(cost, images)
     assert forward == expected + resize
-    assert both == 3 * (expected + resize) - 2 * pictures.patches * 588 * 64 - resize
+    assert both == 3 * (expected + resize) - 2 * images.patches * 588 * 64 - resize
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tower(patches, grids)
     settings = config.Config(vision=shape, language=config.LanguageConfig(hidden_size=hidden))
-    planned = budget.encoder_activations(settings, pictures.patches)
+    planned = encoder_activations(settings, images.patches)
     assert planned == pytest.approx(sum(seen.values()), rel=0.05)

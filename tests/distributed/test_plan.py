@@ -1,4 +1,4 @@
-"""What is planned without allocating is what a built model has, keeps, computes and sends."""
+"""The plan of a configuration equals what a built model has, keeps, computes and sends."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, step
 from pretrain.build import Run, build
-from pretrain.plan import budget
+from pretrain.plan import plan
+from pretrain.plan.memory import chunk_activations, head_activations
+from pretrain.plan.ranks import ranks_of
 from pretrain.setup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 
-# No images: the encoder has a test of its own. Sizes that differ, so that none stands for another.
+# No images: tests/pretrain/plan has a test of the encoder. Different sizes, so that none passes for
+# another one.
 SHAPE = (
     "peak_tflops=1",
     "data.vision_share=0",
@@ -38,7 +41,7 @@ SHAPE = (
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this rank sends, collectives counted as rings send them, by what it is called."""
+    """Bytes that this rank sends, by operation; collectives count as rings send them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class Sent(TorchDispatchMode):
         while isinstance(parts, list) and isinstance(parts[0], list):
             (parts,) = parts
         sizes = parts if isinstance(parts, list) else [parts]
-        if name == "alltoall_base_":  # what is not its own, by the splits
+        if name == "alltoall_base_":  # all but its own part, by the splits
             _, given, _, _, splits = args[:5]
             own = splits[group.rank()] if splits else len(given) / ranks
             rows = len(given) - own
@@ -72,7 +75,7 @@ class Sent(TorchDispatchMode):
         self.sent[kind] += twice * sum(map(_size, sizes)) * (ranks - 1) / ranks
 
 
-# The operation, and the argument that holds all parts together.
+# Kind of operation, and the position of the argument with all parts.
 _RINGS = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
@@ -98,37 +101,33 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list[dict[str, Any]]:
-    """A real step in each of some settings: what this rank has, keeps, computes and sends."""
-    found = []
-    here, data = set_up(training.tiny(folder, *overrides))
-    for more in every:
-        settings = training.tiny(folder, *overrides, *more)
-        run = build(settings, here, data)
-        micro_batches = batches.for_step(settings, here, data, 1)
+def measure(
+    folder: str, variations: list[tuple[str, ...]], *overrides: str
+) -> list[dict[str, Any]]:
+    """Measure a real step of each variation: what this rank has, keeps, computes and sends."""
+    results = []
+    context, data = set_up(training.tiny(folder, *overrides))
+    for variation in variations:
+        settings = training.tiny(folder, *overrides, *variation)
+        run = build(settings, context, data)
+        micro_batches = batches.for_step(settings, context, data, 1)
         kept = Kept(run)
-        with (
-            Sent() as step_messages,
-            kept,
-            FlopCounterMode(display=False) as flops,
-        ):
+        with Sent() as step_traffic, kept, FlopCounterMode(display=False) as flops:
             step.forward_backward(run, micro_batches)
         gradients = sum(_size(p.grad) for _, p in run.parameters() if p.grad is not None)
         step.drop_encoder_gradients(run)
-        with Sent() as optimizer_messages:
+        with Sent() as optimizer_traffic:
             run.optimizer.step()
         algorithms = {
             parameter: group["algorithm"]
             for group in run.optimizer.param_groups
             for parameter in group["params"]
         }
-        found.append(
+        results.append(
             {
                 "parameters": {
                     name: (
-                        tuple(
-                            run.shards[name].whole_shape(p.shape) if name in run.shards else p.shape
-                        ),
+                        p.numel() * (run.shards[name].size if name in run.shards else 1),
                         algorithms[p],
                     )
                     for name, p in run.parameters()
@@ -142,20 +141,20 @@ def measured(folder: str, every: list[tuple[str, ...]], *overrides: str) -> list
                 ),
                 "kept": kept.size,
                 "flops": flops.get_total_flops(),
-                "sent": step_messages.sent,
-                "sent by the optimizer": sum(optimizer_messages.sent.values()),
+                "sent": step_traffic.sent,
+                "sent by the optimizer": sum(optimizer_traffic.sent.values()),
             }
         )
-    return found
+    return results
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps from forward to backward, but for the parameters."""
+    """Bytes that autograd keeps from forward to backward, without the parameters."""
 
     def __init__(self, run: Run) -> None:
         self.size = 0
         seen = {p.untyped_storage()._cdata for _, p in run.parameters()}
-        alive: list[Tensor] = []  # so that no storage's place is taken by another
+        alive: list[Tensor] = []  # so that no address is used twice
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -169,49 +168,49 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(keep, lambda tensor: tensor)
 
 
-LAYOUTS = [
-    (1, ()),
-    (2, ("parallel.pipeline=2", "parallel.interleave=2", "language.num_layers=5")),
-    (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
-    (4, ("parallel.tensor=2",)),
-]
-
-
-@pytest.mark.parametrize(("world_size", "overrides"), LAYOUTS)
-def test_a_plan_is_what_a_built_model_has_and_does(
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ()),
+        (2, ("parallel.pipeline=2", "parallel.interleave=2", "language.num_layers=5")),
+        (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
+        (4, ("parallel.tensor=2",)),
+    ],
+)
+def test_the_plan_equals_what_a_built_model_has_and_does(
     folder: Path, world_size: int, overrides: tuple[str, ...]
 ) -> None:
-    """Exact, but for messages that depend on who is sent to which expert, and on how evenly
-    matrices can be dealt to ranks; and for small things that activations have."""
-    every: list[tuple[str, ...]] = [(), ("precision=bfloat16", "recompute.granularity=full")]
-    ranks = launch(measured, world_size, str(folder), every, *SHAPE, *overrides)
-    for index, more in enumerate(every):
-        settings = training.tiny(str(folder), *SHAPE, *overrides, *more)
-        place = budget.layout(settings, world_size)
-        plan = budget.plan(settings, world_size)
-        here = [rank[index] for rank in ranks]
-        _check_parameters(settings, here)
-        total = sum(v for name, v in plan["flops"].items() if name not in ("total", "model"))
-        assert total == sum(rank["flops"] for rank in here)
+    """Exact except for traffic that depends on routing and on how evenly matrices are distributed,
+    and for small tensors among the activations."""
+    variations: list[tuple[str, ...]] = [(), ("precision=bfloat16", "recompute.granularity=full")]
+    measured = launch(measure, world_size, str(folder), variations, *SHAPE, *overrides)
+    for index, variation in enumerate(variations):
+        settings = training.tiny(str(folder), *SHAPE, *overrides, *variation)
+        ranks = ranks_of(settings, world_size)
+        planned = plan(settings, world_size)
+        results = [rank[index] for rank in measured]
+        _check_parameters(planned["parameters"], results)
+        total = sum(v for name, v in planned["flops"].items() if name not in ("total", "model"))
+        assert total == sum(result["flops"] for result in results)
 
-        a_stage = world_size // place.pipeline
-        for rank, found in enumerate(here):
-            stage = rank // a_stage
+        per_stage = world_size // ranks.pipeline
+        for rank, result in enumerate(results):
+            stage = rank // per_stage
             for name in ("weights", "gradients", "optimizer state"):
-                assert plan["memory"][stage][name] == found[name], (stage, name)
-            _check_messages(plan["messages"][stage], found["sent"])
-        for stage, messages in enumerate(plan["messages"]):
-            dealt = [r["sent by the optimizer"] for r in here[stage * a_stage :][:a_stage]]
-            assert messages["optimizer"] <= sum(dealt) / a_stage <= 1.3 * messages["optimizer"] + 64
+                assert planned["memory"][stage][name] == result[name], (stage, name)
+            _check_traffic(planned["messages"][stage], result["sent"])
+        for stage, traffic in enumerate(planned["messages"]):
+            sent = [r["sent by the optimizer"] for r in results[stage * per_stage :][:per_stage]]
+            assert traffic["optimizer"] <= sum(sent) / per_stage <= 1.3 * traffic["optimizer"] + 64
 
         if world_size == 1:
-            (run,) = place.stages[0]
-            kept = budget.run_activations(settings, run, place)[0]
-            kept += budget.head_activations(settings, place)
-            assert here[0]["kept"] == pytest.approx(place.micro_batches * kept, rel=0.06)
+            (chunk,) = ranks.stages[0]
+            kept = chunk_activations(settings, chunk, ranks)[0]
+            kept += head_activations(settings, ranks)
+            assert results[0]["kept"] == pytest.approx(ranks.micro_batches * kept, rel=0.06)
 
 
-def _check_messages(planned: dict[str, float], sent: dict[str, float]) -> None:
+def _check_traffic(planned: dict[str, float], sent: dict[str, float]) -> None:
     backbone = ("gradients", "encoder gradients", "tensor parallel")
     assert sum(planned[name] for name in backbone) == pytest.approx(
         sent["all_reduce"] + sent["gather"], rel=5e-3, abs=1024
@@ -220,15 +219,9 @@ def _check_messages(planned: dict[str, float], sent: dict[str, float]) -> None:
     assert planned.get("pipeline", 0.0) == sent["send"]
 
 
-def _check_parameters(settings: Any, here: list[dict[str, Any]]) -> None:
-    """Every name, whole shape and algorithm."""
-    whole: dict[str, tuple[tuple[int, ...], str]] = {}
-    for rank in here:
-        for name, (shape, algorithm) in rank["parameters"].items():
-            assert whole.setdefault(name, (shape, algorithm)) == (shape, algorithm)
-    planned = {}
-    for weight in budget.weights(settings):
-        for expert in range(max(weight.experts, 1)):
-            name = weight.name.format(expert=expert)
-            planned[name] = (weight.shape, "muon" if weight.muon else "adamw")
-    assert planned == whole
+def _check_parameters(planned: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    parameters = {name: p for result in results for name, p in result["parameters"].items()}
+    assert planned["total"] == sum(numel for numel, _ in parameters.values())
+    assert planned["muon"] == sum(n for n, algorithm in parameters.values() if algorithm == "muon")
+    vision = sum(n for name, (n, _) in parameters.items() if name.startswith("vision."))
+    assert planned["vision"] == vision == planned["total"] - planned["language"]

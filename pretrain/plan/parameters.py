@@ -1,0 +1,47 @@
+"""Numbers of parameters, from the catalogue of weights."""
+
+from collections import Counter
+from typing import Any
+
+from pretrain.config import Config, LanguageConfig
+from pretrain.model.weights import Weight, language_weights, vision_weights
+
+
+def trained_weights(config: Config) -> list[Weight]:
+    """Trained weights; of the experts of a layer, which are alike, the first one only."""
+    language = language_weights(config.language, config.data.vocab_size, experts=range(1))
+    vision = vision_weights(config.vision, config.language.hidden_size)
+    return [weight for weight in (*language, *vision) if weight.optimizer is not None]
+
+
+def numel(config: Config, weight: Weight) -> int:
+    """Elements of a weight of :func:`trained_weights`, over all experts of its layer."""
+    return weight.numel * (1 if weight.expert is None else config.language.num_experts)
+
+
+def active_numel(config: LanguageConfig, weight: Weight) -> int:
+    """Parameters of a weight that each token uses: all, or those of the experts it is routed to.
+
+    Of the embedding's table none count, because a token reads a single row.
+    """
+    if weight.component == "embedding":
+        return 0
+    return weight.numel * (1 if weight.expert is None else config.experts_per_token)
+
+
+def count_parameters(config: Config) -> dict[str, Any]:
+    """Numbers of parameters: in total, by part of the model, active per token, trained by Muon."""
+    weights = trained_weights(config)
+    by_component: Counter[str] = Counter()
+    for weight in weights:
+        by_component[weight.component] += numel(config, weight)
+    language = [weight for weight in weights if weight.layer is not None]
+    language_numel = sum(numel(config, weight) for weight in language)
+    return {
+        "total": by_component.total(),
+        "language": language_numel,
+        "vision": by_component.total() - language_numel,
+        "active": sum(active_numel(config.language, weight) for weight in language),
+        "muon": sum(numel(config, weight) for weight in weights if weight.optimizer == "muon"),
+        "by_part": dict(by_component),
+    }

@@ -1,0 +1,76 @@
+"""Ranks of a run: sizes of the parallel groups, and the layers of each pipeline stage."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from pretrain.config import Config
+from pretrain.model.weights import Weight
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Sizes of the parallel groups.
+
+    Attributes:
+        world: number of ranks.
+        data: ranks with the same dense weights, which see different sequences.
+        expert_data: ranks with the same experts.
+        local_experts: experts of a layer on one rank.
+        stages: layers of the model chunks of each pipeline stage; one chunk per stage unless the
+            pipeline is interleaved.
+        micro_batches: micro-batches of one rank per step.
+    """
+
+    world: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+    data: int
+    expert_data: int
+    local_experts: int
+    stages: tuple[tuple[range, ...], ...]
+    micro_batches: int
+
+    @property
+    def pipeline(self) -> int:
+        return len(self.stages)
+
+    def has(self, stage: int, weight: Weight) -> bool:
+        """Whether the ranks of a pipeline stage have a weight, or an expert's weight like it."""
+        return weight.layer is None or any(weight.layer in chunk for chunk in self.stages[stage])
+
+    def tensors(self, weight: Weight) -> int:
+        """Number of tensors like this one on a rank: one, or one for each local expert."""
+        return 1 if weight.expert is None else self.local_experts
+
+    def local_numel(self, weight: Weight) -> int:
+        """Elements of these tensors on a rank."""
+        split = self.tensor if weight.expert is None else self.expert_tensor
+        return self.tensors(weight) * weight.numel // (split if weight.split else 1)
+
+
+def ranks_of(config: Config, processes: int | None = None) -> Ranks:
+    """Return the ranks of a run.
+
+    Args:
+        processes: number of ranks; default: the smallest number that the parallel sizes allow.
+
+    Raises:
+        PretrainError: the configuration does not fit the number of processes.
+    """
+    parallel = config.parallel
+    processes = parallel.min_world_size if processes is None else processes
+    config.check_world_size(processes)
+    ends = [0, *accumulate(parallel.layers(config.language.num_layers))]
+    chunks = [range(start, end) for start, end in pairwise(ends)]
+    return Ranks(
+        world=processes,
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        data=parallel.data_size(processes),
+        expert_data=parallel.expert_data_size(processes),
+        local_experts=config.language.num_experts // parallel.expert,
+        stages=tuple(tuple(chunks[s :: parallel.pipeline]) for s in range(parallel.pipeline)),
+        micro_batches=config.micro_batches(processes),
+    )

@@ -1,0 +1,93 @@
+"""The plan as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pretrain.errors import PretrainError
+
+
+def format_plan(plan: Mapping[str, Any], memory_gib: float | None = None) -> str:
+    """Return the table that ``python -m pretrain plan`` prints.
+
+    Args:
+        plan: the result of :func:`pretrain.plan.plan`.
+        memory_gib: memory of a device in GiB, to say whether a rank fits.
+
+    Raises:
+        PretrainError: ``memory_gib`` is not above 0.
+    """
+    if memory_gib is not None and memory_gib <= 0:
+        raise PretrainError(f"memory must be > 0 GiB, not {memory_gib:g}")
+    sections = [
+        [_layout_line(plan["layout"])],
+        _parameter_lines(plan["parameters"]),
+        _memory_lines(plan["memory"], memory_gib),
+        _flops_lines(plan),
+        _traffic_lines(plan["messages"]),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _layout_line(layout: Mapping[str, Any]) -> str:
+    return (
+        f"{layout['processes']} processes: {layout['data']} data-parallel x {layout['tensor']} "
+        f"tensor x {layout['pipeline']} pipeline; experts over {layout['expert']}; "
+        f"{layout['micro_batches']} micro-batches a step; layers of the stages: "
+        + ", ".join(map(str, layout["layers_of_stages"]))
+    )
+
+
+def _parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
+    notes = {"active": "   (of the language model, without the embedding's table)"}
+    lines = [
+        f"{title:<24}{parameters[key]:>22,}   {_short(parameters[key])}{notes.get(key, '')}"
+        for title, key in (
+            ("parameters", "total"),
+            ("  language model", "language"),
+            ("  active per token", "active"),
+            ("  vision", "vision"),
+            ("  by Muon", "muon"),
+        )
+    ]
+    return lines + [f"    {part:<20}{n:>22,}" for part, n in parameters["by_part"].items()]
+
+
+def _memory_lines(stages: Sequence[Mapping[str, float]], memory_gib: float | None) -> list[str]:
+    fullest, of_stage = _largest(stages)
+    lines = [f"memory of a rank, GiB{of_stage}"]
+    lines += [f"  {name:<22}{size / 2**30:>12,.3f}" for name, size in fullest.items()]
+    if memory_gib is not None:
+        used = fullest["total"] / 2**30
+        fits = "fits" if used <= memory_gib else "DOES NOT FIT"
+        lines.append(f"  {fits} in {memory_gib:g} GiB: {used / memory_gib:.0%}")
+    return lines
+
+
+def _flops_lines(plan: Mapping[str, Any]) -> list[str]:
+    tokens, images = plan["tokens"], plan["images"]
+    return [
+        f"a step: {tokens:,} tokens, {images['features']:,.0f} of them of "
+        f"{images['count']:,.0f} images of {images['patches_per_image']} patches",
+        f"{'FLOPs':<24}{'a step':>12}{'a token':>12}",
+        *(f"  {name:<22}{n:>12.3e}{n / tokens:>12.3e}" for name, n in plan["flops"].items()),
+    ]
+
+
+def _traffic_lines(stages: Sequence[Mapping[str, float]]) -> list[str]:
+    busiest, of_stage = _largest(stages)
+    lines = [f"  {name:<22}{size / 2**30:>12,.3f}" for name, size in busiest.items() if size]
+    return [f"sent by a rank in a step, GiB{of_stage}", *lines]
+
+
+def _largest(stages: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, float], str]:
+    """The pipeline stage with the largest total, and its number for people."""
+    stage = max(range(len(stages)), key=lambda stage: stages[stage]["total"])
+    number = f" (of stage {stage + 1} of {len(stages)}, which has most)" if len(stages) > 1 else ""
+    return stages[stage], number
+
+
+def _short(number: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:,.0f}"
