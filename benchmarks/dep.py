@@ -360,10 +360,11 @@ def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
 def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
     """The most that encoding a number of images again, backwards, takes beside their pixels and
     their features' gradient: where DEP keeps activations."""
+    from pretrain.config import EncoderProcessConfig
     from pretrain.encoder_process import EncoderProcess
     from pretrain.model.vision import num_features
 
-    encoder = EncoderProcess(run.tower, None, max_patches=1024)
+    encoder = EncoderProcess(run.tower, None, EncoderProcessConfig(max_patches=1024))
     generator = torch.Generator().manual_seed(seed)
     # One image that fills a chunk by itself, whatever follows it.
     sides = [(32, 32), *(_sides(generator, 1.0, 256) for _ in range(images - 1))]

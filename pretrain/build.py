@@ -199,23 +199,16 @@ def make_encoder(
 ) -> EncoderProcess | ColocatedEncoder:
     """Who encodes which image; a measured cost is kept in ``cost_file``: a run that goes on plans
     as before."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    needs_features = context.first_stage
-    if not config.enabled:
-        return ColocatedEncoder(
-            tower, dist.group.WORLD, needs_features=needs_features, tensor_group=group
-        )
-    return EncoderProcess(
+    cost = None
+    if config.enabled and config.cost == "measured":
+        cost = measured_cost(tower, dist.group.WORLD, cache=cost_file)
+    return (EncoderProcess if config.enabled else ColocatedEncoder)(
         tower,
         dist.group.WORLD,
-        needs_features=needs_features,
-        tensor_group=group,
-        spread=config.spread,
-        max_patches=config.max_patches,
-        max_patches_per_rank=config.max_patches_per_rank,
-        cost=measured_cost(tower, dist.group.WORLD, cache=cost_file)
-        if config.cost == "measured"
-        else None,
+        config,
+        needs_features=context.first_stage,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        cost=cost,
     )
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.config import EncoderProcessConfig
 from pretrain.encoder_process.cost import CostModel, analytic_cost, transfer_bytes
 from pretrain.encoder_process.exchange import ItemExchange, gather_grids
 from pretrain.encoder_process.plan import (
@@ -21,17 +21,17 @@ from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import check_grids, num_features, observers_disabled, split_items
 
-Spread = Literal["balanced", "round_robin"]
 # (patches [P, 3 * patch_size²] uint8, grids [n, 3] int64) of one micro-batch.
 Images = tuple[Tensor, Tensor]
 
 
 class _Encoder:
-    """State that both encoders share.
+    """Arguments and statistics of both encoders. All ranks of the group call all methods.
 
     Args:
         tower: this rank's replica of encoder and projector.
-        group: ranks that train the tower. Default: all ranks.
+        group: ranks that train the tower. None: all ranks.
+        config: settings of :class:`EncoderProcess`.
         needs_features: this rank's part of the backbone reads the features (the first pipeline
             stage). Other ranks have no images and receive no features.
         tensor_group: tensor-parallel ranks, which need the features of the same images; the first
@@ -48,6 +48,7 @@ class _Encoder:
         self,
         tower: VisionTower,
         group: dist.ProcessGroup | None,
+        config: EncoderProcessConfig | None = None,
         *,
         needs_features: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
@@ -55,12 +56,14 @@ class _Encoder:
     ) -> None:
         self.tower = tower
         self.group = group
+        self.config = config or EncoderProcessConfig()
         self.needs_features = needs_features
         self.tensor_group = tensor_group
         self.owns_images = needs_features and _is_first(tensor_group)
         self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
         self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
+        self._forward: _Forward | None = None
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over all ranks; no gradient counts as zero."""
@@ -106,39 +109,7 @@ class EncoderProcess(_Encoder):
     1. :meth:`encode`: balanced forward, without activations for a backward.
     2. The backbone's forward and backward, with the features as leaves.
     3. :meth:`backward`: recomputation and backward; then :meth:`reduce_gradients`.
-
-    All ranks of the group call all methods, with or without images.
-
-    Args:
-        spread: ``"balanced"``: by :func:`pretrain.encoder_process.plan.plan`; ``"round_robin"``:
-            one item after another, a baseline.
-        max_patches: patches in one forward of the tower, which bounds the memory of its
-            activations. A larger item is encoded alone.
-        max_patches_per_rank: patches of a rank in a step, which bounds the memory of their pixels.
-            A larger item gets a rank without other items. Default: no limit. ``"round_robin"``
-            ignores it.
-        kwargs: of the base class.
     """
-
-    def __init__(
-        self,
-        tower: VisionTower,
-        group: dist.ProcessGroup | None,
-        *,
-        needs_features: bool = True,
-        tensor_group: dist.ProcessGroup | None = None,
-        spread: Spread = "balanced",
-        max_patches: int = 16384,
-        max_patches_per_rank: int | None = None,
-        cost: CostModel | None = None,
-    ) -> None:
-        super().__init__(
-            tower, group, needs_features=needs_features, tensor_group=tensor_group, cost=cost
-        )
-        self.spread = spread
-        self.max_patches = max_patches
-        self.max_patches_per_rank = max_patches_per_rank
-        self._forward: _Forward | None = None
 
     def encode(
         self, micro_batches: Sequence[Images], image_error: str | None = None
@@ -217,8 +188,8 @@ class EncoderProcess(_Encoder):
 
     def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
         """Rank that encodes each item of the global batch."""
-        num_ranks, capacity = self._num_ranks(), self.max_patches_per_rank
-        if self.spread == "round_robin":
+        num_ranks, capacity = self._num_ranks(), self.config.max_patches_per_rank
+        if self.config.spread == "round_robin":
             return [item % num_ranks for item in range(len(grids))]
         weight = self.tower.projector.fc2.weight
         try:
@@ -244,10 +215,10 @@ class EncoderProcess(_Encoder):
             ) from error
 
     def _chunks(self, patches: Tensor, grids: Tensor) -> Iterator[Images]:
-        """Consecutive items of at most ``max_patches`` patches."""
+        """Consecutive items of at most ``config.max_patches`` patches."""
         counts = grids.prod(1).tolist()
         first = 0
-        for items in split_items(counts, self.max_patches):
+        for items in split_items(counts, self.config.max_patches):
             size = sum(counts[items])
             yield patches[first : first + size], grids[items]
             first += size

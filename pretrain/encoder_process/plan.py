@@ -427,23 +427,6 @@ def _swap(problem: _Problem, ranks: Integers, target: int) -> Integers:
     return search.ranks
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """Swaps that a round considers: P partners for each of X items of ranks above the target.
-
-    Attributes:
-        item, rank: [X].
-        partner, partner_rank: [X, P].
-        load: [X, P], the larger load of the two ranks after the swap, at least the target.
-    """
-
-    item: Integers
-    rank: Integers
-    partner: Integers
-    partner_rank: Integers
-    load: Integers
-
-
 class _LocalSearch:
     """Swaps between ranks above the target load (heavy) and the least loaded ranks (light).
 
@@ -467,8 +450,9 @@ class _LocalSearch:
 
     def round(self) -> None:
         """Apply swaps, at most one for each rank."""
-        candidates = self._candidates()
-        load, before = candidates.load, self.totals[candidates.rank]
+        item, rank, partner, partner_rank = self._candidates()
+        load = self._load_after(item, rank, partner, partner_rank)
+        before = self.totals[rank]
         for _ in range(_CHOICES):
             choice = load.argmin(1)
             best = np.take_along_axis(load, choice[:, None], 1)[:, 0]
@@ -477,14 +461,14 @@ class _LocalSearch:
                 break
             # The heaviest rank chooses first.
             rows = rows[np.lexsort((best[rows], -before[rows]))]
-            rows = rows[_first_occurrences(candidates.rank[rows])]
-            rows = rows[_first_occurrences(candidates.partner_rank[rows, choice[rows]])]
-            heavy, light = candidates.rank[rows], candidates.partner_rank[rows, choice[rows]]
-            self._apply(candidates.item[rows], candidates.partner[rows, choice[rows]], heavy, light)
+            rows = rows[_first_occurrences(rank[rows])]
+            rows = rows[_first_occurrences(partner_rank[rows, choice[rows]])]
+            heavy, light = rank[rows], partner_rank[rows, choice[rows]]
+            self._apply(item[rows], partner[rows, choice[rows]], heavy, light)
             used = np.zeros(self.num_ranks, bool)
             used[heavy] = used[light] = True
-            load[used[candidates.rank]] = _INFEASIBLE
-            load[used[candidates.partner_rank]] = _INFEASIBLE
+            load[used[rank]] = _INFEASIBLE
+            load[used[partner_rank]] = _INFEASIBLE
 
     def _apply(self, item: Integers, partner: Integers, heavy: Integers, light: Integers) -> None:
         """Swap items of heavy ranks with partners of light ranks."""
@@ -498,7 +482,8 @@ class _LocalSearch:
         self.free[heavy] += size
         self.free[light] -= size
 
-    def _candidates(self) -> _Candidates:
+    def _candidates(self) -> tuple[Integers, Integers, Integers, Integers]:
+        """Items [X] of heavy ranks, these ranks [X], partners [X, P] and their ranks [X, P]."""
         order = np.argsort(self.totals, kind="stable")
         num_heavy = int(np.count_nonzero(self.totals > self.target))
         light = order[:-num_heavy][: max(2 * num_heavy, 64)]
@@ -524,14 +509,12 @@ class _LocalSearch:
             range(-_NEIGHBOURS // 2, _NEIGHBOURS // 2),
         )
         near = np.concatenate([reach_target, become_equal], 1)
-        partner, partner_rank = partner[near], partner_rank[near]
-        load = self._load_after(item, rank, partner, partner_rank)
-        return _Candidates(item, rank, partner, partner_rank, load)
+        return item, rank, partner[near], partner_rank[near]
 
     def _load_after(
         self, item: Integers, rank: Integers, partner: Integers, partner_rank: Integers
     ) -> Integers:
-        """:attr:`_Candidates.load`; :data:`_INFEASIBLE` for swaps above the capacity."""
+        """[X, P]: larger load of both ranks after a swap; swaps must respect the capacity."""
         load = self.loads[item, None] - self.loads[partner]
         after = np.maximum(self.totals[rank, None] - load, self.totals[partner_rank] + load)
         size = self.sizes[item, None] - self.sizes[partner]

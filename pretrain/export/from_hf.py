@@ -99,7 +99,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         )
     imported = _imported_settings(folder, context_length)
     tensors = _read(
-        folder.weights(vision=vision is not None),
+        HfWeights(folder, vision=vision is not None),
         conversions(config.language, config.vision if vision else None, vocab_size),
         _tied_names(vision is not None) if is_tied(hf_config) else {},
     )

@@ -121,14 +121,6 @@ class HfFolder:
         except (OSError, ValueError) as error:
             raise PretrainError(f"cannot read {file}: {error}") from error
 
-    def weights(self, *, vision: bool) -> "HfWeights":
-        """Tensors by their published names.
-
-        Args:
-            vision: the model is Kimi-K2.5, not DeepSeek-V3.
-        """
-        return HfWeights(self, vision=vision)
-
     def weight_files(self) -> tuple[list[Path], dict[str, str] | None]:
         """Safetensors files, and the file name of each tensor if there is an index.
 
@@ -169,7 +161,10 @@ class HfFolder:
 
 
 class HfWeights:
-    """Tensors of a folder's safetensors files, each of which is read on demand.
+    """Tensors of a folder's safetensors files, by their published names, read on demand.
+
+    Args:
+        vision: the model is Kimi-K2.5, not DeepSeek-V3.
 
     Raises:
         PretrainError: a file is missing or damaged, or the files and the index have different

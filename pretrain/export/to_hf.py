@@ -29,6 +29,7 @@ from pretrain.errors import PretrainError
 from pretrain.export.conversion import Conversion, conversions
 from pretrain.export.hf_config import VIDEO_PLACEHOLDER, to_hf_config
 from pretrain.model.geometry import MAX_FRAMES, MERGE
+from pretrain.model.vision import split_items
 
 MAX_FILE_BYTES = 5 * 10**9
 _PROCESSOR = Path(__file__).with_name("kimi_k25_processor.py")
@@ -158,7 +159,8 @@ class _Weights:
 
     def write(self, folder: Path, max_file_bytes: int) -> None:
         """Write safetensors files, and an index if there are several."""
-        files = list(self._files(max_file_bytes))
+        sizes = [self._nbytes_of(conversion) for conversion in self._conversions]
+        files = [self._conversions[items] for items in split_items(sizes, max_file_bytes)]
         weight_map, total = {}, 0
         for number, file in enumerate(files, start=1):
             name = "model.safetensors"
@@ -175,19 +177,6 @@ class _Weights:
     def _nbytes_of(self, conversion: Conversion) -> int:
         sizes = conversion.ours.items()
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in sizes)
-
-    def _files(self, max_bytes: int) -> Iterator[list[Conversion]]:
-        """Yield the conversions of each file, as many as fit."""
-        file: list[Conversion] = []
-        size = 0
-        for conversion in self._conversions:
-            nbytes = self._nbytes_of(conversion)
-            if file and size + nbytes > max_bytes:
-                yield file
-                file, size = [], 0
-            file.append(conversion)
-            size += nbytes
-        yield file
 
     def _read(self, conversions: Sequence[Conversion]) -> dict[str, torch.Tensor]:
         """Read and convert the published tensors of a file."""

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -237,27 +237,18 @@ def inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def split_items(patches_per_item: Sequence[int], max_patches: int) -> list[slice]:
-    """Split items into slices of at most ``max_patches`` patches.
+def split_items(sizes: Sequence[int], max_size: int) -> list[slice]:
+    """Split consecutive items into slices of at most ``max_size``; a larger item is a slice.
 
-    Encoding one slice after another gives the same features with less memory. An item with more
-    patches gets its own slice: it cannot be split, because all its patches attend to each other.
-
-    Raises:
-        ValueError: ``max_patches`` is below 1.
+    Encoding slices of a limited number of patches gives the same features with less memory.
     """
-    if max_patches < 1:
-        raise ValueError(f"max_patches must be at least 1, not {max_patches}")
-    slices: list[slice] = []
-    first, size = 0, 0
-    for item, patches in enumerate(patches_per_item):
-        if item > first and size + patches > max_patches:
-            slices.append(slice(first, item))
-            first, size = item, 0
-        size += patches
-    if first < len(patches_per_item):
-        slices.append(slice(first, len(patches_per_item)))
-    return slices
+    starts, total = [0], 0
+    for item, size in enumerate(sizes):
+        if item > starts[-1] and total + size > max_size:
+            starts.append(item)
+            total = 0
+        total += size
+    return [slice(*ends) for ends in pairwise([*starts, len(sizes)])] if sizes else []
 
 
 # ---------------------------------------------------------------------- positions and merging

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.config import VisionConfig
+from pretrain.config import EncoderProcessConfig, VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.encoder import Images
 from pretrain.encoder_process.exchange import ItemExchange, gather_grids
@@ -279,7 +279,8 @@ def _in_chunks(max_patches: int) -> tuple[Step, list[int]]:
     tower = make_tower(torch.float64)
     sizes: list[int] = []
     tower.encoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
-    encoder = EncoderProcess(tower, dist.group.WORLD, max_patches=max_patches)
+    config = EncoderProcessConfig(max_patches=max_patches)
+    encoder = EncoderProcess(tower, dist.group.WORLD, config)
     images = make_images([(1, 2, 2), (1, 4, 4), (2, 2, 4), (1, 2, 2), (1, 6, 6), (1, 2, 4)], 0)
     (features,) = encoder.encode([images])
     features.sin().sum().backward()
@@ -298,9 +299,8 @@ def test_max_patches_bounds_the_encoders_batch_and_changes_nothing() -> None:
 
 
 def _with_capacity(capacity: int) -> str | tuple[int, int]:
-    encoder = EncoderProcess(
-        make_tower(torch.float32), dist.group.WORLD, max_patches_per_rank=capacity
-    )
+    config = EncoderProcessConfig(max_patches_per_rank=capacity)
+    encoder = EncoderProcess(make_tower(torch.float32), dist.group.WORLD, config)
     shapes = [(1, 4, 4), (1, 4, 4)] if dist.get_rank() == 0 else [(1, 2, 2), (1, 2, 4)]
     try:
         encoder.encode([make_images(shapes, 0)])

@@ -101,11 +101,6 @@ def test_slices_have_all_items_in_order_and_as_many_as_fit(
     assert all(sum(chunk) + after[0] > max_patches for chunk, after in pairwise(chunks))
 
 
-def test_max_patches_below_one_is_rejected() -> None:
-    with pytest.raises(ValueError, match="max_patches must be at least 1, not 0"):
-        split_items([1], 0)
-
-
 @settings(deadline=None, max_examples=15)
 @given(st.lists(grids, min_size=1, max_size=8), st.integers(1, 300))
 def test_chunks_have_the_features_and_gradients_of_one_pack(
