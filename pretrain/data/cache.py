@@ -1,4 +1,4 @@
-"""Prepared data on disk: folders that are made once, named by everything they depend on."""
+"""A cache of prepared data: folders named by a digest of everything that they depend on."""
 
 import hashlib
 import logging
@@ -16,25 +16,24 @@ from pretrain.errors import PretrainError, one_line
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Part of every key: to be raised when what is cached changes.
+# Part of every key. Raise it when the content of cached folders changes.
 FORMAT = 4
-# Seconds between two lines about an operation that takes long.
-_EVERY = 10.0
-# The resolution of a file's times, in nanoseconds: of most file systems, and of old ones, which
-# are recognized by whole seconds.
+_PROGRESS_SECONDS = 10.0
+# Resolution of file times in nanoseconds, on most file systems and on old ones. The latter are
+# recognized by times that are whole seconds.
 _FINE, _COARSE = 20_000_000, 2_000_000_000
 
 Stamp = tuple[int, ...]
 
 
 def stamp(path: Path) -> Stamp:
-    """Numbers that are others once a file has been changed: size, times and inode.
+    """Size, times and inode of a file, which differ after any change of the file.
 
-    A change that follows another within the resolution of a file's times would go unnoticed. So
-    this waits, for milliseconds, until the last one is older.
+    Two changes within the resolution of file times could not be told apart. This function therefore
+    waits for some milliseconds if the last change is that recent.
 
     Returns:
-        Empty where there is no such file.
+        An empty tuple if there is no such file.
     """
     try:
         status = os.stat(path)
@@ -49,7 +48,7 @@ def stamp(path: Path) -> Stamp:
 
 
 def key_of(*settings: object, stamps: Iterable[tuple[str, Stamp]] = ()) -> str:
-    """A name for everything that is made with these settings of files with these stamps."""
+    """A digest of settings and of the names and stamps of files."""
     digest = hashlib.sha256(repr((FORMAT, settings)).encode("utf-8", "surrogatepass"))
     for name, numbers in stamps:
         digest.update(f"{name}\0{numbers}\0".encode("utf-8", "surrogatepass"))
@@ -59,19 +58,19 @@ def key_of(*settings: object, stamps: Iterable[tuple[str, Stamp]] = ()) -> str:
 def cached(
     folder: Path, build: Callable[[Path], None], load: Callable[[Path], T]
 ) -> tuple[T, bool]:
-    """Load a folder of the cache, and build it if it is missing or damaged.
+    """Load a folder of the cache; build it first if it is missing or damaged.
 
     Returns:
-        It, and whether the folder was there.
+        The result of ``load``, and whether the folder existed.
 
     Raises:
-        PretrainError: the folder cannot be written, or is damaged and cannot be replaced; or as
-            ``build`` does.
+        PretrainError: the folder cannot be written, or is damaged and cannot be replaced; or an
+            error of ``build``.
     """
     if folder.is_dir():
         try:
             return load(folder), True
-        except Exception as error:  # a damaged cache costs time; it must not cost the run
+        except Exception as error:  # damage costs a rebuild, not the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder, build)
@@ -85,11 +84,11 @@ def cached(
 
 
 def make_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Build a folder aside and rename it: processes that build it at once, or are killed, leave
-    nothing incomplete.
+    """Build a folder under a temporary name and rename it, so that it is never incomplete: several
+    processes may build it at the same time, and any of them may be killed.
 
     Raises:
-        PretrainError: it cannot be written; or as ``build`` does.
+        PretrainError: the folder cannot be written; or an error of ``build``.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +113,9 @@ def _unwritable(folder: Path, error: OSError) -> PretrainError:
 
 
 def siblings(folder: Path, load: Callable[[Path], T]) -> Iterator[T]:
-    """Folders made with the same settings from files with other stamps, the newest first.
+    """Load the folders that were made with the same settings from other files, newest first.
 
-    The folder's name ends in a key; the rest of the name stands for the settings.
+    A folder's name consists of the settings and, after the last dash, the key of the files.
     """
     name = folder.name.rpartition("-")[0]
     if not folder.parent.is_dir():
@@ -136,18 +135,18 @@ def _time(path: Path) -> int:
 
 
 class Progress:
-    """A line on stderr about an operation every ten seconds.
+    """Report the progress of an operation on stderr every ten seconds.
 
     Args:
-        doing: the operation.
+        operation: description of the operation, such as ``indexing text``.
     """
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._next = time.monotonic() + _EVERY
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+        self._next = time.monotonic() + _PROGRESS_SECONDS
 
     def __call__(self, count: int) -> None:
-        """Tell how many documents are done."""
+        """Report the number of finished documents if it is time."""
         if time.monotonic() >= self._next:
-            print(f"{self._doing}: {count:,} documents so far", file=sys.stderr, flush=True)
-            self._next = time.monotonic() + _EVERY
+            print(f"{self._operation}: {count:,} documents so far", file=sys.stderr, flush=True)
+            self._next = time.monotonic() + _PROGRESS_SECONDS

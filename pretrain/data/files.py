@@ -1,7 +1,7 @@
-"""Finding a user's files and reading them: folders, compression, kinds of content, limits.
+"""Finding and reading the files of a source: folders, compression, kinds of content, limits.
 
-Every file that a source covers is either read or yielded as a :class:`Skip` with the reason. The
-content decides how a file is read; its suffix only decides which files of a folder are taken.
+Every file is either read or yielded as a :class:`Skip` with the reason. The content of a file
+determines how it is read; its suffix only determines whether a folder's search includes it.
 """
 
 import bz2
@@ -23,28 +23,28 @@ import zstandard
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError, one_line
 
-# A line, or a file that is one document, after decompression. Longer ones are skipped.
+# Maximum size of a line, or of a file that is one document, after decompression.
 MAX_DOCUMENT_BYTES = 16 << 20
-# Bytes read past an overlong line to find its end. Beyond them the rest of the file is skipped.
+# Bytes to read for the end of an overlong line. If it is longer, the rest of the file is skipped.
 _MAX_PASSED_BYTES = 4 << 30
-# Compressed bytes given to a decompressor at a time. At Zstandard's highest ratio (a block of
-# 128 KiB in 4 bytes) they become 32 MiB.
+# Compressed bytes passed to a decompressor at once. At Zstandard's highest ratio (128 KiB in 4
+# bytes) they expand to 32 MiB.
 _STEP = 1 << 10
-# Decompressed bytes that decide how a file is read.
+# Decompressed bytes that determine how a file is read.
 _HEAD = 1 << 16
 _XZ_MEMORY = 1 << 30
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN = (".txt", ".md", ".rst")
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-# Errors of reading a file, compressed or not.
+# Errors that reading a file can raise, compressed or not.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 
 Content = Literal["lines", "array", "plain"]
 
 
 def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
-    """The suffixes, alone and followed by that of each supported compression."""
+    """The suffixes, alone and with the suffix of each supported compression."""
     return tuple(kind + packed for kind in suffixes for packed in ("", *_COMPRESSED))
 
 
@@ -60,20 +60,20 @@ def ends_with(path: Path, suffixes: Iterable[str]) -> bool:
     return path.name.lower().endswith(tuple(suffixes))
 
 
-# Finding files
+# ---------------------------------------------------------------------- finding files
 
 
-def find(path: str, key: str, suffixes: Sequence[str], kinds: str) -> list[Path | Skip]:
-    """The files of a source in the order of their names, and everything that is left out.
+def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[Path | Skip]:
+    """The files of a source and everything that is left out, sorted by name.
 
     Args:
-        path: a file, a folder or a pattern. In a folder, files with one of the suffixes are taken
-            at any depth and through links; hidden files and folders are left out.
-        key: the source's name in messages.
-        kinds: a description of the suffixes.
+        path: a file, a folder or a pattern. A folder is searched at any depth and through links for
+            files with one of the suffixes; hidden files and folders are left out.
+        setting: the source's name in messages.
+        kinds: description of the suffixes for messages.
 
     Raises:
-        PretrainError: there is no file.
+        PretrainError: there are no files.
     """
     root = Path(path)
     if root.is_dir():
@@ -81,48 +81,48 @@ def find(path: str, key: str, suffixes: Sequence[str], kinds: str) -> list[Path 
         nothing = f"the folder {root} has no {kinds} in it"
     elif root.exists():
         if not root.is_file():
-            raise PretrainError(f"{key}.path: {root} is neither a file nor a folder")
+            raise PretrainError(f"{setting}.path: {root} is neither a file nor a folder")
         items, nothing = [root], ""
     elif glob.has_magic(path):
         items = list(_matches(Path(path)))
         nothing = f"no file matches {path}"
     else:
-        raise PretrainError(f"{key}.path: {root} does not exist")
-    found = [item for item in items if isinstance(item, Path)]
-    if not found:
+        raise PretrainError(f"{setting}.path: {root} does not exist")
+    paths = [item for item in items if isinstance(item, Path)]
+    if not paths:
         failed = [item for item in items if isinstance(item, Skip) and item.corrupt]
         why = f" ({failed[0].name}: {failed[0].reason})" if failed else ""
-        raise PretrainError(f"{key}.path: {nothing}{why}")
-    if not any(_size(file) for file in found):
-        raise PretrainError(f"{key}.path: {found[0]} is empty")
+        raise PretrainError(f"{setting}.path: {nothing}{why}")
+    if not any(_size(path) for path in paths):
+        raise PretrainError(f"{setting}.path: {paths[0]} is empty")
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
 
 
-def find_json(path: str, key: str) -> list[Path | Skip]:
+def find_json(path: str, setting: str) -> list[Path | Skip]:
     """:func:`find` for sources that read only JSON.
 
     Raises:
-        PretrainError: there is no file, or ``path`` names a file of another kind.
+        PretrainError: there are no files, or one is of another kind.
     """
-    found = find(path, key, _JSON, "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)")
-    for item in found:
+    items = find(path, setting, _JSON, "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)")
+    for item in items:
         if isinstance(item, Path) and not is_json(item):
             raise PretrainError(
-                f"{key}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
+                f"{setting}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
                 ".jsonl.zst, .json)"
             )
-    return found
+    return items
 
 
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError:
-        return -1  # reading it gives the reason
+        return -1  # reading the file will give the reason
 
 
 def walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Skip]:
-    """Every file below a folder."""
+    """Every file in a folder and its subfolders."""
     for item in _tree(root):
         if isinstance(item, Skip):
             yield item
@@ -140,14 +140,14 @@ def walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Ski
 
 
 def _tree(root: Path) -> Iterator[list[tuple[Path, str]] | Skip]:
-    """The entries of a folder and of those below it that are not hidden.
+    """The entries of a folder and of its subfolders that are not hidden.
 
-    Links are followed. A folder that is reached more than once is read once.
+    Links are followed. A folder that is reachable in several ways is read once.
     """
     seen: set[tuple[int, int]] = set()
     folders, links = [root], list[Path]()
     while folders or links:
-        folder = folders.pop() if folders else links.pop(0)  # a link only where nothing else leads
+        folder = folders.pop() if folders else links.pop(0)  # links come last
         try:
             status = folder.stat()
         except OSError as error:
@@ -192,9 +192,9 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def _matches(pattern: Path) -> Iterator[Path | Skip]:
-    """Every file that a pattern matches, and what it leads to and cannot be read.
+    """Every file that a pattern matches, and every match that cannot be read.
 
-    As :func:`glob.glob`, but circles of links end and errors are not dropped.
+    Like :func:`glob.glob`, but cycles of links end, and errors are reported.
     """
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     items = dict.fromkeys(_expand(Path(*fixed), pattern.parts[len(fixed) :]))
@@ -234,7 +234,7 @@ def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path | Skip]:
             yield from _expand(path, rest)
 
 
-# Reading files
+# ---------------------------------------------------------------------- reading files
 
 
 class _Decompressor(Protocol):
@@ -247,7 +247,7 @@ class _Decompressor(Protocol):
 
 _DECOMPRESSORS: tuple[tuple[bytes, Callable[[], _Decompressor]], ...] = (
     (rb"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
-    # A frame, or one that is to be skipped.
+    # A frame, or a skippable frame.
     (
         rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
         lambda: zstandard.ZstdDecompressor().decompressobj(),
@@ -258,13 +258,13 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[], _Decompressor]], ...] = (
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A file's bytes; those of a compressed one decompressed in bounded memory.
+    """Open a file for reading, decompressing it in bounded memory if it is compressed.
 
-    The first bytes decide whether it is compressed: names are often wrong about it.
+    Compression is recognized by the first bytes, since names are often wrong.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is a folder, a pipe or a device.
+        OSError: the file cannot be opened.
+        ValueError: the path is a folder, a pipe or a device.
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
         raise ValueError("not a regular file")
@@ -281,7 +281,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """All frames of a compressed file as one stream; a file that is cut off is an error."""
+    """All frames of a compressed file as one stream; a truncated file is an error."""
 
     def __init__(self, file: IO[bytes], make: Callable[[], _Decompressor]) -> None:
         self._file, self._make = file, make
@@ -316,12 +316,12 @@ class _Decompressed(io.RawIOBase):
 
 
 class _Foreign(NamedTuple):
-    """A kind of file that is not read.
+    """A file format that is not read.
 
     Attributes:
-        suffixes: how its name ends.
-        magic: how its content begins, a regular expression; empty where that says nothing.
-        advice: what to do instead.
+        suffixes: suffixes of its names.
+        magic: regular expression of its first bytes; empty if they are not characteristic.
+        advice: how to convert it.
     """
 
     name: str
@@ -364,14 +364,16 @@ _BYTE_ORDER_MARKS = {
 }
 _BINARY = "binary data (it has NUL bytes), not text"
 _UTF8_MARK = b"\xef\xbb\xbf"
-# Beginnings of JSON, in which a key may be cut off.
+# Beginnings of JSON; a key may be truncated.
 _OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*+(?:"\s*(?::|\Z)|\Z)')
 _ARRAY = re.compile(rb'\[\s*\{\s*"')
 _SECOND_OBJECT = re.compile(rb"[^\n]*\n\s*\{")
+# Between the elements of an array.
+_SEPARATOR = re.compile(r"[\s,]*")
 
 
 def _foreign_suffix(path: Path) -> str:
-    """The kind of a file by its name, with the advice; empty where the name says nothing."""
+    """The reason for not reading a file by its name; empty if the name does not tell."""
     for kind in _FOREIGN:
         if kind.suffixes and ends_with(path, with_compressed(kind.suffixes)):
             return f"{kind.name}, which is not read: {kind.advice}"
@@ -379,10 +381,10 @@ def _foreign_suffix(path: Path) -> str:
 
 
 def content(path: Path) -> Content:
-    """How a file is read: as JSON objects, one a line or in an array, or as one plain document.
+    """How a file is read: as JSON lines, as an array of JSON objects, or as one plain document.
 
     Raises:
-        ValueError: it is of another kind, with what it is and the advice.
+        ValueError: it has another format; the message names the format and how to convert it.
         OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError: it cannot be read.
     """
     if kind := _foreign_suffix(path):
@@ -427,10 +429,10 @@ def _parses(text: bytes) -> bool:
 
 
 def read_plain(path: Path) -> str:
-    """A file that is one document.
+    """Read a file that is one document.
 
     Raises:
-        ValueError: it is too large or not UTF-8.
+        ValueError: the file is too large or not UTF-8.
         OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError: it cannot be read.
     """
     with open_file(path) as stream:
@@ -447,9 +449,10 @@ def _too_large() -> str:
 
 
 def decode(text: bytes) -> str:
-    """
+    """Decode UTF-8.
+
     Raises:
-        ValueError: it is not UTF-8, with the place and the advice.
+        ValueError: it is not UTF-8; the message names the position and how to convert it.
     """
     try:
         return text.decode()
@@ -461,10 +464,10 @@ def decode(text: bytes) -> str:
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
-    """(name, object) of every JSON object of a file, one a line or in an array.
+    """(name, object) of every JSON object in a file of JSON lines or of an array.
 
-    The name is the file and the number of the line or element. What cannot be read is a
-    :class:`Skip` in place of the object, and so is a file without any.
+    The name is the file and the number of the line or element. A :class:`Skip` takes the place of
+    an object that cannot be read, or of a file without objects.
     """
     number, unit = 0, "line"
     try:
@@ -490,7 +493,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """(number, value or what is wrong with it) of every line that is not blank.
+    """(number, value or error) of every line that is not blank.
 
     Raises:
         ValueError: the end of an overlong line is not found.
@@ -521,10 +524,10 @@ def _pass_line(stream: IO[bytes]) -> None:
 
 
 def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """(number, value or what is wrong with it) of every element of an array.
+    """(number, value or error) of every element of an array.
 
     Raises:
-        ValueError: it is not JSON from some element on, or an element is too large.
+        ValueError: the array is damaged, or an element is too large.
     """
     decoder = _Decoder()
     reader = io.TextIOWrapper(stream, "utf-8-sig")
@@ -541,7 +544,7 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         except RecursionError as error:
             raise ValueError(reason(error)) from error
         except ValueError as error:
-            # Perhaps only cut off: read on, twice as much each time.
+            # The element may be incomplete: read more, twice as much each time.
             more = reader.read(step)
             if not more:
                 raise ValueError(f"not JSON: {reason(error)}") from error
@@ -554,29 +557,29 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _separator_end(buffer: str, place: int) -> int:
-    found = re.compile(r"[\s,]*").match(buffer, place)
-    return found.end() if found else place
+    separator = _SEPARATOR.match(buffer, place)
+    return separator.end() if separator else place
 
 
 class _Decoder:
-    """JSON in which no key of an object stands twice: the first value would be lost."""
+    """Decodes JSON. A repeated key in an object is an error, for its first value would be lost."""
 
     def __init__(self) -> None:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
         self._repeated: str | None = None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
             keys = [key for key, _ in pairs]
-            self._repeated = next(key for key in found if keys.count(key) > 1)
-        return found
+            self._repeated = next(key for key in value if keys.count(key) > 1)
+        return value
 
     def decode(self, text: str) -> Any:
         """The value of a text.
 
         Raises:
-            ValueError: it is not JSON, or a key stands twice.
+            ValueError: it is not JSON, or an object repeats a key.
             RecursionError: it is nested too deeply.
         """
         try:
@@ -585,17 +588,17 @@ class _Decoder:
             raise ValueError(f"not JSON: {reason(error)}") from error
 
     def decode_from(self, text: str, place: int) -> tuple[Any, int]:
-        """The value that begins at a place, and where it ends; raises as :meth:`decode`."""
+        """The value that begins at ``place``, and its end; raises as :meth:`decode`."""
         value, end = self._decoder.raw_decode(text, place)
         return self._checked(value), end
 
     def _checked(self, value: Any) -> Any:
         repeated, self._repeated = self._repeated, None
-        return value if repeated is None else ValueError(f"the key {repeated!r} stands twice")
+        return value if repeated is None else ValueError(f"the key {repeated!r} is repeated")
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """The message of an error in one line."""
     if isinstance(error, RecursionError):
         return "not JSON: nested too deeply"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

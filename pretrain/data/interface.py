@@ -29,7 +29,7 @@ class RankShare:
 
 
 class Data(ABC):
-    """Packed sequences of a training and a held-out split, and captions to test sight with."""
+    """Packed sequences of a training and a held-out split, and captioned images of each."""
 
     config: DataConfig
     patch_size: int
@@ -38,31 +38,31 @@ class Data(ABC):
 
     @abstractmethod
     def sample(self, split: Split, index: int) -> PackedSample:
-        """Packed sequence number ``index`` of an endless supply."""
+        """Packed sequence number ``index``; there is no last one."""
 
     @abstractmethod
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
-        """Up to ``count`` single images, no caption twice; the same ones every time."""
+        """Up to ``count`` single images with different captions, the same ones in every call."""
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there is anything to evaluate on."""
+        """Whether the held-out split has documents."""
         return True
 
     @property
     def has_images(self) -> bool:
-        """Whether there is anything to see in the training split."""
+        """Whether the training split has images."""
         return True
 
     def question(self, item: VisionItem) -> Document:
-        """A document that ends where the item's caption would begin."""
+        """A document of the item's image alone, to be continued by its caption."""
         return Document(self.tokenizer).add_image(item, self.patch_size)
 
     def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
-        """The same captions, after their own image, and after another caption's image.
+        """Captions after their own image, and the same captions after the image of another one.
 
-        Pairs that do not fit a sequence are left out. Two empty lists if the data has no two
-        captions.
+        Captions that do not fit a sequence with either image are left out. Both lists are empty if
+        the data has fewer than two captions.
         """
         items = self.captioned_items(split, count)
         if len(items) < 2:
@@ -76,37 +76,38 @@ class Data(ABC):
         return [right for right, _ in fitting], [wrong for _, wrong in fitting]
 
     def pack(self, documents: Sequence[Document], length: int) -> list[PackedSample]:
-        """Sequences of ``length`` made of whole documents, in order."""
+        """Pack whole documents in order into sequences of ``length`` tokens."""
         return packing.pack(documents, length, self.patch_size, self.tokenizer.pad)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Where this rank's reading stands after update ``step``, in plain values.
+        """This rank's position in the data after step ``step``, in plain values.
 
-        Empty where sequences are functions of their number alone.
+        Empty if sequences are functions of their number alone.
         """
         return {}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from there.
+        """Continue from the position that :meth:`state_dict` returned.
 
         Args:
-            states: of every data-parallel rank at that time, in order; a single one where they
-                were all the same.
+            states: the state of every data-parallel rank in order; or a single one if all were
+                equal.
 
         Raises:
-            PretrainError: the data has changed since, or cannot be divided among the ranks of now.
+            PretrainError: the documents have changed since, or cannot be divided among the current
+                number of ranks.
         """
         return None
 
     def take_skipped(self) -> list[Skip]:
-        """Corrupt samples that this rank found since the last call."""
+        """Documents that this rank has skipped since the last call."""
         return []
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the documents, the same on all ranks; empty for the built-in data."""
+        """Digest of the documents, equal on all ranks; empty for the built-in data."""
         return ""
 
     def describe(self) -> str:
-        """Description of the sources, for people; empty for the built-in data."""
+        """A readable description of the sources; empty for the built-in data."""
         return ""

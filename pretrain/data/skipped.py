@@ -1,4 +1,4 @@
-"""Data that could not be used: counted, listed in the run's folder, and limited."""
+"""Documents that cannot be used: they are counted, limited, and listed in the run's folder."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,9 +15,10 @@ class Skip(NamedTuple):
     """A document that is left out.
 
     Attributes:
-        name: the file, with the line's number in it where it has several.
-        reason: what is wrong with it.
-        corrupt: whether it counts against ``data.max_corrupt``; what is only too long does not.
+        name: the file, and the number of the line or element if it has several documents.
+        reason: the reason, readable after the name.
+        corrupt: whether it counts against ``data.max_corrupt``. Documents that are empty or too
+            long do not.
     """
 
     name: str
@@ -26,7 +27,11 @@ class Skip(NamedTuple):
 
 
 class Skipped:
-    """Everything skipped so far, each once."""
+    """The documents skipped so far, each counted once.
+
+    Args:
+        limit: more corrupt documents are an error.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -37,10 +42,10 @@ class Skipped:
         return iter(self._all.values())
 
     def add(self, skips: Iterable[Skip]) -> list[Skip]:
-        """Count them; returns those that are new.
+        """Count documents, and return those that are new.
 
         Raises:
-            PretrainError: more are corrupt than the limit allows; it names the latest.
+            PretrainError: more documents are corrupt than allowed; the message names the latest.
         """
         new = []
         for skip in skips:
@@ -59,10 +64,10 @@ class Skipped:
 
 
 def within_limit(records: Iterable[T], limit: int) -> Iterator[T]:
-    """The records, while no more of them are corrupt than the limit allows.
+    """Pass records on, and count the corrupt ones among them.
 
     Raises:
-        PretrainError: more are; it names the latest.
+        PretrainError: more records are corrupt than allowed; the message names the latest.
     """
     skipped = Skipped(limit)
     for record in records:
@@ -80,14 +85,14 @@ def take_all(skips: list[Skip]) -> list[Skip]:
 
 
 def write(path: Path, skips: Iterable[Skip]) -> None:
-    """Append to the list that a run keeps."""
+    """Append documents to the list of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(skip._asdict()) + "\n" for skip in skips)
 
 
 def read(path: Path) -> list[Skip]:
-    """The list that a run kept; empty where there is none."""
+    """Read the list of a run; empty if there is no such file."""
     skips = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""Vision-text from WebDataset shards, through megatron-energon: its format, order and resume."""
+"""Sources of images and text in WebDataset shards, which megatron-energon reads and shuffles."""
 
 import base64
 import contextlib
@@ -32,22 +32,22 @@ from pretrain.data.sources.text import Text
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES
 
-# Held-out documents that are read, and kept, at the start.
-_HELD_OUT = 256
-# Samples that energon shuffles among, beyond its own order of shards and slices of them.
-_SHUFFLE = 256
-# Bytes of a file in a shard that are read at most: of an image, and of text or JSON.
-_LARGEST = 2**28
-_LARGEST_TEXT = 2**24
-# Names of shards that a folder's split may expand to at most.
-_MOST_SHARDS = 10**6
-# The number of a training sample, which has none.
+# Held-out documents, which are read at the start and kept.
+_HELD_OUT_DOCUMENTS = 256
+# Samples in the buffer in which energon shuffles, in addition to shuffling shards and slices.
+_SHUFFLE_BUFFER = 256
+# Maximum size in bytes of a file in a shard, and of one with text or JSON.
+_MAX_BYTES = 2**28
+_MAX_TEXT_BYTES = 2**24
+# Maximum number of shard names in a split.
+_MAX_SHARDS = 10**6
+# Stands for the number of a training sample.
 _UNNUMBERED = -1
-# The one class in energon's state.
+# The only class in energon's state.
 _SLICE = "SliceState"
 _TEXT = ("txt", "text", "transcript")
 _JSON = ("json", "jsn")
-# Sample types that are read, and the older way of naming them in dataset.yaml.
+# Sample types that are read, and their older names in dataset.yaml.
 _SAMPLE_TYPES = ("CaptioningSample", "InterleavedSample")
 _OLDER = {"CaptioningWebdataset": "CaptioningSample", "InterleavedWebdataset": "InterleavedSample"}
 
@@ -75,8 +75,13 @@ def _loader(
     skips: list[Skip],
     images: bool = True,
 ) -> Any:
-    """Energon's own savable loader, reading in this process; endless for ``train``. Without
-    ``images``, these are left the bytes they are."""
+    """Energon's savable loader, which reads in this process; it is endless for ``train``.
+
+    Args:
+        part: energon's name of the split.
+        skips: samples that cannot be decoded are appended to it.
+        images: decode images; otherwise they stay bytes.
+    """
     from megatron import energon
     from megatron.energon.dataset_config import get_dataset_from_config
     from megatron.energon.epathlib import EPath
@@ -112,7 +117,7 @@ def _loader(
             decoder=encoder.decoder,
             **sequences,
         )
-    else:  # made here: energon would import what dataset.yaml names
+    else:  # not made by energon, which would import what dataset.yaml names
         sample_type, field_map = meta.dataset
         made = energon.StandardWebdatasetFactory(
             EPath(folder),
@@ -130,7 +135,7 @@ def _loader(
         "batch_size": None,
     }
     dataset = (
-        encoder.build_train_datasets(shuffle_buffer_size=_SHUFFLE, **settings)
+        encoder.build_train_datasets(shuffle_buffer_size=_SHUFFLE_BUFFER, **settings)
         if training
         else encoder.build_val_datasets(**settings)
     )
@@ -138,19 +143,19 @@ def _loader(
 
 
 class _TooLarge(bytes):
-    """Stands for a file in a shard that is larger than :data:`_LARGEST`: its size, in words."""
+    """Takes the place of a file that exceeds :data:`_MAX_BYTES`; contains its size in words."""
 
 
 def _limit_parts() -> None:
-    """Make energon read no file of a shard that is larger than :data:`_LARGEST`.
+    """Keep energon from reading files in shards that exceed :data:`_MAX_BYTES`.
 
-    A sparse file of a terabyte takes a kilobyte in a tar. Energon offers no hook for this.
+    A sparse file of a terabyte occupies a kilobyte in a tar. Energon offers no hook for this.
     """
     from megatron.energon.flavors.webdataset import itar, itar_reader
 
     class LimitedTar(itar.ITarFile):  # type: ignore[misc]
         def extractfile(self, member: Any) -> Any:
-            if member.size > _LARGEST:
+            if member.size > _MAX_BYTES:
                 return SimpleNamespace(read=lambda: _TooLarge(f"{member.size:,} bytes".encode()))
             return super().extractfile(member)
 
@@ -158,10 +163,11 @@ def _limit_parts() -> None:
 
 
 def _decoder(images: bool, trusted: bool) -> Any:
-    """Decodes text, JSON and images.
+    """A decoder of text, JSON and images.
 
-    Energon's own decoder unpickles by suffix, and turns no image upright. It decodes everything
-    else where the shards are trusted to run code; otherwise that stays the bytes it is.
+    It replaces energon's decoder, which unpickles by suffix and does not turn images upright. If
+    the shards are trusted to run code, energon's decoder decodes everything else; otherwise that
+    stays bytes.
     """
     from megatron import energon
 
@@ -176,12 +182,12 @@ def _decoder(images: bool, trusted: bool) -> Any:
             suffix = key.rpartition(".")[2].lower()
             try:
                 return self._of_kind(key, suffix, part)
-            except Exception as error:  # energon ends at some, such as that of deeply nested JSON
+            except Exception as error:  # some would end energon, such as deeply nested JSON
                 raise ValueError(f"its {suffix}: {_reason(error)}") from error
 
         def _of_kind(self, key: str, suffix: str, part: bytes) -> Any:
             text = suffix in _TEXT or suffix in _JSON
-            if isinstance(part, _TooLarge) or (text and len(part) > _LARGEST_TEXT):
+            if isinstance(part, _TooLarge) or (text and len(part) > _MAX_TEXT_BYTES):
                 size = part.decode() if isinstance(part, _TooLarge) else f"{len(part):,} bytes"
                 raise ValueError(f"too large: {size}")
             if text:
@@ -196,7 +202,7 @@ def _decoder(images: bool, trusted: bool) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of what lies below it, where it says nothing itself."""
+    """The message of an error in one line; if it is empty, that of its cause."""
     while not str(error) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__ or error
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -206,19 +212,19 @@ def _parts(sample: Any) -> list[str | Pixels]:
     """Text and pixels of a sample.
 
     Raises:
-        ValueError: it has neither an image with a caption nor a sequence, or other things in it.
+        ValueError: the sample is neither a captioned image nor a sequence of images and text.
     """
     if hasattr(sample, "caption") and hasattr(sample, "image"):
         if not isinstance(sample.caption, str):
             raise ValueError(f"its caption is a {type(sample.caption).__name__}")
-        found = [sample.image, sample.caption.strip()]
+        parts = [sample.image, sample.caption.strip()]
     elif isinstance(getattr(sample, "sequence", None), list | tuple):
-        found = list(sample.sequence)
+        parts = list(sample.sequence)
     else:
         raise ValueError(
             f"it is a {type(sample).__name__}: CaptioningSample and InterleavedSample are read"
         )
-    return [part if isinstance(part, str) else _pixels(part) for part in found]
+    return [part if isinstance(part, str) else _pixels(part) for part in parts]
 
 
 def _pixels(image: Any) -> Pixels:
@@ -231,10 +237,10 @@ class Meta(NamedTuple):
     """Description of prepared shards.
 
     Attributes:
-        fingerprint: digest of energon's description of them.
+        fingerprint: digest of energon's metadata.
         train: number of training samples.
-        has_val: whether some are held out.
-        dataset: the sample type, and the pairs of its field map; None where energon is to load
+        has_val: whether there are held-out samples.
+        dataset: the sample type, and the items of its field map; None if energon shall load
             ``dataset.yaml`` itself and run the code that it names.
     """
 
@@ -244,18 +250,19 @@ class Meta(NamedTuple):
     dataset: tuple[str, tuple[tuple[str, str], ...]] | None
 
 
-def read_meta(folder: Path, key: str, *, trust_code: bool = False) -> Meta:
-    """
+def read_meta(folder: Path, setting: str, *, trust_code: bool = False) -> Meta:
+    """Read the metadata of prepared shards.
+
     Args:
-        key: the source's setting, for messages.
-        trust_code: let ``dataset.yaml`` name Python code to run.
+        setting: the source's name in messages.
+        trust_code: allow ``dataset.yaml`` to name Python code.
 
     Raises:
-        PretrainError: the folder is missing or not prepared, names shards outside it, or code that
-            is not trusted.
+        PretrainError: the folder is missing or not prepared, or its metadata names shards in other
+            folders or code that is not trusted.
     """
     if not folder.is_dir():
-        raise PretrainError(f"{key}.path: the folder {folder} does not exist")
+        raise PretrainError(f"{setting}.path: the folder {folder} does not exist")
     meta = folder / ".nv-meta"
     try:
         info, split = (meta / ".info.json").read_text(), (meta / "split.yaml").read_text()
@@ -274,35 +281,37 @@ def read_meta(folder: Path, key: str, *, trust_code: bool = False) -> Meta:
         yaml.YAMLError,
     ) as error:
         raise PretrainError(
-            f"{key}.path: {folder} is not prepared for energon ({_reason(error)}): run `energon "
-            "prepare` on it, or make shards with `python -m pretrain data make-shards`"
+            f"{setting}.path: {folder} is not prepared for energon ({_reason(error)}): run "
+            "`energon prepare` on it, or make shards with `python -m pretrain data make-shards`"
         ) from error
     if not training:
-        raise PretrainError(f"{key}.path: {meta}/split.yaml has no shards in 'train'")
+        raise PretrainError(f"{setting}.path: {meta}/split.yaml has no shards in 'train'")
     if outside:
-        raise PretrainError(f"{key}.path: {meta} names a shard outside {folder}: {outside[0]!r}")
+        raise PretrainError(
+            f"{setting}.path: {meta} names a shard outside {folder}: {outside[0]!r}"
+        )
     digest = hashlib.sha256((info + split + described).encode()).hexdigest()[:16]
-    read = None if trust_code else _without_code(dataset, meta / "dataset.yaml", key)
+    read = None if trust_code else _without_code(dataset, meta / "dataset.yaml", setting)
     return Meta(digest, train, bool(parts.get("val")), read)
 
 
 def _expanded(patterns: Any) -> list[str]:
-    """Names that patterns such as ``train-{000..127}.tar`` stand for.
+    """Expand patterns such as ``train-{000..127}.tar`` to names.
 
     Raises:
-        ValueError: they are more than :data:`_MOST_SHARDS`, or no text.
+        ValueError: there are more than :data:`_MAX_SHARDS` names, or a pattern is not text.
     """
     from braceexpand import braceexpand
 
     if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
         raise ValueError("a part of split.yaml is not a list of names")
-    if sum(map(_num_expansions, patterns)) > _MOST_SHARDS:
-        raise ValueError(f"split.yaml names more than {_MOST_SHARDS:,} shards")
+    if sum(map(_num_expansions, patterns)) > _MAX_SHARDS:
+        raise ValueError(f"split.yaml names more than {_MAX_SHARDS:,} shards")
     return [name for pattern in patterns for name in braceexpand(pattern)]
 
 
 def _num_expansions(pattern: str) -> int:
-    """At least the number of names that braceexpand would make, all of them in memory."""
+    """An upper bound of the number of names that braceexpand would make in memory."""
     count = 1
     while group := re.search(r"\{([^{}]*)\}", pattern):
         ends = re.match(r"(-?\d+)\.\.(-?\d+)", group[1])
@@ -317,22 +326,24 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "://" not in name
 
 
-def _without_code(dataset: Any, file: Path, key: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _without_code(
+    dataset: Any, file: Path, setting: str
+) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The sample type and field map of a ``dataset.yaml`` that names no code.
 
-    Energon would import any module, call any function and run any file that it names.
+    Energon would import any module, call any function and run any file named there.
 
     Raises:
-        PretrainError: it names code, or a type of sample that is not read.
+        PretrainError: the file names code, or a sample type that is not read.
     """
     settings = dict(dataset) if isinstance(dataset, dict) else {}
     named = settings.pop("sample_type", None)
     if named is None:
         named = {name: settings.pop(name, None) for name in ("__module__", "__class__")}
     if not any((named if isinstance(named, dict) else {"": named}).values()):
-        raise PretrainError(f"{key}.path: {file} has no sample_type")
+        raise PretrainError(f"{setting}.path: {file} has no sample_type")
     fields = settings.pop("field_map", None)
-    settings.pop("subflavors", None)  # labels that nothing here reads
+    settings.pop("subflavors", None)  # labels, which are not read
     if (
         isinstance(named, dict)
         and named.keys() == {"__module__", "__class__"}
@@ -343,17 +354,18 @@ def _without_code(dataset: Any, file: Path, key: str) -> tuple[str, tuple[tuple[
         sample_type, settings = "", settings | {"sample_type": named}
     if settings:
         raise PretrainError(
-            f"{key}.path: {file} sets {', '.join(map(repr, settings))}, by which energon would run "
-            f"Python code that comes with the shards. If you trust it, set {key}.trust_code: true; "
-            "otherwise give a sample_type of megatron.energon and a field_map only"
+            f"{setting}.path: {file} sets {', '.join(map(repr, settings))}, by which energon would "
+            "run Python code that comes with the shards. If you trust it, set "
+            f"{setting}.trust_code: true; otherwise give a sample_type of megatron.energon and a "
+            "field_map only"
         )
     if sample_type not in _SAMPLE_TYPES:
         raise PretrainError(
-            f"{key}.path: {file} has samples of type {sample_type}: {' and '.join(_SAMPLE_TYPES)} "
-            "are read"
+            f"{setting}.path: {file} has samples of type {sample_type}: "
+            f"{' and '.join(_SAMPLE_TYPES)} are read"
         )
     if not isinstance(fields, dict) or not all(isinstance(one, str) for one in fields.values()):
-        raise PretrainError(f"{key}.path: {file} has no field_map of names to suffixes")
+        raise PretrainError(f"{setting}.path: {file} has no field_map of names to suffixes")
     return sample_type, tuple((str(name), suffixes) for name, suffixes in fields.items())
 
 
@@ -421,7 +433,7 @@ class EnergonDocuments(Documents):
         self.met: list[Skip] = []  # samples that could not be used
         self.held_out: list[list[str | Pixels]] = []
         if source.meta.has_val:
-            for sample in itertools.islice(self._held_out_samples(), _HELD_OUT):
+            for sample in itertools.islice(self._held_out_samples(), _HELD_OUT_DOCUMENTS):
                 parts = self._fitted(sample)
                 if parts is not None:
                     self.held_out.append(parts)
@@ -535,7 +547,7 @@ class EnergonCursor:
         return Segment(self.source.number, _UNNUMBERED, document=document)
 
     def state(self) -> dict[str, Any]:
-        """Energon's own state, and the sample that waits."""
+        """Energon's state, and the key of the next sample if it has been read."""
         state = self._loader.save_state_rank()
         return {
             "taken": self.taken,
@@ -565,7 +577,7 @@ class EnergonCursor:
 
 
 def _plain(value: Any) -> Any:
-    """Energon's state in what JSON has."""
+    """Convert energon's state to values that JSON has."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
@@ -585,7 +597,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unplain(value: Any) -> Any:
-    """The reverse of :func:`_plain`; it makes no object of a class that the file names."""
+    """The inverse of :func:`_plain`. It creates no objects of classes that a file names."""
     from megatron.energon.flavors.webdataset.sample_loader import SliceState
     from megatron.energon.state import FlexState
 
@@ -597,10 +609,10 @@ def _unplain(value: Any) -> Any:
         return base64.b64decode(value["__bytes__"])
     if "__tuple__" in value:
         return tuple(_unplain(item) for item in value["__tuple__"])
-    found = {key: _unplain(item) for key, item in value.items()}
-    if "__class__of__" in found:
-        kind = found.pop("__class__of__")
+    fields = {key: _unplain(item) for key, item in value.items()}
+    if "__class__of__" in fields:
+        kind = fields.pop("__class__of__")
         if kind != _SLICE:
             raise ValueError(f"energon's state has no objects of the class {kind}")
-        return SliceState(**found)
-    return FlexState(found)
+        return SliceState(**fields)
+    return FlexState(fields)

@@ -151,7 +151,7 @@ BAD_LINES = {
     "[" * 200_000: "not JSON: nested too deeply",
     '{"a":' * 200_000: "not JSON: nested too deeply",
     '{"text": "\\ud800"}': "half a surrogate pair",
-    '{"text": "a", "text": "b"}': "the key 'text' stands twice",
+    '{"text": "a", "text": "b"}': "the key 'text' is repeated",
     '{"text": "a", "images": ["a.jpg"]}': "its 'images' would be lost",
     '{"text": ' + "9" * 5000 + "}": "not JSON: Exceeds the limit",
     '{"text": NaN}': "has no text in its field",
