@@ -1,6 +1,6 @@
-"""Layers as QK-Clip scales them: the tensors that set a layer's rows, adapters of PEFT included.
+"""The tensors that determine the rows of a layer's output, including PEFT's adapters.
 
-The modules of PEFT are recognized by their attributes; nothing is imported.
+PEFT's modules are recognized by their attributes; PEFT is not imported.
 """
 
 from typing import Any, NamedTuple
@@ -10,48 +10,42 @@ from torch import Tensor, nn
 
 
 class RowTensor(NamedTuple):
-    """A tensor that has one entry, or slice, per output row of a layer.
-
-    Attributes:
-        tensor: the tensor.
-        dim: the dimension of its rows; None: as the layout of the layer's weight has it.
-        is_bias: whether it is the layer's bias.
-    """
+    """A tensor with one entry, or one slice, per output row of a layer."""
 
     tensor: Tensor
-    dim: int | None = None
-    is_bias: bool = False
+    dim: int | None = None  # of the rows; None: as in the layout of the layer's weight
+    is_bias: bool = False  # the layer's bias
 
 
 class Effective(NamedTuple):
     """How the rows of a layer's output can be scaled.
 
     Attributes:
-        tensors: a row of the output is scaled by scaling that row in every one of these.
-        adapter: the adapter that contributes to the output, if any; e.g. ``"LoRA"``.
-        others: further tensors through which the output is trained.
-        obstacle: why scaling ``tensors`` does not scale the output; empty where it does.
-        owned: whether the tensors were found in a module; otherwise the caller gave them.
+        tensors: scaling a row in all of these scales that row of the output.
+        adapter: the adapter that contributes to the output, e.g. ``"LoRA"``; empty if none does.
+        others: other tensors through which the output is trained.
+        obstacle: the reason why scaling ``tensors`` does not scale the output; empty if it does.
+        in_module: whether the tensors come from a module; otherwise the caller passed them.
     """
 
     tensors: list[RowTensor]
     adapter: str = ""
     others: tuple[Tensor, ...] = ()
     obstacle: str = ""
-    owned: bool = True
+    in_module: bool = True
 
     def is_frozen(self, tensor: Tensor) -> bool:
         """Whether a tensor is not trained.
 
-        In a module, only parameters (and views of them) are trained. A tensor that the caller gave
-        counts as trained unless it is a parameter without ``requires_grad``.
+        In a module, only parameters (and views of them) are trained. A tensor that the caller
+        passed counts as trained unless it is a parameter without ``requires_grad``.
         """
-        whole = root(tensor)
-        return (self.owned or isinstance(whole, nn.Parameter)) and not whole.requires_grad
+        base = root(tensor)
+        return (self.in_module or isinstance(base, nn.Parameter)) and not base.requires_grad
 
 
 def active_module(module: nn.Module) -> nn.Module:
-    """The module that a ``modules_to_save`` wrapper of PEFT runs; any other module itself."""
+    """The module that PEFT's ``modules_to_save`` wrapper runs; any other module itself."""
     original = module._modules.get("original_module")
     copies = module._modules.get("modules_to_save")
     if original is None or not isinstance(copies, nn.ModuleDict):
@@ -62,18 +56,18 @@ def active_module(module: nn.Module) -> nn.Module:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside all adapters and wrappers of PEFT."""
+    """The layer inside all of PEFT's adapters and wrappers."""
     module = active_module(module)
     inner = module._modules.get("base_layer")
     return module if inner is None else base_layer(inner)
 
 
 def effective(module: nn.Module) -> Effective:
-    """The tensors that set the rows of a layer's output, at this moment.
+    """The tensors that presently determine the rows of a layer's output.
 
     Exact for a plain layer (weight, bias), DoRA (magnitude, bias), IA3 (its vector), and LoRA over
-    a weight that is trained too (weight, bias, B). LoRA over a frozen weight cannot be scaled:
-    gamma (W + sBA) is W + sB'A for some B' only if A spans the rows of W.
+    a trained weight (weight, bias, B). LoRA over a frozen weight cannot be scaled: gamma (W + sBA)
+    equals W + sB'A for some B' only if A spans the rows of W.
     """
     module = active_module(module)
     if module._modules.get("base_layer") is None:
@@ -98,7 +92,7 @@ def effective(module: nn.Module) -> Effective:
         if not name.startswith("base_layer.") and not set(name.split(".")).isdisjoint(active)
     )
     if "ia3_l" in names and not tuner.is_feedforward:
-        # The output is multiplied by each active vector: any trained one can take the factor.
+        # The output is multiplied by all active vectors: any trained one can take the factor.
         vectors = [tuner.ia3_l[adapter] for adapter in active]
         vector = next((v for v in vectors if v.requires_grad), None)
         return base if vector is None else Effective([RowTensor(vector, 0)], "IA3")
@@ -121,7 +115,7 @@ def _lora(base: Effective, ups: list[Any], others: tuple[Tensor, ...]) -> Effect
 
 
 def _plain(module: nn.Module) -> Effective:
-    with torch.enable_grad():  # under no_grad, a computed weight looks like any other tensor
+    with torch.enable_grad():  # distinguishes computed weights from parameters
         weight = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
@@ -129,27 +123,27 @@ def _plain(module: nn.Module) -> Effective:
             f"{type(module).__name__} has no weight: give a linear layer, a weight, "
             "or (weight, bias)"
         )
-    plain = of_tensors(weight, bias)._replace(owned=True)
-    # Other implementations of LoRA keep their matrices in the layer or in children of it.
+    plain = of_tensors(weight, bias)._replace(in_module=True)
+    # Other implementations of LoRA keep their matrices in the layer or in its children.
     others = tuple(p for p in module.parameters() if p.ndim > 1 and p is not weight)
     if not plain.obstacle and any(p.requires_grad for p in others):
         return Effective(
-            plain.tensors, "adapter", others, "it trains other matrices than its weight as well"
+            plain.tensors, "adapter", others, "it also trains matrices other than its weight"
         )
     return plain
 
 
 def of_tensors(weight: Tensor, bias: Tensor | None) -> Effective:
-    """A weight and its bias. Megatron's layers without a bias hold an empty tensor or None."""
+    """A weight and its bias, which is empty or None in Megatron's layers without a bias."""
     tensors = [RowTensor(weight)]
     if isinstance(bias, Tensor) and bias.numel():
         tensors.append(RowTensor(bias, 0, is_bias=True))
     if any(root(row.tensor).grad_fn is not None for row in tensors):
         obstacle = "its weight is computed from other parameters (weight norm, parametrization)"
-        return Effective(tensors, obstacle=obstacle, owned=False)
-    return Effective(tensors, owned=False)
+        return Effective(tensors, obstacle=obstacle, in_module=False)
+    return Effective(tensors, in_module=False)
 
 
 def root(tensor: Tensor) -> Tensor:
-    """The tensor that a view belongs to; any other tensor itself."""
+    """The base of a view; any other tensor itself."""
     return tensor if tensor._base is None else tensor._base

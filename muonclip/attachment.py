@@ -1,4 +1,4 @@
-"""Hooks that connect a QK-Clip with an optimizer, and handles that undo such connections."""
+"""Hooks that run a QK-Clip after an optimizer's steps, and handles that undo them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """Undoes what returned it: a ``watch`` or an ``attach``.
+    """Undoes the ``watch`` or ``attach`` that returned it.
 
     Args:
-        undo: functions to call, the last one first.
+        undo: functions to call, in reverse order.
     """
 
     def __init__(self, undo: Iterable[Callable[[], object]]) -> None:
         self._undo = list(undo)
 
     def remove(self) -> None:
-        """Undo it. A second call does nothing."""
+        """Undo everything. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -35,10 +35,10 @@ class Handle:
 class Attachment(Handle):
     """Runs a clip after every step of an optimizer.
 
-    Steps that changed nothing because a gradient was not finite are told from the others by
+    Steps that were skipped because a gradient was not finite are recognized by
     ``MuonClip.skipped_steps`` and by ``found_inf``, which ``torch.amp.GradScaler`` sets on fused
-    optimizers. With other optimizers GradScaler leaves out the call of ``step``, and calls of
-    ``zero_grad`` show which gradients were discarded unused.
+    optimizers. For other optimizers GradScaler does not call ``step``, and calls of ``zero_grad``
+    show which gradients were discarded.
     """
 
     def __init__(self, clip: "QKClip", optimizer: Any) -> None:
@@ -54,13 +54,13 @@ class Attachment(Handle):
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        # In the optimizer, so that both end together. It is not copied with the optimizer.
+        # Stored in the optimizer, so that both end together. Not copied with the optimizer.
         optimizer.__dict__.setdefault(_ATTRIBUTE, []).append(self)
         restore = _call_before_zero_grad(optimizer, clip._discard_graded)
         super().__init__([partial(_forget, optimizer, self), restore, *(h.remove for h in hooks)])
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self.clip._checked_plan()  # raises before the step has changed anything
+        self.clip._checked_plan()  # raises errors before the step changes anything
         self._skipped_before = getattr(optimizer, "skipped_steps", None)
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -80,13 +80,12 @@ def tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def has_rate(optimizer: Optimizer) -> bool:
-    """Whether a learning rate is not zero, as far as the host knows.
+    """Whether any learning rate may be nonzero; those on an accelerator are not read.
 
-    ``torch.distributed.checkpoint`` makes a step at a learning rate of zero to create the state.
+    ``torch.distributed.checkpoint`` runs a step with a learning rate of zero to create the state.
     """
     rates = [group.get("lr") for group in optimizer.param_groups]
-    known = [r for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
-    return len(known) < len(rates) or any(known)
+    return any((isinstance(r, Tensor) and r.device.type != "cpu") or r for r in rates)
 
 
 _ATTRIBUTE = "_qk_clip_attachments"
@@ -101,7 +100,7 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}: call "
-            "clip.step() after each step of it instead"
+            "clip.step() after each of its steps instead"
         )
     return optimizer
 
@@ -114,18 +113,19 @@ def _forget(optimizer: Optimizer, attachment: Attachment) -> None:
         optimizer.__dict__.pop(_ATTRIBUTE, None)
 
 
-def _share_weights(one: "QKClip", other: "QKClip") -> bool:
+def _share_weights(first: "QKClip", second: "QKClip") -> bool:
     def weights(clip: "QKClip") -> set[int]:
-        layouts = clip.layouts.values()
-        return {id(part.weight) for x in layouts for part in (x.query, x.key)}
+        return {
+            id(x.weight) for layout in clip.layouts.values() for x in (layout.query, layout.key)
+        }
 
-    return not weights(one).isdisjoint(weights(other))
+    return not weights(first).isdisjoint(weights(second))
 
 
 def _call_before_zero_grad(
     optimizer: Optimizer, function: Callable[[], None]
 ) -> Callable[[], object]:
-    """Let ``optimizer.zero_grad`` call a function first; returns what undoes that."""
+    """Let ``optimizer.zero_grad`` call a function first, and return a function that undoes it."""
     original, was_replaced = optimizer.zero_grad, "zero_grad" in optimizer.__dict__
     calls = [function]
 

@@ -1,4 +1,4 @@
-"""Where each attention head's query and key rows live: MHA, GQA, MLA; fused or separate."""
+"""The weight rows of each attention head's query and key: MHA, GQA, MLA; fused or separate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from muonclip.adapters import Effective, RowTensor, active_module, effective, of_tensors
 
-# A layer (its weight and bias), a weight, a weight and its bias, or a function that returns those.
+# A layer with a weight and a bias, a weight, a (weight, bias) pair, or a function that returns one.
 WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
 Projection: TypeAlias = (
     nn.Module | Tensor | WeightAndBias | Callable[[], nn.Module | Tensor | WeightAndBias]
@@ -20,24 +20,24 @@ Projection: TypeAlias = (
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """The rows of a weight (and of its bias) that make each head's vector.
+    """The rows of a weight (and of its bias) that produce each head's vector.
 
-    A copy (``copy.deepcopy``, pickle) reads the weights of the copied model. Where ``projection``
-    is a plain function, which cannot be redirected, the copy refuses to be used.
+    A copy (``copy.deepcopy``, pickle) reads the weights of the copied model. If ``projection`` is a
+    plain function, which cannot be redirected, using the copy raises an error.
 
     Attributes:
-        projection: a layer, of which ``weight`` and ``bias`` count; a weight; a weight and its
-            bias; or a function that returns one of these. Layers and functions are read at every
-            step, so that parameters may be replaced after this was made, as FSDP2 and PEFT do.
-        rows: int64 [heads, r], indices along dimension ``dim`` of the weight, each at most once.
+        projection: a layer with ``weight`` and ``bias``; a weight; a (weight, bias) pair; or a
+            function that returns one of these. Layers and functions are read at every step, because
+            FSDP2 and PEFT replace parameters.
+        rows: int64 [heads, r], unique indices along dimension ``dim`` of the weight.
         dim: 0 for a weight [rows, columns], as in ``nn.Linear``, and for a norm's gain [rows]; 1
             for a weight stored as [columns, rows].
-        bias_rows: int64 [heads, r], the same along the bias's first dimension. Default: ``rows``.
-        num_rows: rows of the whole weight.
-        num_bias_rows: rows of the whole bias; ``num_rows`` without one.
+        bias_rows: int64 [heads, r], indices along the bias. Default: ``rows``.
+        num_rows: number of rows of the weight.
+        num_bias_rows: number of rows of the bias; ``num_rows`` without a bias.
 
     Raises:
-        ValueError: if the shapes disagree, or a row is out of range or listed twice.
+        ValueError: if the shapes disagree, or a row is out of range or repeated.
     """
 
     projection: Projection
@@ -62,7 +62,7 @@ class HeadRows:
                 )
         elif bias is not None and (bias.ndim == 0 or bias.size(0) != weight.size(self.dim)):
             raise ValueError(
-                f"bias must be [{weight.size(self.dim)}] as the weight has rows, "
+                f"bias must be [{weight.size(self.dim)}], one entry per row of the weight, "
                 f"got {tuple(bias.shape)}"
             )
         object.__setattr__(self, "num_rows", weight.size(self.dim))
@@ -70,24 +70,24 @@ class HeadRows:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is now."""
+        """The present weight."""
         return _weight_and_bias(self.projection)[0]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias as it is now."""
+        """The present bias."""
         return _weight_and_bias(self.projection)[1]
 
     def effective(self) -> Effective:
-        """The tensors that set these rows now, adapters of PEFT included."""
-        with torch.enable_grad():  # to tell computed weights from parameters
+        """The tensors that presently determine these rows, including PEFT's adapters."""
+        with torch.enable_grad():  # distinguishes computed weights from parameters
             projection = _read(self.projection)
         if isinstance(projection, nn.Module):
             return effective(projection)
         return of_tensors(*_weight_and_bias(projection))
 
     def rows_in(self, tensor: RowTensor) -> tuple[int, Tensor, int]:
-        """The dimension of a tensor's rows, which of them are the heads', and how many it has."""
+        """The dimension of a tensor's rows, the rows of each head, and the number of all rows."""
         if tensor.is_bias:
             return 0, self.rows if self.bias_rows is None else self.bias_rows, self.num_bias_rows
         return self.dim if tensor.dim is None else tensor.dim, self.rows, self.num_rows
@@ -95,26 +95,27 @@ class HeadRows:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if _is_plain_function(self.projection):
-            state["projection"] = _belongs_to_the_original
+            state["projection"] = _refuse_copy
         return state
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayout:
-    """One attention layer, as QK-Clip sees it.
+    """The query and key rows of one attention layer, for QK-Clip.
 
-    Query head h attends with key group h // (heads // groups). Logits must be linear in the rows:
-    where queries or keys are normalised after their projection, its scale changes nothing, and the
-    rows are those of the norm's gain, if each head has its own.
+    Query head h attends with key group h // (heads // groups). Logits must be linear in the rows.
+    If queries or keys are normalized after their projection, use the rows of the norm's gain
+    instead, if each head has a separate gain.
 
     Attributes:
-        query: rows of each query head; in MLA, of its part without position.
+        query: rows of each query head; in MLA, of its part without position (nope).
         key: rows of each key group; in MLA, of each head's part without position.
-        query_rope: MLA only: rows of each query head's rotary part, whose key is shared by all
-            heads and therefore never scaled.
+        query_rope: MLA only: rows of each query head's rotary part. Its key is shared by all heads
+            and therefore never scaled.
 
     Raises:
-        ValueError: if groups do not divide heads, or ``query_rope`` has other heads than ``query``.
+        ValueError: if groups do not divide heads, or ``query_rope`` and ``query`` have different
+            numbers of heads.
     """
 
     query: HeadRows
@@ -133,7 +134,7 @@ class AttentionLayout:
 
     @property
     def num_heads(self) -> int:
-        """Query heads in these weights (the local ones, under tensor parallelism)."""
+        """Query heads in these weights (under tensor parallelism, the local ones)."""
         return self.query.rows.size(0)
 
     @property
@@ -151,9 +152,9 @@ class AttentionLayout:
         num_kv_groups: int | None = None,
         dim: int = 0,
     ) -> "AttentionLayout":
-        """MHA or GQA with one projection each, rows head after head.
+        """MHA or GQA with separate projections for query and key, heads in order.
 
-        Norms after the projections, with a gain for each head, go in their place.
+        For norms after the projections with one gain per head, pass the norms instead.
 
         Args:
             query: weight [num_heads * d, hidden], or gain [num_heads * d].
@@ -163,7 +164,7 @@ class AttentionLayout:
             dim: 1 for weights stored as [hidden, rows].
 
         Raises:
-            ValueError: if the weights do not divide so, or give two head sizes.
+            ValueError: if the weights cannot be split so, or the head sizes differ.
         """
         groups = num_heads if num_kv_groups is None else num_kv_groups
         query_rows = _all_rows("query", query, num_heads, dim)
@@ -184,7 +185,7 @@ class AttentionLayout:
         num_kv_groups: int | None = None,
         dim: int = 0,
     ) -> "AttentionLayout":
-        """MHA or GQA with one projection whose rows are all queries, all keys, all values.
+        """MHA or GQA with one projection; rows: all queries, then all keys, then all values.
 
         Args:
             qkv: weight [(num_heads + 2 * num_kv_groups) * d, hidden].
@@ -193,7 +194,7 @@ class AttentionLayout:
             dim: 1 for a weight stored as [hidden, rows].
 
         Raises:
-            ValueError: if the weight does not divide so.
+            ValueError: if the weight cannot be split so.
         """
         groups = num_heads if num_kv_groups is None else num_kv_groups
         rows = _all_rows("qkv", qkv, num_heads + 2 * groups, dim)
@@ -211,17 +212,19 @@ class AttentionLayout:
         num_kv_groups: int | None = None,
         output_gate: bool = False,
     ) -> "AttentionLayout":
-        """MHA or GQA with one projection, Megatron's order: per key group its queries, key, value.
+        """MHA or GQA with one projection; rows: per key group its queries, key and value.
+
+        This is Megatron's order.
 
         Args:
             qkv: weight [(num_heads + 2 * num_kv_groups) * d, hidden]; with ``output_gate``
                 [(2 * num_heads + 2 * num_kv_groups) * d, hidden].
             num_heads: query heads.
             num_kv_groups: key heads; default: ``num_heads`` (MHA).
-            output_gate: each group has a gate per query, between its queries and its key.
+            output_gate: each group has one gate per query, between its queries and its key.
 
         Raises:
-            ValueError: if the weight does not divide so.
+            ValueError: if the weight cannot be split so.
         """
         groups = num_heads if num_kv_groups is None else num_kv_groups
         if groups < 1 or num_heads % groups:
@@ -248,26 +251,26 @@ class AttentionLayout:
         """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
         Args:
-            query: the last query projection, weight [num_heads * (nope_dim + rope_dim), any]:
-                per head, the part without position, then the rotary part.
-            kv_up: projection from the latent, weight [num_heads * (nope_dim + v_dim), latent]: per
-                head, key, then value.
+            query: the last query projection, weight [num_heads * (nope_dim + rope_dim), any]; rows:
+                per head the part without position, then the rotary part.
+            kv_up: projection from the latent, weight [num_heads * (nope_dim + v_dim), latent];
+                rows: per head its key, then its value.
             num_heads: heads.
             nope_dim: size of a head's query and key without position.
             rope_dim: size of a head's rotary query.
             v_dim: size of a head's value.
 
         Raises:
-            ValueError: if the weights do not have these rows.
+            ValueError: if the weights have other numbers of rows.
         """
-        for name, projection, per_head, parts in (
+        for name, projection, per_head, terms in (
             ("query", query, nope_dim + rope_dim, "nope_dim + rope_dim"),
             ("kv_up", kv_up, nope_dim + v_dim, "nope_dim + v_dim"),
         ):
             rows = _weight_and_bias(projection)[0].size(0)
             if rows != num_heads * per_head:
                 raise ValueError(
-                    f"{name} has {rows} rows, but num_heads * ({parts}) is {num_heads * per_head}"
+                    f"{name} has {rows} rows, but num_heads * ({terms}) is {num_heads * per_head}"
                 )
         query_rows = _all_rows("query", query, num_heads)
         return cls(
@@ -296,34 +299,34 @@ def _weight_and_bias(projection: Projection) -> WeightAndBias:
             f"{type(module).__name__} has no weight: give a linear layer, a weight, "
             "or (weight, bias)"
         )
-    # Megatron's layers without a bias hold an empty tensor or None.
+    # In Megatron's layers without a bias it is an empty tensor or None.
     return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
 
 
 def _is_plain_function(projection: Projection) -> bool:
-    """Whether a copy of it would read the weights of the original."""
+    """Whether a copy of the function would read the weights of the original model."""
     if isinstance(projection, partial):
-        # Its arguments are copied; the function itself must be one that pickle finds by name.
-        return getattr(projection.func, "__qualname__", "").find("<") >= 0
-    return isinstance(projection, FunctionType) and projection is not _belongs_to_the_original
+        # Its arguments are copied; pickle must find the function itself by name.
+        return "<" in getattr(projection.func, "__qualname__", "")
+    return isinstance(projection, FunctionType) and projection is not _refuse_copy
 
 
-def _belongs_to_the_original() -> WeightAndBias:
+def _refuse_copy() -> WeightAndBias:
     raise ValueError(
-        "this layout was copied together with a model, but it reads its weights by a function, "
-        "which still belongs to the original model: make a new layout (and QKClip) of the copy, "
-        "or give layouts a module instead of a function"
+        "this layout was copied together with a model, but its projection is a function that still "
+        "reads the weights of the original model: make a new layout (and QKClip) for the copy, or "
+        "give layouts a module instead of a function"
     )
 
 
 def _all_rows(name: str, projection: Projection, heads: int, dim: int = 0) -> Tensor:
-    """All row numbers of a weight, [heads, rows per head]."""
+    """The indices of all rows of a weight, [heads, rows per head]."""
     weight = _weight_and_bias(projection)[0]
     if not 0 <= dim < weight.ndim:
         raise ValueError(f"dim must be one of the {weight.ndim} of {name}, got {dim}")
     rows = weight.size(dim)
     if heads < 1 or rows == 0 or rows % heads:
-        raise ValueError(f"{name} has {rows} rows, which {heads} heads cannot share")
+        raise ValueError(f"{name} has {rows} rows, which cannot be split into {heads} heads")
     return torch.arange(rows, device="cpu").view(heads, -1)
 
 

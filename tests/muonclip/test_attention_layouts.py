@@ -86,7 +86,7 @@ def test_a_replaced_parameter_is_found() -> None:
     [
         (
             lambda: AttentionLayout.separate(torch.zeros(9, 2), torch.zeros(8, 2), num_heads=4),
-            "query has 9 rows, which 4 heads cannot share",
+            "query has 9 rows, which cannot be split into 4 heads",
         ),
         (
             lambda: AttentionLayout.separate(torch.zeros(8, 2), torch.zeros(4, 2), num_heads=4),

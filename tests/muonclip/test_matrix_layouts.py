@@ -287,12 +287,12 @@ def test_a_grouped_convolution_equals_a_convolution_a_group(groups: int) -> None
         (lambda: MatrixLayout((True, 2)), "blocks must be"),
         (lambda: MatrixLayout(4), "blocks must be .* got 4"),
         (lambda: MatrixLayout((2,), 0), "repeats must be a positive integer"),
-        (lambda: MatrixLayout(repeats=2), "repeats needs blocks"),
-        (lambda: MatrixLayout(transposed=True, flatten=True), "flatten excludes"),
-        (lambda: MatrixLayout(view=(2, 2), flatten=True), "flatten excludes"),
+        (lambda: MatrixLayout(repeats=2), "repeats requires blocks"),
+        (lambda: MatrixLayout(transposed=True, flatten=True), "flatten cannot be combined"),
+        (lambda: MatrixLayout(view=(2, 2), flatten=True), "flatten cannot be combined"),
         (lambda: MatrixLayout(view=(2,)), "view must be a shape"),
-        (lambda: MatrixLayout.per_head(10, 4), "10 rows cannot be shared by 4 heads"),
-        (lambda: MatrixLayout.per_head(10, 0), "10 rows cannot be shared by 0 heads"),
+        (lambda: MatrixLayout.per_head(10, 4), "10 rows cannot be split into 4 heads"),
+        (lambda: MatrixLayout.per_head(10, 0), "10 rows cannot be split into 0 heads"),
     ],
 )
 def test_layouts_that_cannot_be(make: Any, message: str) -> None:
