@@ -1,4 +1,4 @@
-"""A history of the largest attention logits: per layer and head, as a table and as a picture."""
+"""A history of the largest attention logits, per layer and head, as a table and as a plot."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from muonclip.qk_clip import ClipResult, QKClip
 
 
 class _Entry(NamedTuple):
-    """Some consecutive steps: a bound on each head's largest logit, [heads], and clips in all."""
+    """Consecutive steps of the history."""
 
     first_step: int
     last_step: int
-    bounds: Tensor
-    num_clipped: int
+    bounds: Tensor  # [heads], on the largest logits
+    num_clipped: int  # heads clipped, summed over the steps
 
-    def join(self, later: "_Entry") -> "_Entry":
+    def merge(self, later: "_Entry") -> "_Entry":
         return _Entry(
             self.first_step,
             later.last_step,
@@ -30,19 +30,19 @@ class _Entry(NamedTuple):
 
 
 class MaxLogitMonitor:
-    """Keeps what each step of a ``QKClip`` saw, reports it and plots it.
+    """Records the largest logits of each step of a ``QKClip``, for a report and a plot.
 
-    From its making on it takes in every ``clip.step()`` by itself. Results stay on their device
-    and are fetched many steps at a time, so that no step waits. The history is bounded: when full,
-    neighbouring entries are joined, each then holding the largest of twice as many steps.
+    Every ``clip.step()`` is recorded through a hook. Results stay on their device and are fetched
+    for many steps at a time, so that no step waits. The history is bounded: when it is full,
+    neighbouring entries are merged, and each entry covers twice as many steps.
 
-    Of a head whose logits were not all computed (see ``exact`` of ``QKClip``), what is shown is a
-    bound that no logit exceeded, marked as such; it is at most the threshold.
+    For a head whose logits were not all computed (see ``exact`` of ``QKClip``), an upper bound is
+    shown instead, and marked; it is at most the threshold.
 
     Args:
-        clip: whose steps to take in. A copy of the monitor takes in those of the copied clip.
-        capacity: entries of history to keep, at least 2.
-        fetch_every: steps whose results wait on the device; reading in between fetches them too.
+        clip: the clip to record. A copy of the monitor records the copied clip.
+        capacity: number of history entries to keep, at least 2.
+        fetch_every: number of steps between fetches; reading fetches, too.
 
     Raises:
         ValueError: if a count is too small.
@@ -55,7 +55,7 @@ class MaxLogitMonitor:
     ...     clip.observe("layer", torch.tensor([logit, 1.0]))
     ...     _ = clip.step()
     >>> print(monitor.report())
-    largest logits after 2 steps; threshold 100; 1 of 2 heads over it in the last step
+    largest logits after 2 steps; threshold 100; 1 of 2 heads above it in the last step
     layer  head  latest   peak  at step  clipped
     layer     0   130.0  130.0        2        1
     layer     1     1.0    1.0        1        0
@@ -74,15 +74,15 @@ class MaxLogitMonitor:
         self._waiting: list[ClipResult] = []
         self._steps, self._entry_steps = 0, 1
         self._entries: list[_Entry] = []
-        # Rows: the largest logit that was computed, and a bound on all.
+        # Rows: the largest computed logits, and upper bounds.
         self._latest = torch.full((2, total), -math.inf, dtype=torch.float32, device="cpu")
         self._peak = self._latest.clone()
         self._peak_step = torch.zeros(total, dtype=torch.int64, device="cpu")
         self._clipped = torch.zeros(total, dtype=torch.int64, device="cpu")
-        self._handle = clip.register_step_post_hook(self._take)
+        self._handle = clip.register_step_post_hook(self._record)
 
     def close(self) -> None:
-        """Take in no more steps."""
+        """Stop recording."""
         self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,21 +90,21 @@ class MaxLogitMonitor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._handle = self.clip.register_step_post_hook(self._take)
+        self._handle = self.clip.register_step_post_hook(self._record)
 
     # ------------------------------------------------------------------ reading
 
     @property
     def steps(self) -> int:
-        """Steps taken in."""
+        """Number of recorded steps."""
         self._fetch()
         return self._steps
 
     @property
     def latest(self) -> dict[str, Tensor]:
-        """Per layer, float32 [heads]: a bound on the last step's logits, tight where ``exact``.
+        """Per layer, float32 [heads]: bounds on the last step's logits, tight where ``exact``.
 
-        -inf for layers that the step did not observe.
+        -inf for layers that were not observed.
         """
         self._fetch()
         return self._by_layer(self._latest[1])
@@ -117,31 +117,31 @@ class MaxLogitMonitor:
 
     @property
     def clipped(self) -> dict[str, Tensor]:
-        """Per layer, int64 [heads]: in how many steps the head was over the threshold."""
+        """Per layer, int64 [heads]: number of steps in which the head was clipped."""
         self._fetch()
         return self._by_layer(self._clipped)
 
     def history(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The last step of each entry, int64 [entries], and per layer, float32 [entries, heads].
 
-        An entry bounds the logits of its steps.
+        The second are bounds on the logits of the entry's steps.
         """
         self._fetch()
         steps = torch.tensor([entry.last_step for entry in self._entries], dtype=torch.int64)
         return steps, self._by_layer(self._bounds())
 
     def report(self, limit: int = 20) -> str:
-        """A table of heads, the largest latest logit first; ≤ marks bounds.
+        """A table of the heads with the largest logits in the last step; ≤ marks bounds.
 
         Args:
-            limit: heads to list.
+            limit: number of heads.
         """
         self._fetch()
         largest, bounds = self._latest
         over = int((largest > self.clip.threshold).sum())
         title = (
             f"largest logits after {self._steps} steps; threshold {self.clip.threshold:g}; "
-            f"{over} of {len(bounds)} heads over it in the last step"
+            f"{over} of {len(bounds)} heads above it in the last step"
         )
         labels = [
             (name, str(head))
@@ -151,9 +151,9 @@ class MaxLogitMonitor:
         order = bounds.sort(descending=True, stable=True).indices[:limit].tolist()
         rows = [("layer", "head", "latest", "peak", "at step", "clipped")]
         for i in order:
-            seen = _shown(largest[i], bounds[i]), _shown(*self._peak[:, i])
+            logits = _format(largest[i], bounds[i]), _format(*self._peak[:, i])
             counts = str(int(self._peak_step[i])), str(int(self._clipped[i]))
-            rows.append((*labels[i], *seen, *counts))
+            rows.append((*labels[i], *logits, *counts))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -164,32 +164,32 @@ class MaxLogitMonitor:
         return "\n".join([title, *lines])
 
     def plot(self, path: "str | os.PathLike[str]") -> None:
-        """Draw the latest logits, layer by head, and their course over the steps.
+        """Plot the latest logits by layer and head, and their history.
 
         Args:
-            path: of the picture; its ending says the format.
+            path: image file; its suffix determines the format.
 
         Raises:
             ImportError: without matplotlib.
-            ValueError: if no step was taken in yet.
+            ValueError: if no step has been recorded.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         if self.steps == 0:
-            raise ValueError("nothing to plot: no clip.step() was taken in yet")
+            raise ValueError("nothing to plot: no clip.step() has been recorded yet")
         layers = len(self._names)
         figure = Figure(figsize=(12, max(4.5, min(1.5 + 0.22 * layers, 12))), layout="constrained")
-        heads, courses = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        heads, history = figure.subplots(1, 2, width_ratios=(1, 1.25))
         self._draw_heads(heads)
-        self._draw_courses(courses)
+        self._draw_history(history)
         figure.savefig(path, dpi=150)
 
     # ------------------------------------------------------------------ drawing
 
     def _draw_heads(self, axes: Any) -> None:
-        """The last step: a cell a head; dots on those whose value is a bound."""
+        """The last step: one cell per head, with a dot if its value is a bound."""
         import numpy as np
         from matplotlib import colormaps
         from matplotlib.colors import ListedColormap, TwoSlopeNorm
@@ -205,7 +205,7 @@ class MaxLogitMonitor:
         finite = bounds[~bounds.isnan()]
         low = min(0.0, float(finite.min())) if finite.numel() else 0.0
         high = max(2 * threshold, float(finite.max())) if finite.numel() else 2 * threshold
-        # Blue under the threshold, red over it.
+        # Blue below the threshold, red above it.
         shades = [*colormaps["Blues"](np.linspace(0, 0.85, 128))]
         shades += [*colormaps["Reds"](np.linspace(0.5, 1, 128))]
         norm, colors = TwoSlopeNorm(threshold, low, high), ListedColormap(shades)
@@ -219,21 +219,10 @@ class MaxLogitMonitor:
         )
         rows, columns = ((bounds != largest) & ~bounds.isnan()).numpy().nonzero()
         if len(rows):
-            axes.plot(
-                columns,
-                rows,
-                ".",
-                color="0.35",
-                markersize=2.5,
-                label="a bound: the logits are below",
-            )
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                fontsize="small",
-                frameon=False,
-                borderaxespad=0,
-            )
+            label = "upper bound, logits are lower"
+            axes.plot(columns, rows, ".", color="0.35", markersize=2.5, label=label)
+            legend = {"fontsize": "small", "frameon": False, "borderaxespad": 0}
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), **legend)
         axes.set_xlabel("head")
         axes.xaxis.get_major_locator().set_params(integer=True)
         labels = _short(self._names)
@@ -242,8 +231,8 @@ class MaxLogitMonitor:
         axes.set_ylabel("layer")
         axes.set_title(f"largest logit of each head, step {self._steps}", pad=18)
 
-    def _draw_courses(self, axes: Any) -> None:
-        """Each layer's largest head over the steps, and how many heads were clipped."""
+    def _draw_history(self, axes: Any) -> None:
+        """The largest head of each layer and the number of clipped heads, by step."""
         from matplotlib import colormaps
 
         last_steps, bounds = self.history()
@@ -252,33 +241,28 @@ class MaxLogitMonitor:
         for index, (name, layer) in enumerate(
             zip(_short(self._names), bounds.values(), strict=True)
         ):
-            course = layer.amax(1)
+            largest = layer.amax(1)
+            largest = largest.where(largest.isfinite(), math.nan)
             label = name if index in (0, len(bounds) - 1) else None
-            axes.plot(
-                steps,
-                course.where(course.isfinite(), math.nan).numpy(),
-                color=shades(index),
-                lw=1,
-                label=label,
-            )
+            axes.plot(steps, largest.numpy(), color=shades(index), lw=1, label=label)
         axes.axhline(self.clip.threshold, color="black", ls="--", lw=1, label="τ")
         clips = [e.num_clipped / (e.last_step - e.first_step + 1) for e in self._entries]
         right = axes.twinx()
         right.fill_between(steps, clips, step="pre", color="tab:red", alpha=0.25, lw=0)
         right.set_ylim(0, max(4 * max(clips), 1))
-        right.set_ylabel("heads clipped a step", color="tab:red")
+        right.set_ylabel("heads clipped per step", color="tab:red")
         axes.set_zorder(1)
         axes.patch.set_visible(False)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("largest logit of a layer")
         axes.legend(title="layer", fontsize="small")
-        axes.set_title("course of each layer's largest head")
+        axes.set_title("largest logit of each layer by step")
 
     # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, as plain values and tensors on the CPU."""
+        """The history as plain values and CPU tensors."""
         self._fetch()
         return {
             "names": list(self._names),
@@ -296,16 +280,16 @@ class MaxLogitMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved history; what was taken in before is dropped.
+        """Continue a saved history, which replaces the present one.
 
         Raises:
-            ValueError: if it is of other layers or heads; nothing is changed then.
+            ValueError: if its layers or heads differ. Then nothing is changed.
         """
         if (list(state["names"]), list(state["heads"])) != (self._names, self._heads):
             raise ValueError(
-                f"the saved history is of other layers: of {len(state['names'])} with "
-                f"{sum(state['heads'])} heads, and this clip has {len(self._names)} with "
-                f"{sum(self._heads)} heads, or other names"
+                f"the saved history has {len(state['names'])} layers with {sum(state['heads'])} "
+                f"heads, this clip {len(self._names)} layers with {sum(self._heads)} heads, or "
+                "their names differ: load the history of the same model"
             )
         self._waiting.clear()
         self._steps, self._entry_steps = state["steps"], state["entry_steps"]
@@ -314,9 +298,9 @@ class MaxLogitMonitor:
         self._latest, self._peak = state["latest"].clone(), state["peak"].clone()
         self._peak_step, self._clipped = state["peak_step"].clone(), state["clipped"].clone()
 
-    # ------------------------------------------------------------------ taking in
+    # ------------------------------------------------------------------ recording
 
-    def _take(self, result: ClipResult) -> None:
+    def _record(self, result: ClipResult) -> None:
         self._waiting.append(result)
         if len(self._waiting) >= self.fetch_every:
             self._fetch()
@@ -325,19 +309,13 @@ class MaxLogitMonitor:
     def _fetch(self) -> None:
         if not self._waiting:
             return
-        sides = [
-            torch.cat(
-                [
-                    *result.max_logits.values(),
-                    *result.upper_bounds.values(),
-                    *result.factors.values(),
-                ]
-            )
-            for result in self._waiting
+        results = [
+            torch.cat([*r.max_logits.values(), *r.upper_bounds.values(), *r.factors.values()])
+            for r in self._waiting
         ]
         self._waiting.clear()
-        # One transfer. [steps, largest computed, bound and factor, heads].
-        for step in torch.stack(sides).float().cpu().unflatten(1, (3, -1)):  # type: ignore[no-untyped-call]
+        # One transfer of [steps, (largest, bound, factor), heads].
+        for step in torch.stack(results).float().cpu().unflatten(1, (3, -1)):  # type: ignore[no-untyped-call]
             self._add(step[:2], step[2] < 1)
 
     def _add(self, step: Tensor, clipped: Tensor) -> None:
@@ -349,13 +327,13 @@ class MaxLogitMonitor:
         entry = _Entry(self._steps, self._steps, step[1], int(clipped.sum()))
         last = self._entries[-1] if self._entries else None
         if last is not None and last.last_step - last.first_step + 1 < self._entry_steps:
-            self._entries[-1] = last.join(entry)
+            self._entries[-1] = last.merge(entry)
             return
         self._entries.append(entry)
         if len(self._entries) > self.capacity:
             self._entry_steps *= 2
             old = self._entries
-            self._entries = [a.join(b) for a, b in zip(old[::2], old[1::2], strict=False)]
+            self._entries = [a.merge(b) for a, b in zip(old[::2], old[1::2], strict=False)]
             self._entries += old[len(self._entries) * 2 :]
 
     def _bounds(self) -> Tensor:
@@ -366,22 +344,22 @@ class MaxLogitMonitor:
         return dict(zip(self._names, torch.split(values, self._heads, -1), strict=True))
 
 
-def _shown(largest: Tensor, bound: Tensor) -> str:
+def _format(largest: Tensor, bound: Tensor) -> str:
     if bound == -math.inf:
         return "-"
     return f"{bound:.1f}" if largest == bound else f"≤{bound:.1f}"
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names without what all of them begin or end with, cut at dots."""
-    parts = [name.split(".") for name in names]
-    if len(parts) == 1:
+    """Names without their common first and last components."""
+    paths = [name.split(".") for name in names]
+    if len(paths) == 1:
         return list(names)
-    start, end = _shared(parts), _shared([part[::-1] for part in parts])
-    return [".".join(part[start : max(len(part) - end, start + 1)]) for part in parts]
+    start, end = _common_prefix(paths), _common_prefix([path[::-1] for path in paths])
+    return [".".join(path[start : max(len(path) - end, start + 1)]) for path in paths]
 
 
-def _shared(lists: Sequence[Sequence[str]]) -> int:
-    """How many first items are the same in all lists."""
+def _common_prefix(lists: Sequence[Sequence[str]]) -> int:
+    """Number of leading items that all lists have in common."""
     same = (len(set(items)) == 1 for items in zip(*lists, strict=False))
     return sum(1 for _ in takewhile(bool, same))

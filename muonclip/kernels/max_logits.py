@@ -1,4 +1,4 @@
-"""The largest attention logit of each head on a GPU, without storing the logits."""
+"""The largest attention logit of each head on a GPU, computed without storing the logits."""
 
 import math
 
@@ -12,7 +12,7 @@ _MAX_ROW_BYTES = 2048
 
 
 def supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``max_logits_triton`` can be used: CUDA, no mask, at most 32 bits, d not too large.
+    """Whether ``max_logits_triton`` accepts these: CUDA, no mask, at most 32 bits, d small enough.
 
     Args:
         query: [..., heads, queries, d].
@@ -42,8 +42,8 @@ def max_logits_triton(
 ) -> Tensor:
     """The largest input of each head's softmax, for inputs that ``supports`` accepts.
 
-    With ``bound``, only heads whose bound exceeds the threshold are computed. The device makes the
-    decision, so the host does not wait, and queries and keys of other heads are not read. A single
+    With ``bound``, only heads whose bound exceeds the threshold are computed. The device compares
+    them: the host does not wait, and queries and keys of other heads are not read. A single
     operator under ``torch.compile``; works in CUDA graphs.
 
     Products are summed in float32; float32 factors are not rounded to TF32.
@@ -53,12 +53,12 @@ def max_logits_triton(
         key: [..., groups, keys, d]; groups divides heads (GQA).
         scale: factor on the products.
         causal: query i attends to keys up to i.
-        bound: [heads], upper bounds on the result, as from ``max_logits_bound``.
+        bound: [heads], upper bounds on the result, as returned by ``max_logits_bound``.
         threshold: heads whose bound is not above it are skipped.
 
     Returns:
-        float32 [heads], without gradient; -inf for a head that was skipped or attends to
-        nothing, NaN where a logit is NaN.
+        float32 [heads], without gradient; -inf for a head that was skipped or has no logits, NaN if
+        a logit is NaN.
 
     Raises:
         ValueError: if shapes disagree, or only one of ``bound`` and ``threshold`` is given.
@@ -77,9 +77,9 @@ def max_logits_triton(
             f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if (bound is None) != (threshold is None):
-        raise ValueError("bound and threshold decide together which heads to skip: give both")
+        raise ValueError("bound and threshold together select the heads to skip: give both")
     if bound is not None and bound.shape != (heads,):
-        raise ValueError(f"bound must be [heads], here [{heads}], got {tuple(bound.shape)}")
+        raise ValueError(f"bound must be [heads] = [{heads}], got {tuple(bound.shape)}")
     largest: Tensor = _operator(query, key, scale, causal, bound, threshold)
     return largest
 
@@ -92,7 +92,7 @@ def _max_logits(
     bound: Tensor | None,
     threshold: float | None,
 ) -> Tensor:
-    if query.numel() == 0 or key.numel() == 0:  # a grid of no programs cannot be launched
+    if query.numel() == 0 or key.numel() == 0:  # an empty grid cannot be launched
         return query.new_full((query.size(-3),), -math.inf, dtype=torch.float32)
     try:
         from muonclip.kernels import max_logits_triton as implementation

@@ -1,6 +1,6 @@
 """The Triton kernel behind ``max_logits_triton``. Importing this module needs Triton."""
 
-# Triton ships no types, and a kernel's arguments have none that Python knows.
+# Triton has no type annotations, and a kernel's arguments have no Python types.
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, no-untyped-call"
 # mypy: disable-error-code="untyped-decorator, no-any-unimported"
 
@@ -44,7 +44,7 @@ def max_logits(
     groups, keys = key.shape[1:3]
     tile = tiling(dim, query.element_size())
     blocks = triton.cdiv(queries, tile.queries)
-    # One maximum a program: atomics would be no faster, and lose NaN.
+    # One maximum per program: atomics would not be faster, and would lose NaN.
     partial = query.new_empty(heads, batch, blocks, dtype=torch.float32)
     if bound is not None:
         bound = bound.to(query.device, torch.float32).contiguous()
@@ -73,13 +73,13 @@ def _kernel(
     NEGATE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence, and QUERIES of its queries."""
+    """The maximum over QUERIES queries and all keys of one head of one sequence."""
     program = tl.program_id(0)
     blocks = tl.cdiv(queries, QUERIES)
     head = program // (batches * blocks)
     batch = (program // blocks % batches).to(tl.int64)
-    block = blocks - 1 - program % blocks  # with a causal mask the last ones take longest
-    if BOUNDED:  # noqa: SIM102 (Triton's `and` would load even so)
+    block = blocks - 1 - program % blocks  # the last blocks of a causal mask take longest
+    if BOUNDED:  # noqa: SIM102 (Triton's `and` would load in any case)
         if tl.load(bound + head) <= threshold:
             tl.store(partial + program, -float("inf"))
             return
@@ -91,7 +91,7 @@ def _kernel(
     q = tl.load(query, mask=(rows < queries)[:, None] & (columns < dim)[None, :], other=0.0)
     key += batch * k_batch + (head // heads_per_group).to(tl.int64) * k_group
 
-    # Blocks of keys that every query sees whole need no mask.
+    # Blocks of keys to which every query attends need no mask.
     stop = keys
     whole = keys // KEYS * KEYS
     if CAUSAL:
@@ -111,10 +111,10 @@ def _kernel(
         largest = tl.maximum(largest, products, propagate_nan=tl.PropagateNan.ALL)
 
     largest = tl.where((rows < queries)[:, None], largest, -float("inf"))
-    # Reductions pass over NaN.
+    # Reductions ignore NaN.
     broken = tl.max(tl.max((largest != largest).to(tl.int32), 1), 0) > 0
     top = tl.max(tl.max(largest, 1), 0)
-    # A scale of 0 must not meet the -inf of a query that sees nothing.
+    # A scale of 0 must not be multiplied by the -inf of a query that attends to no key.
     top = tl.where(top == -float("inf"), top, top * scale)
     tl.store(partial + program, tl.where(broken, float("nan"), top))
 

@@ -303,8 +303,8 @@ def test_layouts_that_cannot_be(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "shape", "message"),
     [
-        (MatrixLayout(), (3,), r"shape \(3,\) is no matrix"),
-        (MatrixLayout(), (3, 3, 3, 3), "is no matrix"),
+        (MatrixLayout(), (3,), r"shape \(3,\) is neither a matrix"),
+        (MatrixLayout(), (3, 3, 3, 3), "is neither a matrix"),
         (MatrixLayout((2, 2)), (5, 4), r"1 x \(2, 2\) add up to 4 rows, not 5"),
         (MatrixLayout((2, 2), 2, transposed=True), (8, 4), r"2 x \(2, 2\) add up to 8 .* not 4"),
         (MatrixLayout((2, 2)), (4, 5, 4), "add up to 4 rows, not 5"),

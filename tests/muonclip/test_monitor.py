@@ -89,7 +89,7 @@ def test_bounds_are_marked() -> None:
     assert monitor.latest["layer"].tolist() == [40.0, 120.0]
     assert monitor.exact["layer"].tolist() == [False, True]
     assert monitor.report().splitlines() == [
-        "largest logits after 1 steps; threshold 100; 1 of 2 heads over it in the last step",
+        "largest logits after 1 steps; threshold 100; 1 of 2 heads above it in the last step",
         "layer  head  latest   peak  at step  clipped",
         "layer     1   120.0  120.0        1        1",
         "layer     0   ≤40.0  ≤40.0        1        0",
@@ -139,7 +139,7 @@ def test_resuming_is_as_not_stopping(tmp_path: Path) -> None:
 def test_a_history_of_other_layers_is_refused() -> None:
     monitor = MaxLogitMonitor(make_clip())
     state = MaxLogitMonitor(make_clip({"other": 2})).state_dict()
-    with pytest.raises(ValueError, match="of 1 with 2 heads, and this clip has 2 with 5 heads"):
+    with pytest.raises(ValueError, match="has 1 layers with 2 heads, this clip 2 layers with 5"):
         monitor.load_state_dict(state)
     assert monitor.steps == 0
 

@@ -300,7 +300,7 @@ def test_patterns_override() -> None:
         ({"adamw": ["router.*"], "muon": ["router.*"]}, "router.weight matches adamw=.* and muon="),
         (
             {"muon": ["norm.weight"]},
-            r"norm.weight \(matches .*\): shape \(8,\) is no matrix",
+            r"norm.weight \(matches .*\): shape \(8,\) is neither a matrix",
         ),
         ({"adamw": "router.weight"}, "adamw must be a list of patterns"),
     ],

@@ -199,7 +199,9 @@ def test_other_adapters_are_refused() -> None:
     attention, _ = scenario(Separate, 4, 2, seed=3)
     attention.q = OwnLoRA(16)
     layout = AttentionLayout.separate(attention.q, attention.k, num_heads=4, num_kv_groups=2)
-    with pytest.raises(ValueError, match=r"'layer' is trained, but .*other matrices"):
+    with pytest.raises(
+        ValueError, match=r"'layer' is trained, but .*matrices other than its weight"
+    ):
         QKClip({"layer": layout})
     attention.requires_grad_(False)
     QKClip({"layer": layout})  # frozen altogether
@@ -429,7 +431,7 @@ def test_a_copied_layout_that_reads_the_original_refuses_to_be_used(
     attention.clip = clip  # type: ignore[assignment]
     before = bits(attention)
     twin = make_copy(attention)
-    with pytest.raises(ValueError, match="still belongs to the original model"):
+    with pytest.raises(ValueError, match="still reads the weights of the original"):
         twin.clip.observe("layer", twin.largest(x))
         twin.clip.step()
     assert not changed(attention, before)
