@@ -1,4 +1,4 @@
-"""Which packed sequences a rank sees, and how they become micro-batches."""
+"""Micro-batches: each rank's share of the packed sequences of a step or an evaluation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.data import Data, PackedSample, skipped
@@ -16,32 +17,10 @@ from pretrain.parallel import ParallelContext
 from pretrain.runtime.output import warn
 
 
-def collate(
-    samples: Sequence[PackedSample], device: torch.device, *, images: bool = True
-) -> MicroBatch:
-    """Stack packed sequences; their images follow one another in the sequences' order.
-
-    Without ``images``, for a pipeline stage that does not see them, they are left out.
-    """
-    patches = torch.cat([sample.patches for sample in samples])
-    grids = torch.cat([sample.grids for sample in samples])
-    if not images:
-        patches, grids = patches[:0], grids[:0]
-    return MicroBatch(
-        tokens=torch.stack([sample.tokens for sample in samples]).to(device),
-        labels=torch.stack([sample.labels for sample in samples]).to(device),
-        weights=torch.stack([sample.weights for sample in samples]).to(device),
-        categories=torch.stack([sample.categories for sample in samples]).to(device),
-        documents=torch.stack([sample.documents for sample in samples]).to(device),
-        patches=patches.to(device),
-        grids=grids.to(device),
-    )
-
-
 def for_step(config: Config, context: ParallelContext, data: Data, step: int) -> list[MicroBatch]:
-    """This rank's micro-batches of update ``step`` of 1, 2, …: a function of seed and step alone.
+    """This rank's micro-batches for update ``step`` of 1, 2, …
 
-    The global batch is the same sequences in the same order for every number of ranks.
+    The global batch has the same sequences, in the same order, on any number of ranks.
     """
     share = config.global_batch_size // context.data_size
     first = (step - 1) * config.global_batch_size + context.data_rank * share
@@ -49,97 +28,52 @@ def for_step(config: Config, context: ParallelContext, data: Data, step: int) ->
     return _micro_batches(samples, config, context)
 
 
-class SkippedSamples:
-    """Samples not read by any rank, listed in the run's folder; past the limit all ranks leave."""
-
-    def __init__(self, config: Config, context: ParallelContext, data: Data) -> None:
-        self._path = Path(config.run_dir) / skipped.FILE
-        self._own = bool(config.data.sources)
-        self._context, self._data = context, data
-        self._all = Skipped(config.data.max_corrupt)
-        # Listed by earlier jobs of this run. All ranks read before any writes, in synchronize().
-        self._listed = {skip.name for skip in skipped.read(self._path)} if self._own else set()
-
-    def synchronize(self, failure: Exception | None = None) -> None:
-        """Tell each other what was skipped since the last time; called by all ranks at once.
-
-        Raises:
-            PretrainError: a rank failed, or too much is corrupt; the same on every rank.
-        """
-        found = self._data.take_skipped()
-        if not self._own:
-            if failure:
-                raise failure
-            return
-        news = torch.tensor([len(found) + (failure is not None)], device=self._context.device)
-        dist.all_reduce(news)
-        if not news.item():
-            return
-        every: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._context.world_size
-        dist.all_gather_object(every, (str(failure) if failure else None, found))
-        failures = [message for message, _ in every if message is not None]
-        if failures:
-            raise PretrainError(failures[0]) from failure
-        together = [skip for _, skips in every for skip in skips]
-        if self._context.is_main:
-            unlisted = {skip.name: skip for skip in together if skip.name not in self._listed}
-            try:
-                skipped.write(self._path, unlisted.values())
-            except OSError as error:
-                warn(f"cannot write {self._path} ({error.strerror}): some samples are not listed")
-        self._listed |= {skip.name for skip in together}
-        self._all.add(together)
-
-
 def prefetch(
     config: Config,
     context: ParallelContext,
     data: Data,
     steps: Iterable[int],
-    skips: SkippedSamples,
+    skipped_samples: "SkippedSamples",
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """Yield each step with its micro-batches, making the next ones while these are worked on.
-
-    Images are drawn, or read, in a thread: it runs while the step waits for other ranks.
+    """Yield each step with its micro-batches; a thread prepares the next step meanwhile.
 
     Raises:
-        PretrainError: the data cannot be read on some rank; the same on every rank.
+        PretrainError: some rank cannot read its data; the same on every rank.
     """
 
-    def settled(future: Future[list[MicroBatch]]) -> list[MicroBatch]:
-        skips.synchronize(future.exception())  # type: ignore[arg-type]
+    def result(future: Future[list[MicroBatch]]) -> list[MicroBatch]:
+        skipped_samples.synchronize(future.exception())  # type: ignore[arg-type]
         return future.result()
 
     with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[int, Future[list[MicroBatch]]] | None = None
+        pending: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
             following = step, pool.submit(for_step, config, context, data, step)
-            if waiting:
-                yield waiting[0], settled(waiting[1])
-            waiting = following
-        if waiting:
-            yield waiting[0], settled(waiting[1])
+            if pending:
+                yield pending[0], result(pending[1])
+            pending = following
+        if pending:
+            yield pending[0], result(pending[1])
 
 
 def for_evaluation(
     samples: Sequence[PackedSample], config: Config, context: ParallelContext
 ) -> list[MicroBatch]:
-    """This rank's share of a fixed list of sequences, the same number on every rank.
+    """This rank's share of a fixed list of sequences, as many as on every other rank.
 
-    Ranks must run in step, for their experts serve each other, and the micro-batches of a pipeline
-    are of one size: the list is filled up with repetitions of its first sequence in which nothing
-    counts.
+    Ranks compute in lockstep, because they share experts, and pipelines need micro-batches of equal
+    size. The list is therefore padded with copies of its first sequence with all weights 0.
     """
     unit = context.data_size
     if config.parallel.pipeline > 1:
         unit *= config.micro_batch_size
     if config.parallel.interleave > 1:
         unit *= config.parallel.pipeline
-    filler = [samples[0].without_labels()]
-    padded = [*samples, *filler * (-len(samples) % unit)]
+    padding = [samples[0].without_labels()] * (-len(samples) % unit)
+    padded = [*samples, *padding]
     share = len(padded) // context.data_size
-    mine = padded[context.data_rank * share : (context.data_rank + 1) * share]
-    return _micro_batches(mine, config, context)
+    local = padded[context.data_rank * share : (context.data_rank + 1) * share]
+    return _micro_batches(local, config, context)
 
 
 def _micro_batches(
@@ -150,3 +84,78 @@ def _micro_batches(
         collate(samples[start : start + size], context.device, images=context.first_stage)
         for start in range(0, len(samples), size)
     ]
+
+
+def collate(
+    samples: Sequence[PackedSample], device: torch.device, *, images: bool = True
+) -> MicroBatch:
+    """Stack packed sequences to a micro-batch; their images are concatenated in order.
+
+    Args:
+        images: include the images. False for pipeline stages after the first, which only see text.
+    """
+
+    def stack(field: str) -> Tensor:
+        return torch.stack([getattr(sample, field) for sample in samples]).to(device)
+
+    patches = torch.cat([sample.patches for sample in samples])
+    grids = torch.cat([sample.grids for sample in samples])
+    return MicroBatch(
+        tokens=stack("tokens"),
+        labels=stack("labels"),
+        weights=stack("weights"),
+        categories=stack("categories"),
+        documents=stack("documents"),
+        patches=(patches if images else patches[:0]).to(device),
+        grids=(grids if images else grids[:0]).to(device),
+    )
+
+
+class SkippedSamples:
+    """Samples that could not be read, on any rank: listed in the run's folder, and limited.
+
+    Args:
+        data: its unreadable samples are counted against ``data.max_corrupt``.
+    """
+
+    def __init__(self, config: Config, context: ParallelContext, data: Data) -> None:
+        self._path = Path(config.run_dir) / skipped.FILE
+        self._enabled = bool(config.data.sources)  # the built-in data has none
+        self._context, self._data = context, data
+        self._all = Skipped(config.data.max_corrupt)
+        # Earlier jobs of this run have listed some. All ranks read the file before any writes to
+        # it, in the first synchronize().
+        self._listed = {s.name for s in skipped.read(self._path)} if self._enabled else set()
+
+    def synchronize(self, failure: Exception | None = None) -> None:
+        """Gather what every rank has skipped since the last call; a collective of all ranks.
+
+        Args:
+            failure: the exception that this rank's data raised, if any.
+
+        Raises:
+            PretrainError: a rank failed, or too many samples are corrupt; the same on every rank.
+        """
+        local = self._data.take_skipped()
+        if not self._enabled:
+            if failure:
+                raise failure
+            return
+        count = torch.tensor([len(local) + (failure is not None)], device=self._context.device)
+        dist.all_reduce(count)
+        if not count.item():
+            return
+        gathered: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._context.world_size
+        dist.all_gather_object(gathered, (str(failure) if failure else None, local))
+        messages = [message for message, _ in gathered if message is not None]
+        if messages:
+            raise PretrainError(messages[0]) from failure
+        skips = [skip for _, rank_skips in gathered for skip in rank_skips]
+        if self._context.is_main:
+            unlisted = {skip.name: skip for skip in skips if skip.name not in self._listed}
+            try:
+                skipped.write(self._path, unlisted.values())
+            except OSError as error:
+                warn(f"cannot write {self._path} ({error.strerror}): some samples are not listed")
+        self._listed |= {skip.name for skip in skips}
+        self._all.add(skips)

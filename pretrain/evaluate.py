@@ -1,4 +1,4 @@
-"""Held-out evaluation: loss by modality, whether the model sees, and what it reads."""
+"""Held-out evaluation: loss by category, use of images, and transcriptions."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,11 @@ _MAX_CAPTION_TOKENS = 24
 
 
 def held_out_losses(run: Run) -> dict[str, float | None]:
-    """Held-out loss of text and captions, and of captions beside another sample's image.
+    """Held-out losses of text and captions, and of captions after their own or another image.
 
-    A model that reads its images has a much lower caption loss with the right one. What there is
-    none of in the data is None.
+    A model that uses its images has a much lower caption loss after the right one
+    (``right_caption_loss``) than after another caption's (``swapped_caption_loss``). A loss is None
+    if the data has no such labels.
     """
     run.train(False)
     options = run.config.evaluation
@@ -38,64 +39,69 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
 
 @torch.no_grad()
 def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
-    """Mean loss a token over fixed sequences, dealt to all ranks; None without any."""
-    if not samples:
-        return objective.mean_losses(objective.no_losses())
-    micro_batches = batches.for_evaluation(samples, run.config, run.context)
-    features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
-    sums = run_backbone(run, micro_batches, features, forward_only=True)
-    dist.all_reduce(sums)
+    """Mean losses over sequences that all ranks share; see :func:`pretrain.objective.mean_losses`.
+
+    The same on every rank.
+    """
+    sums = objective.no_losses(run.context.device)
+    if samples:
+        micro_batches = batches.for_evaluation(samples, run.config, run.context)
+        features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+        sums = run_backbone(run, micro_batches, features, forward_only=True)
+        dist.all_reduce(sums)
     return objective.mean_losses(sums)
 
 
 @torch.no_grad()
 def transcribe(run: Run) -> list[tuple[str, str]]:
-    """Let the model read some held-out images, greedily.
+    """Transcribe held-out images by greedy decoding.
 
-    Every rank computes the same batch, since the experts that it needs are on all of them.
+    Every rank computes the same batch, because ranks share experts.
 
     Returns:
-        (truth, transcription) of each of ``evaluation.transcriptions`` images.
+        (caption, transcription) of each of ``evaluation.transcriptions`` images.
     """
     run.train(False)
     items = run.data.captioned_items("held_out", run.config.evaluation.transcriptions)
     if not items:
         return []
-    questions = [run.data.question(item) for item in items]
-    starts = torch.tensor([len(question) for question in questions])
+    prompts = [run.data.question(item) for item in items]
+    starts = torch.tensor([len(prompt) for prompt in prompts])
     length = int(starts.max()) + _MAX_CAPTION_TOKENS
-    length += -length % run.context.tensor_size  # sequence parallelism divides it
-    samples = [run.data.pack([question], length)[0] for question in questions]
+    length += -length % run.context.tensor_size  # sequence parallelism splits it evenly
+    samples = [run.data.pack([prompt], length)[0] for prompt in prompts]
     batch = batches.collate(samples, run.context.device, images=run.context.first_stage)
-    # What is still to be written is padding of another document until then: nothing sees it.
+    # Generated tokens belong to the prompt's document, unlike the padding that they replace.
     batch.documents.zero_()
     (features,) = run.encoder.encode([(batch.patches, batch.grids)])
     rows = torch.arange(len(items))
-    for written in range(_MAX_CAPTION_TOKENS):
-        here = starts + written
-        batch.tokens[rows, here] = _next_tokens(run, batch, features, rows, here - 1)
-    answers = [
-        run.data.tokenizer.decode(row[start:]).split("\n")[0]
-        for row, start in zip(batch.tokens.tolist(), starts.tolist(), strict=True)
+    for generated in range(_MAX_CAPTION_TOKENS):
+        positions = starts + generated
+        batch.tokens[rows, positions] = _next_tokens(run, batch, features, rows, positions - 1)
+    transcriptions = [
+        run.data.tokenizer.decode(tokens[start:]).split("\n")[0]
+        for tokens, start in zip(batch.tokens.tolist(), starts.tolist(), strict=True)
     ]
-    return [(item.caption, answer) for item, answer in zip(items, answers, strict=True)]
+    return [(item.caption, text) for item, text in zip(items, transcriptions, strict=True)]
 
 
 def _next_tokens(
-    run: Run, batch: MicroBatch, features: Tensor, rows: Tensor, places: Tensor
+    run: Run, batch: MicroBatch, features: Tensor, rows: Tensor, positions: Tensor
 ) -> Tensor:
-    """The likeliest token after each place, int64, on all ranks; no placeholder of an image, for
-    which there would be none."""
+    """The most likely token after each position, int64 [rows], on all ranks.
+
+    Image placeholders are excluded: there would be no features for them.
+    """
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.context.device)
 
-    def take(_batch: MicroBatch, logits: Tensor) -> Tensor:
-        likely = logits[rows, places]
-        likely[:, run.data.tokenizer.media_pad] = -torch.inf
-        tokens.copy_(likely.argmax(-1))
+    def choose(_batch: MicroBatch, logits: Tensor) -> Tensor:
+        last = logits[rows, positions]
+        last[:, run.data.tokenizer.media_pad] = -torch.inf
+        tokens.copy_(last.argmax(-1))
         return logits.new_zeros(())
 
-    # The interleaved schedule takes no less than a micro-batch a stage.
+    # The interleaved schedule needs at least one micro-batch per stage.
     times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1
-    run_schedule(run, [batch] * times, [features] * times, take, forward_only=True, logits=True)
+    run_schedule(run, [batch] * times, [features] * times, choose, forward_only=True, logits=True)
     dist.broadcast(tokens, src=run.context.world_size - 1)  # a rank of the last stage
     return tokens

@@ -1,4 +1,4 @@
-"""Early fusion: image features take the place of placeholder tokens' embeddings."""
+"""Early fusion: image features replace the embeddings of placeholder tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from pretrain.model.vision import num_features
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences and the images in them, as one rank's forward takes them.
+    """Packed sequences and their images: the input of one forward pass on one rank.
 
     Attributes:
         tokens: [b, s] int64.
-        labels: [b, s] int64, the next token; 0 where there is none to learn.
+        labels: [b, s] int64, the next token; 0 where the weight is 0.
         weights: [b, s] float32, the weight of each label in the loss (:mod:`pretrain.objective`).
         categories: [b, s] uint8, the category under which each label's loss is reported.
-        documents: [b, s] int32, the document of each token; attention stays within it.
-        patches: [P, 3 * patch * patch] uint8, every image's patches in order.
-        grids: [n, 3] int64, every image's (frames, rows, columns) in patches.
+        documents: [b, s] int32, the document of each token, within which it attends.
+        patches: [P, 3 * patch * patch] uint8, the patches of all images in order.
+        grids: [n, 3] int64, (frames, rows, columns) of each image, in patches.
     """
 
     tokens: Tensor
@@ -35,7 +35,8 @@ class MicroBatch:
 
 
 def attention_mask(documents: Tensor) -> Tensor:
-    """[b, 1, s, s] bool, True where token i must not see j: j is later or in another document."""
+    """[b, 1, s, s] bool, True where token i must not attend to j: a later token, or one
+    of another document."""
     length = documents.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
     other = documents[:, :, None] != documents[:, None, :]
@@ -43,7 +44,7 @@ def attention_mask(documents: Tensor) -> Tensor:
 
 
 def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
-    """Put features [N, h] into embeddings [s, b, h] where placeholders [b, s] is True, in order.
+    """Replace embeddings [s, b, h] by features [N, h], in order, where placeholders [b, s] is True.
 
     Raises:
         ValueError: the numbers of placeholders and features differ.
@@ -51,14 +52,14 @@ def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -
     count = int(placeholders.sum())
     if count != features.shape[0]:
         raise ValueError(f"{count} image placeholder tokens but {features.shape[0]} image features")
-    # Rows are taken sequence by sequence: the order in which the batch lists its images.
+    # Batch first: images are listed sequence by sequence.
     rows = embeddings.transpose(0, 1)
     merged = rows.masked_scatter(placeholders.unsqueeze(-1), features.to(embeddings.dtype))
     return merged.transpose(0, 1).contiguous()
 
 
 def image_error(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | None:
-    """What is wrong with these micro-batches, if their images are not what their tokens say."""
+    """Describe the first micro-batch whose images do not match its placeholder tokens, if any."""
     for number, batch in enumerate(micro_batches):
         tokens = int((batch.tokens == placeholder).sum())
         features = int(num_features(batch.grids).sum())
@@ -76,16 +77,15 @@ def forward(
     """Run the language model over text and image features.
 
     Args:
-        model: the GPTModel, or megatron-core's data-parallel wrapper of it; of a pipeline, the
-            part that this rank has.
-        features: [N, h], one row a placeholder token, in the batch's order. Read where the model
-            begins.
-        placeholder: the placeholder's token id.
-        logits: return next-token logits in place of losses.
+        model: the GPTModel, or megatron-core's data-parallel wrapper of it; in a pipeline, one of
+            this rank's model chunks.
+        features: [N, h], one row per placeholder token, in order; used by the first chunk only.
+        placeholder: id of the placeholder token.
+        logits: return next-token logits instead of losses.
 
     Returns:
-        [b, s] float32, the cross entropy of each label (meaningless where its weight is 0); or
-        [b, s, vocabulary], the logits. Where the model does not end on this rank, what it sends on.
+        [b, s] float32, the cross entropy of each label (meaningless where its weight is 0), or
+        [b, s, vocabulary], the logits. From all but the last model chunk: hidden states.
     """
     language: Any = getattr(model, "module", model)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
