@@ -236,14 +236,14 @@ def vision_weights(config: VisionConfig, language_hidden_size: int) -> Iterator[
     for layer in range(config.num_layers):
         name, published = f"encoder.blocks.{layer}", f"vision_tower.encoder.blocks.{layer}"
         yield from norm(f"{name}.norm1", f"{published}.norm0")
-        for projection in ("q_proj", "k_proj", "v_proj"):
+        for projection in "qkv":
             yield weight(
-                f"{name}.attention.{projection}.weight", f"{published}.wqkv.weight",
+                f"{name}.attention.{projection}_proj.weight", f"{published}.wqkv.weight",
                 (hidden, hidden), "muon", (3 * hidden, hidden),
             )  # fmt: skip
-        for projection in ("q_proj", "k_proj", "v_proj"):
+        for projection in "qkv":
             yield weight(
-                f"{name}.attention.{projection}.bias", f"{published}.wqkv.bias",
+                f"{name}.attention.{projection}_proj.bias", f"{published}.wqkv.bias",
                 (hidden,), published_shape=(3 * hidden,),
             )  # fmt: skip
         yield from linear(f"{name}.attention.o_proj", f"{published}.wo", hidden, hidden)

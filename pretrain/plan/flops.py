@@ -6,6 +6,7 @@ in PaLM (arXiv 2204.02311, appendix B): work that is repeated to save memory (th
 the encoder process, activation recomputation) does not count, and lowers the utilisation.
 """
 
+import itertools
 import math
 
 from pretrain.config import Config, LanguageConfig
@@ -13,8 +14,12 @@ from pretrain.encoder_process.cost import CostModel, analytic_cost
 from pretrain.model.weights import language_weights
 from pretrain.plan.parameters import active_numel
 from pretrain.plan.ranks import Ranks
-from pretrain.plan.recompute import recomputed_layers, recomputed_parts
-from pretrain.plan.workload import Images, tokens_per_step
+from pretrain.plan.workload import (
+    Images,
+    recomputed_layers,
+    recomputed_parts,
+    tokens_per_step,
+)
 
 # A backward pass multiplies every output's gradient by the weights and by the inputs.
 FORWARD_AND_BACKWARD = 3
@@ -53,12 +58,8 @@ def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: int) ->
 
 def encoder_forward_flops(cost: CostModel, images: Images) -> float:
     """FLOPs of a forward pass of encoder and projector over the images of a step."""
-    pairs = images.patches * images.patches_per_image
-    return (
-        cost.per_patch * images.patches
-        + cost.per_feature * images.features
-        + (cost.per_pair * pairs)
-    )
+    linear = cost.per_patch * images.patches + cost.per_feature * images.features
+    return linear + cost.per_pair * (images.patches * images.patches_per_image)
 
 
 def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
@@ -70,13 +71,8 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     executed = forward_flops(language, config.data.vocab_size, config.data.seq_length)
     forward = sum(executed.values())
     scores = sum(flops for (_, part), flops in executed.items() if part == "scores")
-    whole_layers = {
-        layer
-        for chunks in ranks.stages
-        for chunk in chunks
-        for layer in recomputed_layers(config, chunk)
-    }
-    parts = recomputed_parts(config)
+    chunks, parts = itertools.chain(*ranks.stages), recomputed_parts(config)
+    whole_layers = {layer for chunk in chunks for layer in recomputed_layers(config, chunk)}
     recomputed = math.fsum(
         flops
         for (layer, part), flops in executed.items()

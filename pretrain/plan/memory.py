@@ -9,8 +9,7 @@ from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks
-from pretrain.plan.recompute import recomputed_layers, recomputed_parts
-from pretrain.plan.workload import Images
+from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = ITEMSIZE["float32"]
@@ -117,17 +116,12 @@ def layer_activations(config: Config, layer: int, ranks: Ranks) -> dict[str, flo
     tokens = config.micro_batch_size * config.data.seq_length
     local_tokens = tokens / tensor
     qk = language.qk_nope_head_dim + language.qk_rope_head_dim
-    q_rank, kv_rank = language.q_lora_rank, language.kv_lora_rank
+    latents = _norm(language.q_lora_rank, itemsize) + _norm(language.kv_lora_rank, itemsize)
     # The attention weights in float32, and rounded.
     score_size = FLOAT32 + (itemsize if itemsize < FLOAT32 else 0)
     attention = {
         "norms": local_tokens * 2 * _norm(language.hidden_size, itemsize),
-        "latents": local_tokens
-        * (
-            _norm(q_rank, itemsize)
-            + _norm(kv_rank, itemsize)
-            + language.qk_rope_head_dim * itemsize
-        ),
+        "latents": local_tokens * (latents + language.qk_rope_head_dim * itemsize),
         "qkv": tokens * heads * (2 * qk + language.v_head_dim) * itemsize,
         "scores": tokens * heads * config.data.seq_length * score_size,
         "context": tokens * heads * language.v_head_dim * itemsize,

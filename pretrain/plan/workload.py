@@ -1,10 +1,18 @@
-"""Tokens and images of a step."""
+"""Work of a step: tokens, images, and activations that are computed again."""
 
 from dataclasses import dataclass
 
 from pretrain.config import Config
 from pretrain.data.sources import image_share
 from pretrain.model.geometry import PATCHES_PER_TOKEN
+
+# Parts of a layer that each module of selective recompute computes again.
+_RECOMPUTED_PARTS = {
+    "core_attn": ("scores",),
+    "mlp": ("dense MLP",),
+    "moe": ("router", "experts", "shared experts"),
+    "shared_experts": ("shared experts",),
+}
 
 
 def tokens_per_step(config: Config) -> int:
@@ -41,3 +49,18 @@ def images_per_step(config: Config, patches_per_image: int | None = None) -> Ima
     """
     patches = patches_per_image or min(1024, config.data.seq_length // 4 * PATCHES_PER_TOKEN)
     return Images(patches, image_share(config.data) * tokens_per_step(config))
+
+
+def recomputed_layers(config: Config, chunk: range) -> range:
+    """Return the layers of a model chunk that are recomputed as a whole."""
+    recompute = config.recompute
+    if recompute.granularity != "full":
+        return chunk[:0]
+    return chunk if recompute.method == "uniform" else chunk[: recompute.num_layers]
+
+
+def recomputed_parts(config: Config) -> set[str]:
+    """Return the parts that are recomputed in every layer."""
+    if config.recompute.granularity != "selective":
+        return set()
+    return {part for module in config.recompute.modules for part in _RECOMPUTED_PARTS[module]}
