@@ -1,1 +1,1 @@
-"""Measurements behind the claims of the READMEs: ``python -m benchmarks`` lists them."""
+"""Benchmarks behind the figures in the READMEs; ``python -m benchmarks`` lists them."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: list the benchmarks, run one, or show stored results as tables."""
+"""``python -m benchmarks``: list the benchmarks, run one, or print stored results as tables."""
 
 import argparse
 import ast
@@ -12,17 +12,17 @@ from benchmarks import runner
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-# Modules of this package that make benchmarks work and are none.
+# Modules of this package that are not benchmarks.
 SUPPORT = {"__init__", "__main__", "optimizers", "runner", "training", "workloads"}
 
 
 def names() -> list[str]:
-    """The benchmarks: every other module here."""
+    """Names of the benchmarks: all other modules of this package."""
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SUPPORT)
 
 
 def summary(name: str) -> str:
-    """The first line of a benchmark's docstring, read without importing it."""
+    """First line of a benchmark's docstring, read without importing the module."""
     docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
     return docstring.splitlines()[0] if docstring else ""
 
@@ -32,13 +32,12 @@ def benchmark(name: str) -> runner.Benchmark:
 
 
 def with_tables(text: str) -> str:
-    """A README with what stands after each ``<!-- table FILE -->`` made anew from that result."""
+    """A README with the table after each ``<!-- table FILE -->`` generated from that result."""
 
     def table(match: re.Match[str]) -> str:
         file = runner.RESULTS / match[1]
         name = match[1].partition("-")[0]
-        made = runner.table(benchmark(name), file)
-        return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
+        return f"<!-- table {match[1]} -->\n{runner.table(benchmark(name), file)}<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
@@ -46,13 +45,13 @@ def with_tables(text: str) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="name the benchmarks (the default)")
-    run = commands.add_parser("run", help="run one and store its result", add_help=False)
+    commands.add_parser("list", help="list the benchmarks (the default)")
+    run = commands.add_parser("run", help="run a benchmark and store its result", add_help=False)
     run.add_argument("name", choices=names())
     table = commands.add_parser("table", help="print stored results as Markdown")
     table.add_argument("name", choices=names())
-    table.add_argument("files", nargs="*", type=Path, help="default: all stored results of it")
-    commands.add_parser("readme", help="put the stored results into this folder's README.md")
+    table.add_argument("files", nargs="*", type=Path, help="default: all its results")
+    commands.add_parser("readme", help="update the tables in benchmarks/README.md")
     options, rest = parser.parse_known_args(arguments)
 
     if options.command == "run":

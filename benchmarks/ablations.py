@@ -1,10 +1,10 @@
-"""What each choice in MuonClip is worth: the held-out loss of variants against the default's.
+"""Effect of each design choice of MuonClip: held-out losses of variants compared with the default.
 
-Every variant changes one thing and trains with the seeds of the base, on the same batches; what is
-shown is the difference seed by seed. A scale of updates has a learning rate of its own for the
-matrices, found with one seed as the base's was, while the other parameters keep the base's rate and
-the matrices the base's weight decay a step. Variants of the data and of DEP have a base of their
-own, on text and images; all of them are judged by the same held-out sequences.
+Every variant changes one choice and trains with the seeds and batches of the base; results are
+differences per seed. Variants of the update scale tune the learning rate of the matrices with one
+seed, like the base; other parameters keep the base's rate, and matrices keep the base's weight
+decay per step. Variants of the data and of DEP have another base, trained on text and images. All
+are evaluated on the same held-out sequences.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.training import KINDS, MUONCLIP, Job, Kind, Size, mean_and_sprea
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Two-sided 95 % of Student's t, by degrees of freedom.
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 CONTROL, SHARE, DEP = "control", "share of images", "DEP"
 _LOSSES = {"loss": "all", "held_out_text_loss": "text", "held_out_caption_loss": "captions"}
@@ -31,12 +31,15 @@ _LOSSES = {"loss": "all", "held_out_text_loss": "text", "held_out_caption_loss":
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing done otherwise than in the base.
+    """A single change of the base.
 
     Attributes:
-        changes: fields of the ``Job``.
-        tuned: a learning rate of the matrices is found for it.
-        judged: by these of what the model measures.
+        group: the choice, with the base's value in parentheses.
+        name: the value of this variant.
+        changes: changed fields of the ``Job``.
+        kind: model of the base.
+        tuned: whether the learning rate of the matrices is tuned.
+        judged: names of the held-out losses to compare.
     """
 
     group: str
@@ -52,7 +55,7 @@ def _options(**options: Any) -> dict[str, Any]:
 
 
 VARIANTS = [
-    # What a difference is that means nothing: it grows from the last bits.
+    # Rounding differences: the size of a meaningless effect.
     Variant(CONTROL, "Newton-Schulz in float64", _options(ns_dtype=torch.float64)),
     *(
         Variant("coefficients (`quintic`, 5 steps)", f"`{name}`, {steps} steps",
@@ -65,7 +68,7 @@ VARIANTS = [
         for steps in (1, 3, 7, 10)
     ),
     *(
-        # The base's own too: a rate of the matrices alone is an advantage in itself.
+        # Includes the base's scale: a separate rate of the matrices is an advantage by itself.
         Variant("scale of updates (AdamW's RMS)", f"`{name}`, its own rate",
                 _options(adjust_lr=name), tuned=True)
         for name in ("match_rms_adamw", "original", "spectral")
@@ -87,17 +90,21 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Form:
-    """
+    """Sizes of the benchmark.
+
     Attributes:
-        rates: tried for the base of text; that on images is given the one found.
-        times: the base's rate are tried for the variants that have a rate of their own.
-        groups: of variants; empty: all.
+        sizes: model size by kind.
+        steps: training steps by kind.
+        rates: learning rates to try for the base on text; the base on images uses the best one.
+        factors: multiples of that rate to try for variants with a tuned rate.
+        seeds: number of seeds.
+        groups: parts of the names of the groups to run; empty: all.
     """
 
     sizes: dict[Kind, Size]
     steps: dict[Kind, int]
     rates: tuple[float, ...]
-    times: tuple[float, ...]
+    factors: tuple[float, ...]
     seeds: int
     groups: tuple[str, ...] = ()
 
@@ -130,10 +137,10 @@ FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
-    parser.add_argument("--seeds", type=positive_int, help="default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
     parser.add_argument(
         "--groups", nargs="+", metavar="NAME",
-        help="variants whose groups contain these; default: all",
+        help="parts of the names of groups to run; default: all",
     )  # fmt: skip
 
 
@@ -142,43 +149,43 @@ def run(options: argparse.Namespace) -> Result:
     seeds = options.seeds or form.seeds
     if not 2 <= seeds <= max(_STUDENT) + 1:
         raise ValueError(f"--seeds must be 2 to {max(_STUDENT) + 1}, got {seeds}")
-    variants = chosen(options.groups or form.groups)
+    variants = select(options.groups or form.groups)
     base = {
         kind: Job(
             kind, MUONCLIP, 0.0, form.steps[kind], options.seed, form.sizes[kind], evaluations=1
         )
         for kind in form.sizes
     }
-    (tried,) = training.tune([base["dense"]], [form.rates], [1], options)
-    lr = training.best_rate(tried)
+    (tuning,) = training.tune([base["dense"]], [form.rates], [1], options)
+    lr = training.best_rate(tuning)
     base = {kind: replace(job, lr=lr) for kind, job in base.items()}
 
-    scaled = [variant for variant in variants if variant.tuned]
-    tuned = training.tune(
-        [_job(base[variant.kind], variant) for variant in scaled],
-        [[lr * factor for factor in form.times]] * len(scaled),
-        [1] * len(scaled),
+    tuned = [variant for variant in variants if variant.tuned]
+    tuning_results = training.tune(
+        [_job(base[variant.kind], variant) for variant in tuned],
+        [[lr * factor for factor in form.factors]] * len(tuned),
+        [1] * len(tuned),
         options,
         at=_with_rate,
     )
-    own_rates = {
+    tuned_rates = {
         variant.name: training.best_rate(results)
-        for variant, results in zip(scaled, tuned, strict=True)
+        for variant, results in zip(tuned, tuning_results, strict=True)
     }
-    used = [kind for kind in base if kind == "dense" or any(v.kind == kind for v in variants)]
+    kinds = [kind for kind in base if kind == "dense" or any(v.kind == kind for v in variants)]
     jobs = [
-        *(base[kind] for kind in used),
-        *(_with_rate(_job(base[v.kind], v), own_rates.get(v.name, lr)) for v in variants),
+        *(base[kind] for kind in kinds),
+        *(_with_rate(_job(base[v.kind], v), tuned_rates.get(v.name, lr)) for v in variants),
     ]
-    told = training.train_all(
-        [one for job in jobs for one in training.with_seeds(job, seeds)], options
+    results = training.train_all(
+        [seeded for job in jobs for seeded in training.with_seeds(job, seeds)], options
     )
-    runs = [told[place : place + seeds] for place in range(0, len(told), seeds)]
-    bases = dict(zip(used, runs[: len(used)], strict=True))
+    runs = [results[start : start + seeds] for start in range(0, len(results), seeds)]
+    bases = dict(zip(kinds, runs[: len(kinds)], strict=True))
     return {
         "seeds": seeds,
         "lr": lr,
-        "tuning": sorted([one["lr"], one["final"]] for one in tried),
+        "tuning": sorted([result["lr"], result["final"]] for result in tuning),
         "held_out_also_in_training": training.overlap(form.sizes["dense"]),
         "bases": {
             kind: {
@@ -189,7 +196,7 @@ def run(options: argparse.Namespace) -> Result:
                 "steps": form.steps[kind],
                 "tokens_per_step": form.sizes[kind].tokens,
                 "losses": {
-                    name: _ends(results, name)
+                    name: _final_losses(results, name)
                     for name in _LOSSES
                     if name in results[0]["evaluations"]
                 },
@@ -197,18 +204,20 @@ def run(options: argparse.Namespace) -> Result:
             for kind, results in bases.items()
         },
         "variants": [
-            _told(variant, judged, results, bases[variant.kind], own_rates.get(variant.name))
-            for variant, results in zip(variants, runs[len(used) :], strict=True)
+            _comparison(
+                variant, judged, results, bases[variant.kind], tuned_rates.get(variant.name)
+            )
+            for variant, results in zip(variants, runs[len(kinds) :], strict=True)
             for judged in variant.judged
         ],
     }
 
 
-def chosen(groups: Sequence[str]) -> list[Variant]:
-    """Those whose group contains one of these; all, where there are none.
+def select(groups: Sequence[str]) -> list[Variant]:
+    """The variants whose group contains one of the names; all if there are no names.
 
     Raises:
-        ValueError: for a name that is in no group.
+        ValueError: a name occurs in no group.
     """
     for name in groups:
         if not any(name in variant.group for variant in VARIANTS):
@@ -222,82 +231,81 @@ def _job(base: Job, variant: Variant) -> Job:
 
 
 def _with_rate(job: Job, lr: float) -> Job:
-    """Another learning rate of the matrices, and nothing else: of the job's own, what else there
-    is keeps the rate, and the matrices their decay a step."""
+    """Change the learning rate of the matrices only, with the same weight decay per step."""
     if lr == job.lr:
         return job
-    kept = {"adamw_lr": job.lr, "adamw_weight_decay": job.weight_decay}
+    adamw = {"adamw_lr": job.lr, "adamw_weight_decay": job.weight_decay}
     decay = job.weight_decay * job.lr / lr
-    return replace(job, lr=lr, weight_decay=decay, options=(*job.options, *kept.items()))
+    return replace(job, lr=lr, weight_decay=decay, options=(*job.options, *adamw.items()))
 
 
-def _ends(results: Sequence[Result], name: str) -> list[float | None]:
-    return [one["evaluations"][name][-1] if one["final"] is not None else None for one in results]
+def _final_losses(results: Sequence[Result], name: str) -> list[float | None]:
+    return [r["evaluations"][name][-1] if r["final"] is not None else None for r in results]
 
 
-def _told(
+def _comparison(
     variant: Variant, judged: str, runs: Sequence[Result], base: Sequence[Result], lr: float | None
 ) -> Result:
-    """How a variant ended, against the base with the same seeds."""
-    ends, base_ends = _ends(runs, judged), _ends(base, judged)
-    told: Result = {
+    """Final losses of a variant compared with the base for the same seeds."""
+    losses, base_losses = _final_losses(runs, judged), _final_losses(base, judged)
+    comparison: Result = {
         "group": variant.group,
         "name": variant.name,
         "kind": variant.kind,
         "judged": judged,
         "lr": lr,
-        "losses": ends,
+        "losses": losses,
         "differences": None,
     }
-    if None in ends or None in base_ends:
-        return told
-    differences = np.subtract(ends, base_ends)  # type: ignore[arg-type]
+    if None in losses or None in base_losses:
+        return comparison
+    differences = np.subtract(losses, base_losses)  # type: ignore[arg-type]
     mean, spread = mean_and_spread(differences.tolist())
     half = _STUDENT[len(runs) - 1] * spread / math.sqrt(len(runs))
-    told |= {"differences": differences.tolist(), "mean": mean, "half_interval": half}
+    comparison |= {"differences": differences.tolist(), "mean": mean, "half_interval": half}
     if variant.group.startswith((CONTROL, DEP)):
         steps = [
-            np.abs(np.subtract(one["train"], other["train"]))
-            for one, other in zip(runs, base, strict=True)
+            np.abs(np.subtract(run["train"], base_run["train"]))
+            for run, base_run in zip(runs, base, strict=True)
         ]
-        told["step_differences"] = {
+        comparison["step_differences"] = {
             "first": float(max(difference[0] for difference in steps)),
             "largest": float(np.max(steps)),
         }
-    return told
+    return comparison
 
 
-def clear(told: Any) -> bool:
-    """Whether the interval leaves out no difference."""
-    return told["differences"] is not None and abs(told["mean"]) > told["half_interval"]
+def is_clear(variant: Result) -> bool:
+    """Whether the confidence interval excludes 0."""
+    return variant["differences"] is not None and abs(variant["mean"]) > variant["half_interval"]
 
 
-# ---------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------- table and plot
 
 
 def table(result: Result) -> str:
     parts = []
     for kind, base in result["bases"].items():
         losses = ", ".join(
-            " ".join([_LOSSES[name], "{:.3f} ± {:.3f}".format(*mean_and_spread(ends))]).strip()
-            for name, ends in base["losses"].items()
+            " ".join([_LOSSES[name], "{:.3f} ± {:.3f}".format(*mean_and_spread(losses))]).strip()
+            for name, losses in base["losses"].items()
         )
         rows = []
-        for told in result["variants"]:
-            if told["kind"] != kind:
+        for variant in result["variants"]:
+            if variant["kind"] != kind:
                 continue
-            name = told["name"] + (f", {told['lr']:g}" if told["lr"] else "")
-            found = ["diverged", "", ""]
-            if told["differences"] is not None:
-                found = [
-                    f"{told['mean']:+.4f} ± {told['half_interval']:.4f}",
-                    ("worse" if told["mean"] > 0 else "better") if clear(told) else "",
-                    ", ".join(f"{difference:+.4f}" for difference in told["differences"]),
+            name = variant["name"] + (f", {variant['lr']:g}" if variant["lr"] else "")
+            cells = ["diverged", "", ""]
+            if variant["differences"] is not None:
+                cells = [
+                    f"{variant['mean']:+.4f} ± {variant['half_interval']:.4f}",
+                    ("worse" if variant["mean"] > 0 else "better") if is_clear(variant) else "",
+                    ", ".join(f"{difference:+.4f}" for difference in variant["differences"]),
                 ]
-            rows.append([told["group"], name, _LOSSES[told["judged"]], *found])
+            rows.append([variant["group"], name, _LOSSES[variant["judged"]], *cells])
         header = (
-            "choice (the base's)", "variant", "judged by", "loss, against the base", "clear",
-            "each seed",
+            "choice (base)", "variant", "loss of", "difference from the base", "clear",
+            "by seed",
         )  # fmt: skip
         parts.append(
             f"**{base['title'][0].upper()}{base['title'][1:]}**: {base['layers']} layers, "
@@ -306,54 +314,56 @@ def table(result: Result) -> str:
             f"base: {losses}\n\n" + markdown(header, rows)
         )
     parts += [
-        f"{told['group']}, {told['name']}: of all steps and seeds the training loss "
-        f"differs by {told['step_differences']['first']:.1g} in the first step and "
-        f"{told['step_differences']['largest']:.1g} at most."
-        for told in result["variants"]
-        if "step_differences" in told
+        f"{variant['group']}, {variant['name']}: over all steps and seeds, the training loss "
+        f"differs by {variant['step_differences']['first']:.1g} in the first step and "
+        f"{variant['step_differences']['largest']:.1g} at most."
+        for variant in result["variants"]
+        if "step_differences" in variant
     ]
     parts.append(
-        f"Mean difference of {result['seeds']} seeds in nats a token, below 0 is better, with its "
-        "95% interval by Student's t; clear: the interval leaves out 0, which one in twenty "
-        "variants that change nothing would do by chance too."
+        f"Mean difference over {result['seeds']} seeds in nats per token (negative is better) with "
+        "its 95% interval by Student's t. Clear: the interval excludes 0, as it would by chance "
+        "for one in twenty variants without effect."
     )
     return "\n\n".join(parts)
 
 
 def plot(result: Result, figure: "Figure") -> None:
-    shown = [told for told in result["variants"] if told["differences"] is not None]
-    figure.set_size_inches(11, 1.2 + 0.3 * (len(shown) + len({told["group"] for told in shown})))
+    shown = [variant for variant in result["variants"] if variant["differences"] is not None]
+    figure.set_size_inches(
+        11, 1.2 + 0.3 * (len(shown) + len({variant["group"] for variant in shown}))
+    )
     axis = figure.subplots()
     ticks: list[float] = []
     labels: list[str] = []
-    place, group = 0.0, ""
-    for told in shown:
-        if told["group"] != group:
-            group = told["group"]
-            place += 1.3 if ticks else 0.0
+    y, group = 0.0, ""
+    for variant in shown:
+        if variant["group"] != group:
+            group = variant["group"]
+            y += 1.3 if ticks else 0.0
             axis.text(
-                0.005, place - 0.85, group.replace("`", ""), fontsize=8, fontweight="bold",
+                0.005, y - 0.85, group.replace("`", ""), fontsize=8, fontweight="bold",
                 transform=axis.get_yaxis_transform(), va="center",
             )  # fmt: skip
-        judged = _LOSSES[told["judged"]]
-        ticks.append(place)
+        judged = _LOSSES[variant["judged"]]
+        ticks.append(y)
         labels.append(
-            told["name"].replace("`", "") + (f", loss of {judged}" if judged != "all" else "")
+            variant["name"].replace("`", "") + (f", loss of {judged}" if judged != "all" else "")
         )
-        colour = ("C3" if told["mean"] > 0 else "C2") if clear(told) else "0.7"
-        axis.barh(place, told["mean"], 0.7, color=colour)
+        color = ("C3" if variant["mean"] > 0 else "C2") if is_clear(variant) else "0.7"
+        axis.barh(y, variant["mean"], 0.7, color=color)
         axis.errorbar(
-            told["mean"], place, xerr=told["half_interval"], color="black", lw=1, capsize=2
+            variant["mean"], y, xerr=variant["half_interval"], color="black", lw=1, capsize=2
         )
-        axis.plot(told["differences"], [place] * result["seeds"], "k.", ms=3)
-        place += 1
+        axis.plot(variant["differences"], [y] * result["seeds"], "k.", ms=3)
+        y += 1
     axis.set_yticks(ticks, labels, fontsize=8)
-    axis.set_ylim(place, -1.5)
+    axis.set_ylim(y, -1.5)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_xscale("symlog", linthresh=0.02)
     axis.xaxis.set_major_formatter("{x:+.2g}")
     axis.set(
-        xlabel="held-out loss against the base with the same seed, nats a token (linear within "
-        "0.02)\nbars: mean; dots: seeds; lines: 95% interval; grey: it has 0 in it"
+        xlabel="difference of the held-out loss from the base with the same seed, nats per token "
+        "(linear within 0.02)\nbars: mean; dots: seeds; lines: 95% interval; grey: includes 0"
     )
     axis.grid(alpha=0.3, axis="x")

@@ -1,4 +1,4 @@
-"""What each coefficient set does to singular values, and how exact each precision and form is."""
+"""Singular-value map of each coefficient set, and accuracy of each precision and form."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from muonclip.orthogonalize import CoefficientName, Form, coefficient_steps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Where a set wants other than five steps.
+# Number of steps of sets that do not use five.
 STEPS: dict[str, int] = {"deepseek_v4": 10}
 LOWEST, TABLE_FROM = 1e-4, 1e-3
 SHAPES = {"full": (1024, 4096), "quick": (256, 1024), "tiny": (24, 64)}
@@ -27,7 +27,7 @@ ARITHMETIC: list[tuple[torch.dtype, Form]] = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    """No further options."""
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -60,14 +60,14 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def singular_value_map(s: Tensor, name: CoefficientName, steps: int) -> Tensor:
-    """The polynomial of all steps, of normalised singular values."""
+    """Apply the polynomial of all steps to normalized singular values."""
     for a, b, c in coefficient_steps(name, steps):
         s = a * s + b * s**3 + c * s**5
     return s
 
 
 def spectra(n: int, m: int, seed: int) -> dict[str, Tensor]:
-    """Matrices as gradients may be: float64 [n, m], n <= m."""
+    """Matrices similar to gradients: float64 [n, m], n <= m."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -75,34 +75,34 @@ def spectra(n: int, m: int, seed: int) -> dict[str, Tensor]:
 
     left, right = torch.linalg.qr(normal(n, n)).Q, torch.linalg.qr(normal(m, n)).Q
     rank = n // 8
-    falling = torch.logspace(0, -6, n, dtype=torch.float64)
+    decaying = torch.logspace(0, -6, n, dtype=torch.float64)
     return {
         "random": normal(n, m),
         "low rank (1/8)": normal(n, rank) @ normal(rank, m),
         "low rank and noise": normal(n, rank) @ normal(rank, m) + 1e-2 * normal(n, m),
-        "condition 1e6": left @ falling.diag() @ right.mT,
+        "condition 1e6": left @ decaying.diag() @ right.mT,
     }
 
 
 def _errors(matrix: Tensor) -> dict[str, dict[str, float]]:
-    """Set -> arithmetic and form -> relative Frobenius distance from the float64 polynomial."""
+    """Relative Frobenius distance from the float64 polynomial, by set, then by dtype and form."""
     errors: dict[str, dict[str, float]] = {}
     for name in COEFFICIENTS:
         steps = STEPS.get(name, 5)
         exact = reference.orthogonalize(matrix, coefficients=name, steps=steps)
-        found = {
+        results = {
             f"{str(dtype).removeprefix('torch.')}, {form}": orthogonalize(
                 matrix.float(), coefficients=name, steps=steps, dtype=dtype, form=form
             )
             for dtype, form in ARITHMETIC
         }
-        # What no arithmetic in bfloat16 can avoid: the steep map magnifies the input's rounding.
-        found["bfloat16 input, then exact"] = reference.orthogonalize(
+        # Lower bound for bfloat16: the steep map magnifies the rounding of the input.
+        results["bfloat16 input, then exact"] = reference.orthogonalize(
             matrix.bfloat16(), coefficients=name, steps=steps
         )
         errors[name] = {
             how: ((result.double() - exact).norm() / exact.norm()).item()
-            for how, result in found.items()
+            for how, result in results.items()
         }
     return errors
 

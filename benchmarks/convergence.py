@@ -1,9 +1,9 @@
-"""Loss against tokens and time, MuonClip beside AdamW and other Muons, each at its best rate.
+"""Loss over tokens and time of MuonClip, AdamW and other Muons, each at its best learning rate.
 
-On each model every optimizer tries the same learning rates with the whole budget and the same
-seeds; where the best lies at an end of them, one more is tried beyond it. The best has the least
-mean loss. There each trains with further seeds, and all but AdamW once more with a part of the
-steps, the schedule shortened to them.
+Every optimizer tries the same learning rates on each model with the full budget and the same seeds,
+and further rates while the best is the lowest or the highest. The best rate has the lowest mean
+loss. Each optimizer then trains with further seeds at its best rate, and all but AdamW also with
+fewer steps and a shorter schedule.
 """
 
 import argparse
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINE = "AdamW (fused)"
-# Of the baseline's steps, in which MuonClip should reach its loss.
+# Share of the baseline's steps in which MuonClip should reach its loss.
 TARGET = 0.6
 
 
@@ -37,8 +37,8 @@ class Form:
     optimizers: tuple[str, ...]
 
 
-# First weights that suit the width: 0.02, which suits hundreds, has AdamW alone spend much of so
-# short a training on growing narrow matrices.
+# Initialization for narrow models: with 0.02, which suits widths of hundreds, AdamW would spend
+# much of a short training on growing the matrices.
 _NARROW = 0.3 / 8
 
 FORMS = {
@@ -89,24 +89,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )  # fmt: skip
     add_selection(parser)
-    parser.add_argument("--steps", type=positive_int, help="of every model; default: by the form")
-    parser.add_argument("--seeds", type=positive_int, help="at the best rate; default: 3")
+    parser.add_argument(
+        "--steps", type=positive_int, help="steps of every model; default: by the form"
+    )
+    parser.add_argument("--seeds", type=positive_int, help="seeds at the best rate; default: 3")
     parser.add_argument(
         "--tuning-seeds",
         type=positive_int,
-        help="at every rate; default: 1 in the quick form, else 3",
+        help="seeds at every rate; default: 1 with --quick, otherwise 3",
     )
 
 
 def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
-    wanted = [
-        one for one in selected(options, BASELINE) if options.only or one.name in form.optimizers
-    ]
-    absent = {
-        one.name: reason for one in wanted if (reason := one.missing(options.device)) is not None
-    }
-    names = [BASELINE, *(one.name for one in wanted if one.name not in (*absent, BASELINE))]
+    wanted = [c for c in selected(options, BASELINE) if options.only or c.name in form.optimizers]
+    absent = {c.name: reason for c in wanted if (reason := c.missing(options.device)) is not None}
+    names = [BASELINE, *(c.name for c in wanted if c.name not in (*absent, BASELINE))]
     kinds: Sequence[Kind] = options.models or list(KINDS)
     jobs = {
         kind: Job(
@@ -123,20 +121,20 @@ def run(options: argparse.Namespace) -> Result:
     overlap = {kind: training.overlap(job.size) for kind, job in jobs.items()}
 
     tuning_seeds = min(seeds, options.tuning_seeds or form.tuning_seeds)
-    tuned = _tune(jobs, names, form.rates, tuning_seeds, options)
-    chosen = {key: training.best_rate(results) for key, results in tuned.items()}
+    tuning = _tune(jobs, names, form.rates, tuning_seeds, options)
+    best_rates = {key: training.best_rate(results) for key, results in tuning.items()}
     further = []
-    for (kind, name), lr in chosen.items():
+    for (kind, name), lr in best_rates.items():
         job = replace(jobs[kind], optimizer=name, lr=lr)
         further += training.with_seeds(job, seeds)[tuning_seeds:]
         steps = round(TARGET * job.steps)
         if name != BASELINE:
             job = replace(job, steps=steps, label=f"{name}, {steps} steps")
             further += training.with_seeds(job, seeds)
-    done = training.train_all(further, options)
-    told: Result = {"target": TARGET, "seeds": seeds, "not_run": absent, "models": {}}
+    further_results = training.train_all(further, options)
+    result: Result = {"target": TARGET, "seeds": seeds, "not_run": absent, "models": {}}
     for kind, job in jobs.items():
-        told["models"][kind] = {
+        result["models"][kind] = {
             "title": KINDS[kind],
             "steps": job.steps,
             "tokens_per_step": job.size.tokens,
@@ -146,20 +144,20 @@ def run(options: argparse.Namespace) -> Result:
             "optimizers": {},
         }
         for name in names:
-            results, lr = tuned[kind, name], chosen[kind, name]
-            mine = [r for r in done if (r["kind"], r["optimizer"]) == (kind, name)]
-            told["models"][kind]["parameters"] = results[0]["parameters"]
-            told["models"][kind]["optimizers"][name] = {
+            results, lr = tuning[kind, name], best_rates[kind, name]
+            own = [r for r in further_results if (r["kind"], r["optimizer"]) == (kind, name)]
+            result["models"][kind]["parameters"] = results[0]["parameters"]
+            result["models"][kind]["optimizers"][name] = {
                 "lr": lr,
                 "tuning": sorted([r["lr"], r["seed"], r["final"]] for r in results),
                 "runs": [
                     *(r for r in results if r["lr"] == lr),
-                    *(r for r in mine if r["label"] == name),
+                    *(r for r in own if r["label"] == name),
                 ],
-                "short": [r for r in mine if r["label"] != name],
+                "short": [r for r in own if r["label"] != name],
             }
-        _compare(told["models"][kind]["optimizers"])
-    return told
+        _compare(result["models"][kind]["optimizers"])
+    return result
 
 
 def _tune(
@@ -169,27 +167,29 @@ def _tune(
     seeds: int,
     options: argparse.Namespace,
 ) -> dict[tuple[Kind, str], list[Result]]:
-    """Runs at all rates, by model and optimizer; rates are added where the best is at an end."""
+    """Results at all learning rates by model and optimizer."""
     cases = {
         (kind, name): replace(job, optimizer=name) for kind, job in jobs.items() for name in names
     }
-    told = training.tune(list(cases.values()), [rates] * len(cases), [seeds] * len(cases), options)
-    return dict(zip(cases, told, strict=True))
+    results = training.tune(
+        list(cases.values()), [rates] * len(cases), [seeds] * len(cases), options
+    )
+    return dict(zip(cases, results, strict=True))
 
 
 def _compare(optimizers: dict[str, Any]) -> None:
-    """Add to each when it reached the baseline's final loss, seed by seed."""
+    """Add to each optimizer when it reached the baseline's final loss, by seed."""
     finals = {run["seed"]: run["final"] for run in optimizers[BASELINE]["runs"]}
-    for told in optimizers.values():
-        told["share_of_steps"] = [
+    for optimizer in optimizers.values():
+        optimizer["share_of_steps"] = [
             reached(run["evaluations"]["steps"], run["evaluations"]["loss"], finals[run["seed"]])
-            for run in told["runs"]
+            for run in optimizer["runs"]
         ]
 
 
 def reached(steps: Sequence[float], losses: Sequence[float], goal: float) -> float | None:
-    """The share of the steps after which the loss is down at the goal, between two evaluations by
-    a straight line; None if it never is."""
+    """Share of the steps after which the loss reaches the goal, interpolated linearly between
+    evaluations; None if it never does."""
     if losses[0] <= goal:
         return steps[0] / steps[-1]
     for (before, above), (after, below) in pairwise(zip(steps, losses, strict=True)):
@@ -198,7 +198,7 @@ def reached(steps: Sequence[float], losses: Sequence[float], goal: float) -> flo
     return None
 
 
-# ---------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------- table and plot
 
 
 def table(result: Result) -> str:
@@ -206,46 +206,46 @@ def table(result: Result) -> str:
     for model in result["models"].values():
         base = [run["final"] for run in model["optimizers"][BASELINE]["runs"]]
         rows = []
-        for name, told in model["optimizers"].items():
-            finals = [run["final"] for run in told["runs"]]
-            shares = told["share_of_steps"]
+        for name, optimizer in model["optimizers"].items():
+            finals = [run["final"] for run in optimizer["runs"]]
+            shares = optimizer["share_of_steps"]
             mean = "never" if None in shares else f"{np.mean(cast(list[float], shares)):.0%}"
-            short = [run["final"] for run in told["short"]]
-            seconds = np.median([run["step_s"] for run in told["runs"]])
-            own = np.median([run["optimizer_s"] for run in told["runs"]])
+            short = [run["final"] for run in optimizer["short"]]
+            seconds = np.median([run["step_s"] for run in optimizer["runs"]])
+            own_seconds = np.median([run["optimizer_s"] for run in optimizer["runs"]])
             rows.append(
                 [
                     f"**{name}**" if name == training.MUONCLIP else name,
-                    f"{told['lr']:g}",
+                    f"{optimizer['lr']:g}",
                     _with_spread(finals),
                     f"{_difference(finals, base)}" if name != BASELINE else "",
                     mean if name != BASELINE else "",
                     f"{_with_spread(short)}" if short else "",
                     f"{_difference(short, base)}" if short else "",
                     f"{seconds * 1e3:.0f}",
-                    f"{own / seconds:.0%}",
+                    f"{own_seconds / seconds:.0%}",
                 ]
             )
-        part = f"{result['target']:.0%}"
+        target = f"{result['target']:.0%}"
         header = (
-            "", "best rate", "held-out loss", "to AdamW's", "AdamW's loss after",
-            f"with {part} of the steps", "to AdamW's", "step, ms", "of it the optimizer",
+            "", "best rate", "held-out loss", "vs. AdamW", "AdamW's loss after",
+            f"with {target} of the steps", "vs. AdamW", "step, ms", "optimizer's share",
         )  # fmt: skip
         parts.append(
             f"**{model['title'][0].upper()}{model['title'][1:]}**: "
             f"{model['parameters']:,} parameters, {model['steps']:,} steps of "
             f"{model['tokens_per_step']:,} tokens\n\n"
             + markdown(header, rows)
-            + f"\n\n{model['held_out_also_in_training']:.2%} of the held-out text's runs of 32 "
-            "tokens are also in the training text."
+            + f"\n\n{model['held_out_also_in_training']:.2%} of the held-out text's 32-grams also "
+            "occur in the training text."
         )
     parts.append(
-        f"Mean and standard deviation of {result['seeds']} seeds; losses in nats a token; a step's "
-        "time is the process's own."
+        f"Mean and standard deviation of {result['seeds']} seeds; losses in nats per token; times "
+        "are processor times."
     )
     if result["not_run"]:
-        said = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
-        parts.append(f"Not run: {said}.")
+        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
+        parts.append(f"Not run: {reasons}.")
     return "\n\n".join(parts)
 
 
@@ -257,7 +257,7 @@ def _with_spread(values: Sequence[float | None]) -> str:
 
 
 def _difference(values: Sequence[float | None], base: Sequence[float]) -> str:
-    """Mean over seeds of the difference."""
+    """Mean difference over seeds."""
     if None in values:
         return ""
     return f"{np.mean(np.subtract(cast(Sequence[float], values), base)):+.3f}"
@@ -270,27 +270,29 @@ def plot(result: Result, figure: "Figure") -> None:
     for row, model in zip(axes, models.values(), strict=True):
         tokens, seconds, rates = row
         base = np.mean([run["final"] for run in model["optimizers"][BASELINE]["runs"]])
-        for number, (name, told) in enumerate(model["optimizers"].items()):
-            colour = f"C{number}"
+        for number, (name, optimizer) in enumerate(model["optimizers"].items()):
+            color = f"C{number}"
             for against, axis in (("tokens", tokens), ("seconds", seconds)):
-                xs = np.mean([run["evaluations"][against] for run in told["runs"]], axis=0)
-                ys = np.array([run["evaluations"]["loss"] for run in told["runs"]])
-                axis.plot(xs, ys.mean(0), color=colour, label=name)
-                axis.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, lw=0)
-                if told["short"]:
-                    xs = np.mean([run["evaluations"][against] for run in told["short"]], axis=0)
-                    ys = np.array([run["evaluations"]["loss"] for run in told["short"]])
-                    axis.plot(xs, ys.mean(0), color=colour, ls=":")
-            ends = [(lr, final) for lr, _, final in told["tuning"] if final is not None]
-            rates.plot(*zip(*ends, strict=True), "o", color=colour, ms=3)
-            means = {lr: np.mean([end for at, end in ends if at == lr]) for lr, _ in ends}
-            rates.plot(*zip(*means.items(), strict=True), "-", color=colour, label=name)
-        for axis, what in (
+                xs = np.mean([run["evaluations"][against] for run in optimizer["runs"]], axis=0)
+                ys = np.array([run["evaluations"]["loss"] for run in optimizer["runs"]])
+                axis.plot(xs, ys.mean(0), color=color, label=name)
+                axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
+                if optimizer["short"]:
+                    xs = np.mean(
+                        [run["evaluations"][against] for run in optimizer["short"]], axis=0
+                    )
+                    ys = np.array([run["evaluations"]["loss"] for run in optimizer["short"]])
+                    axis.plot(xs, ys.mean(0), color=color, ls=":")
+            finals = [(lr, final) for lr, _, final in optimizer["tuning"] if final is not None]
+            rates.plot(*zip(*finals, strict=True), "o", color=color, ms=3)
+            means = {lr: np.mean([final for at, final in finals if at == lr]) for lr, _ in finals}
+            rates.plot(*zip(*means.items(), strict=True), "-", color=color, label=name)
+        for axis, label in (
             (tokens, "tokens"),
             (seconds, "seconds of training"),
             (rates, "peak learning rate"),
         ):
-            axis.set(xlabel=what, ylabel="held-out loss, nats a token")
+            axis.set(xlabel=label, ylabel="held-out loss, nats per token")
             axis.grid(alpha=0.3)
         for axis in (tokens, seconds):
             axis.axhline(base, color="grey", lw=0.8, ls="--")
@@ -299,7 +301,7 @@ def plot(result: Result, figure: "Figure") -> None:
         tokens.xaxis.set_major_formatter(lambda count, _: f"{count / 1e3:,.0f}k")
         tokens.set_title(model["title"], fontsize=10)
         seconds.set_title(
-            f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's end", fontsize=9
+            f"dotted: {result['target']:.0%} of the steps; dashed: AdamW's final loss", fontsize=9
         )
-        rates.set_title("tuning: every seed, and their mean", fontsize=9)
+        rates.set_title("tuning: seeds and their mean", fontsize=9)
         tokens.legend(fontsize=8)

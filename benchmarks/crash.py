@@ -1,9 +1,9 @@
-"""Crash: ranks of a run are killed at random moments of steps and saves; is anything lost?
+"""Recovery of a run whose ranks are killed at random moments of steps and saves.
 
-One run is left alone. Another, of the same configuration, is started once by torchrun, with
-``--max-restarts``, and a rank of it is killed (SIGKILL) again and again: at a random moment, or in
-the midst of a save. It has to restart by itself, from no older checkpoint than the newest that was
-complete when the rank died, and its losses have to equal those of the other run, to the bit.
+One run is not interrupted. Another one with the same configuration runs under torchrun with
+``--max-restarts``, and one of its ranks is killed (SIGKILL) repeatedly: at a random moment or
+during a save. The run must restart from the newest checkpoint that was complete when the rank was
+killed, and its losses must be bit-identical to those of the uninterrupted run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from pretrain.metrics import read, read_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# ranks, kills, steps of the run, steps between checkpoints
+# Number of ranks, of kills, of steps, and of steps between checkpoints.
 _FORMS = {"full": (2, 50, 450, 5), "quick": (2, 6, 60, 5), "tiny": (1, 1, 12, 4)}
 _PATIENCE_SECONDS = 300.0
 _CONFIG = """
@@ -62,37 +62,37 @@ def run(options: argparse.Namespace) -> Result:
             f"{_CONFIG}steps: {steps}\ncheckpoint: {{every: {every}}}\n"
             f"parallel: {{expert: {ranks}}}\n"
         )
-        # Beside each other: while one starts again, the other has the machine.
+        # At the same time: while one restarts, the other uses the machine.
         with (
-            _started(folder, "calm", ranks, 0) as calm,
-            _started(folder, "killed", ranks, kills) as killed,
+            _training(folder, "calm", ranks, 0) as uninterrupted,
+            _training(folder, "killed", ranks, kills) as killed,
         ):
             run_dir = folder / "killed"
-            told = [_kill(killed, run_dir, rng, ranks, number, every) for number in range(kills)]
-            _ended(killed)
-            _ended(calm)
+            reports = [_kill(killed, run_dir, rng, ranks, number, every) for number in range(kills)]
+            _wait(killed)
+            _wait(uninterrupted)
         starts = read_lines(folder / "killed" / "starts.jsonl")
         losses, expected = (
             [record["loss"] for record in read(folder / run_dir / "metrics.jsonl")[1:]]
             for run_dir in ("killed", "calm")
         )
-    for kill, start in zip(told, starts[1:], strict=True):
+    for kill, start in zip(reports, starts[1:], strict=True):
         kill["resumed_from"] = start["step"]
     return {
         "steps": steps,
         "steps_between_checkpoints": every,
         "ranks": ranks,
-        "kills": told,
+        "kills": reports,
         "losses": losses,
         "expected": expected,
     }
 
 
 @contextlib.contextmanager
-def _started(
+def _training(
     folder: Path, run_dir: str, ranks: int, restarts: int
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A run under torchrun; it, and whatever it started, is gone afterwards."""
+    """Context of a run under torchrun; all its processes have ended afterwards."""
     launcher = ("--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--standalone")
     with (folder / f"{run_dir}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -110,20 +110,20 @@ def _started(
         try:
             yield process
         except BaseException:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-                for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has already ended
+                for child in psutil.Process(process.pid).children(recursive=True):
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        one.kill()
+                        child.kill()
             process.kill()
             raise
         finally:
             process.wait()
 
 
-def _ended(process: "subprocess.Popen[bytes]") -> None:
+def _wait(process: "subprocess.Popen[bytes]") -> None:
     status = process.wait(_PATIENCE_SECONDS)
     if status:
-        raise RuntimeError(f"a run that should have come to its end left with status {status}")
+        raise RuntimeError(f"a run exited with status {status} instead of finishing")
 
 
 def _kill(
@@ -134,14 +134,14 @@ def _kill(
     number: int,
     every: int,
 ) -> dict[str, Any]:
-    """Kill a rank once this start of the run has made some steps; where it stood then."""
+    """Kill a rank after some steps since the last start; returns the state of the run then."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     in_save, ahead, rank = rng.random() < 0.5, rng.randrange(1, 2 * every), rng.randrange(ranks)
     delay = rng.uniform(0, 0.2)
 
-    def wait_for(moment: "Any") -> None:
-        while not moment():
+    def wait_for(condition: Callable[[], object]) -> None:
+        while not condition():
             if process.poll() is not None:
                 raise RuntimeError(f"the run ended before kill {number + 1}")
             if time.monotonic() > deadline:
@@ -157,12 +157,12 @@ def _kill(
         time.sleep(delay)
     saved = storage.steps(checkpoints)
     saving = any(checkpoints.glob("*.partial"))
-    for one in psutil.Process(process.pid).children():
-        if one.environ().get("RANK") == str(rank):
-            one.kill()
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == str(rank):
+            child.kill()
             break
     else:
-        raise RuntimeError(f"rank {rank} was not there for kill {number + 1}")
+        raise RuntimeError(f"rank {rank} was not found for kill {number + 1}")
     return {
         "rank": rank,
         "during_a_save": saving,
@@ -179,16 +179,16 @@ def _differing(result: Result) -> int:
 def plot(result: Result, figure: "Figure") -> None:
     axes = figure.subplots()
     steps = range(1, len(result["losses"]) + 1)
-    axes.plot(steps, result["expected"], color="0.6", linewidth=4, label="left alone")
+    axes.plot(steps, result["expected"], color="0.6", linewidth=4, label="uninterrupted")
     axes.plot(
         steps, result["losses"], color="tab:blue", label=f"killed {len(result['kills'])} times"
     )
     for kill in result["kills"]:
-        colour = "tab:red" if kill["during_a_save"] else "tab:orange"
-        axes.axvline(kill["after_step"], color=colour, linewidth=0.8)
+        color = "tab:red" if kill["during_a_save"] else "tab:orange"
+        axes.axvline(kill["after_step"], color=color, linewidth=0.8)
     axes.plot([], [], color="tab:red", label="killed during a save")
     axes.plot([], [], color="tab:orange", label="killed during a step")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend()
 
 
@@ -200,12 +200,12 @@ def table(result: Result) -> str:
         ["Ranks killed", ""],
         [
             ["kills", len(kills)],
-            ["of them during a save", sum(kill["during_a_save"] for kill in kills)],
-            ["resumes from an older checkpoint than the newest complete one", older],
-            ["steps done again, mean", f"{sum(lost) / len(lost):.1f}"],
-            ["steps done again, most", max(lost)],
+            ["kills during a save", sum(kill["during_a_save"] for kill in kills)],
+            ["restarts from an older checkpoint than the newest complete one", older],
+            ["repeated steps, mean", f"{sum(lost) / len(lost):.1f}"],
+            ["repeated steps, maximum", max(lost)],
             ["steps between checkpoints", result["steps_between_checkpoints"]],
             ["steps of the run", result["steps"]],
-            ["steps whose loss differs from the uninterrupted run's", _differing(result)],
+            ["steps whose loss differs from the uninterrupted run", _differing(result)],
         ],
     )

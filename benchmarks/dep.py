@@ -1,4 +1,4 @@
-"""DEP: multimodal beside text-only throughput, encoder balance and memory; and its baselines."""
+"""DEP: multimodal throughput relative to text only, encoder balance and memory, with baselines."""
 
 import argparse
 import math
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 VOCABULARY = 320
 TEXT = "text only"
-_MEDIA_PAD = 4  # any id that no random token has
+_MEDIA_PAD = 4  # below the ids of random tokens
 DEP = "DEP"
-# The reference in the code, and the same exchange without a plan.
+# The encoder of the first stage alone, and the exchange of DEP without balancing.
 BASELINES = ("encoder on the first stage", "round-robin")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A backbone and an encoder: its share of the FLOPs is several times what it is in Kimi K2.5
-    (two FLOPs a weight: 0.4 patches a token x 0.4 billion, beside 32 billion), so that what it
-    costs, and who pays, is more than the noise of a machine. Stages are alike, as one makes them
-    for text: no dense layer in the first, and hardly a vocabulary to tell apart in the last."""
+    """Sizes of a backbone and an encoder.
+
+    The encoder's share of the FLOPs is several times that of Kimi K2.5 (at two FLOPs per weight:
+    0.4 patches per token x 0.4 billion, compared with 32 billion), so that its cost exceeds the
+    noise of a machine. Stages do equal work on text: no dense layer, and a small vocabulary.
+    """
 
     processes: int
     layers: int
@@ -49,7 +51,7 @@ class Setting:
     sequence: int
     micro_batches: int
     rounds: int
-    images: tuple[int, ...]  # in a step, for the memory
+    images: tuple[int, ...]  # number of images for the memory measurement
 
 
 SETTINGS = {
@@ -60,16 +62,16 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vision-share", type=float, default=0.1, help="of the tokens")
+    parser.add_argument("--vision-share", type=float, default=0.1, help="share of image tokens")
     parser.add_argument(
         "--spread", type=float, default=1.0, help="sigma of the log-normal image sides"
     )
-    parser.add_argument("--rounds", type=positive_int, help="timed rounds; default: by form")
+    parser.add_argument("--rounds", type=positive_int, help="timed rounds; default: by the form")
 
 
 def run(options: argparse.Namespace) -> Result:
     if options.device.type != "cpu":
-        raise SystemExit("--device: the pipeline's processes run on a CPU here (gloo)")
+        raise SystemExit("--device: this benchmark runs on a CPU (gloo); use --device cpu")
     setting = SETTINGS[options.form]
     if options.rounds is not None:
         setting = replace(setting, rounds=options.rounds)
@@ -86,11 +88,11 @@ def run(options: argparse.Namespace) -> Result:
             worker.join()
         if any(worker.exitcode for worker in workers):
             raise RuntimeError("a rank of the benchmark failed: its error is above")
-        told: Result = torch.load(Path(folder, "result"), weights_only=True)
-    return told
+        result: Result = torch.load(Path(folder, "result"), weights_only=True)
+    return result
 
 
-# ---------------------------------------------------------------------- in every process
+# ---------------------------------------------------------------------- measurement on each rank
 
 
 def _rank(rank: int, setting: Setting, share: float, spread: float, seed: int, folder: str) -> None:
@@ -111,7 +113,7 @@ def _rank(rank: int, setting: Setting, share: float, spread: float, seed: int, f
 def _prepare(
     setting: Setting, share: float, spread: float, seed: int, cost_file: Path
 ) -> tuple[dict[str, "Run"], dict[str, list["MicroBatch"]]]:
-    """One model under several encoders, and its batches: of text, and with images."""
+    """Runs of one model with different encoder processes, and the batches of each run."""
     from pretrain import parallel
     from pretrain.build import build, make_encoder
     from pretrain.config import (
@@ -147,11 +149,11 @@ def _prepare(
         data=DataConfig(seq_length=setting.sequence, vocab_size=VOCABULARY),
         parallel=ParallelConfig(pipeline=setting.processes),
     )
-    here = parallel.start(config.parallel, seed)
+    context = parallel.start(config.parallel, seed)
     tokenizer = SimpleNamespace(vocab_size=config.data.vocab_size, media_pad=_MEDIA_PAD)
     data: Any = SimpleNamespace(tokenizer=tokenizer)
-    run = build(config, here, data)
-    # Encoders are small here: what an item costs however small it is, no count of FLOPs knows.
+    run = build(config, context, data)
+    # These encoders are so small that the constant cost of an item matters: measure it.
     kinds = {
         TEXT: EncoderProcessConfig(),
         DEP: EncoderProcessConfig(cost="measured"),
@@ -159,20 +161,22 @@ def _prepare(
         BASELINES[1]: EncoderProcessConfig(spread="round_robin", cost="measured"),
     }
     runs = {
-        name: replace(run, encoder=make_encoder(kind, run.tower, here, cost_file))
+        name: replace(run, encoder=make_encoder(kind, run.tower, context, cost_file))
         for name, kind in kinds.items()
     }
-    plain = _batches(setting, 0.0, spread, seed, here.first_stage)
-    pictured = _batches(setting, share, spread, seed, here.first_stage)
-    return runs, {name: plain if name == TEXT else pictured for name in runs}
+    text = _batches(setting, 0.0, spread, seed, context.first_stage)
+    multimodal = _batches(setting, share, spread, seed, context.first_stage)
+    return runs, {name: text if name == TEXT else multimodal for name in runs}
 
 
-def _sides(generator: torch.Generator, spread: float, most: int = 1024) -> tuple[int, int]:
-    """Rows and columns of an image in patches: log-normal, 8 in the middle, even; halved until
-    it has at most so many tokens."""
-    drawn = torch.randn(2, generator=generator) * spread + math.log(8)
-    rows, columns = (min(64, max(2, 2 * round(side / 2))) for side in drawn.exp().tolist())
-    while rows * columns // 4 > most:
+def _image_size(
+    generator: torch.Generator, spread: float, max_tokens: int = 1024
+) -> tuple[int, int]:
+    """Rows and columns of an image in patches: even, log-normal with median 8, halved until the
+    image has at most ``max_tokens`` tokens."""
+    sides = torch.randn(2, generator=generator) * spread + math.log(8)
+    rows, columns = (min(64, max(2, 2 * round(side / 2))) for side in sides.exp().tolist())
+    while rows * columns // 4 > max_tokens:
         rows, columns = min(rows, columns), max(rows, columns) // 4 * 2
     return rows, columns
 
@@ -180,33 +184,33 @@ def _sides(generator: torch.Generator, spread: float, most: int = 1024) -> tuple
 def _batches(
     setting: Setting, share: float, spread: float, seed: int, first_stage: bool
 ) -> list["MicroBatch"]:
-    """Micro-batches of one sequence: random tokens, with images for a share of them."""
+    """Micro-batches of one sequence with random tokens, a share of which are images."""
     from pretrain.data import Category
     from pretrain.model.multimodal import MicroBatch
 
     generator = torch.Generator().manual_seed(seed)
-    length, waiting, made = setting.sequence, 0.0, []
-    # No image is more than half a sequence, nor more than a quarter of what the step has of them.
-    most = min(length // 2, max(1, int(share * length * setting.micro_batches / 4)))
-    rows, columns = _sides(generator, spread, most)
+    length, due, batches = setting.sequence, 0.0, []
+    # An image has at most half of a sequence and a quarter of the step's image tokens.
+    max_tokens = min(length // 2, max(1, int(share * length * setting.micro_batches / 4)))
+    rows, columns = _image_size(generator, spread, max_tokens)
     for _ in range(setting.micro_batches):
         tokens = torch.randint(100, VOCABULARY, (1, length), generator=generator)
-        grids, place = [], 1
-        waiting += share * length  # tokens of images that are due
+        grids, position = [], 1
+        due += share * length  # image tokens to add so far
         while True:
             size = rows * columns // 4
-            if size > waiting or place + size >= length:
+            if size > due or position + size >= length:
                 break
-            tokens[0, place : place + size] = _MEDIA_PAD
+            tokens[0, position : position + size] = _MEDIA_PAD
             grids.append([1, rows, columns])
-            waiting -= size
-            place += size + 1
-            rows, columns = _sides(generator, spread, most)
+            due -= size
+            position += size + 1
+            rows, columns = _image_size(generator, spread, max_tokens)
         shapes = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
         if not first_stage:
             shapes = shapes[:0]
         patches = int(shapes.prod(1).sum())
-        made.append(
+        batches.append(
             MicroBatch(
                 tokens=tokens,
                 labels=torch.randint(100, VOCABULARY, (1, length), generator=generator),
@@ -217,23 +221,23 @@ def _batches(
                 grids=shapes,
             )
         )
-    return made
+    return batches
 
 
 def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str, float, float]]:
-    """Forward and backward of a step and the optimizer, as the trainer has them, with the clock.
+    """Forward, backward and optimizer of a step, as in the trainer, with times.
 
     Returns:
-        (what, from, to), in seconds from the step's beginning.
+        (phase, begin, end), in seconds since the beginning of the step.
     """
     from pretrain.step import run_backbone
 
     marks: list[tuple[str, float, float]] = []
     dist.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
 
-    def done(what: str) -> None:
-        marks.append((what, marks[-1][2] if marks else 0.0, time.perf_counter() - begun))
+    def done(phase: str) -> None:
+        marks.append((phase, marks[-1][2] if marks else 0.0, time.perf_counter() - start))
 
     for chunk in run.language:
         chunk.zero_grad_buffer()
@@ -261,24 +265,25 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
 def _measure(
     setting: Setting, runs: dict[str, "Run"], batches: dict[str, list["MicroBatch"]]
 ) -> tuple[dict[str, list[float]], Result, dict[str, float]]:
-    """Seconds of each round, by the slowest rank; every rank's clock in the median round."""
+    """Seconds of each round on the slowest rank, the timeline of each rank in the median round, and
+    the encoder balance; by run."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    told: dict[str, list[Any]] = {name: [] for name in runs}
+    marks_by_round: dict[str, list[Any]] = {name: [] for name in runs}
     names = list(runs)
     runs[DEP].train()
-    for number in range(-1, setting.rounds):
-        start = number % len(names)
+    for round_ in range(-1, setting.rounds):
+        start = round_ % len(names)
         for name in names[start:] + names[:start]:
             marks = _step(runs[name], batches[name], name)
-            everyones: list[Any] = [None] * setting.processes
-            dist.all_gather_object(everyones, marks)
-            if number >= 0:
-                seconds[name].append(max(theirs[-1][2] for theirs in everyones))
-                told[name].append(everyones)
+            gathered: list[Any] = [None] * setting.processes
+            dist.all_gather_object(gathered, marks)
+            if round_ >= 0:
+                seconds[name].append(max(of_rank[-1][2] for of_rank in gathered))
+                marks_by_round[name].append(gathered)
     timelines = {}
     for name, times in seconds.items():
         middle = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]
-        timelines[name] = told[name][middle]
+        timelines[name] = marks_by_round[name][middle]
     return seconds, timelines, {name: run.encoder.balance for name, run in runs.items()}
 
 
@@ -296,7 +301,7 @@ def _result(
     grids = torch.cat([batch.grids for batch in batches])
     rows = {}
     for name, times in seconds.items():
-        ratios = [text / mine for text, mine in zip(seconds[TEXT], times, strict=True)]
+        ratios = [text / time_ for text, time_ in zip(seconds[TEXT], times, strict=True)]
         rows[name] = {
             "tokens_per_second": tokens / statistics.median(times),
             "of_text_only": statistics.median(ratios),
@@ -318,7 +323,7 @@ def _result(
 
 
 def _encoder_flops(run: "Run", grids: Tensor) -> float:
-    """Of a forward through encoder and projector."""
+    """FLOPs of a forward pass through encoder and projector."""
     from pretrain.encoder_process.cost import analytic_cost
 
     model = analytic_cost(run.config.vision, run.config.language.hidden_size)
@@ -326,22 +331,19 @@ def _encoder_flops(run: "Run", grids: Tensor) -> float:
 
 
 def _backbone_flops(run: "Run", tokens: int) -> float:
-    """Of a forward: two for each weight that a token meets, attention left out."""
-    language = run.config.language
-    active = language.experts_per_token / language.num_experts
-    total = 0.0
-    for name, parameter in run.parameters():  # of the first stage
-        if name.startswith("language.") and parameter.ndim == 2 and "embedding" not in name:
-            total += parameter.numel() * (active if ".local_experts." in name else 1.0)
-    return 2 * total * tokens * run.config.parallel.pipeline
+    """FLOPs of a forward pass of the language model."""
+    from pretrain.plan.flops import flops_per_token
+
+    config = run.config
+    return tokens * flops_per_token(config.language, VOCABULARY, config.data.seq_length)
 
 
 def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
-    """Each rank's share of the encoder's work as its cost is measured, by mode; all of it is 1."""
+    """Share of each rank in the encoder's work, by its measured cost, for each mode."""
     from pretrain.encoder_process.plan import plan
 
     loads = run.encoder.cost.loads(grids)
-    places = {
+    plans = {
         DEP: plan(loads, ranks, owners=[0] * len(loads)),
         BASELINES[0]: [0] * len(loads),
         BASELINES[1]: [item % ranks for item in range(len(loads))],
@@ -349,25 +351,25 @@ def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
     total = float(loads.sum())
     return {
         name: [
-            sum(float(load) for load, place in zip(loads, where, strict=True) if place == rank)
+            sum(float(load) for load, owner in zip(loads, owners, strict=True) if owner == rank)
             / total
             for rank in range(ranks)
         ]
-        for name, where in places.items()
+        for name, owners in plans.items()
     }
 
 
 def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
-    """The most that encoding a number of images again, backwards, takes beside their pixels and
-    their features' gradient: where DEP keeps activations."""
+    """Peak memory of recomputing the encoder and its backward, which keeps activations in DEP,
+    without the pixels and the gradients of the features."""
     from pretrain.config import EncoderProcessConfig
     from pretrain.encoder_process import EncoderProcess
     from pretrain.model.vision import num_features
 
     encoder = EncoderProcess(run.tower, None, EncoderProcessConfig(max_patches=1024))
     generator = torch.Generator().manual_seed(seed)
-    # One image that fills a chunk by itself, whatever follows it.
-    sides = [(32, 32), *(_sides(generator, 1.0, 256) for _ in range(images - 1))]
+    # The first image fills a chunk alone.
+    sides = [(32, 32), *(_image_size(generator, 1.0, 256) for _ in range(images - 1))]
     grids = torch.tensor([[1, rows, columns] for rows, columns in sides])
     patches = torch.randint(256, (int(grids.prod(1).sum()), 588), dtype=torch.uint8)
     gradient = torch.ones(int(num_features(grids).sum()), run.config.language.hidden_size)
@@ -377,7 +379,7 @@ def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
     return {"peak_bytes": peak, "patches": len(patches)}
 
 
-# ---------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------- table and plot
 
 
 def plot(result: Result, figure: "Figure") -> None:
@@ -388,7 +390,7 @@ def plot(result: Result, figure: "Figure") -> None:
         figure.add_subplot(grid[0, 1]),
         figure.add_subplot(grid[1, 1]),
     )
-    colours = {
+    colors = {
         "encode": "tab:orange",
         "backbone": "tab:blue",
         "encode again, backwards": "tab:red",
@@ -398,14 +400,14 @@ def plot(result: Result, figure: "Figure") -> None:
     labels, height = [], 0
     for name, ranks in result["timelines"].items():
         for rank, marks in enumerate(ranks):
-            for what, begin, end in marks:
-                lines.barh(height, end - begin, left=begin, color=colours[what], height=0.8)
+            for phase, begin, end in marks:
+                lines.barh(height, end - begin, left=begin, color=colors[phase], height=0.8)
             labels.append(f"{name}, rank {rank}")
             height += 1
     lines.set_yticks(range(height), labels)
     lines.invert_yaxis()
-    lines.set(title="One step, in the median round (waiting included)", xlabel="seconds")
-    handles = [lines.barh(0, 0, color=colour, label=what) for what, colour in colours.items()]
+    lines.set(title="One step of the median round (including waiting)", xlabel="seconds")
+    handles = [lines.barh(0, 0, color=color, label=phase) for phase, color in colors.items()]
     lines.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8
     )
@@ -416,13 +418,13 @@ def plot(result: Result, figure: "Figure") -> None:
         width = [result["loads"][name][rank] for name in names]
         loads.barh(names, width, left=left, label=f"rank {rank}")
     loads.axvline(1 / result["processes"], color="black", linewidth=0.8)
-    loads.set(title="The encoder's work, by rank", xlim=(0, 1))
+    loads.set(title="Encoder work by rank", xlim=(0, 1))
     loads.legend(fontsize=8)
 
     counts = [int(count) for count in result["memory"]]
     peaks = [row["peak_bytes"] / 2**20 for row in result["memory"].values()]
     memory.plot(counts, peaks, "o-")
-    memory.set(title="Peak memory of the encoder, MiB", xlabel="images in a step")
+    memory.set(title="Peak memory of the encoder, MiB", xlabel="images per step")
     memory.set_ylim(0, 1.5 * max(peaks))
 
 
@@ -437,25 +439,27 @@ def table(result: Result) -> str:
         for name, row in result["modes"].items()
     ]
     about = (
-        f"{result['parallel']}; {result['tokens']:,} tokens a step, {result['vision_share']:.1%} "
-        f"of them images: {result['images']} images of {result['patches']:,} patches; a forward "
-        f"of the encoder is {result['encoder_flops_of_backbone']:.1%} of the backbone's FLOPs"
+        f"{result['parallel']}; {result['tokens']:,} tokens per step, {result['vision_share']:.1%} "
+        f"of them of images: {result['images']} images of {result['patches']:,} patches; a forward "
+        f"pass of the encoder has {result['encoder_flops_of_backbone']:.1%} of the backbone's FLOPs"
     )
-    header = ["", "tokens/s", "of text only", "encoder load, max / mean"]
+    header = ["", "tokens/s", "relative to text only", "encoder load, max / mean"]
     dep = result["modes"][DEP]["seconds"]
-    beside = [_beside(name, result["modes"][name]["seconds"], dep) for name in (TEXT, *BASELINES)]
+    speedups = [
+        _speedup(name, result["modes"][name]["seconds"], dep) for name in (TEXT, *BASELINES)
+    ]
     memory = [
         [count, f"{row['patches']:,}", f"{row['peak_bytes'] / 2**20:.1f}"]
         for count, row in result["memory"].items()
     ]
-    memory_header = ["images in a step", "patches", "peak memory of the encoder, MiB"]
-    compared = "\n".join(beside)
+    memory_header = ["images per step", "patches", "peak memory of the encoder, MiB"]
+    compared = "\n".join(speedups)
     return "\n\n".join([about, markdown(header, rows), compared, markdown(memory_header, memory)])
 
 
-def _beside(name: str, theirs: Sequence[float], mine: Sequence[float]) -> str:
-    """A line on how fast DEP is, with intervals of a bootstrap over rounds."""
-    pairs = np.array([theirs, mine])
+def _speedup(name: str, baseline: Sequence[float], dep: Sequence[float]) -> str:
+    """A line on the speed of DEP, with bootstrap intervals over rounds."""
+    pairs = np.array([baseline, dep])
     drawn = np.random.default_rng(0).integers(pairs.shape[1], size=(10_000, pairs.shape[1]))
 
     def interval(statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> str:
@@ -464,7 +468,7 @@ def _beside(name: str, theirs: Sequence[float], mine: Sequence[float]) -> str:
 
     wins = int((pairs[0] > pairs[1]).sum())
     return (
-        f"- DEP beside {name}: {interval(lambda two: two[0].sum(-1) / two[1].sum(-1))} times the "
-        f"speed over all rounds together, {interval(lambda two: np.median(two[0] / two[1], -1))} "
-        f"in the median round; faster in {wins} of {pairs.shape[1]}."
+        f"- Speed of DEP relative to {name}: {interval(lambda p: p[0].sum(-1) / p[1].sum(-1))} "
+        f"over all rounds, {interval(lambda p: np.median(p[0] / p[1], -1))} in the median round; "
+        f"faster in {wins} of {pairs.shape[1]}."
     )

@@ -1,4 +1,4 @@
-"""Who encodes what: evenness, bytes moved and planning time from 2 to 4,096 ranks, simulated."""
+"""Simulated DEP plans for 2 to 4,096 ranks: balance, bytes moved and planning time."""
 
 import argparse
 import heapq
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Integers = npt.NDArray[np.int64]
 
-# Kimi K2.5: the encoder, and the width of the language model that its features go to.
+# Kimi K2.5: the encoder, the width of the language model, and bytes per element (bfloat16).
 CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE = VisionConfig(), 7168, 2
 TOLERANCE = 0.01
 RANKS = {"full": 4096, "quick": 4096, "tiny": 16}
@@ -35,7 +35,7 @@ TIMED_ITEMS = {"full": (1000, 3000, 10_000, 30_000), "quick": (1000, 3000, 10_00
                "tiny": (100, 300)}  # fmt: skip
 PACKS = {"full": 40, "quick": 16, "tiny": 3}
 MAIN, FEW = "images of all sizes, 10% clips, 25 a rank", "clips of similar size, 3 a rank"
-# (items per rank, share of clips, spread of the logarithm of an area)
+# (items per rank, share of clips, standard deviation of the logarithm of the area)
 MIXES = {MAIN: (25, 0.1, 0.8), FEW: (3, 1.0, 0.3)}
 STRATEGIES = {
     "at home": "tab:red",
@@ -47,10 +47,11 @@ STRATEGIES = {
 
 
 def draw(mix: str, num_ranks: int, rng: np.random.Generator) -> tuple[torch.Tensor, Integers]:
-    """(grids, owners) of a step: sizes are log-normal, and some ranks own more items than others.
+    """Draw the grids and owners of the items of a step.
 
-    An image has a median of 28 x 28 patches and at most 64 x 64, each of the four frames of a clip
-    16 x 16 and at most 32 x 32.
+    Sizes are log-normal, and some ranks own more items than others. An image has a median of 28 x
+    28 and at most 64 x 64 patches; each of the four frames of a clip has 16 x 16 and at most 32 x
+    32.
     """
     per_rank, clips, spread = MIXES[mix]
     return draw_items(per_rank * num_ranks, num_ranks, clips, spread, rng)
@@ -63,15 +64,17 @@ def draw_items(
     area = np.where(frames == 1, 28**2, 16**2) * np.exp(rng.normal(0, spread, number))
     aspect = np.exp(rng.normal(0, 0.25, number))
     sides = [np.sqrt(area * aspect), np.sqrt(area / aspect)]
-    most = np.where(frames == 1, 32, 16)
-    rows, columns = (MERGE * np.clip(np.rint(side / MERGE), 1, most).astype(int) for side in sides)
+    max_side = np.where(frames == 1, 32, 16)
+    rows, columns = (
+        MERGE * np.clip(np.rint(side / MERGE), 1, max_side).astype(int) for side in sides
+    )
     share = rng.gamma(2.0, size=num_ranks)
     owners = np.sort(rng.choice(num_ranks, number, p=share / share.sum()))
     return torch.from_numpy(np.stack([frames, rows, columns], 1)), owners
 
 
 def longest_first(loads: Integers, num_ranks: int) -> list[int]:
-    """The heaviest item first, each to the rank with the least load."""
+    """Assign items in descending order of load, each to the rank with the lowest load."""
     ranks = [0] * len(loads)
     heap = [(0, rank) for rank in range(num_ranks)]
     for item in np.argsort(-loads, kind="stable").tolist():
@@ -81,12 +84,12 @@ def longest_first(loads: Integers, num_ranks: int) -> list[int]:
     return ranks
 
 
-def least_moved(
+def min_bytes_moved(
     loads: Integers, sent: Integers, owners: Integers, num_ranks: int, limit: float
 ) -> float:
-    """No plan whose largest load is within the limit moves fewer bytes.
+    """Lower bound on the bytes that a plan moves if no load exceeds the limit.
 
-    From each rank above it, the items that weigh most for their bytes leave, the last in part.
+    Ranks above the limit give away the items with the most load per byte, the last one in part.
     """
     total = 0.0
     above = np.bincount(owners, loads, num_ranks) - limit
@@ -103,7 +106,7 @@ def least_moved(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--draws", type=positive_int, help="steps drawn of each mix; default: by the form"
+        "--draws", type=positive_int, help="steps to draw of each mix; default: by the form"
     )
 
 
@@ -116,7 +119,7 @@ def run(options: argparse.Namespace) -> Result:
         raise SystemExit(f"--draws must be at least 1, got {draws}")
     num_ranks = [2**power for power in range(1, RANKS[form].bit_length())]
     mixes = {
-        mix: {n: [_evenness(model, mix, n, rng) for _ in range(draws)] for n in num_ranks}
+        mix: {n: [_balance_of_step(model, mix, n, rng) for _ in range(draws)] for n in num_ranks}
         for mix in MIXES
     }
     example_ranks = min(64, RANKS[form])
@@ -143,31 +146,31 @@ def _plans(
     }
 
 
-def _evenness(
+def _balance_of_step(
     model: cost.CostModel, mix: str, num_ranks: int, rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
-    """Of one step: largest load over the mean, and the share of bytes that moves."""
+    """Balance (largest load over the mean) and share of bytes moved of one step, by strategy."""
     grids, owners = draw(mix, num_ranks, rng)
     loads, patches = model.loads(grids), grids.prod(1).numpy()
     sent = cost.transfer_bytes(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
-    told = {}
+    rows = {}
     for name, ranks in _plans(loads, patches, sent, owners, num_ranks).items():
-        told[name] = {
+        rows[name] = {
             "balance": balance(loads, ranks, num_ranks),
             "moved": float(sent[np.asarray(ranks) != owners].sum() / sent.sum()),
         }
     limit = (1 + TOLERANCE) * load_lower_bound(loads, num_ranks)
-    told["least"] = {
+    rows["least"] = {
         "balance": balance_lower_bound(loads, num_ranks),
-        "moved": least_moved(loads, sent, owners, num_ranks, limit) / float(sent.sum()),
+        "moved": min_bytes_moved(loads, sent, owners, num_ranks, limit) / float(sent.sum()),
     }
-    return told
+    return rows
 
 
 def _example(
     model: cost.CostModel, num_ranks: int, rng: np.random.Generator
 ) -> dict[str, list[float]]:
-    """Loads over the mean of every rank of one step: what it owns, what it keeps, what it takes."""
+    """Loads of every rank over the mean in one step: of items it owns, keeps and receives."""
     grids, owners = draw(MAIN, num_ranks, rng)
     loads = model.loads(grids)
     sent = cost.transfer_bytes(grids, CONFIG, LANGUAGE_HIDDEN_SIZE, ITEMSIZE)
@@ -175,13 +178,15 @@ def _example(
     mean = loads.sum() / num_ranks
     stays = ranks == owners
 
-    def shares(chosen: npt.NDArray[np.bool_], where: Integers) -> list[float]:
-        sums: list[float] = (np.bincount(where[chosen], loads[chosen], num_ranks) / mean).tolist()
+    def shares(selected: npt.NDArray[np.bool_], ranks: Integers) -> list[float]:
+        sums: list[float] = (
+            np.bincount(ranks[selected], loads[selected], num_ranks) / mean
+        ).tolist()
         return sums
 
-    everything = np.ones_like(stays)
+    all_items = np.ones_like(stays)
     return {
-        "own": shares(everything, owners),
+        "own": shares(all_items, owners),
         "kept": shares(stays, ranks),
         "taken": shares(~stays, ranks),
     }
@@ -215,7 +220,7 @@ def _planning_time(
 
 
 def _cost_models(options: argparse.Namespace, rng: np.random.Generator) -> Result:
-    """How well three models tell the time of packs drawn like the main mix, but smaller."""
+    """Errors of three cost models for the time of packs drawn like the main mix, but smaller."""
     config, hidden, dtype = CONFIG, LANGUAGE_HIDDEN_SIZE, torch.bfloat16
     if options.device.type == "cpu":
         config = VisionConfig(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=256)
@@ -235,33 +240,33 @@ def _cost_models(options: argparse.Namespace, rng: np.random.Generator) -> Resul
     for _ in range(PACKS[options.form]):
         grids, _ = draw_items(int(rng.integers(1, 12)), 1, 0.1, 0.8, rng)
         if options.device.type == "cpu":
-            # Half of each side: the same mix, small enough for a CPU.
+            # Half of each side, for a CPU.
             grids[:, 1:] = (grids[:, 1:] // (2 * MERGE) * MERGE).clip(min=MERGE)
         packs.append(grids)
     shapes = [[tuple(grid) for grid in grids.tolist()] for grids in packs]
     seconds = [min(cost.step_seconds(tower, pack) for _ in range(3)) for pack in shapes]
-    told = {}
+    errors_by_model = {}
     for name, model in models.items():
         costs = np.array([model.costs(grids).sum() for grids in packs])
-        # What a pass costs, and a unit of cost in seconds, as suits each model best.
+        # Fit a constant per pass and seconds per unit of cost to each model.
         design = np.stack([np.ones_like(costs), costs], 1) / np.array(seconds)[:, None]
         fixed, unit = np.linalg.lstsq(design, np.ones_like(costs), rcond=None)[0]
         predicted = (fixed + unit * costs).tolist()
         errors = [abs(p / s - 1) for p, s in zip(predicted, seconds, strict=True)]
-        told[name] = {
+        errors_by_model[name] = {
             "predicted_s": predicted,
             "mean_error": statistics.mean(errors),
             "largest_error": max(errors),
         }
     encoder = f"{config.num_layers} layers of {config.hidden_size}"
-    return {"encoder": encoder, "measured_s": seconds, "models": told}
+    return {"encoder": encoder, "measured_s": seconds, "models": errors_by_model}
 
 
-# ---------------------------------------------------------------------- show
+# ---------------------------------------------------------------------- table and plot
 
 
-def _median(draws: Sequence[dict[str, dict[str, float]]], name: str, what: str) -> float:
-    return statistics.median(step[name][what] for step in draws)
+def _median(draws: Sequence[dict[str, dict[str, float]]], name: str, quantity: str) -> float:
+    return statistics.median(step[name][quantity] for step in draws)
 
 
 def plot(result: Result, figure: "Figure") -> None:
@@ -285,12 +290,12 @@ def _rank_axis(axes: "Axes", ranks: Sequence[int]) -> None:
 
 def _plot_balance(axes: "Axes", mix: str, by_ranks: Result) -> None:
     ranks = [int(n) for n in by_ranks]
-    for name, colour in STRATEGIES.items():
+    for name, color in STRATEGIES.items():
         ratios = [_median(draws, name, "balance") for draws in by_ranks.values()]
-        wide = 3 if name == "plan" else 1.3
-        axes.plot(ranks, ratios, color=colour, linewidth=wide, label=name)
+        width = 3 if name == "plan" else 1.3
+        axes.plot(ranks, ratios, color=color, linewidth=width, label=name)
     least = [_median(draws, "least", "balance") for draws in by_ranks.values()]
-    axes.plot(ranks, least, color="black", linestyle=":", label="least possible")
+    axes.plot(ranks, least, color="black", linestyle=":", label="lower bound")
     _rank_axis(axes, ranks)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.97)
@@ -305,17 +310,17 @@ def _plot_balance(axes: "Axes", mix: str, by_ranks: Result) -> None:
 def _plot_example(axes: "Axes", example: dict[str, list[float]]) -> None:
     order = np.argsort(example["own"])[::-1]
     own, kept, taken = (np.array(example[key])[order] for key in ("own", "kept", "taken"))
-    place = np.arange(len(own))
-    axes.bar(place, kept, width=1, color="tab:blue", label="plan: its own items")
-    axes.bar(place, taken, width=1, bottom=kept, color="lightskyblue", label="plan: others' items")
-    axes.step(
-        [-0.5, *(place + 0.5)], [own[0], *own], color="tab:red", linewidth=1.3, label="at home"
+    x = np.arange(len(own))
+    axes.bar(x, kept, width=1, color="tab:blue", label="plan: own items")
+    axes.bar(
+        x, taken, width=1, bottom=kept, color="lightskyblue", label="plan: items of other ranks"
     )
+    axes.step([-0.5, *(x + 0.5)], [own[0], *own], color="tab:red", linewidth=1.3, label="at home")
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xlim(-0.5, len(own) - 0.5)
-    axes.set_xlabel(f"{len(own)} ranks, by what they own")
+    axes.set_xlabel(f"{len(own)} ranks, by the load they own")
     axes.set_ylabel("load / mean")
-    axes.set_title("one step, before and after", fontsize=10)
+    axes.set_title("one step, before and after planning", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -323,29 +328,29 @@ def _plot_moved(axes: "Axes", by_ranks: Result) -> None:
     ranks = [int(n) for n in by_ranks]
     for name in ("longest first, cost", "plan"):
         shares = [100 * _median(draws, name, "moved") for draws in by_ranks.values()]
-        wide = 2.5 if name == "plan" else 1.3
-        axes.plot(ranks, shares, color=STRATEGIES[name], linewidth=wide, label=name)
+        width = 2.5 if name == "plan" else 1.3
+        axes.plot(ranks, shares, color=STRATEGIES[name], linewidth=width, label=name)
     least = [100 * _median(draws, "least", "moved") for draws in by_ranks.values()]
-    axes.plot(ranks, least, color="black", linestyle=":", label="no plan as even moves less")
+    axes.plot(ranks, least, color="black", linestyle=":", label="lower bound of the same balance")
     _rank_axis(axes, ranks)
     axes.set_ylim(0, 102)
-    axes.set_ylabel("bytes that leave their rank, %")
+    axes.set_ylabel("bytes sent to other ranks, %")
     axes.set_title(MAIN, fontsize=10)
     axes.legend(fontsize=8, loc="center right")
 
 
 def _plot_planning(axes: "Axes", rows: Sequence[Result]) -> None:
     shades = ["lightskyblue", "tab:blue", "navy"]
-    for colour, num_ranks in zip(shades, dict.fromkeys(r["ranks"] for r in rows), strict=False):
-        mine = [row for row in rows if row["ranks"] == num_ranks]
-        items = [row["items"] for row in mine]
-        low, high = zip(*(row["quartiles_s"] for row in mine), strict=True)
+    for color, num_ranks in zip(shades, dict.fromkeys(r["ranks"] for r in rows), strict=False):
+        of_ranks = [row for row in rows if row["ranks"] == num_ranks]
+        items = [row["items"] for row in of_ranks]
+        low, high = zip(*(row["quartiles_s"] for row in of_ranks), strict=True)
         axes.plot(
-            items, [1e3 * row["median_s"] for row in mine],
-            marker="o", color=colour, label=f"{num_ranks:,} ranks",
+            items, [1e3 * row["median_s"] for row in of_ranks],
+            marker="o", color=color, label=f"{num_ranks:,} ranks",
         )  # fmt: skip
         axes.fill_between(
-            items, [1e3 * s for s in low], [1e3 * s for s in high], color=colour, alpha=0.2
+            items, [1e3 * s for s in low], [1e3 * s for s in high], color=color, alpha=0.2
         )
     axes.axhline(50, color="black", linestyle=":", linewidth=1, label="50 ms")
     axes.set_xscale("log")
@@ -357,23 +362,23 @@ def _plot_planning(axes: "Axes", rows: Sequence[Result]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("items")
     axes.set_ylabel("planning, ms")
-    axes.set_title("time to plan, on every rank by itself", fontsize=10)
+    axes.set_title("planning time, on every rank", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
 def _plot_cost_models(axes: "Axes", models: Result) -> None:
     seconds = np.array(models["measured_s"])
-    colours = {"patches": "tab:purple", "counted": "tab:green", "measured": "tab:blue"}
-    for name, told in models["models"].items():
-        error = 100 * told["mean_error"]
+    colors = {"patches": "tab:purple", "counted": "tab:green", "measured": "tab:blue"}
+    for name, model in models["models"].items():
+        error = 100 * model["mean_error"]
         axes.plot(
-            1e3 * seconds, 100 * (np.array(told["predicted_s"]) / seconds - 1), "o", markersize=5,
-            color=colours[name], label=f"{name}: {error:.1f}% off on average",
+            1e3 * seconds, 100 * (np.array(model["predicted_s"]) / seconds - 1), "o", markersize=5,
+            color=colors[name], label=f"{name}: mean error {error:.1f}%",
         )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xlabel("measured time of a pack of images and clips, ms")
-    axes.set_ylabel("predicted time is off by, %")
+    axes.set_ylabel("error of the predicted time, %")
     axes.set_title(f"cost models, encoder of {models['encoder']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
@@ -382,8 +387,8 @@ def _plot_cost_models(axes: "Axes", models: Result) -> None:
 def table(result: Result) -> str:
     blocks = []
     for mix, by_ranks in result["mixes"].items():
-        header = ["ranks", "least possible", *STRATEGIES, "moved: longest first, cost", "plan",
-                  "least possible"]  # fmt: skip
+        header = ["ranks", "lower bound", *STRATEGIES, "moved: longest first, cost", "plan",
+                  "lower bound"]  # fmt: skip
         rows = []
         for ranks, draws in by_ranks.items():
             rows.append([
@@ -405,13 +410,13 @@ def table(result: Result) -> str:
     blocks.append(markdown(["ranks", "items", "planning, ms", "quartiles"], rows))
     models = result["cost_models"]
     rows = [
-        [name, f"{100 * told['mean_error']:.1f}%", f"{100 * told['largest_error']:.1f}%"]
-        for name, told in models["models"].items()
+        [name, f"{100 * model['mean_error']:.1f}%", f"{100 * model['largest_error']:.1f}%"]
+        for name, model in models["models"].items()
     ]
     header = ["cost model", "mean error", "largest error"]
     blocks.append(f"Encoder of {models['encoder']}:\n\n{markdown(header, rows)}")
     equal = result["attention_equals_the_rest_at_patches"]
     blocks.append(
-        f"Kimi K2.5's encoder: attention costs what all else costs at {equal:,.0f} patches."
+        f"Kimi K2.5's encoder: attention costs as much as everything else at {equal:,.0f} patches."
     )
     return "\n\n".join(blocks)

@@ -1,4 +1,4 @@
-"""Memory of one optimizer step: what stays as state and what peaks, against AdamW's."""
+"""Memory of one optimizer step: state and peak, compared with AdamW."""
 
 import argparse
 import multiprocessing
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> Result:
                 print(f"measured {candidate.name}", flush=True)
                 continue
             except RuntimeError as error:
-                if candidate.module is None:  # ours: a defect
+                if candidate.module is None:  # our own optimizer: a bug
                     raise
                 reason = f"fails: {error}".splitlines()[0][:200]
         absent[candidate.name] = reason
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> Result:
 def _in_fresh_process(
     name: str, shapes: list[tuple[int, ...]], options: argparse.Namespace
 ) -> Result:
-    """What no earlier optimizer, cached block or compiled kernel has touched."""
-    # An executor, not a Pool: it raises where the process is killed, instead of waiting for ever.
+    """Measure in a process without cached memory blocks or compiled kernels of other optimizers."""
+    # Unlike a Pool, an executor raises an error if the process is killed.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(measure, name, shapes, str(options.device), options.seed).result()
@@ -74,12 +74,12 @@ def _in_fresh_process(
 def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) -> Result:
     """Bytes that the first two steps of an optimizer add to parameters and gradients.
 
-    Every allocation through torch's allocators is counted, so on a CPU the figures do not depend
-    on the machine. What a library allocates for itself (oneDNN's packed matrices) is not seen.
+    All allocations through torch's allocators count, so that CPU figures do not depend on the
+    machine. Internal allocations of libraries (oneDNN's packed matrices) do not count.
 
     Returns:
-        ``state_bytes``: still there after the steps; ``peak_bytes``: the most at any time in them,
-        state included.
+        ``state_bytes``: bytes allocated after the steps; ``peak_bytes``: peak during the steps,
+        including the state.
     """
     (candidate,) = (c for c in candidates() if c.name == name)
     torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) ->
     try:
         return _on_cuda(candidate, params) if device != "cpu" else _on_cpu(candidate, params)
     except Exception as error:
-        # Plain: an exception of a peer's own class may not survive the way to the parent.
+        # The exception classes of other packages may not be picklable.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
@@ -115,16 +115,16 @@ def _on_cuda(candidate: Candidate, params: list[nn.Parameter]) -> Result:
 
 
 def _on_cpu(candidate: Candidate, params: list[nn.Parameter]) -> Result:
-    if candidate.module is not None:  # some peers compile, which allocates; only steps count
-        _steps(candidate, [_like(p) for p in params], 1)
+    if candidate.module is not None:  # exclude allocations of compilation
+        _steps(candidate, [_copy(p) for p in params], 1)
     state, peak = cpu_bytes(lambda: _steps(candidate, params, 2))
     return {"state_bytes": state, "peak_bytes": peak}
 
 
-def _like(p: nn.Parameter) -> nn.Parameter:
-    twin = nn.Parameter(p.detach().clone())
-    twin.grad = p.grad.clone() if p.grad is not None else None
-    return twin
+def _copy(p: nn.Parameter) -> nn.Parameter:
+    copy = nn.Parameter(p.detach().clone())
+    copy.grad = p.grad.clone() if p.grad is not None else None
+    return copy
 
 
 def plot(result: Result, figure: "Figure") -> None:
@@ -139,7 +139,7 @@ def plot(result: Result, figure: "Figure") -> None:
     half = result["optimizers"][ADAMW]["peak_bytes"] / unit / 2
     axes.axvline(half, color="black", linewidth=0.8, label="half of AdamW's peak")
     axes.invert_yaxis()
-    axes.set_xlabel("times the parameters' own memory")
+    axes.set_xlabel("multiples of the parameters' memory")
     axes.set_title(result["title"])
     axes.legend()
 

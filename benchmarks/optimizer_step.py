@@ -1,4 +1,4 @@
-"""Time of one optimizer step: MuonClip, torch.optim.Muon, AdamW and other Muons, side by side."""
+"""Time of one optimizer step: MuonClip, torch.optim.Muon, AdamW and other implementations."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from benchmarks.optimizers import (
     add_selection,
     selected,
 )
-from benchmarks.runner import Result, interleave, markdown, matmul_peak, positive_int, summarise
+from benchmarks.runner import Result, interleave, markdown, matmul_peak, positive_int, summarize
 from benchmarks.workloads import Workload, workloads
 from muonclip import reference
 
@@ -24,21 +24,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDS = {"full": 10, "quick": 3, "tiny": 2}
-# Side of the square product whose speed counts as the device's peak.
+# Size of the square matrix product that measures the peak of the device.
 PEAK_SIZE = {"full": 8192, "quick": 2048, "tiny": 64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
-    parser.add_argument("--baseline", default=BASELINE, help="the optimizer all are compared with")
-    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of the form")
+    parser.add_argument("--baseline", default=BASELINE, help="optimizer to compare with")
     parser.add_argument(
-        "--rounds", type=positive_int, help="timed steps of each; default: by the form"
+        "--workloads", nargs="+", metavar="NAME", help="default: all workloads of the form"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        help="timed steps per optimizer; default: depends on the form",
     )
 
 
 def run(options: argparse.Namespace) -> Result:
-    # Peers that compile do so once for every shape.
+    # Some optimizers compile once per shape.
     torch._dynamo.config.recompile_limit = 256
     wanted = selected(options, options.baseline)
     loads = workloads(options.form)
@@ -56,7 +60,7 @@ def run(options: argparse.Namespace) -> Result:
             if candidate.coefficients:
                 errors[candidate.name] = update_error(candidate, options.device, options.seed)
         except Exception as error:
-            if candidate.module is None:  # ours: a defect
+            if candidate.module is None:  # our own optimizer: a bug
                 raise
             absent[candidate.name] = f"fails: {type(error).__name__}: {error}".splitlines()[0][:200]
             present.remove(candidate)
@@ -85,9 +89,9 @@ def run(options: argparse.Namespace) -> Result:
     }
     for load in loads:
         rounds = ROUNDS[options.form] if options.rounds is None else options.rounds
-        # Who takes no stacks is timed on the same experts one by one, in another workload.
+        # Optimizers without support for stacks are timed on the same experts as separate matrices.
         timed = [c for c in present if c.stacks or not load.stacked or c.name == options.baseline]
-        times = summarise(_time(load, timed, rounds, options), options.baseline)
+        times = summarize(_time(load, timed, rounds, options), options.baseline)
         for name, row in times.items():
             arithmetic = result["optimizers"][name]["arithmetic"]
             if arithmetic:
@@ -103,7 +107,7 @@ def run(options: argparse.Namespace) -> Result:
 def _time(
     load: Workload, timed: Sequence[Candidate], rounds: int, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of each step. All optimizers step the same weights with the same gradients."""
+    """Seconds of each step; all optimizers update the same weights with the same gradients."""
     generator = torch.Generator(options.device).manual_seed(options.seed)
 
     def normal(shape: Sequence[int]) -> Tensor:
@@ -112,7 +116,7 @@ def _time(
     shapes = [*load.matrices, *load.others]
     weights = [normal(shape) * 0.02 for shape in shapes]
     gradients = [torch.empty_like(weight) for weight in weights]
-    # A step gets the one or the other: some optimizers write into the gradients.
+    # Copied before each step, because some optimizers write into the gradients.
     sources = [[normal(shape) for shape in shapes] for _ in range(2)]
     steps: dict[str, Callable[[], object]] = {}
     params: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
@@ -123,7 +127,7 @@ def _time(
         ]
         count = len(load.matrices)
         matrices = [
-            part for pair in pairs[:count] for part in (
+            matrix for pair in pairs[:count] for matrix in (
                 [pair] if candidate.stacks else _unstack(*pair)
             )
         ]  # fmt: skip
@@ -163,14 +167,14 @@ def _stepper(optimizers: Sequence[Optimizer]) -> Callable[[], None]:
 
 
 def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> float:
-    """How far two steps of an optimizer are from the definition of Muon.
+    """Relative error of an optimizer's second step compared with the definition of Muon.
 
-    The second step, on a wide and a tall matrix, against the same in float64 by singular values,
-    with the optimizer's coefficients; directions only, since scale is a matter of convention.
+    The reference is computed in float64 with the optimizer's coefficients, for a wide and a tall
+    matrix. Updates are normalized, since conventions for their scale differ.
 
     Returns:
-        The larger relative Frobenius distance: about 1e-6 in float32 and 1e-2 in bfloat16. Above
-        0.1 it does something else.
+        The larger relative Frobenius distance: about 1e-6 in float32 and 1e-2 in bfloat16. An
+        error above 0.1 means a different algorithm.
     """
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
@@ -186,10 +190,10 @@ def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> f
                 weight, gradient, buffer, lr=LR, weight_decay=0.0,
                 coefficients=candidate.coefficients or "quintic",
             )  # fmt: skip
-            found, wanted = (p.detach() - before).cpu().double(), exact - weight
+            update, expected = (p.detach() - before).cpu().double(), exact - weight
             weight = exact
-        found, wanted = found / found.norm(), wanted / wanted.norm()
-        worst = max(worst, (found - wanted).norm().item())
+        difference = update / update.norm() - expected / expected.norm()
+        worst = max(worst, difference.norm().item())
     return worst
 
 
@@ -199,20 +203,20 @@ def plot(result: Result, figure: "Figure") -> None:
     names = list(result["optimizers"])
     panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
     for axes, load in zip(panels, loads.values(), strict=True):
-        for place, name in enumerate(names):
+        for row_number, name in enumerate(names):
             row = load["times"].get(name)
             if row is None:
                 continue
             low, high = row["speedup_quartiles"]
             ours = name.startswith("MuonClip")
-            axes.barh(place, row["speedup"], color="tab:blue" if ours else "lightgrey")
-            axes.plot([low, high], [place, place], color="black", linewidth=1)
-            axes.text(high, place, f" {row['speedup']:.2f}x", va="center", fontsize=8)
+            axes.barh(row_number, row["speedup"], color="tab:blue" if ours else "lightgrey")
+            axes.plot([low, high], [row_number, row_number], color="black", linewidth=1)
+            axes.text(high, row_number, f" {row['speedup']:.2f}x", va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=0.5)
         axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.set_title(load["title"], fontsize=8, wrap=True)
-        axes.set_xlabel(f"times as fast as {result['baseline']}", fontsize=8)
+        axes.set_xlabel(f"speedup over {result['baseline']}", fontsize=8)
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].invert_yaxis()
 
@@ -236,13 +240,13 @@ def table(result: Result) -> str:
                 "" if share is None else f"{100 * share:.0f}%",
                 "" if error is None else f"{error:.0e}",
             ])  # fmt: skip
-        header = ["", "version", "arithmetic", "step, ms", "quartiles", "times as fast",
-                  "of the peak", "update's error"]  # fmt: skip
+        header = ["", "version", "arithmetic", "step, ms", "quartiles", "speedup",
+                  "share of peak", "update error"]  # fmt: skip
         blocks.append(f"**{load['title']}**\n\n{markdown(header, rows)}")
     peaks = ", ".join(
         f"{dtype} {peak / 1e9:.3g}" for dtype, peak in result["matmul_peak_flops"].items()
     )
-    blocks.append(f"Matrix product's peak here, GFLOP/s: {peaks}.")
+    blocks.append(f"Peak of matrix products on this machine, GFLOP/s: {peaks}.")
     if result["not_run"]:
         reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
         blocks.append(f"Not timed: {reasons}.")

@@ -1,9 +1,8 @@
-"""The optimizers that are compared: MuonClip, torch's, and every peer that can be imported.
+"""Optimizers to compare: MuonClip, torch's optimizers, and all others that can be imported.
 
-All Muons do the same work: momentum 0.95 with Nesterov's look-ahead, five Newton-Schulz steps of a
-quintic polynomial (Keller Jordan's coefficients, or the peer's own where they are fixed), decoupled
-weight decay. What is no matrix goes to torch's fused AdamW in all of them, so that it decides
-nothing.
+All implementations of Muon do the same work: Nesterov momentum 0.95, five Newton-Schulz steps with
+a quintic polynomial (Keller Jordan's coefficients unless they are fixed), and decoupled weight
+decay. All of them use torch's fused AdamW for other parameters.
 """
 
 import argparse
@@ -25,7 +24,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 BASELINE = "torch.optim.Muon"
 
 Params = Sequence[nn.Parameter]
-# (matrices, others, lr, weight decay) -> optimizers, stepped one after the other
+# (matrices, other parameters, lr, weight decay) -> optimizers
 Build = Callable[[Params, Params, float, float], list[Optimizer]]
 
 
@@ -34,15 +33,16 @@ class Candidate:
     """An optimizer to compare.
 
     Attributes:
-        name: for tables.
-        build: makes it.
-        arithmetic: dtype of Newton-Schulz on a CPU; "" where there is none.
-        cuda_arithmetic: the same on a GPU, if it is another.
-        coefficients: those it uses, all for five steps; None: it is no Muon.
-        stacks: takes stacked experts [E, n, m] as E matrices; else it is given each apart.
-        module: what must be importable, and an attribute that tells it from a namesake.
-        distribution: its name for ``importlib.metadata``.
-        devices: where it runs, or is worth running.
+        name: name in tables.
+        build: builds the optimizers.
+        arithmetic: dtype of Newton-Schulz on a CPU; "" if it is not Muon.
+        cuda_arithmetic: dtype of Newton-Schulz on a GPU, if different.
+        coefficients: coefficient set, for five steps; None if it is not Muon.
+        stacks: whether it treats stacked experts [E, n, m] as E matrices; otherwise experts are
+            passed as separate matrices.
+        module: module to import, and an attribute that identifies it.
+        distribution: name for ``importlib.metadata``.
+        devices: devices to compare it on.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Candidate:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot run here, or None."""
+        """The reason why the optimizer cannot run on this machine, or None."""
         if device.type not in self.devices:
             return f"compared on {', '.join(self.devices)} only"
         if self.module is None:
@@ -70,13 +70,17 @@ class Candidate:
             return f"needs {error.name}, which is not installed"
         except ImportError as error:
             return f"cannot be imported: {error}"
-        return None if hasattr(module, attribute) else f"another package is called {name!r} here"
+        return (
+            None
+            if hasattr(module, attribute)
+            else f"the installed package {name!r} is a different one"
+        )
 
     def arithmetic_on(self, device: torch.device) -> str:
         return (device.type == "cuda" and self.cuda_arithmetic) or self.arithmetic
 
     def version(self) -> str | None:
-        """Of the peer; "source" where it was imported without being installed."""
+        """Version of the package; "source" if it is importable without being installed."""
         if self.distribution is None:
             return None
         try:
@@ -86,7 +90,7 @@ class Candidate:
 
 
 class PlainMuon(Optimizer):
-    """Muon as in a textbook, in the parameters' own precision: what a precision alone is worth."""
+    """A plain loop in the precision of the parameters, to isolate the effect of precision."""
 
     def __init__(self, params: ParamsT, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -117,44 +121,50 @@ def candidates(
     baseline: str = BASELINE,
     without: Iterable[str] | None = None,
 ) -> list[Candidate]:
-    """All, or those whose name contains one of ``names``, but for those of just the names in
-    ``without``; the baseline is always among them.
+    """Select optimizers.
+
+    Args:
+        names: parts of the names to select; default: all.
+        baseline: full name of an optimizer that is always selected.
+        without: full names to exclude.
 
     Raises:
-        ValueError: for a name that none has, and for a baseline to be left out.
+        ValueError: a name matches no optimizer, or the baseline is excluded.
     """
-    everything = [*_OWN, *_PEERS]
-    known = ", ".join(candidate.name for candidate in everything)
-    left_out = list(without or ())
-    for name in (baseline, *left_out):
-        if name not in [candidate.name for candidate in everything]:
+    available = [*_OWN, *_PEERS]
+    known = ", ".join(candidate.name for candidate in available)
+    excluded = list(without or ())
+    for name in (baseline, *excluded):
+        if name not in [candidate.name for candidate in available]:
             raise ValueError(f"no optimizer is called {name!r}; there are {known}")
-    if baseline in left_out:
-        raise ValueError(f"{baseline} is what all are compared with: it cannot be left out")
+    if baseline in excluded:
+        raise ValueError(f"{baseline} is the baseline and cannot be excluded")
     for name in names or ():
-        if not any(name.lower() in candidate.name.lower() for candidate in everything):
+        if not any(name.lower() in candidate.name.lower() for candidate in available):
             raise ValueError(f"no optimizer has {name!r} in its name; there are {known}")
     return [
         candidate
-        for candidate in everything
+        for candidate in available
         if candidate.name == baseline
         or (
-            candidate.name not in left_out
+            candidate.name not in excluded
             and (names is None or any(name.lower() in candidate.name.lower() for name in names))
         )
     ]
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Which optimizers are compared; for :func:`selected`."""
+    """Add the options of :func:`selected`."""
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="optimizers with this in the name"
+        "--only", nargs="+", metavar="NAME", help="optimizers whose names contain this"
     )
-    parser.add_argument("--without", nargs="+", metavar="NAME", help="optimizers of just this name")
+    parser.add_argument(
+        "--without", nargs="+", metavar="NAME", help="exclude optimizers by full name"
+    )
 
 
 def selected(options: argparse.Namespace, baseline: str) -> list[Candidate]:
-    """:func:`candidates` by the command line; a name that none has ends the program."""
+    """:func:`candidates` by command-line options; an unknown name ends the program."""
     try:
         return candidates(options.only, baseline, options.without)
     except ValueError as error:
@@ -185,7 +195,7 @@ def _adamw(**options: Any) -> Build:
 def _with_adamw(
     build: Callable[[list[nn.Parameter], float, float], Optimizer],
 ) -> Build:
-    """A Muon for matrices alone, with AdamW beside it."""
+    """Add AdamW for other parameters to a Muon for matrices only."""
 
     def both(matrices: Params, others: Params, lr: float, decay: float) -> list[Optimizer]:
         optimizers = [build(list(matrices), lr, decay)]
@@ -220,16 +230,16 @@ _OWN = [
     Candidate("textbook loop, float32", _plain, "float32", stacks=True),
     Candidate("AdamW (fused)", _adamw(fused=True), "", coefficients=None, stacks=True),
     Candidate("AdamW", _adamw(), "", coefficients=None, stacks=True),
-    # What torch takes by itself on a GPU: all parameters in one call, and as much memory for it.
+    # torch's default on a GPU: updates all parameters at once, which needs more memory.
     Candidate("AdamW (foreach)", _adamw(foreach=True), "", coefficients=None, stacks=True),
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------- peers
+# ---------------------------------------------------------------------- other implementations
 
 
 def _peer(module: str, name: str) -> Callable[..., Optimizer]:
-    """A peer's class, imported when it is wanted: it may not be there."""
+    """A class of an optional package."""
     return cast(Callable[..., Optimizer], getattr(importlib.import_module(module), name))
 
 
@@ -300,7 +310,7 @@ def _muonium(params: list[nn.Parameter], lr: float, decay: float) -> Optimizer:
 def _flash_muon(params: list[nn.Parameter], lr: float, decay: float) -> Optimizer:
     import torch.distributed as dist
 
-    if not dist.is_initialized():  # it gathers even where there is one process
+    if not dist.is_initialized():  # it gathers even with a single process
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return _peer("flash_muon", "Muon")(
         params, lr=lr, weight_decay=decay, momentum=MOMENTUM, nesterov=True, ns_steps=5, rank=0,
@@ -325,7 +335,7 @@ _PEERS = [
     replace(_EMERGING, name="Emerging-Optimizers, float32", build=_emerging("highest"),
             arithmetic="float32"),
     _PYTORCH_OPTIMIZER,
-    # On a CPU its products in bfloat16 fall into ATen's plain loop: minutes a step.
+    # Its bfloat16 products use a slow fallback on a CPU: minutes per step.
     replace(_PYTORCH_OPTIMIZER, name="pytorch-optimizer, Gram form", devices=("cuda",),
             build=_pytorch_optimizer("gram_newton_schulz")),
     Candidate("heavyball", _heavyball, coefficients="you",

@@ -1,15 +1,14 @@
-"""What measuring, logging and checkpoints add to the trainer's step, beside one with none of it.
+"""Overhead of metrics, logging and checkpoints in the trainer's step.
 
-The trainer of ``configs/laptop.yaml`` in one process takes each batch three times: bare; with all
-that a run shows: measures gathered, the update's RMS sampled every ``log_every`` steps,
-metrics.jsonl, TensorBoard and progress lines written; and with that and a checkpoint that begins as
-the step does. The cost is told as the ratio to the bare step, which the machine's noise blurs, and
-as the time within the calls that do it, of all steps.
+The trainer of ``configs/laptop.yaml`` in one process trains on each batch in three variants: bare;
+with all metrics (gathered, with the update RMS sampled every ``log_every`` steps, and written to
+metrics.jsonl, TensorBoard and progress lines); and with metrics and a checkpoint at the beginning
+of the step. Overhead is reported as the ratio of step times, which is noisy, and as the time within
+the calls that cause it.
 
-A checkpoint is charged to the ``checkpoint.every`` steps of the configuration between two: the time
-within the call that asks for it, which copies, and all processor time of the thread that then
-writes, whether or not another core was free for it. Beside these stands how much longer the step
-took during which it was written.
+The cost of a checkpoint is divided by the ``checkpoint.every`` steps of the configuration: the time
+of the call, which copies the state, and the processor time of the thread that writes it, even if
+another core is free. The slowdown of the step during which it is written is reported separately.
 """
 
 import argparse
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from pretrain.build import Run
 
 TARGET = 0.02
-# Of configs/laptop.yaml; rounds, and batches that they go through.
+# Rounds, number of different batches, and overrides of configs/laptop.yaml.
 _FORMS: dict[str, tuple[int, int, list[str]]] = {
     "tiny": (
         4,
@@ -60,16 +59,16 @@ _FORMS: dict[str, tuple[int, int, list[str]]] = {
     ),
 }
 BARE, SHOWN, SAVED = "bare", "shown", "saved"
-# Of the thread that asks, without what another thread does meanwhile.
+# Clocks of the calling thread only.
 _OWN_CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 _TITLES = {
-    "routing": "copy the routers' counts",
+    "routing": "copy the token counts of the routers",
     "before_update": "sample weights",
-    "after_update": "the update's RMS",
-    "gather": "gather measures from all ranks",
-    "write": "write them",
-    "copy": "copy a checkpoint, its share of a step",
-    "writer": "write it, the same, in another thread",
+    "after_update": "update RMS",
+    "gather": "gather metrics from all ranks",
+    "write": "write metrics",
+    "copy": "copy a checkpoint, per step",
+    "writer": "write a checkpoint in another thread, per step",
 }
 
 
@@ -78,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> runner.Result:
-    # In a process of its own: the trainer sets up its process group and fits torch to a CPU.
+    # In a separate process, because the trainer creates process groups and patches torch on a CPU.
     with tempfile.TemporaryDirectory() as folder:
         worker = multiprocessing.get_context("spawn").Process(
             target=_measure,
@@ -88,8 +87,8 @@ def run(options: argparse.Namespace) -> runner.Result:
         worker.join()
         if worker.exitcode:
             raise RuntimeError("the measuring process failed: its error is above")
-        told: runner.Result = json.loads(Path(folder, "result.json").read_text())
-    return told
+        result: runner.Result = json.loads(Path(folder, "result.json").read_text())
+    return result
 
 
 def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: str) -> None:
@@ -102,8 +101,8 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     from pretrain.step import train_step
     from pretrain.step_metrics import StepMetrics
 
-    class Blind(StepMetrics):
-        """Shows nothing."""
+    class NoMetrics(StepMetrics):
+        """Measures nothing."""
 
         def __init__(self) -> None: ...
 
@@ -125,11 +124,11 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
             *overrides,
         ],
     )
-    here, data = set_up(settings)
-    trained = build(settings, here, data)
+    context, data = set_up(settings)
+    trained = build(settings, context, data)
     out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
-    made = [batches.for_step(settings, here, data, step) for step in range(1, count + 1)]
-    runs = {BARE: replace(trained, step_metrics=Blind()), SHOWN: trained, SAVED: trained}
+    micro_batches = [batches.for_step(settings, context, data, i) for i in range(1, count + 1)]
+    runs = {BARE: replace(trained, step_metrics=NoMetrics()), SHOWN: trained, SAVED: trained}
 
     now = runner.CLOCKS[clock]
     spent = dict.fromkeys(_TITLES, 0.0)
@@ -138,9 +137,9 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
         name: str, call: Callable[..., Any], now: Callable[[], float] = now
     ) -> Callable[..., Any]:
         def within(*arguments: Any) -> Any:
-            begun = now()
+            start = now()
             result = call(*arguments)
-            spent[name] += now() - begun
+            spent[name] += now() - start
             return result
 
         return within
@@ -154,23 +153,23 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     guard = Guard(settings.faults)
     saver = checkpoint.saver(trained)
     save = timed("copy", checkpoint.save, _OWN_CLOCKS[clock])
-    # What the saver's thread runs.
+    # The saver's thread calls it.
     setattr(storage, "save", timed("writer", storage.save, time.thread_time))  # noqa: B010 (for mypy)
 
-    taken = dict.fromkeys(runs, 0)
+    steps_done = dict.fromkeys(runs, 0)
     parts: list[dict[str, float]] = []
     saves: list[dict[str, float]] = []
 
     def step_of(name: str) -> Callable[[], None]:
         def step() -> None:
-            number = taken[name] = taken[name] + 1
+            number = steps_done[name] = steps_done[name] + 1
             spent.update(dict.fromkeys(spent, 0.0))
-            begun = now()
+            start = now()
             if name == SAVED:
                 save(trained, saver, guard, number)
-            metrics = train_step(runs[name], made[number % count], number)
+            metrics = train_step(runs[name], micro_batches[number % count], number)
             if name != BARE:
-                seconds = now() - begun
+                seconds = now() - start
                 metrics["tokens_per_second"] = metrics["tokens"] / seconds
                 metrics["mfu"] = metrics["model_flops"] / seconds / step_metrics.peak_flops
                 write(metrics)
@@ -179,8 +178,8 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
 
         return step
 
-    def settle(_next: str) -> None:
-        """What was begun in a step is written before another variant's is timed."""
+    def finish_save(_next: str) -> None:
+        """Wait for the checkpoint of the previous step before the next variant is timed."""
         saver.wait()
         if spent["copy"]:
             saves.append(dict(spent))
@@ -191,17 +190,17 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
             {name: step_of(name) for name in runs},
             rounds=rounds or default_rounds,
             warmup=1,
-            before=settle,
-            device=here.device,
+            before=finish_save,
+            device=context.device,
             clock=clock,
         )
-        settle("")
+        finish_save("")
     out.close()
-    newest = storage.path_of(checkpoint.folder(trained), taken[SAVED])
+    newest = storage.path_of(checkpoint.folder(trained), steps_done[SAVED])
     size = sum(file.stat().st_size for file in newest.iterdir())
     parallel.stop()
-    told = _result(trained, seconds, parts[1:], saves[1:], size)
-    Path(folder, "result.json").write_text(json.dumps(told))
+    result = _result(trained, seconds, parts[1:], saves[1:], size)
+    Path(folder, "result.json").write_text(json.dumps(result))
 
 
 def _result(
@@ -215,14 +214,14 @@ def _result(
     slower = [saved - shown for shown, saved in zip(seconds[SHOWN], seconds[SAVED], strict=True)]
     every = run.config.checkpoint.every
     mean = {name: statistics.fmean(part[name] for part in parts) for name in _TITLES}
-    save = {name: statistics.fmean(one[name] for one in saves) for name in ("copy", "writer")}
+    save = {name: statistics.fmean(saved[name] for saved in saves) for name in ("copy", "writer")}
     shares = {name: cost / every for name, cost in save.items()}
     step = statistics.fmean(seconds[SHOWN])
     return {
         "parameters": sum(parameter.numel() for _, parameter in run.parameters()),
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "log_every": run.config.log_every,
-        "variants": runner.summarise(seconds, BARE),
+        "variants": runner.summarize(seconds, BARE),
         "overhead": runner.quartiles(ratios),
         "of_totals": sum(seconds[SHOWN]) / sum(seconds[BARE]) - 1,
         "within": sum(mean.values()) / step,
@@ -242,17 +241,17 @@ def _result(
 def table(result: runner.Result) -> str:
     low, middle, high = result["overhead"]
     header = (
-        "", "step, ms", "against bare, median of rounds", "of all rounds together",
-        "within the calls, of the step", "wanted",
+        "", "step, ms", "overhead, median of rounds", "overhead, all rounds",
+        "time within the calls / step", "target",
     )  # fmt: skip
     rows = [
         [
-            "nothing shown",
+            "bare",
             f"{result['variants'][BARE]['median_s'] * 1e3:.1f}",
             *[""] * 4,
         ],
         [
-            "**measured and logged**",
+            "**with metrics**",
             f"{result['variants'][SHOWN]['median_s'] * 1e3:.1f}",
             f"{middle:+.2%} ({low:+.2%} to {high:+.2%})",
             f"{result['of_totals']:+.2%}",
@@ -264,7 +263,7 @@ def table(result: runner.Result) -> str:
     low, middle, high = saved["slower_s"]
     rows.append(
         [
-            f"**and a checkpoint every {saved['every']} steps**",
+            f"**with metrics and a checkpoint every {saved['every']} steps**",
             *[""] * 3,
             f"{result['within'] + saved['within']:.2%}",
             f"≤ {result['target']:.0%}",
@@ -272,12 +271,12 @@ def table(result: runner.Result) -> str:
     )
     about_saves = (
         f"A checkpoint of {saved['bytes'] / 2**20:.1f} MiB: {saved['copy_s'] * 1e3:.1f} ms "
-        f"within the step, {saved['writer_s'] * 1e3:.1f} ms of the writing thread's processor "
-        f"time; the step beside it took {middle * 1e3:+.1f} ms (median of rounds; quartiles "
-        f"{low * 1e3:+.1f} and {high * 1e3:+.1f})."
+        f"within the step, {saved['writer_s'] * 1e3:.1f} ms of processor time of the writing "
+        f"thread; step time during the writing: {middle * 1e3:+.1f} ms (median of rounds; "
+        f"quartiles {low * 1e3:+.1f} and {high * 1e3:+.1f})."
     )
     about = (
-        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens a step, "
+        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens per step, "
         f"{result['variants'][SHOWN]['rounds']} rounds, log_every {result['log_every']}"
     )
     parts = [[_TITLES[name], f"{part * 1e3:.3f}"] for name, part in result["parts_s"].items()]
@@ -286,7 +285,7 @@ def table(result: runner.Result) -> str:
             about,
             runner.markdown(header, rows),
             about_saves,
-            runner.markdown(("", "ms a step, mean"), parts),
+            runner.markdown(("", "ms per step, mean"), parts),
         ]
     )
 
@@ -300,8 +299,8 @@ def plot(result: runner.Result, figure: "Figure") -> None:
         left += 100 * part / step
     axes.axvline(100 * result["target"], color="black", linestyle="--", linewidth=1)
     axes.set(
-        title="What measuring, logging and saving take of a step (dashed: what they may)",
-        xlabel="of a training step, %",
+        title="Overhead of metrics and checkpoints (dashed: target)",
+        xlabel="share of a training step, %",
         yticks=[],
         xlim=(0, 110 * max(result["target"], left / 100)),
         ylim=(-1, 1.5),

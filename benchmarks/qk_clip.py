@@ -1,9 +1,9 @@
-"""What QK-Clip adds to a training step: with bounds alone, with all exact logits, and clipping.
+"""Overhead of QK-Clip in a training step: with bounds only, with exact logits, and with clipping.
 
-A transformer like Llama (RMSNorm, rotary embedding, shared key heads, SwiGLU) takes training steps
-with MuonClip, each variant on a copy of its own, interleaved. The cost is told as the ratio of
-whole steps, which the machine's noise blurs, and as the time within QK-Clip's own calls: of the
-step, and of its forward and backward pass alone, which is what a step with many more tokens is.
+A transformer like Llama (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) is trained
+with MuonClip; each variant has a copy of the model, and their steps are interleaved. Overhead is
+reported as the ratio of step times, which is noisy, and as the time within QK-Clip's calls relative
+to the step and to its forward and backward passes, which dominate steps with many more tokens.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# hidden, layers, heads, key heads, feed-forward, vocabulary; tokens a step; sequence lengths.
+# Size: hidden, layers, heads, key heads, feed-forward, vocabulary. Tokens are per step.
 FORMS: dict[str, dict[str, Any]] = {
     "tiny": {"size": (64, 1, 4, 2, 128, 64), "tokens": 64, "lengths": [32], "rounds": 2},
     "quick": {
@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "rounds": 21,
     },
 }  # fmt: skip
-# Name -> what it is, and QK-Clip's options. Logits at initialisation are far below 100.
+# Title and options of QK-Clip by name. Logits at initialization are far below 100.
 VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "none": ("no QK-Clip", None),
     "bound": ("bounds: no head near τ", {"threshold": 100.0}),
@@ -45,7 +45,7 @@ TARGETS = {"bound": 0.01, "exact": 0.03}
 
 
 class Attention(nn.Module):
-    """Causal, rotary, with shared key heads; hands queries and keys to ``observe`` if it is set."""
+    """Causal grouped-query attention; calls ``observe``, if set, with queries and keys."""
 
     def __init__(self, hidden: int, heads: int, groups: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Attention(nn.Module):
             f(x).unflatten(-1, (n, -1)).transpose(1, 2)
             for f, n in ((self.q, self.heads), (self.k, self.groups), (self.v, self.groups))
         )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
         if self.observe is not None:
             self.observe(q, k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -70,12 +70,12 @@ class Attention(nn.Module):
         return out
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, hidden: int, heads: int, groups: int, feed_forward: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
@@ -90,15 +90,15 @@ class Block(nn.Module):
         return out
 
 
-class Model(nn.Module):
+class Transformer(nn.Module):
     def __init__(
         self, hidden: int, layers: int, heads: int, groups: int, feed_forward: int, vocabulary: int
     ) -> None:
         super().__init__()
         self.head_dim = hidden // heads
         self.embed = nn.Embedding(vocabulary, hidden)
-        self.blocks = nn.ModuleList(
-            Block(hidden, heads, groups, feed_forward) for _ in range(layers)
+        self.layers = nn.ModuleList(
+            Layer(hidden, heads, groups, feed_forward) for _ in range(layers)
         )
         self.norm, self.head = nn.RMSNorm(hidden), nn.Linear(hidden, vocabulary, bias=False)
 
@@ -107,19 +107,19 @@ class Model(nn.Module):
         frequencies = 1e4 ** -(torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim)
         angles = torch.arange(tokens.size(1), device=x.device)[:, None] * frequencies
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for block in self.blocks:
-            x = block(x, rotation)
+        for layer in self.layers:
+            x = layer(x, rotation)
         out: Tensor = self.head(self.norm(x))
         return out
 
 
 class Training:
-    """A model in training, with QK-Clip or without."""
+    """A copy of the model in training, with QK-Clip if ``options`` is given."""
 
-    def __init__(self, model: Model, tokens: Tensor, options: dict[str, Any] | None) -> None:
+    def __init__(self, model: Transformer, tokens: Tensor, options: dict[str, Any] | None) -> None:
         self.model, self.tokens = copy.deepcopy(model), tokens
         self.optimizer = MuonClip(param_groups(self.model), lr=1e-3)
-        self.within, self.updating = Clock(tokens.device), Clock(tokens.device)
+        self.clip_timer, self.optimizer_timer = Timer(tokens.device), Timer(tokens.device)
         self.clip: QKClip | None = None
         if options is not None:
             layers = {
@@ -137,24 +137,24 @@ class Training:
                 **options,
             )
             for name, layer in layers.items():
-                layer.observe = self.within.timed(
+                layer.observe = self.clip_timer.timed(
                     lambda q, k, name=name: clip.observe_attention(name, q, k, causal=True)
                 )
 
     def step(self) -> None:
-        self.within.reset()
-        self.updating.reset()
+        self.clip_timer.reset()
+        self.optimizer_timer.reset()
         logits = self.model(self.tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten())
         torch.autograd.backward(loss)
-        self.updating.timed(self.optimizer.step)()
+        self.optimizer_timer.timed(self.optimizer.step)()
         if self.clip is not None:
-            self.within.timed(self.clip.step)()
+            self.clip_timer.timed(self.clip.step)()
         self.optimizer.zero_grad()
 
 
-class Clock:
-    """Adds up the time within some calls: on a GPU what passes on the device between events."""
+class Timer:
+    """Total time of some calls since the last reset; on a GPU measured by events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -173,9 +173,9 @@ class Clock:
                 end.record()
                 self.events.append((begin, end))
             else:
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 call(*arguments)
-                self.seconds += time.perf_counter() - begun
+                self.seconds += time.perf_counter() - start
 
         return timed
 
@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> runner.Result:
     form = FORMS[options.form]
     vocabulary = form["size"][-1]
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
-    model = Model(*form["size"]).to(options.device, dtype)
+    model = Transformer(*form["size"]).to(options.device, dtype)
     lengths = {}
     for length in options.lengths or form["lengths"]:
         batch = max(1, form["tokens"] // length)
@@ -213,19 +213,19 @@ def run(options: argparse.Namespace) -> runner.Result:
 
 
 def measure(
-    model: Model, tokens: Tensor, options: argparse.Namespace, form: dict[str, Any]
+    model: Transformer, tokens: Tensor, options: argparse.Namespace, form: dict[str, Any]
 ) -> runner.Result:
     trainings = {
         name: Training(model, tokens, clip_options) for name, (_, clip_options) in VARIANTS.items()
     }
-    within: dict[str, list[float]] = {name: [] for name in trainings}
-    updating: dict[str, list[float]] = {name: [] for name in trainings}
+    clip_s: dict[str, list[float]] = {name: [] for name in trainings}
+    optimizer_s: dict[str, list[float]] = {name: [] for name in trainings}
 
     def step(name: str) -> Callable[[], None]:
         def step() -> None:
             trainings[name].step()
-            within[name].append(trainings[name].within.read())
-            updating[name].append(trainings[name].updating.read())
+            clip_s[name].append(trainings[name].clip_timer.read())
+            optimizer_s[name].append(trainings[name].optimizer_timer.read())
 
         return step
 
@@ -236,12 +236,12 @@ def measure(
         warmup=warmup,
         device=options.device,
     )
-    for times in (*within.values(), *updating.values()):
+    for times in (*clip_s.values(), *optimizer_s.values()):
         del times[:warmup]
     check(trainings)
-    result = runner.summarise(seconds, "none")
+    result = runner.summarize(seconds, "none")
     for name, summary in result.items():
-        rounds = list(zip(within[name], updating[name], seconds[name], strict=True))
+        rounds = list(zip(clip_s[name], optimizer_s[name], seconds[name], strict=True))
         summary["overhead"] = 1 / summary["speedup"] - 1
         for key, shares in (
             ("share", [clip / step for clip, _, step in rounds]),
@@ -254,7 +254,7 @@ def measure(
 
 
 def check(trainings: dict[str, Training]) -> None:
-    """That each variant did what it is named for."""
+    """Check that each variant did what its name says."""
     for name, training in trainings.items():
         if training.clip is None:
             continue
@@ -285,8 +285,8 @@ def table(result: runner.Result) -> str:
                 )
             )
     header = (
-        "sequences", "variant", "step, ms", "step against none", "within QK-Clip, of the step",
-        "of its two passes", "wanted of the step",
+        "sequences", "variant", "step, ms", "step time vs. none", "time within QK-Clip / step",
+        "/ its two passes", "target / step",
     )  # fmt: skip
     model = ", ".join(f"{name} {value}" for name, value in result["model"].items())
     return f"{model}; {result['dtype']}\n\n{runner.markdown(header, rows)}"
@@ -306,9 +306,9 @@ def plot(result: runner.Result, figure: "Figure") -> None:
             [share - low for share, (low, _) in zip(shares, quartiles, strict=True)],
             [high - share for share, (_, high) in zip(shares, quartiles, strict=True)],
         ]
-        places = [i + (index - (len(names) - 1) / 2) * width for i in range(len(lengths))]
+        positions = [i + (index - (len(names) - 1) / 2) * width for i in range(len(lengths))]
         bars = axes.bar(
-            places, shares, width * 0.95, yerr=errors, capsize=3, color=colors[name],
+            positions, shares, width * 0.95, yerr=errors, capsize=3, color=colors[name],
             label=VARIANTS[name][0],
         )  # fmt: skip
         axes.bar_label(bars, [f"{share:.2f}%" for share in shares], padding=3, fontsize=8)
@@ -316,7 +316,7 @@ def plot(result: runner.Result, figure: "Figure") -> None:
             axes.axhline(100 * TARGETS[name], color=colors[name], ls="--", lw=1)
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_xlabel("sequence length")
-    axes.set_ylabel("of a training step, %")
-    axes.set_title("QK-Clip's share of a training step (dashed: what it may be)")
+    axes.set_ylabel("share of a training step, %")
+    axes.set_title("QK-Clip's share of a training step (dashed: target)")
     axes.margins(y=0.15)
     axes.legend()

@@ -1,7 +1,7 @@
-"""What all benchmarks share: command line, interleaved timing, stored results, tables, pictures.
+"""Shared parts of all benchmarks: command line, interleaved timing, results, tables and plots.
 
-A benchmark is a module of this package with the functions of ``Benchmark``; the first line of its
-docstring says what it measures.
+A benchmark is a module of this package with the functions of :class:`Benchmark`; the first line of
+its docstring says what it measures.
 """
 
 import argparse
@@ -32,30 +32,33 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Benchmark(Protocol):
-    """What a benchmark module defines."""
+    """Functions of a benchmark module."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add options of its own to the shared ones."""
+        """Add options to the shared ones."""
 
     def run(self, options: argparse.Namespace) -> Result:
-        """Measure. Options are the shared ones (see ``parse``) and its own.
+        """Measure.
+
+        Args:
+            options: the shared options (see :func:`parse`) and those of :meth:`add_arguments`.
 
         Returns:
-            Something that JSON can hold.
+            A result that can be stored as JSON.
         """
 
     def plot(self, result: Result, figure: "Figure") -> None:
-        """Draw what ``run`` returned."""
+        """Draw a result of :meth:`run`."""
 
     def table(self, result: Result) -> str:
-        """Markdown of what ``run`` returned."""
+        """A result of :meth:`run` as Markdown."""
 
 
 # ---------------------------------------------------------------------- command line
 
 
 def positive_int(text: str) -> int:
-    """The type of an option that says how many: 1 or more."""
+    """Option type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -63,7 +66,7 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """The type of an option that is a rate, a threshold or a budget: above 0, and finite."""
+    """Option type: a finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
@@ -71,35 +74,39 @@ def positive_float(text: str) -> float:
 
 
 def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
-    """The shared options and the benchmark's own; sets the threads and the seed."""
+    """Parse the shared options and those of the benchmark; set the threads and the seed."""
     parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", allow_abbrev=False)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--quick", dest="form", action="store_const", const="quick",
-        help="the form for two CPU cores; without it, the full one, for a GPU",
+        help="sizes for two CPU cores; default: full sizes, for a GPU",
     )  # fmt: skip
     form.add_argument(
         "--tiny", dest="form", action="store_const", const="tiny",
-        help="a second or two: shows that it runs, measures nothing",
+        help="smoke test of a few seconds; its figures have no meaning",
     )  # fmt: skip
     parser.set_defaults(form="full")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=positive_int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; default: torch's choice")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall",
-        help="cpu: time on the processor alone, for a machine that is busy; with --threads 1",
+        help="cpu: processor time, for a busy machine; needs --threads 1",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and picture")
-    parser.add_argument("--tag", default="", help="ends the files' names: one more stored result")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot"
+    )
+    parser.add_argument(
+        "--tag", default="", help="suffix of the file names, to keep another result"
+    )
     benchmark.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU on this machine; use --device cpu")
     if options.clock == "cpu" and (options.device.type != "cpu" or options.threads != 1):
-        parser.error("--clock cpu goes with --device cpu and --threads 1")
+        parser.error("--clock cpu needs --device cpu and --threads 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -107,10 +114,10 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
 
 
 def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
-    """Run a benchmark, store its result and picture, print its table.
+    """Run a benchmark, store its result and plot, and print its table.
 
     Returns:
-        The stored JSON.
+        The path of the JSON file.
     """
     options = parse(name, benchmark, arguments)
     result = benchmark.run(options)
@@ -137,17 +144,17 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
 
 
 def dumps(stored: Result) -> str:
-    """JSON to read and to compare by lines: a list of numbers is on one line."""
-    # A line break is never within a JSON string, so that no text is taken for a list.
+    """JSON with each list of numbers on one line, so that diffs are readable."""
+    # JSON strings contain no line breaks, so that the pattern does not match within strings.
     numbers = re.compile(r"\[\n([^\[\]{}\"]*)\n *\]")
     return (
-        numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(stored, indent=1))
+        numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(stored, indent=1))
         + "\n"
     )
 
 
 def _command(name: str, arguments: Sequence[str]) -> str:
-    """What was typed, without the folder of the results."""
+    """The command line without ``--out``."""
     typed = re.sub(r" --out(=| )\S+", "", " ".join(["", *map(shlex.quote, arguments)]))
     return f"python -m benchmarks run {name}{typed}"
 
@@ -164,38 +171,38 @@ def interleave(
     device: torch.device | str = "cpu",
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Time several things against each other in one process.
+    """Time several functions against each other in one process.
 
-    Each round calls every one of them once, beginning with another one each time, so that what
-    else the machine does, and how warm it is, falls on all alike.
+    Each round calls every function once and starts with a different one, so that other load and the
+    temperature of the machine affect all of them equally.
 
     Args:
-        steps: what to time.
-        rounds: timed rounds.
-        warmup: rounds before them that are not timed.
-        before: called with the name before each call, outside of the time.
-        device: on ``"cuda"``, time is what passes on the device between two events.
-        clock: of a CPU; a name in ``CLOCKS``.
+        steps: functions by name.
+        rounds: number of timed rounds.
+        warmup: number of untimed rounds before them.
+        before: called with the name before each call, outside of the timed interval.
+        device: on ``"cuda"``, CUDA events measure the time.
+        clock: clock on a CPU; a name in ``CLOCKS``.
 
     Returns:
-        Name -> seconds of each round.
+        Seconds of each round, by name.
     """
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, rounds):
-        start = number % len(names)
+    for round_ in range(-warmup, rounds):
+        start = round_ % len(names)
         for name in names[start:] + names[:start]:
             before(name)
-            passed = stopwatch(steps[name], device, clock)
-            if number >= 0:
-                seconds[name].append(passed)
+            elapsed = stopwatch(steps[name], device, clock)
+            if round_ >= 0:
+                seconds[name].append(elapsed)
     return seconds
 
 
 def stopwatch(
     step: Callable[[], object], device: torch.device | str = "cpu", clock: str = "wall"
 ) -> float:
-    """Seconds that one call takes, its work on the device included."""
+    """Seconds of one call, including its work on the device."""
     if torch.device(device).type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
@@ -205,16 +212,16 @@ def stopwatch(
         torch.cuda.synchronize(device)
         return float(begin.elapsed_time(end)) / 1e3
     now = CLOCKS[clock]
-    begun = now()
+    start = now()
     step()
-    return now() - begun
+    return now() - start
 
 
-def summarise(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Result]:
-    """Median and quartiles of each, and how many times faster than the baseline it is.
+def summarize(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Result]:
+    """Median and quartiles of each function, and its speedup over the baseline.
 
-    ``speedup`` is the median over rounds of the baseline's time over this one's in that round:
-    neighbours in time, which noise of the machine meets together.
+    ``speedup`` is the median over rounds of the ratio of times within a round, because noise of
+    the machine affects measurements close in time equally.
     """
     summary = {}
     for name, times in seconds.items():
@@ -232,7 +239,7 @@ def summarise(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The first quartile, the median and the third."""
+    """First quartile, median and third quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -240,8 +247,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def cpu_bytes(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that a call leaves allocated, and the most it had at any time, through torch's
-    allocator on a CPU; what it returns counts."""
+    """Bytes that remain allocated after a call, including its result, and their peak during the
+    call; allocations through torch's CPU allocator only."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -259,17 +266,17 @@ def cpu_bytes(work: Callable[[], object]) -> tuple[int, int]:
 def matmul_peak(
     dtype: torch.dtype, device: torch.device | str, size: int, clock: str = "wall"
 ) -> float:
-    """The most that a square product of this size does here, in FLOP/s: the best of five."""
+    """Peak FLOP/s of a square matrix product of this size, the best of five."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(stopwatch(lambda: torch.mm(a, b), device, clock) for _ in range(5))
 
 
-# ---------------------------------------------------------------------- what ran where
+# ---------------------------------------------------------------------- provenance
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the code, and whether files that count differ from it."""
+    """The commit, and whether files that affect results have uncommitted changes."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -286,18 +293,18 @@ def commit() -> dict[str, Any]:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Of Python and of those that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the given distributions, if they are installed."""
+    versions = {"python": platform.python_version()}
     for distribution in distributions:
         try:
-            found[distribution] = importlib.metadata.version(distribution)
+            versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def machine(device: torch.device | str) -> Result:
-    """The processor, its cores and load, and the GPU where one was used. No name of the host."""
+    """Processor, cores, load and the GPU, if one is used; not the name of the host."""
     described: Result = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": platform.processor() or platform.machine(),
@@ -323,43 +330,43 @@ def machine(device: torch.device | str) -> Result:
     return described
 
 
-# ---------------------------------------------------------------------- tables and pictures
+# ---------------------------------------------------------------------- tables and plots
 
 
 def table(benchmark: Benchmark, file: Path) -> str:
-    """A stored result as Markdown, with what made it."""
+    """A stored result as Markdown, with its command, machine, versions and commit."""
     stored = json.loads(file.read_text())
-    where = stored["machine"]
+    machine = stored["machine"]
     commit = (stored["commit"] or "no commit")[:10]
     if stored["uncommitted_changes"]:
         commit += " with uncommitted changes"
-    made = [
+    provenance = [
         f"`{stored['command']}`",
-        where.get("gpu") or f"{where['cpu']}, {where['threads']} of {where['cores']} cores",
+        machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores",
         *(["processor time, not wall clock"] if stored["clock"] == "cpu" else []),
         ", ".join(f"{name} {version}" for name, version in stored["versions"].items()),
         f"commit {commit}",
     ]
-    return f"{benchmark.table(stored['result'])}\n\n<sub>{'; '.join(made)}</sub>\n"
+    return f"{benchmark.table(stored['result'])}\n\n<sub>{'; '.join(provenance)}</sub>\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table: first column to the left, the others to the right."""
+    """A Markdown table with the first column left-aligned and the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def draw(benchmark: Benchmark, result: Result, file: Path) -> None:
-    """The benchmark's picture of a result, as PNG.
+    """Write the plot of a result as PNG.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(9, 5), layout="constrained")
     benchmark.plot(result, figure)
-    # Without matplotlib's version in it: a picture changes where a result does.
+    # Without matplotlib's version, the file changes only with the result.
     figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -1,13 +1,14 @@
-"""A scaling law in miniature: the compute that MuonClip needs for AdamW's held-out loss.
+"""Scaling law of small models: the compute that MuonClip needs for AdamW's held-out loss.
 
-Models of several sizes see tokens in proportion to their parameters. At each size each optimizer is
-given the same learning rates, with all seeds where that is cheap and with one elsewhere; where the
-best lies at an end of them, one more is tried beyond it. At the best it trains with all seeds.
+The number of training tokens is proportional to the number of parameters. At each size, both
+optimizers try the same learning rates, with all seeds at small sizes and with one at large sizes,
+and further rates while the best is the lowest or the highest. They train with all seeds at the best
+rate.
 
-Compute is 6 N D: N parameters without the embedding, which multiplies nothing, and with the output
-head; D tokens trained on. The optimizer's own work is not in it. A power law a·C^-b is fitted by
-least squares of the logarithms; intervals are of a bootstrap that draws the seeds of each size
-anew, the same for both optimizers, which see the same batches.
+Compute is 6 N D: N is the number of parameters without the embedding, which needs no products, and
+with the output head; D is the number of training tokens. The work of the optimizer does not count.
+A power law a·C^-b is fitted by least squares of the logarithms. Intervals are bootstrap intervals
+that resample the seeds of each size, jointly for both optimizers, which see the same batches.
 """
 
 import argparse
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINE = "AdamW (fused)"
-# Of AdamW's compute, with models from 0.4 to 1.5 billion parameters (arXiv 2502.16982).
+# Share of AdamW's compute for models of 0.4 to 1.5 billion parameters (arXiv 2502.16982).
 MOONLIGHT = 0.52
-# Reading a text up to four times is about as good as reading new text (arXiv 2305.16264).
-MOST_PASSES = 4.0
+# Up to four passes over a text are about as good as new text (arXiv 2305.16264).
+MAX_PASSES = 4.0
 _INTERVAL = (2.5, 97.5)
 _RESAMPLES = 4000
 
@@ -41,11 +42,14 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Form:
-    """
+    """Sizes of the benchmark.
+
     Attributes:
-        tokens: trained on, for each parameter that counts.
-        rates: tried by each optimizer at every size.
-        tuning_seeds: at every rate, by size; no more than ``seeds``.
+        sizes: model sizes.
+        tokens: training tokens per counted parameter.
+        rates: learning rates to try at every size.
+        tuning_seeds: number of seeds at every rate, by size; at most ``seeds``.
+        seeds: number of seeds at the best rate.
     """
 
     sizes: tuple[Size, ...]
@@ -58,8 +62,8 @@ class Form:
 def _sizes(
     sequence: int, sequences: int, vocabulary: int, *shapes: tuple[int, int, int]
 ) -> tuple[Size, ...]:
-    """Of (hidden, layers, heads) each, with first weights that suit the width: 0.02, which suits
-    hundreds, has AdamW alone spend much of so short a training on growing narrow matrices."""
+    """A size for each (hidden, layers, heads), initialized by its width: with a standard deviation
+    of 0.02, AdamW would spend much of a short training on growing narrow matrices."""
     return tuple(
         Size(hidden, layers, heads, sequence, sequences, vocabulary, 0.3 / math.sqrt(hidden))
         for hidden, layers, heads in shapes
@@ -93,9 +97,9 @@ FORMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
-    parser.add_argument("--seeds", type=positive_int, help="default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
     parser.add_argument(
-        "--tokens", type=positive_float, help="trained on, for each parameter; default: by the form"
+        "--tokens", type=positive_float, help="training tokens per parameter; default: by the form"
     )
 
 
@@ -106,32 +110,32 @@ def run(options: argparse.Namespace) -> Result:
     jobs, parameters = [], []
     for size in form.sizes:
         job = Job("dense", BASELINE, 0.0, 1, options.seed, size, evaluations=1)
-        parameters.append(counted(job))
+        parameters.append(num_parameters(job))
         steps = max(2, round(tokens * parameters[-1] / size.tokens))
         passes = steps * size.tokens / available(size)
-        if passes > MOST_PASSES:
+        if passes > MAX_PASSES:
             raise ValueError(
-                f"hidden {size.hidden} would read the text {passes:.1f} times (at most "
-                f"{MOST_PASSES:g}): give a smaller --tokens than {tokens:g}"
+                f"hidden {size.hidden} would read the text {passes:.1f} times (limit: "
+                f"{MAX_PASSES:g}): reduce --tokens, which is {tokens:g}"
             )
         jobs.append(replace(job, steps=steps))
 
-    # The longest first: what ends last is short then, and no core waits long.
+    # Longest jobs first, so that all cores finish at about the same time.
     cases = [
-        (place, replace(jobs[place], optimizer=name))
-        for place in reversed(range(len(jobs)))
+        (index, replace(jobs[index], optimizer=name))
+        for index in reversed(range(len(jobs)))
         for name in (BASELINE, MUONCLIP)
     ]
-    tuning_seeds = [min(seeds, form.tuning_seeds[place]) for place, _ in cases]
-    tried = training.tune(
+    tuning_seeds = [min(seeds, form.tuning_seeds[index]) for index, _ in cases]
+    tuning = training.tune(
         [case for _, case in cases], [form.rates] * len(cases), tuning_seeds, options
     )
-    rates = [training.best_rate(results) for results in tried]
+    rates = [training.best_rate(results) for results in tuning]
     further = training.train_all(
         [
-            other
+            seeded
             for (_, case), lr, done in zip(cases, rates, tuning_seeds, strict=True)
-            for other in training.with_seeds(replace(case, lr=lr), seeds)[done:]
+            for seeded in training.with_seeds(replace(case, lr=lr), seeds)[done:]
         ],
         options,
     )
@@ -149,17 +153,18 @@ def run(options: argparse.Namespace) -> Result:
         }
         for job, count in zip(jobs, parameters, strict=True)
     ]
-    for (place, case), results, lr in zip(cases, tried, rates, strict=True):
-        mine = [one for one in results if one["lr"] == lr]
-        mine, further = [*mine, *further[: seeds - len(mine)]], further[seeds - len(mine) :]
-        if any(one["final"] is None for one in mine):
+    for (index, case), results, lr in zip(cases, tuning, rates, strict=True):
+        runs = [run for run in results if run["lr"] == lr]
+        missing = seeds - len(runs)
+        runs, further = [*runs, *further[:missing]], further[missing:]
+        if any(run["final"] is None for run in runs):
             raise RuntimeError(f"{case.optimizer} of hidden {case.size.hidden} diverged at {lr:g}")
-        sizes[place]["optimizers"][case.optimizer] = {
+        sizes[index]["optimizers"][case.optimizer] = {
             "lr": lr,
-            "tuning": sorted([one["lr"], one["seed"], one["final"]] for one in results),
-            "losses": [one["final"] for one in mine],
-            "step_s": float(np.median([one["step_s"] for one in mine])),
-            "optimizer_s": float(np.median([one["optimizer_s"] for one in mine])),
+            "tuning": sorted([run["lr"], run["seed"], run["final"]] for run in results),
+            "losses": [run["final"] for run in runs],
+            "step_s": float(np.median([run["step_s"] for run in runs])),
+            "optimizer_s": float(np.median([run["optimizer_s"] for run in runs])),
         }
     return {
         "seeds": seeds,
@@ -173,12 +178,12 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def available(size: Size) -> int:
-    """Tokens of training text."""
+    """Number of tokens of the training text."""
     return len(training.text(size.vocabulary).corpora["train"].tokens)
 
 
-def counted(job: Job) -> int:
-    """Parameters without the embedding, with the output head."""
+def num_parameters(job: Job) -> int:
+    """Number of parameters without the embedding and with the output head."""
     model = training.Dense(job, torch.device("cpu")).model
     embedding: Tensor = model.get_input_embeddings().weight
     return sum(p.numel() for p in model.parameters() if p is not embedding)
@@ -188,7 +193,7 @@ def counted(job: Job) -> int:
 
 
 def power_law(compute: Array, losses: Array) -> tuple[Array, Array]:
-    """The power law a·C^-b nearest to losses, by least squares of the logarithms.
+    """Fit the power law a·C^-b by least squares of the logarithms.
 
     Args:
         compute: [sizes].
@@ -198,31 +203,31 @@ def power_law(compute: Array, losses: Array) -> tuple[Array, Array]:
         log a and b, [...] each.
     """
     x, y = np.log(compute), np.log(losses)
-    off = x - x.mean()
-    b = -(y * off).sum(-1) / (off * off).sum()
+    centered = x - x.mean()
+    b = -(y * centered).sum(-1) / (centered * centered).sum()
     return y.mean(-1) + b * x.mean(), b
 
 
 def fits(sizes: Sequence[Any], seed: int) -> Result:
-    """Each optimizer's power law, and the compute that MuonClip needs for AdamW's loss, over
-    AdamW's, between the smallest size's compute and the largest's; with 95 % intervals.
+    """Power law of each optimizer, and MuonClip's share of AdamW's compute for the same loss.
 
-    Each size but the smallest is given its ``share`` too, read between MuonClip's sizes in place of
-    a fit; ``curve`` and ``band`` are the fitted losses, for the picture.
+    The shares cover the range from the smallest to the largest compute, with 95% intervals. Each
+    size but the smallest also gets a ``share`` that is interpolated between MuonClip's sizes
+    instead of fitted. ``curve`` and ``band`` are the fitted losses, for the plot.
     """
     compute = np.array([size["compute"] for size in sizes])
     count = len(sizes[0]["optimizers"][BASELINE]["losses"])
     rng = np.random.default_rng(seed)
     # [resamples, sizes, seeds]; the first is the sample itself.
-    drawn = rng.integers(count, size=(_RESAMPLES + 1, len(sizes), count))
-    drawn[0] = np.arange(count)
+    resampled = rng.integers(count, size=(_RESAMPLES + 1, len(sizes), count))
+    resampled[0] = np.arange(count)
     points = np.geomspace(compute.min(), compute.max(), 25)
-    laws, fitted, logs = {}, {}, {}
+    laws, fitted, log_losses = {}, {}, {}
     for name in (BASELINE, MUONCLIP):
         losses = np.array([size["optimizers"][name]["losses"] for size in sizes])
-        # The geometric mean of a size's seeds: the fit to it is the fit to every run.
-        sampled = np.log(losses)[np.arange(len(sizes))[:, None], drawn].mean(-1)
-        logs[name] = sampled
+        # Fitting the geometric mean over seeds is equivalent to fitting all runs.
+        sampled = np.log(losses)[np.arange(len(sizes))[:, None], resampled].mean(-1)
+        log_losses[name] = sampled
         log_a, b = laws[name] = power_law(compute, np.exp(sampled))
         curves = np.exp(log_a[:, None] - b[:, None] * np.log(points))
         at_sizes = log_a[0] - b[0] * np.log(compute)
@@ -234,11 +239,13 @@ def fits(sizes: Sequence[Any], seed: int) -> Result:
             "curve": curves[0].tolist(),
             "band": np.percentile(curves[1:], _INTERVAL, axis=0).tolist(),
         }
-    for place in range(1, len(sizes)):
-        found = between(logs[MUONCLIP], logs[BASELINE][:, place], np.log(compute))
-        found = np.exp(found - np.log(compute[place]))
-        sizes[place]["share"] = float(found[0]) if np.isfinite(found[0]) else None
-        sizes[place]["share_interval"] = _interval(found[1:]) if np.isfinite(found).all() else None
+    for size, size_compute, goals in zip(
+        sizes[1:], compute[1:], log_losses[BASELINE].T[1:], strict=True
+    ):
+        needed = interpolate(log_losses[MUONCLIP], goals, np.log(compute))
+        share = np.exp(needed - np.log(size_compute))
+        size["share"] = float(share[0]) if np.isfinite(share[0]) else None
+        size["share_interval"] = _interval(share[1:]) if np.isfinite(share).all() else None
     shares = share_of_compute(laws[BASELINE], laws[MUONCLIP], points)
     return {
         "points": points.tolist(),
@@ -256,46 +263,46 @@ def _interval(values: Array) -> list[float]:
 
 
 def share_of_compute(base: tuple[Array, Array], other: tuple[Array, Array], at: Array) -> Array:
-    """The compute with which one law has the loss that another has with compute ``at``, over that.
+    """Compute with which ``other`` reaches the loss of ``base`` with compute ``at``, over ``at``.
 
     Args:
         base, other: log a and b, [n] each.
         at: [points].
 
     Returns:
-        [n, points]; NaN where the loss of ``other`` does not fall with compute.
+        [n, points]; NaN if the loss of ``other`` does not decrease with compute.
     """
     (log_a, b), (other_log_a, other_b) = base, other
     x = np.log(at)
-    falling = np.where(other_b > 0, other_b, np.nan)
+    exponent = np.where(other_b > 0, other_b, np.nan)
     loss = log_a[:, None] - b[:, None] * x
     with np.errstate(over="ignore"):
-        share: Array = np.exp((other_log_a[:, None] - loss) / falling[:, None] - x)
+        share: Array = np.exp((other_log_a[:, None] - loss) / exponent[:, None] - x)
     return share
 
 
-def between(logs: Array, goals: Array, x: Array) -> Array:
-    """Where losses that fall from size to size are down at a goal, by straight lines.
+def interpolate(log_losses: Array, goals: Array, x: Array) -> Array:
+    """Log compute at which losses reach a goal, by linear interpolation between sizes.
 
     Args:
-        logs: [n, sizes], of the losses.
-        goals: [n], of the loss to reach.
-        x: [sizes], of the compute, ascending.
+        log_losses: [n, sizes].
+        goals: [n], logarithms of the losses to reach.
+        x: [sizes], logarithms of the compute, ascending.
 
     Returns:
-        [n], of the compute; NaN where the goal is not among the losses, or these do not fall.
+        [n]; NaN if the goal is out of range or the losses do not decrease.
     """
     return np.array(
         [
             np.interp(-goal, -row, x, left=np.nan, right=np.nan)
             if (np.diff(row) < 0).all()
             else np.nan
-            for row, goal in zip(logs, goals, strict=True)
+            for row, goal in zip(log_losses, goals, strict=True)
         ]
     )
 
 
-# ---------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------- table and plot
 
 
 def table(result: Result) -> str:
@@ -303,7 +310,7 @@ def table(result: Result) -> str:
     for size in result["sizes"]:
         base, own = (size["optimizers"][name] for name in (BASELINE, MUONCLIP))
         (mean, spread), (own_mean, own_spread) = (
-            mean_and_spread(told["losses"]) for told in (base, own)
+            mean_and_spread(optimizer["losses"]) for optimizer in (base, own)
         )
         differences = np.subtract(own["losses"], base["losses"])
         rows.append(
@@ -318,13 +325,13 @@ def table(result: Result) -> str:
                 f"{own_mean:.3f} ± {own_spread:.3f}",
                 f"{differences.mean():+.3f}",
                 _share(size),
-                " / ".join(f"{one['optimizer_s'] / one['step_s']:.0%}" for one in (base, own)),
+                " / ".join(f"{o['optimizer_s'] / o['step_s']:.0%}" for o in (base, own)),
             ]
         )
     header = (
         "layers x hidden", "N", "D", "6 N D", "AdamW's rate", "AdamW", "MuonClip's rate",
         "**MuonClip**", "difference",
-        "of AdamW's compute, between sizes", "the optimizers' own part of a step",
+        "share of AdamW's compute, interpolated", "optimizer's share of a step",
     )  # fmt: skip
     laws = [
         [
@@ -335,17 +342,17 @@ def table(result: Result) -> str:
         ]
         for name, law in result["fits"].items()
     ]
-    most = max(size["passes"] for size in result["sizes"])
+    passes = max(size["passes"] for size in result["sizes"])
     return "\n\n".join(
         [
             markdown(header, rows),
             markdown(["power law", "loss", "exponent, 95%", "largest residual"], laws),
-            _said(result),
-            f"Mean and standard deviation of {result['seeds']} seeds; losses in nats a token; "
-            f"{result['tokens_per_parameter']:g} tokens for each parameter, in steps of "
-            f"{result['tokens_per_step']:,}; the largest model reads the text {most:.2f} times. "
-            f"{result['held_out_also_in_training']:.2%} of the held-out text's runs of 32 tokens "
-            "are also in the training text.",
+            _conclusion(result),
+            f"Mean and standard deviation of {result['seeds']} seeds; losses in nats per token; "
+            f"{result['tokens_per_parameter']:g} tokens per parameter, in steps of "
+            f"{result['tokens_per_step']:,}; the largest model reads the text {passes:.2f} times. "
+            f"{result['held_out_also_in_training']:.2%} of the held-out text's 32-grams also "
+            "occur in the training text.",
         ]
     )
 
@@ -359,22 +366,22 @@ def _share(size: Any) -> str:
     return f"{size['share']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _said(result: Result) -> str:
-    """The answer, in a sentence."""
+def _conclusion(result: Result) -> str:
+    """The result in one sentence."""
     if result["share"] is None:
-        return f"{MUONCLIP}'s loss does not fall with compute: nothing can be said of its share."
+        return f"{MUONCLIP}'s loss does not decrease with compute, so that its share is undefined."
 
-    def at(place: int) -> str:
-        share = f"{result['share'][place]:.2f}"
+    def at(point: int) -> str:
+        share = f"{result['share'][point]:.2f}"
         if result["share_band"] is None:
-            return f"{share} (no interval: in some resamples its loss does not fall)"
-        low, high = (band[place] for band in result["share_band"])
+            return f"{share} (no interval: in some resamples its loss does not decrease)"
+        low, high = (band[point] for band in result["share_band"])
         return f"{share} ({low:.2f} to {high:.2f})"
 
     return (
-        f"By the power laws, for AdamW's loss with the largest compute **{MUONCLIP} needs "
-        f"{at(-1)} of it**; in the middle of the range {at(len(result['points']) // 2)}, at its "
-        f"lower end {at(0)}."
+        f"According to the power laws, **{MUONCLIP} needs {at(-1)} of AdamW's compute** for the "
+        f"same loss at the largest compute, {at(len(result['points']) // 2)} in the middle of the "
+        f"range and {at(0)} at its lower end."
     )
 
 
@@ -384,26 +391,24 @@ def plot(result: Result, figure: "Figure") -> None:
     figure.set_size_inches(13, 5)
     losses, shares = figure.subplots(1, 2)
     compute = [size["compute"] for size in result["sizes"]]
-    for colour, (name, law) in zip(("C0", "C1"), result["fits"].items(), strict=True):
+    for color, (name, law) in zip(("C0", "C1"), result["fits"].items(), strict=True):
         runs = [size["optimizers"][name]["losses"] for size in result["sizes"]]
         for x, ys in zip(compute, runs, strict=True):
-            losses.plot([x] * len(ys), ys, "o", color=colour, ms=4, alpha=0.7)
+            losses.plot([x] * len(ys), ys, "o", color=color, ms=4, alpha=0.7)
         label = f"{name}: {law['a']:.3g} · C$^{{-{law['b']:.4f}}}$"
-        losses.plot(result["points"], law["curve"], color=colour, label=label)
-        losses.fill_between(result["points"], *law["band"], color=colour, alpha=0.2, lw=0)
+        losses.plot(result["points"], law["curve"], color=color, label=label)
+        losses.fill_between(result["points"], *law["band"], color=color, alpha=0.2, lw=0)
     losses.set(
         xscale="log", yscale="log", xlabel="compute C = 6 N D, FLOPs",
-        ylabel="held-out loss, nats a token", title="every run, fit and 95% band",
+        ylabel="held-out loss, nats per token", title="all runs, fit and 95% band",
     )  # fmt: skip
-    # Less than a decade: powers of ten alone would leave the axis without numbers.
+    # The range is less than a decade: powers of ten would leave the axis without labels.
     losses.yaxis.set_major_locator(MaxNLocator(8))
     losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_locator(NullLocator())
     losses.legend(fontsize=8)
     if result["share"] is not None:
-        shares.plot(
-            result["points"], result["share"], color="C1", label=f"{MUONCLIP}, by the power laws"
-        )
+        shares.plot(result["points"], result["share"], color="C1", label=f"{MUONCLIP}, power laws")
         if result["share_band"] is not None:
             shares.fill_between(
                 result["points"], *result["share_band"], color="C1", alpha=0.2, lw=0
@@ -413,13 +418,13 @@ def plot(result: Result, figure: "Figure") -> None:
             low, high = size["share_interval"] or (size["share"], size["share"])
             shares.plot([size["compute"]] * 2, [low, high], color="black", lw=1)
             shares.plot(size["compute"], size["share"], "ko", ms=4)
-    shares.plot([], [], "ko-", ms=4, lw=1, label=f"{MUONCLIP}, between sizes, without a fit")
+    shares.plot([], [], "ko-", ms=4, lw=1, label=f"{MUONCLIP}, interpolated between sizes")
     shares.axhline(1, color="C0", label="AdamW")
     shares.axhline(
-        MOONLIGHT, color="grey", ls="--", lw=0.9, label="Moonlight, from 0.4 B parameters on"
+        MOONLIGHT, color="grey", ls="--", lw=0.9, label="Moonlight, 0.4 B parameters or more"
     )
     shares.set(
-        xscale="log", xlabel="AdamW's compute, FLOPs", ylabel="share of it for the same loss",
+        xscale="log", xlabel="AdamW's compute, FLOPs", ylabel="share for the same loss",
         title="compute that MuonClip needs for AdamW's loss, 95% band",
     )  # fmt: skip
     shares.set_ylim(bottom=0)

@@ -1,13 +1,12 @@
-"""Attention logits of every head under plain Muon, which lets them run away, and under MuonClip.
+"""Attention logits of every head with plain Muon, where they grow without bound, and with MuonClip.
 
-The same runs at a high learning rate with heads of few dimensions: once with QK-Clip reading alone,
-once at a threshold τ, and once at each of some others. Logits are told twice: of the forward passes
-in training, and of the same batch again once the step has updated and clipped. Between a clip and
-the next there is an update, and another batch: both may bring a logit above τ, the more the higher
-the rate, the shorter the run and the smaller its batches.
+Runs at a high learning rate with small heads: without clipping, with QK-Clip at a threshold τ, and
+with other thresholds. Logits are reported for the forward passes in training, and for the same
+batch after update and clipping. Between two clips, an update and another batch may raise a logit
+above τ, especially at high rates, in short runs and with small batches.
 
-What is no matrix has a lower rate of its own: at the matrices' rate AdamW would move the gains and
-embeddings that queries and keys are made of by more in a step than any clip can foresee.
+Other parameters have a lower learning rate: with the rate of the matrices, AdamW would change the
+gains and embeddings, on which queries and keys depend, too much between two clips.
 """
 
 import argparse
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAIN = "Muon, no clip"
-# Plain Muon should pass 3 τ, and MuonClip stay within 1.05 τ.
-RUNAWAY, HELD = 3.0, 1.05
+# MuonClip should keep logits within this multiple of τ.
+MAX_OVER_TAU = 1.05
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Form:
     size: Size
     steps: int
     lr: float
-    adamw_lr: float  # of tables and gains, which are no matrices
+    adamw_lr: float  # of embeddings and gains
     threshold: float
-    sweep: tuple[float, ...]  # other thresholds, over the first
+    sweep: tuple[float, ...]  # other thresholds, relative to the first
     seeds: int
 
 
@@ -55,23 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adamw-lr",
         type=positive_float,
-        help="the same of what is no matrix; default: by the form",
+        help="peak learning rate of other parameters; default: by the form",
     )
-    parser.add_argument("--steps", type=positive_int, help="default: by the form")
+    parser.add_argument("--steps", type=positive_int, help="training steps; default: by the form")
     parser.add_argument(
-        "--weight-decay", type=float, default=0.0, help="default: none, as it holds logits back too"
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        help="default: 0, because weight decay also limits logits",
     )
     parser.add_argument("--threshold", type=positive_float, help="τ; default: by the form")
     parser.add_argument(
         "--sweep", type=positive_float, nargs="*", metavar="FACTOR",
-        help="other thresholds, over τ; default: by the form; without a value: none",
+        help="other thresholds, relative to τ; default: by the form; without a value: none",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=positive_int, help="default: 3")
-    parser.add_argument("--layers", type=positive_int, help="default: by the form")
+    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
+    parser.add_argument("--layers", type=positive_int, help="layers; default: by the form")
     parser.add_argument(
-        "--vocabulary", type=positive_int, help="of the tokenizer; default: by the form"
+        "--vocabulary", type=positive_int, help="size of the tokenizer; default: by the form"
     )
-    parser.add_argument("--sequences", type=positive_int, help="of a step; default: by the form")
+    parser.add_argument(
+        "--sequences", type=positive_int, help="sequences per step; default: by the form"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -97,12 +101,12 @@ def run(options: argparse.Namespace) -> Result:
         watch=True,
     )
     plain = training.with_seeds(replace(job, threshold=None, label=PLAIN), count)
-    held = training.with_seeds(replace(job, threshold=threshold), count)
+    clipped = training.with_seeds(replace(job, threshold=threshold), count)
     sweep = form.sweep if options.sweep is None else options.sweep
     others = [factor * threshold for factor in sweep]
     swept = [replace(job, threshold=other, label=f"{MUONCLIP}, τ {other:g}") for other in others]
     overlap = training.overlap(job.size)
-    told = training.train_all([*plain, *held, *swept], options)
+    results = training.train_all([*plain, *clipped, *swept], options)
     return {
         "threshold": threshold,
         "lr": job.lr,
@@ -114,24 +118,24 @@ def run(options: argparse.Namespace) -> Result:
         "heads": job.size.heads,
         "vocabulary": job.size.vocabulary,
         "held_out_also_in_training": overlap,
-        "plain": told[:count],
-        "held": told[count : 2 * count],
+        "plain": results[:count],
+        "held": results[count : 2 * count],
         "sweep": [
             {"threshold": other, **result}
-            for other, result in zip(others, told[2 * count :], strict=True)
+            for other, result in zip(others, results[2 * count :], strict=True)
         ],
     }
 
 
-def _highest(run: Any) -> float:
-    """The largest logit of any head in any step."""
+def _max_logit(run: Any) -> float:
+    """The max logit of all heads and steps."""
     return float(np.max(run["max_logits"]))
 
 
 def _row(name: str, runs: Sequence[Any], threshold: float, over: float) -> list[str]:
-    """One kind of run: its highest logits, over the threshold ``over`` where it has none."""
+    """A table row about runs of one kind, with logits relative to the threshold ``over``."""
     finals = [run["final"] for run in runs]
-    highest = [_highest(run) for run in runs]
+    max_logits = [_max_logit(run) for run in runs]
     steps = np.concatenate([np.max(run["max_logits"], axis=1) for run in runs])
     after = np.concatenate([run["after"] for run in runs])
     heads = np.shape(runs[0]["max_logits"])[1]
@@ -144,9 +148,9 @@ def _row(name: str, runs: Sequence[Any], threshold: float, over: float) -> list[
         name,
         f"{threshold:g}" if np.isfinite(threshold) else "none",
         str(len(runs)),
-        f"{max(highest):.1f}",
-        f"{max(highest) / over:.2f}",
-        f"{np.mean(steps > HELD * over):.1%}",
+        f"{max(max_logits):.1f}",
+        f"{max(max_logits) / over:.2f}",
+        f"{np.mean(steps > MAX_OVER_TAU * over):.1%}",
         f"{after.max() / over:.2f}",
         f"{clipped:.1%}",
         loss,
@@ -161,23 +165,23 @@ def table(result: Result) -> str:
         *(_row(MUONCLIP, [run], run["threshold"], run["threshold"]) for run in result["sweep"]),
     ]
     header = (
-        "", "τ", "runs", "largest logit", "over τ", f"steps above {HELD:g} τ",
-        "after its step, over τ", "heads clipped, mean of steps", "held-out loss",
+        "", "τ", "runs", "max logit", "/ τ", f"steps above {MAX_OVER_TAU:g} τ",
+        "after its step, / τ", "heads clipped, mean of steps", "held-out loss",
     )  # fmt: skip
     differences = [
-        held["final"] - plain["final"]
-        for held, plain in zip(result["held"], result["plain"], strict=True)
-        if held["final"] is not None and plain["final"] is not None
+        clipped["final"] - plain["final"]
+        for clipped, plain in zip(result["held"], result["plain"], strict=True)
+        if clipped["final"] is not None and plain["final"] is not None
     ]
     _, spread = mean_and_spread([run["final"] for run in result["plain"] if run["final"]])
     each = [
-        f"{name} {', '.join(f'{_highest(run) / tau:.2f}' for run in result[runs])}"
+        f"{name} {', '.join(f'{_max_logit(run) / tau:.2f}' for run in result[runs])}"
         for name, runs in ((PLAIN, "plain"), (MUONCLIP, "held"))
     ]
-    told = f"\n\nLargest logit of each seed over τ: {'; '.join(each)}."
+    notes = f"\n\nMax logit of each seed / τ: {'; '.join(each)}."
     if differences:
-        told += (
-            f"\n\nLoss of {MUONCLIP} against {PLAIN} with the same seed: "
+        notes += (
+            f"\n\nLoss of {MUONCLIP} minus that of {PLAIN} with the same seed: "
             f"{np.mean(differences):+.4f} on average "
             f"({', '.join(f'{difference:+.4f}' for difference in differences)}); seeds of {PLAIN} "
             f"differ by a standard deviation of {spread:.4f}."
@@ -186,24 +190,24 @@ def table(result: Result) -> str:
     return (
         f"Hidden {result['hidden']}, {layers} of {result['heads']} heads, "
         f"{result['steps']:,} steps of {result['tokens_per_step']:,} tokens, peak rate "
-        f"{result['lr']:g}, of what is no matrix {result['adamw_lr']:g}; {PLAIN}'s logits over "
-        f"τ = {tau:g}\n\n" + markdown(header, rows) + told
+        f"{result['lr']:g}, of other parameters {result['adamw_lr']:g}; logits of {PLAIN} "
+        f"relative to τ = {tau:g}\n\n" + markdown(header, rows) + notes
     )
 
 
 def plot(result: Result, figure: "Figure") -> None:
     figure.set_size_inches(13, 7)
-    (plain, held), (swept, clipped) = figure.subplots(2, 2)
+    (plain, clipped), (swept, heads) = figure.subplots(2, 2)
     tau = result["threshold"]
     for axis, runs, title in (
         (plain, result["plain"], PLAIN),
-        (held, result["held"], f"{MUONCLIP}, τ = {tau:g}"),
+        (clipped, result["held"], f"{MUONCLIP}, τ = {tau:g}"),
     ):
         for head in np.transpose(runs[0]["max_logits"]):
             axis.plot(range(1, len(head) + 1), head, lw=0.8)
         axis.axhline(tau, color="black", ls="--", lw=0.8)
-        axis.set(title=f"{title}: every head", xlabel="step", ylabel="largest logit")
-    held.set_ylim(0, 2 * tau)
+        axis.set(title=f"{title}: all heads", xlabel="step", ylabel="max logit")
+    clipped.set_ylim(0, 2 * tau)
     for number, (label, run) in enumerate(
         [(PLAIN, result["plain"][0]), (f"τ = {tau:g}", result["held"][0])]
         + [(f"τ = {run['threshold']:g}", run) for run in result["sweep"]]
@@ -214,12 +218,12 @@ def plot(result: Result, figure: "Figure") -> None:
         window = max(1, len(share) // 20)
         smooth = np.convolve(share, np.full(window, 1 / window), mode="valid")
         if label != PLAIN:
-            clipped.plot(
+            heads.plot(
                 range(window, window + len(smooth)), 100 * smooth, color=f"C{number}", label=label
             )
-    swept.set(title="largest logit of all heads", xlabel="step", yscale="log")
-    clipped.set(title="heads clipped, mean of the steps before", xlabel="step", ylabel="% of heads")
-    for axis in (plain, held, swept, clipped):
+    swept.set(title="max logit of all heads", xlabel="step", yscale="log")
+    heads.set(title="heads clipped, moving average", xlabel="step", ylabel="% of heads")
+    for axis in (plain, clipped, swept, heads):
         axis.grid(alpha=0.3)
     swept.legend(fontsize=8)
-    clipped.legend(fontsize=8)
+    heads.legend(fontsize=8)

@@ -1,10 +1,10 @@
-"""Small language models trained under any optimizer: same data, schedule, evaluation and budget.
+"""Training of small language models with any optimizer, with equal data, schedule and budget.
 
-What the benchmarks of convergence, stability, scaling and ablations share: a :class:`Job` says
-what is trained and how, :func:`train_all` trains many of them in processes side by side.
+Shared by the benchmarks of convergence, stability, scaling and ablations: a :class:`Job` describes
+a training run, :func:`train_all` trains several of them in parallel processes.
 
-Every model sees real text only (the Python standard library's manual and sources, as the trainer
-reads it; whole files are held out) and sees hardly any of it twice.
+The text is the Python standard library's manual and sources, as in the trainer; whole files are
+held out. Models see hardly any text twice.
 """
 
 import argparse
@@ -40,21 +40,21 @@ KINDS: dict[Kind, str] = {
     "vision": "MLA and mixture of experts, text and images",
 }
 MUONCLIP = "MuonClip"
-# Of "vision", in training where nothing else is said and in what it is judged by.
+# Share of images in "vision": the default in training, and always in the evaluation.
 VISION_SHARE = 0.1
-# As the trainer's defaults: warm-up, then a cosine down to a tenth.
+# As in the trainer: share of the steps with warm-up, and final share of the peak rate.
 _WARMUP, _FINAL = 0.1, 0.1
 _CLIP_GRAD_NORM = 1.0
-_MOST_EXTENSIONS = 3
+_MAX_EXTENSIONS = 3
 _PATCH = 14
-# A run of so many tokens that is also in the training text counts as seen.
-_OVERLAP_TOKENS = 32
-MOST_OVERLAP = 0.05
+# Length of the n-grams of held-out text that are searched in the training text.
+_NGRAM = 32
+MAX_OVERLAP = 0.05
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model and its batches; ``init_std`` is of its first matrices and tables."""
+    """Sizes of a model and its batches; ``init_std`` is that of matrices and embeddings."""
 
     hidden: int = 96
     layers: int = 4
@@ -66,7 +66,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """In a step."""
+        """Tokens of a step."""
         return self.sequence * self.sequences
 
     @property
@@ -81,15 +81,14 @@ class Job:
 
     Attributes:
         optimizer: a name of ``benchmarks.optimizers``.
-        lr: peak learning rate, of matrices and of everything else.
-        threshold: QK-Clip's τ; None: logits are watched and never clipped. Under MuonClip it is
-            the published 100 where nothing else is said.
-        options: of ``MuonClip``, in place of what all Muons share here.
-        layouts: "split": matrices that a parameter fuses are updated apart; "fused": as they are
-            stored; "per_head": queries, keys and values of each head apart.
-        watch: keep every head's largest logit of every step.
-        overrides: of the trainer's configuration, for "moe" and "vision".
-        label: for people, where several jobs differ in more than optimizer and rate.
+        lr: peak learning rate of all parameters.
+        threshold: QK-Clip's τ, which only MuonClip uses; None: logits are observed but not clipped.
+        options: options of ``MuonClip`` that replace those shared by all implementations.
+        layouts: "split": update the parts of a fused matrix separately; "fused": update matrices as
+            stored; "per_head": update queries, keys and values of each head separately.
+        watch: record the max logit of every head in every step.
+        overrides: configuration overrides of the trainer, for "moe" and "vision".
+        label: name for messages and results; default: the optimizer's.
     """
 
     kind: Kind
@@ -113,28 +112,29 @@ class Job:
 
 
 class Model(Protocol):
-    """What is trained: gives gradients for a step's batch, and held-out losses."""
+    """A model to train: computes gradients of a step's batch, and held-out losses."""
 
     groups: Sequence[Mapping[str, Any]]
     """Parameter groups for ``MuonClip``, with ``algorithm`` and ``layout``."""
     clips: Sequence[QKClip]
 
     def gradients(self, step: int) -> float:
-        """Leave the batch's mean gradient in ``.grad``; returns the mean loss in nats a token."""
+        """Compute the mean gradient of the batch in ``.grad``; returns the mean loss in nats per
+        token."""
 
-    def look(self, step: int) -> None:
-        """Show the clips the logits of the step's batch as the weights are now."""
+    def observe_logits(self, step: int) -> None:
+        """Run the step's batch forward with the current weights, for QK-Clip's observers."""
 
     def held_out(self) -> dict[str, float]:
-        """Mean losses in nats a token; ``loss`` is the one that is compared."""
+        """Mean losses in nats per token; ``loss`` is the one to compare."""
 
 
 # ---------------------------------------------------------------------- the models
 
 
 class Dense:
-    """Phi-3's architecture as transformers has it: RMSNorm, rotary positions, SwiGLU, and one
-    matrix each for query, key and value and for gate and up."""
+    """Phi-3 from transformers: RMSNorm, rotary positions, SwiGLU, and fused matrices for query, key
+    and value and for gate and up."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         from transformers import Phi3Config, Phi3ForCausalLM
@@ -175,7 +175,7 @@ class Dense:
         self._job, self._size, self._bos = job, size, data.tokenizer.bos
 
     def _windows(self, tokens: Tensor, starts: Iterable[int]) -> Tensor:
-        """[sequences, length + 1]: inputs and, one further, labels; each begins with BOS."""
+        """[sequences, length + 1]: inputs, and labels shifted by one; each row begins with BOS."""
         rows = [tokens[int(start) : int(start) + self._size.sequence] for start in starts]
         return nn.functional.pad(torch.stack(rows), (1, 0), value=self._bos)
 
@@ -183,20 +183,20 @@ class Dense:
         logits = self.model(windows[:, :-1]).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
-    def _of_step(self, step: int) -> Tensor:
+    def _forward_step(self, step: int) -> Tensor:
         rng = np.random.default_rng([self._job.seed, step])
         starts = rng.integers(len(self._train) - self._size.sequence, size=self._size.sequences)
         self.model.train()
         return self._loss(self._windows(self._train, starts))
 
     def gradients(self, step: int) -> float:
-        loss = self._of_step(step)
+        loss = self._forward_step(step)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
     @torch.no_grad()
-    def look(self, step: int) -> None:
-        self._of_step(step)
+    def observe_logits(self, step: int) -> None:
+        self._forward_step(step)
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
@@ -210,18 +210,20 @@ class Dense:
         return {"loss": total / count}
 
 
-class Trained:
-    """The trainer's own model in one process: ``configs/laptop.yaml`` at another size."""
+class PretrainModel:
+    """The trainer's model in one process: ``configs/laptop.yaml`` in another size."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         from pretrain.build import build
         from pretrain.data.builtin.dataset import BuiltIn
 
-        here, data, config = _prepared(job)
+        context, data, config = _prepare(job)
         assert isinstance(data, BuiltIn)
-        self.run: Run = build(config, here, data)
-        if here.device.type != device.type:
-            raise ValueError(f"the trainer runs on {here.device.type} here, not {device.type}")
+        self.run: Run = build(config, context, data)
+        if context.device.type != device.type:
+            raise ValueError(
+                f"the trainer runs on {context.device.type}, not on {device.type}: choose --device"
+            )
         self.groups: Sequence[Mapping[str, Any]] = [
             {
                 "params": list(zip(group["param_names"], group["params"], strict=True)),
@@ -231,12 +233,12 @@ class Trained:
             for group in self.run.optimizer.param_groups
         ]
         self.clips: Sequence[QKClip] = self.run.clips
-        # All are judged by the same sequences, whatever they were trained with.
+        # The evaluation does not depend on the training data and the seed.
         share = VISION_SHARE if job.kind == "vision" else 0.0
-        judged = replace(data, seed=0, config=replace(data.config, vision_share=share))
-        self._judged = replace(self.run, data=judged)
+        evaluated = replace(data, seed=0, config=replace(data.config, vision_share=share))
+        self._evaluated = replace(self.run, data=evaluated)
 
-    def _of_step(self, step: int) -> "list[MicroBatch]":
+    def _batches(self, step: int) -> "list[MicroBatch]":
         from pretrain import batches
 
         return batches.for_step(self.run.config, self.run.context, self.run.data, step)
@@ -245,30 +247,32 @@ class Trained:
         from pretrain.objective import mean_losses
         from pretrain.step import forward_backward
 
-        loss = mean_losses(forward_backward(self.run, self._of_step(step)))["loss"]
+        loss = mean_losses(forward_backward(self.run, self._batches(step)))["loss"]
         assert loss is not None
         return loss
 
     @torch.no_grad()
-    def look(self, step: int) -> None:
+    def observe_logits(self, step: int) -> None:
         from pretrain.step import run_backbone
 
         self.run.train()
-        batch = self._of_step(step)
-        features = self.run.encoder.encode([(one.patches, one.grids) for one in batch])
-        run_backbone(self.run, batch, features, forward_only=True)
+        micro_batches = self._batches(step)
+        features = self.run.encoder.encode([(mb.patches, mb.grids) for mb in micro_batches])
+        run_backbone(self.run, micro_batches, features, forward_only=True)
 
     def held_out(self) -> dict[str, float]:
         from pretrain.evaluate import held_out_losses
 
-        found = {
-            name: loss for name, loss in held_out_losses(self._judged).items() if loss is not None
+        losses = {
+            name: loss
+            for name, loss in held_out_losses(self._evaluated).items()
+            if loss is not None
         }
-        return {"loss": found["held_out_loss"], **found}
+        return {"loss": losses["held_out_loss"], **losses}
 
 
 def make(job: Job, device: torch.device) -> Model:
-    return Dense(job, device) if job.kind == "dense" else Trained(job, device)
+    return Dense(job, device) if job.kind == "dense" else PretrainModel(job, device)
 
 
 # ---------------------------------------------------------------------- the data
@@ -276,7 +280,7 @@ def make(job: Job, device: torch.device) -> Model:
 
 @cache
 def text(vocabulary: int) -> "BuiltIn":
-    """The built-in data, from the cache or made now; its splits as tokens are what counts here."""
+    """The built-in data, prepared unless it is in the cache."""
     from pretrain.config import DataConfig
     from pretrain.data import open_data
     from pretrain.data.builtin.dataset import BuiltIn
@@ -288,17 +292,16 @@ def text(vocabulary: int) -> "BuiltIn":
 
 
 def overlap(size: Size) -> float:
-    """Share of the held-out text that stands in the training text word for word: of its runs of
-    32 tokens, those that are also there.
+    """Share of the 32-grams of the held-out text that also occur in the training text.
 
     Raises:
-        RuntimeError: it is more than 5 %: what is measured would partly be memory.
+        RuntimeError: the share is above 5%, so that losses would partly measure memorization.
     """
     share = _shared(size.vocabulary)
-    if share > MOST_OVERLAP:
+    if share > MAX_OVERLAP:
         raise RuntimeError(
-            f"{share:.1%} of the held-out text is also in the training text (at most "
-            f"{MOST_OVERLAP:.0%}): losses on it would measure memory"
+            f"{share:.1%} of the held-out text also occurs in the training text (limit: "
+            f"{MAX_OVERLAP:.0%}), so that losses would measure memorization"
         )
     return share
 
@@ -306,25 +309,24 @@ def overlap(size: Size) -> float:
 @cache
 def _shared(vocabulary: int) -> float:
     corpora = text(vocabulary).corpora
-    train, held_out = (_runs(corpora[split].tokens) for split in ("train", "held_out"))
+    train, held_out = (_ngram_hashes(corpora[split].tokens) for split in ("train", "held_out"))
     return float(np.isin(held_out, train).mean())
 
 
-def _runs(tokens: Any) -> Any:
-    """A hash of each run of tokens, uint64: a polynomial that wraps around."""
+def _ngram_hashes(tokens: Any) -> Any:
+    """Polynomial hash of each n-gram, modulo 2^64."""
     factor = np.uint64(0x9E3779B97F4A7C15)
-    hashed = np.zeros(len(tokens) - _OVERLAP_TOKENS + 1, np.uint64)
-    for place in range(_OVERLAP_TOKENS):
-        hashed = (
-            hashed * factor + tokens[place : place + len(hashed)].astype(np.uint64) + np.uint64(1)
-        )
-    return hashed
+    hashes = np.zeros(len(tokens) - _NGRAM + 1, np.uint64)
+    for offset in range(_NGRAM):
+        tokens_at_offset = tokens[offset : offset + len(hashes)].astype(np.uint64)
+        hashes = hashes * factor + tokens_at_offset + np.uint64(1)
+    return hashes
 
 
 @cache
-def _here() -> Any:
-    # First: on a CPU the trainer puts functions in place of CUDA's classes, which the annotations
-    # of transformers' modules do not bear.
+def _context() -> Any:
+    # Import first: on a CPU the trainer replaces classes of CUDA by functions, which breaks
+    # annotations in transformers.
     import transformers.models.phi3.modeling_phi3  # noqa: F401
 
     from pretrain import parallel
@@ -333,8 +335,8 @@ def _here() -> Any:
     return parallel.start(ParallelConfig(), 0)
 
 
-def _prepared(job: Job) -> tuple[Any, Any, Any]:
-    """Process group, data and configuration of the trainer."""
+def _prepare(job: Job) -> tuple[Any, Any, Any]:
+    """Context, data and configuration of the trainer."""
     from pretrain import config
     from pretrain.setup import prepare_data
 
@@ -362,23 +364,23 @@ def _prepared(job: Job) -> tuple[Any, Any, Any]:
             f"data.cache_dir={ROOT / '.cache' / 'pretrain'}",
             f"evaluation.sequences={size.held_out}",
             f"evaluation.captions={size.held_out if job.kind == 'vision' else 2}",
-            # The schedule is this module's own.
+            # This module has its own schedule.
             "optimizer.decay_steps=0",
             "optimizer.warmup_steps=0",
             *job.overrides,
         ],
     )
-    here = _here()
-    return here, prepare_data(settings, here), settings
+    context = _context()
+    return context, prepare_data(settings, context), settings
 
 
 # ---------------------------------------------------------------------- training
 
 
 def optimizers(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[Optimizer]:
-    """Those that step a model, each with one rate for everything.
+    """The optimizers of a job, with the same learning rate for all parameters.
 
-    MuonClip takes the groups with their layouts; peers take each matrix as it is stored.
+    MuonClip uses the layouts of the groups; other implementations update matrices as stored.
     """
     if job.optimizer == MUONCLIP:
         options: dict[str, Any] = {"weight_decay": job.weight_decay} | dict(job.options)
@@ -386,13 +388,13 @@ def optimizers(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[Optimizer]
     by_kind: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
     for group in groups:
         by_kind[group["algorithm"]] += [parameter for _, parameter in group["params"]]
-    (candidate,) = (one for one in candidates() if one.name == job.optimizer)
+    (candidate,) = (c for c in candidates() if c.name == job.optimizer)
     return candidate.build(by_kind["muon"], by_kind["adamw"], job.lr, job.weight_decay)
 
 
 def rate(step: int, steps: int) -> float:
-    """The factor on the peak rate at update ``step`` of 1..``steps``: a linear warm-up over the
-    first tenth, then a cosine down to a tenth."""
+    """Learning rate of update ``step`` of 1..``steps``, relative to the peak: linear warm-up over
+    the first tenth, then a cosine down to a tenth."""
     warmup = max(1, round(_WARMUP * steps))
     if step <= warmup:
         return step / warmup
@@ -401,23 +403,25 @@ def rate(step: int, steps: int) -> float:
 
 
 def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
-    """Train, and tell how it went.
+    """Train a model.
 
     Args:
-        clock: of a CPU; "cpu": of this process alone, so that what runs beside does not count.
+        job: the training run.
+        device: the device.
+        clock: clock on a CPU; "cpu" is the time of this process, independent of other processes.
 
     Returns:
-        ``steps``, ``tokens``, ``seconds`` and ``loss`` (held out) at each evaluation, with what
-        else the model measures; ``final``, the last held-out loss, or None where the loss was not
-        finite and training ended; ``train`` and ``step_s``/``optimizer_s``, loss and time of every
-        step; with ``watch`` also ``max_logits`` [steps][heads] in the step's forward pass,
-        ``after`` the step, the largest of all heads on the same batch once updated and clipped, and
-        ``clipped``, heads a step. Evaluations and looking again are in no time.
+        ``evaluations``: ``steps``, ``tokens``, ``seconds`` and held-out losses; ``final``: the last
+        held-out loss, or None if training ended early because a loss was not finite; ``train``: the
+        loss of every step; ``step_s`` and ``optimizer_s``: median times, without evaluations. With
+        ``watch``: ``max_logits`` [steps][heads] of the forward pass; ``after``: the max logit of
+        the same batch after update and clipping; ``clipped``: number of clipped heads per step.
     """
     model = make(job, device)
-    stepped = optimizers(job, model.groups)
-    peaks = [[group["lr"] for group in one.param_groups] for one in stepped]
-    parameters = [p for one in stepped for group in one.param_groups for p in group["params"]]
+    built = optimizers(job, model.groups)
+    groups = [group for optimizer in built for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
     clips = job.optimizer == MUONCLIP and job.threshold is not None
     for clip in model.clips:
         clip.threshold = job.threshold or clip.threshold
@@ -432,44 +436,44 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
     clipped: list[int] = []
     final = None
     for step in range(1, job.steps + 1):
-        begun = now()
+        start = now()
         losses.append(model.gradients(step))
         if not math.isfinite(losses[-1]):
             losses.pop()
             break
         nn.utils.clip_grad_norm_(parameters, _CLIP_GRAD_NORM)
-        passed = now()
-        for one, rates in zip(stepped, peaks, strict=True):
-            for group, peak in zip(one.param_groups, rates, strict=True):
-                group["lr"] = peak * rate(step, job.steps)
-            one.step()
+        update_start = now()
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * rate(step, job.steps)
+        for optimizer in built:
+            optimizer.step()
         results = [clip.step(clip=clips) for clip in model.clips]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        done = now()
-        for one in stepped:
-            one.zero_grad(set_to_none=True)
-        step_s.append(done - begun)
-        optimizer_s.append(done - passed)
+        end = now()
+        for optimizer in built:
+            optimizer.zero_grad(set_to_none=True)
+        step_s.append(end - start)
+        optimizer_s.append(end - update_start)
         if job.watch:
             heads = [layer for result in results for layer in result.max_logits.values()]
             max_logits.append([round(value, 3) for value in torch.cat(heads).tolist()])
             clipped.append(sum(int(result.num_clipped) for result in results))
-            model.look(step)
+            model.observe_logits(step)
             results = [clip.step(clip=False) for clip in model.clips]
             heads = [layer for result in results for layer in result.max_logits.values()]
             after.append(round(float(torch.cat(heads).max()), 3))
         if step in due:
-            told = model.held_out()
+            held_out = model.held_out()
             for name, value in {
                 "steps": step,
                 "tokens": step * job.size.tokens,
                 "seconds": sum(step_s),
-                **told,
+                **held_out,
             }.items():
                 evaluations.setdefault(name, []).append(value)
-            if step == job.steps and math.isfinite(told["loss"]):
-                final = told["loss"]
+            if step == job.steps and math.isfinite(held_out["loss"]):
+                final = held_out["loss"]
     return {
         "label": job.label or job.optimizer,
         "kind": job.kind,
@@ -490,48 +494,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=positive_int,
-        help="runs side by side; default: as many as cores, 1 on a GPU",
+        help="parallel runs; default: the number of cores, 1 on a GPU",
     )
 
 
 def train_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[Result]:
-    """Train every job, several side by side, with a line on each that ends.
+    """Train all jobs in parallel processes and print a line when a job has finished.
 
     Returns:
-        What :func:`train` tells, in the jobs' order.
+        The result of :func:`train` for each job, in their order.
     """
     device: torch.device = options.device
     workers = options.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
     for vocabulary in {job.size.vocabulary for job in jobs}:
-        text(vocabulary)  # before several would make it at once
+        text(vocabulary)  # prepare the data before the processes need it
     clock = "wall" if device.type == "cuda" else "cpu"
-    told: dict[int, Result] = {}
-    begun = time.monotonic()
+    results: dict[int, Result] = {}
+    start = time.monotonic()
     pool = _pool(workers)
     running = {pool.submit(train, job, device, clock): number for number, job in enumerate(jobs)}
     try:
-        for ended in as_completed(running):
-            number = running[ended]
-            told[number] = ended.result()
-            passed = time.monotonic() - begun
-            left = passed / len(told) * (len(jobs) - len(told))
-            loss = told[number]["final"]
-            shown = "diverged" if loss is None else f"held-out loss {loss:.3f}"
+        for future in as_completed(running):
+            number = running[future]
+            results[number] = future.result()
+            elapsed = time.monotonic() - start
+            left = elapsed / len(results) * (len(jobs) - len(results))
+            loss = results[number]["final"]
+            outcome = "diverged" if loss is None else f"held-out loss {loss:.3f}"
             print(
-                f"[{len(told)}/{len(jobs)}] {jobs[number]}: {shown} "
-                f"({passed:.0f} s, about {left:.0f} s to go)",
+                f"[{len(results)}/{len(jobs)}] {jobs[number]}: {outcome} "
+                f"({elapsed:.0f} s, about {left:.0f} s left)",
                 flush=True,
             )
     except BaseException:
         pool.shutdown(cancel_futures=True)
         _pool.cache_clear()
         raise
-    return [told[number] for number in range(len(jobs))]
+    return [results[number] for number in range(len(jobs))]
 
 
 @cache
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the next jobs: each needs seconds to import what it trains with."""
+    """Processes kept for later jobs, because imports take seconds in each of them."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
 
@@ -541,19 +545,19 @@ def _one_thread() -> None:
 
 
 def best_rate(results: Iterable[Result]) -> float:
-    """The learning rate with the least held-out loss at the end, the mean over its seeds.
+    """The learning rate with the lowest final held-out loss, averaged over its seeds.
 
     Raises:
-        RuntimeError: at every rate a seed diverged.
+        RuntimeError: a seed diverged at every rate.
     """
-    ends: dict[float, list[float]] = {}
+    finals: dict[float, list[float]] = {}
     for result in results:
-        end = math.inf if result["final"] is None else result["final"]
-        ends.setdefault(result["lr"], []).append(end)
-    means = {lr: float(np.mean(losses)) for lr, losses in ends.items()}
+        final = math.inf if result["final"] is None else result["final"]
+        finals.setdefault(result["lr"], []).append(final)
+    means = {lr: float(np.mean(losses)) for lr, losses in finals.items()}
     best = min(means, key=means.__getitem__)
     if math.isinf(means[best]):
-        raise RuntimeError("every learning rate diverged: try lower ones")
+        raise RuntimeError("a seed diverged at every learning rate: try lower ones")
     return best
 
 
@@ -564,38 +568,40 @@ def tune(
     options: argparse.Namespace,
     at: Callable[[Job, float], Job] = lambda job, lr: replace(job, lr=lr),
 ) -> list[list[Result]]:
-    """Train every job at its learning rates; where the best lies at an end of them, one more is
-    tried beyond it. A single rate is taken as it is.
+    """Train every job at several learning rates, and at further ones while the best rate is the
+    lowest or the highest. A single rate is not extended.
 
     Args:
-        rates: of each job.
-        seeds: of each job, how many at every rate: its own and those that follow.
-        at: makes the job with a rate.
+        jobs: the training runs.
+        rates: learning rates of each job.
+        seeds: number of seeds of each job per rate, starting with its own.
+        options: options of :func:`add_arguments`.
+        at: returns a job with a learning rate.
 
     Returns:
-        What :func:`train` tells, of each job at all rates and seeds.
+        The results of :func:`train` of each job at all rates and seeds.
     """
-    told: list[list[Result]] = [[] for _ in jobs]
-    wanted = [list(tried) for tried in rates]
-    for _ in range(_MOST_EXTENSIONS + 1):
+    results: list[list[Result]] = [[] for _ in jobs]
+    pending = [list(initial) for initial in rates]
+    for _ in range(_MAX_EXTENSIONS + 1):
         numbers, batch = [], []
-        for number, missing in enumerate(wanted):
-            for lr in missing:
+        for number, new_rates in enumerate(pending):
+            for lr in new_rates:
                 numbers += [number] * seeds[number]
                 batch += with_seeds(at(jobs[number], lr), seeds[number])
         if not batch:
             break
         for number, result in zip(numbers, train_all(batch, options), strict=True):
-            told[number].append(result)
-        wanted = [
-            _beyond(results) if len(first) > 1 else []
-            for results, first in zip(told, rates, strict=True)
+            results[number].append(result)
+        pending = [
+            further_rates(of_job) if len(initial) > 1 else []
+            for of_job, initial in zip(results, rates, strict=True)
         ]
-    return told
+    return results
 
 
-def _beyond(results: Sequence[Result]) -> list[float]:
-    """One rate more, where the best of those tried is the least or the largest."""
+def further_rates(results: Sequence[Result]) -> list[float]:
+    """The next learning rate to try if the best one is the lowest or the highest."""
     tried = sorted({result["lr"] for result in results})
     best = best_rate(results)
     if best == tried[0]:
@@ -604,10 +610,10 @@ def _beyond(results: Sequence[Result]) -> list[float]:
 
 
 def with_seeds(job: Job, seeds: int) -> list[Job]:
-    """The job with its own seed and those that follow."""
+    """The job with consecutive seeds, starting with its own."""
     return [replace(job, seed=job.seed + number) for number in range(seeds)]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of a sample; 0 of one)."""
+    """Mean and sample standard deviation; 0 for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

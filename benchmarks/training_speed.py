@@ -1,7 +1,7 @@
-"""Tokens a second in training with AdamW and with MuonClip, and the optimizer's share of a step.
+"""Tokens per second in training with AdamW and with MuonClip, and the optimizer's share of a step.
 
-Two copies of a model in one process take the same batches in turn. Newton-Schulz costs the same
-whatever the batch, so its share falls as the batch grows: several are measured.
+Two copies of a model in one process train on the same batches in turn. The cost of Newton-Schulz
+does not depend on the batch size, so its share falls with it: several sizes are measured.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all"
     )
     parser.add_argument(
-        "--rounds", type=positive_int, help="timed steps of each; default: by the form"
+        "--rounds", type=positive_int, help="timed steps per optimizer; default: by the form"
     )
 
 
@@ -53,51 +53,51 @@ def run(options: argparse.Namespace) -> Result:
         for sequences in form.sequences:
             size = replace(form.size, sequences=sequences)
             rows.append(_measure(kind, size, options.rounds or form.rounds, options))
-            print(f"timed {kind}, {size.tokens:,} tokens a step", flush=True)
+            print(f"timed {kind}, {size.tokens:,} tokens per step", flush=True)
     return {"hidden": form.size.hidden, "layers": form.size.layers, "rows": rows}
 
 
 def _measure(kind: Kind, size: Size, rounds: int, options: argparse.Namespace) -> Result:
     steps: dict[str, Callable[[], None]] = {}
-    own: dict[str, list[float]] = {}
+    optimizer_s: dict[str, list[float]] = {}
     parameters = 0
     for name in (BASELINE, MUONCLIP):
         job = Job(kind, name, 1e-3, 1000, options.seed, size)
         model = training.make(job, options.device)
-        stepped = training.optimizers(job, model.groups)
-        trained = [p for one in stepped for group in one.param_groups for p in group["params"]]
+        optimizers = training.optimizers(job, model.groups)
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         parameters = sum(p.numel() for p in trained)
-        own[name] = []
-        steps[name] = _step(model, stepped, trained, name, own[name], options)
+        optimizer_s[name] = []
+        steps[name] = _step(model, optimizers, trained, name, optimizer_s[name], options)
     seconds = interleave(steps, rounds=rounds, warmup=2, device=options.device, clock=options.clock)
-    told: Result = {"kind": kind, "tokens": size.tokens, "parameters": parameters}
+    result: Result = {"kind": kind, "tokens": size.tokens, "parameters": parameters}
     slower = np.divide(seconds[MUONCLIP], seconds[BASELINE])
-    told["slower"] = quartiles(slower.tolist())
+    result["slower"] = quartiles(slower.tolist())
     for name, times in seconds.items():
-        mine = own[name][-rounds:]
-        told[name] = {
+        own_times = optimizer_s[name][-rounds:]
+        result[name] = {
             "tokens_per_second": size.tokens / float(np.median(times)),
             "step_s": float(np.median(times)),
-            "optimizer_s": float(np.median(mine)),
-            "optimizer_share": float(np.median(np.divide(mine, times))),
+            "optimizer_s": float(np.median(own_times)),
+            "optimizer_share": float(np.median(np.divide(own_times, times))),
         }
-    return told
+    return result
 
 
 def _step(
     model: training.Model,
-    stepped: list[torch.optim.Optimizer],
+    optimizers: list[torch.optim.Optimizer],
     trained: list[nn.Parameter],
     name: str,
-    own: list[float],
+    optimizer_s: list[float],
     options: argparse.Namespace,
 ) -> Callable[[], None]:
-    """A whole step of training, that notes the time of its optimizer and clip in ``own``."""
+    """A training step that appends the time of its optimizer and clip to ``optimizer_s``."""
     number = 0
 
     def update() -> None:
-        for one in stepped:
-            one.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if name == MUONCLIP:
             for clip in model.clips:
                 clip.step()
@@ -107,20 +107,20 @@ def _step(
         number += 1
         model.gradients(number)
         nn.utils.clip_grad_norm_(trained, 1.0)
-        own.append(stopwatch(update, options.device, options.clock))
-        for one in stepped:
-            one.zero_grad(set_to_none=True)
+        optimizer_s.append(stopwatch(update, options.device, options.clock))
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-# ---------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------- table and plot
 
 
 def table(result: Result) -> str:
     header = (
-        "model", "tokens a step", "AdamW, tokens/s", "MuonClip, tokens/s",
-        "MuonClip's step to AdamW's", "AdamW, of its step", "MuonClip, of its step",
+        "model", "tokens per step", "AdamW, tokens/s", "MuonClip, tokens/s",
+        "step time, MuonClip / AdamW", "AdamW, share of its step", "MuonClip, share of its step",
     )  # fmt: skip
     rows = [
         [
@@ -154,10 +154,10 @@ def plot(result: Result, figure: "Figure") -> None:
             color=f"C{number}", ms=4, capsize=3, label=kind,
         )  # fmt: skip
     shares.set(ylabel="optimizer, % of a step", yscale="log")
-    slower.set(ylabel="MuonClip's step over AdamW's")
+    slower.set(ylabel="step time, MuonClip / AdamW")
     slower.axhline(1, color="grey", lw=0.8, ls="--")
     for axis in (shares, slower):
-        axis.set(xlabel="tokens a step", xscale="log")
+        axis.set(xlabel="tokens per step", xscale="log")
         axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

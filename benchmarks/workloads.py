@@ -1,4 +1,4 @@
-"""Shapes of the matrices of real models, which optimizers are timed on."""
+"""Shapes of the matrices of real models, as workloads of optimizers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Workload:
     """The parameters of a model.
 
     Attributes:
-        name: short.
-        title: what it is, with its numbers.
-        matrices: [n, m] or, stacked experts, [E, n, m]: Muon's.
-        others: of any shape: AdamW's (embedding, norms, router).
+        name: short name.
+        title: description with sizes.
+        matrices: shapes of Muon's parameters: [n, m], or [E, n, m] of stacked experts.
+        others: shapes of AdamW's parameters: embedding, norms, router.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Workload:
         return any(len(shape) == 3 for shape in self.matrices)
 
     def flops(self, steps: int = 5) -> int:
-        """Of Newton-Schulz as published (the direct form) with a quintic polynomial."""
+        """FLOPs of Newton-Schulz with a quintic polynomial in its published (direct) form."""
         total = 0
         for *stack, rows, columns in self.matrices:
             n, m = sorted((rows, columns))
@@ -40,7 +40,7 @@ class Workload:
 
 
 def dense(layers: int, hidden: int, feed_forward: int, vocabulary: int, name: str) -> Workload:
-    """A transformer with separate q, k, v, o and a gated feed-forward layer."""
+    """A transformer with separate q, k, v, o projections and a gated feed-forward layer."""
     layer = [(hidden, hidden)] * 4 + [(feed_forward, hidden)] * 2 + [(hidden, feed_forward)]
     return Workload(
         name,
@@ -53,27 +53,28 @@ def dense(layers: int, hidden: int, feed_forward: int, vocabulary: int, name: st
 def mixture(
     layers: int, hidden: int, expert: int, experts: int, vocabulary: int, *, stacked: bool
 ) -> Workload:
-    """A transformer with many small experts, each its own parameter or all in one stack."""
+    """A transformer with many small experts, as separate parameters or stacked in one."""
     attention = [(hidden, hidden)] * 4
-    into, out = (expert, hidden), (hidden, expert)
+    up, down = (expert, hidden), (hidden, expert)
     if stacked:
-        experts_of_layer: list[Shape] = [(experts, *into), (experts, *into), (experts, *out)]
+        experts_of_layer: list[Shape] = [(experts, *up), (experts, *up), (experts, *down)]
     else:
-        experts_of_layer = [into, into, out] * experts
-    how = "stacked" if stacked else "separate"
+        experts_of_layer = [up, up, down] * experts
+    layout = "stacked" if stacked else "separate"
     return Workload(
         "moe_stacked" if stacked else "moe",
-        f"MoE, {layers} x {experts} {how} experts of {expert}, hidden {hidden}",
+        f"MoE, {layers} x {experts} {layout} experts of {expert}, hidden {hidden}",
         (attention + experts_of_layer) * layers,
         [(vocabulary, hidden), *[(experts, hidden), (hidden,), (hidden,)] * layers],
     )
 
 
 def kimi_k2(moe_layers: int, experts: int, scale: int, vocabulary: int) -> Workload:
-    """Kimi K2 (arXiv 2507.20534, table 2) with every width over ``scale``.
+    """Kimi K2 (arXiv 2507.20534, table 2) with every width divided by ``scale``.
 
-    One dense layer, then ``moe_layers`` with ``experts`` of 2048 (384 in K2) and a shared one;
-    hidden 7168, 64 heads, MLA with ranks 1536 and 512; head dimensions 128 + 64 and 128 stay.
+    One dense layer, then ``moe_layers`` layers with ``experts`` experts of width 2048 (K2 has 384)
+    and a shared one; hidden size 7168, 64 heads, MLA ranks 1536 and 512. Head dimensions (128 + 64
+    and 128) are not divided.
     """
     hidden, heads, q_rank, kv_rank = 7168 // scale, 64 // scale, 1536 // scale, 512 // scale
     expert, feed_forward = 2048 // scale, 18432 // scale
@@ -98,7 +99,7 @@ def kimi_k2(moe_layers: int, experts: int, scale: int, vocabulary: int) -> Workl
 
 
 def workloads(form: str) -> list[Workload]:
-    """Those of a form: ``"full"`` for a GPU, ``"quick"`` for two CPU cores, ``"tiny"``."""
+    """Workloads of a form: ``"full"`` for a GPU, ``"quick"`` for two CPU cores, or ``"tiny"``."""
     if form == "full":
         return [
             dense(12, 768, 2048, 32768, "dense"),

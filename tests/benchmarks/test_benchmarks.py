@@ -1,4 +1,4 @@
-"""Every benchmark runs, and what it stores can be read back, drawn and tabulated."""
+"""Every benchmark runs, and its stored results can be read, plotted and printed as tables."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from benchmarks.optimizer_step import update_error
 from benchmarks.optimizers import BASELINE, Candidate, candidates
 from benchmarks.workloads import Workload, workloads
 
-# Peers that compile would take minutes; one model shows what all do.
+# Compiling implementations would take minutes; one model is enough.
 ONLY = {
     "convergence": ["--models", "moe"],
     "optimizer_step": ["--only", "MuonClip", "textbook", "AdamW"],
@@ -30,8 +30,8 @@ ONLY = {
 }
 
 
-def checkpoints_are_charged(result: dict[str, Any]) -> None:
-    """To the steps between two, of configs/laptop.yaml; written whole, and by another thread."""
+def checkpoints_are_measured(result: dict[str, Any]) -> None:
+    """Their cost is divided by the steps between checkpoints in configs/laptop.yaml."""
     saved = result["checkpoint"]
     assert saved["every"] == 120
     assert saved["bytes"] > 8 * result["parameters"]  # weights and momentum
@@ -41,7 +41,7 @@ def checkpoints_are_charged(result: dict[str, Any]) -> None:
     assert parts["copy"] == pytest.approx(saved["copy_s"] / 120)
 
 
-def a_kill_changed_nothing(result: dict[str, Any]) -> None:
+def kills_change_no_loss(result: dict[str, Any]) -> None:
     assert len(result["kills"]) == 1
     assert result["kills"][0]["after_step"] >= result["kills"][0]["resumed_from"]
     assert len(result["losses"]) == result["steps"] == 12
@@ -49,8 +49,8 @@ def a_kill_changed_nothing(result: dict[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "crash": a_kill_changed_nothing,
-    "overhead": checkpoints_are_charged,
+    "crash": kills_change_no_loss,
+    "overhead": checkpoints_are_measured,
 }
 
 
@@ -79,7 +79,7 @@ def leaves(value: object) -> list[object]:
         "training_speed",
     ],
 )
-def test_a_benchmark_stores_its_result_and_picture(
+def test_benchmarks_store_their_result_and_plot(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command.main(
@@ -93,7 +93,7 @@ def test_a_benchmark_stores_its_result_and_picture(
     CHECKS.get(name, lambda result: None)(stored["result"])
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["machine"]["cores"] == os.cpu_count()
-    # Results are published: nothing in them tells whose machine it was.
+    # Results are published: they must not identify the machine.
     assert str(tmp_path) not in text and str(runner.ROOT) not in text
     assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
 
@@ -108,25 +108,25 @@ def test_a_benchmark_stores_its_result_and_picture(
     assert capsys.readouterr().out.strip() == table.strip()
 
 
-def test_the_tables_of_the_readme_are_those_of_the_stored_results() -> None:
+def test_tables_in_the_readme_are_those_of_the_stored_results() -> None:
     text = command.README.read_text()
     assert "<!-- table " in text
     assert command.with_tables(text) == text, "run: python -m benchmarks readme"
 
 
-def test_every_picture_and_result_that_the_readme_names_is_there() -> None:
+def test_files_named_in_the_readme_exist() -> None:
     for path in re.findall(r"results/[\w.-]+", command.README.read_text()):
         assert (command.README.parent / path).exists(), path
 
 
-def test_each_benchmark_is_listed_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_benchmark_is_listed_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     command.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == command.names()
     assert all(len(line.split()) > 4 for line in lines)
 
 
-def test_timing_is_interleaved_and_every_round_starts_with_another() -> None:
+def test_timing_is_interleaved_and_rounds_rotate_the_order() -> None:
     called: list[str] = []
     steps = {name: (lambda name=name: called.append(name)) for name in "abc"}
     prepared: list[str] = []
@@ -138,10 +138,10 @@ def test_timing_is_interleaved_and_every_round_starts_with_another() -> None:
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
 
 
-def test_speedup_pairs_the_times_of_a_round() -> None:
-    """A machine that slows down twofold in the middle of it does not change who is faster."""
+def test_speedup_compares_times_within_a_round() -> None:
+    """A machine that becomes twice as slow does not change the speedup."""
     seconds = {"base": [2.0, 4.0, 4.0], "fast": [1.0, 2.0, 2.0]}
-    summary = runner.summarise(seconds, "base")
+    summary = runner.summarize(seconds, "base")
     assert summary["fast"]["speedup"] == 2
     assert summary["fast"]["speedup_quartiles"] == [2, 2]
     assert summary["base"]["median_s"] == 4
@@ -153,49 +153,49 @@ def test_speedup_pairs_the_times_of_a_round() -> None:
     [c for c in candidates() if c.module is None and c.coefficients],
     ids=lambda candidate: candidate.name,
 )
-def test_what_is_compared_is_the_same_optimizer(candidate: Candidate) -> None:
-    """Momentum, look-ahead, coefficients and steps are those of the definition."""
+def test_candidates_implement_muon(candidate: Candidate) -> None:
+    """Momentum, Nesterov, coefficients and steps are those of the definition."""
     error = update_error(candidate, torch.device("cpu"))
     assert error < (0.1 if "bfloat16" in candidate.name + candidate.arithmetic else 1e-5)
 
 
-def test_the_comparison_would_notice_another_optimizer() -> None:
+def test_update_error_detects_a_different_optimizer() -> None:
     def build(
         matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, decay: float
     ) -> list[torch.optim.Optimizer]:
         return [torch.optim.Muon(matrices, lr=lr, weight_decay=decay, nesterov=False)]
 
-    without_nesterov = Candidate("no look-ahead", build)  # type: ignore[arg-type]
+    without_nesterov = Candidate("no Nesterov", build)  # type: ignore[arg-type]
     assert update_error(without_nesterov, torch.device("cpu")) > 0.1
 
 
-def test_a_peer_that_is_not_there_is_said_so_and_a_namesake_is_not_taken_for_it() -> None:
+def test_missing_packages_and_different_packages_of_the_same_name_are_reported() -> None:
     cpu = torch.device("cpu")
-    peer = Candidate("peer", lambda *_: [], module=("no_such_package_anywhere", "Muon"))
-    assert peer.missing(cpu) == "not installed"
-    namesake = Candidate("peer", lambda *_: [], module=("json", "Muon"))
-    assert namesake.missing(cpu) == "another package is called 'json' here"
-    elsewhere = Candidate("peer", lambda *_: [], devices=("cuda",))
-    assert elsewhere.missing(cpu) == "compared on cuda only"
+    absent = Candidate("absent", lambda *_: [], module=("no_such_package_anywhere", "Muon"))
+    assert absent.missing(cpu) == "not installed"
+    namesake = Candidate("namesake", lambda *_: [], module=("json", "Muon"))
+    assert namesake.missing(cpu) == "the installed package 'json' is a different one"
+    cuda_only = Candidate("cuda only", lambda *_: [], devices=("cuda",))
+    assert cuda_only.missing(cpu) == "compared on cuda only"
 
 
-def test_candidates_by_name_keep_the_baseline() -> None:
+def test_selection_by_name_keeps_the_baseline() -> None:
     assert [c.name for c in candidates(["textbook"])] == [BASELINE, "textbook loop, float32"]
     with pytest.raises(ValueError, match="no optimizer has 'nosuch' in its name"):
         candidates(["nosuch"])
     with pytest.raises(ValueError, match="no optimizer is called 'nosuch'"):
         candidates(without=["nosuch"])
-    with pytest.raises(ValueError, match="cannot be left out"):
+    with pytest.raises(ValueError, match="cannot be excluded"):
         candidates(without=[BASELINE])
-    left = [c.name for c in candidates(["MuonClip"], without=["MuonClip, bfloat16"])]
-    assert left == [BASELINE, "MuonClip", "MuonClip, bfloat16 momentum"]
+    remaining = [c.name for c in candidates(["MuonClip"], without=["MuonClip, bfloat16"])]
+    assert remaining == [BASELINE, "MuonClip", "MuonClip, bfloat16 momentum"]
 
 
 def test_flops_of_newton_schulz() -> None:
     """Per step xxᵀ, its square, and the product with x: 2n²m + 2n³ + 2n²m."""
-    one = 5 * (2 * 3 * 3 * 7 + 2 * 3**3 + 2 * 3 * 3 * 7)
-    assert Workload("", "", [(3, 7)], []).flops() == one
-    assert Workload("", "", [(7, 3), (4, 3, 7)], [(9, 9)]).flops() == 5 * one
+    expected = 5 * (2 * 3 * 3 * 7 + 2 * 3**3 + 2 * 3 * 3 * 7)
+    assert Workload("", "", [(3, 7)], []).flops() == expected
+    assert Workload("", "", [(7, 3), (4, 3, 7)], [(9, 9)]).flops() == 5 * expected
 
 
 def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
@@ -211,20 +211,18 @@ STORED = st.recursive(
 
 
 @given(result=st.dictionaries(st.text(), STORED))
-def test_what_is_stored_is_what_was_measured(result: dict[str, Any]) -> None:
+def test_stored_results_equal_the_measured_ones(result: dict[str, Any]) -> None:
     assert json.loads(runner.dumps(result)) == result
 
 
-def test_a_list_of_numbers_is_stored_on_a_line() -> None:
+def test_lists_of_numbers_are_stored_on_one_line() -> None:
     stored = runner.dumps({"losses": [[1.5, 2.0], []], "text": "[\n 1]"})
     assert "  [1.5, 2.0],\n" in stored
     assert json.loads(stored)["text"] == "[\n 1]"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
-def test_a_rate_that_is_none_is_refused_and_not_taken_for_the_default(
-    value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_rates_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["run", "stability", "--tiny", "--lr", value])
     assert "--lr" in capsys.readouterr().err
@@ -237,7 +235,7 @@ def test_a_rate_that_is_none_is_refused_and_not_taken_for_the_default(
         (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
         (
             ["--clock", "cpu", "--threads", "2"],
-            "--clock cpu goes with --device cpu and --threads 1",
+            "--clock cpu needs --device cpu and --threads 1",
         ),
         (["--quick", "--tiny"], "not allowed with"),
         (["--only", "nosuch", "--tiny"], "nosuch"),
