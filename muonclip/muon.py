@@ -15,7 +15,7 @@ from muonclip.orthogonalize import (
     update_scale,
     working_dtype,
 )
-from muonclip.precision import compute_dtype, write_back
+from muonclip.precision import write_back
 from muonclip.update import (
     Scalar,
     decay_and_apply,
@@ -264,7 +264,10 @@ def apply_updates(
         if found_inf is not None:
             lr = lr * (1 - found_inf)
         # Lower precision is computed in float32 and rounded once.
-        wide = [param.to_update.to(compute_dtype(param.to_update)) for param in members]
+        wide = [
+            param.to_update.to(torch.promote_types(param.to_update.dtype, torch.float32))
+            for param in members
+        ]
         decay_and_apply(
             wide,
             [updates[index] for index in indices],

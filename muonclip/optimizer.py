@@ -12,6 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from muonclip import saved_state, validation
 from muonclip.adamw import AdamWParam, adamw_step
+from muonclip.distributed.groups import ConnectedRanks, groups_of
+from muonclip.distributed.muon import DistributedMuon
 from muonclip.distributed.sharding import Sharding, local_gradient, local_tensor
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import MuonParam, step_local
@@ -28,9 +30,6 @@ from muonclip.update import WeightDecayMode
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-    from muonclip.distributed.groups import ConnectedRanks
-    from muonclip.distributed.muon import DistributedMuon
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -327,8 +326,6 @@ class MuonClip(Optimizer):
         if self._connected is None:
             step_local(params, found_inf)
             return
-        from muonclip.distributed.muon import DistributedMuon
-
         assert self._groups is not None
         if self._distributed_muon is None or not self._distributed_muon.matches(params):
             self._distributed_muon = DistributedMuon(
@@ -529,17 +526,9 @@ class MuonClip(Optimizer):
         if self._groups is not None:
             return
         params = [p for group in self.param_groups for p in group["params"]]
-        self._groups, self._connected, self._distributed_muon = [], None, None
-        if (
-            self.shardings
-            or self.process_group is not None
-            or any(hasattr(p, "device_mesh") for p in params)
-        ):
-            from muonclip.distributed.groups import ConnectedRanks, groups_of
-
-            self._groups = groups_of(params, self.process_group, self.shardings)
-            if self._groups:
-                self._connected = ConnectedRanks(self._groups)
+        self._groups = groups_of(params, self.process_group, self.shardings)
+        self._connected = ConnectedRanks(self._groups) if self._groups else None
+        self._distributed_muon = None
 
     # ------------------------------------------------------------------ non-finite gradients
 
@@ -677,7 +666,7 @@ class MuonClip(Optimizer):
             set_master(param, state, master.to(device=param.device, dtype=torch.float32, copy=True))
 
     def named_state(
-        self, named_parameters: Iterable[tuple[str, Tensor]] | None = None
+        self, named_parameters: Iterable[tuple[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         """The state of each parameter by name, without copies.
 
@@ -685,25 +674,19 @@ class MuonClip(Optimizer):
         groups.
 
         Args:
-            named_parameters: (name, parameter) pairs, e.g. ``model.named_parameters()``; default:
-                the names that the optimizer was given.
+            named_parameters: (name, parameter) pairs, e.g. ``model.named_parameters()``.
 
         Returns:
             Name -> entries: ``momentum_buffer`` (Muon), or ``step``, ``exp_avg`` and ``exp_avg_sq``
             (AdamW); and ``master``, if the parameter has a master copy. Empty for a parameter
             without state.
-
-        Raises:
-            ValueError: if the optimizer has no names and none are given.
         """
-        return {
-            name: dict(self.state.get(param, {})) for name, param in self._named(named_parameters)
-        }
+        return {name: dict(self.state.get(param, {})) for name, param in named_parameters}
 
     def load_named_state(
         self,
         state: Mapping[str, Mapping[str, Tensor]],
-        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]],
     ) -> None:
         """Replace the state of each named parameter by the given tensors, without copying them.
 
@@ -712,45 +695,28 @@ class MuonClip(Optimizer):
 
         Args:
             state: name -> entries, as returned by ``named_state``.
-            named_parameters: as for ``named_state``.
+            named_parameters: (name, parameter) pairs.
 
         Raises:
             ValueError: for a name or an entry that does not belong to a parameter; nothing is
                 loaded then.
         """
-        params = dict(self._named(named_parameters))
+        params = dict(named_parameters)
         algorithms = {p: group["algorithm"] for group in self.param_groups for p in group["params"]}
         if unknown := {name for name in state if params.get(name) not in algorithms}:
             raise ValueError(f"the optimizer has no parameter {min(unknown)!r}")
         checked = {
             name: saved_state.check_entries(
-                state[name], f"parameter {name!r}", params[name], algorithms[params[name]]
+                entries, f"parameter {name!r}", params[name], algorithms[params[name]]
             )
-            for name in state
+            for name, entries in state.items()
+            if entries
         }
         for param in params.values():
             set_master(param, self.state.pop(param, {}), None)
         for name, entries in checked.items():
-            if entries:
-                self.state[params[name]] = entries
-                set_master(params[name], entries, entries.get("master"))
-
-    def _named(
-        self, named_parameters: Iterable[tuple[str, Tensor]] | None
-    ) -> list[tuple[str, Tensor]]:
-        """(name, parameter) pairs: the given ones, or those of the optimizer's groups."""
-        if named_parameters is not None:
-            return list(named_parameters)
-        if not all("param_names" in group for group in self.param_groups):
-            raise ValueError(
-                "the optimizer's parameters have no names: construct it with named parameters, or "
-                "give named_parameters"
-            )
-        return [
-            pair
-            for group in self.param_groups
-            for pair in zip(group["param_names"], group["params"], strict=True)
-        ]
+            self.state[params[name]] = entries
+            set_master(params[name], entries, entries.get("master"))
 
     def __getstate__(self) -> dict[str, Any]:
         if self.shardings or self.process_group is not None:

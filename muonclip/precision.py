@@ -9,11 +9,6 @@ from torch import Tensor
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that a parameter's update is computed in: float32 or wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     """The dtype of a parameter's momentum (Muon) or moments (AdamW)."""
     muon = group["algorithm"] == "muon"

@@ -1,5 +1,7 @@
 """Transfer of shards to the owners of their matrices, and of updates back to all holders."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,8 +42,7 @@ class BucketExchange:
         self.group, self.device = group, device
         self.send_dtype, self.return_dtype = send_dtype, return_dtype
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        pairs = list(zip(bucket.units, bucket.owners, strict=True))
-        self.owned = [unit for unit, owner in pairs if owner == self.rank]
+        self.owned = [unit for unit, owner in bucket if owner == self.rank]
         # The units between this rank and each other one, in the bucket's order on both sides.
         self._to_owner: list[list[WorkUnit]] = [[] for _ in range(self.size)]
         self._from_sender: list[list[WorkUnit]] = [[] for _ in range(self.size)]
@@ -49,24 +50,24 @@ class BucketExchange:
         self._from_owner: list[list[WorkUnit]] = [[] for _ in range(self.size)]
         self._owners_have_all = True  # every owner has the whole of its units already
         self._ranks_have_all = True  # and so does every other rank
-        for unit, owner in pairs:
-            for route in unit.routes(owner):
-                self._owners_have_all &= route.sender == owner
-                self._ranks_have_all &= len(route.holders) == self.size
-                if route.sender == self.rank:
+        for unit, owner in bucket:
+            for sender, holders in unit.routes(owner):
+                self._owners_have_all &= sender == owner
+                self._ranks_have_all &= len(holders) == self.size
+                if sender == self.rank:
                     self._to_owner[owner].append(unit)
                 if owner == self.rank:
-                    self._from_sender[route.sender].append(unit)
-                    for holder in route.holders:
+                    self._from_sender[sender].append(unit)
+                    for holder in holders:
                         self._to_holder[holder].append(unit)
-                if self.rank in route.holders:
+                if self.rank in holders:
                     self._from_owner[owner].append(unit)
         self._owned_sizes = [0] * self.size
-        for unit, owner in pairs:
+        for unit, owner in bucket:
             self._owned_sizes[owner] += sum(s.numel for s in set(unit.shards) if s is not None)
         sent = {unit for units in self._to_owner for unit in units}
         self.unsent = [
-            unit for unit in bucket.units if unit.shards[self.rank] is not None and unit not in sent
+            unit for unit, _ in bucket if unit.shards[self.rank] is not None and unit not in sent
         ]
         self._received: Tensor | None = None
         self._work: Any = None

@@ -1,5 +1,7 @@
 """Process groups that share tensors, and agreement of all ranks that they connect."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar

@@ -1,5 +1,7 @@
 """Muon's step over several ranks: plan once, then send, orthogonalize, send back, apply."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 

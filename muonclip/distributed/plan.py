@@ -2,20 +2,15 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import TypeAlias
 
 from muonclip.distributed.sharding import TensorShard
 
-
-class Route(NamedTuple):
-    """The transfer of one shard of a unit: its sender, and all ranks that have a copy of it."""
-
-    shard: TensorShard
-    sender: int
-    holders: tuple[int, ...]
+# Units that travel together, and the owner of each.
+Bucket: TypeAlias = list[tuple["WorkUnit", int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +37,15 @@ class WorkUnit:
         assert shard is not None
         return shard
 
-    def routes(self, owner: int) -> Iterator[Route]:
-        """How the unit's shards reach its owner, and which ranks wait for the result."""
+    def routes(self, owner: int) -> Iterator[tuple[int, list[int]]]:
+        """For each shard: the rank that sends it to the owner, and all ranks that have it."""
         holders: dict[TensorShard, list[int]] = {}
         for rank, shard in enumerate(self.shards):
             if shard is not None:
                 holders.setdefault(shard, []).append(rank)
-        for shard, ranks in holders.items():
+        for ranks in holders.values():
             # The nearest of several copies is sent; neighbours in rank are so in the network.
-            sender = min(ranks, key=lambda rank: (abs(rank - owner), rank))
-            yield Route(shard, sender, tuple(ranks))
+            yield min(ranks, key=lambda rank: (abs(rank - owner), rank)), ranks
 
 
 def make_units(
@@ -102,14 +96,6 @@ def assign_owners(units: Sequence[WorkUnit], ranks: int) -> list[int]:
     return owners
 
 
-@dataclass
-class Bucket:
-    """Units that travel together, and the owner of each."""
-
-    units: list[WorkUnit] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-
-
 def make_buckets(units: Sequence[WorkUnit], owners: Sequence[int], elements: int) -> list[Bucket]:
     """Divide the work into buckets, in each of which every owner has about the same share.
 
@@ -127,14 +113,12 @@ def make_buckets(units: Sequence[WorkUnit], owners: Sequence[int], elements: int
         by_owner.setdefault(owner, []).append(index)
     most = max((len(indices) for indices in by_owner.values()), default=0)
     count = max(1, min(most, max(2, -(-total // elements))))
-    buckets = [Bucket() for _ in range(count)]
+    buckets: list[Bucket] = [[] for _ in range(count)]
     for owner, indices in sorted(by_owner.items()):
         load = sum(units[index].cost for index in indices)
         before = 0.0
         for index in indices:
             middle = (before + units[index].cost / 2) / load if load else 0.0
-            bucket = buckets[min(int(middle * count), count - 1)]
-            bucket.units.append(units[index])
-            bucket.owners.append(owner)
+            buckets[min(int(middle * count), count - 1)].append((units[index], owner))
             before += units[index].cost
-    return [bucket for bucket in buckets if bucket.units]
+    return [bucket for bucket in buckets if bucket]

@@ -3,6 +3,8 @@
 Both the optimizer and QK-Clip read it here.
 """
 
+from __future__ import annotations  # torch may have been built without torch.distributed
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +25,7 @@ class TensorShard(NamedTuple):
     sizes: tuple[int, ...]
 
     @classmethod
-    def whole(cls, shape: Sequence[int]) -> "TensorShard":
+    def whole(cls, shape: Sequence[int]) -> TensorShard:
         """The whole of a tensor."""
         return cls((0,) * len(shape), tuple(shape))
 
@@ -53,7 +55,7 @@ class Sharding:
     """
 
     shape: tuple[int, ...]
-    group: "dist.ProcessGroup"
+    group: dist.ProcessGroup
     shards: tuple[TensorShard, ...]
 
     def __post_init__(self) -> None:
@@ -69,15 +71,9 @@ class Sharding:
             )
 
     @classmethod
-    def replicated(cls, shape: Sequence[int], group: "dist.ProcessGroup") -> "Sharding":
-        """Every rank of the group has a copy of the whole parameter (data parallelism)."""
-        whole = TensorShard.whole(shape)
-        return cls(whole.sizes, group, (whole,) * dist.get_world_size(group))
-
-    @classmethod
     def gather(
-        cls, local: Sequence[tuple[Sequence[int], TensorShard]], group: "dist.ProcessGroup"
-    ) -> list["Sharding"]:
+        cls, local: Sequence[tuple[Sequence[int], TensorShard]], group: dist.ProcessGroup
+    ) -> list[Sharding]:
         """Shardings of parameters, given the shards of this rank. A collective call of the group.
 
         Args:
@@ -121,7 +117,7 @@ class Sharding:
     def has_whole_matrices(self) -> bool:
         """Whether every rank has whole matrices [n, m] of a stack, and none that another has."""
         shards = [shard for shard in self.shards if shard.numel]
-        return len(self.shards) == 1 or (
+        return (
             len(self.shape) == 3
             and all(shard.sizes[-2:] == self.shape[-2:] for shard in shards)
             and len(set(shards)) == len(shards)
@@ -140,7 +136,7 @@ def _difference(
     return ""
 
 
-def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh")
 
 
@@ -178,7 +174,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
     )
 
 
-def local_indices(tensor: "DTensor", dim: int) -> Tensor:
+def local_indices(tensor: DTensor, dim: int) -> Tensor:
     """The indices along a dimension of a DTensor that are on this rank, ascending.
 
     Raises:
@@ -214,5 +210,5 @@ def _chunk(indices: Tensor, count: int, number: int) -> Tensor:
     return chunks[number] if number < len(chunks) else indices[:0]
 
 
-def _description(tensor: "DTensor") -> str:
+def _description(tensor: DTensor) -> str:
     return f"a DTensor of shape {tuple(tensor.shape)} has placements {tensor.placements}"
