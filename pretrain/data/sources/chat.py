@@ -14,15 +14,14 @@ from pretrain.data.composer import Composer
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
-from pretrain.data.sources.fields import MEDIA, is_unicode, lost_field, no_field
-from pretrain.data.sources.indexed import FileSource, IndexedSource, extent, too_long
+from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import TokenIndex, TokenWriter, index_tokens
+from pretrain.data.sources.tokens import TokenDocuments, TokenWriter, index_tokens
 from pretrain.data.tokenizer import ROLES
 
-_LOST_FROM_CHAT = (*MEDIA, "tools", "functions", "system")
+_LOST_FROM_CHAT = (*files.MEDIA, "tools", "functions", "system")
 _LOST_FROM_MESSAGE = (
-    *(*MEDIA, "tool_calls", "function_call", "tool_call_id", "tools"),
+    *(*files.MEDIA, "tool_calls", "function_call", "tool_call_id", "tools"),
     *("reasoning_content", "reasoning", "thinking", "prefix"),
 )
 
@@ -62,14 +61,14 @@ class ChatSource(FileSource[Chat]):
                 continue
             field = self.config.field if self.config.field in value else "messages"
             if field not in value:
-                yield Skip(name, no_field(value, "messages"))
+                yield Skip(name, files.no_field(value, "messages"))
                 continue
             try:
                 yield _chat(name, value, field)
             except ValueError as error:
                 yield Skip(name, reason(error))
 
-    def index(self, composer: Composer) -> "ChatIndex":
+    def index(self, composer: Composer) -> "ChatDocuments":
         return index_chats(self, composer)
 
 
@@ -80,7 +79,7 @@ def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
     """
     if not isinstance(value[field], list):
         raise ValueError(f"no list of messages in {field!r}")
-    if lost := lost_field(value, _LOST_FROM_CHAT):
+    if lost := files.lost_field(value, _LOST_FROM_CHAT):
         raise ValueError(f"its {lost!r} would be lost: a source of chat has messages of text alone")
     messages = tuple(_message(number, message) for number, message in enumerate(value[field], 1))
     if not any(message.role == REPLY and message.content.strip() for message in messages):
@@ -93,7 +92,7 @@ def _message(number: int, message: Any) -> Message:
     role, content = fields.get("role"), fields.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
-    if lost := lost_field(fields, _LOST_FROM_MESSAGE):
+    if lost := files.lost_field(fields, _LOST_FROM_MESSAGE):
         raise ValueError(f"the {lost!r} of message {number} would be lost: only its text is read")
     for name in ("weight", "train"):
         if fields.get(name) in (0, False):
@@ -102,7 +101,7 @@ def _message(number: int, message: Any) -> Message:
         content = _joined(number, content)
     if not isinstance(content, str):
         raise ValueError(f"message {number} has no text for its content")
-    if not is_unicode(content):
+    if not files.is_unicode(content):
         raise ValueError(f"half a surrogate pair in message {number}")
     return Message(role, content)
 
@@ -120,7 +119,7 @@ def _joined(number: int, parts: list[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class ChatIndex(TokenIndex):
+class ChatDocuments(TokenDocuments):
     """Rendered conversations, which are never cut.
 
     Attributes:
@@ -131,13 +130,13 @@ class ChatIndex(TokenIndex):
     weights: npt.NDArray[np.float32]
     categories: npt.NDArray[np.uint8]
 
-    def document(self, segment: Segment, composer: Composer) -> Document:
-        tokens = extent(self.ends, segment.number)
+    def document(self, segment: Segment) -> Document:
+        tokens = self.extent(segment.number)
         columns = (self.tokens, self.weights, self.categories)
-        return Document(composer.tokenizer, *(column[tokens].tolist() for column in columns))
+        return Document(self.composer.tokenizer, *(column[tokens].tolist() for column in columns))
 
 
-def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatIndex:
+def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocuments:
     """Load the index of a source of conversations, or build it; raises as :func:`index_tokens`."""
     tokenizer, length = composer.tokenizer, source.data.seq_length
     tokenizer.require_chat()
@@ -163,4 +162,4 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatIndex:
         "categories": np.dtype(np.uint8),
     }
     name = source.index_name("chat", tokenizer, length)
-    return index_tokens(source, name, columns, ChatIndex, add)
+    return index_tokens(source, composer, name, columns, ChatDocuments, add)

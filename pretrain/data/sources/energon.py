@@ -65,83 +65,6 @@ def require_energon() -> None:
         ) from error
 
 
-def _loader(
-    folder: Path,
-    meta: "Meta",
-    part: str,
-    rank: int,
-    ranks: int,
-    seed: int,
-    skips: list[Skip],
-    images: bool = True,
-) -> Any:
-    """Energon's savable loader, which reads in this process; it is endless for ``train``.
-
-    Args:
-        part: energon's name of the split.
-        skips: samples that cannot be decoded are appended to it.
-        images: decode images; otherwise they stay bytes.
-    """
-    from megatron import energon
-    from megatron.energon.dataset_config import get_dataset_from_config
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.metadataset.loader_interface import LoadedDataset
-
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    _limit_parts()
-
-    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
-        decoder = _decoder(images, trusted=meta.dataset is None)
-
-        @energon.stateless  # type: ignore[untyped-decorator]
-        def encode_sample(self, sample: Any) -> Any:
-            return sample
-
-    def note(error: Exception, sample: Any, sources: Any) -> None:
-        # Energon passes its raw sample: the files of one key in a shard.
-        raw: dict[str, Any] = next(iter(getattr(sample, "data", None) or ()), {})
-        name = f"{raw.get('__shard__', 'a shard')}:{raw.get('__key__', 'a sample')}"
-        skips.append(Skip(f"{folder}/{name}", _reason(error)))
-
-    workers = energon.WorkerConfig(
-        rank=rank, world_size=ranks, num_workers=0, seed_offset=seed, global_error_handler=note
-    )
-    encoder, training = Encoder(), part == "train"
-    sequences = {"max_samples_per_sequence": 100} if training else {}
-    if meta.dataset is None:
-        made: Any = get_dataset_from_config(
-            folder,
-            split_part=part,
-            training=training,
-            worker_config=workers,
-            decoder=encoder.decoder,
-            **sequences,
-        )
-    else:  # not made by energon, which would import what dataset.yaml names
-        sample_type, field_map = meta.dataset
-        made = energon.StandardWebdatasetFactory(
-            EPath(folder),
-            sample_type=getattr(energon, sample_type),
-            field_map=dict(field_map),
-            split_part=part,
-            training=training,
-            worker_config=workers,
-            decoder=encoder.decoder,
-            **sequences,
-        )
-    settings = {
-        "datasets": [LoadedDataset(dataset=made)],
-        "worker_config": workers,
-        "batch_size": None,
-    }
-    dataset = (
-        encoder.build_train_datasets(shuffle_buffer_size=_SHUFFLE_BUFFER, **settings)
-        if training
-        else encoder.build_val_datasets(**settings)
-    )
-    return energon.get_savable_loader(dataset, watchdog_timeout_seconds=None)
-
-
 class _TooLarge(bytes):
     """Takes the place of a file that exceeds :data:`_MAX_BYTES`; contains its size in words."""
 
@@ -396,10 +319,66 @@ class EnergonSource(Source):
         return EnergonDocuments(self, composer)
 
     def loader(self, part: str, share: RankShare, skips: list[Skip], *, images: bool = True) -> Any:
-        """Energon's loader of a rank's share of a split; see :func:`_loader`."""
-        return _loader(
-            *(self.folder, self.meta, part, share.rank, share.ranks, self.seed, skips), images
+        """Energon's savable loader, which reads in this process; it is endless for ``train``.
+
+        Args:
+            part: energon's name of the split.
+            skips: samples that cannot be decoded are appended to it.
+            images: decode images; otherwise they stay bytes.
+        """
+        from megatron import energon
+        from megatron.energon.dataset_config import get_dataset_from_config
+        from megatron.energon.epathlib import EPath
+        from megatron.energon.metadataset.loader_interface import LoadedDataset
+
+        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+        _limit_parts()
+
+        class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
+            decoder = _decoder(images, trusted=self.meta.dataset is None)
+
+            @energon.stateless  # type: ignore[untyped-decorator]
+            def encode_sample(self, sample: Any) -> Any:
+                return sample
+
+        def note(error: Exception, sample: Any, sources: Any) -> None:
+            # Energon passes its raw sample: the files of one key in a shard.
+            raw: dict[str, Any] = next(iter(getattr(sample, "data", None) or ()), {})
+            name = f"{raw.get('__shard__', 'a shard')}:{raw.get('__key__', 'a sample')}"
+            skips.append(Skip(f"{self.folder}/{name}", _reason(error)))
+
+        workers = energon.WorkerConfig(
+            rank=share.rank,
+            world_size=share.ranks,
+            num_workers=0,
+            seed_offset=self.seed,
+            global_error_handler=note,
         )
+        encoder, training = Encoder(), part == "train"
+        options: dict[str, Any] = {
+            "split_part": part,
+            "training": training,
+            "worker_config": workers,
+            "decoder": encoder.decoder,
+            **({"max_samples_per_sequence": 100} if training else {}),
+        }
+        if self.meta.dataset is None:
+            samples: Any = get_dataset_from_config(self.folder, **options)
+        else:  # not made by energon, which would import what dataset.yaml names
+            sample_type, fields = self.meta.dataset
+            options |= {"sample_type": getattr(energon, sample_type), "field_map": dict(fields)}
+            samples = energon.StandardWebdatasetFactory(EPath(self.folder), **options)
+        settings = {
+            "datasets": [LoadedDataset(dataset=samples)],
+            "worker_config": workers,
+            "batch_size": None,
+        }
+        dataset = (
+            encoder.build_train_datasets(shuffle_buffer_size=_SHUFFLE_BUFFER, **settings)
+            if training
+            else encoder.build_val_datasets(**settings)
+        )
+        return energon.get_savable_loader(dataset, watchdog_timeout_seconds=None)
 
     @contextlib.contextmanager
     def errors_named(self, skips: Sequence[Skip]) -> Iterator[None]:
@@ -429,7 +408,6 @@ class EnergonDocuments(Documents):
     def __init__(self, source: EnergonSource, composer: Composer) -> None:
         self.source: EnergonSource = source
         self.composer = composer
-        self.skips = ()
         self.met: list[Skip] = []  # samples that could not be used
         self.held_out: list[list[str | Pixels]] = []
         if source.meta.has_val:

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import files
+from pretrain.data.builtin.standard_library import Split
 from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
 from pretrain.data.composer import Composer, as_pair
 from pretrain.data.files import reason
 from pretrain.data.media import frames, pixels, video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip, Skipped
-from pretrain.data.sources.fields import is_unicode, lost_field
 from pretrain.data.sources.indexed import (
     FileSource,
-    Index,
+    IndexedDocuments,
     IndexedFile,
-    extent,
     map_array,
     read_index,
     read_lines,
@@ -77,7 +74,7 @@ class ImageSource(FileSource[Mixed]):
     def companions(self, paths: Sequence[Path]) -> Iterable[Path]:
         return map(caption_of, paths)
 
-    def index(self, composer: Composer) -> "MixedIndex":
+    def index(self, composer: Composer) -> "MixedDocuments":
         return index_images(self, composer)
 
 
@@ -188,7 +185,7 @@ def _captioned(image: Path) -> Mixed | Skip:
 def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | Skip:
     try:
         fields = (*_LOST, "image", "video") if "parts" in value else _LOST
-        if lost := lost_field(value, fields):
+        if lost := files.lost_field(value, fields):
             raise ValueError(f"its {lost!r} would be lost: name it in 'parts'")
         if "parts" in value:
             if not isinstance(value["parts"], list):
@@ -203,7 +200,7 @@ def _mixed(name: str, value: dict[str, Any], file: Path, field: str) -> Mixed | 
         parts = [part for part in parts if part]
         if not parts:
             raise ValueError("nothing in it")
-        if not all(is_unicode(part) for part in parts if isinstance(part, str)):
+        if not all(files.is_unicode(part) for part in parts if isinstance(part, str)):
             raise ValueError("half a surrogate pair in its text")
     except ValueError as error:
         return Skip(name, reason(error))
@@ -258,17 +255,15 @@ def media_paths(file: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class MixedIndex(Index):
-    """Documents with images.
+class MixedDocuments(IndexedDocuments):
+    """Documents with images, of which the index has descriptions.
 
     Attributes:
-        ends: int64 [n], where each description ends.
         lines: descriptions in JSON, one after the other.
         sizes: int32 [n, 2], tokens and image placeholders of each document.
         video: the first video file, which requires PyAV; empty if there is none.
     """
 
-    ends: npt.NDArray[np.int64]
     lines: npt.NDArray[np.uint8]
     sizes: npt.NDArray[np.int32]
     video: str
@@ -283,43 +278,44 @@ class MixedIndex(Index):
         tokens, placeholders = self.sizes[number].tolist()
         return tokens, placeholders
 
-    def token_counts(self, numbers: npt.NDArray[np.int64]) -> tuple[int, int]:
-        tokens, placeholders = self.sizes[numbers].sum(0, dtype=np.int64).tolist()
+    def token_counts(self, split: Split) -> tuple[int, int]:
+        tokens, placeholders = self.sizes[self.numbers[split]].sum(0, dtype=np.int64).tolist()
         return tokens, placeholders
 
-    def fitting(self, length: int) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-        tokens = self.sizes[:, 0]
-        unfitting = [
-            too_long(self.describe(int(number))[0], int(tokens[number]), length)
-            for number in np.flatnonzero(tokens > length)
+    def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
+        tokens, length = self.sizes[:, 0], self.source.data.seq_length
+        numbers = np.flatnonzero(tokens > length)
+        names = (self.describe(int(number))[0] for number in numbers)
+        return numbers, [
+            too_long(name, int(tokens[number]), length)
+            for name, number in zip(names, numbers, strict=True)
         ]
-        return np.flatnonzero(tokens <= length), unfitting
 
     def describe(self, number: int) -> tuple[str, list[str | Media], list[list[int]]]:
         """A document's name, its parts, and the [frames, height, width] of each image."""
-        name, parts, shapes = json.loads(self.lines[extent(self.ends, number)].tobytes())
+        name, parts, shapes = json.loads(self.lines[self.extent(number)].tobytes())
         media = [p if isinstance(p, str) else Media(tuple(p[0]), moving=p[1]) for p in parts]
         return name, media, shapes
 
-    def document(self, segment: Segment, composer: Composer) -> Document | Skip:
+    def document(self, segment: Segment) -> Document | Skip:
         name, parts, shapes = self.describe(segment.number)
-        remaining = iter(shapes)
+        rest, read = iter(shapes), self.composer.read
         try:
-            read = [p if isinstance(p, str) else composer.read(p, next(remaining)) for p in parts]
+            document = [p if isinstance(p, str) else read(p, next(rest)) for p in parts]
         except ValueError as error:
             return Skip(name, str(error))
-        return composer.document(read)
+        return self.composer.document(document)
 
-    def pairs(self, numbers: Iterable[int], composer: Composer) -> Iterator[VisionItem]:
-        for number in numbers:
-            _, parts, shapes = self.describe(number)
+    def pairs(self, split: Split) -> Iterator[VisionItem]:
+        for number in self.numbers[split]:
+            _, parts, shapes = self.describe(int(number))
             pair = as_pair(parts)
             if pair and shapes[0][0] <= MAX_FRAMES:
                 try:
-                    read: Pixels = composer.read(pair[0], shapes[0])
+                    pixels = self.composer.read(pair[0], shapes[0])
                 except ValueError:
                     continue  # it is reported when a sequence contains it
-                yield VisionItem(read, pair[1])
+                yield VisionItem(pixels, pair[1])
 
 
 @dataclass(frozen=True)
@@ -334,7 +330,35 @@ class Measured:
     shape: tuple[int, int, int] | str
 
 
-def index_images(source: ImageSource, composer: Composer) -> MixedIndex:
+class _Sizes:
+    """Sizes of images and videos; files that have not changed are not opened again.
+
+    Args:
+        stamps: of every file.
+        known: sizes from an earlier index.
+    """
+
+    def __init__(self, stamps: dict[str, Stamp], known: dict[Media, Measured], fps: float) -> None:
+        self._stamps, self._known, self._fps = stamps, known, fps
+        self.measured: dict[Media, Measured] = {}
+
+    def measure(self, media: Media) -> tuple[int, int, int]:
+        if media not in self.measured:
+            stamps = tuple(self._stamps.get(path, ()) for path in media.paths)
+            known = self._known.get(media)
+            if known is None or known.stamps != stamps or not all(stamps):
+                try:
+                    known = Measured(stamps, frames.measure(media, self._fps))
+                except ValueError as error:
+                    known = Measured(stamps, reason(error))
+            self.measured[media] = known
+        shape = self.measured[media].shape
+        if isinstance(shape, str):
+            raise ValueError(shape)
+        return shape
+
+
+def index_images(source: ImageSource, composer: Composer) -> MixedDocuments:
     """Load the index of a source, or build it if it is missing. Only new and changed images are
     measured.
 
@@ -342,99 +366,71 @@ def index_images(source: ImageSource, composer: Composer) -> MixedIndex:
         PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
             written, or a document has a video file and PyAV is not installed.
     """
-    tokenizer = composer.tokenizer
-    tokenizer.require_media()
+    composer.tokenizer.require_media()
     cache = Path(source.data.cache_dir)
     media = (path for file in source.files for path in media_paths(Path(file.name)))
-    named, _ = cached(cache / f"media-{source.key}", partial(_write_media, media), _read_media)
-    stamps = {path: stamp(Path(path)) for path in named}
-    settings = (composer.patch_size, *composer.limits, composer.video_fps)
-    name = source.index_name("images", tokenizer, *settings)
-    folder = cache / f"{name}-{key_of(source.key, stamps=stamps.items())}"
-    index, was_cached = cached(
-        folder, lambda partial: _build(partial, folder, source, composer, stamps), _load
+    paths, _ = cached(
+        cache / f"media-{source.key}",
+        lambda folder: write_lines(folder / "paths", dict.fromkeys(media)),
+        lambda folder: list(read_lines(folder / "paths")),
     )
-    if index.video:  # the index may have been built where PyAV was installed
-        video.require_av(index.video)
-    return replace(index, cached=was_cached)
+    stamps = {path: stamp(Path(path)) for path in paths}
+    settings = (composer.patch_size, *composer.limits, composer.video_fps)
+    name = source.index_name("images", composer.tokenizer, *settings)
+    folder = cache / f"{name}-{key_of(source.key, stamps=stamps.items())}"
+
+    def build(partial: Path) -> None:
+        sizes = _Sizes(stamps, next(siblings(folder, _read_measured), {}), composer.video_fps)
+        _build(partial, source, composer, sizes)
+
+    def load(folder: Path) -> MixedDocuments:
+        hashes, ends, indexed = read_index(folder)
+        sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+        lines = map_array(folder / "lines", np.dtype(np.uint8))
+        if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
+            raise ValueError("descriptions are not what was written")
+        film = json.loads((folder / "video").read_text())
+        return MixedDocuments(source, composer, hashes, ends, indexed, lines, sizes, film)
+
+    documents, was_cached = cached(folder, build, load)
+    if documents.video:  # the index may have been built where PyAV was installed
+        video.require_av(documents.video)
+    return replace(documents, cached=was_cached)
 
 
-def _build(
-    partial: Path,
-    folder: Path,
-    source: ImageSource,
-    composer: Composer,
-    stamps: dict[str, Stamp],
-) -> None:
-    """Write an index to ``partial``, which will become ``folder``."""
-    known: dict[Media, Measured] = next(siblings(folder, _read_measured), {})
-    measured: dict[Media, Measured] = {}
-
-    def measure(media: Media) -> tuple[int, int, int]:
-        if media not in measured:
-            current = tuple(stamps.get(path, ()) for path in media.paths)
-            earlier = known.get(media)
-            unchanged = earlier is not None and earlier.stamps == current and all(current)
-            measured[media] = (
-                earlier if earlier and unchanged else _measured(media, current, composer)
-            )
-        shape = measured[media].shape
-        if isinstance(shape, str):
-            raise ValueError(shape)
-        return shape
-
+def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes) -> None:
     skipped = Skipped(source.data.max_corrupt)
-    ends: list[int] = []
-    hashes: list[int] = []
-    sizes: list[tuple[int, int]] = []
-    total, film = 0, ""
-    progress = Progress("indexing images")
-    with (partial / "lines").open("wb") as file:
+    ends, hashes, token_counts = list[int](), list[int](), list[tuple[int, int]]()
+    film, progress = "", Progress("indexing images")
+    with (folder / "lines").open("wb") as file:
         for record in source.records():
             progress(len(ends))
             if isinstance(record, Skip):
                 skipped.add([record])
                 continue
-            media = [part for part in record.parts if isinstance(part, Media)]
+            media = [part for part in record.parts if not isinstance(part, str)]
             try:
-                shapes = [measure(item) for item in media]
-                remaining = iter(shapes)
+                shapes = [sizes.measure(item) for item in media]
+                rest = iter(shapes)
                 size = composer.size(
-                    [p if isinstance(p, str) else next(remaining) for p in record.parts]
+                    [p if isinstance(p, str) else next(rest) for p in record.parts]
                 )
             except ValueError as error:
                 skipped.add([Skip(record.name, reason(error))])
                 continue
-            sizes.append(size)
+            token_counts.append(size)
             film = film or next((p for m in media for p in m.paths if video.is_video(p)), "")
             parts = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
-            total += file.write(json.dumps([record.name, parts, shapes]).encode())
-            ends.append(total)
+            file.write(json.dumps([record.name, parts, shapes]).encode())
+            ends.append(file.tell())
             hashes.append(record.hash)
-    np.save(partial / "sizes.npy", np.array(sizes, np.int32).reshape(-1, 2))
-    (partial / "video").write_text(json.dumps(film))
+    np.save(folder / "sizes.npy", np.array(token_counts, np.int32).reshape(-1, 2))
+    (folder / "video").write_text(json.dumps(film))
     write_lines(
-        partial / "measured",
-        ([m.paths, m.moving, size.stamps, size.shape] for m, size in measured.items()),
+        folder / "measured",
+        ([m.paths, m.moving, known.stamps, known.shape] for m, known in sizes.measured.items()),
     )
-    write_index(partial, [IndexedFile("", (), len(ends), list(skipped))], ends, hashes)
-
-
-def _load(folder: Path) -> MixedIndex:
-    hashes, indexed, ends = read_index(folder)
-    sizes = np.load(folder / "sizes.npy", mmap_mode="r")
-    lines = map_array(folder / "lines", np.dtype(np.uint8))
-    if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
-        raise ValueError("descriptions are not what was written")
-    film = json.loads((folder / "video").read_text())
-    return MixedIndex(hashes, indexed, ends, lines, sizes, film)
-
-
-def _measured(media: Media, stamps: tuple[Stamp, ...], composer: Composer) -> Measured:
-    try:
-        return Measured(stamps, frames.measure(media, composer.video_fps))
-    except ValueError as error:
-        return Measured(stamps, reason(error))
+    write_index(folder, [IndexedFile("", (), len(ends), list(skipped))], ends, hashes)
 
 
 def _read_measured(folder: Path) -> dict[Media, Measured]:
@@ -443,11 +439,3 @@ def _read_measured(folder: Path) -> dict[Media, Measured]:
         size = shape if isinstance(shape, str) else tuple(shape)
         measured[Media(tuple(paths), moving)] = Measured(tuple(map(tuple, stamps)), size)
     return measured
-
-
-def _write_media(media: Iterable[str], folder: Path) -> None:
-    write_lines(folder / "paths", dict.fromkeys(media))
-
-
-def _read_media(folder: Path) -> list[str]:
-    return list(read_lines(folder / "paths"))

@@ -7,10 +7,10 @@ for packing, and the names of the image files, which are read when a sequence ne
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -18,12 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import DataConfig
-from pretrain.data.builtin.standard_library import Split
+from pretrain.data.builtin.standard_library import SPLITS, Split
 from pretrain.data.cache import Stamp, key_of, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.interface import RankShare
-from pretrain.data.media.patches import VisionItem
-from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip, within_limit
 from pretrain.data.sources.interface import Documents, Record, Segment, Source
 from pretrain.data.tokenizer import Tokenizer
@@ -62,53 +60,6 @@ class IndexedFile:
     skips: list[Skip]
 
 
-@dataclass(frozen=True)
-class Index(ABC):
-    """Documents by number, on disk.
-
-    Attributes:
-        whole: whether documents are never cut.
-        hashes: uint64 [n], a hash of the content of each document.
-        files: the indexed files in order.
-        cached: whether the index existed, and no file has changed since it was made.
-    """
-
-    whole: ClassVar[bool] = True
-    hashes: npt.NDArray[np.uint64]
-    files: list[IndexedFile]
-    cached: bool = field(default=False, kw_only=True)
-
-    @property
-    def skips(self) -> list[Skip]:
-        """Everything that was left out."""
-        return [skip for file in self.files for skip in file.skips]
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the documents and their order, independent of where the files are."""
-        return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
-
-    @abstractmethod
-    def size(self, number: int) -> tuple[int, int]:
-        """(tokens, image placeholders among them) of a document."""
-
-    @abstractmethod
-    def document(self, segment: Segment, composer: Composer) -> Document | Skip:
-        """See :meth:`pretrain.data.sources.interface.Documents.document`."""
-
-    def pairs(self, numbers: Iterable[int], composer: Composer) -> Iterator[VisionItem]:
-        """See :meth:`pretrain.data.sources.interface.Documents.pairs`."""
-        return iter(())
-
-    def token_counts(self, numbers: npt.NDArray[np.int64]) -> tuple[int, int] | None:
-        """See :meth:`pretrain.data.sources.interface.Documents.token_counts`."""
-        return None
-
-    def fitting(self, length: int) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-        """The numbers of documents that fit a sequence, and the documents that do not."""
-        return np.arange(len(self.hashes)), []
-
-
 def too_long(name: str, size: int, length: int) -> Skip:
     return Skip(name, f"its {size} tokens do not fit data.seq_length={length}", corrupt=False)
 
@@ -128,7 +79,7 @@ class IndexedSource(Source, Generic[R]):
     skips: Sequence[Skip] = ()
 
     @abstractmethod
-    def index(self, composer: Composer) -> Index:
+    def index(self, composer: Composer) -> "IndexedDocuments":
         """Load the index of :attr:`files`, or build it if it is missing; raises as :meth:`open`."""
 
     def records(self) -> Iterator[R | Skip]:
@@ -136,30 +87,15 @@ class IndexedSource(Source, Generic[R]):
         return within_limit(records, self.data.max_corrupt)
 
     def open(self, composer: Composer) -> "IndexedDocuments":
-        index = self.index(composer)
-        usable, unfitting = index.fitting(self.data.seq_length)
-        skips = [*self.skips, *index.skips, *unfitting]
-        if not len(usable):
+        documents = self.index(composer)
+        if not any(map(documents.count, SPLITS)):
+            skips = documents.skips
             first = next((skip for skip in skips if skip.corrupt), skips[0] if skips else None)
             why = f"; the first: {first.name} ({first.reason})" if first else ""
             raise PretrainError(
                 f"{self.setting}.path: none of the documents in {self.location} can be used{why}"
             )
-        numbers = self._split(usable, index.hashes[usable])
-        return IndexedDocuments(self, skips, index, numbers, composer)
-
-    def _split(
-        self, usable: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
-    ) -> dict[Split, npt.NDArray[np.int64]]:
-        empty = np.empty(0, np.int64)
-        if self.config.split == "train":
-            return {"train": usable, "held_out": empty}
-        if self.config.split == "held_out":
-            return {"train": empty, "held_out": usable}
-        held_out = hashes < np.uint64(held_out_below(self.data))
-        if held_out.all():  # such as a single document
-            held_out[:] = False
-        return {"train": usable[~held_out], "held_out": usable[held_out]}
+        return documents
 
     def index_name(self, kind: str, tokenizer: Tokenizer, *settings: object) -> str:
         """The name of an index in the cache, up to the digest of the files."""
@@ -209,40 +145,66 @@ class FileSource(IndexedSource[R]):
 
 @dataclass(frozen=True)
 class IndexedDocuments(Documents):
-    """The documents of an index.
+    """Documents by number, in an index on disk.
 
     Attributes:
-        numbers: int64 [n] for each split, the numbers of its documents in the index.
+        whole: whether documents are never cut.
+        hashes: uint64 [n], a hash of the content of each document.
+        ends: int64 [n], where each document ends in the index's data.
+        files: the indexed files in order.
+        cached: whether the index existed, and no file has changed since it was made.
     """
 
-    source: Source
-    skips: Sequence[Skip]
-    index: Index
-    numbers: dict[Split, npt.NDArray[np.int64]]
+    whole: ClassVar[bool] = True
+    source: IndexedSource[Any]
     composer: Composer
+    hashes: npt.NDArray[np.uint64]
+    ends: npt.NDArray[np.int64]
+    files: list[IndexedFile]
+    cached: bool = field(default=False, kw_only=True)
 
-    @property
-    def cached(self) -> bool:
-        return self.index.cached
+    @abstractmethod
+    def size(self, number: int) -> tuple[int, int]:
+        """(tokens, image placeholders among them) of a document."""
+
+    def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
+        """The documents that do not fit a sequence."""
+        return np.empty(0, np.int64), []
+
+    def extent(self, number: int) -> slice:
+        """The range of a document in the index's data."""
+        return slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
+
+    @cached_property
+    def skips(self) -> list[Skip]:
+        indexed = (skip for file in self.files for skip in file.skips)
+        return [*self.source.skips, *indexed, *self.too_long()[1]]
+
+    @cached_property
+    def numbers(self) -> dict[Split, npt.NDArray[np.int64]]:
+        """int64 [n], the numbers of the documents of each split."""
+        held_out = self.hashes < np.uint64(held_out_below(self.source.data))
+        usable = np.ones_like(held_out)
+        usable[self.too_long()[0]] = False
+        if self.source.config.split != "hash":
+            held_out[:] = self.source.config.split == "held_out"
+        elif held_out[usable].all():  # such as a single document
+            held_out[:] = False
+        return {
+            "train": np.flatnonzero(usable & ~held_out),
+            "held_out": np.flatnonzero(usable & held_out),
+        }
 
     @property
     def fingerprint(self) -> str:
-        return self.index.fingerprint
+        """Independent of where the files are."""
+        return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
 
     def count(self, split: Split) -> int:
         return len(self.numbers[split])
 
     def cursor(self, split: Split, share: RankShare) -> "DocumentCursor":
-        return DocumentCursor(self.source, self.index, self.numbers[split], share)
-
-    def document(self, segment: Segment) -> Document | Skip:
-        return self.index.document(segment, self.composer)
-
-    def pairs(self, split: Split) -> Iterator[VisionItem]:
-        return self.index.pairs(map(int, self.numbers[split]), self.composer)
-
-    def token_counts(self, split: Split) -> tuple[int, int] | None:
-        return self.index.token_counts(self.numbers[split])
+        return DocumentCursor(self.source, self, self.numbers[split], share)
 
 
 class SizedDocuments(Protocol):
@@ -320,11 +282,7 @@ class DocumentCursor:
 def write_index(
     folder: Path, files: Iterable[IndexedFile], ends: list[int], hashes: list[int]
 ) -> None:
-    """Write what all indexes have in common.
-
-    Args:
-        ends: where each document ends in the index's data.
-    """
+    """Write what all indexes have in common."""
     np.save(folder / "ends.npy", np.array(ends, np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
     write_lines(folder / "parts", ([f.name, f.stamp, f.documents, f.skips] for f in files))
@@ -332,8 +290,8 @@ def write_index(
 
 def read_index(
     folder: Path,
-) -> tuple[npt.NDArray[np.uint64], list[IndexedFile], npt.NDArray[np.int64]]:
-    """Hashes, files and ends.
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], list[IndexedFile]]:
+    """The hashes, ends and files of :class:`IndexedDocuments`.
 
     Raises:
         ValueError: they are damaged.
@@ -346,12 +304,7 @@ def read_index(
     hashes = np.load(folder / "hashes.npy", mmap_mode="r")
     if ends.ndim != 1 or not ends.shape == hashes.shape == (sum(f.documents for f in files),):
         raise ValueError("documents are not what was written")
-    return hashes, files, ends
-
-
-def extent(ends: npt.NDArray[np.int64], number: int) -> slice:
-    """The range of a document in its index's data."""
-    return slice(int(ends[number - 1]) if number else 0, int(ends[number]))
+    return hashes, ends, files
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

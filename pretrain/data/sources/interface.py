@@ -129,17 +129,17 @@ class Documents(ABC):
         source: the source.
         one_pass: whether training documents can only be read in order. Every rank then has a cursor
             over its share of them; otherwise all ranks follow the same order of documents.
-        skips: documents that were left out when the source was opened.
+        cached: whether :attr:`skips` come from the cache.
     """
 
     one_pass: ClassVar[bool] = False
     source: Source
-    skips: Sequence[Skip]
+    cached: bool = False
 
     @property
-    def cached(self) -> bool:
-        """Whether ``skips`` come from the cache."""
-        return False
+    def skips(self) -> Sequence[Skip]:
+        """Documents that were left out when the source was opened."""
+        return ()
 
     @property
     @abstractmethod

@@ -8,9 +8,9 @@ from pretrain.data.builtin.standard_library import TextFile, questions, read_cor
 from pretrain.data.cache import key_of
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.composer import Composer
-from pretrain.data.sources.chat import Chat, ChatIndex, index_chats
+from pretrain.data.sources.chat import Chat, ChatDocuments, index_chats
 from pretrain.data.sources.indexed import IndexedSource, InputFile, R
-from pretrain.data.sources.text import Text, TextIndex, index_text
+from pretrain.data.sources.text import Text, TextDocuments, index_text
 
 
 class _Corpus(IndexedSource[R]):
@@ -36,7 +36,7 @@ class StandardLibrarySource(_Corpus[Text]):
     def read(self, corpus: Sequence[TextFile]) -> Iterator[Text]:
         return (Text(file.name, file.text) for file in corpus)
 
-    def index(self, composer: Composer) -> TextIndex:
+    def index(self, composer: Composer) -> TextDocuments:
         return index_text(self, composer)
 
 
@@ -55,5 +55,5 @@ class StandardLibraryChatSource(_Corpus[Chat]):
                     messages = Message("user", question), Message(REPLY, answer)
                     yield Chat(f"{file.name}: {question}", messages)
 
-    def index(self, composer: Composer) -> ChatIndex:
+    def index(self, composer: Composer) -> ChatDocuments:
         return index_chats(self, composer)

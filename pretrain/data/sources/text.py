@@ -13,10 +13,9 @@ from pretrain.data.composer import Composer
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
-from pretrain.data.sources.fields import MEDIA, is_unicode, lost_field, no_field
-from pretrain.data.sources.indexed import FileSource, IndexedSource, extent
+from pretrain.data.sources.indexed import FileSource, IndexedSource
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import TokenIndex, TokenWriter, index_tokens
+from pretrain.data.sources.tokens import TokenDocuments, TokenWriter, index_tokens
 from pretrain.data.tokenizer import Tokenizer
 
 _SUFFIXES = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
@@ -58,26 +57,26 @@ class TextSource(FileSource[Text]):
             if isinstance(value, Skip):
                 yield value
             elif field not in value:
-                yield Skip(name, no_field(value, field))
-            elif lost := lost_field(value, MEDIA):
+                yield Skip(name, files.no_field(value, field))
+            elif lost := files.lost_field(value, files.MEDIA):
                 yield Skip(name, f"its {lost!r} would be lost: a source of text has no images")
             else:
                 yield _text(name, value[field], field)
 
-    def index(self, composer: Composer) -> "TextIndex":
+    def index(self, composer: Composer) -> "TextDocuments":
         return index_text(self, composer)
 
 
 def _text(name: str, text: Any, field: str) -> Text | Skip:
     if not isinstance(text, str):
         return Skip(name, f"has no text in its field {field!r}")
-    if not is_unicode(text):
+    if not files.is_unicode(text):
         return Skip(name, "half a surrogate pair in its text")
     return Text(name, text) if text.strip() else Skip(name, "no text in it", corrupt=False)
 
 
 @dataclass(frozen=True)
-class TextIndex(TokenIndex):
+class TextDocuments(TokenDocuments):
     """Documents of text, each ended by the token that ends a document.
 
     They are cut where a sequence is full, and continue in the next one.
@@ -85,13 +84,13 @@ class TextIndex(TokenIndex):
 
     whole: ClassVar[bool] = False
 
-    def document(self, segment: Segment, composer: Composer) -> Document:
-        first = extent(self.ends, segment.number).start
+    def document(self, segment: Segment) -> Document:
+        first = self.extent(segment.number).start
         tokens = self.tokens[first + segment.start : first + segment.stop]
-        return Document(composer.tokenizer).add_tokens(tokens)
+        return Document(self.composer.tokenizer).add_tokens(tokens)
 
 
-def index_text(source: IndexedSource[Text], composer: Composer) -> TextIndex:
+def index_text(source: IndexedSource[Text], composer: Composer) -> TextDocuments:
     """Load the index of a source of text, or build it; raises as :func:`index_tokens`."""
     tokenizer = composer.tokenizer
 
@@ -110,7 +109,8 @@ def index_text(source: IndexedSource[Text], composer: Composer) -> TextIndex:
                     writer.add(record.hash, np.append(tokens, tokenizer.eos))
 
     columns = {"tokens": np.dtype(tokenizer.dtype)}
-    return index_tokens(source, source.index_name("text", tokenizer), columns, TextIndex, add)
+    name = source.index_name("text", tokenizer)
+    return index_tokens(source, composer, name, columns, TextDocuments, add)
 
 
 def _batches(records: Iterator[Text | Skip]) -> Iterator[list[Text | Skip]]:

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.cache import Progress, Stamp, cached, siblings
+from pretrain.data.composer import Composer
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.indexed import (
-    Index,
+    IndexedDocuments,
     IndexedFile,
     IndexedSource,
     R,
-    extent,
     map_array,
     read_index,
     write_index,
@@ -23,23 +23,17 @@ from pretrain.data.sources.indexed import (
 
 
 @dataclass(frozen=True)
-class TokenIndex(Index):
-    """Documents as tokens.
+class TokenDocuments(IndexedDocuments):
+    """Documents whose tokens are in the index, in the column ``tokens``."""
 
-    Attributes:
-        ends: int64 [n], where each document ends in the columns.
-        tokens: the tokens of all documents.
-    """
-
-    ends: npt.NDArray[np.int64]
     tokens: npt.NDArray[Any]
 
     def size(self, number: int) -> tuple[int, int]:
-        tokens = extent(self.ends, number)
+        tokens = self.extent(number)
         return tokens.stop - tokens.start, 0
 
 
-TI = TypeVar("TI", bound=TokenIndex)
+D = TypeVar("D", bound=TokenDocuments)
 Columns = Mapping[str, np.dtype[Any]]
 
 
@@ -82,7 +76,7 @@ class TokenWriter:
         self._files[-1].documents += 1
         self._progress(len(self._ends))
 
-    def copy(self, index: TokenIndex, file: IndexedFile, first: int) -> None:
+    def copy(self, index: TokenDocuments, file: IndexedFile, first: int) -> None:
         """Append a file of another index, in which ``first`` is its first document."""
         self._skipped.add(file.skips)
         last = first + file.documents
@@ -102,11 +96,12 @@ class TokenWriter:
 
 def index_tokens(
     source: IndexedSource[R],
+    composer: Composer,
     name: str,
     columns: Columns,
-    make: Callable[..., TI],
+    make: Callable[..., D],
     add: Callable[[TokenWriter, Iterator[R | Skip]], None],
-) -> TI:
+) -> D:
     """Load the index of a source, or build it if it is missing.
 
     Files that have not changed are copied from the latest index of the same name.
@@ -114,7 +109,7 @@ def index_tokens(
     Args:
         name: name of the index, from :meth:`IndexedSource.index_name`.
         columns: the dtype of each column, by its name in the class.
-        make: the class of the index.
+        make: the class of the documents.
         add: tokenizes the records of a file and passes them to the writer.
 
     Raises:
@@ -122,12 +117,12 @@ def index_tokens(
             written.
     """
 
-    def load(folder: Path) -> TI:
-        hashes, files, ends = read_index(folder)
+    def load(folder: Path) -> D:
+        hashes, ends, files = read_index(folder)
         mapped = {column: map_array(folder / column, columns[column]) for column in columns}
         if any(len(values) != (ends[-1] if len(ends) else 0) for values in mapped.values()):
             raise ValueError("tokens are not what was written")
-        return make(hashes, files, ends, **mapped)
+        return make(source, composer, hashes, ends, files, **mapped)
 
     def build(partial: Path) -> None:
         earlier = next(siblings(folder, load), None)

@@ -86,7 +86,7 @@ def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path
             whole: list[int] = []
             while len(whole) < documents.count("train"):
                 segment = cursor.take(LENGTH)
-                if segment.stop == documents.index.size(segment.number)[0]:
+                if segment.stop == documents.size(segment.number)[0]:
                     whole.append(segment.number)
             assert sorted(whole) == documents.numbers["train"].tolist()
             epochs.append(whole)

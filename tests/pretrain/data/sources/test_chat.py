@@ -14,7 +14,7 @@ from pretrain.data.chat import Message, render
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import Chat
-from pretrain.data.sources.chat import ChatIndex
+from pretrain.data.sources.chat import ChatDocuments
 from pretrain.data.sources.interface import Segment
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -206,7 +206,7 @@ def test_what_does_not_go_together_is_told(folder: Path, tmp_path: Path) -> None
 def test_the_standard_library_answers_questions(tmp_path: Path) -> None:
     data = opened(tmp_path, SourceConfig("standard_library_chat"), max_corpus_mb=1.0)
     (documents,) = data._documents
-    assert isinstance(documents.index, ChatIndex)
+    assert isinstance(documents, ChatDocuments)
     assert documents.count("train") > 100 < 10 * documents.count("held_out")
     first = documents.document(Segment(0, int(documents.numbers["train"][0])))
     text = data.tokenizer.decode(first.tokens, skip_special_tokens=False)

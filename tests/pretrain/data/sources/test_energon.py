@@ -19,7 +19,7 @@ from pretrain.data import RankShare, open_data
 from pretrain.data.media import frames, pixels
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media, energon, find_sources, source_types
+from pretrain.data.sources import Media, energon, source_types
 from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -174,9 +174,13 @@ def test_shards_of_which_nothing_fits_are_told_and_not_read_for_ever(folder: Pat
 
 def texts(shards: Path) -> list[str]:
     """The text that a tokenizer is trained on."""
-    config = DataConfig(sources=(SourceConfig("energon", str(shards)),))
-    (source,) = find_sources(config, seed=0)
-    return [record.text for record in source.records()]
+    return [record.text for record in source_of(shards).records()]
+
+
+def source_of(shards: Path) -> energon.EnergonSource:
+    return energon.EnergonSource(
+        0, DataConfig(sources=(SourceConfig("energon", str(shards)),)), seed=0
+    )
 
 
 def test_tokenizers_are_trained_on_captions_and_images_left_undecoded(folder: Path) -> None:
@@ -239,9 +243,8 @@ def test_make_shards_counts_what_it_leaves_out(folder: Path) -> None:
 
 def samples_of(shards: Path) -> dict[str, pixels.Pixels]:
     """Captions and their pictures. They come shuffled: one pass may not have all of them."""
-    meta = energon.read_meta(shards, "source")
-    skips: list[Skip] = []
-    loader = energon._loader(shards, meta, "train", 0, 1, 0, skips)
+    source, skips = source_of(shards), list[Skip]()
+    loader, meta = source.loader("train", RankShare(), skips), source.meta
     found = {}
     for sample in itertools.islice(loader, 20 * meta.train):
         if len(found) == meta.train:
@@ -355,8 +358,8 @@ def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_p
         add("nested.txt", gzip.compress(b"x" * 99))
     _index(shards, ["train"], ["png"])
     before = {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts}
-    meta, skips = energon.read_meta(shards, "source"), list[Skip]()
-    loader = energon._loader(shards, meta, "train", 0, 1, 0, skips)
+    skips: list[Skip] = []
+    loader = source_of(shards).loader("train", RankShare(), skips)
     found = {sample.caption for sample in itertools.islice(loader, 40)}
     assert found <= {f"caption {number}" for number in range(4)} and "caption 2" in found
     assert len({skip.name for skip in skips}) >= 5

@@ -19,7 +19,7 @@ from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import cache, open_data
 from pretrain.data.media import frames
 from pretrain.data.mixture.data import MixtureData
-from pretrain.data.mixture.tokenizer import sample_texts
+from pretrain.data.open import sample_texts
 from pretrain.data.sources import find_sources
 from pretrain.data.sources.text import TextSource
 from pretrain.data.tokenizer import Tokenizer
@@ -46,9 +46,9 @@ def all_of(data: MixtureData) -> list[Any]:
     """Everything in the indexes, and everything that is listed."""
     found: list[Any] = [sorted(data._skips)]
     for documents in data._documents:
-        index = documents.index
-        fields = {f.name: getattr(index, f.name) for f in dataclasses.fields(index)}
-        del fields["cached"]
+        fields = {f.name: getattr(documents, f.name) for f in dataclasses.fields(documents)}
+        for name in ("source", "composer", "cached"):
+            del fields[name]
         # Inodes and times of files are not content.
         found.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
         found.append(

@@ -16,7 +16,7 @@ from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import SOURCES, Text
 from pretrain.data.sources.indexed import FileSource
-from pretrain.data.sources.text import TextIndex, index_text
+from pretrain.data.sources.text import TextDocuments, index_text
 from pretrain.errors import PretrainError
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -36,7 +36,7 @@ class CsvSource(FileSource[Text]):
                 name = f"{file}:{number}"
                 yield Text(name, text) if text else Skip(name, "an empty cell")
 
-    def index(self, composer: Composer) -> TextIndex:
+    def index(self, composer: Composer) -> TextDocuments:
         return index_text(self, composer)
 
 
