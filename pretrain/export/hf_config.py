@@ -266,18 +266,6 @@ def _language_fields(text: "_Section") -> tuple[dict[str, Any], int]:
         field: text.number(key) if field in _FLOATS else text.count(key, _SMALLEST.get(field, 1))
         for field, key in _TEXT.items()
     }
-    layers, dense = language["num_layers"], language["dense_layers"]
-    if dense >= layers:
-        raise text.error(
-            "first_k_dense_replace",
-            f"of num_hidden_layers={layers} at least one must have experts, not all be dense",
-        )
-    if language["experts_per_token"] > language["num_experts"]:
-        raise text.error(
-            "num_experts_per_tok", f"there are n_routed_experts={language['num_experts']}"
-        )
-    if language["qk_rope_head_dim"] % 2:
-        raise text.error("qk_rope_head_dim", "rotary channels are turned in pairs: it must be even")
     text.require(
         {
             "norm_topk_prob": language["experts_per_token"] > 1,
@@ -304,11 +292,9 @@ def _vision_fields(
             value = vision.count(key)
             if fields.setdefault(field, value) != value:
                 raise vision.error(key, f"another key says {fields[field]}, and grids are square")
-    heads = fields["num_heads"]
-    if fields["hidden_size"] % (4 * heads):
-        raise vision.error(
-            "hidden_size", f"it must be num_attention_heads={heads} times a multiple of 4"
-        )
+    rope = vision.section("rope_parameters")
+    fields["rope_base"] = rope.number("rope_theta", 10000.0) if rope else 10000.0
+    vision.build(VisionConfig, fields, {field: key for field, key, _ in _VISION})
     vision.require(
         _VISION_CONSTANTS
         | {"mm_hidden_size": fields["hidden_size"], "text_hidden_size": language_hidden_size}
@@ -317,9 +303,6 @@ def _vision_fields(
     whole.require(
         {"projection_hidden_size": fields["hidden_size"], "projection_layer_norm_eps": 1e-5}
     )
-    rope = vision.section("rope_parameters")
-    fields["rope_base"] = rope.number("rope_theta", 10000.0) if rope else 10000.0
-    vision.build(VisionConfig, fields, {field: key for field, key, _ in _VISION})
     return fields
 
 
