@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import VisionConfig
-from pretrain.model.geometry import MERGE, PATCHES_PER_TOKEN
+from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import Grid, num_features, observers_disabled
+from pretrain.model.weights import vision_weights
 
 Grids = Sequence[Grid]
 
@@ -66,14 +67,15 @@ def analytic_cost(config: VisionConfig, language_hidden_size: int) -> CostModel:
     A multiply-add counts as two. A backward takes twice the FLOPs of a forward in every part, so
     the ratios are those of a whole step.
     """
-    hidden = config.hidden_size
-    merged = PATCHES_PER_TOKEN * hidden
-    layer = 4 * hidden**2 + 2 * hidden * config.ffn_hidden_size
+    flops = dict.fromkeys(("vision encoder", "projector"), 0.0)
+    for weight in vision_weights(config, language_hidden_size):
+        if len(weight.shape) == 2:
+            flops[weight.component] += 2 * weight.numel
     return CostModel(
-        per_patch=2.0 * (3 * config.patch_size**2 * hidden + config.num_layers * layer),
-        per_feature=2.0 * (merged**2 + merged * language_hidden_size),
+        per_patch=flops["vision encoder"],
+        per_feature=flops["projector"],
         # Queries times keys, and weights times values.
-        per_pair=2.0 * config.num_layers * 2 * hidden,
+        per_pair=2.0 * config.num_layers * 2 * config.hidden_size,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.data.media.pixels import Pixels
-from pretrain.model.geometry import MAX_FRAMES, MERGE
+from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN
 
 # The processors' limits, in patches.
 MAX_PATCHES_OF_AN_IMAGE = 16384
@@ -48,7 +48,7 @@ def limits(seq_length: int, max_image_tokens: int | None = None) -> Limits:
     """
     room = seq_length - _AROUND
     side = min(MAX_PATCHES_OF_A_SIDE, MERGE * room)
-    wanted = MERGE * MERGE * (max_image_tokens or max(1, seq_length // 4))
+    wanted = PATCHES_PER_TOKEN * (max_image_tokens or max(1, seq_length // 4))
     low, high = 1, min(MAX_PATCHES_OF_AN_IMAGE, wanted)
     while low < high:  # the largest that fits
         middle = (low + high + 1) // 2
