@@ -635,7 +635,7 @@ _STEPS_BEFORE_A_LAYER_IS_MISSED = 3
 
 
 class _ObservationLog:
-    """Which layers were observed, to find those that never are."""
+    """A record of observed layers, to find those that never are."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._layers, self._steps = tuple(layers), 0

@@ -1,11 +1,10 @@
-"""megatron-core's GPTModel: its attention layouts, the matrices fused in its parameters, and which
-part of them each rank holds.
+"""megatron-core's GPTModel: its attention layouts, fused matrices, and shards.
 
->>> placed = shardings(model)  # doctest: +SKIP
->>> groups = param_groups(model, layouts=matrix_layouts(model), shardings=placed)  # doctest: +SKIP
->>> optimizer = MuonClip(groups, shardings=placed)  # doctest: +SKIP
+>>> shards = shardings(model)  # doctest: +SKIP
+>>> groups = param_groups(model, layouts=matrix_layouts(model), shardings=shards)  # doctest: +SKIP
+>>> optimizer = MuonClip(groups, shardings=shards)  # doctest: +SKIP
 
-Modules are recognised by class name and attributes, with or without Transformer Engine; only
+Modules are recognized by class name and attributes, with or without Transformer Engine. Only
 ``shardings`` imports megatron-core, for its process groups.
 """
 
@@ -21,13 +20,12 @@ from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.param_groups import part_of_matrix
 
-# Attention whose projections ``matrix_layouts`` knows.
-_ATTENTION = ("MLASelfAttention", "AbsorbedMLASelfAttention", "SelfAttention", "CrossAttention")
-
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from muonclip.distributed.sharding import Sharding
+
+_MLA = ("MLASelfAttention", "AbsorbedMLASelfAttention")
 
 
 def attention_layouts(
@@ -35,33 +33,33 @@ def attention_layouts(
 ) -> dict[str, AttentionLayout]:
     """The layouts of a model's self-attention layers, for ``QKClip``.
 
-    Under tensor parallelism these are the layouts of the rank's own heads.
+    Under tensor parallelism they describe the local heads.
 
     Args:
-        model: a GPTModel or any module around one; layers without attention are skipped.
-        exclude: pattern or patterns (``fnmatch``) of names of layers to leave out.
+        model: a GPTModel or a module that contains one; layers without attention are skipped.
+        exclude: pattern or patterns (``fnmatch``) of layer names to leave out.
 
     Returns:
         Module name, e.g. ``"decoder.layers.0.self_attention"`` -> layout.
 
     Raises:
-        ValueError: for an attention whose logits do not follow from its weights' scale (a norm on
-            query or key) or whose rows are not whole heads (fewer key groups than tensor-parallel
-            ranks), and for attention of another class, cross-attention included.
+        ValueError: for an attention whose logits do not follow the scale of its weights (a norm on
+            query or key), whose heads are split over ranks (fewer key groups than tensor-parallel
+            ranks), or whose class is unknown or cross-attention.
     """
     layouts: dict[str, AttentionLayout] = {}
     for name, module in model.named_modules():
         if _is_excluded(name, exclude):
             continue
-        if _is_a(module, "MLASelfAttention") or _is_a(module, "AbsorbedMLASelfAttention"):
+        if _is_a(module, *_MLA):
             layouts[name] = _mla(module)
         elif _is_a(module, "SelfAttention"):
             layouts[name] = _gqa(name, module)
         elif _is_attention(module) and not _is_within(name, layouts):
             raise ValueError(
                 f"{name} is {type(module).__name__}, an attention whose query and key rows are not "
-                "known here, so QK-Clip would not watch it: leave it out with exclude, or add its "
-                "AttentionLayout to these"
+                "known, so QK-Clip would not clip it: leave it out with exclude, and add its "
+                "AttentionLayout to the result"
             )
     return layouts
 
@@ -71,93 +69,60 @@ def matrix_layouts(
 ) -> dict[str, MatrixLayout]:
     """The matrices of the model that its parameters fuse, for ``param_groups``.
 
-    These are gate and up in ``linear_fc1`` of gated MLPs (experts too); query, key, value and an
-    output gate in ``linear_qkv``, key and value in ``linear_kv``; what Mamba and gated delta net
-    layers take from ``in_proj``; the experts that ``GroupedMLP`` keeps in one storage. In MLA they
-    are the matrices of the DeepSeek-V2 report (arXiv 2405.04434, section 2.1): W^DKV and W^KR in
-    ``linear_kv_down_proj``, W^UK and W^UV in ``linear_kv_up_proj``, and W^UQ and W^QR in
-    ``linear_q_up_proj`` (or ``linear_q_proj``).
+    - gate and up in ``linear_fc1`` of gated MLPs, including experts;
+    - query, key, value and an output gate in ``linear_qkv``, key and value in ``linear_kv``;
+    - the outputs of ``in_proj`` of Mamba and gated delta nets;
+    - the experts that ``GroupedMLP`` stores in one parameter;
+    - in MLA the matrices of the DeepSeek-V2 report (arXiv 2405.04434, section 2.1): W^DKV and W^KR
+      in ``linear_kv_down_proj``, W^UK and W^UV in ``linear_kv_up_proj``, W^UQ and W^QR in
+      ``linear_q_up_proj`` (or ``linear_q_proj``).
 
-    Under tensor parallelism they describe the whole parameter, as ``shardings`` puts it together.
+    Under tensor parallelism they describe the whole parameter, as gathered by ``shardings``.
 
     Args:
-        model: a GPTModel or any module around one.
-        per_head: orthogonalize the query, key and value rows of each head on their own, as for
+        model: a GPTModel or a module that contains one.
+        per_head: orthogonalize the query, key and value rows of each head separately, as for
             GLM-5 (arXiv 2602.15763) and Kimi K3 (arXiv 2607.24653, section 2.5). The output
-            projection stays whole: its heads add up in one output.
-        exclude: pattern or patterns (``fnmatch``) of names of modules to leave out: their
-            parameters are matrices as they are stored, or get layouts of your own.
+            projection stays whole, because its heads add up in one output.
+        exclude: pattern or patterns (``fnmatch``) of module names to leave out. Their parameters
+            are matrices as they are stored, unless you add layouts.
 
     Returns:
         Parameter name -> its layout.
 
     Raises:
-        ValueError: for attention of a class that is not known, whose projections may be fused.
+        ValueError: for an attention of unknown class, whose projections may be fused.
     """
     layouts: dict[str, MatrixLayout] = {}
-    known: list[str] = []
+    attentions: list[str] = []
     for name, module in model.named_modules():
         if _is_excluded(name, exclude):
             continue
-        if any(_is_a(module, kind) for kind in _ATTENTION):
-            known.append(name)
-        elif _is_attention(module) and not _is_within(name, known):
+        if _is_a(module, *_MLA, "SelfAttention", "CrossAttention"):
+            attentions.append(name)
+        elif _is_attention(module) and not _is_within(name, attentions):
             raise ValueError(
-                f"{name} is {type(module).__name__}, an attention that is not known here: if its "
-                "projections are fused, Muon would take them for one matrix. Leave it out with "
-                "exclude, and add the MatrixLayout of each fused parameter to these"
+                f"{name} is {type(module).__name__}, an attention of unknown class: if its "
+                "projections are fused, Muon would orthogonalize them as one matrix. Leave it out "
+                "with exclude, and add the MatrixLayout of each fused parameter to the result"
             )
-        config = getattr(module, "config", None)
-        if config is None:
-            continue
-        fused: dict[str, MatrixLayout] = {}
-        fc1 = getattr(module, "linear_fc1", None)
-        if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
-            _, weight = _weights(fc1)[0]
-            half = weight.size(0) // 2
-            # Each tensor-parallel rank has its rows of gate, then its rows of up.
-            fused["linear_fc1"] = MatrixLayout((half, half), _parts(fc1, weight, config))
-        if _is_a(module, "MLASelfAttention") or _is_a(module, "AbsorbedMLASelfAttention"):
-            heads = config.num_attention_heads
-            nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
-            query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
-            fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
-            fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
-            if not hasattr(module, "linear_k_up_proj"):
-                fused["linear_kv_up_proj"] = MatrixLayout(
-                    (nope, config.v_head_dim), heads, separate=per_head
-                )
-            elif per_head:
-                fused["linear_k_up_proj"] = MatrixLayout((nope,), heads, separate=True)
-                fused["linear_v_up_proj"] = MatrixLayout((config.v_head_dim,), heads, separate=True)
-        elif _is_a(module, "SelfAttention"):
-            fused["linear_qkv"] = _qkv(config, per_head)
-        elif _is_a(module, "CrossAttention"):
-            heads, dim = config.num_attention_heads, config.kv_channels
-            fused["linear_kv"] = MatrixLayout((dim, dim), heads, separate=per_head)
-            if per_head:
-                fused["linear_q"] = MatrixLayout((dim,), heads, separate=True)
-        elif _is_a(module, "MambaMixer") or _is_a(module, "GatedDeltaNet"):
-            fused["in_proj"] = _recurrent(module)
-        elif _is_a(module, "GroupedMLP"):
-            fused |= _grouped(module, config)
-        for owner, layout in fused.items():
-            if owner in module._parameters:
-                layouts[_join(name, owner)] = layout
+        for child, layout in _fused_matrices(module, per_head).items():
+            if child in module._parameters:
+                layouts[_join(name, child)] = layout
                 continue
-            for weight_name, _ in _weights(getattr(module, owner)):
-                layouts[_join(name, owner, weight_name)] = layout
+            for weight_name, _ in _weights(getattr(module, child)):
+                layouts[_join(name, child, weight_name)] = layout
     return layouts
 
 
 def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
-    """Which part of each matrix every rank holds, for ``MuonClip`` and ``param_groups``.
+    """The shards of each matrix, for ``MuonClip`` and ``param_groups``.
 
-    What tensor parallelism cuts is rebuilt for its orthogonalization, and what several ranks hold
-    is orthogonalized by one of them: the tensor-parallel, context-parallel and data-parallel ranks
-    of a pipeline stage share its matrices among each other, the expert-tensor-parallel and
-    expert-data-parallel ranks those of their experts. Stages, and the experts of different ranks,
-    have nothing to do with each other.
+    Matrices that tensor parallelism splits are gathered for orthogonalization, and matrices that
+    several ranks have are orthogonalized by one of them. The tensor-, context- and data-parallel
+    ranks of a pipeline stage share the work on its matrices; the expert-tensor- and
+    expert-data-parallel ranks share that on their experts. Pipeline stages, and ranks with
+    different experts, do not communicate.
 
     The gradients must be those of the whole global batch on every rank: megatron-core's DDP
     without its distributed optimizer leaves them in ``parameter.main_grad`` (after
@@ -168,21 +133,21 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
     ``parallel_state.initialize_model_parallel``.
 
     Args:
-        model: a GPTModel, or any module around one or several (an ``nn.ModuleList`` of the chunks
-            of virtual pipeline stages).
+        model: a GPTModel, or a module that contains one or several (an ``nn.ModuleList`` of the
+            model chunks of virtual pipeline stages).
 
     Returns:
-        Parameter -> its sharding, for every matrix that more than one rank holds a part of.
+        Parameter -> its sharding, for every matrix that more than one rank has a shard or copy of.
 
     Raises:
         ImportError: without megatron-core.
-        ValueError: on all ranks, if they hold different parameters; for a DDP wrapper that leaves
-            each rank a part of the gradients, for tensor parallelism in ``GroupedMLP``, and for
-            shards of generalized tensor parallelism (GTP).
+        ValueError: on all ranks, if their parameters differ; for a DDP wrapper that shards the
+            gradients, for tensor parallelism in ``GroupedMLP``, and for shards of generalized
+            tensor parallelism (GTP).
     """
     from muonclip.distributed.sharding import Sharding, TensorShard
 
-    parts: dict[bool, dict[Tensor, tuple[tuple[int, ...], TensorShard]]] = {False: {}, True: {}}
+    local: dict[bool, dict[Tensor, tuple[tuple[int, ...], TensorShard]]] = {False: {}, True: {}}
     for module in model.modules():
         _check_gradients_are_whole(module)
         for name, parameter in module._parameters.items():
@@ -190,47 +155,77 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
                 raise ValueError(f"{name} of a {type(module).__name__} {reason}")
             if parameter is None or parameter.ndim < 2 or hasattr(parameter, "device_mesh"):
                 continue
-            expert = not getattr(parameter, "allreduce", True)
+            is_expert = not getattr(parameter, "allreduce", True)
             dim = _partition_dim(module, parameter)
             shape, offsets = list(parameter.shape), [0] * parameter.ndim
-            if dim is not None and (group := _tensor_group(module, expert)).size() > 1:
+            if dim is not None and (group := _tensor_group(module, is_expert)).size() > 1:
                 if _is_a(module, "GroupedMLP"):
                     raise ValueError(
-                        "GroupedMLP under expert tensor parallelism keeps the parts of its experts "
-                        "where they are no part of a matrix: use TEGroupedMLP or SequentialMLP, or "
-                        "expert_tensor_parallel_size=1"
+                        "GroupedMLP's matrices cannot be gathered under expert tensor parallelism: "
+                        "use TEGroupedMLP or SequentialMLP, or expert_tensor_parallel_size=1"
                     )
                 offsets[dim] = shape[dim] * group.rank()
                 shape[dim] *= group.size()
             shard = TensorShard(tuple(offsets), tuple(parameter.shape))
-            parts[expert][parameter] = (tuple(shape), shard)
+            local[is_expert][parameter] = (tuple(shape), shard)
 
-    found: dict[Tensor, Sharding] = {}
-    for expert, group_of in ((False, _dense_group), (True, _expert_group)):
-        if not parts[expert]:
-            continue
-        group = group_of()
-        if group.size() > 1:
-            gathered = Sharding.gather(list(parts[expert].values()), group)
-            found |= dict(zip(parts[expert], gathered, strict=True))
-    return found
+    result: dict[Tensor, Sharding] = {}
+    for is_expert, get_group in ((False, _dense_group), (True, _expert_group)):
+        if local[is_expert] and (group := get_group()).size() > 1:
+            gathered = Sharding.gather(list(local[is_expert].values()), group)
+            result |= dict(zip(local[is_expert], gathered, strict=True))
+    return result
 
 
 # ---------------------------------------------------------------------- layouts of matrices
 
 
-def _qkv(config: Any, per_head: bool) -> MatrixLayout:
-    """Megatron's order: for each key group its queries, (their gates,) its key, its value."""
-    dim, groups = config.kv_channels, config.num_query_groups
-    queries = config.num_attention_heads // groups
-    parts = 2 if getattr(config, "attention_output_gate", False) else 1
-    if per_head:
-        return MatrixLayout((dim,) * (queries * parts + 2), groups, separate=True)
-    return MatrixLayout((*(queries * dim,) * parts, dim, dim), groups)
+def _fused_matrices(module: Any, per_head: bool) -> dict[str, MatrixLayout]:
+    """The layouts of a module's fused parameters and linear layers, by name."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return {}
+    fused: dict[str, MatrixLayout] = {}
+    fc1 = getattr(module, "linear_fc1", None)
+    if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
+        _, weight = _weights(fc1)[0]
+        half = weight.size(0) // 2
+        # Each tensor-parallel rank has its rows of gate, then its rows of up.
+        fused["linear_fc1"] = MatrixLayout((half, half), _row_ranks(fc1, weight, config))
+    if _is_a(module, *_MLA):
+        heads, value = config.num_attention_heads, config.v_head_dim
+        nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
+        query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+        fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
+        fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
+        if not hasattr(module, "linear_k_up_proj"):
+            fused["linear_kv_up_proj"] = MatrixLayout((nope, value), heads, separate=per_head)
+        elif per_head:
+            fused["linear_k_up_proj"] = MatrixLayout((nope,), heads, separate=True)
+            fused["linear_v_up_proj"] = MatrixLayout((value,), heads, separate=True)
+    elif _is_a(module, "SelfAttention"):
+        # Megatron's order: per key group its queries, their output gates, its key and its value.
+        dim, groups = config.kv_channels, config.num_query_groups
+        queries = config.num_attention_heads // groups
+        copies = 2 if getattr(config, "attention_output_gate", False) else 1
+        blocks = (
+            (dim,) * (queries * copies + 2) if per_head else (*(queries * dim,) * copies, dim, dim)
+        )
+        fused["linear_qkv"] = MatrixLayout(blocks, groups, separate=per_head)
+    elif _is_a(module, "CrossAttention"):
+        heads, dim = config.num_attention_heads, config.kv_channels
+        fused["linear_kv"] = MatrixLayout((dim, dim), heads, separate=per_head)
+        if per_head:
+            fused["linear_q"] = MatrixLayout((dim,), heads, separate=True)
+    elif _is_a(module, "MambaMixer", "GatedDeltaNet"):
+        fused["in_proj"] = _recurrent(module)
+    elif _is_a(module, "GroupedMLP"):
+        fused |= _grouped(module, config)
+    return fused
 
 
 def _recurrent(module: Any) -> MatrixLayout:
-    """Outputs of a recurrent layer's projection; tensor-parallel ranks have a part of each.
+    """Outputs of a recurrent layer's projection, each of them split over tensor-parallel ranks.
 
     Mamba: z, x, B, C, dt. Gated delta net: query, key, value, gate, beta, alpha.
     """
@@ -244,8 +239,7 @@ def _recurrent(module: Any) -> MatrixLayout:
 
 
 def _grouped(module: Any, config: Any) -> dict[str, MatrixLayout]:
-    """GroupedMLP reads weight1 as [experts, hidden, ffn] and weight2 as [experts, ffn, hidden],
-    whatever shapes they have."""
+    """GroupedMLP views weight1 as [experts, hidden, ffn] and weight2 as [experts, ffn, hidden]."""
     experts = module.num_local_experts
     hidden, columns = module.weight1.shape
     first, second = columns // experts, module.weight2.size(0) // experts
@@ -259,22 +253,22 @@ def _grouped(module: Any, config: Any) -> dict[str, MatrixLayout]:
     }
 
 
-def _parts(linear: nn.Module, weight: Tensor, config: Any) -> int:
-    """On how many ranks the rows of a weight are."""
+def _row_ranks(linear: nn.Module, weight: Tensor, config: Any) -> int:
+    """Number of tensor-parallel ranks that the rows of a weight are split over."""
     if _partition_dim(linear, weight) != 0:
         return 1
-    group = _own_group(linear)
+    group = _layer_group(linear)
     return int(config.tensor_model_parallel_size if group is None else group.size())
 
 
-# ---------------------------------------------------------------------- who holds what
+# ---------------------------------------------------------------------- shards
 
 
 def _partition_dim(module: nn.Module, parameter: Tensor) -> int | None:
-    """The dimension along which tensor parallelism cuts a parameter; None for a whole one.
+    """The dimension along which tensor parallelism splits a parameter; None if it does not.
 
-    By class before attributes: those are missing with ``perform_initialization=False``, and
-    Transformer Engine sets them also where nothing is cut.
+    The class takes precedence over attributes, which are missing with
+    ``perform_initialization=False`` and which Transformer Engine also sets on whole parameters.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     if any("RowParallel" in name for name in names):
@@ -290,35 +284,29 @@ def _partition_dim(module: nn.Module, parameter: Tensor) -> int | None:
     return None
 
 
-def _own_group(module: nn.Module) -> "dist.ProcessGroup | None":
-    """The tensor-parallel ranks that a linear layer was made for."""
+def _layer_group(module: nn.Module) -> "dist.ProcessGroup | None":
+    """The tensor-parallel group of a linear layer, if the layer has one."""
     group = getattr(module, "tp_group", None)
     return getattr(module, "_tp_group", None) if group is None else group
 
 
-def _tensor_group(module: nn.Module, expert: bool) -> "dist.ProcessGroup":
-    group = _own_group(module)
-    if group is not None:
-        return group
-    state = _parallel_state()
-    found: dist.ProcessGroup = (
-        state.get_expert_tensor_parallel_group()
-        if expert
-        else state.get_tensor_model_parallel_group()
-    )
-    return found
+def _tensor_group(module: nn.Module, is_expert: bool) -> "dist.ProcessGroup":
+    group: Any = _layer_group(module)
+    if group is None and is_expert:
+        group = _parallel_state().get_expert_tensor_parallel_group()
+    elif group is None:
+        group = _parallel_state().get_tensor_model_parallel_group()
+    return group  # type: ignore[no-any-return]
 
 
 def _dense_group() -> "dist.ProcessGroup":
     """The ranks of a pipeline stage."""
-    group: dist.ProcessGroup = _parallel_state().get_tensor_and_data_parallel_group(
-        with_context_parallel=True
-    )
-    return group
+    state = _parallel_state()
+    return state.get_tensor_and_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
 
 
 def _expert_group() -> "dist.ProcessGroup":
-    """The ranks that hold the same experts, or parts of them: megatron-core has no such group."""
+    """The ranks that have copies or shards of the same experts; not a group of megatron-core."""
     import torch.distributed as dist
 
     from muonclip.distributed.groups import group_of_ranks
@@ -329,9 +317,9 @@ def _expert_group() -> "dist.ProcessGroup":
         return data  # type: ignore[no-any-return]
     if data.size() == 1:
         return tensor  # type: ignore[no-any-return]
-    neighbours: list[list[int]] = [[] for _ in range(data.size())]
-    dist.all_gather_object(neighbours, dist.get_process_group_ranks(tensor), group=data)
-    return group_of_ranks([rank for ranks in neighbours for rank in ranks], [tensor, data])
+    gathered: list[list[int]] = [[] for _ in range(data.size())]
+    dist.all_gather_object(gathered, dist.get_process_group_ranks(tensor), group=data)
+    return group_of_ranks([rank for ranks in gathered for rank in ranks], [tensor, data])
 
 
 def _parallel_state() -> Any:
@@ -347,9 +335,9 @@ def _check_gradients_are_whole(module: nn.Module) -> None:
         config, "use_megatron_fsdp", False
     ):
         raise ValueError(
-            "megatron-core's data-parallel wrapper leaves each rank a part of the gradients, but "
-            "Muon needs whole matrices: set use_distributed_optimizer=False and "
-            "use_megatron_fsdp=False in DistributedDataParallelConfig"
+            "megatron-core's data-parallel wrapper shards the gradients, but Muon needs whole "
+            "matrices: set use_distributed_optimizer=False and use_megatron_fsdp=False in "
+            "DistributedDataParallelConfig"
         )
 
 
@@ -360,7 +348,7 @@ def _mla(module: Any) -> AttentionLayout:
     config, heads = module.config, module.num_attention_heads_per_partition
     query = module.linear_q_proj if config.q_lora_rank is None else module.linear_q_up_proj
     nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
-    if hasattr(module, "linear_k_up_proj"):  # absorbed MLA, keys and values apart
+    if hasattr(module, "linear_k_up_proj"):  # absorbed MLA: separate keys and values
         rows = torch.arange(heads * (nope + rope)).view(heads, -1)
         return AttentionLayout(
             HeadRows(query, rows[:, :nope]),
@@ -382,14 +370,14 @@ def _gqa(name: str, module: Any) -> AttentionLayout:
         layer = getattr(module, norm, None)
         if layer is not None and not _is_a(layer, "IdentityOp"):
             raise ValueError(
-                f"{name} has a {norm}: it undoes any scale of the weights before it, so QK-Clip "
-                "cannot act there (and the norm already bounds the logits): leave the layer out "
+                f"{name} has a {norm}, which undoes any scaling of the weights before it: QK-Clip "
+                "cannot clip there, and the norm already bounds the logits. Leave the layer out "
                 "with exclude"
             )
     if module.config.num_query_groups < module.world_size:
         raise ValueError(
             f"{name} has {module.config.num_query_groups} key groups on {module.world_size} "
-            "tensor-parallel ranks, so that heads are cut; use at most one rank per key group"
+            "tensor-parallel ranks, so heads are split: use at most one rank per key group"
         )
     return AttentionLayout.fused_by_group(
         module.linear_qkv,
@@ -400,15 +388,15 @@ def _gqa(name: str, module: Any) -> AttentionLayout:
 
 
 def _weights(linear: nn.Module) -> list[tuple[str, Tensor]]:
-    """The matrices of a linear layer: ``weight``, or of a grouped one ``weight0``, ``weight1``…"""
+    """The matrices of a linear layer: ``weight``, or ``weight0``, ``weight1``… of a grouped one."""
     named = linear.named_parameters(recurse=False)
     return [(name, p) for name, p in named if name.startswith("weight") and p.ndim == 2]
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention by its name, and has matrices itself or in its layers.
+    """Whether a module is an attention by its class name, with matrices in it or its layers.
 
-    The core of an attention, the product of queries and keys alone, has none.
+    The core of an attention, the product of queries and keys, has none.
     """
     if not any("attention" in cls.__name__.lower() for cls in type(module).__mro__):
         return False
@@ -418,8 +406,8 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _is_excluded(name: str, exclude: str | Sequence[str]) -> bool:
     patterns = (exclude,) if isinstance(exclude, str) else exclude
-    parts = name.split(".")
-    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    components = name.split(".")
+    paths = [".".join(components[: end + 1]) for end in range(len(components))]
     return any(fnmatch(path, pattern) for path in paths for pattern in patterns)
 
 
@@ -427,9 +415,9 @@ def _is_within(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") or not module for module in modules)
 
 
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
 
 
-def _is_a(module: nn.Module, class_name: str) -> bool:
-    return any(cls.__name__ == class_name for cls in type(module).__mro__)
+def _is_a(module: nn.Module, *class_names: str) -> bool:
+    return any(cls.__name__ in class_names for cls in type(module).__mro__)

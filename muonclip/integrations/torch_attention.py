@@ -35,9 +35,9 @@ def qk_clip(
     exact: bool = False,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> QKClip:
-    """QK-Clip for all ``nn.MultiheadAttention`` in a model: layouts found, forward passes watched.
+    """A QK-Clip with the layouts of a model's ``nn.MultiheadAttention``, which watches them.
 
-    What is left to do is ``clip.attach(optimizer)``, or ``clip.step()`` after each optimizer step.
+    Then call ``clip.attach(optimizer)`` once, or ``clip.step()`` after each optimizer step.
     ``clip.remove()`` undoes everything. A new clip of the same model replaces an earlier one.
 
     Args:
@@ -61,14 +61,14 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
     """The layouts of a model's ``nn.MultiheadAttention`` layers, for ``QKClip``.
 
     Args:
-        model: any module; others than ``nn.MultiheadAttention`` are passed over.
+        model: any module; layers other than ``nn.MultiheadAttention`` are skipped.
 
     Returns:
         Module name, e.g. ``"layers.0.self_attn"`` -> layout.
 
     Raises:
-        ValueError: for a layer with ``add_bias_kv``, whose keys are not all made by a projection,
-            and for one that PEFT trains.
+        ValueError: for a layer with ``add_bias_kv``, whose keys do not all come from a projection,
+            and for a layer that PEFT trains.
     """
     for name, module in model.named_modules():
         inner = module._modules.get("base_layer")
@@ -87,29 +87,30 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
 
 
 def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> Handle:
-    """Show ``clip`` the queries and keys of every forward pass in training.
+    """Let ``clip`` observe the queries and keys of every forward pass in training.
 
-    A hook before the forward pass projects them once more, without gradient: about 5% of a
-    transformer layer's work. Masks count as the layer counts them; a floating ``attn_mask``
-    may be a bias, which is not scaled, see ``QKClip.observe_attention``. Forward passes that
-    activation checkpointing repeats are seen once. Layers with hooks do without torch's fast path
-    in evaluation.
+    A hook before the forward pass computes the projections a second time, without gradient: about
+    5% of a transformer layer's work. Masks have the layer's meaning; a floating ``attn_mask`` may
+    be a bias, which is not scaled, see ``QKClip.observe_attention``. Forward passes that activation
+    checkpointing repeats are observed once. Layers with hooks do not use torch's fast path in
+    evaluation.
+
+    The model may be compiled before or after. This call clears the caches of torch's compiler
+    (``torch.compiler.reset``), because compiled code does not run hooks that are added later. If
+    another clip watches one of the layers, that clip is removed. Copies of the model are not
+    watched.
 
     Args:
         model: the model whose submodules the clip's layers name.
-        clip: takes the logits in.
-        layers: which of the clip's layers to watch; default: all.
-
-    The model may be compiled before or after. Since compiled code does not run what is added later,
-    this call clears the caches of torch's compiler (``torch.compiler.reset``). A layer that another
-    clip watches is watched by this one from now on; the other clip is removed. Copies of the model
-    are not watched.
+        clip: observes the logits.
+        layers: layers of the clip to watch; default: all.
 
     Returns:
-        A handle whose ``remove()`` ends the watching. It ends by itself with the model.
+        A handle whose ``remove()`` ends the watching. It also ends with the model.
 
     Raises:
-        ValueError: if a layer is unknown to the clip, or no ``nn.MultiheadAttention`` of the model.
+        ValueError: if a layer is not in the clip, or is not an ``nn.MultiheadAttention`` of the
+            model.
     """
     modules = select_layers(model, clip, layers)
     for name, module in modules.items():
@@ -131,10 +132,10 @@ _watched = WatchedModules(_hooked)
 def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
     if module.bias_k is not None:
         raise ValueError(
-            f"{name}: add_bias_kv gives a key that no projection makes, which QK-Clip would not "
-            "scale with the others: build the layer with add_bias_kv=False"
+            f"{name}: add_bias_kv adds a key without a projection, which QK-Clip would not scale "
+            "with the others: build the layer with add_bias_kv=False"
         )
-    # Functions, since FSDP2 replaces the parameters.
+    # Functions, because FSDP2 replaces the parameters.
     if module.in_proj_weight is not None:
         return AttentionLayout.fused(partial(_fused, module), num_heads=module.num_heads)
     rows = torch.arange(module.embed_dim, device="cpu").view(module.num_heads, -1)
@@ -163,25 +164,25 @@ def _key(module: nn.MultiheadAttention) -> WeightAndBias:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Observe what the forward pass will compute from these arguments."""
+    """Observe the logits that the forward pass will compute from these arguments."""
     watched = _watched.get(module)
     clip = None if watched is None else watched.observer(module)
     if watched is None or clip is None:
         return
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()
-    given = call.arguments
-    query, key = given["query"], given["key"]
+    arguments = call.arguments
+    query, key = arguments["query"], arguments["key"]
     clip._track_backward(query, key)
-    attn_mask, padding = given["attn_mask"], given["key_padding_mask"]
+    attn_mask, padding = arguments["attn_mask"], arguments["key_padding_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]
         padding = None if padding is None else padding[None]
     elif not module.batch_first:
         query, key = query.transpose(0, 1), key.transpose(0, 1)
 
-    # With this hint and nothing against it, the layer does not look at attn_mask.
-    causal = bool(given["is_causal"] and padding is None and not given["need_weights"])
+    # The layer ignores attn_mask if it can use this hint.
+    causal = bool(arguments["is_causal"] and padding is None and not arguments["need_weights"])
     mask = None if causal else _merged_mask(attn_mask, padding, module.num_heads)
     query, key = _project(module, query, key)
     if module.add_zero_attn:

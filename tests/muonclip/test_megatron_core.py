@@ -271,7 +271,7 @@ def test_each_head_on_its_own() -> None:
         (
             megatron_core.attention_layouts,
             SelfAttention(norm=nn.LayerNorm(4)),
-            "0 has a q_layernorm: it undoes any scale",
+            "0 has a q_layernorm, which undoes any scaling",
         ),
         (
             megatron_core.attention_layouts,

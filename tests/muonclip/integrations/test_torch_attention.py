@@ -242,7 +242,7 @@ def test_training_with_two_lines() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="0: add_bias_kv gives a key that no projection makes"):
+    with pytest.raises(ValueError, match="0: add_bias_kv adds a key without a projection"):
         attention_layouts(nn.ModuleList([nn.MultiheadAttention(4, 2, add_bias_kv=True)]))
     with pytest.raises(ValueError, match=r"Linear contains no nn\.MultiheadAttention"):
         qk_clip(nn.Linear(2, 2))
