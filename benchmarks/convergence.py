@@ -240,8 +240,8 @@ def table(result: Result) -> str:
             "occur in the training text."
         )
     parts.append(
-        f"Mean and standard deviation of {result['seeds']} seeds; losses in nats per token; times "
-        "are processor times."
+        f"Mean and standard deviation of {result['seeds']} seeds; losses in nats per token; step "
+        "times are processor times on a CPU."
     )
     if result["not_run"]:
         reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())

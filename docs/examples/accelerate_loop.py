@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: gradient accumulation, clipping, a schedule and checkpoints. The same
-lines run on one process, under DDP and, with ``accelerate launch --use_fsdp --fsdp_version 2``,
-sharded.
+code runs in one process, with DDP, and sharded with ``accelerate launch --use_fsdp
+--fsdp_version 2``.
 
     python docs/examples/accelerate_loop.py 20 runs/accelerate
     torchrun --nproc-per-node 2 docs/examples/accelerate_loop.py 20 runs/accelerate-ddp
@@ -38,7 +38,7 @@ def main(steps: int, save_to: str, load_from: str | None = None) -> Model:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                optimizer.step()  # and with it QK-Clip, in the last micro-batch only
+                optimizer.step()  # followed by QK-Clip; only in the last micro-batch
                 optimizer.zero_grad()
         schedule.step()
         accelerator.print(f"step {step}: loss {loss.item():.4f}")

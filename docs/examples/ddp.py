@@ -1,5 +1,5 @@
 """DistributedDataParallel: the ranks share the orthogonalization of their matrices, and QK-Clip
-takes the largest logit of all ranks.
+uses the max logits of all ranks.
 
     torchrun --nproc-per-node 2 docs/examples/ddp.py 20
 """
@@ -32,7 +32,7 @@ def main(steps: int) -> None:
         param_groups(model),
         lr=5e-3,
         adamw_lr=2e-3,
-        process_group=dist.group.WORLD,  # without it every rank orthogonalizes everything
+        process_group=dist.group.WORLD,  # without it, every rank orthogonalizes all matrices
     )
     clip.attach(optimizer)
 

@@ -1,5 +1,5 @@
-"""FSDP2: parameters are sharded, each matrix is orthogonalized whole on one rank, and a checkpoint
-saved by some number of ranks is loaded by any other.
+"""FSDP2: parameters are sharded, each matrix is orthogonalized on one rank, and checkpoints can be
+loaded with another number of ranks.
 
     torchrun --nproc-per-node 2 docs/examples/fsdp2.py 10 first
     torchrun --nproc-per-node 4 docs/examples/fsdp2.py 20 second first

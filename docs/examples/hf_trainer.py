@@ -1,5 +1,5 @@
-"""Hugging Face Trainer: ``create_optimizer`` makes the optimizer and lets QK-Clip watch the model's
-attention. The Trainer does the rest: schedule, accumulation, clipping, checkpoints, DDP, FSDP2.
+"""Hugging Face Trainer: ``create_optimizer`` builds the optimizer and attaches QK-Clip. The Trainer
+does the rest: schedule, accumulation, clipping, checkpoints, DDP, FSDP2.
 
     python docs/examples/hf_trainer.py runs/hf
     torchrun --nproc-per-node 2 docs/examples/hf_trainer.py runs/hf-ddp

@@ -1,5 +1,5 @@
-"""Lightning: ``configure_optimizers`` makes the optimizer; the Trainer hands it the forward and
-backward passes as a closure, accumulates, clips, saves and resumes.
+"""Lightning: ``configure_optimizers`` builds the optimizer; the Trainer passes it the forward
+and backward passes as a closure, accumulates, clips, saves and resumes.
 
     python docs/examples/lightning_module.py runs/lightning
 """

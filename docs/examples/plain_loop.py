@@ -1,5 +1,5 @@
 """Plain PyTorch: float16 with a GradScaler, gradient accumulation and clipping, a learning rate
-schedule, QK-Clip, and checkpoints. Started again with more steps, it goes on from where it was.
+schedule, QK-Clip, and checkpoints. Run it again with more steps to resume.
 
     python docs/examples/plain_loop.py checkpoint.pt 20
 """
@@ -24,13 +24,13 @@ def main(path: Path, steps: int) -> None:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10)
     scaler = torch.amp.GradScaler(device)
 
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     first = 0
     if path.exists():
         saved = torch.load(path, map_location=device)
         first = saved["step"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for name, value in objects.items():
+            value.load_state_dict(saved[name])
 
     for step in range(first, steps):
         for tokens in batch(step).to(device).chunk(2):  # two micro-batches
@@ -38,14 +38,14 @@ def main(path: Path, steps: int) -> None:
                 loss = model(tokens)
             scaler.scale(loss / 2).backward()
         scaler.unscale_(optimizer)
-        # Bounds one step's weight in the momentum. It does not make Muon's updates smaller.
+        # Limits the weight of one step in the momentum, not the size of Muon's updates.
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)  # skips the step, and QK-Clip with it, where gradients overflowed
+        scaler.step(optimizer)  # skips the step and QK-Clip if gradients overflowed
         scaler.update()
         optimizer.zero_grad()
         schedule.step()
         print(f"step {step}: loss {loss.item():.4f}")
-    torch.save({"step": steps} | {name: part.state_dict() for name, part in parts.items()}, path)
+    torch.save({"step": steps} | {name: o.state_dict() for name, o in objects.items()}, path)
 
 
 if __name__ == "__main__":

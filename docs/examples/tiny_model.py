@@ -1,4 +1,4 @@
-"""The model and the data of these examples: small enough for a laptop, nothing to download."""
+"""Model and data of the examples: small enough for a laptop, without downloads."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Model(nn.Module):
-    """A causal transformer of torch's own layers; gives the loss of predicting the next token."""
+    """A causal transformer of torch layers that returns the loss of next-token prediction."""
 
     def __init__(self, vocabulary: int = 64, width: int = 32) -> None:
         super().__init__()
@@ -23,6 +23,6 @@ class Model(nn.Module):
 
 
 def batch(step: int, rank: int = 0, size: int = 1) -> Tensor:
-    """This rank's rows of a step's batch of 8: tokens that count up from a random start."""
+    """This rank's rows of a batch of 8 sequences, which count up from random starts."""
     starts = torch.randint(64, (8, 1), generator=torch.Generator().manual_seed(step))
     return ((starts + torch.arange(17)) % 64).chunk(size)[rank]

@@ -1,4 +1,4 @@
-"""The examples run as they stand there, learn, and go on after a stop as if there had been none."""
+"""The examples run unchanged, learn, and resume exactly."""
 
 import importlib
 import os
@@ -18,13 +18,13 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """The module that the test is named after."""
+    """The example with the name of the test."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module(request.node.originalname.removeprefix("test_"))
 
 
 def losses_in(output: str) -> list[float]:
-    return [float(found) for found in re.findall(r"loss (\d+\.\d+)", output)]
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", output)]
 
 
 def run(processes: int, script: str, *arguments: object) -> list[float]:
@@ -32,13 +32,13 @@ def run(processes: int, script: str, *arguments: object) -> list[float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(EXAMPLES / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return losses_in(done.stdout)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return losses_in(process.stdout)
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -54,7 +54,7 @@ def test_plain_loop(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_ddp_and_fsdp2_and_a_change_of_ranks(tmp_path: Path) -> None:
-    """The same training three ways: replicas, shards, and shards on fewer ranks from step 10 on."""
+    """The same training with replicas, with shards, and with shards on fewer ranks from step 10."""
     losses = run(2, "ddp.py", 20)
     assert losses[-1] < 0.8 * losses[0]
     first, second = tmp_path / "first", tmp_path / "second"
@@ -89,10 +89,10 @@ def test_lightning_module(example: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_lightning_module_is_fitted_again(
+def test_lightning_module_can_be_fitted_twice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: Any
 ) -> None:
-    """A second ``fit`` makes another optimizer and clip of the same model."""
+    """A second ``fit`` builds another optimizer and clip for the same model."""
     import lightning
     from torch.utils.data import DataLoader
 
