@@ -14,7 +14,7 @@ from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import Document
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.model.geometry import MERGE
+from pretrain.model.geometry import num_tokens
 
 T = TypeVar("T")
 
@@ -39,17 +39,9 @@ class Composer:
         largest = limits(config.seq_length, config.max_image_tokens)
         return cls(tokenizer, patch_size, largest, config.video_fps)
 
-    def _max_patches(self, num_frames: int) -> int:
-        return self.limits.image if num_frames == 1 else self.limits.frame
-
     def fit(self, pixels: Pixels, num_frames: int = 1) -> Pixels:
         """Shrink and pad frames of an image or clip that has ``num_frames`` in all."""
-        return fit(
-            pixels,
-            self.patch_size,
-            max_patches=self._max_patches(num_frames),
-            max_side=self.limits.side,
-        )
+        return fit(pixels, self.patch_size, num_frames, self.limits)
 
     def read(self, media: Media, shape: Sequence[int]) -> Pixels:
         """Read and fit the frames of an image or video.
@@ -103,15 +95,10 @@ class Composer:
                 length += len(self.tokenizer.encode(part)) + is_pair
                 continue
             num_frames, height, width = part
-            _, (rows, columns) = fitted_size(
-                height,
-                width,
-                self.patch_size,
-                max_patches=self._max_patches(num_frames),
-                max_side=self.limits.side,
-            )
+            side = self.patch_size
+            _, (height, width) = fitted_size(height, width, side, num_frames, self.limits)
             groups = len(frame_groups(num_frames))
-            each = (rows // self.patch_size // MERGE) * (columns // self.patch_size // MERGE)
+            each = num_tokens((num_frames, height // side, width // side))
             length += groups * (each + 2)
             placeholders += groups * each
         return length, placeholders

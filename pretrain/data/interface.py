@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config import DataConfig
-from pretrain.data import packing
+from pretrain.data import packing, skipped
 from pretrain.data.builtin.standard_library import Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
@@ -108,6 +108,6 @@ class Data(ABC):
         """Digest of the documents, equal on all ranks; empty for the built-in data."""
         return ""
 
-    def describe(self) -> str:
+    def describe(self, skipped_file: str = skipped.FILE) -> str:
         """A readable description of the sources; empty for the built-in data."""
         return ""

@@ -1,10 +1,8 @@
-"""The built-in data: what is cached of it, and sequences made from it on the fly."""
+"""The built-in data: a cached corpus, and sequences generated from it."""
 
 import hashlib
 import itertools
 import json
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from pretrain.config import DataConfig
 from pretrain.data import packing
 from pretrain.data.builtin import drawing
 from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, prose_lines, read_corpus
-from pretrain.data.cache import make_folder
+from pretrain.data.cache import cached
 from pretrain.data.interface import Data
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
@@ -24,19 +22,22 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import num_tokens
 
-logger = logging.getLogger(__name__)
-
-# Part of the cache's key: to be raised when what is cached changes.
+# Part of the cache's key: increase it when the format of the cached files changes.
 _FORMAT = 4
 _MAX_IMAGES_PER_DOCUMENT = 3
 _MAX_TEXT_BEFORE_IMAGE = 12
-# Images that are drawn without a new caption before there are taken to be no more.
-_MAX_DRAWS_IN_VAIN = 300
+# Draws in a row without a new caption after which the captions are taken to be exhausted.
+_MAX_FAILED_DRAWS = 300
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split: its text as tokens, each file ended by EOS, and its lines of prose."""
+    """The corpus of one split.
+
+    Attributes:
+        tokens: the text of all files, each ended by EOS.
+        lines: lines of prose, the captions of images.
+    """
 
     tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
     lines: list[str]
@@ -44,7 +45,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class BuiltIn(Data):
-    """Tokenizer and splits; sequences are functions of (seed, split, index) alone."""
+    """The built-in data; sequences are functions of (seed, split, index)."""
 
     config: DataConfig
     patch_size: int
@@ -57,16 +58,17 @@ class BuiltIn(Data):
         return self.config.vision_share > 0
 
     def sample(self, split: Split, index: int) -> PackedSample:
-        """Packed sequence number ``index`` of an endless supply.
+        """Packed sequence number ``index`` of an infinite supply.
 
-        One text document, and vision documents before and after it: images between text, each
-        followed by its caption. Over sequences, placeholders make up ``vision_share`` of tokens.
+        Text documents in a row, and vision documents before and after them: images between text,
+        each followed by its caption. On average, a share of ``vision_share`` of the tokens are
+        image placeholders.
         """
         rng = self._rng(split, 0, index)
         length = self.config.seq_length
         items = self._draw_items(split, rng)
-        # An image is its tokens, begin, end, caption, newline, and at worst a document's BOS; what
-        # is left over may be text before the images.
+        # Each image needs its tokens, begin, end, caption, newline and possibly a BOS. The rest of
+        # the sequence may be text before the images.
         needed = sum(
             self._num_tokens(item) + len(self.tokenizer.encode(item.caption)) + 4 for item in items
         )
@@ -92,23 +94,22 @@ class BuiltIn(Data):
         return packing.join(documents, length, self.patch_size, self.tokenizer.pad)
 
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
-        """Up to ``count`` single images that fit a sequence, no caption twice; the same ones every
-        time."""
+        """Up to ``count`` images that fit a sequence, with distinct captions; always the same."""
         items: dict[str, VisionItem] = {}
-        in_vain = 0
+        failed = 0
         for index in itertools.count():
-            if len(items) == count or in_vain == _MAX_DRAWS_IN_VAIN:
+            if len(items) == count or failed == _MAX_FAILED_DRAWS:
                 break
             item = self._draw(split, self._rng(split, 1, index))
-            in_vain += 1
+            failed += 1
             if item.caption not in items and self._fits(item):
-                items[item.caption], in_vain = item, 0
+                items[item.caption], failed = item, 0
         return list(items.values())
 
     def require_images_that_fit(self) -> None:
         """
         Raises:
-            PretrainError: images are configured, and none of those that are drawn fits a sequence.
+            PretrainError: images are configured, and no drawn image fits a sequence.
         """
         if self.has_images and not self.captioned_items("train", 1):
             options = self.config.images
@@ -119,7 +120,7 @@ class BuiltIn(Data):
             )
 
     def _fits(self, item: VisionItem) -> bool:
-        # The cheap test first: an image can be far too large.
+        # The cheap test first: some images are far too large.
         length = self.config.seq_length
         return self._num_tokens(item) < length and (
             len(self.question(item).add_caption(item.caption)) <= length
@@ -138,9 +139,10 @@ class BuiltIn(Data):
         return drawing.draw(caption, options, self.patch_size, rng)
 
     def _draw_items(self, split: Split, rng: np.random.Generator) -> list[VisionItem]:
-        """Items whose tokens are on average exactly the sequence's share.
+        """Draw images until their tokens reach the sequence's share.
 
-        The one that oversteps the share is kept with the probability that makes it so.
+        The last one, which would exceed it, is kept with the probability that makes the average
+        equal to the share.
         """
         left = self.config.seq_length * self.config.vision_share
         items: list[VisionItem] = []
@@ -162,7 +164,7 @@ class BuiltIn(Data):
         return groups
 
     def _text(self, split: Split, length: int, rng: np.random.Generator) -> npt.NDArray[Any]:
-        """``length`` tokens of one file from anywhere in it; fewer, ended by EOS, at its end."""
+        """``length`` tokens of one file from a random start; fewer, ended by EOS, near its end."""
         tokens = self.corpora[split].tokens
         start = int(rng.integers(len(tokens) - length))
         chunk = tokens[start : start + length]
@@ -186,18 +188,13 @@ def open_builtin(config: DataConfig, patch_size: int, seed: int) -> BuiltIn:
     )
     for file in files:
         digest.update(f"{file.name}\0{file.text}\0".encode())
+
+    def build(folder: Path) -> None:
+        _build(folder, files, config.vocab_size, tokenizer)
+
     folder = Path(config.cache_dir) / digest.hexdigest()[:16]
-    loaded = None
-    if folder.is_dir():
-        try:
-            loaded = _load(folder)
-        except Exception as error:  # a damaged cache costs seconds; it must not cost the run
-            logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)
-    if loaded is None:
-        make_folder(folder, lambda empty: _build(empty, files, config.vocab_size, tokenizer))
-        loaded = _load(folder)
-    data = BuiltIn(config, patch_size, seed, *loaded)
+    (loaded_tokenizer, corpora), _ = cached(folder, build, _load)
+    data = BuiltIn(config, patch_size, seed, loaded_tokenizer, corpora)
     data.require_images_that_fit()
     return data
 
@@ -205,7 +202,7 @@ def open_builtin(config: DataConfig, patch_size: int, seed: int) -> BuiltIn:
 def _build(
     folder: Path, files: list[TextFile], vocab_size: int, tokenizer: Tokenizer | None
 ) -> None:
-    """Fill a folder that is empty."""
+    """Write the tokenizer and the corpus of each split into an empty folder."""
     tokenizer = tokenizer or Tokenizer.train(
         (file.text for file in files if file.split == "train"), vocab_size
     )
@@ -214,9 +211,9 @@ def _build(
     for split in SPLITS:
         chosen = [file for file in files if file.split == split]
         encoded = tokenizer.encode_many([file.text for file in chosen])
-        parts = [part for one in encoded for part in (one, [tokenizer.eos])]
-        np.save(folder / f"{split}.npy", np.concatenate(parts).astype(tokenizer.dtype))
-        # A line that also stands in a training file is nothing new to read.
+        tokens = [array for file in encoded for array in (file, [tokenizer.eos])]
+        np.save(folder / f"{split}.npy", np.concatenate(tokens).astype(tokenizer.dtype))
+        # Lines that are also in a training file are not held out.
         lines = [line for file in chosen for line in prose_lines(file)]
         lines = [line for line in dict.fromkeys(lines) if line not in trained_on]
         trained_on.update(lines)
@@ -230,6 +227,6 @@ def _load(folder: Path) -> tuple[Tokenizer, dict[Split, Corpus]]:
         tokens = np.load(folder / f"{split}.npy")
         lines = json.loads((folder / f"{split}.json").read_text())
         if tokens.dtype != tokenizer.dtype or tokens.ndim != 1 or not lines:
-            raise ValueError(f"{split} is not what was written")
+            raise ValueError(f"the files of {split} do not match")
         corpora[split] = Corpus(tokens, lines)
     return tokenizer, corpora

@@ -1,4 +1,4 @@
-"""Images and short clips of lines of text, drawn with Pillow."""
+"""Images and short clips of text, drawn with Pillow."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,7 +15,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
 _ASCII = frozenset(range(0x20, 0x7F))
-# Faces whose "letters" are symbols or whose shapes are for ornament.
+# Words in the names of symbol and decorative fonts.
 _UNREADABLE = (
     *("symbol", "dingbat", "emoji", "icon", "math", "script", "display", "zapf", "lastresort"),
     *("cmex", "cmmi", "cmsy"),
@@ -33,24 +33,24 @@ _FONT_FOLDERS = (
 
 @lru_cache(maxsize=1)
 def font_paths() -> tuple[str, ...]:
-    """Fonts on this machine that have every printable ASCII character, one of each name."""
+    """Paths of this machine's fonts with all printable ASCII characters, one per file name."""
     import matplotlib
 
     folders = [Path(folder).expanduser() for folder in _FONT_FOLDERS]
     folders.append(Path(matplotlib.get_data_path(), "fonts", "ttf"))
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.[to]tf")) if folder.is_dir() else ():
             if not any(word in path.stem.lower() for word in _UNREADABLE):
-                found.setdefault(path.name.lower(), path)
-    return tuple(str(path) for _, path in sorted(found.items()) if _is_readable(path))
+                by_name.setdefault(path.name.lower(), path)
+    return tuple(str(path) for _, path in sorted(by_name.items()) if _is_readable(path))
 
 
 def _is_readable(path: Path) -> bool:
     try:
         with TTFont(path, lazy=True) as font:
             glyphs = font.getBestCmap() or {}
-            # Typesetting faces leave the space to the typesetter: words would run together.
+            # In fonts for typesetting, the space has no width: words would run together.
             return glyphs.keys() >= _ASCII and font["hmtx"][glyphs[ord(" ")]][0] > 0
     except (OSError, TTLibError, KeyError, AttributeError):
         return False
@@ -61,17 +61,17 @@ _RULER = ImageDraw.Draw(Image.new("L", (1, 1)))
 
 @lru_cache(maxsize=4096)
 def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # Pillow carries a font of its own, for machines that have none.
+    # On machines without fonts: the one that Pillow contains.
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generator) -> VisionItem:
-    """Draw a text in a random font, size, colour and place; some wrapped, some as clips.
+    """Draw a text in a random font, size, colour and position; some wrapped, some as clips.
 
     Args:
         text: single-spaced printable ASCII.
-        patch_size: height and width come out as multiples of two patches.
-        rng: decides everything.
+        patch_size: height and width become multiples of two patches.
+        rng: the source of all randomness.
     """
     fonts = font_paths()
     path = fonts[rng.integers(len(fonts))] if fonts else None
@@ -88,7 +88,7 @@ def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generat
     cell = patch_size * MERGE
     width = _round_up(right - left + 2 * margin_x, cell)
     height = _round_up(bottom - top + 2 * margin_y, cell)
-    # The text starts near the left edge, as text does, and stands anywhere up and down.
+    # Horizontally, the text starts near the left edge; vertically, it is anywhere.
     origin = np.array(
         [margin_x - left, rng.uniform(margin_y, height - margin_y - bottom + top) - top]
     )
@@ -103,7 +103,7 @@ def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generat
             tuple(origin + shift), body, fill=255, font=font, spacing=spacing
         )
         light = rng.uniform(0.9, 1.1) if is_clip else 1.0
-        # From coverage 0..255 to a colour by table: fast, and drawing runs beside training.
+        # Coverage 0..255 to a colour by table: fast, because drawing runs during training.
         cover = np.arange(256, dtype=np.float32)[:, None] / 255
         colours = ((paper + cover * (ink - paper)) * light).clip(8, 247).astype(np.uint8)
         noise = rng.integers(-8, 9, size=(height, width, 1), dtype=np.int8)
@@ -112,7 +112,7 @@ def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generat
 
 
 def _wrap(text: str, count: int) -> list[str]:
-    """Break a text into up to ``count`` lines of about the same length."""
+    """Wrap a text into up to ``count`` lines of about equal length."""
     words, lines = text.split(" "), [""]
     for word in words:
         if len(lines) < count and len(lines[-1]) + len(word) / 2 > len(text) / count and lines[-1]:
@@ -127,17 +127,17 @@ def _round_up(length: float, multiple: int) -> int:
 
 
 def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Ink and paper, [3] each in 0..255: dark on light, or for a third of images the reverse."""
+    """Ink and paper, [3] each in 0..255: dark on light, or the reverse for a third of images."""
     dark = rng.uniform(0, 90, 3).astype(np.float32)
     light = rng.uniform(170, 255, 3).astype(np.float32)
     return (light, dark) if rng.random() < 1 / 3 else (dark, light)
 
 
 def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Generator) -> str:
-    """Some words in a row of some line, ``min_chars`` to ``max_chars`` long where words allow.
+    """Draw consecutive words of a random line, ``min_chars`` to ``max_chars`` characters in all.
 
     Raises:
-        PretrainError: no line has words of that length.
+        PretrainError: 100 draws gave no such words.
     """
     wanted = int(rng.integers(config.min_chars, config.max_chars + 1))
     for _ in range(100):

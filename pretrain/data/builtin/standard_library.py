@@ -16,28 +16,28 @@ from pretrain.errors import PretrainError
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
-# Tests and tables repeat themselves; the rest of the list is not the standard library's.
-_LEFT_OUT = frozenset(
+# Repetitive tests and tables, and folders that are not part of the standard library.
+_EXCLUDED = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings")
 ) | {"__pycache__", "_bundled", "pydoc_data", "turtledemo"}
 _TOPICS = "topics/"
 _COMMENT = re.compile(r"^\s*#+ (.*)$", re.MULTILINE)
 _LETTERS = re.compile(r"[A-Za-z ,.]")
-_LEAST_BYTES = 1_000_000
-_HELD_OUT_IN = 12
+_MIN_BYTES = 1_000_000
+_HELD_OUT_EVERY = 12
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of the corpus, by its path in the library, or one topic of the manual."""
+    """A file of the corpus: a source file, named by its path, or a topic of the manual."""
 
     name: str
     text: str
 
     @property
     def split(self) -> Split:
-        """Whole files are held out, by a hash of their name: no part of them is trained on."""
-        return "held_out" if _hash(self.name) % _HELD_OUT_IN == 0 else "train"
+        """One file in 12 is held out as a whole, by a hash of its name."""
+        return "held_out" if _hash(self.name) % _HELD_OUT_EVERY == 0 else "train"
 
 
 def _hash(name: str) -> int:
@@ -45,13 +45,13 @@ def _hash(name: str) -> int:
 
 
 def read_corpus(max_bytes: int) -> list[TextFile]:
-    """Read the standard library's manual topics and sources, in an order that only names decide.
+    """Read the standard library's manual topics and sources, ordered by a hash of their names.
 
     Args:
-        max_bytes: files are left out once this much text is reached.
+        max_bytes: stop before exceeding this much text.
 
     Raises:
-        PretrainError: less text was found than a model can be trained on.
+        PretrainError: there is too little text to train on.
     """
     chosen: list[TextFile] = []
     seen: set[str] = set()
@@ -65,7 +65,7 @@ def read_corpus(max_bytes: int) -> list[TextFile]:
             break
         total += len(text)
         chosen.append(TextFile(name, text))
-    if total < min(_LEAST_BYTES, max_bytes // 2):
+    if total < min(_MIN_BYTES, max_bytes // 2):
         raise PretrainError(
             f"found only {total} bytes of the Python standard library's text in "
             f"{sysconfig.get_path('stdlib')}: use a full Python installation"
@@ -75,14 +75,14 @@ def read_corpus(max_bytes: int) -> list[TextFile]:
 
 def _sources() -> Iterator[tuple[str, str]]:
     """(name, text) of every file."""
-    with contextlib.suppress(ImportError):  # some distributions leave the manual out
+    with contextlib.suppress(ImportError):  # some distributions lack the manual
         from pydoc_data.topics import topics
 
         for name, text in topics.items():
             yield f"{_TOPICS}{name}", text
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED]
         for name in names:
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = Path(folder, name)
@@ -94,10 +94,10 @@ def _sources() -> Iterator[tuple[str, str]]:
 
 
 def prose_lines(file: TextFile) -> list[str]:
-    """The lines of prose in a file, fit to be drawn as images.
+    """The lines of prose in a file, suitable for drawing.
 
-    Topics are prose; in sources it is docstrings and comments. A line is kept if it has at least
-    three words, nearly all letters, in printable ASCII; spaces are made single.
+    Topics are prose; in sources, docstrings and comments are. A line is kept if it has at least
+    three words, is printable ASCII and consists almost only of letters; spaces become single.
     """
     if file.name.startswith(_TOPICS):
         lines = file.text.splitlines()
@@ -116,7 +116,7 @@ def prose_lines(file: TextFile) -> list[str]:
 def questions(file: TextFile) -> Iterator[tuple[str, str]]:
     """(question, answer) about a module, its public classes, functions and methods.
 
-    The answer is the first paragraph of what the documentation in the source says.
+    The answer is the first paragraph of the docstring.
     """
     module = file.name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     if not file.name.endswith(".py") or any(part.startswith("_") for part in module.split(".")):
@@ -133,11 +133,11 @@ def questions(file: TextFile) -> Iterator[tuple[str, str]]:
         paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
         answer = " ".join(paragraph.split())
         if answer.isascii() and answer.isprintable() and answer.count(" ") >= 2:
-            does = isinstance(node, ast.FunctionDef)
-            yield f"What does {name} do?" if does else f"What is {name}?", answer
+            is_function = isinstance(node, ast.FunctionDef)
+            yield f"What does {name} do?" if is_function else f"What is {name}?", answer
         if not isinstance(node, ast.FunctionDef):
-            named = ((getattr(child, "name", "_"), child) for child in node.body)
-            nodes += [(f"{name}.{own}", child) for own, child in named if not own.startswith("_")]
+            members = ((getattr(child, "name", "_"), child) for child in node.body)
+            nodes += [(f"{name}.{own}", child) for own, child in members if own[0] != "_"]
 
 
 def _is_prose(line: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import DataConfig
-from pretrain.data import packing
+from pretrain.data import packing, skipped
 from pretrain.data.builtin.standard_library import SPLITS, Split
 from pretrain.data.composer import Composer
 from pretrain.data.interface import Data, RankShare
@@ -151,7 +151,7 @@ class MixtureData(Data):
     def fingerprint(self) -> str:
         return "-".join(source.fingerprint for source in self._documents)
 
-    def describe(self) -> str:
+    def describe(self, skipped_file: str = skipped.FILE) -> str:
         lines = []
         for documents in self._documents:
             source = documents.source
@@ -165,7 +165,7 @@ class MixtureData(Data):
             corrupt = sum(skip.corrupt for skip in skips)
             lines.append(
                 f"skipped: {corrupt} corrupt, {len(skips) - corrupt} empty, too long or not read; "
-                "see skipped.jsonl"
+                f"see {skipped_file}"
             )
             if any(documents.cached for documents in self._documents):
                 lines.append(

@@ -1,4 +1,4 @@
-"""``python -m pretrain data …``: looking at data, and writing shards."""
+"""``python -m pretrain data``: inspect data, and write shards."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -12,14 +12,14 @@ from pretrain.data.tools import inspect
 from pretrain.data.tools.shards import make_shards
 from pretrain.errors import PretrainError, one_line
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 def run(options: Namespace) -> None:
-    """Do what the command line asks for.
+    """Run the command with the parsed options.
 
     Raises:
-        PretrainError: what was asked for cannot be done.
+        PretrainError: an option is invalid, or the data cannot be read or written.
     """
     if options.action == "inspect":
         split: Split = "held_out" if options.held_out else "train"
@@ -29,20 +29,21 @@ def run(options: Namespace) -> None:
 
 
 def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: Split) -> None:
-    """Write the first ``count`` sequences of a configuration's data as a page."""
+    """Write an HTML page of the first ``count`` sequences of a configuration's data."""
     if count < 1:
         raise PretrainError(f"--count must be > 0, not {count}")
     settings = config.load(path, overrides)
     data = open_data(data_config(settings), settings.vision.patch_size, settings.seed)
     if split == "held_out" and not data.has_held_out:
         raise PretrainError("nothing is held out: raise data.held_out")
-    text = inspect.page(data, split, count, f"Data of {path}")
+    skipped_file = out.with_name(f"{out.stem}-{skipped.FILE}")
+    text = inspect.page(data, split, count, f"Data of {path}", skipped_file.name)
     try:
-        # File names may have bytes that are not UTF-8.
+        # File names may contain bytes that are not UTF-8.
         out.write_text(text, encoding="utf-8", errors="backslashreplace")
     except (OSError, ValueError) as error:
         raise PretrainError(f"cannot write {out}: {reason(error)}") from error
-    _tell(data.take_skipped(), out.with_name(f"{out.stem}-{skipped.FILE}"))
+    _report(data.take_skipped(), skipped_file)
     print(f"{count} sequences of the {split} split: {out}")
 
 
@@ -52,15 +53,16 @@ def _make_shards(folder: Path, out: Path, per_shard: int, held_out: float) -> No
     if not 0 <= held_out < 1:
         raise PretrainError(f"--held-out must be in [0, 1), not {held_out}")
     counts, skips = make_shards(folder, out, per_shard=per_shard, held_out=held_out)
-    _tell(skips, out / skipped.FILE)
+    _report(skips, out / skipped.FILE)
     print(f"{counts['train']} pairs to train on and {counts['val']} held out: {out}")
 
 
-def _tell(skips: list[Skip], complete: Path) -> None:
-    """Print the first skips; where there are more, write all of them to a file."""
-    for skip in skips[:_MOST_SHOWN]:
+def _report(skips: list[Skip], file: Path) -> None:
+    """Print the first skips, and write all of them to a file."""
+    for skip in skips[:_MAX_SHOWN]:
         print(f"skipped: {one_line(skip.name)} ({skip.reason})")
-    if len(skips) > _MOST_SHOWN:
-        complete.unlink(missing_ok=True)
-        skipped.write(complete, skips)
-        print(f"and {len(skips) - _MOST_SHOWN} more; all of them: {complete}")
+    file.unlink(missing_ok=True)
+    if skips:
+        skipped.write(file, skips)
+    if len(skips) > _MAX_SHOWN:
+        print(f"and {len(skips) - _MAX_SHOWN} more; all of them: {file}")

@@ -1,4 +1,4 @@
-"""Packed sequences on one HTML page: their pictures, tokens, labels and documents."""
+"""An HTML page of packed sequences: images, tokens, labels, weights and documents."""
 
 import base64
 import html
@@ -29,8 +29,12 @@ h2 { margin: 2em 0 .3em; font-size: 1.1em; }
 """
 
 
-def page(data: Data, split: Split, count: int, title: str) -> str:
-    """The first ``count`` sequences of a split, as HTML that needs no other file."""
+def page(data: Data, split: Split, count: int, title: str, skipped_file: str) -> str:
+    """A self-contained HTML page of the first ``count`` sequences of a split.
+
+    Args:
+        skipped_file: name of the file that lists the skipped samples.
+    """
     body = []
     for index in range(count):
         sample = data.sample(split, index)
@@ -43,17 +47,18 @@ def page(data: Data, split: Split, count: int, title: str) -> str:
     legend = " ".join(
         f'<span class="t {name}">{meaning}</span>'
         for name, meaning in (
-            ("text", " its next token is learnt as text "),
+            ("text", " the next token is learned as text "),
             ("caption", " as a caption "),
-            ("nothing", " nothing is learnt after it "),
+            ("nothing", " not learned "),
         )
     )
-    sources = "<br>".join(html.escape(line) for line in data.describe().splitlines())
+    sources = "<br>".join(html.escape(line) for line in data.describe(skipped_file).splitlines())
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{sources}</p>"
-        f"<p>Tokens of one document see each other and nothing else. {legend} "
-        f"Point at a token for its number, its label and its place.</p>" + "\n".join(body)
+        f"<p>Tokens attend within their document. {legend} "
+        "Point at a token for its id, its label, the label's weight and its position.</p>"
+        + "\n".join(body)
     )
 
 
@@ -67,42 +72,42 @@ def images(sample: PackedSample, patch_size: int) -> list[Pixels]:
 
 
 def _documents(data: Data, sample: PackedSample) -> Iterator[str]:
-    shown = zip(sample.grids.tolist(), images(sample, data.patch_size), strict=True)
+    pictures = zip(sample.grids.tolist(), images(sample, data.patch_size), strict=True)
     numbers = sample.documents.tolist()
-    for _, places in itertools.groupby(range(len(numbers)), numbers.__getitem__):
-        yield f"<div class=document>{_spans(data, sample, list(places), shown)}</div>"
+    for _, positions in itertools.groupby(range(len(numbers)), numbers.__getitem__):
+        yield f"<div class=document>{_spans(data, sample, list(positions), pictures)}</div>"
 
 
 def _spans(
     data: Data,
     sample: PackedSample,
-    places: Sequence[int],
-    shown: Iterator[tuple[list[int], Pixels]],
+    positions: Sequence[int],
+    pictures: Iterator[tuple[list[int], Pixels]],
 ) -> str:
     spans, tokens, labels = [], sample.tokens.tolist(), sample.labels.tolist()
     weights, categories = sample.weights.tolist(), sample.categories.tolist()
-    place, end = places[0], places[-1] + 1
-    while place < end:
-        if tokens[place] == data.tokenizer.media_pad:
-            grid, pixels = next(shown)
+    position, end = positions[0], positions[-1] + 1
+    while position < end:
+        if tokens[position] == data.tokenizer.media_pad:
+            grid, pixels = next(pictures)
             count = num_tokens(grid)
             frames = "".join(f"<img src={_source(frame)}>" for frame in pixels)
             spans.append(f"<span class=frames>{frames}</span>")
             patches = " by ".join(map(str, grid))
             spans.append(f"<span class=note>{count} tokens, {patches} patches</span>")
-            place += count
+            position += count
             continue
-        text = data.tokenizer.decode([tokens[place]], skip_special_tokens=False)
+        text = data.tokenizer.decode([tokens[position]], skip_special_tokens=False)
         label, style = "no label", "nothing"
-        if weights[place]:
-            label = f"label {labels[place]}, weight {weights[place]:g}"
-            style = Category(categories[place]).name.lower()
+        if weights[position]:
+            label = f"label {labels[position]}, weight {weights[position]:g}"
+            style = Category(categories[position]).name.lower()
         shown_text = html.escape(text).replace("\n", "⏎<br>") or "·"
         spans.append(
-            f'<span class="t {style}" title="{tokens[place]}, {label}, '
-            f'place {place}">{shown_text}</span>'
+            f'<span class="t {style}" title="{tokens[position]}, {label}, '
+            f'position {position}">{shown_text}</span>'
         )
-        place += 1
+        position += 1
     return "".join(spans)
 
 

@@ -1,4 +1,4 @@
-"""Sequences depend on seed, split and index alone; splits do not overlap; the cache is safe."""
+"""Sequences are functions of seed, split and index; splits are disjoint; the cache is safe."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ def _sample_in_another_process(config: DataConfig, index: int) -> PackedSample:
     return open_data(config, PATCH, seed=3).sample("train", index)
 
 
-def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: BuiltIn) -> None:
+def test_samples_are_reproducible_in_any_order_and_process(data: BuiltIn) -> None:
     first = [data.sample("train", index) for index in range(6)]
     assert all(same(data.sample("train", index), first[index]) for index in reversed(range(6)))
     assert not same(first[0], first[1])
@@ -44,7 +44,7 @@ def test_a_sample_is_the_same_again_in_any_order_and_in_another_process(data: Bu
     assert same(other, first[5])
 
 
-def test_samples_are_full_and_labelled_right(data: BuiltIn) -> None:
+def test_samples_are_full_and_correctly_labelled(data: BuiltIn) -> None:
     for index in range(40):
         sample = data.sample("train", index)
         check(sample)
@@ -69,13 +69,13 @@ def test_nothing_held_out_is_in_training(data: BuiltIn) -> None:
     train, held_out = data.corpora["train"], data.corpora["held_out"]
     assert not set(train.lines) & set(held_out.lines)
     assert len(held_out.lines) > 50
-    # Runs of 64 tokens of held-out text do not stand in the training text, but for boilerplate.
+    # Except for boilerplate, no 64 tokens in a row of held-out text are in the training text.
     text = train.tokens.tobytes()
     chunks = [held_out.tokens[i : i + 64].tobytes() for i in range(0, len(held_out.tokens), 512)]
     assert sum(chunk in text for chunk in chunks) <= 0.02 * len(chunks)
 
 
-def test_swapped_captions_are_the_same_captions_beside_other_images(data: BuiltIn) -> None:
+def test_swapped_captions_follow_other_images(data: BuiltIn) -> None:
     items = data.captioned_items("held_out", 20)
     right, swapped = data.caption_documents("held_out", 20)
     assert len({item.caption for item in items}) == 20
@@ -95,7 +95,7 @@ def test_swapped_captions_are_the_same_captions_beside_other_images(data: BuiltI
     length=st.sampled_from([64, 128, 1024]),
 )  # fmt: skip
 @settings(max_examples=6, deadline=None)
-def test_images_too_large_for_a_sequence_are_left_out_or_refused_in_a_line(
+def test_images_too_large_for_a_sequence_are_skipped_or_rejected(
     data: BuiltIn, font: int, chars: int, patch: int, length: int
 ) -> None:
     options = ImageConfig(min_font_size=font, max_font_size=font, max_chars=chars)
@@ -114,7 +114,7 @@ def test_images_too_large_for_a_sequence_are_left_out_or_refused_in_a_line(
         assert len(drawn.sample("train", 0).tokens) == length
 
 
-def test_fewer_captions_than_asked_for_are_all_there_are(data: BuiltIn) -> None:
+def test_all_captions_are_returned_if_there_are_fewer_than_requested(data: BuiltIn) -> None:
     line = dataclasses.replace(data.corpora["held_out"], lines=["four words of text"])
     few = dataclasses.replace(data, corpora={**data.corpora, "held_out": line})
     found = few.captioned_items("held_out", 50)
@@ -136,9 +136,7 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     assert same(rebuilt.sample("train", 0), whole.sample("train", 0))
 
 
-def test_processes_that_prepare_at_once_do_not_harm_each_other(
-    data: BuiltIn, tmp_path: Path
-) -> None:
+def test_concurrent_processes_share_the_cache_safely(data: BuiltIn, tmp_path: Path) -> None:
     config = dataclasses.replace(
         data.config, cache_dir=str(tmp_path), max_corpus_mb=0.5, vocab_size=300
     )

@@ -1,4 +1,4 @@
-"""Images are what their caption says, in sizes the encoder takes, and the seed decides them."""
+"""Drawn images show their caption, fit the encoder, and are reproducible."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ captions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=
 
 @settings(deadline=None, max_examples=50)
 @given(captions, st.integers(0, 2**32), st.sampled_from([8, 14]))
-def test_items_fit_the_encoder_and_come_out_the_same_again(
+def test_items_fit_the_encoder_and_are_reproducible(
     caption: str, seed: int, patch_size: int
 ) -> None:
     options = ImageConfig(clip_share=0.3, wrapped_share=0.3, large_share=0.3)
@@ -30,7 +30,7 @@ def test_items_fit_the_encoder_and_come_out_the_same_again(
     assert np.array_equal(item.pixels, again.pixels)
 
 
-def test_there_are_many_fonts_sizes_shapes_and_some_clips() -> None:
+def test_fonts_sizes_and_shapes_vary_and_some_items_are_clips() -> None:
     rng = np.random.default_rng(0)
     items = [drawing.draw("one two three", ImageConfig(), 14, rng) for _ in range(300)]
     assert len({item.pixels.shape[1:3] for item in items}) >= 10
@@ -38,14 +38,14 @@ def test_there_are_many_fonts_sizes_shapes_and_some_clips() -> None:
     assert len(drawing.font_paths()) >= 5
 
 
-def test_the_ink_is_where_the_text_is_and_can_be_told_from_the_paper() -> None:
+def test_text_is_drawn_with_contrast() -> None:
     options = ImageConfig(clip_share=0, wrapped_share=0, large_share=0)
     for seed in range(50):
         pixels = drawing.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0]
         assert np.ptp(pixels[..., 0].astype(int)) > 60 or np.ptp(pixels[..., 2].astype(int)) > 60
 
 
-def test_a_machine_without_fonts_draws_with_the_one_that_pillow_carries(
+def test_machines_without_fonts_use_the_font_in_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(drawing, "font_paths", tuple)
@@ -54,7 +54,7 @@ def test_a_machine_without_fonts_draws_with_the_one_that_pillow_carries(
 
 
 @given(st.integers(0, 2**32))
-def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
+def test_captions_are_words_of_a_line_within_the_length_limits(seed: int) -> None:
     lines = ["a few words of a line", "another line, of other words"]
     options = ImageConfig(min_chars=4, max_chars=12)
     caption = drawing.pick_caption(lines, options, np.random.default_rng(seed))
@@ -62,7 +62,7 @@ def test_captions_are_words_of_a_line_within_the_lengths(seed: int) -> None:
     assert any(f" {caption} " in f" {line} " for line in lines)
 
 
-def test_lines_without_words_of_the_length_are_an_error() -> None:
+def test_text_without_words_of_the_length_is_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
     with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
         drawing.pick_caption(["a b c"], options, np.random.default_rng(0))
