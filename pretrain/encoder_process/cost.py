@@ -82,15 +82,9 @@ def analytic_cost(config: VisionConfig, language_hidden_size: int) -> CostModel:
 def transfer_bytes(
     grids: Tensor, config: VisionConfig, language_hidden_size: int, itemsize: int
 ) -> npt.NDArray[np.int64]:
-    """Bytes sent in a step for each item that another rank than its owner encodes.
+    """Bytes sent in a step for each item of grids [n, 3] that another rank than its owner encodes.
 
-    They are its pixels (uint8), its features, and their gradients.
-
-    Args:
-        grids: int64 [n, 3].
-        config: of the encoder.
-        language_hidden_size: width of a feature.
-        itemsize: bytes of an element of the features: 4 in float32, 2 in bfloat16.
+    They are its pixels (uint8), its features (``itemsize`` bytes an element), and their gradients.
     """
     pixels = grids.prod(1) * (3 * config.patch_size**2)
     features = num_features(grids) * (language_hidden_size * itemsize)
@@ -216,10 +210,7 @@ def fit_cost(flops: CostModel, samples: Sequence[tuple[Grids, float]]) -> CostMo
 def _non_negative_least_squares(
     design: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
 ) -> list[float]:
-    """The x >= 0 that minimizes |design x - targets|, for a few columns of any scale.
-
-    The best non-negative solution over all subsets of the columns.
-    """
+    """The x >= 0 that minimizes |design x - targets|: the best over all subsets of the columns."""
     scale = np.abs(design).max(0)
     scale = np.where(scale, scale, 1)
     design = design / scale
@@ -239,11 +230,7 @@ def _non_negative_least_squares(
 def time_packs(
     tower: VisionTower, *, seconds: float, max_patches: int
 ) -> list[tuple[Grids, float]]:
-    """Measure packs of few and of many patches, in small and in large items.
-
-    Returns:
-        (items of a pack, the better of two :func:`step_seconds`).
-    """
+    """Return packs of few and many patches in small and large items, with :func:`step_seconds`."""
     total = 64
     # As many patches as time allows, so that the overhead of a pass does not hide the rest.
     while 2 * total <= max_patches and step_seconds(tower, _pack(total, 8.0)) < seconds / 40:

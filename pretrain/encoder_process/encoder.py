@@ -56,6 +56,7 @@ class _Encoder:
     ) -> None:
         self.tower = tower
         self.group = group
+        self._num_ranks = dist.get_world_size(group)
         self.config = config or EncoderProcessConfig()
         self.needs_features = needs_features
         self.tensor_group = tensor_group
@@ -63,35 +64,32 @@ class _Encoder:
         self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
         self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
-        self._forward: _Forward | None = None
+        self._stage1: _Stage1 | None = None
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over all ranks; no gradient counts as zero."""
-        parameters = [parameter for parameter in self.tower.parameters() if parameter.requires_grad]
-        for parameter in parameters:
+        gradients = []
+        for parameter in [p for p in self.tower.parameters() if p.requires_grad]:
             if parameter.grad is None:
                 # torch before 2.10 has no other dtype of gradients.
                 dtype = getattr(parameter, "grad_dtype", parameter.dtype)
                 parameter.grad = torch.zeros_like(parameter, dtype=dtype)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=self.group)
         summed = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, summed, strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    def _num_ranks(self) -> int:
-        return dist.get_world_size(self.group)
-
     def _record_balance(self, grids: Tensor, encoders: Sequence[int]) -> None:
-        loads, num_ranks = self.cost.loads(grids), self._num_ranks()
-        self.balance = balance(loads, encoders, num_ranks)
-        self.balance_lower_bound = balance_lower_bound(loads, num_ranks)
-        self.oversized = len(oversized(loads, num_ranks))
+        loads = self.cost.loads(grids)
+        self.balance = balance(loads, encoders, self._num_ranks)
+        self.balance_lower_bound = balance_lower_bound(loads, self._num_ranks)
+        self.oversized = len(oversized(loads, self._num_ranks))
 
 
 @dataclass
-class _Forward:
+class _Stage1:
     """Results of stage 1 that stage 3 needs."""
 
     exchange: ItemExchange
@@ -137,10 +135,10 @@ class EncoderProcess(_Encoder):
             patches, grids = patches[:0], grids[:0]
         image_error = image_error or _image_error(grids, len(patches))
         all_grids, owners = gather_grids(grids, self.group, image_error)
-        features_per_item = num_features(all_grids).tolist()
         encoders = self._plan(all_grids, owners)
         self._record_balance(all_grids, encoders)
 
+        features_per_item = num_features(all_grids).tolist()
         exchange = ItemExchange(owners, encoders, self.group)
         received = exchange.to_encoders(patches, all_grids.prod(1).tolist())
         received_grids = all_grids[exchange.incoming]
@@ -154,9 +152,7 @@ class EncoderProcess(_Encoder):
             counts = [0] * len(counts)
         if torch.is_grad_enabled():
             features.requires_grad_()
-            self._forward = _Forward(
-                exchange, features_per_item, received, received_grids, features
-            )
+            self._stage1 = _Stage1(exchange, features_per_item, received, received_grids, features)
         return list(torch.split(features, counts))
 
     def backward(self) -> None:
@@ -165,16 +161,16 @@ class EncoderProcess(_Encoder):
         Raises:
             RuntimeError: there was no :meth:`encode` with gradients enabled.
         """
-        if self._forward is None:
+        if self._stage1 is None:
             raise RuntimeError("backward() needs an encode() with gradients enabled before it")
-        forward, self._forward = self._forward, None
-        gradient = forward.features.grad
+        stage1, self._stage1 = self._stage1, None
+        gradient = stage1.features.grad
         if gradient is None:
-            gradient = torch.zeros_like(forward.features)
+            gradient = torch.zeros_like(stage1.features)
         if not self.owns_images:  # the first rank of the tensor group sends it for all
             gradient = gradient[:0]
-        gradient = forward.exchange.to_encoders(gradient, forward.features_per_item)
-        self.recompute(forward.patches, forward.grids, gradient)
+        gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_item)
+        self.recompute(stage1.patches, stage1.grids, gradient)
 
     def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
         """Encode items again, chunk by chunk, and backpropagate the gradient of their features."""
@@ -187,21 +183,16 @@ class EncoderProcess(_Encoder):
                 first += len(features)
 
     def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
-        """Rank that encodes each item of the global batch."""
-        num_ranks, capacity = self._num_ranks(), self.config.max_patches_per_rank
+        num_ranks, capacity = self._num_ranks, self.config.max_patches_per_rank
         if self.config.spread == "round_robin":
             return [item % num_ranks for item in range(len(grids))]
         weight = self.tower.projector.fc2.weight
+        traffic = transfer_bytes(grids, self.tower.encoder.config, len(weight), weight.itemsize)
+        sizes = None if capacity is None else grids.prod(1).numpy()
+        loads = self.cost.loads(grids)
         try:
             return plan(
-                self.cost.loads(grids),
-                num_ranks,
-                owners=owners,
-                traffic=transfer_bytes(
-                    grids, self.tower.encoder.config, len(weight), weight.itemsize
-                ),
-                sizes=None if capacity is None else grids.prod(1).numpy(),
-                capacity=capacity,
+                loads, num_ranks, owners=owners, traffic=traffic, sizes=sizes, capacity=capacity
             )
         except CapacityError as error:  # all ranks plan the same: all raise it
             owner = owners[error.item]

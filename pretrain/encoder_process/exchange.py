@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.errors import PretrainError
-from pretrain.model.vision import inverse, select_items
+from pretrain.model.vision import select_items
 
 
 def gather_grids(
@@ -16,8 +16,8 @@ def gather_grids(
     """Gather the grids of the global batch on all ranks.
 
     Args:
-        grids: int64 [n, 3] of this rank's items; n may differ between ranks.
-        group: default: all ranks.
+        grids: int64 [n, 3] of this rank's items.
+        group: None: all ranks.
         image_error: reason why this rank's images cannot be encoded, if any.
 
     Returns:
@@ -42,7 +42,7 @@ class ItemExchange:
     Args:
         owners: rank that owns each item of the global batch, in ascending order.
         encoders: rank that encodes each item.
-        group: default: all ranks.
+        group: None: all ranks.
 
     Attributes:
         incoming: items that this rank encodes, in ascending order.
@@ -52,52 +52,51 @@ class ItemExchange:
         self, owners: Sequence[int], encoders: Sequence[int], group: dist.ProcessGroup | None
     ) -> None:
         self.group = group
-        self._num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self._owners, self._encoders = owners, encoders
-        owned = [item for item, owner in enumerate(owners) if owner == rank]
+        rank = dist.get_rank(group)
+        self._owned = [item for item, owner in enumerate(owners) if owner == rank]
         # All-to-all sends and receives one block of rows per rank. The sort is stable, so that both
         # sides list the items of a pair of ranks in the same order.
-        self._order = sorted(range(len(owned)), key=lambda index: encoders[owned[index]])
-        self._outgoing = [owned[index] for index in self._order]
-        self._owned = owned
+        self._outgoing = sorted(self._owned, key=encoders.__getitem__)
         self.incoming = [item for item, encoder in enumerate(encoders) if encoder == rank]
 
     def to_encoders(self, rows: Tensor, rows_per_item: Sequence[int]) -> Tensor:
-        """Send the rows of this rank's items to their encoders.
+        """Send rows [R, d] of this rank's items to their encoders.
 
         Args:
-            rows: [R, d], rows of the items that this rank owns, item by item.
             rows_per_item: number of rows of every item of the global batch.
 
         Returns:
-            [R', d], rows of the items in ``incoming``, item by item.
+            [R', d], rows of the items in ``incoming``.
         """
-        rows = select_items(rows, [rows_per_item[item] for item in self._owned], self._order)
-        return self._all_to_all(
-            rows,
-            self._rows_per_rank(self._outgoing, self._encoders, rows_per_item),
-            self._rows_per_rank(self.incoming, self._owners, rows_per_item),
-        )
+        rows = _reorder(rows, rows_per_item, self._owned, self._outgoing)
+        return self._all_to_all(rows, *self._rows_per_rank(rows_per_item))
 
     def to_owners(self, rows: Tensor, rows_per_item: Sequence[int]) -> Tensor:
         """Send rows [R', d] of the items in ``incoming`` to their owners: the inverse."""
-        rows = self._all_to_all(
-            rows,
-            self._rows_per_rank(self.incoming, self._owners, rows_per_item),
-            self._rows_per_rank(self._outgoing, self._encoders, rows_per_item),
-        )
-        counts = [rows_per_item[item] for item in self._outgoing]
-        return select_items(rows, counts, inverse(self._order))
+        outgoing, incoming = self._rows_per_rank(rows_per_item)
+        rows = self._all_to_all(rows, incoming, outgoing)
+        return _reorder(rows, rows_per_item, self._outgoing, self._owned)
 
-    def _rows_per_rank(
-        self, items: Sequence[int], ranks: Sequence[int], rows_per_item: Sequence[int]
-    ) -> list[int]:
-        counts = [0] * self._num_ranks
-        for item in items:
-            counts[ranks[item]] += rows_per_item[item]
-        return counts
+    def _rows_per_rank(self, rows_per_item: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Rows of outgoing items for each encoder, and of incoming items from each owner."""
+        num_ranks = dist.get_world_size(self.group)
+        outgoing, incoming = [0] * num_ranks, [0] * num_ranks
+        for item in self._outgoing:
+            outgoing[self._encoders[item]] += rows_per_item[item]
+        for item in self.incoming:
+            incoming[self._owners[item]] += rows_per_item[item]
+        return outgoing, incoming
 
     def _all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
         return received
+
+
+def _reorder(
+    rows: Tensor, rows_per_item: Sequence[int], before: Sequence[int], after: Sequence[int]
+) -> Tensor:
+    index = {item: number for number, item in enumerate(before)}
+    counts = [rows_per_item[item] for item in before]
+    return select_items(rows, counts, [index[item] for item in after])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Integers = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
+IntArrayLike = Sequence[int] | IntArray
 
 # Local search: rounds, partners of an item on either side of the best load, and how often items
 # choose again in a round after another item has taken their partner.
@@ -31,12 +32,12 @@ class CapacityError(ValueError):
 
 
 def plan(
-    loads: Sequence[int] | Integers,
+    loads: IntArrayLike,
     num_ranks: int,
     *,
-    owners: Sequence[int] | Integers | None = None,
-    traffic: Sequence[int] | Integers | None = None,
-    sizes: Sequence[int] | Integers | None = None,
+    owners: IntArrayLike | None = None,
+    traffic: IntArrayLike | None = None,
+    sizes: IntArrayLike | None = None,
     capacity: int | None = None,
     tolerance: float = 0.01,
 ) -> list[int]:
@@ -73,14 +74,14 @@ def plan(
         ValueError: an argument is out of range.
         CapacityError: the items do not fit into the capacity.
     """
-    problem = _validate(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
+    problem = _Problem.of(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
     if not len(problem.loads):
         return []
     plans = _candidate_plans(problem)
-    accepted = problem.tolerated(min(map(problem.largest_load, plans)))
-    accepted = max(problem.target, accepted)
+    smallest = min(map(problem.largest_load, plans))
+    accepted = max(problem.target, problem.tolerated(smallest))
 
-    def price(ranks: Integers) -> tuple[int, int, int]:
+    def price(ranks: IntArray) -> tuple[int, int, int]:
         load = problem.largest_load(ranks)
         return max(load, accepted), problem.moved(ranks), load
 
@@ -88,25 +89,20 @@ def plan(
     return encoders
 
 
-def balance(
-    loads: Sequence[int] | Integers, ranks: Sequence[int] | Integers, num_ranks: int
-) -> float:
+def balance(loads: IntArrayLike, ranks: IntArrayLike, num_ranks: int) -> float:
     """Largest load of a rank over the mean load: 1 is perfect. 1 if there is no load."""
     totals = _sums(np.asarray(loads, np.int64), np.asarray(ranks, np.int64), num_ranks)
     total = int(totals.sum())
     return int(totals.max()) * num_ranks / total if total else 1.0
 
 
-def balance_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> float:
-    """Lower bound of :func:`balance` over all plans.
-
-    It is above 1 if there are too few items, or one of them is too heavy, to share the work evenly.
-    """
+def balance_lower_bound(loads: IntArrayLike, num_ranks: int) -> float:
+    """Lower bound of :func:`balance`: above 1 if items are too few or one of them too heavy."""
     total = int(np.sum(loads, dtype=np.int64))
     return max(1.0, load_lower_bound(loads, num_ranks) * num_ranks / total) if total else 1.0
 
 
-def load_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> int:
+def load_lower_bound(loads: IntArrayLike, num_ranks: int) -> int:
     """Lower bound of a plan's largest load.
 
     The maximum of the mean load per rank and, for every k, of the k + 1 lightest of the
@@ -121,33 +117,65 @@ def load_lower_bound(loads: Sequence[int] | Integers, num_ranks: int) -> int:
     return max(-(-int(prefix_sums[-1]) // num_ranks), int(shared.max()))
 
 
-def oversized(loads: Sequence[int] | Integers, num_ranks: int) -> list[tuple[int, float]]:
-    """(item, its load over the mean load per rank) of every item above the mean load.
+def oversized(loads: IntArrayLike, num_ranks: int) -> list[int]:
+    """Items above the mean load per rank.
 
     Other ranks wait while such an item is encoded. It cannot be divided, because the patches of all
     its frames attend to each other. A longer video is several items of up to
     :data:`pretrain.model.geometry.MAX_FRAMES` frames, which can go to different ranks.
     """
     loads = np.asarray(loads, np.int64)
-    total = int(loads.sum())
-    items: list[int] = np.flatnonzero(loads > total / num_ranks).tolist()
-    return [(item, int(loads[item]) * num_ranks / total) for item in items]
-
-
-# ---------------------------------------------------------------------- problem
+    items: list[int] = np.flatnonzero(loads > int(loads.sum()) / num_ranks).tolist()
+    return items
 
 
 @dataclass(frozen=True)
 class _Problem:
     """Validated arguments of :func:`plan`; sizes are clipped to the capacity."""
 
-    loads: Integers
+    loads: IntArray
     num_ranks: int
-    owners: Integers | None
-    traffic: Integers
-    sizes: Integers
+    owners: IntArray | None
+    traffic: IntArray
+    sizes: IntArray
     capacity: int
     tolerance: float
+
+    @classmethod
+    def of(
+        cls,
+        loads: IntArrayLike,
+        num_ranks: int,
+        owners: IntArrayLike | None,
+        traffic: IntArrayLike | None,
+        sizes: IntArrayLike | None,
+        capacity: int | None,
+        tolerance: float,
+    ) -> "_Problem":
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        if (sizes is None) != (capacity is None):
+            raise ValueError("sizes and capacity go together: give both or none")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        count = len(loads)
+        checked = _checked("loads", loads, count)
+        if checked.sum(dtype=np.float64) * num_ranks > 2**60:
+            raise ValueError(
+                f"loads add up to more than 2**60 / {num_ranks} ranks: use a larger unit"
+            )
+        limit = capacity or 0
+        return cls(
+            loads=checked,
+            num_ranks=num_ranks,
+            owners=None if owners is None else _checked("owners", owners, count, num_ranks),
+            traffic=checked if traffic is None else _checked("traffic", traffic, count),
+            sizes=_checked("sizes", [0] * count if sizes is None else sizes, count).clip(max=limit),
+            capacity=limit,
+            tolerance=tolerance,
+        )
 
     @property
     def target(self) -> int:
@@ -157,99 +185,46 @@ class _Problem:
     def tolerated(self, load: int) -> int:
         return int(min(int(self.loads.sum()), load * (1 + self.tolerance)))
 
-    def totals(self, ranks: Integers) -> Integers:
-        """Load of each rank."""
+    def totals(self, ranks: IntArray) -> IntArray:
         return _sums(self.loads, ranks, self.num_ranks)
 
-    def largest_load(self, ranks: Integers) -> int:
+    def largest_load(self, ranks: IntArray) -> int:
         return int(self.totals(ranks).max())
 
-    def free(self, ranks: Integers) -> Integers:
-        """Free capacity of each rank."""
+    def free_capacity(self, ranks: IntArray) -> IntArray:
         return self.capacity - _sums(self.sizes, ranks, self.num_ranks)
 
-    def moved(self, ranks: Integers) -> int:
-        """Traffic of a plan."""
+    def moved(self, ranks: IntArray) -> int:
         return 0 if self.owners is None else int(self.traffic[ranks != self.owners].sum())
 
 
-def _sums(values: Integers, ranks: Integers, num_ranks: int) -> Integers:
-    """Sum of the values on each rank."""
+def _checked(name: str, values: IntArrayLike, count: int, below: int | None = None) -> IntArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or len(array) != count:
+        raise ValueError(f"{name} must be one integer for each of {count} items, got {array.shape}")
+    if len(array) and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, got {array.dtype}: round them first")
+    invalid = (array < 0) | (array >= below) if below is not None else array < 0
+    if invalid.any():
+        item = int(invalid.argmax())
+        limits = "at least 0" if below is None else f"in 0..{below - 1}"
+        raise ValueError(f"{name} must be {limits}: item {item} has {array[item]}")
+    return array.astype(np.int64)
+
+
+def _sums(values: IntArray, ranks: IntArray, num_ranks: int) -> IntArray:
     sums = np.zeros(num_ranks, np.int64)
     np.add.at(sums, ranks, values)
     return sums
 
 
-def _validate(
-    loads: Sequence[int] | Integers,
-    num_ranks: int,
-    owners: Sequence[int] | Integers | None,
-    traffic: Sequence[int] | Integers | None,
-    sizes: Sequence[int] | Integers | None,
-    capacity: int | None,
-    tolerance: float,
-) -> _Problem:
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    if (sizes is None) != (capacity is None):
-        raise ValueError("sizes and capacity go together: give both or none")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
-
-    def integers(name: str, values: Sequence[int] | Integers, below: int | None = None) -> Integers:
-        array = np.asarray(values)
-        if array.ndim != 1 or len(array) != len(loads):
-            raise ValueError(
-                f"{name} must be one integer for each of {len(loads)} items, got {array.shape}"
-            )
-        if len(array) and array.dtype.kind not in "iu":
-            raise ValueError(f"{name} must be integers, got {array.dtype}: round them first")
-        invalid = (array < 0) | (array >= below) if below is not None else array < 0
-        if invalid.any():
-            item = int(invalid.argmax())
-            limits = "at least 0" if below is None else f"in 0..{below - 1}"
-            raise ValueError(f"{name} must be {limits}: item {item} has {array[item]}")
-        return array.astype(np.int64)
-
-    checked = integers("loads", loads)
-    if checked.sum(dtype=np.float64) * num_ranks > 2**60:
-        raise ValueError(f"loads add up to more than 2**60 / {num_ranks} ranks: use a larger unit")
-    if sizes is None:
-        clipped_sizes = np.zeros_like(checked)
-    else:
-        clipped_sizes = np.minimum(integers("sizes", sizes), capacity or 0)
-    return _Problem(
-        loads=checked,
-        num_ranks=num_ranks,
-        owners=None if owners is None else integers("owners", owners, num_ranks),
-        traffic=checked if traffic is None else integers("traffic", traffic),
-        sizes=clipped_sizes,
-        capacity=capacity or 0,
-        tolerance=tolerance,
-    )
-
-
-# ---------------------------------------------------------------------- candidates
-
-
-def _candidate_plans(problem: _Problem) -> list[Integers]:
-    """The plans of :func:`plan`, in its order."""
+def _candidate_plans(problem: _Problem) -> list[IntArray]:
     target = problem.target
     few_items = len(problem.loads) <= _FEW_ITEMS * problem.num_ranks
     heaviest_first = np.argsort(-problem.loads, kind="stable")
-
-    plans = []
     local = _mostly_local(problem, heaviest_first, target, by_traffic=not few_items)
-    if local is not None:
-        plans.append(local)
-    unassigned = [-1] * len(problem.loads)
-    lpt = _list_schedule(problem, heaviest_first.tolist(), unassigned)
-    if lpt is not None:
-        plans.append(lpt)
-    if not plans:
-        plans.append(_fit_capacity(problem))
+    lpt = _list_schedule(problem, heaviest_first.tolist(), [-1] * len(problem.loads))
+    plans = [ranks for ranks in (local, lpt) if ranks is not None] or [_fit_capacity(problem)]
     if min(map(problem.largest_load, plans)) > target:
         plans.append(_relabel_ranks(problem, _swap(problem, plans[-1], target)))
     smallest = min(map(problem.largest_load, plans))
@@ -261,16 +236,12 @@ def _candidate_plans(problem: _Problem) -> list[Integers]:
 
 
 def _mostly_local(
-    problem: _Problem, heaviest_first: Integers, target: int, *, by_traffic: bool
-) -> Integers | None:
+    problem: _Problem, heaviest_first: IntArray, target: int, *, by_traffic: bool
+) -> IntArray | None:
     """Leave items with their owners up to the target load, and move the others.
 
-    Args:
-        by_traffic: leave items with the most traffic for their load first. Few items fit so badly
-            that the heaviest have to be placed first instead.
-
-    Returns:
-        Rank of each item, or None if an item does not fit or there are no owners.
+    Items with the most traffic for their load stay first; of a few items, which fit badly, the
+    heaviest. None if an item does not fit or there are no owners.
     """
     if problem.owners is None:
         return None
@@ -293,15 +264,10 @@ def _mostly_local(
     return None if scheduled is None else _swap(problem, scheduled, target)
 
 
-def _list_schedule(problem: _Problem, items: Iterable[int], ranks: list[int]) -> Integers | None:
+def _list_schedule(problem: _Problem, items: Iterable[int], ranks: list[int]) -> IntArray | None:
     """Assign items in order, each to the least loaded rank with enough free capacity.
 
-    Args:
-        items: items to assign.
-        ranks: rank of every item, -1 for those to assign; modified.
-
-    Returns:
-        Rank of each item, or None if an item does not fit.
+    ``ranks`` is -1 for these items; it is modified. None if an item does not fit.
     """
     loads, sizes, num_ranks = problem.loads.tolist(), problem.sizes.tolist(), problem.num_ranks
     given = np.array(ranks)
@@ -330,12 +296,8 @@ def _list_schedule(problem: _Problem, items: Iterable[int], ranks: list[int]) ->
     return np.array(ranks)
 
 
-def _fit_capacity(problem: _Problem) -> Integers:
-    """Plan by sizes alone, for a capacity into which loads did not lead.
-
-    Raises:
-        CapacityError: the items do not fit.
-    """
+def _fit_capacity(problem: _Problem) -> IntArray:
+    """Plan by sizes alone."""
     ranks = _best_fit_decreasing(problem.sizes, problem.num_ranks, problem.capacity)
     if isinstance(ranks, int):
         size = int(problem.sizes[ranks])
@@ -349,11 +311,10 @@ def _fit_capacity(problem: _Problem) -> Integers:
     return ranks
 
 
-def _best_fit_decreasing(values: Integers, num_ranks: int, capacity: int) -> Integers | int:
+def _best_fit_decreasing(values: IntArray, num_ranks: int, capacity: int) -> IntArray | int:
     """Bin packing: the largest values first, each where it leaves the least free capacity.
 
-    Returns:
-        Rank of each value, or the index of the first value that does not fit.
+    Returns ranks, or the index of the first value that does not fit.
     """
     ranks = np.empty_like(values)
     # Free capacity and rank in one integer, sorted.
@@ -369,31 +330,28 @@ def _best_fit_decreasing(values: Integers, num_ranks: int, capacity: int) -> Int
     return ranks
 
 
-def _multifit(problem: _Problem, low: int, high: int) -> Integers | None:
-    """Best-fit decreasing into the smallest load between ``low`` and ``high`` that bisection finds.
+def _multifit(problem: _Problem, low: int, high: int) -> IntArray | None:
+    """Best-fit decreasing into the smallest load in low..high that bisection finds, if any.
 
     With two or three items per rank, the number of items on each rank decides, which swaps do not
     change. Source: Coffman, Garey, Johnson, "An application of bin-packing to multiprocessor
     scheduling", 1978.
-
-    Returns:
-        Rank of each item, or None if no load below ``high`` is enough.
     """
     best = None
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2
         ranks = _best_fit_decreasing(problem.loads, problem.num_ranks, middle)
-        if isinstance(ranks, int) or problem.free(ranks).min() < 0:
+        if isinstance(ranks, int) or problem.free_capacity(ranks).min() < 0:
             low = middle
         else:
             best, high = ranks, middle
     return best
 
 
-def _relabel_ranks(problem: _Problem, ranks: Integers) -> Integers:
+def _relabel_ranks(problem: _Problem, ranks: IntArray) -> IntArray:
     """Permute the ranks of a plan, which keeps its balance, to leave more items with their owners.
 
-    Pairs of a rank and an owner are matched greedily, those with the most traffic first.
+    Greedy matching of ranks and owners, pairs with the most traffic first.
     """
     if problem.owners is None:
         return ranks
@@ -412,10 +370,7 @@ def _relabel_ranks(problem: _Problem, ranks: Integers) -> Integers:
     return np.array(permutation)[ranks]
 
 
-# ---------------------------------------------------------------------- local search
-
-
-def _swap(problem: _Problem, ranks: Integers, target: int) -> Integers:
+def _swap(problem: _Problem, ranks: IntArray, target: int) -> IntArray:
     """Improve a plan by swaps until its largest load is the target, or rounds hardly help."""
     search = _LocalSearch(problem, ranks, target)
     excess = _INFEASIBLE
@@ -435,16 +390,12 @@ class _LocalSearch:
     y = x - (H - target), and both ranks become equal if 2y - L = 2x - H. Two binary searches
     therefore find the best partners among the items of all light ranks. Every swap lowers the
     larger load of its two ranks.
-
-    Attributes:
-        ranks: rank of each item.
-        totals, free: load and free capacity of each rank.
     """
 
-    def __init__(self, problem: _Problem, ranks: Integers, target: int) -> None:
+    def __init__(self, problem: _Problem, ranks: IntArray, target: int) -> None:
         self.num_ranks, self.target = problem.num_ranks, target
         self.ranks = ranks.copy()
-        self.totals, self.free = problem.totals(ranks), problem.free(ranks)
+        self.totals, self.free = problem.totals(ranks), problem.free_capacity(ranks)
         self.empty_item = len(problem.loads)
         self.loads, self.sizes = np.append(problem.loads, 0), np.append(problem.sizes, 0)
 
@@ -470,7 +421,7 @@ class _LocalSearch:
             load[used[rank]] = _INFEASIBLE
             load[used[partner_rank]] = _INFEASIBLE
 
-    def _apply(self, item: Integers, partner: Integers, heavy: Integers, light: Integers) -> None:
+    def _apply(self, item: IntArray, partner: IntArray, heavy: IntArray, light: IntArray) -> None:
         """Swap items of heavy ranks with partners of light ranks."""
         load = self.loads[item] - self.loads[partner]
         size = self.sizes[item] - self.sizes[partner]
@@ -482,7 +433,7 @@ class _LocalSearch:
         self.free[heavy] += size
         self.free[light] -= size
 
-    def _candidates(self) -> tuple[Integers, Integers, Integers, Integers]:
+    def _candidates(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Items [X] of heavy ranks, these ranks [X], partners [X, P] and their ranks [X, P]."""
         order = np.argsort(self.totals, kind="stable")
         num_heavy = int(np.count_nonzero(self.totals > self.target))
@@ -512,29 +463,25 @@ class _LocalSearch:
         return item, rank, partner[near], partner_rank[near]
 
     def _load_after(
-        self, item: Integers, rank: Integers, partner: Integers, partner_rank: Integers
-    ) -> Integers:
+        self, item: IntArray, rank: IntArray, partner: IntArray, partner_rank: IntArray
+    ) -> IntArray:
         """[X, P]: larger load of both ranks after a swap; swaps must respect the capacity."""
         load = self.loads[item, None] - self.loads[partner]
         after = np.maximum(self.totals[rank, None] - load, self.totals[partner_rank] + load)
         size = self.sizes[item, None] - self.sizes[partner]
         full = (self.free[rank, None] < -size) | (self.free[partner_rank] < size)
         # Without the lower limit every item would choose the lightest rank.
-        limited: Integers = np.where(full, _INFEASIBLE, after.clip(self.target))
+        limited: IntArray = np.where(full, _INFEASIBLE, after.clip(self.target))
         return limited
 
 
-def _nearest(keys: Integers, wanted: Integers, offsets: range) -> Integers:
-    """int64 [len(wanted), len(offsets)]: indices of keys around each wanted key.
-
-    Offsets count positions in sorted order from where the wanted key would be inserted.
-    """
+def _nearest(keys: IntArray, wanted: IntArray, offsets: range) -> IntArray:
+    """int64 [len(wanted), len(offsets)]: keys at these offsets from each wanted one, if sorted."""
     order = np.argsort(keys, kind="stable")
     positions = np.searchsorted(keys[order], wanted, side="right")
-    nearest: Integers = order[(positions[:, None] + np.array(offsets)).clip(0, len(keys) - 1)]
+    nearest: IntArray = order[(positions[:, None] + np.array(offsets)).clip(0, len(keys) - 1)]
     return nearest
 
 
-def _first_occurrences(values: Integers) -> Integers:
-    """Index of the first occurrence of each value, ascending."""
+def _first_occurrences(values: IntArray) -> IntArray:
     return np.sort(np.unique(values, return_index=True)[1])

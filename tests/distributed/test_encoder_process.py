@@ -306,8 +306,8 @@ def _with_capacity(capacity: int) -> str | tuple[int, int]:
         encoder.encode([make_images(shapes, 0)])
     except PretrainError as error:
         return str(error)
-    assert encoder._forward is not None
-    return len(encoder._forward.patches), encoder.oversized
+    assert encoder._stage1 is not None
+    return len(encoder._stage1.patches), encoder.oversized
 
 
 def test_max_patches_per_rank_is_respected_or_the_image_without_room_is_named() -> None:
