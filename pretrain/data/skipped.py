@@ -76,14 +76,6 @@ def within_limit(records: Iterable[T], limit: int) -> Iterator[T]:
         yield record
 
 
-def take_all(skips: list[Skip]) -> list[Skip]:
-    """Empty a list that another thread may be appending to, and return what was in it."""
-    taken = []
-    while skips:
-        taken.append(skips.pop(0))
-    return taken
-
-
 def write(path: Path, skips: Iterable[Skip]) -> None:
     """Append documents to the list of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)

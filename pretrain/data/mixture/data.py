@@ -12,14 +12,15 @@ from pretrain.data.builtin.standard_library import SPLITS, Split
 from pretrain.data.composer import Composer
 from pretrain.data.interface import Data, RankShare
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.mixture.stream import ForwardSequences, Sequences, Stream
+from pretrain.data.mixture.stream import Sequences, Stream
 from pretrain.data.packing import Document, PackedSample
-from pretrain.data.skipped import Skip, Skipped, take_all
+from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.interface import Documents, Segment
 from pretrain.errors import PretrainError
 
 # Tokens that a captioned image leaves free for the model's own caption.
 _CAPTION_ROOM = 24
+_KEPT_STEPS = 4
 
 
 class MixtureData(Data):
@@ -52,13 +53,14 @@ class MixtureData(Data):
         self._skips = list(self._skips_at_opening)
         # If any source can only be read in order, every rank has a stream over its own share.
         self._one_pass = any(source.one_pass for source in documents)
-        self._sequences: dict[Split, Sequences | ForwardSequences] = {}
+        self._sequences: dict[Split, Sequences] = {}
         for split in SPLITS:
             if not any(source.count(split) for source in documents):
                 continue
             make = partial(self._stream, split)
             if self._reads_own_share(split):
-                self._sequences[split] = ForwardSequences(make, share.local_batch_size)
+                # Going back means reading again: states are kept for the steps read ahead.
+                self._sequences[split] = Sequences(make, share.local_batch_size, _KEPT_STEPS)
             else:
                 self._sequences[split] = Sequences(make)
         self._captioned = lru_cache(maxsize=8)(self._find_captioned)
@@ -117,8 +119,8 @@ class MixtureData(Data):
         return list(items.values())
 
     def take_skipped(self) -> list[Skip]:
-        found = [skip for source in self._documents for skip in source.take_skipped()]
-        return [*take_all(self._skips), *found]
+        found = [self._skips.pop(0) for _ in range(len(self._skips))]  # a thread may be appending
+        return found + [skip for source in self._documents for skip in source.take_skipped()]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         share = self._share

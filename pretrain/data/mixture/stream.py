@@ -14,11 +14,6 @@ from typing import Any
 
 from pretrain.data.sources.interface import Cursor, Segment
 
-# Sequences between states that are kept for seeking.
-_ANCHOR_INTERVAL = 256
-# Steps whose states are kept when sequences can only be read in order.
-_KEPT_STEPS = 4
-
 
 @dataclass
 class Stream:
@@ -70,7 +65,7 @@ class Stream:
         return segments
 
     def state(self) -> dict[str, Any]:
-        """The position, in plain values."""
+        """The position in plain values."""
         return {
             "sequences": self.sequences,
             "placed": self.placeholders,
@@ -91,13 +86,18 @@ def _furthest_behind(cursors: Sequence[Cursor]) -> Cursor:
 class Sequences:
     """A stream's sequences by number, in any order.
 
-    To go back, the stream restarts from the nearest earlier state: one is kept for every 256
-    sequences, and those restored from checkpoints.
+    To go back, the stream restarts from the nearest earlier state that is kept.
+
+    Args:
+        interval: sequences between states that are kept.
+        kept: number of states that are kept, the latest ones; by default all.
     """
 
-    def __init__(self, make: Callable[[], Stream]) -> None:
-        self._stream = make()
-        self._anchors = {0: self._stream.state()}
+    def __init__(
+        self, make: Callable[[], Stream], interval: int = 256, kept: int | None = None
+    ) -> None:
+        self._stream, self._interval, self._kept = make(), interval, kept
+        self._states = {0: self._stream.state()}
         # A thread prepares the next sequences while another one asks for states.
         self._lock = threading.Lock()
 
@@ -109,59 +109,27 @@ class Sequences:
     def state(self, index: int) -> dict[str, Any]:
         """The stream's state before sequence ``index``."""
         with self._lock:
+            if index in self._states:
+                return copy.deepcopy(self._states[index])
             self._seek(index)
             return copy.deepcopy(self._stream.state())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state of another stream of the same documents."""
         with self._lock:
-            self._anchors[state["sequences"]] = copy.deepcopy(state)
+            self._states[state["sequences"]] = copy.deepcopy(state)
 
     def _seek(self, index: int) -> None:
-        anchor = max(number for number in self._anchors if number <= index)
-        if not anchor <= self._stream.sequences <= index:
-            self._stream.restore(copy.deepcopy(self._anchors[anchor]))
+        start = max(number for number in self._states if number <= index)
+        if not start <= self._stream.sequences <= index:
+            self._stream.restore(copy.deepcopy(self._states[start]))
         while self._stream.sequences < index:
             self._advance()
 
     def _advance(self) -> list[Segment]:
-        segments = self._stream.next()
-        if self._stream.sequences % _ANCHOR_INTERVAL == 0:
-            self._anchors.setdefault(self._stream.sequences, self._stream.state())
+        segments, done = self._stream.next(), self._stream.sequences
+        if done % self._interval == 0 and done not in self._states:
+            self._states[done] = copy.deepcopy(self._stream.state())
+            for number in sorted(self._states)[: -self._kept] if self._kept else ():
+                del self._states[number]
         return segments
-
-
-class ForwardSequences:
-    """The sequences of a stream that can only be read in order.
-
-    Args:
-        step_size: sequences in a step. The states before each of the last few steps are kept.
-    """
-
-    def __init__(self, make: Callable[[], Stream], step_size: int) -> None:
-        self._stream, self._step_size = make(), step_size
-        self._states: dict[int, dict[str, Any]] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, index: int) -> list[Segment]:
-        with self._lock:
-            if index != self._stream.sequences:
-                raise ValueError(f"sequence {index} is not the next one, {self._stream.sequences}")
-            if index % self._step_size == 0:
-                self._states[index] = copy.deepcopy(self._stream.state())
-                for old in sorted(self._states)[:-_KEPT_STEPS]:
-                    del self._states[old]
-            return self._stream.next()
-
-    def state(self, index: int) -> dict[str, Any]:
-        """The stream's state before sequence ``index``, the first one of a recent step."""
-        with self._lock:
-            if index == self._stream.sequences:
-                return copy.deepcopy(self._stream.state())
-            return self._states[index]
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state of another stream of the same documents and share."""
-        with self._lock:
-            self._stream.restore(state)
-            self._states.clear()

@@ -16,7 +16,7 @@ from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import TokenDocuments, TokenWriter, index_tokens
+from pretrain.data.sources.tokens import Encoded, TokenDocuments, index_tokens
 from pretrain.data.tokenizer import ROLES
 
 _LOST_FROM_CHAT = (*files.MEDIA, "tools", "functions", "system")
@@ -141,20 +141,20 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
     tokenizer, length = composer.tokenizer, source.data.seq_length
     tokenizer.require_chat()
 
-    def add(writer: TokenWriter, records: Iterator[Chat | Skip]) -> None:
+    def encode(records: Iterator[Chat | Skip]) -> Iterator[Encoded | Skip]:
         for record in records:
             if isinstance(record, Skip):
-                writer.skip(record)
+                yield record
                 continue
             try:
                 document = render(tokenizer, record.messages)
             except ValueError as error:
-                writer.skip(Skip(record.name, reason(error)))
+                yield Skip(record.name, reason(error))
                 continue
             if len(document) > length:
-                writer.skip(too_long(record.name, len(document), length))
+                yield too_long(record.name, len(document), length)
             else:
-                writer.add(record.hash, document.tokens, document.weights, document.categories)
+                yield record.hash, (document.tokens, document.weights, document.categories)
 
     columns = {
         "tokens": np.dtype(tokenizer.dtype),
@@ -162,4 +162,4 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
         "categories": np.dtype(np.uint8),
     }
     name = source.index_name("chat", tokenizer, length)
-    return index_tokens(source, composer, name, columns, ChatDocuments, add)
+    return index_tokens(source, composer, name, columns, ChatDocuments, encode)

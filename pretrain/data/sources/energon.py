@@ -25,7 +25,7 @@ from pretrain.data.interface import RankShare
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import ImageFile, Pixels, decode
 from pretrain.data.packing import Document
-from pretrain.data.skipped import Skip, take_all
+from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import DocumentCursor, too_long
 from pretrain.data.sources.interface import Cursor, Documents, Segment, Source
 from pretrain.data.sources.text import Text
@@ -403,7 +403,6 @@ class EnergonDocuments(Documents):
     """The samples of prepared shards. Held-out samples are read at the start and kept."""
 
     one_pass = True
-    whole = True
 
     def __init__(self, source: EnergonSource, composer: Composer) -> None:
         self.source: EnergonSource = source
@@ -426,8 +425,8 @@ class EnergonDocuments(Documents):
 
     def cursor(self, split: Split, share: RankShare) -> Cursor:
         if split == "train":
-            return EnergonCursor(self.source, self, share)
-        return DocumentCursor(self.source, self, np.arange(len(self.held_out)), share)
+            return EnergonCursor(self, share)
+        return DocumentCursor(self, np.arange(len(self.held_out)), share)
 
     def size(self, number: int) -> tuple[int, int]:
         """(tokens, image placeholders among them) of a held-out document."""
@@ -445,7 +444,7 @@ class EnergonDocuments(Documents):
                 yield VisionItem(*pair)
 
     def take_skipped(self) -> list[Skip]:
-        return take_all(self.met)
+        return [self.met.pop(0) for _ in range(len(self.met))]  # a thread may be appending
 
     def _held_out_samples(self) -> Iterator[Any]:
         with self.source.errors_named(self.met):
@@ -479,13 +478,13 @@ class EnergonDocuments(Documents):
 class EnergonCursor:
     """A position in a rank's share of the training samples, which energon shuffles."""
 
-    source: EnergonSource
     documents: EnergonDocuments
     share: RankShare
     whole: bool = True
     taken: int = 0
 
     def __post_init__(self) -> None:
+        self.source = self.documents.source
         self._loader = self._new_loader()
         self._samples: Iterator[Any] | None = None
         # The next document, and the key by which energon can restore its sample.

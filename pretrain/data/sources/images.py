@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -318,41 +318,30 @@ class MixedDocuments(IndexedDocuments):
                 yield VisionItem(pixels, pair[1])
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The size of an image or video when its files had these stamps.
-
-    Attributes:
-        shape: (frames, height, width) in pixels; or the reason why it cannot be read.
-    """
-
-    stamps: tuple[Stamp, ...]
-    shape: tuple[int, int, int] | str
+# The stamps of an image's or video's files, and its (frames, height, width) in pixels or the reason
+# why it cannot be read.
+Measured = tuple[tuple[Stamp, ...], tuple[int, int, int] | str]
 
 
+@dataclass
 class _Sizes:
-    """Sizes of images and videos; files that have not changed are not opened again.
+    """Sizes of images and videos. Files with the stamps of an earlier index are not opened."""
 
-    Args:
-        stamps: of every file.
-        known: sizes from an earlier index.
-    """
-
-    def __init__(self, stamps: dict[str, Stamp], known: dict[Media, Measured], fps: float) -> None:
-        self._stamps, self._known, self._fps = stamps, known, fps
-        self.measured: dict[Media, Measured] = {}
+    stamps: dict[str, Stamp]
+    known: dict[Media, Measured]
+    fps: float
+    measured: dict[Media, Measured] = field(default_factory=dict)
 
     def measure(self, media: Media) -> tuple[int, int, int]:
         if media not in self.measured:
-            stamps = tuple(self._stamps.get(path, ()) for path in media.paths)
-            known = self._known.get(media)
-            if known is None or known.stamps != stamps or not all(stamps):
+            stamps = tuple(self.stamps.get(path, ()) for path in media.paths)
+            self.measured[media] = known = self.known.get(media, ((), ""))
+            if known[0] != stamps or not all(stamps):
                 try:
-                    known = Measured(stamps, frames.measure(media, self._fps))
+                    self.measured[media] = stamps, frames.measure(media, self.fps)
                 except ValueError as error:
-                    known = Measured(stamps, reason(error))
-            self.measured[media] = known
-        shape = self.measured[media].shape
+                    self.measured[media] = stamps, reason(error)
+        _, shape = self.measured[media]
         if isinstance(shape, str):
             raise ValueError(shape)
         return shape
@@ -428,14 +417,14 @@ def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes)
     (folder / "video").write_text(json.dumps(film))
     write_lines(
         folder / "measured",
-        ([m.paths, m.moving, known.stamps, known.shape] for m, known in sizes.measured.items()),
+        ([media.paths, media.moving, *known] for media, known in sizes.measured.items()),
     )
     write_index(folder, [IndexedFile("", (), len(ends), list(skipped))], ends, hashes)
 
 
 def _read_measured(folder: Path) -> dict[Media, Measured]:
-    measured = {}
+    measured: dict[Media, Measured] = {}
     for paths, moving, stamps, shape in read_lines(folder / "measured"):
         size = shape if isinstance(shape, str) else tuple(shape)
-        measured[Media(tuple(paths), moving)] = Measured(tuple(map(tuple, stamps)), size)
+        measured[Media(tuple(paths), moving)] = tuple(map(tuple, stamps)), size
     return measured

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -148,24 +148,18 @@ class IndexedDocuments(Documents):
     """Documents by number, in an index on disk.
 
     Attributes:
-        whole: whether documents are never cut.
         hashes: uint64 [n], a hash of the content of each document.
         ends: int64 [n], where each document ends in the index's data.
         files: the indexed files in order.
         cached: whether the index existed, and no file has changed since it was made.
     """
 
-    whole: ClassVar[bool] = True
     source: IndexedSource[Any]
     composer: Composer
     hashes: npt.NDArray[np.uint64]
     ends: npt.NDArray[np.int64]
     files: list[IndexedFile]
     cached: bool = field(default=False, kw_only=True)
-
-    @abstractmethod
-    def size(self, number: int) -> tuple[int, int]:
-        """(tokens, image placeholders among them) of a document."""
 
     def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
         """The documents that do not fit a sequence."""
@@ -204,18 +198,7 @@ class IndexedDocuments(Documents):
         return len(self.numbers[split])
 
     def cursor(self, split: Split, share: RankShare) -> "DocumentCursor":
-        return DocumentCursor(self.source, self, self.numbers[split], share)
-
-
-class SizedDocuments(Protocol):
-    """Documents with numbers and known sizes."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether documents are never cut."""
-
-    def size(self, number: int) -> tuple[int, int]:
-        """(tokens, image placeholders among them) of a document."""
+        return DocumentCursor(self, self.numbers[split], share)
 
 
 @lru_cache(maxsize=16)
@@ -235,17 +218,15 @@ class DocumentCursor:
         taken: tokens taken.
     """
 
-    source: Source
-    documents: SizedDocuments
+    documents: Documents
     numbers: npt.NDArray[np.int64]
     share: RankShare
     position: int = 0
     offset: int = 0
     taken: int = 0
 
-    @property
-    def whole(self) -> bool:
-        return self.documents.whole
+    def __post_init__(self) -> None:
+        self.source, self.whole = self.documents.source, self.documents.whole
 
     def _number(self) -> int:
         place = self.position * self.share.ranks + self.share.rank

@@ -129,10 +129,12 @@ class Documents(ABC):
         source: the source.
         one_pass: whether training documents can only be read in order. Every rank then has a cursor
             over its share of them; otherwise all ranks follow the same order of documents.
+        whole: whether documents are never cut.
         cached: whether :attr:`skips` come from the cache.
     """
 
     one_pass: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     source: Source
     cached: bool = False
 
@@ -153,6 +155,10 @@ class Documents(ABC):
     @abstractmethod
     def cursor(self, split: Split, share: RankShare) -> "Cursor":
         """A cursor at the first document of a split, over every ``share.ranks``-th document."""
+
+    @abstractmethod
+    def size(self, number: int) -> tuple[int, int]:
+        """(tokens, image placeholders among them) of a document."""
 
     @abstractmethod
     def document(self, segment: Segment) -> Document | Skip:

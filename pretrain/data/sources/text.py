@@ -15,7 +15,7 @@ from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import TokenDocuments, TokenWriter, index_tokens
+from pretrain.data.sources.tokens import Encoded, TokenDocuments, index_tokens
 from pretrain.data.tokenizer import Tokenizer
 
 _SUFFIXES = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
@@ -94,23 +94,23 @@ def index_text(source: IndexedSource[Text], composer: Composer) -> TextDocuments
     """Load the index of a source of text, or build it; raises as :func:`index_tokens`."""
     tokenizer = composer.tokenizer
 
-    def add(writer: TokenWriter, records: Iterator[Text | Skip]) -> None:
+    def encode(records: Iterator[Text | Skip]) -> Iterator[Encoded | Skip]:
         for batch in _batches(records):
             texts = [record.text for record in batch if not isinstance(record, Skip)]
             encoded = iter(_encoded(tokenizer, texts))
             for record in batch:
                 if isinstance(record, Skip):
-                    writer.skip(record)
+                    yield record
                     continue
                 tokens = next(encoded)
                 if isinstance(tokens, str):
-                    writer.skip(Skip(record.name, tokens))
+                    yield Skip(record.name, tokens)
                 else:
-                    writer.add(record.hash, np.append(tokens, tokenizer.eos))
+                    yield record.hash, (np.append(tokens, tokenizer.eos),)
 
     columns = {"tokens": np.dtype(tokenizer.dtype)}
     name = source.index_name("text", tokenizer)
-    return index_tokens(source, composer, name, columns, TextDocuments, add)
+    return index_tokens(source, composer, name, columns, TextDocuments, encode)
 
 
 def _batches(records: Iterator[Text | Skip]) -> Iterator[list[Text | Skip]]:

@@ -1,9 +1,10 @@
 """Indexes of tokens: the columns of all documents, one after the other, in a file each."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from pretrain.data.sources.indexed import (
     write_index,
 )
 
+Encoded = tuple[int, tuple[npt.ArrayLike, ...]]
+"""A document: the hash of its content, and its values in each column."""
+
 
 @dataclass(frozen=True)
 class TokenDocuments(IndexedDocuments):
@@ -33,65 +37,8 @@ class TokenDocuments(IndexedDocuments):
         return tokens.stop - tokens.start, 0
 
 
-D = TypeVar("D", bound=TokenDocuments)
 Columns = Mapping[str, np.dtype[Any]]
-
-
-class TokenWriter:
-    """An index of tokens while it is written, file by file.
-
-    Args:
-        folder: an empty folder.
-        columns: the dtype of each column, by its name.
-        limit: more corrupt documents are an error.
-    """
-
-    def __init__(self, folder: Path, columns: Columns, limit: int) -> None:
-        self._skipped = Skipped(limit)
-        self._folder, self._columns = folder, columns
-        self._streams = {name: (folder / name).open("wb") for name in columns}
-        self._ends: list[int] = []
-        self._hashes: list[int] = []
-        self._files: list[IndexedFile] = []
-        self._progress = Progress("indexing text")
-
-    def begin(self, name: str, stamp: Stamp) -> None:
-        """Begin a file; following documents belong to it."""
-        self._files.append(IndexedFile(name, stamp, 0, []))
-
-    def skip(self, skip: Skip) -> None:
-        """Leave a document out."""
-        self._skipped.add([skip])
-        self._files[-1].skips.append(skip)
-
-    def add(self, hash: int, *columns: npt.ArrayLike) -> None:
-        """Append a document: its values in each column."""
-        size = 0
-        for (name, dtype), values in zip(self._columns.items(), columns, strict=True):
-            row = np.asarray(values, dtype)
-            self._streams[name].write(row.tobytes())
-            size = len(row)
-        self._ends.append((self._ends[-1] if self._ends else 0) + size)
-        self._hashes.append(hash)
-        self._files[-1].documents += 1
-        self._progress(len(self._ends))
-
-    def copy(self, index: TokenDocuments, file: IndexedFile, first: int) -> None:
-        """Append a file of another index, in which ``first`` is its first document."""
-        self._skipped.add(file.skips)
-        last = first + file.documents
-        start, stop = (int(index.ends[n - 1]) if n else 0 for n in (first, last))
-        for name in self._columns:
-            self._streams[name].write(getattr(index, name)[start:stop].tobytes())
-        before = self._ends[-1] if self._ends else 0
-        self._ends += (index.ends[first:last] - start + before).tolist()
-        self._hashes += index.hashes[first:last].tolist()
-        self._files.append(file)
-
-    def finish(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-        write_index(self._folder, self._files, self._ends, self._hashes)
+D = TypeVar("D", bound=TokenDocuments)
 
 
 def index_tokens(
@@ -100,7 +47,7 @@ def index_tokens(
     name: str,
     columns: Columns,
     make: Callable[..., D],
-    add: Callable[[TokenWriter, Iterator[R | Skip]], None],
+    encode: Callable[[Iterator[R | Skip]], Iterator[Encoded | Skip]],
 ) -> D:
     """Load the index of a source, or build it if it is missing.
 
@@ -110,7 +57,7 @@ def index_tokens(
         name: name of the index, from :meth:`IndexedSource.index_name`.
         columns: the dtype of each column, by its name in the class.
         make: the class of the documents.
-        add: tokenizes the records of a file and passes them to the writer.
+        encode: tokenizes the records of a file.
 
     Raises:
         PretrainError: more than ``data.max_corrupt`` documents are corrupt, or the cache cannot be
@@ -131,16 +78,58 @@ def index_tokens(
         for known_file in earlier.files if earlier else ():
             known[known_file.name, known_file.stamp] = known_file, first
             first += known_file.documents
-        writer = TokenWriter(partial, columns, source.data.max_corrupt)
-        for file in source.files:
-            match = known.get((file.name, file.stamp))
-            if earlier is not None and match and file.stamp:
-                writer.copy(earlier, *match)
-                continue
-            writer.begin(file.name, file.stamp)
-            add(writer, file.records())
-        writer.finish()
+        with contextlib.ExitStack() as stack:
+            streams = {c: stack.enter_context((partial / c).open("wb")) for c in columns}
+            writer = _Writer(columns, streams, Skipped(source.data.max_corrupt))
+            for file in source.files:
+                match = known.get((file.name, file.stamp))
+                if earlier is not None and match and file.stamp:
+                    writer.copy(earlier, *match)
+                else:
+                    writer.add(IndexedFile(file.name, file.stamp, 0, []), encode(file.records()))
+        write_index(partial, writer.files, writer.ends[1:], writer.hashes)
 
     folder = Path(source.data.cache_dir) / f"{name}-{source.key}"
-    index, was_cached = cached(folder, build, load)
-    return replace(index, cached=was_cached)
+    documents, was_cached = cached(folder, build, load)
+    return replace(documents, cached=was_cached)
+
+
+@dataclass
+class _Writer:
+    """Writes the columns of an index file by file, and collects the rest."""
+
+    columns: Columns
+    streams: Mapping[str, IO[bytes]]
+    skipped: Skipped
+    files: list[IndexedFile] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=lambda: [0])
+    progress: Progress = field(default_factory=lambda: Progress("indexing text"))
+
+    def add(self, file: IndexedFile, documents: Iterator[Encoded | Skip]) -> None:
+        """Append the documents of a file."""
+        self.files.append(file)
+        for document in documents:
+            if isinstance(document, Skip):
+                self.skipped.add([document])
+                file.skips.append(document)
+                continue
+            hash, values = document
+            rows = [np.asarray(v, d) for v, d in zip(values, self.columns.values(), strict=True)]
+            for stream, row in zip(self.streams.values(), rows, strict=True):
+                stream.write(row.tobytes())
+            self.ends.append(self.ends[-1] + len(rows[0]))
+            self.hashes.append(hash)
+            file.documents += 1
+            self.progress(len(self.hashes))
+
+    def copy(self, index: TokenDocuments, file: IndexedFile, first: int) -> None:
+        """Append a file of an earlier index, in which ``first`` is its first document."""
+        self.skipped.add(file.skips)
+        self.files.append(file)
+        last = first + file.documents
+        start, stop = (int(index.ends[n - 1]) if n else 0 for n in (first, last))
+        for name, stream in self.streams.items():
+            stream.write(getattr(index, name)[start:stop].tobytes())
+        self.ends += (index.ends[first:last] - start + self.ends[-1]).tolist()
+        self.hashes += index.hashes[first:last].tolist()
