@@ -1,13 +1,23 @@
 """Newton-Schulz orthogonalization: pure functions from tensors to tensors."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from muonclip.kernels.matrix_polynomial import (
+    Polynomial,
+    Workspace,
+    apply,
+    as_matrix,
+    multiply_,
+    polynomial,
+    product,
+)
 from muonclip.kernels.symmetric_product import symmetric_product
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -95,9 +105,6 @@ _GRAM_ASPECT = 1.5
 # loss by a². It is computed anew from the matrix before that exceeds this; the Gram form is then
 # within a small factor as exact as the direct one. Without, null spaces would blow up.
 _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
-
-# On a CPU so many elements, or one matrix, go through Newton-Schulz at a time.
-_CACHE_ELEMENTS = 2**17
 
 
 def default_ns_dtype(device: torch.device) -> torch.dtype:
@@ -234,11 +241,8 @@ def orthogonalize_(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # Of a transposed matrix in 16 bits, baddbmm makes a loop in plain C++ there.
         x = x.contiguous()
-    apply = _gram_form if _use_gram(x, form) else _direct_form
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _apply_in_parts(apply, x, schedule, scale)
-    else:
-        x = apply(x, schedule, scale, torch.empty_like(x), (None,) * 4)
+    iterate = _gram_form if _use_gram(x, form) else _direct_form
+    x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
 
 
@@ -283,107 +287,37 @@ def _use_gram(x: Tensor, form: Form) -> bool:
     return form == "gram" or (form == "auto" and fit)
 
 
-def _apply_in_parts(
-    apply: Callable[..., Tensor], x: Tensor, schedule: Sequence[Triple], scale: float
-) -> None:
-    """A form on [b, n, m] in place, on as many matrices at a time as a core's cache holds, in the
-    same memory for all: fresh memory and a cold cache cost a fifth of the time of small ones."""
-    count = min(len(x), max(1, _CACHE_ELEMENTS // max(1, x.size(1) * x.size(2))))
-    spare = torch.empty_like(x[:count])
-    squares = x.new_empty(4, count, x.size(1), x.size(1))
-    for start in range(0, len(x), max(1, count)):
-        part = x[start : start + count]
-        size = len(part)
-        result = apply(part, schedule, scale, spare[:size], squares[:, :size].unbind())
-        if result is not part:
-            part.copy_(result)
-
-
-def _direct_form(
-    x: Tensor,
-    schedule: Sequence[Triple],
-    scale: float,
-    spare: Tensor,
-    squares: Sequence[Tensor | None],
-) -> Tensor:
-    """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x.
-
-    Both forms overwrite x and ``spare``, of one shape, and return one of them. ``squares`` are four
-    of [b, n, n] to work in, or None to take fresh ones.
-    """
-    r, z, *_ = squares
-    for step, triple in enumerate(schedule):
-        r = symmetric_product(x, x, out=r)
-        z, a = _polynomial(r, *triple, out=z)
-        factor = scale if step + 1 == len(schedule) else 1.0
-        x, spare = _multiply(z, a, x, factor, spare), x
+def _direct_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:
+    """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x; ``x`` is overwritten."""
+    for number, (a, b, c) in enumerate(schedule, start=1):
+        gram = symmetric_product(x, x, out=memory.gram)
+        p = polynomial(gram, a, b, c, out=memory.polynomial)
+        factor = scale if number == len(schedule) else 1.0
+        x, memory.spare = multiply_(p, x, factor, out=memory.spare), x
     return x
 
 
-def _gram_form(
-    x: Tensor,
-    schedule: Sequence[Triple],
-    scale: float,
-    spare: Tensor,
-    squares: Sequence[Tensor | None],
-) -> Tensor:
+def _gram_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:
     """The same map, as one polynomial in the Gram matrix applied to [b, n, m].
 
     A step multiplies x by p = a + b r + c r², with r = xxᵀ; r becomes p r p, and the product of
     all p is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
-    r, z, q, w = squares
-    given = q is not None
     parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
     for part in parts:
-        r = symmetric_product(x, x, out=r)
-        z, a = _polynomial(r, *part[0], out=z)
-        q = q.copy_(z) if q is not None and given else z.clone()
-        if a:
-            q.diagonal(dim1=-2, dim2=-1).add_(a)
+        r = symmetric_product(x, x, out=memory.gram)
+        p = polynomial(r, *part[0], out=memory.polynomial)
+        q = as_matrix(p, out=memory.total)
         for triple in part[1:]:
-            w = _product(r, z, a, out=w)
-            r = _product(w, z, a, out=r)
-            z, a = _polynomial(r, *triple, out=z)
-            q, w = _product(q, z, a, out=w), q
+            memory.square = product(r, p, out=memory.square)
+            r = product(memory.square, p, out=r)
+            p = polynomial(r, *triple, out=p.matrix)
+            q, memory.square = product(q, p, out=memory.square), q
+        if memory.total is not None:  # it may have been exchanged with ``square``
+            memory.total = q
         factor = scale if part is parts[-1] else 1.0
-        x, spare = _multiply(q, 0.0, x, factor, spare), x
+        x, memory.spare = multiply_(Polynomial(0.0, q), x, factor, out=memory.spare), x
     return x
-
-
-def _polynomial(
-    r: Tensor, a: float, b: float, c: float, out: Tensor | None
-) -> tuple[Tensor, float]:
-    """z and a number: a + b r + c r² is z plus that multiple of the identity.
-
-    In 16 bits adding the identity would round z once more, which doubles the error of the whole:
-    it is left to the products, which have it in their sums. Elsewhere it is in z, and saves these
-    a pass over what they multiply.
-    """
-    if c == 0:
-        z = torch.mul(r, b, out=out)
-    else:
-        z = symmetric_product(r, r, c=r, alpha=c, beta=b, out=out)
-    if r.dtype in (torch.bfloat16, torch.float16):
-        return z, a
-    z.diagonal(dim1=-2, dim2=-1).add_(a)
-    return z, 0.0
-
-
-def _product(p: Tensor, z: Tensor, a: float, out: Tensor | None) -> Tensor:
-    """p (a + z), symmetric."""
-    if a:
-        return symmetric_product(p, z, c=p, beta=a, out=out)
-    return symmetric_product(p, z, out=out)
-
-
-def _multiply(z: Tensor, a: float, x: Tensor, factor: float, out: Tensor) -> Tensor:
-    """factor * (a + z) x, written into ``out``; ``z`` is overwritten."""
-    if a:
-        return torch.baddbmm(x, z, x, beta=factor * a, alpha=factor, out=out)
-    if factor != 1:
-        z *= factor
-    return torch.bmm(z, x, out=out)
 
 
 def _between_restarts(schedule: Sequence[Triple], limit: float) -> list[list[Triple]]:
