@@ -100,6 +100,14 @@ class Weight(NamedTuple):
             return None
         return TensorShard(self.split.dim, tensor_rank, size, self.split.stacked)
 
+    def copies(self, parallel: ParallelConfig, world_size: int) -> int:
+        """Return the number of ranks with the same tensor, or the same shard of it."""
+        if self.layer is None:
+            return world_size
+        if self.expert is not None:
+            return parallel.expert_data_size(world_size)
+        return parallel.data_size(world_size) * (1 if self.split else parallel.tensor)
+
 
 _COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding
 _GATE_AND_UP = Split(0, stacked=2)  # ColumnParallelLinear of a gated MLP

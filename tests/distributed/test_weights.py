@@ -1,5 +1,6 @@
 """The catalogue of weights lists exactly the tensors of the models that are built."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def megatron_shards(chunk: nn.Module) -> Iterator[tuple[Tensor, TensorShard]]:
 def test_the_catalogue_lists_the_tensors_of_the_model(
     folder: Path, world_size: int, overrides: tuple[str, ...]
 ) -> None:
-    """Names, shapes, tensor-parallel splits, optimizers, layers and experts are exact."""
+    """Names, shapes, tensor-parallel splits, optimizers, layers, experts and copies are exact."""
     settings = training.tiny(str(folder), *SHAPE, *overrides)
     weights = {
         weight.name: weight
@@ -126,7 +127,8 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
         )
     }
     ranks: list[Rank] = launch(build_and_describe, world_size, str(folder), *SHAPE, *overrides)
-    assert set().union(*(rank.tensors for rank in ranks)) == weights.keys()
+    copies = Counter((name, t.shard) for rank in ranks for name, t in rank.tensors.items())
+    assert {name for name, _ in copies} == weights.keys()
     for rank in ranks:
         for name, tensor in rank.tensors.items():
             weight = weights[name]
@@ -134,6 +136,7 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
             shape = tensor.local_shape if shard is None else shard.whole_shape(tensor.local_shape)
             assert tuple(shape) == weight.shape, name
             assert shard == tensor.shard, name
+            assert weight.copies(settings.parallel, world_size) == copies[name, shard], name
             assert weight.optimizer == tensor.optimizer, name
             assert (weight.expert is not None) == tensor.of_expert, name
             assert (weight.layer is None) == tensor.of_vision, name

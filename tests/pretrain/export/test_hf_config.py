@@ -59,41 +59,41 @@ sizes = st.integers(1, 4096)
 def test_configurations_survive_a_round_trip(
     language: LanguageConfig, vision: VisionConfig | None
 ) -> None:
-    theirs = to_hf_config(language, vision, 1000, 256, {}, 4)
-    found, found_vision, vocab_size = from_hf_config(theirs)
-    found["rope_scaling"] = RopeScalingConfig(**found["rope_scaling"])
-    assert LanguageConfig(**found) == language
-    assert (None if found_vision is None else VisionConfig(**found_vision)) == vision
+    config_json = to_hf_config(language, vision, 1000, 256, {}, 4)
+    fields, vision_fields, vocab_size = from_hf_config(config_json)
+    fields["rope_scaling"] = RopeScalingConfig(**fields["rope_scaling"])
+    assert LanguageConfig(**fields) == language
+    assert (None if vision_fields is None else VisionConfig(**vision_fields)) == vision
     assert vocab_size == 1000
 
 
 def test_transformers_keys_and_published_keys_are_read() -> None:
-    theirs = to_hf_config(LanguageConfig(), VisionConfig(num_layers=3), 1000, 256, {}, 4)
+    config_json = to_hf_config(LanguageConfig(), VisionConfig(num_layers=3), 1000, 256, {}, 4)
     for drop in (("vt_", "init_"), ("num_", "hidden", "intermediate", "pos_emb_h", "pos_emb_w")):
         vision = {
             name: value
-            for name, value in theirs["vision_config"].items()
+            for name, value in config_json["vision_config"].items()
             if not name.startswith(drop)
         }
-        _, found, _ = from_hf_config(theirs | {"vision_config": vision})
-        assert VisionConfig(**found or {}) == VisionConfig(num_layers=3)
+        _, fields, _ = from_hf_config(config_json | {"vision_config": vision})
+        assert VisionConfig(**fields or {}) == VisionConfig(num_layers=3)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
 def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
-    theirs = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
-    del theirs["rope_parameters"]
+    config_json = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
+    del config_json["rope_parameters"]
     published = {
         **{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0},
         **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
     }
-    found, _, _ = from_hf_config(theirs | {"rope_scaling": published, "rope_theta": 50000.0})
-    assert found["rope_base"] == 50000.0
-    assert found["rope_scaling"] == {k: v for k, v in published.items() if k != "type"}
-    found, _, _ = from_hf_config(theirs | {"rope_scaling": YARN})
-    assert (found["rope_scaling"]["mscale"], found["rope_scaling"]["mscale_all_dim"]) == (1, 0)
+    fields, _, _ = from_hf_config(config_json | {"rope_scaling": published, "rope_theta": 50000.0})
+    assert fields["rope_base"] == 50000.0
+    assert fields["rope_scaling"] == {k: v for k, v in published.items() if k != "type"}
+    fields, _, _ = from_hf_config(config_json | {"rope_scaling": YARN})
+    assert (fields["rope_scaling"]["mscale"], fields["rope_scaling"]["mscale_all_dim"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
 def test_an_unsupported_language_model_is_refused_naming_the_key(
     change: dict[str, Any], message: str
 ) -> None:
-    theirs = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
+    config_json = to_hf_config(LanguageConfig(), None, 1000, 256, {}, 4)
     with pytest.raises(PretrainError) as error:
-        from_hf_config(theirs | change)
+        from_hf_config(config_json | change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -161,10 +161,10 @@ def test_an_unsupported_language_model_is_refused_naming_the_key(
 def test_an_unsupported_vision_encoder_is_refused_naming_the_key(
     change: dict[str, Any], message: str
 ) -> None:
-    theirs = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
-    theirs["vision_config"] |= change
+    config_json = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    config_json["vision_config"] |= change
     with pytest.raises(PretrainError) as error:
-        from_hf_config(theirs)
+        from_hf_config(config_json)
     assert message in str(error.value).replace("config.json has ", "")
 
 
@@ -177,12 +177,14 @@ JSON = st.recursive(
 
 @given(st.data())
 def test_any_change_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
-    theirs = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
-    part = data.draw(st.sampled_from([theirs, theirs["text_config"], theirs["vision_config"]]))
+    config_json = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    part = data.draw(
+        st.sampled_from([config_json, config_json["text_config"], config_json["vision_config"]])
+    )
     key = data.draw(st.sampled_from(sorted(part)))
     part[key] = data.draw(JSON)
     try:
-        language, vision, vocab_size = from_hf_config(theirs)
+        language, vision, vocab_size = from_hf_config(config_json)
     except PretrainError as error:
         assert "\n" not in str(error) and "config.json" in str(error)
         return
