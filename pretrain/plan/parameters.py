@@ -14,11 +14,6 @@ def trained_weights(config: Config) -> list[Weight]:
     return [weight for weight in (*language, *vision) if weight.optimizer is not None]
 
 
-def numel(config: Config, weight: Weight) -> int:
-    """Elements of a weight of :func:`trained_weights`, over all experts of its layer."""
-    return weight.numel * (1 if weight.expert is None else config.language.num_experts)
-
-
 def active_numel(config: LanguageConfig, weight: Weight) -> int:
     """Parameters of a weight that each token uses: all, or those of the experts it is routed to.
 
@@ -31,17 +26,21 @@ def active_numel(config: LanguageConfig, weight: Weight) -> int:
 
 def count_parameters(config: Config) -> dict[str, Any]:
     """Numbers of parameters: in total, by part of the model, active per token, trained by Muon."""
-    weights = trained_weights(config)
     by_component: Counter[str] = Counter()
-    for weight in weights:
-        by_component[weight.component] += numel(config, weight)
-    language = [weight for weight in weights if weight.layer is not None]
-    language_numel = sum(numel(config, weight) for weight in language)
+    language = muon = active = 0
+    for weight in trained_weights(config):
+        experts = 1 if weight.expert is None else config.language.num_experts
+        by_component[weight.component] += weight.numel * experts
+        if weight.optimizer == "muon":
+            muon += weight.numel * experts
+        if weight.layer is not None:
+            language += weight.numel * experts
+            active += active_numel(config.language, weight)
     return {
         "total": by_component.total(),
-        "language": language_numel,
-        "vision": by_component.total() - language_numel,
-        "active": sum(active_numel(config.language, weight) for weight in language),
-        "muon": sum(numel(config, weight) for weight in weights if weight.optimizer == "muon"),
+        "language": language,
+        "vision": by_component.total() - language,
+        "active": active,
+        "muon": muon,
         "by_part": dict(by_component),
     }
