@@ -51,7 +51,7 @@ def test_maximum_over_ranks(world_size: int) -> None:
 
 
 def test_only_the_process_group_counts() -> None:
-    """Tensor-parallel neighbours hold other heads: their maxima must stay out."""
+    """Tensor-parallel neighbours have other heads, whose maxima must not count."""
     results = launch(clip_once, 4, True)
     assert [maxima[0][0] for maxima, _, _ in results] == [200.0, 200.0, 400.0, 400.0]
 
@@ -73,7 +73,7 @@ def clip_with_biases() -> tuple[list[float], list[float]]:
     return result.max_logits["layer"].tolist(), result.factors["layer"].tolist()
 
 
-def test_the_least_factor_of_all_ranks_counts_and_an_empty_batch_does_not() -> None:
+def test_the_smallest_factor_of_all_ranks_is_used() -> None:
     """(100 - 80) / 40 is less than 100 / 130, although 120 is less than 130."""
     for maxima, factors in launch(clip_with_biases, 3):
         assert maxima == [130.0, 130.0]
@@ -94,7 +94,7 @@ SHAPES = [(4, 2, 4), (5, 5, 2), (2, 1, 1)]
 
 
 def scaled_whole(weights: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
-    """What a clip by ``observe_and_step`` leaves of plain weights, on one process."""
+    """Plain weights after ``observe_and_step`` in one process."""
     whole = {name: weight.clone() for name, weight in weights.items()}
     layout = AttentionLayout.separate(
         (whole["query"], whole["query bias"]), whole["key"], num_heads=heads, num_kv_groups=groups
@@ -107,7 +107,7 @@ def scaled_whole(weights: dict[str, Tensor], heads: int, groups: int) -> dict[st
 
 
 def maxima(heads: int, rank: int) -> Tensor:
-    """Largest logits that grow with the rank; every other head's stays under 100."""
+    """Largest logits that grow with the rank; those of every second head stay below 100."""
     return torch.tensor([120.0 + 10 * rank + 7 * h if h % 2 == 0 else 50.0 for h in range(heads)])
 
 
@@ -162,14 +162,14 @@ def scale_shards() -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shards_are_scaled_as_whole_weights_are(world_size: int) -> None:
+def test_shards_are_scaled_like_whole_weights(world_size: int) -> None:
     """Any placement on one or two mesh dimensions, uneven and empty shards, biases, masters."""
     expected = len(SHAPES) * (len(LINES) + (len(GRIDS) if world_size == 4 else 0))
     assert launch(scale_shards, world_size) == [expected] * world_size
 
 
 class Attention(nn.Module):
-    """Causal attention with shared key heads that shows a clip what it attends with."""
+    """Causal attention with shared key heads that a clip observes."""
 
     def __init__(self, heads: int = 4, groups: int = 2, dim: int = 8) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
 
 def train(shape: tuple[int, ...] | None, bfloat16: bool) -> tuple[dict[str, Tensor], list[int]]:
-    """Train with a clip that acts: over ranks by FSDP2 on a mesh of this shape, or alone.
+    """Train with a clip that scales: by FSDP2 on a mesh of this shape, or in one process.
 
     In float64 without ``bfloat16``, so that rounding decides nothing.
 
@@ -236,7 +236,7 @@ def train(shape: tuple[int, ...] | None, bfloat16: bool) -> tuple[dict[str, Tens
 
 
 def train_both_ways(shape: tuple[int, ...], bfloat16: bool) -> float:
-    """The largest difference between training over ranks and alone."""
+    """The largest difference between training on several ranks and in one process."""
     sharded, clipped = train(shape, bfloat16)
     whole, clipped_alone = train(None, bfloat16)
     assert clipped == clipped_alone and sum(clipped) > 4
@@ -244,13 +244,13 @@ def train_both_ways(shape: tuple[int, ...], bfloat16: bool) -> float:
 
 
 @pytest.mark.parametrize(("world_size", "shape"), [(1, (1,)), (2, (2,)), (4, (4,)), (4, (2, 2))])
-def test_fsdp2_trains_as_one_process_does(world_size: int, shape: tuple[int, ...]) -> None:
-    """Sharded (and on a mesh of two dimensions replicated too), with a clip made beforehand."""
+def test_fsdp2_training_equals_one_process(world_size: int, shape: tuple[int, ...]) -> None:
+    """Sharded (replicated, too, on a mesh of two dimensions), with a clip made before."""
     assert max(launch(train_both_ways, world_size, shape, False)) < 1e-6
 
 
 def test_fsdp2_with_master_weights() -> None:
-    """The float32 masters are sharded as their bfloat16 copies are, and scaled with them."""
+    """The float32 masters are sharded like their bfloat16 weights and scaled with them."""
     assert max(launch(train_both_ways, 2, (2,), True)) < 0.01
 
 
@@ -298,13 +298,13 @@ def train_llama_both_ways() -> float:
 
 
 def test_fsdp2_trains_a_transformers_model() -> None:
-    """Two lines before sharding: the clip follows the parameters that FSDP2 puts in their place."""
+    """``qk_clip`` before sharding: the clip follows the parameters that FSDP2 replaces."""
     pytest.importorskip("transformers", minversion="5")
     assert max(launch(train_llama_both_ways, 2)) < 1e-6
 
 
 def clip_under_tensor_parallelism() -> None:
-    """FSDP2 over column-parallel projections: rows are cut by both, the inner cut first."""
+    """FSDP2 over column-parallel projections: both split the rows, the inner one first."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(0)
     model = Attention()
@@ -367,13 +367,13 @@ def clip_sharded_masters() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_mlm7382_sharded_masters(world_size: int) -> None:
-    """Megatron's clip crashed on them."""
+def test_sharded_masters_are_scaled(world_size: int) -> None:
+    """Megatron-LM#7382: its clip crashed on them."""
     launch(clip_sharded_masters, world_size)
 
 
 def refuse() -> list[str]:
-    """The errors of weights that cannot be scaled; no other weight may have changed."""
+    """The errors of weights that cannot be scaled; no other weight may change."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     errors = []
     query = torch.ones(4, 3)
@@ -391,14 +391,14 @@ def refuse() -> list[str]:
     return errors
 
 
-def test_what_cannot_be_scaled_is_refused_before_anything_changes() -> None:
+def test_weights_that_cannot_be_scaled_are_refused_before_any_change() -> None:
     for errors in launch(refuse, 2):
         assert "reduce it first" in errors[0]
         assert "layer 'layer': the master copy (main_param)" in errors[1]
 
 
 def warnings_of_a_step(observing: int) -> list[str]:
-    """The warnings of a step in which one rank observes the layer, or none does."""
+    """The warnings of a step in which one rank or no rank observes the layer."""
     qkv = nn.Linear(3, 24)
     clip = QKClip({"layer": AttentionLayout.fused_by_group(qkv, num_heads=2)})
     optimizer = torch.optim.SGD(qkv.parameters(), lr=0.1)

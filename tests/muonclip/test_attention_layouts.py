@@ -1,4 +1,4 @@
-"""Layouts point at the right rows, and refuse weights that do not fit."""
+"""Layouts select the right rows and refuse weights of other shapes."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def test_fused_by_group() -> None:
 
 
 def test_fused_by_group_with_output_gate() -> None:
-    """MLM#4731: q q gate gate k v | ...: the gates are no queries."""
+    """Megatron-LM#4731: q q gate gate k v | …; gates are not queries."""
     layout = AttentionLayout.fused_by_group(
         torch.zeros(12, 5), num_heads=4, num_kv_groups=2, output_gate=True
     )
@@ -52,7 +52,7 @@ def test_mla() -> None:
 
 
 def test_weights_stored_as_columns() -> None:
-    """GPT-2's Conv1D: [in, out], so that a head's rows are columns."""
+    """GPT-2's Conv1D, [in, out]: a head's rows are columns."""
     layout = AttentionLayout.fused(
         (torch.zeros(5, 12), torch.zeros(12)), num_heads=2, num_kv_groups=1, dim=1
     )
@@ -65,15 +65,15 @@ def test_weights_stored_as_columns() -> None:
 
 
 def test_gains() -> None:
-    """A norm of all heads' queries, with a gain for each: [heads * d] or [heads, d]."""
+    """A norm over all heads' queries with one gain per head, [heads * d] or [heads, d]."""
     layout = AttentionLayout.separate(torch.ones(8), torch.ones(4), num_heads=4, num_kv_groups=2)
     assert layout.query.rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     layout = AttentionLayout.separate(nn.LayerNorm((4, 2)), torch.ones(4, 2), num_heads=4)
     assert layout.query.rows.tolist() == [[0], [1], [2], [3]]
 
 
-def test_a_replaced_parameter_is_found() -> None:
-    """FSDP2 puts new parameters into the layers; a layout made before must follow."""
+def test_a_layout_follows_replaced_parameters() -> None:
+    """FSDP2 replaces parameters after a layout is made."""
     linear = nn.Linear(5, 12)
     layout = AttentionLayout.fused(linear, num_heads=2)
     by_function = AttentionLayout.fused(lambda: (linear.weight, linear.bias), num_heads=2)

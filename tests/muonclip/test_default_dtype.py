@@ -68,7 +68,7 @@ def train(dtype: torch.dtype, **options: Any) -> list[Tensor]:
         (torch.bfloat16, {"stochastic_rounding": True, "ns_dtype": torch.float32}),
     ],
 )
-def test_training_is_the_same_to_the_bit(
+def test_training_is_bit_identical(
     chosen: torch.dtype, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     expected = train(dtype, **options)
@@ -94,7 +94,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("chosen", DEFAULTS)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_give_the_same_to_the_bit(name: str, chosen: torch.dtype) -> None:
+def test_functions_are_bit_identical(name: str, chosen: torch.dtype) -> None:
     expected = FUNCTIONS[name]()
     with default(chosen):
         actual = FUNCTIONS[name]()

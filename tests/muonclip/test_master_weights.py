@@ -1,4 +1,4 @@
-"""Master copies follow weights that are written to between steps."""
+"""Master copies adopt weights that are written between steps."""
 
 import copy
 from collections.abc import Callable
@@ -66,7 +66,7 @@ WRITES = (copy_in_place, copy_data_in_place, replace_data, load_state_dict, load
 def test_training_continues_from_weights_written_between_steps(
     write: Callable[..., None], dtype: torch.dtype, mode: str
 ) -> None:
-    """SkyRL#2149, apex#42: as a model that had these weights, and this momentum, all along."""
+    """SkyRL#2149, apex#42: like a model that always had these weights and this momentum."""
     model = build(dtype)
     optimizer = optimizer_of(model, weight_decay=0.1, weight_decay_mode=mode)
     train(model, optimizer, 5)
@@ -87,8 +87,8 @@ def test_training_continues_from_weights_written_between_steps(
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_an_average_swapped_in_and_out_leaves_no_trace(write: Callable[..., None]) -> None:
-    """Evaluation with averaged weights, which are taken out before the next step."""
+def test_swapping_averaged_weights_in_and_out_changes_nothing(write: Callable[..., None]) -> None:
+    """Evaluation with averaged weights, which are removed before the next step."""
     straight, swapped = build(), build()
     first, second = optimizer_of(straight, lr=1e-4), optimizer_of(swapped, lr=1e-4)
     for part in range(3):
@@ -120,7 +120,7 @@ def test_qk_clip_scales_weights_written_since_the_last_step(write: Callable[...,
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first", "optimizer only"])
-def test_loading_in_any_order(order: str) -> None:
+def test_model_and_optimizer_can_be_loaded_in_any_order(order: str) -> None:
     model = build()
     optimizer = optimizer_of(model)
     train(model, optimizer, 4)
@@ -152,7 +152,7 @@ def test_loading_in_any_order(order: str) -> None:
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**16),
 )
-def test_only_entries_that_were_written_to_are_adopted(
+def test_only_written_entries_are_adopted(
     changed: list[int], value: float, dtype: torch.dtype, seed: int
 ) -> None:
     master = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
@@ -185,7 +185,7 @@ def test_a_converted_model_loses_or_gains_its_masters() -> None:
         assert torch.equal(p.float(), optimizer.state[p]["master"])
 
 
-def test_a_copied_optimizer_has_its_own_masters() -> None:
+def test_a_copied_optimizer_has_separate_masters() -> None:
     model = build()
     optimizer = optimizer_of(model)
     train(model, optimizer, 2)
@@ -198,8 +198,8 @@ def test_a_copied_optimizer_has_its_own_masters() -> None:
         assert torch.equal(optimizer.state[p]["master"], b)
 
 
-def test_a_foreign_main_param_is_left_alone() -> None:
-    """Megatron's optimizers keep their own masters there."""
+def test_main_param_of_another_optimizer_is_not_changed() -> None:
+    """Megatron's optimizers store their masters there."""
     (p,) = params = [nn.Parameter(torch.ones(4, 4))]
     foreign = torch.ones(4, 4)
     p.main_param = foreign  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ def test_a_foreign_main_param_is_left_alone() -> None:
     assert p.main_param is foreign  # type: ignore[attr-defined]
 
 
-def test_qk_clip_scales_weights_that_were_loaded_and_not_the_old_master() -> None:
+def test_qk_clip_scales_loaded_weights_and_not_the_old_master() -> None:
     attention = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q", "k")})
     attention.bfloat16()
     train(attention, optimizer_of(attention), 1)

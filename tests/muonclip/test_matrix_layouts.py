@@ -1,4 +1,4 @@
-"""A layout finds the matrices of the model in storage, and a step treats each as its own."""
+"""Layouts find the model's matrices in storage, and a step treats each separately."""
 
 import io
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def stored(
     separate: bool = False,
     transposed: bool = False,
 ) -> Stored:
-    """Matrices with so many inputs, stored in a matrix or a stack."""
+    """Matrices with this number of inputs, stored in a matrix or a stack."""
     outputs = repeats * sum(blocks) if blocks else rows or 1
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     layout = MatrixLayout(blocks, repeats, separate=separate, transposed=transposed)
@@ -41,7 +41,7 @@ def stored(
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Stored:
-    """Any layout, with a parameter to fit."""
+    """Any layout, with a parameter that has it."""
     sizes = st.integers(1, 4)
     blocks = draw(st.none() | st.lists(sizes, min_size=1, max_size=3).map(tuple))
     repeats = draw(sizes) if blocks else 1
@@ -73,7 +73,7 @@ def layouts(draw: st.DrawFn) -> Stored:
 
 
 def matrices_of(parameter: Tensor, layout: MatrixLayout) -> list[Tensor]:
-    """What the class's docstring says, one row at a time."""
+    """The definition in the class's docstring, row by row."""
     if layout.view is not None:
         parameter = parameter.contiguous().view(layout.view)
     if layout.flatten:
@@ -122,8 +122,8 @@ def test_join_is_the_inverse_of_split(case: Stored) -> None:
 
 @settings(deadline=None)
 @given(layouts(), st.data())
-def test_slices_of_a_stack_stand_for_themselves(case: Stored, data: st.DataObject) -> None:
-    """What ranks rely on when each orthogonalizes some of the experts."""
+def test_slices_of_a_stack_are_split_separately(case: Stored, data: st.DataObject) -> None:
+    """Required when each rank orthogonalizes some of the experts."""
     slices = case.layout.slices(case.shape)
     if slices == 1:
         return
@@ -138,7 +138,7 @@ def test_slices_of_a_stack_stand_for_themselves(case: Stored, data: st.DataObjec
 
 
 def steps_apart(case: Stored, steps: int) -> float:
-    """How far a fused parameter is from its matrices, each trained as a parameter of its own.
+    """The difference between a fused parameter and its matrices trained as separate parameters.
 
     With a scale that tells rows from columns.
     """
@@ -158,8 +158,8 @@ def steps_apart(case: Stored, steps: int) -> float:
         one.step()
         many.step()
     return max(
-        float((ours - theirs).detach().abs().max())
-        for ours, theirs in zip(matrices_of(fused.detach(), case.layout), apart, strict=True)
+        float((actual - expected).detach().abs().max())
+        for actual, expected in zip(matrices_of(fused.detach(), case.layout), apart, strict=True)
     )
 
 
@@ -242,13 +242,13 @@ QUERIES = HEADS // GROUPS * DIM
         pytest.param(stored(1, rows=7), id="one-column"),
     ],
 )  # fmt: skip
-def test_storage_in_the_wild_equals_separate_parameters(case: Stored) -> None:
+def test_layouts_of_real_models_equal_separate_parameters(case: Stored) -> None:
     assert steps_apart(case, 3) <= 1e-12
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_a_grouped_convolution_equals_a_convolution_a_group(groups: int) -> None:
-    """Not only by its layout: torch's own grouped convolution is held to it."""
+def test_a_grouped_convolution_equals_one_convolution_per_group(groups: int) -> None:
+    """Compared with torch's grouped convolution, not only with the layout."""
     torch.manual_seed(0)
     whole = nn.Conv1d(6, 12, 3, groups=groups, bias=False, dtype=torch.float64)
     parts = [
@@ -295,7 +295,7 @@ def test_a_grouped_convolution_equals_a_convolution_a_group(groups: int) -> None
         (lambda: MatrixLayout.per_head(10, 0), "10 rows cannot be split into 0 heads"),
     ],
 )
-def test_layouts_that_cannot_be(make: Any, message: str) -> None:
+def test_invalid_layouts_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -313,7 +313,7 @@ def test_layouts_that_cannot_be(make: Any, message: str) -> None:
         (MatrixLayout(view=(4, 3)), (3, 3), r"shape \(3, 3\) cannot be read as \(4, 3\)"),
     ],
 )
-def test_parameters_that_do_not_fit(
+def test_parameters_of_other_shapes_are_refused(
     layout: MatrixLayout, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -322,8 +322,8 @@ def test_parameters_that_do_not_fit(
 
 @settings(deadline=None)
 @given(layouts())
-def test_layouts_are_values(case: Stored) -> None:
-    """Groups are made by them and saved with them, through torch's safe loader."""
+def test_layouts_compare_and_load_by_value(case: Stored) -> None:
+    """Parameter groups are keyed by layouts and saved with them, for torch's safe loader."""
     file = io.BytesIO()
     torch.save(case.layout, file)
     file.seek(0)
@@ -332,7 +332,7 @@ def test_layouts_are_values(case: Stored) -> None:
     assert str(again) == str(case.layout)
 
 
-def test_words() -> None:
+def test_layouts_are_printed_in_words() -> None:
     assert str(MatrixLayout()) == "one matrix"
     assert str(MatrixLayout((4, 2))) == "rows 4 + 2"
     assert str(MatrixLayout.per_head(8, 4)) == "rows 2, 4 times, separate"

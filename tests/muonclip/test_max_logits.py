@@ -1,4 +1,4 @@
-"""Max logits against the full product, and the bound above them."""
+"""Max logits compared with the full product, and their upper bound."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ def reference(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None =
     causal=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_exact_and_bounded(
+def test_max_logits_are_exact_and_below_their_bound(
     batch: int,
     groups: int,
     queries_per_group: int,
@@ -98,7 +98,7 @@ def test_any_mask(
     share: float,
     seed: int,
 ) -> None:
-    """Of any shape that broadcasts, with any part removed; floating ones also raise logits."""
+    """Masks of any shape that broadcasts; floating ones also raise logits."""
     torch.manual_seed(seed)
     heads = groups * per_group
     query, key = torch.randn(2, heads, length, 4), torch.randn(2, groups, length, 4)
@@ -128,7 +128,7 @@ def test_any_mask(
 @pytest.mark.parametrize("batch", [None, 2])
 @pytest.mark.parametrize("heads", [None, 4])
 def test_block_masks_of_flex_attention(batch: int | None, heads: int | None) -> None:
-    """Documents and sliding windows, one a head, lengths no multiple of blocks."""
+    """Documents and sliding windows, one per head, with lengths that blocks do not divide."""
     torch.manual_seed(0)
     document = torch.randint(3, (2, 150)).sort().values
 
@@ -153,7 +153,7 @@ def test_block_masks_of_flex_attention(batch: int | None, heads: int | None) -> 
 
 
 def test_block_masks_without_a_function() -> None:
-    """Blocks that are not listed are skipped, although no function says so."""
+    """Blocks that are not listed are skipped, even if the mask function allows them."""
     torch.manual_seed(0)
     query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
     counts = torch.ones(1, 1, 2, dtype=torch.int32)
@@ -165,8 +165,8 @@ def test_block_masks_without_a_function() -> None:
     assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
 
 
-def test_full_blocks_are_attended_to_whole() -> None:
-    """flex_attention's kernels ask the mask's function in partial blocks only."""
+def test_full_blocks_ignore_the_mask_function() -> None:
+    """flex_attention's kernels evaluate the mask function in partial blocks only."""
     torch.manual_seed(0)
     query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
     one, first = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([[[[0, 1], [0, 1]]]]).int()
@@ -179,8 +179,8 @@ def test_full_blocks_are_attended_to_whole() -> None:
     assert torch.allclose(max_logits(query, key, mask=mask).double(), expected, atol=1e-5)
 
 
-def test_screened_takes_the_groups_key() -> None:
-    """GQA: of two heads over the threshold, each meets the keys of its own group."""
+def test_screening_uses_the_keys_of_each_heads_group() -> None:
+    """GQA with two heads above the threshold."""
     query, key = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
     query[0, :, 0, 0] = torch.tensor([1.0, 9.0, 1.0, 9.0])
     key[0, :, 0, 0] = torch.tensor([2.0, 3.0])
@@ -189,7 +189,7 @@ def test_screened_takes_the_groups_key() -> None:
     assert screened.max_logits.tolist() == [-math.inf, 18, -math.inf, 27]
 
 
-def test_a_head_that_attends_to_nothing() -> None:
+def test_a_head_without_logits_gives_minus_infinity() -> None:
     nothing = torch.zeros(3, 3, dtype=torch.bool)
     result = max_logits(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), mask=nothing)
     assert result.tolist() == [-math.inf] * 2
@@ -226,7 +226,7 @@ def test_empty_batches_and_sequences(
     causal: bool,
     exact: bool,
 ) -> None:
-    """No images in a batch, a sequence without tokens, a rank without heads: nothing to see."""
+    """A batch without images, a sequence without tokens, a rank without heads."""
     heads = 2 * groups
     sizes = (3, batch) if lead else (batch,)
     query, key = torch.ones(*sizes, heads, queries, 4), torch.ones(*sizes, groups, keys, 4)
@@ -260,7 +260,7 @@ def test_empty_batches_and_sequences(
 def test_a_bias_together_with_any_mask(
     groups: int, length: int, block: int, kind: str, shape: str, causal: bool, seed: int
 ) -> None:
-    """A position bias is added; what is masked stays masked."""
+    """A position bias is added, and masked entries stay masked."""
     torch.manual_seed(seed)
     heads = 2 * groups
     query, key = torch.randn(2, heads, length, 4), torch.randn(2, groups, length, 4)
@@ -300,8 +300,8 @@ def test_a_bias_together_with_any_mask(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_least_numbers_mask_whatever_was_added_to_them(dtype: torch.dtype) -> None:
-    """A bias on a masked entry, a mask made in another dtype: neither becomes a logit."""
+def test_the_minimum_of_a_dtype_masks_even_with_a_bias(dtype: torch.dtype) -> None:
+    """A masked entry with a bias, or from a mask made in another dtype, is not a logit."""
     query = torch.zeros(1, 1, 1, 4)
     least = torch.finfo(dtype).min
     for mask in (
@@ -318,8 +318,8 @@ def test_least_numbers_mask_whatever_was_added_to_them(dtype: torch.dtype) -> No
         assert max_logits_bound(query, key, mask=mask).tolist() == [expected]
 
 
-def test_not_a_number_in_a_masked_position_is_not_seen() -> None:
-    """Padding may hold anything."""
+def test_nan_in_a_masked_position_is_ignored() -> None:
+    """Padding may contain any value."""
     query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
     key[..., 2, :] = math.nan
     allowed = torch.tensor([True, True, False])
@@ -331,7 +331,7 @@ def test_not_a_number_in_a_masked_position_is_not_seen() -> None:
 
 
 class Multiplied(TorchDispatchMode):
-    """Records the precision that torch is allowed in each matrix product."""
+    """Records the precision allowed in each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,8 +346,8 @@ class Multiplied(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
-def test_no_setting_of_torch_rounds_the_factors(allowed: str) -> None:
-    """TF32 and bfloat16 in float32 products are for training, not for what decides a clip."""
+def test_products_do_not_depend_on_the_matmul_precision(allowed: str) -> None:
+    """TF32 and bfloat16 in float32 products would change which heads are clipped."""
     query = torch.randn(1, 2, 70, 64, generator=torch.Generator().manual_seed(0))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
@@ -361,13 +361,13 @@ def test_no_setting_of_torch_rounds_the_factors(allowed: str) -> None:
     assert torch.allclose(result.double(), reference(query, query, 0.125), rtol=1e-5)
 
 
-def test_products_that_overflow_float16_are_seen() -> None:
+def test_products_that_overflow_float16_are_computed() -> None:
     query = torch.full((1, 1, 1, 64), 200.0, dtype=torch.float16)
     assert max_logits(query, query, scale=1.0).tolist() == [64 * 200.0**2]
 
 
-def test_autocast_rounds_nothing() -> None:
-    """In a mixed-precision forward pass products would be bfloat16's."""
+def test_autocast_does_not_round_products() -> None:
+    """In a mixed-precision forward pass products would be bfloat16."""
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 70, 64), torch.randn(1, 2, 70, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -409,7 +409,7 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_on_a_gpu(causal: bool, masked: bool) -> None:
-    """By Triton's kernel where there is no mask, else by reading which heads are over."""
+    """By the Triton kernel without a mask, otherwise by reading which heads are above τ."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 300, 64), torch.randn(2, 2, 300, 64)
     query[:, 1] *= 5

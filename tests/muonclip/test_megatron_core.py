@@ -1,7 +1,7 @@
-"""megatron-core's modules, recognised by name: stand-ins with the attributes we read.
+"""megatron-core's modules, recognized by name: stand-ins with the attributes that are read.
 
-The stand-ins keep these tests free of megatron-core; ``test_real_modules`` holds them to the
-library's own classes where it is installed.
+With the stand-ins these tests do not need megatron-core. If it is installed,
+``test_layouts_clip_real_modules_exactly`` tests its classes.
 """
 
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
 
 
 class IdentityOp(nn.Identity):
-    """What megatron-core's specs put where there is no norm."""
+    """Stands for a missing norm in megatron-core's specs."""
 
 
 class MLP(nn.Module):
@@ -105,7 +105,7 @@ class CrossAttention(nn.Module):
 
 
 def test_layouts_of_a_hybrid_model() -> None:
-    """MLM#7382: layers without attention are no obstacle."""
+    """Megatron-LM#7382: layers without attention are skipped."""
     model = nn.ModuleList(
         [MLASelfAttention(None), Mamba(), MLASelfAttention(6), SelfAttention(norm=IdentityOp())]
     )
@@ -120,7 +120,7 @@ def test_layouts_of_a_hybrid_model() -> None:
 
 
 class AbsorbedMLASelfAttention(nn.Module):
-    """megatron-core's, whose keys and values are projected together or apart."""
+    """megatron-core's absorbed MLA, with joint or separate projections of keys and values."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class AbsorbedMLASelfAttention(nn.Module):
 
 
 def test_absorbed_mla_is_clipped_as_mla_is() -> None:
-    """Keys without position scale by the square root, queries' rotary part by the whole factor."""
+    """Keys without position take the square root, rotary queries the whole factor."""
     for apart in (False, True):
         model = AbsorbedMLASelfAttention(apart)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -181,7 +181,7 @@ class GatedSparseAttention(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """Multiplies queries and keys, with nothing but a sink for each head."""
+    """Multiplies queries and keys; has a sink per head and no matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class DotProductAttention(nn.Module):
 
 
 def test_attention_of_an_unknown_class_is_not_skipped() -> None:
-    """It would be enabled and do nothing."""
+    """QK-Clip would silently do nothing there."""
     known = SelfAttention(norm=IdentityOp())
     known.core_attention = DotProductAttention()
     model = nn.ModuleDict({"known": known, "odd": GatedSparseAttention()})
@@ -206,7 +206,7 @@ def test_attention_of_an_unknown_class_is_not_skipped() -> None:
 
 
 def test_shards_of_generalized_tensor_parallelism_are_refused() -> None:
-    """megatron-core 0.19 keeps a part of the rows on each rank: copies of no block."""
+    """megatron-core 0.19 stores a part of the rows on each rank."""
     model = MLP(True)
     model.linear_fc1.weight.is_gtp_weight_remat = True
     for call in (megatron_core.shardings, assign_parameters):
@@ -215,7 +215,7 @@ def test_shards_of_generalized_tensor_parallelism_are_refused() -> None:
 
 
 def test_fused_matrices_feed_param_groups() -> None:
-    """MLM#7077, MLM#4731: gate and up, or query, key and value, in one Newton-Schulz."""
+    """Megatron-LM#7077, #4731: gate and up, or query, key and value, in one Newton-Schulz."""
     model = nn.ModuleDict(
         {
             "mla": MLASelfAttention(6),
@@ -242,7 +242,7 @@ def test_fused_matrices_feed_param_groups() -> None:
     assert placed["plain.linear_fc1.weight"] is None
 
 
-def test_recurrent_layers_have_a_part_of_each_projection_on_each_rank() -> None:
+def test_tensor_parallelism_splits_each_projection_of_recurrent_layers() -> None:
     model = nn.ModuleDict({"mamba": MambaMixer(), "delta": GatedDeltaNet()})
     assert megatron_core.matrix_layouts(model) == {
         "mamba.in_proj.weight": MatrixLayout((16, 16, 3, 3, 2), 2),
@@ -250,7 +250,7 @@ def test_recurrent_layers_have_a_part_of_each_projection_on_each_rank() -> None:
     }
 
 
-def test_each_head_on_its_own() -> None:
+def test_heads_can_be_orthogonalized_separately() -> None:
     model = nn.ModuleDict(
         {"mla": MLASelfAttention(None), "gqa": SelfAttention(), "cross": CrossAttention()}
     )
@@ -280,20 +280,19 @@ def test_each_head_on_its_own() -> None:
         ),
     ],
 )
-def test_refusals(function: Any, module: nn.Module, message: str) -> None:
+def test_unsupported_modules_are_refused(function: Any, module: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function(nn.ModuleList([module]))
 
 
-def test_layers_left_out() -> None:
-    """The way round a refusal."""
+def test_layers_can_be_excluded() -> None:
     model = nn.ModuleList([SelfAttention(norm=nn.LayerNorm(4)), SelfAttention()])
     assert list(megatron_core.attention_layouts(model, exclude="0")) == ["1"]
     assert megatron_core.attention_layouts(model, exclude=["0", "1*"]) == {}
 
 
 class CoreAttention(nn.Module):
-    """Keeps [s, b, heads, d] queries, keys and values, and their largest logits per head."""
+    """Stores queries, keys and values, [s, b, heads, d], and their largest logits per head."""
 
     def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
@@ -397,8 +396,8 @@ def clip_real_modules() -> dict[str, tuple[Any, Any]]:
     return {name: (before[name].tolist(), after[name].tolist()) for name in model}
 
 
-def test_real_modules() -> None:
-    """Layouts fit megatron-core's own layers: each head over τ comes down to it, others stay."""
+def test_layouts_clip_real_modules_exactly() -> None:
+    """In megatron-core's layers each head above τ reaches it, and others do not change."""
     pytest.importorskip("megatron.core")
     (results,) = launch(clip_real_modules, 1)
     assert set(results) == {"mla", "mla_q_lora", "gqa", "gqa_gated"}
@@ -409,7 +408,7 @@ def test_real_modules() -> None:
 
 
 def attention_by_its_matrices(per_head: bool) -> None:
-    """What reaches the core attention is the product with the matrices of the layouts."""
+    """Inputs of the core attention are products with the matrices of the layouts."""
     model = real_attentions()
     layouts = megatron_core.matrix_layouts(model, per_head=per_head)
     hidden = torch.randn(6, 2, 16)
@@ -436,12 +435,12 @@ def attention_by_its_matrices(per_head: bool) -> None:
             else ("linear_q_up_proj", module.linear_q_down_proj(hidden)[0])
         )
         query_nope, _ = products(f"{name}.{up}", x)
-        for ours, theirs in (
+        for actual, expected in (
             (query_nope, query[..., :4]),
             (key_nope, key[..., :4]),
             (values, value),
         ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
     for name, gated in (("gqa", False), ("gqa_gated", True)):
         found = model[name].get_query_key_value_tensors(hidden, output_gate=gated)
         query, key, value = found[:3]
@@ -457,8 +456,8 @@ def attention_by_its_matrices(per_head: bool) -> None:
         if gated:
             gates = torch.cat(heads[queries : 2 * queries], -2)
             pairs.append((gates, found[3].unflatten(-2, (2, 2))))
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        for actual, expected in pairs:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -499,15 +498,15 @@ def grouped_experts_by_their_matrices() -> None:
     gate, up = layouts["experts.weight1"].split(module.weight1)
     (down,) = layouts["experts.weight2"].split(module.weight2)
     tokens, counts = torch.randn(7, 6), torch.tensor([2, 1, 4])
-    theirs, _ = module(tokens, counts, torch.ones(7))
-    ours = [
+    expected, _ = module(tokens, counts, torch.ones(7))
+    actual = [
         (nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T
         for e, x in enumerate(tokens.split(counts.tolist()))
     ]
-    torch.testing.assert_close(torch.cat(ours), theirs)
+    torch.testing.assert_close(torch.cat(actual), expected)
 
 
 def test_grouped_experts_read_their_storage_as_a_stack() -> None:
-    """maxtext#4798: an expert axis mistaken for a matrix's; here the shapes invite to it."""
+    """maxtext#4798: an expert axis was taken for an axis of a matrix; these shapes allow it."""
     pytest.importorskip("megatron.core")
     launch(grouped_experts_by_their_matrices, 1)

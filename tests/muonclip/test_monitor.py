@@ -1,4 +1,4 @@
-"""The monitor remembers what steps saw, within bounds of memory, and says what is only a bound."""
+"""The monitor records the logits of all steps in bounded memory, and marks bounds."""
 
 import math
 from pathlib import Path
@@ -26,14 +26,14 @@ def make_clip(heads: dict[str, int] = HEADS) -> QKClip:
 
 
 def step(clip: QKClip, logits: Tensor) -> None:
-    """A step that sees these largest logits, [all heads]."""
+    """A step with these largest logits, [all heads]."""
     for name, part in zip(HEADS, logits.split([*HEADS.values()]), strict=True):
         clip.observe(name, part)
     clip.step()
 
 
-def test_a_head_that_only_its_bias_lifts_over_the_threshold_is_not_clipped() -> None:
-    """Its logit is shown all the same."""
+def test_a_head_with_only_its_bias_above_the_threshold_is_not_clipped() -> None:
+    """Its logit is shown nevertheless."""
     clip = make_clip()
     monitor = MaxLogitMonitor(clip)
     name, heads = next(iter(HEADS.items()))
@@ -52,7 +52,7 @@ def test_a_head_that_only_its_bias_lifts_over_the_threshold_is_not_clipped() -> 
     seed=st.integers(0, 2**16),
 )
 def test_history(steps: int, capacity: int, fetch_every: int, seed: int) -> None:
-    """However full it gets: entries follow each other and hold the largest of their steps."""
+    """At any capacity, entries are consecutive and contain the maxima of their steps."""
     logits = torch.rand(steps, 5, generator=torch.Generator().manual_seed(seed)) * 150
     clip = make_clip()
     monitor = MaxLogitMonitor(clip, capacity=capacity, fetch_every=fetch_every)
@@ -70,8 +70,8 @@ def test_history(steps: int, capacity: int, fetch_every: int, seed: int) -> None
     assert all(exact.all() for exact in monitor.exact.values())
 
 
-def test_steps_wait_on_the_device_until_enough_have() -> None:
-    """No transfer, and so no waiting, in most steps."""
+def test_results_stay_on_the_device_until_they_are_fetched() -> None:
+    """Most steps transfer nothing and so do not wait."""
     clip = make_clip()
     monitor = MaxLogitMonitor(clip, fetch_every=3)
     for count in (1, 2, 0, 1):
@@ -96,7 +96,7 @@ def test_bounds_are_marked() -> None:
     ]
 
 
-def test_report_lists_the_worst_heads() -> None:
+def test_report_lists_the_heads_with_the_largest_logits() -> None:
     clip = make_clip()
     monitor = MaxLogitMonitor(clip)
     assert "after 0 steps" in monitor.report()
@@ -114,7 +114,7 @@ def test_report_lists_the_worst_heads() -> None:
     ]
 
 
-def test_resuming_is_as_not_stopping(tmp_path: Path) -> None:
+def test_resuming_is_exact(tmp_path: Path) -> None:
     logits = torch.rand(23, 5) * 150
     whole, first, second = make_clip(), make_clip(), make_clip()
     monitor = MaxLogitMonitor(whole, capacity=4)
@@ -130,13 +130,13 @@ def test_resuming_is_as_not_stopping(tmp_path: Path) -> None:
     for row in logits[10:]:
         step(second, row)
     assert after.report() == monitor.report()
-    for ours, theirs in zip(
+    for actual, expected in zip(
         after.state_dict().values(), monitor.state_dict().values(), strict=True
     ):
-        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+        assert torch.equal(actual, expected) if isinstance(actual, Tensor) else actual == expected
 
 
-def test_a_history_of_other_layers_is_refused() -> None:
+def test_a_history_with_other_layers_is_refused() -> None:
     monitor = MaxLogitMonitor(make_clip())
     state = MaxLogitMonitor(make_clip({"other": 2})).state_dict()
     with pytest.raises(ValueError, match="has 1 layers with 2 heads, this clip 2 layers with 5"):
@@ -155,7 +155,7 @@ def test_close() -> None:
 
 @pytest.mark.parametrize("names", [HEADS, {"only": 5}])
 def test_plot(tmp_path: Path, names: dict[str, int]) -> None:
-    """A picture, whatever was seen: bounds, negative logits, heads and layers unobserved."""
+    """With bounds, negative logits, and unobserved heads and layers."""
     pytest.importorskip("matplotlib")
     clip = make_clip(names)
     monitor = MaxLogitMonitor(clip)
@@ -180,7 +180,7 @@ def test_errors(capacity: int, fetch_every: int) -> None:
         MaxLogitMonitor(make_clip(), capacity=capacity, fetch_every=fetch_every)
 
 
-def test_nothing_seen_is_minus_infinity() -> None:
+def test_an_unobserved_step_gives_minus_infinity() -> None:
     clip = make_clip()
     monitor = MaxLogitMonitor(clip)
     clip.step()

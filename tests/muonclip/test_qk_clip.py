@@ -1,4 +1,4 @@
-"""QK-Clip on real attention: every head's next largest logit is the threshold, and no other moves.
+"""QK-Clip on real attention: clipped heads reach the threshold exactly, others do not change.
 
 Each ``Attention`` below computes its logits as its kind does, rotary embedding included, and tells
 its layout; the properties are then the same for all.
@@ -126,7 +126,7 @@ class MLA(Attention):
 
 
 class Columns(Attention):
-    """One projection stored as [in, out], as GPT-2 has it."""
+    """One projection stored as [in, out], as in GPT-2."""
 
     def __init__(self, heads: int, groups: int) -> None:
         super().__init__(heads, groups)
@@ -145,8 +145,8 @@ class Columns(Attention):
         return rotate(heads_of(query, self.heads)), rotate(heads_of(key, self.groups))
 
 
-class Normalised(Attention):
-    """A norm of all heads' queries together, with a gain for each: the rows are the gain's."""
+class Normalized(Attention):
+    """A norm over the queries of all heads, with one gain per head, whose rows are scaled."""
 
     def __init__(self, heads: int, groups: int) -> None:
         super().__init__(heads, groups)
@@ -162,11 +162,11 @@ class Normalised(Attention):
         return rotate(heads_of(query, self.heads)), rotate(heads_of(key, self.groups))
 
 
-KINDS = [Separate, Fused, FusedByGroup, MLA, Columns, Normalised]
+KINDS = [Separate, Fused, FusedByGroup, MLA, Columns, Normalized]
 
 
 def tensors(part: HeadRows | None) -> list[tuple[Tensor, Tensor]]:
-    """The weight and bias of a layout's part, rows first, as views, with each head's rows."""
+    """Weight and bias of query or key as views with rows first, and each head's rows."""
     if part is None:
         return []
     found = [(part.weight.detach().movedim(part.dim, 0), part.rows)]
@@ -194,10 +194,10 @@ def scenario(kind: type[Attention], heads: int, groups: int, seed: int) -> tuple
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None)
 @given(groups=st.integers(1, 3), per_group=st.integers(1, 4), seed=st.integers(0, 2**16))
-def test_every_head_comes_down_to_the_threshold_and_no_other_moves(
+def test_heads_above_the_threshold_reach_it_and_others_do_not_change(
     kind: type[Attention], groups: int, per_group: int, seed: int
 ) -> None:
-    """Logits of head h are multiplied by exactly min(1, τ / S_h): MHA, GQA and MLA alike."""
+    """Logits of head h are multiplied by exactly min(1, τ / S_h) in MHA, GQA and MLA."""
     attention, x = scenario(kind, groups * per_group, groups, seed)
     logits, before = attention(x), attention.largest(x)
     clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -215,7 +215,7 @@ def test_every_head_comes_down_to_the_threshold_and_no_other_moves(
 
 
 class TestBiases:
-    """An additive bias is in the logits but not in the rows that a clip scales."""
+    """An additive bias is part of the logits but not of the rows that a clip scales."""
 
     @pytest.mark.parametrize("kind", [Separate, MLA])
     @settings(max_examples=40, deadline=None)
@@ -230,7 +230,7 @@ class TestBiases:
         exact=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-    def test_every_entry_that_can_come_down_to_the_threshold_does_and_no_further(
+    def test_entries_are_scaled_to_the_threshold_and_no_further(
         self,
         kind: type[Attention],
         groups: int,
@@ -243,7 +243,7 @@ class TestBiases:
         exact: bool,
         seed: int,
     ) -> None:
-        """Against the definition, entry by entry in float64."""
+        """Compared with the definition for each entry in float64."""
         attention, x = scenario(kind, groups * per_group, groups, seed)
         products = attention(x)
         batch, heads, length, _ = products.shape
@@ -290,8 +290,8 @@ class TestBiases:
         at_stake = (after + full)[counted & (full < THRESHOLD)]
         assert (at_stake <= THRESHOLD + 1e-4).all()
 
-    def test_a_bias_over_the_threshold_does_not_wear_the_weights_down(self) -> None:
-        """Step after step: nothing that q and k could do would bring such a logit down."""
+    def test_a_bias_above_the_threshold_does_not_shrink_the_weights(self) -> None:
+        """No factor on q and k can lower such a logit, so repeated steps must not scale them."""
         attention, x = layer(), torch.randn(2, 5, HIDDEN)
         before = copy.deepcopy(attention.state_dict())
         clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -300,8 +300,7 @@ class TestBiases:
             assert clip.step().num_clipped == 0
         assert all(torch.equal(p, before[name]) for name, p in attention.state_dict().items())
 
-    def test_a_bias_just_under_the_threshold(self) -> None:
-        """Not a division by zero."""
+    def test_a_bias_just_below_the_threshold_does_not_divide_by_zero(self) -> None:
         attention, x = layer(), torch.randn(2, 5, HIDDEN)
         bias = torch.tensor([THRESHOLD]).nextafter(torch.zeros(1))
         clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -311,8 +310,7 @@ class TestBiases:
         assert (attention(x) + bias <= THRESHOLD + 1e-4).all()
 
     @pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min])
-    def test_a_floating_mask_without_a_bias_clips_as_a_boolean_one(self, masked: float) -> None:
-        """To the bit."""
+    def test_a_floating_mask_clips_bit_identically_to_a_boolean_mask(self, masked: float) -> None:
         x = 4 * torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
         allowed = torch.ones(5, 5, dtype=torch.bool).tril()
         states = []
@@ -337,15 +335,15 @@ class TestBiases:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scenario_has_heads_on_both_sides(kind: type[Attention]) -> None:
-    """Guards the test above against testing nothing."""
+    """Ensures that the tests above cover clipped and unclipped heads."""
     attention, x = scenario(kind, 4, 2, seed=0)
     over = attention.largest(x) > THRESHOLD
     assert over.any() and not over.all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_groups_under_the_threshold_keep_their_bits(kind: type[Attention]) -> None:
-    """As do values, latent projections and MLA's shared rotary key, whatever happens elsewhere."""
+def test_unclipped_groups_stay_bit_identical(kind: type[Attention]) -> None:
+    """Values, latent projections and MLA's shared rotary key, too."""
     attention, _ = scenario(kind, 4, 2, seed=0)
     before = copy.deepcopy(attention.state_dict())
     clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -369,7 +367,7 @@ def test_rows_of_groups_under_the_threshold_keep_their_bits(kind: type[Attention
         assert set(different.nonzero().flatten().tolist()) == changed[parameter.data_ptr()]
 
 
-def test_mla_leaves_values_and_the_shared_key_alone() -> None:
+def test_mla_does_not_scale_values_or_the_shared_key() -> None:
     attention, _ = scenario(MLA, 4, 4, seed=0)
     assert isinstance(attention, MLA)
     down, up = attention.kv_down.weight.clone(), attention.kv_up.weight.clone()
@@ -420,18 +418,18 @@ class TestClipFactors:
         assert rope.tolist() == [0.25, 1]
 
     def test_a_group_shares_its_key(self) -> None:
-        """The head under the threshold gets back in its query what the key lost."""
+        """The query of a head below the threshold compensates for the factor on its key."""
         query, key, rope = clip_factors(torch.tensor([400.0, 50.0]), 100.0, 1)
         assert key.tolist() == [0.5]
         assert query.tolist() == [0.5, 2]
         assert rope.tolist() == [0.25, 1]
 
     @pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf")])
-    def test_bad_threshold(self, threshold: float) -> None:
+    def test_an_invalid_threshold_is_refused(self, threshold: float) -> None:
         with pytest.raises(ValueError, match="threshold must be above 0"):
             clip_factors(torch.ones(2), threshold, 1)
 
-    def test_bad_shape(self) -> None:
+    def test_an_invalid_shape_is_refused(self) -> None:
         with pytest.raises(ValueError, match="multiple of num_kv_groups=2"):
             clip_factors(torch.ones(3), 1.0, 2)
 
@@ -442,8 +440,8 @@ def layer(seed: int = 0, dtype: torch.dtype = torch.float32) -> Separate:
 
 
 @pytest.mark.parametrize("value", [-5.0, -math.inf, math.inf, math.nan, 0.0])
-def test_mlm7517_a_max_that_asks_for_nothing(value: float) -> None:
-    """A negative maximum to a power was NaN, and an infinite one would zero the weights."""
+def test_negative_and_non_finite_maxima_change_nothing(value: float) -> None:
+    """Megatron-LM#7517: a power of a negative maximum is NaN; infinity zeroes the weights."""
     attention = layer()
     before = copy.deepcopy(attention.state_dict())
     clip = QKClip({"layer": attention.layout}, threshold=1.0)
@@ -453,7 +451,7 @@ def test_mlm7517_a_max_that_asks_for_nothing(value: float) -> None:
     assert all(torch.equal(p, before[name]) for name, p in attention.state_dict().items())
 
 
-def test_mlm4699_observed_logits_are_detached() -> None:
+def test_observed_logits_are_detached() -> None:
     attention = layer()
     clip = QKClip({"layer": attention.layout})
     logits = attention(torch.randn(1, 3, HIDDEN)).amax((0, 2, 3))
@@ -462,7 +460,7 @@ def test_mlm4699_observed_logits_are_detached() -> None:
     assert not clip.step().max_logits["layer"].requires_grad
 
 
-def test_micro_batches_accumulate_and_a_step_starts_afresh() -> None:
+def test_maxima_accumulate_over_micro_batches_until_a_step() -> None:
     """A NaN in one micro-batch does not hide the others."""
     attention = layer()
     clip = QKClip({"layer": attention.layout}, threshold=100.0)
@@ -478,18 +476,18 @@ def test_micro_batches_accumulate_and_a_step_starts_afresh() -> None:
     assert first.max_logits["layer"].tolist() == [7.0, 300.0]  # not overwritten
 
 
-def test_without_clipping_a_step_reads_the_logits_and_starts_afresh() -> None:
-    """For a step that was left out: its logits are told, and the next step does not see them."""
+def test_a_step_without_clipping_reports_the_logits_and_resets_them() -> None:
+    """For a step that the optimizer skipped."""
     attention = layer()
     before = copy.deepcopy(attention.state_dict())
     clip = QKClip({"layer": attention.layout}, threshold=10.0)
-    told: list[ClipResult] = []
-    clip.register_step_post_hook(told.append)
+    results: list[ClipResult] = []
+    clip.register_step_post_hook(results.append)
     clip.observe("layer", torch.tensor([400.0, 5.0]))
     result = clip.step(clip=False)
     assert result.max_logits["layer"].tolist() == [400.0, 5.0]
     assert result.num_clipped == 0
-    assert clip.result is result and told == [result]
+    assert clip.result is result and results == [result]
     clip.observe("layer", torch.tensor([9.0, 7.0]))
     assert clip.step().max_logits["layer"].tolist() == [9.0, 7.0]
     for name, tensor in attention.state_dict().items():
@@ -498,7 +496,7 @@ def test_without_clipping_a_step_reads_the_logits_and_starts_afresh() -> None:
     assert clip.step().num_clipped == 1
 
 
-def test_layers_are_kept_apart() -> None:
+def test_layers_are_clipped_separately() -> None:
     first, second = layer(0), layer(1)
     clip = QKClip({"first": first.layout, "second": second.layout}, threshold=100.0)
     before = first.q.weight.clone(), second.q.weight.clone()
@@ -535,7 +533,7 @@ def test_master_copies_are_scaled_and_the_weight_follows() -> None:
         (None, True, "of 96 elements have 0 elements over the process group"),
     ],
 )
-def test_mlm7382_a_master_in_an_unknown_place_is_refused_before_anything_changes(
+def test_a_master_with_unknown_sharding_is_refused_before_any_change(
     master: Tensor | None, sharded: bool, message: str
 ) -> None:
     first, second = layer(0), layer(1)
@@ -549,7 +547,7 @@ def test_mlm7382_a_master_in_an_unknown_place_is_refused_before_anything_changes
     assert torch.equal(first.q.weight, before)
 
 
-def test_attached_it_runs_after_the_optimizer() -> None:
+def test_an_attached_clip_runs_after_the_optimizer() -> None:
     attention = layer()
     optimizer = MuonClip(attention.named_parameters(), lr=0.1)
     clip = QKClip({"layer": attention.layout}, threshold=1.0)
@@ -571,7 +569,7 @@ def test_attached_it_runs_after_the_optimizer() -> None:
 
 
 def test_training_stays_at_the_threshold() -> None:
-    """A loss that pulls logits up: without the clip they run away, with it each step ends at τ."""
+    """A loss that raises logits: without the clip they diverge, with it each step ends at τ."""
     x = torch.randn(2, 6, HIDDEN, generator=torch.Generator().manual_seed(0))
     ends = {}
     for clipped in (False, True):
@@ -627,7 +625,7 @@ class Saved:
 
 
 class TestObserveAttention:
-    """Bounds first: exact logits only where they decide, and what is known is told apart."""
+    """Exact logits are computed only for heads whose bound is above the threshold."""
 
     @pytest.mark.parametrize("kind", KINDS)
     @settings(max_examples=10, deadline=None)
@@ -655,8 +653,8 @@ class TestObserveAttention:
         assert torch.equal(seen[over], bound[over])
         assert (bound.double() >= largest * (1 - 1e-6)).all() and (bound[~over] <= THRESHOLD).all()
 
-    def test_a_bound_is_no_max_logit(self) -> None:
-        """Where no logit was computed none is told; with ``exact`` all are."""
+    def test_a_bound_is_not_reported_as_a_max_logit(self) -> None:
+        """Without ``exact``, heads without computed logits report -inf."""
         attention, x = layer(), torch.randn(2, 5, HIDDEN)
         query, key = attention.query_key(x)
         clip = QKClip({"layer": attention.layout})
@@ -671,7 +669,7 @@ class TestObserveAttention:
         assert torch.equal(result.upper_bounds["layer"], result.max_logits["layer"])
 
     def test_micro_batches_with_and_without_logits(self) -> None:
-        """One head's bound settles the first micro-batch, its logits the second."""
+        """A head needs only its bound in the first micro-batch and its logits in the second."""
         attention = layer()
         clip = QKClip({"layer": attention.layout}, threshold=10.0)
         along, across = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
@@ -688,7 +686,7 @@ class TestObserveAttention:
         assert result.upper_bounds["layer"].tolist() == [16.0, 16.0]
 
     def test_a_floating_mask_can_raise_logits(self) -> None:
-        """A bound on the products alone would have missed these."""
+        """A bound on the products alone would miss them."""
         attention = layer()
         clip = QKClip({"layer": attention.layout}, threshold=10.0)
         query = torch.zeros(1, 2, 1, 4)
@@ -699,8 +697,8 @@ class TestObserveAttention:
         assert result.upper_bounds["layer"].tolist() == [5.0, 30.0]
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_what_is_not_finite_is_passed_over(self, value: float) -> None:
-        """And hides no other head."""
+    def test_non_finite_logits_are_ignored(self, value: float) -> None:
+        """They do not affect other heads."""
         attention = layer()
         query = torch.ones(1, 2, 3, 4)
         query[0, 0, 1, 2] = value
@@ -711,8 +709,8 @@ class TestObserveAttention:
         assert result.upper_bounds["layer"].tolist() == [-math.inf, 2.0]
         assert all(p.isfinite().all() for p in attention.parameters())
 
-    def test_mlm4699_queries_and_keys_are_let_go(self) -> None:
-        """Megatron kept each micro-batch's graph alive through its recorded logits."""
+    def test_observed_queries_and_keys_are_freed(self) -> None:
+        """Megatron-LM#4699: recorded logits kept each micro-batch's graph alive."""
         attention = layer()
         clip = QKClip({"layer": attention.layout}, exact=True)
         saved: list[weakref.ref[Saved]] = []
@@ -745,8 +743,8 @@ class TestObserveAttention:
             clip.observe_attention("a", query, query[..., :2])
 
 
-def test_layers_of_different_shapes_get_their_own_factors() -> None:
-    """Factors are worked out for runs of like layers at once."""
+def test_layers_of_different_shapes_get_separate_factors() -> None:
+    """Factors of consecutive layers of one shape are computed at once."""
     kinds = [(Separate, 4, 2), (Fused, 6, 3), (MLA, 3, 3), (Columns, 4, 1), (Separate, 2, 2)]
     scenarios = [scenario(kind, heads, groups, 7) for kind, heads, groups in kinds]
     clip = QKClip(
@@ -764,8 +762,8 @@ def test_layers_of_different_shapes_get_their_own_factors() -> None:
         assert torch.allclose(attention(x), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_replaced_since_are_clipped() -> None:
-    """FSDP2 replaces them; the old ones would be scaled in vain."""
+def test_parameters_that_replace_others_are_clipped() -> None:
+    """FSDP2 replaces parameters."""
     attention = layer()
     clip = QKClip({"layer": attention.layout}, threshold=100.0)
     old = attention.q.weight
@@ -777,8 +775,8 @@ def test_parameters_replaced_since_are_clipped() -> None:
     assert torch.allclose(attention.q.weight, before * 0.5)
 
 
-def test_a_flattened_parameter_is_refused_before_anything_changes() -> None:
-    """FSDP1 leaves each rank a flat shard, whose rows are not known."""
+def test_a_flattened_parameter_is_refused_before_any_change() -> None:
+    """FSDP1 gives each rank a flat shard with unknown rows."""
     attention = layer()
     clip = QKClip({"layer": attention.layout}, threshold=1.0)
     attention.k.weight = nn.Parameter(attention.k.weight.detach().flatten()[:5].clone())
@@ -799,7 +797,7 @@ def test_step_hooks() -> None:
     assert len(seen) == 1 and seen[0] is result
 
 
-def test_query_and_key_must_not_share_rows() -> None:
+def test_query_and_key_that_share_rows_are_refused() -> None:
     weight = torch.ones(4, 3)
     with pytest.raises(ValueError, match="'a': query and key share rows"):
         QKClip({"a": AttentionLayout.separate(weight, weight, num_heads=2)})

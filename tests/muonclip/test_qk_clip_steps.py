@@ -21,7 +21,7 @@ X = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
 class Model(nn.Module):
-    """One attention whose logits it shows to a clip in training."""
+    """One attention whose logits a clip observes in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def poison(model: nn.Module) -> None:
         parameter.grad.fill_(math.nan)
 
 
-def test_a_step_skipped_for_a_bad_gradient_changes_nothing_and_leaves_no_trace() -> None:
+def test_a_skipped_step_changes_nothing_and_its_logits_do_not_count() -> None:
     model, clip = watched(threshold=1e-6)
     optimizer = MuonClip(param_groups(model), lr=0.0, nonfinite="skip")
     clip.attach(optimizer)
@@ -87,7 +87,7 @@ def test_a_step_skipped_for_a_bad_gradient_changes_nothing_and_leaves_no_trace()
     assert torch.equal(seen(clip), expected) and clip.result.num_clipped > 0
 
 
-def test_a_step_that_raised_leaves_no_trace() -> None:
+def test_logits_of_a_step_that_raised_do_not_count() -> None:
     model, clip = watched()
     optimizer = MuonClip(param_groups(model), lr=0.0)
     clip.attach(optimizer)
@@ -118,10 +118,10 @@ ORDERS = ["zero, forward, backward", "forward, zero, backward", "forward, backwa
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("make", [make_adamw, make_fused_adamw, make_muon])
-def test_a_step_that_grad_scaler_skips_leaves_no_trace(
+def test_logits_of_a_step_that_grad_scaler_skips_do_not_count(
     make: Callable[[nn.Module], torch.optim.Optimizer], order: str
 ) -> None:
-    """Its logits are dropped with its gradients, wherever the loop calls ``zero_grad``."""
+    """They are discarded with the gradients, wherever the loop calls ``zero_grad``."""
     model, clip = watched(threshold=1e9)
     optimizer = make(model)
     clip.attach(optimizer)
@@ -152,7 +152,7 @@ def test_a_step_that_grad_scaler_skips_leaves_no_trace(
     assert torch.equal(seen(clip), model.largest())
 
 
-def test_a_closure_that_starts_over_counts_its_last_evaluation() -> None:
+def test_the_last_evaluation_of_a_closure_counts() -> None:
     model, clip = watched(threshold=1e9)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=3)
     clip.attach(optimizer)
@@ -171,7 +171,7 @@ def test_a_closure_that_starts_over_counts_its_last_evaluation() -> None:
 
 
 def test_a_clip_is_attached_to_one_optimizer_and_a_newer_clip_replaces_it() -> None:
-    """Running a notebook cell again: no step clips twice, and the older clip says what it is."""
+    """Running a notebook cell twice: no step clips twice, and the older clip warns."""
     model, clip = watched(threshold=1e-3)
     first, second = make_muon(model), make_muon(model)
     clip.attach(first)
@@ -198,7 +198,7 @@ def test_a_clip_is_attached_to_one_optimizer_and_a_newer_clip_replaces_it() -> N
     assert unrelated.result is not None
 
 
-def test_remove_undoes_attach_and_can_be_followed_by_another() -> None:
+def test_remove_undoes_attach_which_can_be_repeated() -> None:
     model, clip = watched(threshold=1e-3)
     optimizer = make_muon(model)
     before = dict(optimizer.__dict__)
@@ -218,7 +218,7 @@ def test_remove_undoes_attach_and_can_be_followed_by_another() -> None:
     assert clip.result is not None and clip.result.num_clipped == 2
 
 
-def test_attach_refuses_what_is_no_optimizer() -> None:
+def test_attach_refuses_objects_other_than_optimizers() -> None:
     model, clip = watched()
     schedule = torch.optim.lr_scheduler.ConstantLR(make_muon(model))
     with pytest.raises(TypeError, match=r"needs a torch.optim.Optimizer, got ConstantLR"):
@@ -253,8 +253,8 @@ def test_a_model_in_eval_mode_is_reported_once() -> None:
         optimizer.step()
 
 
-def test_layers_that_are_left_out_at_times_are_no_cause_for_alarm() -> None:
-    """Layer drop, accumulation, steps of evaluation, steps without gradients or rate."""
+def test_layers_that_are_sometimes_skipped_are_not_reported() -> None:
+    """Layer drop, accumulation, evaluation, steps without gradients or learning rate."""
     torch.manual_seed(0)
     models = [Model() for _ in range(3)]
     layouts = {
@@ -283,8 +283,8 @@ def test_layers_that_are_left_out_at_times_are_no_cause_for_alarm() -> None:
             parameters.train()
 
 
-def test_layers_that_take_no_part_are_no_cause_for_alarm() -> None:
-    """Batches without images before, between and after others; layers that are often dropped."""
+def test_layers_without_gradients_are_not_reported() -> None:
+    """Batches without images before, between and after others; frequent layer drop."""
     torch.manual_seed(0)
     image, text = watched()[0], Model()
     clip = QKClip(
@@ -312,8 +312,8 @@ def test_layers_that_take_no_part_are_no_cause_for_alarm() -> None:
             models.train()
 
 
-def test_weights_that_the_attached_optimizer_does_not_have_are_left_alone() -> None:
-    """Probes: an optimizer of the head alone, over a model whose weights all require gradients."""
+def test_weights_outside_the_attached_optimizer_are_not_scaled() -> None:
+    """Linear probing: an optimizer of the head of a model whose weights all require gradients."""
     model, clip = watched(threshold=1e-3)
     head = nn.Linear(HIDDEN, 1)
     optimizer = trained(head)
@@ -404,7 +404,7 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
     autocast=st.booleans(),
     target=st.sampled_from([100.05, 101.3, 1234.5]),
 )
-def test_no_default_dtype_or_device_touches_the_maxima(
+def test_maxima_do_not_depend_on_the_default_dtype_or_device(
     construct: torch.dtype, run: torch.dtype, device: str, autocast: bool, target: float
 ) -> None:
     """A bfloat16 maximum of 100.05 would not be above 100."""
@@ -435,7 +435,7 @@ def test_no_default_dtype_or_device_touches_the_maxima(
         assert torch.allclose(model.largest(), torch.full((2,), 100.0), rtol=1e-5)
 
 
-def test_a_model_that_gets_its_memory_after_the_clip_was_made() -> None:
+def test_a_model_materialized_after_the_clip_is_clipped() -> None:
     with torch.device("meta"):
         model = Model()
         clip = QKClip({"layer": AttentionLayout.separate(model.q, model.k, num_heads=2)})

@@ -1,4 +1,4 @@
-"""Weights that QK-Clip may scale: trained ones, those of the clip's own model, and no others."""
+"""QK-Clip scales only trained weights of its model."""
 
 import copy
 import math
@@ -50,7 +50,7 @@ def step(attention: Attention, x: Tensor, clip: QKClip) -> Any:
     seed=st.integers(0, 2**16),
     frozen=st.sets(st.integers(0, 5)),
 )
-def test_frozen_weights_keep_their_bits_and_clipped_heads_are_exact(
+def test_frozen_weights_do_not_change_and_clipped_heads_are_exact(
     kind: type[Attention], groups: int, per_group: int, seed: int, frozen: set[int]
 ) -> None:
     """Whichever parameters are frozen: every head comes down exactly, or the layer is reported and
@@ -85,7 +85,7 @@ def test_frozen_weights_keep_their_bits_and_clipped_heads_are_exact(
         (4, 2, "q.bias", set()),
     ],
 )
-def test_the_trained_projection_takes_the_factor_where_that_is_exact(
+def test_the_trained_projection_takes_the_factor_if_that_is_exact(
     heads: int, groups: int, frozen: str, scaled: set[str]
 ) -> None:
     attention, x = scenario(Separate, heads, groups, seed=3)
@@ -99,8 +99,8 @@ def test_the_trained_projection_takes_the_factor_where_that_is_exact(
     assert bool(result.skipped) == (not scaled)
 
 
-def test_freezing_and_unfreezing_is_followed() -> None:
-    """Gradual unfreezing: what ``requires_grad`` is at the step counts."""
+def test_layers_can_be_frozen_and_unfrozen() -> None:
+    """Gradual unfreezing: ``requires_grad`` at the step decides."""
     attention, x = scenario(Separate, 4, 4, seed=3)
     attention.requires_grad_(False)
     clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -118,7 +118,7 @@ def test_freezing_and_unfreezing_is_followed() -> None:
     assert changed(attention, before) == {"q.weight", "q.bias"}
 
 
-def test_a_frozen_layer_is_reported_once_and_its_logits_are_still_seen() -> None:
+def test_a_frozen_layer_is_reported_once_and_still_observed() -> None:
     attention, x = scenario(Separate, 4, 2, seed=3)
     attention.requires_grad_(False)
     clip = QKClip({"layer": attention.layout}, threshold=THRESHOLD)
@@ -187,7 +187,7 @@ def test_a_computed_weight_is_refused(compute: Callable[[Attention], None]) -> N
 
 
 class OwnLoRA(nn.Linear):
-    """LoRA as other libraries have it: matrices in the layer, the weight frozen."""
+    """LoRA as in other libraries: matrices in the layer, a frozen weight."""
 
     def __init__(self, rows: int) -> None:
         super().__init__(HIDDEN, rows, bias=False)
@@ -246,7 +246,7 @@ def adapted(config: Any, bias: bool = False) -> tuple[Projected, Tensor]:
 
 
 def clipped_exactly(attention: Projected, x: Tensor) -> set[str]:
-    """Clip at half of the largest logit; the names of what changed."""
+    """Clip at half of the largest logit, and return the names of changed parameters."""
     logits = attention(x).detach()
     largest = logits.amax((0, 2, 3))
     threshold = float(largest.sort().values[1])
@@ -280,7 +280,7 @@ def lora(**options: Any) -> Any:
     ],
 )
 def test_lora_over_a_frozen_weight_is_refused(options: dict[str, Any], bias: bool) -> None:
-    """No B' gives gamma (W + sBA) = W + sB'A: nothing is scaled, and least of all the base."""
+    """No B' satisfies gamma (W + sBA) = W + sB'A, so nothing is scaled."""
     attention, _ = adapted(lora(**options), bias)
     before = bits(attention)
     with pytest.raises(ValueError, match="'layer' is trained, but QK-Clip cannot scale its logits"):
@@ -288,7 +288,7 @@ def test_lora_over_a_frozen_weight_is_refused(options: dict[str, Any], bias: boo
     assert not changed(attention, before)
 
 
-def test_lora_that_is_added_after_the_clip_is_refused_at_the_step() -> None:
+def test_lora_added_after_the_clip_is_refused_at_the_step() -> None:
     peft = pytest.importorskip("peft")
     attention = Projected()
     clip = QKClip({"layer": attention.layout()}, threshold=1.0)
@@ -328,7 +328,7 @@ def test_ia3_on_the_key_alone_takes_the_whole_factor() -> None:
 
 
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "OFTConfig", "VeraConfig"])
-def test_adapters_that_are_not_known_are_refused(kind: str) -> None:
+def test_unknown_adapters_are_refused(kind: str) -> None:
     peft = pytest.importorskip("peft")
     options = {"OFTConfig": {"oft_block_size": 4}, "VeraConfig": {"r": 4}}.get(kind, {"r": 4})
     config = getattr(peft, kind)(target_modules=["q_proj", "k_proj"], **options)
@@ -338,8 +338,8 @@ def test_adapters_that_are_not_known_are_refused(kind: str) -> None:
         QKClip({"layer": attention.layout()})
 
 
-def test_an_adapter_that_does_not_run_does_not_count() -> None:
-    """Disabled, merged, or another adapter active: the frozen weight alone makes the logits."""
+def test_inactive_adapters_are_ignored() -> None:
+    """Disabled, merged, or another adapter active: only the frozen weight determines the logits."""
     attention, _ = adapted(lora())
     layers: list[Any] = [attention.q_proj, attention.k_proj]
     for layer in layers:
@@ -359,7 +359,7 @@ def test_an_adapter_that_does_not_run_does_not_count() -> None:
         QKClip({"layer": attention.layout()})
 
 
-def test_the_active_one_of_several_adapters_counts() -> None:
+def test_only_the_active_adapter_is_scaled() -> None:
     attention, x = adapted(lora(use_dora=True))
     layers: list[Any] = [attention.q_proj, attention.k_proj]
     for layer in layers:
@@ -371,7 +371,7 @@ def test_the_active_one_of_several_adapters_counts() -> None:
         QKClip({"layer": attention.layout()})
 
 
-def test_projections_that_peft_trains_whole_are_scaled() -> None:
+def test_projections_in_modules_to_save_are_scaled() -> None:
     peft = pytest.importorskip("peft")
     attention = Projected(bias=True)
     model: Any = peft.get_peft_model(
@@ -408,20 +408,20 @@ def test_the_clip_in_a_copied_model_scales_the_copy(
     attention.observe = partial(clip.observe, "layer")  # type: ignore[assignment]
     twin = make_copy(attention)
     before, logits = bits(attention), twin(x).detach()
-    theirs = twin.observe.func.__self__
+    copied_clip = twin.observe.func.__self__
     largest = twin.largest(x)
     twin.observe(largest)
-    theirs.step()
+    copied_clip.step()
     gamma = (THRESHOLD / largest).clamp(max=1)
     assert torch.allclose(twin(x), logits * gamma[:, None, None], rtol=1e-5, atol=1e-5)
     assert not changed(attention, before)
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
-def test_a_copied_layout_that_reads_the_original_refuses_to_be_used(
+def test_a_copied_layout_that_reads_the_original_model_is_refused(
     make_copy: Callable[[Any], Any],
 ) -> None:
-    """A plain function cannot be pointed at the copy, and must not lead back to the original."""
+    """A plain function cannot be redirected to the copy and must not change the original."""
     attention, x = scenario(Separate, 4, 2, seed=3)
     layout = AttentionLayout.separate(
         lambda: (attention.q.weight, attention.q.bias), lambda: attention.k,
@@ -438,7 +438,7 @@ def test_a_copied_layout_that_reads_the_original_refuses_to_be_used(
     assert step(attention, x, clip).num_clipped > 0
 
 
-def test_a_copied_monitor_watches_the_copied_clip() -> None:
+def test_a_copied_monitor_records_the_copied_clip() -> None:
     attention, _ = scenario(Separate, 4, 2, seed=3)
     clip = QKClip({"layer": attention.layout})
     monitor = MaxLogitMonitor(clip)

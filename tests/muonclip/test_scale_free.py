@@ -91,7 +91,7 @@ def test_a_stack_of_tiny_and_huge_matrices(
 def test_the_first_update_of_a_gradient_of_any_scale(
     position: float, dtype: torch.dtype, ns_dtype: torch.dtype, nesterov: bool, seed: int
 ) -> None:
-    """With a momentum: its average is a tenth of the gradient, in a dtype that can hold it."""
+    """With momentum, whose first value is a tenth of the gradient."""
     low, high = range_of(dtype)
     # Five more bits, which the average loses at the lower end of a range.
     low += 0 if dtype == torch.float16 else 5
@@ -149,15 +149,13 @@ def test_zero_momentum_gives_a_zero_update() -> None:
         ({"eps": 1.0}, "eps must be below 1"),
     ],
 )
-def test_options_that_would_bound_the_scale_are_refused(
-    options: dict[str, Any], message: str
-) -> None:
+def test_options_that_limit_the_scale_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MuonClip([nn.Parameter(torch.ones(2, 2))], **options)
 
 
-def test_no_float64_where_a_device_has_none() -> None:
-    """MPS has no float64: the branch of accelerators, run on fake tensors with float64 barred."""
+def test_no_float64_on_devices_without_it() -> None:
+    """MPS has no float64: the accelerator branch runs on fake tensors with float64 disabled."""
 
     class NoFloat64(TorchDispatchMode):
         def __torch_dispatch__(

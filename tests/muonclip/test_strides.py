@@ -1,4 +1,4 @@
-"""Updates stay within a parameter, whatever the strides of it, its gradient and its state."""
+"""Updates write only to the parameter, for any strides of it, its gradient and its state."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ SHAPE = (4, 6)
 
 
 def laid_out(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """A view with these values in a larger tensor full of sevens, and that tensor."""
+    """A view with these values in a larger tensor of sevens, and that tensor."""
     n, m = values.shape
     sevens = torch.full((2 * n + 2, 2 * m + 2, 2), 7.0, dtype=values.dtype)
     if layout == "contiguous":
@@ -47,7 +47,7 @@ def gradient(layout: str, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def untouched(view: Tensor, whole: Tensor) -> bool:
-    """Whether all of the memory around a view is as ``laid_out`` left it."""
+    """Whether the memory around a view is still as ``laid_out`` filled it."""
     whole = whole.clone().as_strided(whole.shape, whole.stride())
     whole.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(7.0)
     return bool((whole == 7.0).all())
@@ -65,7 +65,7 @@ def untouched(view: Tensor, whole: Tensor) -> bool:
          {"weight_decay_mode": "cautious"}, {"weight_decay_mode": "l2"}]
     ),
 )  # fmt: skip
-def test_only_the_parameter_changes_and_as_if_it_were_contiguous(
+def test_only_the_parameter_changes_as_if_it_were_contiguous(
     layout: str,
     gradients: list[str],
     moments: str,
@@ -127,7 +127,7 @@ def test_memory_format_changed_during_training(shape: tuple[int, ...], algorithm
     assert torch.allclose(changed, plain, atol=1e-12)
 
 
-def test_parameters_that_share_memory_within_are_refused() -> None:
+def test_parameters_that_overlap_themselves_are_refused() -> None:
     for view in (torch.zeros(1, 4).expand(3, 4), torch.zeros(9).as_strided((4, 3), (1, 1))):
         with pytest.raises(ValueError, match="elements that share memory"):
             MuonClip([nn.Parameter(view)])
@@ -138,7 +138,7 @@ def test_parameters_that_share_memory_within_are_refused() -> None:
 def test_a_flag_skips_copies_too(
     monkeypatch: pytest.MonkeyPatch, fused: bool, found: float
 ) -> None:
-    """As on an accelerator, with a fused kernel and on one that has none."""
+    """As on an accelerator, with and without a fused kernel."""
     import muonclip.adamw
 
     devices = ["cpu"] if fused else []

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: what is observed is what the layer attends with, and clips are exact."""
+"""nn.MultiheadAttention: observed logits are the layer's, and clips are exact."""
 
 import copy
 import math
@@ -63,7 +63,7 @@ def test_maxima_are_those_of_the_layer(
     need_weights: bool,
     seed: int,
 ) -> None:
-    """Any projection, order of dimensions and mask."""
+    """With any projection, order of dimensions and mask."""
     sizes = {} if fused else {"kdim": 6, "vdim": 4}
     module = attention(seed, bias=bias, batch_first=batch_first, **sizes)
     query = torch.randn(BATCH, QUERIES, EMBED).double()
@@ -100,8 +100,8 @@ def test_maxima_are_those_of_the_layer(
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_causal_hint_counts_as_the_layer_counts_it(need_weights: bool, padded: bool) -> None:
-    """Believed, whatever the mask, unless weights or padding make the layer look at the mask."""
+def test_a_causal_hint_has_the_layers_meaning(need_weights: bool, padded: bool) -> None:
+    """It overrides the mask, unless weights or padding make the layer use the mask."""
     module, x = attention(batch_first=True), torch.randn(BATCH, KEYS, EMBED).double()
     later = torch.ones(KEYS, KEYS).triu(1).bool()
     options: dict[str, Any] = {"attn_mask": torch.zeros(KEYS, KEYS).bool(), "is_causal": True}
@@ -130,7 +130,7 @@ def expected_without_zero_key(module: nn.MultiheadAttention, x: Tensor, masked: 
     [(0, 5, False), (2, 0, False), (2, 0, True), (0, 0, False)],
 )
 def test_empty_batches_and_sequences(batch: int, length: int, masked: bool) -> None:
-    """A layer that accepts them is not stopped by being watched."""
+    """Watching a layer does not prevent them."""
     module, x = attention(batch_first=True), torch.randn(batch, length, EMBED).double()
     options: dict[str, Any] = {"need_weights": False}
     if masked:
@@ -142,7 +142,7 @@ def test_empty_batches_and_sequences(batch: int, length: int, masked: bool) -> N
 
 
 def test_a_floating_mask_that_raises_logits_is_a_bias() -> None:
-    """Scaled are queries and keys, so the factor must leave room for the bias."""
+    """The factor on queries and keys must account for the bias."""
     module, x = attention(), torch.randn(QUERIES, BATCH, EMBED).double()
     bias = torch.full((QUERIES, QUERIES), 2.0).double()
     before = largest_of_weights(module, x, x, x)
@@ -157,7 +157,7 @@ def test_a_floating_mask_that_raises_logits_is_a_bias() -> None:
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 4}])
 @pytest.mark.parametrize("bias", [True, False])
 def test_clips_are_exact(sizes: dict[str, int], bias: bool) -> None:
-    """One bias holds query, key and value parts: each is scaled with its own rows."""
+    """Query, key and value share one bias: each part is scaled with its rows."""
     module = attention(bias=bias, **sizes)
     query = torch.randn(QUERIES, BATCH, EMBED).double()
     key = torch.randn(KEYS, BATCH, sizes.get("kdim", EMBED)).double()
@@ -169,7 +169,7 @@ def test_clips_are_exact(sizes: dict[str, int], bias: bool) -> None:
     assert clip.step().num_clipped == 1
     after = largest_of_weights(module, query, key, value)
     assert torch.allclose(after, before.clamp(max=threshold), rtol=1e-5)
-    if module.in_proj_bias is not None:  # values keep theirs
+    if module.in_proj_bias is not None:  # values are not scaled
         fresh = attention(bias=bias, **sizes)
         assert torch.equal(module.in_proj_bias[-EMBED:], fresh.in_proj_bias[-EMBED:])
 
@@ -210,7 +210,7 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
 
 
 def test_copies_are_not_watched() -> None:
-    """A model can be copied (for an average of weights, say) and pickled while it is watched."""
+    """A watched model can be copied (for example to average weights) and pickled."""
     module, x = attention(), torch.randn(QUERIES, EMBED).double()
     clip = qk_clip(module, exact=True)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -220,8 +220,8 @@ def test_copies_are_not_watched() -> None:
     assert (clip.step().max_logits[""] > -math.inf).all()
 
 
-def test_training_with_two_lines() -> None:
-    """Without the clip logits run away; with it they stay at τ."""
+def test_training_with_qk_clip_and_attach_stays_at_the_threshold() -> None:
+    """Without the clip logits diverge."""
     ends = {}
     x = torch.randn(BATCH, KEYS, EMBED, generator=torch.Generator().manual_seed(0))
     for threshold in (1e9, 5.0):
@@ -241,7 +241,7 @@ def test_training_with_two_lines() -> None:
     assert ends[5.0] < 12
 
 
-def test_refusals() -> None:
+def test_unsupported_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="0: add_bias_kv adds a key without a projection"):
         attention_layouts(nn.ModuleList([nn.MultiheadAttention(4, 2, add_bias_kv=True)]))
     with pytest.raises(ValueError, match=r"Linear contains no nn\.MultiheadAttention"):
@@ -255,7 +255,7 @@ def test_refusals() -> None:
 
 
 def test_importing_needs_torch_only() -> None:
-    """Neither the integrations nor the monitor bring in what they are for."""
+    """Integrations and the monitor do not import the libraries that they support."""
     code = (
         "import sys, muonclip.monitor, muonclip.integrations.torch_attention\n"
         "import muonclip.integrations.transformers\n"

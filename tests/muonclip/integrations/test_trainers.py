@@ -1,4 +1,4 @@
-"""What other people's trainers do to an optimizer, beyond what the examples in docs/ show."""
+"""MuonClip and QK-Clip in other libraries' trainers, beyond the examples in docs/."""
 
 import os
 from pathlib import Path
@@ -59,8 +59,8 @@ def train_with_accelerate(folder: Path, state_dict_type: str) -> tuple[list[Any]
 
 
 @pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
-def test_accelerate_puts_sharded_parameters_in_place(tmp_path: Path, state_dict_type: str) -> None:
-    """Made of the whole parameters, before ``fully_shard``: groups keep their options."""
+def test_accelerate_replaces_parameters_by_shards(tmp_path: Path, state_dict_type: str) -> None:
+    """Groups made before ``fully_shard`` keep their options."""
     model = Block()
     optimizer = MuonClip(param_groups(model, layouts=LAYOUTS), **EXACT)
     train_block(model, optimizer, range(5))
@@ -70,8 +70,8 @@ def test_accelerate_puts_sharded_parameters_in_place(tmp_path: Path, state_dict_
         ):
             assert group["algorithm"] == algorithm and group["layout"] == layout
             assert group["param_names"] == names and dtype == torch.float64
-        for ours, theirs in zip(weights, model.parameters(), strict=True):
-            assert (ours - theirs).abs().max() < TOLERANCE
+        for actual, expected in zip(weights, model.parameters(), strict=True):
+            assert (actual - expected).abs().max() < TOLERANCE
 
 
 def train_with_lightning(folder: Path, save_distributed_checkpoint: bool) -> list[Tensor]:
@@ -127,18 +127,18 @@ def train_with_lightning(folder: Path, save_distributed_checkpoint: bool) -> lis
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_lightning_shards_saves_and_resumes(tmp_path: Path, sharded: bool) -> None:
-    """FSDP2 by Lightning, whose checkpoints take only tensors, numbers and words."""
+    """FSDP2 by Lightning, whose checkpoints allow only tensors, numbers and strings."""
     model = Block()
     optimizer = MuonClip(param_groups(model, layouts=LAYOUTS), **EXACT)
     for _ in range(2):
         train_block(model, optimizer, range(3))
     for weights in launch(train_with_lightning, 2, tmp_path, sharded):
-        for ours, theirs in zip(weights, model.parameters(), strict=True):
-            assert (ours - theirs).abs().max() < TOLERANCE
+        for actual, expected in zip(weights, model.parameters(), strict=True):
+            assert (actual - expected).abs().max() < TOLERANCE
 
 
 def test_hf_trainer_makes_the_optimizer_of_given_groups(tmp_path: Path) -> None:
-    """The way in where ``optimizers`` is refused (FSDP): groups by name, not the Trainer's own."""
+    """For FSDP, where ``optimizers`` is refused: groups by name instead of the Trainer's."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     config = LlamaConfig(
@@ -171,7 +171,7 @@ def test_hf_trainer_makes_the_optimizer_of_given_groups(tmp_path: Path) -> None:
 
 
 def train_with_scaler(bad_step: int) -> tuple[list[Tensor], float]:
-    """FSDP2 under a GradScaler, one step of which overflows on one rank only."""
+    """FSDP2 with a GradScaler, where one step overflows on one rank only."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -200,5 +200,5 @@ def test_grad_scaler_under_fsdp2() -> None:
         optimizer.zero_grad()
     for weights, scale in launch(train_with_scaler, 2, 1):
         assert scale == 2.0**9
-        for ours, theirs in zip(weights, alone.parameters(), strict=True):
-            assert (ours - theirs).abs().max() < 1e-4
+        for actual, expected in zip(weights, alone.parameters(), strict=True):
+            assert (actual - expected).abs().max() < 1e-4

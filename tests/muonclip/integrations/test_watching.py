@@ -1,4 +1,4 @@
-"""Watching a model over its life: twice, removed, copied, compiled, adapted."""
+"""Watching models twice, and models that are copied, compiled, frozen or adapted."""
 
 import copy
 import gc
@@ -118,7 +118,7 @@ def test_remove_leaves_the_model_as_it_was(kind: Kind) -> None:
 
 
 def test_a_watched_model_is_freed(kind: Kind) -> None:
-    """Neither a table of watched modules nor an optimizer's hooks keep it alive."""
+    """Neither the table of watched modules nor an optimizer's hooks keep it alive."""
     model = kind.make()
     clip = kind.integration.qk_clip(model)
     optimizer = MuonClip(param_groups(model), lr=0.0)
@@ -145,7 +145,7 @@ def saved(thing: Any) -> Any:
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, spawned, saved])
-def test_a_copy_is_not_watched_and_its_clip_leaves_the_original_alone(
+def test_a_copy_is_not_watched_and_its_clip_does_not_change_the_original(
     kind: Kind, make_copy: Callable[[Any], Any]
 ) -> None:
     model = kind.make()
@@ -157,12 +157,12 @@ def test_a_copy_is_not_watched_and_its_clip_leaves_the_original_alone(
     kind.loss(twin)
     assert not observed(clip) and not observed(twin.clip)
     before = copy.deepcopy(dict(model.named_parameters()))
-    theirs = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    copied = {name: p.detach().clone() for name, p in twin.named_parameters()}
     kind.integration.watch(twin, twin.clip)
     kind.loss(twin)
     assert int(twin.clip.step().num_clipped) == 4
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    changed = {name for name, p in twin.named_parameters() if not torch.equal(p, theirs[name])}
+    changed = {name for name, p in twin.named_parameters() if not torch.equal(p, copied[name])}
     assert changed
     kind.loss(model)
     assert observed(clip)
@@ -177,7 +177,7 @@ def test_an_average_of_weights_is_not_watched(kind: Kind) -> None:
     assert not observed(clip)
 
 
-def test_a_model_that_was_compiled_before_is_watched(kind: Kind) -> None:
+def test_an_already_compiled_model_is_watched(kind: Kind) -> None:
     torch.compiler.reset()
     model = kind.make(layers=1)
     run = model
@@ -237,7 +237,7 @@ def test_forgetting_to_return_to_training_is_reported(kind: Kind) -> None:
         optimizer.step()
 
 
-def test_frozen_layers_are_left_alone_and_followed(kind: Kind) -> None:
+def test_frozen_layers_are_skipped_until_they_are_unfrozen(kind: Kind) -> None:
     model = kind.make()
     layers = model.layers if hasattr(model, "layers") else model.model.layers
     layers[0].requires_grad_(False)
@@ -258,7 +258,7 @@ def test_frozen_layers_are_left_alone_and_followed(kind: Kind) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_default_dtype_works(kind: Kind, dtype: torch.dtype) -> None:
-    """Lightning's bf16-true sets one while the model is made and while it runs."""
+    """Lightning's bf16-true sets it while the model is made and while it runs."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -287,7 +287,7 @@ def peft_model(**options: Any) -> Any:
 
 
 def logits(model: Any) -> Tensor:
-    """The largest logits, [layers, heads], with attention left as it is."""
+    """The largest logits, [layers, heads], without clipping."""
     clip = QKClip(hf.attention_layouts(model), exact=True)
     handle = hf.watch(model, clip)
     KINDS["transformers"].loss(model)
@@ -320,7 +320,7 @@ def test_lora_elsewhere_leaves_attention_frozen() -> None:
         {"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "k_proj"]},
     ],
 )
-def test_adapters_that_can_be_scaled_are(options: dict[str, Any]) -> None:
+def test_dora_and_modules_to_save_are_scaled(options: dict[str, Any]) -> None:
     model = peft_model(**options)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = logits(model)[0]
@@ -336,7 +336,7 @@ def test_adapters_that_can_be_scaled_are(options: dict[str, Any]) -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
-def test_a_model_that_is_adapted_after_the_clip_was_made_is_refused() -> None:
+def test_lora_added_after_the_clip_is_refused() -> None:
     peft = pytest.importorskip("peft")
     model = llama()
     clip = hf.qk_clip(model, threshold=1e-3)
@@ -348,7 +348,7 @@ def test_a_model_that_is_adapted_after_the_clip_was_made_is_refused() -> None:
     assert all(torch.equal(p, before[name]) for name, p in adapted.state_dict().items())
 
 
-def test_columns_under_an_adapter() -> None:
+def test_transposed_layers_under_an_adapter() -> None:
     """GPT-2's Conv1D inside PEFT's layer."""
     peft = pytest.importorskip("peft")
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
@@ -375,8 +375,8 @@ def test_adapted_multihead_attention_is_refused() -> None:
 # ---------------------------------------------------------------------- trainers
 
 
-def test_two_trainers_of_one_model(tmp_path: Path) -> None:
-    """transformers' Trainer, twice, each with its own optimizer and clip."""
+def test_two_trainers_train_one_model(tmp_path: Path) -> None:
+    """transformers' Trainer, twice, each with a separate optimizer and clip."""
     model = llama()
     clips = []
 

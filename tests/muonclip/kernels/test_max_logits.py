@@ -1,4 +1,4 @@
-"""When the max-logit kernel may be used, and what it refuses. Its results: interpreted/."""
+"""Inputs that the max-logit kernel accepts and refuses. Its results are tested in interpreted/."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from muonclip.kernels.max_logits import max_logits_triton, supports
 
 
 def test_supports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else goes to the torch implementation."""
+    """All other inputs use the torch implementation."""
 
     def answer(
         shape: tuple[int, ...] = (1, 4, 16, 128),

@@ -1,4 +1,4 @@
-"""transformers' models: the matrices that attention, gated units and experts really use.
+"""transformers' models: layouts select the matrices that attention, MLPs and experts use.
 
 Models are built from small configurations; nothing is downloaded.
 """
@@ -290,7 +290,7 @@ ADAMW: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", ADAMW)
-def test_assignments_are_those_of_an_expert(case: str) -> None:
+def test_assignments_match_those_made_by_hand(case: str) -> None:
     kind, auto, options, expected = ADAMW[case]
     config = getattr(transformers, f"{kind}Config")(**options)
     with torch.device("meta"):
@@ -334,7 +334,7 @@ def test_kimi_k25() -> None:
 
 
 class Inputs(TorchFunctionMode):
-    """Keeps query, key and value [batch, heads, tokens, dim] of the first attention.
+    """Stores query, key and value, [batch, heads, tokens, dim], of the first attention.
 
     From torch's attention function, or from the two products of one that is spelled out.
     """
@@ -477,7 +477,7 @@ def attention_inputs(model: nn.Module, run: Callable[[nn.Module], None]) -> list
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("case", FUSED)
 def test_each_matrix_is_one_of_queries_keys_or_values(case: str, per_head: bool) -> None:
-    """With it zero, that part of the attention's inputs is zero, and no other changes.
+    """Setting it to zero zeroes that part of the attention's inputs and changes no other part.
 
     MLM#4731: query, key and value, and an output gate, in one Newton-Schulz.
     """
@@ -584,9 +584,9 @@ GATED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", GATED)
-def test_gate_and_up_are_apart(case: str) -> None:
-    """MLM#7077, torchtitan#4532. The unit is act(gate) * f(up): without gate nothing passes, and
-    the same half of the other order would leave products of what is left."""
+def test_gate_and_up_are_separate_matrices(case: str) -> None:
+    """Megatron-LM#7077, torchtitan#4532. The output is act(gate) * f(up), so that zeroing the gate
+    zeroes it; zeroing the same half under the other order would not."""
     kind, auto, options, pattern = GATED[case]
     model = make(kind, auto, **options)
     name = next(n for n, _ in model.named_parameters() if n.endswith(pattern[1:]))
@@ -627,7 +627,7 @@ def heads(*sizes: int) -> Slices:
 
 
 def each(*sizes: int) -> Slices:
-    """The same, each head's alone."""
+    """The same for each head separately."""
     return lambda w: [
         part for head in w.unflatten(0, (-1, sum(sizes))) for part in head.split(sizes)
     ]
@@ -745,7 +745,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], dict[str, Slices], dict[str, Slices]
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("case", STEPS)
-def test_a_step_equals_that_of_a_model_with_nothing_fused(case: str, per_head: bool) -> None:
+def test_a_step_equals_that_of_an_unfused_model(case: str, per_head: bool) -> None:
     kind, options, by_hand, by_head = STEPS[case]
     by_hand = by_hand | (by_head if per_head else {})
     model = make(kind, **options).double()
@@ -801,7 +801,7 @@ def test_a_step_equals_that_of_a_model_with_nothing_fused(case: str, per_head: b
 # ---------------------------------------------------------------------- other storage
 
 
-def test_storage_that_shapes_do_not_tell() -> None:
+def test_storage_that_shapes_do_not_reveal() -> None:
     with torch.device("meta"):
         xlnet = transformers.XLNetModel(
             transformers.XLNetConfig(d_model=HIDDEN, n_layer=1, n_head=HEADS, d_inner=FFN)
@@ -873,9 +873,7 @@ class Wrong(nn.Module):
         (Wrong(), {}, r"24 rows are not 4 \+ 2 x 4 heads of 3"),
     ],
 )
-def test_refusals_name_the_way_out(
-    module: nn.Module, options: dict[str, Any], message: str
-) -> None:
+def test_errors_name_the_remedy(module: nn.Module, options: dict[str, Any], message: str) -> None:
     model = nn.ModuleList([module])
     with pytest.raises(ValueError, match=message) as error:
         matrix_layouts(model, **options)

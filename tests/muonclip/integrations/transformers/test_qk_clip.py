@@ -1,4 +1,4 @@
-"""transformers' models: maxima as an independent float64 attention sees them, and exact clips.
+"""transformers' models: maxima equal those of a float64 attention, and clips are exact.
 
 Models are built from small configurations; nothing is downloaded.
 """
@@ -59,7 +59,7 @@ MLA = SMALL | {
 }
 GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_inner": 32}
 
-# Every structure that is known, by a model that has it.
+# One model for each supported structure.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate": ("LlamaConfig", GQA),
     "separate, biases": ("Qwen2Config", GQA),
@@ -108,7 +108,7 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(kind: str, spread: float = 1.0) -> nn.Module:
-    """A model in training mode, whose query heads differ in size by ``spread`` and more."""
+    """A model in training mode whose query heads differ in scale by ``spread`` or more."""
     torch.manual_seed(0)
     if kind in VISION:
         name, options = VISION[kind]
@@ -128,7 +128,7 @@ def make_model(kind: str, spread: float = 1.0) -> nn.Module:
 
 
 def prepared(model: nn.Module, spread: float, size: float = 4.0) -> nn.Module:
-    """In training mode, with query heads and position biases of some size."""
+    """The model in training mode, with larger query heads and random position biases."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "relative" in name:
@@ -160,7 +160,7 @@ def images(size: int = 2) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module", autouse=True)
 def reference_attention() -> Iterator[None]:
-    """Registers attention in float64 that keeps the logits of its modules, and the largest."""
+    """Registers a float64 attention that stores the logits of its modules and their maxima."""
 
     def reference(
         module: Any,
@@ -201,7 +201,7 @@ def reference_attention() -> Iterator[None]:
 
 
 def in_float64(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The attention modules of a copy of the model that ran in float64, with our attention."""
+    """The attention modules of a copy of the model, after a forward pass in float64."""
     twin: Any = copy.deepcopy(model).double()
     twin.set_attn_implementation("reference")
     images = {n: x.double() for n, x in inputs.items() if n == "pixel_values"}
@@ -210,7 +210,7 @@ def in_float64(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def expected(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The largest logits of a copy of the model in float64, with attention of our own."""
+    """The largest logits of a copy of the model in float64."""
     return {name: module.largest for name, module in in_float64(model, inputs).items()}
 
 
@@ -227,9 +227,9 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], implementation: str) ->
     return model(**inputs)
 
 
-def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        torch.allclose(ours[name].double(), theirs[name], rtol=1e-4, atol=1e-5) for name in ours
+def close(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return actual.keys() == wanted.keys() and all(
+        torch.allclose(actual[name].double(), wanted[name], rtol=1e-4, atol=1e-5) for name in actual
     )
 
 
@@ -237,21 +237,21 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("kind", ["separate", "separate, sliding window", "MLA", "encoder"])
-def test_maxima_are_those_of_a_float64_attention(
+def test_maxima_equal_those_of_a_float64_attention(
     kind: str, implementation: str, padding: str
 ) -> None:
     """Rotary embedding, causality, padding, sliding windows, shared key heads: all as they enter
     the softmax, whichever attention runs."""
     model, inputs = make_model(kind), batch(padding)
-    theirs = expected(model, inputs)
+    wanted = expected(model, inputs)
     clip = qk_clip(model, exact=True)
     forward(model, inputs, implementation)
-    assert close(clip.step().max_logits, theirs)
+    assert close(clip.step().max_logits, wanted)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", [*CONFIGS, *VISION])
-def test_clipped_heads_come_down_to_the_threshold(kind: str, implementation: str) -> None:
+def test_clipped_heads_reach_the_threshold(kind: str, implementation: str) -> None:
     """In a real model: each layer's heads over it, exactly; the other heads are as they were.
 
     Layer after layer, since a layer's input changes with the layers before it. Position biases,
@@ -297,10 +297,10 @@ def test_clipped_heads_come_down_to_the_threshold(kind: str, implementation: str
     implementation=st.sampled_from(["eager", "sdpa"]),
     seed=st.integers(0, 2**16),
 )
-def test_masks_of_the_users_own(
+def test_four_dimensional_masks_of_the_user(
     heads: int, rows: int, boolean: bool, share: float, implementation: str, seed: int
 ) -> None:
-    """Four-dimensional masks go to the attention as they are: prefixes, trees, biases."""
+    """They reach the attention function unchanged: prefixes, trees, biases."""
     model, inputs = make_model("separate"), batch()
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, heads, LENGTH, LENGTH)
@@ -309,15 +309,15 @@ def test_masks_of_the_users_own(
     floating = bias.masked_fill(~allowed, torch.finfo().min)
     if boolean:
         floating = torch.zeros(shape).masked_fill(~allowed, torch.finfo().min)
-    theirs = expected(model, inputs | {"attention_mask": floating})
+    wanted = expected(model, inputs | {"attention_mask": floating})
     mask = allowed if boolean and implementation == "sdpa" else floating
     clip = qk_clip(model, exact=True)
     forward(model, inputs | {"attention_mask": mask}, implementation)
     seen = clip.step().max_logits
     first = "model.layers.0.self_attn"
-    assert torch.allclose(seen[first].double(), theirs[first], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(seen[first].double(), wanted[first], rtol=1e-4, atol=1e-5)
     if allowed.any(-1).all():  # implementations differ in what rows give that attend to nothing
-        assert close(seen, theirs)
+        assert close(seen, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -325,13 +325,13 @@ def test_masks_of_the_users_own(
 @pytest.mark.parametrize(("earlier", "static"), [(7, False), (10, False), (7, True)])
 @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
 def test_more_keys_than_queries(kind: str, earlier: int, static: bool, implementation: str) -> None:
-    """Keys of a cache come before the queries; slots that are not in use do not count."""
+    """Cached keys come before the queries, and unused slots do not count."""
     if static and implementation == "flex_attention":
         pytest.skip("transformers 5.24 builds another mask there than its other attentions do")
     model, whole = make_model(kind), batch("left")
 
     def run(model: Any, implementation: str) -> None:
-        """The last tokens, after the earlier ones in evaluation."""
+        """Run the last tokens, after the earlier ones in evaluation mode."""
         cache = (
             transformers.StaticCache(config=model.config, max_cache_len=16)
             if static
@@ -348,11 +348,11 @@ def test_more_keys_than_queries(kind: str, earlier: int, static: bool, implement
     run(twin, "reference")
     clip = qk_clip(model, exact=True)
     run(model, implementation)
-    theirs: dict[str, Any] = {name: twin.get_submodule(name) for name in clip.layouts}
-    assert close(clip.step().max_logits, {name: m.largest for name, m in theirs.items()})
+    wanted: dict[str, Any] = {name: twin.get_submodule(name) for name in clip.layouts}
+    assert close(clip.step().max_logits, {name: m.largest for name, m in wanted.items()})
 
 
-def test_a_batch_of_padding_alone_is_passed_over() -> None:
+def test_a_batch_of_only_padding_is_ignored() -> None:
     model, inputs = make_model("encoder"), batch()
     inputs["attention_mask"].zero_()
     clip = qk_clip(model, exact=True)
@@ -362,11 +362,13 @@ def test_a_batch_of_padding_alone_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same maxima, each layer seen once, although its forward pass runs twice."""
+def test_activation_checkpointing_does_not_change_the_maxima(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer is observed once, although its forward pass runs twice."""
     model, inputs = make_model("separate"), batch("right")
     any_model: Any = model
-    theirs = expected(model, inputs)
+    wanted = expected(model, inputs)
     any_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     any_model.enable_input_require_grads()
     clip = qk_clip(model, exact=True)
@@ -378,8 +380,8 @@ def test_activation_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPat
         lambda name, *a, **k: (calls.append(name), original(name, *a, **k)),
     )
     forward(model, inputs, "sdpa").loss.backward()
-    assert sorted(calls) == sorted(theirs)
-    assert close(clip.step().max_logits, theirs)
+    assert sorted(calls) == sorted(wanted)
+    assert close(clip.step().max_logits, wanted)
 
 
 def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None:
@@ -400,7 +402,7 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
 
 
 def test_copies_are_not_watched() -> None:
-    """A model can be copied (for an average of weights, say) and pickled while it is watched."""
+    """A watched model can be copied (for example to average weights) and pickled."""
     model, inputs = make_model("separate"), batch()
     clip = qk_clip(model, exact=True)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -412,7 +414,7 @@ def test_copies_are_not_watched() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_watching_changes_no_bit_of_training(implementation: str) -> None:
+def test_training_is_bit_identical_when_watched(implementation: str) -> None:
     inputs = batch("right")
     losses, gradients = [], []
     for watched in (False, True):
@@ -430,25 +432,25 @@ def test_watching_changes_no_bit_of_training(implementation: str) -> None:
 
 def test_a_compiled_model_is_watched() -> None:
     model, inputs = make_model("separate"), batch("right")
-    theirs = expected(model, inputs)
+    wanted = expected(model, inputs)
     clip = qk_clip(model, exact=True)
     any_model: Any = model
     for decoder_layer in any_model.model.layers:
         decoder_layer.compile(backend="eager")
     for _ in range(2):
         forward(model, inputs, "sdpa").loss.backward()
-        assert close(clip.step().max_logits, theirs)
+        assert close(clip.step().max_logits, wanted)
 
 
 class TestFlashAttention:
-    """Flash attention gives no max logits, and gets no mask but lengths and windows.
+    """Flash attention returns no max logits, and its only masks are lengths and windows.
 
     The kernel itself needs a GPU.
     """
 
     @pytest.fixture
     def flash(self) -> Iterator[str]:
-        """A stand-in that attends sequence by sequence, told what the kernels are told."""
+        """A stand-in with the kernels' arguments that computes attention per sequence."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
         def attend(
@@ -493,7 +495,7 @@ class TestFlashAttention:
 
     @staticmethod
     def agrees(model: nn.Module, inputs: dict[str, Tensor], flash: str) -> bool:
-        """The maxima observed are those that the stand-in met in float64."""
+        """The observed maxima equal those of the stand-in in float64."""
         clip = qk_clip(model, exact=True)
         forward(model, inputs, flash)
         met: dict[str, Any] = {name: model.get_submodule(name) for name in clip.layouts}
@@ -501,29 +503,25 @@ class TestFlashAttention:
 
     @pytest.mark.parametrize("padding", ["none", "right", "left"])
     @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
-    def test_flash_attention1876_padding_and_windows(
-        self, kind: str, padding: str, flash: str
-    ) -> None:
-        """Queries that are padding do not count: the kernel never sees them."""
+    def test_padding_and_windows(self, kind: str, padding: str, flash: str) -> None:
+        """Padding queries do not count, because the kernel does not receive them."""
         assert self.agrees(make_model(kind), batch(padding), flash)
 
-    @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+    @pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens"])
     @pytest.mark.parametrize("kind", ["separate", "separate, sliding window"])
-    def test_flash_attention1876_packed_sequences(
-        self, kind: str, told_by: str, flash: str
-    ) -> None:
+    def test_packed_sequences(self, kind: str, boundaries: str, flash: str) -> None:
         model, ids = make_model(kind), batch()["input_ids"][:1]
         positions = torch.cat([torch.arange(n) for n in (4, 2, 5)])[None]
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-        theirs = expected(model, inputs)  # transformers makes the mask of packed sequences itself
-        assert not close(theirs, expected(model, {"input_ids": ids}))
-        if told_by == "cu_seq_lens":
+        wanted = expected(model, inputs)  # transformers makes the mask of packed sequences itself
+        assert not close(wanted, expected(model, {"input_ids": ids}))
+        if boundaries == "cu_seq_lens":
             boundaries = torch.tensor([0, 4, 6, 11], dtype=torch.int32)
             inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             inputs |= {"max_length_q": 5, "max_length_k": 5}
         assert self.agrees(model, inputs, flash)
-        met: dict[str, Any] = {name: model.get_submodule(name) for name in theirs}
-        assert close({name: m.largest for name, m in met.items()}, theirs)
+        met: dict[str, Any] = {name: model.get_submodule(name) for name in wanted}
+        assert close({name: m.largest for name, m in met.items()}, wanted)
 
 
 class FlashKernels(ModuleType):
@@ -540,7 +538,7 @@ class FlashKernels(ModuleType):
         self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None,
         causal: bool = False, window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:  # fmt: skip
-        """q, k: [batch, length, heads, d]. The last query meets the last key."""
+        """q, k: [batch, length, heads, d]. The last query is aligned with the last key."""
         for queries, keys in zip(
             q.double().transpose(1, 2), k.double().transpose(1, 2), strict=True
         ):
@@ -572,7 +570,7 @@ class FlashKernels(ModuleType):
 
 
 class FlashAttention(nn.Module):
-    """Hands its projections to transformers' flash attention."""
+    """Calls transformers' flash attention with its projections."""
 
     def __init__(self, heads: int, groups: int, causal: bool) -> None:
         super().__init__()
@@ -614,7 +612,7 @@ class FlashAttention(nn.Module):
     share=st.floats(0.1, 1),
     seed=st.integers(0, 2**16),
 )
-def test_flash_attention1876_maxima_are_those_of_the_kernels(
+def test_flash_attention_maxima_equal_those_of_the_kernels(
     how: str,
     batch: int,
     queries: int,
@@ -625,7 +623,7 @@ def test_flash_attention1876_maxima_are_those_of_the_kernels(
     share: float,
     seed: int,
 ) -> None:
-    """Whatever transformers' own code gives to the kernels: padding, caches, packed sequences."""
+    """For all arguments of transformers' code: padding, caches, packed sequences."""
     utilities: Any = importlib.import_module("transformers.modeling_flash_attention_utils")
     torch.manual_seed(seed)
     mask: Tensor | None = None
@@ -679,7 +677,7 @@ class TestLayouts:
         assert (layout.num_heads, layout.num_kv_groups) == (4, 2)
         assert layout.query.bias is not None and layout.key.bias is not None
 
-    def test_a_gain_for_each_head_is_scaled_in_place_of_the_projection(self) -> None:
+    def test_a_gain_per_head_is_scaled_instead_of_the_projection(self) -> None:
         model = make_model("gain for each head")
         layout = attention_layouts(model)["model.layers.0.self_attn"]
         attention: Any = model.get_submodule("model.layers.0.self_attn")
@@ -696,7 +694,7 @@ class TestLayouts:
     def test_one_gain_for_all_heads_is_refused(
         self, name: str, options: dict[str, Any], bound: float
     ) -> None:
-        """With the bound that the norm puts on the logits, which is the bound indeed."""
+        """The error states the norm's bound on the logits, which holds."""
         config = getattr(transformers, name)(**GQA, **options)
         model = transformers.AutoModelForCausalLM.from_config(config).train()
         with pytest.raises(ValueError, match=rf"one gain for all heads.*here to {bound:.3g} ") as e:
@@ -708,20 +706,20 @@ class TestLayouts:
         with pytest.raises(ValueError, match="or exclude leaves none"):
             qk_clip(model, exclude="*")
 
-    def test_mlm7382_hybrid_models(self) -> None:
-        """Megatron's clip asked every layer for its attention; Jamba's layers are mostly Mamba."""
+    def test_layers_without_attention_are_skipped(self) -> None:
+        """Megatron-LM#7382: hybrid models such as Jamba, with mostly Mamba layers."""
         config = transformers.JambaConfig(
             **GQA, attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=3,
             expert_layer_period=4, mamba_d_state=4,
         )  # fmt: skip
         model = transformers.AutoModelForCausalLM.from_config(config).train()
-        theirs = expected(model, batch())
+        wanted = expected(model, batch())
         clip = qk_clip(model, exact=True)
         assert list(clip.layouts) == ["model.layers.1.self_attn"]
         forward(model, batch(), "sdpa")
-        assert close(clip.step().max_logits, theirs)
+        assert close(clip.step().max_logits, wanted)
 
-    def test_a_model_without_attention_of_the_registry_is_refused(self) -> None:
+    def test_a_model_without_registered_attention_is_refused(self) -> None:
         config = transformers.BloomConfig(
             vocab_size=VOCABULARY, hidden_size=24, n_layer=1, n_head=4
         )
@@ -775,8 +773,7 @@ def test_conformers_are_clipped_unless_positions_depend_on_the_queries(positions
 
 
 class Tempered(nn.Module):
-    """An attention of our own with a learned temperature for each head, and queries that may come
-    once for the whole batch."""
+    """Attention with a learned temperature per head, and optionally one query for the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -817,7 +814,7 @@ def test_temperatures_multiply_in_float32_and_queries_are_shared(
 
 @pytest.mark.parametrize("shapes", [((0, 9), (0, 5)), ((2, 0), (2, 5)), ((2, 9), (2, 0))])
 def test_empty_batches_and_sequences(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
-    """They neither stop training nor count as the trial of a layer."""
+    """They do not raise errors, and do not complete the trial of a layer."""
     model = nn.ModuleDict({"attention": Tempered()}).train()
     attention: Any = model["attention"]
     layout = attention_layouts(model)["attention"]
@@ -833,10 +830,10 @@ def test_empty_batches_and_sequences(shapes: tuple[tuple[int, int], tuple[int, i
 
 
 class TestTrial:
-    """Each layout is tried out in the first forward pass, so that a wrong guess does no harm."""
+    """The first forward pass tests each layout, so that a wrong guess raises an error."""
 
-    def test_a_norm_that_no_name_tells(self) -> None:
-        """Llama 4 normalises without a gain, in a module that could be anything."""
+    def test_a_norm_that_its_name_does_not_reveal_is_refused(self) -> None:
+        """Llama 4 normalizes without a gain, in a module without a known name."""
         config = transformers.Llama4TextConfig(**GQA, head_dim=6, num_local_experts=2)
         model = transformers.AutoModelForCausalLM.from_config(config).train()
         qk_clip(model)
@@ -844,7 +841,7 @@ class TestTrial:
             with pytest.raises(ValueError, match=r"layers\.0\.self_attn': when the rows"):
                 forward(model, batch(), "sdpa")
 
-    def test_rows_of_other_heads(self) -> None:
+    def test_rows_of_other_heads_are_refused(self) -> None:
         model = make_model("separate")
         name = "model.layers.0.self_attn"
         layout = attention_layouts(model)[name]
@@ -853,7 +850,7 @@ class TestTrial:
         with pytest.raises(ValueError, match=r"layers\.0\.self_attn': when the rows"):
             forward(model, batch(), "sdpa")
 
-    def test_another_number_of_heads(self) -> None:
+    def test_a_wrong_number_of_heads_is_refused(self) -> None:
         model = make_model("separate")
         name = "model.layers.0.self_attn"
         attention: Any = model.get_submodule(name)
@@ -864,8 +861,8 @@ class TestTrial:
         with pytest.raises(ValueError, match=r"layers\.0\.self_attn' has 2 heads: query must be"):
             forward(model, batch(), "sdpa")
 
-    def test_attention_that_goes_round_the_registry(self) -> None:
-        """As GPT-2's own does, if told to reorder."""
+    def test_attention_that_bypasses_the_registry_is_refused(self) -> None:
+        """As GPT-2 with ``reorder_and_upcast_attn``."""
         model = make_model("columns")
         for module in model.modules():
             if hasattr(module, "reorder_and_upcast_attn"):
@@ -874,7 +871,7 @@ class TestTrial:
         with pytest.raises(ValueError, match="did not ask transformers' registry"):
             forward(model, batch(), "eager")
 
-    def test_parameters_are_as_before(self) -> None:
+    def test_the_trial_does_not_change_parameters(self) -> None:
         model = make_model("fused")
         before = {name: p for name, p in model.named_parameters()}
         values = {name: p.detach().clone() for name, p in before.items()}
@@ -899,8 +896,8 @@ def test_errors_of_watch() -> None:
     del transformers.AttentionInterface._global_mapping["home_made"]
 
 
-def test_transformers39495_the_trainer_clips(tmp_path: Path) -> None:
-    """HF Trainer, MuonClip and QK-Clip, with accumulation and checkpointing: logits stay at τ."""
+def test_the_trainer_clips(tmp_path: Path) -> None:
+    """transformers#39495: Trainer, MuonClip and QK-Clip with accumulation and checkpointing."""
     pytest.importorskip("accelerate")
     threshold = 0.5
     ends = {}
