@@ -1,6 +1,6 @@
-"""Putting a run together: model, encoder, optimizer and clip, from the configuration."""
+"""Building a run from its configuration: model, encoder, optimizer and QK-Clip."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,25 +33,26 @@ from pretrain.model.weights import TensorShard, language_weights
 from pretrain.parallel import ParallelContext
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
-# Attention of the vision encoder, whose query, key and value are matrices of their own.
-_SEPARATE = "vision.encoder.blocks.*.attention"
+# The vision encoder's attention has separate query, key and value matrices.
+_SEPARATE_QKV = "vision.encoder.blocks.*.attention"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a step needs, on this rank.
+    """Everything that a training step needs on this rank.
 
     Attributes:
-        language: this rank's runs of layers, each in megatron-core's data-parallel wrapper.
-        tower: vision encoder and projector, a full copy on every rank.
-        encoder: who encodes which image: the Decoupled Encoder Process, or each its own.
-        clips: QK-Clip for the language model's heads and for the vision encoder's, which different
-            ranks hold copies of.
-        named_tensors: every trained parameter and kept buffer by its name in the whole model.
-        shards: those of which this rank has a tensor-parallel shard.
-        copies: how many ranks hold each of these, or the same part of it.
+        language: this rank's model chunks, each in megatron-core's data-parallel wrapper.
+        tower: vision encoder and projector, replicated on every rank.
+        encoder: runs the tower: the Decoupled Encoder Process, or each rank on its own images.
+        clips: QK-Clip for the language model and for the vision encoder, whose heads are
+            replicated on different ranks.
+        named_tensors: every parameter and every buffer in a checkpoint, by its name in the whole
+            model.
+        shards: the tensor-parallel shard of each tensor that is split, by name.
+        copies: number of ranks with the same tensor, or the same shard of it, by name.
         step_metrics: gathers the metrics of a step from all ranks.
-        assignment: which parameter went to Muon, which to AdamW, and why; for people.
+        assignment: table of the algorithm that updates each parameter, and why.
     """
 
     config: Config
@@ -69,22 +70,25 @@ class Run:
     assignment: str
 
     def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode."""
         for chunk in self.language:
             chunk.train(mode)
         self.tower.train(mode)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) pairs of this rank."""
         for name, tensor in self.named_tensors.items():
             if isinstance(tensor, nn.Parameter):
                 yield name, tensor
 
 
 def build(config: Config, context: ParallelContext, data: Data) -> Run:
-    """Build this rank's part of everything, with its weights as at step 0."""
+    """Build this rank's part of a run, with the initial weights."""
     dtype: torch.dtype = getattr(torch, config.precision)
+    vocab_size = data.tokenizer.vocab_size
     chunks = build_language_model(
         config.language,
-        data.tokenizer.vocab_size,
+        vocab_size,
         config.data.seq_length,
         config.parallel,
         config.recompute,
@@ -101,47 +105,30 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     experts = range(first_expert, first_expert + local_experts)
     shards = {
         weight.name: shard
-        for weight in language_weights(config.language, data.tokenizer.vocab_size, experts)
+        for weight in language_weights(config.language, vocab_size, experts)
         if weight.name in named
         and (shard := weight.shard(config.parallel, context.tensor_rank)) is not None
     }
     initialize(named, shards, config.seed, config.language.init_std, config.language.num_layers)
 
-    def copies(name: str, tensor: Tensor) -> int:
-        if name.startswith("vision."):
-            return context.world_size
-        if not getattr(tensor, "allreduce", True):
-            return int(parallel_state.get_expert_data_parallel_world_size())
-        return context.data_size * (1 if name in shards else context.tensor_size)
-
-    settings = chunks[0].config
-    replicas = [
-        DistributedDataParallel(
-            settings, DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4), chunk
-        )
-        for chunk in chunks
-    ]
+    wide_gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4)
+    replicas = [DistributedDataParallel(chunks[0].config, wide_gradients, c) for c in chunks]
     expert_tokens = ExpertTokens(chunks)
-
-    def finalize(*arguments: Any, **options: Any) -> None:
-        expert_tokens.record()
-        finalize_model_grads(*arguments, **options)
-
-    settings.finalize_model_grads_func = finalize
-    no_sync = [chunk.no_sync for chunk in replicas]
-    settings.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+    _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
     optimizer, clips = build_optimizer(config.optimizer, model)
-    held_by = {name: copies(name, tensor) for name, tensor in named.items()}
+    copies = {name: _copies(context, name, tensor, shards) for name, tensor in named.items()}
     step_metrics = StepMetrics(
         config,
         context,
         expert_tokens,
-        UpdateRms(optimizer, {tensor: held_by[name] for name, tensor in named.items()}),
+        UpdateRms(optimizer, {tensor: copies[name] for name, tensor in named.items()}),
         {name: _layer_number(model, name) for name in clips[0].layouts},
-        data.tokenizer.vocab_size,
+        vocab_size,
         tower.projector.fc2.weight.dtype,
     )
+    layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
+    assignment = muonclip.assign_parameters(model, layouts=layouts, shardings=optimizer.shardings)
     return Run(
         config=config,
         context=context,
@@ -155,40 +142,59 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         clips=clips,
         named_tensors=named,
         shards=shards,
-        copies=held_by,
+        copies=copies,
         step_metrics=step_metrics,
-        assignment=muonclip.describe_assignment(
-            muonclip.assign_parameters(
-                model,
-                layouts=matrix_layouts(model, exclude=_SEPARATE),
-                shardings=optimizer.shardings,
-            )
-        ),
+        assignment=muonclip.describe_assignment(assignment),
     )
 
 
+def _configure_schedule(
+    settings: Any, replicas: Sequence[DistributedDataParallel], expert_tokens: ExpertTokens
+) -> None:
+    """Set the functions that megatron-core's schedule calls, in the model's configuration."""
+
+    def finalize(*arguments: Any, **options: Any) -> None:
+        expert_tokens.record()
+        finalize_model_grads(*arguments, **options)
+
+    settings.finalize_model_grads_func = finalize
+    no_sync = [chunk.no_sync for chunk in replicas]
+    settings.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+
+def _copies(
+    context: ParallelContext, name: str, tensor: Tensor, shards: Mapping[str, TensorShard]
+) -> int:
+    """Number of ranks with the same tensor, or the same shard of it."""
+    if name.startswith("vision."):
+        return context.world_size
+    if not getattr(tensor, "allreduce", True):  # an expert's, as megatron-core marks it
+        return int(parallel_state.get_expert_data_parallel_world_size())
+    return context.data_size * (1 if name in shards else context.tensor_size)
+
+
 def _layer_number(model: nn.ModuleDict, name: str) -> int:
-    """Number of a language layer's attention in the whole model, from 0."""
+    """Index in the whole model, from 0, of the layer that an attention module belongs to."""
     attention: Any = model.get_submodule(name)
     return int(attention.layer_number) - 1
 
 
 def set_precision(model: nn.ModuleDict, dtype: torch.dtype) -> None:
-    """Keep parameters in ``dtype`` and their gradients in at least float32; leave buffers alone.
+    """Convert parameters to ``dtype``, with gradients in at least float32; buffers are unchanged.
 
-    The vision tower's gradients accumulate in ``.grad``. megatron-core's wrapper accumulates the
-    language model's in buffers, which become ``.grad`` after the backward pass.
+    The vision tower's gradients accumulate in ``.grad``. megatron-core's wrapper accumulates those
+    of the language model in buffers, which become ``.grad`` after the backward pass.
 
     Raises:
-        PretrainError: 16-bit parameters, and a torch (before 2.10) without wider gradients.
+        PretrainError: for 16-bit parameters with torch < 2.10, which has no wider gradients.
     """
     if dtype.itemsize < 4 and not hasattr(Tensor, "grad_dtype"):
         raise PretrainError(f"precision={str(dtype).removeprefix('torch.')} needs torch >= 2.10")
-    for part, own_buffers in (("language", True), ("vision", False)):
-        for parameter in model[part].parameters():
+    for name, grad_dtype in (("language", None), ("vision", torch.float32)):
+        for parameter in model[name].parameters():
             parameter.data = parameter.data.to(dtype)
             if dtype.itemsize < 4:
-                parameter.grad_dtype = None if own_buffers else torch.float32
+                parameter.grad_dtype = grad_dtype
 
 
 def make_encoder(
@@ -197,28 +203,35 @@ def make_encoder(
     context: ParallelContext,
     cost_file: Path | None = None,
 ) -> EncoderProcess | ColocatedEncoder:
-    """Who encodes which image; a measured cost is kept in ``cost_file``: a run that goes on plans
-    as before."""
-    cost = None
-    if config.enabled and config.cost == "measured":
-        cost = measured_cost(tower, dist.group.WORLD, cache=cost_file)
-    return (EncoderProcess if config.enabled else ColocatedEncoder)(
+    """Create the object that assigns images to ranks and encodes them.
+
+    Args:
+        cost_file: file of a measured cost, so that a resumed run plans as before.
+    """
+    shared: dict[str, Any] = {
+        "needs_features": context.first_stage,
+        "tensor_group": parallel_state.get_tensor_model_parallel_group(),
+    }
+    if not config.enabled:
+        return ColocatedEncoder(tower, dist.group.WORLD, **shared)
+    is_measured = config.cost == "measured"
+    return EncoderProcess(
         tower,
         dist.group.WORLD,
-        config,
-        needs_features=context.first_stage,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        cost=cost,
+        **shared,
+        spread=config.spread,
+        max_patches=config.max_patches,
+        max_patches_per_rank=config.max_patches_per_rank,
+        cost=measured_cost(tower, dist.group.WORLD, cache=cost_file) if is_measured else None,
     )
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[MuonClip, list[QKClip]]:
-    """MuonClip over language model and vision tower, and QK-Clip watching all their heads."""
-    parts = shardings(model)
+    """Build MuonClip for language model and vision tower, and QK-Clip for their attention."""
+    tensor_shardings = shardings(model)
+    layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
     optimizer = MuonClip(
-        muonclip.param_groups(
-            model, layouts=matrix_layouts(model, exclude=_SEPARATE), shardings=parts
-        ),
+        muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -227,43 +240,49 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
         adamw_lr=config.adamw_lr,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         master_weights=True,
-        # Ranks share the orthogonalization of what several of them hold.
-        shardings=parts,
+        # Ranks with the same matrix share its orthogonalization.
+        shardings=tensor_shardings,
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    seen_by = {
-        "language": (
-            attention_layouts(model["language"]),
-            # Other tensor-parallel ranks hold other heads, other stages other layers.
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-        ),
-        "vision": (
-            {
-                name: AttentionLayout.separate(
-                    module.q_proj, module.k_proj, num_heads=module.num_heads
-                )
-                for name, module in model["vision"].named_modules()
-                if isinstance(module, VisionAttention)
-            },
-            dist.group.WORLD,
-        ),
+    language = attention_layouts(model["language"])
+    vision = {
+        name: AttentionLayout.separate(module.q_proj, module.k_proj, num_heads=module.num_heads)
+        for name, module in model["vision"].named_modules()
+        if isinstance(module, VisionAttention)
     }
-    clips = []
-    for part, (layouts, group) in seen_by.items():
-        named = {f"{part}.{name}": layout for name, layout in layouts.items()}
-        clip = QKClip(
-            named,
-            threshold=config.qk_clip_threshold,
-            process_group=group,
-            warn_unobserved=part != "vision",  # a run of text alone has no images
-        )
-        for name in named:
-            layer: Any = model.get_submodule(name)
-            # In megatron-core's attention a module of its own sees the logits.
-            attention = getattr(layer, "core_attention", layer)
-            attention.observer = partial(clip.observe, name)
-            attention.clip_threshold = clip.threshold
-        clips.append(clip)
+    # Ranks of a tensor-parallel group have different heads; pipeline stages, different layers.
+    same_heads = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    clips = [
+        _attach_clip(model, "language", language, config.qk_clip_threshold, same_heads),
+        _attach_clip(model, "vision", vision, config.qk_clip_threshold, dist.group.WORLD),
+    ]
     return optimizer, clips
+
+
+def _attach_clip(
+    model: nn.ModuleDict,
+    part: str,
+    layouts: Mapping[str, AttentionLayout],
+    threshold: float,
+    group: dist.ProcessGroup,
+) -> QKClip:
+    """Create QK-Clip for the attention modules of a part of the model, which report to it.
+
+    Args:
+        group: ranks with the same heads.
+    """
+    clip = QKClip(
+        {f"{part}.{name}": layout for name, layout in layouts.items()},
+        threshold=threshold,
+        process_group=group,
+        warn_unobserved=part != "vision",  # a run on text alone has no images
+    )
+    for name in clip.layouts:
+        layer: Any = model.get_submodule(name)
+        # In megatron-core's attention, a submodule computes the logits.
+        attention = getattr(layer, "core_attention", layer)
+        attention.observer = partial(clip.observe, name)
+        attention.clip_threshold = clip.threshold
+    return clip

@@ -29,8 +29,9 @@ examples:
   python -m pretrain report runs/laptop
   python -m pretrain plan configs/kimi_k25.yaml --processes 1024
 
-A run writes into its run_dir: metrics.jsonl, tensorboard/, checkpoints/, curves.png and
-parameters.txt. Started again with the same run_dir, it goes on from its newest checkpoint.
+A run writes metrics.jsonl, tensorboard/, checkpoints/, curves.png and parameters.txt into its
+run_dir. Started again with the same run_dir, it resumes from its newest checkpoint.
+A configuration file may change another one (base: laptop.yaml).
 `python -m pretrain settings` lists every setting with its default and meaning.
 """
 
@@ -43,102 +44,140 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("train", "train a model, or go on with one"),
-        ("eval", "evaluate a run's newest checkpoint on held-out data and show transcriptions"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", help="a YAML file, such as configs/laptop.yaml")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key.sub=value", help="settings that differ from it"
-        )
-    page = commands.add_parser(
-        "report",
-        help="write one HTML page about a run",
-        description="write one HTML page about a run",
-    )
-    page.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
-    page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    _add_config(_add(commands, "train", "train a model, or resume its training"))
+    text = "evaluate a run's newest checkpoint on held-out data and show transcriptions"
+    _add_config(_add(commands, "eval", text))
+    report = _add(commands, "report", "write one HTML page about a run")
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     _add_model_commands(commands)
-    _data_parsers(
-        commands.add_parser("data", help="look at data, or write shards").add_subparsers(
-            dest="action", required=True, metavar="ACTION"
-        )
+    _add_data_commands(commands)
+    text = "show parameters, memory per rank, FLOPs and traffic of a step; allocates nothing"
+    plan = _add(commands, "plan", text)
+    _add_config(plan)
+    plan.add_argument("--processes", type=int, help="default: the smallest possible number")
+    plan.add_argument(
+        "--image-patches", type=int, help="per image; default: 1024, or seq_length / 4"
     )
-    text = "parameters, memory of a rank, FLOPs and messages of a step; nothing is allocated"
-    command = commands.add_parser("plan", help=text, description=text)
-    command.add_argument("config", help="a YAML file, such as configs/kimi_k25.yaml")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that differ from it"
+    plan.add_argument(
+        "--memory", type=float, metavar="GIB", help="a device's memory, to compare with"
     )
-    command.add_argument(
-        "--processes", type=int, help="default: as few as the parallel sizes allow"
-    )
-    command.add_argument(
-        "--image-patches", type=int, help="of an image; default: 1024, or a quarter of a sequence"
-    )
-    command.add_argument("--memory", type=float, metavar="GIB", help="of a device: does it fit?")
-    command.add_argument("--json", action="store_true", help="everything, in bytes and FLOPs")
-    commands.add_parser("settings", help="list every setting with its default and meaning")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes and FLOPs")
+    _add(commands, "settings", "list every setting with its default and meaning")
     return parser
 
 
+def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a YAML file, such as configs/laptop.yaml")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that change the file's"
+    )
+
+
 def _add_model_commands(commands: Any) -> None:
-    """Commands of one process on a run's model; without torchrun."""
-    text = "write a run's model for transformers, vLLM and SGLang"
-    command = commands.add_parser("export", help=text, description=text)
-    command.add_argument("run", type=Path, help="the run_dir of a run")
-    command.add_argument("--to", required=True, choices=["hf"], help="the layout to write")
-    command.add_argument("--out", type=Path, help="the folder to make (RUN/hf or RUN/hf-text)")
-    command.add_argument("--step", type=int, help="of which checkpoint (the newest)")
-    command.add_argument(
-        "--text-only", action="store_true", help="the language model alone, as DeepSeek-V3"
+    """Add the commands that use a run's model in a single process."""
+    step: dict[str, Any] = {"type": int, "help": "step of the checkpoint; default: the newest"}
+    export = _add(commands, "export", "write a run's model for transformers, vLLM and SGLang")
+    export.add_argument("run", type=Path, help="the run's folder (run_dir)")
+    export.add_argument("--to", required=True, choices=["hf"], help="the format")
+    export.add_argument("--out", type=Path, help="a new folder; default: RUN/hf or RUN/hf-text")
+    export.add_argument("--step", **step)
+    export.add_argument("--text-only", action="store_true", help="without vision, as DeepSeek-V3")
+    export.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: that of the run")
+    text = "make a run from a Hugging Face checkpoint of Kimi-K2.5 or DeepSeek-V3, to train it"
+    importing = _add(commands, "import", text)
+    importing.add_argument("source", type=Path, help="a folder with config.json and safetensors")
+    importing.add_argument("run", type=Path, help="the new run's folder (run_dir)")
+    importing.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings for the run's config.yaml"
     )
-    command.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="of the weights (as in the checkpoint)"
+    sample = _add(commands, "sample", "generate text after images, videos and a prompt")
+    sample.add_argument("run", type=Path, help="the run's folder (run_dir)")
+    sample.add_argument("--prompt", default="", help="text after the images and videos")
+    sample.add_argument(
+        "--chat", action="store_true", help="reply to the prompt as a user's message"
     )
-    text = "make a run of a Hugging Face checkpoint of Kimi-K2.5 or DeepSeek-V3, to train on"
-    command = commands.add_parser("import", help=text, description=text)
-    command.add_argument("source", type=Path, help="a folder with config.json and safetensors")
-    command.add_argument("run", type=Path, help="the run_dir to make")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config.yaml"
-    )
-    text = "let a run's model write after images, videos and a prompt"
-    command = commands.add_parser("sample", help=text, description=text)
-    command.add_argument("run", type=Path, help="the run_dir of a run")
-    command.add_argument("--prompt", default="", help="text after the images and videos")
-    command.add_argument(
-        "--chat", action="store_true", help="they are a user's message; the assistant replies"
-    )
-    # In one list, as it is the order in which they are shown.
-    shown: dict[str, Any] = {
+    # One list for both, in the order in which the model sees them.
+    media: dict[str, Any] = {
         "dest": "media", "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"
     }  # fmt: skip
-    command.add_argument(
-        "--image", type=lambda path: (path, False), **shown, help="of an animation the first frame"
+    sample.add_argument(
+        "--image", type=lambda path: (path, False), **media, help="of an animation: its first frame"
     )
-    command.add_argument(
-        "--video", type=lambda path: (path, True), **shown, help="or an animation, all its frames"
+    sample.add_argument(
+        "--video", type=lambda path: (path, True), **media, help="also an animation: all its frames"
     )
-    command.add_argument("--max-tokens", type=int, help="at most (as many as the model can read)")
-    command.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (1)")
-    command.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest (1)")
-    command.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    command.add_argument("--step", type=int, help="of which checkpoint (the newest)")
+    sample.add_argument("--max-tokens", type=int, help="default: up to the model's sequence length")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0: greedy; default: 1")
+    sample.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; default: 1")
+    sample.add_argument("--seed", type=int, default=0, help="default: 0")
+    sample.add_argument("--step", **step)
+
+
+def _add_data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="inspect data, or write shards")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "show packed sequences with their images, tokens and labels on one HTML page"
+    inspect = _add(actions, "inspect", text)
+    _add_config(inspect)
+    inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
+    inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences; default: 8")
+    inspect.add_argument("--held-out", action="store_true", help="show the held-out split")
+    text = "write a folder of images and captions as WebDataset shards for megatron-energon"
+    shards = _add(actions, "make-shards", text)
+    shards.add_argument("folder", type=Path, help="contains captions.jsonl, or a.txt for a.jpg")
+    shards.add_argument("out", type=Path, help="a new folder")
+    shards.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="pairs; default: 1000"
+    )
+    shards.add_argument(
+        "--held-out", type=float, default=0.02, metavar="SHARE", help="default: 0.02"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pretrain import config, train
+
+    train.train(config.load(options.config, options.overrides))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from pretrain import config, train
+
+    train.evaluate(config.load(options.config, options.overrides))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pretrain import config
+    from pretrain.plan import format_plan, plan
+
+    settings = config.load(options.config, options.overrides)
+    planned = plan(settings, options.processes, options.image_patches)
+    print(json.dumps(planned) if options.json else format_plan(planned, options.memory))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from pretrain import html_report
+
+    print(html_report.write(options.run_dir, options.out))
+
+
+def _settings(_options: argparse.Namespace) -> None:
+    from pretrain import config
+
+    print(*config.describe(config.Config), sep="\n")
 
 
 def _export(options: argparse.Namespace) -> None:
     from pretrain.export.to_hf import export
 
-    folder = export(
-        options.run,
-        options.out,
-        step=options.step,
-        text_only=options.text_only,
-        dtype=options.dtype,
-    )
-    print(f"wrote {folder}")
+    choices = {"step": options.step, "text_only": options.text_only, "dtype": options.dtype}
+    print(f"wrote {export(options.run, options.out, **choices)}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -172,37 +211,22 @@ def _sample(options: argparse.Namespace) -> None:
     print()
 
 
-def _data_parsers(actions: Any) -> None:
-    text = "show packed sequences with their pictures, tokens and labels on one HTML page"
-    inspect = actions.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("config", help="a YAML file; its data is prepared, and kept in the cache")
-    inspect.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
-    inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences (8)")
-    inspect.add_argument("--held-out", action="store_true", help="of the held-out split")
-    text = "write a folder of images and captions as WebDataset shards for megatron-energon"
-    shards = actions.add_parser("make-shards", help=text, description=text)
-    shards.add_argument("folder", type=Path, help="with a captions.jsonl, or a.txt beside a.jpg")
-    shards.add_argument("out", type=Path, help="a new folder")
-    shards.add_argument("--per-shard", type=int, default=1000, metavar="N", help="pairs (1000)")
-    shards.add_argument(
-        "--held-out", type=float, default=0.02, metavar="SHARE", help="of the pairs (0.02)"
-    )
-
-
 def _data(options: argparse.Namespace) -> None:
     from pretrain.data.tools import commands
 
     commands.run(options)
 
 
-_OF_ONE_PROCESS = {"data": _data, "export": _export, "import": _import, "sample": _sample}
+_COMMANDS = {
+    "train": _train, "eval": _evaluate, "plan": _plan, "report": _report, "settings": _settings,
+    "data": _data, "export": _export, "import": _import, "sample": _sample,
+}  # fmt: skip
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; overrides may stand before them and behind them."""
+    """Parse the command line; overrides may precede or follow options."""
     parser = _parser()
-    # argparse gives all of a list that stands apart to its first part.
+    # argparse assigns only the first group of overrides, and leaves the others as unknown.
     options, others = parser.parse_known_args(arguments)
     if others:
         unknown = [text for text in others if text.startswith("-") or "=" not in text]
@@ -213,7 +237,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _print_error(error: BaseException) -> None:
-    """One line about a failure of a file, of its encoding or of memory, or of a PretrainError."""
+    """Print an error of a file, its encoding or memory, or a PretrainError, in one line."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
@@ -227,16 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 1 after a failure that the user can resolve, which is one line on
-        stderr. Errors of the program itself are raised.
+        The exit status: 0, or 1 after an error that the user can resolve, which is printed as one
+        line on stderr. Other errors are raised.
     """
     options = _parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names may have bytes that are not UTF-8, and a terminal may have no Unicode.
+        # File names may contain bytes that are not UTF-8, and a terminal may not support Unicode.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # megatron-core remarks on every optional package that it goes without.
+    # megatron-core warns about every optional package that is not installed,
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    # and calls a collective by a name that newer torch has another one for.
+    # and calls a collective by a name that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated")
     training = options.command in ("train", "eval")
     with contextlib.ExitStack() as stack:
@@ -250,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
             return exit_status
         except BrokenPipeError:  # as in `pretrain settings | head`
-            if training:  # standard output is no cause
+            if training:  # not standard output, which durable() handles
                 raise
             output.discard(sys.stdout)
             return stopping.status(signal.SIGPIPE)
@@ -260,48 +284,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command in this process; returns the exit status."""
-    from pretrain import config
-
-    if options.command == "settings":
-        print(config.describe())
-        return 0
+    """Run a command in this process and return the exit status."""
     try:
-        if options.command == "report":
-            from pretrain import html_report
-
-            print(html_report.write(options.run_dir, options.out))
-            return 0
-        if options.command in _OF_ONE_PROCESS:
-            _OF_ONE_PROCESS[options.command](options)
-            return 0
-        settings = config.load(options.config, options.overrides)
-        if options.command == "plan":
-            from pretrain.plan import format_plan, plan
-
-            found = plan(settings, options.processes, options.image_patches)
-            print(json.dumps(found) if options.json else format_plan(found, options.memory))
-            return 0
-        from pretrain import train
-
-        run = {"train": train.train, "eval": train.evaluate}[options.command]
-        run(settings)
+        _COMMANDS[options.command](options)
+        return 0
     except PretrainError as error:
-        # All ranks have the same error: one of them prints it.
+        # All ranks have the same error, and rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
             _print_error(error)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(3)  # torchrun ends all ranks once one has left: let rank 0 print it first
+            time.sleep(3)  # until rank 0 has printed it: torchrun ends all ranks once one has ended
         return 1
+    except BrokenPipeError:
+        raise
     except (OSError, UnicodeError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         _print_error(error)
         return 1
     finally:
-        # Threads of a process group that is left standing abort the interpreter at its end.
+        # The threads of a process group that still exists would abort the interpreter at its end.
         if options.command != "plan" and "torch" in sys.modules:
             from pretrain import parallel
 
             parallel.stop()
-    return 0

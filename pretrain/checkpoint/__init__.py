@@ -5,27 +5,12 @@
 and manifest.
 """
 
-from pretrain.checkpoint.run import (
-    SavedRun,
-    find,
-    folder,
-    keep_tokenizer,
-    restore,
-    roll_back,
-    save,
-    saver,
-)
-from pretrain.checkpoint.tokenizer import tokenizer_file, write_tokenizer
-
-__all__ = [
-    "SavedRun",
-    "find",
-    "folder",
-    "keep_tokenizer",
-    "restore",
-    "roll_back",
-    "save",
-    "saver",
-    "tokenizer_file",
-    "write_tokenizer",
-]
+from pretrain.checkpoint.run import find as find
+from pretrain.checkpoint.run import folder as folder
+from pretrain.checkpoint.run import keep_tokenizer as keep_tokenizer
+from pretrain.checkpoint.run import restore as restore
+from pretrain.checkpoint.run import roll_back as roll_back
+from pretrain.checkpoint.run import save as save
+from pretrain.checkpoint.run import saver as saver
+from pretrain.checkpoint.run import tokenizer_file as tokenizer_file
+from pretrain.checkpoint.run import write_tokenizer as write_tokenizer

@@ -12,7 +12,6 @@ from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.checkpoint.storage import Checkpoint
-from pretrain.checkpoint.tokenizer import tokenizer_file, write_tokenizer
 from pretrain.config import Config, from_dict, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -77,9 +76,6 @@ def _config_of(checkpoint: Checkpoint) -> Config:
     return from_dict(values)
 
 
-# ---------------------------------------------------------------------- saving
-
-
 def folder(run: Run) -> Path:
     """The folder of the run's checkpoints."""
     return Path(run.config.run_dir) / "checkpoints"
@@ -140,6 +136,43 @@ def _shard(run: Run, name: str, local: Tensor) -> Tensor | storage.LocalShard:
     return storage.LocalShard(shard.whole_shape(local.shape), shard.blocks(local))
 
 
+def tokenizer_file(run_dir: Path) -> Path:
+    """The tokenizer.json that a run's model was trained with.
+
+    Raises:
+        PretrainError: the run has none.
+    """
+    path = run_dir / "tokenizer.json"
+    if not path.is_file():
+        raise PretrainError(
+            f"{run_dir} has no tokenizer.json: start its training once more, which writes it"
+        )
+    return path
+
+
+def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Write a run's tokenizer.json unless it exists; for a single process.
+
+    Raises:
+        PretrainError: there is a different one, or the file cannot be written.
+    """
+    path = run_dir / "tokenizer.json"
+    partial = path.with_suffix(".partial")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(partial)
+        if not path.exists():
+            partial.rename(path)
+        elif Tokenizer.load(path).digest != tokenizer.digest:
+            raise PretrainError(
+                f"{path} differs from the data's tokenizer: train with the data that the run was "
+                "started with, or choose another run_dir"
+            )
+        partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise PretrainError(f"cannot write {path}: {error}") from error
+
+
 def keep_tokenizer(run: Run) -> None:
     """Store the tokenizer next to the checkpoints, so that the model can be used without the data.
 
@@ -159,9 +192,6 @@ def keep_tokenizer(run: Run) -> None:
                 imported.write(run_dir)
 
     call_on_all_ranks(lambda: write() if run.context.is_main else None)
-
-
-# ---------------------------------------------------------------------- resuming
 
 
 def restore(run: Run, guard: Guard | None = None) -> int:

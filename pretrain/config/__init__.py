@@ -5,42 +5,22 @@ and allowed values. A file contains the settings that differ from the defaults, 
 that it names as its ``base``; ``key.sub=value`` on the command line takes precedence.
 """
 
-from pretrain.config.loading import escape_path, from_dict, load, to_dict, with_overrides
-from pretrain.config.reference import describe
-from pretrain.config.schema import (
-    Config,
-    DataConfig,
-    EncoderProcessConfig,
-    FaultConfig,
-    ImageConfig,
-    LanguageConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RecomputeConfig,
-    RopeScalingConfig,
-    SourceConfig,
-    VisionConfig,
-    WandbConfig,
-)
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "EncoderProcessConfig",
-    "FaultConfig",
-    "ImageConfig",
-    "LanguageConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RecomputeConfig",
-    "RopeScalingConfig",
-    "SourceConfig",
-    "VisionConfig",
-    "WandbConfig",
-    "describe",
-    "escape_path",
-    "from_dict",
-    "load",
-    "to_dict",
-    "with_overrides",
-]
+from pretrain.config.loading import escape_path as escape_path
+from pretrain.config.loading import from_dict as from_dict
+from pretrain.config.loading import load as load
+from pretrain.config.loading import to_dict as to_dict
+from pretrain.config.loading import with_overrides as with_overrides
+from pretrain.config.rules import describe as describe
+from pretrain.config.schema import Config as Config
+from pretrain.config.schema import DataConfig as DataConfig
+from pretrain.config.schema import EncoderProcessConfig as EncoderProcessConfig
+from pretrain.config.schema import FaultConfig as FaultConfig
+from pretrain.config.schema import ImageConfig as ImageConfig
+from pretrain.config.schema import LanguageConfig as LanguageConfig
+from pretrain.config.schema import OptimizerConfig as OptimizerConfig
+from pretrain.config.schema import ParallelConfig as ParallelConfig
+from pretrain.config.schema import RecomputeConfig as RecomputeConfig
+from pretrain.config.schema import RopeScalingConfig as RopeScalingConfig
+from pretrain.config.schema import SourceConfig as SourceConfig
+from pretrain.config.schema import VisionConfig as VisionConfig
+from pretrain.config.schema import WandbConfig as WandbConfig

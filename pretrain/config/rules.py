@@ -1,8 +1,13 @@
-"""Types of settings: which values a setting may have, and the base class of all sections."""
+"""Types of settings: allowed values, the base class of all sections, and their description."""
 
+import ast
+import inspect
+import itertools
+import textwrap
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 
@@ -127,3 +132,52 @@ def shortened(value: Any) -> str:
     """A value's representation of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def describe(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """One line per setting of a section: its name, default, meaning and allowed values."""
+    hints, meanings = field_types(cls), _field_docstrings(cls)
+    for field in fields(cls):
+        hint, name = hints[field.name], f"{prefix}{field.name}"
+        if _is_section(hint):
+            yield from describe(hint, f"{name}.")
+        else:
+            meaning = " ".join(meanings.get(field.name, "").split())
+            allowed = _allowed(hint)
+            line = f"{name}={field.default!r}  {meaning}".rstrip()
+            yield f"{line}  ({allowed})" if allowed else line
+            for element in filter(_is_section, typing.get_args(hint)):  # of a list of sections
+                yield from describe(element, f"{name}[].")
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Settings)
+
+
+def _allowed(hint: Any) -> str:
+    """The allowed values of a setting; empty if its type has no rule."""
+    if typing.get_origin(hint) is tuple:
+        return _allowed(typing.get_args(hint)[0])
+    if is_union(hint):
+        return " or ".join(filter(None, map(_allowed, typing.get_args(hint))))
+    if hint is types.NoneType:
+        return "null"
+    if typing.get_origin(hint) is Literal:
+        return type_name(hint)
+    rule = rule_of(hint)
+    return "" if rule is None else rule.text
+
+
+def _field_docstrings(cls: type[Any]) -> dict[str, str]:
+    """The docstrings of a dataclass's fields by name; Python does not store them."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        target.target.id: note.value.value
+        for target, note in itertools.pairwise(body.body)
+        if isinstance(target, ast.AnnAssign)
+        and isinstance(target.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
+    }

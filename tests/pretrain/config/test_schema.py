@@ -126,7 +126,7 @@ def test_nan_and_values_of_another_type_are_refused(key: str, empty: Path) -> No
 
 
 def test_the_description_shows_every_range() -> None:
-    lines = dict(line.split("=", 1) for line in config.describe().splitlines())
+    lines = dict(line.split("=", 1) for line in config.describe(Config))
     for key, hint in INTERVALS.items():
         rule = rules.rule_of(hint)
         assert rule is not None and f"({rule.text}" in lines[key]
@@ -184,7 +184,7 @@ def test_paths_in_a_checkpoint_are_not_expanded_again(
 
 
 def test_every_setting_is_described() -> None:
-    text = config.describe()
+    text = "\n".join(config.describe(Config))
     assert "optimizer.lr=0.002  Peak learning rate of the matrices (Muon)." in text
     assert "language.num_experts=8" in text
 
