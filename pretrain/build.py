@@ -208,21 +208,16 @@ def make_encoder(
     Args:
         cost_file: file of a measured cost, so that a resumed run plans as before.
     """
-    shared: dict[str, Any] = {
-        "needs_features": context.first_stage,
-        "tensor_group": parallel_state.get_tensor_model_parallel_group(),
-    }
-    if not config.enabled:
-        return ColocatedEncoder(tower, dist.group.WORLD, **shared)
-    is_measured = config.cost == "measured"
-    return EncoderProcess(
+    cost = None
+    if config.enabled and config.cost == "measured":
+        cost = measured_cost(tower, dist.group.WORLD, cache=cost_file)
+    return (EncoderProcess if config.enabled else ColocatedEncoder)(
         tower,
         dist.group.WORLD,
-        **shared,
-        spread=config.spread,
-        max_patches=config.max_patches,
-        max_patches_per_rank=config.max_patches_per_rank,
-        cost=measured_cost(tower, dist.group.WORLD, cache=cost_file) if is_measured else None,
+        config,
+        needs_features=context.first_stage,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        cost=cost,
     )
 
 
@@ -246,43 +241,29 @@ def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[Muon
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    language = attention_layouts(model["language"])
-    vision = {
+    vision_layouts = {
         name: AttentionLayout.separate(module.q_proj, module.k_proj, num_heads=module.num_heads)
         for name, module in model["vision"].named_modules()
         if isinstance(module, VisionAttention)
     }
     # Ranks of a tensor-parallel group have different heads; pipeline stages, different layers.
     same_heads = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    clips = [
-        _attach_clip(model, "language", language, config.qk_clip_threshold, same_heads),
-        _attach_clip(model, "vision", vision, config.qk_clip_threshold, dist.group.WORLD),
-    ]
+    clips = []
+    for part, attention_modules, ranks in (
+        ("language", attention_layouts(model["language"]), same_heads),
+        ("vision", vision_layouts, dist.group.WORLD),
+    ):
+        clip = QKClip(
+            {f"{part}.{name}": layout for name, layout in attention_modules.items()},
+            threshold=config.qk_clip_threshold,
+            process_group=ranks,
+            warn_unobserved=part != "vision",  # a run on text alone has no images
+        )
+        for name in clip.layouts:
+            layer: Any = model.get_submodule(name)
+            # In megatron-core's attention, a submodule computes the logits.
+            attention = getattr(layer, "core_attention", layer)
+            attention.observer = partial(clip.observe, name)
+            attention.clip_threshold = clip.threshold
+        clips.append(clip)
     return optimizer, clips
-
-
-def _attach_clip(
-    model: nn.ModuleDict,
-    part: str,
-    layouts: Mapping[str, AttentionLayout],
-    threshold: float,
-    group: dist.ProcessGroup,
-) -> QKClip:
-    """Create QK-Clip for the attention modules of a part of the model, which report to it.
-
-    Args:
-        group: ranks with the same heads.
-    """
-    clip = QKClip(
-        {f"{part}.{name}": layout for name, layout in layouts.items()},
-        threshold=threshold,
-        process_group=group,
-        warn_unobserved=part != "vision",  # a run on text alone has no images
-    )
-    for name in clip.layouts:
-        layer: Any = model.get_submodule(name)
-        # In megatron-core's attention, a submodule computes the logits.
-        attention = getattr(layer, "core_attention", layer)
-        attention.observer = partial(clip.observe, name)
-        attention.clip_threshold = clip.threshold
-    return clip
