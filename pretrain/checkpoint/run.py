@@ -1,5 +1,6 @@
 """Contents of a run's checkpoints: saving a run, resuming it, and starting from another run."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,21 +60,21 @@ def find(run_dir: Path, step: int | None = None) -> SavedRun:
     path = storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
-    return SavedRun(checkpoint, _config_of(checkpoint))
+    return SavedRun(checkpoint, from_dict(_config_values(checkpoint)))
 
 
-def _config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was made with.
+def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with, unchecked.
 
     Raises:
-        PretrainError: the manifest has none, or it is invalid.
+        PretrainError: the manifest has none.
     """
     values = checkpoint.facts.get("config")
     if not isinstance(values, dict):
         raise PretrainError(
             f"the checkpoint {checkpoint.path} has no configuration in its manifest.json"
         )
-    return from_dict(values)
+    return values
 
 
 def folder(run: Run) -> Path:
@@ -255,7 +256,7 @@ def _load_newest(run: Run) -> tuple[int, dict[str, Any]]:
     weights_only = checkpoint.facts.get("weights_only", False)
     _check_settings(
         f"the checkpoint {checkpoint.path} was made with",
-        _config_of(checkpoint),
+        _config_values(checkpoint),
         run.config,
         sections=_MODEL if weights_only else _FIXED,
         ignored=_MODEL_EXCEPT if weights_only else _FIXED_EXCEPT,
@@ -292,7 +293,7 @@ def _empty_state(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor
 
 def _start_from(run: Run, other: Path) -> None:
     """Load the weights of another run's newest checkpoint, and nothing else."""
-    saved, config = find(other)
+    saved, _ = find(other)
     if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
         raise PretrainError(
             f"the data's tokenizer is not {other / 'tokenizer.json'}, whose ids the model of "
@@ -300,7 +301,7 @@ def _start_from(run: Run, other: Path) -> None:
         )
     _check_settings(
         f"the model of start_from={other} has",
-        config,
+        _config_values(saved),
         run.config,
         sections=_MODEL,
         ignored=_MODEL_EXCEPT,
@@ -335,41 +336,41 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
 
 def _check_settings(
     origin: str,
-    before: Config,
-    now: Config,
+    before: Mapping[str, Any],
+    config: Config,
     *,
     sections: Sequence[str],
     ignored: Sequence[str],
     remedy: str,
 ) -> None:
-    """Compare settings of two configurations.
+    """Compare the settings of a checkpoint with a configuration.
 
     Args:
         origin: beginning of the message, such as "the checkpoint X was made with".
+        before: the checkpoint's configuration, as JSON returns it.
         sections: the settings and sections to compare.
         ignored: dotted names of settings in them that may differ.
 
     Raises:
         PretrainError: names the first setting that differs, and the remedy.
     """
-    old, new = (dict(_settings(config, sections)) for config in (before, now))
-    for key in new:
-        if key not in ignored and old[key] != new[key]:
-            raise PretrainError(f"{origin} {key}={old[key]}, not {new[key]}: {remedy}")
+    old = dict(_settings(before, sections))
+    for key, value in _settings(json.loads(json.dumps(to_dict(config))), sections):
+        if key not in ignored and old.get(key) != value:
+            raise PretrainError(f"{origin} {key}={old.get(key)}, not {value}: {remedy}")
 
 
-def _settings(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of the settings in some sections, without the paths of sources.
 
     The files of the data may have moved; that they are the same files is checked when the position
     in them is restored.
     """
-    values = to_dict(config)
-    for source in values["data"]["sources"]:
-        del source["path"]
     for section in sections:
-        if isinstance(values[section], dict):
-            for name, value in values[section].items():
-                yield f"{section}.{name}", value
-        else:
+        if not isinstance(values[section], dict):
             yield section, values[section]
+            continue
+        for name, value in values[section].items():
+            if name == "sources":
+                value = [{k: v for k, v in source.items() if k != "path"} for source in value]
+            yield f"{section}.{name}", value
