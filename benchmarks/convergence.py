@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from benchmarks import training
-from benchmarks.optimizers import add_selection, selected
+from benchmarks.optimizers import absence_note, add_selection, selected
 from benchmarks.runner import Result, markdown, positive_int
-from benchmarks.training import KINDS, Job, Kind, Size, mean_and_spread
+from benchmarks.training import BASELINE, KINDS, Job, Kind, Size, mean_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASELINE = "AdamW (fused)"
 # Share of the baseline's steps in which MuonClip should reach its loss.
 TARGET = 0.6
 
@@ -243,10 +242,7 @@ def table(result: Result) -> str:
         f"Mean and standard deviation of {result['seeds']} seeds; losses in nats per token; step "
         "times are processor times on a CPU."
     )
-    if result["not_run"]:
-        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
-        parts.append(f"Not run: {reasons}.")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *absence_note("run", result["not_run"])])
 
 
 def _with_spread(values: Sequence[float | None]) -> str:

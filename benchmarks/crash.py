@@ -52,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     ranks, kills, steps, every = _FORMS[options.form]
     if options.kills is not None:
-        if options.kills < 1:
-            raise SystemExit(f"--kills must be at least 1, not {options.kills}")
         kills, steps = options.kills, max(steps, 9 * options.kills + 6)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:

@@ -115,15 +115,13 @@ def run(options: argparse.Namespace) -> Result:
     form = options.form
     model = cost.analytic_cost(CONFIG, LANGUAGE_HIDDEN_SIZE)
     draws = DRAWS[form] if options.draws is None else options.draws
-    if draws < 1:
-        raise SystemExit(f"--draws must be at least 1, got {draws}")
     num_ranks = [2**power for power in range(1, RANKS[form].bit_length())]
     mixes = {
         mix: {n: [_balance_of_step(model, mix, n, rng) for _ in range(draws)] for n in num_ranks}
         for mix in MIXES
     }
     example_ranks = min(64, RANKS[form])
-    result: Result = {
+    return {
         "tolerance": TOLERANCE,
         "attention_equals_the_rest_at_patches": model.per_patch / model.per_pair,
         "mixes": mixes,
@@ -131,7 +129,6 @@ def run(options: argparse.Namespace) -> Result:
         "planning": _planning_time(model, options, rng),
         "cost_models": _cost_models(options, rng),
     }
-    return result
 
 
 def _plans(

@@ -12,6 +12,7 @@ from benchmarks.optimizers import (
     LR,
     WEIGHT_DECAY,
     Candidate,
+    absence_note,
     add_selection,
     candidates,
     selected,
@@ -158,7 +159,4 @@ def table(result: Result) -> str:
     ]
     header = ["", "state / parameters", "peak / parameters", "peak, MiB", "peak / AdamW's"]
     blocks = [f"**{result['title']}**", markdown(header, rows)]
-    if result["not_run"]:
-        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
-        blocks.append(f"Not measured: {reasons}.")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *absence_note("measured", result["not_run"])])

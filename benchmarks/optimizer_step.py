@@ -13,6 +13,7 @@ from benchmarks.optimizers import (
     LR,
     WEIGHT_DECAY,
     Candidate,
+    absence_note,
     add_selection,
     selected,
 )
@@ -247,10 +248,7 @@ def table(result: Result) -> str:
         f"{dtype} {peak / 1e9:.3g}" for dtype, peak in result["matmul_peak_flops"].items()
     )
     blocks.append(f"Peak of matrix products on this machine, GFLOP/s: {peaks}.")
-    if result["not_run"]:
-        reasons = "; ".join(f"{name}: {why}" for name, why in result["not_run"].items())
-        blocks.append(f"Not timed: {reasons}.")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *absence_note("timed", result["not_run"])])
 
 
 def _milliseconds(seconds: float) -> str:

@@ -8,7 +8,7 @@ decay. All of them use torch's fused AdamW for other parameters.
 import argparse
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -169,6 +169,12 @@ def selected(options: argparse.Namespace, baseline: str) -> list[Candidate]:
         return candidates(options.only, baseline, options.without)
     except ValueError as error:
         raise SystemExit(f"--only, --without, --baseline: {error}") from error
+
+
+def absence_note(verb: str, reasons: Mapping[str, str]) -> list[str]:
+    """A line for a table about the optimizers that could not run; none if all could."""
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return [f"Not {verb}: {listed}."] if reasons else []
 
 
 # ---------------------------------------------------------------------- MuonClip and torch

@@ -5,7 +5,6 @@ its docstring says what it measures.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from pretrain.runtime.machine import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +131,7 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
         "clock": options.clock,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit(),
-        "versions": {**versions("numpy", "matplotlib"), "torch": torch.__version__},
+        "versions": {**versions(("numpy", "matplotlib")), "torch": torch.__version__},
         "machine": machine(options.device),
         "result": result,
     }
@@ -290,17 +291,6 @@ def commit() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
     }
-
-
-def versions(*distributions: str) -> dict[str, str]:
-    """Versions of Python and of the given distributions, if they are installed."""
-    versions = {"python": platform.python_version()}
-    for distribution in distributions:
-        try:
-            versions[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def machine(device: torch.device | str) -> Result:

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from benchmarks import training
 from benchmarks.runner import Result, markdown, positive_float, positive_int
-from benchmarks.training import MUONCLIP, Job, Size, mean_and_spread
+from benchmarks.training import BASELINE, MUONCLIP, Job, Size, mean_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASELINE = "AdamW (fused)"
 # Share of AdamW's compute for models of 0.4 to 1.5 billion parameters (arXiv 2502.16982).
 MOONLIGHT = 0.52
 # Up to four passes over a text are about as good as new text (arXiv 2305.16264).

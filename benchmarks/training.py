@@ -39,7 +39,7 @@ KINDS: dict[Kind, str] = {
     "moe": "MLA and mixture of experts, text",
     "vision": "MLA and mixture of experts, text and images",
 }
-MUONCLIP = "MuonClip"
+BASELINE, MUONCLIP = "AdamW (fused)", "MuonClip"
 # Share of images in "vision": the default in training, and always in the evaluation.
 VISION_SHARE = 0.1
 # As in the trainer: share of the steps with warm-up, and final share of the peak rate.

@@ -15,12 +15,10 @@ from torch import nn
 
 from benchmarks import training
 from benchmarks.runner import Result, interleave, markdown, positive_int, quartiles, stopwatch
-from benchmarks.training import KINDS, MUONCLIP, Job, Kind, Size
+from benchmarks.training import BASELINE, KINDS, MUONCLIP, Job, Kind, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BASELINE = "AdamW (fused)"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonclip import ClipResult, MuonClip
+from muonclip.precision import get_master
 from pretrain.config import Config
 from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.multimodal import MicroBatch
@@ -114,7 +115,8 @@ class UpdateRms:
     @classmethod
     def _sample(cls, parameter: Tensor) -> Tensor:
         """Evenly spaced entries of a parameter, or of its master copy; a view."""
-        flat = getattr(parameter, "main_param", parameter).detach().flatten()
+        master = get_master(parameter)
+        flat = (parameter if master is None else master).detach().flatten()
         return flat[:: -(-flat.numel() // cls._MAX_SAMPLES)]
 
 

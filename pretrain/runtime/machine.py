@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -37,11 +38,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's results depend on."""
+def versions(
+    packages: Iterable[str] = ("torch", "megatron-core", "muonclip", "numpy", "tokenizers"),
+) -> dict[str, str]:
+    """Versions of Python and of the installed ones of the packages."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "megatron-core", "muonclip", "numpy", "tokenizers"):
-        # muonclip may be used from a source tree without being installed.
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

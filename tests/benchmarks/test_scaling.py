@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scaling, training
-from benchmarks.scaling import BASELINE
-from benchmarks.training import MUONCLIP, Job, Size
+from benchmarks.training import BASELINE, MUONCLIP, Job, Size
 
 COMPUTE = np.geomspace(1e10, 1e12, 4)
 
