@@ -121,6 +121,23 @@ def split_factor(gamma: Tensor, num_kv_groups: int, sides: ScaledSides = "both")
     return ClipFactors(query, key, query_rope=gamma)
 
 
+def row_factors(gamma: Tensor, plan: ScalingPlan) -> Tensor:
+    """The factors of all layers in the order of ``ScalingPlan``, from each head's gamma."""
+
+    def rule(name: str) -> tuple[int, ScaledSides]:
+        layout = plan.layouts[name]
+        return layout.num_heads // layout.num_kv_groups, plan.sides[name]
+
+    factors = []
+    # Consecutive layers with the same rule are computed at once.
+    for (heads_per_group, sides), names in groupby(plan.layouts, rule):
+        groups = sum(plan.layouts[name].num_kv_groups for name in names)
+        heads = groups * heads_per_group
+        factors.append(split_factor(gamma[:heads], groups, sides))
+        gamma = gamma[heads:]
+    return torch.cat([*map(torch.cat, zip(*factors, strict=True)), gamma.new_ones(1)])
+
+
 class QKClip:
     """Observes the largest attention logits of a model and clips them after each optimizer step.
 
@@ -361,7 +378,7 @@ class QKClip:
             gamma = torch.ones_like(gamma)
         # On an accelerator this is not read, because the host would wait for it.
         if gamma.device.type != "cpu" or (gamma < 1).any():
-            factors = self._factors(gamma, plan.sides)
+            factors = row_factors(gamma, plan)
             for tensor in plan.tensors:
                 tensor.scale(factors)
         return self._finish(maxima, gamma, skipped)
@@ -510,22 +527,6 @@ class QKClip:
         for tensor in self._plan.tensors:
             tensor.check()
         return self._plan
-
-    def _factors(self, gamma: Tensor, sides: Mapping[str, ScaledSides]) -> Tensor:
-        """The factors of all layers, in the order of ``ScalingPlan``."""
-
-        def rule(name: str) -> tuple[int, ScaledSides]:
-            layout = self.layouts[name]
-            return layout.num_heads // layout.num_kv_groups, sides[name]
-
-        factors = []
-        # Consecutive layers with the same rule are computed at once.
-        for (heads_per_group, scaled_sides), names in groupby(self.layouts, rule):
-            groups = sum(self.layouts[name].num_kv_groups for name in names)
-            heads = groups * heads_per_group
-            factors.append(split_factor(gamma[:heads], groups, scaled_sides))
-            gamma = gamma[heads:]
-        return torch.cat([*map(torch.cat, zip(*factors, strict=True)), gamma.new_ones(1)])
 
     # ------------------------------------------------------------------ warnings
 

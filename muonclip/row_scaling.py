@@ -44,6 +44,7 @@ class ScalingPlan:
         layouts: layer -> layout.
 
     Attributes:
+        layouts: as given.
         tensors: the tensors to scale.
         sides: layer -> the sides that take the factor.
         skipped: layer -> the reason why it is not scaled.
@@ -55,7 +56,7 @@ class ScalingPlan:
     """
 
     def __init__(self, layouts: Mapping[str, AttentionLayout]) -> None:
-        self._layouts = layouts
+        self.layouts = layouts
         sides = _read_sides(layouts)
         self._fingerprint = _fingerprint(sides)
         self.sides: dict[str, ScaledSides] = {}
@@ -68,11 +69,11 @@ class ScalingPlan:
 
     def is_current(self) -> bool:
         """Whether no parameter was replaced, frozen or unfrozen since the plan was made."""
-        return self._fingerprint == _fingerprint(_read_sides(self._layouts))
+        return self._fingerprint == _fingerprint(_read_sides(self.layouts))
 
     def _collect(self, sides: Mapping[str, tuple[_Side, _Side]]) -> "list[ScaledTensor]":
         """Every trained tensor of the layers to scale, once even if query and key are fused."""
-        one = sum(2 * x.num_heads + x.num_kv_groups for x in self._layouts.values())
+        one = sum(2 * x.num_heads + x.num_kv_groups for x in self.layouts.values())
         scaled: dict[int, ScaledTensor] = {}
         for name, (query, key) in sides.items():
             if self.sides[name] == "none":
@@ -156,11 +157,15 @@ class ScaledTensor:
             )
         self._indices()
 
+    def local_factors(self, factors: Tensor) -> Tensor:
+        """The factor of each row on this rank, broadcastable to the local tensor."""
+        shape = [-1 if dim == self.dim else 1 for dim in range(self.tensor.ndim)]
+        return factors.to(self.tensor.device)[self._indices()].view(shape)
+
     def scale(self, factors: Tensor) -> None:
         """Multiply each row by its factor, in the master copy if there is one."""
         weight = local_tensor(self.tensor)
-        shape = [-1 if dim == self.dim else 1 for dim in range(weight.ndim)]
-        by_row = factors.to(weight.device)[self._indices()].view(shape)
+        by_row = self.local_factors(factors)
         master = get_master(self.tensor)
         if self.has_sharded_master:
             # Not refreshed from the master: copies on other ranks must stay the same.
@@ -179,7 +184,7 @@ class ScaledTensor:
             weight.copy_(torch.where(by_row == 1, weight, master))
 
     def _indices(self) -> Tensor:
-        """The factor of each row on this rank, on the tensor's device."""
+        """The factor index of each row on this rank, on the tensor's device."""
         key = (self.tensor.device, _placements(self.tensor))
         if self._local_indices is None or self._local_indices[0] != key:
             indices = self._factor_indices

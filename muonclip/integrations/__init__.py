@@ -1,1 +1,1 @@
-"""Thin bridges to other libraries, each optional and none imported by ``muonclip`` itself."""
+"""Optional integrations with other libraries; ``import muonclip`` loads none of them."""

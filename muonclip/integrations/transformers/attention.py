@@ -103,15 +103,9 @@ def _separate(name: str, module: Any, query: str, key: str) -> AttentionLayout:
         )
     heads, groups = rows // head_dim, key_rows // head_dim
     gains = _gains_per_head(name, module, heads, groups, head_dim)
-    if gains is not None:
-        return AttentionLayout.separate(*gains, num_heads=heads, num_kv_groups=groups)
-    return AttentionLayout.separate(
-        _projection(module, query),
-        _projection(module, key),
-        num_heads=heads,
-        num_kv_groups=groups,
-        dim=int(structure.is_transposed(query_layer)),
-    )
+    projections = gains or (_projection(module, query), _projection(module, key))
+    dim = 0 if gains else int(structure.is_transposed(query_layer))
+    return AttentionLayout.separate(*projections, num_heads=heads, num_kv_groups=groups, dim=dim)
 
 
 def _fused(name: str, module: Any, child: str) -> AttentionLayout:

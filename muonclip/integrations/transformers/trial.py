@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout
-from muonclip.qk_clip import split_factor
-from muonclip.row_scaling import ScaledSides, ScalingPlan
+from muonclip.distributed.sharding import is_dtensor
+from muonclip.qk_clip import row_factors
+from muonclip.row_scaling import ScalingPlan
 
 
 class AttentionInputs(Exception):
@@ -43,13 +44,13 @@ def check_layout(
     Raises:
         ValueError: if the logits do not follow, or something else changes.
     """
-    sides = ScalingPlan({name: layout}).sides[name]
-    if sides == "none":
+    plan = ScalingPlan({name: layout})
+    if name in plan.skipped:
         return False
     # Powers of four: their square roots are powers of two, so scaling is free of rounding errors.
     exponents = torch.arange(layout.num_heads, device="cpu").remainder(5)
     gamma = torch.ones(layout.num_heads, dtype=torch.float32, device="cpu").ldexp(-2 * exponents)
-    scaled = _scaled_parameters(module, layout, gamma, sides)
+    scaled = _scaled_parameters(module, plan, gamma)
     if scaled is None:
         return True
     before = run()
@@ -79,9 +80,9 @@ def check_layout(
 
 
 def _scaled_parameters(
-    module: nn.Module, layout: AttentionLayout, gamma: Tensor, sides: ScaledSides
+    module: nn.Module, plan: ScalingPlan, gamma: Tensor
 ) -> list[tuple[nn.Module, str, nn.Parameter]] | None:
-    """Scaled copies of a layout's parameters: owner, attribute and new value.
+    """Scaled copies of a plan's parameters: owner, attribute and new value.
 
     None if a parameter is sharded, or is not in the module.
     """
@@ -90,20 +91,14 @@ def _scaled_parameters(
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
     }
-    copies: dict[int, Tensor] = {}
-    factors = split_factor(gamma, layout.num_kv_groups, sides)
-    for rows, factor in zip((layout.query, layout.key, layout.query_rope), factors, strict=True):
-        if rows is None or (factor == 1).all():
-            continue
-        for row in rows.effective().tensors:
-            tensor, (dim, indices, _) = row.tensor, rows.rows_in(row)
-            if id(tensor) not in owners or hasattr(tensor, "placements"):
-                return None
-            copy = copies.setdefault(id(tensor), tensor.detach().clone())
-            scale = torch.ones(copy.size(dim), dtype=factor.dtype, device="cpu")
-            scale[indices.cpu()] = factor[:, None]
-            copy.mul_(scale.to(copy).view([-1 if d == dim else 1 for d in range(copy.ndim)]))
-    return [(*owners[key], nn.Parameter(x, requires_grad=False)) for key, x in copies.items()]
+    factors = row_factors(gamma, plan)
+    scaled = []
+    for x in plan.tensors:
+        if id(x.tensor) not in owners or is_dtensor(x.tensor):
+            return None
+        value = x.tensor * x.local_factors(factors).to(x.tensor.dtype)
+        scaled.append((*owners[id(x.tensor)], nn.Parameter(value, requires_grad=False)))
+    return scaled
 
 
 @contextmanager
