@@ -29,7 +29,7 @@ Stamp = tuple[int, ...]
 def stamp(path: Path) -> Stamp:
     """Size, times and inode of a file, which differ after any change of the file.
 
-    Two changes within the resolution of file times could not be told apart. This function therefore
+    Two changes within the resolution of file times would have equal times. This function therefore
     waits for some milliseconds if the last change is that recent.
 
     Returns:

@@ -380,7 +380,7 @@ _SEPARATOR = re.compile(r"[\s,]*")
 
 
 def _foreign_suffix(path: Path) -> str:
-    """The reason for not reading a file by its name; empty if the name does not tell."""
+    """The reason for not reading a file by its name; empty if the name is no reason."""
     for kind in _FOREIGN:
         if kind.suffixes and ends_with(path, with_compressed(kind.suffixes)):
             return f"{kind.name}, which is not read: {kind.advice}"
@@ -527,7 +527,7 @@ def _pass_line(stream: IO[bytes]) -> None:
         if chunk.endswith(b"\n"):
             return
         if passed > _MAX_PASSED_BYTES:
-            raise ValueError(f"the line goes on for more than {_MAX_PASSED_BYTES >> 20} MiB")
+            raise ValueError(f"the line is longer than {_MAX_PASSED_BYTES >> 20} MiB")
 
 
 def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""A run on a user's own data: it resumes exactly, at any number of ranks, and survives bad data."""
+"""Runs on sources of data resume exactly with any number of ranks, and survive corrupt data."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def pictures(folder: Path, name: str = "pictures") -> str:
     return f"{{type: images, path: {folder}/{name}}}"
 
 
-def test_jsonl_and_pictures_go_on_exactly_at_any_number_of_ranks(folder: Path) -> None:
+def test_jsonl_and_images_resume_exactly_with_any_number_of_ranks(folder: Path) -> None:
     own = (sources(folder, pictures(folder)), training.EXACT, *SHORT)
     run = training.train_and_read
     whole = launch(run, 1, str(folder), f"run_dir={folder}/whole", "steps=6", *own)[0]
@@ -43,14 +43,14 @@ def test_jsonl_and_pictures_go_on_exactly_at_any_number_of_ranks(folder: Path) -
         launch(run, ranks, str(folder), run_dir, "steps=3", *own)
         parts = launch(run, 1, str(folder), run_dir, "steps=6", *own)[0]
         assert [record["step"] for record in parts] == list(range(7))
-        for mine, reference in zip(parts[4:], whole[4:], strict=True):
+        for resumed, reference in zip(parts[4:], whole[4:], strict=True):
             if ranks == 1:
-                assert mine == reference
+                assert resumed == reference
             else:
-                assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-9)
+                assert resumed["loss"] == pytest.approx(reference["loss"], rel=1e-9)
 
 
-def test_shards_go_on_exactly_and_only_at_the_same_number_of_ranks(folder: Path) -> None:
+def test_shards_resume_exactly_with_the_same_number_of_ranks_only(folder: Path) -> None:
     arguments = ("data", "make-shards", str(folder / "pictures"), str(folder / "shards"))
     assert training.command(*arguments) == (0, "")
     shards = f"{{type: energon, path: {folder}/shards}}"
@@ -69,7 +69,7 @@ def test_shards_go_on_exactly_and_only_at_the_same_number_of_ranks(folder: Path)
     )
 
 
-def test_text_alone_trains_and_no_captions_are_tested(folder: Path) -> None:
+def test_training_on_text_alone_tests_no_captions(folder: Path) -> None:
     own = (sources(folder), "steps=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=0")
     records = launch(
         training.train_and_read, 1, str(folder), f"run_dir={folder}/text", *own, "data.held_out=0.2"
@@ -82,12 +82,12 @@ def test_text_alone_trains_and_no_captions_are_tested(folder: Path) -> None:
     assert none[2]["held_out_text_loss"] is None
 
 
-def test_pictures_that_cannot_be_read_are_listed_and_past_the_limit_all_ranks_leave(
+def test_corrupt_images_are_listed_and_beyond_the_limit_all_ranks_stop(
     folder: Path,
 ) -> None:
     broken = make.captioned_folder(folder / "broken", 12)
     for path in sorted(broken.glob("*.png"))[:6]:
-        path.write_bytes(path.read_bytes()[:-30])  # only reading all of it tells
+        path.write_bytes(path.read_bytes()[:-30])  # noticed only when all of it is read
     own = (sources(folder, pictures(folder, "broken")), "steps=12", *SHORT, "data.held_out=0")
     cache, config = f"data.cache_dir={folder}/cache", str(folder / "tiny.yaml")
     run_dir = f"run_dir={folder}/survives"
@@ -95,9 +95,9 @@ def test_pictures_that_cannot_be_read_are_listed_and_past_the_limit_all_ranks_le
         outcomes = launch(training.command, 2, "train", config, cache, run_dir, *own)
         assert outcomes == [(0, ""), (0, "")]
     lines = (folder / "survives" / "skipped.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert sorted(Path(skip["name"]).name for skip in found) == [f"{n:03}.png" for n in range(6)]
-    assert all("truncated" in skip["reason"] for skip in found)
+    skips = [json.loads(line) for line in lines]
+    assert sorted(Path(skip["name"]).name for skip in skips) == [f"{n:03}.png" for n in range(6)]
+    assert all("truncated" in skip["reason"] for skip in skips)
 
     run_dir = f"run_dir={folder}/leaves"
     limit = "data.max_corrupt=3"
@@ -118,7 +118,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_past_the_limit_all_ranks_le
         ("data.tokenizer=nowhere.json", "cannot read the tokenizer nowhere.json: No such file"),
     ],
 )
-def test_what_is_mistyped_is_told_once(folder: Path, override: str, message: str) -> None:
+def test_wrong_settings_are_reported_once(folder: Path, override: str, message: str) -> None:
     outcomes = launch(
         training.command,
         2,

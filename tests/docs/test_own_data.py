@@ -1,4 +1,4 @@
-"""A folder of images and captions becomes a run by the commands of the README alone."""
+"""The README's commands turn a folder of images and captions into a run."""
 
 import os
 import re
@@ -41,21 +41,21 @@ def run(command: str, folder: Path, *more: str) -> str:
     return ended.stdout
 
 
-def test_the_commands_go_from_a_folder_to_a_page_and_a_run(tmp_path: Path) -> None:
+def test_the_commands_inspect_a_folder_and_train_on_it(tmp_path: Path) -> None:
     make.captioned_folder(tmp_path / "pictures", 60)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (block,) = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
     inspect, train = block.replace("\\\n", " ").strip().splitlines()
     run(inspect, tmp_path, LESS_TEXT)
     assert "data:image/png" in (tmp_path / "inspect.html").read_text()
-    told = run(train, tmp_path, LESS_TEXT, *SHORTER)
-    assert "data.sources[0]: pictures, weight 1:" in told
+    output = run(train, tmp_path, LESS_TEXT, *SHORTER)
+    assert "data.sources[0]: pictures, weight 1:" in output
     (start, *_, end) = read(tmp_path / "runs" / "mine" / "metrics.jsonl")
     assert end["step"] == 2 and end["caption_loss"] > 0
     assert start["right_caption_loss"] > 0
 
 
-def test_the_configuration_it_shows_is_one(tmp_path: Path) -> None:
+def test_the_configuration_in_the_readme_is_valid(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
     path = tmp_path / "mine.yaml"
     path.write_text(block)

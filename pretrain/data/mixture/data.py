@@ -119,8 +119,8 @@ class MixtureData(Data):
         return list(items.values())
 
     def take_skipped(self) -> list[Skip]:
-        found = [self._skips.pop(0) for _ in range(len(self._skips))]  # a thread may be appending
-        return found + [skip for source in self._documents for skip in source.take_skipped()]
+        skips = [self._skips.pop(0) for _ in range(len(self._skips))]  # a thread may be appending
+        return skips + [skip for source in self._documents for skip in source.take_skipped()]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         share = self._share
@@ -179,7 +179,7 @@ class MixtureData(Data):
         elif any(documents.source.has_images for documents in self._documents) and (
             len(self.captioned_items("held_out", 2)) < 2
         ):
-            lines.append("fewer than 2 held-out captions: whether the model sees is not tested")
+            lines.append("fewer than 2 held-out captions: vision is not evaluated")
         return "\n".join(lines)
 
 

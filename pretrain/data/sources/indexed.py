@@ -114,9 +114,9 @@ class FileSource(IndexedSource[R]):
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:
         super().__init__(number, data, seed)
-        found = self.find()
-        paths = [item for item in found if isinstance(item, Path)]
-        self.skips = [item for item in found if isinstance(item, Skip)]
+        items = self.find()
+        paths = [item for item in items if isinstance(item, Path)]
+        self.skips = [item for item in items if isinstance(item, Skip)]
         stamps = {str(path): stamp(path) for path in (*paths, *self.companions(paths))}
         self.key = key_of(self.config.type, self.config.field, stamps=stamps.items())
         self.files = [

@@ -1,4 +1,4 @@
-"""Every file is read as what its content is, or listed with the reason."""
+"""Every file is read according to its content, or listed with the reason."""
 
 import bz2
 import gzip
@@ -118,7 +118,7 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_no_file_of_another_kind_becomes_a_document(tmp_path: Path, name: str) -> None:
+def test_unsupported_formats_are_skipped_with_advice(tmp_path: Path, name: str) -> None:
     content, kind = FOREIGN[name]
     for path in (tmp_path / name, tmp_path / "renamed.txt"):
         path.write_bytes(content)
@@ -127,20 +127,20 @@ def test_no_file_of_another_kind_becomes_a_document(tmp_path: Path, name: str) -
         texts, (skip,) = read(path)
         assert texts == []
         assert Path(skip.name) == path and re.match(kind, skip.reason)
-    # By name, in tables that only the name tells from text.
+    # By name: tables differ from text only by their names.
     for table in ("a.csv", "a.tsv", "a.csv.gz"):
         (tmp_path / table).write_bytes(b"a,b\n1,2\n")
         texts, (skip,) = read(tmp_path / table)
         assert texts == [] and "which is not read: convert it to JSON lines" in skip.reason
 
 
-def test_marks_and_line_ends_of_windows_are_not_part_of_a_text(tmp_path: Path) -> None:
+def test_byte_order_marks_and_windows_line_ends_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"))
     assert read(tmp_path) == (["one\r\ntwo", *EXPECTED], [])
 
 
-def test_text_that_only_begins_like_another_kind_stays_text(tmp_path: Path) -> None:
+def test_text_that_resembles_another_format_is_read_as_text(tmp_path: Path) -> None:
     beginnings = ["BZhang wrote", "PAR1 is a receptor", "{x} is a set", "[a link](b)", "GIF8 is"]
     for number, text in enumerate(beginnings):
         (tmp_path / f"{number}.md").write_text(text)
@@ -163,7 +163,7 @@ BAD_LINES = {
 }
 
 
-def test_one_bad_line_costs_that_line(tmp_path: Path) -> None:
+def test_a_bad_line_skips_only_that_line(tmp_path: Path) -> None:
     lines = [line for bad in BAD_LINES for line in (json.dumps(OBJECTS[0]), bad)]
     path = tmp_path / "a.jsonl"
     path.write_bytes("\n".join(lines).encode() + b'\n{"text": "caf\xe9"}\n' + LINES)
@@ -175,7 +175,7 @@ def test_one_bad_line_costs_that_line(tmp_path: Path) -> None:
         assert skip.reason.startswith(reason) and len(skip.reason) < 400
 
 
-def test_a_line_that_expands_without_end_is_skipped_in_bounded_memory(
+def test_endless_lines_are_skipped_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
@@ -187,19 +187,19 @@ def test_a_line_that_expands_without_end_is_skipped_in_bounded_memory(
         path.write_bytes(compress(good + long + good))
         texts, (skip,) = read(path)
         assert texts == [EXPECTED[0]] * 2 and skip == Skip(f"{path}:2", "larger than 1 MiB")
-        # One whose end is not found in reasonable time costs the rest of the file.
+        # If the end of a line is not found in reasonable time, the rest of the file is skipped.
         path.write_bytes(compress(good + b"x" * (20 << 20) + b"\n" + good))
         texts, skips = read(path)
         assert texts == [EXPECTED[0]]
         assert [skip.name for skip in skips] == [f"{path}:2", str(path)]
-        assert skips[1].reason.startswith("cannot be read after line 2: the line goes on for")
+        assert skips[1].reason.startswith("cannot be read after line 2: the line is longer than")
         plain = tmp_path / f"a.txt{packed}"
         plain.write_bytes(compress(b"x" * (2 << 20)))
         texts, (skip,) = read(plain)
         assert texts == [] and "larger than 1 MiB: split it" in skip.reason
 
 
-def test_decompression_gives_a_few_blocks_at_a_time(tmp_path: Path) -> None:
+def test_decompression_is_incremental(tmp_path: Path) -> None:
     path = tmp_path / "bomb.jsonl.zst"
     path.write_bytes(zstandard.compress(bytes(1 << 28)))
     assert path.stat().st_size < 1 << 20
@@ -213,7 +213,7 @@ def test_decompression_gives_a_few_blocks_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [name for name in COMPRESSIONS if name])
-def test_a_compressed_file_that_is_cut_off_gives_what_is_whole_and_is_listed(
+def test_truncated_compressed_files_are_read_as_far_as_possible(
     tmp_path: Path, packed: str
 ) -> None:
     path = tmp_path / f"a.jsonl{packed}"
@@ -230,7 +230,7 @@ def test_a_compressed_file_that_is_cut_off_gives_what_is_whole_and_is_listed(
     assert any("it ends in the middle of a frame" in skip.reason for skip in skips)
 
 
-def test_files_in_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once_and_cycles_end(tmp_path: Path) -> None:
     data, other = tmp_path / "data", tmp_path / "other"
     for folder in (data / "a", other / "deep"):
         folder.mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_files_in_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -
     assert {Path(skip.name).name for skip in skips} == {"again", "circle", "broken.txt"}
 
 
-def test_folders_and_files_that_cannot_be_read_are_listed(
+def test_unreadable_folders_and_files_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
@@ -299,7 +299,7 @@ packings = st.sampled_from(list(COMPRESSIONS.values()))
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(names, st.tuples(contents, packings, st.integers(0, 30)), max_size=5))
-def test_every_file_of_a_folder_is_read_or_listed_whatever_is_in_it(
+def test_every_file_of_a_folder_is_read_or_listed(
     tmp_path_factory: pytest.TempPathFactory, made: dict[bytes, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -355,7 +355,7 @@ def test_reading_stops_at_the_limit_of_corrupt_records() -> None:
         ({"image": "a.png", "caption": "a", "image_url": "http://a.org/a.png", "images": []}, ""),
     ],
 )
-def test_a_document_with_images_loses_none_of_them(
+def test_documents_lose_no_images_silently(
     tmp_path: Path, fields: dict[str, Any], lost: str
 ) -> None:
     path = tmp_path / "a.jsonl"

@@ -1,4 +1,4 @@
-"""A user's own data: nothing is lost, shares are kept, and what is wrong is skipped or named."""
+"""Mixtures read every document once, keep their shares, and skip or name what is wrong."""
 
 import gzip
 import itertools
@@ -62,7 +62,7 @@ def data(folder: Path) -> MixtureData:
     return opened(folder, *both(folder))
 
 
-def test_sequences_are_full_and_labelled_right_in_both_splits(data: MixtureData) -> None:
+def test_sequences_are_full_and_labels_are_next_tokens(data: MixtureData) -> None:
     for split, index in itertools.product(("train", "held_out"), range(20)):
         sample = data.sample(split, index)  # type: ignore[arg-type]
         check_with(data.tokenizer, sample)
@@ -78,7 +78,7 @@ def test_sequences_can_be_read_in_any_order(data: MixtureData) -> None:
     assert not same(far[0], far[1])
 
 
-def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path) -> None:
+def test_every_epoch_reads_every_training_document_once(folder: Path) -> None:
     data = opened(folder, *both(folder))
     for documents, cursor in zip(data._documents, data._stream("train").cursors, strict=True):
         epochs = []
@@ -93,7 +93,7 @@ def test_every_epoch_reads_every_document_once_and_nothing_held_out(folder: Path
         assert epochs[0] != epochs[1]
 
 
-def test_ranks_that_take_turns_read_every_document_once(data: MixtureData) -> None:
+def test_cursors_of_all_ranks_read_every_document_once(data: MixtureData) -> None:
     (text, _) = data._documents
     cursors = [text.cursor("train", RankShare(rank, 3, 3)) for rank in range(3)]
     seen: list[int] = []
@@ -105,7 +105,7 @@ def test_ranks_that_take_turns_read_every_document_once(data: MixtureData) -> No
 
 @settings(deadline=None, max_examples=20)
 @given(share=st.floats(0.02, 0.2), weight=st.floats(0.1, 10))
-def test_shares_hold_over_every_stretch_of_sequences(
+def test_shares_hold_at_every_sequence(
     data: MixtureData, folder: Path, share: float, weight: float
 ) -> None:
     sources = (
@@ -132,7 +132,7 @@ def test_shares_hold_over_every_stretch_of_sequences(
 
 @given(where=st.integers(0, 700), more=st.integers(0, 40))
 @settings(deadline=None, max_examples=20)
-def test_a_stream_goes_on_from_its_state(data: MixtureData, where: int, more: int) -> None:
+def test_a_stream_resumes_from_its_state(data: MixtureData, where: int, more: int) -> None:
     sequences = Sequences(lambda: data._stream("train"))
     state = json.loads(json.dumps(sequences.state(where)))
     resumed = Sequences(lambda: data._stream("train"))
@@ -141,7 +141,7 @@ def test_a_stream_goes_on_from_its_state(data: MixtureData, where: int, more: in
     assert resumed[max(0, where - 5)] == sequences[max(0, where - 5)]
 
 
-def test_images_alone_fill_sequences_and_text_alone_too(folder: Path) -> None:
+def test_sequences_can_consist_of_images_or_text_alone(folder: Path) -> None:
     text, pictures = both(folder)
     data = opened(folder, pictures)
     for index in range(30):
@@ -153,7 +153,7 @@ def test_images_alone_fill_sequences_and_text_alone_too(folder: Path) -> None:
     assert not len(data.sample("train", 0).patches)
 
 
-def test_held_out_captions_are_told_apart_by_their_images(data: MixtureData) -> None:
+def test_swapped_captions_differ_only_in_their_images(data: MixtureData) -> None:
     right, swapped = data.caption_documents("held_out", 100)
     assert 2 <= len(right) == len(swapped) <= 12
     for one, other in zip(right, swapped, strict=True):
@@ -187,7 +187,7 @@ def test_documents_mix_text_images_and_videos(tmp_path: Path) -> None:
         check_with(data.tokenizer, sample)
 
 
-def test_an_image_larger_than_allowed_is_shrunk_and_a_document_too_long_is_listed(
+def test_large_images_are_shrunk_and_long_documents_are_listed(
     tmp_path: Path,
 ) -> None:
     Image.new("RGB", (2000, 1500), "red").save(tmp_path / "large.jpg")
@@ -205,7 +205,7 @@ def test_an_image_larger_than_allowed_is_shrunk_and_a_document_too_long_is_liste
 
 
 def damaged(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
-    """One of everything that can be wrong, between what is right."""
+    """Sources with one of every kind of damage among valid documents."""
     lines = [json.dumps({"text": make.text(0)}), "{not json", "[1]", json.dumps({"other": "x"})]
     lines += [json.dumps({"text": 3}), json.dumps({"text": " "}), '{"text": "\\ud800"}']
     text = tmp_path / "text"
@@ -230,12 +230,12 @@ def damaged(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
     return SourceConfig("text", str(text)), SourceConfig("images", str(pictures))
 
 
-def test_what_is_corrupt_is_skipped_and_listed_with_the_reason(tmp_path: Path) -> None:
+def test_corrupt_documents_are_listed_with_the_reason(tmp_path: Path) -> None:
     sources = damaged(tmp_path)
     data = opened(tmp_path, *sources, held_out=0)
     for index in range(60):
         check_with(data.tokenizer, data.sample("train", index))
-    found = {Path(s.name).name: s.reason for s in data.take_skipped() if s.corrupt}
+    listed = {Path(s.name).name: s.reason for s in data.take_skipped() if s.corrupt}
     reasons = {
         "lines.jsonl:2": "not JSON",
         "lines.jsonl:3": "not a JSON object",
@@ -247,23 +247,23 @@ def test_what_is_corrupt_is_skipped_and_listed_with_the_reason(tmp_path: Path) -
         "latin.txt": "not UTF-8 (byte 0xe9 at 0): convert it",
         "captions.jsonl:2": "missing.png does not exist",
         "captions.jsonl:3": "cannot identify image file",
-        "captions.jsonl:4": "truncated",  # only when it is read
+        "captions.jsonl:4": "truncated",  # noticed only when it is read
         "captions.jsonl:5": "../outside.png lies outside",
         "captions.jsonl:7": "no caption in",
         "captions.jsonl:8": "'parts' is not a list",
         "captions.jsonl:9": "neither an image, a video nor text",
         "captions.jsonl:10": "film.mp4 does not exist",
     }
-    assert found.keys() == reasons.keys()
+    assert listed.keys() == reasons.keys()
     for name, reason in reasons.items():
-        assert reason in found[name]
-    # The cache tells it again.
+        assert reason in listed[name]
+    # The cache lists them again.
     again = {Path(s.name).name for s in opened(tmp_path, *sources, held_out=0).take_skipped()}
     unnamed = {"002.png", "003.png"}
     assert again - {"lines.jsonl:6"} == (reasons.keys() | unnamed) - {"captions.jsonl:4"}
 
 
-def test_too_much_corrupt_ends_it_and_names_the_latest(tmp_path: Path) -> None:
+def test_too_many_corrupt_documents_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(PretrainError) as error:
         opened(tmp_path, *damaged(tmp_path), held_out=0, max_corrupt=9)
     assert "10 samples are corrupt, more than data.max_corrupt=9; the latest: " in str(error.value)
@@ -288,7 +288,7 @@ def test_too_much_corrupt_ends_it_and_names_the_latest(tmp_path: Path) -> None:
         ({"type": "images", "path": "alone"}, {}, "none of the documents in .* can be used; the f"),
     ],
 )
-def test_what_is_mistyped_is_named(
+def test_wrong_settings_are_named(
     tmp_path: Path, source: dict[str, str], options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -303,7 +303,7 @@ def test_what_is_mistyped_is_named(
     assert "\n" not in str(error.value)
 
 
-def test_a_share_that_captions_leave_no_room_for_is_refused(folder: Path) -> None:
+def test_an_unreachable_vision_share_is_refused(folder: Path) -> None:
     text, pictures = both(folder)
     with pytest.raises(PretrainError, match=r"vision_share=0.3 cannot be met: only 0\.\d+ of the"):
         opened(folder, text, pictures, vision_share=0.3, max_image_tokens=1)
@@ -325,7 +325,7 @@ def test_a_damaged_index_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert same(rebuilt.sample("train", 0), expected)
 
 
-def test_a_checkpoint_goes_on_with_the_same_documents_only(tmp_path: Path) -> None:
+def test_resuming_with_other_documents_is_refused(tmp_path: Path) -> None:
     make.captioned_folder(tmp_path / "pictures", 12)
     path = make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
     state = json.loads(json.dumps(opened(tmp_path, *both(tmp_path)).state_dict(4)))
@@ -338,8 +338,8 @@ def test_a_checkpoint_goes_on_with_the_same_documents_only(tmp_path: Path) -> No
         opened(tmp_path, *both(tmp_path)).load_state_dict([state])
 
 
-def test_a_checkpoint_goes_on_with_images_of_the_same_sizes_only(tmp_path: Path) -> None:
-    """Smaller ones would be packed otherwise: it would go on at another place in the data."""
+def test_resuming_with_other_image_sizes_is_refused(tmp_path: Path) -> None:
+    """Other sizes are packed differently, so the position in the data would be another one."""
     make.captioned_folder(tmp_path / "pictures", 12)
     make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
     state = json.loads(json.dumps(opened(tmp_path, *both(tmp_path)).state_dict(4)))

@@ -1,4 +1,4 @@
-"""Replies are learnt and nothing else, conversations are never cut, and bad ones are named."""
+"""Only replies are learned, conversations are never cut, and invalid ones are listed."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ PATCH = 14
 
 
 def turns(number: int) -> list[dict[str, str]]:
-    """A conversation; every number has its own."""
+    """A conversation, a different one for each number."""
     rng = np.random.default_rng([3, number])
     said = [{"role": "system", "content": "Be brief."}] if number % 3 == 0 else []
     for turn in range(int(rng.integers(1, 3))):
@@ -62,7 +62,7 @@ def data(folder: Path) -> MixtureData:
     return opened(folder, SourceConfig("chat", str(folder / "chats")))
 
 
-def test_of_a_conversation_replies_and_their_ends_are_learnt(data: MixtureData) -> None:
+def test_only_replies_and_their_end_tokens_are_learned(data: MixtureData) -> None:
     ids = data.tokenizer
     messages = [
         Message("system", "Be brief."),
@@ -84,7 +84,7 @@ def test_of_a_conversation_replies_and_their_ends_are_learnt(data: MixtureData) 
     assert document.tokens.count(ids.im_end) == 5, "what looks like a token is text"
 
 
-def test_sequences_hold_whole_conversations_in_which_only_replies_count(data: MixtureData) -> None:
+def test_sequences_contain_whole_conversations(data: MixtureData) -> None:
     ids = data.tokenizer
     rendered = {}
     for number in range(90):
@@ -121,7 +121,7 @@ def test_every_epoch_reads_every_conversation_once(data: MixtureData) -> None:
     assert epochs[0] != epochs[1]
 
 
-def test_text_beside_conversations_fills_sequences_and_shares_hold(folder: Path) -> None:
+def test_text_fills_the_space_that_conversations_leave(folder: Path) -> None:
     make.jsonl(folder / "text.jsonl", range(80))
     both = (
         SourceConfig("chat", str(folder / "chats"), weight=2),
@@ -137,7 +137,7 @@ def test_text_beside_conversations_fills_sequences_and_shares_hold(folder: Path)
     assert min(full) >= LENGTH - 1
 
 
-def test_what_is_too_long_or_wrong_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_conversations_that_are_invalid_or_too_long_are_listed(tmp_path: Path) -> None:
     good = turns(1)
     long = [{"role": "user", "content": "why? " * 60}, *good]
     path = lines(
@@ -188,7 +188,7 @@ def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
         opened(tmp_path, SourceConfig("chat", str(path)))
 
 
-def test_what_does_not_go_together_is_told(folder: Path, tmp_path: Path) -> None:
+def test_incompatible_sources_are_refused(folder: Path, tmp_path: Path) -> None:
     chats = SourceConfig("chat", str(folder / "chats"))
     make.captioned_folder(tmp_path / "pictures", 12)
     with pytest.raises(PretrainError, match=r"sources\[1\] has conversations of text alone, whose"):
@@ -234,9 +234,7 @@ LOST: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("reason", LOST)
-def test_a_conversation_of_which_something_would_be_lost_is_left_out(
-    tmp_path: Path, reason: str
-) -> None:
+def test_conversations_with_unsupported_content_are_skipped(tmp_path: Path, reason: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(LOST[reason]))
     (skip,) = make.records(SourceConfig("chat", str(path)))
@@ -244,7 +242,7 @@ def test_a_conversation_of_which_something_would_be_lost_is_left_out(
     assert reason in skip.reason and skip.name == f"{path}:1"
 
 
-def test_fields_without_anything_in_them_cost_nothing(tmp_path: Path) -> None:
+def test_empty_unsupported_fields_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
     messages = [

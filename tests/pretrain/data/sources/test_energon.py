@@ -1,4 +1,4 @@
-"""Shards made from a folder go through energon, resume exactly, and what is wrong is told."""
+"""Shards are read through energon, runs resume exactly, and errors name their cause."""
 
 import gzip
 import io
@@ -78,7 +78,7 @@ def captions(data: MixtureData, tokens: list[torch.Tensor]) -> list[str]:
     return [line for line in text.split("\n") if "number" in line]
 
 
-def test_every_rank_goes_on_exactly_from_its_state(folder: Path) -> None:
+def test_every_rank_resumes_exactly(folder: Path) -> None:
     for rank in range(2):
         data = opened(folder, rank, 2)
         before = steps(data, rank, 2, range(20))
@@ -92,23 +92,25 @@ def test_every_rank_goes_on_exactly_from_its_state(folder: Path) -> None:
         assert not torch.equal(before[0], after[0])
 
 
-def test_ranks_read_different_pictures_and_together_all_of_them(folder: Path) -> None:
-    found = []
+def test_ranks_read_disjoint_samples_that_cover_the_training_split(folder: Path) -> None:
+    captions_by_rank = []
     for rank in range(2):
         data = opened(folder, rank, 2)
-        found.append(set(captions(data, steps(data, rank, 2, range(60)))))
+        captions_by_rank.append(set(captions(data, steps(data, rank, 2, range(60)))))
     held_out = {item.caption for item in data.captioned_items("held_out", 60)}
     everything = {make.picture(number)[1] for number in range(60)}
 
     def numbers(texts: set[str]) -> set[int]:
         return {int(text.rpartition(" ")[2]) for text in texts}
 
-    assert not numbers(found[0]) & numbers(found[1])
-    assert numbers(found[0]) | numbers(found[1]) == numbers(everything - held_out)
+    assert not numbers(captions_by_rank[0]) & numbers(captions_by_rank[1])
+    assert numbers(captions_by_rank[0]) | numbers(captions_by_rank[1]) == numbers(
+        everything - held_out
+    )
     assert len(held_out) >= 2
 
 
-def test_shares_are_kept_and_sequences_labelled_right(folder: Path) -> None:
+def test_the_vision_share_is_met(folder: Path) -> None:
     data = opened(folder)
     samples = [data.sample("train", index) for index in range(40)]
     for sample in samples:
@@ -119,14 +121,14 @@ def test_shares_are_kept_and_sequences_labelled_right(folder: Path) -> None:
     assert len(right) == len(swapped) == 8
 
 
-def test_another_number_of_ranks_is_refused(folder: Path) -> None:
+def test_resuming_with_another_number_of_ranks_is_refused(folder: Path) -> None:
     data = opened(folder)
     steps(data, 0, 1, range(1))
     with pytest.raises(PretrainError, match="made with 1 data-parallel ranks, among which energon"):
         opened(folder, 0, 2).load_state_dict([data.state_dict(1)])
 
 
-def test_a_damaged_picture_in_a_shard_is_skipped_and_a_missing_shard_is_told(
+def test_damaged_images_are_skipped_and_missing_shards_are_named(
     folder: Path,
 ) -> None:
     shutil.copytree(folder / "shards", folder / "damaged")
@@ -137,8 +139,8 @@ def test_a_damaged_picture_in_a_shard_is_skipped_and_a_missing_shard_is_told(
     path.write_bytes(content)
     data = opened(folder, shards="damaged")
     steps(data, 0, 1, range(40))
-    found = dict(skip[:2] for skip in data.take_skipped())
-    ((name, reason),) = found.items()
+    reasons_by_name = dict(skip[:2] for skip in data.take_skipped())
+    ((name, reason),) = reasons_by_name.items()
     assert name.startswith(f"{path}:train0000000") and reason
     for path in (folder / "damaged").glob("train-*.tar"):
         path.unlink()
@@ -148,7 +150,7 @@ def test_a_damaged_picture_in_a_shard_is_skipped_and_a_missing_shard_is_told(
 
 
 def shards_of(folder: Path, name: str, captions: Sequence[object]) -> None:
-    """Pictures with these captions, in JSON, as energon's field map allows."""
+    """Write images with these captions in JSON."""
     writer = _Writer(folder / name, "train", 100)
     (folder / name).mkdir()
     for number, caption in enumerate(captions):
@@ -161,7 +163,7 @@ def shards_of(folder: Path, name: str, captions: Sequence[object]) -> None:
     dataset.write_text(dataset.read_text().replace("caption: txt", "caption: json[caption]"))
 
 
-def test_shards_of_which_nothing_fits_are_told_and_not_read_for_ever(folder: Path) -> None:
+def test_shards_without_a_usable_sample_are_refused_after_one_pass(folder: Path) -> None:
     shards_of(folder, "long", [f"{number} {'so long a caption ' * 30}" for number in range(6)])
     data = opened(folder, shards="long")
     with pytest.raises(
@@ -183,18 +185,18 @@ def source_of(shards: Path) -> energon.EnergonSource:
     )
 
 
-def test_tokenizers_are_trained_on_captions_and_images_left_undecoded(folder: Path) -> None:
+def test_tokenizer_training_reads_captions_without_decoding_images(folder: Path) -> None:
     captions = [make.picture(number)[1] for number in range(60)]
-    found = texts(folder / "shards")
-    assert len(found) > 40 and {text.strip() for text in found} < set(captions)
+    read = texts(folder / "shards")
+    assert len(read) > 40 and {text.strip() for text in read} < set(captions)
     shards_of(folder, "in_json", captions[:6])
     path = folder / "in_json" / "train-000000.tar"
     path.write_bytes(path.read_bytes().replace(b"IDAT", b"LOST"))  # no picture can be decoded
-    found = texts(folder / "in_json")
-    assert len(found) == 6 and set(found) <= set(captions[:6])
+    read = texts(folder / "in_json")
+    assert len(read) == 6 and set(read) <= set(captions[:6])
 
 
-def test_a_caption_that_is_no_text_is_skipped(folder: Path) -> None:
+def test_captions_that_are_not_text_are_skipped(folder: Path) -> None:
     captions: list[object] = [make.picture(number)[1] for number in range(12)]
     captions[3] = 7
     shards_of(folder, "numbers", captions)
@@ -204,7 +206,7 @@ def test_a_caption_that_is_no_text_is_skipped(folder: Path) -> None:
     assert skip[0].endswith("/003") and skip[1] == "its caption is a int"
 
 
-def test_what_is_no_folder_of_shards_is_told(folder: Path) -> None:
+def test_missing_and_unprepared_folders_are_refused(folder: Path) -> None:
     with pytest.raises(PretrainError, match=r"sources\[1\].path: the folder \S* does not exist"):
         opened(folder, shards="nowhere")
     with pytest.raises(PretrainError, match=r"is not prepared for energon .*: run `energon prep"):
@@ -221,7 +223,7 @@ def test_what_is_no_folder_of_shards_is_told(folder: Path) -> None:
         (["bare", "new"], "has no image with a caption; the first: "),
     ],
 )
-def test_make_shards_says_what_is_wrong(
+def test_make_shards_names_wrong_arguments(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = folder / "bare"
@@ -234,7 +236,7 @@ def test_make_shards_says_what_is_wrong(
     shutil.rmtree(folder / "new", ignore_errors=True)
 
 
-def test_make_shards_counts_what_it_leaves_out(folder: Path) -> None:
+def test_make_shards_lists_images_without_captions(folder: Path) -> None:
     counts, skips = make_shards(folder / "pictures", folder / "again", per_shard=10, held_out=0.2)
     assert sum(counts.values()) == 60 and counts["val"] > 0
     assert [Path(skip.name).name for skip in skips] == ["lonely.png"]
@@ -242,21 +244,21 @@ def test_make_shards_counts_what_it_leaves_out(folder: Path) -> None:
 
 
 def samples_of(shards: Path) -> dict[str, pixels.Pixels]:
-    """Captions and their pictures. They come shuffled: one pass may not have all of them."""
+    """Captions and their images. Samples are shuffled: one pass may not contain all of them."""
     source, skips = source_of(shards), list[Skip]()
     loader, meta = source.loader("train", RankShare(), skips), source.meta
-    found = {}
+    images = {}
     for sample in itertools.islice(loader, 20 * meta.train):
-        if len(found) == meta.train:
+        if len(images) == meta.train:
             break
         picture, caption = energon._parts(sample)
         assert isinstance(caption, str) and not isinstance(picture, str)
-        found[caption] = picture[0]
+        images[caption] = picture[0]
     assert not skips
-    return found
+    return images
 
 
-def test_shards_show_what_their_folder_shows_whatever_the_mode_and_orientation(
+def test_shards_and_their_folder_have_equal_pixels(
     tmp_path: Path,
 ) -> None:
     kinds = [(kind, mode, options) for kind, mode, options in test_pixels.LOSSLESS]
@@ -275,14 +277,14 @@ def test_shards_show_what_their_folder_shows_whatever_the_mode_and_orientation(
     (tmp_path / "pictures" / "captions.jsonl").write_text(listed)
     counts, skips = make_shards(tmp_path / "pictures", tmp_path / "shards", held_out=0)
     assert counts == {"train": len(paths), "val": 0} and not skips
-    found = samples_of(tmp_path / "shards")
-    assert found.keys() == paths.keys()
+    images = samples_of(tmp_path / "shards")
+    assert images.keys() == paths.keys()
     for caption, path in paths.items():
         (frame,) = frames.read(Media((str(path),), moving=False), 1)
-        assert np.array_equal(found[caption], frame) and found[caption].dtype == np.uint8
+        assert np.array_equal(images[caption], frame) and images[caption].dtype == np.uint8
 
 
-def test_shards_of_other_programs_are_shown_upright(folder: Path) -> None:
+def test_images_of_other_programs_are_turned_upright(folder: Path) -> None:
     image, expected = test_pixels.MODES["I;16"](np.random.default_rng(0))
     writer = _Writer(folder / "foreign", "train", 10)
     (folder / "foreign").mkdir()
@@ -290,14 +292,14 @@ def test_shards_of_other_programs_are_shown_upright(folder: Path) -> None:
     writer.add("b", {"jpg": test_pixels.file(image, "PNG", 3), "txt": b"misnamed"})
     writer.close()
     _index(folder / "foreign", ["train"], ["PNG", "jpg"])
-    found = samples_of(folder / "foreign")
+    images = samples_of(folder / "foreign")
     for caption, turned in (("turned", 6), ("misnamed", 3)):
         upright = test_pixels.VIEWED[turned](expected)
-        assert np.abs(found[caption] - upright).max() <= 1
+        assert np.abs(images[caption] - upright).max() <= 1
 
 
 def sparse_tar(path: Path, name: str, size: int) -> None:
-    """A tar with a file of many zeros in little space, and a text of its name."""
+    """Write a tar with a sparse file of ``size`` bytes and a caption."""
     data = b"x" * 512
     sparse = tarfile.TarInfo(name)
     sparse.size, sparse.type = len(data), tarfile.GNUTYPE_SPARSE
@@ -316,7 +318,7 @@ def sparse_tar(path: Path, name: str, size: int) -> None:
         file.write(bytes(header) + data + text.tobuf() + b"large".ljust(512, b"\0") + bytes(1024))
 
 
-def test_a_file_in_a_shard_that_expands_without_end_is_skipped_unread(folder: Path) -> None:
+def test_huge_sparse_files_in_shards_are_skipped_unread(folder: Path) -> None:
     shards = folder / "sparse"
     shards.mkdir()
     sparse_tar(shards / "train-000000.tar", "a.png", 1 << 40)
@@ -334,7 +336,7 @@ def test_a_file_in_a_shard_that_expands_without_end_is_skipped_unread(folder: Pa
     assert skip[1].endswith("its png: too large: 1,099,511,627,776 bytes")
 
 
-def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_path: Path) -> None:
+def test_hostile_names_in_shards_touch_no_files(folder: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     (tmp_path / "secret.txt").write_text("secret")
@@ -360,13 +362,16 @@ def test_members_of_a_shard_with_hostile_names_touch_nothing(folder: Path, tmp_p
     before = {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts}
     skips: list[Skip] = []
     loader = source_of(shards).loader("train", RankShare(), skips)
-    found = {sample.caption for sample in itertools.islice(loader, 40)}
-    assert found <= {f"caption {number}" for number in range(4)} and "caption 2" in found
+    captions_read = {sample.caption for sample in itertools.islice(loader, 40)}
+    assert (
+        captions_read <= {f"caption {number}" for number in range(4)}
+        and "caption 2" in captions_read
+    )
     assert len({skip.name for skip in skips}) >= 5
     assert {path for path in tmp_path.rglob("*") if ".nv-meta" not in path.parts} == before
 
 
-def test_damaged_parts_of_a_sample_are_skipped_with_the_reason(folder: Path) -> None:
+def test_damaged_samples_are_skipped_with_the_reason(folder: Path) -> None:
     writer = _Writer(folder / "parts", "train", 100)
     (folder / "parts").mkdir()
     picture = (folder / "pictures" / "000.png").read_bytes()
@@ -383,12 +388,12 @@ def test_damaged_parts_of_a_sample_are_skipped_with_the_reason(folder: Path) -> 
     dataset.write_text(dataset.read_text().replace("caption: txt", "caption: json[caption]"))
     data = opened(folder, shards="parts")
     steps(data, 0, 1, range(20))
-    found = {skip.name.rpartition(":")[2]: skip.reason for skip in data.take_skipped()}
+    reasons_by_name = {skip.name.rpartition(":")[2]: skip.reason for skip in data.take_skipped()}
     reasons = {"deep": "its json: maximum recursion", "latin": "its json:", "cut": "its png: "}
     reasons |= {"empty": "its png: cannot identify image file"}
-    assert found.keys() == reasons.keys()
+    assert reasons_by_name.keys() == reasons.keys()
     for name, reason in reasons.items():
-        assert reason in found[name]
+        assert reason in reasons_by_name[name]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +412,7 @@ def test_damaged_parts_of_a_sample_are_skipped_with_the_reason(folder: Path) -> 
         ("dataset.yaml", "- a", "has no sample_type"),
     ],
 )
-def test_descriptions_of_shards_that_make_no_sense_are_refused_in_a_line(
+def test_invalid_metadata_is_refused_in_one_line(
     folder: Path, file: str, content: str, message: str
 ) -> None:
     shutil.copytree(folder / "shards", folder / "described", dirs_exist_ok=True)
@@ -417,7 +422,7 @@ def test_descriptions_of_shards_that_make_no_sense_are_refused_in_a_line(
     assert "\n" not in str(raised.value)
 
 
-def test_samples_of_another_type_are_refused_when_the_source_is_opened(folder: Path) -> None:
+def test_unsupported_sample_types_are_refused_at_opening(folder: Path) -> None:
     shutil.copytree(folder / "shards", folder / "other_type", dirs_exist_ok=True)
     dataset = folder / "other_type" / ".nv-meta" / "dataset.yaml"
     dataset.write_text(dataset.read_text().replace("CaptioningSample", "VQASample"))
@@ -430,7 +435,7 @@ def test_samples_of_another_type_are_refused_when_the_source_is_opened(folder: P
     assert steps(opened(folder, shards="other_type"), 0, 1, range(1))
 
 
-def test_code_of_shards_runs_when_it_is_trusted(folder: Path) -> None:
+def test_code_of_shards_runs_only_with_trust_code(folder: Path) -> None:
     shutil.copytree(folder / "shards", folder / "trusted", dirs_exist_ok=True)
     meta = folder / "trusted" / ".nv-meta"
     (meta / "sample_loader.py").write_text(
@@ -451,7 +456,7 @@ def test_code_of_shards_runs_when_it_is_trusted(folder: Path) -> None:
     assert (tokens == data.tokenizer.media_pad).any() and not data.take_skipped()
 
 
-def test_trust_code_is_of_energon_alone() -> None:
+def test_trust_code_applies_only_to_energon() -> None:
     config = DataConfig(sources=(SourceConfig("images", "pictures", trust_code=True),))
     with pytest.raises(PretrainError, match="trust_code applies to sources of type energon, not i"):
         source_types(config)

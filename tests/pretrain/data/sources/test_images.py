@@ -1,4 +1,4 @@
-"""Every file of a folder of images is read or listed with the reason, and none ends the run."""
+"""Every file in a folder of images is read or listed with the reason, and none ends the run."""
 
 import json
 import os
@@ -35,13 +35,13 @@ def opened(folder: Path, **settings: object) -> MixtureData:
 
 
 def read(data: MixtureData) -> set[str]:
-    """The names of the files that are documents."""
+    """The names of all documents."""
     (documents,) = data._documents
     return {documents.describe(int(number))[0] for number in documents.numbers["train"]}
 
 
-def strange(folder: Path) -> dict[str, str]:
-    """A folder of everything, and why what is not read is left out."""
+def unusual_files(folder: Path) -> dict[str, str]:
+    """Write a folder of unusual files; return the reasons for those that are not read, by name."""
     pictures = make.captioned_folder(folder, 2)
     image, _ = MODES["RGB"](np.random.default_rng(0))
     read = {"a.JPG": "JPEG", "b.avif": "AVIF", "c.ppm": "PPM", "d": "PNG", "e.dat": "WEBP"}
@@ -97,12 +97,12 @@ def strange(folder: Path) -> dict[str, str]:
 
 
 def test_every_file_is_read_or_listed_with_the_reason(tmp_path: Path) -> None:
-    reasons = strange(tmp_path / "pictures")
+    reasons = unusual_files(tmp_path / "pictures")
     data = opened(tmp_path / "pictures")
-    found = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
-    assert found.keys() == reasons.keys() | {"broken.txt"}
+    listed = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
+    assert listed.keys() == reasons.keys() | {"broken.txt"}
     for name, reason in reasons.items():
-        assert reason in found[name], name
+        assert reason in listed[name], name
     expected = {"000.png", "001.png", "a.JPG", "b.avif", "c.ppm", "d", "e.dat", "f.jp2", "g.Tga"}
     expected |= {"h.x.png", "upper.png", "one.png"}
     assert {Path(name).name for name in read(data)} == expected
@@ -111,15 +111,15 @@ def test_every_file_is_read_or_listed_with_the_reason(tmp_path: Path) -> None:
     assert not data.take_skipped()
 
 
-def test_make_shards_reads_and_lists_the_same(tmp_path: Path) -> None:
-    reasons = strange(tmp_path / "pictures")
+def test_make_shards_reads_and_lists_the_same_files(tmp_path: Path) -> None:
+    reasons = unusual_files(tmp_path / "pictures")
     counts, skips = make_shards(tmp_path / "pictures", tmp_path / "shards", held_out=0)
-    found = {Path(skip.name).name for skip in skips}
-    assert found == (reasons.keys() | {"broken.txt"}) - {"long.png"}  # no length is known here
+    listed = {Path(skip.name).name for skip in skips}
+    assert listed == (reasons.keys() | {"broken.txt"}) - {"long.png"}  # no length is known here
     assert counts["train"] == 13
 
 
-def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
+def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     pictures = make.captioned_folder(tmp_path / "pictures", 2)
     make.captioned_folder(tmp_path / "elsewhere" / "below", 3)
     (pictures / "link").symlink_to(tmp_path / "elsewhere")
@@ -132,7 +132,7 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     assert counts["train"] == 5
 
 
-def test_images_that_captions_do_not_name_and_circles_of_links_are_listed(
+def test_unnamed_images_and_cycles_of_links_are_listed(
     tmp_path: Path,
 ) -> None:
     pictures = make.captioned_folder(tmp_path / "pictures", 3)
@@ -141,13 +141,13 @@ def test_images_that_captions_do_not_name_and_circles_of_links_are_listed(
     lines.append({"image": "loop.png", "caption": "c"})
     (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = opened(pictures)
-    found = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
-    assert "loop" in found["captions.jsonl:3"].lower()
-    assert found["002.png"] == "not named in captions.jsonl"
-    assert len(found) == 2 and len(read(data)) == 2
+    listed = {Path(skip.name).name: skip.reason for skip in data.take_skipped()}
+    assert "loop" in listed["captions.jsonl:3"].lower()
+    assert listed["002.png"] == "not named in captions.jsonl"
+    assert len(listed) == 2 and len(read(data)) == 2
 
 
-def test_names_in_other_encodings_are_read_or_listed(
+def test_file_names_that_are_not_utf8_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = make.captioned_folder(tmp_path / "pictures", 3)
@@ -181,7 +181,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_all_files_that_make_shards_leaves_out_are_listed(
+def test_make_shards_lists_all_skipped_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("megatron.energon")

@@ -1,4 +1,4 @@
-"""A cached index is what a fresh one would be, whatever happened to the files meanwhile."""
+"""A cached index equals a new one after any change of the files."""
 
 import dataclasses
 import json
@@ -43,21 +43,21 @@ def opened(
 
 
 def all_of(data: MixtureData) -> list[Any]:
-    """Everything in the indexes, and everything that is listed."""
-    found: list[Any] = [sorted(data._skips)]
+    """The content of all indexes, and all skipped documents."""
+    content: list[Any] = [sorted(data._skips)]
     for documents in data._documents:
         fields = {f.name: getattr(documents, f.name) for f in dataclasses.fields(documents)}
         for name in ("source", "composer", "cached"):
             del fields[name]
         # Inodes and times of files are not content.
-        found.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
-        found.append(
+        content.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
+        content.append(
             {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
                 for name, value in fields.items()
             }
         )
-    return found
+    return content
 
 
 def sources_of(folder: Path) -> tuple[SourceConfig, ...]:
@@ -123,7 +123,7 @@ EDITS: dict[str, Callable[[Path], Any]] = {
     deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.sets(st.sampled_from(sorted(EDITS)), max_size=4), min_size=1, max_size=3))
-def test_an_index_after_any_edits_is_a_fresh_one(
+def test_an_index_after_any_edits_equals_a_new_one(
     tmp_path_factory: pytest.TempPathFactory, steps: list[set[str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("edits")
@@ -155,7 +155,7 @@ def test_every_kind_of_edit_is_noticed(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_image_tokens": 1}, {"video_fps": 1.0}, {"seq_length": 64}]
 )
-def test_settings_that_decide_what_is_indexed_have_indexes_of_their_own(
+def test_settings_that_affect_indexes_are_part_of_their_names(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     make_all(tmp_path)
@@ -165,9 +165,7 @@ def test_settings_that_decide_what_is_indexed_have_indexes_of_their_own(
     assert all_of(now) == all_of(fresh)
 
 
-def test_only_what_has_changed_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_changed_files_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_all(tmp_path)
     data = opened(tmp_path, *sources_of(tmp_path))
     assert "have not changed since" not in data.describe()
@@ -191,7 +189,7 @@ def test_only_what_has_changed_is_read_again(
     assert names == ["b.png", "d.png"]
 
 
-def test_processes_that_build_at_once_have_the_same_index(tmp_path: Path) -> None:
+def test_an_index_can_be_built_concurrently(tmp_path: Path) -> None:
     make_all(tmp_path)
     opened(tmp_path, *sources_of(tmp_path), where="other")  # makes the tokenizer
     results: list[Any] = []
@@ -209,7 +207,7 @@ def test_processes_that_build_at_once_have_the_same_index(tmp_path: Path) -> Non
     assert not list((tmp_path / "cache").glob("partial-*"))
 
 
-def test_a_file_of_an_index_that_is_cut_off_costs_a_rebuild(tmp_path: Path) -> None:
+def test_truncated_indexes_are_rebuilt(tmp_path: Path) -> None:
     make_all(tmp_path)
     whole = all_of(opened(tmp_path, *sources_of(tmp_path)))
     for path in sorted((tmp_path / "cache").rglob("*")):
@@ -218,7 +216,7 @@ def test_a_file_of_an_index_that_is_cut_off_costs_a_rebuild(tmp_path: Path) -> N
             assert all_of(opened(tmp_path, *sources_of(tmp_path))) == whole, path
 
 
-def test_an_index_runs_no_code_of_its_files(tmp_path: Path) -> None:
+def test_loading_an_index_runs_no_code(tmp_path: Path) -> None:
     make_all(tmp_path)
     whole = all_of(opened(tmp_path, *sources_of(tmp_path)))
     marker = tmp_path / "ran"
@@ -235,9 +233,7 @@ def test_an_index_runs_no_code_of_its_files(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_all(tmp_path)
     opened(tmp_path, *sources_of(tmp_path))
 
@@ -251,7 +247,7 @@ def test_a_cache_that_cannot_be_written_is_named(
         opened(tmp_path, *sources_of(tmp_path))
 
 
-def test_a_text_that_the_tokenizer_cannot_encode_is_listed(tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_cannot_encode_is_listed(tmp_path: Path) -> None:
     described = json.loads(TOKENIZER._backend.to_str())
     # Exponential in the length of a run of a: the regular expression gives up.
     split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated"}
@@ -269,7 +265,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_listed(tmp_path: Path) -> No
     assert "3 documents" in data.describe()
 
 
-def test_more_corrupt_documents_than_allowed_end_the_indexing_at_once(tmp_path: Path) -> None:
+def test_indexing_stops_at_the_limit_of_corrupt_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{\n" * 100_000)
     with pytest.raises(PretrainError, match="6 samples are corrupt, more than"):
@@ -285,7 +281,7 @@ def test_progress_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "indexing text: 2,000 documents so far\n"
 
 
-def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+def test_long_words_are_split_for_tokenizer_training(tmp_path: Path) -> None:
     # Merges within a word take time quadratic in its length: whole, this one takes minutes.
     texts = ["a" * 3_000_000, " " * 3_000_000 + "b", make.text(1)]
     path = tmp_path / "a.jsonl"
@@ -297,7 +293,7 @@ def test_a_word_without_end_does_not_hold_up_the_training_of_a_tokenizer(tmp_pat
     assert max(map(len, pieces)) == 1000
 
 
-def test_a_cache_that_stays_damaged_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_repaired_is_named(tmp_path: Path) -> None:
     def load(folder: Path) -> None:
         raise ValueError("not what was written")
 
