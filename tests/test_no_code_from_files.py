@@ -389,7 +389,7 @@ def test_tokenizers_do_not_take_more_memory_than_there_is(tmp_path: Path) -> Non
     described = json.loads((tmp_path / "tokenizer.json").read_text())
     described["model"]["vocab"]["huge"] = 1 << 31
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    with pytest.raises(PretrainError, match="a token of the id 2147483648"):
+    with pytest.raises(PretrainError, match="a token has the id 2147483648"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the run's own text, or one that exists already."""
+"""Tokenizers: a byte-level BPE trained on the run's own text, or an existing one."""
 
 import base64
 import hashlib
@@ -30,7 +30,7 @@ SPECIAL_TOKENS = (
     "<|im_middle|>",
     "<|im_end|>",
 )
-# What each is called elsewhere, the likeliest first: Kimi K2's, then other families'.
+# Names of each special token in published tokenizers, in order of preference.
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "eos": ("<|eos|>", "[EOS]", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
     "bos": ("<|bos|>", "[BOS]", "<s>", "<|begin_of_text|>", "<bos>"),
@@ -38,10 +38,10 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "media_begin": ("<|media_begin|>", "<|media_start|>", "<|vision_start|>"),
     "media_pad": ("<|media_pad|>", "<|image_pad|>"),
     "media_end": ("<|media_end|>", "<|vision_end|>"),
-    # The chat template is Kimi K2's, and so are the names.
-    **{f"im_{part}": (f"<|im_{part}|>",) for part in (*ROLES, "middle", "end")},
+    # The chat template is Kimi K2's, with its names.
+    **{f"im_{name}": (f"<|im_{name}|>",) for name in (*ROLES, "middle", "end")},
 }
-# The specials of Kimi K2's and K2.5's tokenizers, by their place after the text tokens (163584).
+# Special tokens of Kimi K2's and K2.5's tokenizers, by their offset from the text tokens (163584).
 _KIMI_RESERVED = 256
 _KIMI_SPECIALS = {
     **{0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>"},
@@ -49,11 +49,11 @@ _KIMI_SPECIALS = {
     **{17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>"},
     **{20: "<|media_end|>", 21: "<|media_pad|>", 254: "[UNK]", 255: "[PAD]"},
 }
-_MOST_TOKENS = 1 << 24
-# Limits of a tokenizer's file, far above those of published ones.
+_MAX_TOKENS = 1 << 24
+# Limits of a tokenizer file, far above the sizes of published ones.
 _MAX_BYTES = 256 << 20
 _MAX_TOKEN_BYTES = 1024
-# How Kimi K2 cuts text before it merges: Han apart, words with their contractions, three digits.
+# Kimi K2's pre-tokenization: runs of Han, words with contractions, up to three digits.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -72,101 +72,102 @@ KIMI_PATTERN = "|".join(
 
 
 class Tokenizer:
-    """Text to ids and back; what looks like a special token in a text is text.
+    """Text to ids and back; special tokens written out in a text are encoded as plain text.
 
     Attributes:
-        eos, bos, pad: ids; ``bos`` and ``pad`` are ``eos`` where a tokenizer has none of its own.
-        media_begin, media_pad, media_end: ids of what stands for an image; -1 where a tokenizer
-            has none (it serves for text alone).
+        eos, bos, pad: ids; ``bos`` and ``pad`` default to ``eos``.
+        media_begin, media_pad, media_end: ids around an image and of its placeholders; all -1 if
+            the tokenizer lacks one (it is then for text only).
         newline: the id that ends a caption.
-        roles, im_middle, im_end: ids of what begins each role's message, of what ends its heading,
-            and of what ends it; no roles and -1 where a tokenizer lacks one of them.
+        roles, im_middle, im_end: ids that start the message of each role, that end its header, and
+            that end the message; no roles and -1 if the tokenizer lacks one.
     """
 
     def __init__(self, backend: _Tokenizer, name: str = "the tokenizer") -> None:
         backend.encode_special_tokens = True
         self._backend = backend
         self.name = name
-        found = {role: self._find(names) for role, names in _NAMES.items()}
-        if found["eos"] is None:
+        ids = {key: self._find(names) for key, names in _NAMES.items()}
+        if ids["eos"] is None:
             raise PretrainError(
-                f"{name} has no token that ends a text ({', '.join(_NAMES['eos'])}): "
+                f"{name} has no end-of-text token ({', '.join(_NAMES['eos'])}): "
                 "add one to its added_tokens"
             )
-        self.eos = found["eos"]
-        self.bos = self.eos if found["bos"] is None else found["bos"]
-        self.pad = self.eos if found["pad"] is None else found["pad"]
-        media = [found[f"media_{part}"] for part in ("begin", "pad", "end")]
-        known = [number for number in media if number is not None]
-        # One alone is of no use.
-        self.media_begin, self.media_pad, self.media_end = known if len(known) == 3 else (-1,) * 3
-        chat = {role: found[f"im_{role}"] for role in (*ROLES, "middle", "end")}
-        whole = {role: number for role, number in chat.items() if number is not None}
-        if len(whole) < len(chat):
-            whole = {"middle": -1, "end": -1}
-        self.im_middle, self.im_end = whole.pop("middle"), whole.pop("end")
-        self.roles = whole
+        self.eos = ids["eos"]
+        self.bos = self.eos if ids["bos"] is None else ids["bos"]
+        self.pad = self.eos if ids["pad"] is None else ids["pad"]
+        # Images need all three tokens, conversations all of theirs.
+        media = [id for key, id in ids.items() if key.startswith("media_") and id is not None]
+        self.media_begin, self.media_pad, self.media_end = media if len(media) == 3 else (-1,) * 3
+        chat = {key: ids[f"im_{key}"] for key in (*ROLES, "middle", "end")}
+        present = {key: id for key, id in chat.items() if id is not None}
+        if len(present) < len(chat):
+            present = {"middle": -1, "end": -1}
+        self.im_middle, self.im_end = present.pop("middle"), present.pop("end")
+        self.roles = present
         try:
             newline = self.encode("\n")
         except ValueError as error:
             raise PretrainError(one_line(str(error))) from error
         if not len(newline):
-            raise PretrainError(f"{name} has no token for the end of a line, which ends a caption")
+            raise PretrainError(f"{name} has no newline token, which ends a caption")
         self.newline = int(newline[-1])
 
     def _find(self, names: Iterable[str]) -> int | None:
         ids = (self._backend.token_to_id(name) for name in names)
-        return next((int(found) for found in ids if found is not None), None)
+        return next((int(id) for id in ids if id is not None), None)
 
     def name_of(self, token: int) -> str:
-        """A token as the vocabulary writes it; empty for an id without a token."""
+        """The token of an id, as in the vocabulary; empty if the id has none."""
         return str(self._backend.id_to_token(token) or "")
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: as many rows as the embedding needs."""
+        """The largest id plus one: the number of rows of the embedding."""
         return 1 + max(self._backend.get_vocab().values())
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """The smallest type that every id fits."""
+        """The smallest dtype that fits all ids."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @property
     def digest(self) -> str:
-        """Digest of everything that decides which ids a text becomes."""
-        described = json.loads(self._backend.to_str()) | {"post_processor": None}
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        """Digest of everything that determines the ids of a text."""
+        description = json.loads(self._backend.to_str()) | {"post_processor": None}
+        return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
 
     def require_media(self) -> None:
-        """Refuse a tokenizer that has no tokens to put an image in place of.
-
+        """
         Raises:
-            PretrainError: with what is to be added.
+            PretrainError: the tokenizer has no tokens for images.
         """
         if self.media_pad < 0:
-            names = ", ".join(_NAMES[f"media_{part}"][0] for part in ("begin", "pad", "end"))
+            names = ", ".join(_NAMES[f"media_{name}"][0] for name in ("begin", "pad", "end"))
             raise PretrainError(
-                f"{self.name} has no tokens for images: add {names} to its added_tokens, or take "
-                "the sources of images out of data.sources"
+                f"{self.name} has no tokens for images: add {names} to its added_tokens, or "
+                "remove the sources of images from data.sources"
             )
 
     def require_chat(self) -> None:
-        """Refuse a tokenizer that has no tokens to tell who says what.
-
+        """
         Raises:
-            PretrainError: with what is to be added.
+            PretrainError: the tokenizer lacks tokens of the chat format.
         """
         if not self.roles:
-            names = ", ".join(_NAMES[f"im_{part}"][0] for part in (*ROLES, "middle", "end"))
+            names = ", ".join(_NAMES[f"im_{name}"][0] for name in (*ROLES, "middle", "end"))
             raise PretrainError(
-                f"{self.name} has not all the tokens of a conversation: {names}. Start from a run "
+                f"{self.name} lacks tokens of the chat format, which are {names}. Start from a run "
                 "whose tokenizer has them, or add them to its added_tokens"
             )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn ``vocab_size`` tokens (special ones and 256 bytes included) from texts."""
+        """Train a byte-level BPE on texts.
+
+        Args:
+            vocab_size: number of tokens, including the special ones and 256 bytes.
+        """
         backend = _Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -181,21 +182,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """A Hugging Face ``tokenizer.json``, or a tiktoken file as Kimi K2 comes with.
+        """Load a Hugging Face ``tokenizer.json``, or a tiktoken file such as Kimi K2's.
 
-        A tiktoken file has no special tokens in it. They are read from the
-        ``added_tokens_decoder`` of a ``tokenizer_config.json`` beside it; without one they are
-        Kimi's, 256 after the text tokens. It is cut into words as Kimi K2's is.
+        A tiktoken file does not contain its special tokens. They are read from the
+        ``added_tokens_decoder`` of a ``tokenizer_config.json`` in the same folder; without one they
+        are Kimi's 256, after the text tokens. The pre-tokenization is Kimi K2's.
 
         Raises:
-            PretrainError: the file is missing or neither of these.
+            PretrainError: the file is missing, or is neither of these.
         """
         content = _read(path)
         try:
             if content.lstrip()[:1] == b"{":
                 backend = _from_json(json.loads(content))
             else:
-                backend = _from_tiktoken(_read_ranks(content), _specials_beside(path))
+                backend = _from_tiktoken(_read_ranks(content), _special_tokens_of(path))
         except PretrainError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -206,15 +207,15 @@ class Tokenizer:
         return cls(backend, f"the tokenizer {path}")
 
     def save(self, path: Path) -> None:
-        """Write it as a Hugging Face ``tokenizer.json``, wherever it came from."""
-        # The library's own save() raises bare Exceptions for a disk that is full.
+        """Write a Hugging Face ``tokenizer.json``."""
+        # The library's own save() raises a bare Exception if the disk is full.
         path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """[n] ids; special tokens written out in the text are plain text.
+        """The ids of a text, int64 [n].
 
         Raises:
-            ValueError: the tokenizer cannot encode it.
+            ValueError: the tokenizer cannot encode the text.
         """
         with self._failures():
             encoded = self._backend.encode(text, add_special_tokens=False)
@@ -224,18 +225,20 @@ class Tokenizer:
         """The ids of each text; raises as :meth:`encode`."""
         with self._failures():
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+        return [np.asarray(text.ids, dtype=np.int64) for text in encoded]
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Errors of the tokenizers library, some of which are no Exceptions, become ValueErrors."""
+        """Turn errors of the tokenizers library, including Rust panics, into ValueErrors."""
         try:
             yield
         except BaseException as error:
-            # Its regular expressions give up after a number of steps, by a panic.
+            # Regular expressions panic after a number of steps.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{self.name} cannot encode it ({one_line(str(error))})") from error
+            raise ValueError(
+                f"{self.name} cannot encode the text ({one_line(str(error))})"
+            ) from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return str(
@@ -246,7 +249,7 @@ class Tokenizer:
 def _read(path: Path) -> bytes:
     """
     Raises:
-        PretrainError: it cannot be read, or it is too large for a tokenizer.
+        PretrainError: the file cannot be read, or is too large for a tokenizer.
     """
     try:
         return untrusted_files.read_bytes(path, _MAX_BYTES)
@@ -258,35 +261,35 @@ def _read(path: Path) -> bytes:
 
 
 def _from_json(description: dict[str, Any]) -> _Tokenizer:
-    """A tokenizer.json in which every token of ours is special: none comes out of a text."""
+    """Load a tokenizer.json; the tokens in _NAMES become special, so that no text contains them."""
     vocabulary = (description.get("model") or {}).get("vocab") or {}
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary)]
     _require_sizes([*ids, *(token["id"] for token in description.get("added_tokens") or ())])
-    ours = {name for names in _NAMES.values() for name in names}
+    special = {name for names in _NAMES.values() for name in names}
     for token in description.get("added_tokens") or ():
-        token["special"] = token["special"] or token["content"] in ours
-    # Made for prompts of a fixed length: neither is wanted of a corpus.
+        token["special"] = token["special"] or token["content"] in special
+    # Settings for prompts of fixed length, which a corpus must not use.
     description["truncation"] = description["padding"] = None
     return _Tokenizer.from_str(json.dumps(description))
 
 
 def _require_sizes(ids: Iterable[int]) -> None:
-    """Refuse ids for which the library, or a model, would need more memory than there is."""
+    """Reject ids so large that the library or the model would exhaust the memory."""
     for number in ids:
-        if not 0 <= number < _MOST_TOKENS:
-            raise ValueError(f"it has a token of the id {number}; ids are below {_MOST_TOKENS:,}")
+        if not 0 <= number < _MAX_TOKENS:
+            raise ValueError(f"a token has the id {number}; ids must be below {_MAX_TOKENS:,}")
 
 
 def _read_ranks(content: bytes) -> dict[bytes, int]:
-    """Bytes of each token to its rank: lines of base64 and number."""
+    """The rank of each token: lines of base64-encoded bytes and a number."""
     pairs = (line.split() for line in content.splitlines() if line)
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if max(map(len, ranks), default=0) > _MAX_TOKEN_BYTES:
-        raise ValueError(f"a token of it is longer than {_MAX_TOKEN_BYTES} bytes")
+        raise ValueError(f"a token is longer than {_MAX_TOKEN_BYTES} bytes")
     return ranks
 
 
-def _specials_beside(path: Path) -> dict[int, str] | None:
+def _special_tokens_of(path: Path) -> dict[int, str] | None:
     config = path.with_name("tokenizer_config.json")
     if not config.exists():
         return None
@@ -295,18 +298,20 @@ def _specials_beside(path: Path) -> dict[int, str] | None:
 
 
 def _from_tiktoken(ranks: dict[bytes, int], specials: dict[int, str] | None) -> _Tokenizer:
-    """The same tokenizer as byte-level BPE of the tokenizers library."""
+    """Convert a tiktoken tokenizer to a byte-level BPE of the tokenizers library."""
     first = len(ranks)
-    whole = all(bytes([byte]) in ranks for byte in range(256))
-    if not whole or sorted(ranks.values()) != list(range(first)):
+    has_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if not has_bytes or sorted(ranks.values()) != list(range(first)):
         raise ValueError("its ranks are not 0, 1, 2, … with all 256 bytes among them")
     if specials is None:
-        specials = {first + place: name for place, name in _KIMI_SPECIALS.items()}
+        specials = {first + offset: name for offset, name in _KIMI_SPECIALS.items()}
     _require_sizes(specials)
     for number in range(first, max(max(specials) + 1, first + _KIMI_RESERVED)):
         specials.setdefault(number, f"<|reserved_token_{number}|>")
     if min(specials) < first:
-        raise ValueError(f"tokenizer_config.json's special token {min(specials)} is a text token's")
+        raise ValueError(
+            f"tokenizer_config.json's special token {min(specials)} has the id of a text token"
+        )
 
     letters = _byte_letters()
 
@@ -320,7 +325,7 @@ def _from_tiktoken(ranks: dict[bytes, int], specials: dict[int, str] | None) -> 
         for left, right in (_last_merge(token, rank, ranks),)
     ]
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    # A whole word that is a token is that token, as in tiktoken, whatever merges lead there.
+    # As in tiktoken, a word that is a token is not split, even if no merges lead to it.
     backend = _Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -339,24 +344,24 @@ def _from_tiktoken(ranks: dict[bytes, int], specials: dict[int, str] | None) -> 
 
 
 def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that merges of lower rank leave of this one."""
+    """The two tokens that remain of this one after all merges of lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
         lowest = min(pairs)
         if lowest >= rank:
             break
-        place = pairs.index(lowest)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        i = pairs.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
         raise ValueError(f"the token {token!r} is not made of two earlier ones")
     return parts[0], parts[1]
 
 
 def _byte_letters() -> dict[int, str]:
-    """Byte-level BPE's printable stand-in for each byte (GPT-2's table)."""
+    """The printable character that represents each byte in byte-level BPE (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + place) for place, byte in enumerate(others)
+        byte: chr(256 + index) for index, byte in enumerate(others)
     }

@@ -1,17 +1,17 @@
-"""Image files decoded to the picture that an image viewer shows.
+"""Decode image files to the picture that an image viewer shows.
 
-Every reader of images uses :func:`open_image`: folders, shards, ``sample`` and ``inspect``. An
-export ships this file for its processor: it depends on Pillow and NumPy only.
+All readers of images use :func:`open_image`. Exports contain a copy of this file for their
+processor, so it imports only Pillow and NumPy.
 
-- The first image of a file, or one frame of an animation, is turned as its EXIF orientation says.
+- The first image of a file, or one frame of an animation, is rotated by its EXIF orientation.
 - Colours are converted to sRGB by the embedded ICC profile, or else by a PNG's gamma.
-- Transparent pixels show a white page behind them.
-- 16-bit samples are scaled to 8 bits. Floats and 32-bit integers, which have no defined white, are
-  read as 0..1 (floats), 0..255 or 0..65535, whichever is the first to hold their maximum; with
-  negative or still larger values they are stretched from their minimum to their maximum.
+- Transparent pixels are blended with white.
+- 16-bit samples are scaled to 8 bits. Floats and 32-bit integers have no defined white: they are
+  read as 0..1 (floats), 0..255 or 0..65535, the first range that contains their maximum. With
+  negative or larger values, they are stretched from their minimum to their maximum.
 
 Formats that Pillow renders with another program (EPS through Ghostscript, WMF through Windows) are
-not read: such a file could run code, whatever its name ends in.
+not read, because such a file could execute code, whatever its suffix.
 """
 
 import io
@@ -29,13 +29,13 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is decoded: 512 MiB in RGB, and Pillow's own limit."""
+"""Pixels of the largest image that is decoded: 512 MiB as RGB, and Pillow's own limit."""
 MAX_FILM_FRAMES = 10**6
-"""Frames of the longest animation or video: more than any sequence has room for."""
+"""Frames of the longest animation or video: more than fit any sequence."""
 MAX_FILM_PIXELS = 2**35
-"""Pixels of all its frames together: of an hour in 1920 x 1080, four frames a second."""
+"""Pixels of all frames of an animation or video: an hour of 1920 x 1080 at 4 frames a second."""
 _RENDERED_BY_PROGRAMS = frozenset({"EPS", "WMF"})
-_TURNS = {
+_ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,23 +47,23 @@ _TURNS = {
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
 # Pillow's modes of the colour spaces of ICC profiles.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-# Modes that differ in how they store the same: premultiplied, or as bits.
-_PLAINER = {"La": "LA", "RGBa": "RGBA", "1": "L"}
-# Levels by which a transform may differ from doing nothing, and encoders of sRGB differ.
+# Modes with another storage of the same content (premultiplied, bits), and the plain mode.
+_PLAIN_MODES = {"La": "LA", "RGBa": "RGBA", "1": "L"}
+# Levels by which sRGB encoders differ, up to which a transform counts as the identity.
 _ROUNDING = 2
 _DISPLAY_GAMMA = 2.2
 
 
 def formats() -> tuple[str, ...]:
-    """The formats that are read, by Pillow's names."""
+    """Pillow's names of the formats that are read."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _RENDERED_BY_PROGRAMS)
 
 
 def suffixes() -> tuple[str, ...]:
     """The usual suffixes of the formats that are read, in lower case, each with its dot."""
-    read = set(formats())
-    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in read)
+    names = set(formats())
+    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in names)
 
 
 class ImageFile:
@@ -74,13 +74,13 @@ class ImageFile:
 
     @property
     def suffix(self) -> str:
-        """The first usual suffix of its format, whatever the file is called."""
+        """The usual suffix of its format, with the dot."""
         known = Image.registered_extensions().items()
         return next((suffix for suffix, name in known if name == self._image.format), "")
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the upright picture; nothing is decoded for it."""
+        """(height, width) of the upright picture, without decoding it."""
         width, height = self._image.size
         return (width, height) if _orientation(self._image) >= 5 else (height, width)
 
@@ -92,7 +92,7 @@ class ImageFile:
             ValueError: the file is damaged, or has more than :data:`MAX_FILM_FRAMES`.
         """
         with _named(self._name):
-            count = int(getattr(self._image, "n_frames", 1)) - _still(self._image)
+            count = int(getattr(self._image, "n_frames", 1)) - _num_stills(self._image)
             if count > MAX_FILM_FRAMES:
                 raise ValueError(
                     f"{count:,} frames, more than the {MAX_FILM_FRAMES:,} that are read"
@@ -110,24 +110,24 @@ class ImageFile:
         """
         image = self._image
         with _named(self._name):
-            turn = _TURNS.get(_orientation(image))
+            rotation = _ROTATIONS.get(_orientation(image))
             if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
-                # Pillow leaves out the alpha of animations that do not announce any, but it is
-                # decoded: outside their frames, nothing is drawn.
+                # Pillow drops the alpha of animations that do not declare it, although it decodes
+                # it: the area outside their frames is transparent.
                 image._mode = image.rawmode = "RGBA"  # type: ignore[attr-defined]
             if frame is not None:
-                image.seek(frame + _still(image))
+                image.seek(frame + _num_stills(image))
             image.load()
             shown = _on_white(image)
-            return np.asarray(shown if turn is None else shown.transpose(turn))
+            return np.asarray(shown if rotation is None else shown.transpose(rotation))
 
 
 @contextmanager
 def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
-    """Open an image by its content, whatever its name; no pixel is decoded.
+    """Open an image, detecting its format by content; no pixel is decoded.
 
     Raises:
-        ValueError: the file is missing or unreadable, is no image, or has more than
+        ValueError: the file is missing, unreadable or not an image, or has more than
             :data:`MAX_PIXELS` pixels. The message starts with the path, if there is one.
     """
     name = "" if isinstance(source, bytes) else f"{source}: "
@@ -142,7 +142,7 @@ def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
 
 
 def decode(source: str | Path | bytes) -> Pixels:
-    """The first image of a file, uint8 [height, width, 3].
+    """Decode the first image of a file, uint8 [height, width, 3].
 
     Raises:
         ValueError: as :func:`open_image` and :meth:`ImageFile.rgb`.
@@ -153,7 +153,7 @@ def decode(source: str | Path | bytes) -> Pixels:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn everything that Pillow raises for a damaged file into a ValueError with its name."""
+    """Turn all exceptions of Pillow about a damaged file into a ValueError with its name."""
     try:
         yield
     except FileNotFoundError as error:
@@ -168,35 +168,35 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _regular_file(path: str | Path) -> IO[bytes]:
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would block
         raise ValueError("not a regular file")
     return Path(path).open("rb")
 
 
-def _still(image: Image.Image) -> int:
-    """1 where an animated PNG starts with a still for programs that do not animate it."""
+def _num_stills(image: Image.Image) -> int:
+    """1 if an animated PNG starts with a still for viewers without animation, else 0."""
     return int(bool(image.info.get("default_image")) and getattr(image, "n_frames", 1) > 1)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, by which Pillow's pixels are still to be turned."""
-    if image.format == "TIFF":  # Pillow turns these itself: size and pixels are upright
+    """EXIF orientation, 1 to 8, of the pixels that Pillow decodes."""
+    if image.format == "TIFF":  # Pillow rotates these itself
         return 1
-    # Viewers show an image whose metadata is damaged.
+    # Damaged metadata does not matter to viewers.
     with suppress(Exception):
         if image.format == "PNG" and "exif" not in image.info:
             late = _png_exif(image.fp)  # type: ignore[attr-defined]
             if late:
                 image.info["exif"] = b"Exif\0\0" + late
-        # The base class's method: that of PNG would decode the image to find the chunk.
-        found = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        return int(found) if found in _TURNS else 1
+        # Not PNG's own method, which decodes the image to find the chunk.
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(orientation) if orientation in _ROTATIONS else 1
     return 1
 
 
 def _png_exif(file: Any) -> bytes:
-    """A PNG's eXIf chunk, which may come after the pixels."""
-    place = file.tell()
+    """The eXIf chunk of a PNG, which may follow the pixels."""
+    position = file.tell()
     try:
         file.seek(8)
         while len(header := file.read(8)) == 8:
@@ -206,22 +206,22 @@ def _png_exif(file: Any) -> bytes:
             file.seek(length + 4, io.SEEK_CUR)
         return b""
     finally:
-        file.seek(place)
+        file.seek(position)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """In RGB, as sRGB, with a white page behind."""
+    """Convert to RGB, as sRGB, blended with white."""
     colours, alpha = _without_alpha(image)
     colours = _srgb(colours, image.info)
     if alpha is None:
         return colours
-    page = Image.new("RGB", colours.size, "white")
-    page.paste(colours, mask=alpha)
-    return page
+    white = Image.new("RGB", colours.size, "white")
+    white.paste(colours, mask=alpha)
+    return white
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in a mode without alpha or palette, and the alpha channel."""
+    """Split into colours, in a mode without alpha or palette, and the alpha channel, if any."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         transparent = image.info.get("transparency")
@@ -229,8 +229,8 @@ def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
         return Image.fromarray(_grey_levels(image, values)), alpha
-    if image.mode in _PLAINER:
-        image = image.convert(_PLAINER[image.mode])
+    if image.mode in _PLAIN_MODES:
+        image = image.convert(_PLAIN_MODES[image.mode])
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode in ("P", "RGBX") else image, None
     alpha = image.convert("RGBA").getchannel("A")
@@ -240,7 +240,7 @@ def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
 
 
 def _grey_levels(image: Image.Image, values: npt.NDArray[Any]) -> Pixels:
-    """Samples of more than 8 bits as uint8."""
+    """Convert samples of more than 8 bits to uint8."""
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
         white = (1 << tags.get(_BITS, (16,))[0]) - 1
@@ -250,17 +250,17 @@ def _grey_levels(image: Image.Image, values: npt.NDArray[Any]) -> Pixels:
         if tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,):
             values = values.view(np.uint32)
         levels = _scaled(values, white=65535 if image.format == "PPM" and image.mode == "I" else 0)
-    # Pillow inverts 8-bit TIFFs whose 0 is white, and leaves wider ones as they are.
+    # Pillow inverts TIFFs in which 0 is white only if they have 8 bits.
     return np.invert(levels) if tags.get(_PHOTOMETRIC) == 0 else levels
 
 
 def _scaled(values: npt.NDArray[Any], white: int) -> Pixels:
-    """Floats or integers as levels of grey; ``white`` is 0 where the format defines none."""
+    """Scale floats or integers to grey levels; ``white`` is 0 if the format does not define it."""
     real = values.dtype.kind == "f"
     values = values.astype(np.float64)
     values[~np.isfinite(values)] = 0
     low, high = float(values.min()), float(values.max())
-    # Resampling overshoots, and a float above 1 is a highlight: twice the white is still white.
+    # Resampling overshoots, and floats above 1 are highlights: up to twice the white is accepted.
     if real and low >= -0.05 and high <= 2:
         low, high = 0, 1
     elif low >= 0:
@@ -272,7 +272,7 @@ def _scaled(values: npt.NDArray[Any], white: int) -> Pixels:
 
 
 def _srgb(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
-    """Convert to RGB by the ICC profile, or a PNG's gamma, where there is one."""
+    """Convert to RGB by the ICC profile or a PNG's gamma, if there is one."""
     profile = info.get("icc_profile")
     if profile:
         space = _colour_space(profile)
@@ -292,13 +292,13 @@ def _srgb(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
 
 
 def _apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
-    found = ImageCms.applyTransform(image, transform)
-    assert found is not None  # None where the image itself is changed
-    return found
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # None is returned in-place only
+    return converted
 
 
 def _colour_space(profile: bytes) -> str:
-    """The mode of the images that a profile describes; empty where it cannot be read."""
+    """The mode of the images that a profile describes; empty if it cannot be read."""
     with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return _MODES.get(opened.profile.xcolor_space.strip(), "")
@@ -307,7 +307,7 @@ def _colour_space(profile: bytes) -> str:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where it is damaged, or is sRGB already."""
+    """The transform from a profile to sRGB; None if the profile is damaged or already sRGB."""
     try:
         transform = _to_srgb(ImageCms.ImageCmsProfile(io.BytesIO(profile)), mode)
         if mode == "CMYK":
@@ -328,7 +328,7 @@ def _lab_transform() -> ImageCms.ImageCmsTransform:
 
 
 def _to_srgb(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
-    # A transform's cache of the last pixel is not safe between threads.
+    # The cache of the last pixel is not thread-safe.
     return ImageCms.buildTransform(
         profile, ImageCms.createProfile("sRGB"), mode, "RGB", flags=ImageCms.Flags.NOCACHE
     )

@@ -1,4 +1,4 @@
-"""Video files, read with PyAV: a frame every so often, by the times at which frames are shown."""
+"""Read video files with PyAV at a fixed frame rate, by presentation times."""
 
 import re
 from collections.abc import Iterator
@@ -18,26 +18,25 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-# FFmpeg detects a format by content: a playlist called .mp4 would have it open other files and
-# addresses.
-_FILES_ALONE = {
+# FFmpeg detects formats by content: a playlist named .mp4 could open other files and addresses.
+_SAFE_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
     "protocol_whitelist": "file",
 }
-# Seconds that may be missing at a video's end: headers round, and count the sound too.
-_MISSING = 1
+# Seconds that may be missing at the end of a video: headers round, and include the sound.
+_TOLERANCE = 1
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 
 
 def is_video(path: str) -> bool:
-    """Whether a file is a video, by its suffix."""
+    """Whether a file is a video, by suffix."""
     return path.lower().endswith(SUFFIXES)
 
 
 def require_av(path: str) -> None:
     """
     Args:
-        path: the file that asks for it.
+        path: the file that requires PyAV.
 
     Raises:
         PretrainError: PyAV is not installed.
@@ -52,14 +51,14 @@ def require_av(path: str) -> None:
 
 
 def measure(path: str, fps: float) -> tuple[int, int, int]:
-    """(frames, height, width) of what :func:`frames` yields, in pixels and upright.
+    """(frames, height, width) of what :func:`frames` yields, in upright pixels.
 
-    Of the header and the first frame, which knows how it was turned. There is a frame for every
-    time k / fps before the end that the header names. Where it names none (a recording that was
-    streamed), the times of all packets are read, and nothing is decoded.
+    Reads the header, and decodes the first frame, which contains the rotation. There is a frame for
+    every time k / fps before the end given in the header. If the header gives none (in streamed
+    recordings), the times of all packets are read, without decoding.
 
     Raises:
-        ValueError: the file is missing or no video.
+        ValueError: the file is missing or not a video.
         PretrainError: PyAV is not installed.
     """
     with _opened(path) as (container, stream):
@@ -71,9 +70,9 @@ def measure(path: str, fps: float) -> tuple[int, int, int]:
 
 
 def frames(path: str, fps: float) -> Iterator[Pixels]:
-    """The frame that is shown at each time k / fps from the first one on, upright.
+    """Decode the frame shown at each time k / fps, starting at the first frame; upright.
 
-    As many as :func:`measure` says; a last one that is a little early is repeated.
+    Yields as many as :func:`measure` returns, repeating the last frame if the video ends early.
 
     Yields:
         uint8 [height, width, 3].
@@ -86,44 +85,44 @@ def frames(path: str, fps: float) -> Iterator[Pixels]:
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         step = 1 / (_exact(fps) * _time_base(stream))
-        shown, start, end, taken = None, 0, 0, 0
-        # To the end of the file, whatever is still wanted: threads decode ahead, and how far must
-        # not decide whether damage is met.
+        shown, start, end, yielded = None, 0, 0, 0
+        # Always decode to the end: threads decode ahead, and whether damage is found must not
+        # depend on how far.
         for number, frame in enumerate(_decoded(path, container, stream)):
             time = _time(frame, number, stream)
             start = time if shown is None else start
-            while shown is not None and taken < count and taken * step < time - start:
+            while shown is not None and yielded < count and yielded * step < time - start:
                 yield _upright(shown, path, stream)
-                taken += 1
+                yielded += 1
             shown, end = frame, max(end, time - start + (frame.duration or 0))
         if shown is None:
             raise ValueError(f"{path}: no frame can be decoded")
-        if (count - 1) * step > end + _MISSING / _time_base(stream):
+        if (count - 1) * step > end + _TOLERANCE / _time_base(stream):
             seconds = float(end * _time_base(stream))
             raise ValueError(f"{path} is cut off: its frames end after {seconds:.3g} seconds")
-        for _ in range(count - taken):
+        for _ in range(count - yielded):
             yield _upright(shown, path, stream)
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Open a video; errors of PyAV become a ValueError with the path."""
+    """Open a video; errors of PyAV become ValueErrors with the path."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist")
     require_av(path)
     import av
 
     try:
-        with av.open(path, options=_FILES_ALONE) as container:
+        with av.open(path, options=_SAFE_OPTIONS) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
-                raise ValueError(f"{path}: no video in it")
+                raise ValueError(f"{path}: no video stream")
             codec: Any = stream.codec_context
             if codec is None:
                 raise ValueError(f"{path}: its video is in a format that is not read")
             _check_pixels(path, codec.width, codec.height)
             yield container, stream
-    except av.ArgumentError as error:  # of a format that is not in the list
+    except av.ArgumentError as error:  # a format that is not whitelisted
         raise ValueError(f"{path}: not a video in a format that is read") from error
     except av.FFmpegError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
@@ -155,7 +154,7 @@ def _decoded(
 
 
 def _time(frame: "VideoFrame", number: int, stream: "VideoStream") -> int:
-    """When a frame is shown, in units of the time base; where the file says nothing, by number."""
+    """Presentation time of a frame in time base units; derived from its number if unknown."""
     if frame.pts is not None:
         return frame.pts
     rate = stream.average_rate
@@ -163,8 +162,7 @@ def _time(frame: "VideoFrame", number: int, stream: "VideoStream") -> int:
 
 
 def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
-    """RGB with square pixels, turned and mirrored as the display matrix says (of a phone held
-    upright, for example)."""
+    """RGB with square pixels, rotated and mirrored by the display matrix (phones write one)."""
     width, height = frame.width, frame.height
     aspect = stream.sample_aspect_ratio or 1
     if aspect > 1:
@@ -173,7 +171,7 @@ def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
         height = round(height / aspect)
     _check_pixels(path, width, height)
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
-    sides: Any = frame.side_data  # whose types leave most kinds out
+    sides: Any = frame.side_data  # its types lack most kinds
     matrix = sides.get("DISPLAYMATRIX")
     if matrix is not None:  # x' = a x + c y, y' = b x + d y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
@@ -184,7 +182,7 @@ def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
 
 
 def _count(path: str, fps: float) -> int:
-    """Frames to take: of times k / fps, those before the end, and at least one."""
+    """Number of times k / fps before the end, at least one."""
     with _opened(path) as (container, stream):
         count = max(1, -(-_duration(container, stream) * _exact(fps) // 1))
     if count > MAX_FILM_FRAMES:
@@ -195,10 +193,10 @@ def _count(path: str, fps: float) -> int:
 
 
 def _duration(container: "InputContainer", stream: "VideoStream") -> Fraction:
-    """Seconds of the video itself: the container's duration may be that of its sound."""
+    """Seconds of the video stream: the container's duration may be that of the sound."""
     base = _time_base(stream)
-    # Matroska has none of a stream but in a tag; where it has none at all, FFmpeg makes one up from
-    # the bit rate.
+    # Matroska stores the duration of a stream in a tag; without it, FFmpeg estimates one from the
+    # bit rate.
     matroska = "matroska" in container.format.name
     if stream.duration is not None and stream.duration > 0 and not matroska:
         return stream.duration * base
@@ -216,5 +214,5 @@ def _time_base(stream: "VideoStream") -> Fraction:
 
 
 def _exact(fps: float) -> Fraction:
-    """The decimal number as it was written: 0.1 is a tenth."""
+    """The decimal number as written: 0.1 is a tenth."""
     return Fraction(str(fps))

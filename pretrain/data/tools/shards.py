@@ -1,4 +1,4 @@
-"""Writing a folder of images and captions as WebDataset shards that megatron-energon reads."""
+"""Write a folder of images and captions as WebDataset shards for megatron-energon."""
 
 import io
 import tarfile
@@ -16,28 +16,26 @@ from pretrain.data.sources.images import Mixed, find_images, read_images
 from pretrain.errors import PretrainError
 
 # Energon's names of the splits.
-PARTS = {"train": "train", "held_out": "val"}
+_PARTS = {"train": "train", "held_out": "val"}
 _SAMPLE_TYPE = {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
 
 
 def make_shards(
     folder: Path, out: Path, *, per_shard: int = 1000, held_out: float = 0.02
 ) -> tuple[dict[str, int], list[Skip]]:
-    """Write every image of a folder with its caption, and energon's index of them.
+    """Write each image of a folder with its caption, and energon's index.
 
     Args:
-        folder: with a ``captions.jsonl``, or ``a.txt`` for ``a.jpg``.
+        folder: contains a ``captions.jsonl``, or ``a.txt`` for each ``a.jpg``.
         out: a new or empty folder.
-        per_shard: pairs in a shard.
-        held_out: share of pairs that goes to energon's split ``val``, by a hash of name and
-            caption.
+        per_shard: pairs per shard.
+        held_out: share of the pairs in energon's split ``val``, by a hash of name and caption.
 
     Returns:
-        The number of pairs in each split of energon's, and what was left out.
+        The number of pairs in each of energon's splits, and the skipped files.
 
     Raises:
-        PretrainError: energon is not installed, there is nothing to write, or ``out`` has
-            something in it.
+        PretrainError: energon is not installed, there are no pairs, or ``out`` is not empty.
     """
     from pretrain.data.sources.energon import require_energon
 
@@ -47,21 +45,21 @@ def make_shards(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainError(f"{out} exists already: choose a new folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
-    counts = dict.fromkeys(PARTS.values(), 0)
+    counts = dict.fromkeys(_PARTS.values(), 0)
     skips: list[Skip] = []
-    kinds: set[str] = set()
+    suffixes_used: set[str] = set()
     writers = {part: _Writer(out, part, per_shard) for part in counts}
     for pair in _pairs(folder):
         if isinstance(pair, Skip):
             skips.append(pair)
             continue
         hash, path, caption = pair
-        part = PARTS["held_out" if hash < int(held_out * 2**64) else "train"]
-        kind = _kind(path)
-        kinds.add(kind)
-        # The key in a shard: no two in a dataset may be the same.
+        part = _PARTS["held_out" if hash < int(held_out * 2**64) else "train"]
+        suffix = _suffix(path)
+        suffixes_used.add(suffix)
+        # Keys must be unique in a dataset.
         writers[part].add(
-            f"{part}{counts[part]:09}", {kind: path.read_bytes(), "txt": caption.encode()}
+            f"{part}{counts[part]:09}", {suffix: path.read_bytes(), "txt": caption.encode()}
         )
         counts[part] += 1
     for writer in writers.values():
@@ -69,12 +67,12 @@ def make_shards(
     if not sum(counts.values()):
         first = f"; the first: {skips[0].name} ({skips[0].reason})" if skips else ""
         raise PretrainError(f"{folder} has no image with a caption{first}")
-    _index(out, [part for part, count in counts.items() if count], sorted(kinds))
+    _index(out, [part for part, count in counts.items() if count], sorted(suffixes_used))
     return counts, skips
 
 
 def _pairs(folder: Path) -> Iterator[tuple[int, Path, str] | Skip]:
-    """(hash, image, caption) of every pair whose image can be decoded, and what is left out."""
+    """(hash, image, caption) of each pair whose image can be decoded, and the skipped files."""
     for item in find_images(str(folder), str(folder)):
         for record in [item] if isinstance(item, Skip) else read_images(item, "text"):
             yield record if isinstance(record, Skip) else _pair(record)
@@ -105,7 +103,7 @@ class _Writer:
             self.close()
             number = self._count // self._per_shard
             path = self._out / f"{self._part}-{number:06}.tar"
-            self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed when it is full)
+            self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed when full)
         assert self._tar is not None
         for suffix, content in files.items():
             entry = tarfile.TarInfo(f"{key}.{suffix}")
@@ -118,8 +116,8 @@ class _Writer:
             self._tar.close()
 
 
-def _kind(path: Path) -> str:
-    """The suffix of an image in a shard: its own, or where that says nothing, its format's."""
+def _suffix(path: Path) -> str:
+    """The suffix of an image in a shard, without the dot: its own if known, or its format's."""
     if path.suffix.lower() in suffixes():
         return path.suffix[1:].lower()
     with open_image(path) as image:
@@ -127,7 +125,7 @@ def _kind(path: Path) -> str:
 
 
 def _index(out: Path, parts: list[str], images: list[str]) -> None:
-    """Energon's own preparation, as `energon prepare` does it.
+    """Write energon's index, as `energon prepare` does.
 
     Args:
         images: suffixes of the images in the shards.

@@ -69,7 +69,7 @@ pieces = st.one_of(
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(pieces, max_size=6).map("".join))
-def test_a_tiktoken_file_gives_the_ids_of_tiktoken(ours: Tokenizer, text: str) -> None:
+def test_a_tiktoken_file_encodes_as_tiktoken_does(ours: Tokenizer, text: str) -> None:
     assert ours.encode(text).tolist() == THEIRS.encode_ordinary(text)
     assert ours.decode(ours.encode(text)) == text
 
@@ -88,7 +88,7 @@ def test_kimis_special_tokens_follow_the_text_tokens(ours: Tokenizer) -> None:
     assert ours.vocab_size == first + 256
 
 
-def test_special_tokens_are_read_from_the_configuration_beside_it(tmp_path: Path) -> None:
+def test_special_tokens_are_read_from_tokenizer_config(tmp_path: Path) -> None:
     first = len(ranks())
     names = ["[BOS]", "[EOS]", "<|media_pad|>", "<|media_begin|>", "<|media_end|>"]
     path = tiktoken_file(tmp_path, {first + 3 * place: name for place, name in enumerate(names)})
@@ -97,7 +97,9 @@ def test_special_tokens_are_read_from_the_configuration_beside_it(tmp_path: Path
     assert found.pad == found.eos
 
 
-def test_it_becomes_a_tokenizer_json_and_back(ours: Tokenizer, tmp_path: Path) -> None:
+def test_saving_and_loading_a_tiktoken_tokenizer_preserves_it(
+    ours: Tokenizer, tmp_path: Path
+) -> None:
     ours.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     assert again.digest == ours.digest
@@ -115,7 +117,7 @@ def written(tmp_path: Path, change: Any) -> Path:
     return path
 
 
-def test_no_text_becomes_a_special_token_even_if_the_file_lets_it(tmp_path: Path) -> None:
+def test_text_never_encodes_to_special_tokens(tmp_path: Path) -> None:
     def plain(described: Any) -> None:
         for token in described["added_tokens"]:
             token["special"] = False
@@ -128,7 +130,7 @@ def test_no_text_becomes_a_special_token_even_if_the_file_lets_it(tmp_path: Path
     assert len(ids) > 4 and not {found.media_pad, found.eos} & set(ids.tolist())
 
 
-def test_ids_above_16_bits_are_kept(tmp_path: Path) -> None:
+def test_ids_above_16_bits_are_preserved(tmp_path: Path) -> None:
     def many(described: Any) -> None:
         vocabulary = described["model"]["vocab"]
         vocabulary["x"], vocabulary["filler"] = 150_001, vocabulary["x"]
@@ -148,7 +150,7 @@ def test_ids_above_16_bits_are_kept(tmp_path: Path) -> None:
     assert (data.sample("train", 0).tokens == 150_001).sum() >= 4
 
 
-def test_a_tokenizer_without_media_tokens_serves_for_text_alone(tmp_path: Path) -> None:
+def test_a_tokenizer_without_media_tokens_works_for_text_only(tmp_path: Path) -> None:
     def no_media(described: Any) -> None:
         gone = ("<|media_begin|>", "<|media_pad|>", "<|media_end|>")
         kept = [token for token in described["added_tokens"] if token["content"] not in gone]
@@ -181,7 +183,9 @@ def test_a_tokenizer_without_media_tokens_serves_for_text_alone(tmp_path: Path) 
         ("", "its ranks are not 0, 1, 2"),
     ],
 )
-def test_what_is_no_tokenizer_is_told(tmp_path: Path, content: str, message: str) -> None:
+def test_files_that_are_not_tokenizers_are_rejected(
+    tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "file"
     path.write_text(content)
     with pytest.raises(PretrainError, match=message) as error:
@@ -189,13 +193,13 @@ def test_what_is_no_tokenizer_is_told(tmp_path: Path, content: str, message: str
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_files_that_no_tokenizer_needs_are_refused_before_they_are_parsed(
+def test_oversized_files_are_rejected_before_they_are_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiktoken_file(tmp_path)
     long = base64.b64encode(b"ab" * 600).decode()
     path.write_text(path.read_text() + f"{long} {len(ranks())}\n")
-    with pytest.raises(PretrainError, match="a token of it is longer than 1024 bytes"):
+    with pytest.raises(PretrainError, match="a token is longer than 1024 bytes"):
         Tokenizer.load(path)
     with pytest.raises(PretrainError, match="cannot read the tokenizer /dev/zero: it is a pipe"):
         Tokenizer.load(Path("/dev/zero"))
@@ -204,7 +208,7 @@ def test_files_that_no_tokenizer_needs_are_refused_before_they_are_parsed(
         Tokenizer.load(path)
 
 
-def test_a_regular_expression_without_end_is_one_line(tmp_path: Path) -> None:
+def test_a_regular_expression_that_gives_up_is_reported_in_one_line(tmp_path: Path) -> None:
     def endless(described: Any) -> None:
         described["normalizer"] = {
             **{"type": "Replace", "pattern": {"String": "\n"}, "content": "a" * 60 + "!"}
@@ -215,6 +219,6 @@ def test_a_regular_expression_without_end_is_one_line(tmp_path: Path) -> None:
             "pretokenizers": [split | {"invert": False}, described["pre_tokenizer"]],
         }
 
-    with pytest.raises(PretrainError, match=r"cannot encode it .*retry-limit") as error:
+    with pytest.raises(PretrainError, match=r"cannot encode the text .*retry-limit") as error:
         Tokenizer.load(written(tmp_path, endless))
     assert "\n" not in str(error.value)

@@ -9,17 +9,17 @@ TOKENIZER = Tokenizer.train(["the quick brown fox\n", "def f(x):\n    return x\n
 
 
 @given(st.text(max_size=200))
-def test_decoding_undoes_encoding(text: str) -> None:
+def test_decoding_inverts_encoding(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 @given(st.sampled_from(SPECIAL_TOKENS), st.text(max_size=20))
-def test_a_special_token_written_out_is_text(special: str, text: str) -> None:
+def test_special_tokens_written_out_are_encoded_as_text(special: str, text: str) -> None:
     ids = TOKENIZER.encode(f"{text}{special}{text}")
     assert ids.min() >= len(SPECIAL_TOKENS)
 
 
-def test_special_tokens_have_their_places_and_newline_is_one_token() -> None:
+def test_special_tokens_come_first_and_newline_is_one_token() -> None:
     ids = (TOKENIZER.pad, TOKENIZER.bos, TOKENIZER.eos)
     media = (TOKENIZER.media_begin, TOKENIZER.media_pad, TOKENIZER.media_end)
     chat = (*(TOKENIZER.roles[role] for role in ROLES), TOKENIZER.im_middle, TOKENIZER.im_end)

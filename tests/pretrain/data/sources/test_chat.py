@@ -199,7 +199,7 @@ def test_incompatible_sources_are_refused(folder: Path, tmp_path: Path) -> None:
     Tokenizer.train([make.text(1)], 320).save(tmp_path / "tokenizer.json")
     without = (tmp_path / "tokenizer.json").read_text().replace("<|im_end|>", "<|end|>")
     (tmp_path / "tokenizer.json").write_text(without)
-    with pytest.raises(PretrainError, match=r"tokenizer.json has not all the tokens of a conv"):
+    with pytest.raises(PretrainError, match=r"tokenizer.json lacks tokens of the chat format"):
         opened(tmp_path, chats, tokenizer=str(tmp_path / "tokenizer.json"))
 
 

@@ -261,7 +261,7 @@ def test_text_that_the_tokenizer_cannot_encode_is_listed(tmp_path: Path) -> None
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = opened(tmp_path, SourceConfig("text", str(path)))
     (skip,) = data.take_skipped()
-    assert skip.name == f"{path}:2" and "cannot encode it" in skip.reason
+    assert skip.name == f"{path}:2" and "cannot encode the text" in skip.reason
     assert "3 documents" in data.describe()
 
 
