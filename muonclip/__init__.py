@@ -1,6 +1,6 @@
-"""MuonClip: the Muon optimizer with AdamW for what is no matrix, and QK-Clip for attention.
+"""MuonClip: the Muon optimizer, AdamW for everything but matrices, and QK-Clip for attention.
 
-In a trainer of one's own, with an attention of one's own:
+In a custom training loop, with a custom attention module:
 
 >>> from functools import partial
 >>> import torch

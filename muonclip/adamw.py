@@ -1,4 +1,4 @@
-"""AdamW's step, by torch's kernels, on tensors of any strides."""
+"""AdamW's step by torch's kernels, for tensors of any strides."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ def adamw_step(
     maximize: bool,
     found_inf: Tensor | None,
 ) -> None:
-    """Update parameters, moments and steps in place; nothing where ``found_inf`` is 1.
+    """Update parameters, moments and steps in place, unless ``found_inf`` is 1.
 
-    torch's fused kernels read and write the memory of dense tensors in its order. The one for CPUs
-    does not look at strides, that for CUDA raises unless all are the same. Tensors that differ in
-    strides or dtype from their parameter, or have gaps, therefore take part as copies.
+    torch's fused kernels require dense tensors of equal strides: the one for CPUs ignores strides,
+    the one for CUDA raises unless all are the same. Tensors that differ in strides or dtype from
+    their parameter, or have gaps, are therefore copied before and after.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWParam, AdamWParam]]]
     groups = defaultdict(list)
@@ -54,7 +54,7 @@ def adamw_step(
     for (device, _), pairs in groups.items():
         fused = device.type in _get_fused_kernels_supported_devices()
         skip = None if fused else found_inf
-        if skip is not None:  # which only fused kernels know
+        if skip is not None:  # only fused kernels support found_inf
             pairs = [(row, AdamWParam(*map(torch.clone, dense))) for row, dense in pairs]
         params, gradients, averages, squares, steps = map(
             list, zip(*(dense for _, dense in pairs), strict=True)
@@ -108,7 +108,7 @@ def _dense(row: AdamWParam) -> AdamWParam:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a piece of memory without gaps or overlaps, in any order."""
+    """Whether the elements fill memory without gaps or overlaps, in any order."""
     length = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

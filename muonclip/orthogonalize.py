@@ -35,7 +35,7 @@ def _with_margin(table: Sequence[Triple], margin: float) -> tuple[Triple, ...]:
 
 
 # One (a, b, c) per step, each step mapping a singular value s to a*s + b*s**3 + c*s**5.
-# Where there are more steps than triples, the last one repeats.
+# If there are more steps than triples, the last one repeats.
 # `python -m benchmarks run coefficients` plots what each does to [0, 1].
 COEFFICIENTS: Mapping[CoefficientName, tuple[Triple, ...]] = MappingProxyType(
     {
@@ -102,8 +102,8 @@ NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # The Gram form pays from this aspect ratio on. Square matrices need as much work in either form.
 _GRAM_ASPECT = 1.5
 # A Gram matrix loses small singular values to rounding, and each step taken on it magnifies the
-# loss by a². It is computed anew from the matrix before that exceeds this; the Gram form is then
-# within a small factor as exact as the direct one. Without, null spaces would blow up.
+# loss by a². It is recomputed from the matrix before that exceeds this limit; the Gram form is then
+# almost as exact as the direct one. Otherwise null spaces would blow up.
 _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
@@ -121,9 +121,9 @@ def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The (a, b, c) of each Newton-Schulz step.
 
     Args:
-        coefficients: a name in ``COEFFICIENTS``; or three numbers used in every step; or a
-            sequence of such triples, one a step, of which the last repeats.
-        steps: how many steps; at least 1.
+        coefficients: a name in ``COEFFICIENTS``; three numbers for every step; or a sequence of
+            such triples, one for each step, the last of which repeats.
+        steps: number of steps, at least 1.
 
     Raises:
         ValueError: for an unknown name, something that is not triples of finite numbers, or
@@ -171,12 +171,11 @@ def orthogonalize(
     Newton-Schulz iteration on the Frobenius-normalised matrix. A zero matrix stays zero.
     The direct form is the iteration as published (Keller Jordan, 2024; Moonlight, arXiv
     2502.16982, section 2.1). The Gram form does the same on the Gram matrix of the shorter side
-    and meets the long side twice in all, instead of twice a step: about half the work from aspect
-    ratio 4 on. Both give the same polynomial, up to rounding.
+    and multiplies by the long side twice in all, instead of twice in each step: about half the work
+    from aspect ratio 4 on. Both compute the same polynomial, up to rounding.
 
     Args:
-        matrices: [..., n, m], any floating dtype; each [n, m] slice is a matrix of its own. Not
-            changed.
+        matrices: [..., n, m], any floating dtype; each [n, m] slice is a matrix. Not changed.
         coefficients: see ``coefficient_steps``.
         steps: number of iterations.
         eps: guard against 0/0, in [0, 1): least Frobenius norm to divide by, relative to a matrix's
@@ -210,7 +209,7 @@ def orthogonalize(
         )
     schedule = coefficient_steps(coefficients, steps)
 
-    # Not rounded to ``dtype`` yet, whose range may be too small for what is not normalised.
+    # Not rounded to ``dtype`` yet, whose range may be too small before the normalization.
     wide = torch.promote_types(matrices.dtype, working_dtype(dtype))
     x = matrices.detach().to(wide, copy=True).reshape(-1, *matrices.shape[-2:])
     return orthogonalize_(x, schedule, eps=eps, dtype=dtype, form=form).view(matrices.shape)
@@ -225,12 +224,13 @@ def orthogonalize_(
     form: Form = "auto",
     scale: float = 1.0,
 ) -> Tensor:
-    """:func:`orthogonalize` in the memory of its argument, as far as it goes; times ``scale``.
+    """:func:`orthogonalize` that overwrites its argument; times ``scale``.
 
     Args:
         matrices: [b, n, m] in ``working_dtype(dtype)`` or a wider dtype, overwritten.
-        schedule, eps, dtype, form: as there, checked.
-        scale: on the result.
+        schedule: (a, b, c) of each step.
+        eps, dtype, form: as for :func:`orthogonalize`, validated.
+        scale: factor on the result.
 
     Returns:
         [b, n, m]; it may share memory with ``matrices``.
@@ -239,7 +239,7 @@ def orthogonalize_(
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
     x = _normalize_(x, eps).to(dtype)
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # Of a transposed matrix in 16 bits, baddbmm makes a loop in plain C++ there.
+        # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = x.contiguous()
     iterate = _gram_form if _use_gram(x, form) else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)
@@ -258,7 +258,7 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     dims = (-2, -1)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-        # Reading the result costs nothing here, and seldom is there anything to scale.
+        # Reading the result costs nothing on a CPU, and scaling is rarely necessary.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
         if norm.amin() > 1e-15 and norm.amax() < 1e15:
             return x.div_(norm.to(x.dtype))
@@ -321,7 +321,7 @@ def _gram_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: 
 
 
 def _between_restarts(schedule: Sequence[Triple], limit: float) -> list[list[Triple]]:
-    """The schedule in parts, in each of which rounding grows by no more than the limit."""
+    """Split the schedule into parts in each of which rounding grows by no more than the limit."""
     parts: list[list[Triple]] = [[]]
     growth = 1.0
     for step in schedule:
@@ -337,20 +337,19 @@ def _between_restarts(schedule: Sequence[Triple], limit: float) -> list[list[Tri
 def update_scale(
     shape: Sequence[int], mode: AdjustLR = "match_rms_adamw", rms: float = 0.2
 ) -> float:
-    """The factor on an orthogonalized update of a matrix of this shape.
+    """Factor on an orthogonalized update of a matrix of this shape.
 
     Args:
-        shape: [..., n, m], outputs by inputs; only these two count, so that stacked experts scale
-            as one expert does.
+        shape: [..., n, m], outputs by inputs; stacked experts scale like a single expert.
         mode: ``"match_rms_adamw"``, rms·√max(n, m): the update's root mean square is then ``rms``
             for a full-rank gradient, as AdamW's, whose learning rate and weight decay carry over
             (Moonlight, arXiv 2502.16982, section 2.2). ``"original"``, √max(1, n/m) (Keller
-            Jordan, 2024). ``"spectral"``, √(n/m): updates change every layer's outputs alike
+            Jordan, 2024). ``"spectral"``, √(n/m): updates change the outputs of all layers equally
             (Bernstein, "Deriving Muon", 2025), and learning rates carry over widths. ``"none"``, 1.
         rms: the root mean square to match; AdamW's is 0.2 to 0.4.
 
     Raises:
-        ValueError: if ``mode`` is none of these.
+        ValueError: for any other ``mode``.
     """
     n, m = shape[-2:]
     if mode == "match_rms_adamw":

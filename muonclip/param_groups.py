@@ -1,4 +1,4 @@
-"""Which parameter goes to Muon, which to AdamW, and why: decided here and nowhere else."""
+"""Assignment of parameters to Muon and AdamW, with the reason for each."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,12 +28,11 @@ _LAST_OF_HEAD = {"out_proj", "decoder"}
 # Lightning Fabric, PEFT.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
              "_forward_module", "original_module", "base_layer"}  # fmt: skip
-# What PEFT adds to a module is followed by the name of the adapter.
+# Components that PEFT adds to a name; the name of the adapter follows.
 _LORA = {"lora_A", "lora_B"}
 _BY_ADAPTER = {*_LORA, "modules_to_save", "lora_embedding_A", "lora_embedding_B",
                "trainable_tokens_delta"}  # fmt: skip
-# Words in the names of parameters that a module keeps beside, or in place of, a linear layer's
-# `weight`, and that no input is multiplied with.
+# Words in the names of parameters that no input is multiplied with.
 _NO_MATRIX = {
     word: reason
     for reason, words in {
@@ -52,14 +51,14 @@ _NO_MATRIX = {
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """One parameter's place.
+    """The algorithm and layout of one parameter.
 
     Attributes:
         name: its first name in the model.
         parameter: the parameter itself.
-        algorithm: ``"muon"``, ``"adamw"``, or None where it is frozen.
-        reason: why, in a few words.
-        layout: the matrices that it stores, or None where it is one matrix or a plain stack.
+        algorithm: ``"muon"``, ``"adamw"``, or None if it is frozen.
+        reason: for the algorithm, in a few words.
+        layout: of the matrices that it stores; None for one matrix or a plain stack.
     """
 
     name: str
@@ -76,8 +75,8 @@ def choose_algorithm(
 
     Args:
         parameter: any shape.
-        name: its dotted name in the model; without it only shape and module speak.
-        module: the module that owns it, where known.
+        name: its dotted name in the model; default: only shape and module count.
+        module: the module that owns it, if known.
 
     Returns:
         ``("adamw", reason)`` for vectors (single rows and columns too), convolution kernels,
@@ -99,10 +98,9 @@ def choose_algorithm(
 
 
 def part_of_matrix(parameter: Tensor) -> str | None:
-    """The reason why a parameter is a part of what was a matrix; None if it is whole, or a DTensor,
-    which knows the whole.
+    """Why a parameter is only a part of a matrix; None for a whole one and for a DTensor.
 
-    Its shape says nothing about the matrix then: as a vector it would go to AdamW unnoticed.
+    The shape of such a part says nothing about the matrix: as a vector it would go to AdamW.
     """
     if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
         return (
@@ -124,7 +122,7 @@ def part_of_matrix(parameter: Tensor) -> str | None:
 
 
 def _reason_in_module(module: nn.Module) -> str | None:
-    """Why the owner of a matrix sends it to AdamW; None where it does not."""
+    """Why a matrix of this module goes to AdamW; None if it does not."""
     if isinstance(module, _ConvNd):
         return "convolution kernel"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -140,7 +138,7 @@ def _reason_in_module(module: nn.Module) -> str | None:
 
 
 def _reason_in_name(name: str, parameter: Tensor) -> str | None:
-    """Why the name of a matrix sends it to AdamW; None where it does not."""
+    """Why a matrix of this name goes to AdamW; None if it does not."""
     parts = name.split(".")
     path = [part for part in _unwrapped(parts) if not part.isdigit()] or [name]
     if "parametrizations" in path:
@@ -165,8 +163,8 @@ def _reason_in_name(name: str, parameter: Tensor) -> str | None:
         return "norm"
     if any("router" in part or part == "shared_expert_gate" for part in path):
         return "router"
-    # `gate` is also what gated units are called; only a router has fewer rows than columns. The
-    # factors of an adapter have neither's shape.
+    # `gate` is also a name in gated units; only a router has fewer rows than columns. The factors
+    # of an adapter have the shape of neither.
     if (
         ("gate" in nearest or "wg" in nearest)
         and _LORA.isdisjoint(parts)
@@ -180,17 +178,17 @@ def _reason_in_name(name: str, parameter: Tensor) -> str | None:
         return "output head"
     if len(path) > 2 and path[-3] in _HEADS_OF_LAYERS and path[-2] in _LAST_OF_HEAD:
         return "output head"
-    # A convolution known by name only: [out, in, width] is no stack of matrices.
+    # A convolution known by name only: [out, in, width] is not a stack of matrices.
     if parameter.ndim > 2 and any("conv" in part for part in nearest):
         return "convolution kernel"
-    # What is broadcast over a batch; but a rank may have a single expert.
+    # A tensor broadcast over a batch; but a rank may have a single expert.
     if parameter.ndim == 3 and parameter.size(0) == 1 and not any("expert" in p for p in path):
         return "learned token"
     return None
 
 
 def _unwrapped(parts: Sequence[str]) -> list[str]:
-    """The components of a name without those that wrappers and adapters add."""
+    """The components of a name, without those that wrappers and adapters add."""
     parts = parts[2:] if parts[:2] == ["base_model", "model"] else parts
     kept: list[str] = []
     before = ""
@@ -213,25 +211,24 @@ def assign_parameters(
     layouts: Mapping[str, MatrixLayout] | None = None,
     shardings: "Mapping[Tensor, Sharding] | None" = None,
 ) -> list[Assignment]:
-    """Where every parameter of a model goes, in the model's order, shared ones once.
+    """Assign each parameter of a model to Muon or AdamW, in the model's order, tied ones once.
 
-    A parameter with several names (tied weights) goes to AdamW if any of its names says so.
+    A parameter with several names (tied weights) goes to AdamW if it would under any of them.
 
     Args:
         model: any module.
-        adamw: ``fnmatch`` patterns on names that go to AdamW whatever the rule says.
-        muon: the same for Muon: matrices, stacks of matrices, and kernels of convolutions, each
-            of which is then one matrix [out, in * ...] a group of channels.
-        layouts: pattern on names -> the matrices stored in such a parameter (gate and up fused,
-            heads, transposed storage); the first that matches counts.
-            ``muonclip.integrations`` finds those of known models, torch's own modules
-            (``nn.MultiheadAttention``, ``nn.LSTM``, ``nn.GRU``) need none.
-        shardings: of plain tensors that are parts of larger ones, whose shapes then count, as for
-            ``MuonClip``.
+        adamw: ``fnmatch`` patterns of names that go to AdamW in any case.
+        muon: the same for Muon: matrices, stacks of matrices, and kernels of convolutions, which
+            have one matrix [out, in * ...] for each group of channels.
+        layouts: pattern of names -> layout of the matrices in such a parameter (gate and up fused,
+            heads, transposed storage); the first match counts. ``muonclip.integrations`` finds
+            those of known models; torch's own modules (``nn.MultiheadAttention``, ``nn.LSTM``,
+            ``nn.GRU``) need none.
+        shardings: of plain tensors that are shards, as for ``MuonClip``; the whole shapes count.
 
     Raises:
         ValueError: if a pattern matches nothing, a parameter matches both ``adamw`` and ``muon``,
-            ``muon`` names a parameter that is no matrix, a layout does not fit, or a parameter is
+            ``muon`` matches a parameter without matrices, a layout does not fit, or a parameter is
             a flat part of a matrix (FSDP1, DeepSpeed ZeRO-3).
     """
     layouts = dict(layouts or {})
@@ -287,12 +284,12 @@ def assign_parameters(
 
 
 def _check_whole(name: str, module: nn.Module, parameter: Tensor) -> None:
-    """Raise for a trained parameter that is a part of what was a matrix."""
+    """Raise for a trained parameter that is only a part of a matrix."""
     reason = part_of_matrix(parameter)
     is_weight = isinstance(module, nn.Linear) and name.rpartition(".")[2] == "weight"
     if reason is None and is_weight and parameter.ndim != 2:
         reason = (
-            "is the weight of an nn.Linear, but no matrix: something has flattened it. Muon "
+            "is the weight of an nn.Linear, but not a matrix: it has been flattened. Muon "
             "needs whole matrices: shard with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     if reason is not None:
@@ -300,11 +297,11 @@ def _check_whole(name: str, module: nn.Module, parameter: Tensor) -> None:
 
 
 def _output_embeddings(model: nn.Module) -> set[nn.Module]:
-    """The heads that transformers' models tell of, whatever their names."""
+    """The output heads of a transformers model, whatever their names."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        tell = getattr(module, "get_output_embeddings", None)
-        if callable(tell) and isinstance(head := tell(), nn.Module):
+        get = getattr(module, "get_output_embeddings", None)
+        if callable(get) and isinstance(head := get(), nn.Module):
             found.update(head.modules())  # an adapter may have wrapped it
     return found
 
@@ -312,8 +309,8 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
 def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLayout | None:
     """Layout of a parameter of one of torch's modules; None if it stores one matrix.
 
-    Convolutions: a matrix a group of channels. Recurrent layers: a matrix a gate.
-    ``nn.MultiheadAttention``: query, key and value.
+    Convolutions have a matrix for each group of channels, recurrent layers for each gate, and
+    ``nn.MultiheadAttention`` for query, key and value.
     """
     if isinstance(module, _ConvTransposeNd):
         raise ValueError(f"{name} is a transposed convolution, stored [in, out, ...]: use AdamW")
@@ -335,7 +332,7 @@ def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLay
 
 
 def _whole(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> Tensor:
-    """Something of the shape of the whole parameter."""
+    """A tensor of the shape of the whole parameter."""
     if shardings is None or parameter not in shardings:
         return parameter
     return torch.empty(shardings[parameter].shape, device="meta")
@@ -346,7 +343,7 @@ def _first_match(
 ) -> Callable[[list[tuple[str, nn.Module]]], str | None]:
     """A function that finds the first pattern that matches any of a parameter's names.
 
-    Integrations list every parameter by its full name: only what has wildcards is tried out.
+    Integrations list every parameter by its full name: only patterns with wildcards are tried.
     """
     order = {pattern: index for index, pattern in enumerate(patterns)}
     wild = [pattern for pattern in order if not set("*?[").isdisjoint(pattern)]
@@ -399,7 +396,7 @@ def param_groups(
 
 
 def describe_assignment(assignments: Iterable[Assignment]) -> str:
-    """A printable table of what went where and why, with totals in parameters (elements)."""
+    """A printable table of the assignment and its reasons, with totals in elements."""
     rows = [("parameter", "shape", "algorithm", "reason")]
     totals: dict[str, list[int]] = {}
     for item in assignments:

@@ -1,6 +1,6 @@
-"""MuonClip for one matrix at a time, in float64 and from the definitions: slow, and easy to check.
+"""A slow reference in float64 that follows the definitions, for one matrix at a time.
 
-What the fast path is tested against. Nothing here is shared with it but the coefficient tables.
+Tests compare the optimizer with it. Only the coefficient tables are shared.
 """
 
 import math
@@ -14,7 +14,7 @@ from muonclip.orthogonalize import Coefficients, coefficient_steps
 def orthogonalize(
     matrix: Tensor, *, coefficients: Coefficients = "quintic", steps: int = 5
 ) -> Tensor:
-    """Newton-Schulz as what it is: a polynomial on the singular values, by an SVD.
+    """Newton-Schulz as a polynomial of the singular values, by an SVD.
 
     Args:
         matrix: [n, m].
@@ -25,7 +25,7 @@ def orthogonalize(
     """
     matrix = matrix.double()
     if matrix.any():
-        matrix = matrix / matrix.abs().max()  # whose squares are in range
+        matrix = matrix / matrix.abs().max()  # so that squares are in range
         matrix = matrix / matrix.norm()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     for a, b, c in coefficient_steps(coefficients, steps):
@@ -51,7 +51,7 @@ def muon_step(
 
     Args:
         weight, gradient: [n, m].
-        buffer: [n, m], the sum M of the algorithm; zeros at first.
+        buffer: [n, m], the sum M of the algorithm; initially zero.
         lr, weight_decay, momentum, nesterov, coefficients, steps: as for ``MuonClip``.
         rms: its ``update_rms``.
 
@@ -70,13 +70,13 @@ def muon_step(
 def clip_factor(products: Tensor, bias: Tensor, threshold: float) -> float:
     """The largest factor on a head's scaled products that brings its logits to the threshold.
 
-    Logits are S = q·k · scale + b. An entry with S above the threshold and b below it asks for
-    (threshold - b) / (S - b); the least of these, and of 1, is the factor. Entries whose bias alone
-    reaches the threshold ask for nothing: no factor on q·k brings them below it.
+    Logits are S = q·k · scale + b. An entry with S above the threshold and b below it requires
+    (threshold - b) / (S - b); the factor is the least of these and 1. Entries whose bias alone
+    reaches the threshold require nothing: no factor on q·k brings them below it.
 
     Args:
         products: q·k · scale of all entries that enter the softmax, any shape.
-        bias: what is added to each, the same shape; zeros where nothing is.
+        bias: added to the products; the same shape.
         threshold: above 0.
     """
     pairs = zip(products.double().flatten().tolist(), bias.double().flatten().tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Fits a saved state dict to an optimizer's parameters: by name where both sides have names."""
+"""Matching of a saved state dict with an optimizer's parameters, by name or by order."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
 }
-# Put in front of names by DistributedDataParallel, torch.compile, checkpoint wrappers and Fabric.
+# Components of names added by DDP, torch.compile, checkpoint wrappers and Lightning Fabric.
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module",
              "_forward_module"}  # fmt: skip
 _ORDER = (
@@ -26,7 +26,7 @@ _ORDER = (
 
 
 class _Saved(NamedTuple):
-    """A parameter of a saved state dict: its key in ``state``, and the place of its group."""
+    """A parameter of a saved state dict: its key in ``state``, and the index of its group."""
 
     key: Any
     group: int
@@ -35,10 +35,10 @@ class _Saved(NamedTuple):
 def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
-    With names on both sides, every parameter finds its state by name, whatever the order of
-    parameters and groups; a group takes the options of the saved group that most of its parameters
-    were in. Otherwise parameters are matched by their order, as in any torch optimizer.
-    ``torch.distributed.checkpoint`` brings its own order, with names for keys.
+    If both sides have names, parameters are matched by name, whatever the order of parameters and
+    groups; a group takes the options of the saved group that most of its parameters were in.
+    Otherwise they are matched by order, as in any torch optimizer. A state dict from
+    ``torch.distributed.checkpoint`` has names for keys and is in order.
 
     Args:
         groups: the optimizer's ``param_groups``.
@@ -48,24 +48,25 @@ def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) ->
         A state dict with one entry for each parameter, in the optimizer's order; steps are tensors.
 
     Raises:
-        ValueError: naming the first parameter that has no counterpart, another algorithm or shape.
+        ValueError: naming the first parameter without a counterpart, or with another algorithm or
+            shape.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
     saved_groups = state_dict["param_groups"]
     named = _saved_by_name(saved_groups)
     if named is not None and all("param_names" in group for group in groups):
-        fitted = _by_name(groups, saved_groups, named)
+        matched = _match_by_name(groups, saved_groups, named)
     else:
-        fitted = _by_order(groups, saved_groups)
+        matched = _match_by_order(groups, saved_groups)
     state = dict(state_dict["state"])
-    for group, saved in zip(groups, fitted, strict=True):
-        saved.pop("param_names", None)  # the optimizer's count
+    for group, saved in zip(groups, matched, strict=True):
+        saved.pop("param_names", None)  # the optimizer keeps its own
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
                 name = validation.label(group, index)
                 state[key] = check_entries(state[key], name, param, group["algorithm"])
-    return {**state_dict, "state": state, "param_groups": fitted}
+    return {**state_dict, "state": state, "param_groups": matched}
 
 
 # ---------------------------------------------------------------------- matching
@@ -73,88 +74,78 @@ def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) ->
 
 def _saved_by_name(saved_groups: Sequence[Mapping[str, Any]]) -> dict[str, _Saved] | None:
     """The saved parameters by name, or None if their names are missing or ambiguous."""
-    found: dict[str, _Saved] = {}
-    for place, group in enumerate(saved_groups):
+    by_name: dict[str, _Saved] = {}
+    for index, group in enumerate(saved_groups):
         keys, names = group["params"], group.get("param_names", [])
         if len(names) != len(keys) or any(isinstance(key, str) for key in keys):
             return None
         for name, key in zip(names, keys, strict=True):
-            if name in found:
+            if name in by_name:
                 return None
-            found[name] = _Saved(key, place)
-    return found or None
+            by_name[name] = _Saved(key, index)
+    return by_name or None
 
 
-def _by_name(
+def _match_by_name(
     groups: Sequence[Mapping[str, Any]],
     saved_groups: Sequence[Mapping[str, Any]],
-    named: dict[str, _Saved],
+    by_name: dict[str, _Saved],
 ) -> list[dict[str, Any]]:
-    ours = [name for group in groups for name in group["param_names"]]
-    plain = {_unwrapped(name): saved for name, saved in named.items()}
-    unwrapped = sorted(plain) == sorted(map(_unwrapped, ours)) and len(plain) == len(named)
-    if unwrapped and named.keys() != set(ours):
-        # Trained under a wrapper and loaded without it, or the other way round.
-        named, ours = plain, [_unwrapped(name) for name in ours]
-        groups = [
-            {**group, "param_names": [_unwrapped(name) for name in group["param_names"]]}
-            for group in groups
-        ]
-    for name in ours:
-        if name not in named:
+    names = [group["param_names"] for group in groups]
+    flat = [name for group_names in names for name in group_names]
+    unwrapped = {_unwrapped(name): saved for name, saved in by_name.items()}
+    unambiguous = len(unwrapped) == len(by_name) == len(flat)
+    if by_name.keys() != set(flat) and unambiguous and unwrapped.keys() == {*map(_unwrapped, flat)}:
+        # Trained with a wrapper and loaded without it, or the reverse.
+        by_name = unwrapped
+        names = [[_unwrapped(name) for name in group_names] for group_names in names]
+        flat = [name for group_names in names for name in group_names]
+    for name in flat:
+        if name not in by_name:
             raise ValueError(
                 f"the saved state has nothing for parameter {name!r}: load a state of the same "
                 f"parameters, {_ORDER}"
             )
-    extra = named.keys() - set(ours)
-    if extra:
+    if extra := by_name.keys() - set(flat):
         raise ValueError(
             f"the optimizer has nothing for parameter {min(extra)!r} of the saved state: load a "
             f"state of the same parameters, {_ORDER}"
         )
-    fitted = []
-    for place, group in enumerate(groups):
-        members = [named[name] for name in group["param_names"]]
-        for name, member in zip(group["param_names"], members, strict=True):
+    matched = []
+    for index, (group, group_names) in enumerate(zip(groups, names, strict=True)):
+        members = [by_name[name] for name in group_names]
+        for name, member in zip(group_names, members, strict=True):
             _check_algorithm(f"parameter {name!r}", group, saved_groups[member.group])
+        options = group
         if members:
-            place = Counter(member.group for member in members).most_common(1)[0][0]
-            options = saved_groups[place]
-        else:
-            options = _options_of_empty(group, saved_groups, place)
-        fitted.append({**options, "params": [member.key for member in members]})
-    return fitted
-
-
-def _options_of_empty(
-    group: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]], place: int
-) -> Mapping[str, Any]:
-    """Options for a group without parameters: of the saved group in its place, if as empty."""
-    if place < len(saved_groups) and not saved_groups[place]["params"]:
-        return saved_groups[place]
-    return group
+            most = Counter(member.group for member in members).most_common(1)[0][0]
+            options = saved_groups[most]
+        elif index < len(saved_groups) and not saved_groups[index]["params"]:
+            options = saved_groups[index]  # both are empty
+        matched.append({**options, "params": [member.key for member in members]})
+    return matched
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _by_order(
+def _match_by_order(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     for group, saved in zip_longest(groups, saved_groups):
-        _both(group, saved, group, saved, 0)
+        _check_both_exist(group, saved, group, saved, 0)
         for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
-            _both(param, key, group, saved, index)
+            _check_both_exist(param, key, group, saved, index)
             _check_algorithm(validation.label(group, index), group, saved)
     return [dict(saved) for saved in saved_groups]
 
 
-def _both(ours: Any, theirs: Any, group: Any, saved: Any, index: int) -> None:
-    """Raise if only one side has a parameter at this place."""
+def _check_both_exist(param: Any, key: Any, group: Any, saved: Any, index: int) -> None:
+    """Raise if only the optimizer or only the saved state has a parameter at this index."""
     for present, absent, owner, side in (
-        (ours, theirs, group, "saved state"),
-        (theirs, ours, saved, "optimizer"),
+        (param, key, group, "saved state"),
+        (key, param, saved, "optimizer"),
     ):
         if present is not None and absent is None:
             raise ValueError(
@@ -213,7 +204,7 @@ def check_entries(
 
 
 def _placement(tensor: Tensor) -> str:
-    """How a tensor is placed on ranks, for comparison and for messages."""
+    """Description of a tensor's placement on ranks."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return "a plain tensor"
@@ -222,7 +213,7 @@ def _placement(tensor: Tensor) -> str:
 
 
 def _step(value: Any, name: str) -> Tensor:
-    """A saved step, which may be a number or an array of any kind, as a float32 scalar."""
+    """A saved step, a number, array or tensor, as a float32 scalar."""
     if not isinstance(value, Tensor):
         number = (
             value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value

@@ -1,4 +1,4 @@
-"""The arithmetic of one update, on lists of tensors: pure apart from what it writes in place."""
+"""Arithmetic of one update, on lists of tensors, in place."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
-# A number, or a 0-d tensor on the parameters' device: with the latter nothing waits for the host.
+# A number, or a 0-d tensor on the parameters' device, which never waits for the host.
 Scalar = float | Tensor
 
 
@@ -15,8 +15,8 @@ def update_momentum(
     buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Scalar
 ) -> None:
     """buffer <- momentum * buffer + (1 - momentum) * gradient, in the buffers' dtype."""
-    alike = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-    torch._foreach_lerp_(list(buffers), alike, 1 - momentum)  # type: ignore[arg-type]
+    gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
+    torch._foreach_lerp_(list(buffers), gradients, 1 - momentum)  # type: ignore[arg-type]
 
 
 def look_ahead_(
@@ -26,8 +26,10 @@ def look_ahead_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """Write into ``targets`` what is orthogonalized: the buffers, or with Nesterov's look-ahead
-    momentum * buffer + (1 - momentum) * gradient."""
+    """Write the updates to orthogonalize into ``targets``.
+
+    They are the buffers or, with Nesterov, momentum * buffer + (1 - momentum) * gradient.
+    """
     targets, buffers = list(targets), list(buffers)
     if not nesterov:
         torch._foreach_copy_(targets, buffers)
@@ -35,13 +37,13 @@ def look_ahead_(
         torch._foreach_copy_(targets, list(gradients))
         torch._foreach_lerp_(targets, buffers, momentum)
     else:
-        # Gradient and momentum largely cancel: they are rounded to the targets after that.
+        # Gradient and momentum largely cancel: round to the targets' dtype only afterwards.
         wide = [
             g.to(torch.promote_types(b.dtype, torch.float32))
             for g, b in zip(gradients, buffers, strict=True)
         ]
-        alike = [b.to(w.dtype) for b, w in zip(buffers, wide, strict=True)]
-        torch._foreach_copy_(targets, list(torch._foreach_lerp(wide, alike, momentum)))
+        buffers = [b.to(w.dtype) for b, w in zip(buffers, wide, strict=True)]
+        torch._foreach_copy_(targets, list(torch._foreach_lerp(wide, buffers, momentum)))
 
 
 def decay_and_apply(
@@ -55,25 +57,25 @@ def decay_and_apply(
     """W <- W - lr * (update + weight decay), in place.
 
     ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
-    where update and weight do not have opposite signs, elsewhere nothing (Chen et al., arXiv
+    if update and weight do not have opposite signs, otherwise nothing (Chen et al., arXiv
     2510.12402: the mask is u·w >= 0, so that a weight whose update is zero decays).
-    ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here;
-    λ·W is in the gradient.
+    ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here,
+    because λ·W is in the gradient.
     """
     if isinstance(lr, Tensor):  # in 16 bits, 1 - lr * weight_decay would round to 1
         lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
     params = list(params)
     updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
     if weight_decay and mode == "cautious":
-        # By signs: the product of two small numbers would vanish.
+        # Signs, because the product of two small numbers would underflow.
         decayed = [
             torch.where(u.sign() * p.sign() >= 0, p, 0)
             for u, p in zip(updates, params, strict=True)
         ]
         _add_scaled(params, decayed, -lr * weight_decay)
     elif weight_decay and mode in ("decoupled", "independent"):
-        # A step with learning rate zero must change nothing: it is one that is skipped, or how
-        # torch.distributed.checkpoint makes a fresh optimizer's state.
+        # A step with learning rate zero must change nothing: it is skipped, or taken by
+        # torch.distributed.checkpoint to create the state of a new optimizer.
         factor = 1 - weight_decay * (lr if mode == "decoupled" else lr != 0)
         torch._foreach_mul_(params, factor)
     _add_scaled(params, updates, -lr)

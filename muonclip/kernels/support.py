@@ -10,10 +10,10 @@ import torch
 
 
 def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
-    """``torch.compile`` takes the answer for a constant: it cannot trace the question.
+    """Let ``torch.compile`` treat the result as a constant, because it cannot trace the function.
 
-    This is ``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which
-    takes seconds and which most programs never need.
+    This is ``torch.compiler.assume_constant_result`` without importing torch._dynamo, which takes
+    seconds.
     """
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
@@ -21,7 +21,7 @@ def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
 
 @_constant
 def has_triton() -> bool:
-    """Whether Triton is installed and there is an NVIDIA GPU it is fast on: Ampere or newer."""
+    """Whether Triton is installed and there is an NVIDIA GPU of Ampere or newer."""
     return _has_triton()
 
 
@@ -44,7 +44,7 @@ def allows_tf32() -> bool:
 
 @contextmanager
 def full_float32_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32, where torch is set to round the factors.
+    """Multiply float32 matrices in float32, even if torch is set to round the factors.
 
     ``torch.set_float32_matmul_precision`` and its relatives allow TF32 on CUDA, and TF32 or
     bfloat16 on a CPU.

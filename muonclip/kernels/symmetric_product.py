@@ -1,4 +1,4 @@
-"""Matrix products known to be symmetric, for about half the work: one triangle, then its mirror."""
+"""Matrix products known to be symmetric: compute one triangle and mirror it, for half the work."""
 
 from typing import Any, Literal
 
@@ -9,13 +9,12 @@ from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
 
-# Two blocks of rows need 3/4 of the work, four 5/8, eight 9/16, but smaller products run at a lower
-# rate. Sides from which so many pay, measured with MKL in float32 on an EPYC and on a Xeon.
+# From these side lengths on, so many blocks of rows pay; measured with MKL in float32 on an EPYC and
+# a Xeon. Two blocks need 3/4 of the work, four 5/8, eight 9/16, but small products are slower.
 _BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
 
-# Half the tiles take half the time only where the whole product is more than one wave of them over
-# the GPU's multiprocessors (108 on an A100, 132 on an H100): so many must be left after halving.
-# Reasoned, not measured.
+# Half the tiles take half the time only if all tiles are more than one wave over the GPU's
+# multiprocessors (108 on an A100, 132 on an H100): so many must be left. Reasoned, not measured.
 _TRITON_FROM = 512
 _TRITON_TILES = 128
 _TRITON_TILE = 128
@@ -30,15 +29,15 @@ def symmetric_product(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """beta * c + alpha * a @ b.mT, where the caller promises that this is symmetric.
+    """beta * c + alpha * a @ b.mT, which must be symmetric.
 
-    It is for Gram matrices (b is a) and for products of polynomials of one symmetric matrix, which
-    commute. Where it pays (see ``choose_backend``) only the lower triangle is computed and then
-    mirrored; ``torch.compile`` sees one operator there. Differentiable.
+    For Gram matrices (b is a) and for products of polynomials of one symmetric matrix, which
+    commute. If it pays (see ``choose_backend``), only the lower triangle is computed and then
+    mirrored, by an operator that ``torch.compile`` does not look into. Differentiable.
 
     On CUDA the first call for a shape times the kernel's tilings and waits for the device; later
-    ones do not wait, and may be captured in a CUDA graph. Captured without that first call, the
-    kernel takes its default tiling.
+    calls do not wait, and may be captured in a CUDA graph. If the first call is captured, the
+    kernel uses its default tiling.
 
     Args:
         a: [batch, n, k], floating; any strides.
@@ -46,8 +45,8 @@ def symmetric_product(
         c: [batch, n, n], symmetric, of the same dtype and device; not changed.
         alpha: factor on the product.
         beta: factor on ``c``; with 0, ``c`` is not read.
-        out: [batch, n, n], memory that the result may be written into on a CPU, where fresh memory
-            costs more than a small product: it overlaps no factor, and takes no part in autograd.
+        out: [batch, n, n], memory for the result on a CPU, where fresh memory costs more than a
+            small product. Must not overlap a factor or require gradients.
 
     Returns:
         [batch, n, n]; ``out``, or new.
@@ -61,14 +60,14 @@ def symmetric_product(
         out = None
     if backend == "dense":
         return dense(a, b, c, alpha, beta, out)
-    if out is not None:  # an operator of ours takes longer to call than a small product
+    if out is not None:  # calling a custom operator takes longer than a small product
         return blocked(a, b, c, alpha, beta, out)
     product: Tensor = _operator(a, b, c, alpha, beta)  # by device: blocked or triton
     return product
 
 
 def choose_backend(a: Tensor) -> Backend:
-    """How ``symmetric_product`` computes for a first factor like this one.
+    """The backend of ``symmetric_product`` for a first factor like this one.
 
     ``"blocked"`` on a CPU and ``"triton"`` on an NVIDIA GPU (Ampere or newer, with Triton
     installed) for matrices large enough, ``"dense"`` for all others. Triton is for tensor cores:
@@ -111,7 +110,7 @@ def blocked(
     for start in range(0, n, size):
         stop = min(start + size, n)
         rows, columns = a[:, start:stop], b[:, :stop].mT
-        block = out[:, start:stop, :stop]  # written in its place: nothing is copied
+        block = out[:, start:stop, :stop]  # written in place: nothing is copied
         if c is None:
             torch.baddbmm(block, rows, columns, beta=0, alpha=alpha, out=block)
         else:
@@ -172,9 +171,9 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float) -> None:
         )
     square = (a.size(0), a.size(1), a.size(1))
     if c is None and beta != 0:
-        raise ValueError(f"beta is {beta}, but there is no c for it to scale: give c, or beta=0")
+        raise ValueError(f"beta is {beta}, but c is missing: give c, or beta=0")
     if c is not None and c.shape != square:
-        raise ValueError(f"c must be [batch, n, n], here {square}, got {tuple(c.shape)}")
+        raise ValueError(f"c must be [batch, n, n] = {square}, got {tuple(c.shape)}")
     for name, other in (("b", b), ("c", c)):
         if other is not None and (other.dtype != a.dtype or other.device != a.device):
             raise ValueError(

@@ -1,6 +1,6 @@
-"""The Triton kernel behind ``symmetric_product``. Importing this module needs Triton."""
+"""The Triton kernel of ``symmetric_product``; requires Triton."""
 
-# Triton ships no types, and a kernel's arguments have none that Python knows.
+# Triton has no type annotations, and the arguments of kernels have no Python types.
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, no-untyped-call"
 # mypy: disable-error-code="untyped-decorator, no-any-unimported"
 
@@ -25,8 +25,8 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# The first is the default, and fits every GPU from Ampere on, in any dtype. The large ones are for
-# the shared memory of A100 and H100; the last for products of few tiles.
+# The first is the default, which fits every GPU from Ampere on in any dtype. The large ones are for
+# the shared memory of A100 and H100, the last for products of few tiles.
 TILINGS = (
     Tiling(128, 128, 32, num_warps=8, num_stages=3),
     Tiling(128, 128, 64, num_warps=8, num_stages=3),
@@ -50,7 +50,7 @@ def symmetric_product_triton(
     """As ``symmetric_product``, for float32 and smaller; ``tiling`` is chosen by timing."""
     batch, n, k = a.shape
     out = a.new_empty(batch, n, n)
-    summand = out if c is None or beta == 0 else c  # out: is not read
+    summand = out if c is None or beta == 0 else c  # out is not read
 
     def launch(tiling: Tiling) -> None:
         tile_rows = triton.cdiv(n, tiling.rows)
@@ -66,7 +66,7 @@ def symmetric_product_triton(
 
     with torch.cuda.device_of(a):
         if tiling is None:
-            # What decides the speed; a contiguous dimension is the one loads run along.
+            # Everything that affects the speed; loads run along contiguous dimensions.
             unit = tuple(stride == 1 for x in (a, b, summand) for stride in x.stride()[1:])
             key = (a.device, a.dtype, a.shape, unit, summand is out)
             tiling = _tuned.get(key) or _tune(key, launch)
@@ -75,7 +75,7 @@ def symmetric_product_triton(
 
 
 def _tune(key: tuple[object, ...], launch: Callable[[Tiling], None]) -> Tiling:
-    """The fastest tiling, remembered; the default one while a CUDA graph is being captured."""
+    """The fastest tiling, measured once; the default while a CUDA graph is being captured."""
     if torch.cuda.is_current_stream_capturing():
         return TILINGS[0]
 
@@ -106,7 +106,7 @@ def _kernel(
     batch = (tl.program_id(0) // per_matrix).to(tl.int64)
     index = tl.program_id(0) % per_matrix
     tile_row, tile_column = _tile_below_diagonal(index // pieces, tile_rows)
-    # Where the tile starts takes 64 bits in a large matrix; within the tile 32 will do.
+    # Offsets of tiles need 64 bits in a large matrix; 32 are enough within a tile.
     first_row = (tile_row * ROWS).to(tl.int64)
     first_column = (tile_column * ROWS + index % pieces * COLUMNS).to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -129,7 +129,7 @@ def _kernel(
         b_tile += DEPTH * b_column
     total *= alpha
 
-    # Tiles on the diagonal reach above it; what lies there is the mirror's to write.
+    # Tiles on the diagonal reach above it; the mirrored store writes those entries.
     down = (first_row - first_column).to(tl.int32)
     lower = row_inside[:, None] & (rows[:, None] + down >= columns[None, :])
     if ADD:

@@ -190,7 +190,7 @@ A = torch.zeros(2, 3, 4)
         (A, A[:1], None, 0.0, "of one shape"),
         (A.int(), A.int(), None, 0.0, "floating-point"),
         (A, A, None, 0.5, "beta is 0.5"),
-        (A, A, torch.zeros(2, 3, 4), 1.0, r"here \(2, 3, 3\)"),
+        (A, A, torch.zeros(2, 3, 4), 1.0, r"= \(2, 3, 3\)"),
         (A, A, torch.zeros(3, 3), 1.0, "c must be"),
         (A, A.double(), None, 0.0, "b must have a's dtype"),
         (A, A, torch.zeros(2, 3, 3, device="meta"), 1.0, "c must have a's dtype and device"),
