@@ -9,8 +9,8 @@ from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
 
-# From these side lengths on, so many blocks of rows pay; measured with MKL in float32 on an EPYC and
-# a Xeon. Two blocks need 3/4 of the work, four 5/8, eight 9/16, but small products are slower.
+# From these side lengths on, so many blocks of rows pay: measured with MKL, float32, EPYC and Xeon.
+# Two blocks need 3/4 of the work, four 5/8, eight 9/16, but small products are less efficient.
 _BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
 
 # Half the tiles take half the time only if all tiles are more than one wave over the GPU's
