@@ -1,6 +1,6 @@
 """Building a run from its configuration: model, encoder, optimizer and QK-Clip."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from pretrain.model.language import build_language_model
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
-from pretrain.model.weights import TensorShard, language_weights
+from pretrain.model.weights import TensorShard, language_weights, vision_weights
 from pretrain.parallel import ParallelContext
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
@@ -103,12 +103,17 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     first_expert = context.expert_rank * local_experts
     named = named_tensors(chunks, tower, first_expert)
     experts = range(first_expert, first_expert + local_experts)
+    catalogue = (
+        *language_weights(config.language, vocab_size, experts),
+        *vision_weights(config.vision, config.language.hidden_size),
+    )
+    weights = [weight for weight in catalogue if weight.name in named]
     shards = {
         weight.name: shard
-        for weight in language_weights(config.language, vocab_size, experts)
-        if weight.name in named
-        and (shard := weight.shard(config.parallel, context.tensor_rank)) is not None
+        for weight in weights
+        if (shard := weight.shard(config.parallel, context.tensor_rank)) is not None
     }
+    copies = {w.name: w.copies(config.parallel, context.world_size) for w in weights}
     initialize(named, shards, config.seed, config.language.init_std, config.language.num_layers)
 
     wide_gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4)
@@ -117,7 +122,6 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
     optimizer, clips = build_optimizer(config.optimizer, model)
-    copies = {name: _copies(context, name, tensor, shards) for name, tensor in named.items()}
     step_metrics = StepMetrics(
         config,
         context,
@@ -160,17 +164,6 @@ def _configure_schedule(
     settings.finalize_model_grads_func = finalize
     no_sync = [chunk.no_sync for chunk in replicas]
     settings.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-
-
-def _copies(
-    context: ParallelContext, name: str, tensor: Tensor, shards: Mapping[str, TensorShard]
-) -> int:
-    """Number of ranks with the same tensor, or the same shard of it."""
-    if name.startswith("vision."):
-        return context.world_size
-    if not getattr(tensor, "allreduce", True):  # an expert's, as megatron-core marks it
-        return int(parallel_state.get_expert_data_parallel_world_size())
-    return context.data_size * (1 if name in shards else context.tensor_size)
 
 
 def _layer_number(model: nn.ModuleDict, name: str) -> int:
