@@ -1,19 +1,19 @@
-"""Errors that a user is meant to read, each in one line."""
+"""Errors that are reported to the user in one line."""
 
 
 class PretrainError(Exception):
-    """A failure that the user can resolve: the message is one line with the cause and the remedy.
+    """An error that the user can resolve: the message is one line with the cause and the remedy.
 
     Every rank of a run raises the same one (see :func:`pretrain.parallel.raise_on_all_ranks`), so
-    that all leave together; the command line prints it without a traceback.
+    that no rank waits for another; the command line prints it without a traceback.
     """
 
 
 def one_line(text: str) -> str:
-    """A text in one printable line.
+    """Convert a text to one printable line.
 
-    White space becomes single spaces. Other characters that a terminal would obey or cannot show
-    (control characters; bytes of a file name that are not UTF-8) are written as escapes.
+    White space becomes single spaces. Control characters, and bytes of a file name that are not
+    UTF-8, are written as escapes.
     """
     return "".join(
         character

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """Return the content of a regular file of at most ``limit`` bytes.
+    """The content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: it cannot be read, is larger, or is a pipe or a device, which may never end; its
-            ``strerror`` says which.
+        OSError: the file cannot be read, is larger, or is a pipe or a device, which may never end;
+            ``strerror`` is the reason.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -26,10 +26,9 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def read_text(path: str | Path, limit: int, encoding: str = "utf-8") -> str:
-    """:func:`read_bytes`, decoded.
+    """The decoded content of a file; see :func:`read_bytes`.
 
     Raises:
-        OSError: see :func:`read_bytes`.
-        UnicodeDecodeError: it has another encoding.
+        UnicodeDecodeError: the file has another encoding.
     """
     return read_bytes(path, limit).decode(encoding)

@@ -1,8 +1,8 @@
 """Safetensors files of blocks of tensors: written and hashed in one pass, read without pickle.
 
-Each block's place in its whole tensor is in the header as torch.distributed.checkpoint writes it,
-so that ``torch.distributed.checkpoint.HuggingFaceStorageReader`` reads a folder of these files, and
-anything that reads safetensors reads each file.
+The header contains each block's offsets in its whole tensor in the format of
+torch.distributed.checkpoint, so that its ``HuggingFaceStorageReader`` reads a folder of these
+files. Every reader of safetensors reads each file.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Names of the safetensors format.
+# The names of dtypes in the safetensors format.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -35,7 +35,7 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Block(NamedTuple):
-    """A block of a tensor: where it begins in the whole one, and its values."""
+    """A block of a tensor: its offsets in the whole tensor, and its values."""
 
     name: str
     offsets: tuple[int, ...]
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Part of a stored block, ``[start, start + size)`` in each dimension, copied to ``target``."""
+    """A part ``[start, start + target.shape)`` of a stored block, to be copied to ``target``."""
 
     name: str
     start: tuple[int, ...]
@@ -51,10 +51,10 @@ class Read(NamedTuple):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the safetensors name of a dtype.
+    """The safetensors name of a dtype.
 
     Raises:
-        ValueError: the format has none.
+        ValueError: the format does not support the dtype.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"{dtype} cannot be stored in a safetensors file")
@@ -62,7 +62,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype of a safetensors name.
+    """The dtype of a safetensors name.
 
     Raises:
         KeyError: for an unknown name.
@@ -73,16 +73,16 @@ def dtype_of(name: str) -> torch.dtype:
 def write(path: Path, blocks: Sequence[Block]) -> str:
     """Write a file with at most one block per name, and force it to disk.
 
-    Streams block by block: no second copy of the values is made, but for those on a device.
+    Blocks are written one by one, without a second copy in memory unless they are on a device.
 
     Returns:
         The file's SHA-256.
 
     Raises:
-        OSError: the disk refused.
-        ValueError: for a dtype that the format does not have.
+        OSError: the file cannot be written.
+        ValueError: for a dtype that the format does not support.
     """
-    # The format wants values aligned: widest first.
+    # The widest dtypes first, since the format requires aligned values.
     blocks = sorted(blocks, key=lambda block: -block.values.dtype.itemsize)
     digest = hashlib.sha256()
     with path.open("wb") as file:
@@ -101,12 +101,12 @@ def _chunks(blocks: Sequence[Block]) -> Iterator[bytes | memoryview]:
 
 
 def _header(blocks: Sequence[Block]) -> bytes:
-    places = {block.name: {"saved_offsets": list(block.offsets)} for block in blocks}
+    offsets = {block.name: {"saved_offsets": list(block.offsets)} for block in blocks}
     header: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
             "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps(places),
+            "DCP_SHARDING_INFO": json.dumps(offsets),
         }
     }
     end = 0
@@ -123,29 +123,29 @@ def _header(blocks: Sequence[Block]) -> bytes:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    """Return the bytes of a tensor's values in order; a view where they lie so in memory."""
+    """The bytes of a tensor's values in order; a view if the tensor is contiguous."""
     flat = values.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data
 
 
-def read(path: Path, wanted: Sequence[Read]) -> None:
+def read(path: Path, reads: Sequence[Read]) -> None:
     """Copy parts of stored blocks to their targets, converted to the targets' dtypes.
 
     Raises:
-        OSError, ValueError: the file cannot be read, is damaged, or lacks a wanted part.
+        OSError, ValueError: the file cannot be read, is damaged, or lacks a part.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            for name, start, target in wanted:
+            for name, start, target in reads:
                 stored = file.get_slice(name)
-                place = tuple(
+                slices = tuple(
                     slice(first, first + size)
                     for first, size in zip(start, target.shape, strict=True)
                 )
                 # A 0-d tensor has no slices.
-                values = stored[place] if place else file.get_tensor(name)
+                values = stored[slices] if slices else file.get_tensor(name)
                 if values.shape != target.shape:
-                    raise ValueError(f"{name} is of shape {stored.get_shape()} in {path.name}")
+                    raise ValueError(f"{name} has shape {stored.get_shape()} in {path.name}")
                 target.copy_(values)
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is no readable safetensors file: {error}") from error
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error}") from error

@@ -159,27 +159,27 @@ class ImageConfig(Settings):
 
 @dataclass(frozen=True)
 class SourceConfig(Settings):
-    """One of a run's own sources of data."""
+    """A source of data."""
 
     type: Name = "text"
-    """text: JSON lines and plain text (also .gz, .zst, .bz2, .xz); images: a folder of images with
-    captions, or JSONL of images, videos and text that names their files; energon: a folder of
-    WebDataset shards prepared for megatron-energon; standard_library: the built-in text. chat:
-    JSONL of conversations, of which the assistant's replies are learned, for supervised
-    finetuning; standard_library_chat: questions and answers from the built-in text."""
+    """text: JSON lines or plain text (also .gz, .zst, .bz2, .xz). images: a folder of images with
+    captions, or JSONL of images, videos and text by file name. energon: a folder of WebDataset
+    shards prepared for megatron-energon. standard_library: the built-in text. chat: JSONL of
+    conversations for supervised finetuning; only the assistant's replies are learned.
+    standard_library_chat: questions and answers from the built-in text."""
     path: Annotated[str, PathRule(optional=True)] = ""
-    """A file, a folder (with what is below it) or a pattern such as data/*.jsonl.gz."""
+    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz."""
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
-    """Its share of tokens beside the other sources of text, or the other sources of images."""
+    """Share of tokens, relative to the other sources of text, or of images."""
     field: Name = "text"
-    """Where in a JSON object the text is; of images, the caption (`caption` is found too); of
-    conversations, the list of messages (`messages` is found too)."""
+    """Key of the text in each JSON object; for images, of the caption (also: `caption`); for
+    conversations, of the list of messages (also: `messages`)."""
     split: Literal["hash", "train", "held_out"] = "hash"
-    """hash: held out by a hash of what is in a document; else the whole source is of one split."""
+    """hash: hold out documents by a hash of their content; else: the split of all documents."""
     trust_code: bool = False
     """For energon: run the Python code that the shards' dataset.yaml names (sample_loader,
-    part_filter, classes and functions), and unpickle what is in them. It can do whatever you can:
-    allow it only for shards that you made, or whose code you have read."""
+    part_filter, classes and functions), and unpickle their content. This code can do anything
+    that you can: enable it only for shards that you made, or whose code you have read."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""NVIDIA's apex, where it is installed: a fused RMSNorm, and many tensors in one launch.
+"""Optional use of NVIDIA's apex: a fused RMSNorm, and multi-tensor operations.
 
-Never measured: this project's own runs had no apex. torch's functions do the same without it.
+Without it, torch's functions compute the same. Its speed has not been measured in this project.
 """
 
 import functools
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 class Apex(NamedTuple):
-    """What is used of apex.
+    """The functions of apex that are used.
 
     Attributes:
         rms_norm: (input, weight, normalized_shape, eps) -> output.
-        apply: runs one of the two below over lists of tensors.
-        l2_norm, scale: its compiled operations.
+        apply: applies one of the compiled operations to lists of tensors.
+        l2_norm, scale: compiled operations.
     """
 
     rms_norm: Callable[..., Tensor]
@@ -30,10 +30,10 @@ class Apex(NamedTuple):
 
 @functools.cache
 def find() -> Apex | None:
-    """NVIDIA's apex with its compiled parts; None where one of them is missing.
+    """Import apex and its compiled extensions; None if any of them is missing.
 
-    A package of that name is not enough: ``pip install apex`` gives another program, and apex
-    itself can be built without its extensions.
+    A package of that name is not enough: ``pip install apex`` installs an unrelated program, and
+    apex can be built without its extensions.
     """
     try:
         import_module("fused_layer_norm_cuda")
@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all entries of some tensors of one device; at least one."""
+    """The 2-norm of all entries of one or more tensors on one device."""
     apex = _for(tensors[0])
     if apex is None:
         return nn.utils.get_total_norm(tensors)
@@ -71,7 +71,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors of one device by a 0-d tensor, in place."""
+    """Multiply tensors on one device by a 0-d tensor, in place."""
     apex = _for(factor)
     if apex is None or not tensors:
         torch._foreach_mul_(list(tensors), factor)

@@ -1,8 +1,8 @@
-"""Adaptations of torch and megatron-core 0.16 for training on a CPU over gloo.
+"""Patches of torch and megatron-core 0.16 for training on a CPU over gloo.
 
-Everything that is replaced in other libraries is listed in this file, with its reason. Importing
-it changes nothing: :func:`enable` makes the replacements when a model is about to be built, and
-:func:`disable` takes them back. Both do nothing where CUDA is available.
+This file lists everything that is replaced in other libraries, with the reason. Importing it
+changes nothing: :func:`enable` applies the patches before a model is built, and :func:`disable`
+reverts them. Both do nothing if CUDA is available.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ USE_CUDA = torch.cuda.is_available()
 
 
 class _Stream(torch.cuda.Stream):
-    """A CUDA stream that has nothing to wait for.
+    """A CUDA stream whose methods do nothing.
 
-    A class, as the one it replaces: other libraries use ``torch.cuda.Stream`` in ``isinstance`` and
-    in annotations such as ``torch.cuda.Stream | None``.
+    It must be a class like the one it replaces: other libraries use ``torch.cuda.Stream`` in
+    ``isinstance`` and in annotations such as ``torch.cuda.Stream | None``.
     """
 
     def __new__(cls, *_args: object, **_kwargs: object) -> "_Stream":
@@ -48,7 +48,7 @@ def _stream_context(_stream: object) -> Iterator[None]:
 
 
 class _TorchOnCpu:
-    """torch with ``zeros(device="cuda")`` on the CPU, for schedules.py."""
+    """The torch module with ``zeros(device="cuda")`` on the CPU, for schedules.py."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -67,9 +67,9 @@ _enabled = False
 
 
 def enable() -> None:
-    """Make megatron-core usable on this machine's CPU; call before building a model.
+    """Make megatron-core usable on a CPU; to be called before a model is built.
 
-    A second call has no effect until :func:`disable`.
+    Further calls have no effect until :func:`disable`.
     """
     global _enabled
     if USE_CUDA or _enabled:
@@ -80,10 +80,10 @@ def enable() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     _enabled = True
-    # megatron-core decorates small functions with torch.compile. On a CPU that needs a C++ compiler
-    # on the user's machine and costs more start-up than it gives back.
+    # megatron-core decorates small functions with torch.compile. On a CPU this requires a C++
+    # compiler, and compiling takes longer than it saves.
     _undo.enter_context(torch.compiler.set_stance("force_eager"))
-    # The device of buffers, and the order of copies that do not happen here.
+    # The device of buffers, and streams that order copies between host and device.
     _replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
     _replace(torch.cuda, "Stream", _Stream)
     _replace(torch.cuda, "current_stream", lambda *_args: _STREAM)
@@ -91,7 +91,7 @@ def enable() -> None:
     _replace(torch.cuda, "synchronize", lambda *_args: None)
     _replace(torch.cuda, "get_rng_state", lambda *_args: torch.get_rng_state())
     _replace(torch.cuda, "set_rng_state", lambda state, *_args: torch.set_rng_state(state))
-    # The tracker of random states that tensor-parallel layers fork from keeps CUDA's states.
+    # Tensor-parallel layers fork CUDA's random states.
     _replace(
         tensor_parallel_random,
         "_get_cuda_rng_state",
@@ -102,25 +102,25 @@ def enable() -> None:
         "_set_cuda_rng_state",
         lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     )
-    # Counts tokens in a tensor made with device="cuda".
+    # Counts tokens in a tensor created with device="cuda".
     _replace(schedules, "torch", _TorchOnCpu())
-    # Without Transformer Engine its import succeeds with None for every name, so this is True.
+    # True although Transformer Engine is missing: its names are then imported as None.
     _replace(multi_latent_attention, "HAVE_TE", False)
-    # Not defined without Transformer Engine, and read all the same.
+    # Read although it is not defined without Transformer Engine.
     _replace(moe_utils, "te_general_gemm", None)
     # Converts the split sizes of the all-to-all only if they are on a GPU.
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_on_cpu)
 
 
 def disable() -> None:
-    """Take back what :func:`enable` replaced, if it did."""
+    """Revert the patches of :func:`enable`, if any."""
     global _enabled
     _undo.close()
     _enabled = False
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute until :func:`disable`."""
+    """Replace an attribute until :func:`disable`."""
     if hasattr(owner, name):
         _undo.callback(setattr, owner, name, getattr(owner, name))
     else:

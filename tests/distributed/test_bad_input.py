@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one line, all ranks leave, and nothing that was saved is lost.
+"""A user's mistake is one line, all ranks end, and checkpoints are unchanged.
 
 Everything goes through the command line, as a user would, with two processes.
 """
@@ -23,7 +23,7 @@ def trained(folder: Path) -> Path:
 
 
 def told(folder: Path, *overrides: str, command: str = "train", world_size: int = 2) -> str:
-    """The one line that rank 0 says; every rank must leave with status 1, or 0 and no line."""
+    """The line that rank 0 prints; every rank must exit with status 1, or 0 and no line."""
     config = str(folder / "tiny.yaml")
     outcomes = launch(
         training.command,
@@ -46,13 +46,13 @@ def told(folder: Path, *overrides: str, command: str = "train", world_size: int 
         (["global_batch_size=6"], "global_batch_size=6 is not a multiple of 2 data-parallel"),
     ],
 )
-def test_a_configuration_that_does_not_fit(
+def test_an_unsuitable_configuration_is_refused(
     folder: Path, overrides: list[str], message: str
 ) -> None:
     assert message in told(folder, *overrides)
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_earlier_checkpoints_stay(folder: Path) -> None:
+def test_a_non_finite_gradient_is_named_and_checkpoints_remain(folder: Path) -> None:
     run_dir = f"run_dir={folder}/explodes"
     steady = ["steps=20", "optimizer.warmup_steps=0"]
     assert told(folder, run_dir, *steady, "steps=5") == ""
@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_earlier_checkpoints_stay(fol
     assert told(folder, run_dir, *steady, "steps=6", "optimizer.decay_steps=0") == ""
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
     folder: Path, trained: Path
 ) -> None:
     newest = storage.path_of(trained / "checkpoints", 10)
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert "choose another run_dir" in line
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(folder: Path) -> None:
     stray = folder / "foreign" / "checkpoints" / "step-00000003"
     stray.mkdir(parents=True)
     (stray / "weights.bin").write_bytes(b"not ours")
@@ -108,17 +108,17 @@ def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path) -> None:
     assert (stray / "weights.bin").read_bytes() == b"not ours"
 
 
-def test_evaluating_what_was_never_trained_is_refused(folder: Path) -> None:
+def test_evaluating_an_untrained_run_is_refused(folder: Path) -> None:
     line = told(folder, f"run_dir={folder}/nothing", command="eval")
     assert "nothing has no checkpoint to evaluate: train first" in line
 
 
-def test_evaluation_of_a_run_prints_its_losses_and_readings(folder: Path, trained: Path) -> None:
+def test_evaluation_prints_losses_and_transcriptions(folder: Path, trained: Path) -> None:
     assert told(folder, f"run_dir={trained}", "steps=10", command="eval") == ""
 
 
-def test_torchrun_ends_with_the_line_and_a_status(folder: Path) -> None:
-    """The same through real processes of the launcher, which ends all when one leaves."""
+def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None:
+    """With processes of the launcher, which ends all of them when one ends."""
     ended = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
@@ -136,13 +136,15 @@ def test_torchrun_ends_with_the_line_and_a_status(folder: Path) -> None:
     assert 'File "' not in ended.stderr.split("error: ")[0]
 
 
-def _told_apart(folder: str) -> tuple[int, str]:
-    """One rank is given another learning rate."""
+def _train_with_different_learning_rates(folder: str) -> tuple[int, str]:
+    """One rank has a different learning rate."""
     override = f"optimizer.lr={1e-3 * (1 + int(os.environ['RANK']))}"
     return training.command("train", f"{folder}/tiny.yaml", override)
 
 
 def test_ranks_with_different_configurations_are_refused(folder: Path) -> None:
-    (status, line), (other_status, other_line) = launch(_told_apart, 2, str(folder))
+    (status, line), (other_status, other_line) = launch(
+        _train_with_different_learning_rates, 2, str(folder)
+    )
     assert (status, other_status, other_line) == (1, 1, "")
     assert "the configuration is not the same on all ranks: 1 of 2 differ from rank 0" in line

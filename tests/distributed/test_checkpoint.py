@@ -1,4 +1,4 @@
-"""A checkpoint comes back whole, at any number of ranks, or one line says why not."""
+"""A checkpoint loads exactly on any number of ranks, or one line says why not."""
 
 import resource
 from pathlib import Path
@@ -19,7 +19,7 @@ EXPERTS = 4
 
 
 def _tensors(fill: float | None = None) -> dict[str, Tensor]:
-    """One tensor that all ranks hold, and this rank's share of the experts."""
+    """A tensor that all ranks have, and this rank's share of the experts."""
     share = EXPERTS // dist.get_world_size()
     mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     values = {"shared": torch.arange(6.0).view(2, 3)}
@@ -59,7 +59,9 @@ def _load_error(folder: str, tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 4), (4, 1), (2, 2)])
-def test_saved_on_some_ranks_loads_on_others(tmp_path: Path, saved_at: int, loaded_at: int) -> None:
+def test_a_checkpoint_loads_on_another_number_of_ranks(
+    tmp_path: Path, saved_at: int, loaded_at: int
+) -> None:
     launch(_save, saved_at, str(tmp_path), [3])
     assert launch(_load, loaded_at, str(tmp_path), 3) == [True] * loaded_at
 
@@ -105,21 +107,21 @@ def _load_shards(folder: str) -> bool:
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 4), (4, 2), (4, 1)])
-def test_cut_tensors_are_kept_whole_and_cut_anew(
+def test_split_tensors_load_with_another_tensor_parallel_size(
     tmp_path: Path, saved_at: int, loaded_at: int
 ) -> None:
-    """Rows, columns, and the halves of gate and up; to the bit."""
+    """Split along rows, columns, and the halves of gate and up; bit-exact."""
     launch(_save_shards, saved_at, str(tmp_path))
     assert launch(_load_shards, loaded_at, str(tmp_path)) == [True] * loaded_at
 
 
-def test_only_the_newest_stay(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     launch(_save, 2, str(tmp_path), [1, 2, 3, 4], 2)
     assert storage.steps(tmp_path) == [3, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_a_half_written_one_does_not_exist(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_ignored_and_removed(tmp_path: Path) -> None:
     launch(_save, 1, str(tmp_path), [1])
     (tmp_path / "step-00000002.partial").mkdir()
     assert storage.steps(tmp_path) == [1]
@@ -128,7 +130,7 @@ def test_a_half_written_one_does_not_exist(tmp_path: Path) -> None:
     assert launch(_load, 1, str(tmp_path), 2) == [True]
 
 
-def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: Path) -> None:
+def test_errors_distinguish_damage_foreign_folders_and_other_models(tmp_path: Path) -> None:
     launch(_save, 1, str(tmp_path), [1])
     path = storage.path_of(tmp_path, 1)
     other_shape = {"shared": torch.zeros(3, 2)}
@@ -151,7 +153,7 @@ def test_damage_is_told_from_a_foreign_folder_and_from_another_model(tmp_path: P
     assert "is not a checkpoint of this program" in launch(_load_error, 1, str(tmp_path), {})[0]
 
 
-def _save_where_a_file_is_in_the_way(folder: str) -> str:
+def _save_over_a_file(folder: str) -> str:
     try:
         storage.save(Path(folder), 2, _tensors(), {}, 9)
     except PretrainError as error:
@@ -159,18 +161,18 @@ def _save_where_a_file_is_in_the_way(folder: str) -> str:
     return "no error"
 
 
-def test_a_disk_that_refuses_stops_all_ranks_and_keeps_the_earlier_checkpoint(
+def test_a_write_error_stops_all_ranks_and_keeps_earlier_checkpoints(
     tmp_path: Path,
 ) -> None:
     launch(_save, 2, str(tmp_path), [1])
     (tmp_path / "step-00000002.partial").write_text("a file, where a folder has to be made")
-    errors = launch(_save_where_a_file_is_in_the_way, 2, str(tmp_path))
+    errors = launch(_save_over_a_file, 2, str(tmp_path))
     assert all("cannot write the checkpoint" in error for error in errors)
     assert storage.steps(tmp_path) == [1]
     assert launch(_load, 2, str(tmp_path), 1) == [True, True]
 
 
-def _train_on_while_writing(folder: str) -> bool:
+def _train_while_writing(folder: str) -> bool:
     tensors = {"weight": torch.zeros(1 << 20)}
     saver = storage.Saver(Path(folder), keep=9, asynchronous=True)
     for step in (1, 2):
@@ -188,14 +190,14 @@ def _train_on_while_writing(folder: str) -> bool:
     return True
 
 
-def test_what_is_written_in_the_background_is_what_was_there_when_it_was_asked_for(
+def test_a_background_save_stores_the_values_at_the_time_of_the_call(
     tmp_path: Path,
 ) -> None:
-    assert launch(_train_on_while_writing, 2, str(tmp_path)) == [True, True]
+    assert launch(_train_while_writing, 2, str(tmp_path)) == [True, True]
 
 
 def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
-    """The system refuses to let a file of rank 1 grow past 64 KiB; how far it got, and the line."""
+    """Limit files of rank 1 to 64 KiB; the step of the error, and its message."""
     saver = storage.Saver(Path(folder), keep=9, asynchronous=asynchronous)
     saver.save(1, _tensors(), {"fact": 1})
     saver.wait()

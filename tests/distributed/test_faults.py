@@ -1,4 +1,4 @@
-"""Bad steps are left out or taken back, dead and hung ranks end or restart a run, SIGTERM saves it.
+"""Bad steps are skipped or rolled back, dead and hung ranks end or restart a run, SIGTERM saves.
 
 A bad step is a real one, of which one rank's batch is marked and its gradient made NaN.
 """
@@ -38,7 +38,7 @@ SPOILT = 399  # every label of a batch that is bad
 
 
 def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> None:
-    """In this process, spoil the batches of these numbers; each step takes that of ``data_of``."""
+    """Corrupt the batches of these numbers in this process; step n reads batch ``data_of(n)``."""
     make_batch, forward_backward = batches.for_step, step.forward_backward
 
     def spoilt_for_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
@@ -83,7 +83,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
     return bias, guard.skipped, same, counts
 
 
-def test_a_skipped_step_changes_nothing_on_any_rank(folder: Path) -> None:
+def test_a_skipped_step_changes_no_tensor_on_any_rank(folder: Path) -> None:
     """Weights, the routers' bias, momentum and moments are the same to the bit; and the optimizer's
     count of updates, also in a run that goes on."""
     for bias, skipped, same, counts in launch(_before_and_after_a_bad_step, 2, str(folder)):
@@ -134,7 +134,7 @@ def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
 def test_a_batch_without_labels_is_a_step_without_an_update(
     folder: Path, overrides: tuple[str, ...]
 ) -> None:
-    """On every rank, also when some of them or some micro-batches are empty."""
+    """On every rank, also if only some ranks or micro-batches are empty."""
     alone = launch(_through_empty_batches, 1, str(folder), *overrides)[0]
     together = launch(_through_empty_batches, 2, str(folder), "parallel.expert=2", *overrides)
     for outcome in (alone, *together):
@@ -166,8 +166,8 @@ def _train_without_that_data(folder: str, *overrides: str) -> list[dict[str, Any
     return training.train_and_read(folder, *ROLL_BACK, *overrides)
 
 
-def test_rolled_back_a_run_goes_on_past_the_bad_data_and_may_be_interrupted(folder: Path) -> None:
-    """As a run that never had the data from the checkpoint to the bad batch, to the bit."""
+def test_a_rolled_back_run_continues_after_the_bad_data(folder: Path) -> None:
+    """Bit-exact as a run without the data between the checkpoint and the bad batch."""
     settings = (str(folder), "steps=12")
     clean = launch(_train_without_that_data, 2, *settings, f"run_dir={folder}/clean")[0]
     back = launch(_train_rolling_back, 2, *settings, f"run_dir={folder}/back")[0]
@@ -235,7 +235,7 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
 
 
 def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
-    """Rank 0 is told to end in the midst of the third step: what all leave with."""
+    """Rank 0 receives SIGTERM during the third step; the exit status and the saved steps."""
     forward_backward = step.forward_backward
     calls = []
 
@@ -254,14 +254,14 @@ def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
     return "went on", []
 
 
-def test_sigterm_on_one_rank_ends_all_after_the_step_with_the_conventional_status(
+def test_sigterm_on_one_rank_ends_all_ranks_after_the_step(
     folder: Path,
 ) -> None:
     assert launch(_ended_by_sigterm, 2, str(folder)) == [(143, [3])] * 2
 
 
 def _hang(folder: str, where: str) -> None:
-    """Train two steps, but for a call that never returns."""
+    """Train two steps with a call that never returns."""
 
     def forever(*_arguments: Any) -> None:
         time.sleep(600)
@@ -279,7 +279,7 @@ def _hang(folder: str, where: str) -> None:
         ("transcribe", "the transcription of held-out images"),
     ],
 )
-def test_a_hang_before_the_first_step_and_after_the_last_has_an_end(
+def test_the_watchdog_ends_hangs_before_the_first_and_after_the_last_step(
     folder: Path, where: str, doing: str
 ) -> None:
     with pytest.raises(AssertionError, match="rank 0 ended with 1, no result"):
@@ -289,7 +289,7 @@ def test_a_hang_before_the_first_step_and_after_the_last_has_an_end(
     assert "in forever" in stacks
 
 
-def test_a_rank_that_hangs_ends_the_job_with_names_and_stacks(folder: Path) -> None:
+def test_the_watchdog_names_the_hanging_rank_and_prints_stacks(folder: Path) -> None:
     # A stopped process does not hear torchrun's SIGTERM: it is killed once that has no patience.
     run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=12", patience=1)
     _reach(run, folder / "hung" / "metrics.jsonl", 2)

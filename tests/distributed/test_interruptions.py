@@ -1,4 +1,4 @@
-"""Runs that are interrupted, and disks and folders that refuse: one line, and nothing is lost.
+"""Interruptions, full disks and unwritable folders: one line, and nothing is lost.
 
 Everything goes through the command line, as a user would.
 """
@@ -61,7 +61,7 @@ STARTED: list["subprocess.Popen[str]"] = []
 
 
 @pytest.fixture(autouse=True)
-def no_run_outlives_its_test() -> Iterator[None]:
+def end_remaining_runs() -> Iterator[None]:
     parallel.stop()  # groups that an earlier test of this process left standing
     yield
     while STARTED:
@@ -120,7 +120,7 @@ def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Pa
 
 
 @pytest.mark.parametrize("name", ["tokenizer.partial", "starts.jsonl"])
-def test_a_disk_that_is_full_at_the_start_is_one_line_on_all_ranks(folder: Path, name: str) -> None:
+def test_a_full_disk_at_the_start_is_one_line_on_all_ranks(folder: Path, name: str) -> None:
     run_dir = folder / f"full-{name}"
     run_dir.mkdir()
     (run_dir / name).symlink_to("/dev/full")
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_on_all_ranks(folder: Path,
     assert "\n" not in line
 
 
-def _train_with_a_disk_that_is_full_for_a_while(folder: str, *overrides: str) -> tuple[int, str]:
+def _train_with_a_temporarily_full_disk(folder: str, *overrides: str) -> tuple[int, str]:
     make_batch = batches.for_step
 
     def limited(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
@@ -149,19 +149,17 @@ def _train_with_a_disk_that_is_full_for_a_while(folder: str, *overrides: str) ->
     return training.command("train", f"{folder}/tiny.yaml", cache, *BRIEF, *overrides)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_no_record(folder: Path) -> None:
+def test_a_temporarily_full_disk_loses_no_record(folder: Path) -> None:
     settings = (str(folder), "steps=9")
     calm = launch(training.train_and_read, 2, *settings, *BRIEF, f"run_dir={folder}/calm")[0]
     run_dir = f"run_dir={folder}/while"
-    full = launch(
-        _train_with_a_disk_that_is_full_for_a_while, 2, *settings, run_dir, "checkpoint.every=99"
-    )
+    full = launch(_train_with_a_temporarily_full_disk, 2, *settings, run_dir, "checkpoint.every=99")
     assert full == [(0, "")] * 2
     assert training.comparable(folder / "while" / "metrics.jsonl") == calm
     assert storage.steps(folder / "while" / "checkpoints") == [9]
 
 
-def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
+def _prepare_data_slowly_on_the_main_rank(folder: str) -> int:
     settings = training.tiny(folder, *BRIEF)
     context = setup.join(settings)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
@@ -177,8 +175,8 @@ def _prepare_while_the_main_rank_takes_long(folder: str) -> int:
     return context.rank
 
 
-def test_ranks_wait_for_the_preparation_of_data_longer_than_for_collectives(folder: Path) -> None:
-    assert launch(_prepare_while_the_main_rank_takes_long, 2, str(folder)) == [0, 1]
+def test_ranks_wait_for_the_data_longer_than_the_timeout_of_collectives(folder: Path) -> None:
+    assert launch(_prepare_data_slowly_on_the_main_rank, 2, str(folder)) == [0, 1]
 
 
 def test_a_port_in_use_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,16 +193,14 @@ def test_a_port_in_use_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "\n" not in told
 
 
-def test_a_world_size_that_is_no_number_is_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_world_size_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert training.command("train", f"{folder}/tiny.yaml") == (
         1, "error: the environment variable WORLD_SIZE='two' must be a number"
     )  # fmt: skip
 
 
-def test_a_run_dir_that_cannot_be_written_is_one_line_on_all_ranks(folder: Path) -> None:
+def test_an_unwritable_run_dir_is_one_line_on_all_ranks(folder: Path) -> None:
     (folder / "file").write_text("not a folder")
     outcomes: Sequence[tuple[int, str]] = launch(
         training.command, 2, "train", f"{folder}/tiny.yaml", *LONG,

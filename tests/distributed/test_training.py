@@ -1,4 +1,4 @@
-"""A run is a function of configuration and seed: not of processes, DEP, or interruptions."""
+"""A run depends on configuration and seed, not on processes, DEP, or interruptions."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from tests.distributed.training import EXACT
 
 
 def _merged(ranks: Sequence[dict[str, LocalShard]]) -> dict[str, torch.Tensor]:
-    """The gradients of all ranks by name; parts of cut ones put together."""
+    """The gradients of all ranks by name; shards are put together."""
     merged: dict[str, torch.Tensor] = {}
     for gradients in ranks:
         for name, part in gradients.items():
@@ -66,7 +66,7 @@ EXACT_FOUR = (EXACT, *FOUR_LAYERS)
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS)
-def test_every_layout_gives_the_gradients_of_one_process_with_dep_and_without(
+def test_every_layout_gives_the_gradients_of_one_process(
     folder: Path, alone: dict[str, torch.Tensor], world_size: int, parallel: tuple[str, ...]
 ) -> None:
     overrides = [f"parallel.{setting}" for setting in parallel]
@@ -90,7 +90,7 @@ def assert_same(mine: dict[str, Any], reference: dict[str, Any], *keys: str) -> 
             assert mine[key] == pytest.approx(reference[key], rel=tolerance), (mine["step"], key)
 
 
-def test_two_processes_follow_the_curve_of_one(folder: Path) -> None:
+def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
     run, settings = training.train_and_read, (str(folder), EXACT)
     one = launch(run, 1, *settings, f"run_dir={folder}/one")[0]
     two = launch(run, 2, *settings, f"run_dir={folder}/two", "parallel.expert=2")[0]
@@ -118,7 +118,7 @@ def single(folder: Path) -> list[dict[str, Any]]:
         (4, ("tensor=2", "pipeline=2", "expert=2")),
     ],
 )
-def test_every_layout_trains_evaluates_and_reads_as_one_process_does(
+def test_every_layout_has_the_metrics_of_one_process(
     folder: Path, single: list[dict[str, Any]], world_size: int, parallel: tuple[str, ...]
 ) -> None:
     run_dir = folder / f"spread-{world_size}-{'-'.join(parallel)}"
@@ -131,8 +131,8 @@ def test_every_layout_trains_evaluates_and_reads_as_one_process_does(
         assert mine.get("heads") == reference.get("heads")
 
 
-def test_a_measured_cost_is_kept_with_the_run(folder: Path) -> None:
-    """What is planned by it is then planned alike when the run goes on."""
+def test_a_measured_cost_is_stored_with_the_run(folder: Path) -> None:
+    """A resumed run plans with the same cost."""
     settings = ("encoder_process.cost=measured", "steps=5", "optimizer.decay_steps=0")
     run_dir = f"run_dir={folder}/measured"
     records = launch(training.train_and_read, 2, str(folder), run_dir, *settings)[0]
@@ -143,7 +143,7 @@ def test_a_measured_cost_is_kept_with_the_run(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> list[dict[str, Any]]:
-    """30 steps at EP 2 that leave their checkpoints of step 10 and 20."""
+    """30 steps at EP 2, with checkpoints of steps 10 and 20."""
     return launch(
         training.train_and_read, 2, *(str(folder), f"run_dir={folder}/whole", "parallel.expert=2"),
         *MOVING,
@@ -164,7 +164,7 @@ MOVING = (EXACT, "steps=30", "checkpoint.every=10", "checkpoint.keep=9", "optimi
         (2, ("tensor=2",)),
     ],
 )
-def test_a_checkpoint_goes_on_at_other_parallel_sizes_and_comes_back(
+def test_a_run_resumes_with_other_parallel_sizes(
     folder: Path,
     uninterrupted: list[dict[str, Any]],
     world_size: int,
@@ -191,7 +191,7 @@ SCALED = (
 
 
 @pytest.mark.parametrize(("world_size", "positions"), [(1, ()), (2, ()), (1, SCALED)])
-def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
+def test_qk_clip_reduces_max_logits_to_the_threshold(
     folder: Path, world_size: int, positions: tuple[str, ...]
 ) -> None:
     """In the first layer of language model (MLA) and encoder (MHA), where inputs do not change."""
@@ -210,7 +210,7 @@ def test_qk_clip_brings_the_models_own_heads_to_the_threshold(
     assert clipped == (every > threshold).sum() > 0
 
 
-def test_killed_at_any_step_and_started_again_it_is_as_if_it_never_stopped(folder: Path) -> None:
+def test_resuming_after_a_kill_is_bit_exact(folder: Path) -> None:
     expert = "parallel.expert=2"
     calm = launch(training.train_and_read, 2, str(folder), f"run_dir={folder}/calm", expert)[0]
 

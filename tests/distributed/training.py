@@ -40,7 +40,7 @@ evaluation: {every: 10, sequences: 4, captions: 6, transcriptions: 2}
 
 
 def tiny_file(folder: Path, prepared: Path) -> Path:
-    """Write the tiny configuration, beside a cache that others share; once, before any rank reads
+    """Write the tiny configuration, next to a shared cache; once, before any rank reads
     it."""
     (folder / "cache").symlink_to(prepared)
     path = folder / "tiny.yaml"
@@ -49,7 +49,7 @@ def tiny_file(folder: Path, prepared: Path) -> Path:
 
 
 def tiny(folder: str, *overrides: str) -> Config:
-    """The tiny run of :func:`tiny_file`, with the cache beside it.
+    """The tiny run of :func:`tiny_file`, with the cache next to it.
 
     The override :data:`EXACT` makes it compute in float64, which the trainer does not offer.
     """
@@ -72,7 +72,7 @@ EXACT = "precision=float64"
 
 
 def _logits_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """megatron-core's, but for the rounding to float32."""
+    """megatron-core's function without the rounding to float32."""
     return logits.clone(), logits.amax(-1)
 
 
@@ -85,14 +85,14 @@ def comparable(metrics_file: Path) -> list[dict[str, Any]]:
 
 
 def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
-    """Train; the metrics of every step."""
+    """Train and return the metrics of every step."""
     settings = tiny(folder, *overrides)
     train(settings)
     return comparable(Path(settings.run_dir) / "metrics.jsonl")
 
 
 def all_gradients(folder: str, *overrides: str) -> dict[str, LocalShard]:
-    """What this rank has of every gradient of the first step, by name in the whole model."""
+    """This rank's shard of every gradient of the first step, by name in the whole model."""
     return gradients_of_each(folder, [()], *overrides)[0]
 
 
@@ -122,7 +122,7 @@ def gradients_of_each(
 def max_logits_before_and_after_a_clip(
     folder: str, *overrides: str
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Two steps on one batch whose optimizer hardly moves: each one's max logits, and clipped."""
+    """Max logits, and whether heads were clipped, in two tiny steps on one batch."""
     settings = tiny(folder, "optimizer.lr=1e-30", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -139,7 +139,7 @@ def max_logits_before_and_after_a_clip(
 
 
 def first_step(folder: str, *overrides: str) -> dict[str, Any]:
-    """Metrics of a first step, and in ``seen`` what this rank saw of it with its own eyes."""
+    """Metrics of a first step, and in ``seen`` this rank's independent measurements of it."""
     settings = tiny(folder, *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -176,7 +176,7 @@ def first_step(folder: str, *overrides: str) -> dict[str, Any]:
 
 
 def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
-    """FLOPs of a forward through the language model: as torch counts them, and as we do."""
+    """FLOPs of a forward of the language model, counted by torch and by the trainer."""
     settings = tiny(folder, "data.vision_share=0", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -190,7 +190,7 @@ def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    """Run the command line in this process; its exit status and what it said on stderr."""
+    """Run the command line in this process; its exit status and stderr."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         status = cli.main(arguments)

@@ -1,4 +1,4 @@
-"""A run's checkpoint of a small model that is far from its first weights, and what it computes."""
+"""Checkpoints of a small model with randomized weights, and its outputs."""
 
 import contextlib
 import hashlib
@@ -49,7 +49,7 @@ class Read(NamedTuple):
 
 
 def randomize(name: str, tensor: Tensor) -> None:
-    """Weights that give attention, routers and logits of several units."""
+    """Draw weights that give attention, routers and logits a large spread."""
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     noise = torch.empty(tensor.shape).normal_(generator=generator)
@@ -87,7 +87,7 @@ def documents(run: Run) -> dict[str, Document]:
 
 @torch.no_grad()
 def read(run: Run, document: Document) -> Read:
-    """What the model that is trained computes of a document."""
+    """The outputs of the trainer's model for a document."""
     (sample,) = run.data.pack([document], len(document))
     batch = batches.collate([sample], run.context.device)
     features = run.tower(batch.patches, batch.grids)
@@ -97,7 +97,7 @@ def read(run: Run, document: Document) -> Read:
 
 
 class Made(NamedTuple):
-    """What :func:`make` leaves, beside the run's folder."""
+    """The results of :func:`make`, in addition to the run's folder."""
 
     reads: dict[str, Read]
     scaled: dict[str, Read]

@@ -70,7 +70,7 @@ def test_bad_paths_are_one_line(
         (PretrainError("x\x1b[2J"), "x\\x1b[2J"),
     ],
 )
-def test_failures_of_the_machine_are_one_line(
+def test_system_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
@@ -84,7 +84,7 @@ def test_failures_of_the_machine_are_one_line(
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
-def test_errors_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyError("a bug")
 
@@ -93,7 +93,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPa
         cli.main(["plan", "a.yaml"])
 
 
-def test_names_that_are_not_utf_8_are_shown_in_pages_and_lists(
+def test_file_names_that_are_not_utf_8_are_shown_escaped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A run folder from someone else runs no code: exported, sampled, begun with, or reported on.
+"""Reading an untrusted run folder runs no code: exporting, sampling, reporting, loading.
 
 ``torch.distributed.checkpoint`` unpickles ``.metadata``, which ran code in earlier versions.
 """
@@ -111,11 +111,11 @@ def test_a_run_folder_runs_no_code(
         assert not touch.marker.exists()
 
 
-def test_a_zip_of_pickles_is_no_checkpoint_file(tmp_path: Path) -> None:
+def test_a_zip_of_pickles_is_not_read(tmp_path: Path) -> None:
     """torch.save writes zip files; the reader of tensor files does not open archives."""
     file = tmp_path / "rank-00000-0.safetensors"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(Touch(tmp_path / "marker")))
-    with pytest.raises(ValueError, match="is no readable safetensors file"):
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
         tensor_files.read(file, [tensor_files.Read("matrix", (0,), torch.zeros(1))])
     assert not (tmp_path / "marker").exists()

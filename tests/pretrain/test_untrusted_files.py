@@ -1,4 +1,4 @@
-"""Pipes, devices and huge files in place of small ones are refused, and never read to an end."""
+"""Pipes, devices and huge files are refused without being read to the end."""
 
 import os
 from pathlib import Path
@@ -19,9 +19,7 @@ def endless(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("endless", ["pipe", "/dev/zero", "/dev/full"], indirect=True)
-def test_configurations_and_checkpoints_that_never_end_are_refused(
-    endless: Path, tmp_path: Path
-) -> None:
+def test_endless_files_are_refused(endless: Path, tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match=r"configuration .* is a pipe or a device"):
         config.load(endless)
     (tmp_path / "manifest.json").symlink_to(endless)
@@ -30,14 +28,14 @@ def test_configurations_and_checkpoints_that_never_end_are_refused(
     assert metrics.read_lines(endless) == []
 
 
-def test_a_configuration_of_any_size_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+def test_a_huge_configuration_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     with (tmp_path / "huge.yaml").open("w") as file:
         file.truncate(1 << 40)  # takes no space
     with pytest.raises(PretrainError, match="it is larger than 1 MiB"):
         config.load(tmp_path / "huge.yaml")
 
 
-def test_a_folder_and_a_missing_file_are_named_as_such(tmp_path: Path) -> None:
+def test_folders_and_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         untrusted_files.read_bytes(tmp_path, 1)
     with pytest.raises(FileNotFoundError):
@@ -45,7 +43,7 @@ def test_a_folder_and_a_missing_file_are_named_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"step": null}', '{"step": "7"}', "3", "{"])
-def test_a_line_of_metrics_that_is_damaged_is_left_out(tmp_path: Path, line: str) -> None:
+def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     assert metrics.read(path) == [{"step": 1}, {"step": 2}]

@@ -1,4 +1,4 @@
-"""Weights keep their bits from one run to another, whatever precision each computes in."""
+"""A run starts with exactly the weights of another one, in either precision."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from tests.pretrain.saved_run import SHAPE, Made
 
 
 class Begun(NamedTuple):
-    """What a run that begins with another's weights has, by name.
+    """The tensors of a run that starts from another one, by name.
 
     Attributes:
-        states: what the optimizer knows of each parameter, before and after a step.
+        states: keys of the optimizer's state before and after a step.
     """
 
     named_tensors: dict[str, Tensor]
@@ -53,7 +53,7 @@ FRESH = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("other", ["run", "run16"])
-def test_float32_takes_masters_for_weights_and_keeps_what_was_imported(
+def test_a_float32_run_starts_from_master_weights_and_keeps_imported_settings(
     made: Made, run_folder: Path, other: str
 ) -> None:
     imported = ImportedSettings(1234, "{{ messages }}", {"eos_token_id": [3, 4]})
@@ -71,7 +71,7 @@ def test_float32_takes_masters_for_weights_and_keeps_what_was_imported(
 
 
 @pytest.mark.parametrize("other", ["run", "run16"])
-def test_bfloat16_takes_float32_weights_for_masters(
+def test_a_bfloat16_run_uses_float32_weights_as_master_weights(
     made: Made, run_folder: Path, other: str
 ) -> None:
     (begun,) = launch(begin, 1, str(run_folder), other, "bfloat16")

@@ -1,4 +1,4 @@
-"""Checkpoint files: readable by other tools, exact for any split, and safe whatever is in them."""
+"""Checkpoint files: readable by other tools, exact for any split, and safe with any content."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def save_and_load_any_split(folder: str) -> None:
     check()
 
 
-def test_saved_in_any_blocks_it_loads_in_any_others(tmp_path: Path) -> None:
+def test_tensors_saved_in_any_blocks_load_in_any_others(tmp_path: Path) -> None:
     launch(save_and_load_any_split, 1, str(tmp_path))
 
 
@@ -105,7 +105,7 @@ JUNK = st.sampled_from(
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_crafted_manifest_is_one_error_and_nothing_else(path: Path, data: st.DataObject) -> None:
+def test_a_crafted_manifest_raises_one_error(path: Path, data: st.DataObject) -> None:
     text = (path / "manifest.json").read_text()
     manifest = json.loads(text)
     container, key = data.draw(st.sampled_from(nodes(manifest)))
@@ -121,7 +121,7 @@ def test_a_crafted_manifest_is_one_error_and_nothing_else(path: Path, data: st.D
 
 
 @pytest.mark.parametrize("text", ["", "[" * 200_000, "[]", "null", '{"step": 1}', "\x00", "1e999"])
-def test_a_manifest_that_is_no_manifest_is_refused(path: Path, text: str) -> None:
+def test_an_invalid_manifest_is_refused(path: Path, text: str) -> None:
     kept = (path / "manifest.json").read_text()
     (path / "manifest.json").write_text(text)
     with pytest.raises(PretrainError, match="is not a checkpoint of this program"):
@@ -138,23 +138,23 @@ def pickled(_content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], flip_header, pickled, lambda _: b""])
-def test_a_crafted_file_with_a_matching_digest_is_one_error(
+def test_a_crafted_file_with_a_matching_digest_raises_one_error(
     path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    """A digest in the manifest says nothing about where a checkpoint comes from."""
+    """An attacker can write a matching digest into the manifest."""
     file, manifest = path / "rank-00000-0.safetensors", path / "manifest.json"
     content, text = file.read_bytes(), manifest.read_text()
     file.write_bytes(damage(content))
     values = json.loads(text)
     values["files"][file.name] = storage._checksum(file)
     manifest.write_text(json.dumps(values))
-    with pytest.raises(PretrainError, match=r"is damaged: rank-00000-0\.safetensors is no"):
+    with pytest.raises(PretrainError, match=r"is damaged: rank-00000-0\.safetensors is not"):
         read_all(path)
     file.write_bytes(content)
     manifest.write_text(text)
 
 
-def test_a_dtype_without_a_name_in_the_format_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_dtype_is_refused(tmp_path: Path) -> None:
     block = tensor_files.Block("x", (0,), torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="complex64 cannot be stored"):
         tensor_files.write(tmp_path / "file", [block])

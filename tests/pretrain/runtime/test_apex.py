@@ -1,4 +1,4 @@
-"""Only NVIDIA's apex is taken for it, and without it torch computes the same thing.
+"""Only NVIDIA's compiled apex is used, and without it torch computes the same.
 
 Its kernels cannot run here: stand-ins show which of them would be chosen, nothing more.
 """
@@ -39,7 +39,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, left_out: str = "") -> None:
         monkeypatch.setitem(sys.modules, name, None if name == left_out else module)
 
 
-def test_nvidias_apex_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_apex_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch)
     found = apex.find()
     assert found is not None
@@ -51,15 +51,15 @@ def test_nvidias_apex_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     "left_out",
     ["fused_layer_norm_cuda", "amp_C", "apex.multi_tensor_apply", "fused_rms_norm_affine"],
 )
-def test_another_apex_or_one_that_was_not_compiled_is_not(
+def test_an_unrelated_or_uncompiled_apex_is_ignored(
     monkeypatch: pytest.MonkeyPatch, left_out: str
 ) -> None:
-    """PyPI's apex, too: it has none of these."""
+    """Such as the apex on PyPI, which is unrelated."""
     _install(monkeypatch, left_out)
     assert apex.find() is None
 
 
-def test_on_a_cpu_torch_computes_whatever_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_uses_torch_even_with_apex_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch)
     x, weight = torch.randn(3, 8), torch.rand(8)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight

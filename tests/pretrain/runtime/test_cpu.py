@@ -1,4 +1,4 @@
-"""Training on a CPU replaces parts of torch and megatron-core, and only while it lasts."""
+"""The patches of torch and megatron-core for a CPU are applied only during training."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(cpu.USE_CUDA, reason="nothing is replaced where 
 
 
 def test_importing_every_module_changes_nothing_for_other_libraries() -> None:
-    """In a new process, as other tests have imported everything."""
+    """In a new process, since other tests have imported everything."""
     script = """
     import os, pkgutil, importlib
     import torch
@@ -42,7 +42,7 @@ def test_importing_every_module_changes_nothing_for_other_libraries() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_enable_replaces_is_of_its_kind_and_comes_back() -> None:
+def test_patches_have_the_type_of_the_original_and_are_reverted() -> None:
     before = {name: getattr(torch.cuda, name) for name in NAMES}
     cpu.enable()
     try:
@@ -66,7 +66,7 @@ def test_what_enable_replaces_is_of_its_kind_and_comes_back() -> None:
 
 
 def test_transformers_generates_in_a_process_that_trains() -> None:
-    """Its generation code is imported while the replacements are in place."""
+    """Its generation code is imported while the patches are applied."""
     script = """
     import torch
     from pretrain.runtime import cpu
