@@ -8,7 +8,7 @@ from pretrain.model.weights import Weight, language_weights, vision_weights
 
 
 def trained_weights(config: Config) -> list[Weight]:
-    """Trained weights; of the experts of a layer, which are alike, the first one only."""
+    """Trained weights, with the first expert of each layer in place of all."""
     language = language_weights(config.language, config.data.vocab_size, experts=range(1))
     vision = vision_weights(config.vision, config.language.hidden_size)
     return [weight for weight in (*language, *vision) if weight.optimizer is not None]

@@ -79,7 +79,7 @@ def make_ours(dtype: torch.dtype) -> VisionTower:
     return ours
 
 
-def theirs_config() -> Any:
+def transformers_config() -> Any:
     from transformers import Kimi_K25Config, Kimi_K25VisionConfig
 
     return Kimi_K25Config(
@@ -92,22 +92,22 @@ def theirs_config() -> Any:
 
 
 @functools.cache
-def make_theirs(dtype: torch.dtype) -> nn.ModuleDict:
+def make_reference(dtype: torch.dtype) -> nn.ModuleDict:
     from transformers.models.kimi_k25.modeling_kimi_k25 import (
         Kimi_K25MultimodalProjection,
         Kimi_K25VisionModel,
     )
 
-    config = theirs_config()
+    config = transformers_config()
     with InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
         modules = {
             "vision_tower": Kimi_K25VisionModel(config.vision_config),
             "mm_projector": Kimi_K25MultimodalProjection(config),
         }
-        theirs = nn.ModuleDict(modules).to(dtype)
+        reference = nn.ModuleDict(modules).to(dtype)
     values = flatten(dict(make_ours(dtype).named_parameters()))
-    theirs.load_state_dict({name: values[index] for name, index in indices().items()})
-    return theirs
+    reference.load_state_dict({name: values[index] for name, index in indices().items()})
+    return reference
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def indices() -> dict[str, Tensor]:
         }
         published |= {name: t.float() for name, t in item.to_published(tensors).items()}
     with TemporaryDirectory() as folder:
-        theirs_config().save_pretrained(folder)
+        transformers_config().save_pretrained(folder)
         save_file(published, f"{folder}/model.safetensors", metadata={"format": "pt"})
         model = Kimi_K25ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return {
@@ -149,11 +149,13 @@ def split_up(values: Tensor) -> dict[str, Tensor]:
     return {n: t.view(SHAPES[n]) for n, t in zip(SHAPES, tensors, strict=True)}
 
 
-def run_theirs(theirs: nn.ModuleDict, patches: Tensor, grids: Tensor, dtype: torch.dtype) -> Tensor:
+def run_reference(
+    reference: nn.ModuleDict, patches: Tensor, grids: Tensor, dtype: torch.dtype
+) -> Tensor:
     side = CONFIG.patch_size
     pixels = ((patches.to(dtype) / 255 - 0.5) / 0.5).view(-1, 3, side, side)
-    merged = theirs["vision_tower"](pixels, grid_thw=grids).pooler_output
-    features: Tensor = theirs["mm_projector"](merged).squeeze(1)
+    merged = reference["vision_tower"](pixels, grid_thw=grids).pooler_output
+    features: Tensor = reference["mm_projector"](merged).squeeze(1)
     return features
 
 
@@ -168,14 +170,14 @@ def make_patches(grids: Tensor, seed: int = 0) -> Tensor:
 def test_features_and_gradients_equal_transformers_in_float64(
     pack: list[tuple[int, int, int]],
 ) -> None:
-    ours, theirs = make_ours(torch.float64), make_theirs(torch.float64)
+    ours, reference = make_ours(torch.float64), make_reference(torch.float64)
     grids = torch.tensor(pack)
     patches = make_patches(grids)
     ours.zero_grad()
-    theirs.zero_grad()
+    reference.zero_grad()
     features = ours(patches, grids)
     with InFloat64():
-        expected = run_theirs(theirs, patches, grids, torch.float64)
+        expected = run_reference(reference, patches, grids, torch.float64)
     assert expected.dtype == torch.float64
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-10)
 
@@ -184,7 +186,7 @@ def test_features_and_gradients_equal_transformers_in_float64(
     with InFloat64():
         expected.backward(gradient)
     gradients = torch.empty(NUMEL, dtype=torch.float64)
-    for name, parameter in theirs.named_parameters():
+    for name, parameter in reference.named_parameters():
         gradients[indices()[name]] = parameter.grad
     for name, expected_gradient in split_up(gradients).items():
         torch.testing.assert_close(
@@ -195,21 +197,21 @@ def test_features_and_gradients_equal_transformers_in_float64(
 @settings(deadline=None, max_examples=25)
 @given(packs)
 def test_features_equal_transformers_in_float32(pack: list[tuple[int, int, int]]) -> None:
-    ours, theirs = make_ours(torch.float32), make_theirs(torch.float32)
+    ours, reference = make_ours(torch.float32), make_reference(torch.float32)
     grids = torch.tensor(pack)
     patches = make_patches(grids)
     with torch.no_grad():
-        expected = run_theirs(theirs, patches, grids, torch.float32)
+        expected = run_reference(reference, patches, grids, torch.float32)
         torch.testing.assert_close(ours(patches, grids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_video_in_groups_of_four_frames_equals_transformers() -> None:
     """The last group has one frame, to which neither adds a position in time."""
-    ours, theirs = make_ours(torch.float64), make_theirs(torch.float64)
+    ours, reference = make_ours(torch.float64), make_reference(torch.float64)
     grids = torch.tensor([(4, 4, 6), (4, 4, 6), (1, 4, 6)])
     patches = make_patches(grids)
     with torch.no_grad(), InFloat64():
-        expected = run_theirs(theirs, patches, grids, torch.float64)
+        expected = run_reference(reference, patches, grids, torch.float64)
     features = ours(patches, grids)
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-10)
     assert num_features(grids).tolist() == [6, 6, 6]
