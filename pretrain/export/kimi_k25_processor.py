@@ -1,12 +1,11 @@
-"""Images and videos for an exported Kimi-K2.5 model, made as its training data were.
+"""Image and video processor of an exported Kimi-K2.5 model: the same processing as in training.
 
 ``export`` copies this file and pretrain/data/media/pixels.py, which decodes images, into the
-exported folder, where preprocessor_config.json names it in ``auto_map``. They need transformers,
-NumPy and Pillow, and PyAV for video files; not torchvision, and nothing else of this package. With
-``trust_remote_code=True`` it is what ``AutoProcessor`` and SGLang load, and vLLM where numba is
-missing.
+exported folder, where preprocessor_config.json names it in ``auto_map``. ``AutoProcessor`` and
+SGLang load it with ``trust_remote_code=True``, and so does vLLM if numba is not installed. It needs
+transformers, NumPy, Pillow, and PyAV for video files, but not torchvision or this package.
 
-To the model, a group of up to four frames is an image, and a video is its groups in a row.
+For the model, a group of up to four frames is an image, and a video is a sequence of groups.
 """
 
 import io
@@ -29,7 +28,7 @@ from pretrain.data.media.pixels import ImageFile, Pixels, decode, open_image
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _OF_IMAGES = ("crop_to_patches", "do_rescale", "do_normalize")
-# Arguments of transformers' processors that have no effect here: a video is sampled as in training.
+# Arguments of transformers' processors that are ignored: videos are sampled as in training.
 _WITHOUT_EFFECT = (
     *("images_kwargs", "videos_kwargs", "common_kwargs", "device", "return_metadata"),
     *("do_sample_frames", "fps", "num_frames", "video_metadata", "do_convert_rgb", "do_resize"),
@@ -37,11 +36,11 @@ _WITHOUT_EFFECT = (
 
 
 class Group(NamedTuple):
-    """Frames that are an image to the model: one of an image, up to four of a video.
+    """Frames that the model sees as an image: one of an image, or up to four of a video.
 
     Attributes:
-        frames: in RGB, of one size.
-        max_patches: of a frame, before padding; larger frames are shrunk.
+        frames: RGB images of one size.
+        max_patches: of a frame before padding; larger frames are shrunk.
     """
 
     frames: Sequence[Image.Image]
@@ -49,15 +48,15 @@ class Group(NamedTuple):
 
 
 class KimiImageProcessor(BaseImageProcessor):
-    """Shrinks large images, pads them with black to whole tokens and cuts them into patches.
+    """Shrinks large images, pads them with black to whole tokens, and cuts them into patches.
 
     Args:
-        media_proc_cfg: the settings, by the names of the published processor:
-            ``patch_size`` in pixels, ``merge_kernel_size`` in patches, ``in_patch_limit`` of an
-            image, ``in_patch_limit_each_frame`` of a video, ``patch_limit_on_one_side``,
-            ``temporal_merge_kernel_size`` frames of a group, ``sample_fps`` of video files,
+        media_proc_cfg: settings of the published processor: ``patch_size`` in pixels,
+            ``merge_kernel_size`` in patches, ``in_patch_limit`` of an image,
+            ``in_patch_limit_each_frame`` of a video, ``patch_limit_on_one_side``,
+            ``temporal_merge_kernel_size`` (frames of a group), ``sample_fps`` of video files,
             ``image_mean`` and ``image_std`` of the three channels.
-        kwargs: the same by transformers' names; not used.
+        kwargs: the same settings under transformers' names; not used.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_thw"]
@@ -82,23 +81,24 @@ class KimiImageProcessor(BaseImageProcessor):
         crop_to_patches: bool | None = None,
         **_: Any,
     ) -> BatchFeature:
-        """Make patches.
+        """Convert images to patches.
 
         Args:
-            images: an image or a (nested) list of images: Pillow's, arrays, tensors, file names or
-                URLs. Or a list of media as servers pass them: ``{"type": "image", "image": …}`` or
+            images: an image or a (nested) list of images: Pillow images, arrays, tensors, file
+                names or URLs; or a list of media in the format of servers,
+                ``{"type": "image", "image": …}`` or
                 ``{"type": "video_chunk", "video_chunk": [frame, …]}``.
             return_tensors: default: torch tensors.
-            do_rescale, do_normalize: without both, pixels stay as they are, 0 to 255.
-            crop_to_patches: if given, ``num_patches`` of each image is returned too, which TRL
-                needs; images are never cut.
+            do_rescale, do_normalize: unless both are true, pixels are 0 to 255.
+            crop_to_patches: if given, ``num_patches`` of each image is also returned, which TRL
+                needs. Images are never cropped.
 
         Returns:
-            ``pixel_values`` [patches, 3, patch_size, patch_size]; and [images, 3], each one's
-            frames, rows and columns of patches: ``image_grid_thw``, or ``grid_thws`` of media.
+            ``pixel_values`` [patches, 3, patch_size, patch_size], and [images, 3] with the frames,
+            rows and columns of patches: ``image_grid_thw``, or ``grid_thws`` of media.
 
         Raises:
-            ValueError: the input is of neither kind.
+            ValueError: the images are in another format.
         """
         media = isinstance(images, list | tuple) and images and isinstance(images[0], Mapping)
         groups = [self._group(one) for one in images] if media else self.image_groups(images)
@@ -111,10 +111,10 @@ class KimiImageProcessor(BaseImageProcessor):
     def patches(
         self, groups: Sequence[Group], *, normalize: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cut groups of frames into patches.
+        """Convert groups of frames to patches.
 
         Args:
-            normalize: to ``image_mean`` and ``image_std``; otherwise pixels are 0 to 255.
+            normalize: by ``image_mean`` and ``image_std``; otherwise pixels are 0 to 255.
 
         Returns:
             float32 [patches, 3, patch_size, patch_size], and int64 [groups, 3]: frames, rows and
@@ -138,22 +138,22 @@ class KimiImageProcessor(BaseImageProcessor):
         return torch.from_numpy(values), torch.tensor(grids, dtype=torch.int64).view(-1, 3)
 
     def media_tokens_calculator(self, media: Mapping[str, Any]) -> int:
-        """Tokens of a medium, as of :meth:`preprocess`."""
+        """Number of tokens of a medium of :meth:`preprocess`."""
         return self.num_tokens(self._group(media))
 
     def num_tokens(self, group: Group) -> int:
-        """Tokens of a group, from its size alone."""
+        """Number of tokens of a group, which depends on its size only."""
         width, height = group.frames[0].size
         return self._num_patches(height, width, group.max_patches) // self.merge_size**2
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
-        """Patches of an image of a size in pixels."""
+        """Number of patches of an image, given its size in pixels."""
         return self._num_patches(height, width, self.media_proc_cfg["in_patch_limit"])
 
     def image_groups(self, images: Any) -> list[Group]:
-        """A group of each image of a nested list."""
+        """One group for each image of a nested list."""
         if images is None:
             return []
         if isinstance(images, list | tuple):
@@ -163,11 +163,11 @@ class KimiImageProcessor(BaseImageProcessor):
         return [Group([_rgb(images)], self.media_proc_cfg["in_patch_limit"])]
 
     def video_groups(self, video: Any) -> list[Group]:
-        """The groups of a video.
+        """Groups of a video.
 
         Args:
-            video: the name or bytes of a video file (``sample_fps`` frames a second are taken) or
-                of an animation (all frames are), or frames: a list, or an array
+            video: name or bytes of a video file, which is sampled at ``sample_fps``; name of an
+                animation, all frames of which are used; or frames: a list, or an array
                 [frames, height, width, 3] or [frames, 3, height, width].
 
         Raises:
@@ -182,7 +182,7 @@ class KimiImageProcessor(BaseImageProcessor):
         return [Group(frames[at : at + size], limit) for at in range(0, len(frames), size)]
 
     def split_video_chunks(self, video: Any) -> list[dict[str, Any]]:
-        """The groups of a video as media, each with the text in which it stands."""
+        """Groups of a video as media, each with the text that surrounds it."""
         prompt = "<|media_begin|><|media_pad|><|media_end|>"
         return [
             {"type": "video_chunk", "video_chunk": list(group.frames), "prompt": prompt}
@@ -226,10 +226,10 @@ class KimiImageProcessor(BaseImageProcessor):
 
 
 class KimiProcessor(Kimi_K25Processor):
-    """Texts with images and videos, for transformers' model and for servers.
+    """Processor of texts with images and videos, for transformers and servers.
 
-    In a text, ``<|media_pad|>`` stands for an image and ``<|kimi_k25_video_placeholder|>`` for a
-    video, as the chat template writes them. Videos come out as images do, in ``pixel_values``.
+    The placeholders in a text are those of the chat template: ``<|media_pad|>`` for an image,
+    ``<|kimi_k25_video_placeholder|>`` for a video. Videos are returned in ``pixel_values``, too.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class KimiProcessor(Kimi_K25Processor):
 
     @property
     def media_processor(self) -> Any:
-        """The image processor, by the name that servers look for."""
+        """The image processor, under the name that servers expect."""
         return self.image_processor
 
     @property
@@ -264,17 +264,18 @@ class KimiProcessor(Kimi_K25Processor):
         return_mm_token_type_ids: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Tokens and patches.
+        """Convert texts, images and videos to tokens and patches.
 
         Args:
-            images, videos: as many as their placeholders in the texts, in the same order.
-            text: one, or a list.
-            medias: in place of images and videos, as SGLang passes them: then ``<|media_pad|>``
-                stands in the text as often as the media have tokens.
-            kwargs: of the tokenizer, also in ``text_kwargs``; of the image processor.
+            images, videos: one for each placeholder in the texts, in the same order.
+            text: a text or a list of texts.
+            medias: media instead of images and videos, as SGLang passes them: the text has a
+                ``<|media_pad|>`` for every token of theirs.
+            kwargs: of the tokenizer (also in ``text_kwargs``) and of the image processor.
 
         Raises:
-            ValueError: images or videos are not as many as their placeholders, or there is audio.
+            ValueError: the numbers of images or videos and of placeholders differ, or there is
+                audio.
         """
         if audio is not None:
             raise ValueError("this model reads text, images and videos, not audio")
@@ -306,7 +307,7 @@ class KimiProcessor(Kimi_K25Processor):
     def _expand(
         self, texts: Sequence[str], images: Sequence[Group], films: Sequence[Sequence[Group]]
     ) -> tuple[list[str], list[Group]]:
-        """Texts with a placeholder for every token, and all groups in the order of the texts."""
+        """Texts with one placeholder for each token, and all groups in the order of the texts."""
         for token, given in ((self.image_token, images), (self.video_token, films)):
             found = sum(text.count(token) for text in texts)
             if found != len(given):
@@ -337,10 +338,10 @@ class KimiProcessor(Kimi_K25Processor):
 
 
 def _rgb(image: Any) -> Image.Image:
-    """As an image viewer shows it: upright, in sRGB, on a white page, with 8 bits a channel.
+    """Convert an image to what a viewer shows: upright, sRGB, on white, 8 bits per channel.
 
     Args:
-        image: Pillow's, an array or tensor, the name or bytes of a file, a URL or base64.
+        image: a Pillow image, array or tensor, the name or bytes of a file, a URL or base64.
     """
     if isinstance(image, bytes | Path):
         return Image.fromarray(decode(image))
@@ -354,7 +355,7 @@ def _rgb(image: Any) -> Image.Image:
 
 
 def _videos(videos: Any) -> list[Any]:
-    """The videos of a nested list."""
+    """Videos of a nested list."""
     if videos is None:
         return []
     if getattr(videos, "ndim", 4) == 5:
@@ -386,8 +387,8 @@ def _frames(video: Any, fps: float) -> Iterator[Image.Image]:
 
 
 def _file_frames(file: Any, fps: float) -> Iterator[Image.Image]:
-    """The frame that is shown at each time k / fps from the first one on, by PyAV."""
-    try:  # transformers demands every package that is imported outside of a try
+    """Decode the frame shown at each time k / fps after the first frame, with PyAV."""
+    try:  # transformers requires every package that is imported outside a try
         import av
     except ImportError as error:
         raise ImportError("video files need PyAV: pip install av") from error
@@ -411,7 +412,7 @@ def _file_frames(file: Any, fps: float) -> Iterator[Image.Image]:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """In RGB, turned and mirrored as the file's display matrix says."""
+    """Convert a frame to RGB, rotated and mirrored by the display matrix of its file."""
     pixels = frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:  # x' = a x + c y, y' = b x + d y

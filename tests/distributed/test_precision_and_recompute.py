@@ -1,5 +1,5 @@
-"""Recomputing activations changes no gradient and shows QK-Clip every logit once; bfloat16 trains
-as float32 does, from float32 master weights; stages may have different numbers of layers."""
+"""Recomputation is bit-exact and observes every logit once; pipeline stages of different lengths
+have the gradients of one process; bfloat16 trains as float32 does, with float32 master weights."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -36,34 +36,34 @@ def _layout(*settings: str) -> tuple[str, ...]:
 def gradients_and_observations(
     folder: str, every: Sequence[tuple[str, ...]], *overrides: str
 ) -> list[tuple[dict[str, Tensor], dict[str, list[Tensor]], dict[str, Tensor], int]]:
-    """Of the first step, with each of some settings: gradients, what every attention layer showed
-    its observer, the routers' biases, and elements that were kept from forward to backward."""
+    """Gradients, observed max logits, router biases and number of saved elements of the first step,
+    for each of several settings."""
     outcomes = []
     here, data = set_up(training.tiny(folder, *overrides))
-    for more in every:
-        settings = training.tiny(folder, *overrides, *more)
+    for changes in every:
+        settings = training.tiny(folder, *overrides, *changes)
         run = build(settings, here, data)
-        seen: dict[str, list[Tensor]] = {}
+        observed: dict[str, list[Tensor]] = {}
         for number, chunk in enumerate(run.language):
             for name, module in chunk.named_modules():
                 if hasattr(module, "core_attention"):
-                    seen[f"{number}.{name}"] = []
-                    module.core_attention.observer = seen[f"{number}.{name}"].append
-        kept = 0
+                    observed[f"{number}.{name}"] = []
+                    module.core_attention.observer = observed[f"{number}.{name}"].append
+        saved = 0
 
-        def keep(tensor: Tensor) -> Tensor:
-            nonlocal kept
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
             if torch._C._current_graph_task_id() == -1:  # not within a backward
-                kept += tensor.numel()
+                saved += tensor.numel()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             step.forward_backward(run, batches.for_step(settings, here, data, 1))
         gradients = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         bias = {
             name: t.clone() for name, t in run.named_tensors.items() if name.endswith("expert_bias")
         }
-        outcomes.append((gradients, seen, bias, kept))
+        outcomes.append((gradients, observed, bias, saved))
     return outcomes
 
 
@@ -75,7 +75,7 @@ def gradients_and_observations(
         (4, _layout("pipeline=2", "interleave=2", "expert=2")),
     ],
 )
-def test_recomputing_changes_no_bit_and_shows_every_logit_once(
+def test_recomputation_is_bit_exact_and_observes_every_logit_once(
     folder: Path, world_size: int, layout: tuple[str, ...]
 ) -> None:
     """With DEP, uneven pipeline stages, and expert biases that count tokens in the forward."""
@@ -88,19 +88,19 @@ def test_recomputing_changes_no_bit_and_shows_every_logit_once(
         ]
     ranks = launch(gradients_and_observations, world_size, str(folder), every, FIVE_LAYERS, *layout)
     for outcomes in ranks:
-        expected_gradients, expected_logits, expected_bias, all_kept = outcomes[0]
-        for how, (gradients, seen, bias, kept) in zip(every[1:], outcomes[1:], strict=True):
+        expected_gradients, expected_logits, expected_bias, saved_without = outcomes[0]
+        for how, (gradients, observed, bias, saved) in zip(every[1:], outcomes[1:], strict=True):
             assert gradients.keys() == expected_gradients.keys()
             for name, gradient in gradients.items():
                 assert torch.equal(gradient, expected_gradients[name]), (how, name)
-            for layer, logits in seen.items():
+            for layer, logits in observed.items():
                 assert len(logits) == len(expected_logits[layer]) > 0, (how, layer)
-                # Seen when a micro-batch's backward comes, which may be in another order.
-                mine, theirs = torch.stack(logits), torch.stack(expected_logits[layer])
-                assert torch.equal(mine.sort(0).values, theirs.sort(0).values), (how, layer)
+                # Recomputation observes micro-batches in the order of their backwards.
+                found, expected = torch.stack(logits), torch.stack(expected_logits[layer])
+                assert torch.equal(found.sort(0).values, expected.sort(0).values), (how, layer)
             for name, value in bias.items():
                 assert value.any() and torch.equal(value, expected_bias[name]), (how, name)
-            assert kept < all_kept, how
+            assert saved < saved_without, how
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_recomputing_changes_no_bit_and_shows_every_logit_once(
         (4, _layout("pipeline=2", "interleave=2", "expert=2")),
     ],
 )
-def test_stages_of_different_lengths_give_the_gradients_of_one_process(
+def test_pipeline_stages_of_different_lengths_have_the_gradients_of_one_process(
     folder: Path, alone: dict[str, Tensor], world_size: int, layout: tuple[str, ...]
 ) -> None:
     settings = (str(folder), training.EXACT, FIVE_LAYERS, *layout)
@@ -124,7 +124,7 @@ BFLOAT16 = "precision=bfloat16"
 
 
 def first_steps(folder: str, *overrides: str) -> list[dict[str, Any]]:
-    """The metrics of ten updates."""
+    """Metrics of ten steps."""
     settings = training.tiny(folder, "optimizer.warmup_steps=2", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -132,25 +132,25 @@ def first_steps(folder: str, *overrides: str) -> list[dict[str, Any]]:
     return [step.train_step(run, batches.for_step(settings, here, data, n), n) for n in numbers]
 
 
-def test_training_in_bfloat16_follows_the_curve_in_float32(folder: Path) -> None:
-    """bfloat16's rounding (0.4 % of each weight and activation) averages out in a loss over some
-    700 tokens; how much of it is left depends on the processor's bfloat16 instructions."""
-    wide = launch(first_steps, 1, str(folder))[0]
+def test_bfloat16_follows_the_loss_curve_of_float32(folder: Path) -> None:
+    """Rounding to bfloat16 (0.4 % of each value) averages out in a loss over about 700 tokens. The
+    remaining difference depends on the processor's bfloat16 instructions."""
+    float32 = launch(first_steps, 1, str(folder))[0]
     for world_size, layout in (
         (1, ()),
         (2, _layout("tensor=2", "expert=2")),
         (2, (*_layout("pipeline=2"), *FULL)),
     ):
-        narrow = launch(first_steps, world_size, str(folder), BFLOAT16, *layout)[0]
-        for mine, reference in zip(narrow, wide, strict=True):
-            assert mine["loss"] == pytest.approx(reference["loss"], rel=5e-3), mine["step"]
-            assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
-            assert mine["heads"] == reference["heads"]
-    assert wide[-1]["loss"] < wide[0]["loss"] - 0.5
+        bfloat16 = launch(first_steps, world_size, str(folder), BFLOAT16, *layout)[0]
+        for found, expected in zip(bfloat16, float32, strict=True):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=5e-3), found["step"]
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
+            assert found["heads"] == expected["heads"]
+    assert float32[-1]["loss"] < float32[0]["loss"] - 0.5
 
 
 def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
-    """Train some steps with QK-Clip at work; the dtypes of everything, and that masters rule."""
+    """Train two steps with clipped heads; check the master weights and return all dtypes."""
     settings = training.tiny(folder, *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -164,7 +164,7 @@ def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
             found["state"].add(f"{key} {value.dtype}")
         master = run.optimizer.state[parameter]["master"]
         assert torch.equal(parameter, master.to(parameter.dtype))
-        # It knows more than its copy: else it would be no use.
+        # The master weights are more precise than the parameters.
         assert parameter.ndim < 2 or not torch.equal(parameter.float(), master)
     for name, tensor in run.named_tensors.items():
         if not tensor.requires_grad:
@@ -172,7 +172,7 @@ def precision_of_a_run(folder: str, *overrides: str) -> dict[str, set[str]]:
     return found
 
 
-def test_bfloat16_has_masters_and_moments_in_float32(folder: Path) -> None:
+def test_bfloat16_has_master_weights_and_moments_in_float32(folder: Path) -> None:
     clipping = "optimizer.qk_clip_threshold=0.002"
     found = launch(precision_of_a_run, 1, str(folder), BFLOAT16, clipping)[0]
     assert found["parameters"] == {"torch.bfloat16"}
@@ -181,10 +181,11 @@ def test_bfloat16_has_masters_and_moments_in_float32(folder: Path) -> None:
     assert found["buffers"] == {"expert_bias torch.float32"}
 
 
-def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Four steps without a stop; and two, a checkpoint, a new process's build, and two more."""
+def resume(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Metrics of the fourth step after resuming from step 2 and without a stop, and the number of
+    tensors of optimizer state that differ."""
 
-    def go(run: Run, numbers: range) -> dict[str, Any]:
+    def train(run: Run, numbers: range) -> dict[str, Any]:
         for number in numbers:
             metrics = step.train_step(run, micro_batches(number), number)
         return metrics
@@ -192,27 +193,27 @@ def resumed(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any
     settings = training.tiny(folder, *overrides)
     here, data = set_up(settings)
     micro_batches = partial(batches.for_step, settings, here, data)
-    straight = build(settings, here, data)
-    go(straight, range(1, 3))
-    saver, guard = checkpoint.saver(straight), Guard(settings.faults)
-    checkpoint.save(straight, saver, guard, 2)
+    uninterrupted = build(settings, here, data)
+    train(uninterrupted, range(1, 3))
+    saver, guard = checkpoint.saver(uninterrupted), Guard(settings.faults)
+    checkpoint.save(uninterrupted, saver, guard, 2)
     saver.close()
-    expected = go(straight, range(3, 5))
-    anew = build(settings, here, data)
-    assert checkpoint.restore(anew) == 2
-    mine = go(anew, range(3, 5))
+    expected = train(uninterrupted, range(3, 5))
+    resumed = build(settings, here, data)
+    assert checkpoint.restore(resumed) == 2
+    metrics = train(resumed, range(3, 5))
     differing = sum(
-        not torch.equal(anew.optimizer.state[p][key], straight.optimizer.state[q][key])
-        for (_, p), (_, q) in zip(anew.parameters(), straight.parameters(), strict=True)
-        for key in straight.optimizer.state[q]
+        not torch.equal(resumed.optimizer.state[p][key], uninterrupted.optimizer.state[q][key])
+        for (_, p), (_, q) in zip(resumed.parameters(), uninterrupted.parameters(), strict=True)
+        for key in uninterrupted.optimizer.state[q]
     )
-    return mine, expected, differing
+    return metrics, expected, differing
 
 
-def test_a_checkpoint_in_bfloat16_goes_on_from_its_masters(folder: Path) -> None:
-    """To the bit, with QK-Clip at work on the masters that were read."""
+def test_resuming_in_bfloat16_is_bit_exact(folder: Path) -> None:
+    """With clipped heads, which changes the master weights that were read."""
     overrides = (BFLOAT16, "optimizer.qk_clip_threshold=0.002", f"run_dir={folder}/resumed")
-    mine, expected, differing = launch(resumed, 1, str(folder), *overrides)[0]
+    metrics, expected, differing = launch(resume, 1, str(folder), *overrides)[0]
     assert expected["heads_clipped"] > 0
-    assert mine | {"memory_gib": None} == expected | {"memory_gib": None}
+    assert metrics | {"memory_gib": None} == expected | {"memory_gib": None}
     assert differing == 0

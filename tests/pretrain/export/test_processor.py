@@ -1,7 +1,7 @@
-"""The processor in an export makes of images and videos what the trainer's data does.
+"""The processor in an export processes images and videos as in training.
 
-torchvision is not needed. What servers call is taken from SGLang's and vLLM's processors for
-Kimi-K2.5, which run here without them.
+It does not need torchvision. The calls of servers are copied from SGLang's and vLLM's processors
+for Kimi-K2.5.
 """
 
 import ast
@@ -52,7 +52,7 @@ def composer(run_folder: Path) -> Composer:
 
 
 def documents_of(composer: Composer, *parts: str | Media) -> Document:
-    """The trainer's document of texts and media, without what ends it."""
+    """The trainer's document of texts and media, without its end."""
     document = Document(composer.tokenizer)
     for part in parts:
         if isinstance(part, str):
@@ -63,13 +63,13 @@ def documents_of(composer: Composer, *parts: str | Media) -> Document:
     return document
 
 
-def same(found: Any, document: Document) -> None:
-    """Tokens, grids and patches are the document's."""
+def check_equal(found: Any, document: Document) -> None:
+    """Check that tokens, grids and patches are those of the document."""
     assert found["input_ids"][0].tolist() == document.tokens
     assert found["image_grid_thw"].tolist() == [list(grid) for grid in document.grids]
     patches = torch.cat(document.patches)
-    wanted = (patches / 127.5 - 1).view(-1, 3, PATCH, PATCH)
-    torch.testing.assert_close(found["pixel_values"], wanted, rtol=0, atol=1e-5)
+    expected = (patches / 127.5 - 1).view(-1, 3, PATCH, PATCH)
+    torch.testing.assert_close(found["pixel_values"], expected, rtol=0, atol=1e-5)
 
 
 def noise(*size: int) -> Image.Image:
@@ -80,7 +80,7 @@ def picture(path: Path, moving: bool = False) -> Media:
     return Media((str(path),), moving)
 
 
-def test_images_of_any_size_are_the_trainers(
+def test_images_of_any_size_are_processed_as_in_training(
     processor: Any, composer: Composer, tmp_path: Path
 ) -> None:
     @settings(deadline=None, max_examples=30)
@@ -91,7 +91,7 @@ def test_images_of_any_size_are_the_trainers(
         text = f"See <|media_begin|>{IMAGE}<|media_end|> it"
         image = str(path) if by_name else Image.open(path)
         found = processor(text=text, images=[image], return_tensors="pt")
-        same(found, documents_of(composer, "See ", picture(path), " it"))
+        check_equal(found, documents_of(composer, "See ", picture(path), " it"))
         assert len(found["input_ids"][0]) <= CONTEXT
 
     agree()
@@ -103,7 +103,7 @@ def sixteen_bits(path: Path) -> None:
 
 
 def with_profile(path: Path) -> None:
-    """An image whose profile is not sRGB, as a camera or phone writes it."""
+    """Save an image with another colour profile than sRGB, as cameras and phones do."""
     noise(20, 30).save(path, icc_profile=wide_gamut())
 
 
@@ -147,7 +147,7 @@ def transparent(path: Path) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["name", "opened", "bytes"])
-def test_images_of_any_kind_are_the_trainers(
+def test_image_files_of_any_kind_are_processed_as_in_training(
     processor: Any,
     composer: Composer,
     tmp_path: Path,
@@ -160,12 +160,12 @@ def test_images_of_any_kind_are_the_trainers(
     image = {"name": lambda: path, "opened": lambda: Image.open(path), "bytes": path.read_bytes}
     text = f"<|media_begin|>{IMAGE}<|media_end|>"
     found = processor(text=text, images=[image[how]()], return_tensors="pt")
-    same(found, documents_of(composer, picture(path)))
+    check_equal(found, documents_of(composer, picture(path)))
 
 
 @pytest.mark.parametrize("how", ["frames", "array", "first-channels", "names", "gif", "mp4"])
 @pytest.mark.parametrize("usual", ["videos=", "messages"])
-def test_videos_are_passed_by_the_usual_means(
+def test_videos_are_processed_as_in_training(
     processor: Any, composer: Composer, tmp_path: Path, how: str, usual: str
 ) -> None:
     frames = [Image.new("RGB", (64, 48), (40 * number,) * 3) for number in range(6)]
@@ -197,10 +197,10 @@ def test_videos_are_passed_by_the_usual_means(
         )
     document = documents_of(composer, media, "What?")
     assert [grid[0] for grid in document.grids] == [4, 2]
-    same(found, document)
+    check_equal(found, document)
 
 
-def test_images_and_videos_keep_their_order_over_several_texts(
+def test_images_and_videos_keep_their_order_across_texts(
     processor: Any, composer: Composer, tmp_path: Path
 ) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
@@ -228,7 +228,7 @@ def test_images_and_videos_keep_their_order_over_several_texts(
         ({"text": "a", "audio": [0.0]}, "not audio"),
     ],
 )
-def test_media_that_do_not_fit_the_text_are_refused(
+def test_media_that_do_not_match_the_text_are_an_error(
     processor: Any, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
@@ -236,7 +236,7 @@ def test_media_that_do_not_fit_the_text_are_refused(
 
 
 @torch.no_grad()
-def test_the_model_writes_after_an_image_and_a_video(processor: Any, hf: Path) -> None:
+def test_the_model_generates_text_after_an_image_and_a_video(processor: Any, hf: Path) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(hf)
     content = [
         {"type": "image", "image": noise(40, 60)},
@@ -255,7 +255,7 @@ def test_the_model_writes_after_an_image_and_a_video(processor: Any, hf: Path) -
     assert set(found) <= {*processor.model_input_names, "attention_mask"}
 
 
-def test_sglangs_calls_give_what_the_model_was_trained_on(
+def test_sglangs_calls_process_images_as_in_training(
     processor: Any, composer: Composer, tmp_path: Path
 ) -> None:
     """sglang.srt.multimodal.processors.kimi_k25, on a machine without CUDA."""
@@ -272,13 +272,13 @@ def test_sglangs_calls_give_what_the_model_was_trained_on(
     text = f"See <|media_begin|>{IMAGE * tokens}<|media_end|>"
     found = processor(text=[text], padding=True, return_tensors="pt", medias=[medium])
     found["image_grid_thw"] = found.pop("grid_thws", None)
-    same(found, documents_of(composer, "See ", picture(path)))
+    check_equal(found, documents_of(composer, "See ", picture(path)))
 
 
-def test_vllms_calls_give_what_the_model_was_trained_on(
+def test_vllms_calls_process_images_as_in_training(
     hf: Path, composer: Composer, tmp_path: Path
 ) -> None:
-    """vllm.model_executor.models.kimi_k25, where numba is missing."""
+    """vllm.model_executor.models.kimi_k25, without numba."""
     media = transformers.AutoImageProcessor.from_pretrained(hf, trust_remote_code=True)
     path = tmp_path / "a.png"
     noise(50, 71).save(path)
@@ -291,8 +291,8 @@ def test_vllms_calls_give_what_the_model_was_trained_on(
     assert found["grid_thws"].tolist() == [[1, 4, 6], [4, 2, 4]]
     assert [media.media_tokens_calculator(chunk) for chunk in chunks] == [6, 2]
     first = documents_of(composer, picture(path)).patches[0]
-    wanted = (first / 127.5 - 1).view(-1, 3, PATCH, PATCH)
-    torch.testing.assert_close(found["pixel_values"][:24], wanted, rtol=0, atol=1e-5)
+    expected = (first / 127.5 - 1).view(-1, 3, PATCH, PATCH)
+    torch.testing.assert_close(found["pixel_values"][:24], expected, rtol=0, atol=1e-5)
     raw = media.preprocess(chunks, return_tensors="pt", do_rescale=False, do_normalize=False)
     assert torch.equal(raw["pixel_values"][:24], first.view(-1, 3, PATCH, PATCH).float())
     content = io.BytesIO()
@@ -302,14 +302,14 @@ def test_vllms_calls_give_what_the_model_was_trained_on(
     assert (len(chunk["video_chunk"]), len(last["video_chunk"])) == (4, 1)
 
 
-def test_trainers_may_ask_for_crops_and_get_the_patches_of_each_image(processor: Any) -> None:
-    """TRL passes crop_to_patches to every processor, and takes num_patches from it."""
+def test_crop_to_patches_returns_the_number_of_patches_of_each_image(processor: Any) -> None:
+    """TRL passes crop_to_patches to every processor and needs num_patches."""
     found = processor.image_processor([noise(50, 71), noise(28, 28)], crop_to_patches=True)
     assert found["num_patches"].tolist() == [24, 4]
     assert "num_patches" not in processor.image_processor([noise(28, 28)])
 
 
-def test_a_saved_processor_is_the_same(processor: Any, tmp_path: Path) -> None:
+def test_saving_and_loading_the_processor_preserves_it(processor: Any, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     again = transformers.AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     arguments = {"text": IMAGE, "images": noise(300, 200), "return_tensors": "pt"}
@@ -319,8 +319,8 @@ def test_a_saved_processor_is_the_same(processor: Any, tmp_path: Path) -> None:
     assert again.chat_template == processor.chat_template
 
 
-def test_limits_in_every_file_are_the_runs(hf: Path, processor: Any) -> None:
-    """A quarter of the context in tokens, four patches each; for servers and for transformers."""
+def test_all_files_have_the_image_limits_of_the_run(hf: Path, processor: Any) -> None:
+    """A quarter of the context in tokens of four patches, for servers and for transformers."""
     image = json.loads((hf / "preprocessor_config.json").read_text())
     video = json.loads((hf / "video_preprocessor_config.json").read_text())
     server = image["media_proc_cfg"]
@@ -330,7 +330,7 @@ def test_limits_in_every_file_are_the_runs(hf: Path, processor: Any) -> None:
     assert processor.image_processor.get_number_of_image_patches(480, 640) // 4 < CONTEXT - 4
 
 
-def test_the_file_needs_nothing_of_this_project(hf: Path) -> None:
+def test_the_copied_files_do_not_import_this_project(hf: Path) -> None:
     imported = set()
     for name in ("kimi_k25_processor.py", "pixels.py"):
         for node in ast.walk(ast.parse((hf / name).read_text())):
@@ -345,7 +345,7 @@ def test_the_file_needs_nothing_of_this_project(hf: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "mode", "options"), test_pixels.LOSSLESS)
-def test_images_of_every_mode_look_as_in_training(
+def test_images_of_every_mode_are_decoded_as_in_training(
     processor: Any, kind: str, mode: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     image, _ = test_pixels.MODES[mode](np.random.default_rng(0))
@@ -359,8 +359,8 @@ def test_images_of_every_mode_look_as_in_training(
         assert np.array_equal(np.asarray(shown(opened)), expected)
 
 
-def test_video_files_alone_need_pyav(hf: Path) -> None:
-    """transformers refuses to load a file if a package that it imports is missing."""
+def test_pyav_is_needed_for_video_files_only(hf: Path) -> None:
+    """transformers does not load a file if a package that it imports is missing."""
     from transformers.dynamic_module_utils import get_imports
 
     for name in ("kimi_k25_processor.py", "pixels.py"):

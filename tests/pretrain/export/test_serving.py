@@ -52,7 +52,7 @@ def server(
     run_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """Address of a server of the vision export or of the text export."""
+    """Address of a server of an export with images or of a text export."""
     folder = tmp_path_factory.mktemp("serving")
     out = export(
         run_folder / "served", folder / request.param, text_only=request.param == "hf-text"
@@ -111,19 +111,19 @@ def ask(address: str, path: str, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def check(found: list[dict[str, dict[str, Any]] | None], read: Read) -> None:
+def check_logprobs(found: list[dict[str, dict[str, Any]] | None], read: Read) -> None:
     """Compare ``prompt_logprobs`` of a response with the log-probabilities of ``read``.
 
     The first entry is null: nothing predicts the first token.
     """
     tokens = read.tokens[0].tolist()
-    wanted = torch.log_softmax(read.logits.double(), -1)
+    expected = torch.log_softmax(read.logits.double(), -1)
     assert len(found) == len(tokens)
-    for place, token in enumerate(tokens[1:]):
-        entry = found[place + 1]
+    for position, token in enumerate(tokens[1:]):
+        entry = found[position + 1]
         assert entry is not None
-        given = entry[str(token)]["logprob"]
-        assert math.isclose(given, float(wanted[place, token]), abs_tol=TOLERANCE), place
+        logprob = entry[str(token)]["logprob"]
+        assert math.isclose(logprob, float(expected[position, token]), abs_tol=TOLERANCE), position
 
 
 def image_of(patches: torch.Tensor, rows: int, columns: int) -> str:
@@ -135,33 +135,33 @@ def image_of(patches: torch.Tensor, rows: int, columns: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def test_a_text_has_the_trained_models_log_probabilities(
+def test_texts_have_the_log_probabilities_of_the_trained_model(
     server: str, reads: dict[str, Read]
 ) -> None:
     for name in ("text", "long"):
         read = reads[name]
         prompt = read.tokens[0].tolist()[: 95 if name == "long" else None]
         answer = ask(server, "completions", prompt=prompt)
-        check(
+        check_logprobs(
             answer["choices"][0]["prompt_logprobs"],
             read._replace(tokens=torch.tensor([prompt]), logits=read.logits[: len(prompt)]),
         )
 
 
-def test_images_in_messages_have_the_trained_models_log_probabilities(
+def test_images_have_the_log_probabilities_of_the_trained_model(
     server: str, reads: dict[str, Read], request: pytest.FixtureRequest
 ) -> None:
     if request.node.callspec.params["server"] == "hf-text":
         pytest.skip("the text export reads no images")
     read = reads["image"]
     first, second = read.grids.tolist()
-    cut = first[1] * first[2]
+    size = first[1] * first[2]
     content: list[dict[str, Any]] = [
         {"type": "text", "text": "Look: "},
-        {"type": "image_url", "image_url": {"url": image_of(read.patches[:cut], *first[1:])}},
+        {"type": "image_url", "image_url": {"url": image_of(read.patches[:size], *first[1:])}},
         {"type": "text", "text": " and "},
-        {"type": "image_url", "image_url": {"url": image_of(read.patches[cut:], *second[1:])}},
+        {"type": "image_url", "image_url": {"url": image_of(read.patches[size:], *second[1:])}},
         {"type": "text", "text": "so."},
     ]
     answer = ask(server, "chat/completions", messages=[{"role": "user", "content": content}])
-    check(answer["prompt_logprobs"], read)
+    check_logprobs(answer["prompt_logprobs"], read)

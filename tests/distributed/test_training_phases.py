@@ -1,4 +1,4 @@
-"""A stage begins with the weights of another run, at any parallel sizes, and else anew."""
+"""A training phase starts with the weights of another run, and is otherwise a new run."""
 
 import contextlib
 import io
@@ -25,12 +25,12 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def pretrained(folder: Path) -> Records:
-    """The metrics of three steps at EP 2, whose run is in ``folder``/run."""
+    """Metrics of ``folder``/run: three steps, expert parallel over two ranks."""
     run = training.train_and_read
     return launch(run, 2, str(folder), "parallel.expert=2", "steps=3", *SHORT)[0]  # type: ignore[no-any-return]
 
 
-def stage(folder: Path, name: str, *overrides: str) -> tuple[str, ...]:
+def phase(folder: Path, name: str, *overrides: str) -> tuple[str, ...]:
     return (
         *(str(folder), f"run_dir={folder}/{name}", f"start_from={folder}/run", "steps=4"),
         *(*SHORT, *overrides),
@@ -39,72 +39,73 @@ def stage(folder: Path, name: str, *overrides: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, pretrained: Records) -> Records:
-    return launch(training.train_and_read, 1, *stage(folder, "whole"))[0]  # type: ignore[no-any-return]
+    return launch(training.train_and_read, 1, *phase(folder, "whole"))[0]  # type: ignore[no-any-return]
 
 
-def test_its_first_losses_are_those_of_the_weights_it_begins_with(
+def test_the_first_losses_are_those_of_the_other_runs_weights(
     folder: Path, pretrained: Records, whole: Records
 ) -> None:
-    # A rounding error may send a token to another expert, which moves a mean over hundreds of
-    # tokens by less than 1e-4; other weights move it by more than 5e-3.
+    # Rounding may route a token to another expert, which changes a mean over hundreds of tokens by
+    # less than 1e-4; other weights change it by more than 5e-3.
     keys = [key for key in whole[0] if key.endswith("_loss")]
     assert len(keys) == 5
     for key in keys:
         assert whole[0][key] == pytest.approx(pretrained[3][key], rel=2e-4), key
-        assert whole[0][key] < pretrained[0][key] - 0.05, "and not those of new weights"
-    cut = launch(training.train_and_read, 2, *stage(folder, "cut", "parallel.tensor=2"))[0]
-    for mine, reference in zip(cut, whole, strict=True):
+        assert whole[0][key] < pretrained[0][key] - 0.05, "not those of new weights"
+    split = launch(training.train_and_read, 2, *phase(folder, "split", "parallel.tensor=2"))[0]
+    for record, reference in zip(split, whole, strict=True):
         for key in ("held_out_text_loss", "loss", "grad_norm"):
             if key in reference:
-                assert mine[key] == pytest.approx(reference[key], rel=1e-3), (mine["step"], key)
+                expected = pytest.approx(reference[key], rel=1e-3)
+                assert record[key] == expected, (record["step"], key)
 
 
-def test_schedule_data_and_optimizer_begin_anew(
+def test_schedule_data_and_optimizer_start_from_the_beginning(
     folder: Path, pretrained: Records, whole: Records
 ) -> None:
     assert [record["step"] for record in whole] == list(range(5))
     assert [record["lr"] for record in whole[1:4]] == [record["lr"] for record in pretrained[1:]]
-    assert whole[1]["loss"] < pretrained[1]["loss"] - 0.05, "the same data, better known"
+    assert whole[1]["loss"] < pretrained[1]["loss"] - 0.05, "the same data, already learned"
     path = storage.path_of(folder / "whole" / "checkpoints", 4)
     (count,) = stored(path, "optimizer.language.embedding.word_embeddings.weight.step").values()
     assert count.item() == 4
 
 
-def test_it_goes_on_from_its_own_checkpoint_wherever_the_other_run_is(
+def test_a_phase_resumes_from_its_own_checkpoint_without_the_other_run(
     folder: Path, whole: Records
 ) -> None:
     run = training.train_and_read
-    launch(run, 1, *stage(folder, "parts", "steps=2"))
-    parts = launch(run, 1, *stage(folder, "parts", "start_from=gone"))[0]
+    launch(run, 1, *phase(folder, "parts", "steps=2"))
+    parts = launch(run, 1, *phase(folder, "parts", "start_from=gone"))[0]
     assert parts[3:] == whole[3:]
 
 
-def refuse(folder: str) -> list[str]:
-    """What the command line says to stages that cannot begin."""
+def errors(folder: str) -> list[str]:
+    """Error messages of the command line for phases that cannot start."""
     root = Path(folder)
     other = root / "other.json"
     text = (root / "run" / "tokenizer.json").read_text()
     other.write_text(text.replace("<|media_begin|>", "<|vision_start|>"))
-    said = []
+    messages = []
     for changes in (
         ("language.norm_eps=1e-6",),
         ("vision.rope_base=500",),
         (f"data.tokenizer={other}",),
         ("start_from=nowhere",),
-        (f"start_from={folder}/stage",),
+        (f"start_from={folder}/phase",),
     ):
         config = (str(root / "tiny.yaml"), f"data.cache_dir={root}/cache")
-        _, *overrides = stage(root, "stage", *changes)
+        _, *overrides = phase(root, "phase", *changes)
         status, line = training.command("train", *config, *overrides)
         assert status == 1
-        said.append(line.removeprefix("error: "))
-    assert not storage.steps(root / "stage" / "checkpoints")
-    return said
+        messages.append(line.removeprefix("error: "))
+    assert not storage.steps(root / "phase" / "checkpoints")
+    return messages
 
 
-def test_what_cannot_be_begun_with_is_told(folder: Path, pretrained: Records) -> None:
-    (said,) = launch(refuse, 1, str(folder))
-    norm, rope, tokenizer, nowhere, itself = said
+def test_errors_name_why_a_phase_cannot_start(folder: Path, pretrained: Records) -> None:
+    (messages,) = launch(errors, 1, str(folder))
+    norm, rope, tokenizer, nowhere, itself = messages
     assert norm == (
         f"the model of start_from={folder}/run has language.norm_eps=1e-05, not 1e-06: set it to "
         "that, or start from another run"
@@ -115,22 +116,25 @@ def test_what_cannot_be_begun_with_is_told(folder: Path, pretrained: Records) ->
         in tokenizer
     )
     assert nowhere.startswith("start_from=nowhere has no tokenizer.json: give the run_dir of a run")
-    assert "/stage is the run_dir itself: choose another run_dir" in itself
+    assert "/phase is the run_dir itself: choose another run_dir" in itself
 
 
-SAID = {"What is one?": "A number.", "What is red?": "A colour, of course."}
+REPLIES = {"What is one?": "A number.", "What is red?": "A colour, of course."}
 
 
 @pytest.fixture(scope="module")
 def chat(folder: Path, pretrained: Records) -> tuple[str, ...]:
-    """The settings of a stage that learns two replies by heart."""
+    """Settings of a phase that memorizes two replies."""
     with (folder / "chats.jsonl").open("w") as file:
-        for question, reply in SAID.items():
-            said = ({"role": "user", "content": question}, {"role": "assistant", "content": reply})
-            file.write(json.dumps({"messages": said}) + "\n")
+        for question, reply in REPLIES.items():
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": reply},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
     sources = f"data.sources=[{{type: chat, path: {folder}/chats.jsonl}}]"
     sizes = ("global_batch_size=4", "micro_batch_size=4", "optimizer.lr=1e-2", "data.held_out=0")
-    return stage(folder, "chat", sources, *sizes, "checkpoint.every=20", "checkpoint.keep=9")
+    return phase(folder, "chat", sources, *sizes, "checkpoint.every=20", "checkpoint.keep=9")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +143,7 @@ def learned(folder: Path, chat: tuple[str, ...]) -> Records:
 
 
 def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors whose names start with ``prefix``."""
+    """Read the tensors of a checkpoint whose names start with ``prefix``."""
     saved = storage.Checkpoint.open(path)
     tensors = {
         name: torch.zeros(stored.shape, dtype=stored.dtype)
@@ -150,7 +154,7 @@ def stored(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_finetuning_counts_replies_alone_goes_on_exactly_and_leaves_the_encoder_as_it_was(
+def test_finetuning_learns_replies_resumes_exactly_and_keeps_the_vision_encoder(
     folder: Path, chat: tuple[str, ...], learned: Records
 ) -> None:
     assert learned[40]["text_loss"] < 0.1 < learned[1]["text_loss"]
@@ -166,9 +170,9 @@ def test_finetuning_counts_replies_alone_goes_on_exactly_and_leaves_the_encoder_
 
 
 def ask(run: str) -> list[str]:
-    """What the command line prints as replies."""
+    """Replies that the command line prints."""
     printed = []
-    for question in SAID:
+    for question in REPLIES:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             ask = ("--chat", "--prompt", question, "--temperature", "0")
@@ -177,14 +181,14 @@ def ask(run: str) -> list[str]:
     return printed
 
 
-def test_what_was_learned_is_said_and_ends_where_the_reply_does(
+def test_learned_replies_are_generated_and_end_like_the_reply(
     folder: Path, learned: Records
 ) -> None:
     (printed,) = launch(ask, 1, str(folder / "chat"))
-    assert printed == [f"{reply}\n" for reply in SAID.values()]
+    assert printed == [f"{reply}\n" for reply in REPLIES.values()]
 
 
-def test_transformers_renders_what_was_learned_and_stops_there(
+def test_transformers_renders_conversations_and_generates_learned_replies(
     folder: Path, learned: Records
 ) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.23")
@@ -210,7 +214,7 @@ def test_transformers_renders_what_was_learned_and_stops_there(
         theirs.apply_chat_template([{"role": "tool", "content": ""}])
 
     model = transformers.AutoModelForCausalLM.from_pretrained(hf)
-    question, reply = next(iter(SAID.items()))
+    question, reply = next(iter(REPLIES.items()))
     asked = theirs.apply_chat_template(
         [{"role": "user", "content": question}],
         **{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"},
