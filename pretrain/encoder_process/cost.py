@@ -92,9 +92,6 @@ def transfer_bytes(
     return sent
 
 
-# ---------------------------------------------------------------------- measured cost
-
-
 def measured_cost(
     tower: VisionTower,
     group: dist.ProcessGroup | None,

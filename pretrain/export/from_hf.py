@@ -12,7 +12,7 @@ from pretrain import checkpoint, parallel
 from pretrain import config as configuration
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
-from pretrain.config import Config, yaml_core
+from pretrain.config import Config, VisionConfig, yaml_core
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.conversion import Conversion, conversions
@@ -98,25 +98,10 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             f"embedding {vocab_size} rows (vocab_size in config.json)"
         )
     imported = _imported_settings(folder, context_length)
-    tensors = _read(
-        HfWeights(folder, vision=vision is not None),
-        conversions(config.language, config.vision if vision else None, vocab_size),
-        _tied_names(vision is not None) if is_tied(hf_config) else {},
+    weights = HfWeights(folder, vision=vision is not None)
+    tensors, notes = _tensors(
+        weights, config, config.vision if vision else None, vocab_size, is_tied(hf_config)
     )
-    notes = []
-    if is_tied(hf_config):
-        notes.append(
-            "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "
-            "separately"
-        )
-    if vision is None:
-        new_vision = _new_vision(config)
-        tensors |= new_vision
-        notes.append(
-            "the model has no vision encoder: made a new, untrained one of "
-            f"{sum(tensor.numel() for tensor in new_vision.values()):,} parameters; choose another "
-            "size with vision.num_layers=…, vision.hidden_size=… and so on"
-        )
     name = json.dumps(source.resolve().name)  # on one line, whatever characters it has
     with RunLock(run_dir):
         parallel.join()  # checkpoints are written by a process group, here of one process
@@ -131,6 +116,31 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         imported.write(run_dir)
         _write_text(run_dir / "config.yaml", f"# Made of {name}.\n{yaml_core.dump(values)}")
     return Imported(config, notes)
+
+
+def _tensors(
+    weights: HfWeights, config: Config, vision: VisionConfig | None, vocab_size: int, tie: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a run, including those of a new vision encoder, and notes for the user."""
+    prefix = "" if vision is None else "language_model."
+    output, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    tied = {output: embedding} if tie else {}
+    tensors = _read(weights, conversions(config.language, vision, vocab_size), tied)
+    notes = []
+    if tied:
+        notes.append(
+            "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "
+            "separately"
+        )
+    if vision is None:
+        new_vision = _new_vision(config)
+        tensors |= new_vision
+        notes.append(
+            "the model has no vision encoder: made a new, untrained one of "
+            f"{sum(tensor.numel() for tensor in new_vision.values()):,} parameters; choose another "
+            "size with vision.num_layers=…, vision.hidden_size=… and so on"
+        )
+    return tensors, notes
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -247,12 +257,6 @@ def _tokenizer(folder: HfFolder) -> Tokenizer:
     raise PretrainError(
         f"{folder.path} has no tokenizer: neither tokenizer.json nor tiktoken.model"
     )
-
-
-def _tied_names(vision: bool) -> dict[str, str]:
-    """Name of the output layer, and of the embedding whose weight it shares."""
-    prefix = "language_model." if vision else ""
-    return {f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"}
 
 
 def _read(

@@ -168,9 +168,6 @@ def observers_disabled(module: nn.Module) -> Iterator[None]:
             layer.observer = observer
 
 
-# ---------------------------------------------------------------------- packs of items
-
-
 def check_grids(grids: Tensor, num_patches: int) -> list[Grid]:
     """Return the grids as tuples.
 
@@ -249,9 +246,6 @@ def split_items(sizes: Sequence[int], max_size: int) -> list[slice]:
             total = 0
         total += size
     return [slice(*ends) for ends in pairwise([*starts, len(sizes)])] if sizes else []
-
-
-# ---------------------------------------------------------------------- positions and merging
 
 
 def merge(x: Tensor, grid: Grid) -> Tensor:

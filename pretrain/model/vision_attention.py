@@ -42,10 +42,7 @@ class Pack:
 
     @functools.cached_property
     def buckets(self) -> list[Tensor]:
-        """int64 [items, rows] for each power of two of lengths: the rows of its items.
-
-        The last row of an item that is shorter than the longest is repeated.
-        """
+        """int64 [items, rows] of items of similar length, padded with copies of their last rows."""
         first_rows = torch.tensor([0, *accumulate(self.lengths)])[:-1]
         buckets = []
         by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
@@ -114,11 +111,7 @@ def attention_batches(query: Tensor, key: Tensor, pack: Pack) -> Iterator[tuple[
 
 
 def block_mask(lengths: Sequence[int], device: torch.device) -> BlockMask:
-    """Mask for flex_attention of items of these lengths, without a [P, P] tensor.
-
-    flex_attention skips blocks that are not listed, and evaluates ``mask_mod`` only in blocks that
-    are not full.
-    """
+    """Mask for flex_attention of items of these lengths, without a [P, P] tensor."""
     ends = torch.tensor(list(accumulate(lengths)))
     first_rows = ends - torch.tensor(lengths)
     rows = int(ends[-1])
@@ -150,7 +143,7 @@ def block_mask(lengths: Sequence[int], device: torch.device) -> BlockMask:
 
 
 def _block_lists(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of selected key blocks for each query block, and their indices before the others'."""
+    """Number of selected key blocks of each query block, and the indices, selected ones first."""
     selected = mask.to(torch.int32)
     indices = selected.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return (
