@@ -173,19 +173,18 @@ class Meta(NamedTuple):
     dataset: tuple[str, tuple[tuple[str, str], ...]] | None
 
 
-def read_meta(folder: Path, setting: str, *, trust_code: bool = False) -> Meta:
+def read_meta(folder: Path, *, trust_code: bool = False) -> Meta:
     """Read the metadata of prepared shards.
 
     Args:
-        setting: the source's name in messages.
         trust_code: allow ``dataset.yaml`` to name Python code.
 
     Raises:
-        PretrainError: the folder is missing or not prepared, or its metadata names shards in other
+        ValueError: the folder is missing or not prepared, or its metadata names shards in other
             folders or code that is not trusted.
     """
     if not folder.is_dir():
-        raise PretrainError(f"{setting}.path: the folder {folder} does not exist")
+        raise ValueError(f"the folder {folder} does not exist")
     meta = folder / ".nv-meta"
     try:
         info, split = (meta / ".info.json").read_text(), (meta / "split.yaml").read_text()
@@ -203,18 +202,16 @@ def read_meta(folder: Path, setting: str, *, trust_code: bool = False) -> Meta:
         *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
         yaml.YAMLError,
     ) as error:
-        raise PretrainError(
-            f"{setting}.path: {folder} is not prepared for energon ({_reason(error)}): run "
-            "`energon prepare` on it, or make shards with `python -m pretrain data make-shards`"
+        raise ValueError(
+            f"{folder} is not prepared for energon ({_reason(error)}): run `energon prepare` on "
+            "it, or make shards with `python -m pretrain data make-shards`"
         ) from error
     if not training:
-        raise PretrainError(f"{setting}.path: {meta}/split.yaml has no shards in 'train'")
+        raise ValueError(f"{meta}/split.yaml has no shards in 'train'")
     if outside:
-        raise PretrainError(
-            f"{setting}.path: {meta} names a shard outside {folder}: {outside[0]!r}"
-        )
+        raise ValueError(f"{meta} names a shard outside {folder}: {outside[0]!r}")
     digest = hashlib.sha256((info + split + described).encode()).hexdigest()[:16]
-    read = None if trust_code else _without_code(dataset, meta / "dataset.yaml", setting)
+    read = None if trust_code else _without_code(dataset, meta / "dataset.yaml")
     return Meta(digest, train, bool(parts.get("val")), read)
 
 
@@ -249,22 +246,20 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "://" not in name
 
 
-def _without_code(
-    dataset: Any, file: Path, setting: str
-) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _without_code(dataset: Any, file: Path) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The sample type and field map of a ``dataset.yaml`` that names no code.
 
     Energon would import any module, call any function and run any file named there.
 
     Raises:
-        PretrainError: the file names code, or a sample type that is not read.
+        ValueError: the file names code, or a sample type that is not read.
     """
     settings = dict(dataset) if isinstance(dataset, dict) else {}
     named = settings.pop("sample_type", None)
     if named is None:
         named = {name: settings.pop(name, None) for name in ("__module__", "__class__")}
     if not any((named if isinstance(named, dict) else {"": named}).values()):
-        raise PretrainError(f"{setting}.path: {file} has no sample_type")
+        raise ValueError(f"{file} has no sample_type")
     fields = settings.pop("field_map", None)
     settings.pop("subflavors", None)  # labels, which are not read
     if (
@@ -276,19 +271,16 @@ def _without_code(
     else:
         sample_type, settings = "", settings | {"sample_type": named}
     if settings:
-        raise PretrainError(
-            f"{setting}.path: {file} sets {', '.join(map(repr, settings))}, by which energon would "
-            "run Python code that comes with the shards. If you trust it, set "
-            f"{setting}.trust_code: true; otherwise give a sample_type of megatron.energon and a "
-            "field_map only"
+        raise ValueError(
+            f"{file} sets {', '.join(map(repr, settings))}, by which energon would run Python code "
+            "that comes with the shards. If you trust it, set the source's trust_code: true; "
+            "otherwise give a sample_type of megatron.energon and a field_map only"
         )
     if sample_type not in _SAMPLE_TYPES:
-        raise PretrainError(
-            f"{setting}.path: {file} has samples of type {sample_type}: "
-            f"{' and '.join(_SAMPLE_TYPES)} are read"
-        )
+        read = " and ".join(_SAMPLE_TYPES)
+        raise ValueError(f"{file} has samples of type {sample_type}: {read} are read")
     if not isinstance(fields, dict) or not all(isinstance(one, str) for one in fields.values()):
-        raise PretrainError(f"{setting}.path: {file} has no field_map of names to suffixes")
+        raise ValueError(f"{file} has no field_map of names to suffixes")
     return sample_type, tuple((str(name), suffixes) for name, suffixes in fields.items())
 
 
@@ -302,7 +294,10 @@ class EnergonSource(Source):
         super().__init__(number, data, seed)
         require_energon()
         self.folder = Path(self.config.path)
-        self.meta = read_meta(self.folder, self.setting, trust_code=self.config.trust_code)
+        try:
+            self.meta = read_meta(self.folder, trust_code=self.config.trust_code)
+        except ValueError as error:
+            raise PretrainError(f"{self.setting}.path: {error}") from error
         self.key = self.meta.fingerprint
 
     def records(self) -> Iterator[Text]:
@@ -409,12 +404,14 @@ class EnergonDocuments(Documents):
         self.composer = composer
         self.met: list[Skip] = []  # samples that could not be used
         self.held_out: list[list[str | Pixels]] = []
+        self._sizes: list[tuple[int, int]] = []
         if source.meta.has_val:
-            for sample in itertools.islice(self._held_out_samples(), _HELD_OUT_DOCUMENTS):
-                parts = self._fitted(sample)
-                if parts is not None:
-                    self.held_out.append(parts)
-        self._sizes = [self._size(parts) for parts in self.held_out]
+            with source.errors_named(self.met):
+                loader = source.loader("val", RankShare(), self.met)
+                for sample in itertools.islice(loader, _HELD_OUT_DOCUMENTS):
+                    if composed := self.compose(sample):
+                        self.held_out.append(composed[0])
+                        self._sizes.append(_size(composed[1]))
 
     @property
     def fingerprint(self) -> str:
@@ -446,32 +443,24 @@ class EnergonDocuments(Documents):
     def take_skipped(self) -> list[Skip]:
         return [self.met.pop(0) for _ in range(len(self.met))]  # a thread may be appending
 
-    def _held_out_samples(self) -> Iterator[Any]:
-        with self.source.errors_named(self.met):
-            yield from self.source.loader("val", RankShare(), self.met)
-
-    def _size(self, parts: list[str | Pixels]) -> tuple[int, int]:
-        document = self.composer.document(parts)
-        return len(document), document.tokens.count(self.composer.tokenizer.media_pad)
-
-    def _fitted(self, sample: Any) -> list[str | Pixels] | None:
-        """A sample's parts; None, and an entry in :attr:`met`, if it cannot be used."""
-        name = f"{self.source.folder}/{sample.__key__}"
+    def compose(self, sample: Any) -> tuple[list[str | Pixels], Document] | None:
+        """A sample's fitted parts and document; None, and an entry in :attr:`met`, if it cannot be
+        used."""
+        name, length = f"{self.source.folder}/{sample.__key__}", self.source.data.seq_length
         try:
             parts = [p if isinstance(p, str) else self.composer.fit(p) for p in _parts(sample)]
         except ValueError as error:
             self.met.append(Skip(name, str(error)))
             return None
-        tokens, _ = self._size(parts)
-        if tokens > self.source.data.seq_length:
-            self.met.append(too_long(name, tokens, self.source.data.seq_length))
+        document = self.composer.document(parts)
+        if len(document) > length:
+            self.met.append(too_long(name, len(document), length))
             return None
-        return parts
+        return parts, document
 
-    def compose(self, sample: Any) -> Document | None:
-        """The document of a sample; None if it cannot be used."""
-        parts = self._fitted(sample)
-        return None if parts is None else self.composer.document(parts)
+
+def _size(document: Document) -> tuple[int, int]:
+    return len(document), document.tokens.count(document.tokenizer.media_pad)
 
 
 @dataclass
@@ -500,9 +489,8 @@ class EnergonCursor:
                 self._samples = iter(self._loader)
             # The loader is endless: after one pass it is known that no sample can be used.
             for sample in itertools.islice(self._samples, self.source.meta.train + 1):
-                document = self.documents.compose(sample)
-                if document is not None:
-                    return document, sample.__restore_key__
+                if composed := self.documents.compose(sample):
+                    return composed[1], sample.__restore_key__
         latest = "".join(f"; the latest: {skip.reason}" for skip in self.documents.met[-1:])
         raise PretrainError(
             f"{self.source.setting}: {self.source.folder} has nothing for rank {self.share.rank} "
@@ -515,8 +503,7 @@ class EnergonCursor:
         return self._waiting[0]
 
     def peek(self) -> tuple[int, int]:
-        document = self._peek()
-        return len(document), document.tokens.count(document.tokenizer.media_pad)
+        return _size(self._peek())
 
     def take(self, room: int) -> Segment:
         document, self._waiting = self._peek(), None
@@ -541,9 +528,9 @@ class EnergonCursor:
         with self.source.errors_named(self.documents.met):
             if state["waiting"] is not None:
                 key = _unplain(state["waiting"])
-                document = self.documents.compose(self._loader.restore_sample(key))
-                assert document is not None
-                self._waiting = document, key
+                composed = self.documents.compose(self._loader.restore_sample(key))
+                assert composed is not None
+                self._waiting = composed[1], key
             self._loader.restore_state_rank(
                 SavableDataLoaderState(
                     worker_states=_unplain(state["loader"]),

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,7 @@ class MixedDocuments(IndexedDocuments):
         tokens, placeholders = self.sizes[self.numbers[split]].sum(0, dtype=np.int64).tolist()
         return tokens, placeholders
 
+    @cached_property
     def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
         tokens, length = self.sizes[:, 0], self.source.data.seq_length
         numbers = np.flatnonzero(tokens > length)

@@ -161,8 +161,9 @@ class IndexedDocuments(Documents):
     files: list[IndexedFile]
     cached: bool = field(default=False, kw_only=True)
 
+    @property
     def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-        """The documents that do not fit a sequence."""
+        """The documents that do not fit a sequence: their numbers, and the reasons."""
         return np.empty(0, np.int64), []
 
     def extent(self, number: int) -> slice:
@@ -172,14 +173,14 @@ class IndexedDocuments(Documents):
     @cached_property
     def skips(self) -> list[Skip]:
         indexed = (skip for file in self.files for skip in file.skips)
-        return [*self.source.skips, *indexed, *self.too_long()[1]]
+        return [*self.source.skips, *indexed, *self.too_long[1]]
 
     @cached_property
     def numbers(self) -> dict[Split, npt.NDArray[np.int64]]:
         """int64 [n], the numbers of the documents of each split."""
         held_out = self.hashes < np.uint64(held_out_below(self.source.data))
         usable = np.ones_like(held_out)
-        usable[self.too_long()[0]] = False
+        usable[self.too_long[0]] = False
         if self.source.config.split != "hash":
             held_out[:] = self.source.config.split == "held_out"
         elif held_out[usable].all():  # such as a single document
