@@ -15,6 +15,7 @@ from muonclip.adamw import AdamWParam, adamw_step
 from muonclip.distributed.groups import ConnectedRanks, groups_of
 from muonclip.distributed.muon import DistributedMuon
 from muonclip.distributed.sharding import Sharding, local_gradient, local_tensor
+from muonclip.labels import label
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import MuonParam, step_local
 from muonclip.orthogonalize import AdjustLR, Coefficients
@@ -550,7 +551,7 @@ class MuonClip(Optimizer):
 
     def _describe_nonfinite(self) -> str:
         labels = [
-            validation.label(group, index)
+            label(group, index)
             for group in self.param_groups
             for index, p in enumerate(group["params"])
             if p.grad is not None and not local_gradient(p).isfinite().all()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip import validation
+from muonclip.labels import label
 
 _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
@@ -64,7 +64,7 @@ def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) ->
         saved.pop("param_names", None)  # the optimizer keeps its own
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
-                name = validation.label(group, index)
+                name = label(group, index)
                 state[key] = check_entries(state[key], name, param, group["algorithm"])
     return {**state_dict, "state": state, "param_groups": matched}
 
@@ -137,7 +137,7 @@ def _match_by_order(
         _check_both_exist(group, saved, group, saved, 0)
         for index, (param, key) in enumerate(zip_longest(group["params"], saved["params"])):
             _check_both_exist(param, key, group, saved, index)
-            _check_algorithm(validation.label(group, index), group, saved)
+            _check_algorithm(label(group, index), group, saved)
     return [dict(saved) for saved in saved_groups]
 
 
@@ -149,7 +149,7 @@ def _check_both_exist(param: Any, key: Any, group: Any, saved: Any, index: int) 
     ):
         if present is not None and absent is None:
             raise ValueError(
-                f"the {side} has nothing for {validation.label(owner, index)}: "
+                f"the {side} has nothing for {label(owner, index)}: "
                 "load a state saved from the same parameters in the same groups"
             )
 

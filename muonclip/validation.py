@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
 from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
@@ -35,19 +36,6 @@ class Entry(NamedTuple):
     name: str | None
     param: Tensor
     label: str
-
-
-def label(group: Mapping[str, Any], index: int) -> str:
-    """Identify a parameter in errors: by its name, or by its position in its group."""
-    names = group.get("param_names", [])
-    if index < len(names):
-        return f"parameter {names[index]!r}"
-    return f"parameter number {index} of the {group.get('algorithm')} group"
-
-
-def label_of(group: Mapping[str, Any], param: Tensor) -> str:
-    """Identify a parameter of a group in errors."""
-    return label(group, next(i for i, p in enumerate(group["params"]) if p is param))
 
 
 # ---------------------------------------------------------------------- options

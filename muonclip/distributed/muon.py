@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip import validation
 from muonclip.distributed.exchange import BucketExchange
 from muonclip.distributed.groups import ConnectedRanks, group_of, order_of
 from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets, make_units
 from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
+from muonclip.labels import label_of
 from muonclip.muon import (
     MuonParam,
     apply_updates,
@@ -187,8 +187,7 @@ def _local_shard(param: MuonParam, shardings: Mapping[Tensor, Sharding]) -> Tens
     try:
         return local_shard(param.param)
     except ValueError as error:
-        label = validation.label_of(param.group, param.param)
-        raise ValueError(f"{label}: {error}") from None
+        raise ValueError(f"{label_of(param.group, param.param)}: {error}") from None
 
 
 def _needs_no_other_rank(param: MuonParam, sharding: Sharding) -> bool:
