@@ -291,8 +291,8 @@ def _plot_balance(axes: "Axes", mix: str, by_ranks: Result) -> None:
         ratios = [_median(draws, name, "balance") for draws in by_ranks.values()]
         width = 3 if name == "plan" else 1.3
         axes.plot(ranks, ratios, color=color, linewidth=width, label=name)
-    least = [_median(draws, "least", "balance") for draws in by_ranks.values()]
-    axes.plot(ranks, least, color="black", linestyle=":", label="lower bound")
+    bound = [_median(draws, "least", "balance") for draws in by_ranks.values()]
+    axes.plot(ranks, bound, color="black", linestyle=":", label="lower bound")
     _rank_axis(axes, ranks)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.97)
@@ -327,8 +327,8 @@ def _plot_moved(axes: "Axes", by_ranks: Result) -> None:
         shares = [100 * _median(draws, name, "moved") for draws in by_ranks.values()]
         width = 2.5 if name == "plan" else 1.3
         axes.plot(ranks, shares, color=STRATEGIES[name], linewidth=width, label=name)
-    least = [100 * _median(draws, "least", "moved") for draws in by_ranks.values()]
-    axes.plot(ranks, least, color="black", linestyle=":", label="lower bound of the same balance")
+    bound = [100 * _median(draws, "least", "moved") for draws in by_ranks.values()]
+    axes.plot(ranks, bound, color="black", linestyle=":", label="lower bound of the same balance")
     _rank_axis(axes, ranks)
     axes.set_ylim(0, 102)
     axes.set_ylabel("bytes sent to other ranks, %")

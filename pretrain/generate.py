@@ -102,9 +102,9 @@ def compose(
     try:
         shapes = [frames.measure(medium, data.video_fps) for medium in media]
         # Check the length before decoding: a video may be far longer than the model's sequences.
-        least, _ = composer.size(shapes)
-        if least > data.seq_length:
-            raise _too_long(least, data.seq_length)
+        min_length, _ = composer.size(shapes)
+        if min_length > data.seq_length:
+            raise _too_long(min_length, data.seq_length)
         for medium, shape in zip(media, shapes, strict=True):
             composer.add(document, composer.read(medium, shape))
     except ValueError as error:

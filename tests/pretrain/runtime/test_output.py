@@ -1,13 +1,10 @@
 """Closed and full outputs do not end a run."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from pretrain.runtime.metrics_writer import AppendedFile
 
 WRITER = """
 import os, sys
@@ -42,26 +39,3 @@ def test_commands_end_quietly_if_their_reader_has_ended(command: str) -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_records_refused_by_a_full_disk_are_written_once_there_is_room(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    file = AppendedFile(path)
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    file.append(b"one\n")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6, unlimited[1]))
-    try:
-        file.append(b"two\n")  # there is room for two bytes
-        file.append(b"three\n")
-        assert path.read_bytes() == b"one\n"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    file.append(b"four\n")
-    file.close()
-    assert path.read_bytes() == b"one\ntwo\nthree\nfour\n"
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    assert "metrics.jsonl (File too large); training continues" in warnings[0]
-    assert "metrics.jsonl is written again" in warnings[1]

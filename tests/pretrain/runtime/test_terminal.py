@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pretrain.runtime.terminal import Terminal, duration, sparkline
-from tests.pretrain.test_metrics import STEP
+from tests.pretrain.runtime.test_metrics_writer import STEP
 
 METRICS: dict[str, Any] = {**STEP, "memory_gib": 1.25}
 
