@@ -98,26 +98,6 @@ class _Layer(Watched):
         self.in_trial = False
         super().__init__(name, [trial.remove])
 
-    def observe(
-        self,
-        implementation: str | None,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        options: dict[str, Any],
-    ) -> None:
-        """Pass the arguments of the attention function to the clip, or out of a trial."""
-        if self.in_trial:
-            raise AttentionInputs(query, key, value, mask, options.get("position_bias"))
-        clip = self.observer(module)
-        if clip is None:
-            return
-        clip._track_backward(query)
-        inputs = logit_inputs(module, implementation, query, key, mask, options)
-        clip.observe_attention(self.name, **inputs._asdict())
-
     def attention_inputs(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> AttentionInputs:
@@ -160,7 +140,7 @@ _PATCH = "_qk_clip_get_interface"
 
 
 def _patch_registry() -> None:
-    """Let the registry return attention functions that call ``_Layer.observe`` first."""
+    """Let the registry return attention functions that call ``_observe`` first."""
     try:
         interface: Any = import_module("transformers.modeling_utils").AttentionInterface
         original = interface.get_interface
@@ -205,7 +185,22 @@ def _observed(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _observe(implementation: str | None, module: nn.Module, *arguments: Any) -> None:
+def _observe(
+    implementation: str | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    options: dict[str, Any],
+) -> None:
+    """Pass the arguments of an attention function to the module's clip, or out of a trial."""
     layer = _watched.get(module)
-    if layer is not None:
-        layer.observe(implementation, module, *arguments)
+    if layer is not None and layer.in_trial:
+        raise AttentionInputs(query, key, value, mask, options.get("position_bias"))
+    clip = None if layer is None else layer.observer(module)
+    if layer is None or clip is None:
+        return
+    clip._track_backward(query)
+    inputs = logit_inputs(module, implementation, query, key, mask, options)
+    clip.observe_attention(layer.name, **inputs._asdict())
