@@ -287,7 +287,7 @@ def looked_at_before_training(looks: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_looking_at_the_state_before_training_changes_nothing(world_size: int) -> None:
+def test_reading_the_state_before_training_changes_nothing(world_size: int) -> None:
     """torch makes it by a step, which must not count as an update: to the bit."""
     looked, expected = (launch(looked_at_before_training, world_size, n) for n in (2, 0))
     for ours, theirs in zip(looked[0], expected[0], strict=True):
@@ -310,7 +310,7 @@ def test_a_first_step_with_a_rate_of_zero_counts_unless_its_gradients_are_zero(
 
 @pytest.mark.parametrize("mode", ["decoupled", "cautious", "independent", "l2"])
 @pytest.mark.parametrize("precision", ["full", "masters", "stochastic"])
-def test_state_made_for_loading_moves_no_weight(mode: str, precision: str) -> None:
+def test_creating_state_for_loading_changes_no_weight(mode: str, precision: str) -> None:
     """A fresh optimizer gets its state by a step with learning rate zero and gradients zero."""
     model = Block().to(torch.float32 if precision == "full" else torch.bfloat16)
     before = [p.detach().clone() for p in model.parameters()]

@@ -85,7 +85,7 @@ def test_equals_one_process(on_ranks: list[dict[str, Outcome]], name: str) -> No
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_stay_alike_to_the_bit(on_ranks: list[dict[str, Outcome]], name: str) -> None:
+def test_ranks_stay_bit_identical(on_ranks: list[dict[str, Outcome]], name: str) -> None:
     """Copies that drift apart would be trained on gradients of other weights."""
     first = on_ranks[0][name]
     for outcomes in on_ranks[1:]:
@@ -221,7 +221,7 @@ def train_in_buckets() -> Outcome:
 MANY = Case((*(Spec((4 + i % 3, 5)) for i in range(17)), Spec((9, 4, 5))))
 
 
-def test_many_buckets_under_way() -> None:
+def test_many_small_buckets_equal_one_process() -> None:
     for outcome in launch(train_in_buckets, 4):
         assert_equal(outcome, train(MANY), MANY)
 
@@ -244,7 +244,7 @@ def with_one_bad_gradient_both_ways() -> list[tuple[str, Outcome, int]]:
     return [with_one_bad_gradient("raise"), with_one_bad_gradient("skip")]
 
 
-def test_one_ranks_bad_gradient_leaves_all_unchanged() -> None:
+def test_a_nonfinite_gradient_on_one_rank_changes_no_rank() -> None:
     """And nobody waits for a rank that raised: the next step runs on all."""
     expected = train(replace(ONE_BAD, steps=(0, 2)))
     for rank, both in enumerate(launch(with_one_bad_gradient_both_ways, 4)):
@@ -272,7 +272,7 @@ def step_with_different_parameters(missing: int, steps_before: int) -> str:
 
 
 @pytest.mark.parametrize(("missing", "steps_before"), [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_ranks_with_other_gradients_are_told(missing: int, steps_before: int) -> None:
+def test_ranks_with_different_gradients_are_refused(missing: int, steps_before: int) -> None:
     """Also one that has none, or fewer than before: the others would wait for it for ever."""
     for message in launch(step_with_different_parameters, 2, missing, steps_before):
         assert f"2 and {2 - missing} of them" in message

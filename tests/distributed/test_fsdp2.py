@@ -272,7 +272,7 @@ def train_pipeline_stage() -> Outcome:
     return train(STAGES[stage], placing(mesh["rows", "columns"]))
 
 
-def test_pipeline_stages_have_their_own_parameters() -> None:
+def test_pipeline_stages_have_different_parameters() -> None:
     for rank, outcome in enumerate(launch(train_pipeline_stage, 4)):
         case = STAGES[rank // 2]
         assert_equal(outcome, train(case), case)
@@ -348,7 +348,7 @@ def with_one_bad_shard_both_ways() -> list[tuple[str, Outcome, int]]:
     return [with_one_bad_shard("raise"), with_one_bad_shard("skip")]
 
 
-def test_one_bad_shard_leaves_all_unchanged() -> None:
+def test_a_nonfinite_shard_changes_no_rank() -> None:
     """All ranks leave the step together, and the next one runs on all."""
     expected = train(replace(ONE_BAD, steps=(0, 2)))
     for rank, both in enumerate(launch(with_one_bad_shard_both_ways, 4)):
@@ -372,7 +372,7 @@ def step_with_odd_gradients() -> Outcome:
     return outcome_of(params, optimizer)
 
 
-def test_gradients_are_brought_to_the_parameters_placement() -> None:
+def test_gradients_are_redistributed_like_their_parameters() -> None:
     case = Case(specs((), (6, 4), (6, 4)), steps=(0,))
     for outcome in launch(step_with_odd_gradients, 2):
         assert_equal(outcome, train(case), case)
@@ -473,7 +473,7 @@ def wrap_in_fsdp1_afterwards() -> None:
         optimizer.step()
 
 
-def test_parameters_flattened_after_the_optimizer_was_made_are_refused() -> None:
+def test_parameters_flattened_after_construction_are_refused() -> None:
     launch(wrap_in_fsdp1_afterwards, 2)
 
 
@@ -511,7 +511,7 @@ def train_in_buckets(elements: int) -> dict[str, Outcome]:
     return train_sharded({name: cases[name] for name in ("rows", "columns of each expert")})
 
 
-def test_many_buckets_under_way() -> None:
+def test_many_small_buckets_equal_one_process() -> None:
     cases = cases_for(4)
     for outcomes in launch(train_in_buckets, 4, 8):
         for name, outcome in outcomes.items():

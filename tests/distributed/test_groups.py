@@ -88,7 +88,7 @@ def train_model(model: nn.Module) -> list[Tensor]:
     return [whole(p.detach()) for p in model.parameters()]
 
 
-def test_a_step_waits_for_no_rank_outside_its_mesh() -> None:
+def test_a_step_does_not_wait_for_ranks_outside_its_mesh() -> None:
     first, second, third = launch(shard_on_two_of_three, 3)
     assert third is None
     for weights in (first, second):
@@ -114,7 +114,7 @@ def clip_on_two_of_three() -> Tensor | None:
     return whole(next(attention.parameters()).detach())
 
 
-def test_a_clip_waits_for_no_rank_outside_the_mesh() -> None:
+def test_a_clip_does_not_wait_for_ranks_outside_its_mesh() -> None:
     first, second, third = launch(clip_on_two_of_three, 3)
     assert third is None
     for weight in (first, second):
@@ -151,7 +151,7 @@ def train_on_overlapping_meshes(bad_rank: int) -> list[list[Tensor | None]]:
 
 
 @pytest.mark.parametrize("bad_rank", [0, 3])
-def test_ranks_connected_through_others_leave_a_step_together(bad_rank: int) -> None:
+def test_ranks_connected_through_others_skip_a_step_together(bad_rank: int) -> None:
     """No group joins them: the slices of a plane, and a chain of pairs."""
     expected = train_alone(skipped=True)
     for both in launch(train_on_overlapping_meshes, 4, bad_rank):
@@ -234,7 +234,7 @@ def refuse_on_one_rank(step: int) -> str:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_what_one_rank_refuses_ends_the_step_on_all_connected_ranks(step: int) -> None:
+def test_an_error_on_one_rank_is_raised_on_all_connected_ranks(step: int) -> None:
     *others, last = launch(refuse_on_one_rank, 3, step)
     assert "sparse gradient" in last
     assert all("another rank refused" in message and last in message for message in others)
@@ -392,7 +392,7 @@ def load_states_placed_otherwise() -> None:
                 optimizer.load_state_dict(state)
 
 
-def test_a_state_placed_unlike_its_parameter_is_refused() -> None:
+def test_state_with_other_placements_is_refused() -> None:
     launch(load_states_placed_otherwise, 2)
 
 

@@ -358,7 +358,7 @@ def step_without_a_gradient(lacking: int) -> str:
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
-def test_a_gradient_that_one_rank_lacks_is_an_error_on_all(lacking: int) -> None:
+def test_a_gradient_missing_on_one_rank_is_an_error_on_all(lacking: int) -> None:
     """A clear one, before anything moves: otherwise ranks would wait for each other for ever."""
     messages = launch(step_without_a_gradient, 2, lacking)
     assert len(set(messages)) == 1

@@ -189,13 +189,13 @@ class TestGroups:
         assert found["muon"][0] == [matrix, stack] and found["muon"][1] == 0.1
         assert found["adamw"][0] == [vector, kernel] and found["adamw"][1] == 0.01
 
-    def test_names_decide_where_they_are_given(self) -> None:
+    def test_given_names_choose_the_algorithm(self) -> None:
         optimizer = MuonClip(Model().named_parameters())
         names = {g["algorithm"]: g["param_names"] for g in optimizer.param_groups}
         assert names["muon"] == ["experts", "up.weight", "down.weight"]
         assert {"embed.weight", "head.weight", "norm.weight", "up.bias"} <= set(names["adamw"])
 
-    def test_the_groups_word_wins(self) -> None:
+    def test_options_of_a_group_override_the_constructor(self) -> None:
         matrix, vector, other = make((4, 4), (4,), (4,))
         optimizer = MuonClip(
             [
@@ -209,7 +209,7 @@ class TestGroups:
         options = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
         assert options == [(0.5, 0.0), (0.5, 0.0), (0.25, 0.2)]
 
-    def test_a_matrix_can_be_sent_to_adamw(self) -> None:
+    def test_a_matrix_can_be_assigned_to_adamw(self) -> None:
         ours, theirs = make((4, 4)), make((4, 4))
         train(MuonClip([{"params": ours, "algorithm": "adamw"}], lr=0.1), ours, range(3))
         adamw = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
@@ -251,7 +251,7 @@ class TestGroups:
 
 class TestAsATorchOptimizer:
     @pytest.mark.parametrize("saved_after", [0, 3])
-    def test_resuming_equals_not_stopping(self, saved_after: int) -> None:
+    def test_resuming_is_bit_exact(self, saved_after: int) -> None:
         """To the bit, through torch.save with its safe loader; DeepSpeed#7748."""
         torch.manual_seed(0)
         straight = Model()
@@ -433,7 +433,7 @@ class TestErrors:
         with pytest.raises((ValueError, TypeError), match=message):
             MuonClip([group])
 
-    def test_twice(self) -> None:
+    def test_duplicate_parameters_are_refused(self) -> None:
         p = make((2, 2))[0]
         with pytest.raises(ValueError, match=r"'b' .* given twice"):
             MuonClip([("a", p), ("b", p)])
@@ -450,7 +450,7 @@ class TestErrors:
             optimizer.add_param_group({"params": [("named", good)]})
         assert len(optimizer.param_groups) == 1
 
-    def test_sparse_gradient_before_anything_moves(self) -> None:
+    def test_sparse_gradients_are_refused_before_any_update(self) -> None:
         matrix, vector = make((4, 4), (4,))
         optimizer = MuonClip([("matrix", matrix), ("vector", vector)])
         before = matrix.detach().clone()
@@ -483,7 +483,7 @@ class TestLoadingAnotherModelsState:
             (lambda s: {"state": {}}, "must have the keys"),
         ],
     )
-    def test_refused_with_nothing_applied(
+    def test_state_that_does_not_fit_is_refused_and_nothing_is_loaded(
         self, state: Callable[[Any], dict[str, Any]], message: str
     ) -> None:
         params = make((4, 4), (3, 2), (3,), seed=5)
@@ -497,7 +497,7 @@ class TestLoadingAnotherModelsState:
         for key, value in before["state"].items():
             assert all(torch.equal(v, after["state"][key][name]) for name, v in value.items())
 
-    def test_another_optimizers_state(self) -> None:
+    def test_state_of_another_optimizer_is_refused(self) -> None:
         params = make((4, 4))
         adamw = torch.optim.AdamW(params)
         train(adamw, params, range(1))

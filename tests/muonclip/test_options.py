@@ -206,7 +206,7 @@ class TestPrecision:
             {"momentum_dtype": torch.float32},
         ],
     )
-    def test_resuming_equals_not_stopping(self, options: dict[str, Any]) -> None:
+    def test_resuming_is_bit_exact(self, options: dict[str, Any]) -> None:
         """DeepSpeed#7748: torch casts loaded state to the parameter's dtype."""
         straight = make((8, 8), (8,), dtype=torch.bfloat16)
         stopped = [nn.Parameter(p.detach().clone()) for p in straight]
@@ -270,7 +270,9 @@ class TestNonFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("bad", [0, 1])
     @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-    def test_nothing_is_poisoned(self, value: float, bad: int, nonfinite: str) -> None:
+    def test_nonfinite_gradients_change_nothing(
+        self, value: float, bad: int, nonfinite: str
+    ) -> None:
         params = make((4, 6), (6,))
         optimizer = MuonClip([("matrix", params[0]), ("vector", params[1])], nonfinite=nonfinite)  # type: ignore[arg-type]
         give_grads(params, 0)
@@ -308,7 +310,7 @@ class TestNonFinite:
         MuonClip(params, lr=1.0, momentum=0.0, weight_decay=0.0, adjust_lr="none").step()
         assert torch.allclose((before - p.detach()).double(), expected, atol=1e-5)
 
-    def test_ignored_it_spreads(self) -> None:
+    def test_ignored_nonfinite_gradients_reach_the_parameters(self) -> None:
         (p,) = params = make((4, 6))
         p.grad = torch.full((4, 6), torch.nan)
         MuonClip(params, nonfinite="ignore").step()
@@ -373,7 +375,7 @@ class TestOnAnAccelerator:
             {"nonfinite": "skip", "stochastic_rounding": True},
         ],
     )
-    def test_what_a_graph_cannot_replay_is_refused(self, options: dict[str, Any]) -> None:
+    def test_options_that_a_graph_cannot_replay_are_refused(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="capturable=True cannot be joined with"):
             MuonClip(make((2, 2)), capturable=True, **options)
 
@@ -396,7 +398,7 @@ class TestOnAnAccelerator:
 
 
 class TestCompiled:
-    def test_a_compiled_step_is_the_step(self) -> None:
+    def test_a_compiled_step_equals_an_eager_step(self) -> None:
         ours, theirs = make((4, 6), (3, 4, 6), (6,)), make((4, 6), (3, 4, 6), (6,))
         first, second = MuonClip(ours, lr=0.05), MuonClip(theirs, lr=0.05)
         compiled = torch.compile(first.step, backend="aot_eager")
@@ -428,7 +430,7 @@ def test_layouts_survive_torch_load_in_safe_mode() -> None:
     assert saved["param_groups"][0]["layout"] == str(layout)
 
 
-def test_a_layout_is_the_models_not_the_checkpoints() -> None:
+def test_layouts_are_not_loaded_from_a_checkpoint() -> None:
     """Tensor parallelism of another size fuses other rows: the new optimizer's word holds."""
     params = make((12, 5))
     old = MuonClip([{"params": params, "layout": MatrixLayout((6, 6))}])

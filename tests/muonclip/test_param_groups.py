@@ -181,7 +181,7 @@ def test_the_first_layout_that_matches_counts() -> None:
         assert [item.layout for item in items if item.algorithm == "muon"] == expected
 
 
-def test_a_head_that_the_model_tells_of() -> None:
+def test_output_heads_reported_by_the_model() -> None:
     """As transformers' models do: Whisper calls its own proj_out."""
 
     class Whisper(nn.Module):
@@ -220,7 +220,7 @@ def test_convolutions_go_to_muon_by_pattern_only() -> None:
         assign_parameters(nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 3)}), muon=["up.weight"])
 
 
-def test_what_torchs_own_modules_fuse_is_known() -> None:
+def test_layouts_of_torch_modules() -> None:
     """MLM#4731 in ``nn.MultiheadAttention``: query, key and value are three matrices."""
     model = nn.ModuleDict(
         {
@@ -250,12 +250,12 @@ def test_what_torchs_own_modules_fuse_is_known() -> None:
     assert {"apart.q_proj_weight", "lstm.weight_hr_l0", "rnn.weight_ih_l0"} <= whole
 
 
-def test_a_gated_units_gate_is_no_router() -> None:
+def test_the_gate_of_a_gated_unit_is_not_a_router() -> None:
     """Both are called `gate`; a router maps hidden to fewer experts."""
     assert choose_algorithm(torch.zeros(32, 8), "mlp.gate.weight")[0] == "muon"
 
 
-def test_groups_are_what_the_optimizer_takes() -> None:
+def test_groups_can_be_passed_to_the_optimizer() -> None:
     model = Model()
     optimizer = MuonClip(
         param_groups(model, layouts={"gate_proj.weight": MatrixLayout((8, 8))}), lr=0.1
@@ -336,7 +336,7 @@ WRAPPERS = ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
     places=st.lists(st.tuples(st.integers(0, 8), st.sampled_from(WRAPPERS)), max_size=4),
     prefix=st.sampled_from(["", "base_model.model."]),
 )
-def test_what_wrappers_add_to_a_name_changes_nothing(
+def test_wrappers_do_not_change_the_assignment(
     name: str, places: list[tuple[int, str]], prefix: str
 ) -> None:
     """Any of them, anywhere in front of the parameter."""
@@ -440,7 +440,7 @@ def test_heads_that_peft_trains_go_to_adamw(kind: str, task: str, head: str) -> 
     assert {i.algorithm for i in trained if "lora_" in i.name} == {"muon"}
 
 
-def test_compiled_and_checkpointed_modules_are_assigned_as_without() -> None:
+def test_compiled_and_checkpointed_modules_have_the_same_assignment() -> None:
     plain = [(item.algorithm, item.reason) for item in assign_parameters(Model())]
     wrapped = Model()
     for name, module in list(wrapped.named_children()):
@@ -448,7 +448,7 @@ def test_compiled_and_checkpointed_modules_are_assigned_as_without() -> None:
     assert [(item.algorithm, item.reason) for item in assign_parameters(wrapped)] == plain
 
 
-def test_parametrizations_by_name_are_as_by_type() -> None:
+def test_parametrizations_are_recognized_by_name_and_by_type() -> None:
     name = "layer.parametrizations.weight.original1"
     assert choose_algorithm(torch.zeros(4, 8), name) == ("adamw", "parametrization")
 
@@ -498,13 +498,13 @@ def test_parts_of_matrices_are_refused(change: Any, message: str) -> None:
     assert torch.equal(model["b"].weight, before)
 
 
-def test_frozen_parts_are_no_concern() -> None:
+def test_frozen_parts_of_matrices_are_accepted() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(4, 8)})
     model["a"].weight = partitioned(model["a"].weight).requires_grad_(False)
     assert [i.algorithm for i in assign_parameters(model) if i.name == "a.weight"] == [None]
 
 
-def test_a_vector_in_the_place_of_a_matrix_is_refused() -> None:
+def test_a_vector_that_replaced_a_matrix_is_refused() -> None:
     """DeepSpeed ZeRO-1 and 2 put flat partitions into the optimizer's groups."""
     optimizer = MuonClip(param_groups(nn.Linear(4, 8)))
     flat = nn.Parameter(torch.zeros(32))
@@ -518,7 +518,7 @@ def test_a_vector_in_the_place_of_a_matrix_is_refused() -> None:
 # ---------------------------------------------------------------------- parameters without names
 
 
-def test_a_choice_by_shape_alone_is_warned_of_once() -> None:
+def test_warns_once_of_a_choice_by_shape_alone() -> None:
     """transformers' Trainer passes no names: embeddings and the head would go to Muon."""
     model = Model()
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -531,7 +531,7 @@ def test_a_choice_by_shape_alone_is_warned_of_once() -> None:
     assert len(seen) == 1 and seen[0].filename == __file__
 
 
-def test_named_or_explicit_groups_are_not_warned_of() -> None:
+def test_no_warning_for_named_or_explicit_groups() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MuonClip(param_groups(Model()))
@@ -540,7 +540,7 @@ def test_named_or_explicit_groups_are_not_warned_of() -> None:
         MuonClip([nn.Parameter(torch.zeros(4))])
 
 
-def test_a_first_step_without_any_gradient_is_warned_of() -> None:
+def test_warns_of_a_first_step_without_gradients() -> None:
     """As after wrapping the model behind the optimizer's back."""
     optimizer = MuonClip(param_groups(nn.Linear(4, 8)))
     with pytest.warns(UserWarning, match="no gradient of any of its parameters") as seen:

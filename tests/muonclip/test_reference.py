@@ -136,7 +136,7 @@ def test_no_set_leaves_its_range_above_one(name: str) -> None:
     name=st.sampled_from(sorted(COEFFICIENTS)),
     seed=st.integers(0, 2**16),
 )
-def test_steps_are_the_papers(
+def test_steps_match_the_papers(
     n: int, m: int, nesterov: bool, momentum: float, name: str, seed: int
 ) -> None:
     """Five steps from the algorithm's own sum M, where the optimizer keeps an average."""

@@ -166,7 +166,7 @@ def test_a_parameter_that_changed_its_algorithm_is_refused() -> None:
 
 
 @pytest.mark.parametrize("sides", ["saved", "loaded", "neither"])
-def test_without_names_on_both_sides_order_counts(sides: str) -> None:
+def test_parameters_without_names_are_matched_by_order(sides: str) -> None:
     theirs, ours = parameters(), parameters()
     named, plain = theirs.items(), list(theirs.values())
     first = MuonClip(named if sides == "saved" else plain)
@@ -228,7 +228,7 @@ def test_steps_and_moments_of_any_kind(step: Any, dtype: torch.dtype) -> None:
         ("exp_avg", [0.0] * 4, "'g': its saved exp_avg is a list, not a tensor"),
     ],
 )
-def test_state_that_is_none_is_refused(key: str, value: Any, message: str) -> None:
+def test_invalid_state_is_refused(key: str, value: Any, message: str) -> None:
     params = parameters()
     optimizer = MuonClip(params.items())
     train(optimizer, params)

@@ -36,7 +36,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("shared", ["constructor", "groups", "adamw_lr"])
-def test_a_tensor_rate_moves_as_a_number_does(name: str, shared: str) -> None:
+def test_schedulers_change_tensor_rates_like_numbers(name: str, shared: str) -> None:
     """ReduceLROnPlateau halved a rate twice that two groups shared."""
 
     def build(lr: float | Tensor) -> MuonClip:
@@ -124,7 +124,7 @@ def test_betas_become_the_momentum_of_adamws_group() -> None:
 
 
 @pytest.mark.parametrize("option", ["adamw_lr", "adamw_weight_decay", "adamw_betas"])
-def test_an_option_that_a_group_does_not_read_is_refused(option: str) -> None:
+def test_options_without_effect_on_a_group_are_refused(option: str) -> None:
     optimizer = MuonClip(make())
     optimizer.param_groups[1][option] = 0.1
     with pytest.raises(ValueError, match=f"{option} has no effect on a group"):

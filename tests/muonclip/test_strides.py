@@ -135,7 +135,7 @@ def test_parameters_that_overlap_themselves_are_refused() -> None:
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_flag_skips_copies_too(
+def test_found_inf_skips_copied_tensors_too(
     monkeypatch: pytest.MonkeyPatch, fused: bool, found: float
 ) -> None:
     """As on an accelerator, with and without a fused kernel."""

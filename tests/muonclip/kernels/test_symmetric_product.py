@@ -92,7 +92,7 @@ def backend_of(
         return choose_backend(torch.empty(batch, n, n, dtype=dtype, device=device))
 
 
-def test_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each backend is used: a table of shapes, dtypes and devices."""
     assert backend_of(1, 255, torch.float32, "cpu") == "dense"
     assert backend_of(1, 256, torch.float32, "cpu") == "blocked"
@@ -140,7 +140,7 @@ def test_compiles_without_a_graph_break(n: int) -> None:
     assert torch.allclose(compiled(x), polynomial(x))
 
 
-def test_asking_the_machine_does_not_break_a_graph() -> None:
+def test_hardware_checks_do_not_break_a_graph() -> None:
     def ask(x: Tensor) -> Tensor:
         return x + has_triton() + allows_tf32()
 
@@ -148,7 +148,7 @@ def test_asking_the_machine_does_not_break_a_graph() -> None:
     assert torch.equal(compiled(torch.zeros(1)), ask(torch.zeros(1)))
 
 
-def test_operator_obeys_the_rules_of_torch() -> None:
+def test_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd and AOT dispatch, static and dynamic shapes."""
     torch.manual_seed(0)
     a = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
