@@ -108,7 +108,7 @@ _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
 def default_ns_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on accelerators; float32 on a CPU, where it is the faster of the two."""
+    """bfloat16 on accelerators; float32 on a CPU, which is faster at it."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -252,8 +252,8 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     The result does not depend on the scale of a matrix: ``eps`` is relative to its largest entry,
     which its norm exceeds unless both are zero. Squares of entries may leave the range of their
     dtype, so each matrix is first divided by a power of two, which is exact and brings its largest
-    entry to [1, 2), or below for denormal numbers. (Summing in float64 is no alternative: MPS has
-    none, and on a CPU it is slow.)
+    entry to [1, 2), or below for denormal numbers. (float64 sums would not
+    help: MPS does not have them, and they are slow on a CPU.)
     """
     dims = (-2, -1)
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from muonclip.kernels.symmetric_product import symmetric_product
 
-# On a CPU so many elements, or one matrix, are worked on at a time.
+# Elements processed at a time on a CPU; at least one matrix.
 _CACHE_ELEMENTS = 2**17
 
 
@@ -41,11 +41,11 @@ def apply(function: Callable[[Tensor, Workspace], Tensor], x: Tensor) -> Tensor:
     spare = torch.empty_like(x[:count])
     squares = x.new_empty(4, count, x.size(1), x.size(1))
     for start in range(0, len(x), max(1, count)):
-        part = x[start : start + count]
-        size = len(part)
-        result = function(part, Workspace(spare[:size], *squares[:, :size]))
-        if result is not part:
-            part.copy_(result)
+        matrices = x[start : start + count]
+        size = len(matrices)
+        result = function(matrices, Workspace(spare[:size], *squares[:, :size]))
+        if result is not matrices:
+            matrices.copy_(result)
     return x
 
 

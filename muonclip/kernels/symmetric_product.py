@@ -9,12 +9,12 @@ from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
 
-# From these side lengths on, so many blocks of rows pay: measured with MKL, float32, EPYC and Xeon.
+# Side length -> blocks of rows that pay from there on, measured with MKL, float32, EPYC and Xeon.
 # Two blocks need 3/4 of the work, four 5/8, eight 9/16, but small products are less efficient.
 _BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
 
 # Half the tiles take half the time only if all tiles are more than one wave over the GPU's
-# multiprocessors (108 on an A100, 132 on an H100): so many must be left. Reasoned, not measured.
+# multiprocessors (108 on an A100, 132 on an H100): the least number. Reasoned, not measured.
 _TRITON_FROM = 512
 _TRITON_TILES = 128
 _TRITON_TILE = 128

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share."""
+"""Fixtures of the tests of whole runs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.distributed import training
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
-    """One for all tests of a module; each test has a run_dir of its own in it."""
+    """A folder for all tests of a module, in which each test has a separate run_dir."""
     folder = tmp_path_factory.mktemp("runs")
     training.tiny_file(folder, prepared)
     return folder

@@ -1,7 +1,7 @@
-"""Parameters, gradients and the single process that training over several must equal.
+"""Parameters, gradients, and training in one process, which training on several must equal.
 
-Weights and gradients are functions of seeds, so every process makes the whole of each by itself and
-takes its part; nothing but the optimizer communicates.
+Weights and gradients are functions of seeds, so every process creates all of them and takes its
+part; only the optimizer communicates.
 """
 
 import copy
@@ -115,7 +115,7 @@ def outcome_of(params: Sequence[Any], optimizer: MuonClip) -> Outcome:
 
 
 def train(case: Case, place: Place = keep, **options: Any) -> Outcome:
-    """Train a case; by itself on one process, or as ``place`` lays the tensors on ranks."""
+    """Train a case in one process, or with tensors distributed by ``place``."""
     params, optimizer = build(case, place, **options)
     for step in case.steps:
         give_gradients(case, params, step, place)
@@ -159,7 +159,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:
-    """Weights to ``TOLERANCE``, momenta to the bit: nothing is summed anew in them."""
+    """Weights to ``TOLERANCE``, momenta bit for bit: their sums have the same order."""
     for index, spec in enumerate(case.specs):
         difference = (found.weights[index] - expected.weights[index]).abs().max()
         assert difference < TOLERANCE, f"{spec}, mesh {case.mesh}: weights differ by {difference}"
@@ -180,7 +180,7 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 14)
         self.down = nn.Linear(14, width, bias=False)
         self.experts = nn.Parameter(torch.empty(3, width, width))
-        self.last = nn.Linear(width, 1, bias=False)  # [1, width]: most ranks hold nothing of it
+        self.last = nn.Linear(width, 1, bias=False)  # [1, width]: most ranks have an empty shard
         for p in self.parameters():
             p.data = 0.3 * torch.randn(p.shape, generator=generator)
         self.double()

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: saved at one world size, loaded at another, nothing lost."""
+"""torch.distributed.checkpoint: saved at one world size and loaded at another without loss."""
 
 import copy
 from pathlib import Path
@@ -117,7 +117,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    """What each rank of 1 and of 4 comes to, from what 2 saved."""
+    """Results on each of 1 and of 4 ranks, from a checkpoint of 2."""
     folder = tmp_path_factory.mktemp("checkpoints")
     launch(save, 2, folder)
     return {size: launch(load_and_go_on, size, folder) for size in (1, 4)}
@@ -132,7 +132,7 @@ def test_saved_at_two(resumed: dict[int, Any], world_size: int, name: str, flatt
 
 
 def gather_scatter_and_go_on(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole state on rank 0, spread again from there; rank 0 also goes on by itself."""
+    """Full state on rank 0, broadcast from there; rank 0 also continues alone."""
     model, optimizer = make(True, name)
     train(model, optimizer, range(3))
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)

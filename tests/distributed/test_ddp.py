@@ -1,4 +1,4 @@
-"""Ranks with copies of the same parameters (DDP) share the orthogonalization, and equal one."""
+"""Ranks with copies of parameters (DDP) share the orthogonalization and equal one process."""
 
 import copy
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_ranks_stay_bit_identical(on_ranks: list[dict[str, Outcome]], name: str)
 
 
 def shapes_orthogonalized(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What this rank took on in one step."""
+    """Shapes of the updates that this rank orthogonalizes in one step."""
     taken: list[tuple[int, ...]] = []
     original = muon.orthogonalize_updates
 
@@ -180,7 +180,7 @@ def test_ddp_and_accumulation_equal_the_whole_batch() -> None:
 
 
 def train_zero1() -> list[Tensor]:
-    """Each rank's MuonClip has whole parameters of its own; torch sends the results around."""
+    """Each rank's MuonClip has different whole parameters; torch broadcasts the results."""
     model = Model()
     groups = [  # ZeroRedundancyOptimizer knows no names
         {**group, "params": [p for _, p in group["params"]]} for group in param_groups(model)

@@ -1,4 +1,4 @@
-"""DTensors in any placement: whole matrices are orthogonalized, and all equals one process."""
+"""DTensors of any placement: whole matrices are orthogonalized, with the result of one process."""
 
 from dataclasses import replace
 from typing import Any
@@ -50,7 +50,7 @@ def specs(placements: tuple[str, ...], *shapes: tuple[int, ...]) -> tuple[Spec, 
 
 def cases_for(world_size: int) -> dict[str, Case]:
     line = (world_size,)
-    # Uneven; fewer rows than ranks; one row, so that all ranks but one hold nothing.
+    # Uneven; fewer rows than ranks; one row, so that all shards but one are empty.
     matrices = ((8, 6), (6, 8), (7, 5), (3, 8), (8, 3), (1, 9), (9, 1), (1, 1))
     stacks = ((4, 4, 6), (5, 6, 4), (1, 4, 6), (3, 5, 5))
     cases = {
@@ -157,7 +157,7 @@ def launched() -> dict[int, list[dict[str, Outcome]]]:
 def test_equals_one_process(
     launched: dict[int, list[dict[str, Outcome]]], world_size: int, name: str
 ) -> None:
-    """speculators#821: [1, N] matrices, of which most ranks hold nothing, crashed."""
+    """speculators#821: [1, N] matrices, of which most shards are empty, crashed."""
     cases = cases_for(world_size)
     if world_size not in launched:
         launched[world_size] = launch(train_sharded, world_size, cases)
@@ -199,7 +199,7 @@ def step_on_shards() -> Tensor:
 
 
 def test_newton_schulz_sees_whole_matrices() -> None:
-    """MLM#5961: run on each shard by itself it gives another update."""
+    """MLM#5961: Newton-Schulz of each shard would give another update."""
     gradient = random((6, 8), 1)
     whole = orthogonalize(gradient, dtype=torch.float64)
     halves = torch.cat([orthogonalize(part, dtype=torch.float64) for part in gradient.chunk(2)])
@@ -266,7 +266,7 @@ STAGES = [
 
 
 def train_pipeline_stage() -> Outcome:
-    """Ranks 0, 1 and ranks 2, 3 train other parameters, each pair on a mesh of its own."""
+    """Ranks 0, 1 and ranks 2, 3 train different parameters, each pair on its mesh."""
     stage = dist.get_rank() // 2
     mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("stages", "rows", "columns"))
     return train(STAGES[stage], placing(mesh["rows", "columns"]))
@@ -434,7 +434,7 @@ def test_masters_of_shards_follow_loaded_weights() -> None:
 
 
 def test_stochastic_rounding_of_shards() -> None:
-    """To a neighbour of what float32 gives, up as well as down, and alike on replicas."""
+    """To a neighbour of the float32 result, up as well as down, and equal on replicas."""
     case = replace(LOW_PRECISION, steps=(0,))
     precise = train(case, master_weights=True).masters
     first, *others = launch(train_low_precision, 4, case, "stochastic_rounding")
@@ -478,7 +478,7 @@ def test_parameters_flattened_after_construction_are_refused() -> None:
 
 
 def step_on_uneven_shards(dim: int) -> str:
-    """Rank 0 holds 5 of 8 rows or columns, the others one and two; torch would give 3, 3 and 2."""
+    """Rank 0 has 5 of 8 rows or columns, the others one and two; torch would give 3, 3 and 2."""
     mesh = init_device_mesh("cpu", (3,))
     length = (5, 1, 2)[dist.get_rank()]
     shape = [8, 8]
@@ -499,7 +499,7 @@ def step_on_uneven_shards(dim: int) -> str:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_uneven_shards_are_refused_on_all_ranks(dim: int) -> None:
-    """Megatron-FSDP and RaggedShard; also on the rank that holds what torch would give it."""
+    """Megatron-FSDP and RaggedShard; also on a rank whose shard has the expected size."""
     messages = launch(step_on_uneven_shards, 3, dim)
     assert len(set(messages)) == 1 and "fully_shard" in messages[0]
 

@@ -1,4 +1,4 @@
-"""A step concerns the ranks that share its parameters, all of them, and no others."""
+"""A step involves exactly the ranks that share its parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def train_on(meshes: list[DeviceMesh], bad_rank: int | None = None) -> list[Tens
     """Parameter i lies on mesh i (modulo their number).
 
     Returns:
-        The whole parameters; None for those that this rank holds nothing of.
+        The whole parameters; None for those of which this rank has no shard.
     """
 
     def place(index: int, tensor: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def train_on_disjoint_meshes() -> list[Tensor | None]:
 
 
 def test_parameters_on_disjoint_meshes_in_one_optimizer() -> None:
-    """A rank holds nothing of the parameters of the other mesh."""
+    """A rank has no shard of the parameters of the other mesh."""
     for rank, weights in enumerate(launch(train_on_disjoint_meshes, 4)):
         assert [w is None for w in weights] == [i % 2 != rank // 2 for i in range(len(SHAPES))]
         assert_same(weights, train_alone())
@@ -229,7 +229,7 @@ def refuse_on_one_rank(step: int) -> str:
     own.grad = None
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()  # all can go on
+    optimizer.step()  # all can continue
     return str(error.value)
 
 
@@ -325,7 +325,7 @@ def all_updates(kinds: tuple[str, ...]) -> dict[Any, list[Tensor]]:
 
 
 def test_updates_of_any_scale_equal_one_process() -> None:
-    """Blocks of a matrix are sent before the norm that they are divided by is known."""
+    """Shards of a matrix are sent before the norm that they are divided by is known."""
     (alone,) = launch(all_updates, 1, ("one process",))
     for found in launch(all_updates, 4, KINDS):
         for (kind, dtype), values in found.items():
@@ -362,7 +362,7 @@ def all_float64_updates() -> list[list[Tensor]]:
 
 
 def test_float64_updates_of_any_scale_equal_one_process() -> None:
-    """Momentum travels in float64 where it is kept in it: no other dtype has its range."""
+    """float64 momentum is sent in float64, because no other dtype has its range."""
     ((alone, _),) = launch(all_float64_updates, 1)
     for outcome in launch(all_float64_updates, 2):
         for found in outcome:

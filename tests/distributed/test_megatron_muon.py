@@ -1,7 +1,7 @@
 """megatron-core's tensor, expert, pipeline and data parallelism: the step is that of one process.
 
-What each rank holds of the whole model is asked of megatron-core's own checkpointing
-(``sharded_state_dict``), not of the code under test.
+Each rank's part of the whole model is taken from megatron-core's own checkpointing
+(``sharded_state_dict``), not from the code under test.
 """
 
 import hashlib
@@ -240,7 +240,7 @@ def _assembled(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[Case, Whole]:
-    """What one process gets."""
+    """The result of one process."""
     (outcomes,) = launch(steps_with_given_gradients, 1, Layout())
     assert all(shared == 0 for _, shared in outcomes.values())
     return {case: merged([pieces]) for case, (pieces, _) in outcomes.items()}

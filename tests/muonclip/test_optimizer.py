@@ -1,4 +1,4 @@
-"""MuonClip against torch's own Muon and AdamW, and as a torch optimizer among others."""
+"""MuonClip compared with torch's Muon and AdamW, and its behaviour as a torch optimizer."""
 
 import copy
 import io
@@ -159,7 +159,7 @@ class TestMatricesOfTheModel:
     def test_storage_read_as_another_shape_is_not_cut(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its first dimension is no stack."""
+        """The first dimension does not count slices of a stack."""
         layout = MatrixLayout(transposed=True, view=(24, 24))
         stored, plain = make((24, 4, 6), dtype=torch.float64), make((24, 24), dtype=torch.float64)
         plain[0].data.copy_(stored[0].detach().view(24, 24).T)

@@ -1,4 +1,4 @@
-"""MuonClip's options, each against the few lines that define it; and what a step must not do."""
+"""MuonClip's options, each compared with the few lines that define it."""
 
 import copy
 import io
@@ -88,7 +88,7 @@ class TestWeightDecay:
         assert torch.equal(p.grad, given)
 
     def test_a_rate_of_zero_on_the_device_moves_nothing(self) -> None:
-        """How a skipped step goes on an accelerator, in every mode."""
+        """A skipped step on an accelerator multiplies the rate by zero."""
         for mode in ("decoupled", "cautious", "independent", "l2"):
             (p,) = make((5, 8))
             before = p.detach().clone()
@@ -345,7 +345,7 @@ class TestOnAnAccelerator:
                 params[0].detach().sum().item()
 
     def test_a_learning_rate_on_the_device(self) -> None:
-        """What a CUDA graph replays must not have the rate of its capture in it."""
+        """A CUDA graph must read the rate at each replay, not keep that of its capture."""
         with FakeTensorMode():
             params = [nn.Parameter(torch.randn(8, 16, device="cuda"))]
             lr = torch.tensor(0.1, device="cuda")
@@ -431,7 +431,7 @@ def test_layouts_survive_torch_load_in_safe_mode() -> None:
 
 
 def test_layouts_are_not_loaded_from_a_checkpoint() -> None:
-    """Tensor parallelism of another size fuses other rows: the new optimizer's word holds."""
+    """Tensor parallelism of another size fuses other rows: layouts belong to the model."""
     params = make((12, 5))
     old = MuonClip([{"params": params, "layout": MatrixLayout((6, 6))}])
     new = MuonClip([{"params": params, "layout": MatrixLayout((3, 3), 2)}])

@@ -1,4 +1,4 @@
-"""Newton-Schulz against an independent singular value decomposition in float64."""
+"""Newton-Schulz compared with an independent singular value decomposition in float64."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_agrees_with_torch_to_rounding(shape: tuple[int, int]) -> None:
     expected = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     result = orthogonalize(matrix, dtype=torch.bfloat16)
     assert result.dtype == torch.bfloat16
-    # Each is off by about 1.2 % (Gaussian matrices, bfloat16), in ways of its own.
+    # Each is off by about 1.2 % (Gaussian matrices, bfloat16), independently.
     assert (result.float() - expected.float()).norm() < 0.025 * expected.float().norm()
 
 

@@ -1,4 +1,4 @@
-"""Every parameter has one place, one reason, and shows both."""
+"""Every parameter is assigned to one algorithm, and the reason is reported."""
 
 import copy
 import warnings
@@ -51,7 +51,10 @@ EXPECTED = {
     "vision.cls_token": ("adamw", "learned token"),
     "vision.patch_embed.0.weight": ("adamw", "patch embedding"),
     "vision.patch_embed.0.bias": ("adamw", "vector or scalar"),
-    "vision.conv.weight": ("adamw", "convolution kernel"),  # maxtext#4843: depthwise is no matrix
+    "vision.conv.weight": (
+        "adamw",
+        "convolution kernel",
+    ),  # maxtext#4843: depthwise is not a matrix
     "vision.mlp.weight": ("muon", "matrix"),
     "router.weight": ("adamw", "router"),
     "gate.weight": ("adamw", "router"),
@@ -170,7 +173,7 @@ def test_names_that_are_numbers() -> None:
 
 
 def test_the_first_layout_that_matches_counts() -> None:
-    """Full names and wildcards alike."""
+    """Both full names and wildcards."""
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "b")})
     halves, quarters = MatrixLayout((4, 4)), MatrixLayout((2, 2, 2, 2))
     for layouts, expected in (

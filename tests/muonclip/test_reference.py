@@ -1,4 +1,4 @@
-"""The fast path against the slow one: the definitions, in float64, by singular values."""
+"""The optimizer compared with the slow reference, which computes singular values in float64."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_newton_schulz_is_exact_to_rounding(
 def test_forms_are_about_as_exact(name: str, shape: tuple[int, int]) -> None:
     """In float32 the Gram form is within bfloat16's rounding (2^-8) of the direct form.
 
-    The Gram matrix is computed anew before its rounding can grow; low rank is where it would.
+    The Gram matrix is recomputed before its rounding can grow, as it would for a low rank.
     """
     steps = steps_of(name)
     for kind in KINDS[:4]:

@@ -1,4 +1,4 @@
-"""State dicts: matched by name, whatever the order, and taken as numbers of any kind."""
+"""State dicts are matched by name in any order, with numbers of any type."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Learning rate and momentum schedulers move every group once, and to effect."""
+"""Schedulers of learning rate and momentum change every group exactly once."""
 
 from typing import Any
 

@@ -312,7 +312,7 @@ def test_hooks_of_state_dicts() -> None:
 
 @every_input
 def test_copies_and_pickles(options: dict[str, Any]) -> None:
-    """Public attributes and state are kept, nothing is shared, and training goes on alike."""
+    """Public attributes and state are kept, nothing is shared, and training continues equally."""
     model, optimizer = build(options)
     train(model, optimizer, 2)
     for copied in (
