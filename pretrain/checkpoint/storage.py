@@ -493,7 +493,7 @@ def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:
                 raise ValueError(f"a block {offsets} of {size} is not within {tuple(shape)}")
     if sum(prod(size) for _, _, size in blocks) != prod(shape):
         raise ValueError("blocks do not fill their tensor")
-    return StoredTensor(tensor_files.dtype_of(entry["dtype"]), shape, blocks)
+    return StoredTensor(tensor_files.DTYPES_BY_NAME[entry["dtype"]], shape, blocks)
 
 
 def _overlaps(block: Block, stored: StoredTensor) -> Iterator[tuple[str, tensor_files.Read]]:

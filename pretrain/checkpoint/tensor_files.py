@@ -31,7 +31,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Block(NamedTuple):
@@ -59,15 +59,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _DTYPES:
         raise ValueError(f"{dtype} cannot be stored in a safetensors file")
     return _DTYPES[dtype]
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a safetensors name.
-
-    Raises:
-        KeyError: for an unknown name.
-    """
-    return _BY_NAME[name]
 
 
 def write(path: Path, blocks: Sequence[Block]) -> str:

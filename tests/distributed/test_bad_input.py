@@ -18,11 +18,11 @@ from tests.distributed.launch import launch
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """A run of ten steps that saved at five and ten."""
-    assert told(folder, "steps=10", f"run_dir={folder}/trained") == ""
+    assert error_line(folder, "steps=10", f"run_dir={folder}/trained") == ""
     return folder / "trained"
 
 
-def told(folder: Path, *overrides: str, command: str = "train", world_size: int = 2) -> str:
+def error_line(folder: Path, *overrides: str, command: str = "train", world_size: int = 2) -> str:
     """The line that rank 0 prints; every rank must exit with status 1, or 0 and no line."""
     config = str(folder / "tiny.yaml")
     outcomes = launch(
@@ -31,7 +31,7 @@ def told(folder: Path, *overrides: str, command: str = "train", world_size: int 
         *(command, config, f"data.cache_dir={folder}/cache", "parallel.expert=2", *overrides),
     )
     lines = [line for _, line in outcomes if line]
-    assert len(lines) <= 1, "more than one rank spoke"
+    assert len(lines) <= 1, "more than one rank printed a line"
     assert {status for status, _ in outcomes} == {1 if lines else 0}
     return lines[0] if lines else ""
 
@@ -49,19 +49,19 @@ def told(folder: Path, *overrides: str, command: str = "train", world_size: int 
 def test_an_unsuitable_configuration_is_refused(
     folder: Path, overrides: list[str], message: str
 ) -> None:
-    assert message in told(folder, *overrides)
+    assert message in error_line(folder, *overrides)
 
 
 def test_a_non_finite_gradient_is_named_and_checkpoints_remain(folder: Path) -> None:
     run_dir = f"run_dir={folder}/explodes"
     steady = ["steps=20", "optimizer.warmup_steps=0"]
-    assert told(folder, run_dir, *steady, "steps=5") == ""
-    line = told(folder, run_dir, *steady, "optimizer.lr=1e30")
+    assert error_line(folder, run_dir, *steady, "steps=5") == ""
+    line = error_line(folder, run_dir, *steady, "optimizer.lr=1e30")
     assert "the gradient of " in line
     assert "is not finite at step 7" in line
     assert "nothing was updated. Lower optimizer.lr" in line
     assert storage.steps(folder / "explodes" / "checkpoints") == [5]
-    assert told(folder, run_dir, *steady, "steps=6", "optimizer.decay_steps=0") == ""
+    assert error_line(folder, run_dir, *steady, "steps=6", "optimizer.decay_steps=0") == ""
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
@@ -72,13 +72,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     run_dir = f"run_dir={trained}"
-    line = told(folder, run_dir, "steps=10")
+    line = error_line(folder, run_dir, "steps=10")
     assert f"the checkpoint {newest} is damaged: {data.name} differs from its checksum" in line
     assert storage.steps(trained / "checkpoints") == [5, 10]
     for path in newest.iterdir():
         path.unlink()
     newest.rmdir()
-    assert told(folder, run_dir, "steps=10") == ""
+    assert error_line(folder, run_dir, "steps=10") == ""
     assert storage.steps(trained / "checkpoints") == [5, 10]
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
 def test_a_checkpoint_of_another_run_is_refused(
     folder: Path, trained: Path, override: str, message: str
 ) -> None:
-    line = told(folder, f"run_dir={trained}", "steps=10", override)
+    line = error_line(folder, f"run_dir={trained}", "steps=10", override)
     assert message in line
     assert "choose another run_dir" in line
 
@@ -103,18 +103,18 @@ def test_a_folder_without_a_checkpoint_is_refused(folder: Path) -> None:
     stray = folder / "foreign" / "checkpoints" / "step-00000003"
     stray.mkdir(parents=True)
     (stray / "weights.bin").write_bytes(b"not ours")
-    line = told(folder, f"run_dir={folder}/foreign")
+    line = error_line(folder, f"run_dir={folder}/foreign")
     assert f"{stray} is not a checkpoint of this program" in line
     assert (stray / "weights.bin").read_bytes() == b"not ours"
 
 
 def test_evaluating_an_untrained_run_is_refused(folder: Path) -> None:
-    line = told(folder, f"run_dir={folder}/nothing", command="eval")
+    line = error_line(folder, f"run_dir={folder}/nothing", command="eval")
     assert "nothing has no checkpoint to evaluate: train first" in line
 
 
 def test_evaluation_prints_losses_and_transcriptions(folder: Path, trained: Path) -> None:
-    assert told(folder, f"run_dir={trained}", "steps=10", command="eval") == ""
+    assert error_line(folder, f"run_dir={trained}", "steps=10", command="eval") == ""
 
 
 def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None:

@@ -226,11 +226,11 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
     _rank(run, 1).send_signal(signal.SIGKILL)
     _reach(run, metrics, 12)  # by itself, from step 5
     run.send_signal(signal.SIGTERM)
-    _, told = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=300)
     assert run.returncode != 0
     last = read(metrics)[-1]["step"]
     if last < 20:  # else it had ended before the signal reached its ranks
-        assert storage.steps(saved)[-1] == last, told
+        assert storage.steps(saved)[-1] == last, stderr
     assert launch(training.train_and_read, 2, *settings, f"run_dir={folder}/killed")[0] == calm
 
 
@@ -294,9 +294,9 @@ def test_the_watchdog_names_the_hanging_rank_and_prints_stacks(folder: Path) -> 
     run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=12", patience=1)
     _reach(run, folder / "hung" / "metrics.jsonl", 2)
     _rank(run, 1).send_signal(signal.SIGSTOP)
-    _, told = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=300)
     assert run.returncode != 0
-    assert "rank 0 (process " in told and "made no progress for 12 seconds" in told
-    assert "no sign of life from rank 1" in told
+    assert "rank 0 (process " in stderr and "made no progress for 12 seconds" in stderr
+    assert "no sign of life from rank 1" in stderr
     # Which collective it waits in depends on where rank 1 was stopped: not only steps have some.
     assert "in _train\n" in (folder / "hung" / "stacks-rank0.txt").read_text()

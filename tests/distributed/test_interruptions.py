@@ -89,13 +89,13 @@ def test_ctrl_c_and_a_lost_terminal_save_the_step(
     run = start(folder, name, ranks=ranks)
     reach(run, folder / name / "metrics.jsonl", 3)
     os.killpg(run.pid, number)
-    said, told = run.communicate(timeout=120)
+    said, stderr = run.communicate(timeout=120)
     last = read(folder / name / "metrics.jsonl")[-1]["step"]
-    assert storage.steps(folder / name / "checkpoints") == [last], told
+    assert storage.steps(folder / name / "checkpoints") == [last], stderr
     assert f"{number.name}: saved after step {last}; start it again to continue" in said
     if ranks == 1:
         assert run.returncode == 128 + number
-        assert told == f"{number.name}: saving after this step; Ctrl-C exits without saving\n"
+        assert stderr == f"{number.name}: saving after this step; Ctrl-C exits without saving\n"
 
 
 def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Path) -> None:
@@ -104,10 +104,10 @@ def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Pa
     reach(run, run_dir / "metrics.jsonl", 2)
     file = (run_dir / "metrics.jsonl").stat().st_ino
     overrides = (f"data.cache_dir={folder}/cache", f"run_dir={run_dir}")
-    ((status, told),) = launch(training.command, 1, "train", f"{folder}/tiny.yaml", *overrides)
+    ((status, stderr),) = launch(training.command, 1, "train", f"{folder}/tiny.yaml", *overrides)
     assert status == 1
-    assert told.startswith(f"error: another job is writing into run_dir={run_dir}: process ")
-    assert "\n" not in told
+    assert stderr.startswith(f"error: another job is writing into run_dir={run_dir}: process ")
+    assert "\n" not in stderr
     assert run.poll() is None and (run_dir / "metrics.jsonl").stat().st_ino == file
 
     ranks = psutil.Process(run.pid).children(recursive=True)
@@ -187,10 +187,10 @@ def test_a_port_in_use_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"),
                             ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):  # fmt: skip
             monkeypatch.setenv(name, value)
-        status, told = training.command("train", f"{folder}/tiny.yaml")
+        status, stderr = training.command("train", f"{folder}/tiny.yaml")
     assert status == 1
-    assert told.startswith("error: rank 0 cannot join the other processes at 127.0.0.1:")
-    assert "\n" not in told
+    assert stderr.startswith("error: rank 0 cannot join the other processes at 127.0.0.1:")
+    assert "\n" not in stderr
 
 
 def test_an_invalid_world_size_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,8 +191,8 @@ def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
 
 def command(*arguments: str) -> tuple[int, str]:
     """Run the command line in this process; its exit status and stderr."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         status = cli.main(arguments)
-    errors = [line for line in told.getvalue().splitlines() if line.startswith("error:")]
+    errors = [line for line in stderr.getvalue().splitlines() if line.startswith("error:")]
     return status, "\n".join(errors)
