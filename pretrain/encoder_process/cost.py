@@ -227,7 +227,7 @@ def _non_negative_least_squares(
 def time_packs(
     tower: VisionTower, *, seconds: float, max_patches: int
 ) -> list[tuple[Grids, float]]:
-    """Return packs of few and many patches in small and large items, with :func:`step_seconds`."""
+    """(pack, better of two :func:`step_seconds`) of few and many patches, small and large items."""
     total = 64
     # As many patches as time allows, so that the overhead of a pass does not hide the rest.
     while 2 * total <= max_patches and step_seconds(tower, _pack(total, 8.0)) < seconds / 40:

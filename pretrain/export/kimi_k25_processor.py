@@ -270,7 +270,7 @@ class KimiProcessor(Kimi_K25Processor):
             images, videos: one for each placeholder in the texts, in the same order.
             text: a text or a list of texts.
             medias: media instead of images and videos, as SGLang passes them: the text has a
-                ``<|media_pad|>`` for every token of theirs.
+                ``<|media_pad|>`` for each of their tokens.
             kwargs: of the tokenizer (also in ``text_kwargs``) and of the image processor.
 
         Raises:

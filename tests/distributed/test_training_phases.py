@@ -193,8 +193,8 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
 ) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.23")
     hf = export(folder / "chat", text_only=True)
-    theirs = transformers.AutoTokenizer.from_pretrained(hf)
-    ours = Tokenizer.load(folder / "chat" / "tokenizer.json")
+    exported = transformers.AutoTokenizer.from_pretrained(hf)
+    trained = Tokenizer.load(folder / "chat" / "tokenizer.json")
     messages = [
         {"role": "system", "content": " Be\n brief. "},
         {"role": "user", "content": "Was ist größer: 12 or 7?\n"},
@@ -202,24 +202,24 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "So?"},
     ]
-    document = render(ours, [Message(**message) for message in messages])
-    ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    document = render(trained, [Message(**message) for message in messages])
+    ids = exported.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids == document.tokens
-    prompt = theirs.apply_chat_template(
+    prompt = exported.apply_chat_template(
         messages[:-1], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     assert ids[: len(prompt)] == prompt
-    assert ids[len(prompt) :] == [*ours.encode("So?"), ours.im_end]
+    assert ids[len(prompt) :] == [*trained.encode("So?"), trained.im_end]
     with pytest.raises(Exception, match="the roles are system, user, assistant, not tool"):
-        theirs.apply_chat_template([{"role": "tool", "content": ""}])
+        exported.apply_chat_template([{"role": "tool", "content": ""}])
 
     model = transformers.AutoModelForCausalLM.from_pretrained(hf)
     question, reply = next(iter(REPLIES.items()))
-    asked = theirs.apply_chat_template(
+    asked = exported.apply_chat_template(
         [{"role": "user", "content": question}],
         **{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"},
     )
     written = model.generate(**asked, max_new_tokens=40, do_sample=False)
     answer = written[0, asked["input_ids"].shape[1] :]
-    assert theirs.decode(answer, skip_special_tokens=True) == reply
-    assert answer[-1] == ours.im_end
+    assert exported.decode(answer, skip_special_tokens=True) == reply
+    assert answer[-1] == trained.im_end

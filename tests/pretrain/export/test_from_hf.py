@@ -465,9 +465,9 @@ def test_contradicting_overrides_and_used_folders_are_errors(copy: Path, run_fol
     assert "cannot read" in import_error(copy.parent / "nowhere")
     with pytest.raises(PretrainError, match="run has checkpoints or a config"):
         import_hf(copy, run_folder / "run")
-    mine = copy.parent / "mine"
-    mine.mkdir()
-    (mine / "config.yaml").write_text("steps: 3")
-    with pytest.raises(PretrainError, match="mine has checkpoints or a config"):
-        import_hf(copy, mine)
-    assert (mine / "config.yaml").read_text() == "steps: 3"
+    used = copy.parent / "used"
+    used.mkdir()
+    (used / "config.yaml").write_text("steps: 3")
+    with pytest.raises(PretrainError, match="used has checkpoints or a config"):
+        import_hf(copy, used)
+    assert (used / "config.yaml").read_text() == "steps: 3"

@@ -125,19 +125,19 @@ def test_conversions_have_every_tensor_of_the_model(made: Made, run_folder: Path
 def test_the_tokenizer_equals_that_of_the_run(hf: Path, run_dir: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(hf)
-    ours = Tokenizer.load(run_dir / "tokenizer.json")
+    exported = AutoTokenizer.from_pretrained(hf)
+    trained = Tokenizer.load(run_dir / "tokenizer.json")
 
-    # In a text, transformers reads the names of special tokens as these, and ours as text.
+    # In a text, transformers reads the names of special tokens as these, and the trainer as text.
     texts = st.text(max_size=80).filter(lambda text: "<|" not in text)
 
     @settings(deadline=None, max_examples=50)
     @given(texts)
     def agree(text: str) -> None:
-        ids = theirs(text, add_special_tokens=False).input_ids
-        assert ids == ours.encode(text).tolist()
-        assert theirs.decode(ids) == ours.decode(ids)
-        assert theirs(text).input_ids == [ours.bos, *ids]
+        ids = exported(text, add_special_tokens=False).input_ids
+        assert ids == trained.encode(text).tolist()
+        assert exported.decode(ids) == trained.decode(ids)
+        assert exported(text).input_ids == [trained.bos, *ids]
 
     agree()
 
@@ -145,17 +145,17 @@ def test_the_tokenizer_equals_that_of_the_run(hf: Path, run_dir: Path) -> None:
 def test_special_tokens_and_messages_with_images(hf: Path, run_dir: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(hf)
-    ours = Tokenizer.load(run_dir / "tokenizer.json")
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
-        *(ours.bos, ours.eos),
-        ours.pad,
+    exported = AutoTokenizer.from_pretrained(hf)
+    trained = Tokenizer.load(run_dir / "tokenizer.json")
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (
+        *(trained.bos, trained.eos),
+        trained.pad,
     )
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]
-    ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
-    image = [ours.media_begin, ours.media_pad, ours.media_end]
-    assert ids == [ours.bos, *image, *ours.encode("What is it?").tolist()]
+    ids = exported.apply_chat_template(messages, return_dict=True)["input_ids"]
+    image = [trained.media_begin, trained.media_pad, trained.media_end]
+    assert ids == [trained.bos, *image, *trained.encode("What is it?").tolist()]
 
 
 def test_transformers_processor_equals_the_data_pipeline(hf: Path, run_dir: Path) -> None:
@@ -240,7 +240,7 @@ def test_export_errors_name_cause_and_remedy(run_dir: Path, tmp_path: Path) -> N
     assert "has no checkpoint: train first" in error_of(tmp_path, out)
     assert f"has no checkpoint of step 3: it has {STEP}" in error_of(run_dir, out, step=3)
     out.mkdir()
-    (out / "mine").touch()
+    (out / "notes.txt").touch()
     assert "out exists: remove it" in error_of(run_dir, out)
     (tmp_path / "file").touch()
     assert "cannot write" in error_of(run_dir, tmp_path / "file" / "out")
