@@ -8,7 +8,7 @@ models. Rows keep their order, so that converting computes nothing.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -58,9 +58,11 @@ def conversions(
         vision: the vision encoder of Kimi-K2.5; None for DeepSeek-V3.
         vocab_size: rows of the embedding and of the output head.
     """
-    weights = [*language_weights(language, vocab_size)]
-    if vision is not None:
-        weights += vision_weights(vision, language.hidden_size)
+    # One after another: an import fails at the first weight that does not fit, however many follow.
+    weights = chain(
+        language_weights(language, vocab_size),
+        vision_weights(vision, language.hidden_size) if vision else (),
+    )
     prefix = "language_model." if vision is None else ""
     for _, stack in groupby(weights, key=lambda weight: list(weight.published)):
         ours = list(stack)
