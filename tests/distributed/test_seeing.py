@@ -1,4 +1,4 @@
-"""Traces and Weights & Biases, where the configuration asks for them."""
+"""Traces and Weights & Biases, if the configuration enables them."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from tests.distributed.launch import launch
 SHORT = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0", "evaluation.every=100")
 
 
-def test_every_rank_traces_the_steps_and_wandb_has_the_numbers(
+def test_every_rank_writes_traces_and_wandb_receives_the_metrics(
     tmp_path: Path, prepared: Path
 ) -> None:
     training.tiny_file(tmp_path, prepared)
@@ -41,13 +41,15 @@ def test_every_rank_traces_the_steps_and_wandb_has_the_numbers(
         assert name in stored
 
 
-def test_without_wandb_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wandb_is_reported_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(PretrainError, match=r"pip install 'muonclip\[wandb\]'"):
         open_run(WandbConfig(enabled=True), tmp_path, {})
 
 
-def test_a_run_dir_that_cannot_be_is_told_by_all_ranks(tmp_path: Path, prepared: Path) -> None:
+def test_all_ranks_report_an_impossible_run_dir(tmp_path: Path, prepared: Path) -> None:
     training.tiny_file(tmp_path, prepared)
     (tmp_path / "file").write_text("")
     outcomes = launch(
@@ -56,7 +58,7 @@ def test_a_run_dir_that_cannot_be_is_told_by_all_ranks(tmp_path: Path, prepared:
         *("train", str(tmp_path / "tiny.yaml"), f"run_dir={tmp_path}/file/run"),
         f"data.cache_dir={tmp_path}/cache",
     )
-    (status, told), other = outcomes
+    (status, message), other = outcomes
     assert status == 1 and other == (1, "")
-    assert told.startswith("error: cannot write") and told.count("\n") == 0
-    assert f"{tmp_path}/file/run" in told and "Not a directory" in told
+    assert message.startswith("error: cannot write") and message.count("\n") == 0
+    assert f"{tmp_path}/file/run" in message and "Not a directory" in message

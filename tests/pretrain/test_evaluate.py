@@ -1,4 +1,4 @@
-"""A model may want to write anything, and is read all the same."""
+"""Transcriptions are text, whatever the model prefers to write."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.pretrain.saved_run import SHAPE, Made
 
 
 def wish_for_images(folder: str) -> list[tuple[str, str]]:
-    """What a model transcribes to which an image's placeholder or its opposite is the likeliest."""
+    """Transcriptions of a model that prefers image placeholders to all other tokens."""
     settings = training.tiny(folder, *SHAPE)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -25,9 +25,7 @@ def wish_for_images(folder: str) -> list[tuple[str, str]]:
     return transcribe(run)
 
 
-def test_no_placeholder_of_an_image_is_written_where_there_is_none(
-    made: Made, run_folder: Path
-) -> None:
+def test_transcriptions_never_contain_image_placeholders(made: Made, run_folder: Path) -> None:
     (read,) = launch(wish_for_images, 1, str(run_folder))
     assert len(read) == 2
     assert all(truth and isinstance(answer, str) for truth, answer in read)

@@ -18,12 +18,12 @@ def test_features_replace_placeholders_in_reading_order_and_take_gradients() -> 
     assert embeddings.grad[:, :, 0].T.tolist() == [[0, 0, 0], [0, 3, 5]]
 
 
-def test_too_few_or_too_many_features_are_refused() -> None:
+def test_too_few_or_too_many_features_are_rejected() -> None:
     with pytest.raises(ValueError, match="1 image placeholder tokens but 2 image features"):
         merge_features(torch.zeros(2, 1, 3), torch.tensor([[True, False]]), torch.zeros(2, 3))
 
 
-def test_a_token_sees_itself_and_what_is_before_it_in_its_document() -> None:
+def test_tokens_attend_to_earlier_tokens_of_their_document() -> None:
     documents = torch.tensor([[0, 0, 1, 1], [5, 5, 5, 2]])
     sees = ~attention_mask(documents)[:, 0]
     assert sees[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

@@ -1,4 +1,4 @@
-"""The corpus is real text, split by file, and what is drawn is prose."""
+"""The corpus is real text, split by file; captions are prose."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pretrain.data.builtin import standard_library
 from pretrain.errors import PretrainError
 
 
-def test_files_are_distinct_split_by_name_and_within_the_limit() -> None:
+def test_files_are_distinct_and_split_by_name_within_the_limit() -> None:
     files = standard_library.read_corpus(2_000_000)
     assert 1_500_000 < sum(len(file.text) for file in files) <= 2_000_000
     assert len({file.text for file in files}) == len({file.name for file in files}) == len(files)
@@ -18,7 +18,7 @@ def test_files_are_distinct_split_by_name_and_within_the_limit() -> None:
     assert not any("test" in Path(file.name).parts for file in files)
 
 
-def test_prose_is_docstrings_and_comments_and_not_code() -> None:
+def test_prose_is_docstrings_and_comments_without_code() -> None:
     source = '''
 """A module about   reading things."""
 import os  # trailing words are not taken
@@ -38,7 +38,7 @@ def f(argument):
     assert standard_library.prose_lines(standard_library.TextFile("broken.py", "def (")) == []
 
 
-def test_questions_are_about_what_is_public_and_documented() -> None:
+def test_questions_are_about_public_documented_objects() -> None:
     source = '''
 """Things that read.
 
@@ -67,7 +67,7 @@ def f():
     assert list(standard_library.questions(standard_library.TextFile("broken.py", "def ("))) == []
 
 
-def test_a_python_without_its_library_is_refused(
+def test_a_python_without_its_standard_library_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standard_library.sysconfig, "get_path", lambda _name: str(tmp_path))

@@ -1,4 +1,4 @@
-"""Video files: the frames of the right times, upright; what is damaged, or needs PyAV, is named."""
+"""Videos are sampled at the right times, upright; damage and a missing PyAV are reported."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def film(
     Args:
         aspect: width of a pixel over its height.
         turned: degrees counterclockwise that a player is to turn it by, then mirroring it.
-        sound: seconds of it, beside the pictures.
+        sound: seconds of sound.
         options: the container's.
     """
     with av.open(path, "w", options=options) as container:
@@ -102,7 +102,7 @@ def check_greys(path: Path, fps: float, expected: Sequence[int]) -> None:
         ("A.AVI", "mpeg4"),
     ],
 )
-def test_frames_are_those_of_every_half_second(tmp_path: Path, name: str, codec: str) -> None:
+def test_frames_are_sampled_every_half_second(tmp_path: Path, name: str, codec: str) -> None:
     levels = greys(21)
     path = film(tmp_path / name, levels, 10, codec=codec)
     assert video.measure(str(path), 2) == (5, HEIGHT, WIDTH)
@@ -118,7 +118,7 @@ def test_frames_are_those_of_every_half_second(tmp_path: Path, name: str, codec:
     name=st.sampled_from(["a.mp4", "a.avi"]),
 )
 @settings(deadline=None, max_examples=40)
-def test_as_many_are_counted_as_are_read_at_any_rates(
+def test_the_measured_number_of_frames_is_read_at_any_rate(
     tmp_path_factory: pytest.TempPathFactory, rate: int, count: int, fps: float, name: str
 ) -> None:
     levels = greys(count)
@@ -130,14 +130,14 @@ def test_as_many_are_counted_as_are_read_at_any_rates(
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_a_variable_frame_rate_goes_by_the_times(tmp_path: Path, name: str) -> None:
-    # One begins at 0 s, three follow at once, one stands for a second and a half, one ends it.
+def test_variable_frame_rates_follow_the_presentation_times(tmp_path: Path, name: str) -> None:
+    # One frame at 0 s, three shortly after, one shown for 1.5 s, and a last one.
     times, levels = [0, 1, 2, 3, 18, 22], greys(6)
     path = film(tmp_path / name, levels, 10, times=times)
     check_greys(path, 2, [levels[n] for n in (0, 3, 3, 3, 4)])
 
 
-def test_a_video_that_begins_later_is_sampled_from_its_first_frame(tmp_path: Path) -> None:
+def test_videos_with_a_late_start_are_sampled_from_their_first_frame(tmp_path: Path) -> None:
     levels = greys(20)
     path = film(tmp_path / "a.mkv", levels, 10, times=range(37, 57), sound=6)
     check_greys(path, 2, levels[::5])
@@ -145,7 +145,7 @@ def test_a_video_that_begins_later_is_sampled_from_its_first_frame(tmp_path: Pat
 
 @pytest.mark.parametrize("turned", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_video_is_turned_upright(tmp_path: Path, turned: int, mirrored: bool) -> None:
+def test_videos_are_rotated_upright(tmp_path: Path, turned: int, mirrored: bool) -> None:
     picture = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     picture[:16, :16], picture[:16, -16:] = 230, 130
     path = film(tmp_path / "a.mp4", [picture] * 2, 10, turned=turned, mirrored=mirrored)
@@ -161,7 +161,7 @@ def test_a_video_is_turned_upright(tmp_path: Path, turned: int, mirrored: bool) 
 @pytest.mark.parametrize(
     ("aspect", "size"), [(Fraction(4, 3), (48, 85)), (Fraction(8, 9), (54, 64))]
 )
-def test_pixels_that_are_not_square_are_stretched(
+def test_non_square_pixels_are_stretched(
     tmp_path: Path, name: str, turned: int, aspect: Fraction, size: tuple[int, int]
 ) -> None:
     picture = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
@@ -178,7 +178,7 @@ def test_pixels_that_are_not_square_are_stretched(
 @pytest.mark.parametrize(
     "listed", ["ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXTINF:1,\nsecret.mp4\n"]
 )
-def test_a_playlist_called_a_video_opens_no_other_file(tmp_path: Path, listed: str) -> None:
+def test_a_playlist_named_like_a_video_opens_no_other_file(tmp_path: Path, listed: str) -> None:
     film(tmp_path / "secret.mp4", greys(5), 10)
     path = tmp_path / "list.mp4"
     path.write_text(listed)
@@ -188,7 +188,7 @@ def test_a_playlist_called_a_video_opens_no_other_file(tmp_path: Path, listed: s
         assert "secret" not in str(error.value)
 
 
-def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(
+def test_too_large_frames_are_rejected_before_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = film(tmp_path / "a.mp4", greys(5), 10)
@@ -203,7 +203,7 @@ def test_frames_of_too_many_pixels_are_refused_before_they_are_decoded(
         video.measure(str(path), 2)
 
 
-def test_films_of_too_many_frames_are_refused(
+def test_videos_with_too_many_frames_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = film(tmp_path / "a.mp4", greys(20), 10)
@@ -216,7 +216,7 @@ def test_films_of_too_many_frames_are_refused(
 
 @given(st.binary(min_size=1, max_size=12), st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=60)
-def test_damaged_videos_are_refused_in_one_line_and_nothing_else_happens(
+def test_damaged_videos_raise_only_a_value_error_of_one_line(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: float, share: float
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -234,7 +234,7 @@ def test_damaged_videos_are_refused_in_one_line_and_nothing_else_happens(
 
 
 @pytest.mark.parametrize("options", [{}, {"live": "1"}])
-def test_neither_the_sound_nor_a_missing_duration_changes_the_count(
+def test_sound_and_missing_durations_do_not_change_the_count(
     tmp_path: Path, options: dict[str, str]
 ) -> None:
     levels = greys(23)
@@ -244,7 +244,7 @@ def test_neither_the_sound_nor_a_missing_duration_changes_the_count(
     check_greys(path, 2, levels[::5])
 
 
-def test_what_is_cut_off_or_damaged_is_named(tmp_path: Path) -> None:
+def test_truncated_and_damaged_videos_are_named(tmp_path: Path) -> None:
     # Of noise, so that frames are of a size in the file.
     noise = np.random.default_rng(0).integers(0, 255, (40, HEIGHT, WIDTH, 3), np.uint8)
     whole = {
@@ -269,7 +269,7 @@ def test_what_is_cut_off_or_damaged_is_named(tmp_path: Path) -> None:
                 read(str(tmp_path / name), 2)
 
 
-def test_where_the_last_moment_is_missing_the_last_frame_stays(tmp_path: Path) -> None:
+def test_the_last_frame_is_repeated_if_the_video_ends_early(tmp_path: Path) -> None:
     levels = greys(22)
     path = film(tmp_path / "a.mkv", levels, 10)
     content = path.read_bytes()
@@ -310,7 +310,7 @@ def grids(data: MixtureData) -> set[tuple[int, ...]]:
     return {tuple(g) for n in range(2) for g in data.sample("train", n).grids.tolist()}
 
 
-def test_documents_have_videos_beside_text_and_images(tmp_path: Path) -> None:
+def test_documents_contain_videos_text_and_images(tmp_path: Path) -> None:
     source = both(tmp_path)
     data = opened(tmp_path, source)
     for number in range(4):
@@ -323,7 +323,7 @@ def test_documents_have_videos_beside_text_and_images(tmp_path: Path) -> None:
     assert same(resumed.sample("train", 2), data.sample("train", 2))
 
 
-def test_another_rate_makes_another_index(tmp_path: Path) -> None:
+def test_another_frame_rate_makes_another_index(tmp_path: Path) -> None:
     source = both(tmp_path)
     for fps, groups in ((2.0, {4, 1, 2}), (1.0, {3, 1}), (2.0, {4, 1, 2})):
         assert {grid[0] for grid in grids(opened(tmp_path, source, video_fps=fps))} == groups
@@ -333,7 +333,7 @@ def test_another_rate_makes_another_index(tmp_path: Path) -> None:
         opened(tmp_path, source, video_fps=1.0).load_state_dict([state])
 
 
-def test_a_video_that_does_not_fit_is_listed_and_not_decoded(tmp_path: Path) -> None:
+def test_videos_that_do_not_fit_are_listed_and_not_decoded(tmp_path: Path) -> None:
     path = film(tmp_path / "long.mp4", greys(60), 1, movflags="faststart")
     path.write_bytes(path.read_bytes()[:-300])  # damage that reading it would meet
     with pytest.raises(ValueError, match="damaged"):
@@ -352,7 +352,7 @@ def test_a_video_that_does_not_fit_is_listed_and_not_decoded(tmp_path: Path) -> 
     assert "tokens do not fit data.seq_length=128" in skip.reason and not skip.corrupt
 
 
-def test_what_is_wrong_with_a_line_is_listed(tmp_path: Path) -> None:
+def test_problems_of_lines_are_listed(tmp_path: Path) -> None:
     for name in ("a.mp4", "cut.mp4"):
         film(tmp_path / name, greys(10), 10, movflags="faststart")
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-100])
@@ -374,7 +374,7 @@ def test_what_is_wrong_with_a_line_is_listed(tmp_path: Path) -> None:
         assert reason.endswith(lines[int(number) - 1][1])
 
 
-def test_without_pyav_the_first_video_ends_it_in_one_line(
+def test_a_video_without_pyav_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = both(tmp_path)
@@ -387,7 +387,7 @@ def test_without_pyav_the_first_video_ends_it_in_one_line(
     opened(tmp_path, sources(tmp_path, {"image": "a.png", "caption": "red"}))
 
 
-def test_inspect_shows_the_frames(tmp_path: Path) -> None:
+def test_inspect_shows_the_frames_of_videos(tmp_path: Path) -> None:
     source = both(tmp_path)
     config, page = tmp_path / "run.yaml", tmp_path / "page.html"
     config.write_text(
@@ -401,6 +401,6 @@ def test_inspect_shows_the_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, math.inf, math.nan])
-def test_a_rate_is_above_nothing(fps: float) -> None:
+def test_the_frame_rate_must_be_positive(fps: float) -> None:
     with pytest.raises(ValueError, match="video_fps must be in "):
         DataConfig(video_fps=fps)
