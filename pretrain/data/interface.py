@@ -3,15 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pretrain.config import DataConfig
 from pretrain.data import packing, skipped
-from pretrain.data.builtin.standard_library import Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import Tokenizer
+
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
 @dataclass(frozen=True)

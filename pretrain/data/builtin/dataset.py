@@ -13,9 +13,9 @@ import numpy.typing as npt
 from pretrain.config import DataConfig
 from pretrain.data import packing
 from pretrain.data.builtin import drawing
-from pretrain.data.builtin.standard_library import SPLITS, Split, TextFile, prose_lines, read_corpus
+from pretrain.data.builtin.standard_library import TextFile, prose_lines, read_corpus
 from pretrain.data.cache import cached
-from pretrain.data.interface import Data
+from pretrain.data.interface import SPLITS, Data, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document, PackedSample
 from pretrain.data.tokenizer import Tokenizer

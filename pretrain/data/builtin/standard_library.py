@@ -9,12 +9,9 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from pretrain.data.interface import Split
 from pretrain.errors import PretrainError
-
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 # Repetitive tests and tables, and folders that are not part of the standard library.
 _EXCLUDED = frozenset(

@@ -8,9 +8,8 @@ import numpy as np
 
 from pretrain.config import DataConfig
 from pretrain.data import packing, skipped
-from pretrain.data.builtin.standard_library import SPLITS, Split
 from pretrain.data.composer import Composer
-from pretrain.data.interface import Data, RankShare
+from pretrain.data.interface import SPLITS, Data, RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.mixture.stream import Sequences, Stream
 from pretrain.data.packing import Document, PackedSample

@@ -19,9 +19,8 @@ import yaml
 from PIL import Image
 
 from pretrain.config import DataConfig
-from pretrain.data.builtin.standard_library import Split
 from pretrain.data.composer import Composer, as_pair
-from pretrain.data.interface import RankShare
+from pretrain.data.interface import RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import ImageFile, Pixels, decode
 from pretrain.data.packing import Document

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import files
-from pretrain.data.builtin.standard_library import Split
 from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
 from pretrain.data.composer import Composer, as_pair
 from pretrain.data.files import reason
+from pretrain.data.interface import Split
 from pretrain.data.media import frames, pixels, video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.patches import VisionItem

@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import DataConfig
-from pretrain.data.builtin.standard_library import SPLITS, Split
 from pretrain.data.cache import Stamp, key_of, stamp
 from pretrain.data.composer import Composer
-from pretrain.data.interface import RankShare
+from pretrain.data.interface import SPLITS, RankShare, Split
 from pretrain.data.skipped import Skip, within_limit
 from pretrain.data.sources.interface import Documents, Record, Segment, Source
 from pretrain.data.tokenizer import Tokenizer

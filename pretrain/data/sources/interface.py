@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pretrain.config import DataConfig
-from pretrain.data.builtin.standard_library import Split
 from pretrain.data.composer import Composer
-from pretrain.data.interface import RankShare
+from pretrain.data.interface import RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip

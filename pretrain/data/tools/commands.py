@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.data import data_config, open_data, skipped
-from pretrain.data.builtin.standard_library import Split
 from pretrain.data.files import reason
+from pretrain.data.interface import Split
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import inspect
 from pretrain.data.tools.shards import make_shards

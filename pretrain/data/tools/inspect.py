@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretrain.data.builtin.standard_library import Split
-from pretrain.data.interface import Data
+from pretrain.data.interface import Data, Split
 from pretrain.data.media.patches import unpatchify
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import Category, PackedSample
