@@ -18,7 +18,7 @@ class RowTensor(NamedTuple):
 
 
 class Effective(NamedTuple):
-    """How the rows of a layer's output can be scaled.
+    """The tensors that scale the rows of a layer's output.
 
     Attributes:
         tensors: scaling a row in all of these scales that row of the output.

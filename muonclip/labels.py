@@ -1,4 +1,4 @@
-"""How errors identify a parameter of a group."""
+"""Names of parameters in error messages."""
 
 from collections.abc import Mapping
 from typing import Any

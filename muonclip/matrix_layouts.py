@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """How one parameter stores matrices of the model.
+    """The matrices of the model that one parameter stores.
 
     Muon orthogonalizes the model's matrices, which frameworks fuse and rearrange in storage. Read
     as [outputs, inputs] (after ``view`` or ``flatten``, then ``transposed``), the parameter's rows

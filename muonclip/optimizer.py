@@ -566,7 +566,7 @@ class MuonClip(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of every trainable parameter, and the groups.
 
-        Once there is any state, parameters that never had a gradient get theirs here, because
+        Once any parameter has state, those that never had a gradient get state here, because
         ``torch.distributed.checkpoint`` loads only entries that both the checkpoint and the
         optimizer have. Groups store dtypes and layouts as strings, because it saves tensors,
         numbers and strings only.
@@ -595,7 +595,7 @@ class MuonClip(Optimizer):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was replaced in the optimizer's groups "
                     "after training began, and its momentum belongs to no other: construct an "
-                    "optimizer of the new parameters, and load the old one's state_dict"
+                    "optimizer of the new parameters, and load the state_dict of the old optimizer"
                 )
         for p in replaced:
             del self.state[p]

@@ -74,7 +74,7 @@ def read_shards(folder: Path, *, trust_code: bool = False) -> None:
 
 
 def described(**settings: object) -> Bait:
-    """Shards whose dataset.yaml has these settings; FOLDER stands for theirs."""
+    """Shards whose dataset.yaml has these settings; FOLDER stands for their folder."""
 
     def write(folder: Path, marker: Path) -> None:
         dataset = shards(folder)

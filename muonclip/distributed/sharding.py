@@ -40,7 +40,7 @@ class TensorShard(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """How ranks share a parameter whose parts are plain tensors.
+    """Shards of a parameter whose local tensors are plain tensors.
 
     DTensors (FSDP2, tensor parallelism) describe themselves; for megatron-core's parameters see
     ``muonclip.integrations.megatron_core.shardings``.
@@ -127,7 +127,7 @@ class Sharding:
 def _difference(
     first: Sequence[tuple[object, TensorShard]], other: Sequence[tuple[object, TensorShard]]
 ) -> str:
-    """How two ranks' lists of parameters differ; empty if they do not."""
+    """The first difference between two ranks' lists of parameters; empty if there is none."""
     if len(first) != len(other):
         return f"{len(first)} and {len(other)} of them"
     for index, ((shape, _), (other_shape, _)) in enumerate(zip(first, other, strict=True)):

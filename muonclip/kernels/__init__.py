@@ -1,1 +1,1 @@
-"""What is worth a kernel of its own; every one has a plain torch equivalent that runs anywhere."""
+"""Custom kernels, each with a plain torch fallback that runs on any device."""

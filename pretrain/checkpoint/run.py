@@ -23,7 +23,7 @@ from pretrain.runtime.faults import Guard, RollBack
 _MODEL = ("language", "vision")
 _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
 _FIXED_EXCEPT = ("data.cache_dir", "data.max_corrupt")
-# A run that starts from another one's weights may change how they learn, and the positions.
+# Settings that may differ from the run in start_from: those of learning and of positions.
 _MODEL_EXCEPT = (
     "language.init_std",
     "language.expert_bias_update_rate",

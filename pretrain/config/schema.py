@@ -344,7 +344,7 @@ class EncoderProcessConfig(Settings):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings):
-    """When to save checkpoints, and how many to keep."""
+    """Frequency and number of saved checkpoints."""
 
     every: Steps = 100
     """Steps between checkpoints; one is always written at the end."""

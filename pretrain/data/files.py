@@ -388,7 +388,7 @@ def _foreign_suffix(path: Path) -> str:
 
 
 def content(path: Path) -> Content:
-    """How a file is read: as JSON lines, as an array of JSON objects, or as one plain document.
+    """The format of a file: JSON lines, an array of JSON objects, or one plain document.
 
     Raises:
         ValueError: it has another format; the message names the format and how to convert it.

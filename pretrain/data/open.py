@@ -22,7 +22,7 @@ _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 
 
 def data_config(config: Config) -> DataConfig:
-    """``config.data``; a run that starts from another one's weights gets that one's tokenizer.
+    """``config.data``; with ``start_from``, the tokenizer is that of the other run.
 
     Raises:
         PretrainError: the other run has no tokenizer.

@@ -96,7 +96,7 @@ class Tokenizer:
         self.eos = ids["eos"]
         self.bos = self.eos if ids["bos"] is None else ids["bos"]
         self.pad = self.eos if ids["pad"] is None else ids["pad"]
-        # Images need all three tokens, conversations all of theirs.
+        # Images and conversations each need all of their tokens.
         media = [id for key, id in ids.items() if key.startswith("media_") and id is not None]
         self.media_begin, self.media_pad, self.media_end = media if len(media) == 3 else (-1,) * 3
         chat = {key: ids[f"im_{key}"] for key in (*ROLES, "middle", "end")}

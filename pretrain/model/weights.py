@@ -55,7 +55,7 @@ class TensorShard(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How tensor parallelism splits a weight; the fields are those of :class:`TensorShard`."""
+    """The tensor-parallel split of a weight; the fields are those of :class:`TensorShard`."""
 
     dim: int
     stacked: int = 1

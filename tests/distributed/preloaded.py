@@ -1,5 +1,7 @@
-"""What the fork server of :mod:`launch` holds ready, since every process would take its time anew:
-imports, and a look at all fonts of the machine. Nothing in it runs a torch operation."""
+"""Imports and a scan of the machine's fonts, done once in the fork server of :mod:`launch`.
+
+Otherwise every process would spend seconds on them. Nothing here runs a torch operation.
+"""
 
 import matplotlib.pyplot  # noqa: F401
 

@@ -84,8 +84,8 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
 
 
 def test_a_skipped_step_changes_no_tensor_on_any_rank(folder: Path) -> None:
-    """Weights, the routers' bias, momentum and moments are the same to the bit; and the optimizer's
-    count of updates, also in a run that goes on."""
+    """Weights, the routers' bias, momentum and moments are bit-identical, and so is the optimizer's
+    count of updates, also in a run that is resumed."""
     for bias, skipped, same, counts in launch(_before_and_after_a_bad_step, 2, str(folder)):
         assert bias
         assert (skipped, same, counts) == (1, [False, True, False], {3})

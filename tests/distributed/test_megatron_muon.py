@@ -28,7 +28,7 @@ CASES: tuple[Case, ...] = (("gqa", False), ("gqa", True), ("mla", False), ("mla"
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks divide what."""
+    """Sizes of the parallel groups."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -176,8 +176,8 @@ def optimizer_for(model: Any, per_head: bool) -> MuonClip:
         param_groups(model, layouts=layouts, shardings=placed),
         lr=0.02,
         ns_dtype=torch.float64,
-        adjust_lr="original",  # a scale that tells rows from columns
-        adamw_eps=1e-4,  # lest the rounding of a gradient near zero counts like the gradient
+        adjust_lr="original",  # a scale that distinguishes rows from columns
+        adamw_eps=1e-4,  # so that rounding errors of tiny gradients do not matter
         shardings=placed,
     )
 

@@ -183,7 +183,7 @@ def scenario(kind: type[Attention], heads: int, groups: int, seed: int) -> tuple
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.mul_(3)
-        # Each query head gets a size of its own, alternating small and large.
+        # Query heads have alternately small and large weights.
         for part in (attention.layout.query, attention.layout.query_rope):
             for tensor, rows_of_heads in tensors(part):
                 for head, rows in enumerate(rows_of_heads):

@@ -108,8 +108,8 @@ class Made(NamedTuple):
 def make(folder: str) -> Made:
     """Save a run of randomized weights in ``folder``/run; its readings and every tensor.
 
-    Beside it in run16 as a run of bfloat16 keeps them: rounded, with float32 masters. And in
-    scaled the same weights with scaled positions.
+    ``run16`` has the same weights as a bfloat16 run saves them, rounded and with float32 masters,
+    and ``scaled`` has them with YaRN.
     """
     config = training.tiny(folder, *SHAPE)
     here, data = set_up(config)

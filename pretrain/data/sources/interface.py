@@ -100,7 +100,7 @@ class Source(ABC):
 
     @property
     def location(self) -> str:
-        """Where the data comes from, for messages."""
+        """Location of the data, for messages."""
         return self.config.path
 
     @abstractmethod

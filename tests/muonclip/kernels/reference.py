@@ -1,4 +1,4 @@
-"""What the kernels are held to: float64, and the rounding that their arithmetic allows."""
+"""Float64 references of the kernels, and the rounding error that their arithmetic allows."""
 
 import torch
 from torch import Tensor

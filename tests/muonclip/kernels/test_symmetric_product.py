@@ -93,7 +93,7 @@ def backend_of(
 
 
 def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each backend is used: a table of shapes, dtypes and devices."""
+    """The backend for each shape, dtype and device."""
     assert backend_of(1, 255, torch.float32, "cpu") == "dense"
     assert backend_of(1, 256, torch.float32, "cpu") == "blocked"
     assert backend_of(0, 512, torch.float32, "cpu") == "dense"

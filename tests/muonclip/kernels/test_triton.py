@@ -14,7 +14,7 @@ interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_in_the_interpreter() -> None:
-    """The tests in interpreted/, in a process of their own: Triton reads the setting on import."""
+    """The tests in interpreted/, in a separate process: Triton reads the setting on import."""
     folder = Path(__file__).parent / "interpreted"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(folder)],

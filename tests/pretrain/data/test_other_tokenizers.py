@@ -22,7 +22,7 @@ HAN = "\u5feb\u901f\u7684\u68d5\u8272\u72d0\u72f8 \u00c9t\u00e9 na\u00efve \U000
 
 
 def ranks() -> dict[bytes, int]:
-    """Byte pairs merged in an order of their own, as a tiktoken file lists them."""
+    """Byte pairs in a custom order of merges, as a tiktoken file lists them."""
     found = {bytes([byte]): byte for byte in range(256)}
     words = [
         *TEXT.split(" "),

@@ -112,9 +112,9 @@ def make_reference(dtype: torch.dtype) -> nn.ModuleDict:
 
 @functools.cache
 def indices() -> dict[str, Tensor]:
-    """Where the values of transformers' parameters are among ours (:func:`flatten`).
+    """Positions of the values of transformers' parameters among ours (:func:`flatten`).
 
-    Transformers itself says so, when it loads a published checkpoint with these numbers.
+    Found by letting transformers load a published checkpoint whose values are these positions.
     """
     from safetensors.torch import save_file
     from transformers import Kimi_K25ForConditionalGeneration

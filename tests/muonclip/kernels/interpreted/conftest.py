@@ -1,8 +1,8 @@
-"""These tests run kernels: in Triton's interpreter, or on a GPU where there is one.
+"""Tests that run kernels, in Triton's interpreter or on a GPU.
 
-The interpreter is chosen for a whole process, before Triton is imported. So the ordinary run leaves
-these files out, and `test_triton.py` beside this folder runs them in a process of their own. By
-hand: TRITON_INTERPRET=1 pytest tests/muonclip/kernels/interpreted
+The interpreter is chosen for a whole process, before Triton is imported. The ordinary run therefore
+skips these files, and `../test_triton.py` runs them in a separate process. By hand:
+TRITON_INTERPRET=1 pytest tests/muonclip/kernels/interpreted
 """
 
 import os

@@ -140,7 +140,7 @@ def test_tuning_remembers_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
             symmetric_product_triton(a, a, None, 1.0, 0.0), a, a, None, 1.0, 0.0
         )
     assert list(module._tuned.values()) == [TILINGS[2]]
-    symmetric_product_triton(a, a, a @ a.mT, 1.0, 1.0)  # another kernel: timed anew
+    symmetric_product_triton(a, a, a @ a.mT, 1.0, 1.0)  # another kernel: timed again
     assert len(module._tuned) == 2
 
 
