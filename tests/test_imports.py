@@ -1,8 +1,10 @@
 """Imports go in one direction: no module imports itself by a detour, no package one above it."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def imported(file: Path, known: Mapping[str, Path]) -> Iterator[str]:
                 yield name if name in known else parent
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Every module with the modules that it imports."""
     known = modules()
@@ -89,6 +92,16 @@ def test_packages_import_only_packages_below_them() -> None:
             other for other in others if other.split(".")[0] not in {package, *ALLOWED[package]}
         }
         assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_arrows_of_the_diagram_are_imports() -> None:
+    imports = units("muonclip") | units("pretrain")
+    edges = {(a.split(".")[1], b.split(".")[1]) for a in imports for b in imports[a]}
+    text = (ROOT / "docs/architecture.md").read_text()
+    arrows = re.findall(r"^ {8}(.+) --> (.+)$", text, re.MULTILINE)
+    assert len(arrows) > 20
+    for sources, targets in arrows:
+        assert {(a, b) for a in sources.split(" & ") for b in targets.split(" & ")} <= edges
 
 
 def test_an_upward_import_is_found(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def plan(
 
     Args:
         processes: number of processes; default: the smallest that the parallel sizes allow.
-        patches_per_image: size of every image; default: see :func:`.workload.images_per_step`.
+        patches_per_image: size of every image; default: see
+            :func:`~pretrain.plan.workload.images_per_step`.
 
     Raises:
         PretrainError: the configuration does not fit the processes, or a number is not above 0.

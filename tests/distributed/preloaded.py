@@ -1,4 +1,4 @@
-"""Imports and a scan of the machine's fonts, done once in the fork server of :mod:`launch`.
+"""Imports and a scan of the machine's fonts, done once in the fork server of ``launch.py``.
 
 Otherwise every process would spend seconds on them. Nothing here runs a torch operation.
 """
