@@ -27,7 +27,7 @@ from muonclip.precision import (
     set_master,
     write_back,
 )
-from muonclip.update import WeightDecayMode
+from muonclip.update import WeightDecayMode, may_be_nonzero
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -472,7 +472,7 @@ class MuonClip(Optimizer):
         """
         ignore = self.param_groups[0]["nonfinite"] == "ignore"
         is_first = not any(group["updates"] for group in self.param_groups)
-        is_update = not is_first or any(_may_be_nonzero(g["lr"]) for g in self.param_groups)
+        is_update = not is_first or any(may_be_nonzero(g["lr"]) for g in self.param_groups)
         message = None if error is None else str(error)
         self._find_groups()
         if ignore and is_update and not (is_first and self._groups):
@@ -782,11 +782,6 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
     largest = torch._foreach_norm(gradients, float("inf"))
     return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
-
-
-def _may_be_nonzero(lr: float | Tensor) -> bool:
-    """Whether a learning rate may be nonzero; one on an accelerator is not read."""
-    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr)
 
 
 class _Flags(NamedTuple):

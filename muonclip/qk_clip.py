@@ -17,6 +17,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -26,10 +27,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from muonclip.attachment import Attachment, Handle, has_rate, tensors_of
 from muonclip.attention_layouts import AttentionLayout
+from muonclip.hooks import Handle, call_before_zero_grad, unwrap_optimizer
 from muonclip.max_logits import Mask, screened_max_logits
 from muonclip.row_scaling import ScaledSides, ScalingPlan, locate_master_shards
+from muonclip.update import may_be_nonzero
 
 
 class ClipFactors(NamedTuple):
@@ -230,6 +232,10 @@ class QKClip:
     def _device(self) -> torch.device:
         return next(iter(self.layouts.values())).query.weight.device
 
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [x.weight for layout in self.layouts.values() for x in (layout.query, layout.key)]
+
     def __getstate__(self) -> dict[str, Any]:
         names = ("layouts", "threshold", "exact", "warn_unobserved", "_inactive")
         state = {name: getattr(self, name) for name in names}
@@ -367,7 +373,9 @@ class QKClip:
         _, bounds, unbiased = maxima
         if isinstance(clip, Tensor) and clip.device.type == "cpu":
             clip = bool(clip)
-        if clip is not False and (optimizer is None or has_rate(optimizer)):
+        # torch.distributed.checkpoint creates state by a step with a learning rate of zero.
+        rates = [1] if optimizer is None else [g.get("lr") for g in optimizer.param_groups]
+        if clip is not False and any(map(may_be_nonzero, rates)):
             self._warn_unobserved(bounds, plan, skipped, attached=optimizer is not None)
         gamma = _gamma(unbiased, self.threshold)
         for name in skipped:
@@ -423,9 +431,9 @@ class QKClip:
         Raises:
             TypeError: if it is not a torch optimizer.
         """
-        for handle in [h for h in self._handles if isinstance(h, Attachment)]:
+        for handle in [h for h in self._handles if isinstance(h, _Attachment)]:
             handle.remove()
-        attachment = Attachment(self, optimizer)
+        attachment = _Attachment(self, optimizer)
         self._add_handle(attachment)
         return attachment
 
@@ -503,7 +511,7 @@ class QKClip:
         """The maxima over all ranks that have copies or shards of the weights."""
         if not _is_distributed():
             return maxima
-        weights = [x.weight for layout in self.layouts.values() for x in (layout.query, layout.key)]
+        weights = self._weights
         if self.process_group is None and all(hasattr(w, "device_mesh") for w in weights):
             from muonclip.distributed.groups import ConnectedRanks, groups_of
 
@@ -569,6 +577,57 @@ class QKClip:
                 f"there: {cause}",
                 stacklevel=5,
             )
+
+
+_ATTACHMENTS = "_qk_clip_attachments"  # attribute of an optimizer
+
+
+class _Attachment(Handle):
+    """Runs a clip after every step of an optimizer.
+
+    Steps that were skipped because a gradient was not finite are recognized by
+    ``MuonClip.skipped_steps`` and by ``found_inf``, which ``torch.amp.GradScaler`` sets on fused
+    optimizers. For other optimizers GradScaler does not call ``step``, and calls of ``zero_grad``
+    show which gradients were discarded.
+    """
+
+    def __init__(self, clip: QKClip, optimizer: Any) -> None:
+        optimizer = unwrap_optimizer(optimizer)
+        self.clip = clip
+        self._skipped_before: int | Tensor | None = None
+        for other in tuple(getattr(optimizer, _ATTACHMENTS, ())):
+            if not {*map(id, clip._weights)}.isdisjoint(map(id, other.clip._weights)):
+                other.clip._deactivate(
+                    "a newer QKClip of these weights was attached to the optimizer"
+                )
+        hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        # Stored in the optimizer, so that both end together. Not copied with the optimizer.
+        optimizer.__dict__.setdefault(_ATTACHMENTS, []).append(self)
+        restore = call_before_zero_grad(optimizer, clip._discard_graded)
+        super().__init__([partial(self._forget, optimizer), restore, *(h.remove for h in hooks)])
+
+    def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self.clip._checked_plan()  # raises errors before the step changes anything
+        self._skipped_before = getattr(optimizer, "skipped_steps", None)
+
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        applied: bool | Tensor = True
+        if self._skipped_before is not None:
+            applied = getattr(optimizer, "skipped_steps", 0) == self._skipped_before
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            applied = applied & (found_inf == 0)
+        self.clip._step(applied, optimizer)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        attachments = optimizer.__dict__.get(_ATTACHMENTS, [])
+        if self in attachments:
+            attachments.remove(self)
+        if not attachments:
+            optimizer.__dict__.pop(_ATTACHMENTS, None)
 
 
 class _Maxima:
@@ -666,7 +725,7 @@ class _ObservationLog:
 
 def _not_trained_by(optimizer: Optimizer, plan: ScalingPlan) -> dict[str, str]:
     """Layers that have no tensor in common with an optimizer -> reason why they are not scaled."""
-    updated = {id(p) for p in tensors_of(optimizer)}
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {
         x.layer
         for x in plan.tensors

@@ -11,6 +11,11 @@ WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
 Scalar = float | Tensor
 
 
+def may_be_nonzero(lr: Scalar | None) -> bool:
+    """Whether a learning rate may be nonzero; one on an accelerator is not read."""
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr)
+
+
 def update_momentum(
     buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Scalar
 ) -> None:

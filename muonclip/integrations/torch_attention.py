@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip.attachment import Handle
 from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
+from muonclip.hooks import Handle
 from muonclip.integrations.watched_modules import Watched, WatchedModules, select_layers
 from muonclip.qk_clip import QKClip
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from muonclip.attachment import Handle
+from muonclip.hooks import Handle
 from muonclip.qk_clip import QKClip
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from muonclip.attachment import Handle
+from muonclip.hooks import Handle
 from muonclip.integrations.transformers.attention import attention_layouts
 from muonclip.integrations.transformers.masks import logit_inputs
 from muonclip.integrations.transformers.trial import AttentionInputs, check_layout
