@@ -99,7 +99,10 @@ def effective(module: nn.Module) -> Effective:
     if "lora_A" in names and "lora_B" in names:
         variants = [getattr(tuner, "lora_variant", {}).get(adapter) for adapter in active]
         if not any(variants) and all(adapter in tuner.lora_B for adapter in active):
-            return _lora(base, [tuner.lora_B[adapter] for adapter in active], others)
+            ups = [tuner.lora_B[adapter] for adapter in active]
+            tensors = [RowTensor(up.weight, 0) for up in ups]
+            tensors += [RowTensor(up.bias, 0) for up in ups if up.bias is not None]
+            return Effective([*base.tensors, *tensors], "LoRA", others, base.obstacle)
         if [type(v).__name__ for v in variants] == ["DoraLinearVariant"] and not base.adapter:
             magnitude = tuner.lora_magnitude_vector[active[0]].weight
             biases = [t for t in base.tensors if t.is_bias]
@@ -108,21 +111,20 @@ def effective(module: nn.Module) -> Effective:
     return Effective(base.tensors, kind, others, f"the rows of its {kind} cannot be scaled exactly")
 
 
-def _lora(base: Effective, ups: list[Any], others: tuple[Tensor, ...]) -> Effective:
-    tensors = [RowTensor(up.weight, 0) for up in ups]
-    tensors += [RowTensor(up.bias, 0) for up in ups if up.bias is not None]
-    return Effective([*base.tensors, *tensors], "LoRA", others, base.obstacle)
-
-
-def _plain(module: nn.Module) -> Effective:
-    with torch.enable_grad():  # distinguishes computed weights from parameters
-        weight = getattr(module, "weight", None)
-    bias = getattr(module, "bias", None)
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a layer. In Megatron's without a bias it is empty or None."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"{type(module).__name__} has no weight: give a linear layer, a weight, "
             "or (weight, bias)"
         )
+    return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
+
+
+def _plain(module: nn.Module) -> Effective:
+    with torch.enable_grad():  # distinguishes computed weights from parameters
+        weight, bias = weight_and_bias(module)
     plain = of_tensors(weight, bias)._replace(in_module=True)
     # Other implementations of LoRA keep their matrices in the layer or in its children.
     others = tuple(p for p in module.parameters() if p.ndim > 1 and p is not weight)
@@ -134,14 +136,14 @@ def _plain(module: nn.Module) -> Effective:
 
 
 def of_tensors(weight: Tensor, bias: Tensor | None) -> Effective:
-    """A weight and its bias, which is empty or None in Megatron's layers without a bias."""
+    """A weight and its bias."""
     tensors = [RowTensor(weight)]
-    if isinstance(bias, Tensor) and bias.numel():
+    if bias is not None and bias.numel():
         tensors.append(RowTensor(bias, 0, is_bias=True))
+    obstacle = ""
     if any(root(row.tensor).grad_fn is not None for row in tensors):
         obstacle = "its weight is computed from other parameters (weight norm, parametrization)"
-        return Effective(tensors, obstacle=obstacle, in_module=False)
-    return Effective(tensors, in_module=False)
+    return Effective(tensors, obstacle=obstacle, in_module=False)
 
 
 def root(tensor: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from muonclip.adapters import Effective, RowTensor, active_module, effective, of_tensors
+from muonclip.adapters import (
+    Effective,
+    RowTensor,
+    active_module,
+    effective,
+    of_tensors,
+    weight_and_bias,
+)
 
 # A layer with a weight and a bias, a weight, a (weight, bias) pair, or a function that returns one.
 WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
@@ -292,15 +299,7 @@ def _weight_and_bias(projection: Projection) -> WeightAndBias:
         return projection, None
     if isinstance(projection, tuple):
         return projection
-    module: Any = active_module(projection)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"{type(module).__name__} has no weight: give a linear layer, a weight, "
-            "or (weight, bias)"
-        )
-    # In Megatron's layers without a bias it is an empty tensor or None.
-    return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
+    return weight_and_bias(active_module(projection))
 
 
 def _is_plain_function(projection: Projection) -> bool:

@@ -249,7 +249,11 @@ def _blocked_max_logits(
                 if block.excluded is not None:  # the products may be NaN
                     weighted.masked_fill_(_select(block.excluded, b, g), -math.inf)
             if block.mask is not None:
-                _apply_mask(logits, _select(block.mask, b, g))
+                addend = _select(block.mask, b, g)
+                if addend.dtype != torch.bool:
+                    logits.add_(addend)
+                    addend = addend != -math.inf
+                logits.masked_fill_(~addend, -math.inf)
             _update_maxima(largest[b, g], logits, block)
             if unbiased is not largest:
                 _update_maxima(unbiased[b, g], weighted, block)
@@ -475,13 +479,6 @@ def _key_range(mask: Tensor) -> tuple[int, int]:
     attended = mask if mask.dtype == torch.bool else mask != -math.inf
     columns = attended.flatten(0, -2).any(0).nonzero()
     return (int(columns[0]), int(columns[-1]) + 1) if columns.numel() else (0, 0)
-
-
-def _apply_mask(logits: Tensor, mask: Tensor) -> None:
-    if mask.dtype == torch.bool:
-        logits.masked_fill_(~mask, -math.inf)
-    else:
-        logits.add_(mask).masked_fill_(mask == -math.inf, -math.inf)
 
 
 def _bias_weights(bias: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:

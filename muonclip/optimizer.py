@@ -289,7 +289,9 @@ class MuonClip(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_pending_error()
+        if self._pending_error is not None:
+            pending, self._pending_error = self._pending_error, None
+            pending.raise_if_found()
         muon: list[MuonParam] = []
         adamw: list[tuple[dict[str, Any], list[Tensor]]] = []
         error: Exception | None = None
@@ -309,11 +311,16 @@ class MuonClip(Optimizer):
             self._complete_state()
             return loss
         found_inf = flags.found_inf
+        raises = self.param_groups[0]["nonfinite"] == "raise"
         if found_inf is not None and found_inf.device.type != "cpu":
-            self._count_skipped_later(found_inf)
+            self.skipped_steps = self.skipped_steps + found_inf  # the host does not wait for it
+            if raises:
+                self._pending_error = _PendingError(found_inf)
         elif found_inf is not None:
             if found_inf:
-                self._skip()
+                self.skipped_steps = self.skipped_steps + 1
+                if raises:
+                    raise RuntimeError(self._describe_nonfinite())
                 return loss
             found_inf = None
         for group in self.param_groups:
@@ -433,9 +440,7 @@ class MuonClip(Optimizer):
         capturing = _is_capturing()
         for group in self.param_groups:
             validation.check_resolved_options(group, self.defaults)
-            if capturing:
-                validation.check_has_gradients(group)
-            validation.check_gradients(group)
+            validation.check_gradients(group, capturing)
         params = [p for group in self.param_groups for p in group["params"]]
         if len(params) == len(self._known_shapes) and all(
             p is known and p.shape == shape
@@ -530,24 +535,6 @@ class MuonClip(Optimizer):
         self._groups = groups_of(params, self.process_group, self.shardings)
         self._connected = ConnectedRanks(self._groups) if self._groups else None
         self._distributed_muon = None
-
-    # ------------------------------------------------------------------ non-finite gradients
-
-    def _skip(self) -> None:
-        self.skipped_steps = self.skipped_steps + 1
-        if self.param_groups[0]["nonfinite"] == "raise":
-            raise RuntimeError(self._describe_nonfinite())
-
-    def _count_skipped_later(self, found_inf: Tensor) -> None:
-        """Handle a flag on an accelerator without waiting for it."""
-        self.skipped_steps = self.skipped_steps + found_inf
-        if self.param_groups[0]["nonfinite"] == "raise":
-            self._pending_error = _PendingError(found_inf)
-
-    def _raise_pending_error(self) -> None:
-        pending, self._pending_error = self._pending_error, None
-        if pending is not None:
-            pending.raise_if_found()
 
     def _describe_nonfinite(self) -> str:
         labels = [

@@ -241,7 +241,9 @@ def orthogonalize_(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = x.contiguous()
-    iterate = _gram_form if _use_gram(x, form) else _direct_form
+    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2)
+    use_gram = form == "gram" or (form == "auto" and is_long and x.dtype != torch.bfloat16)
+    iterate = _gram_form if use_gram else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
 
@@ -280,11 +282,6 @@ def _power_of_two(x: Tensor) -> Tensor:
     )
     power = x.view(bits).bitwise_and(exponent).view(x.dtype)
     return power.clamp_(min=torch.finfo(x.dtype).tiny)
-
-
-def _use_gram(x: Tensor, form: Form) -> bool:
-    fit = x.dtype != torch.bfloat16 and x.size(-1) >= _GRAM_ASPECT * x.size(-2)
-    return form == "gram" or (form == "auto" and fit)
 
 
 def _direct_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:

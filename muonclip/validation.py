@@ -249,17 +249,6 @@ def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]
             )
 
 
-def check_has_gradients(group: Mapping[str, Any]) -> None:
-    """Raise for a trained parameter without a gradient, to call while a CUDA graph is captured."""
-    for index, p in enumerate(group["params"]):
-        if p.requires_grad and p.grad is None:
-            raise RuntimeError(
-                f"{label(group, index)} has no gradient while a CUDA graph is captured: the graph "
-                "would never update it, whatever gradient it gets later. Run backward before the "
-                "capture, with gradients kept (zero_grad(set_to_none=False)), or leave it out"
-            )
-
-
 def check_changed_parameter(
     group: Mapping[str, Any], index: int, before: torch.Size | None, shape: tuple[int, ...]
 ) -> None:
@@ -283,11 +272,17 @@ def check_changed_parameter(
         check_matrix(Entry(None, param, text), shape, group["layout"])
 
 
-def check_gradients(group: Mapping[str, Any]) -> None:
-    """Raise for a sparse gradient."""
+def check_gradients(group: Mapping[str, Any], capturing: bool) -> None:
+    """Raise for a sparse gradient and, while a CUDA graph is captured, for a missing one."""
     for index, p in enumerate(group["params"]):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"{label(group, index)} has a sparse gradient; MuonClip needs dense ones "
                 "(nn.Embedding(sparse=False))"
+            )
+        if capturing and p.requires_grad and p.grad is None:
+            raise RuntimeError(
+                f"{label(group, index)} has no gradient while a CUDA graph is captured: the graph "
+                "would never update it, whatever gradient it gets later. Run backward before the "
+                "capture, with gradients kept (zero_grad(set_to_none=False)), or leave it out"
             )

@@ -64,7 +64,12 @@ class DistributedMuon:
         shared = defaultdict(list)
         for index, param in enumerate(params):
             sharding = all_shardings.get(index)
-            if sharding is None or _needs_no_other_rank(param, sharding):
+            # This rank can orthogonalize what it has alone, and no other rank has it.
+            if (
+                sharding is None
+                or len(sharding.shards) == 1
+                or (sharding.has_whole_matrices and param.num_slices == param.shape[0])
+            ):
                 self._local.append(index)
                 continue
             self._shards[index] = sharding.local
@@ -157,9 +162,11 @@ def _all_shardings(
             continue
         by_group[id(group)].append(index)
         try:
-            shards[index] = _local_shard(param, shardings)
+            sharding = shardings.get(param.param)
+            shards[index] = local_shard(param.param) if sharding is None else sharding.local
         except ValueError as exception:
-            error = error or exception
+            message = f"{label_of(param.group, param.param)}: {exception}"
+            error = error or ValueError(message)
     _raise_on_all_ranks(error, connected)
     found: dict[int, Sharding] = {}
     # All groups, also those without a gradient on this rank: its other ranks may have some, and
@@ -179,22 +186,6 @@ def _raise_on_all_ranks(error: ValueError | None, connected: ConnectedRanks) -> 
     """Raise the error of one rank on all of them."""
     if (message := connected.first_error(None if error is None else str(error))) is not None:
         raise ValueError(message)
-
-
-def _local_shard(param: MuonParam, shardings: Mapping[Tensor, Sharding]) -> TensorShard:
-    if param.param in shardings:
-        return shardings[param.param].local
-    try:
-        return local_shard(param.param)
-    except ValueError as error:
-        raise ValueError(f"{label_of(param.group, param.param)}: {error}") from None
-
-
-def _needs_no_other_rank(param: MuonParam, sharding: Sharding) -> bool:
-    """Whether this rank has matrices that it can orthogonalize alone, and no other rank has."""
-    return len(sharding.shards) == 1 or (
-        sharding.has_whole_matrices and param.num_slices == param.shape[0]
-    )
 
 
 def _cost(param: MuonParam) -> float:

@@ -51,14 +51,9 @@ class WorkUnit:
 def make_units(
     index: int, shape: tuple[int, ...], shards: Sequence[TensorShard], count: int, cost: float
 ) -> list[WorkUnit]:
-    """Split a stack [E, n, m] into up to ``count`` units; a matrix stays whole.
+    """Split a stack [E, n, m] into up to ``count`` units; for a matrix, ``count`` is 1.
 
-    Args:
-        index: of the parameter in the step.
-        shape: of the whole parameter.
-        shards: of each rank.
-        count: 1 for anything but a stack.
-        cost: of the whole parameter.
+    The other arguments are those of a ``WorkUnit``, for the whole parameter.
     """
     length = shape[0]
     count = min(count, length)

@@ -137,9 +137,12 @@ def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
         )
     # Functions, because FSDP2 replaces the parameters.
     if module.in_proj_weight is not None:
-        return AttentionLayout.fused(partial(_fused, module), num_heads=module.num_heads)
+        return AttentionLayout.fused(
+            partial(_projection, module, "in_proj_weight"), num_heads=module.num_heads
+        )
     rows = torch.arange(module.embed_dim, device="cpu").view(module.num_heads, -1)
-    query, key = partial(_query, module), partial(_key, module)
+    query = partial(_projection, module, "q_proj_weight")
+    key = partial(_projection, module, "k_proj_weight")
     if module.in_proj_bias is None:
         return AttentionLayout(HeadRows(query, rows), HeadRows(key, rows))
     # One bias for query, key and value.
@@ -149,16 +152,8 @@ def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
     )
 
 
-def _fused(module: nn.MultiheadAttention) -> WeightAndBias:
-    return module.in_proj_weight, module.in_proj_bias
-
-
-def _query(module: nn.MultiheadAttention) -> WeightAndBias:
-    return module.q_proj_weight, module.in_proj_bias
-
-
-def _key(module: nn.MultiheadAttention) -> WeightAndBias:
-    return module.k_proj_weight, module.in_proj_bias
+def _projection(module: nn.MultiheadAttention, weight: str) -> WeightAndBias:
+    return getattr(module, weight), module.in_proj_bias
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
