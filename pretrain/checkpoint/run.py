@@ -13,7 +13,7 @@ from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.checkpoint.storage import Checkpoint
-from pretrain.config import Config, from_dict, to_dict
+from pretrain.config import Config, from_dict, merge, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.parallel import call_on_all_ranks
@@ -354,10 +354,13 @@ def _check_settings(
     Raises:
         PretrainError: names the first setting that differs, and the remedy.
     """
-    old = dict(_settings(before, sections))
-    for key, value in _settings(json.loads(json.dumps(to_dict(config))), sections):
-        if key not in ignored and old.get(key) != value:
-            raise PretrainError(f"{origin} {key}={old.get(key)}, not {value}: {remedy}")
+    defaults, now = json.loads(json.dumps([to_dict(Config()), to_dict(config)]))
+    # A checkpoint that is older than a setting was made with its default.
+    old = dict(_settings(merge(defaults, before), sections))
+    new = dict(_settings(now, sections))
+    for key in old | new:
+        if key not in ignored and old.get(key) != new.get(key):
+            raise PretrainError(f"{origin} {key}={old.get(key)}, not {new.get(key)}: {remedy}")
 
 
 def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -99,23 +99,24 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
 
 def _with_bases(path: Path) -> list[Layer]:
     """A file and the files it is based on, with their settings; each follows its base."""
-    chain: list[tuple[Path, dict[str, Any]]] = []
+    name = str(path)
+    layers: dict[Path, Layer] = {}
     while True:
-        name = f"{path}, the base of {chain[0][0]}" if chain else str(path)
         values = _read(path, name)
-        chain.insert(0, (path, values))
+        layers[path.resolve()] = (path, values)
         if "base" not in values:
-            return [*chain]
+            return list(reversed(layers.values()))
         base = values.pop("base")
-        if not isinstance(base, str) or not base.strip():
+        if not isinstance(base, str) or not PathRule().allows(base):
             raise PretrainError(f"{path}: base must be the path of one file, not {shortened(base)}")
         try:
-            path = path.parent / _expand(base, "base")
+            file = path.parent / _expand(base, "base")
         except SettingError as error:
             raise PretrainError(f"{path}: {error}") from error
-        if path.resolve() in [file.resolve() for file, _ in chain]:
-            cycle = " -> ".join(str(file) for file in (*(f for f, _ in reversed(chain)), path))
-            raise PretrainError(f"{chain[0][0]}: the base files form a cycle: {cycle}")
+        if file.resolve() in layers:
+            cycle = " -> ".join(str(f) for f in (*(f for f, _ in layers.values()), file))
+            raise PretrainError(f"{path}: the base files form a cycle: {cycle}")
+        path, name = file, f"{file}, the base of {path}"
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A run starts with exactly the weights of another one, in either precision."""
 
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 
 from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
+from pretrain.checkpoint import run as checkpoint_run
 from pretrain.checkpoint.imported import ImportedSettings
+from pretrain.config import Config, to_dict
+from pretrain.errors import PretrainError
 from pretrain.setup import set_up
 from pretrain.step import train_step
 from tests.distributed import training
@@ -82,3 +86,30 @@ def test_a_bfloat16_run_uses_float32_weights_as_master_weights(
         else:
             assert torch.equal(begun.named_tensors[name], tensor)
     assert begun.states == ({"master"}, FRESH | {"master"})
+
+
+def check_settings(before: dict[str, Any]) -> None:
+    """Compare a checkpoint's settings with the defaults."""
+    checkpoint_run._check_settings(
+        "it has", before, Config(), sections=("seed", "language"), ignored=(), remedy="change it"
+    )
+
+
+def test_a_checkpoint_without_a_newer_setting_has_its_default() -> None:
+    values = to_dict(Config())
+    del values["seed"], values["language"]["norm_eps"]
+    check_settings(values)
+    check_settings({})
+
+
+@pytest.mark.parametrize(
+    ("language", "message"),
+    [
+        ({"num_heads": 8}, "it has language.num_heads=8, not 4: change it"),
+        ({"window": 64}, "it has language.window=64, not None: change it"),
+        (3, "it has language=3, not None: change it"),
+    ],
+)
+def test_a_setting_that_differs_or_is_unknown_is_named(language: Any, message: str) -> None:
+    with pytest.raises(PretrainError, match=re.escape(message)):
+        check_settings({"language": language})

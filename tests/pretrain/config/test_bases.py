@@ -61,6 +61,7 @@ def test_lists_are_replaced_and_null_restores_the_default(tmp_path: Path) -> Non
         ({"run.yaml": "base: run.yaml"}, "run.yaml: the base files form a cycle: "),
         ({"run.yaml": "base: b.yaml", "b.yaml": "base: run.yaml"}, "/run.yaml -> "),
         ({"run.yaml": "base: [a.yaml, b.yaml]"}, "base must be the path of one file, not ['a.yaml"),
+        ({"run.yaml": r'base: "a\0b"'}, r"base must be the path of one file, not 'a\x00b'"),
         ({"run.yaml": "base: null"}, "base must be the path of one file, not None"),
         ({"run.yaml": "base: $NOWHERE/a.yaml"}, "run.yaml: base=$NOWHERE/a.yaml: the environment"),
         ({"run.yaml": "base: b.yaml"}, "b.yaml, the base of FOLDER/run.yaml: No such file"),
