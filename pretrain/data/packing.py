@@ -1,6 +1,5 @@
 """Documents of text and images, packed into sequences of equal length."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -62,10 +61,12 @@ class Document:
             category: the category under which their loss is reported.
 
         Raises:
-            ValueError: the weight is negative or not finite.
+            ValueError: the weight is negative, or not finite in float32.
         """
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"the weight of a label must be finite and at least 0, not {weight}")
+        if not 0 <= weight <= np.finfo(np.float32).max:
+            raise ValueError(
+                f"the weight of a label must be at least 0 and finite (float32), not {weight}"
+            )
         before = len(self.tokens)
         self.tokens.extend(int(token) for token in tokens)
         added = len(self.tokens) - before

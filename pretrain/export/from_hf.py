@@ -13,6 +13,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, VisionConfig, yaml_core
+from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.conversion import Conversion, conversions
@@ -90,6 +91,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     }
     values = configuration.with_overrides(values, overrides)
     config = configuration.from_dict(values)
+    source_types(config.data)  # raises if a source is misconfigured
     _check_overrides(config, language, vision or {})
     tokenizer = _tokenizer(folder)
     if tokenizer.vocab_size != vocab_size:

@@ -117,7 +117,10 @@ class Sequences:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state of another stream of the same documents."""
         with self._lock:
-            self._states[state["sequences"]] = copy.deepcopy(state)
+            index = state["sequences"]
+            # Later states would otherwise be kept in its place.
+            self._states = {n: kept for n, kept in self._states.items() if n < index}
+            self._states[index] = copy.deepcopy(state)
 
     def _seek(self, index: int) -> None:
         start = max(number for number in self._states if number <= index)

@@ -462,6 +462,7 @@ def test_contradicting_overrides_and_used_folders_are_errors(copy: Path, run_fol
     line = import_error(copy, *(f"language.rope_scaling.{setting}" for setting in scaled))
     assert "language.rope_scaling={'factor': 2.0" in line
     assert "unknown configuration key 'language.layers'" in import_error(copy, "language.layers=4")
+    assert "data.sources[0].type must be" in import_error(copy, "data.sources=[{type: foo}]")
     assert "cannot read" in import_error(copy.parent / "nowhere")
     with pytest.raises(PretrainError, match="run has checkpoints or a config"):
         import_hf(copy, run_folder / "run")

@@ -141,6 +141,21 @@ def test_a_stream_resumes_from_its_state(data: MixtureData, where: int, more: in
     assert resumed[max(0, where - 5)] == sequences[max(0, where - 5)]
 
 
+@given(where=st.integers(0, 12), ahead=st.integers(0, 40))
+@settings(deadline=None, max_examples=20)
+def test_sequences_return_to_an_earlier_state(data: MixtureData, where: int, ahead: int) -> None:
+    expected = Sequences(lambda: data._stream("train"))
+    sequences = Sequences(lambda: data._stream("train"), interval=2, kept=4)
+    state = Sequences(lambda: data._stream("train")).state(where)
+    for index in range(where + ahead):
+        sequences[index]
+    sequences.restore(state)
+    for index in range(where, where + 12):
+        assert sequences[index] == expected[index]
+        if index % 2:
+            assert sequences.state(index + 1) == expected.state(index + 1)
+
+
 def test_sequences_can_consist_of_images_or_text_alone(folder: Path) -> None:
     text, pictures = both(folder)
     data = opened(folder, pictures)
