@@ -479,7 +479,11 @@ class MuonClip(Optimizer):
         is_first = not any(group["updates"] for group in self.param_groups)
         is_update = not is_first or any(may_be_nonzero(g["lr"]) for g in self.param_groups)
         message = None if error is None else str(error)
-        self._find_groups()
+        if self._groups is None:  # those in which this rank shares parameters with others
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._groups = groups_of(params, self.process_group, self.shardings)
+            self._connected = ConnectedRanks(self._groups) if self._groups else None
+            self._distributed_muon = None
         if ignore and is_update and not (is_first and self._groups):
             return _Flags(None, message, only_creates_state=False)
         gradients = self._local_gradients() if error is None else {}
@@ -523,18 +527,6 @@ class MuonClip(Optimizer):
             if backend == "nccl":
                 return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
-
-    def _find_groups(self) -> None:
-        """Find, once, the groups in which this rank shares parameters with others.
-
-        All ranks that are connected through them take or skip a step together.
-        """
-        if self._groups is not None:
-            return
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._groups = groups_of(params, self.process_group, self.shardings)
-        self._connected = ConnectedRanks(self._groups) if self._groups else None
-        self._distributed_muon = None
 
     def _describe_nonfinite(self) -> str:
         labels = [

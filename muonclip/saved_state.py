@@ -35,9 +35,7 @@ class _Saved(NamedTuple):
 def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
-    If both sides have names, parameters are matched by name, whatever the order of parameters and
-    groups; a group takes the options of the saved group that most of its parameters were in.
-    Otherwise they are matched by order, as in any torch optimizer. A state dict from
+    They are matched as ``MuonClip.load_state_dict`` describes. A state dict from
     ``torch.distributed.checkpoint`` has names for keys and is in order.
 
     Args:

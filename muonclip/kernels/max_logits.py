@@ -84,7 +84,15 @@ def max_logits_triton(
     return largest
 
 
-def _max_logits(
+@torch.library.custom_op(
+    "muonclip::max_logits",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, float scale, bool causal, Tensor? bound, float? threshold)"
+        " -> Tensor"
+    ),
+)
+def _operator(
     query: Tensor,
     key: Tensor,
     scale: float,
@@ -99,17 +107,6 @@ def _max_logits(
     except ImportError as error:
         raise ImportError("max_logits_triton needs Triton: pip install triton") from error
     return implementation.max_logits(query, key, scale, causal, bound, threshold)
-
-
-_operator = torch.library.custom_op(
-    "muonclip::max_logits",
-    _max_logits,
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor key, float scale, bool causal, Tensor? bound, float? threshold)"
-        " -> Tensor"
-    ),
-)
 
 
 @_operator.register_fake
