@@ -47,8 +47,6 @@ MEDIA = (
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, False)
 
-Content = Literal["lines", "array", "plain"]
-
 
 def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
     """The suffixes, alone and with the suffix of each supported compression."""
@@ -387,7 +385,7 @@ def _foreign_suffix(path: Path) -> str:
     return ""
 
 
-def content(path: Path) -> Content:
+def content(path: Path) -> Literal["lines", "array", "plain"]:
     """The format of a file: JSON lines, an array of JSON objects, or one plain document.
 
     Raises:
@@ -541,7 +539,8 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
     buffer = reader.read(_HEAD)
     place, step, number = buffer.index("[") + 1, _HEAD, 1
     while True:
-        place = _separator_end(buffer, place)
+        if separator := _SEPARATOR.match(buffer, place):
+            place = separator.end()
         if buffer.startswith("]", place):
             if buffer[place + 1 :].strip() or reader.read(_HEAD).strip():
                 raise ValueError("there is more after the end of the array")
@@ -561,11 +560,6 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
             continue
         yield number, value
         number, step = number + 1, _HEAD
-
-
-def _separator_end(buffer: str, place: int) -> int:
-    separator = _SEPARATOR.match(buffer, place)
-    return separator.end() if separator else place
 
 
 class _Decoder:

@@ -73,12 +73,6 @@ class MixtureData(Data):
         cursors = [source.cursor(split, share) for source in self._documents if source.count(split)]
         return Stream(cursors, self.config.seq_length, self.config.vision_share)
 
-    def _index_in_stream(self, split: Split, index: int) -> int:
-        if not self._reads_own_share(split):
-            return index
-        step, within = divmod(index, self._share.global_batch_size)
-        return within + (step - self._share.rank) * self._share.local_batch_size
-
     @property
     def has_held_out(self) -> bool:
         return "held_out" in self._sequences
@@ -89,8 +83,11 @@ class MixtureData(Data):
 
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``. Documents that turn out to be corrupt leave a gap."""
-        segments = self._sequences[split][self._index_in_stream(split, index)]
-        documents = list(self._read(segments))
+        number = index
+        if self._reads_own_share(split):
+            step, within = divmod(index, self._share.global_batch_size)
+            number = within + (step - self._share.rank) * self._share.local_batch_size
+        documents = list(self._read(self._sequences[split][number]))
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         shuffled = [documents[place] for place in rng.permutation(len(documents))]
         return packing.join(shuffled, self.config.seq_length, self.patch_size, self.tokenizer.pad)

@@ -146,13 +146,10 @@ def _parts(sample: Any) -> list[str | Pixels]:
         raise ValueError(
             f"it is a {type(sample).__name__}: CaptioningSample and InterleavedSample are read"
         )
-    return [part if isinstance(part, str) else _pixels(part) for part in parts]
-
-
-def _pixels(image: Any) -> Pixels:
-    if isinstance(image, Image.Image):
-        return ImageFile(image).rgb()[None]
-    raise ValueError(f"its image is a {type(image).__name__}")
+    for part in parts:
+        if not isinstance(part, str | Image.Image):
+            raise ValueError(f"its image is a {type(part).__name__}")
+    return [part if isinstance(part, str) else ImageFile(part).rgb()[None] for part in parts]
 
 
 class Meta(NamedTuple):
