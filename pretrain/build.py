@@ -29,7 +29,7 @@ from pretrain.model.language import build_language_model
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
-from pretrain.model.weights import TensorShard, language_weights, vision_weights
+from pretrain.model.weights import Weight, language_weights, vision_weights
 from pretrain.parallel import ParallelContext
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
@@ -49,7 +49,7 @@ class Run:
             replicated on different ranks.
         named_tensors: every parameter and every buffer in a checkpoint, by its name in the whole
             model.
-        shards: the tensor-parallel shard of each tensor that is split, by name.
+        weights: entry of each of these tensors in the catalogue of weights, by name.
         copies: number of ranks with the same tensor, or the same shard of it, by name.
         step_metrics: gathers the metrics of a step from all ranks.
         assignment: table of the algorithm that updates each parameter, and why.
@@ -64,7 +64,7 @@ class Run:
     optimizer: MuonClip
     clips: list[QKClip]
     named_tensors: dict[str, Tensor]
-    shards: dict[str, TensorShard]
+    weights: dict[str, Weight]
     copies: dict[str, int]
     step_metrics: StepMetrics
     assignment: str
@@ -86,20 +86,16 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     """Build this rank's part of a run, with the initial weights."""
     dtype: torch.dtype = getattr(torch, config.precision)
     vocab_size = data.tokenizer.vocab_size
+    seq_length, parallel = config.data.seq_length, config.parallel
     chunks = build_language_model(
-        config.language,
-        vocab_size,
-        config.data.seq_length,
-        config.parallel,
-        config.recompute,
-        dtype,
+        config.language, vocab_size, seq_length, parallel, config.recompute, dtype
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     model = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)
     set_precision(model, dtype)
 
-    local_experts = config.language.num_experts // config.parallel.expert
+    local_experts = config.language.num_experts // parallel.expert
     first_expert = context.expert_rank * local_experts
     named = named_tensors(chunks, tower, first_expert)
     experts = range(first_expert, first_expert + local_experts)
@@ -107,14 +103,9 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         *language_weights(config.language, vocab_size, experts),
         *vision_weights(config.vision, config.language.hidden_size),
     )
-    weights = [weight for weight in catalogue if weight.name in named]
-    shards = {
-        weight.name: shard
-        for weight in weights
-        if (shard := weight.shard(config.parallel, context.tensor_rank)) is not None
-    }
-    copies = {w.name: w.copies(config.parallel, context.world_size) for w in weights}
-    initialize(named, shards, config.seed, config.language.init_std, config.language.num_layers)
+    weights = {weight.name: weight for weight in catalogue if weight.name in named}
+    copies = {n: w.copies(parallel, context.world_size) for n, w in weights.items()}
+    initialize(named, weights, config, context.tensor_rank)
 
     wide_gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4)
     replicas = [DistributedDataParallel(chunks[0].config, wide_gradients, c) for c in chunks]
@@ -145,7 +136,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         optimizer=optimizer,
         clips=clips,
         named_tensors=named,
-        shards=shards,
+        weights=weights,
         copies=copies,
         step_metrics=step_metrics,
         assignment=muonclip.describe_assignment(assignment),

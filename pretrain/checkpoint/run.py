@@ -121,20 +121,23 @@ def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Ten
     """
     tensors: dict[str, Tensor | storage.LocalShard] = {}
     for name, tensor in run.named_tensors.items():
-        tensors[f"model.{name}"] = _shard(run, name, tensor.detach())
+        tensors[f"model.{name}"] = local_shard(run, name, tensor.detach())
         for key, value in state.get(name, {}).items():
             # Momentum and moments are split like their parameter. A step count is not.
             is_split = value.shape == tensor.shape
-            tensors[f"optimizer.{name}.{key}"] = _shard(run, name, value) if is_split else value
+            tensors[f"optimizer.{name}.{key}"] = (
+                local_shard(run, name, value) if is_split else value
+            )
     return tensors
 
 
-def _shard(run: Run, name: str, local: Tensor) -> Tensor | storage.LocalShard:
+def local_shard(run: Run, name: str, local: Tensor) -> storage.LocalShard:
     """This rank's tensor with its position in the whole one, split like the parameter ``name``."""
-    shard = run.shards.get(name)
-    if shard is None:
-        return local
-    return storage.LocalShard(shard.whole_shape(local.shape), shard.blocks(local))
+    weight = run.weights[name]
+    blocks = weight.blocks(run.config.parallel, run.context.tensor_rank)
+    offsets = [block.offsets for block in blocks]
+    views = local.chunk(len(blocks))
+    return storage.LocalShard(weight.shape, list(zip(offsets, views, strict=True)))
 
 
 def tokenizer_file(run_dir: Path) -> Path:
@@ -326,7 +329,7 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
         value = tensor.detach()
         if key in stored and stored[key].dtype == torch.float32 != tensor.dtype:
             value = masters[name] = torch.empty_like(value, dtype=torch.float32)
-        tensors[key] = _shard(run, name, value)
+        tensors[key] = local_shard(run, name, value)
     checkpoint.load(tensors)
     for name, master in masters.items():
         run.named_tensors[name].detach().copy_(master)

@@ -23,6 +23,7 @@ from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN
 from pretrain.model.initialize import initialize
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
+from pretrain.model.weights import vision_weights
 from pretrain.runtime.run_lock import RunLock
 
 # Settings of training, which may differ from those of the checkpoint.
@@ -296,5 +297,6 @@ def _new_vision(config: Config) -> dict[str, Tensor]:
     """Initial weights of a vision encoder, as :func:`pretrain.build.build` gives them."""
     tower = VisionTower(config.vision, config.language.hidden_size)
     named = {name: tensor.detach() for name, tensor in named_tensors([], tower).items()}
-    initialize(named, {}, config.seed, config.language.init_std, config.language.num_layers)
+    weights = vision_weights(config.vision, config.language.hidden_size)
+    initialize(named, {weight.name: weight for weight in weights}, config, tensor_rank=0)
     return named

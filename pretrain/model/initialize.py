@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pretrain.model.weights import TensorShard
+from pretrain.config import Config
+from pretrain.model.weights import Weight
 
 # Layers that write into the residual stream: drawn smaller, as in GPT-2, so that its variance does
 # not grow with depth.
@@ -17,30 +18,30 @@ _RESIDUAL_OUTPUTS = (".linear_proj.weight", ".linear_fc2.weight", ".o_proj.weigh
 @torch.no_grad()
 def initialize(
     tensors: Mapping[str, Tensor],
-    shards: Mapping[str, TensorShard],
-    seed: int,
-    std: float,
-    num_layers: int,
+    weights: Mapping[str, Weight],
+    config: Config,
+    tensor_rank: int,
 ) -> None:
     """Fill tensors, given by their names in the whole model, with their initial values.
 
-    Matrices and tables are drawn from a normal distribution with standard deviation ``std``,
-    divided by sqrt(2 * num_layers) for layers that write into the residual stream. Gains of norms
-    are one, biases and buffers zero. Every tensor has a generator that is seeded by ``seed`` and
-    its name, and is drawn whole: its values do not depend on the ranks that it is split over.
+    Matrices and tables are drawn from a normal distribution with standard deviation
+    ``language.init_std``, divided by sqrt(2 * ``language.num_layers``) for layers that write into
+    the residual stream. Gains of norms are one, biases and buffers zero. Every tensor has a
+    generator that is seeded by ``seed`` and its name, and is drawn whole: its values do not depend
+    on the ranks that it is split over.
 
     Args:
-        shards: shards of the tensors that are split, by name.
+        weights: entry of each tensor in the catalogue.
     """
+    residual_std = config.language.init_std / math.sqrt(2 * config.language.num_layers)
     for name, tensor in tensors.items():
         if tensor.ndim < 2:
             is_gain = name.endswith("weight")
             tensor.fill_(1.0 if is_gain else 0.0)
             continue
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        scale = std / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else std
-        shard = shards.get(name)
-        shape = tensor.shape if shard is None else shard.whole_shape(tensor.shape)
-        value = torch.empty(shape).normal_(0.0, scale, generator=generator)
-        tensor.copy_(value if shard is None else shard.local(value))
+        std = residual_std if name.endswith(_RESIDUAL_OUTPUTS) else config.language.init_std
+        whole = torch.empty(weights[name].shape).normal_(0.0, std, generator=generator)
+        blocks = weights[name].blocks(config.parallel, tensor_rank)
+        tensor.copy_(torch.cat([whole[block.slices] for block in blocks]))

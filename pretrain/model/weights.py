@@ -5,12 +5,10 @@ plan, export and import read them. A test compares the catalogue with models tha
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
+from muonclip.distributed import TensorShard
 from pretrain.config import LanguageConfig, ParallelConfig, VisionConfig
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 
@@ -18,44 +16,14 @@ Shape = tuple[int, ...]
 Optimizer = Literal["muon", "adamw"]
 
 
-class TensorShard(NamedTuple):
-    """One rank's shard of a tensor that tensor parallelism splits.
+class Split(NamedTuple):
+    """The tensor-parallel split of a weight.
 
     Attributes:
         dim: the dimension that is split.
-        rank, size: the shard's number and the number of shards.
         stacked: number of matrices stacked along ``dim``, each of which is split by itself: 2 for
-            the fused gate and up projections.
+            the fused gate and up projections, whose ``dim`` is 0.
     """
-
-    dim: int
-    rank: int
-    size: int
-    stacked: int = 1
-
-    def local(self, whole: Tensor) -> Tensor:
-        """Return this rank's shard of the whole tensor."""
-        matrices = whole.chunk(self.stacked, self.dim)
-        return torch.cat([m.chunk(self.size, self.dim)[self.rank] for m in matrices], self.dim)
-
-    def whole_shape(self, local_shape: Sequence[int]) -> list[int]:
-        """Return the shape of the whole tensor, given that of a shard."""
-        shape = list(local_shape)
-        shape[self.dim] *= self.size
-        return shape
-
-    def blocks(self, local: Tensor) -> list[tuple[list[int], Tensor]]:
-        """Return (offsets in the whole tensor, view of the shard), one for each stacked matrix."""
-        found = []
-        for number, view in enumerate(local.chunk(self.stacked, self.dim)):
-            offsets = [0] * local.ndim
-            offsets[self.dim] = (number * self.size + self.rank) * view.shape[self.dim]
-            found.append((offsets, view))
-        return found
-
-
-class Split(NamedTuple):
-    """The tensor-parallel split of a weight; the fields are those of :class:`TensorShard`."""
 
     dim: int
     stacked: int = 1
@@ -93,12 +61,23 @@ class Weight(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def shard(self, parallel: ParallelConfig, tensor_rank: int) -> TensorShard | None:
-        """Return the shard of a tensor-parallel rank; None if the rank has the whole tensor."""
-        size = parallel.tensor if self.expert is None else parallel.expert_tensor
-        if self.split is None or size == 1:
-            return None
-        return TensorShard(self.split.dim, tensor_rank, size, self.split.stacked)
+    def blocks(self, parallel: ParallelConfig, tensor_rank: int) -> list[TensorShard]:
+        """Return the blocks of the whole tensor that a tensor-parallel rank has.
+
+        Its tensor is the stack of them along the first dimension: one block, or one for each
+        stacked matrix of :class:`Split`.
+        """
+        ranks = parallel.tensor if self.expert is None else parallel.expert_tensor
+        if self.split is None or ranks == 1:
+            return [TensorShard.whole(self.shape)]
+        dim, matrices = self.split
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        sizes[dim] //= matrices * ranks
+        blocks = []
+        for matrix in range(matrices):
+            offsets[dim] = (matrix * ranks + tensor_rank) * sizes[dim]
+            blocks.append(TensorShard(tuple(offsets), tuple(sizes)))
+        return blocks
 
     def copies(self, parallel: ParallelConfig, world_size: int) -> int:
         """Return the number of ranks with the same tensor, or the same shard of it."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from pretrain import parallel
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
-from pretrain.model.weights import TensorShard
+from pretrain.model.weights import Split, Weight
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -77,14 +78,14 @@ def _wholes() -> dict[str, Tensor]:
 
 def _local_shards(values: dict[str, Tensor]) -> dict[str, storage.LocalShard]:
     """This rank's shard of each tensor, as tensor parallelism splits them."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, parallel = dist.get_rank(), ParallelConfig(tensor=dist.get_world_size())
     shards = {}
     for name, whole in values.items():
-        dim, stacked = (1 if name == "columns" else 0), (2 if name == "gate_and_up" else 1)
-        shard = TensorShard(dim, rank, size, stacked)
-        # A copy, not a view of the whole: it is filled in place.
-        local = shard.local(whole).clone()
-        shards[name] = storage.LocalShard(shard.whole_shape(local.shape), shard.blocks(local))
+        split = Split(1 if name == "columns" else 0, 2 if name == "gate_and_up" else 1)
+        weight = Weight(name, tuple(whole.shape), "", "muon", {}, split)
+        # Copies, not views of the whole: they are filled in place.
+        blocks = [(b.offsets, whole[b.slices].clone()) for b in weight.blocks(parallel, rank)]
+        shards[name] = storage.LocalShard(whole.shape, blocks)
     return shards
 
 

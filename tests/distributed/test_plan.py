@@ -126,11 +126,7 @@ def measure(
         results.append(
             {
                 "parameters": {
-                    name: (
-                        p.numel() * (run.shards[name].size if name in run.shards else 1),
-                        algorithms[p],
-                    )
-                    for name, p in run.parameters()
+                    name: (run.weights[name].numel, algorithms[p]) for name, p in run.parameters()
                 },
                 "weights": sum(_size(p) for _, p in run.parameters()),
                 "gradients": gradients,

@@ -14,9 +14,10 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
+from muonclip.distributed import TensorShard
 from pretrain.build import build
 from pretrain.config import LanguageConfig
-from pretrain.model.weights import TensorShard, language_weights, vision_weights
+from pretrain.model.weights import language_weights, vision_weights
 from pretrain.setup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -34,10 +35,9 @@ SHAPE = (
 
 
 class Properties(NamedTuple):
-    """Properties of a rank's tensor."""
+    """Properties of a rank's tensor; ``blocks``: those of the whole tensor that it consists of."""
 
-    local_shape: tuple[int, ...]
-    shard: TensorShard | None
+    blocks: tuple[TensorShard, ...]
     optimizer: str | None
     of_expert: bool
     of_vision: bool
@@ -61,7 +61,7 @@ def build_and_describe(folder: str, *overrides: str) -> Rank:
         for group in run.optimizer.param_groups
         for parameter in group["params"]
     }
-    shards = {p: shard for chunk in run.language for p, shard in megatron_shards(chunk)}
+    blocks = {p: split for chunk in run.language for p, split in megatron_blocks(chunk)}
     experts = {
         parameter
         for chunk in run.language
@@ -72,15 +72,14 @@ def build_and_describe(folder: str, *overrides: str) -> Rank:
     vision = set(run.tower.parameters())
     tensors = {
         name: Properties(
-            tuple(tensor.shape),
-            shards.get(tensor),
+            blocks.get(tensor, (TensorShard.whole(tensor.shape),)),
             algorithms.get(tensor),
             tensor in experts,
             tensor in vision,
         )
         for name, tensor in run.named_tensors.items()
     }
-    assert run.shards == {name: t.shard for name, t in tensors.items() if t.shard is not None}
+    assert run.weights.keys() == tensors.keys()
     layers = [layer.layer_number - 1 for chunk in run.language for layer in decoder_layers(chunk)]
     return Rank(tensors, layers, context.tensor_rank)
 
@@ -89,8 +88,8 @@ def decoder_layers(chunk: nn.Module) -> Any:
     return chunk.get_submodule("module.decoder.layers")
 
 
-def megatron_shards(chunk: nn.Module) -> Iterator[tuple[Tensor, TensorShard]]:
-    """Weights that megatron-core's layers hold one rank's shard of."""
+def megatron_blocks(chunk: nn.Module) -> Iterator[tuple[Tensor, tuple[TensorShard, ...]]]:
+    """Weights that megatron-core's layers split, and this rank's blocks of each."""
     for name, module in chunk.named_modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             dim = 0
@@ -101,7 +100,11 @@ def megatron_shards(chunk: nn.Module) -> Iterator[tuple[Tensor, TensorShard]]:
         group = module.tp_group
         if group.size() > 1:
             stacked = 2 if name.endswith("linear_fc1") else 1
-            yield module.weight, TensorShard(dim, group.rank(), group.size(), stacked)
+            sizes = list(module.weight.shape)
+            sizes[dim] //= stacked
+            starts = [(n * group.size() + group.rank()) * sizes[dim] for n in range(stacked)]
+            offsets = [(start, 0) if dim == 0 else (0, start) for start in starts]
+            yield module.weight, tuple(TensorShard(o, tuple(sizes)) for o in offsets)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +130,17 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
         )
     }
     ranks: list[Rank] = launch(build_and_describe, world_size, str(folder), *SHAPE, *overrides)
-    copies = Counter((name, t.shard) for rank in ranks for name, t in rank.tensors.items())
-    assert {name for name, _ in copies} == weights.keys()
+    copies = Counter((name, t.blocks) for rank in ranks for name, t in rank.tensors.items())
+    sizes: Counter[str] = Counter()
+    for name, blocks in copies:
+        sizes[name] += sum(block.numel for block in blocks)
+    assert sizes == {name: weight.numel for name, weight in weights.items()}
     for rank in ranks:
         for name, tensor in rank.tensors.items():
             weight = weights[name]
-            shard = weight.shard(settings.parallel, rank.tensor_rank)
-            shape = tensor.local_shape if shard is None else shard.whole_shape(tensor.local_shape)
-            assert tuple(shape) == weight.shape, name
-            assert shard == tensor.shard, name
-            assert weight.copies(settings.parallel, world_size) == copies[name, shard], name
+            blocks = tuple(weight.blocks(settings.parallel, rank.tensor_rank))
+            assert blocks == tensor.blocks, name
+            assert weight.copies(settings.parallel, world_size) == copies[name, blocks], name
             assert weight.optimizer == tensor.optimizer, name
             assert (weight.expert is not None) == tensor.of_expert, name
             assert (weight.layer is None) == tensor.of_vision, name

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, cli, config, step
 from pretrain.build import build
+from pretrain.checkpoint.run import local_shard
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.metrics import METRICS, read
@@ -108,14 +109,7 @@ def gradients_of_each(
         step.forward_backward(run, batches.for_step(settings, here, data, 1))
         found = {name: p.grad.clone() for name, p in run.parameters() if p.grad is not None}
         assert found.keys() == dict(run.parameters()).keys()
-        whole = {
-            name: LocalShard(grad.shape, [([0] * grad.ndim, grad)]) for name, grad in found.items()
-        }
-        sharded = {
-            name: LocalShard(shard.whole_shape(found[name].shape), shard.blocks(found[name]))
-            for name, shard in run.shards.items()
-        }
-        outcomes.append(whole | sharded)
+        outcomes.append({name: local_shard(run, name, grad) for name, grad in found.items()})
     return outcomes
 
 
