@@ -7,7 +7,6 @@ communication. Loads are integers, whose sums do not depend on the order of addi
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +73,7 @@ def plan(
         ValueError: an argument is out of range.
         CapacityError: the items do not fit into the capacity.
     """
-    problem = _Problem.of(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
+    problem = _Problem(loads, num_ranks, owners, traffic, sizes, capacity, tolerance)
     if not len(problem.loads):
         return []
     plans = _candidate_plans(problem)
@@ -129,21 +128,11 @@ def oversized(loads: IntArrayLike, num_ranks: int) -> list[int]:
     return items
 
 
-@dataclass(frozen=True)
 class _Problem:
     """Validated arguments of :func:`plan`; sizes are clipped to the capacity."""
 
-    loads: IntArray
-    num_ranks: int
-    owners: IntArray | None
-    traffic: IntArray
-    sizes: IntArray
-    capacity: int
-    tolerance: float
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         loads: IntArrayLike,
         num_ranks: int,
         owners: IntArrayLike | None,
@@ -151,7 +140,7 @@ class _Problem:
         sizes: IntArrayLike | None,
         capacity: int | None,
         tolerance: float,
-    ) -> "_Problem":
+    ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
         if not tolerance >= 0:
@@ -161,21 +150,16 @@ class _Problem:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         count = len(loads)
-        checked = _checked("loads", loads, count)
-        if checked.sum(dtype=np.float64) * num_ranks > 2**60:
+        self.loads = _checked("loads", loads, count)
+        if self.loads.sum(dtype=np.float64) * num_ranks > 2**60:
             raise ValueError(
                 f"loads add up to more than 2**60 / {num_ranks} ranks: use a larger unit"
             )
-        limit = capacity or 0
-        return cls(
-            loads=checked,
-            num_ranks=num_ranks,
-            owners=None if owners is None else _checked("owners", owners, count, num_ranks),
-            traffic=checked if traffic is None else _checked("traffic", traffic, count),
-            sizes=_checked("sizes", [0] * count if sizes is None else sizes, count).clip(max=limit),
-            capacity=limit,
-            tolerance=tolerance,
-        )
+        self.num_ranks, self.tolerance, self.capacity = num_ranks, tolerance, capacity or 0
+        self.owners = None if owners is None else _checked("owners", owners, count, num_ranks)
+        self.traffic = self.loads if traffic is None else _checked("traffic", traffic, count)
+        sizes = [0] * count if sizes is None else sizes
+        self.sizes = _checked("sizes", sizes, count).clip(max=self.capacity)
 
     @property
     def target(self) -> int:

@@ -13,19 +13,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
 from muonclip import screened_max_logits
-from pretrain.config import (
-    LanguageConfig,
-    ParallelConfig,
-    RecomputeConfig,
-    RopeScalingConfig,
-)
+from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig, RopeScalingConfig
 from pretrain.runtime import apex
 
 MaxLogitObserver = Callable[[Tensor], None]
@@ -221,10 +214,7 @@ def _recompute_settings(config: RecomputeConfig) -> dict[str, Any]:
     if config.granularity == "none":
         return {}
     if config.granularity == "selective":
-        return {
-            "recompute_granularity": "selective",
-            "recompute_modules": list(config.modules),
-        }
+        return {"recompute_granularity": "selective", "recompute_modules": list(config.modules)}
     return {
         "recompute_granularity": "full",
         "recompute_method": config.method,
