@@ -531,6 +531,7 @@ class Config(Settings):
             ("expert", parallel.expert, "language", "num_experts"),
             ("tensor", parallel.tensor, "language", "num_heads"),
             ("tensor", parallel.tensor, "data", "seq_length"),
+            ("tensor", parallel.tensor, "language", "q_lora_rank"),
             ("tensor", parallel.tensor, "language", "ffn_hidden_size"),
             ("tensor", parallel.expert_tensor, "language", "expert_ffn_hidden_size"),
             ("tensor", parallel.tensor, "language", "shared_expert_ffn_hidden_size"),

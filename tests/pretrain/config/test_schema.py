@@ -196,6 +196,11 @@ def test_every_setting_is_described() -> None:
         (["parallel.expert=2"], 3, "3 processes cannot be divided by parallel.expert=2"),
         (["global_batch_size=12"], 2, "global_batch_size=12 is not a multiple of 2 data-parallel"),
         (["parallel.tensor=3"], 3, "parallel.tensor=3 does not divide language.num_heads=4"),
+        (
+            ["parallel.tensor=2", "language.q_lora_rank=25"],
+            2,
+            "parallel.tensor=2 does not divide language.q_lora_rank=25",
+        ),
         (["parallel.pipeline=5"], 5, "pipeline=5 x parallel.interleave=1 is more than"),
         (
             ["recompute.granularity=full", "recompute.num_layers=3"],
