@@ -97,7 +97,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     from pretrain.checkpoint import storage
     from pretrain.runtime.faults import Guard
     from pretrain.runtime.metrics_writer import MetricsWriter
-    from pretrain.setup import set_up
+    from pretrain.startup import set_up
     from pretrain.step import train_step
     from pretrain.step_metrics import StepMetrics
 

@@ -338,7 +338,7 @@ def _context() -> Any:
 def _prepare(job: Job) -> tuple[Any, Any, Any]:
     """Context, data and configuration of the trainer."""
     from pretrain import config
-    from pretrain.setup import prepare_data
+    from pretrain.startup import prepare_data
 
     size = job.size
     settings = config.load(

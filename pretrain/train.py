@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain import batches, checkpoint, console, parallel, setup
+from pretrain import batches, checkpoint, console, parallel, startup
 from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.config import Config
@@ -36,10 +36,10 @@ def train(config: Config) -> None:
             current step has been finished and saved.
     """
     with stopping.on_signals() as termination:
-        context = setup.join(config)
-        with setup.lock(config, context) as run_lock:
-            data = setup.prepare_data(config, context)
-            with setup.watch(config, context) as watchdog:
+        context = startup.join(config)
+        with startup.lock(config, context) as run_lock:
+            data = startup.prepare_data(config, context)
+            with startup.watch(config, context) as watchdog:
                 _train(config, context, data, watchdog, termination, run_lock)
         parallel.stop()
 
@@ -58,7 +58,7 @@ def _train(
     steps_done = checkpoint.restore(run, guard)
     checkpoint.keep_tokenizer(run)
 
-    writer = setup.open_metrics(run, steps_done)
+    writer = startup.open_metrics(run, steps_done)
     profiler = Profiler(config.profile.steps, Path(config.run_dir, "traces"), context.rank)
     writer.say(console.opening(run, steps_done))
     skipped = batches.SkippedSamples(config, context, data)
@@ -179,7 +179,7 @@ def evaluate(config: Config) -> None:
     Raises:
         PretrainError: there is no checkpoint, or it cannot be loaded.
     """
-    context, data = setup.set_up(config)
+    context, data = startup.set_up(config)
     run = build(config, context, data)
     step = checkpoint.restore(run)
     if not storage.steps(checkpoint.folder(run)):

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import batches, checkpoint, setup, step, train
+from pretrain import batches, checkpoint, startup, step, train
 from pretrain.build import build
 from pretrain.checkpoint import storage
 from pretrain.evaluate import held_out_losses
@@ -60,7 +60,7 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
 def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], set[int]]:
     settings = training.tiny(folder, *BRIEF, "faults.non_finite=skip")
     spoil([3])
-    context, data = setup.set_up(settings)
+    context, data = startup.set_up(settings)
     run, guard = build(settings, context, data), Guard(settings.faults)
     states = []
     for number in (1, 2, 3, 4):
@@ -97,7 +97,7 @@ _EMPTY = {"train": [*range(8), *range(8, 14)], "held_out": range(64)}
 
 def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
     settings = training.tiny(folder, *BRIEF[:-1], "steps=3", *overrides)
-    context, data = setup.set_up(settings)
+    context, data = startup.set_up(settings)
     sample = data.sample
 
     def without_labels(split: str, index: int) -> Any:

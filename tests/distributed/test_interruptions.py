@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pretrain import batches, parallel, setup
+from pretrain import batches, parallel, startup
 from pretrain.checkpoint import storage
 from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
@@ -161,17 +161,17 @@ def test_a_temporarily_full_disk_loses_no_record(folder: Path) -> None:
 
 def _prepare_data_slowly_on_the_main_rank(folder: str) -> int:
     settings = training.tiny(folder, *BRIEF)
-    context = setup.join(settings)
+    context = startup.join(settings)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
-    open_data = setup.open_data
+    open_data = startup.open_data
 
     def slowly(*arguments: Any) -> Any:
         if context.is_main:
             time.sleep(8)
         return open_data(*arguments)
 
-    setup.open_data = slowly
-    setup.prepare_data(settings, context)
+    startup.open_data = slowly
+    startup.prepare_data(settings, context)
     return context.rank
 
 

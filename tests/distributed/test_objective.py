@@ -13,7 +13,7 @@ from pretrain import batches, objective, step
 from pretrain.build import Run, build
 from pretrain.model import multimodal
 from pretrain.model.multimodal import MicroBatch
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.distributed.training import EXACT

@@ -15,7 +15,7 @@ from pretrain.build import Run, build
 from pretrain.plan import plan
 from pretrain.plan.memory import chunk_activations, head_activations
 from pretrain.plan.ranks import ranks_of
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain import batches, checkpoint, step
 from pretrain.build import Run, build
 from pretrain.runtime.faults import Guard
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.distributed.test_training import _merged

@@ -18,7 +18,7 @@ from muonclip.distributed import TensorShard
 from pretrain.build import build
 from pretrain.config import LanguageConfig
 from pretrain.model.weights import language_weights, vision_weights
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 

@@ -19,7 +19,7 @@ from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.metrics import METRICS, read
 from pretrain.plan.flops import flops_per_token
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from pretrain.train import train
 
 TINY = """

@@ -20,7 +20,7 @@ from pretrain.evaluate import held_out_losses
 from pretrain.model import multimodal
 from pretrain.parallel import ParallelContext
 from pretrain.runtime.faults import Guard
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 
 STEP = 7

@@ -7,7 +7,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.build import build
 from pretrain.evaluate import transcribe
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.saved_run import SHAPE, Made

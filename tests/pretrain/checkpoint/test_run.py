@@ -14,7 +14,7 @@ from pretrain.checkpoint import run as checkpoint_run
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.config import Config, to_dict
 from pretrain.errors import PretrainError
-from pretrain.setup import set_up
+from pretrain.startup import set_up
 from pretrain.step import train_step
 from tests.distributed import training
 from tests.distributed.launch import launch

@@ -1,4 +1,4 @@
-"""Set-up of a run on all ranks: process groups, lock, data, watchdog and output files.
+"""Start of a run on all ranks: process groups, lock, data, watchdog and output files.
 
 Each step succeeds on all ranks or raises the same error on all of them.
 """
