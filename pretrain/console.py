@@ -5,16 +5,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pretrain import metrics
 from pretrain.build import Run
 from pretrain.config import to_dict
-from pretrain.metrics import (
-    HELD_OUT,
-    METRICS,
-    Record,
-    formatted,
-    held_out_records,
-    training_records,
-)
+from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.runtime import machine
 
 # The model sees if its caption loss is lower by this much, in nats per token, with the right image
@@ -63,7 +57,7 @@ def closing(records: Sequence[Record], transcriptions: Sequence[tuple[str, str]]
         records: the run's metrics.
         transcriptions: (truth, transcription) of held-out images.
     """
-    training, held_out = training_records(records), held_out_records(records)
+    training, held_out = metrics.training_records(records), metrics.held_out_records(records)
     lines = held_out_summary(held_out[0], held_out[-1]) if held_out else []
     if empty := sum(record["loss"] is None for record in training):
         lines.append(f"{empty} of {len(training)} steps had a batch without labels: no update")

@@ -57,11 +57,7 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     context = parallel.start(ParallelConfig(), config.seed)
     dtype: torch.dtype = getattr(torch, config.precision)
     (language,) = build_language_model(
-        config.language,
-        tokenizer.vocab_size,
-        config.data.seq_length,
-        ParallelConfig(),
-        dtype=dtype,
+        config.language, tokenizer.vocab_size, config.data.seq_length, ParallelConfig(), dtype=dtype
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     whole = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)

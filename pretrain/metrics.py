@@ -20,13 +20,11 @@ class Metric(NamedTuple):
         label: short name, for lines, legends and table headers.
         format: format specification of one value.
         description: meaning and unit; also the title of its plot.
-        deterministic: a function of configuration and seed, independent of the machine's speed.
     """
 
     label: str
     format: str
     description: str
-    deterministic: bool = True
 
 
 METRICS = {
@@ -51,7 +49,7 @@ METRICS = {
     # sample of each parameter, every log_every steps.
     "update_rms_muon": Metric("Muon", ".3f", "update RMS of Muon's matrices (sampled)"),
     "update_rms_adamw": Metric("AdamW", ".3f", "update RMS of AdamW's parameters (sampled)"),
-    "memory_gib": Metric("memory (GiB)", ".2f", "peak memory of a process, GiB", False),
+    "memory_gib": Metric("memory (GiB)", ".2f", "peak memory of a process, GiB"),
     "model_flops": Metric("FLOPs", ".3g", "FLOPs of a step, recomputation not counted"),
     # Estimated cost of the images of the busiest rank divided by the mean over ranks.
     "encoder_balance": Metric("encoder balance", ".3f", "encoder load, max / mean over ranks"),
@@ -62,8 +60,8 @@ METRICS = {
     "skipped_steps": Metric("steps skipped after a fault", "d", "steps skipped after a fault"),
     "empty_steps": Metric("steps without a label", "d", "steps without a label"),
     "skipped_batches": Metric("skipped batches", "d", "batches skipped by rolling back"),
-    "tokens_per_second": Metric("tokens/s", "6,.0f", "tokens per second", False),
-    "mfu": Metric("MFU", ".1%", "model FLOP utilization", False),
+    "tokens_per_second": Metric("tokens/s", "6,.0f", "tokens per second"),
+    "mfu": Metric("MFU", ".1%", "model FLOP utilization"),
     # Means over held-out labels, in nats per token. The last two evaluate the same captions next
     # to their own image and next to the image of another sample.
     "held_out_loss": Metric("held-out loss", ".3f", "held-out loss"),

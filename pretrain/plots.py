@@ -109,7 +109,7 @@ def _draw_line(
     points = [
         (record["step"], record[name])
         for record in records
-        if record.get(name) is not None and math.isfinite(record[name])
+        if isinstance(record.get(name), int | float) and math.isfinite(record[name])
     ]
     if not points:
         return
@@ -124,11 +124,7 @@ def _draw_line(
 
 
 def draw_layers(
-    axes: "Axes",
-    records: Records,
-    name: str,
-    first_layer: int = 0,
-    threshold: float | None = None,
+    axes: "Axes", records: Records, name: str, first_layer: int = 0, threshold: float | None = None
 ) -> None:
     """A metric by layer: a line for each layer, or a heat map of many layers.
 

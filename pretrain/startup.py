@@ -66,7 +66,11 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     def opened() -> Data:
         share = RankShare(context.data_rank, context.data_size, config.global_batch_size)
         data = open_data(data_config(config), config.vision.patch_size, config.seed, share)
-        _check_vocabulary(config, data)
+        if data.tokenizer.vocab_size % config.parallel.tensor:
+            raise PretrainError(
+                f"parallel.tensor={config.parallel.tensor} does not divide the "
+                f"{data.tokenizer.vocab_size} tokens of {data.tokenizer.name}: choose a divisor"
+            )
         return data
 
     with _progress_messages(context):
@@ -78,14 +82,6 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     )
     parallel.require_same("the data", data.fingerprint)
     return data
-
-
-def _check_vocabulary(config: Config, data: Data) -> None:
-    if data.tokenizer.vocab_size % config.parallel.tensor:
-        raise PretrainError(
-            f"parallel.tensor={config.parallel.tensor} does not divide the "
-            f"{data.tokenizer.vocab_size} tokens of {data.tokenizer.name}: choose a divisor"
-        )
 
 
 @contextlib.contextmanager

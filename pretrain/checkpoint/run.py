@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,18 +32,14 @@ _MODEL_EXCEPT = (
 )
 
 
-class SavedRun(NamedTuple):
-    """A run's checkpoint, and the configuration that it was made with."""
-
-    checkpoint: Checkpoint
-    config: Config
-
-
-def find(run_dir: Path, step: int | None = None) -> SavedRun:
+def find(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, Config]:
     """Open and verify a checkpoint of a run, in a single process.
 
     Args:
         step: default: the newest checkpoint.
+
+    Returns:
+        The checkpoint, and the configuration that it was made with.
 
     Raises:
         PretrainError: there is no such checkpoint, or it is damaged.
@@ -60,7 +56,7 @@ def find(run_dir: Path, step: int | None = None) -> SavedRun:
     path = storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
-    return SavedRun(checkpoint, from_dict(_config_values(checkpoint)))
+    return checkpoint, from_dict(_config_values(checkpoint))
 
 
 def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -94,15 +90,14 @@ def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
     Raises:
         PretrainError: this or the previous checkpoint could not be written.
     """
-    optimizer = run.optimizer
     facts = {
         "config": to_dict(run.config),
         "data": _data_states(run, step + guard.skipped_batches),
         "faults": guard.state_dict(),
         # Every update is one of all groups, so they have the same count.
-        "updates": optimizer.param_groups[0]["updates"],
+        "updates": run.optimizer.param_groups[0]["updates"],
     }
-    saver.save(step, _tensors(run, optimizer.named_state(run.parameters())), facts)
+    saver.save(step, _tensors(run, run.optimizer.named_state(run.parameters())), facts)
 
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:

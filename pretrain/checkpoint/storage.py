@@ -214,12 +214,9 @@ def _assign(offered: Sequence[Sequence[Offer]]) -> list[list[int]]:
 
 def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     """Return every rank's value on rank 0, and an empty list elsewhere."""
-    if dist.get_rank() != 0:
-        dist.gather_object(value, None, dst=0, group=group)
-        return []
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0, group=group)
-    return values
+    return values or []
 
 
 class _Written(NamedTuple):
@@ -257,10 +254,7 @@ def _merge(written_by_rank: Sequence[_Written]) -> dict[str, Any]:
     for written in written_by_rank:
         files |= written.files
         for name, entry in written.tensors.items():
-            if name in tensors:
-                tensors[name]["blocks"] += entry["blocks"]
-            else:
-                tensors[name] = entry
+            tensors.setdefault(name, {**entry, "blocks": []})["blocks"] += entry["blocks"]
     return {"files": files, "tensors": tensors}
 
 

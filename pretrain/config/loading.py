@@ -14,16 +14,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from pretrain import untrusted_files
-from pretrain.config import yaml_core
-from pretrain.config.rules import (
-    PathRule,
-    Settings,
-    field_types,
-    is_union,
-    rule_of,
-    shortened,
-    type_name,
-)
+from pretrain.config import rules, yaml_core
+from pretrain.config.rules import PathRule, Settings
 from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
 
@@ -108,7 +100,9 @@ def _with_bases(path: Path) -> list[Layer]:
             return list(reversed(layers.values()))
         base = values.pop("base")
         if not isinstance(base, str) or not PathRule().allows(base):
-            raise PretrainError(f"{path}: base must be the path of one file, not {shortened(base)}")
+            raise PretrainError(
+                f"{path}: base must be the path of one file, not {rules.shortened(base)}"
+            )
         try:
             file = path.parent / _expand(base, "base")
         except SettingError as error:
@@ -197,15 +191,15 @@ def _build(cls: type[S], values: Any, prefix: str) -> S:
     if not isinstance(values, Mapping):
         key = prefix.rstrip(".")
         name = key or "the configuration"
-        raise SettingError(key, f"{name} must be a mapping, not {shortened(values)}")
-    types = field_types(cls)
+        raise SettingError(key, f"{name} must be a mapping, not {rules.shortened(values)}")
+    types = rules.field_types(cls)
     arguments = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in types:
             similar = difflib.get_close_matches(str(name), list(types), n=1)
             hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(types)}"
-            raise SettingError(key, f"unknown configuration key {shortened(key)}: {hint}")
+            raise SettingError(key, f"unknown configuration key {rules.shortened(key)}: {hint}")
         if value is not None:
             arguments[name] = _convert(value, types[name], key)
     return _construct(cls, arguments, prefix)
@@ -226,7 +220,7 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Annotated:
         return _convert(value, args[0], key)
-    if is_union(expected):
+    if rules.is_union(expected):
         for member in args:
             with contextlib.suppress(SettingError):
                 return _convert(value, member, key)
@@ -246,7 +240,7 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
     hint = ""
     if expected is bool and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
         hint = ": write true or false"
-    message = f"{key} must be {type_name(expected)}, not {shortened(value)}{hint}"
+    message = f"{key} must be {rules.type_name(expected)}, not {rules.shortened(value)}{hint}"
     raise SettingError(key, message)
 
 
@@ -256,7 +250,7 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
 def _expand_paths(settings: S, prefix: str) -> S:
     """Expand ``~`` and ``$VARIABLE`` in every setting that is a path."""
     expanded: dict[str, Any] = {}
-    for name, hint in field_types(type(settings)).items():
+    for name, hint in rules.field_types(type(settings)).items():
         value, key = getattr(settings, name), f"{prefix}{name}"
         if isinstance(value, Settings):
             value = _expand_paths(value, f"{key}.")
@@ -265,7 +259,7 @@ def _expand_paths(settings: S, prefix: str) -> S:
                 _expand_paths(item, f"{key}[{i}].") if isinstance(item, Settings) else item
                 for i, item in enumerate(value)
             )
-        elif isinstance(value, str) and isinstance(rule_of(hint), PathRule):
+        elif isinstance(value, str) and isinstance(rules.rule_of(hint), PathRule):
             value = _expand(value, key)
         expanded[name] = value
     return _construct(type(settings), expanded, prefix)
@@ -286,8 +280,7 @@ def _expand(path: str, key: str) -> str:
     if home.startswith("~"):
         user = home.split("/")[0][1:]
         raise SettingError(
-            key,
-            f"{key}={path}: there is no user {user!r}; write ./~ for a name that begins with ~",
+            key, f"{key}={path}: there is no user {user!r}; write ./~ for a name that begins with ~"
         )
     return home
 

@@ -96,8 +96,7 @@ class Settings:
             for item in value if isinstance(value, tuple) else (value,):
                 or_null = " or null" if type(None) in typing.get_args(hint) else ""
                 require(
-                    rule.allows(item),
-                    f"{name} must be {rule.text}{or_null}, not {shortened(item)}",
+                    rule.allows(item), f"{name} must be {rule.text}{or_null}, not {shortened(item)}"
                 )
         self._check()
 

@@ -128,15 +128,10 @@ def _scalar(node: ScalarNode) -> Any:
     if node.tag == _BOOL:
         return text.lower() == "true"
     if node.tag == _INT:
-        return _integer(node, text)
+        try:
+            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        except ValueError:  # Python limits the digits of a number
+            raise _error(f"the number has {len(text)} digits", node) from None
     if node.tag == _FLOAT:
         return float(re.sub(r"\.(?=[a-zA-Z])", "", text))  # .inf, .nan
     return text
-
-
-def _integer(node: ScalarNode, text: str) -> int:
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    try:
-        return int(text, base)
-    except ValueError:  # Python limits the digits of a number
-        raise _error(f"the number has {len(text)} digits", node) from None

@@ -14,12 +14,7 @@ from pretrain.encoder_process.cost import CostModel, analytic_cost
 from pretrain.model.weights import language_weights
 from pretrain.plan.parameters import active_numel
 from pretrain.plan.ranks import Ranks
-from pretrain.plan.workload import (
-    Images,
-    recomputed_layers,
-    recomputed_parts,
-    tokens_per_step,
-)
+from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts, tokens_per_step
 
 # A backward pass multiplies every output's gradient by the weights and by the inputs.
 FORWARD_AND_BACKWARD = 3

@@ -21,6 +21,9 @@ from pretrain.errors import PretrainError
 # ---------------------------------------------------------------------- bad steps
 
 
+Action = Literal["stop", "skip", "roll_back"]
+
+
 class Fault(NamedTuple):
     """A step that must not update the model.
 
@@ -33,7 +36,7 @@ class Fault(NamedTuple):
     """
 
     kind: Literal["empty", "non_finite", "spike"]
-    action: Literal["stop", "skip", "roll_back"]
+    action: Action
     reason: str
     skipped: int = 0
 
@@ -109,12 +112,7 @@ class Guard:
         self._losses.append(loss)
         return None
 
-    def _fault(
-        self,
-        kind: Literal["non_finite", "spike"],
-        action: Literal["stop", "skip", "roll_back"],
-        reason: str,
-    ) -> Fault:
+    def _fault(self, kind: Literal["non_finite", "spike"], action: Action, reason: str) -> Fault:
         if action == "skip":
             self._in_a_row += 1
             if self._in_a_row > self._config.max_in_a_row:
@@ -234,20 +232,18 @@ class Watchdog:
             f"rank {self._rank} (process {os.getpid()}) made no progress for {self._seconds:g} "
             f"seconds (faults.hang_seconds) in {self._activity}; it ends with these stacks:\n"
         )
-        sys.stderr.write(message)
-        sys.stderr.flush()
+        print(message, end="", file=sys.stderr, flush=True)
         assert self._file is not None
         self._file.write(message)
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
-        sys.stderr.write(self._path(self._rank).read_text().removeprefix(message))
-        sys.stderr.flush()
+        stacks = self._path(self._rank).read_text().removeprefix(message)
+        print(stacks, end="", file=sys.stderr, flush=True)
         time.sleep(self._GRACE_SECONDS)  # wait for the reports of other ranks
         reported = [r for r in range(self._world_size) if self._has_reported(r)]
         silent = [str(r) for r in range(self._world_size) if r not in reported]
         if silent and self._rank == reported[0]:
-            sys.stderr.write(f"no sign of life from rank {', '.join(silent)}\n")
-            sys.stderr.flush()
+            print(f"no sign of life from rank {', '.join(silent)}", file=sys.stderr, flush=True)
 
     def _has_reported(self, rank: int) -> bool:
         try:

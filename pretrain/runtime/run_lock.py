@@ -15,7 +15,6 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,20 @@ class RunLock:
             if self._path.exists() and not self._path.is_file():
                 # Reading a pipe could block forever.
                 raise OSError(errno.EINVAL, f"{FILE} is not a file")
-            with self._path.open("a+b", buffering=0) as file, _exclusively(file.fileno()):
+            with self._path.open("a+b", buffering=0) as file:
+                with contextlib.suppress(OSError):  # the file system may not support locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
                 owner = _content(self._path)
                 if owner is not None and self._is_alive(owner):
-                    raise PretrainError(self._message(owner))
-                _write(file.fileno(), json.dumps(self._content))
+                    raise PretrainError(
+                        f"another job is writing into run_dir={self._run_dir}: process "
+                        f"{owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}; "
+                        "wait for it or stop it, or choose another run_dir "
+                        f"({self._path} is its lock)"
+                    )
+                file.truncate(0)
+                file.write(json.dumps(self._content).encode())
+                os.fsync(file)
         except OSError as error:
             raise PretrainError(
                 f"cannot write into run_dir={self._run_dir}: {error.strerror}"
@@ -96,13 +104,6 @@ class RunLock:
                 return True
         return False
 
-    def _message(self, owner: dict[str, Any]) -> str:
-        return (
-            f"another job is writing into run_dir={self._run_dir}: process {owner.get('pid')} on "
-            f"{owner.get('host')}, since {owner.get('since')}; wait for it or stop it, or choose "
-            f"another run_dir ({self._path} is its lock)"
-        )
-
     def _is_ours(self) -> bool:
         owner = _content(self._path)
         return owner is not None and owner.get("token") == self._content["token"]
@@ -118,20 +119,6 @@ class RunLock:
                 elif owner:
                     self.lost = True
                     return
-
-
-@contextlib.contextmanager
-def _exclusively(descriptor: int) -> Iterator[None]:
-    """Exclude other processes, if the file system supports locks."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the file is closed
-    yield
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, text.encode())
-    os.fsync(descriptor)
 
 
 def _content(path: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from pretrain.build import build
 from pretrain.checkpoint.run import local_shard
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
-from pretrain.metrics import METRICS, read
+from pretrain.metrics import read
 from pretrain.plan.flops import flops_per_token
 from pretrain.startup import set_up
 from pretrain.train import train
@@ -71,6 +71,9 @@ def tiny(folder: str, *overrides: str) -> Config:
 # expert. In float64 neither is seen: what remains is what a layout does wrong.
 EXACT = "precision=float64"
 
+# Metrics that are not functions of configuration and seed.
+_MACHINE_DEPENDENT = ("memory_gib", "tokens_per_second", "mfu")
+
 
 def _logits_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     """megatron-core's function without the rounding to float32."""
@@ -80,7 +83,7 @@ def _logits_max(logits: Tensor) -> tuple[Tensor, Tensor]:
 def comparable(metrics_file: Path) -> list[dict[str, Any]]:
     """The records of a run without metrics that depend on the speed of the machine."""
     return [
-        {key: value for key, value in record.items() if key == "step" or METRICS[key].deterministic}
+        {key: value for key, value in record.items() if key not in _MACHINE_DEPENDENT}
         for record in read(metrics_file)
     ]
 
