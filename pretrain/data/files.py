@@ -135,11 +135,10 @@ def walk(root: Path, suffixes: Sequence[str], kinds: str) -> Iterator[Path | Ski
         for path, kind in item:
             if path.name.startswith("."):
                 yield Skip(str(path), "hidden (its name begins with a dot)", corrupt=False)
+            elif kind == "file" and ends_with(path, suffixes):
+                yield path
             elif kind == "file":
-                if ends_with(path, suffixes):
-                    yield path
-                else:
-                    yield Skip(str(path), _foreign_suffix(path) or f"not {kinds}", corrupt=False)
+                yield Skip(str(path), _foreign_suffix(path) or f"not {kinds}", corrupt=False)
             elif kind != "folder":
                 yield Skip(str(path), kind)
 
@@ -483,12 +482,11 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
         with open_file(path) as stream:
             for number, value in read(stream):
                 name = f"{path}:{number}" if unit == "line" else f"{path}[{number}]"
-                if isinstance(value, Exception):
-                    yield name, Skip(name, reason(value))
-                elif isinstance(value, dict):
+                if isinstance(value, dict):
                     yield name, value
                 else:
-                    yield name, Skip(name, "not a JSON object")
+                    why = reason(value) if isinstance(value, Exception) else "not a JSON object"
+                    yield name, Skip(name, why)
     except UNREADABLE as error:
         after = f"cannot be read after {unit} {number}: " if number else ""
         yield str(path), Skip(str(path), after + reason(error))
@@ -510,22 +508,16 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
             return
         if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
             yield number, ValueError(_too_large())
-            _pass_line(stream)
+            passed = 0
+            while (chunk := stream.readline(_HEAD)) and not chunk.endswith(b"\n"):
+                passed += len(chunk)
+                if passed > _MAX_PASSED_BYTES:
+                    raise ValueError(f"the line is longer than {_MAX_PASSED_BYTES >> 20} MiB")
         elif text := line.removeprefix(_UTF8_MARK if number == 1 else b"").strip():
             try:
                 yield number, decoder.decode(decode(text))
             except (ValueError, RecursionError) as error:
                 yield number, error
-
-
-def _pass_line(stream: IO[bytes]) -> None:
-    passed = 0
-    while chunk := stream.readline(_HEAD):
-        passed += len(chunk)
-        if chunk.endswith(b"\n"):
-            return
-        if passed > _MAX_PASSED_BYTES:
-            raise ValueError(f"the line is longer than {_MAX_PASSED_BYTES >> 20} MiB")
 
 
 def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -18,17 +18,8 @@ from pretrain.errors import PretrainError, one_line
 
 ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|bos|>",
-    "<|eos|>",
-    "<|media_begin|>",
-    "<|media_pad|>",
-    "<|media_end|>",
-    "<|im_system|>",
-    "<|im_user|>",
-    "<|im_assistant|>",
-    "<|im_middle|>",
-    "<|im_end|>",
+    *("<|pad|>", "<|bos|>", "<|eos|>", "<|media_begin|>", "<|media_pad|>", "<|media_end|>"),
+    *("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
 )
 # Names of each special token in published tokenizers, in order of preference.
 _NAMES: Mapping[str, tuple[str, ...]] = {

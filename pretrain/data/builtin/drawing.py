@@ -21,12 +21,8 @@ _UNREADABLE = (
     *("cmex", "cmmi", "cmsy"),
 )
 _FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "/Library/Fonts",
-    "/System/Library/Fonts/Supplemental",
-    "C:/Windows/Fonts",
-    "~/.fonts",
+    *("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts"),
+    *("/System/Library/Fonts/Supplemental", "C:/Windows/Fonts", "~/.fonts"),
     "~/.local/share/fonts",
 )
 

@@ -75,19 +75,15 @@ def _sources() -> Iterator[tuple[str, str]]:
     with contextlib.suppress(ImportError):  # some distributions lack the manual
         from pydoc_data.topics import topics
 
-        for name, text in topics.items():
-            yield f"{_TOPICS}{name}", text
+        yield from ((f"{_TOPICS}{name}", text) for name, text in topics.items())
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _EXCLUDED]
         for name in names:
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = Path(folder, name)
-                try:
-                    text = path.read_text(encoding="utf-8")
-                except (OSError, UnicodeDecodeError):
-                    continue
-                yield path.relative_to(root).as_posix(), text
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
 def prose_lines(file: TextFile) -> list[str]:

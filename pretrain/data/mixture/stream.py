@@ -9,7 +9,7 @@ sequences without randomness, and no document is lost or repeated within an epoc
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.data.sources.interface import Cursor, Segment
@@ -33,8 +33,6 @@ class Stream:
     vision_share: float
     sequences: int = 0
     placeholders: int = 0
-    _vision: list[Cursor] = field(init=False)
-    _text: list[Cursor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._vision = [cursor for cursor in self.cursors if cursor.source.has_images]

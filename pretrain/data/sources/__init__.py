@@ -12,10 +12,7 @@ from pretrain.data.sources.energon import EnergonSource
 from pretrain.data.sources.images import ImageSource
 from pretrain.data.sources.images import Mixed as Mixed
 from pretrain.data.sources.interface import Source as Source
-from pretrain.data.sources.standard_library import (
-    StandardLibraryChatSource,
-    StandardLibrarySource,
-)
+from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
 from pretrain.data.sources.text import Text as Text
 from pretrain.data.sources.text import TextSource
 from pretrain.errors import PretrainError

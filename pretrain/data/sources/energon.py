@@ -102,23 +102,20 @@ def _decoder(images: bool, trusted: bool) -> Any:
 
         def _decoded(self, key: str, part: bytes) -> Any:
             suffix = key.rpartition(".")[2].lower()
+            text = suffix in _TEXT or suffix in _JSON
             try:
-                return self._of_kind(key, suffix, part)
+                if isinstance(part, _TooLarge) or (text and len(part) > _MAX_TEXT_BYTES):
+                    size = part.decode() if isinstance(part, _TooLarge) else f"{len(part):,} bytes"
+                    raise ValueError(f"too large: {size}")
+                if text:
+                    return part.decode() if suffix in _TEXT else json.loads(part)
+                if not images:
+                    return part
+                if trusted and f".{suffix}" not in Image.registered_extensions():
+                    return super().__call__({key: part})[key]
+                return Image.fromarray(decode(part))
             except Exception as error:  # some would end energon, such as deeply nested JSON
                 raise ValueError(f"its {suffix}: {_reason(error)}") from error
-
-        def _of_kind(self, key: str, suffix: str, part: bytes) -> Any:
-            text = suffix in _TEXT or suffix in _JSON
-            if isinstance(part, _TooLarge) or (text and len(part) > _MAX_TEXT_BYTES):
-                size = part.decode() if isinstance(part, _TooLarge) else f"{len(part):,} bytes"
-                raise ValueError(f"too large: {size}")
-            if text:
-                return part.decode() if suffix in _TEXT else json.loads(part)
-            if not images:
-                return part
-            if trusted and f".{suffix}" not in Image.registered_extensions():
-                return super().__call__({key: part})[key]
-            return Image.fromarray(decode(part))
 
     return Decoder()
 

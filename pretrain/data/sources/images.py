@@ -76,7 +76,42 @@ class ImageSource(FileSource[Mixed]):
         return map(caption_of, paths)
 
     def index(self, composer: Composer) -> "MixedDocuments":
-        return index_images(self, composer)
+        """Load the index, or build it if it is missing. Only new and changed images are measured.
+
+        Raises:
+            PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
+                written, or a document has a video file and PyAV is not installed.
+        """
+        composer.tokenizer.require_media()
+        cache = Path(self.data.cache_dir)
+        media = (path for file in self.files for path in media_paths(Path(file.name)))
+        paths, _ = cached(
+            cache / f"media-{self.key}",
+            lambda folder: write_lines(folder / "paths", dict.fromkeys(media)),
+            lambda folder: list(read_lines(folder / "paths")),
+        )
+        stamps = {path: stamp(Path(path)) for path in paths}
+        settings = (composer.patch_size, *composer.limits, composer.video_fps)
+        name = self.index_name("images", composer.tokenizer, *settings)
+        folder = cache / f"{name}-{key_of(self.key, stamps=stamps.items())}"
+
+        def build(partial: Path) -> None:
+            sizes = _Sizes(stamps, next(siblings(folder, _read_measured), {}), composer.video_fps)
+            _build(partial, self, composer, sizes)
+
+        def load(folder: Path) -> MixedDocuments:
+            hashes, ends, indexed = read_index(folder)
+            sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+            lines = map_array(folder / "lines", np.dtype(np.uint8))
+            if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
+                raise ValueError("descriptions are not what was written")
+            film = json.loads((folder / "video").read_text())
+            return MixedDocuments(self, composer, hashes, ends, indexed, lines, sizes, film)
+
+        documents, was_cached = cached(folder, build, load)
+        if documents.video:  # the index may have been built where PyAV was installed
+            video.require_av(documents.video)
+        return replace(documents, cached=was_cached)
 
 
 # ---------------------------------------------------------------------- finding
@@ -215,10 +250,8 @@ def _part(part: Any, root: Path) -> str | Media:
         ((kind, value),) = part.items()
         if kind == "text" and isinstance(value, str):
             return value
-        if kind == "image" and isinstance(value, str):
-            return Media((_inside(value, root),), moving=False)
-        if kind == "video" and isinstance(value, str):
-            return Media((_inside(value, root),), moving=True)
+        if kind in ("image", "video") and isinstance(value, str):
+            return Media((_inside(value, root),), moving=kind == "video")
         if kind == "video" and isinstance(value, list) and value:
             return Media(tuple(_inside(str(frame), root) for frame in value), moving=True)
     raise ValueError("neither an image, a video nor text: " + json.dumps(part)[:80])
@@ -287,11 +320,8 @@ class MixedDocuments(IndexedDocuments):
     def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
         tokens, length = self.sizes[:, 0], self.source.data.seq_length
         numbers = np.flatnonzero(tokens > length)
-        names = (self.describe(int(number))[0] for number in numbers)
-        return numbers, [
-            too_long(name, int(tokens[number]), length)
-            for name, number in zip(names, numbers, strict=True)
-        ]
+        names = {int(number): self.describe(int(number))[0] for number in numbers}
+        return numbers, [too_long(name, int(tokens[n]), length) for n, name in names.items()]
 
     def describe(self, number: int) -> tuple[str, list[str | Media], list[list[int]]]:
         """A document's name, its parts, and the [frames, height, width] of each image."""
@@ -349,46 +379,6 @@ class _Sizes:
         return shape
 
 
-def index_images(source: ImageSource, composer: Composer) -> MixedDocuments:
-    """Load the index of a source, or build it if it is missing. Only new and changed images are
-    measured.
-
-    Raises:
-        PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
-            written, or a document has a video file and PyAV is not installed.
-    """
-    composer.tokenizer.require_media()
-    cache = Path(source.data.cache_dir)
-    media = (path for file in source.files for path in media_paths(Path(file.name)))
-    paths, _ = cached(
-        cache / f"media-{source.key}",
-        lambda folder: write_lines(folder / "paths", dict.fromkeys(media)),
-        lambda folder: list(read_lines(folder / "paths")),
-    )
-    stamps = {path: stamp(Path(path)) for path in paths}
-    settings = (composer.patch_size, *composer.limits, composer.video_fps)
-    name = source.index_name("images", composer.tokenizer, *settings)
-    folder = cache / f"{name}-{key_of(source.key, stamps=stamps.items())}"
-
-    def build(partial: Path) -> None:
-        sizes = _Sizes(stamps, next(siblings(folder, _read_measured), {}), composer.video_fps)
-        _build(partial, source, composer, sizes)
-
-    def load(folder: Path) -> MixedDocuments:
-        hashes, ends, indexed = read_index(folder)
-        sizes = np.load(folder / "sizes.npy", mmap_mode="r")
-        lines = map_array(folder / "lines", np.dtype(np.uint8))
-        if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
-            raise ValueError("descriptions are not what was written")
-        film = json.loads((folder / "video").read_text())
-        return MixedDocuments(source, composer, hashes, ends, indexed, lines, sizes, film)
-
-    documents, was_cached = cached(folder, build, load)
-    if documents.video:  # the index may have been built where PyAV was installed
-        video.require_av(documents.video)
-    return replace(documents, cached=was_cached)
-
-
 def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes) -> None:
     skipped = Skipped(source.data.max_corrupt)
     ends, hashes, token_counts = list[int](), list[int](), list[tuple[int, int]]()
@@ -401,17 +391,15 @@ def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes)
                 continue
             media = [part for part in record.parts if not isinstance(part, str)]
             try:
-                shapes = [sizes.measure(item) for item in media]
-                rest = iter(shapes)
-                size = composer.size(
-                    [p if isinstance(p, str) else next(rest) for p in record.parts]
-                )
+                measured = [p if isinstance(p, str) else sizes.measure(p) for p in record.parts]
+                size = composer.size(measured)
             except ValueError as error:
                 skipped.add([Skip(record.name, reason(error))])
                 continue
             token_counts.append(size)
             film = film or next((p for m in media for p in m.paths if video.is_video(p)), "")
             parts = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
+            shapes = [shape for shape in measured if not isinstance(shape, str)]
             file.write(json.dumps([record.name, parts, shapes]).encode())
             ends.append(file.tell())
             hashes.append(record.hash)
