@@ -190,8 +190,8 @@ def _import(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from pretrain import generate
+    from pretrain.data.media.frames import Media
     from pretrain.data.media.video import is_video
-    from pretrain.data.sources import Media
 
     for path, moving in options.media:
         if not moving and is_video(path):

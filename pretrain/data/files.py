@@ -391,11 +391,18 @@ def content(path: Path) -> Literal["lines", "array", "plain"]:
         ValueError: it has another format; the message names the format and how to convert it.
         OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError: it cannot be read.
     """
-    if kind := _foreign_suffix(path):
-        raise ValueError(kind)
+    if why := _foreign_suffix(path):
+        raise ValueError(why)
     with open_file(path) as stream:
         head = stream.read(_HEAD)
-    _refuse_foreign(head)
+    for kind in _FOREIGN:
+        if kind.magic and re.match(kind.magic, head):
+            raise ValueError(f"{kind.name}, which is not read: {kind.advice}")
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            raise ValueError(f"{encoding}, not UTF-8: convert it (iconv -f {encoding} -t UTF-8)")
+    if b"\0" in head:
+        raise ValueError(_BINARY)
     start = head.removeprefix(_UTF8_MARK).lstrip()
     first, newline, rest = start.partition(b"\n")
     by_line = ends_with(path, with_compressed(JSON_LINES[:-1]))
@@ -411,17 +418,6 @@ def content(path: Path) -> Literal["lines", "array", "plain"]:
     if ends_with(path, with_compressed(JSON_LINES)) and start:
         raise ValueError("neither JSON lines nor an array of JSON objects")
     return "plain"
-
-
-def _refuse_foreign(head: bytes) -> None:
-    for kind in _FOREIGN:
-        if kind.magic and re.match(kind.magic, head):
-            raise ValueError(f"{kind.name}, which is not read: {kind.advice}")
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            raise ValueError(f"{encoding}, not UTF-8: convert it (iconv -f {encoding} -t UTF-8)")
-    if b"\0" in head:
-        raise ValueError(_BINARY)
 
 
 def _parses(text: bytes) -> bool:
@@ -502,10 +498,8 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         ValueError: the end of an overlong line is not found.
     """
     decoder = _Decoder()
-    for number in itertools.count(1):
-        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
-        if not line:
-            return
+    lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
+    for number, line in enumerate(lines, 1):
         if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
             yield number, ValueError(_too_large())
             passed = 0
@@ -543,8 +537,7 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
             raise ValueError(reason(error)) from error
         except ValueError as error:
             # The element may be incomplete: read more, twice as much each time.
-            more = reader.read(step)
-            if not more:
+            if not (more := reader.read(step)):
                 raise ValueError(f"not JSON: {reason(error)}") from error
             if len(buffer) - place > MAX_DOCUMENT_BYTES:
                 raise ValueError(f"element {number} is {_too_large()} or not JSON") from error

@@ -55,17 +55,13 @@ def open_data(
         PretrainError: a source is missing, empty, misconfigured or damaged beyond
             ``data.max_corrupt``, the sources do not fit together, or this machine has no corpus.
     """
-    if config.sources:
-        return _open_mixture(config, patch_size, seed, share or RankShare())
-    return open_builtin(config, patch_size, seed)
-
-
-def _open_mixture(config: DataConfig, patch_size: int, seed: int, share: RankShare) -> MixtureData:
+    if not config.sources:
+        return open_builtin(config, patch_size, seed)
     sources = find_sources(config, seed)
     tokenizer = _load_tokenizer(config, sources)
     composer = Composer.of(config, tokenizer, patch_size)
     documents = [source.open(composer) for source in sources]
-    return MixtureData(config, seed, composer, documents, share)
+    return MixtureData(config, seed, composer, documents, share or RankShare())
 
 
 def _load_tokenizer(config: DataConfig, sources: Sequence[Source]) -> Tokenizer:
@@ -90,10 +86,8 @@ def _load_tokenizer(config: DataConfig, sources: Sequence[Source]) -> Tokenizer:
         texts = (text for source in sources for text in sample_texts(source, characters, below))
         Tokenizer.train(texts, config.vocab_size).save(folder / "tokenizer.json")
 
-    def load(folder: Path) -> Tokenizer:
-        return Tokenizer.load(folder / "tokenizer.json")
-
-    return cached(Path(config.cache_dir) / f"tokenizer-{key}", build, load)[0]
+    cache = Path(config.cache_dir) / f"tokenizer-{key}"
+    return cached(cache, build, lambda folder: Tokenizer.load(folder / "tokenizer.json"))[0]
 
 
 def sample_texts(source: Source, characters: int, held_out_below: int) -> Iterator[str]:

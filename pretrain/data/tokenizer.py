@@ -339,8 +339,7 @@ def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[by
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-        lowest = min(pairs)
-        if lowest >= rank:
+        if (lowest := min(pairs)) >= rank:
             break
         i = pairs.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]

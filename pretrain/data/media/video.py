@@ -172,8 +172,7 @@ def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
     _check_pixels(path, width, height)
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
     sides: Any = frame.side_data  # its types lack most kinds
-    matrix = sides.get("DISPLAYMATRIX")
-    if matrix is not None:  # x' = a x + c y, y' = b x + d y
+    if (matrix := sides.get("DISPLAYMATRIX")) is not None:  # x' = a x + c y, y' = b x + d y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):
             pixels, a, d = pixels.swapaxes(0, 1), c, b
@@ -200,8 +199,7 @@ def _duration(container: "InputContainer", stream: "VideoStream") -> Fraction:
     matroska = "matroska" in container.format.name
     if stream.duration is not None and stream.duration > 0 and not matroska:
         return stream.duration * base
-    clock = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
-    if clock:
+    if clock := _CLOCK.fullmatch(stream.metadata.get("DURATION", "")):
         hours, minutes, seconds = map(Fraction, clock.groups())
         return 3600 * hours + 60 * minutes + seconds - (stream.start_time or 0) * base
     times = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None]

@@ -200,10 +200,8 @@ def _check_together(config: DataConfig, documents: Sequence[Documents]) -> None:
             "source"
         )
     for source in vision:
-        counts = source.token_counts("train")
-        if counts is None:
-            continue  # known only when it is read
-        tokens, placeholders = counts
+        # None: the counts are known only when the source is read.
+        tokens, placeholders = source.token_counts("train") or (0, 0)
         if placeholders < config.vision_share * tokens:
             raise PretrainError(
                 f"data.vision_share={config.vision_share:g} cannot be met: only "

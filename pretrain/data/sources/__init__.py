@@ -5,15 +5,11 @@ To add a type, subclass :class:`~pretrain.data.sources.interface.Source` or, for
 """
 
 from pretrain.config import DataConfig
-from pretrain.data.media.frames import Media as Media
-from pretrain.data.sources.chat import Chat as Chat
 from pretrain.data.sources.chat import ChatSource
 from pretrain.data.sources.energon import EnergonSource
 from pretrain.data.sources.images import ImageSource
-from pretrain.data.sources.images import Mixed as Mixed
-from pretrain.data.sources.interface import Source as Source
+from pretrain.data.sources.interface import Source
 from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
-from pretrain.data.sources.text import Text as Text
 from pretrain.data.sources.text import TextSource
 from pretrain.errors import PretrainError
 

@@ -56,15 +56,8 @@ class ChatSource(FileSource[Chat]):
         A conversation that would lose something, such as an image or a tool call, is skipped.
         """
         for name, value in files.read_objects(file):
-            if isinstance(value, Skip):
-                yield value
-                continue
-            field = self.config.field if self.config.field in value else "messages"
-            if field not in value:
-                yield Skip(name, files.no_field(value, "messages"))
-                continue
             try:
-                yield _chat(name, value, field)
+                yield value if isinstance(value, Skip) else _chat(name, value, self.config.field)
             except ValueError as error:
                 yield Skip(name, reason(error))
 
@@ -77,6 +70,9 @@ def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
     Raises:
         ValueError: the record is not a conversation, or contains more than text.
     """
+    field = field if field in value else "messages"
+    if field not in value:
+        return Skip(name, files.no_field(value, "messages"))
     if not isinstance(value[field], list):
         raise ValueError(f"no list of messages in {field!r}")
     if lost := files.lost_field(value, _LOST_FROM_CHAT):
@@ -156,10 +152,6 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
             else:
                 yield record.hash, (document.tokens, document.weights, document.categories)
 
-    columns = {
-        "tokens": np.dtype(tokenizer.dtype),
-        "weights": np.dtype(np.float32),
-        "categories": np.dtype(np.uint8),
-    }
+    columns = {"tokens": tokenizer.dtype, "weights": np.float32, "categories": np.uint8}
     name = source.index_name("chat", tokenizer, length)
     return index_tokens(source, composer, name, columns, ChatDocuments, encode)

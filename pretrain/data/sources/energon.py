@@ -379,9 +379,7 @@ class EnergonSource(Source):
             yield
         except Exception as error:
             corrupt = [skip for skip in skips if skip.corrupt][-1:]
-            latest = "".join(
-                f"; the latest sample: {skip.name} ({skip.reason})" for skip in corrupt
-            )
+            latest = "".join(f"; the latest sample: {s.name} ({s.reason})" for s in corrupt)
             raise PretrainError(
                 f"{self.setting}: energon cannot read {self.folder}: {_reason(error)}{latest}"
             ) from error
@@ -429,8 +427,7 @@ class EnergonDocuments(Documents):
 
     def pairs(self, split: Split) -> Iterator[VisionItem]:
         for parts in self.held_out if split == "held_out" else ():
-            pair = as_pair(parts)
-            if pair and len(pair[0]) <= MAX_FRAMES:
+            if (pair := as_pair(parts)) and len(pair[0]) <= MAX_FRAMES:
                 yield VisionItem(*pair)
 
     def take_skipped(self) -> list[Skip]:

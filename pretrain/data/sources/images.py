@@ -102,7 +102,7 @@ class ImageSource(FileSource[Mixed]):
         def load(folder: Path) -> MixedDocuments:
             hashes, ends, indexed = read_index(folder)
             sizes = np.load(folder / "sizes.npy", mmap_mode="r")
-            lines = map_array(folder / "lines", np.dtype(np.uint8))
+            lines = map_array(folder / "lines", np.uint8)
             if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
                 raise ValueError("descriptions are not what was written")
             film = json.loads((folder / "video").read_text())
@@ -341,8 +341,7 @@ class MixedDocuments(IndexedDocuments):
     def pairs(self, split: Split) -> Iterator[VisionItem]:
         for number in self.numbers[split]:
             _, parts, shapes = self.describe(int(number))
-            pair = as_pair(parts)
-            if pair and shapes[0][0] <= MAX_FRAMES:
+            if (pair := as_pair(parts)) and shapes[0][0] <= MAX_FRAMES:
                 try:
                     pixels = self.composer.read(pair[0], shapes[0])
                 except ValueError:

@@ -307,7 +307,7 @@ def read_lines(path: Path) -> Iterator[Any]:
     return map(json.loads, lines)
 
 
-def map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def map_array(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Map a file into memory as a one-dimensional array."""
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)

@@ -101,14 +101,12 @@ def index_text(source: IndexedSource[Text], composer: Composer) -> TextDocuments
             for record in batch:
                 if isinstance(record, Skip):
                     yield record
-                    continue
-                tokens = next(encoded)
-                if isinstance(tokens, str):
+                elif isinstance(tokens := next(encoded), str):
                     yield Skip(record.name, tokens)
                 else:
                     yield record.hash, (np.append(tokens, tokenizer.eos),)
 
-    columns = {"tokens": np.dtype(tokenizer.dtype)}
+    columns = {"tokens": tokenizer.dtype}
     name = source.index_name("text", tokenizer)
     return index_tokens(source, composer, name, columns, TextDocuments, encode)
 

@@ -37,7 +37,7 @@ class TokenDocuments(IndexedDocuments):
         return tokens.stop - tokens.start, 0
 
 
-Columns = Mapping[str, np.dtype[Any]]
+Columns = Mapping[str, npt.DTypeLike]
 D = TypeVar("D", bound=TokenDocuments)
 
 

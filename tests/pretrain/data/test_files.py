@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from pretrain.config import SourceConfig
 from pretrain.data import files
 from pretrain.data.skipped import Skip, within_limit
-from pretrain.data.sources import Chat, Mixed, Text
+from pretrain.data.sources.chat import Chat
+from pretrain.data.sources.images import Mixed
+from pretrain.data.sources.text import Text
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 

@@ -13,8 +13,7 @@ from pretrain.data import open_data
 from pretrain.data.chat import Message, render
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Chat
-from pretrain.data.sources.chat import ChatDocuments
+from pretrain.data.sources.chat import Chat, ChatDocuments
 from pretrain.data.sources.interface import Segment
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError

@@ -17,9 +17,10 @@ from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import RankShare, open_data
 from pretrain.data.media import frames, pixels
+from pretrain.data.media.frames import Media
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import Media, energon, source_types
+from pretrain.data.sources import energon, source_types
 from pretrain.data.tools.shards import _index, _Writer, make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make

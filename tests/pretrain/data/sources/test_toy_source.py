@@ -14,9 +14,9 @@ from pretrain.data import files, open_data
 from pretrain.data.composer import Composer
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import SOURCES, Text
+from pretrain.data.sources import SOURCES
 from pretrain.data.sources.indexed import FileSource
-from pretrain.data.sources.text import TextDocuments, index_text
+from pretrain.data.sources.text import Text, TextDocuments, index_text
 from pretrain.errors import PretrainError
 from tests.distributed import training
 from tests.distributed.launch import launch
