@@ -157,10 +157,9 @@ def _held_out(records: Records) -> str:
     if not records:
         return "<p>No evaluation has been recorded yet.</p>"
     header = ["loss, nats per token", *(METRICS[name].label for name in HELD_OUT)]
-    rows = [
-        [f"step {record['step']}", *(formatted(record, name) for name in HELD_OUT)]
-        for record in records
-    ]
+    rows = (
+        [f"step {row['step']}", *(formatted(row, name) for name in HELD_OUT)] for row in records
+    )
     return _table(header, rows)
 
 

@@ -51,9 +51,7 @@ def train_step(
         RollBack: the same, and the configuration says to return to the newest checkpoint.
     """
     guard = guard or Guard(run.config.faults)
-    buffers = [
-        tensor for tensor in run.named_tensors.values() if not isinstance(tensor, nn.Parameter)
-    ]
+    buffers = [x for x in run.named_tensors.values() if not isinstance(x, nn.Parameter)]
     # The backward pass updates the routers' biases, before the guard can judge the step.
     saved = [buffer.clone() for buffer in buffers]
 

@@ -453,13 +453,12 @@ class Checkpoint:
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Raise PretrainError unless there is a tensor of this name and shape."""
         stored = self.tensors.get(name)
-        if stored is not None and tuple(stored.shape) == tuple(shape):
+        if stored is None:
+            difference = f"it has no {name}"
+        elif tuple(stored.shape) != tuple(shape):
+            difference = f"{name} has shape {tuple(stored.shape)} in it, not {tuple(shape)}"
+        else:
             return
-        difference = (
-            f"it has no {name}"
-            if stored is None
-            else f"{name} has shape {tuple(stored.shape)} in it, not {tuple(shape)}"
-        )
         raise PretrainError(
             f"the checkpoint {self.path} is of another model: {difference}; use the configuration "
             "it was made with, or another run_dir"

@@ -22,7 +22,7 @@ def step_memory(config: Config, ranks: Ranks, images: Images) -> list[dict[str, 
     stages = []
     for stage in range(ranks.pipeline):
         local = [weight for weight in weights if ranks.has(stage, weight)]
-        numel = sum(ranks.local_numel(weight) for weight in local)
+        numel = sum(map(ranks.local_numel, local))
         # Without images the encoder is never updated.
         updated = [weight for weight in local if images.features or weight.layer is not None]
         own_patches = images.patches / ranks.data if stage == 0 else 0.0
