@@ -1,9 +1,13 @@
-"""Names of parameters in error messages."""
+"""Names of parameters: components that wrappers add, and labels for error messages."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+# Components of names added by DDP, torch.compile, FSDP, activation checkpointing and Fabric.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+            "_forward_module"}  # fmt: skip
 
 
 def label(group: Mapping[str, Any], index: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from muonclip.labels import WRAPPERS
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ _ATTENTION_HEADS = {"q_head", "k_head", "v_head"}
 # Heads of several layers, such as RoBERTa's `classifier`, and their last layers.
 _HEADS_OF_LAYERS = {"classifier", "classification_head", "lm_head"}
 _LAST_OF_HEAD = {"out_proj", "decoder"}
-# Components of names that wrappers add: DDP, torch.compile, FSDP, activation checkpointing,
-# Lightning Fabric, PEFT.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-             "_forward_module", "original_module", "base_layer"}  # fmt: skip
+# Components of names that wrappers add, PEFT's among them.
+_WRAPPERS = {*WRAPPERS, "original_module", "base_layer"}
 # Components that PEFT adds to a name; the name of the adapter follows.
 _LORA = {"lora_A", "lora_B"}
 _BY_ADAPTER = {*_LORA, "modules_to_save", "lora_embedding_A", "lora_embedding_B",

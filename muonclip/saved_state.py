@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip.labels import label
+from muonclip.labels import WRAPPERS, label
 
 _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
 }
-# Components of names added by DDP, torch.compile, checkpoint wrappers and Lightning Fabric.
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module",
-             "_forward_module"}  # fmt: skip
 _ORDER = (
     "rename it in a load_state_dict pre-hook, or delete 'param_names' from the saved groups to "
     "match by order"
@@ -125,7 +122,7 @@ def _match_by_name(
 
 
 def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _match_by_order(

@@ -1,6 +1,6 @@
 """Building a run from its configuration: model, encoder, optimizer and QK-Clip."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from torch import Tensor, nn
 
 import muonclip
-from muonclip import AttentionLayout, MuonClip, QKClip
+from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip
 from muonclip.integrations.megatron_core import attention_layouts, matrix_layouts, shardings
 from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
 from pretrain.data import Data
@@ -112,7 +112,8 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     expert_tokens = ExpertTokens(chunks)
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
-    optimizer, clips = build_optimizer(config.optimizer, model)
+    layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
+    optimizer, clips = build_optimizer(config.optimizer, model, layouts)
     step_metrics = StepMetrics(
         config,
         context,
@@ -122,7 +123,6 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         vocab_size,
         tower.projector.fc2.weight.dtype,
     )
-    layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
     assignment = muonclip.assign_parameters(model, layouts=layouts, shardings=optimizer.shardings)
     return Run(
         config=config,
@@ -205,10 +205,15 @@ def make_encoder(
     )
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.ModuleDict) -> tuple[MuonClip, list[QKClip]]:
-    """Build MuonClip for language model and vision tower, and QK-Clip for their attention."""
+def build_optimizer(
+    config: OptimizerConfig, model: nn.ModuleDict, layouts: Mapping[str, MatrixLayout]
+) -> tuple[MuonClip, list[QKClip]]:
+    """Build MuonClip for language model and vision tower, and QK-Clip for their attention.
+
+    Args:
+        layouts: the matrices that fused parameters store, by name.
+    """
     tensor_shardings = shardings(model)
-    layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
     optimizer = MuonClip(
         muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings),
         lr=config.lr,
