@@ -25,6 +25,7 @@ from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured_cost
 from pretrain.errors import PretrainError
 from pretrain.model.initialize import initialize
+from pretrain.model.kernels import choose_kernels
 from pretrain.model.language import build_language_model
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
@@ -87,8 +88,9 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     dtype: torch.dtype = getattr(torch, config.precision)
     vocab_size = data.tokenizer.vocab_size
     seq_length, parallel = config.data.seq_length, config.parallel
+    kernels = choose_kernels(config.kernels)
     chunks = build_language_model(
-        config.language, vocab_size, seq_length, parallel, config.recompute, dtype
+        config.language, vocab_size, seq_length, parallel, config.recompute, dtype, kernels
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)

@@ -17,6 +17,7 @@ from pretrain.config.schema import DataConfig as DataConfig
 from pretrain.config.schema import EncoderProcessConfig as EncoderProcessConfig
 from pretrain.config.schema import FaultConfig as FaultConfig
 from pretrain.config.schema import ImageConfig as ImageConfig
+from pretrain.config.schema import KernelsSetting as KernelsSetting
 from pretrain.config.schema import LanguageConfig as LanguageConfig
 from pretrain.config.schema import OptimizerConfig as OptimizerConfig
 from pretrain.config.schema import ParallelConfig as ParallelConfig

@@ -298,6 +298,7 @@ class ParallelConfig(Settings):
         return counts
 
 
+KernelsSetting = Literal["auto", "torch", "transformer_engine"]
 RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
@@ -445,6 +446,10 @@ class Config(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations. With bfloat16, master weights, moments and gradients
     are float32; router, softmax, loss and norms compute in float32."""
+    kernels: KernelsSetting = "auto"
+    """Kernels of the language model. torch: needs only torch. transformer_engine: NVIDIA's
+    Transformer Engine, for GPUs. auto: transformer_engine if it is installed and there is a GPU,
+    else torch. Weights and checkpoints are the same."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)

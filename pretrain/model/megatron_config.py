@@ -1,0 +1,120 @@
+"""megatron-core's configuration of the language model, from the settings of a run."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import nn
+
+from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig, RopeScalingConfig
+
+
+def transformer_config(
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    dtype: torch.dtype,
+) -> MLATransformerConfig:
+    """megatron-core's configuration of the language model."""
+    moe_layers = config.num_layers - config.dense_layers
+    return MLATransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_heads,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_head_dim=config.qk_nope_head_dim,
+        qk_pos_emb_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        rotary_base=config.rope_base,
+        **_rope_settings(config.rope_scaling),
+        qk_layernorm=True,
+        num_moe_experts=config.num_experts,
+        moe_layer_freq=[0] * config.dense_layers + [1] * moe_layers,
+        moe_router_topk=config.experts_per_token,
+        moe_ffn_hidden_size=config.expert_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=config.shared_expert_ffn_hidden_size,
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=config.router_scaling,
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=config.expert_bias_update_rate,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.interleave if parallel.interleave > 1 else None
+        ),
+        pipeline_model_parallel_layout=_pipeline_layout(config, parallel),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        **_recompute_settings(recompute),
+        # Of two stages, each is the next and the previous of the other: with batched messages they
+        # could confuse activations and gradients.
+        batch_p2p_comm=parallel.interleave == 1,
+        overlap_p2p_comm=parallel.interleave > 1,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Losses are sums over tokens, divided once by the token count of the global batch, so that
+        # the result does not depend on the distribution of sequences to ranks and micro-batches.
+        calculate_per_token_loss=True,
+        # pretrain.model.initialize gives the same weights in every parallel layout.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """Layers of each model chunk; None if all chunks have the same number of layers."""
+    layers = parallel.layers(config.num_layers)
+    if len(set(layers)) == 1:
+        return None
+    chunks = [["decoder"] * count for count in layers]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
+
+
+def _rope_settings(config: RopeScalingConfig) -> dict[str, Any]:
+    """Rotary embedding, with YaRN (arXiv 2309.00071) if the context is extended.
+
+    megatron-core's MLA multiplies the softmax scale by m(mscale_all_dim)², and the rotary table by
+    m(mscale) / m(mscale_all_dim). Max logits include both factors.
+    """
+    if config.factor == 1:
+        return {"rope_type": "rope"}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": config.factor,
+        "original_max_position_embeddings": config.original_max_position_embeddings,
+        "beta_fast": config.beta_fast,
+        "beta_slow": config.beta_slow,
+        "mscale": config.mscale,
+        "mscale_all_dim": config.mscale_all_dim,
+    }
+
+
+def _recompute_settings(config: RecomputeConfig) -> dict[str, Any]:
+    if config.granularity == "none":
+        return {}
+    if config.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(config.modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": config.method,
+        "recompute_num_layers": config.num_layers,
+    }
