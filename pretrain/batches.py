@@ -95,8 +95,13 @@ def collate(
         images: include the images. False for pipeline stages after the first, which only see text.
     """
 
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type == "cuda":  # without waiting for the kernels of the current step
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
     def stack(field: str) -> Tensor:
-        return torch.stack([getattr(sample, field) for sample in samples]).to(device)
+        return moved(torch.stack([getattr(sample, field) for sample in samples]))
 
     patches = torch.cat([sample.patches for sample in samples])
     grids = torch.cat([sample.grids for sample in samples])
@@ -106,8 +111,8 @@ def collate(
         weights=stack("weights"),
         categories=stack("categories"),
         documents=stack("documents"),
-        patches=(patches if images else patches[:0]).to(device),
-        grids=(grids if images else grids[:0]).to(device),
+        patches=moved(patches if images else patches[:0]),
+        grids=grids if images else grids[:0],
     )
 
 

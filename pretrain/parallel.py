@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
-from pretrain.runtime import cpu
+from pretrain.runtime import without_cuda, without_transformer_engine
 
 T = TypeVar("T")
 
@@ -89,11 +89,14 @@ def join(timeout: timedelta = _NO_TIMEOUT) -> None:
     Raises:
         PretrainError: the other processes cannot be reached.
     """
-    if cpu.USE_CUDA:
-        torch.cuda.set_device(_from_environment("LOCAL_RANK", 0))
+    if without_cuda.USE_CUDA:
+        _set_device(_from_environment("LOCAL_RANK", 0))
     if dist.is_initialized():
         return
-    backend = "nccl" if cpu.USE_CUDA else "gloo"
+    # NCCL gets no device_id: it would then connect every group at once, by a collective of all
+    # ranks for each group of any of them, and wait forever for groups that only their members
+    # create. It uses the current device, which _set_device() has set.
+    backend = "nccl" if without_cuda.USE_CUDA else "gloo"
     if "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -117,6 +120,17 @@ def join(timeout: timedelta = _NO_TIMEOUT) -> None:
         raise failure from error
 
 
+def _set_device(local_rank: int) -> None:
+    """Make a GPU the current device, before anything is allocated on another one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise PretrainError(
+            f"LOCAL_RANK={local_rank} needs {local_rank + 1} GPUs on its node, which has {count}: "
+            f"start at most {count} processes on each node"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> ParallelContext:
     """Join the other processes and create megatron-core's process groups.
 
@@ -129,7 +143,8 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
     Raises:
         PretrainError: the other processes cannot be reached.
     """
-    cpu.enable()
+    without_cuda.enable()
+    without_transformer_engine.enable()
     timeout = timedelta(seconds=hang_seconds) + _AFTER_WATCHDOG if hang_seconds else _NO_TIMEOUT
     join(timeout)
     parallel_state.initialize_model_parallel(
@@ -141,6 +156,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        create_gloo_process_groups=False,  # only its distributed optimizer uses them
     )
     model_parallel_cuda_manual_seed(seed)
     return ParallelContext(
@@ -153,7 +169,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         device=torch.device("cuda", torch.cuda.current_device())
-        if cpu.USE_CUDA
+        if without_cuda.USE_CUDA
         else torch.device("cpu"),
         patient_group=dist.new_group(backend="gloo", timeout=_NO_TIMEOUT),
     )
@@ -181,18 +197,19 @@ def require_same(what: str, value: str) -> None:
 def stop() -> None:
     """Destroy megatron-core's groups and the process group, if they exist.
 
-    Also undoes the changes that :func:`start` made to torch for a CPU; models built since then no
-    longer work.
+    Also reverts the changes that :func:`start` made to torch and megatron-core; models built since
+    then no longer work.
     """
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    cpu.disable()
+    without_transformer_engine.disable()
+    without_cuda.disable()
 
 
 def max_over_ranks(*values: int) -> list[int]:
     """The maximum of each value (0 to 255) over all ranks; every rank calls this."""
-    device = "cuda" if cpu.USE_CUDA else "cpu"
+    device = "cuda" if without_cuda.USE_CUDA else "cpu"
     maxima = torch.tensor(values, dtype=torch.uint8, device=device)
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
     return [int(value) for value in maxima.tolist()]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pretrain.config import KernelsSetting
 from pretrain.errors import PretrainError
-from pretrain.runtime import cpu
+from pretrain.runtime import without_cuda
 
 Kernels = Literal["torch", "transformer_engine"]
 
@@ -17,9 +17,9 @@ def choose_kernels(setting: KernelsSetting) -> Kernels:
     Raises:
         PretrainError: Transformer Engine is requested but cannot be used.
     """
-    if setting == "torch" or (setting == "auto" and not cpu.USE_CUDA):
+    if setting == "torch" or (setting == "auto" and not without_cuda.USE_CUDA):
         return "torch"
-    if not cpu.USE_CUDA:
+    if not without_cuda.USE_CUDA:
         raise PretrainError(
             "kernels=transformer_engine needs a GPU, but CUDA is not available: set kernels=torch "
             "(or auto)"

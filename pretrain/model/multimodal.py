@@ -22,7 +22,8 @@ class MicroBatch:
         categories: [b, s] uint8, the category under which each label's loss is reported.
         documents: [b, s] int32, the document of each token, within which it attends.
         patches: [P, 3 * patch * patch] uint8, the patches of all images in order.
-        grids: [n, 3] int64, (frames, rows, columns) of each image, in patches.
+        grids: [n, 3] int64, (frames, rows, columns) of each image, in patches; on the CPU, where
+            work is planned.
     """
 
     tokens: Tensor

@@ -49,9 +49,10 @@ def build(kind: str, layout: Layout, *, duplicated: bool = False) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     from pretrain.model.language import CoreAttention, DuplicatedLinear, RMSNorm
-    from pretrain.runtime import cpu
+    from pretrain.runtime import without_cuda, without_transformer_engine
 
-    cpu.enable()
+    without_cuda.enable()
+    without_transformer_engine.enable()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             layout.tensor,

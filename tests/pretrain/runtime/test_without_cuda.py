@@ -7,11 +7,13 @@ import textwrap
 import pytest
 import torch
 
-from pretrain.runtime import cpu
+from pretrain.runtime import without_cuda
 
 NAMES = ("Stream", "current_device", "current_stream", "stream", "synchronize", "get_rng_state")
 
-pytestmark = pytest.mark.skipif(cpu.USE_CUDA, reason="nothing is replaced where there is a GPU")
+pytestmark = pytest.mark.skipif(
+    without_cuda.USE_CUDA, reason="nothing is replaced where there is a GPU"
+)
 
 
 def test_importing_every_module_changes_nothing_for_other_libraries() -> None:
@@ -44,9 +46,9 @@ def test_importing_every_module_changes_nothing_for_other_libraries() -> None:
 
 def test_patches_have_the_type_of_the_original_and_are_reverted() -> None:
     before = {name: getattr(torch.cuda, name) for name in NAMES}
-    cpu.enable()
+    without_cuda.enable()
     try:
-        cpu.enable()
+        without_cuda.enable()
         for name, original in before.items():
             replaced = getattr(torch.cuda, name)
             assert replaced is not original
@@ -60,8 +62,8 @@ def test_patches_have_the_type_of_the_original_and_are_reverted() -> None:
         with torch.cuda.stream(stream):
             stream.wait_stream(torch.cuda.current_stream())
     finally:
-        cpu.disable()
-    cpu.disable()
+        without_cuda.disable()
+    without_cuda.disable()
     assert before == {name: getattr(torch.cuda, name) for name in NAMES}
 
 
@@ -69,8 +71,8 @@ def test_transformers_generates_in_a_process_that_trains() -> None:
     """Its generation code is imported while the patches are applied."""
     script = """
     import torch
-    from pretrain.runtime import cpu
-    cpu.enable()
+    from pretrain.runtime import without_cuda
+    without_cuda.enable()
     from transformers import LlamaConfig, LlamaForCausalLM
     import transformers.generation.continuous_batching
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -1,8 +1,8 @@
-"""Patches of torch and megatron-core 0.16 for training on a CPU over gloo.
+"""Patches of torch and megatron-core for training on a CPU over gloo.
 
-This file lists everything that is replaced in other libraries, with the reason. Importing it
-changes nothing: :func:`enable` applies the patches before a model is built, and :func:`disable`
-reverts them. Both do nothing if CUDA is available.
+This file lists everything that is replaced in other libraries because there is no GPU, with the
+reason. Importing it changes nothing: :func:`enable` applies the patches before a model is built,
+and :func:`disable` reverts them. Both do nothing if CUDA is available.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from pretrain.runtime.patches import Patches
 
 USE_CUDA = torch.cuda.is_available()
 
@@ -62,8 +64,7 @@ def _splits_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-_undo = contextlib.ExitStack()
-_enabled = False
+_patches = Patches()
 
 
 def enable() -> None:
@@ -71,58 +72,41 @@ def enable() -> None:
 
     Further calls have no effect until :func:`disable`.
     """
-    global _enabled
-    if USE_CUDA or _enabled:
+    if USE_CUDA or _patches.applied:
         return
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    _enabled = True
+    replace = _patches.replace
     # megatron-core decorates small functions with torch.compile. On a CPU this requires a C++
     # compiler, and compiling takes longer than it saves.
-    _undo.enter_context(torch.compiler.set_stance("force_eager"))
+    _patches.enter(torch.compiler.set_stance("force_eager"))
     # The device of buffers, and streams that order copies between host and device.
-    _replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    _replace(torch.cuda, "Stream", _Stream)
-    _replace(torch.cuda, "current_stream", lambda *_args: _STREAM)
-    _replace(torch.cuda, "stream", _stream_context)
-    _replace(torch.cuda, "synchronize", lambda *_args: None)
-    _replace(torch.cuda, "get_rng_state", lambda *_args: torch.get_rng_state())
-    _replace(torch.cuda, "set_rng_state", lambda state, *_args: torch.set_rng_state(state))
+    replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "current_stream", lambda *_args: _STREAM)
+    replace(torch.cuda, "stream", _stream_context)
+    replace(torch.cuda, "synchronize", lambda *_args: None)
+    replace(torch.cuda, "get_rng_state", lambda *_args: torch.get_rng_state())
+    replace(torch.cuda, "set_rng_state", lambda state, *_args: torch.set_rng_state(state))
     # Tensor-parallel layers fork CUDA's random states.
-    _replace(
+    replace(
         tensor_parallel_random,
         "_get_cuda_rng_state",
         lambda *_args, **_kwargs: torch.get_rng_state(),
     )
-    _replace(
+    replace(
         tensor_parallel_random,
         "_set_cuda_rng_state",
         lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     )
     # Counts tokens in a tensor created with device="cuda".
-    _replace(schedules, "torch", _TorchOnCpu())
-    # True although Transformer Engine is missing: its names are then imported as None.
-    _replace(multi_latent_attention, "HAVE_TE", False)
-    # Read although it is not defined without Transformer Engine.
-    _replace(moe_utils, "te_general_gemm", None)
+    replace(schedules, "torch", _TorchOnCpu())
     # Converts the split sizes of the all-to-all only if they are on a GPU.
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_on_cpu)
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_on_cpu)
 
 
 def disable() -> None:
     """Revert the patches of :func:`enable`, if any."""
-    global _enabled
-    _undo.close()
-    _enabled = False
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    """Replace an attribute until :func:`disable`."""
-    if hasattr(owner, name):
-        _undo.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        _undo.callback(delattr, owner, name)
-    setattr(owner, name, value)
+    _patches.undo()
