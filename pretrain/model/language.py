@@ -97,11 +97,12 @@ class LatentRMSNorm(RMSNorm):
 
 
 class DuplicatedLinear(nn.Linear):
-    """MLA's ``linear_kv_down_proj`` with the whole weight on every tensor-parallel rank.
+    """MLA's down-projections with the whole weight on every tensor-parallel rank.
 
-    Its output contains the rotary key that all heads share. megatron-core 0.16 splits the layer
-    and gathers the output without summing its gradient, so that the shared key would get the
-    gradient of each rank's own heads only.
+    Each rank projects its part of the sequence, as with Transformer Engine, which also saves the
+    gathering of outputs. The output for keys contains the rotary key that all heads share:
+    megatron-core 0.16 splits the layer and gathers the output without summing its gradient, so
+    that the shared key would get the gradient of each rank's own heads only.
     """
 
     def __init__(self, split: ColumnParallelLinear) -> None:
@@ -158,7 +159,8 @@ def build_language_model(
         if parallel.tensor > 1:
             for layer in model.decoder.layers:
                 attention = layer.self_attention
-                attention.linear_kv_down_proj = DuplicatedLinear(attention.linear_kv_down_proj)
+                for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+                    setattr(attention, name, DuplicatedLinear(getattr(attention, name)))
         chunks.append(model)
     return chunks
 

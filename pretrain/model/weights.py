@@ -161,10 +161,10 @@ def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) 
         )  # fmt: skip
 
     yield norm("input_layernorm", "input_layernorm", hidden)
-    yield attention("q_down_proj", "q_a_proj", (q_rank, hidden), _COLUMNS)
+    # Every rank has the whole down-projections: see pretrain.model.language.DuplicatedLinear.
+    yield attention("q_down_proj", "q_a_proj", (q_rank, hidden), None)
     yield norm("self_attention.q_layernorm", "self_attn.q_a_layernorm", q_rank)
     yield attention("q_up_proj", "q_b_proj", (heads * (nope + rope), q_rank), _COLUMNS)
-    # Every rank has the whole: see pretrain.model.language.DuplicatedLinear.
     yield attention("kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + rope, hidden), None)
     yield norm("self_attention.kv_layernorm", "self_attn.kv_a_layernorm", kv_rank)
     yield attention("kv_up_proj", "kv_b_proj", (heads * (nope + value), kv_rank), _COLUMNS)

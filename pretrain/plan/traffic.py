@@ -108,11 +108,10 @@ class _Traffic:
         language = self.config.language
         hidden, q_rank, kv_rank = language.hidden_size, language.q_lora_rank, language.kv_lora_rank
         rope = language.qk_rope_head_dim
-        # Attention: hidden states, the split latent of q, both latents, the rotary key; the output.
-        forward: float = hidden + q_rank + q_rank + kv_rank + rope + hidden
-        # Inputs are gathered again for the weights' gradients, and the gradient of q's split latent
-        # is gathered; the rest mirrors the forward pass.
-        backward: float = 2 * hidden + q_rank + 2 * q_rank + 2 * kv_rank + rope + hidden
+        # Attention: both latents and the rotary key; the output.
+        forward: float = q_rank + kv_rank + rope + hidden
+        # Inputs are gathered again for the weights' gradients; the rest mirrors the forward pass.
+        backward: float = 2 * q_rank + 2 * kv_rank + rope + hidden
         # MLP: dense, or the shared experts.
         forward += 2 * hidden
         backward += 3 * hidden
