@@ -46,8 +46,8 @@ class Run:
         language: this rank's model chunks, each in megatron-core's data-parallel wrapper.
         tower: vision encoder and projector, replicated on every rank.
         encoder: runs the tower: the Decoupled Encoder Process, or each rank on its own images.
-        clips: QK-Clip for the language model and for the vision encoder, whose heads are
-            replicated on different ranks.
+        clips: QK-Clip for the language model, unless this pipeline stage has no layers, and for the
+            vision encoder, whose heads are replicated on different ranks.
         named_tensors: every parameter and every buffer in a checkpoint, by its name in the whole
             model.
         weights: entry of each of these tensors in the catalogue of weights, by name.
@@ -121,7 +121,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         context,
         expert_tokens,
         UpdateRms(optimizer, {tensor: copies[name] for name, tensor in named.items()}),
-        {name: _layer_number(model, name) for name in clips[0].layouts},
+        {name: _layer_number(model, name) for clip in clips[:-1] for name in clip.layouts},
         vocab_size,
         tower.projector.fc2.weight.dtype,
     )
@@ -244,6 +244,8 @@ def build_optimizer(
         ("language", attention_layouts(model["language"]), same_heads),
         ("vision", vision_layouts, dist.group.WORLD),
     ):
+        if not attention_modules:  # a pipeline stage without layers
+            continue
         clip = QKClip(
             {f"{part}.{name}": layout for name, layout in attention_modules.items()},
             threshold=config.qk_clip_threshold,

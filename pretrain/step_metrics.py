@@ -187,14 +187,17 @@ class StepMetrics:
 
         Args:
             micro_batches: the micro-batches of this rank.
-            clipped: QK-Clip's results of the language model and of the encoder.
+            clipped: QK-Clip's results of the language model (none on a pipeline stage without
+                layers) and of the encoder.
             updates: the result of :meth:`after_update`.
         """
-        language, vision = clipped
+        *language, vision = clipped
         maxima = self._local_maxima(language, vision)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         # Data-parallel ranks clip the same heads of the language model.
-        heads_clipped = language.num_clipped.double() / self._context.data_size
+        heads_clipped = torch.zeros((), dtype=torch.float64, device=self._context.device)
+        for result in language:
+            heads_clipped += result.num_clipped / self._context.data_size
         flops = heads_clipped.new_tensor(self._encoder_flops(micro_batches))
         routed = self._local_routed_tokens().flatten()
         sums = torch.cat([torch.stack([heads_clipped, flops]), updates.flatten(), routed])
@@ -229,12 +232,13 @@ class StepMetrics:
             "model_flops": FORWARD_AND_BACKWARD * model_flops,
         }
 
-    def _local_maxima(self, language: ClipResult, vision: ClipResult) -> Tensor:
+    def _local_maxima(self, language: Sequence[ClipResult], vision: ClipResult) -> Tensor:
         """[language layers + vision layers + 1]: max logits by layer, and peak memory in GiB."""
         layers, vision_layers = self._num_layers
         device = self._context.device
         maxima = torch.full((layers + vision_layers + 1,), -torch.inf, device=device)
-        maxima[self._layers] = _by_layer(language)
+        for result in language:
+            maxima[self._layers] = _by_layer(result)
         maxima[layers:-1] = _by_layer(vision)
         maxima[-1] = peak_memory_gib(device)
         return maxima

@@ -12,6 +12,7 @@ from pretrain.errors import PretrainError
 # products of sizes within 64 bits.
 Size = Annotated[int, In("[1, 1048576]")]
 Layers = Annotated[int, In("[1, 10000]")]
+LayersOrNone = Annotated[int, In("[0, 10000]")]
 Steps = Annotated[int, In("[1, 1000000000]")]
 StepsOrZero = Annotated[int, In("[0, 1000000000]")]
 Tokens = Annotated[int, In("[1, 16777216]")]
@@ -256,11 +257,29 @@ class ParallelConfig(Settings):
     """Number of pipeline stages, which share the layers (1F1B schedule)."""
     interleave: Ranks = 1
     """Model chunks on each pipeline stage; above 1: the interleaved schedule."""
+    layout: tuple[LayersOrNone, ...] | None = None
+    """Layers of each of the pipeline x interleave model chunks, in the model's order, such as
+    [4, 4, 1]; null: as even as possible. The first and the last chunk, which have the embedding and
+    the output head as well, can have 0."""
 
     def _check(self) -> None:
         require(
             self.interleave == 1 or self.pipeline > 1,
             f"interleave={self.interleave} needs pipeline stages: set pipeline above 1",
+        )
+        if self.layout is not None:
+            self._check_layout(self.layout)
+
+    def _check_layout(self, layout: tuple[int, ...]) -> None:
+        require(
+            len(layout) == self.pipeline * self.interleave,
+            f"layout must be a list of pipeline={self.pipeline} x interleave={self.interleave} "
+            f"numbers of layers, not of {len(layout)}",
+        )
+        require(
+            all(layout[1:-1]),
+            f"layout={list(layout)} has an empty model chunk: only the first and the last can be "
+            "without layers",
         )
 
     @property
@@ -286,11 +305,13 @@ class ParallelConfig(Settings):
         return world_size // (self.expert * self.expert_tensor * self.pipeline)
 
     def layers(self, num_layers: int) -> list[int]:
-        """Number of layers in each model chunk, in the model's order.
+        """Number of layers in each model chunk, in the model's order: ``layout``, or as follows.
 
         Chunks have the same number of layers, or one more. Later chunks come first, since earlier
         stages keep more micro-batches; the last chunk comes last, since it has the output head.
         """
+        if self.layout is not None:
+            return list(self.layout)
         chunks = self.pipeline * self.interleave
         counts = [num_layers // chunks] * chunks
         for chunk in [*range(chunks - 2, -1, -1), chunks - 1][: num_layers % chunks]:
@@ -555,7 +576,12 @@ class Config(Settings):
     def _check_layers(self) -> None:
         """Refuse model chunks without layers, or that recomputation does not divide evenly."""
         parallel, num_layers, recompute = self.parallel, self.language.num_layers, self.recompute
-        if num_layers < parallel.pipeline * parallel.interleave:
+        if parallel.layout is not None and sum(parallel.layout) != num_layers:
+            raise PretrainError(
+                f"parallel.layout has {sum(parallel.layout)} layers in all, but "
+                f"language.num_layers={num_layers}: change one of them"
+            )
+        if parallel.layout is None and num_layers < parallel.pipeline * parallel.interleave:
             raise PretrainError(
                 f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
                 f"{parallel.interleave} is more than language.num_layers={num_layers}: each model "

@@ -42,9 +42,9 @@ class Weight(NamedTuple):
             published tensors is the stack of both; consecutive weights with the same published
             tensor are stacked there. Reshaped, nothing else changes.
         split: its tensor-parallel split; None: every tensor-parallel rank has the whole tensor.
-        layer: the layer of the language model whose pipeline stage has it: the first one for the
-            embedding, the last one for the final norm and the output head. None for the vision
-            encoder and the projector, which every rank has.
+        layer: its layer in the language model, from 0; -1 for the embedding and ``num_layers`` for
+            the final norm and the output head, which the first and the last model chunk have. None
+            for the vision encoder and the projector, which every rank has.
         expert: number of its expert within the layer; None outside experts.
     """
 
@@ -102,7 +102,7 @@ def language_weights(
         vocab_size: rows of the embedding and of the output head.
         experts: numbers of the experts to list in every layer; default: all.
     """
-    hidden, last = config.hidden_size, config.num_layers - 1
+    hidden, end = config.hidden_size, config.num_layers
     experts = range(config.num_experts) if experts is None else experts
 
     def weight(
@@ -113,12 +113,12 @@ def language_weights(
 
     yield weight(
         "embedding.word_embeddings", "model.embed_tokens", (vocab_size, hidden), "embedding",
-        _COLUMNS, layer=0,
+        _COLUMNS, layer=-1,
     )  # fmt: skip
     for layer in range(config.num_layers):
         yield from _language_layer(config, layer, experts)
-    yield weight("decoder.final_layernorm", "model.norm", (hidden,), "norms", None, last)
-    yield weight("output_layer", "lm_head", (vocab_size, hidden), "output head", _COLUMNS, last)
+    yield weight("decoder.final_layernorm", "model.norm", (hidden,), "norms", None, end)
+    yield weight("output_layer", "lm_head", (vocab_size, hidden), "output head", _COLUMNS, end)
 
 
 def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) -> Iterator[Weight]:

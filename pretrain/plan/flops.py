@@ -69,9 +69,7 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     chunks, parts = itertools.chain(*ranks.stages), recomputed_parts(config)
     whole_layers = {layer for chunk in chunks for layer in recomputed_layers(config, chunk)}
     recomputed = math.fsum(
-        flops
-        for (layer, part), flops in executed.items()
-        if (layer in whole_layers and part != "output head") or part in parts
+        flops for (layer, part), flops in executed.items() if layer in whole_layers or part in parts
     )
     vision = config.vision
     cost = analytic_cost(vision, language.hidden_size)

@@ -37,7 +37,13 @@ class Ranks:
 
     def has(self, stage: int, weight: Weight) -> bool:
         """Whether the ranks of a pipeline stage have a weight, or an expert's weight like it."""
-        return weight.layer is None or any(weight.layer in chunk for chunk in self.stages[stage])
+        if weight.layer is None:
+            return True
+        if weight.layer < 0:
+            return stage == 0
+        if weight.layer == self.stages[-1][-1].stop:
+            return stage == self.pipeline - 1
+        return any(weight.layer in chunk for chunk in self.stages[stage])
 
     def tensors(self, weight: Weight) -> int:
         """Number of tensors like this one on a rank: one, or one for each local expert."""

@@ -26,8 +26,10 @@ def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str,
         traffic.add_gradients(local)
         traffic.all_reduce("encoder gradients", encoder_numel * FLOAT32, ranks.world)
         traffic.add_optimizer(local)
-        for chunk in ranks.stages[stage]:
-            traffic.add_chunk(chunk)
+        for number, chunk in enumerate(ranks.stages[stage], 1):
+            is_first = stage == 0 and number == 1
+            is_last = stage == ranks.pipeline - 1 and number == len(ranks.stages[stage])
+            traffic.add_chunk(chunk, is_first=is_first, is_last=is_last)
         traffic.add_images(images, stage)
         stages.append({**traffic.sent, "total": float(traffic.sent.total())})
     return stages
@@ -81,7 +83,7 @@ class _Traffic:
                 gathered, returned = 0.0, numel * (group - 1.0)
             self.send("optimizer", (gathered + returned) * itemsize / group)
 
-    def add_chunk(self, chunk: range) -> None:
+    def add_chunk(self, chunk: range, *, is_first: bool, is_last: bool) -> None:
         """All micro-batches through a model chunk, forward and backward."""
         config, language, ranks = self.config, self.config.language, self.ranks
         tokens = config.micro_batch_size * config.data.seq_length * ranks.micro_batches
@@ -93,7 +95,6 @@ class _Traffic:
             self._add_tensor_parallel(channel, layer, forwards=2 if recomputed else 1)
             if layer >= language.dense_layers:
                 self._add_expert_parallel(channel, 3 if recomputed or "experts" in parts else 2)
-        is_first, is_last = chunk.start == 0, chunk.stop == language.num_layers
         if ranks.pipeline > 1:
             self.send("pipeline", hidden / ranks.tensor * ((not is_first) + (not is_last)))
         if is_first:  # embeddings are summed; their gradients gathered

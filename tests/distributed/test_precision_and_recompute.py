@@ -108,6 +108,9 @@ def test_recomputation_is_bit_exact_and_observes_every_logit_once(
     [
         (3, _layout("pipeline=3")),
         (4, _layout("pipeline=2", "interleave=2", "expert=2")),
+        (2, _layout("pipeline=2", "layout=[4,1]")),
+        (2, _layout("pipeline=2", "interleave=2", "layout=[0,1,4,0]")),
+        (4, _layout("pipeline=4", "layout=[0,3,2,0]")),
     ],
 )
 def test_pipeline_stages_of_different_lengths_have_the_gradients_of_one_process(

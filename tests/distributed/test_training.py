@@ -116,6 +116,7 @@ def single(folder: Path) -> list[dict[str, Any]]:
         (2, ("tensor=2", "expert=2")),
         (4, ("pipeline=2", "interleave=2", "expert=2")),
         (4, ("tensor=2", "pipeline=2", "expert=2")),
+        (3, ("pipeline=3", "layout=[0,4,0]")),
     ],
 )
 def test_every_layout_has_the_metrics_of_one_process(
@@ -160,7 +161,7 @@ MOVING = (EXACT, "steps=30", "checkpoint.every=10", "checkpoint.keep=9", "optimi
     ("world_size", "parallel"),
     [
         (1, ()),
-        (2, ("pipeline=2",)),
+        (2, ("pipeline=2", "layout=[0,2]")),
         (2, ("tensor=2",)),
     ],
 )

@@ -81,6 +81,10 @@ def build_and_describe(folder: str, *overrides: str) -> Rank:
     }
     assert run.weights.keys() == tensors.keys()
     layers = [layer.layer_number - 1 for chunk in run.language for layer in decoder_layers(chunk)]
+    if run.language[0].get_submodule("module").pre_process:
+        layers.append(-1)
+    if run.language[-1].get_submodule("module").post_process:
+        layers.append(settings.language.num_layers)
     return Rank(tensors, layers, context.tensor_rank)
 
 
@@ -114,6 +118,7 @@ def megatron_blocks(chunk: nn.Module) -> Iterator[tuple[Tensor, tuple[TensorShar
         (2, ("parallel.tensor=2",)),
         (2, ("parallel.tensor=2", "parallel.expert=2", "precision=bfloat16")),
         (2, ("parallel.pipeline=2", "parallel.interleave=2")),
+        (2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.layout=[0,3,1,0]")),
         (4, ("parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2")),
     ],
 )

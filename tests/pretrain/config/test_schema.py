@@ -55,12 +55,13 @@ WITH = {
     "optimizer.warmup_steps": ["optimizer.decay_steps=0", "steps=1000000000"],
     "optimizer.decay_steps": ["optimizer.warmup_steps=0", "steps=1000000000"],
     "parallel.interleave": ["parallel.pipeline=2"],
+    "parallel.layout": ["parallel.pipeline=2"],
     "profile.steps": ["steps=1000000000"],
 }  # fmt: skip
 
 
 def override(key: str, value: float) -> str:
-    if key == "profile.steps":
+    if key in ("profile.steps", "parallel.layout"):
         return f"{key}=[{value}, {value}]"
     if key.startswith("data.sources[]."):
         source = yaml_core.dump({"type": "standard_library", key.rpartition(".")[2]: value})
@@ -189,6 +190,9 @@ def test_every_setting_is_described() -> None:
     assert "language.num_experts=8" in text
 
 
+RECOMPUTE_TWO = ("recompute.granularity=full", "recompute.num_layers=2")
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
@@ -206,6 +210,11 @@ def test_every_setting_is_described() -> None:
             ["recompute.granularity=full", "recompute.num_layers=3"],
             1,
             "recompute.num_layers=3 does not divide the 4 layers",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.layout=[3, 1]", *RECOMPUTE_TWO],
+            2,
+            "recompute.num_layers=2 does not divide the 3 layers",
         ),
         (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
         (
@@ -231,6 +240,45 @@ def test_layers_are_divided_evenly_over_pipeline_stages(
     assert len(counts) == stages * interleave and sum(counts) == layers
     assert max(counts) - min(counts) <= 1
     assert counts[-1] == min(counts)  # the last one also has the output head
+
+
+@given(layout=st.lists(st.integers(0, 9), max_size=12), stages=st.integers(1, 6), data=st.data())
+def test_a_pipeline_layout_is_used_as_given_or_refused(
+    layout: list[int], stages: int, data: st.DataObject
+) -> None:
+    """One message says why: another number of chunks, an empty one in the middle, another sum."""
+    interleave = data.draw(st.integers(1, 3)) if stages > 1 else 1
+    chunks = stages * interleave
+    layout = data.draw(st.sampled_from([layout, (layout * chunks)[:chunks]]))
+    overrides = {"pipeline": stages, "interleave": interleave, "layout": layout}
+    expected = next(
+        (
+            message
+            for wrong, message in (
+                (
+                    len(layout) != chunks,
+                    "parallel.layout must be a list of pipeline=.* not of",
+                ),
+                (0 in layout[1:-1], "parallel.layout=.* has an empty model chunk"),
+                (sum(layout) != 9, "parallel.layout has .* layers in all, but language.num_layers"),
+            )
+            if wrong
+        ),
+        None,
+    )
+
+    def load() -> Config:
+        values = {"language": {"num_layers": 9}, "parallel": overrides, "global_batch_size": 144}
+        settings = config.from_dict({**values, "micro_batch_size": 1})
+        settings.check_world_size(stages)
+        return settings
+
+    if expected is None:
+        assert load().parallel.layers(9) == layout
+        return
+    with pytest.raises(PretrainError, match=expected) as error:
+        load()
+    assert "\n" not in str(error.value)
 
 
 def test_null_is_the_default_wherever_it_is_allowed() -> None:
