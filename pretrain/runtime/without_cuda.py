@@ -16,15 +16,13 @@ from pretrain.runtime.patches import Patches
 USE_CUDA = torch.cuda.is_available()
 
 
-class _Stream(torch.cuda.Stream):
+class _Stream:
     """A CUDA stream whose methods do nothing.
 
-    It must be a class like the one it replaces: other libraries use ``torch.cuda.Stream`` in
-    ``isinstance`` and in annotations such as ``torch.cuda.Stream | None``.
+    It must be a class: other libraries use ``torch.cuda.Stream`` in ``isinstance`` and in
+    annotations such as ``torch.cuda.Stream | None``. It is not a subclass of the one it replaces,
+    of which torch's builds for CUDA cannot create an instance without a GPU.
     """
-
-    def __new__(cls, *_args: object, **_kwargs: object) -> "_Stream":
-        return object.__new__(cls)  # the base class needs a GPU
 
     def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
