@@ -85,7 +85,8 @@ class Weight(NamedTuple):
             return world_size
         if self.expert is not None:
             return parallel.expert_data_size(world_size)
-        return parallel.data_size(world_size) * (1 if self.split else parallel.tensor)
+        replicas = parallel.data_size(world_size) * parallel.context
+        return replicas * (1 if self.split else parallel.tensor)
 
 
 _COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding
@@ -161,7 +162,7 @@ def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) 
         )  # fmt: skip
 
     yield norm("input_layernorm", "input_layernorm", hidden)
-    # Every rank has the whole down-projections: see pretrain.model.language.DuplicatedLinear.
+    # Every rank has the whole down-projections: see latent_attention.DuplicatedLinear.
     yield attention("q_down_proj", "q_a_proj", (q_rank, hidden), None)
     yield norm("self_attention.q_layernorm", "self_attn.q_a_layernorm", q_rank)
     yield attention("q_up_proj", "q_b_proj", (heads * (nope + rope), q_rank), _COLUMNS)
