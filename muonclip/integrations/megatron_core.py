@@ -75,7 +75,8 @@ def matrix_layouts(
     - the experts that ``GroupedMLP`` stores in one parameter;
     - in MLA the matrices of the DeepSeek-V2 report (arXiv 2405.04434, section 2.1): W^DKV and W^KR
       in ``linear_kv_down_proj``, W^UK and W^UV in ``linear_kv_up_proj``, W^UQ and W^QR in
-      ``linear_q_up_proj`` (or ``linear_q_proj``).
+      ``linear_q_up_proj`` (or ``linear_q_proj``); W^DQ, W^DKV and W^KR in ``linear_qkv_down_proj``
+      (``mla_down_proj_fusion``).
 
     Under tensor parallelism they describe the whole parameter, as gathered by ``shardings``.
 
@@ -91,7 +92,8 @@ def matrix_layouts(
         Parameter name -> its layout.
 
     Raises:
-        ValueError: for an attention of unknown class, whose projections may be fused.
+        ValueError: for an attention of unknown class, whose projections may be fused, and for a
+            ``linear_qkv_down_proj`` that tensor parallelism splits.
     """
     layouts: dict[str, MatrixLayout] = {}
     attentions: list[str] = []
@@ -197,7 +199,10 @@ def _fused_matrices(module: Any, per_head: bool) -> dict[str, MatrixLayout]:
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
         query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
         fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
-        fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
+        if hasattr(module, "linear_qkv_down_proj"):
+            fused["linear_qkv_down_proj"] = _down_projections(module, config)
+        else:
+            fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))
         if not hasattr(module, "linear_k_up_proj"):
             fused["linear_kv_up_proj"] = MatrixLayout((nope, value), heads, separate=per_head)
         elif per_head:
@@ -222,6 +227,18 @@ def _fused_matrices(module: Any, per_head: bool) -> dict[str, MatrixLayout]:
     elif _is_a(module, "GroupedMLP"):
         fused |= _grouped(module, config)
     return fused
+
+
+def _down_projections(module: Any, config: Any) -> MatrixLayout:
+    """W^DQ, W^DKV and W^KR in one layer (megatron-core 0.19)."""
+    linear = module.linear_qkv_down_proj
+    (_, weight), *_ = _weights(linear)
+    if (ranks := _row_ranks(linear, weight, config)) > 1:
+        raise ValueError(
+            f"linear_qkv_down_proj is split over {ranks} tensor-parallel ranks, so that no rank "
+            "has consecutive rows of its three matrices: set mla_down_proj_fusion=False"
+        )
+    return MatrixLayout((config.q_lora_rank, config.kv_lora_rank, config.qk_pos_emb_head_dim))
 
 
 def _recurrent(module: Any) -> MatrixLayout:

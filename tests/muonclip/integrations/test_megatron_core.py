@@ -242,6 +242,30 @@ def test_fused_matrices_feed_param_groups() -> None:
     assert placed["plain.linear_fc1.weight"] is None
 
 
+class FusedMLASelfAttention(MLASelfAttention):
+    """megatron-core 0.19's MLA with one down-projection."""
+
+    def __init__(self, tensor_ranks: int) -> None:
+        super().__init__(6)
+        del self.linear_q_down_proj, self.linear_kv_down_proj
+        self.config.tensor_model_parallel_size = tensor_ranks
+        self.linear_qkv_down_proj = nn.Linear(16, (6 + 8 + 2) // tensor_ranks, bias=False)
+        self.linear_qkv_down_proj.weight.tensor_model_parallel = tensor_ranks > 1
+
+
+def test_a_fused_down_projection_of_mla_stores_three_matrices() -> None:
+    """Rows of a tensor-parallel rank are a part of each: the layout cannot describe them."""
+    layouts = megatron_core.matrix_layouts(FusedMLASelfAttention(1))
+    assert layouts == {
+        "linear_q_up_proj.weight": MatrixLayout((4, 2), 3),
+        "linear_qkv_down_proj.weight": MatrixLayout((6, 8, 2)),
+        "linear_kv_up_proj.weight": MatrixLayout((4, 3), 3),
+    }
+    assert list(megatron_core.attention_layouts(FusedMLASelfAttention(2))) == [""]
+    with pytest.raises(ValueError, match=r"split over 2 .* set mla_down_proj_fusion=False"):
+        megatron_core.matrix_layouts(FusedMLASelfAttention(2))
+
+
 def test_tensor_parallelism_splits_each_projection_of_recurrent_layers() -> None:
     model = nn.ModuleDict({"mamba": MambaMixer(), "delta": GatedDeltaNet()})
     assert megatron_core.matrix_layouts(model) == {
@@ -294,13 +318,17 @@ def test_layers_can_be_excluded() -> None:
 class CoreAttention(nn.Module):
     """Stores queries, keys and values, [s, b, heads, d], and their largest logits per head."""
 
-    def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, *, softmax_scale: float | None = None, v_channels: int | None = None, **_: Any
+    ) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.v_channels = softmax_scale, v_channels
         self.seen = torch.zeros(0)
         self.inputs: tuple[Any, ...] = ()
 
     def forward(self, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        if value is None:  # absorbed MLA: the latent of the keys, which all heads share
+            value = key[..., : self.v_channels]
         self.inputs = query, key, value
         query, key = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3)
         self.seen = max_logits(query, key, scale=self.softmax_scale)
@@ -362,6 +390,23 @@ def real_attentions() -> nn.ModuleDict:
             layer_number=1,
             attn_mask_type=AttnMaskType.causal,
         )
+        if rank is not None and hasattr(multi_latent_attention, "FusedMLASelfAttention"):
+            model["mla_fused"] = multi_latent_attention.FusedMLASelfAttention(
+                config,
+                multi_latent_attention.MLASelfAttentionSubmodules(
+                    linear_qkv_down_proj=column, linear_q_up_proj=column, **mla_parts
+                ),
+                layer_number=1,
+                attn_mask_type=AttnMaskType.causal,
+            )
+            from megatron.core.transformer.experimental_attention_variant import absorbed_mla
+
+            model["mla_absorbed"] = absorbed_mla.AbsorbedMLASelfAttention(
+                config,
+                absorbed_mla.AbsorbedMLASelfAttentionSubmodules(**mla_parts, **q_parts),
+                layer_number=1,
+                attn_mask_type=AttnMaskType.causal,
+            )
     for name, gate in (("gqa", False), ("gqa_gated", True)):
         model[name] = attention.SelfAttention(
             TransformerConfig(**common, num_query_groups=2, attention_output_gate=gate),
@@ -400,7 +445,9 @@ def test_layouts_clip_real_modules_exactly() -> None:
     """In megatron-core's layers each head above τ reaches it, and others do not change."""
     pytest.importorskip("megatron.core")
     (results,) = launch(clip_real_modules, 1)
-    assert set(results) == {"mla", "mla_q_lora", "gqa", "gqa_gated"}
+    assert results.keys() - {"mla_fused", "mla_absorbed"} == {  # of megatron-core 0.19
+        "mla", "mla_q_lora", "gqa", "gqa_gated"
+    }  # fmt: skip
     largest = [value for before, _ in results.values() for value in before]
     assert min(largest) < 500 < max(largest)
     for before, after in results.values():
@@ -423,18 +470,19 @@ def attention_by_its_matrices(per_head: bool) -> None:
             for stack, rows in zip(layout.split(weight), layout.blocks, strict=True)
         ]
 
-    for name in ("mla", "mla_q_lora"):
+    for name in model.keys() & {"mla", "mla_q_lora", "mla_fused"}:
         module = model[name]
         module(hidden, attention_mask=None)
         query, key, value = module.core_attention.inputs
-        latent, _ = products(f"{name}.linear_kv_down_proj", hidden)
-        key_nope, values = products(f"{name}.linear_kv_up_proj", latent[..., 0, :])
-        up, x = (
-            ("linear_q_proj", hidden)
-            if name == "mla"
-            else ("linear_q_up_proj", module.linear_q_down_proj(hidden)[0])
-        )
+        up = "linear_q_proj" if name == "mla" else "linear_q_up_proj"
+        if name == "mla_fused":
+            x, latent, _ = products(f"{name}.linear_qkv_down_proj", hidden)
+            x = x[..., 0, :]
+        else:
+            x = hidden if name == "mla" else module.linear_q_down_proj(hidden)[0]
+            latent, _ = products(f"{name}.linear_kv_down_proj", hidden)
         query_nope, _ = products(f"{name}.{up}", x)
+        key_nope, values = products(f"{name}.linear_kv_up_proj", latent[..., 0, :])
         for actual, expected in (
             (query_nope, query[..., :4]),
             (key_nope, key[..., :4]),
@@ -508,5 +556,7 @@ def grouped_experts_by_their_matrices() -> None:
 
 def test_grouped_experts_read_their_storage_as_a_stack() -> None:
     """maxtext#4798: an expert axis was taken for an axis of a matrix; these shapes allow it."""
-    pytest.importorskip("megatron.core")
+    experts = pytest.importorskip("megatron.core.transformer.moe.experts")
+    if not hasattr(experts, "GroupedMLP"):
+        pytest.skip("this megatron-core has no GroupedMLP")
     launch(grouped_experts_by_their_matrices, 1)
