@@ -14,12 +14,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 import muonclip
 from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip
 from muonclip.integrations.megatron_core import attention_layouts, matrix_layouts, shardings
-from pretrain.config import Config, EncoderProcessConfig, OptimizerConfig
+from pretrain.config import Config, EncoderProcessConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured_cost
@@ -36,6 +37,9 @@ from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
 # The vision encoder's attention has separate query, key and value matrices.
 _SEPARATE_QKV = "vision.encoder.blocks.*.attention"
+
+# A threshold of QK-Clip above all logits.
+_UNREACHABLE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Run:
 def build(config: Config, context: ParallelContext, data: Data) -> Run:
     """Build this rank's part of a run, with the initial weights."""
     dtype: torch.dtype = getattr(torch, config.precision)
-    vocab_size = data.tokenizer.vocab_size
+    vocab_size = config.language.vocab_rows(data.tokenizer.vocab_size)
     seq_length, parallel = config.data.seq_length, config.parallel
     kernels = choose_kernels(config.kernels)
     chunks = build_language_model(
@@ -115,7 +119,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
     layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
-    optimizer, clips = build_optimizer(config.optimizer, model, layouts)
+    optimizer, clips = build_optimizer(config, model, layouts)
     step_metrics = StepMetrics(
         config,
         context,
@@ -203,29 +207,30 @@ def make_encoder(
         config,
         needs_features=context.first_stage,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        context_group=parallel_state.get_context_parallel_group(),
         cost=cost,
     )
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.ModuleDict, layouts: Mapping[str, MatrixLayout]
+    config: Config, model: nn.ModuleDict, layouts: Mapping[str, MatrixLayout]
 ) -> tuple[MuonClip, list[QKClip]]:
     """Build MuonClip for language model and vision tower, and QK-Clip for their attention.
+
+    With norms on queries and keys, QK-Clip observes the language model, but never clips it.
 
     Args:
         layouts: the matrices that fused parameters store, by name.
     """
-    tensor_shardings = shardings(model)
+    options, tensor_shardings = config.optimizer, shardings(model)
     optimizer = MuonClip(
         muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        ns_steps=config.ns_steps,
-        ns_dtype=None if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
-        adamw_lr=config.adamw_lr,
-        adamw_betas=(config.adamw_beta1, config.adamw_beta2),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        ns_steps=options.ns_steps,
+        ns_dtype=None if options.ns_dtype == "auto" else getattr(torch, options.ns_dtype),
+        adamw_lr=options.adamw_lr,
+        adamw_betas=(options.adamw_beta1, options.adamw_beta2),
         master_weights=True,
         # Ranks with the same matrix share its orthogonalization.
         shardings=tensor_shardings,
@@ -238,18 +243,23 @@ def build_optimizer(
         for name, module in model["vision"].named_modules()
         if isinstance(module, VisionAttention)
     }
+    threshold = options.qk_clip_threshold
+    if config.language.qk_norm:
+        language = _normalized_attention(model["language"]), _UNREACHABLE
+    else:
+        language = attention_layouts(model["language"]), threshold
     # Ranks of a tensor-parallel group have different heads; pipeline stages, different layers.
     same_heads = parallel_state.get_data_parallel_group(with_context_parallel=True)
     clips = []
-    for part, attention_modules, ranks in (
-        ("language", attention_layouts(model["language"]), same_heads),
-        ("vision", vision_layouts, dist.group.WORLD),
+    for part, attention_modules, limit, ranks in (
+        ("language", *language, same_heads),
+        ("vision", vision_layouts, threshold, dist.group.WORLD),
     ):
         if not attention_modules:  # a pipeline stage without layers
             continue
         clip = QKClip(
             {f"{part}.{name}": layout for name, layout in attention_modules.items()},
-            threshold=config.qk_clip_threshold,
+            threshold=limit,
             process_group=ranks,
             warn_unobserved=part != "vision",  # a run on text alone has no images
         )
@@ -261,3 +271,19 @@ def build_optimizer(
             attention.clip_threshold = clip.threshold
         clips.append(clip)
     return optimizer, clips
+
+
+def _normalized_attention(language: nn.Module) -> dict[str, AttentionLayout]:
+    """The heads of attention whose queries and keys are normalized, to observe their logits.
+
+    The norms' gains are shared by all heads, and undo any scaling of a head's weights.
+    """
+    return {
+        name: AttentionLayout.fused_by_group(
+            module.linear_qkv,
+            num_heads=module.num_attention_heads_per_partition,
+            num_kv_groups=module.num_query_groups_per_partition,
+        )
+        for name, module in language.named_modules()
+        if isinstance(module, SelfAttention)
+    }

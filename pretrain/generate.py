@@ -57,7 +57,11 @@ def load(run_dir: Path, step: int | None = None) -> Model:
     context = parallel.start(ParallelConfig(), config.seed)
     dtype: torch.dtype = getattr(torch, config.precision)
     (language,) = build_language_model(
-        config.language, tokenizer.vocab_size, config.data.seq_length, ParallelConfig(), dtype=dtype
+        config.language,
+        config.language.vocab_rows(tokenizer.vocab_size),
+        config.data.seq_length,
+        ParallelConfig(),
+        dtype=dtype,
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     whole = nn.ModuleDict({"language": language, "vision": tower}).to(context.device)
@@ -128,7 +132,7 @@ class CachedForward:
         max_length: size of the cache in tokens.
 
     Attributes:
-        logits: [vocabulary], the logits of the next token.
+        logits: [vocabulary], the logits of the next token, of the tokenizer's tokens.
     """
 
     def __init__(self, model: Model, document: Document, max_length: int) -> None:
@@ -164,7 +168,7 @@ class CachedForward:
         )
         self._cache.sequence_len_offset += num_new
         self._cache.enable_decode_mode()
-        last: Tensor = logits[0, -1]
+        last: Tensor = logits[0, -1, : self._model.tokenizer.vocab_size]
         return last
 
 

@@ -15,6 +15,7 @@ from pretrain.build import Run
 from pretrain.config import Config, to_dict
 from pretrain.data import Data, RankShare, data_config, open_data
 from pretrain.data.sources import source_types
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.kernels import choose_kernels
 from pretrain.parallel import ParallelContext
@@ -69,11 +70,7 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     def opened() -> Data:
         share = RankShare(context.data_rank, context.data_size, config.global_batch_size)
         data = open_data(data_config(config), config.vision.patch_size, config.seed, share)
-        if data.tokenizer.vocab_size % config.parallel.tensor:
-            raise PretrainError(
-                f"parallel.tensor={config.parallel.tensor} does not divide the "
-                f"{data.tokenizer.vocab_size} tokens of {data.tokenizer.name}: choose a divisor"
-            )
+        _check_vocabulary(config, data.tokenizer)
         return data
 
     with _progress_messages(context):
@@ -85,6 +82,21 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
     )
     parallel.require_same("the data", data.fingerprint)
     return data
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    tokens, tensor = tokenizer.vocab_size, config.parallel.tensor
+    rows = config.language.vocab_rows(tokens)
+    if rows < tokens:
+        raise PretrainError(
+            f"language.vocab_size={rows} is less than the {tokens} tokens of {tokenizer.name}: "
+            "raise it, or leave it out"
+        )
+    if rows % tensor:
+        raise PretrainError(
+            f"parallel.tensor={tensor} does not divide the {tokens} tokens of {tokenizer.name}: "
+            f"choose a divisor, or set language.vocab_size={-(-tokens // tensor) * tensor}"
+        )
 
 
 @contextlib.contextmanager

@@ -5,12 +5,15 @@ cover the whole model, at the positions of its layers and experts. Two all-reduc
 maximum and a sum, complete them on every rank.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from muonclip import ClipResult, MuonClip
@@ -28,30 +31,35 @@ _ALGORITHMS = ("muon", "adamw")
 class ExpertTokens:
     """Number of tokens that this rank routed to each expert in the last step.
 
-    megatron-core's routers count the tokens for load balancing and reset the counts when the
-    gradients of a step are finalized: :meth:`record` is called just before.
-
     Args:
         chunks: model chunks of this rank.
 
     Attributes:
         layers: layer numbers of this rank's routers in the whole model, from 0.
-        counts: [routers, experts] float32; None before the first step.
+        counts: [routers, experts] int64; None without experts, and before the first step.
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        self._routers: list[Any] = [
-            module
-            for chunk in chunks
-            for module in chunk.modules()
-            if getattr(module, "local_tokens_per_expert", None) is not None
-        ]
-        self.layers: list[int] = [router.layer_number - 1 for router in self._routers]
+        modules = itertools.chain.from_iterable(chunk.modules() for chunk in chunks)
+        routers: list[Any] = [module for module in modules if isinstance(module, Router)]
+        self.layers: list[int] = [router.layer_number - 1 for router in routers]
         self.counts: Tensor | None = None
+        self._running: dict[int, Tensor] = {}
+        for index, router in enumerate(routers):
+            router.register_forward_hook(partial(self._count, index))
+
+    def _count(self, index: int, _router: nn.Module, _inputs: Any, output: Any) -> None:
+        # Recomputed layers run twice in training, first without gradients.
+        if torch.is_grad_enabled():
+            _, routing_map = output  # bool [tokens, experts]
+            tokens = routing_map.sum(0)
+            self._running[index] = self._running.get(index, 0) + tokens
 
     def record(self) -> None:
-        if self._routers:
-            self.counts = torch.stack([r.local_tokens_per_expert for r in self._routers])
+        """Call at the end of a step's backward pass."""
+        if self._running:
+            self.counts = torch.stack([self._running[i] for i in range(len(self.layers))])
+            self._running = {}
 
 
 class UpdateRms:
@@ -163,7 +171,7 @@ class StepMetrics:
         self._num_layers = language.num_layers, vision.num_layers
         self._layers = torch.tensor(list(language_layers.values()), device=device)
         self._moe_layers = torch.tensor(expert_tokens.layers, device=device) - language.dense_layers
-        self._moe_shape = language.num_layers - language.dense_layers, language.num_experts
+        self._moe_shape = language.moe_layers, language.num_experts
 
         peak = config.peak_tflops
         local_peak = matmul_flops(device, dtype) if peak is None else peak * 1e12
@@ -194,11 +202,10 @@ class StepMetrics:
         *language, vision = clipped
         maxima = self._local_maxima(language, vision)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        # Data- and context-parallel ranks clip the same heads of the language model.
-        same_heads = self._context.data_size * self._context.context_size
+        # Data-parallel ranks clip the same heads of the language model.
         heads_clipped = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for result in language:
-            heads_clipped += result.num_clipped / same_heads
+            heads_clipped += result.num_clipped / self._context.data_size
         flops = heads_clipped.new_tensor(self._encoder_flops(micro_batches))
         routed = self._local_routed_tokens().flatten()
         sums = torch.cat([torch.stack([heads_clipped, flops]), updates.flatten(), routed])
@@ -210,7 +217,6 @@ class StepMetrics:
         sizes = [2, updates.numel(), routed.numel()]
         counts, squares, tokens = torch.split(sums.cpu(), sizes)
         (num_clipped, encoder_flops), tokens = counts.tolist(), tokens.view(self._moe_shape)
-        loads = (tokens.amax(1) / tokens.mean(1)).tolist()
         model_flops = self._tokens * self._flops_per_token + encoder_flops
         return {
             "max_logit": max(logits),
@@ -219,9 +225,7 @@ class StepMetrics:
             # All ranks clip the encoder's heads.
             "heads_clipped": round(num_clipped) + int(vision.num_clipped),
             "heads": self._num_heads,
-            "expert_load": sum(loads) / len(loads),
-            "expert_loads": [_rounded(load) for load in loads],
-            "dropped_tokens": self._assignments * len(loads) - round(float(tokens.sum())),
+            **self._expert_metrics(tokens),
             **{
                 f"update_rms_{algorithm}": (total / entries) ** 0.5
                 for algorithm, (total, entries) in zip(
@@ -231,6 +235,21 @@ class StepMetrics:
             },
             "memory_gib": memory,
             "model_flops": FORWARD_AND_BACKWARD * model_flops,
+        }
+
+    def _expert_metrics(self, tokens: Tensor) -> dict[str, Any]:
+        """Metrics of the routers; none without experts.
+
+        Args:
+            tokens: [layers with experts, experts], routed by all ranks.
+        """
+        if not len(tokens):
+            return {}
+        loads = (tokens.amax(1) / tokens.mean(1)).tolist()
+        return {
+            "expert_load": sum(loads) / len(loads),
+            "expert_loads": [_rounded(load) for load in loads],
+            "dropped_tokens": self._assignments * len(loads) - round(float(tokens.sum())),
         }
 
     def _local_maxima(self, language: Sequence[ClipResult], vision: ClipResult) -> Tensor:
@@ -246,8 +265,7 @@ class StepMetrics:
 
     def _encoder_flops(self, micro_batches: Sequence[MicroBatch]) -> float:
         """FLOPs of the encoder's forward pass for this rank's images, each counted on one rank."""
-        context = self._context
-        if not context.first_stage or context.tensor_rank or context.context_rank:
+        if not (self._context.first_stage and self._context.tensor_rank == 0):
             return 0.0
         grids = torch.cat([batch.grids for batch in micro_batches])
         return float(self._encoder_cost.costs(grids).sum())

@@ -46,7 +46,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, the files it is based on, and ``key.sub=value`` overrides.
 
     ``base: FILE`` in a file names another one, relative to it, whose settings it changes:
-    mappings are merged, everything else is replaced, and null restores a setting's default.
+    mappings are merged, everything else is replaced, and null restores a setting's default, or
+    is a value where the setting allows it.
     Overrides change the result in the same way, in their order.
 
     In settings that are paths, ``~`` and ``$VARIABLE`` are expanded; ``$$`` is a dollar sign.
@@ -202,6 +203,8 @@ def _build(cls: type[S], values: Any, prefix: str) -> S:
             raise SettingError(key, f"unknown configuration key {rules.shortened(key)}: {hint}")
         if value is not None:
             arguments[name] = _convert(value, types[name], key)
+        elif rules.is_optional(types[name]):  # null is a value, which need not be the default
+            arguments[name] = None
     return _construct(cls, arguments, prefix)
 
 

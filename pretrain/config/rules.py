@@ -6,8 +6,8 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 
@@ -94,7 +94,7 @@ class Settings:
             if rule is None or value is None:
                 continue
             for item in value if isinstance(value, tuple) else (value,):
-                or_null = " or null" if type(None) in typing.get_args(hint) else ""
+                or_null = " or null" if is_optional(hint) else ""
                 require(
                     rule.allows(item), f"{name} must be {rule.text}{or_null}, not {shortened(item)}"
                 )
@@ -102,6 +102,20 @@ class Settings:
 
     def _check(self) -> None:
         """Refuse combinations of settings; overridden by sections that have such rules."""
+
+    def _refuse_without_effect(self, choice: str, names: Iterable[str]) -> None:
+        """Refuse settings that are neither at their defaults nor null, if a choice disables
+        them."""
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(self)
+        }
+        for name in names:
+            value = getattr(self, name)
+            require(
+                value is None or value == defaults[name],
+                f"{name}={shortened(value)} has no effect with {choice}: leave it out, or set null",
+            )
 
 
 def type_name(expected: Any) -> str:
@@ -125,6 +139,11 @@ def type_name(expected: Any) -> str:
 def is_union(expected: Any) -> bool:
     """Whether a type is a union, such as ``int | None``."""
     return typing.get_origin(expected) in (typing.Union, types.UnionType)
+
+
+def is_optional(expected: Any) -> bool:
+    """Whether None is a value of a type."""
+    return is_union(expected) and types.NoneType in typing.get_args(expected)
 
 
 def shortened(value: Any) -> str:

@@ -11,6 +11,8 @@ from pretrain.errors import PretrainError
 # Upper limits are far above any use. They catch mistakes such as a missing decimal point, and keep
 # products of sizes within 64 bits.
 Size = Annotated[int, In("[1, 1048576]")]
+SizeOrZero = Annotated[int, In("[0, 1048576]")]
+Groups = Annotated[int, In("[1, 524288]")]
 Layers = Annotated[int, In("[1, 10000]")]
 LayersOrNone = Annotated[int, In("[0, 10000]")]
 Steps = Annotated[int, In("[1, 1000000000]")]
@@ -63,54 +65,200 @@ class RopeScalingConfig(Settings):
         )
 
 
+_MLA_ONLY = (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "rope_scaling",
+)  # fmt: skip
+_GQA_ONLY = ("num_kv_heads", "head_dim", "qk_norm")
+_EXPERTS_ONLY = (
+    "num_experts", "experts_per_token", "expert_groups", "expert_groups_per_token",
+    "expert_ffn_hidden_size", "shared_expert_ffn_hidden_size", "router_score",
+    "normalize_expert_weights", "router_scaling", "expert_bias_update_rate", "load_balancing_loss",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LanguageConfig(Settings):
-    """The language model: multi-head latent attention and mixture of experts, as in Kimi K2."""
+    """The language model: attention, and dense MLPs or mixtures of experts.
+
+    The defaults are Kimi K2's architecture, at a small size. Settings without effect on the chosen
+    architecture must keep their defaults.
+    """
 
     num_layers: Layers = 4
-    dense_layers: Annotated[int, In("[0, 9999]")] = 1
-    """Number of first layers with a dense MLP instead of experts."""
+    dense_layers: Annotated[int, In("[0, 10000]")] = 1
+    """Number of first layers with a dense MLP instead of experts; ``num_layers``: all."""
     hidden_size: Size = 128
     ffn_hidden_size: Size = 384
     """MLP width of the dense layers."""
+    vocab_size: Annotated[int, In("[1, 16777216]")] | None = None
+    """Rows of the embedding and of the output head: at least the tokenizer's tokens (null). More
+    make a tokenizer divisible by ``parallel.tensor``, or keep the padded vocabulary of a published
+    model. As there, the unused rows take part in the softmax."""
+    tie_embeddings: bool = False
+    """Use the embedding as output head. Needs parallel.pipeline=1."""
     num_heads: Size = 4
-    q_lora_rank: Size = 64
+    attention: Literal["mla", "gqa"] = "mla"
+    """mla: multi-head latent attention (DeepSeek-V2 and later, Kimi K2). gqa: grouped-query
+    attention (Llama, Qwen), including multi-head attention."""
+    q_lora_rank: Size | None = 64
+    """For mla: rank of the queries' latent; null: queries are projected from the hidden state, as
+    in Moonlight and DeepSeek-V2-Lite."""
     kv_lora_rank: Size = 48
+    """For mla, as the next three: rank of the latent of keys and values."""
     qk_nope_head_dim: Size = 32
     qk_rope_head_dim: Annotated[int, In("[2, 1048576]")] = 16
     v_head_dim: Size = 32
+    num_kv_heads: Size | None = None
+    """For gqa: number of heads of keys and values; null: ``num_heads``."""
+    head_dim: Annotated[int, In("[2, 1048576]")] | None = None
+    """For gqa: width of a head, all of it rotary; null: ``hidden_size`` / ``num_heads``."""
+    qk_norm: bool = False
+    """For gqa: RMSNorm of every head's query and key before the rotary embedding, as in Qwen3. The
+    logits then do not follow the scale of the weights, and QK-Clip does not apply."""
     rope_base: RopeBase = 10000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """For mla."""
     num_experts: Size = 8
     experts_per_token: Size = 2
+    expert_groups: Groups = 1
+    """Number of groups of consecutive experts (n_group of DeepSeek-V3)."""
+    expert_groups_per_token: Groups = 1
+    """Number of groups, those with the largest sums of their two best scores, that a token's
+    experts are chosen from (topk_group of DeepSeek-V3)."""
     expert_ffn_hidden_size: Size = 128
-    shared_expert_ffn_hidden_size: Size = 128
+    shared_expert_ffn_hidden_size: SizeOrZero = 128
+    """Width of all shared experts together; 0: none."""
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Score of the experts. sigmoid: with a bias for balancing, by which the experts are chosen,
+    but not weighted (DeepSeek-V3, Kimi K2). softmax: over all experts (DeepSeek-V2-Lite, Qwen3)."""
+    normalize_expert_weights: bool = True
+    """Divide the scores of a token's experts by their sum. The score of a single expert is never
+    normalized; sigmoid scores of several are always."""
     router_scaling: Annotated[float, In("[1e-6, 1e6]")] = 2.0
-    """Factor of the routed experts' normalized scores (Kimi K2: 2.827)."""
+    """Factor of the routed experts' scores (Kimi K2: 2.827)."""
     expert_bias_update_rate: Share = 1e-3
-    """Step size of the auxiliary-loss-free load balancing."""
+    """For sigmoid: step size of the auxiliary-loss-free load balancing."""
+    load_balancing_loss: Share = 0.0
+    """Coefficient of the sequence-wise load-balancing loss of every layer of experts (DeepSeek-V3,
+    arXiv 2412.19437, equation 17)."""
     norm_eps: Annotated[float, In("[1e-12, 1]")] = 1e-5
     """Epsilon of RMSNorm. The norms of MLA's latents always use 1e-6, as in DeepSeek-V3's code."""
     init_std: Annotated[float, In("[1e-12, 100]")] = 0.02
 
     def _check(self) -> None:
         require(
-            self.dense_layers < self.num_layers,
-            f"dense_layers must leave a layer of experts: 0..{self.num_layers - 1}, "
-            f"not {self.dense_layers}",
-        )
-        require(
-            self.experts_per_token <= self.num_experts,
-            f"experts_per_token is {self.experts_per_token} of only {self.num_experts} experts",
+            self.dense_layers <= self.num_layers,
+            f"dense_layers={self.dense_layers} is more than num_layers={self.num_layers}",
         )
         require(
             self.hidden_size >= self.num_heads,
             f"hidden_size={self.hidden_size} must be >= num_heads={self.num_heads}",
         )
+        if self.attention == "mla":
+            self._refuse_without_effect("attention=mla", _GQA_ONLY)
+            require(
+                self.qk_rope_head_dim % 2 == 0,
+                f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}",
+            )
+        else:
+            self._refuse_without_effect("attention=gqa", _MLA_ONLY)
+            self._check_gqa()
+        if self.moe_layers == 0:
+            self._refuse_without_effect("dense_layers=num_layers", _EXPERTS_ONLY)
+        else:
+            self._check_router()
+
+    def _check_gqa(self) -> None:
         require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}",
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
+            f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: set "
+            "head_dim",
         )
+        require(self.gqa_head_dim % 2 == 0, f"head_dim must be even, not {self.gqa_head_dim}")
+        require(
+            self.num_heads % self.gqa_kv_heads == 0,
+            f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: choose "
+            "a divisor",
+        )
+
+    def _check_router(self) -> None:
+        per_token, experts = self.experts_per_token, self.num_experts
+        require(per_token <= experts, f"experts_per_token is {per_token} of only {experts} experts")
+        groups, chosen = self.expert_groups, self.expert_groups_per_token
+        require(
+            experts % groups == 0,
+            f"expert_groups={groups} does not divide num_experts={experts}: choose a divisor",
+        )
+        require(
+            chosen <= groups, f"expert_groups_per_token is {chosen} of only {groups} expert_groups"
+        )
+        if self.router_score == "softmax":
+            self._refuse_without_effect("router_score=softmax", ["expert_bias_update_rate"])
+        else:
+            require(
+                self.normalize_expert_weights or per_token == 1,
+                "normalize_expert_weights=False needs router_score=softmax, or one expert per "
+                "token: sigmoid scores of several experts are always normalized",
+            )
+        if chosen == groups:  # all experts can be chosen
+            return
+        require(
+            self.router_score == "sigmoid",
+            f"expert_groups={groups} needs router_score=sigmoid: groups are ranked as in "
+            "DeepSeek-V3",
+        )
+        # megatron-core ranks a group by the sum of its best experts_per_token //
+        # expert_groups_per_token scores.
+        require(
+            per_token // chosen == 2,
+            f"expert_groups_per_token={chosen} needs experts_per_token={2 * chosen} or "
+            f"{2 * chosen + 1}, not {per_token}: groups are ranked by their two best scores",
+        )
+        require(
+            experts // groups * chosen >= per_token and experts // groups >= 2,
+            f"expert_groups={groups} of {experts // groups} experts are too small: "
+            f"expert_groups_per_token={chosen} of them must have experts_per_token={per_token}, "
+            "and each of them 2",
+        )
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of layers of experts, which follow the dense layers."""
+        return self.num_layers - self.dense_layers
+
+    @property
+    def gqa_kv_heads(self) -> int:
+        """``num_kv_heads`` with its default."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def gqa_head_dim(self) -> int:
+        """``head_dim`` with its default."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def query_key_dim(self) -> int:
+        """Width of a head's query and key."""
+        if self.attention == "gqa":
+            return self.gqa_head_dim
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_ranks(self) -> list[int]:
+        """Ranks of MLA's latents."""
+        if self.attention == "gqa":
+            return []
+        return [self.kv_lora_rank] + ([] if self.q_lora_rank is None else [self.q_lora_rank])
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's value."""
+        return self.gqa_head_dim if self.attention == "gqa" else self.v_head_dim
+
+    def vocab_rows(self, tokens: int) -> int:
+        """Rows of the embedding and of the output head, for a tokenizer's number of tokens."""
+        return self.vocab_size or tokens
 
 
 @dataclass(frozen=True)
@@ -253,9 +401,6 @@ class ParallelConfig(Settings):
     """Expert-parallel size: number of ranks that share the experts."""
     tensor: Ranks = 1
     """Tensor-parallel size, with sequence parallelism: number of ranks that split each matrix."""
-    context: Ranks = 1
-    """Context-parallel size: number of ranks that share each sequence. Attention gathers the latent
-    of all its tokens."""
     pipeline: Ranks = 1
     """Number of pipeline stages, which share the layers (1F1B schedule)."""
     interleave: Ranks = 1
@@ -297,20 +442,11 @@ class ParallelConfig(Settings):
     @property
     def min_world_size(self) -> int:
         """The smallest number of processes that these sizes allow."""
-        dense, experts = self.tensor * self.context, self.expert * self.expert_tensor
-        return self.pipeline * math.lcm(dense, experts)
-
-    @property
-    def sequence_unit(self) -> int:
-        """The number of tokens that the length of a sequence must be a multiple of.
-
-        Each context-parallel rank has two equal chunks, which sequence parallelism splits together.
-        """
-        return self.tensor if self.context == 1 else self.context * math.lcm(2, self.tensor)
+        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_tensor)
 
     def data_size(self, world_size: int) -> int:
         """Data-parallel size: number of ranks that share a global batch."""
-        return world_size // (self.tensor * self.context * self.pipeline)
+        return world_size // (self.tensor * self.pipeline)
 
     def expert_data_size(self, world_size: int) -> int:
         """Number of ranks with the same experts."""
@@ -538,13 +674,8 @@ class Config(Settings):
         for name, ranks in (
             ("parallel.expert", parallel.expert),
             ("parallel.tensor", parallel.tensor),
-            ("parallel.context", parallel.context),
             ("parallel.pipeline", parallel.pipeline),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
-            (
-                "parallel.tensor x parallel.context x parallel.pipeline",
-                parallel.tensor * parallel.context * parallel.pipeline,
-            ),
             ("parallel.expert x parallel.pipeline", parallel.expert * parallel.pipeline),
         ):
             if world_size % ranks:
@@ -570,30 +701,38 @@ class Config(Settings):
     def _check_divisors(self) -> None:
         """Refuse expert and tensor parallelism that do not divide the model's sizes evenly."""
         parallel, language, data = self.parallel, self.language, self.data
+        tensor, experts = parallel.tensor, language.moe_layers > 0
+        if parallel.expert > 1 and not experts:
+            raise PretrainError(
+                f"parallel.expert={parallel.expert} needs layers of experts, and language."
+                "dense_layers=num_layers leaves none: set parallel.expert=1"
+            )
         sizes = [
-            ("expert", parallel.expert, "language", "num_experts"),
-            ("tensor", parallel.tensor, "language", "num_heads"),
-            ("tensor", parallel.tensor, "language", "q_lora_rank"),
-            ("tensor", parallel.tensor, "language", "ffn_hidden_size"),
-            ("tensor", parallel.expert_tensor, "language", "expert_ffn_hidden_size"),
-            ("tensor", parallel.tensor, "language", "shared_expert_ffn_hidden_size"),
+            ("expert", parallel.expert, "language.num_experts", language.num_experts),
+            ("tensor", tensor, "language.num_heads", language.num_heads),
+            ("tensor", tensor, "data.seq_length", data.seq_length),
+            ("tensor", tensor, "language.ffn_hidden_size", language.ffn_hidden_size),
         ]
+        if language.attention == "gqa":
+            sizes.append(("tensor", tensor, "language.num_kv_heads", language.gqa_kv_heads))
+        elif language.q_lora_rank is not None:
+            sizes.append(("tensor", tensor, "language.q_lora_rank", language.q_lora_rank))
+        if experts:
+            width, shared = language.expert_ffn_hidden_size, language.shared_expert_ffn_hidden_size
+            sizes += [
+                ("tensor", parallel.expert_tensor, "language.expert_ffn_hidden_size", width),
+                ("tensor", tensor, "language.shared_expert_ffn_hidden_size", shared),
+            ]
         # The vocabulary of another tokenizer is checked once it has been read.
-        if not data.tokenizer and not self.start_from:
-            sizes.append(("tensor", parallel.tensor, "data", "vocab_size"))
-        for name, ranks, section, setting in sizes:
-            size = getattr(language if section == "language" else data, setting)
+        if language.vocab_size is not None:
+            sizes.append(("tensor", tensor, "language.vocab_size", language.vocab_size))
+        elif not data.tokenizer and not self.start_from:
+            sizes.append(("tensor", tensor, "data.vocab_size", data.vocab_size))
+        for name, ranks, setting, size in sizes:
             if size % ranks:
                 raise PretrainError(
-                    f"parallel.{name}={ranks} does not divide {section}.{setting}={size}: choose a "
-                    "divisor"
+                    f"parallel.{name}={ranks} does not divide {setting}={size}: choose a divisor"
                 )
-        if data.seq_length % parallel.sequence_unit:
-            raise PretrainError(
-                f"data.seq_length={data.seq_length} is not a multiple of {parallel.sequence_unit}, "
-                f"which parallel.tensor={parallel.tensor} and parallel.context={parallel.context} "
-                "require: change one of them"
-            )
 
     def _check_layers(self) -> None:
         """Refuse model chunks without layers, or that recomputation does not divide evenly."""
@@ -608,6 +747,11 @@ class Config(Settings):
                 f"parallel.pipeline={parallel.pipeline} x parallel.interleave="
                 f"{parallel.interleave} is more than language.num_layers={num_layers}: each model "
                 "chunk needs a layer"
+            )
+        if self.language.tie_embeddings and parallel.pipeline > 1:
+            raise PretrainError(
+                "language.tie_embeddings needs parallel.pipeline=1: embedding and output head are "
+                "one weight"
             )
         if recompute.granularity == "full" and recompute.method == "uniform":
             for layers in parallel.layers(num_layers):

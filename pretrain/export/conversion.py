@@ -19,30 +19,36 @@ from pretrain.model.weights import Shape, language_weights, vision_weights
 
 @dataclass(frozen=True)
 class Conversion:
-    """Weights of ours and published tensors that have the same rows in the same order.
+    """Weights of ours and published tensors that have the same rows.
 
     Attributes:
         ours, published: shapes by name, stacked in this order. One of the two has one tensor.
+        groups: number of groups of rows in which several published tensors alternate in ours, as
+            queries, keys and values of each key head do; 1: one tensor after the other.
     """
 
     ours: dict[str, Shape]
     published: dict[str, Shape]
+    groups: int = 1
 
     def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the published tensors, given ours."""
-        return _restack(tensors, self.ours, self.published)
+        return _restack(tensors, self.ours, self.published, self.groups)
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return our tensors, given the published ones."""
-        return _restack(tensors, self.published, self.ours)
+        return _restack(tensors, self.published, self.ours, self.groups)
 
 
 def _restack(
-    tensors: Mapping[str, Tensor], before: Mapping[str, Shape], after: Mapping[str, Shape]
+    tensors: Mapping[str, Tensor],
+    before: Mapping[str, Shape],
+    after: Mapping[str, Shape],
+    groups: int,
 ) -> dict[str, Tensor]:
-    stack = [tensors[name] for name in before]
-    rows = stack[0] if len(stack) == 1 else torch.cat(stack)
-    split = torch.split(rows, [shape[0] for shape in after.values()])
+    stack = [tensors[name].reshape(groups, -1, *shape[1:]) for name, shape in before.items()]
+    rows = stack[0] if len(stack) == 1 else torch.cat(stack, 1)
+    split = torch.split(rows, [shape[0] // groups for shape in after.values()], 1)
     return {
         name: tensor.reshape(shape).contiguous()
         for (name, shape), tensor in zip(after.items(), split, strict=True)
@@ -67,4 +73,5 @@ def conversions(
     for _, stack in groupby(weights, key=lambda weight: list(weight.published)):
         ours = list(stack)
         published = {name.removeprefix(prefix): s for name, s in ours[0].published.items()}
-        yield Conversion({weight.name: weight.shape for weight in ours}, published)
+        shapes = {weight.name: weight.shape for weight in ours}
+        yield Conversion(shapes, published, ours[0].published_groups)

@@ -1,8 +1,8 @@
-"""The language model: megatron-core's GPTModel with the architecture of Kimi K2.
+"""The language model: megatron-core's GPTModel in the shapes of published models.
 
-Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) and a mixture of experts with sigmoid
-scores and aux-loss-free balancing (DeepSeek-V3, arXiv 2412.19437). The layer spec replaces the core
-attention, which observes max logits, and the norms.
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) or grouped-query attention, and dense
+MLPs or mixtures of experts. The layer spec replaces the core attention, which observes max logits,
+and the norms.
 """
 
 import math
@@ -13,14 +13,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from muonclip import screened_max_logits
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.errors import PretrainError
 from pretrain.model.kernels import Kernels
-from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import transformer_config
 from pretrain.runtime import apex
 
@@ -48,9 +48,14 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """query, key [s, b, heads, d] and value [s, b, heads, v] to [s, b, heads * v].
 
+        Of keys and values there may be fewer heads, each for consecutive heads of queries.
+
         ``attention_mask`` is bool, broadcast to [b, heads, s, s], True where attention is masked.
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if key.shape[1] < query.shape[1]:  # grouped-query attention
+            queries = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(queries, 1) for x in (key, value))
         logits = torch.matmul(query * self.softmax_scale, key.transpose(-1, -2))
         logits = logits.masked_fill(attention_mask, -torch.inf)
         if self.observer is not None and self.training and torch.is_grad_enabled():
@@ -96,6 +101,25 @@ class LatentRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps=1e-6)
 
 
+class DuplicatedLinear(nn.Linear):
+    """MLA's down-projections with the whole weight on every tensor-parallel rank.
+
+    Each rank projects its part of the sequence, as with Transformer Engine, which also saves the
+    gathering of outputs. The output for keys contains the rotary key that all heads share:
+    megatron-core 0.16 splits the layer and gathers the output without summing its gradient, so
+    that the shared key would get the gradient of each rank's own heads only.
+    """
+
+    def __init__(self, split: ColumnParallelLinear) -> None:
+        super().__init__(split.input_size, split.output_size, bias=False, dtype=split.weight.dtype)
+        # See RMSNorm.
+        setattr(self.weight, "sequence_parallel", True)  # noqa: B010 (for mypy)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Output and no bias, as megatron-core's linear layers return them."""
+        return super().forward(x), None
+
+
 def build_language_model(
     config: LanguageConfig,
     vocab_size: int,
@@ -131,26 +155,35 @@ def build_language_model(
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
-            position_embedding_type="none",
-            share_embeddings_and_output_weights=False,
+            # MLA has its own rotary embedding.
+            position_embedding_type="rope" if config.attention == "gqa" else "none",
+            rotary_base=config.rope_base,
+            share_embeddings_and_output_weights=config.tie_embeddings,
             # multimodal.forward scatters the embeddings after it has inserted image features.
             scatter_embedding_sequence_parallel=False,
             **virtual,
         )
+        if parallel.tensor > 1 and config.attention == "mla":
+            for layer in model.decoder.layers:
+                attention = layer.self_attention
+                for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+                    if hasattr(attention, name):  # queries may be projected at once
+                        setattr(attention, name, DuplicatedLinear(getattr(attention, name)))
         chunks.append(model)
     return chunks
 
 
-def _layer_spec(settings: MLATransformerConfig, virtual: dict[str, int]) -> Any:
+def _layer_spec(settings: TransformerConfig, virtual: dict[str, int]) -> Any:
     """megatron-core's layer spec of a model chunk, with our core attention and norms."""
     spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, **virtual)
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.module = LatentAttention
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CoreAttention
-        attention.q_layernorm = LatentRMSNorm
-        attention.kv_layernorm = LatentRMSNorm
+        if isinstance(settings, MLATransformerConfig):
+            attention.q_layernorm = attention.kv_layernorm = LatentRMSNorm
+        elif settings.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import nn
 
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig, RopeScalingConfig
@@ -14,38 +14,19 @@ def transformer_config(
     parallel: ParallelConfig,
     recompute: RecomputeConfig,
     dtype: torch.dtype,
-) -> MLATransformerConfig:
+) -> TransformerConfig:
     """megatron-core's configuration of the language model."""
-    moe_layers = config.num_layers - config.dense_layers
-    return MLATransformerConfig(
+    mla = config.attention == "mla"
+    return (MLATransformerConfig if mla else TransformerConfig)(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_heads,
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_head_dim=config.qk_nope_head_dim,
-        qk_pos_emb_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        rotary_base=config.rope_base,
-        **_rope_settings(config.rope_scaling),
-        qk_layernorm=True,
-        num_moe_experts=config.num_experts,
-        moe_layer_freq=[0] * config.dense_layers + [1] * moe_layers,
-        moe_router_topk=config.experts_per_token,
-        moe_ffn_hidden_size=config.expert_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=config.shared_expert_ffn_hidden_size,
-        moe_router_score_function="sigmoid",
-        moe_router_topk_scaling_factor=config.router_scaling,
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=config.expert_bias_update_rate,
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
-        moe_token_dispatcher_type="alltoall",
+        **(_mla_settings if mla else _gqa_settings)(config),
+        **(_expert_settings(config, dtype) if config.moe_layers else {}),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         tensor_model_parallel_size=parallel.tensor,
-        context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=(
@@ -88,6 +69,61 @@ def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[l
         return None
     chunks = [["decoder"] * count for count in layers]
     return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
+
+
+def _mla_settings(config: LanguageConfig) -> dict[str, Any]:
+    """Multi-head latent attention."""
+    return {
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "qk_layernorm": True,
+        "rotary_base": config.rope_base,
+        **_rope_settings(config.rope_scaling),
+    }
+
+
+def _gqa_settings(config: LanguageConfig) -> dict[str, Any]:
+    """Grouped-query attention. GPTModel itself takes the settings of its rotary embedding."""
+    return {
+        "num_query_groups": config.gqa_kv_heads,
+        "kv_channels": config.gqa_head_dim,
+        "qk_layernorm": config.qk_norm,
+    }
+
+
+def _expert_settings(config: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Layers of experts and their routers."""
+    normalized = config.normalize_expert_weights and config.experts_per_token > 1
+    softmax = {
+        "moe_router_score_function": "softmax",
+        # The softmax over all experts, not over those of the token.
+        "moe_router_pre_softmax": not normalized,
+    }
+    sigmoid = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": config.expert_bias_update_rate,
+    }
+    groups = {
+        "moe_router_num_groups": config.expert_groups,
+        "moe_router_group_topk": config.expert_groups_per_token,
+    }
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_layer_freq": [0] * config.dense_layers + [1] * config.moe_layers,
+        "moe_router_topk": config.experts_per_token,
+        "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": config.shared_expert_ffn_hidden_size or None,
+        **(softmax if config.router_score == "softmax" else sigmoid),
+        **(groups if config.expert_groups_per_token < config.expert_groups else {}),
+        "moe_router_topk_scaling_factor": config.router_scaling,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _rope_settings(config: RopeScalingConfig) -> dict[str, Any]:

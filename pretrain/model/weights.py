@@ -5,7 +5,7 @@ plan, export and import read them. A test compares the catalogue with models tha
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from muonclip.distributed import TensorShard
@@ -38,14 +38,16 @@ class Weight(NamedTuple):
         component: part of the model that it belongs to, as ``plan`` lists it.
         optimizer: algorithm that trains it; None for a buffer.
         published: names and shapes of the tensors with its values in the published checkpoint of
-            Kimi-K2.5. DeepSeek-V3's names lack the prefix ``language_model.``. A weight with two
-            published tensors is the stack of both; consecutive weights with the same published
-            tensor are stacked there. Reshaped, nothing else changes.
+            Kimi-K2.5. Text models' names lack the prefix ``language_model.``. A weight with
+            several published tensors is the stack of them; consecutive weights with the same
+            published tensor are stacked there. Reshaped, nothing else changes.
         split: its tensor-parallel split; None: every tensor-parallel rank has the whole tensor.
         layer: its layer in the language model, from 0; -1 for the embedding and ``num_layers`` for
             the final norm and the output head, which the first and the last model chunk have. None
             for the vision encoder and the projector, which every rank has.
         expert: number of its expert within the layer; None outside experts.
+        published_groups: number of groups of rows in which its published tensors alternate: each
+            group has its rows of the first tensor, then of the second, and so on.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Weight(NamedTuple):
     split: Split | None = None
     layer: int | None = None
     expert: int | None = None
+    published_groups: int = 1
 
     @property
     def numel(self) -> int:
@@ -85,8 +88,7 @@ class Weight(NamedTuple):
             return world_size
         if self.expert is not None:
             return parallel.expert_data_size(world_size)
-        replicas = parallel.data_size(world_size) * parallel.context
-        return replicas * (1 if self.split else parallel.tensor)
+        return parallel.data_size(world_size) * (1 if self.split else parallel.tensor)
 
 
 _COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding
@@ -119,13 +121,12 @@ def language_weights(
     for layer in range(config.num_layers):
         yield from _language_layer(config, layer, experts)
     yield weight("decoder.final_layernorm", "model.norm", (hidden,), "norms", None, end)
-    yield weight("output_layer", "lm_head", (vocab_size, hidden), "output head", _COLUMNS, end)
+    if not config.tie_embeddings:
+        yield weight("output_layer", "lm_head", (vocab_size, hidden), "output head", _COLUMNS, end)
 
 
 def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) -> Iterator[Weight]:
-    hidden, heads = config.hidden_size, config.num_heads
-    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
+    hidden = config.hidden_size
 
     def weight(
         name: str, published: str, shape: Shape, component: str, optimizer: Optimizer = "muon",
@@ -134,19 +135,9 @@ def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) 
         """``published``: a name, or those of two tensors that are stacked here."""
         names = published.split()
         rows, *columns = shape
-        tensors = {
-            f"language_model.model.layers.{layer}.{name}.weight": (rows // len(names), *columns)
-            for name in names
-        }
+        tensors = {_layer_name(layer, name): (rows // len(names), *columns) for name in names}
         name = f"language.decoder.layers.{layer}.{name}.weight"
         return Weight(name, shape, component, optimizer, tensors, split, layer, expert)
-
-    def norm(name: str, published: str, size: int) -> Weight:
-        return weight(name, published, (size,), "norms", "adamw")
-
-    def attention(name: str, published: str, shape: Shape, split: Split | None) -> Weight:
-        name, published = f"self_attention.linear_{name}", f"self_attn.{published}"
-        return weight(name, published, shape, "attention", split=split)
 
     def mlp(
         name: str, published: str, component: str, width: int, expert: int | None = None
@@ -161,35 +152,88 @@ def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) 
             split=_ROWS, expert=expert,
         )  # fmt: skip
 
-    yield norm("input_layernorm", "input_layernorm", hidden)
-    # Every rank has the whole down-projections: see latent_attention.DuplicatedLinear.
-    yield attention("q_down_proj", "q_a_proj", (q_rank, hidden), None)
-    yield norm("self_attention.q_layernorm", "self_attn.q_a_layernorm", q_rank)
-    yield attention("q_up_proj", "q_b_proj", (heads * (nope + rope), q_rank), _COLUMNS)
-    yield attention("kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + rope, hidden), None)
-    yield norm("self_attention.kv_layernorm", "self_attn.kv_a_layernorm", kv_rank)
-    yield attention("kv_up_proj", "kv_b_proj", (heads * (nope + value), kv_rank), _COLUMNS)
-    yield attention("proj", "o_proj", (hidden, heads * value), _ROWS)
-    yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden)
+    yield weight("input_layernorm", "input_layernorm", (hidden,), "norms", "adamw")
+    yield from (_mla if config.attention == "mla" else _gqa)(config, layer)
+    yield weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), "norms", "adamw")
     if layer < config.dense_layers:
         yield from mlp("mlp", "mlp", "dense MLP", config.ffn_hidden_size)
         return
     yield weight("mlp.router", "mlp.gate", (config.num_experts, hidden), "router", "adamw")
-    bias = (config.num_experts,)
-    yield Weight(
-        f"language.decoder.layers.{layer}.mlp.router.expert_bias", bias, "router", None,
-        {f"language_model.model.layers.{layer}.mlp.gate.e_score_correction_bias": bias},
-        layer=layer,
-    )  # fmt: skip
+    if config.router_score == "sigmoid":
+        bias = (config.num_experts,)
+        yield Weight(
+            f"language.decoder.layers.{layer}.mlp.router.expert_bias", bias, "router", None,
+            {f"language_model.model.layers.{layer}.mlp.gate.e_score_correction_bias": bias},
+            layer=layer,
+        )  # fmt: skip
     for expert in experts:
         yield from mlp(
             f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}", "experts",
             config.expert_ffn_hidden_size, expert,
         )  # fmt: skip
-    yield from mlp(
-        "mlp.shared_experts", "mlp.shared_experts", "shared experts",
-        config.shared_expert_ffn_hidden_size,
+    if config.shared_expert_ffn_hidden_size:
+        yield from mlp(
+            "mlp.shared_experts", "mlp.shared_experts", "shared experts",
+            config.shared_expert_ffn_hidden_size,
+        )  # fmt: skip
+
+
+def _layer_name(layer: int, name: str) -> str:
+    """Published name of a weight of a layer."""
+    return f"language_model.model.layers.{layer}.{name}.weight"
+
+
+def _mla(config: LanguageConfig, layer: int) -> Iterator[Weight]:
+    """Weights of multi-head latent attention."""
+    hidden, heads, q_rank, kv_rank = (
+        config.hidden_size, config.num_heads, config.q_lora_rank, config.kv_lora_rank,
     )  # fmt: skip
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    query = heads * (nope + rope)
+
+    def matrix(name: str, published: str, shape: Shape, split: Split | None) -> Weight:
+        return _attention_weight(layer, f"linear_{name}", {published: shape}, shape, split)
+
+    def norm(name: str, published: str, size: int) -> Weight:
+        return _attention_weight(layer, name, {published: (size,)}, (size,))
+
+    # Every rank has the whole down-projections: see pretrain.model.language.DuplicatedLinear.
+    if q_rank is None:
+        yield matrix("q_proj", "q_proj", (query, hidden), _COLUMNS)
+    else:
+        yield matrix("q_down_proj", "q_a_proj", (q_rank, hidden), None)
+        yield norm("q_layernorm", "q_a_layernorm", q_rank)
+        yield matrix("q_up_proj", "q_b_proj", (query, q_rank), _COLUMNS)
+    yield matrix("kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + rope, hidden), None)
+    yield norm("kv_layernorm", "kv_a_layernorm", kv_rank)
+    yield matrix("kv_up_proj", "kv_b_proj", (heads * (nope + value), kv_rank), _COLUMNS)
+    yield matrix("proj", "o_proj", (hidden, heads * value), _ROWS)
+
+
+def _gqa(config: LanguageConfig, layer: int) -> Iterator[Weight]:
+    """Weights of grouped-query attention."""
+    hidden, dim, groups = config.hidden_size, config.gqa_head_dim, config.gqa_kv_heads
+    query, key = config.num_heads * dim, groups * dim
+    # megatron-core's order: per key head its queries, the key and the value.
+    qkv = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden)}
+    fused = _attention_weight(layer, "linear_qkv", qkv, (query + 2 * key, hidden), _COLUMNS)
+    yield fused._replace(published_groups=groups)
+    if config.qk_norm:
+        for x in "qk":
+            yield _attention_weight(layer, f"{x}_layernorm", {f"{x}_norm": (dim,)}, (dim,))
+    output = (hidden, query)
+    yield _attention_weight(layer, "linear_proj", {"o_proj": output}, output, _ROWS)
+
+
+def _attention_weight(
+    layer: int, name: str, published: Mapping[str, Shape], shape: Shape, split: Split | None = None
+) -> Weight:
+    """A matrix, or the gain of a norm."""
+    component = "attention" if len(shape) > 1 else "norms"
+    optimizer: Optimizer = "muon" if len(shape) > 1 else "adamw"
+    tensors = {_layer_name(layer, f"self_attn.{key}"): value for key, value in published.items()}
+    name = f"language.decoder.layers.{layer}.self_attention.{name}.weight"
+    return Weight(name, shape, component, optimizer, tensors, split, layer)
 
 
 def vision_weights(config: VisionConfig, language_hidden_size: int) -> Iterator[Weight]:

@@ -29,16 +29,15 @@ def forward_flops(
         FLOPs by (layer, part). The parts are the components of the catalogue of weights, and
         ``scores``: the products of queries with keys and of attention weights with values.
     """
-    heads = config.num_heads
-    head_dims = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    flops = {
-        (layer, "scores"): 2.0 * heads * head_dims * keys_per_query
-        for layer in range(config.num_layers)
-    }
+    widths = config.num_heads * (config.query_key_dim + config.value_dim)
+    flops = {(layer, "scores"): 2.0 * widths * keys_per_query for layer in range(config.num_layers)}
     for weight in language_weights(config, vocab_size, experts=range(1)):
         if weight.layer is not None and len(weight.shape) == 2:
             key = weight.layer, weight.component
             flops[key] = flops.get(key, 0.0) + 2.0 * active_numel(config, weight)
+    if config.tie_embeddings:
+        head = 2.0 * vocab_size * config.hidden_size
+        flops[config.num_layers, "output head"] = head
     return flops
 
 
@@ -63,7 +62,8 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     As executed, attention computes the scores of all pairs of tokens, masked or not.
     """
     language, tokens = config.language, tokens_per_step(config)
-    executed = forward_flops(language, config.data.vocab_size, config.data.seq_length)
+    vocab_size = language.vocab_rows(config.data.vocab_size)
+    executed = forward_flops(language, vocab_size, config.data.seq_length)
     forward = sum(executed.values())
     scores = sum(flops for (_, part), flops in executed.items() if part == "scores")
     chunks, parts = itertools.chain(*ranks.stages), recomputed_parts(config)
@@ -86,7 +86,7 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
         # The max logits of all heads, for QK-Clip: one of attention's two products.
         "encoder logits": cost.per_pair / 2 * images.patches * images.patches_per_image,
     }
-    per_token = flops_per_token(language, config.data.vocab_size, config.data.seq_length)
+    per_token = flops_per_token(language, vocab_size, config.data.seq_length)
     return {
         **flops,
         "total": sum(flops.values()),

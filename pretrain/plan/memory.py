@@ -115,16 +115,17 @@ def layer_activations(config: Config, layer: int, ranks: Ranks) -> dict[str, flo
     heads = language.num_heads / tensor
     tokens = config.micro_batch_size * config.data.seq_length
     local_tokens = tokens / tensor
-    qk = language.qk_nope_head_dim + language.qk_rope_head_dim
-    latents = _norm(language.q_lora_rank, itemsize) + _norm(language.kv_lora_rank, itemsize)
+    qk, value = language.query_key_dim, language.value_dim
+    latents = sum(_norm(rank, itemsize) for rank in language.latent_ranks)
+    shared_key = language.qk_rope_head_dim if language.attention == "mla" else 0
     # The attention weights in float32, and rounded.
     score_size = FLOAT32 + (itemsize if itemsize < FLOAT32 else 0)
     attention = {
         "norms": local_tokens * 2 * _norm(language.hidden_size, itemsize),
-        "latents": local_tokens * (latents + language.qk_rope_head_dim * itemsize),
-        "qkv": tokens * heads * (2 * qk + language.v_head_dim) * itemsize,
+        "latents": local_tokens * (latents + shared_key * itemsize),
+        "qkv": tokens * heads * (2 * qk + value) * itemsize,
         "scores": tokens * heads * config.data.seq_length * score_size,
-        "context": tokens * heads * language.v_head_dim * itemsize,
+        "context": tokens * heads * value * itemsize,
     }
 
     def gated_mlp(width: int) -> float:
@@ -149,7 +150,11 @@ def head_activations(config: Config, ranks: Ranks) -> float:
     logits in float32."""
     tokens = config.micro_batch_size * config.data.seq_length
     norm = _norm(config.language.hidden_size, ITEMSIZE[config.precision])
-    return tokens / ranks.tensor * (norm + config.data.vocab_size * FLOAT32)
+    return (
+        tokens
+        / ranks.tensor
+        * (norm + config.language.vocab_rows(config.data.vocab_size) * FLOAT32)
+    )
 
 
 def encoder_activations(config: Config, patches: float) -> float:

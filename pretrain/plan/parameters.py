@@ -9,7 +9,8 @@ from pretrain.model.weights import Weight, language_weights, vision_weights
 
 def trained_weights(config: Config) -> list[Weight]:
     """Trained weights, with the first expert of each layer in place of all."""
-    language = language_weights(config.language, config.data.vocab_size, experts=range(1))
+    rows = config.language.vocab_rows(config.data.vocab_size)
+    language = language_weights(config.language, rows, experts=range(1))
     vision = vision_weights(config.vision, config.language.hidden_size)
     return [weight for weight in (*language, *vision) if weight.optimizer is not None]
 

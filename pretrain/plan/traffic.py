@@ -59,7 +59,7 @@ class _Traffic:
     def add_gradients(self, weights: list[Weight]) -> None:
         for weight in weights:
             size, is_expert = self.ranks.local_numel(weight) * FLOAT32, weight.expert is not None
-            replicas = self.ranks.expert_data if is_expert else self.ranks.replicas
+            replicas = self.ranks.expert_data if is_expert else self.ranks.data
             self.all_reduce("gradients", size, replicas)
             if not weight.split and not is_expert:
                 # Each tensor-parallel rank has the gradient of its part of the sequence.
@@ -72,7 +72,7 @@ class _Traffic:
         for weight in weights:
             if weight.optimizer != "muon":
                 continue
-            shards, replicas = ranks.tensor, ranks.replicas
+            shards, replicas = ranks.tensor, ranks.data
             if weight.expert is not None:
                 shards, replicas = ranks.expert_tensor, ranks.expert_data
             numel, group = ranks.tensors(weight) * weight.numel, shards * replicas
@@ -107,15 +107,22 @@ class _Traffic:
     def _add_tensor_parallel(self, channel: float, layer: int, forwards: int) -> None:
         """Inputs of column-parallel layers are gathered, outputs of row-parallel ones scattered."""
         language = self.config.language
-        hidden, q_rank, kv_rank = language.hidden_size, language.q_lora_rank, language.kv_lora_rank
-        rope = language.qk_rope_head_dim
-        # Attention: both latents and the rotary key; the output.
-        forward: float = q_rank + kv_rank + rope + hidden
+        hidden = language.hidden_size
+        if language.attention == "mla":
+            # Inputs of the up-projections, or of the queries' only one; the rotary key.
+            whole, shared = (
+                (language.q_lora_rank or hidden) + language.kv_lora_rank,
+                language.qk_rope_head_dim,
+            )
+        else:
+            whole, shared = hidden, 0
+        forward: float = whole + shared + hidden  # and the output
         # Inputs are gathered again for the weights' gradients; the rest mirrors the forward pass.
-        backward: float = 2 * q_rank + 2 * kv_rank + rope + hidden
-        # MLP: dense, or the shared experts.
-        forward += 2 * hidden
-        backward += 3 * hidden
+        backward: float = 2 * whole + shared + hidden
+        if layer < language.dense_layers or language.shared_expert_ffn_hidden_size:
+            # MLP: dense, or the shared experts.
+            forward += 2 * hidden
+            backward += 3 * hidden
         if layer >= language.dense_layers and self.ranks.expert_tensor > 1:
             # Tokens and scores to all shards of an expert, and back in the scores' float32.
             wide = FLOAT32 / self.itemsize

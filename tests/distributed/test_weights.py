@@ -102,7 +102,7 @@ def megatron_blocks(chunk: nn.Module) -> Iterator[tuple[Tensor, tuple[TensorShar
         else:
             continue
         group = module.tp_group
-        if group.size() > 1:
+        if group.size() > 1 and module.weight is not None:  # None: tied to the embedding
             stacked = 2 if name.endswith("linear_fc1") else 1
             sizes = list(module.weight.shape)
             sizes[dim] //= stacked
@@ -120,6 +120,7 @@ def megatron_blocks(chunk: nn.Module) -> Iterator[tuple[Tensor, tuple[TensorShar
         (2, ("parallel.pipeline=2", "parallel.interleave=2")),
         (2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.layout=[0,3,1,0]")),
         (4, ("parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2")),
+        *((2, ("parallel.tensor=2", *shape)) for shape in training.SHAPES.values()),
     ],
 )
 def test_the_catalogue_lists_the_tensors_of_the_model(

@@ -71,6 +71,32 @@ def tiny(folder: str, *overrides: str) -> Config:
 # expert. In float64 neither is seen: what remains is what a layout does wrong.
 EXACT = "precision=float64"
 
+# Without the settings of TINY that are only for MLA, or only for experts.
+_GQA = (
+    "language.attention=gqa",
+    *(f"language.{name}_lora_rank=null" for name in ("q", "kv")),
+    *(f"language.{name}_head_dim=null" for name in ("qk_nope", "qk_rope", "v")),
+)
+_DENSE = (
+    "language.num_layers=2", "language.dense_layers=2", "language.num_experts=null",
+    "language.expert_ffn_hidden_size=null",
+    "language.shared_expert_ffn_hidden_size=null",
+)  # fmt: skip
+
+# Shapes of published models, in addition to Kimi K2's, which is the default.
+SHAPES = {
+    "queries without LoRA": ("language.q_lora_rank=null",),
+    "groups of experts": ("language.expert_groups=2",),
+    "softmax router": ("language.router_score=softmax", "language.normalize_expert_weights=false"),
+    "normalized softmax, no shared expert": (
+        *("language.router_score=softmax", "language.shared_expert_ffn_hidden_size=0"),
+        *_GQA,
+        "language.num_kv_heads=2",
+        "language.num_heads=4",
+        "language.qk_norm=true",
+    ),
+    "dense": (*_DENSE, *_GQA, "language.head_dim=10", "language.tie_embeddings=true"),
+}
 # Metrics that are not functions of configuration and seed.
 _MACHINE_DEPENDENT = ("memory_gib", "tokens_per_second", "mfu")
 

@@ -45,7 +45,7 @@ def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path: 
         ),
         (["optimizer=3"], "optimizer must be a mapping, not 3"),
         (["optimizer.lr=-1"], "optimizer.lr must be in [1e-30, 1e30], not -1.0"),
-        (["language.dense_layers=9"], "language.dense_layers must leave a layer of experts"),
+        (["language.dense_layers=9"], "language.dense_layers=9 is more than num_layers=4"),
         (["language.experts_per_token=99"], "experts_per_token is 99 of only 8 experts"),
         (["steps=10"], "is more than steps = 10"),
         (["start_from=runs/default"], "start_from=runs/default is the run_dir itself"),

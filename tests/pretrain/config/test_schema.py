@@ -41,7 +41,17 @@ WITH = {
     "language.dense_layers": ["language.num_layers=10000"],
     "language.hidden_size": ["language.num_heads=1"],
     "language.num_heads": ["language.hidden_size=1048576"],
+    "language.num_kv_heads": [
+        *(f"language.{x}" for x in ("attention=gqa", "head_dim=2")),
+        *("language.num_heads=1048576", "language.hidden_size=1048576"),
+    ],
+    "language.head_dim": ["language.attention=gqa"],
     "language.num_experts": ["language.experts_per_token=1"],
+    "language.expert_groups": ["language.num_experts=1048576"],
+    "language.expert_groups_per_token": [
+        *("language.num_experts=1048576", "language.expert_groups=524288"),
+        "language.experts_per_token=2",
+    ],
     "language.experts_per_token": ["language.num_experts=1048576"],
     "language.rope_scaling.factor": ["language.rope_scaling.original_max_position_embeddings=256"],
     "language.rope_scaling.beta_fast": ["language.rope_scaling.beta_slow=1e-6"],
@@ -281,9 +291,13 @@ def test_a_pipeline_layout_is_used_as_given_or_refused(
     assert "\n" not in str(error.value)
 
 
-def test_null_is_the_default_wherever_it_is_allowed() -> None:
-    """Null in a file restores the default, so no setting can have null as another value."""
+def test_null_is_the_default_wherever_it_is_allowed(empty: Path) -> None:
+    """Null in a file restores the default; only where config.json has it, it is another value."""
     defaults = config.to_dict(Config())
+    loaded = config.load(empty, ["language.q_lora_rank=null"])
+    assert loaded.language.q_lora_rank is None
+    assert config.from_dict(config.to_dict(loaded)) == loaded
+    defaults["language"]["q_lora_rank"] = None
     for key, hint in settings(Config):
         if type(None) in typing.get_args(hint):
             section: Any = defaults

@@ -133,3 +133,25 @@ def test_stacked_tensors_keep_the_order_of_rows() -> None:
     gate_and_up = torch.arange(2.0 * width * hidden).view(2 * width, hidden)
     gate, up = item.to_published({name: gate_and_up}).values()
     assert torch.equal(gate, gate_and_up[:width]) and torch.equal(up, gate_and_up[width:])
+
+
+def test_queries_keys_and_values_alternate_by_key_head() -> None:
+    """Our rows are the queries, the key and the value of the first key head, then the second's."""
+    grouped = LanguageConfig(
+        num_layers=1, dense_layers=1, num_heads=4, head_dim=2, num_kv_heads=2, attention="gqa",
+        num_experts=8, hidden_size=4,
+    )  # fmt: skip
+    items = [i for i in conversions(grouped, None, 300) if any("linear_qkv" in n for n in i.ours)]
+    (item,) = items
+    prefix = "model.layers.0.self_attn"
+    queries, keys, values = (torch.randn(rows, 4) for rows in (8, 4, 4))
+    published = {
+        f"{prefix}.{x}_proj.weight": t for x, t in zip("qkv", (queries, keys, values), strict=True)
+    }
+    (ours,) = item.to_ours(published).values()
+    expected = [queries[:4], keys[:2], values[:2], queries[4:], keys[2:], values[2:]]
+    assert torch.equal(ours, torch.cat(expected))
+    (name,) = item.ours
+    back = item.to_published({name: ours})
+    assert list(back) == list(published)
+    assert all(torch.equal(back[name], tensor) for name, tensor in published.items())
