@@ -230,7 +230,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     Returns:
         (phase, begin, end), in seconds since the beginning of the step.
     """
-    from pretrain.step import run_backbone
+    from pretrain.step import encode_images, run_backbone
 
     marks: list[tuple[str, float, float]] = []
     dist.barrier()
@@ -244,7 +244,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     if name == TEXT:
         features = [torch.zeros(0, run.config.language.hidden_size) for _ in batches]
     else:
-        features = run.encoder.encode([(batch.patches, batch.grids) for batch in batches])
+        features = encode_images(run, batches)
     done("encode")
     run_backbone(run, batches, features)
     done("backbone")

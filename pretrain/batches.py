@@ -12,6 +12,7 @@ from pretrain.config import Config
 from pretrain.data import Data, PackedSample, skipped
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.errors import PretrainError
+from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
 from pretrain.runtime.output import warn
@@ -81,18 +82,28 @@ def _micro_batches(
 ) -> list[MicroBatch]:
     size = config.micro_batch_size
     return [
-        collate(samples[start : start + size], context.device, images=context.first_stage)
+        collate(
+            samples[start : start + size],
+            context.device,
+            images=context.first_stage,
+            share=context.sequence_share,
+        )
         for start in range(0, len(samples), size)
     ]
 
 
 def collate(
-    samples: Sequence[PackedSample], device: torch.device, *, images: bool = True
+    samples: Sequence[PackedSample],
+    device: torch.device,
+    *,
+    images: bool = True,
+    share: SequenceShare = WHOLE_SEQUENCE,
 ) -> MicroBatch:
     """Stack packed sequences to a micro-batch; their images are concatenated in order.
 
     Args:
         images: include the images. False for pipeline stages after the first, which only see text.
+        share: the tokens that this rank computes. Default: all.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -113,6 +124,7 @@ def collate(
         documents=stack("documents"),
         patches=moved(patches if images else patches[:0]),
         grids=grids if images else grids[:0],
+        share=share,
     )
 
 

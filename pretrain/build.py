@@ -207,6 +207,7 @@ def make_encoder(
         config,
         needs_features=context.first_stage,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         cost=cost,
     )
 

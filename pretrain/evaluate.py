@@ -10,7 +10,7 @@ from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
 from pretrain.model.multimodal import MicroBatch
-from pretrain.step import run_backbone, run_schedule
+from pretrain.step import encode_images, run_backbone, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
 
@@ -46,7 +46,7 @@ def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float |
     sums = objective.no_losses(run.context.device)
     if samples:
         micro_batches = batches.for_evaluation(samples, run.config, run.context)
-        features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
+        features = encode_images(run, micro_batches)
         sums = run_backbone(run, micro_batches, features, forward_only=True)
         dist.all_reduce(sums)
     return objective.mean_losses(sums)
@@ -68,12 +68,15 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
     prompts = [run.data.question(item) for item in items]
     starts = torch.tensor([len(prompt) for prompt in prompts])
     length = int(starts.max()) + _MAX_CAPTION_TOKENS
-    length += -length % run.context.tensor_size  # sequence parallelism splits it evenly
+    length += -length % run.config.parallel.sequence_unit
     samples = [run.data.pack([prompt], length)[0] for prompt in prompts]
-    batch = batches.collate(samples, run.context.device, images=run.context.first_stage)
+    context = run.context
+    batch = batches.collate(
+        samples, context.device, images=context.first_stage, share=context.sequence_share
+    )
     # Generated tokens belong to the prompt's document, unlike the padding that they replace.
     batch.documents.zero_()
-    (features,) = run.encoder.encode([(batch.patches, batch.grids)])
+    (features,) = encode_images(run, [batch])
     rows = torch.arange(len(items))
     for generated in range(_MAX_CAPTION_TOKENS):
         positions = starts + generated
@@ -94,14 +97,16 @@ def _next_tokens(
     """
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.context.device)
 
-    def choose(_batch: MicroBatch, logits: Tensor) -> Tensor:
-        last = logits[rows, positions]
+    def choose(batch: MicroBatch, logits: Tensor) -> Tensor:
+        local = batch.share.take(torch.arange(batch.tokens.shape[1]), 0)
+        has_token, columns = (local == positions[:, None]).max(1)
+        last = logits[rows, columns]
         last[:, run.data.tokenizer.media_pad] = -torch.inf
-        tokens.copy_(last.argmax(-1))
+        tokens.copy_(last.argmax(-1) * has_token.to(tokens.device))
         return logits.new_zeros(())
 
     # The interleaved schedule needs at least one micro-batch per stage.
     times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1
     run_schedule(run, [batch] * times, [features] * times, choose, forward_only=True, logits=True)
-    dist.broadcast(tokens, src=run.context.world_size - 1)  # a rank of the last stage
+    dist.all_reduce(tokens, dist.ReduceOp.MAX)  # zeros where a rank does not have the position
     return tokens

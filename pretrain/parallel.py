@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
+from pretrain.model.context_parallel import SequenceShare
 from pretrain.runtime import without_cuda, without_transformer_engine
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class ParallelContext:
     Attributes:
         rank, world_size: among all processes.
         data_rank, data_size: share of the global batch.
+        context_rank, context_size: share of each sequence.
         expert_rank: share of the experts.
         tensor_rank, tensor_size: shard of each tensor-parallel weight.
         first_stage: whether this rank is in the first pipeline stage, which reads the images.
@@ -52,6 +54,8 @@ class ParallelContext:
     world_size: int
     data_rank: int
     data_size: int
+    context_rank: int
+    context_size: int
     expert_rank: int
     tensor_rank: int
     tensor_size: int
@@ -62,6 +66,11 @@ class ParallelContext:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sequence_share(self) -> SequenceShare:
+        """The tokens of every sequence that this rank computes."""
+        return SequenceShare(self.context_rank, self.context_size)
 
 
 def world_size() -> int:
@@ -153,6 +162,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         virtual_pipeline_model_parallel_size=(
             parallel.interleave if parallel.interleave > 1 else None
         ),
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
@@ -164,6 +174,8 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         world_size=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),

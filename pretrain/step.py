@@ -99,12 +99,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         chunk.zero_grad_buffer()
 
     with record_function("encode"):
-        features = run.encoder.encode(
-            [(batch.patches, batch.grids) for batch in micro_batches],
-            multimodal.image_error(micro_batches, run.data.tokenizer.media_pad)
-            if run.context.first_stage
-            else None,
-        )
+        features = encode_images(run, micro_batches)
     with record_function("backbone"):
         sums = run_backbone(run, micro_batches, features)
     with record_function("encode again, backwards"):
@@ -123,6 +118,24 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
+def encode_images(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Features [N, h] of each micro-batch's images, for the placeholder tokens of this rank.
+
+    Raises:
+        PretrainError: on every rank, if images do not match their placeholders on one of them, or
+            cannot be encoded.
+    """
+    images = [(batch.patches, batch.grids) for batch in micro_batches]
+    if not run.context.first_stage:
+        return run.encoder.encode(images)
+    placeholder = run.data.tokenizer.media_pad
+    error = multimodal.image_error(micro_batches, placeholder)
+    ranks = None
+    if run.context.context_size > 1:
+        ranks = [multimodal.feature_ranks(batch, placeholder) for batch in micro_batches]
+    return run.encoder.encode(images, error, ranks)
+
+
 def run_backbone(
     run: Run,
     micro_batches: Sequence[MicroBatch],
@@ -135,15 +148,17 @@ def run_backbone(
     The gradients are sums over the global batch, still to be divided by its total weight.
 
     Returns:
-        The :func:`pretrain.objective.loss_sums` of this rank's micro-batches. Zeros on all but one
-        of the ranks that share them: the first tensor-parallel rank of the last pipeline stage.
+        The :func:`pretrain.objective.loss_sums` of this rank's tokens. Zeros on all but one of the
+        ranks that share them: the first tensor-parallel rank of the last pipeline stage.
     """
     sums = objective.no_losses(run.context.device)
 
     def weighted_loss(batch: MicroBatch, losses: Tensor) -> Tensor:
+        weights = batch.share.take(batch.weights, 1)
         if run.context.tensor_rank == 0:
-            sums.add_(objective.loss_sums(losses, batch.weights, batch.categories))
-        return objective.weighted_loss(losses, batch.weights)
+            categories = batch.share.take(batch.categories, 1)
+            sums.add_(objective.loss_sums(losses, weights, categories))
+        return objective.weighted_loss(losses, weights)
 
     run_schedule(run, micro_batches, features, weighted_loss, forward_only=forward_only)
     return sums

@@ -202,10 +202,11 @@ class StepMetrics:
         *language, vision = clipped
         maxima = self._local_maxima(language, vision)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        # Data-parallel ranks clip the same heads of the language model.
+        # Data- and context-parallel ranks clip the same heads of the language model.
+        same_heads = self._context.data_size * self._context.context_size
         heads_clipped = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for result in language:
-            heads_clipped += result.num_clipped / self._context.data_size
+            heads_clipped += result.num_clipped / same_heads
         flops = heads_clipped.new_tensor(self._encoder_flops(micro_batches))
         routed = self._local_routed_tokens().flatten()
         sums = torch.cat([torch.stack([heads_clipped, flops]), updates.flatten(), routed])
@@ -265,7 +266,8 @@ class StepMetrics:
 
     def _encoder_flops(self, micro_batches: Sequence[MicroBatch]) -> float:
         """FLOPs of the encoder's forward pass for this rank's images, each counted on one rank."""
-        if not (self._context.first_stage and self._context.tensor_rank == 0):
+        context = self._context
+        if not context.first_stage or context.tensor_rank or context.context_rank:
             return 0.0
         grids = torch.cat([batch.grids for batch in micro_batches])
         return float(self._encoder_cost.costs(grids).sum())

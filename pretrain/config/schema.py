@@ -401,6 +401,9 @@ class ParallelConfig(Settings):
     """Expert-parallel size: number of ranks that share the experts."""
     tensor: Ranks = 1
     """Tensor-parallel size, with sequence parallelism: number of ranks that split each matrix."""
+    context: Ranks = 1
+    """Context-parallel size: number of ranks that share each sequence. Attention gathers the latent
+    of all its tokens."""
     pipeline: Ranks = 1
     """Number of pipeline stages, which share the layers (1F1B schedule)."""
     interleave: Ranks = 1
@@ -442,11 +445,20 @@ class ParallelConfig(Settings):
     @property
     def min_world_size(self) -> int:
         """The smallest number of processes that these sizes allow."""
-        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_tensor)
+        dense, experts = self.tensor * self.context, self.expert * self.expert_tensor
+        return self.pipeline * math.lcm(dense, experts)
+
+    @property
+    def sequence_unit(self) -> int:
+        """The number of tokens that the length of a sequence must be a multiple of.
+
+        Each context-parallel rank has two equal chunks, which sequence parallelism splits together.
+        """
+        return self.tensor if self.context == 1 else self.context * math.lcm(2, self.tensor)
 
     def data_size(self, world_size: int) -> int:
         """Data-parallel size: number of ranks that share a global batch."""
-        return world_size // (self.tensor * self.pipeline)
+        return world_size // (self.tensor * self.context * self.pipeline)
 
     def expert_data_size(self, world_size: int) -> int:
         """Number of ranks with the same experts."""
@@ -674,8 +686,13 @@ class Config(Settings):
         for name, ranks in (
             ("parallel.expert", parallel.expert),
             ("parallel.tensor", parallel.tensor),
+            ("parallel.context", parallel.context),
             ("parallel.pipeline", parallel.pipeline),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
+            (
+                "parallel.tensor x parallel.context x parallel.pipeline",
+                parallel.tensor * parallel.context * parallel.pipeline,
+            ),
             ("parallel.expert x parallel.pipeline", parallel.expert * parallel.pipeline),
         ):
             if world_size % ranks:
@@ -707,10 +724,14 @@ class Config(Settings):
                 f"parallel.expert={parallel.expert} needs layers of experts, and language."
                 "dense_layers=num_layers leaves none: set parallel.expert=1"
             )
+        if parallel.context > 1 and language.attention == "gqa":
+            raise PretrainError(
+                f"parallel.context={parallel.context} needs language.attention=mla: set "
+                "parallel.context=1"
+            )
         sizes = [
             ("expert", parallel.expert, "language.num_experts", language.num_experts),
             ("tensor", tensor, "language.num_heads", language.num_heads),
-            ("tensor", tensor, "data.seq_length", data.seq_length),
             ("tensor", tensor, "language.ffn_hidden_size", language.ffn_hidden_size),
         ]
         if language.attention == "gqa":
@@ -733,6 +754,12 @@ class Config(Settings):
                 raise PretrainError(
                     f"parallel.{name}={ranks} does not divide {setting}={size}: choose a divisor"
                 )
+        if data.seq_length % parallel.sequence_unit:
+            raise PretrainError(
+                f"data.seq_length={data.seq_length} is not a multiple of {parallel.sequence_unit}, "
+                f"which parallel.tensor={parallel.tensor} and parallel.context={parallel.context} "
+                "require: change one of them"
+            )
 
     def _check_layers(self) -> None:
         """Refuse model chunks without layers, or that recomputation does not divide evenly."""

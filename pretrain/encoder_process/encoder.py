@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.config import EncoderProcessConfig
 from pretrain.encoder_process.cost import CostModel, analytic_cost, transfer_bytes
-from pretrain.encoder_process.exchange import ItemExchange, gather_grids
+from pretrain.encoder_process.exchange import ItemExchange, cut, gather_grids
 from pretrain.encoder_process.plan import (
     CapacityError,
     balance,
@@ -35,7 +35,10 @@ class _Encoder:
         needs_features: this rank's part of the backbone reads the features (the first pipeline
             stage). Other ranks have no images and receive no features.
         tensor_group: tensor-parallel ranks, which need the features of the same images; the first
-            of them owns the images. None: every rank has its own images.
+            of them receives the features. None: every rank has its own images.
+        context_group: context-parallel ranks, which have the same images, and need the features of
+            their parts of the sequences; the first of them owns the images. None: every rank has
+            its own images.
         cost: cost model of an item. Default: FLOPs.
 
     Attributes:
@@ -52,6 +55,7 @@ class _Encoder:
         *,
         needs_features: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
         cost: CostModel | None = None,
     ) -> None:
         self.tower = tower
@@ -59,8 +63,8 @@ class _Encoder:
         self._num_ranks = dist.get_world_size(group)
         self.config = config or EncoderProcessConfig()
         self.needs_features = needs_features
-        self.tensor_group = tensor_group
-        self.owns_images = needs_features and _is_first(tensor_group)
+        self.tensor_group, self.context_group = tensor_group, context_group
+        self.owns_images = needs_features and _is_first(tensor_group) and _is_first(context_group)
         self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
         self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
@@ -93,7 +97,7 @@ class _Stage1:
     """Results of stage 1 that stage 3 needs."""
 
     exchange: ItemExchange
-    features_per_item: list[int]
+    features_per_piece: list[int]
     patches: Tensor
     grids: Tensor
     features: Tensor
@@ -110,17 +114,22 @@ class EncoderProcess(_Encoder):
     """
 
     def encode(
-        self, micro_batches: Sequence[Images], image_error: str | None = None
+        self,
+        micro_batches: Sequence[Images],
+        image_error: str | None = None,
+        feature_ranks: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Stage 1.
 
         Args:
             micro_batches: images of each of this rank's micro-batches.
             image_error: reason why the caller rejects these images, if any.
+            feature_ranks: for each micro-batch, int64 [N], the context-parallel rank that needs
+                each feature of its images. None: every rank needs all of them.
 
         Returns:
-            For each micro-batch, features [N, language hidden] of its images in order; N is 0 if
-            this rank needs none. They are views of one leaf, which collects their gradients if
+            For each micro-batch, features [N, language hidden] of its images in order, of which N
+            are needed by this rank. They are views of one leaf, which collects their gradients if
             gradients are enabled.
 
         Raises:
@@ -130,30 +139,48 @@ class EncoderProcess(_Encoder):
         """
         patches = torch.cat([patches for patches, _ in micro_batches])
         grids = torch.cat([grids for _, grids in micro_batches])
-        counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
         if not self.owns_images:
             patches, grids = patches[:0], grids[:0]
         image_error = image_error or _image_error(grids, len(patches))
-        all_grids, owners = gather_grids(grids, self.group, image_error)
+        runs = None if image_error else self._runs(grids, feature_ranks)
+        all_grids, owners, pieces = gather_grids(grids, self.group, image_error, runs)
         encoders = self._plan(all_grids, owners)
         self._record_balance(all_grids, encoders)
 
-        features_per_item = num_features(all_grids).tolist()
-        exchange = ItemExchange(owners, encoders, self.group)
-        received = exchange.to_encoders(patches, all_grids.prod(1).tolist())
-        received_grids = all_grids[exchange.incoming]
+        items = ItemExchange(owners, encoders, self.group)
+        received = items.to_encoders(patches, all_grids.prod(1).tolist())
+        received_grids = all_grids[items.incoming]
         with torch.no_grad():
             encoded = [self.tower(*chunk) for chunk in self._chunks(received, received_grids)]
         features = torch.cat([_no_features(self.tower), *encoded])
-        features = exchange.to_owners(features, features_per_item)
+        features_per_piece = [piece.rows for piece in pieces]
+        exchange = ItemExchange(
+            [piece.rank for piece in pieces], [encoders[piece.item] for piece in pieces], self.group
+        )
+        features = exchange.to_owners(features, features_per_piece)
+        counts = [0] * len(micro_batches)
         if self.needs_features:
+            counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
+            if feature_ranks is not None:
+                rank = dist.get_rank(self.context_group)
+                counts = [int((ranks == rank).sum()) for ranks in feature_ranks]
             features = _broadcast(features, sum(counts), self.tensor_group)
-        else:
-            counts = [0] * len(counts)
         if torch.is_grad_enabled():
             features.requires_grad_()
-            self._stage1 = _Stage1(exchange, features_per_item, received, received_grids, features)
+            self._stage1 = _Stage1(exchange, features_per_piece, received, received_grids, features)
         return list(torch.split(features, counts))
+
+    def _runs(
+        self, grids: Tensor, feature_ranks: Sequence[Tensor] | None
+    ) -> list[list[tuple[int, int]]] | None:
+        """The ranks that need the features of this rank's items; None: this rank needs them."""
+        if feature_ranks is None or not self.owns_images:
+            return None
+        world = self.group or dist.group.WORLD
+        assert world is not None and self.context_group is not None
+        members = dist.get_process_group_ranks(self.context_group)
+        ranks = torch.tensor([dist.get_group_rank(world, member) for member in members])
+        return cut(ranks[torch.cat(list(feature_ranks)).cpu()], num_features(grids).tolist())
 
     def backward(self) -> None:
         """Stage 3: add the gradients of the items that this rank encoded to the tower's ``.grad``.
@@ -167,9 +194,9 @@ class EncoderProcess(_Encoder):
         gradient = stage1.features.grad
         if gradient is None:
             gradient = torch.zeros_like(stage1.features)
-        if not self.owns_images:  # the first rank of the tensor group sends it for all
+        if not _is_first(self.tensor_group):  # the first rank sends it for all
             gradient = gradient[:0]
-        gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_item)
+        gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_piece)
         self.recompute(stage1.patches, stage1.grids, gradient)
 
     def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
@@ -218,31 +245,40 @@ class EncoderProcess(_Encoder):
 class ColocatedEncoder(_Encoder):
     """DEP switched off: each rank encodes the images that it needs, within the backbone's graph.
 
-    The reference for :class:`EncoderProcess`, with the same methods. All tensor-parallel ranks
-    encode the same images.
+    The reference for :class:`EncoderProcess`, with the same methods. All tensor- and
+    context-parallel ranks encode the same images.
     """
 
     def encode(
-        self, micro_batches: Sequence[Images], image_error: str | None = None
+        self,
+        micro_batches: Sequence[Images],
+        image_error: str | None = None,
+        feature_ranks: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Features of each micro-batch, with their graph if gradients are enabled."""
+        """Features that this rank needs of each micro-batch, with their graph if gradients are
+        enabled."""
         num_patches = sum(len(patches) for patches, _ in micro_batches)
         grids = torch.cat([grids for _, grids in micro_batches])
         image_error = image_error or _image_error(grids, num_patches)
         if not self.needs_features:
             grids = grids[:0]
-        all_grids, owners = gather_grids(grids, self.group, image_error)
+        all_grids, owners, _ = gather_grids(grids, self.group, image_error)
         self._record_balance(all_grids, owners)
         if not self.needs_features:
             return [_no_features(self.tower) for _ in micro_batches]
-        return [self.tower(patches, grids) for patches, grids in micro_batches]
+        features = [self.tower(patches, grids) for patches, grids in micro_batches]
+        if feature_ranks is None:
+            return features
+        rank = dist.get_rank(self.context_group)
+        pairs = zip(features, feature_ranks, strict=True)
+        return [values[ranks == rank] for values, ranks in pairs]
 
     def backward(self) -> None:
         """Do nothing: the backbone's backward has reached the tower."""
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over all ranks; one rank of a tensor group counts."""
-        if not self.owns_images:
+        if not (self.needs_features and _is_first(self.tensor_group)):
             for parameter in self.tower.parameters():
                 parameter.grad = None
         super().reduce_gradients()

@@ -12,12 +12,12 @@ from pretrain import checkpoint, parallel
 from pretrain import config as configuration
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
-from pretrain.config import Config, VisionConfig, yaml_core
+from pretrain.config import Config, yaml_core
 from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.export.conversion import Conversion, conversions
-from pretrain.export.hf_config import from_hf_config, is_tied
+from pretrain.export.hf_config import HfModel, from_hf_config
 from pretrain.export.hf_folder import HfFolder, HfWeights
 from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN
 from pretrain.model.initialize import initialize
@@ -76,35 +76,33 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     folder = HfFolder(source)
     hf_config = folder.required_json("config.json")
     try:
-        language, vision, vocab_size = from_hf_config(hf_config)
+        model = from_hf_config(hf_config)
         context_length = _context_length(hf_config)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
     values = {
         "run_dir": configuration.escape_path(str(run_dir)),
-        "language": language,
-        "vision": dict(vision or _NEW_VISION),
+        "language": model.language,
+        "vision": dict(model.vision or _NEW_VISION),
         "data": {
             "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
             "seq_length": min(context_length, _MAX_SEQ_LENGTH),
-            **(_image_settings(folder, vision) if vision else {}),
+            **(_image_settings(folder, model.vision) if model.vision else {}),
         },
     }
     values = configuration.with_overrides(values, overrides)
     config = configuration.from_dict(values)
     source_types(config.data)  # raises if a source is misconfigured
-    _check_overrides(config, language, vision or {})
+    _check_overrides(config, model.language, model.vision or {})
     tokenizer = _tokenizer(folder)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size != model.vocab_size:
         raise PretrainError(
             f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
-            f"embedding {vocab_size} rows (vocab_size in config.json)"
+            f"embedding {model.vocab_size} rows (vocab_size in config.json)"
         )
     imported = _imported_settings(folder, context_length)
-    weights = HfWeights(folder, vision=vision is not None)
-    tensors, notes = _tensors(
-        weights, config, config.vision if vision else None, vocab_size, is_tied(hf_config)
-    )
+    weights = HfWeights(folder, vision=model.vision is not None, fp8_block=model.fp8_block)
+    tensors, notes = _tensors(weights, config, model)
     name = json.dumps(source.resolve().name)  # on one line, whatever characters it has
     with RunLock(run_dir):
         parallel.join()  # checkpoints are written by a process group, here of one process
@@ -122,14 +120,22 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
 
 
 def _tensors(
-    weights: HfWeights, config: Config, vision: VisionConfig | None, vocab_size: int, tie: bool
+    weights: HfWeights, config: Config, model: HfModel
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of a run, including those of a new vision encoder, and notes for the user."""
+    vision = None if model.vision is None else config.vision
     prefix = "" if vision is None else "language_model."
-    output, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    tied = {output: embedding} if tie else {}
-    tensors = _read(weights, conversions(config.language, vision, vocab_size), tied)
     notes = []
+    if dropped := weights.drop_layers(model.mtp_layers):
+        notes.append(
+            f"dropped the layers for multi-token prediction ({'*, '.join(dropped)}*), which this "
+            "trainer's models lack"
+        )
+    output, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    tied = {output: embedding} if model.tied else {}
+    tensors = _read(weights, conversions(config.language, vision, model.vocab_size), tied)
+    if model.fp8_block:
+        notes.append("the weights in fp8 were converted to bfloat16")
     if tied:
         notes.append(
             "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "

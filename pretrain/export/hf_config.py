@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
@@ -28,7 +28,6 @@ _TEXT_CONSTANTS = {
 }
 # Options of other architectures, with the value that turns each off; null and false do so, too.
 _TEXT_OPTIONS_OFF = {
-    "num_nextn_predict_layers": 0,
     "mlp_bias": False,
     "sliding_window": None,
     "use_sliding_window": False,
@@ -214,12 +213,28 @@ def to_hf_config(
     }
 
 
-def from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
-    """Return a model's configuration, given the contents of its ``config.json``.
+class HfModel(NamedTuple):
+    """A published model, as its ``config.json`` describes it.
 
-    Returns:
-        Fields of LanguageConfig; fields of VisionConfig, or None for a text-only model; the
-        vocabulary size.
+    Attributes:
+        language: fields of LanguageConfig.
+        vision: fields of VisionConfig; None for a text-only model.
+        vocab_size: rows of the embedding and of the output head.
+        tied: embedding and output head share one weight.
+        fp8_block: rows and columns of the blocks of fp8 weights; None without fp8 weights.
+        mtp_layers: numbers of the layers for multi-token prediction, after those of the model.
+    """
+
+    language: dict[str, Any]
+    vision: dict[str, Any] | None
+    vocab_size: int
+    tied: bool
+    fp8_block: tuple[int, int] | None
+    mtp_layers: range
+
+
+def from_hf_config(config: Mapping[str, Any]) -> HfModel:
+    """Return a model's configuration, given the contents of its ``config.json``.
 
     Raises:
         PretrainError: the architecture is not supported; the message names the first key of
@@ -237,23 +252,37 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             f"config.json has model_type={_shorten(model_type)}: only kimi_k25 (text and images) "
             "and deepseek_v3 or kimi_k2 (text) can be imported"
         )
-    for section in (whole, text):
-        if section.values.get("quantization_config"):
-            raise PretrainError(
-                f"config.json has {section.prefix}quantization_config: quantized weights cannot be "
-                "imported; convert the model to bfloat16 first"
-            )
+    blocks = [_fp8_block(section) for section in (whole, text)]
     language, vocab_size = _language_fields(text)
-    if vision is None:
-        return language, None, vocab_size
-    return language, _vision_fields(vision, whole, language["hidden_size"]), vocab_size
+    layers, mtp = language["num_layers"], text.count("num_nextn_predict_layers", 0, default=0)
+    return HfModel(
+        language,
+        None if vision is None else _vision_fields(vision, whole, language["hidden_size"]),
+        vocab_size,
+        any(section.values.get("tie_word_embeddings") is True for section in (whole, text)),
+        blocks[0] or blocks[1],
+        range(layers, layers + mtp),
+    )
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether embedding and output head share one weight."""
-    text = config.get("text_config")
-    sections = [config, text] if isinstance(text, dict) else [config]
-    return any(section.get("tie_word_embeddings") is True for section in sections)
+def _fp8_block(section: "_Section") -> tuple[int, int] | None:
+    """Rows and columns of the blocks that ``quantization_config`` describes; None without one."""
+    quantization = section.section("quantization_config")
+    if quantization is None:
+        return None
+    supported = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    if "quant_method" not in quantization.values:
+        raise quantization.error("quant_method", "only fp8 is supported")
+    for key, value in supported.items():
+        if quantization.values.get(key, value) != value:
+            raise quantization.error(
+                key, f"only {value} is supported; convert the model to bfloat16 first"
+            )
+    block = quantization.values.get("weight_block_size")
+    match block:
+        case [int(rows), int(columns)] if min(rows, columns) > 0 and True not in block:
+            return rows, columns
+    raise quantization.error("weight_block_size", "it must be two numbers above 0, as [128, 128]")
 
 
 def _language_fields(text: "_Section") -> tuple[dict[str, Any], int]:
@@ -365,9 +394,11 @@ class _Section:
             raise self.error(key, "it must be an object")
         return _Section(value, f"{self.prefix}{key}.")
 
-    def count(self, key: str, smallest: int = 1) -> int:
+    def count(self, key: str, smallest: int = 1, default: int | None = None) -> int:
         """Return a whole number from ``smallest`` to 2**27."""
         value = self.values.get(key)
+        if value is None and default is not None:
+            return default
         if type(value) is not int or not smallest <= value <= _LARGEST:
             raise self.error(key, f"it must be a whole number from {smallest} to {_LARGEST}")
         return value

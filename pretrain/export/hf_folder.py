@@ -20,6 +20,7 @@ from pretrain.errors import PretrainError
 INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _DTYPES = ("F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # More than the largest index of a published checkpoint.
 _MAX_TEXT_BYTES = 1 << 28
@@ -33,6 +34,8 @@ _VISION_RENAMES = (
 )
 # Names within transformers, whose tensors differ from the published ones.
 _INTERNAL = re.compile(r"\.experts\.(gate_up_proj|down_proj)$|vision_tower\.layers\.|\.in_proj\.")
+
+_LAYER = re.compile(r"^(language_model\.)?model\.layers\.(\d{1,9})\.")
 
 
 class _StoredTensor(NamedTuple):
@@ -164,15 +167,21 @@ class HfWeights:
     """Tensors of a folder's safetensors files, by their published names, read on demand.
 
     Args:
-        vision: the model is Kimi-K2.5, not DeepSeek-V3.
+        vision: the model is Kimi-K2.5, whose names transformers changes.
+        fp8_block: rows and columns of the blocks of fp8 weights, which share a scale; None for a
+            model without fp8 weights.
 
     Raises:
         PretrainError: a file is missing or damaged, or the files and the index have different
             tensors.
     """
 
-    def __init__(self, folder: HfFolder, *, vision: bool) -> None:
+    def __init__(
+        self, folder: HfFolder, *, vision: bool, fp8_block: tuple[int, int] | None = None
+    ) -> None:
         self.folder = folder.path
+        self._fp8_block = fp8_block
+        self._scales: set[str] = set()
         self._tensors: dict[str, _StoredTensor] = {}
         files, weight_map = folder.weight_files()
         for file in files:
@@ -211,7 +220,10 @@ class HfWeights:
         return name in self._tensors
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise PretrainError if a tensor is missing, or has another shape or an unknown dtype."""
+        """Raise PretrainError if a tensor is missing, or has another shape or an unknown dtype.
+
+        An fp8 weight needs its scales, ``{name}_scale_inv``, one for each block.
+        """
         if name not in self._tensors:
             raise PretrainError(
                 f"{self.folder} has no tensor {name}, which its config.json requires"
@@ -223,15 +235,40 @@ class HfWeights:
                 f"{stored_name} in {self.folder} has shape {tuple(stored.get_shape())}, but its "
                 f"config.json requires {shape}"
             )
-        if stored.get_dtype() not in _DTYPES:
+        dtype = stored.get_dtype()
+        if dtype == _FP8 and self._fp8_block is not None and len(shape) == 2:
+            scale = f"{name}_scale_inv"
+            grid = (-(-size // block) for size, block in zip(shape, self._fp8_block, strict=True))
+            self.check(scale, tuple(grid))
+            self._scales.add(scale)
+        elif dtype not in _DTYPES:
             raise PretrainError(
-                f"{stored_name} in {self.folder} has dtype {stored.get_dtype()}: only checkpoints "
-                "in float32, float16 or bfloat16 can be imported"
+                f"{stored_name} in {self.folder} has dtype {dtype}: only checkpoints in float32, "
+                "float16 or bfloat16, or with matrices in fp8 that quantization_config describes, "
+                "can be imported"
             )
 
+    def drop_layers(self, layers: range) -> list[str]:
+        """Forget the tensors of some layers of the language model.
+
+        Returns:
+            Prefixes of their names, such as ``model.layers.61.``
+        """
+        dropped = {}
+        for name in list(self._tensors):
+            match = _LAYER.match(name)
+            if match and int(match[2]) in layers:
+                dropped[match[0]] = int(match[2])
+                del self._tensors[name]
+        return sorted(dropped, key=dropped.__getitem__)
+
     def check_no_others(self, known: Sequence[str]) -> None:
-        """Raise PretrainError if there are tensors that our models do not have."""
-        for name in sorted(self._tensors.keys() - set(known)):
+        """Raise PretrainError if there are tensors that our models do not have.
+
+        Args:
+            known: tensors that have been checked.
+        """
+        for name in sorted(self._tensors.keys() - set(known) - self._scales):
             if not name.endswith(".inv_freq"):  # a constant of early versions of transformers
                 raise PretrainError(
                     f"{self.folder} has a tensor {name}, which its config.json does not describe: "
@@ -239,7 +276,7 @@ class HfWeights:
                 )
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor.
+        """Read a tensor that has been checked; fp8 weights become bfloat16.
 
         Raises:
             PretrainError: the file is damaged, or a value is not finite.
@@ -249,12 +286,32 @@ class HfWeights:
             tensor: Tensor = reader.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert self._fp8_block is not None  # check() accepts no fp8 weights otherwise
+            tensor = dequantize(tensor, self.read(f"{name}_scale_inv"), self._fp8_block)
         if not torch.isfinite(tensor).all():
             raise PretrainError(
                 f"{stored_name} in {file} has NaN or infinite values: the model is damaged, or its "
                 "training diverged"
             )
         return tensor
+
+
+def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Dequantize a weight whose blocks are multiplied by their scales, as in DeepSeek-V3.
+
+    Args:
+        weight: float8_e4m3fn [rows, columns].
+        scales: [ceil(rows / block rows), ceil(columns / block columns)]; the last blocks may be
+            partial.
+
+    Returns:
+        bfloat16 [rows, columns], rounded once, as DeepSeek's own conversion does
+        (``inference/fp8_cast_bf16.py`` in its repository).
+    """
+    rows, columns = weight.shape
+    by_row = scales.float().repeat_interleave(block[0], dim=0)[:rows]
+    return (weight.float() * by_row.repeat_interleave(block[1], dim=1)[:, :columns]).bfloat16()
 
 
 def _published_name(name: str) -> str:

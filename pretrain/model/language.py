@@ -13,7 +13,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from muonclip import screened_max_logits
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.errors import PretrainError
 from pretrain.model.kernels import Kernels
+from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import transformer_config
 from pretrain.runtime import apex
 
@@ -101,25 +101,6 @@ class LatentRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps=1e-6)
 
 
-class DuplicatedLinear(nn.Linear):
-    """MLA's down-projections with the whole weight on every tensor-parallel rank.
-
-    Each rank projects its part of the sequence, as with Transformer Engine, which also saves the
-    gathering of outputs. The output for keys contains the rotary key that all heads share:
-    megatron-core 0.16 splits the layer and gathers the output without summing its gradient, so
-    that the shared key would get the gradient of each rank's own heads only.
-    """
-
-    def __init__(self, split: ColumnParallelLinear) -> None:
-        super().__init__(split.input_size, split.output_size, bias=False, dtype=split.weight.dtype)
-        # See RMSNorm.
-        setattr(self.weight, "sequence_parallel", True)  # noqa: B010 (for mypy)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Output and no bias, as megatron-core's linear layers return them."""
-        return super().forward(x), None
-
-
 def build_language_model(
     config: LanguageConfig,
     vocab_size: int,
@@ -163,12 +144,6 @@ def build_language_model(
             scatter_embedding_sequence_parallel=False,
             **virtual,
         )
-        if parallel.tensor > 1 and config.attention == "mla":
-            for layer in model.decoder.layers:
-                attention = layer.self_attention
-                for name in ("linear_q_down_proj", "linear_kv_down_proj"):
-                    if hasattr(attention, name):  # queries may be projected at once
-                        setattr(attention, name, DuplicatedLinear(getattr(attention, name)))
         chunks.append(model)
     return chunks
 
@@ -183,6 +158,7 @@ def _layer_spec(settings: TransformerConfig, virtual: dict[str, int]) -> Any:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CoreAttention
         if isinstance(settings, MLATransformerConfig):
+            layer.submodules.self_attention.module = LatentAttention
             attention.q_layernorm = attention.kv_layernorm = LatentRMSNorm
         elif settings.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -27,6 +27,7 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=(

@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
+from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
 from pretrain.model.vision import num_features
 
 
@@ -24,6 +25,8 @@ class MicroBatch:
         patches: [P, 3 * patch * patch] uint8, the patches of all images in order.
         grids: [n, 3] int64, (frames, rows, columns) of each image, in patches; on the CPU, where
             work is planned.
+        share: the tokens that this rank computes; the other fields are the same on all
+            context-parallel ranks.
     """
 
     tokens: Tensor
@@ -33,6 +36,7 @@ class MicroBatch:
     documents: Tensor
     patches: Tensor
     grids: Tensor
+    share: SequenceShare = WHOLE_SEQUENCE
 
 
 def attention_mask(documents: Tensor) -> Tensor:
@@ -72,6 +76,12 @@ def image_error(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | 
     return None
 
 
+def feature_ranks(batch: MicroBatch, placeholder: int) -> Tensor:
+    """int64 [N], the context-parallel rank that has the placeholder token of each image feature."""
+    ranks = batch.share.ranks(batch.tokens.shape[1], batch.tokens.device)
+    return ranks.expand_as(batch.tokens)[batch.tokens == placeholder]
+
+
 def forward(
     model: nn.Module, batch: MicroBatch, features: Tensor, placeholder: int, *, logits: bool = False
 ) -> Tensor:
@@ -80,29 +90,34 @@ def forward(
     Args:
         model: the GPTModel, or megatron-core's data-parallel wrapper of it; in a pipeline, one of
             this rank's model chunks.
-        features: [N, h], one row per placeholder token, in order; used by the first chunk only.
+        features: [N, h], one row per placeholder token that this rank has, in order; used by the
+            first chunk only.
         placeholder: id of the placeholder token.
         logits: return next-token logits instead of losses.
 
     Returns:
-        [b, s] float32, the cross entropy of each label (meaningless where its weight is 0), or
-        [b, s, vocabulary], the logits. From all but the last model chunk: hidden states.
+        [b, s / context] float32, the cross entropy of each label of this rank's tokens
+        (meaningless where its weight is 0), or [b, s / context, vocabulary], the logits. From all
+        but the last model chunk: hidden states.
     """
     language: Any = getattr(model, "module", model)
+    share = batch.share
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    positions = positions.expand_as(batch.tokens)
+    tokens, positions, labels = (
+        share.take(x, 1) for x in (batch.tokens, positions.expand_as(batch.tokens), batch.labels)
+    )
     inputs = None
     if language.pre_process:
-        embeddings = language.embedding(batch.tokens, positions)
-        inputs = merge_features(embeddings, batch.tokens == placeholder, features)
+        embeddings = language.embedding(tokens, positions)
+        inputs = merge_features(embeddings, tokens == placeholder, features)
         if language.config.sequence_parallel:
             inputs = scatter_to_sequence_parallel_region(inputs)
     output: Tensor = model(
-        batch.tokens,
+        tokens,
         positions,
-        attention_mask(batch.documents),
+        share.take(attention_mask(batch.documents), 2),
         decoder_input=inputs,
-        labels=None if logits else batch.labels,
+        labels=None if logits else labels,
         runtime_gather_output=True if logits else None,
     )
     return output

@@ -88,7 +88,8 @@ class Weight(NamedTuple):
             return world_size
         if self.expert is not None:
             return parallel.expert_data_size(world_size)
-        return parallel.data_size(world_size) * (1 if self.split else parallel.tensor)
+        replicas = parallel.data_size(world_size) * parallel.context
+        return replicas * (1 if self.split else parallel.tensor)
 
 
 _COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding
@@ -197,7 +198,7 @@ def _mla(config: LanguageConfig, layer: int) -> Iterator[Weight]:
     def norm(name: str, published: str, size: int) -> Weight:
         return _attention_weight(layer, name, {published: (size,)}, (size,))
 
-    # Every rank has the whole down-projections: see pretrain.model.language.DuplicatedLinear.
+    # Every rank has the whole down-projections: see latent_attention.DuplicatedLinear.
     if q_rank is None:
         yield matrix("q_proj", "q_proj", (query, hidden), _COLUMNS)
     else:

@@ -14,6 +14,7 @@ class Ranks:
     Attributes:
         world: number of ranks.
         data: ranks with the same dense weights, which see different sequences.
+        context: ranks with the same dense weights, which share sequences.
         expert_data: ranks with the same experts.
         local_experts: experts of a layer on one rank.
         stages: layers of the model chunks of each pipeline stage; one chunk per stage unless the
@@ -26,6 +27,7 @@ class Ranks:
     expert: int
     expert_tensor: int
     data: int
+    context: int
     expert_data: int
     local_experts: int
     stages: tuple[tuple[range, ...], ...]
@@ -34,6 +36,11 @@ class Ranks:
     @property
     def pipeline(self) -> int:
         return len(self.stages)
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks with the same dense weights."""
+        return self.data * self.context
 
     def has(self, stage: int, weight: Weight) -> bool:
         """Whether the ranks of a pipeline stage have a weight, or an expert's weight like it."""
@@ -75,6 +82,7 @@ def ranks_of(config: Config, processes: int | None = None) -> Ranks:
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         data=parallel.data_size(processes),
+        context=parallel.context,
         expert_data=parallel.expert_data_size(processes),
         local_experts=config.language.num_experts // parallel.expert,
         stages=tuple(tuple(chunks[s :: parallel.pipeline]) for s in range(parallel.pipeline)),

@@ -59,7 +59,7 @@ class _Traffic:
     def add_gradients(self, weights: list[Weight]) -> None:
         for weight in weights:
             size, is_expert = self.ranks.local_numel(weight) * FLOAT32, weight.expert is not None
-            replicas = self.ranks.expert_data if is_expert else self.ranks.data
+            replicas = self.ranks.expert_data if is_expert else self.ranks.replicas
             self.all_reduce("gradients", size, replicas)
             if not weight.split and not is_expert:
                 # Each tensor-parallel rank has the gradient of its part of the sequence.
@@ -72,7 +72,7 @@ class _Traffic:
         for weight in weights:
             if weight.optimizer != "muon":
                 continue
-            shards, replicas = ranks.tensor, ranks.data
+            shards, replicas = ranks.tensor, ranks.replicas
             if weight.expert is not None:
                 shards, replicas = ranks.expert_tensor, ranks.expert_data
             numel, group = ranks.tensors(weight) * weight.numel, shards * replicas

@@ -62,6 +62,12 @@ def _splits_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _chunks_of_this_rank(table: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """See :class:`pretrain.model.context_parallel.SequenceShare`."""
+    chunks = table.chunk(2 * group.size(), dim)
+    return torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]], dim)
+
+
 _patches = Patches()
 
 
@@ -72,6 +78,10 @@ def enable() -> None:
     """
     if USE_CUDA or _patches.applied:
         return
+    from megatron.core.models.common.embeddings import (
+        rotary_pos_embedding,
+        yarn_rotary_pos_embedding,
+    )
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -99,6 +109,9 @@ def enable() -> None:
         "_set_cuda_rng_state",
         lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     )
+    # Selects rows by indices in pinned memory.
+    for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
+        replace(module, "get_pos_emb_on_this_cp_rank", _chunks_of_this_rank)
     # Counts tokens in a tensor created with device="cuda".
     replace(schedules, "torch", _TorchOnCpu())
     # Converts the split sizes of the all-to-all only if they are on a GPU.

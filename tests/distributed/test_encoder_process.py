@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.config import EncoderProcessConfig, VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.encoder import Images
-from pretrain.encoder_process.exchange import ItemExchange, gather_grids
+from pretrain.encoder_process.exchange import ItemExchange, Piece, gather_grids
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from tests.distributed.launch import launch
@@ -335,7 +335,7 @@ def _round_trip(seed: int) -> bool:
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)
     number = int(torch.randint(0, 12, (), generator=generator))
-    owners = sorted(torch.randint(size, (number,), generator=generator).tolist())
+    owners = torch.randint(size, (number,), generator=generator).tolist()
     encoders = torch.randint(size, (number,), generator=generator).tolist()
     rows = torch.randint(0, 4, (number,), generator=generator).tolist()
     contents = [torch.full((count, 2), float(item)) for item, count in enumerate(rows)]
@@ -359,12 +359,18 @@ def test_exchanging_rows_and_back_is_the_identity(world_size: int) -> None:
     assert all(launch(_round_trips, world_size))
 
 
-def _grids_and_owners() -> tuple[list[list[int]], list[int]]:
+def _grids_and_owners() -> tuple[list[list[int]], list[int], list[Piece]]:
     rank = dist.get_rank()
-    grids, owners = gather_grids(torch.full((rank, 3), rank), dist.group.WORLD)
-    return grids.tolist(), owners
+    runs = [[(1, 2), (3, rank)]] * rank if rank > 1 else None
+    grids = torch.full((rank, 3), 2 * rank)
+    all_grids, owners, pieces = gather_grids(grids, dist.group.WORLD, runs=runs)
+    return all_grids.tolist(), owners, pieces
 
 
-def test_all_ranks_gather_all_grids() -> None:
+def test_all_ranks_gather_all_grids_and_the_ranks_that_need_them() -> None:
     owners = [1, 2, 2, 3, 3, 3]
-    assert launch(_grids_and_owners, 4) == [([[rank] * 3 for rank in owners], owners)] * 4
+    pieces = [Piece(0, 1, 1)]
+    for item, owner in enumerate(owners[1:], 1):
+        pieces += [Piece(item, 1, 2), Piece(item, 3, owner)]
+    expected = ([[2 * rank] * 3 for rank in owners], owners, pieces)
+    assert launch(_grids_and_owners, 4) == [expected] * 4

@@ -48,7 +48,8 @@ def build(kind: str, layout: Layout, *, duplicated: bool = False) -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    from pretrain.model.language import CoreAttention, DuplicatedLinear, RMSNorm
+    from pretrain.model.language import CoreAttention, RMSNorm
+    from pretrain.model.latent_attention import DuplicatedLinear
     from pretrain.runtime import without_cuda, without_transformer_engine
 
     without_cuda.enable()

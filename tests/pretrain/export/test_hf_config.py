@@ -60,7 +60,7 @@ def test_configurations_survive_a_round_trip(
     language: LanguageConfig, vision: VisionConfig | None
 ) -> None:
     config_json = to_hf_config(language, vision, 1000, 256, {}, 4)
-    fields, vision_fields, vocab_size = from_hf_config(config_json)
+    fields, vision_fields, vocab_size, *_ = from_hf_config(config_json)
     fields["rope_scaling"] = RopeScalingConfig(**fields["rope_scaling"])
     assert LanguageConfig(**fields) == language
     assert (None if vision_fields is None else VisionConfig(**vision_fields)) == vision
@@ -75,10 +75,11 @@ def test_transformers_keys_and_published_keys_are_read() -> None:
             for name, value in config_json["vision_config"].items()
             if not name.startswith(drop)
         }
-        _, fields, _ = from_hf_config(config_json | {"vision_config": vision})
+        fields = from_hf_config(config_json | {"vision_config": vision}).vision
         assert VisionConfig(**fields or {}) == VisionConfig(num_layers=3)
 
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
@@ -89,10 +90,12 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
         **{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0},
         **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
     }
-    fields, _, _ = from_hf_config(config_json | {"rope_scaling": published, "rope_theta": 50000.0})
+    fields = from_hf_config(
+        config_json | {"rope_scaling": published, "rope_theta": 50000.0}
+    ).language
     assert fields["rope_base"] == 50000.0
     assert fields["rope_scaling"] == {k: v for k, v in published.items() if k != "type"}
-    fields, _, _ = from_hf_config(config_json | {"rope_scaling": YARN})
+    fields = from_hf_config(config_json | {"rope_scaling": YARN}).language
     assert (fields["rope_scaling"]["mscale"], fields["rope_scaling"]["mscale_all_dim"]) == (1, 0)
 
 
@@ -100,11 +103,16 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, 'config.json has model_type="llama": only kimi_k25'),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: quantized weights"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=null: only fp8"),
+        ({"quantization_config": FP8 | {"quant_method": "gptq"}}, 'quant_method="gptq": only fp8'),
+        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, 'config.fmt="e5m2": only e4m3 is'),
+        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "only dynamic is supp"),
+        ({"quantization_config": FP8 | {"weight_block_size": None}}, "weight_block_size=null"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "it must be two numbers"),
         ({"n_group": 8}, "config.json has n_group=8: this trainer's models have 1"),
         ({"attention_bias": True}, "config.json has attention_bias=true: this trainer's models"),
         ({"sliding_window": 512}, "config.json has sliding_window=512: this trainer's models"),
-        ({"num_nextn_predict_layers": 1}, "config.json has num_nextn_predict_layers=1"),
+        ({"num_nextn_predict_layers": -1}, "config.json has num_nextn_predict_layers=-1"),
         ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_parameters.rope_type="longrope"'),
         ({"rope_parameters": [1]}, "config.json has rope_parameters=[1]: it must be an object"),
         (
@@ -184,7 +192,7 @@ def test_any_change_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(part)))
     part[key] = data.draw(JSON)
     try:
-        language, vision, vocab_size = from_hf_config(config_json)
+        language, vision, vocab_size, *_ = from_hf_config(config_json)
     except PretrainError as error:
         assert "\n" not in str(error) and "config.json" in str(error)
         return

@@ -1,0 +1,53 @@
+"""Context parallelism: which tokens of a sequence a rank has."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceShare:
+    """The share of every sequence that a context-parallel rank has.
+
+    A sequence is cut into 2 * ``size`` chunks of equal length; rank r has chunks r and
+    2 * ``size`` - 1 - r, in this order. With causal attention, tokens of early chunks attend to few
+    keys and those of late chunks to many: together, all ranks have the same work (Llama 3 report,
+    arXiv 2407.21783, section 3.3.2). The default is the whole sequence.
+
+    Attributes:
+        rank, size: rank within the context-parallel group, and its size.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def starts(self, length: int) -> tuple[int, int]:
+        """Positions of the first token of both chunks in a sequence of ``length`` tokens."""
+        chunk = length // (2 * self.size)
+        return self.rank * chunk, (2 * self.size - 1 - self.rank) * chunk
+
+    def take(self, whole: Tensor, dim: int) -> Tensor:
+        """Select this rank's tokens; ``dim`` has all tokens of a sequence."""
+        if self.size == 1:
+            return whole
+        length = whole.shape[dim]
+        chunk = length // (2 * self.size)
+        return torch.cat([whole.narrow(dim, start, chunk) for start in self.starts(length)], dim)
+
+    def restore(self, gathered: Tensor) -> Tensor:
+        """Put tokens, gathered from all ranks along the first dimension, in their order."""
+        if self.size == 1:
+            return gathered
+        chunks = gathered.chunk(2 * self.size)
+        # Rank r's chunks are at 2r and 2r + 1.
+        first, second = chunks[::2], chunks[1::2]
+        return torch.cat([*first, *reversed(second)])
+
+    def ranks(self, length: int, device: torch.device | None = None) -> Tensor:
+        """int64 [length], the rank that has each token of a sequence."""
+        half = torch.arange(self.size, device=device)
+        return torch.cat([half, half.flip(0)]).repeat_interleave(length // (2 * self.size))
+
+
+WHOLE_SEQUENCE = SequenceShare()
