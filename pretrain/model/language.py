@@ -7,18 +7,21 @@ and the norms.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from muonclip import screened_max_logits
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.errors import PretrainError
+from pretrain.model.experts import GroupedExperts
 from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import transformer_config
@@ -162,4 +165,9 @@ def _layer_spec(settings: TransformerConfig, virtual: dict[str, int]) -> Any:
             attention.q_layernorm = attention.kv_layernorm = LatentRMSNorm
         elif settings.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        mlp = layer.submodules.mlp
+        # A partial since megatron-core 0.17.
+        mlp_submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        if isinstance(mlp_submodules, MoESubmodules):
+            mlp_submodules.experts = GroupedExperts
     return spec
