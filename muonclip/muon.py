@@ -26,7 +26,7 @@ from muonclip.update import (
 # A batch has about this many elements (or one matrix): as many as fit a CPU's caches, or keep an
 # accelerator busy. This also bounds the memory of a step.
 _BATCH_ELEMENTS = {"cpu": 2**19}
-_BATCH_ELEMENTS_ELSEWHERE = 2**26
+BATCH_ELEMENTS_ELSEWHERE = 2**26
 
 
 class MuonParam(NamedTuple):
@@ -113,7 +113,7 @@ def _batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
     batch: list[MuonParam] = []
     elements, batch_kind = 0, None
     for (device, dtype, _), members in by_kind.items():
-        limit = _BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
+        limit = _BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_ELSEWHERE)
         for param in members:
             for part in _split_stack(param, limit):
                 size = part.local.numel()

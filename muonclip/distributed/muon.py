@@ -24,7 +24,7 @@ from muonclip.muon import (
 )
 
 # About this many elements of whole parameters per rank are in a bucket.
-_BUCKET_ELEMENTS = 2**24
+BUCKET_ELEMENTS = 2**24
 
 
 class DistributedMuon:
@@ -93,7 +93,7 @@ class DistributedMuon:
                 )
             ]
             owners = assign_owners(units, size)
-            for bucket in make_buckets(units, owners, _BUCKET_ELEMENTS * size):
+            for bucket in make_buckets(units, owners, BUCKET_ELEMENTS * size):
                 self._exchanges.append(BucketExchange(bucket, group, *key[1:]))
 
     def matches(self, params: Sequence[MuonParam]) -> bool:

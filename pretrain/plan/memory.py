@@ -7,12 +7,10 @@ for experts with balanced loads; temporary buffers of kernels are not counted.
 from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
+from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks
 from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-FLOAT32 = ITEMSIZE["float32"]
 
 
 def step_memory(config: Config, ranks: Ranks, images: Images) -> list[dict[str, float]]:

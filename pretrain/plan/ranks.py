@@ -42,6 +42,10 @@ class Ranks:
         """Number of ranks with the same dense weights."""
         return self.data * self.context
 
+    def tokens(self, config: Config) -> int:
+        """Tokens of a micro-batch on a rank; with tensor parallelism, those of its group."""
+        return config.micro_batch_size * config.data.seq_length // self.context
+
     def has(self, stage: int, weight: Weight) -> bool:
         """Whether the ranks of a pipeline stage have a weight, or an expert's weight like it."""
         if weight.layer is None:

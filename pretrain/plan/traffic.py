@@ -1,7 +1,7 @@
 """Bytes that a rank sends in a step; collectives count as rings send them.
 
-Exact for the backbone with balanced experts. The optimizer's traffic assumes that matrices are
-distributed evenly, that of images that no image is encoded on its own rank.
+Exact for the backbone with balanced experts; the optimizer's is the average over the ranks. Images
+are assumed to be encoded on other ranks than their own.
 """
 
 from collections import Counter
@@ -9,7 +9,8 @@ from collections import Counter
 from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
-from pretrain.plan.memory import FLOAT32, ITEMSIZE
+from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
+from pretrain.plan.muon_step import muon_step
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks
 from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts
@@ -25,7 +26,7 @@ def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str,
         local = [w for w in weights if w.layer is not None and ranks.has(stage, w)]
         traffic.add_gradients(local)
         traffic.all_reduce("encoder gradients", encoder_numel * FLOAT32, ranks.world)
-        traffic.add_optimizer(local)
+        traffic.send("optimizer", muon_step(config, ranks, local).sent)
         for number, chunk in enumerate(ranks.stages[stage], 1):
             is_first = stage == 0 and number == 1
             is_last = stage == ranks.pipeline - 1 and number == len(ranks.stages[stage])
@@ -38,7 +39,8 @@ def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str,
 class _Traffic:
     """Bytes that a rank of one pipeline stage sends, by purpose.
 
-    In the methods a ``channel`` is the size of one channel of every token of the rank's step.
+    In the methods a ``channel`` is the size of one channel of every token of the rank's step, of
+    which tensor-parallel ranks have the same.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -65,28 +67,10 @@ class _Traffic:
                 # Each tensor-parallel rank has the gradient of its part of the sequence.
                 self.all_reduce("tensor parallel", size, self.ranks.tensor)
 
-    def add_optimizer(self, weights: list[Weight]) -> None:
-        """Matrices to the ranks that orthogonalize them; updates to all ranks with a shard."""
-        ranks, dtype = self.ranks, self.config.optimizer.ns_dtype
-        itemsize = ITEMSIZE["bfloat16" if dtype == "auto" else dtype]  # auto, on an accelerator
-        for weight in weights:
-            if weight.optimizer != "muon":
-                continue
-            shards, replicas = ranks.tensor, ranks.replicas
-            if weight.expert is not None:
-                shards, replicas = ranks.expert_tensor, ranks.expert_data
-            numel, group = ranks.tensors(weight) * weight.numel, shards * replicas
-            if weight.split and shards > 1:
-                gathered = numel * (shards - 1) / shards
-                returned = numel * replicas - numel / shards
-            else:
-                gathered, returned = 0.0, numel * (group - 1.0)
-            self.send("optimizer", (gathered + returned) * itemsize / group)
-
     def add_chunk(self, chunk: range, *, is_first: bool, is_last: bool) -> None:
         """All micro-batches through a model chunk, forward and backward."""
         config, language, ranks = self.config, self.config.language, self.ranks
-        tokens = config.micro_batch_size * config.data.seq_length * ranks.micro_batches
+        tokens = ranks.tokens(config) * ranks.micro_batches
         channel = float(tokens * self.itemsize)
         hidden = channel * language.hidden_size
         whole_layers, parts = recomputed_layers(config, chunk), recomputed_parts(config)
@@ -109,16 +93,21 @@ class _Traffic:
         language = self.config.language
         hidden = language.hidden_size
         if language.attention == "mla":
-            # Inputs of the up-projections, or of the queries' only one; the rotary key.
-            whole, shared = (
-                (language.q_lora_rank or hidden) + language.kv_lora_rank,
-                language.qk_rope_head_dim,
-            )
+            projected = language.q_lora_rank or hidden
+            # Latent of keys and values, and the rotary key.
+            exchanged: float = language.kv_lora_rank + language.qk_rope_head_dim
+            parts = self.ranks.tensor * self.ranks.context
         else:
-            whole, shared = hidden, 0
-        forward: float = whole + shared + hidden  # and the output
+            projected, parts = hidden, self.ranks.context
+            exchanged = language.gqa_kv_heads * 2 * language.gqa_head_dim / self.ranks.tensor
+        # Of whole sequences, and their gradients.
+        size = channel * self.ranks.context * exchanged * (forwards + 1)
+        purpose = "tensor parallel" if self.ranks.context == 1 else "context parallel"
+        self.gather_or_scatter(purpose, size, parts)
+        # Input of the projection to all heads' queries; the output.
+        forward: float = projected + hidden
         # Inputs are gathered again for the weights' gradients; the rest mirrors the forward pass.
-        backward: float = 2 * whole + shared + hidden
+        backward: float = 2 * projected + hidden
         if layer < language.dense_layers or language.shared_expert_ffn_hidden_size:
             # MLP: dense, or the shared experts.
             forward += 2 * hidden

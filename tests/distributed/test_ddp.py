@@ -214,7 +214,7 @@ def test_zero_redundancy_optimizer_refuses_plain_parameters(world_size: int) -> 
 
 def train_in_buckets() -> Outcome:
     """Each bucket goes to its owners while the one before is worked on."""
-    muon._BUCKET_ELEMENTS = 8
+    muon.BUCKET_ELEMENTS = 8
     return train(MANY, process_group=dist.group.WORLD)
 
 

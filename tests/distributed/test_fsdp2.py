@@ -506,7 +506,7 @@ def test_uneven_shards_are_refused_on_all_ranks(dim: int) -> None:
 
 def train_in_buckets(elements: int) -> dict[str, Outcome]:
     """Each bucket goes to its owners while the one before is worked on."""
-    muon._BUCKET_ELEMENTS = elements  # type: ignore[attr-defined]
+    muon.BUCKET_ELEMENTS = elements  # type: ignore[attr-defined]
     cases = cases_for(dist.get_world_size())
     return train_sharded({name: cases[name] for name in ("rows", "columns of each expert")})
 

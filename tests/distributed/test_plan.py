@@ -201,7 +201,7 @@ def test_the_plan_equals_what_a_built_model_has_and_does(
             _check_traffic(planned["messages"][stage], result["sent"])
         for stage, traffic in enumerate(planned["messages"]):
             sent = [r["sent by the optimizer"] for r in results[stage * per_stage :][:per_stage]]
-            assert traffic["optimizer"] <= sum(sent) / per_stage <= 1.3 * traffic["optimizer"] + 64
+            assert sum(sent) / per_stage == pytest.approx(traffic["optimizer"], rel=2e-2, abs=64)
 
         if world_size == 1:
             (chunk,) = ranks.stages[0]

@@ -1,0 +1,4 @@
+"""Sizes of elements in bytes."""
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32 = ITEMSIZE["float32"]
