@@ -689,6 +689,7 @@ class Config(Settings):
             ("parallel.context", parallel.context),
             ("parallel.pipeline", parallel.pipeline),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
+            ("parallel.tensor x parallel.context", parallel.tensor * parallel.context),
             (
                 "parallel.tensor x parallel.context x parallel.pipeline",
                 parallel.tensor * parallel.context * parallel.pipeline,

@@ -16,6 +16,7 @@ from pretrain.encoder_process.encoder import Images
 from pretrain.encoder_process.exchange import ItemExchange, Piece, gather_grids
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
+from pretrain.model.vision import num_features
 from tests.distributed.launch import launch
 
 CONFIG = VisionConfig(
@@ -65,18 +66,32 @@ class Place(NamedTuple):
 
     data_rank: int
     data_size: int
+    context_size: int
     needs_features: bool
-    tensor_group: dist.ProcessGroup | None
+    tensor_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
 
 
-def place_of(tensor: int, pipeline: int) -> Place:
-    """Place of this rank in megatron-core's order: tensor, then data, then pipeline."""
+def place_of(tensor: int, pipeline: int, context: int) -> Place:
+    """Place of this rank in megatron-core's order: tensor, context, data, then pipeline."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    stage = world_size // pipeline
-    groups = [
+    stage, share = world_size // pipeline, tensor * context
+    tensor_groups = [
         dist.new_group(list(range(first, first + tensor))) for first in range(0, world_size, tensor)
     ]
-    return Place(rank % stage // tensor, stage // tensor, rank < stage, groups[rank // tensor])
+    context_groups = {
+        first + offset: dist.new_group(list(range(first + offset, first + share, tensor)))
+        for first in range(0, world_size, share)
+        for offset in range(tensor)
+    }
+    return Place(
+        data_rank=rank % stage // share,
+        data_size=stage // share,
+        context_size=context,
+        needs_features=rank < stage,
+        tensor_group=tensor_groups[rank // tensor],
+        context_group=context_groups[rank // share * share + rank % tensor],
+    )
 
 
 def _images_of(case: list[Shapes], place: Place) -> list[Images]:
@@ -95,6 +110,14 @@ def _images_of(case: list[Shapes], place: Place) -> list[Images]:
     return micro_batches
 
 
+def _feature_ranks(images: list[Images], place: Place) -> list[Tensor] | None:
+    """Context-parallel ranks that need the features: runs that do not end where images do."""
+    if place.context_size == 1:
+        return None
+    counts = [int(num_features(grids).sum()) for _, grids in images]
+    return [torch.arange(count) // 3 % place.context_size for count in counts]
+
+
 def _step(kind: str, case: list[Shapes], place: Place, dtype: torch.dtype) -> Step:
     """Features and reduced gradients of a step with a nonlinear function as backbone."""
     tower = make_tower(dtype)
@@ -104,8 +127,10 @@ def _step(kind: str, case: list[Shapes], place: Place, dtype: torch.dtype) -> St
         dist.group.WORLD,
         needs_features=place.needs_features,
         tensor_group=place.tensor_group,
+        context_group=place.context_group,
     )
-    features = encoder.encode(_images_of(case, place))
+    images = _images_of(case, place)
+    features = encoder.encode(images, None, _feature_ranks(images, place))
     if place.needs_features:
         for part in features:
             (part.sin() * torch.arange(1, 13, dtype=dtype)).sum().backward()
@@ -117,9 +142,9 @@ def _step(kind: str, case: list[Shapes], place: Place, dtype: torch.dtype) -> St
 
 
 def _steps_of_both(
-    cases: list[list[Shapes]], tensor: int, pipeline: int, dtype: torch.dtype
+    cases: list[list[Shapes]], tensor: int, pipeline: int, context: int, dtype: torch.dtype
 ) -> list[tuple[Step, Step]]:
-    place = place_of(tensor, pipeline)
+    place = place_of(tensor, pipeline, context)
     return [
         (_step("dep", case, place, dtype), _step("colocated", case, place, dtype)) for case in cases
     ]
@@ -146,30 +171,33 @@ def _cases() -> list[list[Shapes]]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor", "pipeline"),
+    ("world_size", "tensor", "pipeline", "context"),
     [
-        *[(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)],
-        *[(4, 1, 4), (4, 4, 1)],
+        *[(1, 1, 1, 1), (2, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2)],
+        *[(4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (4, 2, 2, 1), (4, 1, 4, 1), (4, 4, 1, 1)],
+        *[(4, 1, 1, 4), (4, 2, 1, 2), (4, 1, 2, 2), (4, 1, 1, 2)],
     ],
 )
-def test_dep_equals_the_colocated_encoder(world_size: int, tensor: int, pipeline: int) -> None:
+def test_dep_equals_the_colocated_encoder(
+    world_size: int, tensor: int, pipeline: int, context: int
+) -> None:
     """In every layout of the backbone, and equals one process, up to rounding in float64."""
-    _check_equal(world_size, tensor, pipeline, torch.float64, 1e-12)
+    _check_equal(world_size, (tensor, pipeline, context), torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "pipeline"), [(2, 1, 1), (4, 2, 2)])
 def test_dep_equals_the_colocated_encoder_in_float32(
     world_size: int, tensor: int, pipeline: int
 ) -> None:
-    _check_equal(world_size, tensor, pipeline, torch.float32, 1e-5)
+    _check_equal(world_size, (tensor, pipeline, 1), torch.float32, 1e-5)
 
 
 def _check_equal(
-    world_size: int, tensor: int, pipeline: int, dtype: torch.dtype, tolerance: float
+    world_size: int, sizes: tuple[int, int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
     cases = _cases()
-    (alone,) = launch(_steps_of_both, 1, cases, 1, 1, torch.float64)
-    for rank in launch(_steps_of_both, world_size, cases, tensor, pipeline, dtype):
+    (alone,) = launch(_steps_of_both, 1, cases, 1, 1, 1, torch.float64)
+    for rank in launch(_steps_of_both, world_size, cases, *sizes, dtype):
         for (dep, colocated), (_, reference) in zip(rank, alone, strict=True):
             assert dep.keys() == colocated.keys()
             for name, expected in colocated.items():

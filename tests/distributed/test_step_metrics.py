@@ -47,6 +47,7 @@ def test_metrics_of_one_process_are_those_of_hooks(single_process: dict[str, Any
         (2, ("parallel.expert=2", "recompute.granularity=full")),
         (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
         (4, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.expert=2")),
+        (4, ("parallel.context=2", "parallel.expert=2")),
     ],
 )
 def test_metrics_do_not_depend_on_the_distribution(
@@ -64,9 +65,11 @@ def test_metrics_do_not_depend_on_the_distribution(
         assert rank["metrics"] == ranks[0]["metrics"]
 
 
-def test_clipped_heads_are_counted_once(folder: Path) -> None:
-    # Two data-parallel ranks clip the same heads; two tensor-parallel ranks have different ones.
-    overrides = [f"parallel.{name}=2" for name in ("tensor", "expert")]
+@pytest.mark.parametrize("other", ["expert", "context"])
+def test_clipped_heads_are_counted_once(folder: Path, other: str) -> None:
+    # Two data- or context-parallel ranks clip the same heads; two tensor-parallel ranks have
+    # different ones.
+    overrides = [f"parallel.{name}=2" for name in ("tensor", other)]
     clipping = "optimizer.qk_clip_threshold=1e-9"
     ranks = launch(training.first_step, 4, str(folder), *FOUR_LAYERS, *overrides, clipping)
     for rank in ranks:

@@ -227,6 +227,18 @@ RECOMPUTE_TWO = ("recompute.granularity=full", "recompute.num_layers=2")
             "recompute.num_layers=2 does not divide the 3 layers",
         ),
         (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
+        (["parallel.context=2"], 3, "3 processes cannot be divided by parallel.context=2"),
+        (
+            ["parallel.context=2", "parallel.tensor=2"],
+            2,
+            "2 processes cannot be divided by parallel.tensor x parallel.context=4",
+        ),
+        (
+            ["parallel.context=3"],
+            3,
+            "data.seq_length=256 is not a multiple of 6, which parallel.tensor=1 and "
+            "parallel.context=3 require",
+        ),
         (
             ["parallel.pipeline=2", "parallel.interleave=2", "global_batch_size=8"],
             2,
