@@ -116,6 +116,8 @@ def single(folder: Path) -> list[dict[str, Any]]:
         (2, ("tensor=2", "expert=2")),
         (4, ("pipeline=2", "interleave=2", "expert=2")),
         (4, ("tensor=2", "pipeline=2", "expert=2")),
+        (2, ("context=2", "expert=2")),
+        (4, ("context=2", "pipeline=2", "interleave=2")),
         (3, ("pipeline=3", "layout=[0,4,0]")),
     ],
 )
@@ -130,6 +132,10 @@ def test_every_layout_has_the_metrics_of_one_process(
         keys = ("loss", "caption_loss", "grad_norm", "max_logit", "held_out_text_loss")
         assert_same(mine, reference, *keys)
         assert mine.get("heads") == reference.get("heads")
+    transcribed = [
+        (path / "transcriptions.json").read_text() for path in (run_dir, folder / "single")
+    ]
+    assert transcribed[0] == transcribed[1]
 
 
 def test_a_measured_cost_is_stored_with_the_run(folder: Path) -> None:
@@ -163,6 +169,7 @@ MOVING = (EXACT, "steps=30", "checkpoint.every=10", "checkpoint.keep=9", "optimi
         (1, ()),
         (2, ("pipeline=2", "layout=[0,2]")),
         (2, ("tensor=2",)),
+        (2, ("context=2",)),
     ],
 )
 def test_a_run_resumes_with_other_parallel_sizes(
