@@ -121,7 +121,7 @@ def collate(
         labels=stack("labels"),
         weights=stack("weights"),
         categories=stack("categories"),
-        documents=stack("documents"),
+        documents=torch.stack([sample.documents for sample in samples]),
         patches=moved(patches if images else patches[:0]),
         grids=grids if images else grids[:0],
         share=share,

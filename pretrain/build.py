@@ -269,7 +269,6 @@ def build_optimizer(
             # In megatron-core's attention, a submodule computes the logits.
             attention = getattr(layer, "core_attention", layer)
             attention.observer = partial(clip.observe, name)
-            attention.clip_threshold = clip.threshold
         clips.append(clip)
     return optimizer, clips
 

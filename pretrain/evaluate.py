@@ -1,6 +1,7 @@
 """Held-out evaluation: loss by category, use of images, and transcriptions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def transcribe(run: Run) -> list[tuple[str, str]]:
         samples, context.device, images=context.first_stage, share=context.sequence_share
     )
     # Generated tokens belong to the prompt's document, unlike the padding that they replace.
-    batch.documents.zero_()
+    batch = replace(batch, documents=torch.zeros_like(batch.documents))
     (features,) = encode_images(run, [batch])
     rows = torch.arange(len(items))
     for generated in range(_MAX_CAPTION_TOKENS):

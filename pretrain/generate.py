@@ -157,11 +157,10 @@ class CachedForward:
         embedded = language.embedding(tokens, positions[None])
         if features is not None:
             embedded = merge_features(embedded, tokens == self._model.tokenizer.media_pad, features)
-        masked = torch.arange(length + num_new, device=device) > positions[:, None]
         logits = language(
             tokens,
             positions[None],
-            masked[None, None],
+            None,
             decoder_input=embedded,
             inference_context=self._cache,
             runtime_gather_output=True,

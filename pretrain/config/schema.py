@@ -495,8 +495,8 @@ class RecomputeConfig(Settings):
     num_layers: Layers = 1
     """See ``method``."""
     modules: tuple[RecomputedModule, ...] = ("core_attn",)
-    """For selective: attention's logits and weights; dense MLPs; layers of experts, or only their
-    shared experts."""
+    """For selective: the core attention (which keeps little: the log-sum-exp of each query); dense
+    MLPs; layers of experts, or only their shared experts."""
 
     def _check(self) -> None:
         require(

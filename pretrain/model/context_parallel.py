@@ -22,18 +22,19 @@ class SequenceShare:
     rank: int = 0
     size: int = 1
 
-    def starts(self, length: int) -> tuple[int, int]:
-        """Positions of the first token of both chunks in a sequence of ``length`` tokens."""
+    def chunks(self, length: int) -> list[tuple[int, int]]:
+        """First and last position, exclusive, of each chunk in a sequence of ``length`` tokens."""
+        if self.size == 1:
+            return [(0, length)]
         chunk = length // (2 * self.size)
-        return self.rank * chunk, (2 * self.size - 1 - self.rank) * chunk
+        return [(n * chunk, (n + 1) * chunk) for n in (self.rank, 2 * self.size - 1 - self.rank)]
 
     def take(self, whole: Tensor, dim: int) -> Tensor:
         """Select this rank's tokens; ``dim`` has all tokens of a sequence."""
         if self.size == 1:
             return whole
-        length = whole.shape[dim]
-        chunk = length // (2 * self.size)
-        return torch.cat([whole.narrow(dim, start, chunk) for start in self.starts(length)], dim)
+        chunks = self.chunks(whole.shape[dim])
+        return torch.cat([whole.narrow(dim, start, end - start) for start, end in chunks], dim)
 
     def restore(self, gathered: Tensor) -> Tensor:
         """Put tokens, gathered from all ranks along the first dimension, in their order."""

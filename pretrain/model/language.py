@@ -5,8 +5,6 @@ MLPs or mixtures of experts. The layer spec replaces the core attention, which o
 and the norms.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,68 +16,14 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
-from muonclip import screened_max_logits
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.errors import PretrainError
+from pretrain.model.attention import CoreAttention
 from pretrain.model.experts import GroupedExperts
 from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import transformer_config
 from pretrain.runtime import apex
-
-MaxLogitObserver = Callable[[Tensor], None]
-
-
-class CoreAttention(nn.Module):
-    """Softmax attention that reports every head's max logit.
-
-    Attributes:
-        observer: if set, called in training with the max logits of a micro-batch: the largest input
-            of the softmax (scaled, rotated, masked) of every head, detached float32 [heads].
-        clip_threshold: τ of QK-Clip. With 16-bit logits, max logits that may be above it are
-            computed in float32; the others are those of the rounded logits, and at most τ.
-    """
-
-    def __init__(self, *, softmax_scale: float | None = None, config: Any, **_spec: Any) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.observer: MaxLogitObserver | None = None
-        self.clip_threshold = 0.0
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_unused: Any
-    ) -> Tensor:
-        """query, key [s, b, heads, d] and value [s, b, heads, v] to [s, b, heads * v].
-
-        Of keys and values there may be fewer heads, each for consecutive heads of queries.
-
-        ``attention_mask`` is bool, broadcast to [b, heads, s, s], True where attention is masked.
-        """
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if key.shape[1] < query.shape[1]:  # grouped-query attention
-            queries = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(queries, 1) for x in (key, value))
-        logits = torch.matmul(query * self.softmax_scale, key.transpose(-1, -2))
-        logits = logits.masked_fill(attention_mask, -torch.inf)
-        if self.observer is not None and self.training and torch.is_grad_enabled():
-            self.observer(self._max_logits(query, key, logits, attention_mask))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        weights = torch.softmax(logits, dim=-1, dtype=wide).to(value.dtype)
-        context = torch.matmul(weights, value)
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    @torch.no_grad()
-    def _max_logits(self, query: Tensor, key: Tensor, logits: Tensor, masked: Tensor) -> Tensor:
-        """float32 [heads]."""
-        rounded = logits.amax(dim=(0, 2, 3)).float()
-        if logits.dtype == torch.float32:
-            return rounded
-        screened = screened_max_logits(
-            query, key, self.clip_threshold, scale=self.softmax_scale, mask=~masked
-        )
-        # The upper bound keeps rounding from lifting a max logit above the threshold.
-        below = rounded.minimum(screened.bounds)
-        return torch.where(screened.bounds <= self.clip_threshold, below, screened.max_logits)
 
 
 class RMSNorm(nn.RMSNorm):

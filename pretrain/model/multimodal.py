@@ -1,5 +1,6 @@
 """Early fusion: image features replace the embeddings of placeholder tokens."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
+from pretrain.model.attention import PackedDocuments
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
 from pretrain.model.vision import num_features
 
@@ -21,7 +23,7 @@ class MicroBatch:
         labels: [b, s] int64, the next token; 0 where the weight is 0.
         weights: [b, s] float32, the weight of each label in the loss (:mod:`pretrain.objective`).
         categories: [b, s] uint8, the category under which each label's loss is reported.
-        documents: [b, s] int32, the document of each token, within which it attends.
+        documents: [b, s] int32 on the CPU, the document of each token, within which it attends.
         patches: [P, 3 * patch * patch] uint8, the patches of all images in order.
         grids: [n, 3] int64, (frames, rows, columns) of each image, in patches; on the CPU, where
             work is planned.
@@ -38,14 +40,10 @@ class MicroBatch:
     grids: Tensor
     share: SequenceShare = WHOLE_SEQUENCE
 
-
-def attention_mask(documents: Tensor) -> Tensor:
-    """[b, 1, s, s] bool, True where token i must not attend to j: a later token, or one
-    of another document."""
-    length = documents.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
-    other = documents[:, :, None] != documents[:, None, :]
-    return (later | other).unsqueeze(1)
+    @functools.cached_property
+    def packed_documents(self) -> PackedDocuments:
+        """The documents for the attention of all layers."""
+        return PackedDocuments.of(self.documents, self.tokens.device, self.share)
 
 
 def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
@@ -115,9 +113,10 @@ def forward(
     output: Tensor = model(
         tokens,
         positions,
-        share.take(attention_mask(batch.documents), 2),
+        None,
         decoder_input=inputs,
         labels=None if logits else labels,
+        packed_seq_params=batch.packed_documents,
         runtime_gather_output=True if logits else None,
     )
     return output

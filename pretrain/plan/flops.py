@@ -11,6 +11,7 @@ import math
 
 from pretrain.config import Config, LanguageConfig
 from pretrain.encoder_process.cost import CostModel, analytic_cost
+from pretrain.model.attention import keys_per_query
 from pretrain.model.weights import language_weights
 from pretrain.plan.parameters import active_numel
 from pretrain.plan.ranks import Ranks
@@ -41,7 +42,7 @@ def forward_flops(
     return flops
 
 
-def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: int) -> float:
+def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: float) -> float:
     """Model FLOPs per token of a forward pass of the language model on full sequences.
 
     Attention is causal: a token attends to (``seq_length`` + 1) / 2 tokens on average. Packed
@@ -59,11 +60,13 @@ def encoder_forward_flops(cost: CostModel, images: Images) -> float:
 def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
     """FLOPs of a step on all ranks by purpose: as executed, their ``total``, and ``model`` FLOPs.
 
-    As executed, attention computes the scores of all pairs of tokens, masked or not.
+    As executed, attention computes the scores of blocks of queries, and their products with keys a
+    second time in the backward pass. Sequences are counted as one document each.
     """
     language, tokens = config.language, tokens_per_step(config)
     vocab_size = language.vocab_rows(config.data.vocab_size)
-    executed = forward_flops(language, vocab_size, config.data.seq_length)
+    keys = keys_per_query(config.data.seq_length)
+    executed = forward_flops(language, vocab_size, keys)
     forward = sum(executed.values())
     scores = sum(flops for (_, part), flops in executed.items() if part == "scores")
     chunks, parts = itertools.chain(*ranks.stages), recomputed_parts(config)
@@ -75,11 +78,12 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     cost = analytic_cost(vision, language.hidden_size)
     encoder = encoder_forward_flops(cost, images)
     patch_embedding = 2.0 * 3 * vision.patch_size**2 * vision.hidden_size * images.patches
+    logits = 2.0 * language.num_layers * language.num_heads * language.query_key_dim * keys
     flops = {
         "language forward": tokens * (forward - scores),
         "attention forward": tokens * scores,
         "language backward": 2 * tokens * forward,
-        "language recompute": tokens * recomputed,
+        "language recompute": tokens * (recomputed + logits),
         "encoder forward": encoder,
         "encoder backward": 2 * encoder - patch_embedding,  # pixels have no gradient
         "encoder recompute": encoder if config.encoder_process.enabled else 0.0,

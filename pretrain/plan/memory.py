@@ -116,13 +116,11 @@ def layer_activations(config: Config, layer: int, ranks: Ranks) -> dict[str, flo
     qk, value = language.query_key_dim, language.value_dim
     latents = sum(_norm(rank, itemsize) for rank in language.latent_ranks)
     shared_key = language.qk_rope_head_dim if language.attention == "mla" else 0
-    # The attention weights in float32, and rounded.
-    score_size = FLOAT32 + (itemsize if itemsize < FLOAT32 else 0)
     attention = {
         "norms": local_tokens * 2 * _norm(language.hidden_size, itemsize),
         "latents": local_tokens * (latents + shared_key * itemsize),
         "qkv": tokens * heads * (2 * qk + value) * itemsize,
-        "scores": tokens * heads * config.data.seq_length * score_size,
+        "scores": tokens * heads * FLOAT32,  # the log-sum-exp of every query
         "context": tokens * heads * value * itemsize,
     }
 

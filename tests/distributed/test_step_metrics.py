@@ -78,10 +78,8 @@ def test_clipped_heads_are_counted_once(folder: Path, other: str) -> None:
 
 
 def test_flops_per_token_agree_with_the_counter_of_torch(folder: Path) -> None:
-    """Attention computes all pairs and masks later ones: as many as causal attention at twice the
-    length."""
     counted, expected = launch(training.counted_flops, 1, str(folder), *FOUR_LAYERS)[0]
-    assert counted == expected
+    assert counted == pytest.approx(expected, rel=1e-12)
 
 
 def test_update_rms_is_estimated_from_samples_of_large_matrices() -> None:

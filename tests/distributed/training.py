@@ -18,6 +18,8 @@ from pretrain.checkpoint.run import local_shard
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.metrics import read
+from pretrain.model.attention import keys_per_query
+from pretrain.model.multimodal import MicroBatch
 from pretrain.plan.flops import flops_per_token
 from pretrain.startup import set_up
 from pretrain.train import train
@@ -198,17 +200,26 @@ def first_step(folder: str, *overrides: str) -> dict[str, Any]:
     return {"metrics": metrics, "seen": seen}
 
 
+def one_document_each(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches with every sequence as one document, as the plan counts them."""
+    return [
+        dataclasses.replace(batch, documents=torch.zeros_like(batch.documents))
+        for batch in micro_batches
+    ]
+
+
 def counted_flops(folder: str, *overrides: str) -> tuple[float, float]:
     """FLOPs of a forward of the language model, counted by torch and by the trainer."""
     settings = tiny(folder, "data.vision_share=0", *overrides)
     here, data = set_up(settings)
     run = build(settings, here, data)
-    micro_batches = batches.for_step(settings, here, data, 1)
+    micro_batches = one_document_each(batches.for_step(settings, here, data, 1))
     features = run.encoder.encode([(batch.patches, batch.grids) for batch in micro_batches])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step.run_backbone(run, micro_batches, features, forward_only=True)
     length = settings.data.seq_length
-    per_token = flops_per_token(settings.language, data.tokenizer.vocab_size, 2 * length - 1)
+    as_causal = 2 * keys_per_query(length) - 1  # attention computes whole blocks
+    per_token = flops_per_token(settings.language, data.tokenizer.vocab_size, as_causal)
     return counter.get_total_flops(), per_token * settings.global_batch_size * length
 
 

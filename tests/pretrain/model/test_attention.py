@@ -1,0 +1,157 @@
+"""Blocked attention equals the dense form: outputs, gradients and max logits, for any documents."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pretrain.model import attention
+from pretrain.model.attention import CoreAttention, PackedDocuments, attend, attend_dense
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def packed(draw: Any, most: int = 200, least: int = 1) -> list[list[int]]:
+    """Document lengths of one to three sequences of equal length."""
+    length = draw(st.integers(least, most))
+    batch = draw(st.integers(1, 3))
+    sequences = []
+    for _ in range(batch):
+        kind = draw(st.sampled_from(["one", "ones", "some", "some"]))
+        if kind == "one":
+            sequences.append([length])
+        elif kind == "ones":
+            sequences.append([1] * length)
+        else:
+            cuts = draw(st.sets(st.integers(1, length - 1), max_size=12)) if length > 1 else set()
+            ends = [*sorted(cuts), length]
+            sequences.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
+    return sequences
+
+
+def inputs(
+    queries: int, keys: int, batch: int, heads: int, groups: int, d: int, v: int, dtype: torch.dtype
+) -> list[Tensor]:
+    return [
+        torch.randn(*shape, dtype=dtype, requires_grad=True)
+        for shape in (
+            (queries, batch, heads, d),
+            (keys, batch, groups, d),
+            (keys, batch, groups, v),
+        )
+    ]
+
+
+def assert_equals_dense(tensors: list[Tensor], documents: PackedDocuments, scale: float) -> None:
+    outcomes = []
+    gradient = None
+    for function in (attend, attend_dense):
+        output, max_logits = function(*tensors, documents, scale)
+        assert not max_logits.requires_grad
+        gradient = torch.randn_like(output) if gradient is None else gradient
+        outcomes.append((output, max_logits, *torch.autograd.grad(output, tensors, gradient)))
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=packed(),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    widths=st.sampled_from([(6, 4), (4, 4), (3, 8)]),
+    at_a_time=st.sampled_from([1, 2**12, 2**18]),
+    seed=st.integers(0, 2**16),
+)
+def test_blocks_equal_the_dense_form(
+    lengths: list[list[int]],
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    at_a_time: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    length = sum(lengths[0])
+    tensors = inputs(length, length, len(lengths), *heads, *widths, torch.float64)
+    before = dict(attention._LOGITS_AT_A_TIME)
+    attention._LOGITS_AT_A_TIME["cpu"] = at_a_time
+    try:
+        assert_equals_dense(tensors, PackedDocuments(lengths, CPU), 0.7)
+    finally:
+        attention._LOGITS_AT_A_TIME.update(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=packed(), data=st.data(), seed=st.integers(0, 2**16))
+def test_queries_of_some_chunks_attend_to_the_keys_of_all(
+    lengths: list[list[int]], data: Any, seed: int
+) -> None:
+    """As in context parallelism, where a rank has two chunks of each sequence."""
+    torch.manual_seed(seed)
+    length = sum(lengths[0])
+    points = sorted(data.draw(st.lists(st.integers(0, length), min_size=4, max_size=4)))
+    chunks = [(a, b) for a, b in (points[:2], points[2:]) if a < b] or [(0, length)]
+    documents = PackedDocuments(lengths, CPU, chunks)
+    queries = sum(b - a for a, b in chunks)
+    tensors = inputs(queries, length, len(lengths), 4, 2, 6, 4, torch.float64)
+    assert_equals_dense(tensors, documents, 0.3)
+
+
+def test_tokens_attend_to_earlier_tokens_of_their_document() -> None:
+    documents = PackedDocuments.of(torch.tensor([[0, 0, 1, 1], [5, 5, 5, 2]]), CPU)
+    assert documents.lengths == [[2, 2], [3, 1]]
+    query = key = torch.zeros(4, 2, 1, 4)
+    value = torch.eye(4)[:, None, None].expand(4, 2, 1, 4)
+    for function in (attend, attend_dense):
+        output, _ = function(query, key, value, documents, 1.0)
+        sees = (output > 0).int()
+        assert sees[:, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+        assert sees[:, 1].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@settings(max_examples=25, deadline=None)
+@given(target=st.floats(95.0, 110.0), lengths=packed(20), seed=st.integers(0, 2**16))
+def test_max_logits_are_those_of_queries_and_keys_not_of_rounded_products(
+    dtype: torch.dtype, target: float, lengths: list[list[int]], seed: int
+) -> None:
+    """In bfloat16, whose values near 100 are 0.5 apart, a max logit of 100.2 would be 100."""
+    torch.manual_seed(seed)
+    tensors = inputs(sum(lengths[0]), sum(lengths[0]), len(lengths), 4, 4, 24, 8, torch.float32)
+    documents = PackedDocuments(lengths, CPU)
+    query, key, value = (x.detach() for x in tensors)
+    _, largest = attend_dense(query, key, value, documents, 1 / math.sqrt(24))
+    # Heads from far below the threshold of 100 to near it.
+    aims = torch.tensor([target, target - 5, target / 2, 1.0])
+    query = (query * (aims / largest)[:, None]).to(dtype).requires_grad_()
+    key, value = key.to(dtype), value.to(dtype)
+    attention = CoreAttention(config=SimpleNamespace(kv_channels=24)).train()
+    observed: list[Tensor] = []
+    attention.observer = observed.append
+    output = attention(query, key, value, packed_seq_params=documents)
+    (max_logits,) = observed
+    assert max_logits.dtype == torch.float32 and not max_logits.requires_grad
+    assert output.dtype == dtype
+    wide = (x.double() for x in (query, key, value))
+    _, expected = attend_dense(*wide, documents, 1 / math.sqrt(24))
+    # Rounding of logits near 100 in float32; in bfloat16 it is 0.5.
+    torch.testing.assert_close(max_logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_max_logits_are_observed_once_and_in_training_only() -> None:
+    """Recomputation runs the forward twice, first without gradients."""
+    query, key, value = inputs(5, 5, 1, 2, 2, 4, 4, torch.float32)
+    attention = CoreAttention(config=SimpleNamespace(kv_channels=4))
+    observed: list[Tensor] = []
+    attention.observer = observed.append
+    with torch.no_grad():
+        attention(query, key, value)
+    attention.eval()(query, key, value)
+    assert not observed
+    attention.train()(query, key, value)
+    assert len(observed) == 1
