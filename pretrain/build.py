@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
-    DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.transformer.attention import SelfAttention
@@ -28,6 +27,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.initialize import initialize
 from pretrain.model.kernels import choose_kernels
 from pretrain.model.language import build_language_model
+from pretrain.model.megatron_config import ddp_config
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
@@ -92,9 +92,16 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     dtype: torch.dtype = getattr(torch, config.precision)
     vocab_size = config.language.vocab_rows(data.tokenizer.vocab_size)
     seq_length, parallel = config.data.seq_length, config.parallel
-    kernels = choose_kernels(config.kernels)
+    kernels = choose_kernels(config)
     chunks = build_language_model(
-        config.language, vocab_size, seq_length, parallel, config.recompute, dtype, kernels
+        config.language,
+        vocab_size,
+        seq_length,
+        parallel,
+        config.recompute,
+        dtype,
+        kernels,
+        config.megatron,
     )
     tower = VisionTower(config.vision, config.language.hidden_size)
     language = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
@@ -113,8 +120,8 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     copies = {n: w.copies(parallel, context.world_size) for n, w in weights.items()}
     initialize(named, weights, config, context.tensor_rank)
 
-    wide_gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=dtype.itemsize < 4)
-    replicas = [DistributedDataParallel(chunks[0].config, wide_gradients, c) for c in chunks]
+    reduction = ddp_config(dtype, config.ddp, kernels)
+    replicas = [DistributedDataParallel(chunks[0].config, reduction, c) for c in chunks]
     expert_tokens = ExpertTokens(chunks)
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 

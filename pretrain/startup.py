@@ -17,7 +17,7 @@ from pretrain.data import Data, RankShare, data_config, open_data
 from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
-from pretrain.model.kernels import choose_kernels
+from pretrain.model.megatron_config import check_megatron
 from pretrain.parallel import ParallelContext
 from pretrain.runtime.faults import Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
@@ -40,7 +40,7 @@ def join(config: Config) -> ParallelContext:
     source_types(config.data)  # raises if a source is misconfigured
     context = parallel.start(config.parallel, config.seed, config.faults.hang_seconds)
     parallel.require_same("the configuration", repr(config))
-    kernels = parallel.call_on_all_ranks(lambda: choose_kernels(config.kernels))
+    kernels = parallel.call_on_all_ranks(lambda: check_megatron(config))
     parallel.require_same(f"the selection of kernels={config.kernels}", kernels)
     return context
 

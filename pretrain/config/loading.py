@@ -26,6 +26,9 @@ Layer = tuple[Path | None, dict[str, Any]]
 
 _MAX_BYTES = 1 << 20
 
+# A value in a mapping of options.
+Option = bool | int | float | str | tuple[bool | int | float | str, ...]
+
 
 class SettingError(PretrainError):
     """A setting with an invalid value or name.
@@ -235,6 +238,12 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
             return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
+    elif origin is dict and isinstance(value, Mapping):
+        return {
+            str(name): _convert(option, Option, f"{key}.{name}")
+            for name, option in value.items()
+            if option is not None
+        }
     elif expected is float and type(value) is int:
         with contextlib.suppress(OverflowError):  # an int too large for a float
             return float(value)

@@ -58,6 +58,10 @@ class PathRule:
         return "\0" not in value and (value.strip() != "" or (self._optional and not value))
 
 
+# A mapping of names to plain values that the trainer does not know in advance.
+Options = dict[str, Any]
+
+
 def field_types(cls: type[Any]) -> dict[str, Any]:
     """The type of each field by name, with its metadata."""
     return typing.get_type_hints(cls, include_extras=True)
@@ -131,6 +135,10 @@ def type_name(expected: Any) -> str:
         if others == [Ellipsis]:
             return f"a list of {type_name(first)}"
         return f"a list [{', '.join(map(type_name, typing.get_args(expected)))}]"
+    if typing.get_origin(expected) is list:
+        return f"a list of {type_name(typing.get_args(expected)[0])}"
+    if typing.get_origin(expected) is dict:
+        return "a mapping of names to values"
     if expected is types.NoneType:
         return "null"
     return str(expected.__name__)
@@ -162,7 +170,8 @@ def describe(cls: type[Any], prefix: str = "") -> Iterator[str]:
         else:
             meaning = " ".join(meanings.get(field.name, "").split())
             allowed = _allowed(hint)
-            line = f"{name}={field.default!r}  {meaning}".rstrip()
+            default = {} if hint == Options else field.default
+            line = f"{name}={default!r}  {meaning}".rstrip()
             yield f"{line}  ({allowed})" if allowed else line
             for element in filter(_is_section, typing.get_args(hint)):  # of a list of sections
                 yield from describe(element, f"{name}[].")

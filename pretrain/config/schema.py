@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pretrain.config.rules import In, NonEmpty, PathRule, Settings, require
+from pretrain.config.rules import In, NonEmpty, Options, PathRule, Settings, require
 from pretrain.errors import PretrainError
 
 # Upper limits are far above any use. They catch mistakes such as a missing decimal point, and keep
@@ -631,6 +631,11 @@ class Config(Settings):
     """Kernels of the language model. torch: needs only torch. transformer_engine: NVIDIA's
     Transformer Engine, for GPUs. auto: transformer_engine if it is installed and there is a GPU,
     else torch. Weights and checkpoints are the same."""
+    megatron: Options = field(default_factory=dict)
+    """Options of megatron-core's TransformerConfig by name, such as moe_permute_fusion: those that
+    change speed or memory, but not the model. docs/training_on_gpus.md lists them."""
+    ddp: Options = field(default_factory=dict)
+    """Options of megatron-core's DistributedDataParallelConfig, such as overlap_grad_reduce."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)

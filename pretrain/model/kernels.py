@@ -2,35 +2,78 @@
 
 from typing import Literal
 
-from pretrain.config import KernelsSetting
+import torch
+
+from pretrain.config import Config
 from pretrain.errors import PretrainError
 from pretrain.runtime import without_cuda
 
 Kernels = Literal["torch", "transformer_engine"]
 
+# The first version whose fused attention returns max logits of packed documents (``thd``).
+_MIN_VERSION = "2.11.0"
+# Limits of cuDNN's fused attention. Transformer Engine's other kernels return no max logits, or
+# need memory that grows with the square of the sequence length.
+_HEAD_MULTIPLE, _MAX_HEAD, _MIN_CAPABILITY = 8, 256, (8, 0)
 
-def choose_kernels(setting: KernelsSetting) -> Kernels:
+
+def choose_kernels(config: Config) -> Kernels:
     """Return the kernels of a run on this machine.
 
-    ``auto`` selects Transformer Engine if it can be imported and the model is on a GPU.
+    ``auto`` selects Transformer Engine if it can be imported, the model is on a GPU, and the
+    precision and the sizes of the heads are supported.
 
     Raises:
         PretrainError: Transformer Engine is requested but cannot be used.
     """
-    if setting == "torch" or (setting == "auto" and not without_cuda.USE_CUDA):
+    if config.kernels == "torch":
         return "torch"
+    problem = transformer_engine_problem(config)
+    if problem is None:
+        return "transformer_engine"
+    if config.kernels == "auto":
+        return "torch"
+    raise PretrainError(
+        f"kernels=transformer_engine cannot be used: {problem}; or set kernels to torch or auto"
+    )
+
+
+def transformer_engine_problem(config: Config) -> str | None:
+    """The reason why Transformer Engine cannot be used, and the remedy; None if it can."""
     if not without_cuda.USE_CUDA:
-        raise PretrainError(
-            "kernels=transformer_engine needs a GPU, but CUDA is not available: set kernels=torch "
-            "(or auto)"
-        )
+        return "it needs a GPU, and CUDA is not available"
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        if setting == "auto":
-            return "torch"
-        raise PretrainError(
-            f"kernels=transformer_engine needs Transformer Engine, which cannot be imported "
-            f"({error}): pip install 'transformer-engine[pytorch]', or set kernels=torch"
-        ) from error
-    return "transformer_engine"
+        from megatron.core.utils import get_te_version, is_te_min_version
+    except (ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"it cannot be imported ({reason}): pip install 'transformer-engine[pytorch]'"
+    if not is_te_min_version(_MIN_VERSION):
+        return (
+            f"version {get_te_version()} returns no max logits of packed documents, which QK-Clip "
+            f"needs: install version {_MIN_VERSION} or later"
+        )
+    if config.precision != "bfloat16":
+        return f"its attention needs precision=bfloat16, not {config.precision}"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        return (
+            f"its attention needs a GPU of compute capability 8.0 or later, and this one has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    language = config.language
+    if language.attention == "mla":
+        heads = {
+            "qk_nope_head_dim + qk_rope_head_dim": language.qk_nope_head_dim
+            + language.qk_rope_head_dim,
+            "v_head_dim": language.v_head_dim,
+        }
+    else:
+        heads = {"head_dim": language.gqa_head_dim}
+    for name, size in heads.items():
+        if size % _HEAD_MULTIPLE or size > _MAX_HEAD:
+            return (
+                f"its attention needs heads of a multiple of {_HEAD_MULTIPLE} and at most "
+                f"{_MAX_HEAD} channels, and language has {name} = {size}"
+            )
+    return None

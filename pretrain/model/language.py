@@ -5,7 +5,9 @@ MLPs or mixtures of experts. The layer spec replaces the core attention, which o
 and the norms.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,6 +58,7 @@ def build_language_model(
     recompute: RecomputeConfig | None = None,
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = "torch",
+    megatron: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[GPTModel]:
     """Build this rank's model chunks; megatron-core's parallel state must be initialized.
 
@@ -63,16 +66,18 @@ def build_language_model(
         recompute: activations to recompute. Default: none.
         dtype: of the parameters.
         kernels: see :mod:`pretrain.model.kernels`.
+        megatron: options of megatron-core's configuration.
 
     Raises:
-        PretrainError: these kernels are not available.
+        PretrainError: these kernels are not available, or an option cannot be passed on.
 
     Returns:
         One model chunk, or several with an interleaved pipeline.
     """
     if kernels != "torch":
         raise PretrainError(f"kernels={kernels} is not available yet: set kernels=torch")
-    settings = transformer_config(config, parallel, recompute or RecomputeConfig(), dtype)
+    recompute = recompute or RecomputeConfig()
+    settings = transformer_config(config, parallel, recompute, dtype, kernels, megatron)
     chunks = []
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}

@@ -1,12 +1,43 @@
 """megatron-core's configuration of the language model, from the settings of a run."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import nn
 
-from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig, RopeScalingConfig
+from pretrain.config import (
+    Config,
+    LanguageConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RopeScalingConfig,
+)
+from pretrain.errors import PretrainError
+from pretrain.model.kernels import Kernels, choose_kernels
+from pretrain.model.pass_through import build_config, check_options
+
+
+def check_megatron(config: Config) -> Kernels:
+    """Check what this machine and megatron-core can do with a configuration.
+
+    Returns:
+        The kernels of the run.
+
+    Raises:
+        PretrainError: the kernels or an option are not available here, or megatron-core refuses
+            the configuration.
+    """
+    kernels = choose_kernels(config)
+    dtype: torch.dtype = getattr(torch, config.precision)
+    transformer_config(
+        config.language, config.parallel, config.recompute, dtype, kernels, config.megatron
+    )
+    ddp_config(dtype, config.ddp, kernels)
+    return kernels
 
 
 def transformer_config(
@@ -14,15 +45,27 @@ def transformer_config(
     parallel: ParallelConfig,
     recompute: RecomputeConfig,
     dtype: torch.dtype,
+    kernels: Kernels = "torch",
+    megatron: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
-    """megatron-core's configuration of the language model."""
+    """megatron-core's configuration of the language model.
+
+    Args:
+        megatron: options to pass on.
+
+    Raises:
+        PretrainError: an option cannot be passed on, or megatron-core refuses the settings.
+    """
     mla = config.attention == "mla"
-    return (MLATransformerConfig if mla else TransformerConfig)(
+    config_class = MLATransformerConfig if mla else TransformerConfig
+    defaults = _default_options(kernels)
+    fused_rope = bool((defaults | dict(megatron)).get("apply_rope_fusion"))
+    controlled: dict[str, Any] = dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_heads,
-        **(_mla_settings if mla else _gqa_settings)(config),
+        **(_mla_settings(config, fused_rope) if mla else _gqa_settings(config)),
         **(_expert_settings(config, dtype) if config.moe_layers else {}),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -55,12 +98,47 @@ def transformer_config(
         # pretrain.model.initialize gives the same weights in every parallel layout.
         perform_initialization=False,
         use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        moe_grouped_gemm=kernels == "transformer_engine",
+        # Its attention then returns max logits.
+        log_max_attention_logit=kernels == "transformer_engine",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
+    # `recompute.modules` can name those that `plan` knows, `megatron.recompute_modules` all.
+    if recompute.granularity == "selective":
+        defaults["recompute_modules"] = list(recompute.modules)
+    elif "recompute_modules" in megatron:
+        raise PretrainError("megatron.recompute_modules needs recompute.granularity=selective")
+    options = check_options("megatron", megatron, config_class, kernels, [*controlled])
+    return build_config(config_class, "megatron", {**controlled, **defaults, **options})
+
+
+def ddp_config(
+    dtype: torch.dtype, ddp: Mapping[str, Any] = MappingProxyType({}), kernels: Kernels = "torch"
+) -> DistributedDataParallelConfig:
+    """megatron-core's configuration of gradient reduction.
+
+    Args:
+        dtype: of the parameters. Gradients are reduced in at least float32.
+        ddp: options to pass on.
+
+    Raises:
+        PretrainError: an option cannot be passed on, or megatron-core refuses the settings.
+    """
+    controlled = {"grad_reduce_in_fp32": dtype.itemsize < 4}
+    options = check_options("ddp", ddp, DistributedDataParallelConfig, kernels, [*controlled])
+    return build_config(DistributedDataParallelConfig, "ddp", {**controlled, **options})
+
+
+def _default_options(kernels: Kernels) -> dict[str, Any]:
+    """Options that ``Config.megatron`` can replace."""
+    options: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    if kernels == "transformer_engine":
+        fusions = ("moe_permute", "moe_router", "apply_rope", "bias_activation")
+        options |= {f"{name}_fusion": True for name in fusions}
+        # megatron-core's own; 0.19 warns that Transformer Engine's is not stable.
+        options |= {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"}
+    return options
 
 
 def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[list[str]] | None:
@@ -72,7 +150,7 @@ def _pipeline_layout(config: LanguageConfig, parallel: ParallelConfig) -> list[l
     return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
-def _mla_settings(config: LanguageConfig) -> dict[str, Any]:
+def _mla_settings(config: LanguageConfig, fused_rope: bool) -> dict[str, Any]:
     """Multi-head latent attention."""
     return {
         "q_lora_rank": config.q_lora_rank,
@@ -82,7 +160,7 @@ def _mla_settings(config: LanguageConfig) -> dict[str, Any]:
         "v_head_dim": config.v_head_dim,
         "qk_layernorm": True,
         "rotary_base": config.rope_base,
-        **_rope_settings(config.rope_scaling),
+        **_rope_settings(config.rope_scaling, fused_rope),
     }
 
 
@@ -123,18 +201,20 @@ def _expert_settings(config: LanguageConfig, dtype: torch.dtype) -> dict[str, An
         "moe_router_topk_scaling_factor": config.router_scaling,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
-        "moe_token_dispatcher_type": "alltoall",
     }
 
 
-def _rope_settings(config: RopeScalingConfig) -> dict[str, Any]:
+def _rope_settings(config: RopeScalingConfig, fused: bool) -> dict[str, Any]:
     """Rotary embedding, with YaRN (arXiv 2309.00071) if the context is extended.
 
     megatron-core's MLA multiplies the softmax scale by m(mscale_all_dim)², and the rotary table by
-    m(mscale) / m(mscale_all_dim). Max logits include both factors.
+    m(mscale) / m(mscale_all_dim). Max logits include both factors. Its fused kernel knows only
+    YaRN, which with a factor of 1 is the plain embedding.
     """
     if config.factor == 1:
-        return {"rope_type": "rope"}
+        return (
+            {"rope_type": "yarn", "rotary_scaling_factor": 1.0} if fused else {"rope_type": "rope"}
+        )
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": config.factor,
@@ -150,7 +230,7 @@ def _recompute_settings(config: RecomputeConfig) -> dict[str, Any]:
     if config.granularity == "none":
         return {}
     if config.granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(config.modules)}
+        return {"recompute_granularity": "selective"}
     return {
         "recompute_granularity": "full",
         "recompute_method": config.method,

@@ -1,5 +1,6 @@
 """Reading a configuration: values arrive unchanged, and each error is one line with its cause."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,24 @@ def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path: 
     assert loaded.optimizer.weight_decay == config.OptimizerConfig().weight_decay
 
 
+def test_options_are_merged_by_name_and_survive_a_checkpoint(tmp_path: Path) -> None:
+    """Names and values are those of megatron-core, which checks them when a run starts."""
+    (tmp_path / "base.yaml").write_text("megatron: {a: 1, b: [x, y], c: true}\n")
+    path = tmp_path / "run.yaml"
+    path.write_text("base: base.yaml\nmegatron: {a: null, d: 0.5}\n")
+    loaded = config.load(path, ["megatron.c=false", "ddp.bucket_size=1000"])
+    assert loaded.megatron == {"b": ("x", "y"), "c": False, "d": 0.5}
+    assert loaded.ddp == {"bucket_size": 1000}
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(loaded)))) == loaded
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["optimiser.lr=1"], "unknown configuration key 'optimiser': did you mean 'optimizer'?"),
         (["optimizer.lrr=1"], "unknown configuration key 'optimizer.lrr': did you mean 'lr'?"),
+        (["megatron=[1]"], "megatron must be a mapping of names to values, not [1]"),
+        (["ddp.a.b=1"], "ddp.a must be bool or int or float or str or a list of bool or int or"),
         (["steps=many"], "steps must be int, not 'many'"),
         (["steps=1.5"], "steps must be int, not 1.5"),
         (["steps=true"], "steps must be int, not True"),

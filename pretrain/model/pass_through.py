@@ -1,0 +1,209 @@
+"""Options of megatron-core that a run's ``megatron`` and ``ddp`` settings pass on.
+
+An option is passed on if it changes speed or memory, but neither the model nor anything that the
+trainer relies on. The tables in this file list these options by ``fnmatch`` patterns, so that those
+of later versions need no change.
+"""
+
+import difflib
+import fnmatch
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import util
+from importlib.metadata import version
+from typing import Any, Literal, TypeVar
+
+from pretrain.config import rules
+from pretrain.errors import PretrainError
+from pretrain.model.kernels import Kernels
+from pretrain.runtime import without_cuda
+
+C = TypeVar("C")
+Section = Literal["megatron", "ddp"]
+
+_ANYWHERE = {
+    "megatron": (
+        *("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_*fusion*"),
+        *("recompute_modules", "deterministic_mode", "deallocate_pipeline_outputs"),
+        *("moe_token_dispatcher_type", "moe_shared_expert_overlap", "batch_p2p_sync"),
+        *("defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
+        *("overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage"),
+    ),
+    "ddp": ("overlap_grad_reduce", "bucket_size", "num_buckets", "pad_buckets_*"),
+}
+_ON_GPUS = {
+    "megatron": (
+        *("apply_rope_fusion", "gradient_accumulation_fusion", "cuda_graph_*"),
+        *("moe_flex_dispatcher_*", "moe_deepep_num_sms", "moe_hybridep_num_sms"),
+        *("moe_permute_fusion_into_hybridep", "disable_bf16_reduced_precision_matmul"),
+        "pipeline_model_parallel_comm_backend",
+    ),
+    "ddp": ("nccl_ub", "disable_symmetric_registration"),
+}
+_WITH_TRANSFORMER_ENGINE = {
+    "megatron": (
+        *("moe_permute_fusion", "moe_router_fusion", "mla_down_proj_fusion"),
+        *("tp_comm_*", "fp8*", "fp4*", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
+        *("cpu_offloading*", "*activation_offload*", "offload_modules", "*offloaded*"),
+        *("delay_offload_*", "delta_offload_*", "fine_grained_offloading_*"),
+        *("disable_parameter_transpose_cache", "moe_router_padding_for_*", "symmetric_ar_type"),
+        *("use_te_activation_func", "fused_residual_rmsnorm"),
+    ),
+    "ddp": (),
+}
+# Reasons for options that match a pattern above or are often asked for.
+_NOT_AVAILABLE = {
+    "fp8_param": "checkpoints and Muon need weights in `precision`",
+    "fp4_param": "checkpoints and Muon need weights in `precision`",
+    "fp8_dot_product_attention": "it computes no max logits, which QK-Clip needs",
+    "fp8_multi_head_attention": "it computes no max logits, which QK-Clip needs",
+    "recompute_*": "set `recompute`",
+    "*_parallel*": "set `parallel`",
+    "fp16": "set `precision`",
+    "bf16": "set `precision`",
+    "params_dtype": "set `precision`",
+    "qk_clip*": "set optimizer.qk_clip_threshold",
+    "*log_max_attention_logit": "QK-Clip always observes max logits",
+    "use_distributed_optimizer": "Muon needs whole matrices on every rank",
+    "use_megatron_fsdp": "Muon needs whole matrices on every rank",
+    "use_custom_fsdp": "Muon needs whole matrices on every rank",
+    "overlap_param_gather": "Muon needs whole matrices on every rank",
+    "average_in_collective": "gradients are divided once by the weights of all labels",
+    "grad_reduce_in_fp32": "gradients are always reduced in at least float32",
+    "check_for_nan_in_grad": "set `faults`",
+    "check_for_large_grads": "set `faults`",
+    "overlap_moe_expert_parallel_comm": "the trainer does not run layers of two micro-batches "
+    "together",
+    "delay_wgrad_compute": "the trainer does not run layers of two micro-batches together",
+    "enable_cuda_graph": "set cuda_graph_impl to local",
+    "external_cuda_graph": "set cuda_graph_impl to local",
+    "moe_enable_deepep": "set moe_token_dispatcher_type to flex",
+}
+# Values that an allowed option cannot have.
+_REFUSED_VALUES = {
+    ("cuda_graph_impl", "transformer_engine"): "the trainer does not capture graphs itself: local",
+    ("cuda_graph_impl", "full_iteration"): "the trainer does not capture graphs itself: local",
+    ("fp8_recipe", "delayed"): "checkpoints do not keep its scales: tensorwise, blockwise or mxfp8",
+}
+_OFF = (None, False, "none", "alltoall", "allgather", "native")
+
+
+def check_options(
+    section: Section,
+    options: Mapping[str, Any],
+    config_class: type,
+    kernels: Kernels,
+    controlled: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the options of a section, if each of them can be passed on.
+
+    Args:
+        config_class: megatron-core's dataclass with these options.
+        controlled: names that the trainer sets itself.
+
+    Raises:
+        PretrainError: names the first option that is unknown, not passed on, not available with
+            these kernels or on this device, or of the wrong type.
+    """
+    hints = typing.get_type_hints(config_class)
+    known = {field.name: field.default for field in fields(config_class)}
+    checked = {}
+    for name, value in options.items():
+        key = f"{section}.{name}"
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in known:
+            raise PretrainError(_unknown(section, name, [*known]))
+        if name in controlled or not _passed(section, name):
+            raise PretrainError(f"{key} cannot be set: {_reason(name, controlled)}")
+        if not _matches(value, hints[name]):
+            raise PretrainError(
+                f"{key} must be {rules.type_name(hints[name])}, not {rules.shortened(value)}"
+            )
+        if isinstance(value, str) and (name, value) in _REFUSED_VALUES:
+            refused = _REFUSED_VALUES[name, value]
+            raise PretrainError(f"{key} cannot be {value}, because {refused} is possible")
+        if value not in _OFF and value != known[name]:
+            _check_available(section, name, value, kernels)
+        checked[name] = value
+    if checked.get("fp8") and "fp8_recipe" not in checked:
+        raise PretrainError(f"{section}.fp8 needs {section}.fp8_recipe, whose default is delayed")
+    return checked
+
+
+def build_config(config_class: type[C], section: Section, values: Mapping[str, Any]) -> C:
+    """Construct megatron-core's configuration.
+
+    Raises:
+        PretrainError: megatron-core refuses a value or a combination of values.
+    """
+    try:
+        return config_class(**values)
+    except (ValueError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = (str(error).splitlines() or ["it gives no reason"])[0]
+        raise PretrainError(
+            f"megatron-core refuses the configuration: {reason} (change {section}, or the setting "
+            "that this option follows from)"
+        ) from error
+
+
+def _passed(section: Section, name: str) -> bool:
+    if name in _NOT_AVAILABLE:
+        return False
+    tables = (_ANYWHERE, _ON_GPUS, _WITH_TRANSFORMER_ENGINE)
+    return any(_in(table, section, name) for table in tables)
+
+
+def _in(table: Mapping[str, Sequence[str]], section: Section, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in table[section])
+
+
+def _unknown(section: Section, name: str, known: Sequence[str]) -> str:
+    installed = f"megatron-core {version('megatron-core')} has no option {section}.{name}"
+    similar = difflib.get_close_matches(name, known, n=1)
+    if _passed(section, name):
+        return f"{installed}, but another version may: install that version, or leave it out"
+    return f"{installed}" + (f": did you mean {similar[0]!r}?" if similar else "")
+
+
+def _reason(name: str, controlled: Sequence[str]) -> str:
+    matching = [p for p in _NOT_AVAILABLE if fnmatch.fnmatchcase(name, p)]
+    if matching:  # the name itself, or else a pattern
+        return _NOT_AVAILABLE[name if name in matching else matching[0]]
+    if name in controlled:
+        return "the trainer sets it from its own settings"
+    return "it changes the model, or the trainer does not support it"
+
+
+def _check_available(section: Section, name: str, value: Any, kernels: Kernels) -> None:
+    key = f"{section}.{name}={value}"
+    needs_engine = _in(_WITH_TRANSFORMER_ENGINE, section, name) or value == "te"
+    if needs_engine and kernels != "transformer_engine":
+        raise PretrainError(
+            f"{key} needs Transformer Engine, but the kernels are {kernels}: set "
+            "kernels=transformer_engine, or leave it out"
+        )
+    if (_in(_ON_GPUS, section, name) or value == "flex") and not without_cuda.USE_CUDA:
+        raise PretrainError(f"{key} needs a GPU, but CUDA is not available: leave it out")
+    if value == "flex" and util.find_spec("deep_ep") is None:
+        raise PretrainError(
+            f"{key} needs the package deep_ep (DeepEP or HybridEP), which is not installed: "
+            "install it, or use alltoall"
+        )
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value from a configuration file has an annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if rules.is_union(hint):
+        return any(_matches(value, member) for member in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
+    if hint is types.NoneType:
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    return hint in (bool, int, str) and type(value) is hint

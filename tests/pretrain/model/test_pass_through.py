@@ -1,0 +1,113 @@
+"""Options for megatron-core are passed on, or refused in one line that says why."""
+
+import dataclasses
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from pretrain.config import Config, LanguageConfig, ParallelConfig, RecomputeConfig
+from pretrain.errors import PretrainError
+from pretrain.model.megatron_config import check_megatron, ddp_config, transformer_config
+from pretrain.model.pass_through import Section, check_options
+
+SELECTIVE = RecomputeConfig(granularity="selective")
+
+
+def build(megatron: dict[str, Any], recompute: RecomputeConfig = SELECTIVE) -> MLATransformerConfig:
+    return transformer_config(
+        LanguageConfig(), ParallelConfig(), recompute, torch.float32, megatron=megatron
+    )
+
+
+def test_options_arrive_in_the_configuration_of_megatron_core() -> None:
+    config = build({"bias_activation_fusion": True, "recompute_modules": ("mla_up_proj",)})
+    assert config.bias_activation_fusion and config.recompute_modules == ["mla_up_proj"]
+    assert build({}).recompute_modules == ["core_attn"]
+    assert ddp_config(torch.bfloat16, {"bucket_size": 100}) == DistributedDataParallelConfig(
+        bucket_size=100, grad_reduce_in_fp32=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("megatron", "message"),
+    [
+        ({"moe_permute_fusin": True}, "has no option megatron.moe_permute_fusin: did you mean 'mo"),
+        ({"fp8_of_a_later_version": True}, "another version may"),
+        ({"num_layers": 3}, "megatron.num_layers cannot be set: the trainer sets it"),
+        ({"fp16": True}, "megatron.fp16 cannot be set: set `precision`"),
+        ({"tensor_model_parallel_size": 2}, "cannot be set: set `parallel`"),
+        ({"recompute_granularity": "full"}, "cannot be set: set `recompute`"),
+        ({"mtp_num_layers": 1}, "it changes the model, or the trainer does not support it"),
+        ({"fp8_param": True}, "checkpoints and Muon need weights"),
+        ({"moe_permute_fusion": True}, "needs Transformer Engine, but the kernels are torch"),
+        ({"cross_entropy_fusion_impl": "te"}, "needs Transformer Engine"),
+        ({"moe_token_dispatcher_type": "flex"}, "needs a GPU"),
+        ({"cuda_graph_impl": "local"}, "needs a GPU"),
+        ({"cuda_graph_impl": "transformer_engine"}, "the trainer does not capture graphs itself"),
+        ({"bias_activation_fusion": 1}, "megatron.bias_activation_fusion must be bool, not 1"),
+        ({"recompute_modules": "mlp"}, "must be a list of str or null, not 'mlp'"),
+        ({"recompute_modules": ["x"]}, "megatron-core refuses the configuration: Invalid choices"),
+        ({"moe_token_dispatcher_type": "no"}, "must be one of 'allgather', 'alltoall', 'flex'"),
+    ],
+)  # fmt: skip
+def test_other_options_are_refused(megatron: dict[str, Any], message: str) -> None:
+    with pytest.raises(PretrainError) as error:
+        build(megatron)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ddp", "message"),
+    [
+        ({"overlap_grad_reduc": True}, "did you mean 'overlap_grad_reduce'?"),
+        ({"use_distributed_optimizer": True}, "Muon needs whole matrices"),
+        ({"grad_reduce_in_fp32": False}, "gradients are always reduced in at least float32"),
+        ({"bucket_size": "big"}, "ddp.bucket_size must be int or null, not 'big'"),
+        ({"nccl_ub": True}, "ddp.nccl_ub=True needs a GPU"),
+    ],
+)
+def test_other_options_of_gradient_reduction_are_refused(ddp: dict[str, Any], message: str) -> None:
+    with pytest.raises(PretrainError) as error:
+        ddp_config(torch.float32, ddp)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_recomputed_modules_need_selective_recomputation() -> None:
+    with pytest.raises(PretrainError, match=r"needs recompute\.granularity=selective"):
+        build({"recompute_modules": ["mlp"]}, RecomputeConfig())
+
+
+@pytest.mark.parametrize("section", ["megatron", "ddp"])
+def test_every_field_of_megatron_core_is_passed_on_or_refused_in_one_line(section: Section) -> None:
+    config_class = {"megatron": MLATransformerConfig, "ddp": DistributedDataParallelConfig}[section]
+    passed = []
+    for field in dataclasses.fields(config_class):
+        value = None if callable(field.default) else field.default
+        try:
+            check_options(section, {field.name: value}, config_class, "transformer_engine")
+            passed.append(field.name)
+        except PretrainError as error:
+            assert str(error).startswith(f"{section}.{field.name}") and "\n" not in str(error)
+    assert {"megatron": "fp8_margin", "ddp": "overlap_grad_reduce"}[section] in passed
+    assert not {"num_layers", "fp16", "use_distributed_optimizer"}.intersection(passed)
+
+
+def test_an_option_that_is_off_is_accepted_everywhere() -> None:
+    build({"moe_permute_fusion": False, "cuda_graph_impl": "none", "fp8": None})
+
+
+def test_the_configuration_of_a_run_is_checked_as_a_whole() -> None:
+    assert check_megatron(Config()) == "torch"
+    with pytest.raises(PretrainError, match="did you mean 'bucket_size'"):
+        check_megatron(Config(ddp={"bucketsize": 1}))
+    with pytest.raises(PretrainError, match="needs a GPU, and CUDA is not available"):
+        check_megatron(Config(kernels="transformer_engine"))
+
+
+def test_an_error_names_the_installed_version() -> None:
+    with pytest.raises(PretrainError, match=f"megatron-core {version('megatron-core')} has no"):
+        build({"zzz": 1})
