@@ -87,9 +87,9 @@ def _add_model_commands(commands: Any) -> None:
     export.add_argument("--to", required=True, choices=["hf"], help="the format")
     export.add_argument("--out", type=Path, help="a new folder; default: RUN/hf or RUN/hf-text")
     export.add_argument("--step", **step)
-    export.add_argument("--text-only", action="store_true", help="without vision, as DeepSeek-V3")
+    export.add_argument("--text-only", action="store_true", help="the language model alone")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: that of the run")
-    text = "make a run from a Hugging Face checkpoint of Kimi-K2.5 or DeepSeek-V3, to train it"
+    text = "make a run from a Hugging Face checkpoint (docs/serving.md lists the supported models)"
     importing = _add(commands, "import", text)
     importing.add_argument("source", type=Path, help="a folder with config.json and safetensors")
     importing.add_argument("run", type=Path, help="the new run's folder (run_dir)")

@@ -20,11 +20,13 @@ class ImportedSettings:
         max_position_embeddings: length of the longest sequence that the model can read, in tokens.
         chat_template: in Jinja; None for a model without one. The trainer never renders it.
         generation: content of generation_config.json; None without one.
+        vocab_size: rows of the embedding; the run's may have more. 0: as many as the run's.
     """
 
     max_position_embeddings: int = 0
     chat_template: str | None = None
     generation: dict[str, Any] | None = None
+    vocab_size: int = 0
 
     @classmethod
     def read(cls, run_dir: Path) -> "ImportedSettings":
@@ -43,6 +45,7 @@ class ImportedSettings:
             raise damaged from error
         if (
             type(settings.max_position_embeddings) is not int
+            or type(settings.vocab_size) is not int
             or not isinstance(settings.chat_template, str | None)
             or not isinstance(settings.generation, dict | None)
         ):

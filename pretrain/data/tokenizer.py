@@ -21,11 +21,18 @@ SPECIAL_TOKENS = (
     *("<|pad|>", "<|bos|>", "<|eos|>", "<|media_begin|>", "<|media_pad|>", "<|media_end|>"),
     *("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
 )
-# Names of each special token in published tokenizers, in order of preference.
+# Names of each special token in published tokenizers, in order of preference. DeepSeek's have
+# full-width bars and the block that stands for a space.
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    "eos": ("<|eos|>", "[EOS]", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
-    "bos": ("<|bos|>", "[BOS]", "<s>", "<|begin_of_text|>", "<bos>"),
-    "pad": ("<|pad|>", "[PAD]", "<pad>"),
+    "eos": (
+        *("<|eos|>", "[EOS]", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    "bos": (
+        *("<|bos|>", "[BOS]", "<s>", "<|begin_of_text|>", "<bos>"),
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+    ),
+    "pad": ("<|pad|>", "[PAD]", "<pad>", "<\uff5c\u2581pad\u2581\uff5c>"),
     "media_begin": ("<|media_begin|>", "<|media_start|>", "<|vision_start|>"),
     "media_pad": ("<|media_pad|>", "<|image_pad|>"),
     "media_end": ("<|media_end|>", "<|vision_end|>"),

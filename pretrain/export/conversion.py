@@ -1,9 +1,9 @@
 """Weights under the names and in the shapes of published checkpoints, and back.
 
-The checkpoints are those of Kimi-K2.5 and DeepSeek-V3 as published, which transformers converts on
-loading and vLLM and SGLang read directly: every expert has its own tensors, q, k and v of the
-vision encoder are stacked in one tensor, and rotary channels are pairs of neighbours, as in our
-models. Rows keep their order, so that converting computes nothing.
+The checkpoints are those of Kimi-K2.5 and of language models as published, which transformers
+converts on loading and vLLM and SGLang read directly: every expert has its own tensors, q, k and v
+of the vision encoder are stacked in one tensor, and rotary channels have the order of our models.
+Converting moves rows and computes nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import LanguageConfig, VisionConfig
@@ -20,6 +21,8 @@ from pretrain.model.weights import Shape, language_weights, vision_weights
 @dataclass(frozen=True)
 class Conversion:
     """Weights of ours and published tensors that have the same rows.
+
+    Weights of a vocabulary may have more rows than the published ones: the last are zeros.
 
     Attributes:
         ours, published: shapes by name, stacked in this order. One of the two has one tensor.
@@ -48,7 +51,10 @@ def _restack(
 ) -> dict[str, Tensor]:
     stack = [tensors[name].reshape(groups, -1, *shape[1:]) for name, shape in before.items()]
     rows = stack[0] if len(stack) == 1 else torch.cat(stack, 1)
-    split = torch.split(rows, [shape[0] // groups for shape in after.values()], 1)
+    sizes = [shape[0] // groups for shape in after.values()]
+    if (missing := sum(sizes) - rows.shape[1]) > 0:
+        rows = F.pad(rows, [0, 0] * (rows.ndim - 2) + [0, missing])
+    split = torch.split(rows[:, : sum(sizes)], sizes, 1)
     return {
         name: tensor.reshape(shape).contiguous()
         for (name, shape), tensor in zip(after.items(), split, strict=True)
@@ -56,22 +62,28 @@ def _restack(
 
 
 def conversions(
-    language: LanguageConfig, vision: VisionConfig | None, vocab_size: int
+    language: LanguageConfig,
+    vision: VisionConfig | None,
+    vocab_size: int,
+    published_vocab_size: int | None = None,
 ) -> Iterator[Conversion]:
     """Conversions of all weights of a checkpoint.
 
     Args:
-        vision: the vision encoder of Kimi-K2.5; None for DeepSeek-V3.
+        vision: the vision encoder of Kimi-K2.5; None for a language model alone.
         vocab_size: rows of the embedding and of the output head.
+        published_vocab_size: the published rows, if they are fewer.
     """
-    # One after another: an import fails at the first weight that does not fit, however many follow.
-    weights = chain(
-        language_weights(language, vocab_size),
-        vision_weights(vision, language.hidden_size) if vision else (),
-    )
     prefix = "language_model." if vision is None else ""
-    for _, stack in groupby(weights, key=lambda weight: list(weight.published)):
-        ours = list(stack)
-        published = {name.removeprefix(prefix): s for name, s in ours[0].published.items()}
-        shapes = {weight.name: weight.shape for weight in ours}
-        yield Conversion(shapes, published, ours[0].published_groups)
+    others = tuple(vision_weights(vision, language.hidden_size)) if vision else ()
+    # One after another: an import fails at the first weight that does not fit, however many follow.
+    weights = zip(
+        chain(language_weights(language, vocab_size), others),
+        chain(language_weights(language, published_vocab_size or vocab_size), others),
+        strict=True,
+    )
+    for _, stack in groupby(weights, key=lambda pair: list(pair[0].published)):
+        pairs = list(stack)
+        published = {name.removeprefix(prefix): s for name, s in pairs[0][1].published.items()}
+        ours = {weight.name: weight.shape for weight, _ in pairs}
+        yield Conversion(ours, published, pairs[0][0].published_groups)

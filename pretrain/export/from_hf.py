@@ -52,7 +52,9 @@ class Imported(NamedTuple):
 
 
 def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imported:
-    """Make a run from a checkpoint of Kimi-K2.5 (text and images) or DeepSeek-V3 (text).
+    """Make a run from a checkpoint of Kimi-K2.5 (text and images) or of a language model.
+
+    The architectures of language models are those of :mod:`pretrain.export.text_config`.
 
     The run's folder gets a checkpoint of step 0 with the weights in their dtypes, the tokenizer,
     ``config.yaml`` for training, and ``imported.json`` with the chat template, the generation
@@ -80,9 +82,16 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         context_length = _context_length(hf_config)
     except PretrainError as error:
         raise PretrainError(f"cannot import {source}: {error}") from error
+    tokenizer = _tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise PretrainError(
+            f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
+            f"embedding {model.vocab_size} rows (vocab_size in config.json)"
+        )
+    padded = tokenizer.vocab_size < model.vocab_size
     values = {
         "run_dir": configuration.escape_path(str(run_dir)),
-        "language": model.language,
+        "language": model.language | ({"vocab_size": model.vocab_size} if padded else {}),
         "vision": dict(model.vision or _NEW_VISION),
         "data": {
             "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
@@ -93,16 +102,12 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     values = configuration.with_overrides(values, overrides)
     config = configuration.from_dict(values)
     source_types(config.data)  # raises if a source is misconfigured
-    _check_overrides(config, model.language, model.vision or {})
-    tokenizer = _tokenizer(folder)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise PretrainError(
-            f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
-            f"embedding {model.vocab_size} rows (vocab_size in config.json)"
-        )
-    imported = _imported_settings(folder, context_length)
+    _check_overrides(config, model)
+    imported = _imported_settings(folder, context_length, model.vocab_size)
     weights = HfWeights(folder, vision=model.vision is not None, fp8_block=model.fp8_block)
-    tensors, notes = _tensors(weights, config, model)
+    tensors, notes = _tensors(
+        weights, config, model, config.language.vocab_rows(tokenizer.vocab_size)
+    )
     name = json.dumps(source.resolve().name)  # on one line, whatever characters it has
     with RunLock(run_dir):
         parallel.join()  # checkpoints are written by a process group, here of one process
@@ -120,7 +125,7 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
 
 
 def _tensors(
-    weights: HfWeights, config: Config, model: HfModel
+    weights: HfWeights, config: Config, model: HfModel, vocab_size: int
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of a run, including those of a new vision encoder, and notes for the user."""
     vision = None if model.vision is None else config.vision
@@ -132,14 +137,21 @@ def _tensors(
             "trainer's models lack"
         )
     output, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    tied = {output: embedding} if model.tied else {}
-    tensors = _read(weights, conversions(config.language, vision, model.vocab_size), tied)
+    tied = {output: embedding} if model.language["tie_embeddings"] else {}
+    tensors = _read(
+        weights, conversions(config.language, vision, vocab_size, model.vocab_size), tied
+    )
     if model.fp8_block:
         notes.append("the weights in fp8 were converted to bfloat16")
-    if tied:
+    if tied and not config.language.tie_embeddings:
         notes.append(
             "the output layer is a copy of the embedding (tie_word_embeddings), and is trained "
             "separately"
+        )
+    if vocab_size > model.vocab_size:
+        notes.append(
+            f"added {vocab_size - model.vocab_size} rows of zeros to the {model.vocab_size} of the "
+            "vocabulary; export leaves them out"
         )
     if vision is None:
         new_vision = _new_vision(config)
@@ -170,7 +182,9 @@ def _context_length(hf_config: Mapping[str, Any]) -> int:
     return length
 
 
-def _imported_settings(folder: HfFolder, max_position_embeddings: int) -> ImportedSettings:
+def _imported_settings(
+    folder: HfFolder, max_position_embeddings: int, vocab_size: int
+) -> ImportedSettings:
     template = folder.text("chat_template.jinja")
     if template is None:
         template = (folder.json("tokenizer_config.json") or {}).get("chat_template")
@@ -182,7 +196,7 @@ def _imported_settings(folder: HfFolder, max_position_embeddings: int) -> Import
     if generation is not None:
         generation.pop("transformers_version", None)
     template = template if isinstance(template, str) else None
-    return ImportedSettings(max_position_embeddings, template, generation)
+    return ImportedSettings(max_position_embeddings, template, generation, vocab_size)
 
 
 def _image_settings(folder: HfFolder, vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,10 +258,18 @@ def _check_processor(file: Path, settings: Mapping[str, Any], patch_size: int) -
             )
 
 
-def _check_overrides(
-    config: Config, language: Mapping[str, Any], vision: Mapping[str, Any]
-) -> None:
-    for section, fixed in (("language", language), ("vision", vision)):
+def _check_overrides(config: Config, model: HfModel) -> None:
+    """Refuse overrides that contradict the checkpoint.
+
+    A tied output layer can be trained separately, and a vocabulary can be padded.
+    """
+    language = dict(model.language)
+    if not config.language.tie_embeddings:
+        del language["tie_embeddings"]
+    rows = config.language.vocab_size
+    if rows is not None and rows < model.vocab_size:
+        language["vocab_size"] = model.vocab_size
+    for section, fixed in (("language", language), ("vision", model.vision or {})):
         requested = asdict(getattr(config, section))
         for name, value in fixed.items():
             if requested[name] != value and name not in _CHANGEABLE:
@@ -274,7 +296,7 @@ def _read(
     """Read all tensors, by our names, after checking the names and shapes of all of them.
 
     Args:
-        tied: names of tensors that may be missing, and of the tensors that replace them.
+        tied: names of tensors that may be missing, and of the tensors that they are equal to.
 
     Raises:
         PretrainError: a tensor is missing, unknown, of another shape or dtype, or not finite.
@@ -285,7 +307,7 @@ def _read(
             names[name] = tied.get(name, name) if name not in weights else name
             weights.check(names[name], shape)
         checked.append(conversion)
-    weights.check_no_others(list(names))
+    weights.check_no_others([*names, *tied])
     for copy, original in tied.items():
         if copy in weights and not weights.read(copy).equal(weights.read(original)):
             raise PretrainError(

@@ -46,7 +46,11 @@ def export(
     dtype: Dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Write a run's model for transformers: Kimi-K2.5, or DeepSeek-V3 without images.
+    """Write a run's model for transformers: Kimi-K2.5, or a language model without images.
+
+    The language model has the architecture of its settings (:mod:`pretrain.export.text_config`),
+    which is that of an imported model, and the rows of its vocabulary, without those added for the
+    run.
 
     The chat template is that of the run's conversations, or else of the model from which the run
     was imported.
@@ -85,12 +89,12 @@ def export(
     }
     imported = ImportedSettings.read(run_dir)
     max_length = max(config.data.seq_length, imported.max_position_embeddings)
+    rows = config.language.vocab_rows(tokenizer.vocab_size)
+    vocab_size = min(rows, imported.vocab_size or rows)
     hf_config = to_hf_config(
-        config.language, vision, tokenizer.vocab_size, max_length, special_ids, tokenizer.media_pad
+        config.language, vision, vocab_size, max_length, special_ids, tokenizer.media_pad
     )
-    weights = _Weights(
-        saved, list(conversions(config.language, vision, tokenizer.vocab_size)), dtype
-    )
+    weights = _Weights(saved, list(conversions(config.language, vision, rows, vocab_size)), dtype)
     with _new_folder(out, weights.nbytes) as folder:
         weights.write(folder, max_file_bytes)
         hf_config["dtype"] = str(next(iter(weights.dtypes.values()))).removeprefix("torch.")

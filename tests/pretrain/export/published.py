@@ -17,12 +17,18 @@ from pretrain.data.tokenizer import Tokenizer
 TEXT = "No two of 87 are the same, and all of 31 are; whatever happens, these remain. "
 TOKENS = 300
 """Tokens of the tokenizer."""
-_MLA = {
+_ANY = {
     **{"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 80, "rope_theta": 500.0},
-    **{"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 24, "v_head_dim": 10},
-    **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "moe_intermediate_size": 20},
     **{"max_position_embeddings": 96, "vocab_size": TOKENS, "rms_norm_eps": 1e-5},
+    "num_attention_heads": 4,
 }
+_MLA = _ANY | {
+    **{"num_key_value_heads": 4, "kv_lora_rank": 24, "v_head_dim": 10, "q_lora_rank": 16},
+    **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "moe_intermediate_size": 20},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    **{"n_routed_experts": 12, "num_experts_per_tok": 3, "num_nextn_predict_layers": 0},
+}
+_GQA = _ANY | {"num_key_value_heads": 2, "head_dim": 12}
 _YARN = {
     **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "beta_fast": 4.0},
     **{"beta_slow": 0.25, "original_max_position_embeddings": 24},
@@ -50,27 +56,53 @@ class Shape:
     parallel: tuple[str, ...] = ("parallel.expert=2",)
 
 
+_V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 SHAPES = {
+    "moonlight": Shape(
+        "DeepseekV3Config",
+        _MLA | {"q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 2.446},
+        _V3_ROUTER,
+    ),
     "kimi_k2": Shape(
         "DeepseekV3Config",
         _MLA
-        | {"q_lora_rank": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-        | {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 1}
         | {"routed_scaling_factor": 2.827}
         | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-        {"model_type": "kimi_k2", "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        _V3_ROUTER | {"model_type": "kimi_k2"},
     ),
     "deepseek_v3": Shape(
         "DeepseekV3Config",
         _MLA
-        | {"q_lora_rank": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-        | {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1}
+        | {"n_group": 8, "topk_group": 4, "n_routed_experts": 16, "num_experts_per_tok": 8}
         | {"hidden_size": 40, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
-        | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-        {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+        | {"vocab_size": TOKENS + 4},
+        _V3_ROUTER,
         fp8_block=(16, 16),
         mtp=True,
     ),
+    "deepseek_v2_lite": Shape(
+        "DeepseekV2Config",
+        _MLA
+        | {"q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.0}
+        | {"rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
+        | {"topk_method": "greedy", "norm_topk_prob": False, "vocab_size": TOKENS + 20},
+        {"scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "no_shared_expert": Shape("DeepseekV3Config", _MLA | {"n_shared_experts": 0}),
+    "dense": Shape(
+        "DeepseekV3Config", _MLA | {"first_k_dense_replace": 3}, parallel=("parallel.tensor=2",)
+    ),
+    "qwen3_moe": Shape(
+        "Qwen3MoeConfig",
+        _GQA
+        | {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+        | {"norm_topk_prob": True, "mlp_only_layers": [0]},
+    ),
+    "qwen3": Shape(
+        "Qwen3Config", _GQA | {"tie_word_embeddings": True}, parallel=("parallel.tensor=2",)
+    ),
+    "llama": Shape("LlamaConfig", _GQA, parallel=("parallel.pipeline=2",)),
 }
 
 
@@ -105,8 +137,8 @@ def publish(shape: Shape, folder: Path) -> Published:
     tokenizer.save(folder / "tokenizer.json")
 
     file = folder / "model.safetensors"
-    weights = load_file(file)
-    stored = dict(weights)
+    stored = load_file(file)
+    weights = {name: tensor for name, tensor in stored.items() if tensor.numel()}
     changes = dict(shape.published)
     if shape.fp8_block is not None:
         changes["quantization_config"] = {
@@ -121,14 +153,26 @@ def publish(shape: Shape, folder: Path) -> Published:
         save_file(weights, file, metadata={"format": "pt"})
     if shape.mtp:
         stored |= _mtp_layer(stored, shape.values["num_hidden_layers"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(TEXT)]])
-    logits = model.eval()(tokens).logits[0]
-
+    logits = transformers_logits(folder, tokens)
     save_file(stored, file, metadata={"format": "pt"})
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | changes))
     return Published(folder, weights, tokens, logits)
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """[s, vocabulary], the float32 logits of a model that transformers loads completely."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    missing = [name for name in info["missing_keys"] if model.get_parameter(name).numel()]
+    assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"]
+    logits: Tensor = model.eval()(tokens).logits[0]
+    return logits
 
 
 def _randomize(name: str, tensor: Tensor) -> None:

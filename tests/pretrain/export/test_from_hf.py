@@ -62,6 +62,7 @@ def import_exports(folder: str) -> Imported:
     import_hf(root / "hf-text", root / "imported-text", vision)
     _, notes = import_hf(root / "hf-text", root / "imported-new")
     size = sum(f.stat().st_size for f in root.glob("imported-new/**/*") if f.is_file())
+    import_hf(root / "hf-tied", root / "imported-untied", ["language.tie_embeddings=false"])
     model = generate.load(root / "imported-bf16")
     rounded = {name: tensor.clone() for name, tensor in model.language.named_parameters()}
     parallel.stop()
@@ -196,10 +197,13 @@ def test_models_saved_by_transformers_can_be_imported(
             assert after[key].dtype == (torch.bfloat16 if how == "bf16" else torch.float32)
 
 
-def test_a_tied_output_layer_is_a_copy_of_the_embedding(
+def test_a_tied_output_layer_stays_tied_or_becomes_a_copy_of_the_embedding(
     imported: Imported, run_folder: Path, tmp_path: Path
 ) -> None:
-    found = weights(export(run_folder / "imported-tied", tmp_path / "out"))
+    tied = export(run_folder / "imported-tied", tmp_path / "tied")
+    assert_same_weights(weights(run_folder / "hf-tied"), weights(tied))
+    assert json.loads((tied / "config.json").read_text())["tie_word_embeddings"] is True
+    found = weights(export(run_folder / "imported-untied", tmp_path / "untied"))
     embedding = found["language_model.model.embed_tokens.weight"]
     assert torch.equal(found["language_model.lm_head.weight"], embedding)
 
@@ -330,14 +334,14 @@ HEAD = "lm_head.weight"
         (change_file("config.json", b"\xff{}"), "config.json is not valid JSON"),
         (change_file("config.json", "[" * 100_000), "config.json is not valid JSON"),
         (change_file("config.json", "[1]"), "config.json must be a JSON object"),
-        (change_config(model_type="llama"), 'copy: config.json has model_type="llama"'),
+        (change_config(model_type="gpt2"), 'copy: config.json has model_type="gpt2"'),
         (
             change_config(kv_lora_rank=8),
             "shape (24, 32), but its config.json requires (16, 32)",
         ),
         (change_config(num_hidden_layers=9999), "no tensor model.layers.3.input_layernorm.weight"),
         (change_config(n_routed_experts=1 << 20), "but its config.json requires (1048576, 32)"),
-        (change_config(vocab_size=401), "its tokenizer has 400 tokens and its embedding 401 rows"),
+        (change_config(vocab_size=399), "its tokenizer has 400 tokens and its embedding 399 rows"),
         (change_config(max_position_embeddings=-1), "max_position_embeddings=-1: it must be"),
         (change_config(tie_word_embeddings=True), f"but {HEAD} differs from model.embed_tokens"),
         (change_weights(**{NORM: None}), f"copy has no tensor {NORM}, which its config.json req"),

@@ -1,6 +1,5 @@
 """Every configuration becomes a ``config.json`` and comes back; others are refused by key."""
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,54 +11,126 @@ from pretrain.errors import PretrainError
 from pretrain.export.hf_config import from_hf_config, to_hf_config
 
 sizes = st.integers(1, 4096)
-
-
-@given(
-    st.builds(
-        LanguageConfig,
-        num_layers=st.integers(2, 90),
-        dense_layers=st.integers(0, 1),
-        hidden_size=st.integers(64, 4096),
-        ffn_hidden_size=sizes,
-        num_heads=st.integers(1, 64),
-        q_lora_rank=sizes,
-        kv_lora_rank=sizes,
-        num_experts=st.integers(8, 512),
-        experts_per_token=st.integers(1, 8),
-        expert_ffn_hidden_size=st.just(64),
-        shared_expert_ffn_hidden_size=st.sampled_from([64, 128, 192]),
-        rope_base=st.floats(1.01, 1e7),
-        rope_scaling=st.one_of(
-            st.just(RopeScalingConfig()),
-            st.builds(
-                RopeScalingConfig,
-                factor=st.floats(1.01, 100),
-                original_max_position_embeddings=sizes,
-                beta_fast=st.floats(1.0, 64.0),
-                beta_slow=st.floats(0.1, 1.0),
-                mscale=st.just(1.0),
-                mscale_all_dim=st.floats(0.0, 2.0),
-            ),
-        ),
-        router_scaling=st.floats(0.1, 10),
-        norm_eps=st.sampled_from([1e-5, 1e-6]),
-    ),
-    st.one_of(
-        st.none(),
+MODEL: dict[str, Any] = {
+    "num_layers": st.integers(2, 90),
+    "hidden_size": st.integers(64, 4096),
+    "ffn_hidden_size": sizes,
+    "num_heads": st.integers(1, 64),
+    "rope_base": st.floats(1.01, 1e7),
+    "norm_eps": st.sampled_from([1e-5, 1e-6]),
+    "tie_embeddings": st.booleans(),
+}
+MLA = {
+    "q_lora_rank": st.none() | sizes,
+    "kv_lora_rank": sizes,
+    "rope_scaling": st.one_of(
+        st.just(RopeScalingConfig()),
         st.builds(
-            VisionConfig,
-            num_layers=sizes,
-            hidden_size=st.sampled_from([64, 128, 1152]),
-            ffn_hidden_size=sizes,
-            patch_size=st.integers(2, 32),
-            position_grid=st.integers(1, 128),
+            RopeScalingConfig,
+            factor=st.floats(1.01, 100),
+            original_max_position_embeddings=sizes,
+            beta_fast=st.floats(1.0, 64.0),
+            beta_slow=st.floats(0.1, 1.0),
+            mscale=st.just(1.0),
+            mscale_all_dim=st.floats(0.0, 2.0),
         ),
     ),
+}
+GQA = {
+    "attention": st.just("gqa"),
+    "head_dim": st.integers(1, 64).map(lambda half: 2 * half),
+    "num_heads": st.just(24),
+    "num_kv_heads": st.sampled_from([1, 8, 24]),
+}
+EXPERTS = {
+    "dense_layers": st.integers(0, 1),
+    "num_experts": st.integers(8, 512),
+    "experts_per_token": st.integers(1, 8),
+    "expert_ffn_hidden_size": st.just(64),
+}
+DEEPSEEK = {
+    "shared_expert_ffn_hidden_size": st.sampled_from([0, 64, 128, 192]),
+    "router_scaling": st.floats(0.1, 10),
+}
+GROUPS = {
+    "num_experts": st.just(64),
+    "expert_groups": st.sampled_from([4, 8]),
+    "expert_groups_per_token": st.just(2),
+    "experts_per_token": st.integers(4, 5),
+}
+SOFTMAX = {"router_score": st.just("softmax")}
+
+
+def models(*settings: dict[str, Any]) -> st.SearchStrategy[LanguageConfig]:
+    """Models with some settings, later ones in place of earlier ones."""
+    merged = {name: value for part in settings for name, value in part.items()}
+    return st.builds(LanguageConfig, **merged)
+
+
+def dense(*settings: dict[str, Any]) -> st.SearchStrategy[LanguageConfig]:
+    layers = {"num_layers": st.just(3), "dense_layers": st.just(3)}
+    return models(MODEL, *settings, layers)
+
+
+VISION = st.builds(
+    VisionConfig,
+    num_layers=sizes,
+    hidden_size=st.sampled_from([64, 128, 1152]),
+    ffn_hidden_size=sizes,
+    patch_size=st.integers(2, 32),
+    position_grid=st.integers(1, 128),
 )
+DEEPSEEK_V3 = (
+    models(MODEL, MLA, EXPERTS, DEEPSEEK)
+    | models(MODEL, MLA, EXPERTS, DEEPSEEK, GROUPS)
+    | dense(MLA)
+)
+UNNORMALIZED = {
+    "experts_per_token": st.integers(2, 8),
+    "normalize_expert_weights": st.just(False),
+}
+QWEN3_MOE = {
+    "qk_norm": st.just(True),
+    "shared_expert_ffn_hidden_size": st.just(0),
+    "router_scaling": st.just(1.0),
+    "experts_per_token": st.integers(2, 8),
+    "normalize_expert_weights": st.booleans(),
+}
+
+
+@given(DEEPSEEK_V3, st.none() | VISION)
 def test_configurations_survive_a_round_trip(
     language: LanguageConfig, vision: VisionConfig | None
 ) -> None:
+    check_round_trip(language, vision, "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "strategy"),
+    [
+        ("deepseek_v2", models(MODEL, MLA, EXPERTS, DEEPSEEK, SOFTMAX, UNNORMALIZED)),
+        ("qwen3_moe", models(MODEL, GQA, EXPERTS, SOFTMAX, QWEN3_MOE)),
+        ("qwen3", dense(GQA, {"qk_norm": st.just(True)})),
+        ("llama", dense(GQA)),
+    ],
+)
+def test_language_models_of_other_architectures_survive_a_round_trip(
+    model_type: str, strategy: st.SearchStrategy[LanguageConfig]
+) -> None:
+    @given(strategy)
+    def survive(language: LanguageConfig) -> None:
+        check_round_trip(language, None, model_type)
+        with pytest.raises(PretrainError, match="export it with --text-only"):
+            to_hf_config(language, VisionConfig(), 1000, 256, {}, 4)
+
+    survive()
+
+
+def check_round_trip(
+    language: LanguageConfig, vision: VisionConfig | None, model_type: str
+) -> None:
     config_json = to_hf_config(language, vision, 1000, 256, {}, 4)
+    assert config_json.get("text_config", config_json)["model_type"] == model_type
     fields, vision_fields, vocab_size, *_ = from_hf_config(config_json)
     fields["rope_scaling"] = RopeScalingConfig(**fields["rope_scaling"])
     assert LanguageConfig(**fields) == language
@@ -102,14 +173,24 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, 'config.json has model_type="llama": only kimi_k25'),
+        ({"model_type": "gpt2"}, 'config.json has model_type="gpt2": only kimi_k25 (text and im'),
+        ({"model_type": None}, "config.json has model_type=null: only kimi_k25 (text and images)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=null: only fp8"),
         ({"quantization_config": FP8 | {"quant_method": "gptq"}}, 'quant_method="gptq": only fp8'),
         ({"quantization_config": FP8 | {"fmt": "e5m2"}}, 'config.fmt="e5m2": only e4m3 is'),
         ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "only dynamic is supp"),
         ({"quantization_config": FP8 | {"weight_block_size": None}}, "weight_block_size=null"),
         ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "it must be two numbers"),
-        ({"n_group": 8}, "config.json has n_group=8: this trainer's models have 1"),
+        ({"n_group": 3}, "in config.json, n_group=3 does not divide n_routed_experts=8"),
+        (
+            {"n_group": 4, "num_experts_per_tok": 4},
+            "in config.json, topk_group=1 needs num_experts_per_tok=2 or 3, not 4",
+        ),
+        ({"scoring_func": "softmax"}, 'scoring_func="softmax": this trainer\'s models have "sig'),
+        ({"topk_method": "greedy"}, 'topk_method="greedy": this trainer\'s models have "noaux_tc"'),
+        ({"rope_interleave": False}, "rope_interleave=false: this trainer's models have true"),
+        ({"moe_layer_freq": 2}, "config.json has moe_layer_freq=2: this trainer's models have 1"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "config.json has layer_types="),
         ({"attention_bias": True}, "config.json has attention_bias=true: this trainer's models"),
         ({"sliding_window": 512}, "config.json has sliding_window=512: this trainer's models"),
         ({"num_nextn_predict_layers": -1}, "config.json has num_nextn_predict_layers=-1"),
@@ -122,14 +203,10 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
         ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2"),
         ({"rope_parameters": YARN | {"mscale": 0.5}}, "in config.json, rope_parameters.mscale_all"),
         ({"rope_parameters": YARN | {"factor": float("nan")}}, "factor=NaN: it must be a finite"),
-        ({"q_lora_rank": None}, "q_lora_rank=null: queries without a low-rank projection are not"),
-        ({"n_shared_experts": 0}, "n_shared_experts=0: models without a shared expert are not"),
-        ({"n_shared_experts": None}, "n_shared_experts=null: models without a shared expert"),
-        ({"n_routed_experts": None}, "n_routed_experts=null: models without experts"),
-        (
-            {"first_k_dense_replace": 4},
-            "in config.json, first_k_dense_replace must leave a layer of experts",
-        ),
+        ({"kv_lora_rank": None}, "config.json has kv_lora_rank=null: it must be a whole number"),
+        ({"n_shared_experts": -1}, "config.json has n_shared_experts=-1: it must be a whole numb"),
+        ({"n_routed_experts": 1}, "config.json has n_routed_experts=1: it must be a whole number"),
+        ({"first_k_dense_replace": -1}, "config.json has first_k_dense_replace=-1: it must be a"),
         (
             {"num_experts_per_tok": 99},
             "in config.json, num_experts_per_tok is 99 of only 8 experts",
@@ -202,11 +279,76 @@ def test_any_change_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
     assert vocab_size > 0
 
 
-def test_models_that_the_published_architecture_cannot_have_are_refused() -> None:
-    for change, message in (
+GROUPED = {"attention": "gqa", "num_kv_heads": 2}
+GROUPED_EXPERTS = {
+    **{"attention": "gqa", "qk_norm": True, "router_score": "softmax", "router_scaling": 1.0},
+    "shared_expert_ffn_hidden_size": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        (GROUPED | {"dense_layers": 4}, {"mlp_bias": True}, "mlp_bias=true: this trainer's models"),
+        (
+            GROUPED | {"dense_layers": 4},
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            'rope_parameters.rope_type="llama3": only default is supported with grouped-query att',
+        ),
+        (
+            GROUPED | {"dense_layers": 4, "qk_norm": True},
+            {"sliding_window": 512, "use_sliding_window": True},
+            "config.json has sliding_window=512: this trainer's models have null",
+        ),
+        (
+            GROUPED | {"dense_layers": 4, "qk_norm": True},
+            {"head_dim": None},
+            "config.json has head_dim=null: it must be a whole number",
+        ),
+        (
+            GROUPED | {"dense_layers": 4},
+            {"num_key_value_heads": 3},
+            "in config.json, num_key_value_heads=3 does not divide num_attention_heads=4",
+        ),
+        (GROUPED_EXPERTS, {"mlp_only_layers": [1]}, "layers without experts must be the first on"),
+        (GROUPED_EXPERTS, {"decoder_sparse_step": 2}, "decoder_sparse_step=2: this trainer's"),
+        (GROUPED_EXPERTS, {"norm_topk_prob": 1}, "norm_topk_prob=1: it must be true or false"),
+        (
+            {"router_score": "softmax", "normalize_expert_weights": False},
+            {"topk_method": "group_limited_greedy"},
+            'topk_method="group_limited_greedy": this trainer\'s models have "greedy"',
+        ),
+        (
+            {"router_score": "softmax", "normalize_expert_weights": False},
+            {"norm_topk_prob": True},
+            "config.json has norm_topk_prob=true: this trainer's models have false",
+        ),
+    ],
+)
+def test_other_language_models_are_refused_naming_the_key(
+    settings: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    config_json = to_hf_config(LanguageConfig(**settings), None, 1000, 256, {}, 4)
+    from_hf_config(config_json)
+    with pytest.raises(PretrainError) as error:
+        from_hf_config(config_json | change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"shared_expert_ffn_hidden_size": 100}, "shared_expert_ffn_hidden_size=100"),
         ({"num_experts": 1, "experts_per_token": 1}, "at least 2 experts"),
-    ):
-        language = LanguageConfig(**(asdict(LanguageConfig()) | change))
-        with pytest.raises(PretrainError, match=message):
-            to_hf_config(language, None, 1000, 256, {}, 4)
+        ({"router_score": "softmax"}, "normalize_expert_weights=True cannot be exported"),
+        (GROUPED_EXPERTS | {"qk_norm": False}, "qk_norm=False cannot be exported"),
+        (GROUPED_EXPERTS | {"router_scaling": 2.0}, "router_scaling=2.0 cannot be exported"),
+    ],
+)
+def test_models_that_no_published_architecture_has_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PretrainError, match=message) as error:
+        to_hf_config(LanguageConfig(**settings), None, 1000, 256, {}, 4)
+    assert "\n" not in str(error.value)

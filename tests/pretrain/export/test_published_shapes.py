@@ -21,7 +21,7 @@ from pretrain.metrics import read
 from pretrain.model import multimodal
 from tests.distributed import training
 from tests.distributed.launch import launch
-from tests.pretrain.export.published import SHAPES, Published, publish
+from tests.pretrain.export.published import SHAPES, Published, publish, transformers_logits
 
 pytest.importorskip("transformers", minversion="5.23")
 
@@ -107,6 +107,7 @@ def test_an_imported_model_is_exported_in_the_same_layout(
     assert new["model_type"] == old["model_type"].replace("kimi_k2", "deepseek_v3")
     for key in ("architectures", "vocab_size", "max_position_embeddings"):
         assert new[key] == old[key], key
+    assert transformers_logits(folder, before.tokens).equal(before.logits)
 
 
 @pytest.mark.parametrize("name", SHAPES)
