@@ -402,8 +402,8 @@ class ParallelConfig(Settings):
     tensor: Ranks = 1
     """Tensor-parallel size, with sequence parallelism: number of ranks that split each matrix."""
     context: Ranks = 1
-    """Context-parallel size: number of ranks that share each sequence. Attention gathers the latent
-    of all its tokens."""
+    """Context-parallel size: number of ranks that share each sequence. Attention gathers the
+    latents (GQA: keys and values) of all its tokens."""
     pipeline: Ranks = 1
     """Number of pipeline stages, which share the layers (1F1B schedule)."""
     interleave: Ranks = 1
@@ -729,11 +729,6 @@ class Config(Settings):
             raise PretrainError(
                 f"parallel.expert={parallel.expert} needs layers of experts, and language."
                 "dense_layers=num_layers leaves none: set parallel.expert=1"
-            )
-        if parallel.context > 1 and language.attention == "gqa":
-            raise PretrainError(
-                f"parallel.context={parallel.context} needs language.attention=mla: set "
-                "parallel.context=1"
             )
         sizes = [
             ("expert", parallel.expert, "language.num_experts", language.num_experts),

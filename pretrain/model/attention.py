@@ -16,7 +16,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
-from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
+from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare, gather_sequence
 
 MaxLogitObserver = Callable[[Tensor], None]
 
@@ -162,8 +162,16 @@ class CoreAttention(nn.Module):
             float64 input), [heads].
     """
 
-    def __init__(self, *, softmax_scale: float | None = None, config: Any, **_spec: Any) -> None:
+    def __init__(
+        self,
+        *,
+        softmax_scale: float | None = None,
+        config: Any,
+        pg_collection: Any = None,
+        **_spec: Any,
+    ) -> None:
         super().__init__()
+        self._context_group: Any = None if pg_collection is None else pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.observer: MaxLogitObserver | None = None
 
@@ -181,8 +189,9 @@ class CoreAttention(nn.Module):
 
         Args:
             query: [queries, b, heads, d].
-            key: [s, b, groups, d]; groups divides heads.
-            value: [s, b, groups, v].
+            key: [s, b, groups, d]; groups divides heads. If it has fewer tokens than the
+                documents, those of this context-parallel rank.
+            value: [s, b, groups, v], of the same tokens.
             attention_mask: must be None.
             packed_seq_params: the documents. Default: each sequence is one document, and queries
                 are those of its last tokens.
@@ -194,10 +203,23 @@ class CoreAttention(nn.Module):
         documents = packed_seq_params
         if documents is None:
             documents = _one_document(query, key)
+        if len(key) < documents.max_seqlen_kv:
+            key, value = self._gather(key, value)
         context, max_logits = attend(query, key, value, documents, self.softmax_scale)
         if self.observer is not None and self.training and torch.is_grad_enabled():
             self.observer(max_logits)
         return context
+
+    def _gather(self, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Keys and values of the whole sequences, from all context-parallel ranks.
+
+        Of grouped-query attention, after the rotary embedding: (d + v) * groups channels per token
+        and layer. Latent attention gathers its latents instead.
+        """
+        group = self._context_group
+        share = SequenceShare(group.rank(), group.size())
+        both = gather_sequence(torch.cat([key, value], -1), group, share)
+        return list(torch.split(both, [key.shape[-1], value.shape[-1]], -1))
 
 
 def _one_document(query: Tensor, key: Tensor) -> PackedDocuments:

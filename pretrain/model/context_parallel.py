@@ -1,8 +1,10 @@
-"""Context parallelism: which tokens of a sequence a rank has."""
+"""Context parallelism: which tokens of a sequence a rank has, and how it gathers the others."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -52,3 +54,19 @@ class SequenceShare:
 
 
 WHOLE_SEQUENCE = SequenceShare()
+
+
+def gather_sequence(local: Tensor, group: dist.ProcessGroup, share: SequenceShare) -> Tensor:
+    """Gather all tokens [s, ...] of the sequences from each rank's part of them.
+
+    The gradient of a token is the sum of those of all ranks (reduce-scatter).
+
+    Args:
+        local: this rank's part of its share, all parts of equal size.
+        group: the context-parallel ranks, or, with sequence parallelism, the tensor- and
+            context-parallel ranks.
+    """
+    if group.size() == 1:
+        return local
+    gathered: Tensor = gather_from_sequence_parallel_region(local, group=group)
+    return share.restore(gathered)

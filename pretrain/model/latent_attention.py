@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
-from pretrain.model.context_parallel import SequenceShare
+from pretrain.model.context_parallel import SequenceShare, gather_sequence
 
 
 class DuplicatedLinear(nn.Linear):
@@ -88,7 +87,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         latent, rotary_key = torch.split(compressed, widths, -1)
         local_angles = angles.chunk(tensor)[tensor_rank].squeeze(2)
         rotary_key = rotate(rotary_key, local_angles, scale)
-        shared = self._gather(torch.cat([self.kv_layernorm(latent), rotary_key], -1))
+        local = torch.cat([self.kv_layernorm(latent), rotary_key], -1)
+        shared = gather_sequence(local, self.pg_collection.tp_cp, self._share)
         latent, rotary_key = torch.split(shared, widths, -1)
         # Not by the layer itself, which would gather its input over the tensor-parallel ranks.
         key_value = F.linear(latent, self.linear_kv_up_proj.weight)
@@ -96,13 +96,6 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         plain, value = torch.split(key_value, [config.qk_head_dim, config.v_head_dim], -1)
         key = torch.cat([plain, rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)], -1)
         return query, key, value, query_latent, latent
-
-    def _gather(self, local: Tensor) -> Tensor:
-        """The whole sequence [s, b, …] from each rank's part; the gradient is summed."""
-        group = self.pg_collection.tp_cp
-        if group.size() == 1:
-            return local
-        return self._share.restore(gather_from_sequence_parallel_region(local, group=group))
 
     def _rotary_angles(self, length: int) -> tuple[Tensor, float]:
         """Angles [length, 1, 1, d / 2] of the rotary embedding, and the factor of its table."""

@@ -19,7 +19,13 @@ YARN = (
     "language.rope_scaling.mscale=2",
 )
 # What every layout is tried with.
-VARIANTS = [(), (COLOCATED,), (*YARN, "recompute.granularity=full")]
+GQA = training.SHAPES["normalized softmax, no shared expert"]
+VARIANTS = [
+    (),
+    (COLOCATED, *training.SHAPES["queries without LoRA"]),
+    (*YARN, "recompute.granularity=full"),
+    (*GQA, "recompute.granularity=selective"),
+]
 LAYOUTS = [
     (2, ("context=2",)),
     (2, ("context=2", "expert=2")),
