@@ -40,6 +40,11 @@ def choose_kernels(config: Config) -> Kernels:
 
 def transformer_engine_problem(config: Config) -> str | None:
     """The reason why Transformer Engine cannot be used, and the remedy; None if it can."""
+    if config.parallel.context > 1:
+        return (
+            f"only kernels=torch can share packed sequences, as parallel.context="
+            f"{config.parallel.context} asks for: set parallel.context=1"
+        )
     if not without_cuda.USE_CUDA:
         return "it needs a GPU, and CUDA is not available"
     try:

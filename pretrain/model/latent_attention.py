@@ -1,9 +1,11 @@
 """Multi-head latent attention (MLA) with tensor, sequence and context parallelism."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
@@ -61,41 +63,56 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 
         Returns:
             query [s / context, b, heads, d], key [s, b, heads, d] and value [s, b, heads, v] of
-            the local heads, and the latents of query and key that they are computed from.
+            the local heads, and the latents of query and key of this rank's tokens.
         """
         if options.get("inference_context") is not None:  # has a cache, in a single process
             outputs: tuple[Tensor, ...] = super().get_query_key_value_tensors(
                 hidden_states, *arguments, **options
             )
             return outputs
-        config, heads = self.config, self.num_attention_heads_per_partition
-        tensor, tensor_rank = self.pg_collection.tp.size(), self.pg_collection.tp.rank()
-        angles, scale = self._rotary_angles(len(hidden_states) * tensor * self._share.size)
+        config, tensor = self.config, self.pg_collection.tp
+        angles, scale = self._rotary_angles(len(hidden_states) * tensor.size() * self._share.size)
         angles = self._share.take(angles, 0)
 
         query_latent = hidden_states
         if config.q_lora_rank:
             query_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
+        compressed, _ = self.linear_kv_down_proj(hidden_states)
+        latent, rotary_key = torch.split(
+            compressed, [config.kv_lora_rank, config.qk_pos_emb_head_dim], -1
+        )
+        latent = self.kv_layernorm(latent)
+        local_angles = angles.chunk(tensor.size())[tensor.rank()].squeeze(2)
+        shared = torch.cat([latent, rotate(rotary_key, local_angles, scale)], -1)
+
+        project = partial(self._project, angles, scale)
+        if self.recompute_up_proj:  # in the backward pass, from what all heads share
+            self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=None)  # else it needs TE
+            project = partial(self.qkv_up_checkpoint.checkpoint, project)
+        query, key, value = project(query_latent, shared)
+        return query, key, value, query_latent, latent
+
+    def _project(
+        self, angles: Tensor, scale: float, query_latent: Tensor, shared: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value from the latents and rotary keys of this rank's tokens."""
+        config, heads = self.config, self.num_attention_heads_per_partition
         project = self.linear_q_up_proj if config.q_lora_rank else self.linear_q_proj
         query: Tensor = project(query_latent)[0]
         query = query.view(*query.shape[:2], heads, self.q_head_dim)
         plain, rotary = torch.split(query, [config.qk_head_dim, config.qk_pos_emb_head_dim], -1)
         query = torch.cat([plain, rotate(rotary, angles, scale)], -1)
 
-        compressed, _ = self.linear_kv_down_proj(hidden_states)
-        widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
-        latent, rotary_key = torch.split(compressed, widths, -1)
-        local_angles = angles.chunk(tensor)[tensor_rank].squeeze(2)
-        rotary_key = rotate(rotary_key, local_angles, scale)
-        local = torch.cat([self.kv_layernorm(latent), rotary_key], -1)
-        shared = gather_sequence(local, self.pg_collection.tp_cp, self._share)
-        latent, rotary_key = torch.split(shared, widths, -1)
+        shared = gather_sequence(shared, self.pg_collection.tp_cp, self._share)
+        latent, rotary_key = torch.split(
+            shared, [config.kv_lora_rank, config.qk_pos_emb_head_dim], -1
+        )
         # Not by the layer itself, which would gather its input over the tensor-parallel ranks.
         key_value = F.linear(latent, self.linear_kv_up_proj.weight)
         key_value = key_value.view(*key_value.shape[:2], heads, -1)
         plain, value = torch.split(key_value, [config.qk_head_dim, config.v_head_dim], -1)
         key = torch.cat([plain, rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)], -1)
-        return query, key, value, query_latent, latent
+        return query, key, value.contiguous()
 
     def _rotary_angles(self, length: int) -> tuple[Tensor, float]:
         """Angles [length, 1, 1, d / 2] of the rotary embedding, and the factor of its table."""

@@ -35,7 +35,7 @@ _ANYWHERE = {
 }
 _ON_GPUS = {
     "megatron": (
-        *("apply_rope_fusion", "gradient_accumulation_fusion", "cuda_graph_*"),
+        *("gradient_accumulation_fusion", "cuda_graph_*"),
         *("moe_flex_dispatcher_*", "moe_deepep_num_sms", "moe_hybridep_num_sms"),
         *("moe_permute_fusion_into_hybridep", "disable_bf16_reduced_precision_matmul"),
         "pipeline_model_parallel_comm_backend",
@@ -44,7 +44,7 @@ _ON_GPUS = {
 }
 _WITH_TRANSFORMER_ENGINE = {
     "megatron": (
-        *("moe_permute_fusion", "moe_router_fusion", "mla_down_proj_fusion"),
+        *("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "mla_down_proj_fusion"),
         *("tp_comm_*", "fp8*", "fp4*", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
         *("cpu_offloading*", "*activation_offload*", "offload_modules", "*offloaded*"),
         *("delay_offload_*", "delta_offload_*", "fine_grained_offloading_*"),

@@ -25,6 +25,7 @@ VARIANTS = [
     (COLOCATED, *training.SHAPES["queries without LoRA"]),
     (*YARN, "recompute.granularity=full"),
     (*GQA, "recompute.granularity=selective"),
+    ("recompute.granularity=selective", "megatron.recompute_modules=[core_attn,mla_up_proj]"),
 ]
 LAYOUTS = [
     (2, ("context=2",)),
