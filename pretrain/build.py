@@ -27,6 +27,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.initialize import initialize
 from pretrain.model.kernels import choose_kernels
 from pretrain.model.language import build_language_model
+from pretrain.model.load_balancing import LoadBalancing
 from pretrain.model.megatron_config import ddp_config
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
@@ -56,6 +57,7 @@ class Run:
             model.
         weights: entry of each of these tensors in the catalogue of weights, by name.
         copies: number of ranks with the same tensor, or the same shard of it, by name.
+        load_balancing: the load-balancing loss of the routers, if the model has it.
         step_metrics: gathers the metrics of a step from all ranks.
         assignment: table of the algorithm that updates each parameter, and why.
     """
@@ -71,6 +73,7 @@ class Run:
     named_tensors: dict[str, Tensor]
     weights: dict[str, Weight]
     copies: dict[str, int]
+    load_balancing: LoadBalancing | None
     step_metrics: StepMetrics
     assignment: str
 
@@ -123,6 +126,11 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     reduction = ddp_config(dtype, config.ddp, kernels)
     replicas = [DistributedDataParallel(chunks[0].config, reduction, c) for c in chunks]
     expert_tokens = ExpertTokens(chunks)
+    balancing = None
+    if config.language.load_balancing_loss:
+        is_softmax = config.language.router_score == "softmax"
+        coefficient = config.language.load_balancing_loss
+        balancing = LoadBalancing(chunks, coefficient, softmax=is_softmax)
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
     layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)
@@ -131,6 +139,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         config,
         context,
         expert_tokens,
+        balancing,
         UpdateRms(optimizer, {tensor: copies[name] for name, tensor in named.items()}),
         {name: _layer_number(model, name) for clip in clips[:-1] for name in clip.layouts},
         vocab_size,
@@ -151,6 +160,7 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         named_tensors=named,
         weights=weights,
         copies=copies,
+        load_balancing=balancing,
         step_metrics=step_metrics,
         assignment=muonclip.describe_assignment(assignment),
     )

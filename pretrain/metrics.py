@@ -43,6 +43,9 @@ METRICS = {
     # Tokens of the busiest expert divided by the mean over experts.
     "expert_load": Metric("expert load", ".2f", "expert load, max / mean, mean over layers"),
     "expert_loads": Metric("expert load", ".2f", "expert load, max / mean, by layer"),
+    "load_balancing_loss": Metric(
+        "load balancing", ".3f", "load-balancing loss, mean over layers; 1: balanced"
+    ),
     # The dispatcher has no capacity limit: any value but 0 is a fault.
     "dropped_tokens": Metric("tokens dropped by routers", ",d", "assignments to experts dropped"),
     # Change of the weights divided by the learning rate, without weight decay; estimated from a

@@ -66,6 +66,7 @@ def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
         _single(records, "heads_clipped"),
         lines("Steps and batches left out, so far", *counts),
         layers("expert_loads", first_layer=dense_layers),
+        _single(records, "load_balancing_loss"),
         lines(_title("encoder_balance"), "encoder_balance", "encoder_least_balance"),
         _single(records, "tokens_per_second"),
         _single(records, "mfu"),

@@ -100,6 +100,10 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
 
     with record_function("encode"):
         features = encode_images(run, micro_batches)
+    if run.load_balancing is not None:
+        # All gradients are divided by the total weight: that of a mean over sequences is not.
+        total = _total_weight(run, micro_batches)
+        run.load_balancing.start_step(total / run.config.global_batch_size)
     with record_function("backbone"):
         sums = run_backbone(run, micro_batches, features)
     with record_function("encode again, backwards"):
@@ -116,6 +120,14 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         for parameter in chunk.parameters():
             parameter.grad = parameter.main_grad
     return sums
+
+
+def _total_weight(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Sum of the weights of all labels of the global batch, a float64 scalar."""
+    local = [batch.weights.sum(dtype=torch.float64) for batch in micro_batches]
+    total = torch.stack(local).sum()
+    dist.all_reduce(total)
+    return total * run.context.data_size / run.context.world_size  # other ranks have copies
 
 
 def encode_images(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:

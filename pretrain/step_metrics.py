@@ -20,6 +20,7 @@ from muonclip import ClipResult, MuonClip
 from muonclip.precision import get_master
 from pretrain.config import Config
 from pretrain.encoder_process.cost import analytic_cost
+from pretrain.model.load_balancing import LoadBalancing
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
 from pretrain.plan.flops import FORWARD_AND_BACKWARD, flops_per_token
@@ -135,6 +136,7 @@ class StepMetrics:
         config: configuration of the run.
         context: the ranks of the run.
         expert_tokens: token counts of this rank's routers.
+        load_balancing: the load-balancing loss of this rank's routers, if the model has it.
         update_rms: updates of this rank's parameters.
         language_layers: number in the whole model, from 0, of each of this rank's language layers,
             in the order of QK-Clip's results.
@@ -152,6 +154,7 @@ class StepMetrics:
         config: Config,
         context: ParallelContext,
         expert_tokens: ExpertTokens,
+        load_balancing: LoadBalancing | None,
         update_rms: UpdateRms,
         language_layers: Mapping[str, int],
         vocab_size: int,
@@ -160,6 +163,8 @@ class StepMetrics:
         language, vision, device = config.language, config.vision, context.device
         self._context, self._log_every = context, config.log_every
         self.expert_tokens, self._update_rms = expert_tokens, update_rms
+        self._load_balancing = load_balancing
+        self._layer_sequences = config.global_batch_size * language.moe_layers
         self._tokens = config.global_batch_size * config.data.seq_length
         self._assignments = self._tokens * language.experts_per_token
         self._num_heads = (
@@ -209,15 +214,22 @@ class StepMetrics:
             heads_clipped += result.num_clipped / same_heads
         flops = heads_clipped.new_tensor(self._encoder_flops(micro_batches))
         routed = self._local_routed_tokens().flatten()
-        sums = torch.cat([torch.stack([heads_clipped, flops]), updates.flatten(), routed])
+        balance = flops.new_zeros(()) + (
+            self._load_balancing.total if self._load_balancing is not None else 0.0
+        )
+        local = torch.stack([heads_clipped, flops, balance])
+        sums = torch.cat([local, updates.flatten(), routed])
         dist.all_reduce(sums)
 
         *logits, memory = maxima.tolist()
         layers = self._num_layers[0]
         max_logits = [_rounded(value) for value in logits]
-        sizes = [2, updates.numel(), routed.numel()]
+        sizes = [3, updates.numel(), routed.numel()]
         counts, squares, tokens = torch.split(sums.cpu(), sizes)
-        (num_clipped, encoder_flops), tokens = counts.tolist(), tokens.view(self._moe_shape)
+        (num_clipped, encoder_flops, balance), tokens = (
+            counts.tolist(),
+            tokens.view(self._moe_shape),
+        )
         model_flops = self._tokens * self._flops_per_token + encoder_flops
         return {
             "max_logit": max(logits),
@@ -226,7 +238,7 @@ class StepMetrics:
             # All ranks clip the encoder's heads.
             "heads_clipped": round(num_clipped) + int(vision.num_clipped),
             "heads": self._num_heads,
-            **self._expert_metrics(tokens),
+            **self._expert_metrics(tokens, balance),
             **{
                 f"update_rms_{algorithm}": (total / entries) ** 0.5
                 for algorithm, (total, entries) in zip(
@@ -238,16 +250,19 @@ class StepMetrics:
             "model_flops": FORWARD_AND_BACKWARD * model_flops,
         }
 
-    def _expert_metrics(self, tokens: Tensor) -> dict[str, Any]:
+    def _expert_metrics(self, tokens: Tensor, balance: float) -> dict[str, Any]:
         """Metrics of the routers; none without experts.
 
         Args:
             tokens: [layers with experts, experts], routed by all ranks.
+            balance: load-balancing loss, summed over layers and sequences.
         """
         if not len(tokens):
             return {}
         loads = (tokens.amax(1) / tokens.mean(1)).tolist()
+        loss = {"load_balancing_loss": balance / self._layer_sequences}
         return {
+            **(loss if self._load_balancing is not None else {}),
             "expert_load": sum(loads) / len(loads),
             "expert_loads": [_rounded(load) for load in loads],
             "dropped_tokens": self._assignments * len(loads) - round(float(tokens.sum())),

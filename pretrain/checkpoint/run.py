@@ -27,6 +27,7 @@ _FIXED_EXCEPT = ("data.cache_dir", "data.max_corrupt")
 _MODEL_EXCEPT = (
     "language.init_std",
     "language.expert_bias_update_rate",
+    "language.load_balancing_loss",
     "language.rope_base",
     "language.rope_scaling",
 )

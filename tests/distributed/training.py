@@ -89,7 +89,10 @@ _DENSE = (
 SHAPES = {
     "queries without LoRA": ("language.q_lora_rank=null",),
     "groups of experts": ("language.expert_groups=2",),
-    "softmax router": ("language.router_score=softmax", "language.normalize_expert_weights=false"),
+    "softmax router": (
+        *("language.router_score=softmax", "language.normalize_expert_weights=false"),
+        "language.load_balancing_loss=0.5",
+    ),
     "normalized softmax, no shared expert": (
         *("language.router_score=softmax", "language.shared_expert_ffn_hidden_size=0"),
         *_GQA,

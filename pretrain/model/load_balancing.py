@@ -1,0 +1,101 @@
+"""The sequence-wise load-balancing loss of layers of experts.
+
+Of a sequence of T tokens, with N experts of which every token has K, the loss is sum_i f_i P_i
+(DeepSeek-V3, arXiv 2412.19437, equations 17 to 20): f_i is N / (K T) times the number of tokens
+with expert i among their K best scores, and P_i the mean of the tokens' scores of expert i,
+normalized over all experts. It is 1 if the experts are balanced. megatron-core has it, too, but
+its scale depends on the micro-batch size and on tensor parallelism (0.16), or on the number of
+labels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import Router
+from torch import Tensor, nn
+
+
+class LoadBalancing:
+    """Adds the gradient of the loss to that of the routers, in every backward pass of training.
+
+    Args:
+        chunks: model chunks of this rank.
+        coefficient: factor of the gradient.
+        softmax: whether scores are a softmax of the router's logits; else normalized sigmoids.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], coefficient: float, *, softmax: bool) -> None:
+        self._coefficient, self._softmax = coefficient, softmax
+        self._scale: Tensor | float = 0.0
+        self._sum: Tensor | None = None
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, Router):
+                    module.register_forward_hook(self._add)
+
+    def _add(self, router: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        # Recomputed layers run twice in training, first without gradients.
+        if not (router.training and torch.is_grad_enabled()):
+            return output
+        weights, *others = output
+        losses = sequence_losses(
+            router.gating(inputs[0]), router.topk, router.tp_cp_group, softmax=self._softmax
+        )
+        loss = losses.sum()
+        self._sum = loss.detach() + (0.0 if self._sum is None else self._sum)
+        weights = _AddGradient.apply(weights, loss, self._coefficient * self._scale)  # type: ignore[no-untyped-call]
+        return weights, *others
+
+    def start_step(self, scale: Tensor | float) -> None:
+        """Call before the forward pass of a step.
+
+        Args:
+            scale: further factor of the gradient of each sequence's loss.
+        """
+        self._scale, self._sum = scale, None
+
+    @property
+    def total(self) -> Tensor | float:
+        """This rank's part of the losses of the step, summed over sequences and layers."""
+        return 0.0 if self._sum is None else self._sum
+
+
+def sequence_losses(
+    logits: Tensor, top_k: int, group: "dist.ProcessGroup | None" = None, *, softmax: bool
+) -> Tensor:
+    """This rank's part of the loss of each sequence, [b]; the parts of a group's ranks add up.
+
+    Args:
+        logits: [s, b, experts], of this rank's tokens of each sequence.
+        top_k: number of experts of a token.
+        group: ranks with the other tokens, as many each. Default: there are none.
+        softmax: see :class:`LoadBalancing`.
+    """
+    tokens, _, experts = logits.shape
+    if softmax:
+        scores = logits.softmax(-1)
+    else:
+        scores = logits.sigmoid()
+        scores = scores / scores.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, -1).indices, 1.0)
+    counts = chosen.sum(0)
+    if group is not None and group.size() > 1:
+        dist.all_reduce(counts, group=group)
+        tokens *= group.size()
+    frequencies = counts * (experts / (top_k * tokens))
+    return (frequencies * scores.sum(0) / tokens).sum(-1)
+
+
+class _AddGradient(torch.autograd.Function):
+    """The identity of its first input, whose backward pass also starts that of a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
+        ctx.gradient = torch.as_tensor(scale, dtype=loss.dtype, device=loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.gradient, None
