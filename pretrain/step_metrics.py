@@ -45,22 +45,25 @@ class ExpertTokens:
         routers: list[Any] = [module for module in modules if isinstance(module, Router)]
         self.layers: list[int] = [router.layer_number - 1 for router in routers]
         self.counts: Tensor | None = None
-        self._running: dict[int, Tensor] = {}
-        for index, router in enumerate(routers):
-            router.register_forward_hook(partial(self._count, index))
+        self._running: Tensor | None = None
+        if routers:
+            shape, device = (len(routers), routers[0].num_experts), routers[0].weight.device
+            self._running = torch.zeros(shape, dtype=torch.int64, device=device)
+            for counts, router in zip(self._running, routers, strict=True):
+                router.register_forward_hook(partial(self._count, counts))
 
-    def _count(self, index: int, _router: nn.Module, _inputs: Any, output: Any) -> None:
+    @staticmethod
+    def _count(counts: Tensor, _router: nn.Module, _inputs: Any, output: Any) -> None:
         # Recomputed layers run twice in training, first without gradients.
         if torch.is_grad_enabled():
             _, routing_map = output  # bool [tokens, experts]
-            tokens = routing_map.sum(0)
-            self._running[index] = self._running.get(index, 0) + tokens
+            counts.add_(routing_map.sum(0))  # in place, so that CUDA graphs can repeat it
 
     def record(self) -> None:
         """Call at the end of a step's backward pass."""
-        if self._running:
-            self.counts = torch.stack([self._running[i] for i in range(len(self.layers))])
-            self._running = {}
+        if self._running is not None:
+            self.counts = self._running.clone()
+            self._running.zero_()
 
 
 class UpdateRms:
@@ -214,9 +217,9 @@ class StepMetrics:
             heads_clipped += result.num_clipped / same_heads
         flops = heads_clipped.new_tensor(self._encoder_flops(micro_batches))
         routed = self._local_routed_tokens().flatten()
-        balance = flops.new_zeros(()) + (
-            self._load_balancing.total if self._load_balancing is not None else 0.0
-        )
+        balance = torch.zeros_like(flops)
+        if self._load_balancing is not None:
+            balance = self._load_balancing.total
         local = torch.stack([heads_clipped, flops, balance])
         sums = torch.cat([local, updates.flatten(), routed])
         dist.all_reduce(sums)

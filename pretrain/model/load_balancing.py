@@ -28,8 +28,9 @@ class LoadBalancing:
 
     def __init__(self, chunks: Sequence[nn.Module], coefficient: float, *, softmax: bool) -> None:
         self._coefficient, self._softmax = coefficient, softmax
-        self._scale: Tensor | float = 0.0
-        self._sum: Tensor | None = None
+        device = next(chunks[0].parameters()).device
+        # Changed in place, so that CUDA graphs can repeat a forward pass.
+        self._scale, self._total = torch.zeros(2, dtype=torch.float64, device=device)
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, Router):
@@ -44,22 +45,23 @@ class LoadBalancing:
             router.gating(inputs[0]), router.topk, router.tp_cp_group, softmax=self._softmax
         )
         loss = losses.sum()
-        self._sum = loss.detach() + (0.0 if self._sum is None else self._sum)
+        self._total.add_(loss.detach())
         weights = _AddGradient.apply(weights, loss, self._coefficient * self._scale)  # type: ignore[no-untyped-call]
         return weights, *others
 
-    def start_step(self, scale: Tensor | float) -> None:
+    def start_step(self, scale: Tensor) -> None:
         """Call before the forward pass of a step.
 
         Args:
-            scale: further factor of the gradient of each sequence's loss.
+            scale: further factor of the gradient of each sequence's loss, a scalar.
         """
-        self._scale, self._sum = scale, None
+        self._scale.copy_(scale)
+        self._total.zero_()
 
     @property
-    def total(self) -> Tensor | float:
+    def total(self) -> Tensor:
         """This rank's part of the losses of the step, summed over sequences and layers."""
-        return 0.0 if self._sum is None else self._sum
+        return self._total
 
 
 def sequence_losses(
@@ -92,8 +94,8 @@ class _AddGradient(torch.autograd.Function):
     """The identity of its first input, whose backward pass also starts that of a loss."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
-        ctx.gradient = torch.as_tensor(scale, dtype=loss.dtype, device=loss.device)
+    def forward(ctx: Any, x: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient.to(loss.dtype)
         return x.view_as(x)
 
     @staticmethod
