@@ -311,9 +311,11 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
         bfloat16 [rows, columns], rounded once, as DeepSeek's own conversion does
         (``inference/fp8_cast_bf16.py`` in its repository).
     """
-    rows, columns = weight.shape
-    by_row = scales.float().repeat_interleave(block[0], dim=0)[:rows]
-    return (weight.float() * by_row.repeat_interleave(block[1], dim=1)[:, :columns]).bfloat16()
+    factors = scales.float()
+    for dim, size in enumerate(weight.shape):
+        # A block may be larger than the weight.
+        factors = factors.repeat_interleave(min(block[dim], size), dim).narrow(dim, 0, size)
+    return (weight.float() * factors).bfloat16()
 
 
 def _published_name(name: str) -> str:

@@ -45,6 +45,7 @@ class Shape:
         published: keys of the published config.json that transformers does not write.
         fp8_block: rows and columns of the blocks in which weights of layers are quantized.
         mtp: the files have a layer for multi-token prediction.
+        overrides: settings of the import.
         parallel: settings of the training step.
     """
 
@@ -53,6 +54,7 @@ class Shape:
     published: dict[str, Any] = field(default_factory=dict)
     fp8_block: tuple[int, int] | None = None
     mtp: bool = False
+    overrides: tuple[str, ...] = ()
     parallel: tuple[str, ...] = ("parallel.expert=2",)
 
 
@@ -102,7 +104,12 @@ SHAPES = {
     "qwen3": Shape(
         "Qwen3Config", _GQA | {"tie_word_embeddings": True}, parallel=("parallel.tensor=2",)
     ),
-    "llama": Shape("LlamaConfig", _GQA, parallel=("parallel.pipeline=2",)),
+    "llama": Shape(
+        "LlamaConfig",
+        _GQA | {"vocab_size": TOKENS + 1},
+        overrides=(f"language.vocab_size={TOKENS + 4}",),
+        parallel=("parallel.tensor=2",),
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pretrain.config import LanguageConfig, RopeScalingConfig, VisionConfig
 from pretrain.errors import PretrainError
 from pretrain.export.hf_config import from_hf_config, to_hf_config
+from pretrain.model.weights import language_weights
 
 sizes = st.integers(1, 4096)
 MODEL: dict[str, Any] = {
@@ -150,7 +151,128 @@ def test_transformers_keys_and_published_keys_are_read() -> None:
         assert VisionConfig(**fields or {}) == VisionConfig(num_layers=3)
 
 
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+ORIGINAL = {"original_max_position_embeddings": 4096}
+DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "type": "yarn"}
+DEEPSEEK_FILE = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1},
+    **{"hidden_act": "silu", "initializer_range": 0.02, "kv_lora_rank": 512, "moe_layer_freq": 1},
+    **{"pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "seq_aux": True},
+    **{"tie_word_embeddings": False, "use_cache": True, "v_head_dim": 128},
+}
+V3_FILE = DEEPSEEK_FILE | {
+    **{"model_type": "deepseek_v3", "norm_topk_prob": True, "scoring_func": "sigmoid"},
+    **{"topk_method": "noaux_tc", "n_shared_experts": 1, "num_nextn_predict_layers": 0},
+}
+BLOCKS = {
+    **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"},
+    "weight_block_size": [128, 128],
+}
+QWEN3_FILE = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu"},
+    **{"initializer_range": 0.02, "max_position_embeddings": 40960, "rms_norm_eps": 1e-06},
+    **{"rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "vocab_size": 151936},
+    **{"use_cache": True, "use_sliding_window": False},
+}
+# Keys of config.json that concern the architecture, and the number of parameters in 10^9, without
+# multi-token prediction.
+PUBLISHED_FILES: dict[str, tuple[dict[str, Any], float]] = {
+    "deepseek-ai/DeepSeek-V3": (
+        V3_FILE
+        | {"first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432}
+        | {"max_position_embeddings": 163840, "moe_intermediate_size": 2048, "n_group": 8}
+        | {"n_routed_experts": 256, "num_attention_heads": 128, "num_experts_per_tok": 8}
+        | {"num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1}
+        | {"q_lora_rank": 1536, "quantization_config": BLOCKS, "rms_norm_eps": 1e-06}
+        | {"rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, **ORIGINAL}}
+        | {"rope_theta": 10000, "routed_scaling_factor": 2.5, "topk_group": 4}
+        | {"vocab_size": 129280},
+        671.0,
+    ),
+    "moonshotai/Moonlight-16B-A3B": (
+        V3_FILE
+        | {"first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264}
+        | {"max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_group": 1}
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16}
+        | {"num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16}
+        | {"q_lora_rank": None, "rms_norm_eps": 1e-05, "rope_scaling": None}
+        | {"rope_theta": 50000.0, "routed_scaling_factor": 2.446, "topk_group": 1}
+        | {"vocab_size": 163840},
+        15.96,
+    ),
+    "moonshotai/Kimi-K2-Base": (
+        V3_FILE
+        | {"model_type": "kimi_k2", "first_k_dense_replace": 1, "hidden_size": 7168}
+        | {"intermediate_size": 18432, "max_position_embeddings": 131072, "n_group": 1}
+        | {"moe_intermediate_size": 2048, "n_routed_experts": 384, "num_attention_heads": 64}
+        | {"num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 64}
+        | {"q_lora_rank": 1536, "quantization_config": BLOCKS, "rms_norm_eps": 1e-05}
+        | {"rope_scaling": DEEPSEEK_YARN | {"factor": 32.0, "beta_fast": 1.0, **ORIGINAL}}
+        | {"rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1}
+        | {"vocab_size": 163840},
+        1026.4,
+    ),
+    "deepseek-ai/DeepSeek-V2-Lite": (
+        DEEPSEEK_FILE
+        | {"model_type": "deepseek_v2", "first_k_dense_replace": 1, "hidden_size": 2048}
+        | {"intermediate_size": 10944, "max_position_embeddings": 163840, "n_group": 1}
+        | {"moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2}
+        | {"norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6}
+        | {"num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 1.0}
+        | {"rope_scaling": DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, **ORIGINAL}}
+        | {"scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy"}
+        | {"vocab_size": 102400},
+        15.71,
+    ),
+    "Qwen/Qwen3-30B-A3B": (
+        QWEN3_FILE
+        | {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "hidden_size": 2048}
+        | {"intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": []}
+        | {"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48}
+        | {"num_key_value_heads": 4, "output_router_logits": False}
+        | {"router_aux_loss_coef": 0.001, "tie_word_embeddings": False},
+        30.53,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        QWEN3_FILE
+        | {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072}
+        | {"max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28}
+        | {"num_key_value_heads": 8, "tie_word_embeddings": True},
+        0.596,
+    ),
+    "meta-llama/Meta-Llama-3-8B": (
+        {"model_type": "llama", "attention_bias": False, "attention_dropout": 0.0}
+        | {"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02}
+        | {"intermediate_size": 14336, "max_position_embeddings": 8192, "pretraining_tp": 1}
+        | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8}
+        | {"rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 500000.0}
+        | {"tie_word_embeddings": False, "use_cache": True, "vocab_size": 128256},
+        8.030,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_published_models_have_their_number_of_parameters(name: str) -> None:
+    config_json, billions = PUBLISHED_FILES[name]
+    model = from_hf_config(config_json)
+    scaling = RopeScalingConfig(**model.language["rope_scaling"])
+    language = LanguageConfig(**model.language | {"rope_scaling": scaling})
+    total = sum(
+        weight.numel * (1 if weight.expert is None else language.num_experts)
+        for weight in language_weights(language, model.vocab_size, experts=range(1))
+        if weight.optimizer is not None
+    )
+    assert total / 1e9 == pytest.approx(billions, rel=5e-4)
+    assert model.fp8_block == ((128, 128) if "quantization_config" in config_json else None)
+    assert list(model.mtp_layers) == ([61] if name == "deepseek-ai/DeepSeek-V3" else [])
+    # The default becomes a value in an export.
+    width = {"head_dim": language.gqa_head_dim} if language.attention == "gqa" else {}
+    exported = to_hf_config(language, None, model.vocab_size, 256, {}, 4)
+    assert from_hf_config(exported).language == model.language | width
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
@@ -176,11 +298,17 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
         ({"model_type": "gpt2"}, 'config.json has model_type="gpt2": only kimi_k25 (text and im'),
         ({"model_type": None}, "config.json has model_type=null: only kimi_k25 (text and images)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=null: only fp8"),
-        ({"quantization_config": FP8 | {"quant_method": "gptq"}}, 'quant_method="gptq": only fp8'),
-        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, 'config.fmt="e5m2": only e4m3 is'),
-        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "only dynamic is supp"),
-        ({"quantization_config": FP8 | {"weight_block_size": None}}, "weight_block_size=null"),
-        ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "it must be two numbers"),
+        (
+            {"quantization_config": BLOCKS | {"quant_method": "gptq"}},
+            '_method="gptq": only fp8',
+        ),
+        ({"quantization_config": BLOCKS | {"fmt": "e5m2"}}, 'config.fmt="e5m2": only e4m3 is'),
+        ({"quantization_config": BLOCKS | {"activation_scheme": "static"}}, "only dynamic is supp"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None}}, "weight_block_size=null"),
+        (
+            {"quantization_config": BLOCKS | {"weight_block_size": [128, 0]}},
+            "it must be two numbers",
+        ),
         ({"n_group": 3}, "in config.json, n_group=3 does not divide n_routed_experts=8"),
         (
             {"n_group": 4, "num_experts_per_tok": 4},
