@@ -2,3 +2,4 @@
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = ITEMSIZE["float32"]
+INT64 = 8

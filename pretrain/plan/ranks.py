@@ -42,6 +42,13 @@ class Ranks:
         """Number of ranks with the same dense weights."""
         return self.data * self.context
 
+    @property
+    def communicators(self) -> int:
+        """Number of groups of more than one rank that a rank exchanges tensors with: all, those of
+        each kind of parallelism, and those with the same dense weights or experts."""
+        sizes = [self.world, self.tensor, self.context, self.pipeline, self.expert]
+        return sum(size > 1 for size in [*sizes, self.replicas, self.expert_data])
+
     def tokens(self, config: Config) -> int:
         """Tokens of a micro-batch on a rank; with tensor parallelism, those of its group."""
         return config.micro_batch_size * config.data.seq_length // self.context

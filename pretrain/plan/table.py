@@ -55,7 +55,10 @@ def _parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
 def _memory_lines(stages: Sequence[Mapping[str, float]], memory_gib: float | None) -> list[str]:
     fullest, of_stage = _largest(stages)
     lines = [f"memory of a rank, GiB{of_stage}"]
-    lines += [f"  {name:<22}{size / 2**30:>12,.3f}" for name, size in fullest.items()]
+    notes = {"optimizer step": "   (after activations and temporary tensors; the larger counts)"}
+    lines += [
+        f"  {name:<22}{size / 2**30:>12,.3f}{notes.get(name, '')}" for name, size in fullest.items()
+    ]
     if memory_gib is not None:
         used = fullest["total"] / 2**30
         fits = "fits" if used <= memory_gib else "DOES NOT FIT"

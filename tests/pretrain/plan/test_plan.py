@@ -12,8 +12,9 @@ from pretrain.config import VisionConfig
 from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import observers_disabled
+from pretrain.plan.activations import chunk_activations, encoder_activations
 from pretrain.plan.flops import encoder_forward_flops
-from pretrain.plan.memory import chunk_activations, encoder_activations, step_memory
+from pretrain.plan.memory import step_memory
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import ranks_of
 from pretrain.plan.workload import Images, images_per_step
@@ -34,7 +35,7 @@ def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixt
     assert parameters["vision"] == parameters["total"] - parameters["language"]
     assert found["layout"]["processes"] == 512
     assert sum(found["layout"]["layers_of_stages"]) == 61
-    assert all(stage["total"] < 74 * 2**30 for stage in found["memory"])
+    assert all(stage["total"] < 80 * 2**30 for stage in found["memory"])
 
 
 def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,16 +96,17 @@ def test_text_only_data_needs_no_images_and_no_optimizer_state_of_the_encoder() 
 
 def test_selective_recompute_trades_kept_activations_for_recomputed_ones() -> None:
     every = ("core_attn", "mlp", "moe", "shared_experts")
-    kept, recomputed = {}, {}
+    chunks = {}
     for module in ("none", *every):
         overrides = ["recompute.granularity=selective", f"recompute.modules=[{module}]"]
         settings = config.load("configs/laptop.yaml", overrides if module != "none" else [])
         ranks = ranks_of(settings)
         (chunk,) = ranks.stages[0]
-        kept[module], recomputed[module] = chunk_activations(settings, chunk, ranks)
-    assert recomputed["none"] == 0
-    assert all(kept[module] < kept["none"] and recomputed[module] > 0 for module in every)
-    assert kept["moe"] < kept["shared_experts"]
+        chunks[module] = chunk_activations(settings, chunk, ranks)
+    assert chunks["none"].recomputed == 0
+    assert all(chunks[module].kept < chunks["none"].kept for module in every)
+    assert all(chunks[module].recomputed > 0 for module in every)
+    assert chunks["moe"].kept < chunks["shared_experts"].kept
 
 
 def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path: object) -> None:
