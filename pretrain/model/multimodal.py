@@ -9,8 +9,8 @@ import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
-from pretrain.model.attention import PackedDocuments
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
+from pretrain.model.packed_documents import PackedDocuments
 from pretrain.model.vision import num_features
 
 

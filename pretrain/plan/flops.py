@@ -11,7 +11,7 @@ import math
 
 from pretrain.config import Config, LanguageConfig
 from pretrain.encoder_process.cost import CostModel, analytic_cost
-from pretrain.model.attention import keys_per_query
+from pretrain.model.packed_documents import keys_per_query
 from pretrain.model.weights import language_weights
 from pretrain.plan.parameters import active_numel
 from pretrain.plan.ranks import Ranks

@@ -18,8 +18,8 @@ from pretrain.checkpoint.run import local_shard
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
 from pretrain.metrics import read
-from pretrain.model.attention import keys_per_query
 from pretrain.model.multimodal import MicroBatch
+from pretrain.model.packed_documents import keys_per_query
 from pretrain.plan.flops import flops_per_token
 from pretrain.startup import set_up
 from pretrain.train import train

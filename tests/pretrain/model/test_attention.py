@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain.model import attention
-from pretrain.model.attention import CoreAttention, PackedDocuments, attend, attend_dense
+from pretrain.model.attention import CoreAttention, attend, attend_dense
+from pretrain.model.packed_documents import PackedDocuments
 
 CPU = torch.device("cpu")
 
