@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain import metrics
 from pretrain.build import Run
-from pretrain.config import to_dict
+from pretrain.config import LanguageConfig, to_dict
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.runtime import machine
 
@@ -28,13 +28,31 @@ def opening(run: Run, done: int) -> str:
     start = f"resuming after step {done}" if done else "starting at step 0"
     if not done and config.start_from:
         start += f" with the weights of {config.start_from}"
-    return (
+    lines = [
         f"{parameters:,} parameters on rank 0 of {run.context.world_size} ({by_algorithm}), "
-        f"expert parallel {config.parallel.expert}, DEP {dep}\n"
+        f"expert parallel {config.parallel.expert}, DEP {dep}",
         f"{config.steps} steps of {tokens:,} tokens, "
         f"{share if run.data.has_images else 'text only'}; "
-        f"{start}; writing to {config.run_dir}" + (f"\n{sources}" if sources else "")
-    )
+        f"{start}; writing to {config.run_dir}",
+    ]
+    return "\n".join([*lines, *filter(None, [sources]), *_notes(config.language)])
+
+
+def _notes(language: LanguageConfig) -> list[str]:
+    """Consequences of the model's settings that are easily overlooked."""
+    notes = []
+    if language.qk_norm:
+        notes.append(
+            "QK-Clip only reports the language model's max logits, since language.qk_norm makes "
+            "them independent of the scale of its weights"
+        )
+    remedies = {"load_balancing_loss": language.load_balancing_loss}
+    if language.router_score == "sigmoid":
+        remedies["expert_bias_update_rate"] = language.expert_bias_update_rate
+    if language.moe_layers and not any(remedies.values()):
+        names = " or ".join(f"language.{name}" for name in remedies)
+        notes.append(f"nothing balances the experts: to do so, set {names} above 0")
+    return notes
 
 
 def start_record(run: Run, done: int) -> dict[str, Any]:

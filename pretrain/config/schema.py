@@ -660,6 +660,7 @@ class Config(Settings):
             f"profile.steps ends after steps = {self.steps}",
         )
         scaling = self.language.rope_scaling
+        self._check_recompute()
         longest = scaling.factor * (scaling.original_max_position_embeddings or 0)
         require(
             scaling.factor == 1 or self.data.seq_length <= longest,
@@ -672,6 +673,21 @@ class Config(Settings):
             f"optimizer.warmup_steps + optimizer.decay_steps = {used} is more than steps = "
             f"{self.steps}: shorten them or train for longer",
         )
+
+    def _check_recompute(self) -> None:
+        """Refuse to recompute modules that no layer has."""
+        language, recompute = self.language, self.recompute
+        has = {
+            "mlp": language.dense_layers > 0,
+            "moe": language.moe_layers > 0,
+            "shared_experts": language.moe_layers and language.shared_expert_ffn_hidden_size,
+        }
+        if recompute.granularity == "selective":
+            for module in recompute.modules:
+                require(
+                    bool(has.get(module, True)),
+                    f"recompute.modules has {module}, which no layer has: leave it out",
+                )
 
     def micro_batches(self, world_size: int) -> int:
         """Number of micro-batches of a rank in a step."""

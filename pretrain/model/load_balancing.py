@@ -30,7 +30,8 @@ class LoadBalancing:
         self._coefficient, self._softmax = coefficient, softmax
         device = next(chunks[0].parameters()).device
         # Changed in place, so that CUDA graphs can repeat a forward pass.
-        self._scale, self._total = torch.zeros(2, dtype=torch.float64, device=device)
+        self._scale = torch.zeros((), dtype=torch.float64, device=device)
+        self._total = self._scale.clone()
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, Router):

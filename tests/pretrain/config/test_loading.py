@@ -42,6 +42,40 @@ def test_options_are_merged_by_name_and_survive_a_checkpoint(tmp_path: Path) -> 
     assert config.from_dict(json.loads(json.dumps(config.to_dict(loaded)))) == loaded
 
 
+RECOMPUTE = ("recompute.granularity=selective",)
+# Settings of the language model, and the error.
+SHAPES = (
+    ("qk_norm=true", "qk_norm=True has no effect with attention=mla: leave it out, or set null"),
+    ("num_kv_heads=2", "num_kv_heads=2 has no effect with attention=mla"),
+    ("head_dim=8", "head_dim=8 has no effect with attention=mla"),
+    ("attention=gqa kv_lora_rank=8", "kv_lora_rank=8 has no effect with attention=gqa"),
+    ("attention=gqa num_kv_heads=3", "num_kv_heads=3 does not divide num_heads=4"),
+    ("attention=gqa head_dim=3", "head_dim must be even, not 3"),
+    ("attention=gqa num_heads=3", "num_heads=3 does not divide hidden_size=128: set head_dim"),
+    (
+        "attention=gqa rope_scaling.factor=4 rope_scaling.original_max_position_embeddings=256",
+        "rope_scaling=RopeScalingConfig(",
+    ),
+    ("dense_layers=4 num_experts=4", "num_experts=4 has no effect with dense_layers=num_layers"),
+    ("dense_layers=4 router_score=softmax", "router_score='softmax' has no effect with dense_lay"),
+    (
+        "router_score=softmax expert_bias_update_rate=0.1",
+        "expert_bias_update_rate=0.1 has no effect with router_score=softmax",
+    ),
+    ("normalize_expert_weights=false", "normalize_expert_weights=False needs router_score=softmax"),
+    ("expert_groups=3", "expert_groups=3 does not divide num_experts=8"),
+    ("expert_groups_per_token=2", "expert_groups_per_token is 2 of only 1 expert_groups"),
+    ("expert_groups=4 router_score=softmax", "expert_groups=4 needs router_score=sigmoid"),
+    (
+        "expert_groups=4 expert_groups_per_token=2",
+        "expert_groups_per_token=2 needs experts_per_token=4 or 5, not 2",
+    ),
+    ("expert_groups=8", "expert_groups=8 of 1 experts are too small"),
+    ("load_balancing_loss=-1", "load_balancing_loss must be in [0, 1], not -1.0"),
+    ("vocab_size=0", "vocab_size must be in [1, 16777216] or null, not 0"),
+)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -61,6 +95,22 @@ def test_options_are_merged_by_name_and_survive_a_checkpoint(tmp_path: Path) -> 
         (["optimizer.lr=-1"], "optimizer.lr must be in [1e-30, 1e30], not -1.0"),
         (["language.dense_layers=9"], "language.dense_layers=9 is more than num_layers=4"),
         (["language.experts_per_token=99"], "experts_per_token is 99 of only 8 experts"),
+        *(
+            ([f"language.{setting}" for setting in settings.split()], f"language.{message}")
+            for settings, message in SHAPES
+        ),
+        (
+            [
+                *RECOMPUTE,
+                "recompute.modules=[shared_experts]",
+                "language.shared_expert_ffn_hidden_size=0",
+            ],
+            "recompute.modules has shared_experts, which no layer has",
+        ),
+        (
+            [*RECOMPUTE, "recompute.modules=[core_attn, mlp]", "language.dense_layers=0"],
+            "recompute.modules has mlp, which no layer has",
+        ),
         (["steps=10"], "is more than steps = 10"),
         (["start_from=runs/default"], "start_from=runs/default is the run_dir itself"),
         (["language.rope_scaling.factor=0.5"], "rope_scaling.factor must be in [1, 1e6], not 0.5"),

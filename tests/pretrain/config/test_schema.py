@@ -227,6 +227,26 @@ RECOMPUTE_TWO = ("recompute.granularity=full", "recompute.num_layers=2")
             "recompute.num_layers=2 does not divide the 3 layers",
         ),
         (["parallel.pipeline=4"], 2, "2 processes cannot be divided by parallel.pipeline=4"),
+        (
+            ["language.attention=gqa", "language.num_kv_heads=1", "parallel.tensor=2"],
+            2,
+            "parallel.tensor=2 does not divide language.num_kv_heads=1: choose a divisor",
+        ),
+        (
+            ["language.dense_layers=4", "parallel.expert=2"],
+            2,
+            "parallel.expert=2 needs layers of experts, and language.dense_layers=num_layers",
+        ),
+        (
+            ["language.tie_embeddings=true", "parallel.pipeline=2"],
+            2,
+            "language.tie_embeddings needs parallel.pipeline=1",
+        ),
+        (
+            ["language.vocab_size=1025", "parallel.tensor=2"],
+            2,
+            "parallel.tensor=2 does not divide language.vocab_size=1025",
+        ),
         (["parallel.context=2"], 3, "3 processes cannot be divided by parallel.context=2"),
         (
             ["parallel.context=2", "parallel.tensor=2"],

@@ -1,6 +1,7 @@
 """Plans of the shipped configurations and of images; configurations that do not fit."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from pretrain.config import VisionConfig
 from pretrain.encoder_process.cost import analytic_cost
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import observers_disabled
+from pretrain.plan import plan
 from pretrain.plan.activations import chunk_activations, encoder_activations
 from pretrain.plan.flops import encoder_forward_flops
 from pretrain.plan.memory import step_memory
-from pretrain.plan.parameters import trained_weights
+from pretrain.plan.parameters import count_parameters, trained_weights
 from pretrain.plan.ranks import ranks_of
 from pretrain.plan.workload import Images, images_per_step
 
@@ -36,6 +38,64 @@ def test_the_full_shape_has_the_parameters_of_kimi_k2(capsys: pytest.CaptureFixt
     assert found["layout"]["processes"] == 512
     assert sum(found["layout"]["layers_of_stages"]) == 61
     assert all(stage["total"] < 80 * 2**30 for stage in found["memory"])
+
+
+def test_moonlight_has_the_published_numbers_of_parameters() -> None:
+    """15.96 B parameters, of which 2.24 B are active, without the embedding and the output head."""
+    settings = config.load("configs/moonlight.yaml")
+    found = plan(settings, 32)
+    head = settings.data.vocab_size * settings.language.hidden_size
+    assert found["parameters"]["language"] == 15_960_108_544
+    assert found["parameters"]["active"] - head == pytest.approx(2.24e9, rel=0.002)
+    assert all(stage["total"] < 74 * 2**30 for stage in found["memory"])
+
+
+_QWEN3 = {"attention": "gqa", "qk_norm": True, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "language", "parameters"),
+    [
+        pytest.param(
+            151936,
+            _QWEN3
+            | dict(num_layers=28, dense_layers=28, hidden_size=1024, ffn_hidden_size=3072)
+            | dict(num_heads=16, num_kv_heads=8, tie_embeddings=True),
+            596_049_920,
+            id="Qwen3-0.6B",
+        ),
+        pytest.param(
+            151936,
+            _QWEN3
+            | dict(num_layers=48, dense_layers=0, hidden_size=2048, num_heads=32, num_kv_heads=4)
+            | dict(num_experts=128, experts_per_token=8, expert_ffn_hidden_size=768)
+            | dict(shared_expert_ffn_hidden_size=0, router_score="softmax"),
+            30_532_122_624,
+            id="Qwen3-30B-A3B",
+        ),
+        pytest.param(
+            102400,
+            dict(num_layers=27, hidden_size=2048, ffn_hidden_size=10944, num_heads=16)
+            | dict(q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64)
+            | dict(v_head_dim=128, num_experts=64, experts_per_token=6, router_score="softmax")
+            | dict(expert_ffn_hidden_size=1408, shared_expert_ffn_hidden_size=2816),
+            15_706_484_224,
+            id="DeepSeek-V2-Lite",
+        ),
+        pytest.param(
+            128256,
+            dict(attention="gqa", num_layers=32, dense_layers=32, hidden_size=4096, num_heads=32)
+            | dict(num_kv_heads=8, ffn_hidden_size=14336),
+            8_030_261_248,
+            id="Llama-3.1-8B",
+        ),
+    ],
+)
+def test_published_models_have_their_numbers_of_parameters(
+    vocab_size: int, language: dict[str, Any], parameters: int
+) -> None:
+    settings = config.from_dict({"language": {**language, "vocab_size": vocab_size}})
+    assert count_parameters(settings)["language"] == parameters
 
 
 def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
