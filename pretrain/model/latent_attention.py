@@ -53,6 +53,14 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
                 if hasattr(self, name):
                     setattr(self, name, DuplicatedLinear(getattr(self, name)))
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """The classes of the layer spec, as before megatron-core 0.19.
+
+        0.19 refuses a norm of the keys' latent if queries have none.
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        return {name: getattr(submodules, name) for name in (*names, "q_layernorm", "kv_layernorm")}
+
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, ...]:
