@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed import training
 from tests.distributed.launch import launch
+from tests.distributed.test_precision_and_recompute import gradients_and_observations
 from tests.distributed.test_training import EXACT_FOUR, _merged
 
 Gradients = dict[str, torch.Tensor]
@@ -57,3 +58,23 @@ def test_every_layout_has_the_gradients_of_one_process(
         for name, gradient in expected.items():
             error = (together[name] - gradient).norm()
             assert error <= 1e-10 * gradient.norm(), (variant, name)
+
+
+@pytest.mark.parametrize("layout", [("context=2",), ("context=2", "tensor=2")])
+def test_max_logits_and_router_biases_are_those_of_one_process(
+    folder: Path, layout: Sequence[str]
+) -> None:
+    settings = (str(folder), [YARN], *EXACT_FOUR)
+    ((alone,),) = launch(gradients_and_observations, 1, *settings)
+    parallel = [f"parallel.{size}" for size in layout]
+    ranks = launch(gradients_and_observations, 2 * len(layout), *settings, *parallel)
+    _, expected, biases, _ = alone
+    for name, logits in expected.items():
+        # Ranks are ordered by tensor-parallel rank, which has some of the heads, then by share.
+        local = [torch.stack(observed[name]).amax(0) for ((_, observed, _, _),) in ranks]
+        heads = torch.stack(local).view(2, -1).amax(0)
+        torch.testing.assert_close(heads, torch.stack(logits).amax(0), rtol=1e-10, atol=0)
+    assert biases
+    for ((_, _, found, _),) in ranks:
+        assert found.keys() == biases.keys()
+        assert all(torch.equal(found[name], bias) for name, bias in biases.items())
