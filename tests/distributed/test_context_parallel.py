@@ -30,7 +30,7 @@ YARN = (
 # What every layout is tried with.
 GQA = training.SHAPES["normalized softmax, no shared expert"]
 VARIANTS = [
-    (),
+    ("language.load_balancing_loss=0.1",),
     (COLOCATED, *training.SHAPES["queries without LoRA"]),
     (*YARN, "recompute.granularity=full"),
     (*GQA, "recompute.granularity=selective"),
