@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -260,8 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # megatron-core warns about every optional package that is not installed,
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    # and calls a collective by a name that newer versions of torch deprecate.
+    # calls a collective by a name that newer versions of torch deprecate,
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated")
+    # and asks users of its GPTModel to migrate to another model.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     training = options.command in ("train", "eval")
     with contextlib.ExitStack() as stack:
         if training:

@@ -95,7 +95,9 @@ def test_ctrl_c_and_a_lost_terminal_save_the_step(
     assert f"{number.name}: saved after step {last}; start it again to continue" in said
     if ranks == 1:
         assert run.returncode == 128 + number
-        assert stderr == f"{number.name}: saving after this step; Ctrl-C exits without saving\n"
+        # torch's build for CUDA warns where it finds CUDA but no GPU.
+        ours = [line for line in stderr.splitlines() if "CUDA_HOME" not in line]
+        assert ours == [f"{number.name}: saving after this step; Ctrl-C exits without saving"]
 
 
 def test_a_second_job_is_refused_and_ranks_end_with_a_killed_launcher(folder: Path) -> None:

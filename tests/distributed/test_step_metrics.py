@@ -60,8 +60,9 @@ def test_metrics_do_not_depend_on_the_distribution(
         for name, expected in single_process["metrics"].items():
             if name in ("memory_gib", "encoder_balance", "encoder_least_balance"):
                 continue
-            # Some metrics are reduced in float32.
-            assert rank["metrics"][name] == pytest.approx(expected, rel=1e-5), name
+            # Some metrics are reduced in float32, and shards are sampled at other entries.
+            tolerance = 1e-3 if name.startswith("update_rms") else 1e-5
+            assert rank["metrics"][name] == pytest.approx(expected, rel=tolerance), name
         assert rank["metrics"] == ranks[0]["metrics"]
 
 
