@@ -405,7 +405,7 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
         max_logits(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), block_size=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_on_a_gpu(causal: bool, masked: bool) -> None:

@@ -803,7 +803,7 @@ def test_query_and_key_that_share_rows_are_refused() -> None:
         QKClip({"a": AttentionLayout.separate(weight, weight, num_heads=2)})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_model_may_move_to_a_gpu_after_the_clip_was_made() -> None:
     attention = layer()
     clip = QKClip({"layer": attention.layout}, threshold=1.0)

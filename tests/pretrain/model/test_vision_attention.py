@@ -136,7 +136,7 @@ def test_a_cpu_uses_sdpa_for_every_dtype() -> None:
         assert choose_kernel(torch.empty(3, 2, 16, dtype=dtype)) == "sdpa"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "width", "kernel", "tolerance"),
     [

@@ -16,6 +16,12 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """On a GPU, `make gpu` runs them."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_multiplies_bfloat16() -> Iterator[None]:
     """The interpreter keeps bfloat16 as integers and, as of Triton 3.9, multiplies those."""
