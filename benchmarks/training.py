@@ -111,6 +111,23 @@ class Job:
         return f"{self.kind}, {name}, lr {self.lr:g}, {self.steps} steps, seed {self.seed}"
 
 
+def without_metrics(run: "Run") -> "Run":
+    """The trainer's run with metrics that are neither measured nor gathered."""
+    from pretrain.step_metrics import StepMetrics
+
+    class NoMetrics(StepMetrics):
+        def __init__(self) -> None: ...
+
+        def before_update(self, step: int) -> None: ...
+
+        def after_update(self) -> Any: ...
+
+        def gather(self, *_arguments: Any) -> dict[str, Any]:
+            return {}
+
+    return replace(run, step_metrics=NoMetrics())
+
+
 class Model(Protocol):
     """A model to train: computes gradients of a step's batch, and held-out losses."""
 

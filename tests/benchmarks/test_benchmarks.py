@@ -48,8 +48,18 @@ def kills_change_no_loss(result: dict[str, Any]) -> None:
     assert result["losses"] == result["expected"]
 
 
+def kernels_without_a_gpu_are_listed_with_the_reason(result: dict[str, Any]) -> None:
+    assert [row["kernels"] for row in result["rows"]] == 2 * ["torch", "transformer_engine"]
+    for row in result["rows"]:
+        if row["kernels"] == "torch":
+            assert row["tokens_per_second"] > 0 and 0 < row["optimizer_share"] < 1
+        else:
+            assert "needs a GPU" in row["error"]
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "crash": kills_change_no_loss,
+    "gpu": kernels_without_a_gpu_are_listed_with_the_reason,
     "overhead": checkpoints_are_measured,
 }
 
@@ -71,6 +81,7 @@ def leaves(value: object) -> list[object]:
         "crash",
         "dep",
         "dep_plan",
+        "gpu",
         "optimizer_memory",
         "optimizer_step",
         "overhead",
