@@ -245,13 +245,6 @@ class LanguageConfig(Settings):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def latent_ranks(self) -> list[int]:
-        """Ranks of MLA's latents."""
-        if self.attention == "gqa":
-            return []
-        return [self.kv_lora_rank] + ([] if self.q_lora_rank is None else [self.q_lora_rank])
-
-    @property
     def value_dim(self) -> int:
         """Width of a head's value."""
         return self.gqa_head_dim if self.attention == "gqa" else self.v_head_dim

@@ -61,6 +61,14 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
         return {name: getattr(submodules, name) for name in (*names, "q_layernorm", "kv_layernorm")}
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Layers by name, as the spec has them.
+
+        Called by megatron-core 0.19, which would replace the projection of queries without LoRA by
+        one that normalizes the hidden states first, as no published model does.
+        """
+        return {**vars(submodules)}
+
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ def alone(folder: Path) -> dict[str, Gradients]:
         ("parallel.expert=2", ("dense",)),
         ("parallel.pipeline=2", ("dense",)),  # its embedding is tied to the output head
         ("micro_batch_size=1", ()),  # data parallel
+        ("recompute.granularity=full", ()),
     ],
 )
 def test_every_layout_gives_the_gradients_of_one_process(
