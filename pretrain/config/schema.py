@@ -512,6 +512,9 @@ class EncoderProcessConfig(Settings):
     seconds at the start of the run and stored in run_dir."""
     max_patches: Annotated[int, In("[1, 2147483647]")] = 16384
     """Maximum number of patches in a forward of the encoder; limits the memory of activations."""
+    recompute: bool = True
+    """Encode again before the encoder's backward pass. false: keep the activations of all images
+    during the backbone's passes, which is faster."""
     max_patches_per_rank: Annotated[int, In("[1, 2147483647]")] | None = None
     """Maximum number of patches assigned to a rank in a step; limits the memory of their pixels.
     An image with more patches is assigned to a rank without other images. null: no limit."""

@@ -1,6 +1,6 @@
 """Encoding of the images of a step: on all ranks (DEP), or on the ranks that own them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +94,18 @@ class _Encoder:
 
 @dataclass
 class _Stage1:
-    """Results of stage 1 that stage 3 needs."""
+    """Results of stage 1 that stage 3 needs.
+
+    Attributes:
+        encoded: the output of each forward of the tower, with its graph; None: recompute it.
+    """
 
     exchange: ItemExchange
     features_per_piece: list[int]
     patches: Tensor
     grids: Tensor
     features: Tensor
+    encoded: list[Tensor] | None
 
 
 class EncoderProcess(_Encoder):
@@ -108,9 +113,10 @@ class EncoderProcess(_Encoder):
 
     Source: Kimi K2.5 report, Decoupled Encoder Process. The stages of a step:
 
-    1. :meth:`encode`: balanced forward, without activations for a backward.
+    1. :meth:`encode`: balanced forward; with ``config.recompute``, activations are not kept.
     2. The backbone's forward and backward, with the features as leaves.
-    3. :meth:`backward`: recomputation and backward; then :meth:`reduce_gradients`.
+    3. :meth:`backward`: recomputation, if activations were not kept, and backward; then
+       :meth:`reduce_gradients`.
     """
 
     def encode(
@@ -150,9 +156,9 @@ class EncoderProcess(_Encoder):
         items = ItemExchange(owners, encoders, self.group)
         received = items.to_encoders(patches, all_grids.prod(1).tolist())
         received_grids = all_grids[items.incoming]
-        with torch.no_grad():
-            encoded = [self.tower(*chunk) for chunk in self._chunks(received, received_grids)]
-        features = torch.cat([_no_features(self.tower), *encoded])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.recompute):
+            encoded = list(self._encoded(received, received_grids))
+        features = torch.cat([_no_features(self.tower), *(chunk.detach() for chunk in encoded)])
         features_per_piece = [piece.rows for piece in pieces]
         exchange = ItemExchange(
             [piece.rank for piece in pieces], [encoders[piece.item] for piece in pieces], self.group
@@ -167,7 +173,14 @@ class EncoderProcess(_Encoder):
             features = _broadcast(features, sum(counts), self.tensor_group)
         if torch.is_grad_enabled():
             features.requires_grad_()
-            self._stage1 = _Stage1(exchange, features_per_piece, received, received_grids, features)
+            self._stage1 = _Stage1(
+                exchange,
+                features_per_piece,
+                received,
+                received_grids,
+                features,
+                None if self.config.recompute else encoded,
+            )
         return list(torch.split(features, counts))
 
     def _runs(
@@ -197,17 +210,21 @@ class EncoderProcess(_Encoder):
         if not _is_first(self.tensor_group):  # the first rank sends it for all
             gradient = gradient[:0]
         gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_piece)
-        self.recompute(stage1.patches, stage1.grids, gradient)
+        if stage1.encoded is None:
+            self.recompute(stage1.patches, stage1.grids, gradient)
+        else:
+            _backpropagate(stage1.encoded, gradient)
 
     def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
         """Encode items again, chunk by chunk, and backpropagate the gradient of their features."""
         # The observers have seen these logits in stage 1.
         with observers_disabled(self.tower):
-            first = 0
-            for chunk in self._chunks(patches, grids):
-                features = self.tower(*chunk)
-                features.backward(gradient[first : first + len(features)])
-                first += len(features)
+            _backpropagate(self._encoded(patches, grids), gradient)
+
+    def _encoded(self, patches: Tensor, grids: Tensor) -> Iterator[Tensor]:
+        """Features of the items, chunk by chunk."""
+        for chunk in self._chunks(patches, grids):
+            yield self.tower(*chunk)
 
     def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
         num_ranks, capacity = self._num_ranks, self.config.max_patches_per_rank
@@ -291,6 +308,14 @@ def _image_error(grids: Tensor, num_patches: int) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _backpropagate(encoded: Iterable[Tensor], gradient: Tensor) -> None:
+    """Backpropagate the rows of a gradient that belong to each tensor, one after the other."""
+    first = 0
+    for features in encoded:
+        torch.autograd.backward(features, gradient[first : first + len(features)])
+        first += len(features)
 
 
 def _is_first(group: dist.ProcessGroup | None) -> bool:

@@ -77,6 +77,7 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     vision = config.vision
     cost = analytic_cost(vision, language.hidden_size)
     encoder = encoder_forward_flops(cost, images)
+    again = config.encoder_process.enabled and config.encoder_process.recompute
     patch_embedding = 2.0 * 3 * vision.patch_size**2 * vision.hidden_size * images.patches
     logits = 2.0 * language.num_layers * language.num_heads * language.query_key_dim * keys
     flops = {
@@ -86,7 +87,7 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
         "language recompute": tokens * (recomputed + logits),
         "encoder forward": encoder,
         "encoder backward": 2 * encoder - patch_embedding,  # pixels have no gradient
-        "encoder recompute": encoder if config.encoder_process.enabled else 0.0,
+        "encoder recompute": encoder if again else 0.0,
         # The max logits of all heads, for QK-Clip: one of attention's two products.
         "encoder logits": cost.per_pair / 2 * images.patches * images.patches_per_image,
     }

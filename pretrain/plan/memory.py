@@ -84,16 +84,19 @@ def _encoder(
     """Bytes of the encoder's activations that alternate with the backbone's, and those of image
     data and activations that exist at the same time.
 
-    The encoder process runs before the backbone, and again after it. Without it, each rank encodes
-    its own images and keeps the activations until the backbone's backward pass is done.
+    The encoder process runs before the backbone, and again after it. Without it, or without
+    recomputation, activations are kept until the backbone's backward pass is done.
     """
     if not config.encoder_process.enabled:
         return 0.0, encoder_activations(config, own_patches)
     share = images.patches / ranks.world
+    pixels = share * 3 * config.vision.patch_size**2
+    if not config.encoder_process.recompute:
+        return 0.0, pixels + encoder_activations(config, share)
     at_a_time = min(config.encoder_process.max_patches, share)
     if images.features:  # an image is not divided
         at_a_time = max(at_a_time, images.patches_per_image)
-    return encoder_activations(config, at_a_time), share * 3 * config.vision.patch_size**2
+    return encoder_activations(config, at_a_time), pixels
 
 
 def _backbone(config: Config, ranks: Ranks, stage: int) -> tuple[float, float]:

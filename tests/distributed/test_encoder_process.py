@@ -303,11 +303,11 @@ def test_an_error_of_the_caller_is_raised_on_all_ranks() -> None:
     assert launch(_rejected_by_caller, 2) == ["rank 1 cannot use its images: too few"] * 2
 
 
-def _in_chunks(max_patches: int) -> tuple[Step, list[int]]:
+def _in_chunks(max_patches: int, recompute: bool = True) -> tuple[Step, list[int]]:
     tower = make_tower(torch.float64)
     sizes: list[int] = []
     tower.encoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
-    config = EncoderProcessConfig(max_patches=max_patches)
+    config = EncoderProcessConfig(max_patches=max_patches, recompute=recompute)
     encoder = EncoderProcess(tower, dist.group.WORLD, config)
     images = make_images([(1, 2, 2), (1, 4, 4), (2, 2, 4), (1, 2, 2), (1, 6, 6), (1, 2, 4)], 0)
     (features,) = encoder.encode([images])
@@ -324,6 +324,13 @@ def test_max_patches_bounds_the_encoders_batch_and_changes_nothing() -> None:
     assert sizes == [20, 20, 36, 8] * 2  # a larger item is encoded alone
     for name, expected in whole.items():
         assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
+
+
+def test_activations_that_are_kept_change_nothing() -> None:
+    ((again, sizes_of_again),) = launch(_in_chunks, 1, 20)
+    ((kept, sizes),) = launch(_in_chunks, 1, 20, False)
+    assert sizes == sizes_of_again[: len(sizes_of_again) // 2]
+    assert all(torch.equal(kept[name], expected) for name, expected in again.items())
 
 
 def _with_capacity(capacity: int) -> str | tuple[int, int]:

@@ -152,10 +152,7 @@ def _flop_counter() -> FlopCounterMode:
     def baddbmm(_: Any, a: Any, b: Any, **_options: Any) -> int:
         return flop_counter.bmm_flop(a, b)
 
-    def grouped(a: Any, b: Any, *_: Any, **_options: Any) -> int:
-        return int(2 * a[0] * a[1] * b[-1])
-
-    mapping = {torch.ops.aten.baddbmm_: baddbmm, torch.ops.aten._grouped_mm: grouped}
+    mapping = {torch.ops.aten.baddbmm_: baddbmm, **training.GROUPED}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

@@ -126,7 +126,8 @@ def test_a_configuration_that_does_not_fit_is_refused_in_one_line(
 
 def test_the_encoder_process_needs_memory_for_at_least_one_image() -> None:
     """However few patches are encoded at a time, and however many ranks share the images."""
-    overrides = ["encoder_process.max_patches=16", "vision.num_layers=60", "micro_batch_size=1"]
+    process = ["encoder_process.recompute=true", "encoder_process.max_patches=16"]
+    overrides = [*process, "vision.num_layers=60", "micro_batch_size=1"]
     for processes in (2, 32):
         settings = config.load("configs/laptop.yaml", overrides)
         ranks = ranks_of(settings, processes)
