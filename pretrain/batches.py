@@ -13,6 +13,7 @@ from pretrain.data import Data, PackedSample, skipped
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.errors import PretrainError
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
+from pretrain.model.flex import to_device
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
 from pretrain.runtime.output import warn
@@ -106,13 +107,8 @@ def collate(
         share: the tokens that this rank computes. Default: all.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
-        if device.type == "cuda":  # without waiting for the kernels of the current step
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
     def stack(field: str) -> Tensor:
-        return moved(torch.stack([getattr(sample, field) for sample in samples]))
+        return to_device(torch.stack([getattr(sample, field) for sample in samples]), device)
 
     patches = torch.cat([sample.patches for sample in samples])
     grids = torch.cat([sample.grids for sample in samples])
@@ -122,7 +118,7 @@ def collate(
         weights=stack("weights"),
         categories=stack("categories"),
         documents=torch.stack([sample.documents for sample in samples]),
-        patches=moved(patches if images else patches[:0]),
+        patches=to_device(patches if images else patches[:0], device),
         grids=grids if images else grids[:0],
         share=share,
     )

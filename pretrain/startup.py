@@ -17,10 +17,12 @@ from pretrain.data import Data, RankShare, data_config, open_data
 from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.model.attention import slow_attention
 from pretrain.model.megatron_config import check_megatron
 from pretrain.parallel import ParallelContext
 from pretrain.runtime.faults import Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
+from pretrain.runtime.output import warn
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.wandb_run import open_run
 
@@ -42,6 +44,9 @@ def join(config: Config) -> ParallelContext:
     parallel.require_same("the configuration", repr(config))
     kernels = parallel.call_on_all_ranks(lambda: check_megatron(config))
     parallel.require_same(f"the selection of kernels={config.kernels}", kernels)
+    slow = slow_attention(config, context.device) if kernels == "torch" else None
+    if slow and context.is_main:
+        warn(slow)
     return context
 
 

@@ -8,14 +8,17 @@ head, which QK-Clip needs, costs nothing more.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import Config
+from pretrain.model import flex
 from pretrain.model.context_parallel import SequenceShare, gather_sequence
 from pretrain.model.packed_documents import PackedDocuments
 
+Kernel = Literal["blocks", "flex"]
 MaxLogitObserver = Callable[[Tensor], None]
 
 # Logits computed at a time: on a CPU those that fit a core's cache.
@@ -100,18 +103,66 @@ def _one_document(query: Tensor, key: Tensor) -> PackedDocuments:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: PackedDocuments,
+    scale: float,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention within documents, and the largest logit of each head.
 
-    Arguments are as in :meth:`CoreAttention.forward`; ``scale`` multiplies the products.
+    Args:
+        query, key, value: as in :meth:`CoreAttention.forward`.
+        documents: the documents.
+        scale: factor on the products.
+        kernel: default: :func:`choose_kernel`.
 
     Returns:
         [queries, b, heads * v] in the dtype of the values, and float32 (float64 for float64 input)
         [heads] without gradient.
     """
+    kernel = kernel or choose_kernel(query, value)
+    if kernel == "flex":
+        return _attend_flex(query, key, value, documents, scale)
     apply: Callable[..., tuple[Tensor, Tensor]] = _BlockedAttention.apply
     return apply(query, key, value, documents, scale)
+
+
+def choose_kernel(query: Tensor, value: Tensor) -> Kernel:
+    """Kernel of :func:`attend` for queries and values [s, b, heads, width].
+
+    - ``flex``, compiled flex_attention: on NVIDIA GPUs, where :func:`flex.flex_problem` is None,
+      for at least a block of queries; with a cache, tokens are generated one by one.
+    - ``blocks``, torch's operations on one block of logits at a time: everything else, including
+      all CPUs.
+    """
+    widths = query.shape[-1], value.shape[-1]
+    supported = flex.flex_problem(query.device, query.dtype, widths) is None
+    return "flex" if supported and len(query) >= flex.BLOCK else "blocks"
+
+
+def slow_attention(config: Config, device: torch.device) -> str | None:
+    """A warning if the language model's attention cannot use flex_attention on a GPU."""
+    if device.type != "cuda":
+        return None
+    language = config.language
+    widths = language.query_key_dim, language.value_dim
+    problem = flex.flex_problem(device, getattr(torch, config.precision), widths)
+    if problem is None:
+        return None
+    return (
+        f"attention cannot use flex_attention: {problem}; it computes blocks of logits with "
+        "torch's operations, which is slower"
+    )
+
+
+def _attend_flex(
+    query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    output, max_scores = flex.attention_and_max_scores(q, k, v, documents.block_mask, scale)
+    return output.permute(2, 0, 1, 3).flatten(2), max_scores.amax((0, 2))
 
 
 def attend_dense(

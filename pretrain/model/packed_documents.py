@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from pretrain.model import flex
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
+from pretrain.model.flex import to_device
 
 # Queries in a block.
 BLOCK = 64
@@ -89,6 +92,37 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
         """[queries] int64 on the CPU: position of each query in its sequence."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.chunks])
 
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """Mask for flex_attention.
+
+        Built from pairs of blocks of 128 rows, on the CPU: their number is that of all pairs of
+        tokens over 16,384.
+        """
+        length = self.first_keys.shape[1]
+        blocks = torch.arange(0, length, flex.BLOCK)
+        rows = len(self.positions)
+        padded = torch.arange(-(-rows // flex.BLOCK) * flex.BLOCK).clamp(max=rows - 1)
+        positions = self.positions[padded].view(-1, flex.BLOCK)
+        first_keys = self.first_keys[:, positions]  # [b, query blocks, 128]
+        attended = (blocks <= positions.amax(-1)[:, None]) & (
+            blocks + flex.BLOCK > first_keys.amin(-1)[..., None]
+        )
+        full = (blocks + flex.BLOCK - 1 <= positions.amin(-1)[:, None]) & (
+            blocks >= first_keys.amax(-1)[..., None]
+        )
+        full[:, rows // flex.BLOCK :] = False  # an incomplete last block
+        first_key, position = (
+            flex.to_device(x.to(torch.int32), self.device)
+            for x in (self.first_keys[:, self.positions].contiguous(), self.positions)
+        )
+
+        def allowed(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= position[query]) & (key >= first_key[sequence, query])
+
+        lengths = rows, length
+        return flex.block_mask(attended & ~full, full, allowed, lengths, self.device)
+
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """Blocks that cover all queries, for logits of this dtype; made once."""
         if dtype not in self._blocks:
@@ -115,7 +149,7 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
                 keys = torch.arange(key, last)
                 later = keys > torch.arange(first, last)[:, None]
                 masked = later | (keys < starts[..., None])
-                limit = _as_limit(masked[:, None, None], dtype).to(self.device)
+                limit = to_device(_as_limit(masked[:, None, None], dtype), self.device)
             blocks.append(Block(slice(begin, end), queries, slice(key, last), limit))
         return blocks
 
@@ -149,7 +183,7 @@ def _similar(first_keys: Sequence[int], last: int, queries: int) -> list[tuple[i
 def _causal_limit(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[1, 1, 1, size, size], -inf above the diagonal, else inf."""
     later = torch.ones(1, 1, 1, size, size, dtype=torch.bool).triu(1)
-    return _as_limit(later, dtype).to(device)
+    return to_device(_as_limit(later, dtype), device)
 
 
 def _as_limit(masked: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Rows of queries and of keys in a block of flex_attention.
-BLOCK = 128
+from pretrain.model import flex
+from pretrain.model.flex import BLOCK, compiled_flex, flex_problem
 
 
 class Pack:
@@ -73,7 +73,7 @@ def choose_kernel(query: Tensor) -> Kernel:
     half = query.dtype in (torch.bfloat16, torch.float16)
     if half and width % 8 == 0 and width <= 256 and _has_varlen():
         return "varlen"
-    return "flex" if (half or query.dtype == torch.float32) and width >= 16 else "sdpa"
+    return "flex" if flex_problem(query.device, query.dtype, (width,)) is None else "sdpa"
 
 
 def attend(
@@ -128,28 +128,13 @@ def block_mask(lengths: Sequence[int], device: torch.device) -> BlockMask:
     full = single[:, None] & single & (first_item[:, None] == first_item)
 
     items = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-    items = items.to(device)
+    items = flex.to_device(items, device)
 
     def same_item(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return items[q] == items[k]
 
-    return BlockMask.from_kv_blocks(
-        *_block_lists(attended & ~full, device),
-        *_block_lists(full, device),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=same_item,
-        seq_lengths=(rows, rows),
-    )
-
-
-def _block_lists(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of selected key blocks of each query block, and the indices, selected ones first."""
-    selected = mask.to(torch.int32)
-    indices = selected.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return (
-        selected.sum(-1, dtype=torch.int32)[None, None].to(device),
-        indices[None, None].contiguous().to(device),
-    )
+    partial = attended & ~full
+    return flex.block_mask(partial[None], full[None], same_item, (rows, rows), device)
 
 
 def _by_length(x: Tensor, pack: Pack) -> Iterator[Tensor]:
@@ -176,17 +161,11 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Ten
 
 
 def _attend_flex(query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Tensor:
-    flex = _compiled_flex() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
+    attention = compiled_flex() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
     heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return flex(*heads_first, block_mask=pack.block_mask)[0].transpose(0, 1)
+    return attention(*heads_first, block_mask=pack.block_mask)[0].transpose(0, 1)
 
 
 @functools.cache
 def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    # Compiled once for all lengths, which differ in every step.
-    return torch.compile(flex_attention, dynamic=True)

@@ -6,12 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
 
-from pretrain.model import attention
-from pretrain.model.attention import CoreAttention, attend, attend_dense
+from pretrain.config import Config, LanguageConfig
+from pretrain.model import attention, flex
+from pretrain.model.attention import (
+    CoreAttention,
+    attend,
+    attend_dense,
+    choose_kernel,
+    slow_attention,
+)
 from pretrain.model.packed_documents import PackedDocuments
 
 CPU = torch.device("cpu")
@@ -95,12 +108,112 @@ def test_queries_of_some_chunks_attend_to_the_keys_of_all(
     """As in context parallelism, where a rank has two chunks of each sequence."""
     torch.manual_seed(seed)
     length = sum(lengths[0])
-    points = sorted(data.draw(st.lists(st.integers(0, length), min_size=4, max_size=4)))
-    chunks = [(a, b) for a, b in (points[:2], points[2:]) if a < b] or [(0, length)]
-    documents = PackedDocuments(lengths, CPU, chunks)
-    queries = sum(b - a for a, b in chunks)
-    tensors = inputs(queries, length, len(lengths), 4, 2, 6, 4, torch.float64)
+    documents = PackedDocuments(lengths, CPU, random_chunks(length, data))
+    tensors = inputs(len(documents.positions), length, len(lengths), 4, 2, 6, 4, torch.float64)
     assert_equals_dense(tensors, documents, 0.3)
+
+
+def random_chunks(length: int, data: Any) -> list[tuple[int, int]]:
+    points = sorted(data.draw(st.lists(st.integers(0, length), min_size=4, max_size=4)))
+    return [(a, b) for a, b in (points[:2], points[2:]) if a < b] or [(0, length)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=packed(500), data=st.data())
+def test_the_block_mask_equals_the_one_that_torch_computes_from_all_pairs(
+    lengths: list[list[int]], data: Any
+) -> None:
+    length = sum(lengths[0])
+    documents = PackedDocuments(lengths, CPU, random_chunks(length, data))
+    positions = documents.positions
+    first = documents.first_keys[:, positions, None]
+    seen = (torch.arange(length) <= positions[:, None]) & (torch.arange(length) >= first)
+    expected = create_block_mask(
+        lambda b, _h, q, k: seen[b, q, k], len(lengths), None, len(positions), length, device="cpu"
+    )
+    mask = documents.block_mask
+    assert mask.shape == expected.shape
+    for b in range(len(lengths)):
+        listed, reference = ([_blocks(m, kind, b) for kind in KINDS] for m in (mask, expected))
+        # Between two chunks, a block of queries may list blocks of keys without any pair.
+        for some, exact in zip(listed[0], reference[0], strict=True):
+            assert some >= exact
+        # torch does not list the incomplete last block of queries as full, either.
+        assert listed[1] == reference[1]
+        if len(documents.chunks) == 1:
+            assert listed == reference
+
+
+KINDS = ("kv", "full_kv")
+
+
+def _blocks(mask: BlockMask, kind: str, sequence: int) -> list[set[int]]:
+    """Blocks of keys that are listed for each block of queries."""
+    counts = getattr(mask, f"{kind}_num_blocks")[sequence, 0].tolist()
+    indices = getattr(mask, f"{kind}_indices")[sequence, 0]
+    return [set(row[:n].tolist()) for n, row in zip(counts, indices, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lengths=packed(300), data=st.data(), groups=st.sampled_from([1, 2, 4]))
+def test_flex_attention_equals_the_dense_form(
+    lengths: list[list[int]], data: Any, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU without compilation, which has neither gradients nor max scores."""
+
+    def eager(
+        query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        output = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+        batch, heads, queries, _ = query.shape
+        seen = create_mask(mask.mask_mod, batch, 1, queries, key.shape[2], device="cpu")
+        logits = query @ key.repeat_interleave(heads // key.shape[1], 1).mT * scale
+        return output, logits.masked_fill(~seen, -math.inf).amax(-1)
+
+    monkeypatch.setattr(flex, "attention_and_max_scores", eager)
+    length = sum(lengths[0])
+    documents = PackedDocuments(lengths, CPU, random_chunks(length, data))
+    shape = len(documents.positions), length, len(lengths), 4, groups, 6, 4, torch.float64
+    tensors = [x.detach() for x in inputs(*shape)]
+    for found, expected in zip(
+        attend(*tensors, documents, 0.7, "flex"),
+        attend_dense(*tensors, documents, 0.7),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_a_cpu_computes_blocks() -> None:
+    query = torch.zeros(300, 1, 1, 64)
+    assert choose_kernel(query, query) == "blocks"
+    assert flex.flex_problem(CPU, torch.float32, (64, 64)) == "it needs an NVIDIA GPU"
+    assert slow_attention(Config(), CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "problem"),
+    [
+        ((8, 0), {}, None),
+        ((7, 5), {}, "it needs compute capability 8.0 or later, not 7.5"),
+        ((8, 0), {"v_head_dim": 8}, "it needs heads of at least 16 channels, not 8"),
+    ],
+)
+def test_a_gpu_without_flex_attention_is_a_warning_at_start(
+    capability: tuple[int, int],
+    settings: dict[str, int],
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(flex, "flex_problem", flex.flex_problem.__wrapped__)
+    config = Config(language=LanguageConfig(**settings))
+    warning = slow_attention(config, torch.device("cuda"))
+    assert (warning is None) if problem is None else (problem in str(warning))
 
 
 def test_tokens_attend_to_earlier_tokens_of_their_document() -> None:
