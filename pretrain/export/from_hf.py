@@ -96,6 +96,8 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
         "data": {
             "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),
             "seq_length": min(context_length, _MAX_SEQ_LENGTH),
+            # The built-in data has images, and its text alone needs no tokens for them.
+            **({} if tokenizer.media_pad >= 0 else {"sources": [{"type": "standard_library"}]}),
             **(_image_settings(folder, model.vision) if model.vision else {}),
         },
     }
@@ -108,6 +110,8 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     tensors, notes = _tensors(
         weights, config, model, config.language.vocab_rows(tokenizer.vocab_size)
     )
+    if tokenizer.media_pad < 0:
+        notes.append("the tokenizer has no tokens for images, so that the data is text alone")
     name = json.dumps(source.resolve().name)  # on one line, whatever characters it has
     with RunLock(run_dir):
         parallel.join()  # checkpoints are written by a process group, here of one process

@@ -19,7 +19,7 @@ TOKENS = 300
 """Tokens of the tokenizer."""
 _ANY = {
     **{"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 80, "rope_theta": 500.0},
-    **{"max_position_embeddings": 96, "vocab_size": TOKENS, "rms_norm_eps": 1e-5},
+    **{"max_position_embeddings": 96, "vocab_size": TOKENS, "rms_norm_eps": 1e-3},
     "num_attention_heads": 4,
 }
 _MLA = _ANY | {
@@ -45,6 +45,7 @@ class Shape:
         published: keys of the published config.json that transformers does not write.
         fp8_block: rows and columns of the blocks in which weights of layers are quantized.
         mtp: the files have a layer for multi-token prediction.
+        tokens: names of special tokens, by the name in our tokenizers.
         overrides: settings of the import.
         parallel: settings of the training step.
     """
@@ -54,10 +55,18 @@ class Shape:
     published: dict[str, Any] = field(default_factory=dict)
     fp8_block: tuple[int, int] | None = None
     mtp: bool = False
+    tokens: dict[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     parallel: tuple[str, ...] = ("parallel.expert=2",)
 
 
+# DeepSeek's tokenizers have no tokens for images.
+_DEEPSEEK_TOKENS = {
+    "<|bos|>": "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+    "<|eos|>": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|pad|>": "<\uff5c\u2581pad\u2581\uff5c>",
+    "<|media_pad|>": "<|unused|>",
+}
 _V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 SHAPES = {
     "moonlight": Shape(
@@ -82,14 +91,16 @@ SHAPES = {
         _V3_ROUTER,
         fp8_block=(16, 16),
         mtp=True,
+        tokens=_DEEPSEEK_TOKENS,
     ),
     "deepseek_v2_lite": Shape(
         "DeepseekV2Config",
         _MLA
-        | {"q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.0}
+        | {"q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
         | {"rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
         | {"topk_method": "greedy", "norm_topk_prob": False, "vocab_size": TOKENS + 20},
         {"scoring_func": "softmax", "moe_layer_freq": 1},
+        tokens=_DEEPSEEK_TOKENS,
     ),
     "no_shared_expert": Shape("DeepseekV3Config", _MLA | {"n_shared_experts": 0}),
     "dense": Shape(
@@ -140,8 +151,11 @@ def publish(shape: Shape, folder: Path) -> Published:
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         _randomize(name, tensor)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer.train([TEXT * 3], TOKENS)
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer_file = folder / "tokenizer.json"
+    Tokenizer.train([TEXT * 3], TOKENS).save(tokenizer_file)
+    for ours, theirs in shape.tokens.items():
+        tokenizer_file.write_text(tokenizer_file.read_text().replace(ours, theirs))
+    tokenizer = Tokenizer.load(tokenizer_file)
 
     file = folder / "model.safetensors"
     stored = load_file(file)
