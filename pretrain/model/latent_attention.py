@@ -54,20 +54,13 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
                     setattr(self, name, DuplicatedLinear(getattr(self, name)))
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The classes of the layer spec, as before megatron-core 0.19.
+        """The layers of the spec, as before megatron-core 0.19.
 
-        0.19 refuses a norm of the keys' latent if queries have none.
+        If queries have no latent, 0.19 would normalize the hidden states before projecting them,
+        as no published model does.
         """
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
         return {name: getattr(submodules, name) for name in (*names, "q_layernorm", "kv_layernorm")}
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """Layers by name, as the spec has them.
-
-        Called by megatron-core 0.19, which would replace the projection of queries without LoRA by
-        one that normalizes the hidden states first, as no published model does.
-        """
-        return {**vars(submodules)}
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *arguments: Any, **options: Any
