@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from pretrain.model.attention import PackedDocuments, attend, attend_dense
+from pretrain.model.attention import attend, attend_dense, choose_kernel
+from pretrain.model.packed_documents import PackedDocuments
 from tests.gpu.devices import DEVICES
 
-# Document lengths of each sequence, and rows of queries and keys: a short and a long sequence.
+# Document lengths of each sequence of a micro-batch.
 LENGTHS = {
     "cuda": ([[512], [1] * 512], [[1, 2000, 47, 2048], [4096]], [[3, 130, 67]]),
-    "cpu": ([[64], [1] * 64], [[3, 20, 7]]),
+    "cpu": ([[64], [1] * 64], [[3, 20, 9]]),
 }
 # Heads, groups of keys, and widths of queries and values: MLA, GQA and the tests' tiny model.
 SHAPES = {
@@ -22,32 +23,44 @@ TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (3e-2, 1e-4)}
 
 @DEVICES
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_packed_attention_equals_the_dense_form(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "context-parallel"])
+def test_packed_attention_equals_the_dense_form(
+    device: str, dtype: torch.dtype, shared: bool
+) -> None:
+    """With flex_attention where it is supported; a context-parallel rank has two chunks."""
     close, exact = TOLERANCES[dtype]
     generator = torch.Generator().manual_seed(0)
     for lengths in LENGTHS[device]:
+        length = sum(lengths[0])
+        quarter = length // 4
+        chunks = [(0, quarter), (length - quarter, length)] if shared else [(0, length)]
+        queries = sum(stop - start for start, stop in chunks)
         for heads, groups, d, v in SHAPES[device]:
-            shapes = [(heads, d), (groups, d), (groups, v)]
-            rows = sum(lengths[0]), len(lengths)
             expected = [
-                torch.randn(*rows, *shape, generator=generator).to(dtype).double().requires_grad_()
-                for shape in shapes
+                torch.randn(rows, len(lengths), *shape, generator=generator)
+                .to(dtype)
+                .double()
+                .requires_grad_()
+                for rows, shape in (
+                    (queries, (heads, d)),
+                    (length, (groups, d)),
+                    (length, (groups, v)),
+                )
             ]
             actual = [x.detach().to(device, dtype).requires_grad_() for x in expected]
-            found, found_max = attend(
-                *actual, PackedDocuments(lengths, torch.device(device)), d**-0.5
-            )
-            output, output_max = attend_dense(
-                *expected, PackedDocuments(lengths, torch.device("cpu")), d**-0.5
-            )
+            flex = device == "cuda" and v >= 16 and queries >= 128
+            assert choose_kernel(actual[0], actual[2]) == ("flex" if flex else "blocks")
+            documents = PackedDocuments(lengths, torch.device(device), chunks)
+            found, found_max = attend(*actual, documents, d**-0.5)
+            documents = PackedDocuments(lengths, torch.device("cpu"), chunks)
+            output, output_max = attend_dense(*expected, documents, d**-0.5)
             gradient = torch.randn(output.shape, generator=generator).to(dtype)
             found.backward(gradient.to(device))
             output.backward(gradient.double())
-            pairs = [
+            for ours, theirs in (
                 (found, output),
                 *((a.grad, e.grad) for a, e in zip(actual, expected, strict=True)),
-            ]
-            for ours, theirs in pairs:
+            ):
                 error = (ours.cpu().double() - theirs).norm() / theirs.norm()
                 assert error < close, (lengths, heads, d)
             torch.testing.assert_close(found_max.cpu().double(), output_max, rtol=exact, atol=exact)
