@@ -129,7 +129,8 @@ def _reason_in_module(module: nn.Module) -> str | None:
     if isinstance(module, ParametrizationList):  # weight norm: a direction, whose length is free
         return "parametrization"
     kind = type(module).__name__.lower()
-    if "norm" in kind:
+    # Transformer Engine's LayerNormLinear and LayerNormMLP contain matrices.
+    if "norm" in kind and "linear" not in kind and "mlp" not in kind:
         return "norm"
     if "router" in kind:
         return "router"

@@ -210,13 +210,16 @@ def run_schedule(
 
     # All micro-batches pass through each of this rank's model chunks.
     iterators = [iter(zip(micro_batches, features, strict=True)) for _ in run.language]
+    rows, length = micro_batches[0].tokens.shape
+    if multimodal.is_packed(run.language[0].config):
+        rows, length = 1, rows * length
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.language,
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].tokens.shape[1],
-        micro_batch_size=micro_batches[0].tokens.shape[0],
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
 

@@ -109,7 +109,7 @@ def matrix_layouts(
                 "with exclude, and add the MatrixLayout of each fused parameter to the result"
             )
         for child, layout in _fused_matrices(module, per_head).items():
-            if child in module._parameters:
+            if child in module._parameters or "." in child:
                 layouts[_join(name, child)] = layout
                 continue
             for weight_name, _ in _weights(getattr(module, child)):
@@ -199,7 +199,10 @@ def _fused_matrices(module: Any, per_head: bool) -> dict[str, MatrixLayout]:
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
         query = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
         fused[query] = MatrixLayout((nope, rope), heads, separate=per_head)
-        if hasattr(module, "linear_qkv_down_proj"):
+        down = getattr(module, "linear_qkv_down_proj", None)
+        if hasattr(down, "kv_weight"):  # Transformer Engine's parameters_split
+            fused["linear_qkv_down_proj.kv_weight"] = MatrixLayout((config.kv_lora_rank, rope))
+        elif down is not None:
             fused["linear_qkv_down_proj"] = _down_projections(module, config)
         else:
             fused["linear_kv_down_proj"] = MatrixLayout((config.kv_lora_rank, rope))

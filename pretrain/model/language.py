@@ -19,12 +19,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor, nn
 
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
-from pretrain.errors import PretrainError
 from pretrain.model.attention import CoreAttention
 from pretrain.model.experts import GroupedExperts
 from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
-from pretrain.model.megatron_config import transformer_config
+from pretrain.model.megatron_config import LATENT_EPSILON, transformer_config
 from pretrain.runtime import apex
 
 
@@ -44,10 +43,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LatentRMSNorm(RMSNorm):
-    """RMSNorm of MLA's latents, with DeepSeek-V3's fixed epsilon of 1e-6."""
+    """RMSNorm of MLA's latents, with DeepSeek-V3's fixed epsilon."""
 
     def __init__(self, config: Any, hidden_size: int, **_spec: Any) -> None:
-        super().__init__(config, hidden_size, eps=1e-6)
+        super().__init__(config, hidden_size, eps=LATENT_EPSILON)
 
 
 def build_language_model(
@@ -74,16 +73,18 @@ def build_language_model(
     Returns:
         One model chunk, or several with an interleaved pipeline.
     """
-    if kernels != "torch":
-        raise PretrainError(f"kernels={kernels} is not available yet: set kernels=torch")
     recompute = recompute or RecomputeConfig()
     settings = transformer_config(config, parallel, recompute, dtype, kernels, megatron)
+    if kernels == "torch":
+        layer_spec = _layer_spec
+    else:  # the import needs Transformer Engine
+        from pretrain.model.transformer_engine import layer_spec
     chunks = []
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}
         model = GPTModel(
             config=settings,
-            transformer_layer_spec=_layer_spec(settings, virtual),
+            transformer_layer_spec=layer_spec(settings, virtual),
             vocab_size=vocab_size,
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),

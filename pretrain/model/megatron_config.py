@@ -20,6 +20,9 @@ from pretrain.errors import PretrainError
 from pretrain.model.kernels import Kernels, choose_kernels
 from pretrain.model.pass_through import build_config, check_options
 
+# Of the norms of MLA's latents, as in DeepSeek-V3's code.
+LATENT_EPSILON = 1e-6
+
 
 def check_megatron(config: Config) -> Kernels:
     """Check what this machine and megatron-core can do with a configuration.
@@ -98,6 +101,7 @@ def transformer_config(
         # pretrain.model.initialize gives the same weights in every parallel layout.
         perform_initialization=False,
         use_cpu_initialization=True,
+        transformer_impl="local" if kernels == "torch" else "transformer_engine",
         moe_grouped_gemm=kernels == "transformer_engine",
         # Its attention then returns max logits.
         log_max_attention_logit=kernels == "transformer_engine",
@@ -109,6 +113,11 @@ def transformer_config(
         defaults["recompute_modules"] = list(recompute.modules)
     elif "recompute_modules" in megatron:
         raise PretrainError("megatron.recompute_modules needs recompute.granularity=selective")
+    if megatron.get("mla_down_proj_fusion") and parallel.tensor > 1:
+        raise PretrainError(
+            "megatron.mla_down_proj_fusion splits both projections over ranks, but the trainer "
+            "keeps them whole: leave it out, or set parallel.tensor=1"
+        )
     options = check_options("megatron", megatron, config_class, kernels, [*controlled])
     return build_config(config_class, "megatron", {**controlled, **defaults, **options})
 

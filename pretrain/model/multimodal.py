@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
@@ -104,6 +106,11 @@ def forward(
     tokens, positions, labels = (
         share.take(x, 1) for x in (batch.tokens, positions.expand_as(batch.tokens), batch.labels)
     )
+    documents: PackedSeqParams = batch.packed_documents
+    shape = tokens.shape
+    if is_packed(language.config):
+        documents = batch.packed_documents.thd
+        tokens, positions, labels = (x.reshape(1, -1) for x in (tokens, positions, labels))
     inputs = None
     if language.pre_process:
         embeddings = language.embedding(tokens, positions)
@@ -116,7 +123,12 @@ def forward(
         None,
         decoder_input=inputs,
         labels=None if logits else labels,
-        packed_seq_params=batch.packed_documents,
+        packed_seq_params=documents,
         runtime_gather_output=True if logits else None,
     )
-    return output
+    return output.view(*shape, *output.shape[2:]) if language.post_process else output
+
+
+def is_packed(settings: TransformerConfig) -> bool:
+    """Whether the activations of a model are [b * s, 1, ...] instead of [s, b, ...]."""
+    return bool(settings.transformer_impl == "transformer_engine")

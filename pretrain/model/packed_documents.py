@@ -78,6 +78,23 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
         return cls([row.tolist() for row in lengths], device, share.chunks(documents.shape[1]))
 
     @functools.cached_property
+    def thd(self) -> PackedSeqParams:
+        """The same documents for activations [b * s, 1, ...], the sequences one after another.
+
+        megatron-core's format for Transformer Engine: it counts positions within documents. The
+        maximum length is that of a sequence, because kernels are compiled for each maximum.
+        """
+        ends = [0, *accumulate(length for row in self.lengths for length in row)]
+        cumulative = to_device(torch.tensor(ends, dtype=torch.int32), self.device)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cumulative,
+            cu_seqlens_kv=cumulative,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_kv=self.max_seqlen_kv,
+        )
+
+    @functools.cached_property
     def first_keys(self) -> Tensor:
         """[b, s] int64 on the CPU: position of the first token of each token's document."""
         return torch.stack(

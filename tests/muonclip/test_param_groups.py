@@ -550,3 +550,16 @@ def test_warns_of_a_first_step_without_gradients() -> None:
         optimizer.step()
         optimizer.step()
     assert len(seen) == 1 and seen[0].filename == __file__
+
+
+def test_a_norm_within_a_linear_layer_leaves_its_matrix_to_muon() -> None:
+    """As in Transformer Engine, whose layers also contain the norm of their input."""
+
+    class LayerNormLinear(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8, bias=False)
+            self.layer_norm_weight = nn.Parameter(torch.ones(8))
+
+    items = assign_parameters(nn.ModuleDict({"up_proj": LayerNormLinear()}))
+    found = {item.name: item.algorithm for item in items}
+    assert found == {"up_proj.weight": "muon", "up_proj.layer_norm_weight": "adamw"}

@@ -1,0 +1,134 @@
+"""With Transformer Engine's layers, a run is the same as with ``kernels: torch``.
+
+A stand-in takes the place of Transformer Engine (``tests/stand_in``), so that the layers can be
+built and trained on a CPU, in float64. It must be found before megatron-core is imported:
+another process starts the ranks.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from pretrain.metrics import training_records
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.distributed.test_training import _merged
+from tests.distributed.training import EXACT
+
+ROOT = Path(__file__).parents[2]
+ENGINE = (
+    "kernels=transformer_engine",
+    # They run on GPUs only.
+    "megatron.apply_rope_fusion=false",
+    "megatron.moe_permute_fusion=false",
+    # Its gradient is rounded to bfloat16.
+    "megatron.cross_entropy_loss_fusion=false",
+)
+YARN = (
+    "language.rope_scaling.factor=4",
+    "language.rope_scaling.original_max_position_embeddings=64",
+)
+RECOMPUTED = (
+    ("recompute.granularity=full",),
+    (
+        "recompute.granularity=selective",
+        "megatron.recompute_modules=[mla_up_proj, moe_act, core_attn]",
+    ),
+)
+LAYOUTS = (
+    ("parallel.tensor=2",),
+    ("parallel.tensor=2", "parallel.expert=2", "ddp.overlap_grad_reduce=true"),
+    ("parallel.pipeline=2",),
+)
+# World size, function of ``training`` and its settings.
+Call = tuple[int, Callable[..., Any], tuple[Any, ...]]
+
+
+def launch_with_stand_in(folder: Path, *calls: Call) -> list[list[Any]]:
+    """Results of :func:`launch` for each call, with ``kernels=transformer_engine``."""
+    with tempfile.TemporaryDirectory() as exchange:
+        Path(exchange, "calls").write_bytes(pickle.dumps((str(folder), calls)))
+        path = os.pathsep.join([str(ROOT / "tests/stand_in"), str(ROOT)])
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.distributed.test_transformer_engine", exchange],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results: list[list[Any]] = pickle.loads(Path(exchange, "results").read_bytes())
+        return results
+
+
+def with_engine(function: Callable[..., Any], folder: str, *settings: Any) -> Any:
+    """Call a function of ``training`` in a rank; the stand-in needs no GPU and no 16 bits."""
+    from pretrain.model import kernels
+
+    kernels.transformer_engine_problem = lambda _config: None
+    return function(folder, *settings, *ENGINE)
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # Positions start at 0 in every document, and the table of rotary angles is float32.
+        difference = (actual[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)
+        assert difference < 1e-6, (name, float(difference))
+
+
+def test_gradients_are_those_of_torch(folder: Path) -> None:
+    """Norms, experts and shards have the same names, and every layout the same gradients."""
+    expected = _merged(launch(training.all_gradients, 1, str(folder), EXACT, *YARN))
+    (alone,), *layouts = launch_with_stand_in(
+        folder,
+        (1, training.gradients_of_each, ([(), *RECOMPUTED], EXACT, *YARN)),
+        *((2, training.all_gradients, (EXACT, *YARN, *layout)) for layout in LAYOUTS),
+    )
+    for ranks in [*([gradients] for gradients in alone), *layouts]:
+        assert_equal(_merged(ranks), expected)
+
+
+def test_heads_are_clipped_by_the_max_logits_of_the_engine(folder: Path) -> None:
+    function = training.max_logits_before_and_after_a_clip
+    settings = (EXACT, "optimizer.qk_clip_threshold=0.002")
+    (expected,) = launch(function, 1, str(folder), *settings)
+    [[((before, clipped), after)]] = launch_with_stand_in(folder, (1, function, settings))
+    assert_equal(before, expected[0][0])
+    assert_equal(after[0], expected[1][0])
+    assert clipped == expected[0][1] > 0
+
+
+def test_a_run_continues_with_other_kernels(folder: Path) -> None:
+    """Checkpoints, the optimizer's state and Muon's matrices are the same."""
+    constant = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
+    settings = (EXACT, *constant, "evaluation.every=100", "checkpoint.every=100")
+    (expected,) = launch(training.train_and_read, 1, str(folder), *settings, "steps=6")
+    (folder / "run").rename(folder / "torch_alone")
+    for steps, layout in ((2, "parallel.tensor=2"), (6, "parallel.expert=2")):
+        call = (2, training.train_and_read, (*settings, f"steps={steps}", layout))
+        actual = launch_with_stand_in(folder, call)[0][0]
+        if steps == 2:
+            launch(training.train_and_read, 1, str(folder), *settings, "steps=4")
+    losses = [
+        [record["loss"] for record in training_records(records)] for records in (expected, actual)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-7)
+
+
+if __name__ == "__main__":
+    exchange = Path(sys.argv[1])
+    run_folder, calls = pickle.loads((exchange / "calls").read_bytes())
+    results = [
+        launch(with_engine, size, function, run_folder, *settings)
+        for size, function, settings in calls
+    ]
+    (exchange / "results").write_bytes(pickle.dumps(results))

@@ -1,0 +1,11 @@
+from transformer_engine.pytorch import attention as attention
+from transformer_engine.pytorch import distributed as distributed
+from transformer_engine.pytorch import fp8 as fp8
+from transformer_engine.pytorch import ops as ops
+from transformer_engine.pytorch import router as router
+from transformer_engine.pytorch.modules import DotProductAttention as DotProductAttention
+from transformer_engine.pytorch.modules import GroupedLinear as GroupedLinear
+from transformer_engine.pytorch.modules import LayerNorm as LayerNorm
+from transformer_engine.pytorch.modules import LayerNormLinear as LayerNormLinear
+from transformer_engine.pytorch.modules import Linear as Linear
+from transformer_engine.pytorch.modules import RMSNorm as RMSNorm

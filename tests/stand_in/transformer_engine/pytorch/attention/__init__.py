@@ -1,0 +1,1 @@
+from transformer_engine.pytorch.attention import rope as rope
