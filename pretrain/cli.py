@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory", type=float, metavar="GIB", help="a device's memory, to compare with"
     )
+    plan.add_argument(
+        "--fit", type=float, metavar="GIB", help="find parallel sizes that fit a device's memory"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes and FLOPs")
     _add(commands, "settings", "list every setting with its default and meaning")
     return parser
@@ -155,9 +158,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from pretrain import config
-    from pretrain.plan import format_plan, plan
+    from pretrain.plan import fit, format_fit, format_plan, plan
 
     settings = config.load(options.config, options.overrides)
+    if options.fit is not None:
+        found = fit(settings, options.fit, options.processes, options.image_patches)
+        print(json.dumps(found) if options.json else format_fit(found, options.fit))
+        return
     planned = plan(settings, options.processes, options.image_patches)
     print(json.dumps(planned) if options.json else format_plan(planned, options.memory))
 

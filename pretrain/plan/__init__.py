@@ -3,6 +3,7 @@
 Parameters, memory of a rank, FLOPs and traffic of a step; ``python -m pretrain plan`` prints them.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from pretrain.config import Config
@@ -11,11 +12,12 @@ from pretrain.plan.flops import step_flops
 from pretrain.plan.memory import step_memory
 from pretrain.plan.parameters import count_parameters
 from pretrain.plan.ranks import ranks_of
-from pretrain.plan.table import format_plan
+from pretrain.plan.search import find_layouts
+from pretrain.plan.table import format_fit, format_plan
 from pretrain.plan.traffic import step_traffic
 from pretrain.plan.workload import images_per_step, tokens_per_step
 
-__all__ = ["format_plan", "plan"]
+__all__ = ["fit", "format_fit", "format_plan", "plan"]
 
 
 def plan(
@@ -31,9 +33,7 @@ def plan(
     Raises:
         PretrainError: the configuration does not fit the processes, or a number is not above 0.
     """
-    for name, value in (("processes", processes), ("image-patches", patches_per_image)):
-        if value is not None and value <= 0:
-            raise PretrainError(f"{name} must be > 0, not {value}")
+    _check(processes, patches_per_image)
     ranks = ranks_of(config, processes)
     images = images_per_step(config, patches_per_image)
     return {
@@ -58,3 +58,50 @@ def plan(
         "flops": step_flops(config, ranks, images),
         "messages": step_traffic(config, ranks, images),
     }
+
+
+def fit(
+    config: Config,
+    memory_gib: float,
+    processes: int | None = None,
+    patches_per_image: int | None = None,
+) -> dict[str, Any]:
+    """Find parallel sizes with which a rank fits a device; see :mod:`pretrain.plan.search`.
+
+    Args:
+        memory_gib: memory of a device in GiB.
+        processes, patches_per_image: as for :func:`plan`.
+
+    Returns:
+        ``processes``, and lists of layouts: all that ``fit``, the fastest first, and the smallest
+        that do ``not_fit``.
+
+    Raises:
+        PretrainError: a number is not above 0, or no layout is possible with these processes.
+    """
+    _check(processes, patches_per_image, memory_gib)
+    processes = config.parallel.min_world_size if processes is None else processes
+    images = images_per_step(config, patches_per_image)
+    fitting, others = find_layouts(config, images, memory_gib * 2**30, processes)
+    if not fitting and not others:
+        raise PretrainError(
+            f"no layout is possible with {processes} processes, global_batch_size="
+            f"{config.global_batch_size} and micro_batch_size={config.micro_batch_size}: change "
+            "one of them"
+        )
+    return {
+        "processes": processes,
+        "fit": [asdict(layout) for layout in fitting],
+        "not_fit": [asdict(layout) for layout in others[:3]],
+    }
+
+
+def _check(
+    processes: int | None, patches_per_image: int | None, memory_gib: float | None = None
+) -> None:
+    """Refuse numbers that are not above 0."""
+    for name, value in (("processes", processes), ("image-patches", patches_per_image)):
+        if value is not None and value <= 0:
+            raise PretrainError(f"{name} must be > 0, not {value}")
+    if memory_gib is not None and memory_gib <= 0:
+        raise PretrainError(f"memory must be > 0 GiB, not {memory_gib:g}")

@@ -5,6 +5,9 @@ activations and temporary tensors, :mod:`pretrain.plan.muon_step` the buffers of
 step. Fragmentation of the allocator is not counted.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
@@ -32,41 +35,52 @@ def step_memory(config: Config, ranks: Ranks, images: Images) -> list[dict[str, 
     The ``total`` does not count activations and temporary tensors if the buffers of the optimizer's
     step are larger, and these otherwise.
     """
-    itemsize = ITEMSIZE[config.precision]
     weights = trained_weights(config)
-    stages = []
-    for stage in range(ranks.pipeline):
-        local = [weight for weight in weights if ranks.has(stage, weight)]
-        numel = sum(map(ranks.local_numel, local))
-        # Without images the encoder is never updated.
-        updated = [weight for weight in local if images.features or weight.layer is not None]
-        own_patches = images.patches / ranks.data if stage == 0 else 0.0
-        encoder, image_data = _encoder(config, ranks, images, own_patches)
-        features = own_patches / PATCHES_PER_TOKEN * config.language.hidden_size * itemsize
-        # The encoder's gradients are summed over all ranks in one tensor.
-        encoder_gradients = FLOAT32 * sum(w.numel for w in updated if w.layer is None)
-        activations, temporary = max(
-            _backbone(config, ranks, stage),
-            (encoder, 0.0),
-            (0.0, float(encoder_gradients)),
-            key=sum,
-        )
-        row = {
-            "weights": float(numel * itemsize),
-            "gradients": float(numel * FLOAT32),
-            "optimizer state": float(sum(_state(config, ranks, weight) for weight in updated)),
-            "images": image_data + 2 * features,  # with their gradients
-            "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
-        }
-        total = sum(row.values())
-        row |= {
-            "activations": activations,
-            "temporary tensors": temporary,
-            "optimizer step": muon_step(config, ranks, updated).buffers,
-        }
-        total += max(activations + temporary, row["optimizer step"])
-        stages.append({**row, "total": total})
-    return stages
+    return [_stage_memory(config, ranks, images, weights, stage) for stage in range(ranks.pipeline)]
+
+
+def fullest_memory(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
+    """The row of :func:`step_memory` with the largest total.
+
+    Of inner stages with the same numbers of layers, the earliest keeps most: only that is computed.
+    """
+    weights, last = trained_weights(config), ranks.pipeline - 1
+    different: dict[Any, int] = {}
+    for stage, chunks in enumerate(ranks.stages):
+        lengths = [(len(chunk), len(chunk[: config.language.dense_layers])) for chunk in chunks]
+        different.setdefault((stage == 0, stage == last, *lengths), stage)
+    rows = [_stage_memory(config, ranks, images, weights, stage) for stage in different.values()]
+    return max(rows, key=lambda row: row["total"])
+
+
+def _stage_memory(
+    config: Config, ranks: Ranks, images: Images, weights: Sequence[Weight], stage: int
+) -> dict[str, float]:
+    itemsize = ITEMSIZE[config.precision]
+    local = [weight for weight in weights if ranks.has(stage, weight)]
+    numel = sum(map(ranks.local_numel, local))
+    # Without images the encoder is never updated.
+    updated = [weight for weight in local if images.features or weight.layer is not None]
+    own_patches = images.patches / ranks.data if stage == 0 else 0.0
+    encoder, image_data = _encoder(config, ranks, images, own_patches)
+    # With context parallelism, each rank has the features of its part of the sequences.
+    features = own_patches / PATCHES_PER_TOKEN / ranks.context * config.language.hidden_size
+    # The encoder's gradients are summed over all ranks in one tensor.
+    encoder_gradients = FLOAT32 * sum(w.numel for w in updated if w.layer is None)
+    activations, temporary = max(
+        _backbone(config, ranks, stage), (encoder, 0.0), (0.0, float(encoder_gradients)), key=sum
+    )
+    row = {
+        "weights": float(numel * itemsize),
+        "gradients": float(numel * FLOAT32),
+        "optimizer state": float(sum(_state(config, ranks, weight) for weight in updated)),
+        "images": image_data + 2 * features * itemsize,  # with their gradients
+        "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
+    }
+    total = sum(row.values())
+    optimizer = muon_step(config, ranks, updated).buffers
+    row |= {"activations": activations, "temporary tensors": temporary, "optimizer step": optimizer}
+    return {**row, "total": total + max(activations + temporary, optimizer)}
 
 
 def _state(config: Config, ranks: Ranks, weight: Weight) -> int:
@@ -87,10 +101,11 @@ def _encoder(
     The encoder process runs before the backbone, and again after it. Without it, or without
     recomputation, activations are kept until the backbone's backward pass is done.
     """
+    patch = 3 * config.vision.patch_size**2  # bytes
     if not config.encoder_process.enabled:
-        return 0.0, encoder_activations(config, own_patches)
+        return 0.0, own_patches * patch + encoder_activations(config, own_patches)
     share = images.patches / ranks.world
-    pixels = share * 3 * config.vision.patch_size**2
+    pixels = (own_patches + share) * patch
     if not config.encoder_process.recompute:
         return 0.0, pixels + encoder_activations(config, share)
     at_a_time = min(config.encoder_process.max_patches, share)

@@ -1,18 +1,26 @@
 """Numbers of parameters, from the catalogue of weights."""
 
+import functools
 from collections import Counter
 from typing import Any
 
-from pretrain.config import Config, LanguageConfig
+from pretrain.config import Config, LanguageConfig, VisionConfig
 from pretrain.model.weights import Weight, language_weights, vision_weights
 
 
 def trained_weights(config: Config) -> list[Weight]:
     """Trained weights, with the first expert of each layer in place of all."""
     rows = config.language.vocab_rows(config.data.vocab_size)
-    language = language_weights(config.language, rows, experts=range(1))
-    vision = vision_weights(config.vision, config.language.hidden_size)
-    return [weight for weight in (*language, *vision) if weight.optimizer is not None]
+    return list(_trained_weights(config.language, rows, config.vision))
+
+
+@functools.lru_cache(maxsize=4)
+def _trained_weights(language: LanguageConfig, rows: int, vision: VisionConfig) -> list[Weight]:
+    weights = (
+        *language_weights(language, rows, experts=range(1)),
+        *vision_weights(vision, language.hidden_size),
+    )
+    return [weight for weight in weights if weight.optimizer is not None]
 
 
 def active_numel(config: LanguageConfig, weight: Weight) -> int:

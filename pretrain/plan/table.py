@@ -28,6 +28,40 @@ def format_plan(plan: Mapping[str, Any], memory_gib: float | None = None) -> str
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
+def format_fit(found: Mapping[str, Any], memory_gib: float) -> str:
+    """Return the table that ``python -m pretrain plan --fit`` prints.
+
+    Args:
+        found: the result of :func:`pretrain.plan.fit`.
+        memory_gib: memory of a device in GiB.
+    """
+    if found["fit"]:
+        lines = [
+            f"{len(found['fit'])} layouts of {found['processes']} processes fit in "
+            f"{memory_gib:g} GiB; the fastest, by a rough estimate without overlap, are:"
+        ]
+        for layout in found["fit"][:8]:
+            used = layout["memory"]["total"] / 2**30
+            lines.append(
+                f"{used:8.1f} GiB {layout['seconds']:8.1f} s  {' '.join(layout['settings'])}"
+            )
+        return "\n".join(lines)
+    lines = [
+        f"no layout of {found['processes']} processes fits in {memory_gib:g} GiB; the closest are:"
+    ]
+    for layout in found["not_fit"]:
+        sizes = dict(layout["memory"])
+        used = sizes.pop("total") / 2**30
+        lines.append(
+            f"{used:8.1f} GiB, {used - memory_gib:.1f} too many  {' '.join(layout['settings'])}"
+        )
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]
+        lines.append(
+            "    most for " + ", ".join(f"{name} {sizes[name] / 2**30:.1f}" for name in largest)
+        )
+    return "\n".join(lines)
+
+
 def _layout_line(layout: Mapping[str, Any]) -> str:
     return (
         f"{layout['processes']} processes: {layout['data']} data-parallel x {layout['tensor']} "

@@ -136,9 +136,12 @@ class _Traffic:
         if not config.encoder_process.enabled or ranks.world == 1:
             return
         hidden, remote_share = config.language.hidden_size, (ranks.world - 1) / ranks.world
-        if stage == 0:  # the first rank of a tensor-parallel group sends for the whole group
+        if stage == 0:
+            # The first of the ranks with the same images sends them, and the first rank of each
+            # tensor-parallel group the gradients of its features.
             patches = images.patches / ranks.data * remote_share
+            features = patches / PATCHES_PER_TOKEN / ranks.context
             pixels = patches * 3 * config.vision.patch_size**2
-            self.send("images", pixels + patches / PATCHES_PER_TOKEN * hidden * self.itemsize)
+            self.send("images", pixels + features * hidden * self.itemsize)
         encoded = images.features / ranks.world * remote_share
         self.send("images", encoded * hidden * self.itemsize)

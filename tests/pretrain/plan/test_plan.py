@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import cli, config
 from pretrain.config import VisionConfig
 from pretrain.encoder_process.cost import analytic_cost
+from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import observers_disabled
-from pretrain.plan import plan
-from pretrain.plan.activations import chunk_activations, encoder_activations
+from pretrain.plan import fit, plan
+from pretrain.plan.activations import chunk_activations, encoder_activations, layer_activations
 from pretrain.plan.flops import encoder_forward_flops
 from pretrain.plan.memory import step_memory
 from pretrain.plan.parameters import count_parameters, trained_weights
@@ -211,3 +214,64 @@ def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path:
     settings = config.Config(vision=shape, language=config.LanguageConfig(hidden_size=hidden))
     planned = encoder_activations(settings, images.patches)
     assert planned == pytest.approx(sum(seen.values()), rel=0.05)
+
+
+LONG = "configs/kimi_k25_256k.yaml"
+
+
+def test_layouts_for_the_longest_context_fit_or_miss_by_a_stated_amount(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The shipped layout is among those found, and its plan has the memory that is listed."""
+    assert cli.main(["plan", LONG, "--memory", "80"]) == 0
+    assert "  fits in 80 GiB" in capsys.readouterr().out
+    loaded = config.load(LONG)
+    found = fit(loaded, 80, 512)
+    sizes = [f"parallel.{name}={getattr(loaded.parallel, name)}" for name in SIZES]
+    (shipped,) = (
+        layout
+        for layout in found["fit"]
+        if layout["settings"] == (*sizes, "recompute.granularity=full")
+    )
+    assert shipped["memory"] in plan(loaded, 512)["memory"]
+    seconds = [layout["seconds"] for layout in found["fit"]]
+    assert seconds == sorted(seconds) and min(seconds) > 0
+    assert all(layout["memory"]["total"] <= 80 * 2**30 for layout in found["fit"])
+    assert cli.main(["plan", LONG, "--fit", "40"]) == 0
+    closest = capsys.readouterr().out.splitlines()
+    assert "no layout of 512 processes fits in 40 GiB" in closest[0]
+    assert " too many  parallel.tensor=" in closest[1] and "most for " in closest[2]
+
+
+SIZES = ("tensor", "context", "pipeline", "expert")
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_context_parallelism_divides_activations_except_those_of_whole_sequences(
+    data: st.DataObject,
+) -> None:
+    """Attention's memory is linear in the length; ranks share all tensors but gathered ones."""
+    overrides = [f"{name}={value}" for name, value in {
+        "language.num_heads": data.draw(st.sampled_from([8, 16])),
+        "recompute.granularity": data.draw(st.sampled_from(["none", "full"])),
+        "precision": data.draw(st.sampled_from(["float32", "bfloat16"])),
+        "micro_batch_size": 1,
+    }.items()]  # fmt: skip
+    length = 1024 * data.draw(st.integers(1, 256))
+
+    def parts(length: int, context: int) -> dict[str, float]:
+        sizes = [f"data.seq_length={length}", f"parallel.context={context}", "vision.num_layers=1"]
+        loaded = config.load("configs/h200.yaml", [*overrides, *sizes, "global_batch_size=64"])
+        return layer_activations(loaded, 1, ranks_of(loaded, context))
+
+    alone, shared, longer = parts(length, 1), parts(length, 4), parts(4 * length, 4)
+    for part, size in alone.items():
+        whole = part in ("gathered latents", "keys and values")
+        assert shared[part] == pytest.approx(size if whole else size / 4)
+        assert longer[part] == pytest.approx(4 * shared[part])
+
+
+def test_a_search_without_possible_sizes_says_so() -> None:
+    with pytest.raises(PretrainError, match="no layout is possible with 3 processes"):
+        fit(config.load("configs/h200.yaml"), 80, 3)

@@ -1,0 +1,161 @@
+"""Parallel sizes with which a configuration fits a device."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from pretrain.config import Config, RecomputeConfig
+from pretrain.errors import PretrainError
+from pretrain.plan.flops import step_flops
+from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
+from pretrain.plan.memory import fullest_memory
+from pretrain.plan.parameters import trained_weights
+from pretrain.plan.ranks import Ranks, ranks_of
+from pretrain.plan.traffic import step_traffic
+from pretrain.plan.workload import Images
+
+# Of an H100, to order layouts only: matrix products in FLOP/s, and bytes per second that a GPU
+# sends to GPUs of its machine and of others.
+_FLOPS = 445e12
+_WITHIN_MACHINE = 300e9
+_BETWEEN_MACHINES = 45e9
+_GPUS_OF_A_MACHINE = 8
+
+# Limits of the search.
+_MAX_EXPERT = 128
+_TOKENS_OF_A_RANK = 4096
+# Sizes that are tried if weights and optimizer state alone are too large.
+_CLOSEST = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes and recomputation, and their cost.
+
+    Attributes:
+        settings: overrides of the configuration.
+        memory: bytes of a rank of the fullest pipeline stage, by purpose.
+        seconds: rough time of a step; 0 for a layout that does not fit.
+    """
+
+    settings: tuple[str, ...]
+    memory: dict[str, float]
+    seconds: float
+
+
+def find_layouts(
+    config: Config, images: Images, memory: float, processes: int
+) -> tuple[list[Layout], list[Layout]]:
+    """Try sizes of tensor, context, pipeline and expert parallelism, and full recomputation.
+
+    Tensor parallelism stays within a machine of 8. ``interleave`` and ``layout`` are kept with the
+    configured number of pipeline stages, and are not used with others.
+
+    Args:
+        memory: bytes of a device.
+
+    Returns:
+        Layouts that fit, the fastest first, and those that do not, the smallest first.
+    """
+    fitting: list[Layout] = []
+    others: list[Layout] = []
+    least_memory = partial(_Elements.of(config).least_memory, config)
+    sizes = sorted(_sizes(config, processes), key=least_memory)
+    possible = [size for size in sizes if least_memory(size) <= memory]
+    for candidate in _candidates(config, processes, possible or sizes[:_CLOSEST]):
+        ranks = ranks_of(candidate, processes)
+        used = fullest_memory(candidate, ranks, images)
+        fits = used["total"] <= memory
+        seconds = _step_seconds(candidate, ranks, images) if fits else 0.0
+        layout = Layout(_settings(candidate), used, seconds)
+        (fitting if fits else others).append(layout)
+    fitting.sort(key=lambda layout: layout.seconds)
+    others.sort(key=lambda layout: layout.memory["total"])
+    return fitting, others
+
+
+def _sizes(config: Config, processes: int) -> list[dict[str, int]]:
+    """Powers of two. Context-parallel ranks have at least some thousand tokens."""
+    language = config.language
+    context = max(config.data.seq_length // _TOKENS_OF_A_RANK, 1)
+    expert = _MAX_EXPERT if language.moe_layers else 1
+    limits = (_GPUS_OF_A_MACHINE, context, min(processes, language.num_layers), expert)
+    names = ("tensor", "context", "pipeline", "expert")
+    return [
+        dict(zip(names, sizes, strict=True))
+        for sizes in itertools.product(*map(_powers_of_two, limits))
+    ]
+
+
+class _Elements(NamedTuple):
+    """Elements of the language model's weights: of experts, and of others that tensor parallelism
+    splits or not."""
+
+    experts: int
+    split: int
+    whole: int
+
+    @classmethod
+    def of(cls, config: Config) -> "_Elements":
+        counts = Counter[str]()
+        for weight in trained_weights(config):
+            if weight.expert is not None:
+                counts["experts"] += weight.numel * config.language.num_experts
+            elif weight.layer is not None:
+                counts["split" if weight.split else "whole"] += weight.numel
+        return cls(counts["experts"], counts["split"], counts["whole"])
+
+    def least_memory(self, config: Config, sizes: dict[str, int]) -> float:
+        """Bytes for weights, gradients, momentum and masters, averaged over pipeline stages."""
+        tensor, expert = sizes["tensor"], sizes["expert"]
+        experts = self.experts / (expert if expert > 1 else tensor)
+        elements = experts + self.split / tensor + self.whole
+        itemsize = ITEMSIZE[config.precision]
+        master = 0 if itemsize == FLOAT32 else FLOAT32
+        return elements / sizes["pipeline"] * (itemsize + 2 * FLOAT32 + master)
+
+
+def _candidates(
+    config: Config, processes: int, sizes: Iterable[dict[str, int]]
+) -> Iterator[Config]:
+    """Configurations that fit the number of processes, with a micro-batch for every stage."""
+    for changes in sizes:
+        settings: dict[str, Any] = dict(changes)
+        if settings["pipeline"] != config.parallel.pipeline:
+            settings |= {"interleave": 1, "layout": None}
+        if processes % math.prod(settings[name] for name in ("tensor", "context", "pipeline")):
+            continue
+        for recompute in {config.recompute, RecomputeConfig(), RecomputeConfig("full")}:
+            try:
+                parallel = replace(config.parallel, **settings)
+                candidate = replace(config, parallel=parallel, recompute=recompute)
+                candidate.check_world_size(processes)
+            except (ValueError, PretrainError):
+                continue
+            if candidate.micro_batches(processes) >= parallel.pipeline:
+                yield candidate
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**exponent for exponent in range(limit.bit_length())]
+
+
+def _step_seconds(config: Config, ranks: Ranks, images: Images) -> float:
+    """Computation, with the pipeline's bubble, and messages, none of which overlap."""
+    flops = step_flops(config, ranks, images)["total"] / ranks.world
+    chunks = config.parallel.interleave
+    bubble = (ranks.pipeline - 1) / (ranks.micro_batches * chunks)
+    sent = max(step_traffic(config, ranks, images), key=lambda stage: stage["total"])
+    local = sent.get("tensor parallel", 0.0)
+    messages = local / _WITHIN_MACHINE + (sent["total"] - local) / _BETWEEN_MACHINES
+    return flops / _FLOPS * (1 + bubble) + messages
+
+
+def _settings(config: Config) -> tuple[str, ...]:
+    names = ("tensor", "context", "pipeline", "expert")
+    sizes = [f"parallel.{name}={getattr(config.parallel, name)}" for name in names]
+    return (*sizes, f"recompute.granularity={config.recompute.granularity}")
