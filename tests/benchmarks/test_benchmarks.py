@@ -76,6 +76,7 @@ def leaves(value: object) -> list[object]:
     "name",
     [
         "ablations",
+        "attention",
         "coefficients",
         "convergence",
         "crash",

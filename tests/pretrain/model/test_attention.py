@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from benchmarks.attention import peak_memory
 from pretrain.config import Config, LanguageConfig
 from pretrain.model import attention, flex
 from pretrain.model.attention import (
@@ -184,6 +185,12 @@ def test_flex_attention_equals_the_dense_form(
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    short, long = (peak_memory("blocks", length, CPU) for length in (4096, 8192))
+    assert 2**20 < short < long < 2.2 * short
+    assert long < peak_memory("dense", 2048, CPU)
 
 
 def test_a_cpu_computes_blocks() -> None:
