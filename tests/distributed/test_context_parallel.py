@@ -42,7 +42,6 @@ LAYOUTS = [
     (4, ("context=4",)),
     (4, ("context=2", "tensor=2")),
     (4, ("context=2", "tensor=2", "expert=2")),
-    (4, ("context=2", "expert=4")),
     (4, ("context=2", "pipeline=2", "interleave=2", "expert=2")),
 ]
 

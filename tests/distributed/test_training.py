@@ -116,8 +116,7 @@ def single(folder: Path) -> list[dict[str, Any]]:
         (2, ("tensor=2", "expert=2")),
         (4, ("pipeline=2", "interleave=2", "expert=2")),
         (4, ("tensor=2", "pipeline=2", "expert=2")),
-        (2, ("context=2", "expert=2")),
-        (4, ("context=2", "pipeline=2", "interleave=2")),
+        (4, ("context=2", "pipeline=2", "interleave=2", "expert=2")),
         (3, ("pipeline=3", "layout=[0,4,0]")),
     ],
 )
