@@ -110,6 +110,11 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     tensors, notes = _tensors(
         weights, config, model, config.language.vocab_rows(tokenizer.vocab_size)
     )
+    if model.unknown_keys:
+        notes.append(
+            "ignored keys of config.json that this trainer does not know; check that they do not "
+            f"change the model: {', '.join(map(json.dumps, model.unknown_keys))}"
+        )
     if tokenizer.media_pad < 0:
         notes.append("the tokenizer has no tokens for images, so that the data is text alone")
     name = json.dumps(source.resolve().name)  # on one line, whatever characters it has

@@ -16,6 +16,7 @@ from pretrain.export.text_config import (
     architecture_of,
     from_text_config,
     to_text_config,
+    unknown_keys,
 )
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
@@ -135,6 +136,8 @@ class HfModel(NamedTuple):
         vocab_size: rows of the embedding and of the output head.
         fp8_block: rows and columns of the blocks of fp8 weights; None without fp8 weights.
         mtp_layers: numbers of the layers for multi-token prediction, after those of the model.
+        unknown_keys: keys of the language model that were ignored, because nothing is known of
+            them.
     """
 
     language: dict[str, Any]
@@ -142,6 +145,7 @@ class HfModel(NamedTuple):
     vocab_size: int
     fp8_block: tuple[int, int] | None
     mtp_layers: range
+    unknown_keys: list[str]
 
 
 def from_hf_config(config: Mapping[str, Any]) -> HfModel:
@@ -169,6 +173,7 @@ def from_hf_config(config: Mapping[str, Any]) -> HfModel:
         text.count("vocab_size"),
         blocks[0] or blocks[1],
         range(layers, layers + mtp),
+        [f"{text.prefix}{key}" for key in unknown_keys(text, architecture)],
     )
 
 

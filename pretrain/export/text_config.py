@@ -120,6 +120,21 @@ _OPTIONS_OFF = {
     "attn_output_gate": False,
     "partial_rotary_factor": 1.0,
 }
+# Keys that are read elsewhere, and those that leave the logits alone: losses, dropout, defaults of
+# generation, and dtypes.
+_OTHER_KEYS = (
+    "max_position_embeddings", "mlp_only_layers", "n_group", "n_shared_experts",
+    "norm_topk_prob", "num_key_value_heads", "num_local_experts", "num_nextn_predict_layers",
+    "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "topk_group", "vocab_size", "architectures", "auto_map",
+    "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id", "torch_dtype",
+    "transformers_version", "use_cache", "_name_or_path", "_attn_implementation_autoset",
+    "attention_dropout", "aux_loss_alpha", "ep_size", "head_dim", "max_window_layers",
+    "output_router_logits", "pretraining_tp", "qk_head_dim", "return_dict",
+    "router_aux_loss_coef", "seq_aux", "unk_token_id", "id2label", "label2id", "length_penalty",
+    "max_length", "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty",
+    "temperature", "top_k", "top_p", "typical_p",
+)  # fmt: skip
 _ATTENTION = ("attention", "qk_norm")
 _EXPERTS = {
     *_EXPERT_KEYS,
@@ -255,6 +270,12 @@ def from_text_config(text: Section, architecture: Architecture) -> dict[str, Any
         text.count("head_dim")  # required, because transformers' default is a constant
     text.build(LanguageConfig, settings, architecture.keys)
     return settings | {"rope_scaling": asdict(settings["rope_scaling"])}
+
+
+def unknown_keys(text: Section, architecture: Architecture) -> list[str]:
+    """Return the keys of a config.json that this module does not know, and that may be in use."""
+    known = {*architecture.keys.values(), *architecture.constants, *_OPTIONS_OFF, *_OTHER_KEYS}
+    return sorted(key for key, value in text.values.items() if value and key not in known)
 
 
 def _require_off(text: Section) -> None:

@@ -264,6 +264,7 @@ def test_published_models_have_their_number_of_parameters(name: str) -> None:
         for weight in language_weights(language, model.vocab_size, experts=range(1))
         if weight.optimizer is not None
     )
+    assert not model.unknown_keys
     assert total / 1e9 == pytest.approx(billions, rel=5e-4)
     assert model.fp8_block == ((128, 128) if "quantization_config" in config_json else None)
     assert list(model.mtp_layers) == ([61] if name == "deepseek-ai/DeepSeek-V3" else [])
@@ -405,6 +406,12 @@ def test_any_change_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
     LanguageConfig(**language)
     VisionConfig(**(vision or {}))
     assert vocab_size > 0
+
+
+def test_unknown_keys_are_reported_if_they_are_in_use() -> None:
+    config_json = to_hf_config(LanguageConfig(), VisionConfig(), 1000, 256, {}, 4)
+    config_json["text_config"] |= {"attention_multiplier": 2.0, "z_loss": 0.0, "mup": None}
+    assert from_hf_config(config_json).unknown_keys == ["text_config.attention_multiplier"]
 
 
 GROUPED = {"attention": "gqa", "num_kv_heads": 2}
