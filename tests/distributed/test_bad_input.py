@@ -42,6 +42,7 @@ def error_line(folder: Path, *overrides: str, command: str = "train", world_size
         (["optimizer.lrate=1"], "unknown configuration key 'optimizer.lrate'"),
         (["steps=ten"], "steps must be int, not 'ten'"),
         (["parallel.expert=3"], "parallel.expert=3 does not divide language.num_experts=4"),
+        (["language.vocab_size=300"], "language.vocab_size=300 is less than the 400 tokens of"),
         (["parallel.expert=4"], "2 processes cannot be divided by parallel.expert=4"),
         (["global_batch_size=6"], "global_batch_size=6 is not a multiple of 2 data-parallel"),
     ],

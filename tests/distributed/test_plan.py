@@ -205,6 +205,9 @@ INTERLEAVED = ("parallel.pipeline=2", "parallel.interleave=2", "language.num_lay
         (2, (*INTERLEAVED, "parallel.layout=[0,1,4,0]")),
         (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
         (4, ("parallel.tensor=2",)),
+        (1, training.SHAPES["dense"]),
+        (2, ("parallel.tensor=2", *training.SHAPES["queries without LoRA"])),
+        (2, ("parallel.tensor=2", *training.SHAPES["normalized softmax, no shared expert"])),
     ],
 )
 def test_the_plan_equals_what_a_built_model_has_and_does(

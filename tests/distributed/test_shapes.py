@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import batches, step
+from pretrain import batches, generate, step
 from pretrain.build import build
+from pretrain.data import Document
+from pretrain.data.packing import pack
+from pretrain.model import multimodal
 from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -46,6 +49,42 @@ def test_every_layout_gives_the_gradients_of_one_process(
         for weight, expected in alone[name].items():
             difference = (together[weight] - expected).norm()
             assert difference <= 1e-10 * expected.norm(), (name, weight)
+
+
+def generations(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of the next token after each token of a text, at once and token by token."""
+    here, data = set_up(training.tiny(folder, training.EXACT, "language.init_std=0.3"))
+    logits = {}
+    for name, shape in training.SHAPES.items():
+        settings = training.tiny(folder, training.EXACT, "language.init_std=0.3", *shape)
+        run = build(settings, here, data)
+        run.train(False)
+        (language,) = (chunk.module for chunk in run.language)
+        model = generate.Model(settings, data.tokenizer, language, run.tower, here.device)
+        with torch.inference_mode():
+            text = Document(data.tokenizer).add_tokens(data.tokenizer.encode("def f(x): return x"))
+            start = Document(data.tokenizer).add_tokens(text.tokens[1:4])
+            forward = generate.CachedForward(model, start, 96)
+            cached = [forward.logits]
+            for token in text.tokens[4:]:
+                forward.add(token)
+                cached.append(forward.logits)
+            batch = batches.collate(pack([text], len(text), 14, 0), here.device)
+            features = run.tower(batch.patches, batch.grids)
+            whole = multimodal.forward(language, batch, features, -1, logits=True)
+        logits[name] = whole[0, 3:], torch.stack(cached)
+    return logits
+
+
+def test_generation_equals_the_whole_model_and_its_tokenizer(folder: Path) -> None:
+    """Rows of the head beyond the tokenizer are never sampled."""
+    (logits,) = launch(generations, 1, str(folder))
+    for name, (whole, cached) in logits.items():
+        assert cached.shape[1] == 400, name
+        assert whole.shape[1] == (412 if name == "queries without LoRA" else 400)
+        # Routers' scores are float32.
+        torch.testing.assert_close(cached, whole[:, :400], rtol=1e-5, atol=1e-5)
+        assert cached.std() > 0.1
 
 
 def first_steps(folder: str, *overrides: str) -> dict[str, dict[str, Any]]:

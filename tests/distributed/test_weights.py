@@ -131,7 +131,7 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
     weights = {
         weight.name: weight
         for weight in (
-            *language_weights(settings.language, VOCAB_SIZE),
+            *language_weights(settings.language, settings.language.vocab_rows(VOCAB_SIZE)),
             *vision_weights(settings.vision, settings.language.hidden_size),
         )
     }

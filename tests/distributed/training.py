@@ -81,13 +81,15 @@ _GQA = (
 )
 _DENSE = (
     "language.num_layers=2", "language.dense_layers=2", "language.num_experts=null",
+    "language.experts_per_token=null",
     "language.expert_ffn_hidden_size=null",
     "language.shared_expert_ffn_hidden_size=null",
 )  # fmt: skip
 
 # Shapes of published models, in addition to Kimi K2's, which is the default.
 SHAPES = {
-    "queries without LoRA": ("language.q_lora_rank=null",),
+    # There are fewer tokens than rows.
+    "queries without LoRA": ("language.q_lora_rank=null", "language.vocab_size=412"),
     "groups of experts": ("language.expert_groups=2",),
     "softmax router": (
         *("language.router_score=softmax", "language.normalize_expert_weights=false"),
