@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from pretrain.metrics import training_records
@@ -32,6 +33,12 @@ ENGINE = (
     # Its gradient is rounded to bfloat16.
     "megatron.cross_entropy_loss_fusion=false",
 )
+# megatron-core 0.19 can fuse the down-projections.
+FUSED = [
+    (f"megatron.{name}=true",)
+    for name in ("mla_down_proj_fusion",)
+    if hasattr(MLATransformerConfig, name)
+]
 YARN = (
     "language.rope_scaling.factor=4",
     "language.rope_scaling.original_max_position_embeddings=64",
@@ -89,7 +96,7 @@ def test_gradients_are_those_of_torch(folder: Path) -> None:
     expected = _merged(launch(training.all_gradients, 1, str(folder), EXACT, *YARN))
     (alone,), *layouts = launch_with_stand_in(
         folder,
-        (1, training.gradients_of_each, ([(), *RECOMPUTED], EXACT, *YARN)),
+        (1, training.gradients_of_each, ([(), *RECOMPUTED, *FUSED], EXACT, *YARN)),
         *((2, training.all_gradients, (EXACT, *YARN, *layout)) for layout in LAYOUTS),
     )
     for ranks in [*([gradients] for gradients in alone), *layouts]:
