@@ -38,4 +38,6 @@ def test_commands_end_quietly_if_their_reader_has_ended(command: str) -> None:
         ["bash", "-c", f'"$0" -u -m pretrain {command} | true', sys.executable],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (0, "")
+    # torch's build for CUDA warns where it finds CUDA but no GPU.
+    ours = [line for line in ended.stderr.splitlines() if "CUDA_HOME" not in line]
+    assert (ended.returncode, ours) == (0, [])
