@@ -1,5 +1,6 @@
 """The plan of a configuration equals what a built model has, keeps, computes and sends."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import batches, step
 from pretrain.build import Run, build
 from pretrain.plan import plan
 from pretrain.plan.activations import chunk_activations, head_activations
+from pretrain.plan.memory import step_memory
 from pretrain.plan.ranks import ranks_of
+from pretrain.plan.workload import images_per_step
 from pretrain.runtime import apex
 from pretrain.startup import set_up
 from tests.distributed import training
@@ -192,6 +196,67 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
             return tensor
 
         super().__init__(keep, lambda tensor: tensor)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are made within, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return result
+
+    def _freed(self, address: int) -> None:
+        self.now -= self._sizes.pop(address, 0)
+
+
+def measure_peak(folder: str, variations: list[tuple[str, ...]], *overrides: str) -> list[int]:
+    """Most bytes of a micro-batch's forward and backward pass, for each variation."""
+    peaks = []
+    apex.rms_norm = FusedNorm.apply
+    context, data = set_up(training.tiny(folder, *overrides))
+    for variation in variations:
+        settings = training.tiny(folder, *overrides, *variation)
+        run = build(settings, context, data)
+        micro_batches = batches.for_step(settings, context, data, 1)[:1]
+        step.forward_backward(run, micro_batches)
+        with Live() as live:
+            step.forward_backward(run, micro_batches)
+        peaks.append(live.most)
+    return peaks
+
+
+def test_activations_and_temporary_tensors_are_what_is_alive_at_most(folder: Path) -> None:
+    """Within 20 %, if experts, a dense MLP or the logits need most. On a CPU, attention makes
+    copies in float32, which flex_attention on a GPU does not."""
+    overrides = (*SHAPE, "precision=bfloat16", "micro_batch_size=8", "language.num_layers=2")
+    full = "recompute.granularity=full"
+    variations: list[tuple[str, ...]] = [
+        (),
+        (full,),
+        (full, "language.expert_ffn_hidden_size=400"),
+        (full, "language.ffn_hidden_size=1024"),
+        (full, "language.vocab_size=8000"),
+    ]
+    (peaks,) = launch(measure_peak, 1, str(folder), variations, *overrides)
+    for variation, peak in zip(variations, peaks, strict=True):
+        settings = training.tiny(str(folder), *overrides, *variation)
+        images = images_per_step(settings)
+        (memory,) = step_memory(settings, ranks_of(settings, 1), images)
+        planned = memory["activations"] + memory["temporary tensors"]
+        assert planned == pytest.approx(peak, rel=0.2), variation
 
 
 INTERLEAVED = ("parallel.pipeline=2", "parallel.interleave=2", "language.num_layers=5")

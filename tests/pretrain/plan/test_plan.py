@@ -216,6 +216,23 @@ def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path:
     assert planned == pytest.approx(sum(seen.values()), rel=0.05)
 
 
+@pytest.mark.parametrize(("processes", "gathered"), [(512, 15.75), (1024, 31.5), (2048, 63)])
+def test_the_optimizer_gathers_the_largest_matrix_times_the_ranks(
+    processes: int, gathered: float
+) -> None:
+    """The first stage of Kimi K2.5, whose dense MLP of 0.49 GiB has one owner."""
+    loaded = config.load(KIMI)
+    memory = step_memory(loaded, ranks_of(loaded, processes), images_per_step(loaded))[0]
+    assert gathered < memory["optimizer step"] / 2**30 < gathered + 2
+
+
+def test_the_published_layout_of_kimi_k2_puts_one_layer_on_the_last_stage() -> None:
+    """Megatron-Bridge's recipe for 16 stages."""
+    layers = [4] * 15 + [1]
+    loaded = config.load(KIMI, [f"parallel.layout={layers}"])
+    assert plan(loaded)["layout"]["layers_of_stages"] == layers
+
+
 LONG = "configs/kimi_k25_256k.yaml"
 
 
