@@ -79,9 +79,9 @@ class Run:
 
     def train(self, mode: bool = True) -> None:
         """Set training or evaluation mode."""
-        for chunk in self.language:
-            chunk.train(mode)
-        self.tower.train(mode)
+        for module in (*self.language, self.tower):
+            if module.training != mode:  # setting the mode of every submodule takes milliseconds
+                module.train(mode)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) pairs of this rank."""

@@ -68,7 +68,7 @@ class Document:
                 f"the weight of a label must be at least 0 and finite (float32), not {weight}"
             )
         before = len(self.tokens)
-        self.tokens.extend(int(token) for token in tokens)
+        self.tokens.extend(map(int, tokens))
         added = len(self.tokens) - before
         self.weights.extend([weight] * added)
         self.categories.extend([category] * added)

@@ -30,8 +30,8 @@ class VisionAttention(nn.Module):
     """Multi-head attention within each item of a pack.
 
     Attributes:
-        observer: if set, called in training with the max logit of every head, [heads], over a batch
-            of items; every item is in one batch.
+        observer: if set, called in training with the max logit of every head, [heads], over all
+            items.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -51,8 +51,9 @@ class VisionAttention(nn.Module):
         )
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if self.observer is not None and self.training:
-            for batch in attention_batches(query, key, pack):
-                self.observer(max_logits(*batch))
+            batches = [max_logits(*batch) for batch in attention_batches(query, key, pack)]
+            if batches:
+                self.observer(torch.stack(batches).amax(0))
         output: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
         return output
 

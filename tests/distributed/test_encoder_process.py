@@ -271,8 +271,7 @@ def _observed(kind: str) -> list[tuple[int, list[Tensor]]]:
 def test_items_are_observed_once_a_step_and_not_in_evaluation() -> None:
     (dep, observed), (after_evaluation, _) = launch(_observed, 1, "dep")[0]
     (colocated, expected), _ = launch(_observed, 1, "colocated")[0]
-    # One call for the two images of one length, one for the clip.
-    assert dep == after_evaluation == colocated == 2
+    assert dep == after_evaluation == colocated == 1
     torch.testing.assert_close(observed, expected)
 
 

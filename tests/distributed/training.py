@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,7 +63,6 @@ def tiny(folder: str, *overrides: str) -> Config:
     )
     if EXACT not in overrides:
         return settings
-    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(_logits_max)
     optimizer = dataclasses.replace(settings.optimizer, ns_dtype="float64")  # type: ignore[arg-type]
     return dataclasses.replace(settings, precision="float64", optimizer=optimizer)  # type: ignore[arg-type]
 
@@ -106,11 +104,6 @@ SHAPES = {
 }
 # Metrics that are not functions of configuration and seed.
 _MACHINE_DEPENDENT = ("memory_gib", "tokens_per_second", "mfu")
-
-
-def _logits_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """megatron-core's function without the rounding to float32."""
-    return logits.clone(), logits.amax(-1)
 
 
 def comparable(metrics_file: Path) -> list[dict[str, Any]]:
