@@ -58,8 +58,6 @@ def transformer_engine_problem(config: Config) -> str | None:
             f"version {get_te_version()} returns no max logits of packed documents, which QK-Clip "
             f"needs: install version {_MIN_VERSION} or later"
         )
-    if config.parallel.context > 1:
-        return f"it does not support parallel.context={config.parallel.context}"
     if config.precision != "bfloat16":
         return f"its attention needs precision=bfloat16, not {config.precision}"
     capability = torch.cuda.get_device_capability()
