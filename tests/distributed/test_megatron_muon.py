@@ -295,7 +295,8 @@ def train(kind: str, layout: Layout) -> tuple[dict[Piece, Tensor], list[float]]:
     )
     rank = parallel_state.get_data_parallel_rank()
     share = BATCH // parallel_state.get_data_parallel_world_size()
-    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    later = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    mask = later if kind == "gqa" else None  # CoreAttention is causal
     losses: list[float] = []
 
     def forward_step(batches: Any, network: nn.Module) -> tuple[Tensor, Any]:

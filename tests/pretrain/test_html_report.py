@@ -24,6 +24,7 @@ TITLES = (
     "Max logit by layer: vision encoder",
     "Attention heads clipped in a step",
     "Expert load, max / mean, by layer",
+    "Load-balancing loss, mean over layers; 1: balanced",
     "Encoder load, max / mean over ranks",
     "Tokens per second",
     "Model FLOP utilization",
@@ -69,9 +70,13 @@ def record(step: int, layers: int = 2) -> dict[str, Any]:
 
 def test_report_covers_a_run_resumed_with_other_settings(tmp_path: Path, prepared: Path) -> None:
     training.tiny_file(tmp_path, prepared)
-    shorter = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
+    settings = (
+        "optimizer.warmup_steps=2",
+        "optimizer.decay_steps=0",
+        "language.load_balancing_loss=0.01",
+    )
     for steps in (3, 5):
-        launch(training.train_and_read, 1, str(tmp_path), f"steps={steps}", *shorter)
+        launch(training.train_and_read, 1, str(tmp_path), f"steps={steps}", *settings)
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     reader = Reader((tmp_path / "run" / "report.html").read_text())
     assert reader.tags.count("svg") == len(TITLES)
