@@ -227,6 +227,16 @@ class LanguageConfig(Settings):
         """Number of layers of experts, which follow the dense layers."""
         return self.num_layers - self.dense_layers
 
+    def has_module(self, name: str) -> bool:
+        """Whether a layer has a module that can be recomputed, by megatron-core's name."""
+        has = {
+            "mlp": self.dense_layers > 0,
+            "moe": self.moe_layers > 0,
+            "moe_act": self.moe_layers > 0,
+            "shared_experts": self.moe_layers > 0 and self.shared_expert_ffn_hidden_size > 0,
+        }
+        return has.get(name, True)
+
     @property
     def gqa_kv_heads(self) -> int:
         """``num_kv_heads`` with its default."""
@@ -672,16 +682,10 @@ class Config(Settings):
 
     def _check_recompute(self) -> None:
         """Refuse to recompute modules that no layer has."""
-        language, recompute = self.language, self.recompute
-        has = {
-            "mlp": language.dense_layers > 0,
-            "moe": language.moe_layers > 0,
-            "shared_experts": language.moe_layers and language.shared_expert_ffn_hidden_size,
-        }
-        if recompute.granularity == "selective":
-            for module in recompute.modules:
+        if self.recompute.granularity == "selective":
+            for module in self.recompute.modules:
                 require(
-                    bool(has.get(module, True)),
+                    self.language.has_module(module),
                     f"recompute.modules has {module}, which no layer has: leave it out",
                 )
 

@@ -24,6 +24,7 @@ from pretrain.model.experts import GroupedExperts
 from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import LATENT_EPSILON, transformer_config
+from pretrain.model.pass_through import explained
 from pretrain.runtime import apex
 
 
@@ -82,21 +83,22 @@ def build_language_model(
     chunks = []
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}
-        model = GPTModel(
-            config=settings,
-            transformer_layer_spec=layer_spec(settings, virtual),
-            vocab_size=vocab_size,
-            max_sequence_length=seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
-            # MLA has its own rotary embedding.
-            position_embedding_type="rope" if config.attention == "gqa" else "none",
-            rotary_base=config.rope_base,
-            share_embeddings_and_output_weights=config.tie_embeddings,
-            # multimodal.forward scatters the embeddings after it has inserted image features.
-            scatter_embedding_sequence_parallel=False,
-            **virtual,
-        )
+        with explained("megatron"):
+            model = GPTModel(
+                config=settings,
+                transformer_layer_spec=layer_spec(settings, virtual),
+                vocab_size=vocab_size,
+                max_sequence_length=seq_length,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
+                # MLA has its own rotary embedding.
+                position_embedding_type="rope" if config.attention == "gqa" else "none",
+                rotary_base=config.rope_base,
+                share_embeddings_and_output_weights=config.tie_embeddings,
+                # multimodal.forward scatters the embeddings after it has inserted image features.
+                scatter_embedding_sequence_parallel=False,
+                **virtual,
+            )
         chunks.append(model)
     return chunks
 

@@ -18,7 +18,7 @@ from pretrain.config import (
 )
 from pretrain.errors import PretrainError
 from pretrain.model.kernels import Kernels, choose_kernels
-from pretrain.model.pass_through import build_config, check_options
+from pretrain.model.pass_through import OFF, build_config, check_options
 
 # Of the norms of MLA's latents, as in DeepSeek-V3's code.
 LATENT_EPSILON = 1e-6
@@ -111,15 +111,59 @@ def transformer_config(
     # `recompute.modules` can name those that `plan` knows, `megatron.recompute_modules` all.
     if recompute.granularity == "selective":
         defaults["recompute_modules"] = list(recompute.modules)
-    elif "recompute_modules" in megatron:
-        raise PretrainError("megatron.recompute_modules needs recompute.granularity=selective")
-    if megatron.get("mla_down_proj_fusion") and parallel.tensor > 1:
-        raise PretrainError(
-            "megatron.mla_down_proj_fusion splits both projections over ranks, but the trainer "
-            "keeps them whole: leave it out, or set parallel.tensor=1"
-        )
     options = check_options("megatron", megatron, config_class, kernels, [*controlled])
+    _check_combinations(options, config, parallel, recompute, dtype)
     return build_config(config_class, "megatron", {**controlled, **defaults, **options})
+
+
+def _check_combinations(
+    megatron: Mapping[str, Any],
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse options that contradict the run's other settings, or have no effect with them."""
+
+    def refuse(name: str, reason: str) -> None:
+        raise PretrainError(f"megatron.{name} {reason}")
+
+    active = {name for name, value in megatron.items() if value not in OFF}
+    if (modules := megatron.get("recompute_modules")) is not None:
+        if recompute.granularity != "selective":
+            refuse("recompute_modules", "needs recompute.granularity=selective")
+        if not modules:
+            refuse("recompute_modules", "must name at least one module: leave it out")
+        for module in modules:
+            if not config.has_module(module):
+                refuse("recompute_modules", f"has {module}, which no layer has: leave it out")
+    if "mla_down_proj_fusion" in active and parallel.tensor > 1:
+        refuse(
+            "mla_down_proj_fusion",
+            "splits both projections over ranks, but the trainer keeps them whole: leave it out, "
+            "or set parallel.tensor=1",
+        )
+    if "mla_down_proj_fusion" in active and "gradient_accumulation_fusion" in active:
+        refuse(
+            "mla_down_proj_fusion",
+            "has two weights in one layer, which megatron.gradient_accumulation_fusion does not "
+            "support: leave one of them out",
+        )
+    if "cross_entropy_loss_fusion" in active and dtype != torch.bfloat16:
+        refuse(
+            "cross_entropy_loss_fusion",
+            "rounds the gradient of the loss to bfloat16: leave it out, or set precision=bfloat16",
+        )
+    if "microbatch_group_size_per_vp_stage" in active and parallel.interleave == 1:
+        refuse(
+            "microbatch_group_size_per_vp_stage",
+            "has no effect with parallel.interleave=1: leave it out",
+        )
+    for name in sorted(active):
+        if name.startswith("moe_") and not config.moe_layers:
+            refuse(name, "has no effect without layers of experts: leave it out")
+        if name == "moe_shared_expert_overlap" and not config.shared_expert_ffn_hidden_size:
+            refuse(name, "has no effect without shared experts: leave it out")
 
 
 def ddp_config(

@@ -5,11 +5,13 @@ trainer relies on. The tables in this file list these options by ``fnmatch`` pat
 of later versions need no change.
 """
 
+import contextlib
 import difflib
 import fnmatch
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import util
 from importlib.metadata import version
@@ -31,28 +33,27 @@ _ANYWHERE = {
         *("defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
         *("overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage"),
     ),
-    "ddp": ("overlap_grad_reduce", "bucket_size", "num_buckets", "pad_buckets_*"),
+    "ddp": ("overlap_grad_reduce", "bucket_size", "num_buckets"),
 }
 _ON_GPUS = {
     "megatron": (
-        *("gradient_accumulation_fusion", "cuda_graph_*"),
+        *("gradient_accumulation_fusion", "moe_permute_fusion_into_hybridep"),
         *("moe_flex_dispatcher_*", "moe_deepep_num_sms", "moe_hybridep_num_sms"),
-        *("moe_permute_fusion_into_hybridep", "disable_bf16_reduced_precision_matmul"),
-        "pipeline_model_parallel_comm_backend",
     ),
     "ddp": ("nccl_ub", "disable_symmetric_registration"),
 }
 _WITH_TRANSFORMER_ENGINE = {
     "megatron": (
         *("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "mla_down_proj_fusion"),
-        *("tp_comm_*", "fp8*", "fp4*", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
+        *("fp8*", "fp4*", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
         *("cpu_offloading*", "*activation_offload*", "offload_modules", "*offloaded*"),
-        *("delay_offload_*", "delta_offload_*", "fine_grained_offloading_*"),
+        *("delta_offload_*", "fine_grained_offloading_*"),
         *("disable_parameter_transpose_cache", "moe_router_padding_for_*", "symmetric_ar_type"),
         *("use_te_activation_func", "fused_residual_rmsnorm"),
     ),
     "ddp": (),
 }
+_NO_EFFECT = "only megatron-core's own training script uses it"
 # Reasons for options that match a pattern above or are often asked for.
 _NOT_AVAILABLE = {
     "fp8_param": "checkpoints and Muon need weights in `precision`",
@@ -77,17 +78,55 @@ _NOT_AVAILABLE = {
     "overlap_moe_expert_parallel_comm": "the trainer does not run layers of two micro-batches "
     "together",
     "delay_wgrad_compute": "the trainer does not run layers of two micro-batches together",
-    "enable_cuda_graph": "set cuda_graph_impl to local",
-    "external_cuda_graph": "set cuda_graph_impl to local",
     "moe_enable_deepep": "set moe_token_dispatcher_type to flex",
+    "tp_comm_*": "the trainer does not create the buffers that it needs",
+    "fp8_quantizer_factory": "it names code that would be run",
+    "fp4_quantizer_factory": "it names code that would be run",
+    "pad_buckets_*": "it has no effect without the distributed optimizer",
+    "disable_bf16_reduced_precision_matmul": _NO_EFFECT,
+    "pipeline_model_parallel_comm_backend": _NO_EFFECT,
+    "*cuda_graph*": "a graph would repeat the documents of the micro-batch that it was captured "
+    "with",
 }
 # Values that an allowed option cannot have.
 _REFUSED_VALUES = {
-    ("cuda_graph_impl", "transformer_engine"): "the trainer does not capture graphs itself: local",
-    ("cuda_graph_impl", "full_iteration"): "the trainer does not capture graphs itself: local",
-    ("fp8_recipe", "delayed"): "checkpoints do not keep its scales: tensorwise, blockwise or mxfp8",
+    ("fp8_recipe", "delayed"): "checkpoints do not keep its scales: set tensorwise, blockwise or "
+    "mxfp8",
+    ("fp8_recipe", "custom"): "it names code that would be run: set tensorwise, blockwise or mxfp8",
+    ("fp4_recipe", "custom"): "it names code that would be run: set nvfp4",
 }
-_OFF = (None, False, "none", "alltoall", "allgather", "native")
+# Options without effect unless another one is set.
+_PARTS = {
+    **dict.fromkeys(
+        (
+            *("moe_flex_dispatcher_*", "moe_deepep_num_sms", "moe_hybridep_num_sms"),
+            "moe_permute_fusion_into_hybridep",
+        ),
+        "moe_token_dispatcher_type=flex",
+    ),
+    "bucket_size": "overlap_grad_reduce",
+    "num_buckets": "overlap_grad_reduce",
+    "disable_symmetric_registration": "nccl_ub",
+    "wgrad_deferral_limit": "defer_embedding_wgrad_compute",
+    "fp8_*": "fp8",
+    "fp4_*": "fp4",
+    "first_last_layers_bf16": "fp8",
+    "num_layers_at_*_in_bf16": "first_last_layers_bf16",
+    "moe_router_padding_for_fp8": "fp8",
+    "cpu_offloading_*": "cpu_offloading",
+    "offload_modules": "fine_grained_activation_offloading",
+}
+# Importable packages that an option needs, and where they come from.
+_PACKAGES = {
+    ("moe_token_dispatcher_type", "flex"): ("deep_ep", "DeepEP or HybridEP", "use alltoall"),
+    ("gradient_accumulation_fusion", True): (
+        "fused_weight_gradient_mlp_cuda",
+        "NVIDIA's apex, with its CUDA extensions",
+        "leave it out",
+    ),
+}
+# Values with which an option does nothing.
+OFF = (None, False, "none", "alltoall", "allgather", "native")
 
 
 def check_options(
@@ -121,11 +160,14 @@ def check_options(
             raise PretrainError(
                 f"{key} must be {rules.type_name(hints[name])}, not {rules.shortened(value)}"
             )
+        minimum = 1 if known[name] is None else 0
+        if isinstance(value, int) and value < minimum:
+            raise PretrainError(f"{key} must be at least {minimum}, not {value}")
         if isinstance(value, str) and (name, value) in _REFUSED_VALUES:
-            refused = _REFUSED_VALUES[name, value]
-            raise PretrainError(f"{key} cannot be {value}, because {refused} is possible")
-        if value not in _OFF and value != known[name]:
+            raise PretrainError(f"{key} cannot be {value}: {_REFUSED_VALUES[name, value]}")
+        if value not in OFF and value != known[name]:
             _check_available(section, name, value, kernels)
+            _check_effect(section, name, options)
         checked[name] = value
     if checked.get("fp8") and "fp8_recipe" not in checked:
         raise PretrainError(f"{section}.fp8 needs {section}.fp8_recipe, whose default is delayed")
@@ -138,8 +180,15 @@ def build_config(config_class: type[C], section: Section, values: Mapping[str, A
     Raises:
         PretrainError: megatron-core refuses a value or a combination of values.
     """
-    try:
+    with explained(section):
         return config_class(**values)
+
+
+@contextlib.contextmanager
+def explained(section: Section) -> Iterator[None]:
+    """Raise errors of megatron-core as a :class:`PretrainError` of one line."""
+    try:
+        yield
     except (ValueError, AssertionError, NotImplementedError, ImportError) as error:
         reason = (str(error).splitlines() or ["it gives no reason"])[0]
         raise PretrainError(
@@ -186,11 +235,32 @@ def _check_available(section: Section, name: str, value: Any, kernels: Kernels) 
         )
     if (_in(_ON_GPUS, section, name) or value == "flex") and not without_cuda.USE_CUDA:
         raise PretrainError(f"{key} needs a GPU, but CUDA is not available: leave it out")
-    if value == "flex" and util.find_spec("deep_ep") is None:
+    if (
+        name == "deterministic_mode"
+        and kernels == "transformer_engine"
+        and os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") != "0"
+    ):
         raise PretrainError(
-            f"{key} needs the package deep_ep (DeepEP or HybridEP), which is not installed: "
-            "install it, or use alltoall"
+            f"{key} needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment, which Transformer "
+            "Engine reads: set it, or leave the option out"
         )
+    if isinstance(value, str | bool) and (name, value) in _PACKAGES:
+        package, origin, remedy = _PACKAGES[name, value]
+        if util.find_spec(package) is None:
+            raise PretrainError(
+                f"{key} needs the package {package} ({origin}), which is not installed: "
+                f"install it, or {remedy}"
+            )
+
+
+def _check_effect(section: Section, name: str, options: Mapping[str, Any]) -> None:
+    for pattern, whole in _PARTS.items():
+        option = whole.partition("=")[0]
+        if fnmatch.fnmatchcase(name, pattern) and options.get(option) in OFF:
+            raise PretrainError(
+                f"{section}.{name} has no effect without {section}.{whole}: set that, too, or "
+                "leave it out"
+            )
 
 
 def _matches(value: Any, hint: Any) -> bool:
