@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import PretrainError, one_line
-from pretrain.runtime import output, stopping
+from pretrain.runtime import output, stopping, without_transformer_engine
 
 _EPILOG = """\
 examples:
@@ -295,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Run a command in this process and return the exit status."""
+    without_transformer_engine.hide_if_broken()
     try:
         _COMMANDS[options.command](options)
         return 0

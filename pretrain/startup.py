@@ -20,6 +20,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.attention import slow_attention
 from pretrain.model.megatron_config import check_megatron
 from pretrain.parallel import ParallelContext
+from pretrain.runtime import without_cuda, without_transformer_engine
 from pretrain.runtime.faults import Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
@@ -44,10 +45,20 @@ def join(config: Config) -> ParallelContext:
     parallel.require_same("the configuration", repr(config))
     kernels = parallel.call_on_all_ranks(lambda: check_megatron(config))
     parallel.require_same(f"the selection of kernels={config.kernels}", kernels)
-    slow = slow_attention(config, context.device) if kernels == "torch" else None
-    if slow and context.is_main:
-        warn(slow)
+    if kernels == "torch" and context.is_main:
+        _warn_of_slow_kernels(config, context)
     return context
+
+
+def _warn_of_slow_kernels(config: Config, context: ParallelContext) -> None:
+    if slow := slow_attention(config, context.device):
+        warn(slow)
+    broken = without_transformer_engine.import_error
+    if broken and without_cuda.USE_CUDA and config.kernels == "auto":
+        warn(
+            f"kernels=auto uses torch, because Transformer Engine cannot be imported ({broken}): "
+            "repair its installation, or set kernels=torch"
+        )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import torch
 
 from pretrain.config import Config
 from pretrain.errors import PretrainError
-from pretrain.runtime import without_cuda
+from pretrain.runtime import without_cuda, without_transformer_engine
 
 Kernels = Literal["torch", "transformer_engine"]
 
@@ -50,8 +50,8 @@ def transformer_engine_problem(config: Config) -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
         from megatron.core.utils import get_te_version, is_te_min_version
-    except (ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except ImportError as error:
+        reason = without_transformer_engine.import_error or str(error)
         return f"it cannot be imported ({reason}): pip install 'transformer-engine[pytorch]'"
     if not is_te_min_version(_MIN_VERSION):
         return (

@@ -103,6 +103,19 @@ def test_recomputation_is_bit_exact_and_observes_every_logit_once(
             assert saved < saved_without, how
 
 
+def test_norms_are_recomputed_without_transformer_engine(folder: Path) -> None:
+    """megatron-core would ask Transformer Engine whether FP8 is used."""
+    modules = (SELECTIVE, "megatron.recompute_modules=[layernorm, mla_up_proj]")
+    layout = _layout("tensor=2", "expert=2")
+    ranks = launch(
+        training.gradients_of_each, 2, str(folder), [(), modules], training.EXACT, *layout
+    )
+    for expected, recomputed in ranks:
+        for name, shard in expected.items():
+            for (_, one), (_, other) in zip(shard.blocks, recomputed[name].blocks, strict=True):
+                torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [

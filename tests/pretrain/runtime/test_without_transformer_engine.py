@@ -1,11 +1,15 @@
 """The trainer runs on any combination of a missing GPU and a missing Transformer Engine."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -17,6 +21,7 @@ from tests.distributed.launch import launch
 from tests.distributed.training import comparable, tiny, tiny_file
 from tests.pretrain.runtime.cuda_on_cpu import cuda_on_cpu
 
+ROOT = Path(__file__).parents[3]
 STEPS = ("steps=3", "optimizer.warmup_steps=1", "optimizer.decay_steps=1", "evaluation.every=3")
 MODULES: tuple[ModuleType, ...] = (multi_latent_attention, moe_utils)
 
@@ -53,8 +58,9 @@ def test_cuda_without_transformer_engine_trains_as_a_cpu_does(
     assert cuda == cpu
 
 
-def repairs() -> list[dict[str, Any]]:
-    return [dict(vars(module)) for module in MODULES]
+def repairs() -> list[Any]:
+    defaults = tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__
+    return [*(dict(vars(module)) for module in MODULES), defaults]
 
 
 @pytest.mark.skipif(transformer_engine.HAVE_TE, reason="Transformer Engine is not missing")
@@ -65,10 +71,42 @@ def test_repairs_are_made_where_needed_and_reverted() -> None:
     try:
         assert not multi_latent_attention.HAVE_TE
         assert moe_utils.te_general_gemm is None
+        assert not tensor_parallel.CheckpointWithoutOutput().fp8
     finally:
         without_transformer_engine.disable()
     without_transformer_engine.disable()
     assert before == repairs()
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('no libcudart.so')", "RuntimeError('no libcudart.so')", "OSError(2)"]
+)
+def test_a_broken_transformer_engine_is_like_a_missing_one(tmp_path: Path, error: str) -> None:
+    """Importing megatron-core would end in a traceback, whichever kernels are chosen."""
+    package = tmp_path / "transformer_engine"
+    for name in ("__init__.py", "pytorch/__init__.py"):
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text(f"raise {error}" if "pytorch" in name else "")
+    program = """
+import sys
+from pretrain.runtime import without_transformer_engine
+without_transformer_engine.hide_if_broken()
+from pretrain.config import Config
+from pretrain.model.kernels import choose_kernels, transformer_engine_problem
+from pretrain.runtime import without_cuda
+without_cuda.USE_CUDA = True
+assert choose_kernels(Config()) == "torch"
+print(transformer_engine_problem(Config()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = "2" if "OSError" in error else "no libcudart.so"
+    assert f"it cannot be imported ({reason})" in done.stdout
 
 
 def test_nothing_is_repaired_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
