@@ -60,10 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--image-patches", type=int, help="per image; default: 1024, or seq_length / 4"
     )
-    plan.add_argument(
+    device = plan.add_mutually_exclusive_group()
+    device.add_argument(
         "--memory", type=float, metavar="GIB", help="a device's memory, to compare with"
     )
-    plan.add_argument(
+    device.add_argument(
         "--fit", type=float, metavar="GIB", help="find parallel sizes that fit a device's memory"
     )
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes and FLOPs")
@@ -160,6 +161,8 @@ def _plan(options: argparse.Namespace) -> None:
     from pretrain import config
     from pretrain.plan import fit, format_fit, format_plan, plan
 
+    if options.json and options.memory is not None:
+        raise PretrainError("--json compares with no device: leave --memory out")
     settings = config.load(options.config, options.overrides)
     if options.fit is not None:
         found = fit(settings, options.fit, options.processes, options.image_patches)

@@ -13,7 +13,7 @@ from pretrain.plan.memory import step_memory
 from pretrain.plan.parameters import count_parameters
 from pretrain.plan.ranks import ranks_of
 from pretrain.plan.search import find_layouts
-from pretrain.plan.table import format_fit, format_plan
+from pretrain.plan.table import check_memory, format_fit, format_plan
 from pretrain.plan.traffic import step_traffic
 from pretrain.plan.workload import images_per_step, tokens_per_step
 
@@ -40,6 +40,7 @@ def plan(
         "layout": {
             "processes": ranks.world,
             "tensor": ranks.tensor,
+            "context": ranks.context,
             "pipeline": ranks.pipeline,
             "expert": ranks.expert,
             "data": ranks.data,
@@ -73,8 +74,8 @@ def fit(
         processes, patches_per_image: as for :func:`plan`.
 
     Returns:
-        ``processes``, and lists of layouts: all that ``fit``, the fastest first, and the smallest
-        that do ``not_fit``.
+        ``processes``, and lists of layouts: all that ``fit``, the fastest first; if there are none,
+        the smallest that do ``not_fit``.
 
     Raises:
         PretrainError: a number is not above 0, or no layout is possible with these processes.
@@ -82,8 +83,8 @@ def fit(
     _check(processes, patches_per_image, memory_gib)
     processes = config.parallel.min_world_size if processes is None else processes
     images = images_per_step(config, patches_per_image)
-    fitting, others = find_layouts(config, images, memory_gib * 2**30, processes)
-    if not fitting and not others:
+    fitting, closest = find_layouts(config, images, memory_gib * 2**30, processes)
+    if not fitting and not closest:
         raise PretrainError(
             f"no layout is possible with {processes} processes, global_batch_size="
             f"{config.global_batch_size} and micro_batch_size={config.micro_batch_size}: change "
@@ -92,7 +93,7 @@ def fit(
     return {
         "processes": processes,
         "fit": [asdict(layout) for layout in fitting],
-        "not_fit": [asdict(layout) for layout in others[:3]],
+        "not_fit": [asdict(layout) for layout in closest],
     }
 
 
@@ -103,5 +104,5 @@ def _check(
     for name, value in (("processes", processes), ("image-patches", patches_per_image)):
         if value is not None and value <= 0:
             raise PretrainError(f"{name} must be > 0, not {value}")
-    if memory_gib is not None and memory_gib <= 0:
-        raise PretrainError(f"memory must be > 0 GiB, not {memory_gib:g}")
+    if memory_gib is not None:
+        check_memory(memory_gib)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,8 +28,8 @@ _GPUS_OF_A_MACHINE = 8
 # Limits of the search.
 _MAX_EXPERT = 128
 _TOKENS_OF_A_RANK = 4096
-# Sizes that are tried if weights and optimizer state alone are too large.
-_CLOSEST = 8
+# Layouts to find if none fits.
+_CLOSEST = 3
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,32 @@ def find_layouts(
         memory: bytes of a device.
 
     Returns:
-        Layouts that fit, the fastest first, and those that do not, the smallest first.
+        Layouts that fit, the fastest first. If there are none, the smallest that do not, at most
+        three, the smallest first.
     """
     fitting: list[Layout] = []
-    others: list[Layout] = []
+    closest: list[Layout] = []
     least_memory = partial(_Elements.of(config).least_memory, config)
-    sizes = sorted(_sizes(config, processes), key=least_memory)
-    possible = [size for size in sizes if least_memory(size) <= memory]
-    for candidate in _candidates(config, processes, possible or sizes[:_CLOSEST]):
-        ranks = ranks_of(candidate, processes)
-        used = fullest_memory(candidate, ranks, images)
-        fits = used["total"] <= memory
-        seconds = _step_seconds(candidate, ranks, images) if fits else 0.0
-        layout = Layout(_settings(candidate), used, seconds)
-        (fitting if fits else others).append(layout)
-    fitting.sort(key=lambda layout: layout.seconds)
-    others.sort(key=lambda layout: layout.memory["total"])
-    return fitting, others
+    for sizes in sorted(_sizes(config, processes), key=least_memory):
+        # All following sizes need at least as much as these.
+        enough = fitting or len(closest) == _CLOSEST
+        if enough and least_memory(sizes) > max(memory, _largest(closest)):
+            break
+        for candidate in _candidates(config, processes, sizes):
+            ranks = ranks_of(candidate, processes)
+            used = fullest_memory(candidate, ranks, images)
+            if used["total"] <= memory:
+                seconds = _step_seconds(candidate, ranks, images)
+                fitting.append(Layout(_settings(candidate), used, seconds))
+                closest.clear()
+            elif not fitting:
+                closest.append(Layout(_settings(candidate), used, 0.0))
+                closest = sorted(closest, key=lambda layout: layout.memory["total"])[:_CLOSEST]
+    return sorted(fitting, key=lambda layout: layout.seconds), closest
+
+
+def _largest(layouts: Sequence[Layout]) -> float:
+    return max((layout.memory["total"] for layout in layouts), default=0.0)
 
 
 def _sizes(config: Config, processes: int) -> list[dict[str, int]]:
@@ -119,25 +128,22 @@ class _Elements(NamedTuple):
         return elements / sizes["pipeline"] * (itemsize + 2 * FLOAT32 + master)
 
 
-def _candidates(
-    config: Config, processes: int, sizes: Iterable[dict[str, int]]
-) -> Iterator[Config]:
+def _candidates(config: Config, processes: int, sizes: dict[str, int]) -> Iterator[Config]:
     """Configurations that fit the number of processes, with a micro-batch for every stage."""
-    for changes in sizes:
-        settings: dict[str, Any] = dict(changes)
-        if settings["pipeline"] != config.parallel.pipeline:
-            settings |= {"interleave": 1, "layout": None}
-        if processes % math.prod(settings[name] for name in ("tensor", "context", "pipeline")):
+    settings: dict[str, Any] = dict(sizes)
+    if settings["pipeline"] != config.parallel.pipeline:
+        settings |= {"interleave": 1, "layout": None}
+    if processes % math.prod(settings[name] for name in ("tensor", "context", "pipeline")):
+        return
+    for recompute in dict.fromkeys((config.recompute, RecomputeConfig(), RecomputeConfig("full"))):
+        try:
+            parallel = replace(config.parallel, **settings)
+            candidate = replace(config, parallel=parallel, recompute=recompute)
+            candidate.check_world_size(processes)
+        except (ValueError, PretrainError):
             continue
-        for recompute in {config.recompute, RecomputeConfig(), RecomputeConfig("full")}:
-            try:
-                parallel = replace(config.parallel, **settings)
-                candidate = replace(config, parallel=parallel, recompute=recompute)
-                candidate.check_world_size(processes)
-            except (ValueError, PretrainError):
-                continue
-            if candidate.micro_batches(processes) >= parallel.pipeline:
-                yield candidate
+        if candidate.micro_batches(processes) >= parallel.pipeline:
+            yield candidate
 
 
 def _powers_of_two(limit: int) -> list[int]:

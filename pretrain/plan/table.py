@@ -1,5 +1,6 @@
 """The plan as a table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ def format_plan(plan: Mapping[str, Any], memory_gib: float | None = None) -> str
         memory_gib: memory of a device in GiB, to say whether a rank fits.
 
     Raises:
-        PretrainError: ``memory_gib`` is not above 0.
+        PretrainError: ``memory_gib`` is not a finite number above 0.
     """
-    if memory_gib is not None and memory_gib <= 0:
-        raise PretrainError(f"memory must be > 0 GiB, not {memory_gib:g}")
+    if memory_gib is not None:
+        check_memory(memory_gib)
     sections = [
         [_layout_line(plan["layout"])],
         _parameter_lines(plan["parameters"]),
@@ -26,6 +27,12 @@ def format_plan(plan: Mapping[str, Any], memory_gib: float | None = None) -> str
         _traffic_lines(plan["messages"]),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def check_memory(memory_gib: float) -> None:
+    """Raise PretrainError if a device's memory is not a finite number above 0."""
+    if not (math.isfinite(memory_gib) and memory_gib > 0):
+        raise PretrainError(f"memory must be a finite number of GiB > 0, not {memory_gib:g}")
 
 
 def format_fit(found: Mapping[str, Any], memory_gib: float) -> str:
@@ -59,15 +66,19 @@ def format_fit(found: Mapping[str, Any], memory_gib: float) -> str:
         lines.append(
             "    most for " + ", ".join(f"{name} {sizes[name] / 2**30:.1f}" for name in largest)
         )
+    lines.append(
+        "try more --processes; a smaller global_batch_size, with fewer images a step; a smaller "
+        "micro_batch_size"
+    )
     return "\n".join(lines)
 
 
 def _layout_line(layout: Mapping[str, Any]) -> str:
     return (
         f"{layout['processes']} processes: {layout['data']} data-parallel x {layout['tensor']} "
-        f"tensor x {layout['pipeline']} pipeline; experts over {layout['expert']}; "
-        f"{layout['micro_batches']} micro-batches a step; layers of the stages: "
-        + ", ".join(map(str, layout["layers_of_stages"]))
+        f"tensor x {layout['context']} context x {layout['pipeline']} pipeline; experts over "
+        f"{layout['expert']}; {layout['micro_batches']} micro-batches a step; layers of the "
+        "stages: " + ", ".join(map(str, layout["layers_of_stages"]))
     )
 
 
@@ -95,8 +106,13 @@ def _memory_lines(stages: Sequence[Mapping[str, float]], memory_gib: float | Non
     ]
     if memory_gib is not None:
         used = fullest["total"] / 2**30
-        fits = "fits" if used <= memory_gib else "DOES NOT FIT"
-        lines.append(f"  {fits} in {memory_gib:g} GiB: {used / memory_gib:.0%}")
+        if used <= memory_gib:
+            lines.append(f"  fits in {memory_gib:g} GiB: {used / memory_gib:.0%}")
+        else:
+            lines.append(
+                f"  DOES NOT FIT in {memory_gib:g} GiB: {used - memory_gib:.1f} GiB too many; "
+                f"--fit {memory_gib:g} tries other layouts"
+            )
     return lines
 
 

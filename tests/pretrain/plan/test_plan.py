@@ -105,7 +105,15 @@ def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[st
     assert cli.main(["plan", "configs/h200.yaml", "--memory", "131"]) == 0
     assert "  fits in 131 GiB" in capsys.readouterr().out
     assert cli.main(["plan", "configs/h200.yaml", "--memory", "80"]) == 0
-    assert "DOES NOT FIT in 80 GiB" in capsys.readouterr().out
+    assert "DOES NOT FIT in 80 GiB: 29.6 GiB too many; --fit 80" in capsys.readouterr().out
+
+
+def test_the_first_line_of_a_plan_has_all_parallel_sizes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["plan", LONG, "--processes", "1024"]) == 0
+    first = capsys.readouterr().out.split("; ")[0]
+    assert first == "1024 processes: 4 data-parallel x 4 tensor x 8 context x 8 pipeline"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,9 @@ def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[st
         (["parallel.pipeline=62"], "is more than language.num_layers=61"),
         (["--processes", "0"], "processes must be > 0, not 0"),
         (["--image-patches", "0"], "image-patches must be > 0, not 0"),
-        (["--memory", "0"], "memory must be > 0 GiB, not 0"),
+        (["--memory", "0"], "memory must be a finite number of GiB > 0, not 0"),
+        (["--fit", "nan"], "memory must be a finite number of GiB > 0, not nan"),
+        (["--memory", "80", "--json"], "--json compares with no device: leave --memory out"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(
@@ -254,10 +264,22 @@ def test_layouts_for_the_longest_context_fit_or_miss_by_a_stated_amount(
     seconds = [layout["seconds"] for layout in found["fit"]]
     assert seconds == sorted(seconds) and min(seconds) > 0
     assert all(layout["memory"]["total"] <= 80 * 2**30 for layout in found["fit"])
-    assert cli.main(["plan", LONG, "--fit", "40"]) == 0
+    assert cli.main(["plan", "configs/h200.yaml", "--fit", "80"]) == 0
     closest = capsys.readouterr().out.splitlines()
-    assert "no layout of 512 processes fits in 40 GiB" in closest[0]
-    assert " too many  parallel.tensor=" in closest[1] and "most for " in closest[2]
+    assert closest[0] == "no layout of 1 processes fits in 80 GiB; the closest are:"
+    assert closest[1].startswith("   109.6 GiB, 29.6 too many  parallel.tensor=1 ")
+    assert closest[2].startswith("    most for optimizer state 53.0, gradients 26.2, ")
+    assert closest[-1].startswith("try more --processes; a smaller global_batch_size")
+
+
+def test_a_search_lists_the_smallest_layouts_if_none_fits() -> None:
+    """Including those whose weights and optimizer state alone are larger than the device."""
+    loaded = config.load("configs/moonlight.yaml", ["language.num_layers=2"])
+    everything = fit(loaded, 1e6, 8)
+    smallest = sorted(layout["memory"]["total"] for layout in everything["fit"])[:3]
+    found = fit(loaded, 1, 8)
+    assert not found["fit"]
+    assert [layout["memory"]["total"] for layout in found["not_fit"]] == smallest
 
 
 SIZES = ("tensor", "context", "pipeline", "expert")
