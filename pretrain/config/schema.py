@@ -210,10 +210,11 @@ class LanguageConfig(Settings):
         )
         # megatron-core ranks a group by the sum of its best experts_per_token //
         # expert_groups_per_token scores.
+        possible = "2" if chosen == 1 else f"{2 * chosen} to {3 * chosen - 1}"
         require(
             per_token // chosen == 2,
-            f"expert_groups_per_token={chosen} needs experts_per_token={2 * chosen} or "
-            f"{2 * chosen + 1}, not {per_token}: groups are ranked by their two best scores",
+            f"expert_groups_per_token={chosen} needs experts_per_token={possible}, not "
+            f"{per_token}: groups are ranked by their two best scores",
         )
         require(
             experts // groups * chosen >= per_token and experts // groups >= 2,
@@ -671,7 +672,7 @@ class Config(Settings):
         require(
             scaling.factor == 1 or self.data.seq_length <= longest,
             f"data.seq_length={self.data.seq_length} is more than language.rope_scaling's factor x "
-            f"original_max_position_embeddings = {longest:g}: raise the factor",
+            f"original_max_position_embeddings = {longest:g}: lower it, or raise the factor",
         )
         used = self.optimizer.warmup_steps + self.optimizer.decay_steps
         require(

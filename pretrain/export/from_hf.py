@@ -104,12 +104,11 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
     values = configuration.with_overrides(values, overrides)
     config = configuration.from_dict(values)
     source_types(config.data)  # raises if a source is misconfigured
-    _check_overrides(config, model)
+    rows = config.language.vocab_rows(tokenizer.vocab_size)
+    _check_overrides(config, model, rows)
     imported = _imported_settings(folder, context_length, model.vocab_size)
     weights = HfWeights(folder, vision=model.vision is not None, fp8_block=model.fp8_block)
-    tensors, notes = _tensors(
-        weights, config, model, config.language.vocab_rows(tokenizer.vocab_size)
-    )
+    tensors, notes = _tensors(weights, config, model, rows)
     if model.unknown_keys:
         notes.append(
             "ignored keys of config.json that this trainer does not know; check that they do not "
@@ -150,7 +149,7 @@ def _tensors(
     tensors = _read(
         weights, conversions(config.language, vision, vocab_size, model.vocab_size), tied
     )
-    if model.fp8_block:
+    if weights.has_fp8:
         notes.append("the weights in fp8 were converted to bfloat16")
     if tied and not config.language.tie_embeddings:
         notes.append(
@@ -267,16 +266,18 @@ def _check_processor(file: Path, settings: Mapping[str, Any], patch_size: int) -
             )
 
 
-def _check_overrides(config: Config, model: HfModel) -> None:
+def _check_overrides(config: Config, model: HfModel, rows: int) -> None:
     """Refuse overrides that contradict the checkpoint.
 
     A tied output layer can be trained separately, and a vocabulary can be padded.
+
+    Args:
+        rows: of the vocabulary.
     """
     language = dict(model.language)
     if not config.language.tie_embeddings:
         del language["tie_embeddings"]
-    rows = config.language.vocab_size
-    if rows is not None and rows < model.vocab_size:
+    if rows < model.vocab_size:
         language["vocab_size"] = model.vocab_size
     for section, fixed in (("language", language), ("vision", model.vision or {})):
         requested = asdict(getattr(config, section))

@@ -248,6 +248,11 @@ class HfWeights:
                 "can be imported"
             )
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any of the tensors that have been checked is in fp8."""
+        return bool(self._scales)
+
     def drop_layers(self, layers: range) -> list[str]:
         """Forget the tensors of some layers of the language model.
 

@@ -345,19 +345,24 @@ def _positions(text: Section, *, scaled: bool) -> dict[str, Any]:
     Args:
         scaled: the attention supports positions that are scaled by YaRN.
     """
-    rope = text.section("rope_parameters") or text.section("rope_scaling")
-    base = rope if rope and rope.values.get("rope_theta") is not None else text
-    settings = {
+    keys = ("rope_parameters", "rope_scaling")
+    sections = [section for key in keys if (section := text.section(key)) is not None]
+    base = next((rope for rope in sections if rope.values.get("rope_theta") is not None), text)
+    scalings = [_scaling(rope, scaled=scaled) for rope in sections]
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise text.error("rope_scaling", "it contradicts rope_parameters")
+    return {
         "rope_base": base.number("rope_theta", 10000.0),
-        "rope_scaling": RopeScalingConfig(),
+        "rope_scaling": scalings[0] if scalings else RopeScalingConfig(),
     }
-    if rope is None:
-        return settings
+
+
+def _scaling(rope: Section, *, scaled: bool) -> RopeScalingConfig:
     key = "rope_type" if "rope_type" in rope.values else "type"
     rope_type = rope.values.get(key, "default")
     rope.require({"partial_rotary_factor": 1.0})
     if rope_type == "default":
-        return settings
+        return RopeScalingConfig()
     if rope_type != "yarn" or not scaled:
         latent = "positions can be scaled by yarn, or not at all (default)"
         reason = latent if scaled else "only default is supported with grouped-query attention"
@@ -368,4 +373,4 @@ def _positions(text: Section, *, scaled: bool) -> dict[str, Any]:
     numbers = {"factor": rope.number("factor", low=1.0)}
     numbers |= {key: rope.number(key, value, low=0.0) for key, value in defaults.items()}
     scaling = {**numbers, "original_max_position_embeddings": original}
-    return settings | {"rope_scaling": rope.build(RopeScalingConfig, scaling, {})}
+    return rope.build(RopeScalingConfig, scaling, {})

@@ -68,7 +68,11 @@ SHAPES = (
     ("expert_groups=4 router_score=softmax", "expert_groups=4 needs router_score=sigmoid"),
     (
         "expert_groups=4 expert_groups_per_token=2",
-        "expert_groups_per_token=2 needs experts_per_token=4 or 5, not 2",
+        "expert_groups_per_token=2 needs experts_per_token=4 to 5, not 2",
+    ),
+    (
+        "expert_groups=2 experts_per_token=3",
+        "expert_groups_per_token=1 needs experts_per_token=2, not 3: groups",
     ),
     ("expert_groups=8", "expert_groups=8 of 1 experts are too small"),
     ("load_balancing_loss=-1", "load_balancing_loss must be in [0, 1], not -1.0"),

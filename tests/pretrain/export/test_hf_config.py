@@ -313,7 +313,7 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
         ({"n_group": 3}, "in config.json, n_group=3 does not divide n_routed_experts=8"),
         (
             {"n_group": 4, "num_experts_per_tok": 4},
-            "in config.json, topk_group=1 needs num_experts_per_tok=2 or 3, not 4",
+            "in config.json, topk_group=1 needs num_experts_per_tok=2, not 4",
         ),
         ({"scoring_func": "softmax"}, 'scoring_func="softmax": this trainer\'s models have "sig'),
         ({"topk_method": "greedy"}, 'topk_method="greedy": this trainer\'s models have "noaux_tc"'),
@@ -329,6 +329,7 @@ def test_the_published_yarn_settings_of_kimi_k2_are_read() -> None:
             {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
             "rope_parameters.original_max_position_embeddings=null: it must be a whole number",
         ),
+        ({"rope_scaling": YARN}, "4096}: it contradicts rope_parameters"),
         ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2"),
         ({"rope_parameters": YARN | {"mscale": 0.5}}, "in config.json, rope_parameters.mscale_all"),
         ({"rope_parameters": YARN | {"factor": float("nan")}}, "factor=NaN: it must be a finite"),

@@ -220,6 +220,11 @@ def test_overrides_that_contradict_the_checkpoint_are_errors(
         ),
         (
             "deepseek_v3",
+            "language.vocab_size=null",
+            "the checkpoint, which has 304",
+        ),
+        (
+            "deepseek_v3",
             "language.tie_embeddings=true",
             "the checkpoint, which has False",
         ),
