@@ -225,8 +225,10 @@ def _expert_values(config: LanguageConfig, architecture: Architecture) -> dict[s
             f"shared_expert_ffn_hidden_size={shared} is not a multiple of "
             f"expert_ffn_hidden_size={width}: this model cannot be exported"
         )
-    if config.num_experts < 2:
-        raise PretrainError("DeepSeek needs at least 2 experts: this model cannot be exported")
+    if config.num_experts < 2 * config.expert_groups:
+        raise PretrainError(
+            "DeepSeek needs at least 2 experts in each group: this model cannot be exported"
+        )
     return {
         "n_group": config.expert_groups,
         "topk_group": config.expert_groups_per_token,

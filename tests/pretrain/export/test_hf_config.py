@@ -477,6 +477,7 @@ def test_other_language_models_are_refused_naming_the_key(
     [
         ({"shared_expert_ffn_hidden_size": 100}, "shared_expert_ffn_hidden_size=100"),
         ({"num_experts": 1, "experts_per_token": 1}, "at least 2 experts"),
+        ({"expert_groups": 8, "expert_groups_per_token": 8}, "at least 2 experts in each group"),
         ({"router_score": "softmax"}, "normalize_expert_weights=True cannot be exported"),
         (GROUPED_EXPERTS | {"qk_norm": False}, "qk_norm=False cannot be exported"),
         (GROUPED_EXPERTS | {"router_scaling": 2.0}, "router_scaling=2.0 cannot be exported"),
