@@ -88,10 +88,9 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             f"cannot import {source}: its tokenizer has {tokenizer.vocab_size} tokens and its "
             f"embedding {model.vocab_size} rows (vocab_size in config.json)"
         )
-    padded = tokenizer.vocab_size < model.vocab_size
     values = {
         "run_dir": configuration.escape_path(str(run_dir)),
-        "language": model.language | ({"vocab_size": model.vocab_size} if padded else {}),
+        "language": model.language | {"vocab_size": model.vocab_size},
         "vision": dict(model.vision or _NEW_VISION),
         "data": {
             "tokenizer": configuration.escape_path(str(run_dir / "tokenizer.json")),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain import batches, generate, parallel
+from pretrain import batches, config, generate, parallel
 from pretrain.data import Document
 from pretrain.data.packing import pack
 from pretrain.errors import PretrainError
@@ -22,6 +22,7 @@ from pretrain.export.from_hf import import_hf
 from pretrain.export.to_hf import export
 from pretrain.metrics import read
 from pretrain.model import multimodal
+from pretrain.plan.parameters import count_parameters
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.export.published import SHAPES, TOKENS, Published, publish, transformers_logits
@@ -98,6 +99,17 @@ def test_an_imported_model_has_the_logits_of_transformers(
     assert not added.any()
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plan_of_an_imported_run_counts_the_weights_of_the_checkpoint(
+    root: Path, published: dict[str, Published], imported: dict[str, Imported], name: str
+) -> None:
+    loaded = config.load(root / f"{name}-run" / "config.yaml")
+    weights = published[name].weights
+    added = ADDED.get(name, 0) * 2 * loaded.language.hidden_size
+    trained = [weight for key, weight in weights.items() if not key.endswith("correction_bias")]
+    assert count_parameters(loaded)["language"] == added + sum(map(torch.numel, trained))
+
+
 def exported(run_dir: Path, out: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the configuration of an export of the language model."""
     folder = export(run_dir, out, step=step, text_only=True)
@@ -131,12 +143,12 @@ def test_an_imported_model_is_exported_in_the_same_layout(
 def test_an_imported_model_is_trained_by_two_processes(
     root: Path, published: dict[str, Published], imported: dict[str, Imported], name: str
 ) -> None:
-    config = root / f"{name}-run" / "config.yaml"
+    file = root / f"{name}-run" / "config.yaml"
     settings = *TRAINED, *SHAPES[name].parallel, f"data.cache_dir={root}/cache"
-    assert launch(training.command, 2, "train", str(config), *settings) == [(0, "")] * 2
-    record = read(config.with_name("metrics.jsonl"))[-1]
+    assert launch(training.command, 2, "train", str(file), *settings) == [(0, "")] * 2
+    record = read(file.with_name("metrics.jsonl"))[-1]
     assert record["step"] == 1 and 1 < record["loss"] < 50
-    trained, _ = exported(config.parent, root / f"{name}-trained", 1)
+    trained, _ = exported(file.parent, root / f"{name}-trained", 1)
     for key, tensor in published[name].weights.items():
         assert trained[key].shape == tensor.shape
         assert not torch.equal(trained[key], tensor), key
