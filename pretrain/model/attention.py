@@ -6,12 +6,14 @@ keeps the log-sum-exp of every query, and computes the logits again in the backw
 head, which QK-Clip needs, costs nothing more.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pretrain.config import Config
 from pretrain.model import flex
@@ -132,14 +134,50 @@ def attend(
 def choose_kernel(query: Tensor, value: Tensor) -> Kernel:
     """Kernel of :func:`attend` for queries and values [s, b, heads, width].
 
-    - ``flex``, compiled flex_attention: on NVIDIA GPUs, where :func:`flex.flex_problem` is None,
-      for at least a block of queries; with a cache, tokens are generated one by one.
+    - ``flex``, compiled flex_attention: where :func:`flex_problem` is None, for at least a block of
+      queries; with a cache, tokens are generated one by one.
     - ``blocks``, torch's operations on one block of logits at a time: everything else, including
       all CPUs.
     """
     widths = query.shape[-1], value.shape[-1]
-    supported = flex.flex_problem(query.device, query.dtype, widths) is None
-    return "flex" if supported and len(query) >= flex.BLOCK else "blocks"
+    supported = len(query) >= flex.BLOCK and flex_problem(query.device, query.dtype, widths) is None
+    return "flex" if supported else "blocks"
+
+
+@functools.cache
+def flex_problem(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """The reason why the kernel ``flex`` cannot be used; None if it can.
+
+    On a GPU that :func:`flex.flex_problem` supports, it is compiled and run: whether the blocks
+    that torch chooses fit in shared memory depends on the GPU, the dtype, the widths and the
+    version of torch. Float32 heads of 192 channels do not on an H100 with torch 2.11.
+
+    Args:
+        device, dtype: of queries, keys and values.
+        widths: channels of a head of the queries and of the values.
+    """
+    problem = flex.flex_problem(device, dtype, widths)
+    if problem is not None:
+        return problem
+    try:
+        _compile_flex(device, dtype, widths)
+    except Exception as error:  # of any compiler
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"it cannot be compiled for heads of {widths[0]} and {widths[1]} channels ({reason})"
+    return None
+
+
+def _compile_flex(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    """Run both passes on zeros; steps use the compiled kernels again."""
+    length, batch, heads = 3 * flex.BLOCK, 2, 4
+    with torch.inference_mode(False), torch.enable_grad():
+        documents = PackedDocuments([[length]] * batch, device)
+        query, key, value = (
+            torch.zeros(length, batch, heads, width, dtype=dtype, device=device, requires_grad=True)
+            for width in (widths[0], *widths)
+        )
+        output, _ = _attend_flex(query, key, value, documents, 1.0)
+        output.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def slow_attention(config: Config, device: torch.device) -> str | None:
@@ -148,7 +186,7 @@ def slow_attention(config: Config, device: torch.device) -> str | None:
         return None
     language = config.language
     widths = language.query_key_dim, language.value_dim
-    problem = flex.flex_problem(device, getattr(torch, config.precision), widths)
+    problem = flex_problem(device, getattr(torch, config.precision), widths)
     if problem is None:
         return None
     return (
@@ -219,6 +257,7 @@ class _BlockedAttention(torch.autograd.Function):
         return context, max_logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, context, log_sums = ctx.saved_tensors
         q, k, v = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)

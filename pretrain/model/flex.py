@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128
 _MIN_CAPABILITY, _MIN_WIDTH = (8, 0), 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Variants of flex_attention that may be compiled.
+_MAX_VARIANTS = 64
 
 
 @functools.cache
@@ -108,5 +110,12 @@ def _block_lists(selected: Tensor, device: torch.device) -> tuple[Tensor, Tensor
 
 @functools.cache
 def compiled_flex() -> Callable[..., Any]:
-    """flex_attention, compiled once for all lengths, which differ in every step."""
-    return torch.compile(flex_attention, dynamic=True)
+    """flex_attention, compiled for all lengths.
+
+    torch compiles again if a size is 1 or equals another one, and with or without gradients. Beyond
+    its limit of 8 variants, it would compute all logits in memory, with a warning: with
+    ``fullgraph``, it raises an error instead.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _MAX_VARIANTS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
