@@ -19,6 +19,9 @@ from pretrain.model.flex import to_device
 BLOCK = 64
 # Query-key pairs that cost as much as the kernel launches of one more block.
 _PAIRS_PER_LAUNCH = 2**12
+# Query-key pairs up to which sequences whose keys begin at different positions share a block: it
+# has a limit for each pair, so that without a bound memory would be quadratic in their length.
+_PAIRS_PER_LIMIT = 2**14
 
 
 class Block(NamedTuple):
@@ -182,14 +185,16 @@ def keys_per_query(length: int) -> float:
 def _similar(first_keys: Sequence[int], last: int, queries: int) -> list[tuple[int, int]]:
     """Ranges of consecutive sequences whose keys begin at similar positions and end at ``last``.
 
-    A sequence joins a range if the additional logits cost less than another block.
+    A sequence joins a range if the additional logits cost less than another block, and if it needs
+    no large mask.
     """
     begin, key = 0, first_keys[0]
     ranges = []
     for sequence, first_key in enumerate(first_keys):
         joint = min(key, first_key)
         more = (sequence - begin) * (key - joint) + first_key - joint
-        if more * queries > _PAIRS_PER_LAUNCH:
+        differ = first_key != key and (last - joint) * queries > _PAIRS_PER_LIMIT
+        if differ or more * queries > _PAIRS_PER_LAUNCH:
             ranges.append((begin, sequence))
             begin, joint = sequence, first_key
         key = joint

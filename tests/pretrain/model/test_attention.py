@@ -193,11 +193,26 @@ def test_memory_is_linear_in_the_length() -> None:
     assert long < peak_memory("dense", 2048, CPU)
 
 
+def test_masks_are_linear_in_the_length() -> None:
+    """Also of sequences with long documents that begin at almost the same position."""
+
+    def elements(length: int) -> int:
+        documents = PackedDocuments([[100, length - 100], [101, length - 101]], CPU)
+        limits = {b.limit.data_ptr(): b.limit for b in documents.blocks(torch.float32)}
+        return sum(limit.numel() for limit in limits.values())
+
+    assert elements(8192) <= 2 * elements(4096)
+
+
 def test_a_cpu_computes_blocks() -> None:
     query = torch.zeros(300, 1, 1, 64)
     assert choose_kernel(query, query) == "blocks"
     assert flex.flex_problem(CPU, torch.float32, (64, 64)) == "it needs an NVIDIA GPU"
     assert slow_attention(Config(), CPU) is None
+
+
+def out_of_shared_memory(*_arguments: object) -> None:
+    raise RuntimeError("out of resource\nReducing block sizes may help")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +221,7 @@ def test_a_cpu_computes_blocks() -> None:
         ((8, 0), {}, None),
         ((7, 5), {}, "it needs compute capability 8.0 or later, not 7.5"),
         ((8, 0), {"v_head_dim": 8}, "it needs heads of at least 16 channels, not 8"),
+        ((8, 6), {"v_head_dim": 48}, "cannot be compiled for heads of 48 and 48 channels (out of"),
     ],
 )
 def test_a_gpu_without_flex_attention_is_a_warning_at_start(
@@ -218,6 +234,9 @@ def test_a_gpu_without_flex_attention_is_a_warning_at_start(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(flex.importlib.util, "find_spec", lambda _name: object())
     monkeypatch.setattr(flex, "flex_problem", flex.flex_problem.__wrapped__)
+    monkeypatch.setattr(attention, "flex_problem", attention.flex_problem.__wrapped__)
+    compiled = out_of_shared_memory if capability == (8, 6) else lambda *_arguments: None
+    monkeypatch.setattr(attention, "_compile_flex", compiled)
     config = Config(language=LanguageConfig(**settings))
     warning = slow_attention(config, torch.device("cuda"))
     assert (warning is None) if problem is None else (problem in str(warning))
