@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pretrain.errors import PretrainError
 
@@ -95,9 +96,10 @@ def stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
     """
     first = parameters[0]
     if not _consecutive(parameters):
-        values = torch.stack([parameter.detach() for parameter in parameters])
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
+        with torch.inference_mode(False), torch.no_grad():  # which could not be trained any more
+            values = torch.stack([parameter.detach() for parameter in parameters])
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
     # As a view of the first one, it detects changes of this between forward and backward passes.
     return first.detach().as_strided(
         (len(parameters), *first.shape), (first.numel(), *first.stride()), first.storage_offset()
@@ -186,6 +188,7 @@ class _Experts(torch.autograd.Function):
         return _product(weighted, fc2.mT, groups)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, probabilities, hidden, fc1, fc2 = ctx.saved_tensors
         groups = ctx.groups

@@ -203,6 +203,26 @@ def test_weights_that_something_assigned_are_used(dtype: torch.dtype) -> None:
         torch.testing.assert_close(value, reference)
 
 
+def test_weights_that_are_moved_in_inference_can_be_trained() -> None:
+    """As after sampling from a model in bfloat16, whose conversion has separated the weights."""
+    grouped = grouped_experts(2, torch.bfloat16)
+    x, counts = torch.randn(2, HIDDEN, dtype=torch.bfloat16), torch.tensor([1, 1])
+    with torch.inference_mode():
+        grouped(x, counts, torch.ones(2))
+    assert not any(parameter.is_inference() for parameter in grouped.parameters())
+    grouped(x, counts, torch.ones(2))[0].sum().backward()
+
+
+def test_second_derivatives_are_an_error() -> None:
+    """They would lack those by the weights."""
+    grouped = grouped_experts(2, torch.float64)
+    x = torch.randn(2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    output, _ = grouped(x, torch.tensor([1, 1]), torch.ones(2, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_an_update_between_forward_and_backward_is_an_error() -> None:
     grouped = grouped_experts(2, torch.float32)
     x = torch.randn(2, HIDDEN, requires_grad=True)
