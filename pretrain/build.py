@@ -29,6 +29,7 @@ from pretrain.model.kernels import choose_kernels
 from pretrain.model.language import build_language_model
 from pretrain.model.load_balancing import LoadBalancing
 from pretrain.model.megatron_config import ddp_config
+from pretrain.model.multimodal import is_packed
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
@@ -130,7 +131,10 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
     if config.language.load_balancing_loss:
         is_softmax = config.language.router_score == "softmax"
         coefficient = config.language.load_balancing_loss
-        balancing = LoadBalancing(chunks, coefficient, softmax=is_softmax)
+        packed_length = seq_length if is_packed(chunks[0].config) else None
+        balancing = LoadBalancing(
+            chunks, coefficient, softmax=is_softmax, packed_length=packed_length
+        )
     _configure_schedule(chunks[0].config, replicas, expert_tokens)
 
     layouts = matrix_layouts(model, exclude=_SEPARATE_QKV)

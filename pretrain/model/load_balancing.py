@@ -24,10 +24,20 @@ class LoadBalancing:
         chunks: model chunks of this rank.
         coefficient: factor of the gradient.
         softmax: whether scores are a softmax of the router's logits; else normalized sigmoids.
+        packed_length: tokens of each sequence, if activations are [b * s, 1, ...]; None if they are
+            [s, b, ...].
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], coefficient: float, *, softmax: bool) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        coefficient: float,
+        *,
+        softmax: bool,
+        packed_length: int | None = None,
+    ) -> None:
         self._coefficient, self._softmax = coefficient, softmax
+        self._packed_length = packed_length
         device = next(chunks[0].parameters()).device
         # Changed in place, so that CUDA graphs can repeat a forward pass.
         self._scale = torch.zeros((), dtype=torch.float64, device=device)
@@ -43,7 +53,11 @@ class LoadBalancing:
             return output
         weights, *others = output
         losses = sequence_losses(
-            router.gating(inputs[0]), router.topk, router.tp_cp_group, softmax=self._softmax
+            router.gating(inputs[0]),
+            router.topk,
+            router.tp_cp_group,
+            softmax=self._softmax,
+            packed_length=self._packed_length,
         )
         loss = losses.sum()
         self._total.add_(loss.detach())
@@ -66,15 +80,21 @@ class LoadBalancing:
 
 
 def sequence_losses(
-    logits: Tensor, top_k: int, group: "dist.ProcessGroup | None" = None, *, softmax: bool
+    logits: Tensor,
+    top_k: int,
+    group: "dist.ProcessGroup | None" = None,
+    *,
+    softmax: bool,
+    packed_length: int | None = None,
 ) -> Tensor:
     """This rank's part of the loss of each sequence, [b]; the parts of a group's ranks add up.
 
     Args:
-        logits: [s, b, experts], of this rank's tokens of each sequence.
+        logits: [s, b, experts], of this rank's tokens of each sequence; with ``packed_length``
+            [b * s, 1, experts], of its part of the sequences one after another.
         top_k: number of experts of a token.
         group: ranks with the other tokens, as many each. Default: there are none.
-        softmax: see :class:`LoadBalancing`.
+        softmax, packed_length: see :class:`LoadBalancing`.
     """
     tokens, _, experts = logits.shape
     if softmax:
@@ -83,12 +103,21 @@ def sequence_losses(
         scores = logits.sigmoid()
         scores = scores / scores.sum(-1, keepdim=True)
     chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, -1).indices, 1.0)
-    counts = chosen.sum(0)
-    if group is not None and group.size() > 1:
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    if packed_length is None:
+        length = tokens * ranks
+        counts, sums = chosen.sum(0), scores.sum(0)
+    else:
+        length = packed_length
+        device = logits.device
+        sequence_of = torch.arange(rank * tokens, (rank + 1) * tokens, device=device) // length
+        sequences = torch.arange(tokens * ranks // length, device=device)
+        belongs = (sequences[:, None] == sequence_of).to(scores)  # [b, tokens]
+        counts, sums = belongs @ chosen.squeeze(1), belongs @ scores.squeeze(1)
+    if ranks > 1:
         dist.all_reduce(counts, group=group)
-        tokens *= group.size()
-    frequencies = counts * (experts / (top_k * tokens))
-    return (frequencies * scores.sum(0) / tokens).sum(-1)
+    frequencies = counts * (experts / (top_k * length))
+    return (frequencies * sums / length).sum(-1)
 
 
 class _AddGradient(torch.autograd.Function):

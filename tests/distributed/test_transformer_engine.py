@@ -92,12 +92,16 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def test_gradients_are_those_of_torch(folder: Path) -> None:
-    """Norms, experts and shards have the same names, and every layout the same gradients."""
-    expected = _merged(launch(training.all_gradients, 1, str(folder), EXACT, *YARN))
+    """Norms, experts and shards have the same names, and every layout the same gradients.
+
+    Load is balanced in each sequence, of which a micro-batch has two.
+    """
+    settings = (EXACT, *YARN, "language.load_balancing_loss=0.1")
+    expected = _merged(launch(training.all_gradients, 1, str(folder), *settings))
     (alone,), *layouts = launch_with_stand_in(
         folder,
-        (1, training.gradients_of_each, ([(), *RECOMPUTED, *FUSED], EXACT, *YARN)),
-        *((2, training.all_gradients, (EXACT, *YARN, *layout)) for layout in LAYOUTS),
+        (1, training.gradients_of_each, ([(), *RECOMPUTED, *FUSED], *settings)),
+        *((2, training.all_gradients, (*settings, *layout)) for layout in LAYOUTS),
     )
     for ranks in [*([gradients] for gradients in alone), *layouts]:
         assert_equal(_merged(ranks), expected)

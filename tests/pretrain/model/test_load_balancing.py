@@ -1,11 +1,15 @@
 """The load-balancing loss is that of the DeepSeek-V3 report, for each sequence."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretrain.model import load_balancing
 from pretrain.model.load_balancing import _AddGradient, sequence_losses
 
 
@@ -41,6 +45,44 @@ def test_it_is_the_definition(
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-9)
+
+
+@given(
+    length=st.integers(1, 6), sequences=st.integers(1, 6), ranks=st.sampled_from([1, 2, 3]),
+    softmax=st.booleans(),
+)  # fmt: skip
+def test_packed_sequences_have_the_losses_of_separate_ones(
+    length: int, sequences: int, ranks: int, softmax: bool
+) -> None:
+    """On tensor-parallel ranks, which have parts of the packed sequences."""
+    assume(length * sequences % ranks == 0)
+    generator = torch.Generator().manual_seed(length)
+    logits = torch.randn(length, sequences, 4, dtype=torch.float64, generator=generator)
+    expected = sequence_losses(logits, 2, softmax=softmax)
+    packed = logits.transpose(0, 1).reshape(-1, 1, 4)
+    counted = []
+
+    def losses(counts: Tensor | None) -> Tensor:
+        """The sum over ranks; ``counts``: of all ranks."""
+
+        def all_reduce(local: Tensor, group: object) -> None:
+            counted.append(local.clone())
+            if counts is not None:
+                local.copy_(counts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(load_balancing.dist, "all_reduce", all_reduce)
+            parts = []
+            for rank, part in enumerate(packed.chunk(ranks)):
+                group: Any = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: ranks)
+                options: Any = {"softmax": softmax, "packed_length": length}
+                parts.append(sequence_losses(part, 2, group, **options))
+            return torch.stack(parts).sum(0)
+
+    found = losses(None)
+    if ranks > 1:
+        found = losses(torch.stack(counted).sum(0))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("softmax", [True, False])
