@@ -1,12 +1,14 @@
 """Asynchronous saving from the memory of a GPU."""
 
 import contextlib
+import multiprocessing
 from pathlib import Path
 
+import pytest
 import torch
 
 from pretrain.checkpoint.storage import Checkpoint, Saver, path_of
-from tests.distributed.launch import launch
+from tests.distributed import launch
 from tests.gpu.devices import DEVICES
 
 
@@ -34,6 +36,10 @@ def saved_and_expected(folder: str, device: str) -> list[tuple[bool, ...]]:
 
 
 @DEVICES
-def test_a_checkpoint_has_the_values_at_the_time_of_its_save(device: str, tmp_path: Path) -> None:
-    (outcomes,) = launch(saved_and_expected, 1, str(tmp_path), device)
+def test_a_checkpoint_has_the_values_at_the_time_of_its_save(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # CUDA cannot be used in a fork of a process that has imported what asks for GPUs.
+    monkeypatch.setattr(launch, "_context", multiprocessing.get_context("spawn"))
+    (outcomes,) = launch.launch(saved_and_expected, 1, str(tmp_path), device)
     assert outcomes == [(True, True, True)] * 3
