@@ -41,10 +41,11 @@ def choose_kernels(config: Config) -> Kernels:
 def transformer_engine_problem(config: Config) -> str | None:
     """The reason why Transformer Engine cannot be used, and the remedy; None if it can."""
     if config.parallel.context > 1:
-        return (
-            f"only kernels=torch can share packed sequences, as parallel.context="
-            f"{config.parallel.context} asks for: set parallel.context=1"
-        )
+        return configuration_problem(config)
+    return _machine_problem() or configuration_problem(config)
+
+
+def _machine_problem() -> str | None:
     if not without_cuda.USE_CUDA:
         return "it needs a GPU, and CUDA is not available"
     try:
@@ -58,14 +59,24 @@ def transformer_engine_problem(config: Config) -> str | None:
             f"version {get_te_version()} returns no max logits of packed documents, which QK-Clip "
             f"needs: install version {_MIN_VERSION} or later"
         )
-    if config.precision != "bfloat16":
-        return f"its attention needs precision=bfloat16, not {config.precision}"
     capability = torch.cuda.get_device_capability()
     if capability < _MIN_CAPABILITY:
         return (
             f"its attention needs a GPU of compute capability 8.0 or later, and this one has "
             f"{capability[0]}.{capability[1]}"
         )
+    return None
+
+
+def configuration_problem(config: Config) -> str | None:
+    """The reason why Transformer Engine cannot be used on any machine; None if it can."""
+    if config.parallel.context > 1:
+        return (
+            f"only kernels=torch can share packed sequences, as parallel.context="
+            f"{config.parallel.context} asks for: set parallel.context=1"
+        )
+    if config.precision != "bfloat16":
+        return f"its attention needs precision=bfloat16, not {config.precision}"
     language = config.language
     if language.attention == "mla":
         heads = {

@@ -17,7 +17,7 @@ from pretrain.config import (
     RopeScalingConfig,
 )
 from pretrain.errors import PretrainError
-from pretrain.model.kernels import Kernels, choose_kernels
+from pretrain.model.kernels import Kernels, choose_kernels, configuration_problem
 from pretrain.model.pass_through import OFF, build_config, check_options
 
 # Of the norms of MLA's latents, as in DeepSeek-V3's code.
@@ -43,6 +43,26 @@ def check_megatron(config: Config) -> Kernels:
     return kernels
 
 
+def check_planned(config: Config) -> None:
+    """Check ``megatron`` and ``ddp`` for a run on another machine, with what that may have.
+
+    Raises:
+        PretrainError: an option cannot be passed on, on any machine.
+    """
+    problem = configuration_problem(config)
+    if config.kernels == "transformer_engine" and problem is not None:
+        raise PretrainError(f"kernels=transformer_engine cannot be used: {problem}")
+    with_engine = config.kernels != "torch" and problem is None
+    kernels: Kernels = "transformer_engine" if with_engine else "torch"
+    dtype: torch.dtype = getattr(torch, config.precision)
+    language, megatron, parallel = config.language, config.megatron, config.parallel
+    controlled = _controlled(language, parallel, config.recompute, dtype, kernels, megatron)
+    config_class = _config_class(language)
+    check_options("megatron", megatron, config_class, kernels, [*controlled], here=False)
+    _check_combinations(megatron, language, parallel, config.recompute, dtype)
+    check_options("ddp", config.ddp, DistributedDataParallelConfig, kernels, here=False)
+
+
 def transformer_config(
     config: LanguageConfig,
     parallel: ParallelConfig,
@@ -59,11 +79,32 @@ def transformer_config(
     Raises:
         PretrainError: an option cannot be passed on, or megatron-core refuses the settings.
     """
-    mla = config.attention == "mla"
-    config_class = MLATransformerConfig if mla else TransformerConfig
     defaults = _default_options(kernels)
-    fused_rope = bool((defaults | dict(megatron)).get("apply_rope_fusion"))
-    controlled: dict[str, Any] = dict(
+    controlled = _controlled(config, parallel, recompute, dtype, kernels, defaults | dict(megatron))
+    # `recompute.modules` can name those that `plan` knows, `megatron.recompute_modules` all.
+    if recompute.granularity == "selective":
+        defaults["recompute_modules"] = list(recompute.modules)
+    config_class = _config_class(config)
+    options = check_options("megatron", megatron, config_class, kernels, [*controlled])
+    _check_combinations(options, config, parallel, recompute, dtype)
+    return build_config(config_class, "megatron", {**controlled, **defaults, **options})
+
+
+def _config_class(config: LanguageConfig) -> type[TransformerConfig]:
+    return MLATransformerConfig if config.attention == "mla" else TransformerConfig  # type: ignore[no-any-return]
+
+
+def _controlled(
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Settings that follow from those of the run; ``megatron`` cannot replace them."""
+    mla, fused_rope = config.attention == "mla", bool(options.get("apply_rope_fusion"))
+    return dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -108,12 +149,6 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-    # `recompute.modules` can name those that `plan` knows, `megatron.recompute_modules` all.
-    if recompute.granularity == "selective":
-        defaults["recompute_modules"] = list(recompute.modules)
-    options = check_options("megatron", megatron, config_class, kernels, [*controlled])
-    _check_combinations(options, config, parallel, recompute, dtype)
-    return build_config(config_class, "megatron", {**controlled, **defaults, **options})
 
 
 def _check_combinations(

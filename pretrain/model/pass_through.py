@@ -135,12 +135,14 @@ def check_options(
     config_class: type,
     kernels: Kernels,
     controlled: Sequence[str] = (),
+    here: bool = True,
 ) -> dict[str, Any]:
     """Return the options of a section, if each of them can be passed on.
 
     Args:
         config_class: megatron-core's dataclass with these options.
         controlled: names that the trainer sets itself.
+        here: whether this machine must have what the options need.
 
     Raises:
         PretrainError: names the first option that is unknown, not passed on, not available with
@@ -166,7 +168,9 @@ def check_options(
         if isinstance(value, str) and (name, value) in _REFUSED_VALUES:
             raise PretrainError(f"{key} cannot be {value}: {_REFUSED_VALUES[name, value]}")
         if value not in OFF and value != known[name]:
-            _check_available(section, name, value, kernels)
+            _check_kernels(section, name, value, kernels)
+            if here:
+                _check_available(section, name, value, kernels)
             _check_effect(section, name, options)
         checked[name] = value
     if checked.get("fp8") and "fp8_recipe" not in checked:
@@ -225,7 +229,7 @@ def _reason(name: str, controlled: Sequence[str]) -> str:
     return "it changes the model, or the trainer does not support it"
 
 
-def _check_available(section: Section, name: str, value: Any, kernels: Kernels) -> None:
+def _check_kernels(section: Section, name: str, value: Any, kernels: Kernels) -> None:
     key = f"{section}.{name}={value}"
     needs_engine = _in(_WITH_TRANSFORMER_ENGINE, section, name) or value == "te"
     if needs_engine and kernels != "transformer_engine":
@@ -233,6 +237,10 @@ def _check_available(section: Section, name: str, value: Any, kernels: Kernels) 
             f"{key} needs Transformer Engine, but the kernels are {kernels}: set "
             "kernels=transformer_engine, or leave it out"
         )
+
+
+def _check_available(section: Section, name: str, value: Any, kernels: Kernels) -> None:
+    key = f"{section}.{name}={value}"
     if (_in(_ON_GPUS, section, name) or value == "flex") and not without_cuda.USE_CUDA:
         raise PretrainError(f"{key} needs a GPU, but CUDA is not available: leave it out")
     if (

@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.errors import PretrainError
+from pretrain.model.megatron_config import check_planned
 from pretrain.plan.flops import step_flops
 from pretrain.plan.memory import step_memory
 from pretrain.plan.parameters import count_parameters
@@ -31,9 +32,11 @@ def plan(
             :func:`~pretrain.plan.workload.images_per_step`.
 
     Raises:
-        PretrainError: the configuration does not fit the processes, or a number is not above 0.
+        PretrainError: the configuration does not fit the processes, kernels or options cannot be
+            used on any machine, or a number is not above 0.
     """
     _check(processes, patches_per_image)
+    check_planned(config)
     ranks = ranks_of(config, processes)
     images = images_per_step(config, patches_per_image)
     return {

@@ -15,6 +15,7 @@ from pretrain.config import Config, LanguageConfig, ParallelConfig, RecomputeCon
 from pretrain.errors import PretrainError
 from pretrain.model.megatron_config import check_megatron, ddp_config, transformer_config
 from pretrain.model.pass_through import Section, check_options
+from pretrain.plan import plan
 from pretrain.runtime import without_cuda
 
 SELECTIVE = RecomputeConfig(granularity="selective")
@@ -181,3 +182,22 @@ def test_the_configuration_of_a_run_is_checked_as_a_whole() -> None:
 def test_an_error_names_the_installed_version() -> None:
     with pytest.raises(PretrainError, match=f"megatron-core {version('megatron-core')} has no"):
         build({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(megatron={"num_layers": 2}), "megatron.num_layers cannot be set"),
+        (Config(ddp={"bucketsize": 2}), "did you mean 'bucket_size'"),
+        (Config(kernels="torch", megatron={"moe_permute_fusion": True}), "the kernels are torch"),
+        (Config(kernels="transformer_engine"), "needs precision=bfloat16"),
+    ],
+)
+def test_plan_refuses_options_that_no_machine_has(config: Config, message: str) -> None:
+    with pytest.raises(PretrainError, match=message):
+        plan(config)
+
+
+def test_plan_accepts_options_that_this_machine_lacks() -> None:
+    options = {"moe_token_dispatcher_type": "flex", "moe_permute_fusion": True}
+    assert plan(Config(precision="bfloat16", megatron=options))
