@@ -313,9 +313,33 @@ def test_the_plan_equals_what_a_built_model_has_and_does(
             assert result["kept"] == pytest.approx(expected, rel=0.05, abs=small), stage
 
 
+def test_the_plan_of_context_parallelism_equals_what_a_built_model_has_and_sends(
+    folder: Path,
+) -> None:
+    """FLOPs within 5 %, since attention computes whole blocks of each rank's chunks."""
+    overrides = (*SHAPE, "parallel.context=2", "parallel.expert=2")
+    variations: list[tuple[str, ...]] = [(), ("precision=bfloat16", "recompute.granularity=full")]
+    measured = launch(measure, 2, str(folder), variations, *overrides)
+    for index, variation in enumerate(variations):
+        settings = training.tiny(str(folder), *overrides, *variation)
+        ranks, planned = ranks_of(settings, 2), plan(settings, 2)
+        (memory,), (messages,), (chunks,) = planned["memory"], planned["messages"], ranks.stages
+        results = [rank[index] for rank in measured]
+        total = sum(v for name, v in planned["flops"].items() if name not in ("total", "model"))
+        assert total == pytest.approx(sum(result["flops"] for result in results), rel=0.05)
+        kept = sum(chunk_activations(settings, chunk, ranks).kept for chunk in chunks)
+        kept += head_activations(settings, ranks)
+        for result in results:
+            for name in ("weights", "gradients", "optimizer state"):
+                assert memory[name] == result[name], name
+            assert messages["context parallel"] > 0
+            _check_traffic(messages, result["sent"])
+            assert result["kept"] == pytest.approx(ranks.micro_batches * kept, rel=0.05)
+
+
 def _check_traffic(planned: dict[str, float], sent: dict[str, float]) -> None:
-    backbone = ("gradients", "encoder gradients", "tensor parallel")
-    assert sum(planned[name] for name in backbone) == pytest.approx(
+    backbone = ("gradients", "encoder gradients", "tensor parallel", "context parallel")
+    assert sum(planned.get(name, 0.0) for name in backbone) == pytest.approx(
         sent["all_reduce"] + sent["gather"], rel=5e-3, abs=1024
     )
     assert planned.get("expert parallel", 0.0) == pytest.approx(sent["all_to_all"], rel=5e-2)
