@@ -737,6 +737,16 @@ class Config(Settings):
                 f"{parallel.pipeline} micro-batches on each rank, not {micro_batches}: change "
                 "global_batch_size or micro_batch_size"
             )
+        name = "microbatch_group_size_per_vp_stage"
+        group = self.megatron.get(name)
+        if parallel.interleave > 1 and type(group) is int and group > 0:
+            sizes = [group, micro_batches % group or group]
+            if min(sizes) < parallel.pipeline or group > micro_batches:
+                raise PretrainError(
+                    f"megatron.{name}={group} cannot divide {micro_batches} micro-batches of a "
+                    f"rank into groups of at least parallel.pipeline={parallel.pipeline}: change "
+                    "it, or leave it out"
+                )
 
     def _check_divisors(self) -> None:
         """Refuse expert and tensor parallelism that do not divide the model's sizes evenly."""

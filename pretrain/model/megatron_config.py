@@ -189,6 +189,13 @@ def _check_combinations(
             "cross_entropy_loss_fusion",
             "rounds the gradient of the loss to bfloat16: leave it out, or set precision=bfloat16",
         )
+    if "deallocate_pipeline_outputs" in active and parallel.interleave > 1:
+        # Since 0.19, megatron-core waits for some of the messages.
+        refuse(
+            "deallocate_pipeline_outputs",
+            "frees outputs that the interleaved schedule is still sending: leave it out, or set "
+            "parallel.interleave=1",
+        )
     if "microbatch_group_size_per_vp_stage" in active and parallel.interleave == 1:
         refuse(
             "microbatch_group_size_per_vp_stage",

@@ -129,6 +129,23 @@ def test_options_without_effect_on_the_model_are_refused(
         )
 
 
+def test_options_that_contradict_the_pipeline_are_refused() -> None:
+    parallel = ParallelConfig(pipeline=2, interleave=2)
+    with pytest.raises(PretrainError, match="is still sending"):
+        transformer_config(
+            LanguageConfig(),
+            parallel,
+            RecomputeConfig(),
+            torch.float32,
+            megatron={"deallocate_pipeline_outputs": True},
+        )
+    for size in (1, 3, 17):
+        options = {"microbatch_group_size_per_vp_stage": size}
+        run = Config(global_batch_size=16, micro_batch_size=1, parallel=parallel, megatron=options)
+        with pytest.raises(PretrainError, match=f"={size} cannot divide 16 micro-"):
+            run.check_world_size(2)
+
+
 def test_options_name_the_package_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(without_cuda, "USE_CUDA", True)
     for options, package in (
