@@ -58,6 +58,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _write_text(dumper: _Dumper, text: str) -> ScalarNode:
+    # In other styles PyYAML writes these line breaks as they are, and reads them as spaces.
+    style = '"' if re.search("[\\x85\\u2028\\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
 _Loader.yaml_implicit_resolvers = {}
 _add_core_schema(_Loader)
 _add_core_schema(_Dumper)

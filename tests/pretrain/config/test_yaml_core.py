@@ -45,6 +45,7 @@ _SCALARS = (
     )
 )
 @example({"text that YAML 1.1 or 1.2 reads as something else": ["010", "1e-3", "off", "1:30", ""]})
+@example(["\x85", "a\u2028b", "\u2029\n"])
 def test_values_survive_being_written_and_read(value: Any) -> None:
     assert yaml_core.read(yaml_core.dump(value)) == value
 
