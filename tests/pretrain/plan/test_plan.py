@@ -53,6 +53,14 @@ def test_moonlight_has_the_published_numbers_of_parameters() -> None:
     assert all(stage["total"] < 74 * 2**30 for stage in found["memory"])
 
 
+def test_runs_that_start_from_another_are_planned_with_its_vocabulary() -> None:
+    embeddings = {
+        plan(config.load(f"configs/{name}.yaml"))["parameters"]["by_part"]["embedding"]
+        for name in ("laptop", "laptop_long", "laptop_sft")
+    }
+    assert embeddings == {2048 * 128}
+
+
 _QWEN3 = {"attention": "gqa", "qk_norm": True, "head_dim": 128}
 
 
