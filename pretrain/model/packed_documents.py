@@ -133,7 +133,7 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
         )
         full[:, rows // flex.BLOCK :] = False  # an incomplete last block
         first_key, position = (
-            flex.to_device(x.to(torch.int32), self.device)
+            to_device(x.to(torch.int32), self.device)
             for x in (self.first_keys[:, self.positions].contiguous(), self.positions)
         )
 
