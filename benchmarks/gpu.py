@@ -2,14 +2,15 @@
 
 Trains ``configs/h200.yaml`` with each setting of ``kernels`` at 4,096 and at 32,768 tokens per
 sequence, with the same number of tokens in a step. Steps with QK-Clip and steps without it, whose
-attention does not observe its logits, run in turn. A setting that cannot run is listed with the
-reason.
+attention does not observe its logits, run in turn. A model too large for the GPU gets fewer layers.
+A setting that cannot run is listed with the reason.
 """
 
 import argparse
 import json
 import multiprocessing
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pretrain.build import Run
+    from pretrain.config import Config
 
 CONFIG = "configs/h200.yaml"
 KERNELS = ("torch", "transformer_engine")
 WITH, WITHOUT = "with QK-Clip", "without"
+# Share of a GPU's memory that the planned memory may be: the allocator fragments the rest.
+_FILLED = 0.9
 _TINY = (
     *("language.num_layers=2", "language.hidden_size=32", "language.ffn_hidden_size=64"),
     *("language.num_heads=2", "language.q_lora_rank=16", "language.kv_lora_rank=16"),
@@ -43,7 +47,7 @@ _TINY = (
 _FORMS: dict[str, tuple[int, tuple[int, ...], int, tuple[str, ...]]] = {
     "full": (2**18, (4096, 32768), 7, ()),
     "quick": (2**15, (4096, 32768), 3, ("language.num_layers=4", "vision.num_layers=4")),
-    "tiny": (256, (128, 256), 2, _TINY),
+    "tiny": (256, (128,), 2, _TINY),
 }
 
 
@@ -75,32 +79,57 @@ def _in_process(form: str, kernels: str, length: int, rounds: int, folder: str) 
     worker.start()
     worker.join()
     if worker.exitcode:
-        raise RuntimeError("the measuring process failed: its error is above")
+        return {"error": f"its process ended with status {worker.exitcode}"}
     result: runner.Result = json.loads(file.read_text())
     return result
 
 
+def settings_of(form: str, length: int, *overrides: str) -> "Config":
+    """The configuration with sequences of this length."""
+    from pretrain import config
+
+    tokens, _, _, sizes = _FORMS[form]
+    sequences = max(tokens // length, 1)
+    batch = f"global_batch_size={sequences}", f"micro_batch_size={min(2, sequences)}"
+    return config.load(
+        runner.ROOT / CONFIG, [f"data.seq_length={length}", *batch, *sizes, *overrides]
+    )
+
+
+def layers_that_fit(form: str, device_bytes: float) -> int:
+    """Layers of the language model, at most the configuration's, that fit with all lengths."""
+    from pretrain.plan.memory import fullest_memory
+    from pretrain.plan.ranks import ranks_of
+    from pretrain.plan.workload import images_per_step
+
+    def planned(length: int, layers: int) -> float:
+        settings = settings_of(form, length, f"language.num_layers={layers}")
+        images = images_per_step(settings, None)
+        return fullest_memory(settings, ranks_of(settings, 1), images)["total"]
+
+    lengths = _FORMS[form][1]
+    language = settings_of(form, lengths[0]).language
+    layers = language.num_layers
+    while layers > language.dense_layers + 1 and any(
+        planned(length, layers) > _FILLED * device_bytes for length in lengths
+    ):
+        layers -= 1
+    return layers
+
+
 def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, file: str) -> None:
-    from pretrain import batches, config, parallel
+    from pretrain import batches, parallel
     from pretrain.build import build
-    from pretrain.errors import PretrainError
     from pretrain.runtime.machine import peak_memory_gib
     from pretrain.startup import set_up
     from pretrain.step import train_step
 
-    tokens, _, _, overrides = _FORMS[form]
-    sequences = max(tokens // length, 1)
-
     def measured() -> runner.Result:
-        settings = config.load(
-            runner.ROOT / CONFIG,
-            [
-                *(f"run_dir={folder}/run", f"data.cache_dir={folder}/cache"),
-                *(f"kernels={kernels}", f"data.seq_length={length}"),
-                *(f"global_batch_size={sequences}", f"micro_batch_size={min(2, sequences)}"),
-                *overrides,
-            ],
-        )
+        overrides = [f"run_dir={folder}/run", f"data.cache_dir={folder}/cache"]
+        if torch.cuda.is_available():
+            device_bytes = torch.cuda.get_device_properties(0).total_memory
+            overrides.append(f"language.num_layers={layers_that_fit(form, device_bytes)}")
+        settings = settings_of(form, length, f"kernels={kernels}", *overrides)
         context, data = set_up(settings)
         trained = build(settings, context, data)
         run = training.without_metrics(trained)
@@ -139,8 +168,9 @@ def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, fil
             steps[WITH]()
         step_s = float(np.median(seconds[WITH]))
         ratios = np.divide(seconds[WITH], seconds[WITHOUT]) - 1
-        batch_tokens = sequences * length
+        batch_tokens = settings.global_batch_size * length
         return {
+            "layers": settings.language.num_layers,
             "parameters": sum(parameter.numel() for _, parameter in run.parameters()),
             "step_s": step_s,
             "tokens_per_second": batch_tokens / step_s,
@@ -153,8 +183,9 @@ def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, fil
 
     try:
         result = measured()
-    except (PretrainError, torch.OutOfMemoryError) as error:
-        result = {"error": str(error).splitlines()[0]}
+    except Exception as error:  # so that the other settings are still measured
+        traceback.print_exc()
+        result = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
     parallel.stop()
     Path(file).write_text(json.dumps(result))
 
@@ -185,19 +216,20 @@ def _outcome(row: runner.Result) -> str:
 
 def table(result: runner.Result) -> str:
     header = (
-        "kernels", "tokens per sequence", "tokens/s", "MFU", "memory, GiB", "step, s",
+        "kernels", "tokens per sequence", "layers", "tokens/s", "MFU", "memory, GiB", "step, s",
         "MuonClip, share of the step", "QK-Clip, time added to the step",
     )  # fmt: skip
     rows = []
     for row in result["rows"]:
         cells = [row["kernels"], f"{row['seq_length']:,}"]
         if "error" in row:
-            rows.append([*cells, f"not measured: {row['error']}", *[""] * 5])
+            rows.append([*cells, f"not measured: {row['error']}", *[""] * 6])
             continue
         low, middle, high = row["qk_clip"]
         rows.append(
             [
                 *cells,
+                row["layers"],
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['mfu']:.1%}",
                 f"{row['memory_gib']:.1f}",
