@@ -9,6 +9,7 @@ from pretrain import metrics
 from pretrain.build import Run
 from pretrain.config import LanguageConfig, to_dict
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
+from pretrain.model.kernels import choose_kernels
 from pretrain.runtime import machine
 
 # The model sees if its caption loss is lower by this much, in nats per token, with the right image
@@ -30,7 +31,7 @@ def opening(run: Run, done: int) -> str:
         start += f" with the weights of {config.start_from}"
     lines = [
         f"{parameters:,} parameters on rank 0 of {run.context.world_size} ({by_algorithm}), "
-        f"expert parallel {config.parallel.expert}, DEP {dep}",
+        f"expert parallel {config.parallel.expert}, DEP {dep}, kernels {choose_kernels(config)}",
         f"{config.steps} steps of {tokens:,} tokens, "
         f"{share if run.data.has_images else 'text only'}; "
         f"{start}; writing to {config.run_dir}",

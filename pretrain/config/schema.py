@@ -640,7 +640,7 @@ class Config(Settings):
     else torch. Weights and checkpoints are the same."""
     megatron: Options = field(default_factory=dict)
     """Options of megatron-core's TransformerConfig by name, such as moe_permute_fusion: those that
-    change speed or memory, but not the model. docs/training_on_gpus.md lists them."""
+    change speed or memory, but not the model. docs/training_on_gpus.md describes them."""
     ddp: Options = field(default_factory=dict)
     """Options of megatron-core's DistributedDataParallelConfig, such as overlap_grad_reduce."""
     language: LanguageConfig = field(default_factory=LanguageConfig)

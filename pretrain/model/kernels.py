@@ -53,7 +53,10 @@ def _machine_problem() -> str | None:
         from megatron.core.utils import get_te_version, is_te_min_version
     except ImportError as error:
         reason = without_transformer_engine.import_error or str(error)
-        return f"it cannot be imported ({reason}): pip install 'transformer-engine[pytorch]'"
+        return (
+            f"it cannot be imported ({reason}): install it with "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+        )
     if not is_te_min_version(_MIN_VERSION):
         return (
             f"version {get_te_version()} returns no max logits of packed documents, which QK-Clip "
