@@ -2,5 +2,6 @@
 
 import pytest
 
-ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = pytest.mark.parametrize("device", [ON_GPU, "cpu"], scope="module")
+DEVICES = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"], scope="module"
+)

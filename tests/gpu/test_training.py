@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain import generate, parallel
-from tests.gpu.devices import DEVICES, ON_GPU
+from tests.gpu.devices import DEVICES
 from tests.gpu.training import SIZES, prepare, run
 
 Records = list[dict[str, Any]]
@@ -63,13 +63,21 @@ def test_losses_follow_those_of_a_cpu_in_float64(
     require_close(run(folder, device, name, *options), expected, precision)
 
 
-@pytest.mark.parametrize("device", [ON_GPU])
-@pytest.mark.parametrize("layout", ["expert", "tensor", "pipeline", "context"])
+@pytest.mark.parametrize(
+    ("device", "layout"),
+    [
+        *(
+            pytest.param("cuda", layout, marks=pytest.mark.gpu)
+            for layout in ("expert", "tensor", "pipeline", "context")
+        ),
+        ("cpu", "pipeline"),
+    ],
+)
 def test_two_gpus_follow_one_cpu(
     device: str, layout: str, reference: Callable[[str], tuple[Path, Records]]
 ) -> None:
     """Over NCCL."""
-    if torch.cuda.device_count() < 2:
+    if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder, expected = reference(device)
     options = (f"parallel.{layout}=2", "kernels=torch", *SIZES[device])
@@ -77,7 +85,7 @@ def test_two_gpus_follow_one_cpu(
     require_close(records, expected, "float32")
 
 
-@pytest.mark.parametrize("device", [ON_GPU])
+@DEVICES
 def test_a_run_is_resumed_and_sampled(
     device: str, reference: Callable[[str], tuple[Path, Records]]
 ) -> None:

@@ -41,7 +41,7 @@ def _on_cpu(value: Any, is_device: bool) -> Any:
 
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Make pretrain believe that there is one GPU.
+    """Make pretrain believe that there are two GPUs.
 
     Streams, random states and synchronization are those of ``without_cuda``, which pretrain then
     does not apply; NCCL is gloo. Everything else is what pretrain runs on a GPU.
@@ -57,7 +57,7 @@ def cuda_on_cpu() -> Iterator[None]:
         (without_cuda, "USE_CUDA", True),
         (without_cuda, "disable", lambda: None),
         (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "device_count", lambda: 2),
         (torch.cuda, "set_device", lambda _device: None),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_name", lambda *_device: "a GPU"),
