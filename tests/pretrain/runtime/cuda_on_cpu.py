@@ -61,6 +61,8 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "set_device", lambda _device: None),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_name", lambda *_device: "a GPU"),
+        # Too old for flex_attention, which torch's builds for CUDA would otherwise compile.
+        (torch.cuda, "get_device_capability", lambda *_device: (7, 0)),
         (torch.cuda, "max_memory_allocated", lambda *_device: 2**30),
         (dist, "init_process_group", over_gloo),
         # A mode belongs to a thread.
