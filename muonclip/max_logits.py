@@ -224,7 +224,7 @@ def _blocked_max_logits(
     largest = torch.full((batch, groups, per_group), -math.inf, dtype=dtype, device=device)
     floating = bias is not None or (isinstance(mask, Tensor) and mask.is_floating_point())
     unbiased = largest.clone() if floating and threshold is not None else largest
-    logits_buffer, weighted_buffer = _Buffer(dtype, device), _Buffer(dtype, device)
+    logits_buffer, weighted_buffer = Buffer(dtype, device), Buffer(dtype, device)
     for start in range(0, queries, block_size):
         stop = min(start + block_size, queries)
         block = _make_block(
@@ -313,7 +313,7 @@ def _make_block(
     return _Block(first, last, mask, weights, excluded, limit, edge - first)
 
 
-class _Buffer:
+class Buffer:
     """Memory that is reused, because allocating is expensive on a CPU."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from muonclip.max_logits import Buffer
 from pretrain.config import Config
 from pretrain.model import flex
 from pretrain.model.context_parallel import SequenceShare, gather_sequence
@@ -237,7 +238,7 @@ class _BlockedAttention(torch.autograd.Function):
         output = context.permute(1, 2, 3, 0, 4)
         log_sums = q.new_empty(*q.shape[:-1], 1)
         max_logits = q.new_full((batch, groups, per_group), -math.inf)
-        buffer = _Buffer(q)
+        buffer = Buffer(q.dtype, q.device)
         for part in _parts(documents, q):
             logits = _logits(buffer, q, k, part, scale)
             largest = logits.amax(-1, keepdim=True)
@@ -264,7 +265,7 @@ class _BlockedAttention(torch.autograd.Function):
         g, o = (_grouped(x.view(*query.shape[:3], -1), key.shape[2]) for x in (grad, context))
         deltas = (o * g).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        buffer, second_buffer = _Buffer(q), _Buffer(q)
+        buffer, second_buffer = Buffer(q.dtype, q.device), Buffer(q.dtype, q.device)
         for part in _parts(ctx.documents, q):
             pairs = part.sequences, part.groups
             rows, keys = (*pairs, slice(None), part.queries), (*pairs, part.keys)
@@ -315,21 +316,7 @@ def _parts(documents: PackedDocuments, q: Tensor) -> Iterator[_Part]:
                 yield _Part(slice(start, stop), group_range, queries, keys, part_limit)
 
 
-class _Buffer:
-    """Memory that is reused, because allocating is expensive on a CPU."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._memory = like.new_empty(0)
-
-    def view(self, *shape: int) -> Tensor:
-        """An uninitialized tensor, valid until the next call."""
-        size = math.prod(shape)
-        if self._memory.numel() < size:
-            self._memory = self._memory.new_empty(size)
-        return self._memory[:size].view(shape)
-
-
-def _logits(buffer: _Buffer, q: Tensor, k: Tensor, part: _Part, scale: float) -> Tensor:
+def _logits(buffer: Buffer, q: Tensor, k: Tensor, part: _Part, scale: float) -> Tensor:
     """Masked logits [sequences, groups, heads per group, queries, keys] in the buffer.
 
     Multiplied by log2(e): on a CPU, exp is 3 times as slow as exp2, and up to 100 times where the

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pretrain.errors import PretrainError
+from pretrain.model.flex import to_device
 
 # torch 2.10 added it. It requires rows of a multiple of 16 bytes, on CUDA also aligned to 16 bytes.
 _grouped_mm: Any = getattr(nn.functional, "grouped_mm", None)
@@ -128,7 +129,7 @@ class _Groups:
         self._counts = counts
         ends = counts.cumsum(0, dtype=torch.int32)
         if ends.device != device:
-            ends = ends.pin_memory().to(device, non_blocking=True)
+            ends = to_device(ends, device)
         self.ends = ends
 
     def rows(self, x: Tensor) -> tuple[Tensor, ...]:
