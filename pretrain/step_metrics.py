@@ -57,7 +57,7 @@ class ExpertTokens:
         # Recomputed layers run twice in training, first without gradients.
         if torch.is_grad_enabled():
             _, routing_map = output  # bool [tokens, experts]
-            counts.add_(routing_map.sum(0))  # in place, so that CUDA graphs can repeat it
+            counts.add_(routing_map.sum(0))
 
     def record(self) -> None:
         """Call at the end of a step's backward pass."""

@@ -39,7 +39,6 @@ class LoadBalancing:
         self._coefficient, self._softmax = coefficient, softmax
         self._packed_length = packed_length
         device = next(chunks[0].parameters()).device
-        # Changed in place, so that CUDA graphs can repeat a forward pass.
         self._scale = torch.zeros((), dtype=torch.float64, device=device)
         self._total = self._scale.clone()
         for chunk in chunks:
