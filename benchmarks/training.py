@@ -352,6 +352,14 @@ def _context() -> Any:
     return parallel.start(ParallelConfig(), 0)
 
 
+def leave() -> None:
+    """Destroy the process groups that models of the trainer have created in this process."""
+    from pretrain import parallel
+
+    parallel.stop()
+    _context.cache_clear()
+
+
 def _prepare(job: Job) -> tuple[Any, Any, Any]:
     """Context, data and configuration of the trainer."""
     from pretrain import config

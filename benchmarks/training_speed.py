@@ -47,11 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     form = FORMS[options.form]
     rows = []
-    for kind in options.models:
-        for sequences in form.sequences:
-            size = replace(form.size, sequences=sequences)
-            rows.append(_measure(kind, size, options.rounds or form.rounds, options))
-            print(f"timed {kind}, {size.tokens:,} tokens per step", flush=True)
+    try:
+        for kind in options.models:
+            for sequences in form.sequences:
+                size = replace(form.size, sequences=sequences)
+                rows.append(_measure(kind, size, options.rounds or form.rounds, options))
+                print(f"timed {kind}, {size.tokens:,} tokens per step", flush=True)
+    finally:
+        training.leave()
     return {"hidden": form.size.hidden, "layers": form.size.layers, "rows": rows}
 
 

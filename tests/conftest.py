@@ -1,10 +1,13 @@
 """Fixtures and settings for the tests of all folders."""
 
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 # A busy machine is slow without being wrong.
@@ -16,6 +19,15 @@ settings.load_profile("slow")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for all runs of the tiny configuration; the first of them fills it."""
     return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left_behind() -> Iterator[None]:
+    """Fail the test that leaves a process group standing, not a later one in the same process."""
+    yield
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    initialized = parallel_state is not None and parallel_state.model_parallel_is_initialized()
+    assert not dist.is_initialized() and not initialized
 
 
 def pytest_configure() -> None:

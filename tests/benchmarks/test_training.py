@@ -1,5 +1,6 @@
 """Parts of training comparisons: schedule, choice of a learning rate, unseen text."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,12 @@ from benchmarks.convergence import reached
 from benchmarks.training import Job, Size, further_rates
 
 SMALL = Size(32, 1, 2, 64, 2, 400)
+
+
+@pytest.fixture(autouse=True)
+def leave_the_trainers_groups() -> Iterator[None]:
+    yield
+    training.leave()
 
 
 def result(lr: float, final: float | None, seed: int = 0) -> dict[str, Any]:

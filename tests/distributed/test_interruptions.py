@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pretrain import batches, parallel, startup
+from pretrain import batches, startup
 from pretrain.checkpoint import storage
 from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
@@ -62,7 +62,6 @@ STARTED: list["subprocess.Popen[str]"] = []
 
 @pytest.fixture(autouse=True)
 def end_remaining_runs() -> Iterator[None]:
-    parallel.stop()  # groups that an earlier test of this process left standing
     yield
     while STARTED:
         run = STARTED.pop()
