@@ -52,12 +52,13 @@ class Setting:
     micro_batches: int
     rounds: int
     images: tuple[int, ...]  # number of images for the memory measurement
+    activation_mib: int  # memory for activations in this measurement
 
 
 SETTINGS = {
-    "full": Setting(2, 16, 1024, 4, 192, 2048, 16, 15, (8, 32, 128, 256)),
-    "quick": Setting(2, 4, 192, 2, 72, 512, 16, 21, (8, 32, 128, 256)),
-    "tiny": Setting(2, 2, 32, 1, 16, 128, 2, 2, (2, 4)),
+    "full": Setting(2, 16, 1024, 4, 192, 2048, 16, 15, (8, 32, 128, 256), 256),
+    "quick": Setting(2, 4, 192, 2, 72, 512, 16, 21, (8, 32, 128, 256), 64),
+    "tiny": Setting(2, 2, 32, 1, 16, 128, 2, 2, (2, 4), 1),
 }
 
 
@@ -102,9 +103,10 @@ def _rank(rank: int, setting: Setting, share: float, spread: float, seed: int, f
     )
     runs, batches = _prepare(setting, share, spread, seed, Path(folder, "cost.json"))
     seconds, timelines, balances = _measure(setting, runs, batches)
+    alone = dist.new_group([0])
     if rank == 0:
         result = _result(setting, share, runs[DEP], batches[DEP], seconds, timelines, balances)
-        result["memory"] = {str(n): _peak_bytes(runs[DEP], n, seed) for n in setting.images}
+        result["memory"] = {str(n): _memory(runs[DEP], alone, n, setting) for n in setting.images}
         torch.save(result, Path(folder, "result"))
     dist.barrier()
     dist.destroy_process_group()
@@ -250,7 +252,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     done("backbone")
     if name != TEXT:
         run.encoder.backward()
-        done("encode again, backwards")
+        done("encoder backward")
         run.encoder.reduce_gradients()
     done("reduce")
     for chunk in run.language:
@@ -319,6 +321,7 @@ def _result(
         "modes": rows,
         "timelines": timelines,
         "loads": _loads(run, grids, setting.processes),
+        "activation_mib": setting.activation_mib,
     }
 
 
@@ -359,24 +362,41 @@ def _loads(run: "Run", grids: Tensor, ranks: int) -> dict[str, list[float]]:
     }
 
 
-def _peak_bytes(run: "Run", images: int, seed: int) -> Result:
-    """Peak memory of recomputing the encoder and its backward, which keeps activations in DEP,
-    without the pixels and the gradients of the features."""
+def _memory(run: "Run", group: dist.ProcessGroup, images: int, setting: Setting) -> Result:
+    """Memory of encoder and projector in a step on one rank, without pixels and features.
+
+    Returns:
+        Bytes of the activations that are kept during the backbone's passes, the most bytes in the
+        forward and the backward pass, and the share of patches that were encoded again.
+    """
     from pretrain.config import EncoderProcessConfig
     from pretrain.encoder_process import EncoderProcess
     from pretrain.model.vision import num_features
 
-    encoder = EncoderProcess(run.tower, None, EncoderProcessConfig(max_patches=1024))
-    generator = torch.Generator().manual_seed(seed)
+    limits = EncoderProcessConfig(
+        max_patches=1024, activation_memory_gib=setting.activation_mib / 2**10
+    )
+    encoder = EncoderProcess(run.tower, group, limits)
+    generator = torch.Generator().manual_seed(images)
     # The first image fills a chunk alone.
     sides = [(32, 32), *(_image_size(generator, 1.0, 256) for _ in range(images - 1))]
     grids = torch.tensor([[1, rows, columns] for rows, columns in sides])
     patches = torch.randint(256, (int(grids.prod(1).sum()), 588), dtype=torch.uint8)
-    gradient = torch.ones(int(num_features(grids).sum()), run.config.language.hidden_size)
+    features = int(num_features(grids).sum()) * run.config.language.hidden_size * 4
+    gradients = features  # each chunk's, summed by the backbone
     for parameter in run.tower.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    _, peak = cpu_bytes(lambda: encoder.recompute(patches, grids, gradient))
-    return {"peak_bytes": peak, "patches": len(patches)}
+    results: list[Tensor] = []
+    kept, forward = cpu_bytes(lambda: results.extend(encoder.encode([(patches, grids)])))
+    torch.autograd.backward(results[0].sum())
+    _, backward = cpu_bytes(encoder.backward)
+    return {
+        "patches": len(patches),
+        "kept": kept - patches.numel() - features,
+        "forward": forward - patches.numel() - features,
+        "backward": kept + backward - patches.numel() - features - gradients,
+        "recomputed": encoder.recomputed,
+    }
 
 
 # ---------------------------------------------------------------------- table and plot
@@ -393,7 +413,7 @@ def plot(result: Result, figure: "Figure") -> None:
     colors = {
         "encode": "tab:orange",
         "backbone": "tab:blue",
-        "encode again, backwards": "tab:red",
+        "encoder backward": "tab:red",
         "reduce": "tab:grey",
         "optimizer": "tab:green",
     }
@@ -422,10 +442,13 @@ def plot(result: Result, figure: "Figure") -> None:
     loads.legend(fontsize=8)
 
     counts = [int(count) for count in result["memory"]]
-    peaks = [row["peak_bytes"] / 2**20 for row in result["memory"].values()]
-    memory.plot(counts, peaks, "o-")
-    memory.set(title="Peak memory of the encoder, MiB", xlabel="images per step")
-    memory.set_ylim(0, 1.5 * max(peaks))
+    for name in ("kept", "backward"):
+        sizes = [row[name] / 2**20 for row in result["memory"].values()]
+        memory.plot(counts, sizes, "o-", label=name)
+    memory.axhline(result["activation_mib"], color="black", linewidth=0.8)
+    memory.set(title="Memory of the encoder, MiB", xlabel="images per step")
+    memory.set_ylim(0)
+    memory.legend(fontsize=8)
 
 
 def table(result: Result) -> str:
@@ -449,10 +472,22 @@ def table(result: Result) -> str:
         _speedup(name, result["modes"][name]["seconds"], dep) for name in (TEXT, *BASELINES)
     ]
     memory = [
-        [count, f"{row['patches']:,}", f"{row['peak_bytes'] / 2**20:.1f}"]
+        [
+            count,
+            f"{row['patches']:,}",
+            *(f"{row[name] / 2**20:.1f}" for name in ("kept", "forward", "backward")),
+            f"{row['recomputed']:.0%}",
+        ]
         for count, row in result["memory"].items()
     ]
-    memory_header = ["images per step", "patches", "peak memory of the encoder, MiB"]
+    memory_header = [
+        "images per step",
+        "patches",
+        f"activations kept (limit {result['activation_mib']}), MiB",
+        "peak of the forward",
+        "peak of the backward",
+        "encoded again",
+    ]
     compared = "\n".join(speedups)
     return "\n\n".join([about, markdown(header, rows), compared, markdown(memory_header, memory)])
 

@@ -23,6 +23,7 @@ from pretrain.config import Config, EncoderProcessConfig
 from pretrain.data import Data
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
 from pretrain.encoder_process.cost import measured_cost
+from pretrain.encoder_process.encoder import ACTIVATION_MEMORY
 from pretrain.errors import PretrainError
 from pretrain.model.initialize import initialize
 from pretrain.model.kernels import choose_kernels
@@ -35,6 +36,7 @@ from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from pretrain.model.weights import Weight, language_weights, vision_weights
 from pretrain.parallel import ParallelContext
+from pretrain.plan.memory import free_memory
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
 # The vision encoder's attention has separate query, key and value matrices.
@@ -157,7 +159,11 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         language=replicas,
         tower=tower,
         encoder=make_encoder(
-            config.encoder_process, tower, context, Path(config.run_dir, "encoder_cost.json")
+            config.encoder_process,
+            tower,
+            context,
+            Path(config.run_dir, "encoder_cost.json"),
+            _activation_memory(config, context),
         ),
         optimizer=optimizer,
         clips=clips,
@@ -213,11 +219,13 @@ def make_encoder(
     tower: VisionTower,
     context: ParallelContext,
     cost_file: Path | None = None,
+    activation_memory: float = ACTIVATION_MEMORY,
 ) -> EncoderProcess | ColocatedEncoder:
     """Create the object that assigns images to ranks and encodes them.
 
     Args:
         cost_file: file of a measured cost, so that a resumed run plans as before.
+        activation_memory: see :class:`EncoderProcess`.
     """
     cost = None
     if config.enabled and config.cost == "measured":
@@ -230,7 +238,17 @@ def make_encoder(
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         cost=cost,
+        activation_memory=activation_memory,
     )
+
+
+def _activation_memory(config: Config, context: ParallelContext) -> float:
+    """Default bytes for activations that the encoder keeps: on a GPU, what the plan leaves free."""
+    if context.device.type != "cuda":
+        return ACTIVATION_MEMORY
+    total = torch.cuda.get_device_properties(context.device).total_memory
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return free_memory(config, context.world_size, stage, 0.9 * total)
 
 
 def build_optimizer(

@@ -2,7 +2,7 @@
 
 The gradients are computed in the three stages of the Decoupled Encoder Process (DEP; Kimi K2.5
 report): all ranks encode a balanced share of the images, the backbone trains as if on text, and the
-encoder runs again, forward and backward.
+encoder runs backward, after another forward on images whose activations did not fit in memory.
 """
 
 import math
@@ -106,7 +106,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         run.load_balancing.start_step(total / run.config.global_batch_size)
     with record_function("backbone"):
         sums = run_backbone(run, micro_batches, features)
-    with record_function("encode again, backwards"):
+    with record_function("encoder backward"):
         run.encoder.backward()
         run.encoder.reduce_gradients()
 

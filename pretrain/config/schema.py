@@ -524,11 +524,21 @@ class EncoderProcessConfig(Settings):
     max_patches: Annotated[int, In("[1, 2147483647]")] = 16384
     """Maximum number of patches in a forward of the encoder; limits the memory of activations."""
     recompute: bool = True
-    """Encode again before the encoder's backward pass. false: keep the activations of all images
-    during the backbone's passes, which is faster."""
+    """Encode images whose activations do not fit into activation_memory_gib again before the
+    encoder's backward pass. false: keep the activations of all images during the backbone's
+    passes."""
+    activation_memory_gib: Annotated[float, In("[0, 1e6]")] | None = None
+    """Memory of a rank, in GiB, for the encoder's activations that are kept during the backbone's
+    passes. 0: none. null: on a GPU, 90 % of its memory without the memory that plan counts; on a
+    CPU, 1 GiB. The gradients are the same for any value."""
     max_patches_per_rank: Annotated[int, In("[1, 2147483647]")] | None = None
     """Maximum number of patches assigned to a rank in a step; limits the memory of their pixels.
     An image with more patches is assigned to a rank without other images. null: no limit."""
+
+    def _check(self) -> None:
+        for choice in ("enabled", "recompute"):
+            if not getattr(self, choice):
+                self._refuse_without_effect(f"{choice}=false", ["activation_memory_gib"])
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,17 @@ def analytic_cost(config: VisionConfig, language_hidden_size: int) -> CostModel:
     )
 
 
+def activation_bytes(config: VisionConfig, itemsize: int) -> float:
+    """Bytes per patch that autograd keeps of encoder and projector, ``itemsize`` bytes an
+    element."""
+    hidden = config.hidden_size
+    wide = 4  # float32: the log-sum-exp of every query, and mean and deviation of two norms
+    layer = (9 * hidden + 2 * config.ffn_hidden_size) * itemsize + (config.num_heads + 4) * wide
+    ends = (3 * config.patch_size**2 + 3 * hidden) * itemsize
+    projector = 3 * hidden * itemsize  # of a feature, whose width is that of its patches together
+    return float(config.num_layers * layer + ends + projector)
+
+
 def transfer_bytes(
     grids: Tensor, config: VisionConfig, language_hidden_size: int, itemsize: int
 ) -> npt.NDArray[np.int64]:

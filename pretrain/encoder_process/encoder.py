@@ -1,6 +1,7 @@
 """Encoding of the images of a step: on all ranks (DEP), or on the ranks that own them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import EncoderProcessConfig
-from pretrain.encoder_process.cost import CostModel, analytic_cost, transfer_bytes
+from pretrain.encoder_process.cost import (
+    CostModel,
+    activation_bytes,
+    analytic_cost,
+    transfer_bytes,
+)
 from pretrain.encoder_process.exchange import ItemExchange, cut, gather_grids
 from pretrain.encoder_process.plan import (
     CapacityError,
@@ -23,6 +29,9 @@ from pretrain.model.vision import check_grids, num_features, observers_disabled,
 
 # (patches [P, 3 * patch_size²] uint8, grids [n, 3] int64) of one micro-batch.
 Images = tuple[Tensor, Tensor]
+
+# Default memory for activations that are kept during the backbone's passes, in bytes.
+ACTIVATION_MEMORY = 2**30
 
 
 class _Encoder:
@@ -40,6 +49,8 @@ class _Encoder:
             their parts of the sequences; the first of them owns the images. None: every rank has
             its own images.
         cost: cost model of an item. Default: FLOPs.
+        activation_memory: bytes for activations that :class:`EncoderProcess` keeps, if the settings
+            do not limit them. Default: 1 GiB.
 
     Attributes:
         balance: largest load of a rank over the mean load, in the last :meth:`encode`.
@@ -57,6 +68,7 @@ class _Encoder:
         tensor_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
         cost: CostModel | None = None,
+        activation_memory: float = ACTIVATION_MEMORY,
     ) -> None:
         self.tower = tower
         self.group = group
@@ -66,6 +78,9 @@ class _Encoder:
         self.tensor_group, self.context_group = tensor_group, context_group
         self.owns_images = needs_features and _is_first(tensor_group) and _is_first(context_group)
         self.cost = cost or analytic_cost(tower.encoder.config, tower.projector.fc2.out_features)
+        if self.config.activation_memory_gib is not None:
+            activation_memory = self.config.activation_memory_gib * 2**30
+        self.activation_memory = activation_memory if self.config.recompute else math.inf
         self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
         self._stage1: _Stage1 | None = None
@@ -97,7 +112,7 @@ class _Stage1:
     """Results of stage 1 that stage 3 needs.
 
     Attributes:
-        encoded: the output of each forward of the tower, with its graph; None: recompute it.
+        kept: the output of the tower for each chunk, with its graph; None: recompute it.
     """
 
     exchange: ItemExchange
@@ -105,7 +120,7 @@ class _Stage1:
     patches: Tensor
     grids: Tensor
     features: Tensor
-    encoded: list[Tensor] | None
+    kept: list[Tensor | None]
 
 
 class EncoderProcess(_Encoder):
@@ -113,11 +128,18 @@ class EncoderProcess(_Encoder):
 
     Source: Kimi K2.5 report, Decoupled Encoder Process. The stages of a step:
 
-    1. :meth:`encode`: balanced forward; with ``config.recompute``, activations are not kept.
+    1. :meth:`encode`: balanced forward, chunk by chunk. Activations are kept as long as they fit
+       into ``activation_memory``.
     2. The backbone's forward and backward, with the features as leaves.
-    3. :meth:`backward`: recomputation, if activations were not kept, and backward; then
-       :meth:`reduce_gradients`.
+    3. :meth:`backward`: chunk by chunk, recomputation, if activations were not kept, and backward;
+       then :meth:`reduce_gradients`. Chunks and gradients are the same in either case.
+
+    Attributes:
+        activation_memory: bytes; infinite without ``config.recompute``.
+        recomputed: share of the patches of this rank that the last :meth:`backward` encoded again.
     """
+
+    recomputed = 0.0
 
     def encode(
         self,
@@ -156,9 +178,8 @@ class EncoderProcess(_Encoder):
         items = ItemExchange(owners, encoders, self.group)
         received = items.to_encoders(patches, all_grids.prod(1).tolist())
         received_grids = all_grids[items.incoming]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.recompute):
-            encoded = list(self._encoded(received, received_grids))
-        features = torch.cat([_no_features(self.tower), *(chunk.detach() for chunk in encoded)])
+        encoded, kept = self._encode_chunks(received, received_grids)
+        features = torch.cat([_no_features(self.tower), *encoded])
         features_per_piece = [piece.rows for piece in pieces]
         exchange = ItemExchange(
             [piece.rank for piece in pieces], [encoders[piece.item] for piece in pieces], self.group
@@ -179,7 +200,7 @@ class EncoderProcess(_Encoder):
                 received,
                 received_grids,
                 features,
-                None if self.config.recompute else encoded,
+                kept,
             )
         return list(torch.split(features, counts))
 
@@ -210,21 +231,39 @@ class EncoderProcess(_Encoder):
         if not _is_first(self.tensor_group):  # the first rank sends it for all
             gradient = gradient[:0]
         gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_piece)
-        if stage1.encoded is None:
-            self.recompute(stage1.patches, stage1.grids, gradient)
-        else:
-            _backpropagate(stage1.encoded, gradient)
+        self._backpropagate(stage1, gradient)
 
-    def recompute(self, patches: Tensor, grids: Tensor, gradient: Tensor) -> None:
-        """Encode items again, chunk by chunk, and backpropagate the gradient of their features."""
-        # The observers have seen these logits in stage 1.
-        with observers_disabled(self.tower):
-            _backpropagate(self._encoded(patches, grids), gradient)
-
-    def _encoded(self, patches: Tensor, grids: Tensor) -> Iterator[Tensor]:
-        """Features of the items, chunk by chunk."""
+    def _encode_chunks(
+        self, patches: Tensor, grids: Tensor
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Features of each chunk, and the same with their graph if it is kept for stage 3."""
+        free = self.activation_memory if torch.is_grad_enabled() else 0.0
+        weight = self.tower.projector.fc2.weight
+        per_patch = activation_bytes(self.tower.encoder.config, weight.itemsize)
+        encoded, kept = [], []
         for chunk in self._chunks(patches, grids):
-            yield self.tower(*chunk)
+            size = per_patch * len(chunk[0])
+            with torch.set_grad_enabled(size <= free):
+                features = self.tower(*chunk)
+            is_kept = size <= free
+            free -= size if is_kept else 0
+            encoded.append(features.detach())
+            kept.append(features if is_kept else None)
+        return encoded, kept
+
+    def _backpropagate(self, stage1: _Stage1, gradient: Tensor) -> None:
+        """Backpropagate the gradient of the features, chunk by chunk, and release the chunk."""
+        first = recomputed = 0
+        for number, chunk in enumerate(self._chunks(stage1.patches, stage1.grids)):
+            features, stage1.kept[number] = stage1.kept[number], None
+            if features is None:
+                recomputed += len(chunk[0])
+                # The observers have seen these logits in stage 1.
+                with observers_disabled(self.tower):
+                    features = self.tower(*chunk)
+            torch.autograd.backward(features, gradient[first : first + len(features)])
+            first += len(features)
+        self.recomputed = recomputed / max(len(stage1.patches), 1)
 
     def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
         num_ranks, capacity = self._num_ranks, self.config.max_patches_per_rank
@@ -308,14 +347,6 @@ def _image_error(grids: Tensor, num_patches: int) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _backpropagate(encoded: Iterable[Tensor], gradient: Tensor) -> None:
-    """Backpropagate the rows of a gradient that belong to each tensor, one after the other."""
-    first = 0
-    for features in encoded:
-        torch.autograd.backward(features, gradient[first : first + len(features)])
-        first += len(features)
 
 
 def _is_first(group: dist.ProcessGroup | None) -> bool:

@@ -9,6 +9,7 @@ results that are computed again.
 from typing import NamedTuple
 
 from pretrain.config import Config
+from pretrain.encoder_process.cost import activation_bytes
 from pretrain.plan.itemsize import FLOAT32, INT64, ITEMSIZE
 from pretrain.plan.ranks import Ranks
 from pretrain.plan.workload import recomputed_layers, recomputed_parts
@@ -184,12 +185,16 @@ def layer_temporaries(config: Config, layer: int, ranks: Ranks) -> dict[str, flo
 
 def encoder_activations(config: Config, patches: float) -> float:
     """Bytes that autograd keeps of this many patches in encoder and projector."""
-    vision, itemsize = config.vision, ITEMSIZE[config.precision]
-    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
-    layer = float((9 * hidden + 2 * ffn) * itemsize + (vision.num_heads + 4) * FLOAT32)
-    ends = (3 * vision.patch_size**2 + 3 * hidden) * itemsize
-    projector = 3 * hidden * itemsize  # of a feature, whose width is that of its patches together
-    return patches * (vision.num_layers * layer + ends + projector)
+    return patches * activation_bytes(config.vision, ITEMSIZE[config.precision])
+
+
+def kept_by_encoder(config: Config, patches: float) -> float:
+    """Bytes of activations, of the patches that a rank encodes, that are kept during the backbone's
+    passes, at most. 0 if the memory for them depends on the device."""
+    process, every = config.encoder_process, encoder_activations(config, patches)
+    if not process.recompute:
+        return every
+    return min(every, (process.activation_memory_gib or 0.0) * 2**30)
 
 
 def _uses_transformer_engine(config: Config) -> bool:

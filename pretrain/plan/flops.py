@@ -13,6 +13,7 @@ from pretrain.config import Config, LanguageConfig
 from pretrain.encoder_process.cost import CostModel, analytic_cost
 from pretrain.model.packed_documents import keys_per_query
 from pretrain.model.weights import language_weights
+from pretrain.plan.activations import encoder_activations, kept_by_encoder
 from pretrain.plan.parameters import active_numel
 from pretrain.plan.ranks import Ranks
 from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts, tokens_per_step
@@ -57,6 +58,14 @@ def encoder_forward_flops(cost: CostModel, images: Images) -> float:
     return linear + cost.per_pair * (images.patches * images.patches_per_image)
 
 
+def _recomputed_by_encoder(config: Config, ranks: Ranks, images: Images) -> float:
+    """Share of the images that the encoder process encodes a second time."""
+    share = images.patches / ranks.world
+    if not config.encoder_process.enabled or not share:
+        return 0.0
+    return 1 - kept_by_encoder(config, share) / encoder_activations(config, share)
+
+
 def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
     """FLOPs of a step on all ranks by purpose: as executed, their ``total``, and ``model`` FLOPs.
 
@@ -77,7 +86,6 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
     vision = config.vision
     cost = analytic_cost(vision, language.hidden_size)
     encoder = encoder_forward_flops(cost, images)
-    again = config.encoder_process.enabled and config.encoder_process.recompute
     patch_embedding = 2.0 * 3 * vision.patch_size**2 * vision.hidden_size * images.patches
     logits = 2.0 * language.num_layers * language.num_heads * language.query_key_dim * keys
     flops = {
@@ -87,7 +95,7 @@ def step_flops(config: Config, ranks: Ranks, images: Images) -> dict[str, float]
         "language recompute": tokens * (recomputed + logits),
         "encoder forward": encoder,
         "encoder backward": 2 * encoder - patch_embedding,  # pixels have no gradient
-        "encoder recompute": encoder if again else 0.0,
+        "encoder recompute": encoder * _recomputed_by_encoder(config, ranks, images),
         # The max logits of all heads, for QK-Clip: one of attention's two products.
         "encoder logits": cost.per_pair / 2 * images.patches * images.patches_per_image,
     }

@@ -16,12 +16,13 @@ from pretrain.plan.activations import (
     encoder_activations,
     head_activations,
     head_temporaries,
+    kept_by_encoder,
 )
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.muon_step import muon_step
 from pretrain.plan.parameters import trained_weights
-from pretrain.plan.ranks import Ranks
-from pretrain.plan.workload import Images
+from pretrain.plan.ranks import Ranks, ranks_of
+from pretrain.plan.workload import Images, images_per_step
 
 # Estimates, not measured: CUDA's context with the kernels and workspaces of its libraries, and
 # NCCL's buffers of each communicator.
@@ -51,6 +52,13 @@ def fullest_memory(config: Config, ranks: Ranks, images: Images) -> dict[str, fl
         different.setdefault((stage == 0, stage == last, *lengths), stage)
     rows = [_stage_memory(config, ranks, images, weights, stage) for stage in different.values()]
     return max(rows, key=lambda row: row["total"])
+
+
+def free_memory(config: Config, processes: int, stage: int, memory: float) -> float:
+    """Bytes that a rank of a pipeline stage does not need of ``memory``, at least 0."""
+    ranks, weights = ranks_of(config, processes), trained_weights(config)
+    row = _stage_memory(config, ranks, images_per_step(config), weights, stage)
+    return max(0.0, memory - row["total"])
 
 
 def _stage_memory(
@@ -98,20 +106,21 @@ def _encoder(
     """Bytes of the encoder's activations that alternate with the backbone's, and those of image
     data and activations that exist at the same time.
 
-    The encoder process runs before the backbone, and again after it. Without it, or without
-    recomputation, activations are kept until the backbone's backward pass is done.
+    The encoder process runs before the backbone, and after it on the images whose activations it
+    has not kept. Without it, activations are kept until the backbone's backward pass is done.
     """
     patch = 3 * config.vision.patch_size**2  # bytes
     if not config.encoder_process.enabled:
         return 0.0, own_patches * patch + encoder_activations(config, own_patches)
     share = images.patches / ranks.world
-    pixels = (own_patches + share) * patch
-    if not config.encoder_process.recompute:
-        return 0.0, pixels + encoder_activations(config, share)
+    kept, every = kept_by_encoder(config, share), encoder_activations(config, share)
+    image_data = (own_patches + share) * patch + kept
+    if kept == every:
+        return 0.0, image_data
     at_a_time = min(config.encoder_process.max_patches, share)
     if images.features:  # an image is not divided
         at_a_time = max(at_a_time, images.patches_per_image)
-    return encoder_activations(config, at_a_time), pixels
+    return encoder_activations(config, at_a_time), image_data
 
 
 def _backbone(config: Config, ranks: Ranks, stage: int) -> tuple[float, float]:

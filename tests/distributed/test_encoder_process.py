@@ -1,5 +1,6 @@
 """DEP has the features and gradients of the colocated encoder, and reports its balance."""
 
+import math
 from itertools import chain
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pretrain.config import EncoderProcessConfig, VisionConfig
 from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
+from pretrain.encoder_process.cost import activation_bytes
 from pretrain.encoder_process.encoder import Images
 from pretrain.encoder_process.exchange import ItemExchange, Piece, gather_grids
 from pretrain.errors import PretrainError
@@ -244,8 +246,8 @@ def _features_are_leaves() -> bool:
     return not others and type(leaf).__name__ == "AccumulateGrad"
 
 
-def test_stage_one_keeps_no_activations() -> None:
-    """Its features are views of a leaf."""
+def test_features_of_stage_one_are_views_of_a_leaf() -> None:
+    """The backbone's backward pass ends there."""
     assert launch(_features_are_leaves, 1) == [True]
 
 
@@ -302,34 +304,92 @@ def test_an_error_of_the_caller_is_raised_on_all_ranks() -> None:
     assert launch(_rejected_by_caller, 2) == ["rank 1 cannot use its images: too few"] * 2
 
 
-def _in_chunks(max_patches: int, recompute: bool = True) -> tuple[Step, list[int]]:
+def _in_chunks(max_patches: int, memory: float) -> tuple[Step, list[int]]:
+    """Features and reduced gradients of a step, and the patches of every forward of the tower.
+
+    Args:
+        memory: for activations, in bytes. Infinite: without recomputation.
+    """
     tower = make_tower(torch.float64)
     sizes: list[int] = []
     tower.encoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
-    config = EncoderProcessConfig(max_patches=max_patches, recompute=recompute)
-    encoder = EncoderProcess(tower, dist.group.WORLD, config)
-    images = make_images([(1, 2, 2), (1, 4, 4), (2, 2, 4), (1, 2, 2), (1, 6, 6), (1, 2, 4)], 0)
-    (features,) = encoder.encode([images])
+    limits = EncoderProcessConfig(
+        max_patches=max_patches,
+        recompute=math.isfinite(memory),
+        activation_memory_gib=memory / 2**30 if math.isfinite(memory) else None,
+    )
+    encoder = EncoderProcess(tower, dist.group.WORLD, limits)
+    shapes = [(1, 2, 2), (1, 4, 4), (2, 2, 4), (1, 2, 2), (1, 6, 6), (1, 2, 4)]
+    (features,) = encoder.encode([make_images(shapes, dist.get_rank())])
     features.sin().sum().backward()
     encoder.backward()
+    encoder.reduce_gradients()
     gradients = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
     return {"features": features.detach(), **gradients}, sizes
 
 
 def test_max_patches_bounds_the_encoders_batch_and_changes_nothing() -> None:
-    ((whole, sizes_of_whole),) = launch(_in_chunks, 1, 1000)
-    ((parts, sizes),) = launch(_in_chunks, 1, 20)
+    ((whole, sizes_of_whole),) = launch(_in_chunks, 1, 1000, 0.0)
+    ((parts, sizes),) = launch(_in_chunks, 1, 20, 0.0)
     assert sizes_of_whole == [84, 84]
     assert sizes == [20, 20, 36, 8] * 2  # a larger item is encoded alone
     for name, expected in whole.items():
         assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
 
 
-def test_activations_that_are_kept_change_nothing() -> None:
-    ((again, sizes_of_again),) = launch(_in_chunks, 1, 20)
-    ((kept, sizes),) = launch(_in_chunks, 1, 20, False)
-    assert sizes == sizes_of_again[: len(sizes_of_again) // 2]
-    assert all(torch.equal(kept[name], expected) for name, expected in again.items())
+def _with_memories(memories: list[float]) -> list[tuple[Step, list[int]]]:
+    return [_in_chunks(20, memory) for memory in memories]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_activations_are_kept_as_long_as_they_fit_and_change_nothing(world_size: int) -> None:
+    """Features and gradients are equal to the bit, whatever is kept."""
+    patch = activation_bytes(CONFIG, 8)
+    memories = [0.0, patch * 20, patch * 47, patch * 48, patch * 84, math.inf]
+    for results in launch(_with_memories, world_size, memories):
+        (reference, _), *_ = results
+        for step, _ in results:
+            assert all(torch.equal(step[name], expected) for name, expected in reference.items())
+        if world_size == 1:
+            forward = [20, 20, 36, 8]
+            again = [[20, 20, 36, 8], [20, 36, 8], [36, 8], [36], [], []]
+            assert [sizes for _, sizes in results] == [forward + rest for rest in again]
+
+
+def _kept_bytes(memory: float) -> tuple[int, float]:
+    """Bytes of activations that exist after stage 1, and the share that stage 3 recomputes."""
+    tower = make_tower(torch.float64)
+    limits = EncoderProcessConfig(max_patches=64, activation_memory_gib=memory / 2**30)
+    encoder = EncoderProcess(tower, dist.group.WORLD, limits)
+    images = make_images([(1, 8, 8)] * 4, 0)
+    seen = {p.untyped_storage()._cdata for p in tower.parameters()}
+    alive: list[Tensor] = []
+    size = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal size
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            alive.append(tensor)
+            size += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (features,) = encoder.encode([images])
+    features.sum().backward()
+    encoder.backward()
+    return size, encoder.recomputed
+
+
+def test_kept_activations_are_within_their_memory() -> None:
+    """Within 5 %, the accuracy of the estimate."""
+    patch = activation_bytes(CONFIG, 8)
+    for chunks in range(5):
+        memory = patch * 64 * chunks
+        ((size, recomputed),) = launch(_kept_bytes, 1, memory)
+        assert 0.8 * memory <= size <= 1.05 * memory
+        assert recomputed == 1 - chunks / 4
 
 
 def _with_capacity(capacity: int) -> str | tuple[int, int]:

@@ -115,6 +115,13 @@ SHAPES = (
             [*RECOMPUTE, "recompute.modules=[core_attn, mlp]", "language.dense_layers=0"],
             "recompute.modules has mlp, which no layer has",
         ),
+        *(
+            (
+                [f"encoder_process.{choice}=false", "encoder_process.activation_memory_gib=1"],
+                f"encoder_process.activation_memory_gib=1.0 has no effect with {choice}=false",
+            )
+            for choice in ("enabled", "recompute")
+        ),
         (["steps=10"], "is more than steps = 10"),
         (["start_from=runs/default"], "start_from=runs/default is the run_dir itself"),
         (["language.rope_scaling.factor=0.5"], "rope_scaling.factor must be in [1, 1e6], not 0.5"),

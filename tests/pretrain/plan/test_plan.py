@@ -159,6 +159,28 @@ def test_the_encoder_process_needs_memory_for_at_least_one_image() -> None:
         assert step_memory(settings, ranks, images)[0]["activations"] == one_image > backbone
 
 
+def test_activations_that_the_encoder_keeps_are_planned() -> None:
+    """Memory grows by what is kept, up to the images of a rank, and FLOPs fall by its share."""
+    base = ["encoder_process.recompute=true", "micro_batch_size=1"]
+    planned = {
+        memory: plan(config.load("configs/laptop.yaml", [*base, *override]), 2)
+        for memory, override in {
+            "none": [],
+            "zero": ["encoder_process.activation_memory_gib=0"],
+            "half": ["encoder_process.activation_memory_gib=1e-3"],
+            "much": ["encoder_process.activation_memory_gib=1"],
+            "all": ["encoder_process.recompute=false"],
+        }.items()
+    }
+    assert planned["none"] == planned["zero"] and planned["much"] == planned["all"]
+    images = {name: p["memory"][0]["images"] for name, p in planned.items()}
+    again = {name: p["flops"]["encoder recompute"] for name, p in planned.items()}
+    assert images["half"] == images["zero"] + 1e-3 * 2**30
+    every = images["all"] - images["zero"]
+    assert again["all"] == 0 and again["zero"] == planned["zero"]["flops"]["encoder forward"]
+    assert again["half"] == pytest.approx(again["zero"] * (1 - 1e-3 * 2**30 / every))
+
+
 def test_text_only_data_needs_no_images_and_no_optimizer_state_of_the_encoder() -> None:
     """Whatever the vision share, the trainer does not update the encoder then."""
     memory = {}
