@@ -13,8 +13,8 @@ from pretrain.data.interface import Data, RankShare
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import find_sources
-from pretrain.data.sources.indexed import held_out_below
 from pretrain.data.sources.interface import Source
+from pretrain.data.sources.splits import held_out_below
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
 

@@ -20,6 +20,10 @@ from pretrain.errors import PretrainError
 # Tokens that a captioned image leaves free for the model's own caption.
 _CAPTION_ROOM = 24
 _KEPT_STEPS = 4
+# Sequences between states that are kept of small global batches.
+_MIN_INTERVAL = 64
+# Version of the order of documents, in checkpoints. Before 2, it was an array of numpy.
+_ORDER = 2
 
 
 class MixtureData(Data):
@@ -61,7 +65,9 @@ class MixtureData(Data):
                 # Going back means reading again: states are kept for the steps read ahead.
                 self._sequences[split] = Sequences(make, share.local_batch_size, _KEPT_STEPS)
             else:
-                self._sequences[split] = Sequences(make)
+                # A checkpoint finds the state between two steps among those that are kept.
+                interval = max(share.global_batch_size, _MIN_INTERVAL)
+                self._sequences[split] = Sequences(make, interval)
         self._captioned = lru_cache(maxsize=8)(self._find_captioned)
 
     def _reads_own_share(self, split: Split) -> bool:
@@ -123,6 +129,7 @@ class MixtureData(Data):
         before = step * (share.local_batch_size if self._one_pass else share.global_batch_size)
         return {
             "ranks": share.ranks if self._one_pass else None,
+            "order": _ORDER,
             "fingerprint": [source.fingerprint for source in self._documents],
             "train": self._sequences["train"].state(before),
         }
@@ -137,6 +144,12 @@ class MixtureData(Data):
                     "checkpoint was made with, or data.max_image_tokens or data.video_fps has "
                     "changed: restore them to resume, or choose another run_dir to start a new run"
                 )
+        if state.get("order") != _ORDER and not all(one.one_pass for one in self._documents):
+            raise PretrainError(
+                "the checkpoint was made by another version of this program, which orders "
+                "documents differently: resume with that version, or start a new run from its "
+                "weights (start_from)"
+            )
         if self._one_pass and state["ranks"] != self._share.ranks:
             raise PretrainError(
                 f"the checkpoint was made with {state['ranks']} data-parallel ranks, among which "

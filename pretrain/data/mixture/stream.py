@@ -6,7 +6,9 @@ that do not fit a sequence wait for the next one. The shares therefore hold over
 sequences without randomness, and no document is lost or repeated within an epoch.
 """
 
+import bisect
 import copy
+import heapq
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +37,11 @@ class Stream:
     placeholders: int = 0
 
     def __post_init__(self) -> None:
-        self._vision = [cursor for cursor in self.cursors if cursor.source.has_images]
-        self._text = [cursor for cursor in self.cursors if not cursor.source.has_images]
+        self._line_up()
+
+    def _line_up(self) -> None:
+        self._vision = _Queue([cursor for cursor in self.cursors if cursor.source.has_images])
+        self._text = _Queue([cursor for cursor in self.cursors if not cursor.source.has_images])
 
     def next(self) -> list[Segment]:
         """The segments of the next sequence: images as far as they are due, then text."""
@@ -44,22 +49,24 @@ class Stream:
         self.sequences += 1
         due = self.vision_share * self.length * self.sequences
         while self._vision and (not self._text or self.placeholders < due):
-            cursor = _furthest_behind(self._vision)
+            cursor = self._vision.first
             size, placeholders = cursor.peek()
             if size > room:
                 break
             segments.append(cursor.take(room))
+            self._vision.update()
             room -= size
             self.placeholders += placeholders
-        candidates = list(self._text)
-        while candidates and room > 1:
-            cursor = _furthest_behind(candidates)
+        while self._text and room > 1:
+            cursor = self._text.first
             size, _ = cursor.peek()
             if cursor.whole and size > room:
-                candidates.remove(cursor)  # its document waits; other sources may fill this one
+                self._text.set_aside()  # its document waits; other sources may fill this one
                 continue
             segments.append(cursor.take(room))
+            self._text.update()
             room -= min(size, room)
+        self._text.put_back()
         return segments
 
     def state(self) -> dict[str, Any]:
@@ -75,27 +82,57 @@ class Stream:
         self.sequences, self.placeholders = state["sequences"], state["placed"]
         for cursor, saved in zip(self.cursors, state["sources"], strict=True):
             cursor.restore(saved)
+        self._line_up()
 
 
-def _furthest_behind(cursors: Sequence[Cursor]) -> Cursor:
-    return min(cursors, key=lambda cursor: cursor.taken / cursor.source.config.weight)
+class _Queue:
+    """Cursors by the tokens that they have taken for their weight, the furthest behind first."""
+
+    def __init__(self, cursors: Sequence[Cursor]) -> None:
+        # Of equal ones, the first in the list comes first.
+        self._heap = [(self._taken(c), number, c) for number, c in enumerate(cursors)]
+        heapq.heapify(self._heap)
+        self._aside: list[tuple[float, int, Cursor]] = []
+
+    @staticmethod
+    def _taken(cursor: Cursor) -> float:
+        return cursor.taken / cursor.source.config.weight
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    @property
+    def first(self) -> Cursor:
+        return self._heap[0][2]
+
+    def update(self) -> None:
+        """Move the first cursor back by what it has taken."""
+        _, number, cursor = self._heap[0]
+        heapq.heapreplace(self._heap, (self._taken(cursor), number, cursor))
+
+    def set_aside(self) -> None:
+        """Leave the first cursor out until :meth:`put_back`."""
+        self._aside.append(heapq.heappop(self._heap))
+
+    def put_back(self) -> None:
+        while self._aside:
+            heapq.heappush(self._heap, self._aside.pop())
 
 
 class Sequences:
     """A stream's sequences by number, in any order.
 
-    To go back, the stream restarts from the nearest earlier state that is kept.
+    To go back, the stream restarts from the nearest earlier state that is kept. Their number is
+    bounded: the latest half is kept, older ones are further and further apart.
 
     Args:
         interval: sequences between states that are kept.
-        kept: number of states that are kept, the latest ones; by default all.
+        kept: maximum number of states that are kept.
     """
 
-    def __init__(
-        self, make: Callable[[], Stream], interval: int = 256, kept: int | None = None
-    ) -> None:
+    def __init__(self, make: Callable[[], Stream], interval: int = 256, kept: int = 32) -> None:
         self._stream, self._interval, self._kept = make(), interval, kept
-        self._states = {0: self._stream.state()}
+        self._numbers, self._states = [0], [self._stream.state()]  # ascending
         # A thread prepares the next sequences while another one asks for states.
         self._lock = threading.Lock()
 
@@ -107,8 +144,9 @@ class Sequences:
     def state(self, index: int) -> dict[str, Any]:
         """The stream's state before sequence ``index``."""
         with self._lock:
-            if index in self._states:
-                return copy.deepcopy(self._states[index])
+            nearest = self._nearest(index)
+            if self._numbers[nearest] == index:
+                return copy.deepcopy(self._states[nearest])
             self._seek(index)
             return copy.deepcopy(self._stream.state())
 
@@ -117,20 +155,30 @@ class Sequences:
         with self._lock:
             index = state["sequences"]
             # Later states would otherwise be kept in its place.
-            self._states = {n: kept for n, kept in self._states.items() if n < index}
-            self._states[index] = copy.deepcopy(state)
+            earlier = bisect.bisect_left(self._numbers, index)
+            del self._numbers[earlier:], self._states[earlier:]
+            self._keep(index, copy.deepcopy(state))
+
+    def _nearest(self, index: int) -> int:
+        """Place of the last state that is kept of those up to sequence ``index``."""
+        return bisect.bisect_right(self._numbers, index) - 1
 
     def _seek(self, index: int) -> None:
-        start = max(number for number in self._states if number <= index)
-        if not start <= self._stream.sequences <= index:
-            self._stream.restore(copy.deepcopy(self._states[start]))
+        nearest = self._nearest(index)
+        if not self._numbers[nearest] <= self._stream.sequences <= index:
+            self._stream.restore(copy.deepcopy(self._states[nearest]))
         while self._stream.sequences < index:
             self._advance()
 
     def _advance(self) -> list[Segment]:
         segments, done = self._stream.next(), self._stream.sequences
-        if done % self._interval == 0 and done not in self._states:
-            self._states[done] = copy.deepcopy(self._stream.state())
-            for number in sorted(self._states)[: -self._kept] if self._kept else ():
-                del self._states[number]
+        if done % self._interval == 0 and done > self._numbers[-1]:
+            self._keep(done, self._stream.state())
         return segments
+
+    def _keep(self, number: int, state: dict[str, Any]) -> None:
+        self._numbers.append(number)
+        self._states.append(state)
+        if len(self._numbers) > self._kept:
+            older = slice(1, -(self._kept // 2), 2)
+            del self._numbers[older], self._states[older]

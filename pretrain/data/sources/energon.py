@@ -27,6 +27,7 @@ from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import DocumentCursor, too_long
 from pretrain.data.sources.interface import Cursor, Documents, Segment, Source
+from pretrain.data.sources.order import Integers
 from pretrain.data.sources.text import Text
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES
@@ -416,9 +417,10 @@ class EnergonDocuments(Documents):
             return EnergonCursor(self, share)
         return DocumentCursor(self, np.arange(len(self.held_out)), share)
 
-    def size(self, number: int) -> tuple[int, int]:
-        """(tokens, image placeholders among them) of a held-out document."""
-        return self._sizes[number]
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Tokens, and image placeholders among them, of held-out documents; both int64 [n]."""
+        tokens, placeholders = np.array(self._sizes, np.int64)[numbers].T
+        return tokens, placeholders
 
     def document(self, segment: Segment) -> Document:
         if segment.document is not None:

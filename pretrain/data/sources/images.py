@@ -1,11 +1,9 @@
 """Sources of images, videos and text: captioned pairs, and documents that mix them."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import files
-from pretrain.data.cache import Progress, Stamp, cached, key_of, siblings, stamp
+from pretrain.data.cache import Progress, Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer, as_pair
 from pretrain.data.files import reason
 from pretrain.data.interface import Split
@@ -26,14 +24,13 @@ from pretrain.data.sources.indexed import (
     FileSource,
     IndexedDocuments,
     IndexedFile,
-    map_array,
     read_index,
     read_lines,
-    too_long,
     write_index,
     write_lines,
 )
 from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.data.sources.order import Integers
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES
 
@@ -106,7 +103,8 @@ class ImageSource(FileSource[Mixed]):
             if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
                 raise ValueError("descriptions are not what was written")
             film = json.loads((folder / "video").read_text())
-            return MixedDocuments(self, composer, hashes, ends, indexed, lines, sizes, film)
+            arrays = hashes, ends, indexed, lines, sizes
+            return MixedDocuments(self, composer, *arrays, film, index=folder.name)
 
         documents, was_cached = cached(folder, build, load)
         if documents.video:  # the index may have been built where PyAV was installed
@@ -303,25 +301,17 @@ class MixedDocuments(IndexedDocuments):
     video: str
 
     @property
-    def fingerprint(self) -> str:
+    def identity(self) -> Sequence[npt.NDArray[Any]]:
         """Includes the sizes, in which a checkpoint counts its position in the data: they depend on
         settings such as ``data.max_image_tokens``."""
-        return hashlib.sha256(self.hashes.tobytes() + self.sizes.tobytes()).hexdigest()[:16]
+        return self.hashes, self.sizes
 
-    def size(self, number: int) -> tuple[int, int]:
-        tokens, placeholders = self.sizes[number].tolist()
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        tokens, placeholders = self.sizes[numbers].astype(np.int64).T
         return tokens, placeholders
 
-    def token_counts(self, split: Split) -> tuple[int, int]:
-        tokens, placeholders = self.sizes[self.numbers[split]].sum(0, dtype=np.int64).tolist()
-        return tokens, placeholders
-
-    @cached_property
-    def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-        tokens, length = self.sizes[:, 0], self.source.data.seq_length
-        numbers = np.flatnonzero(tokens > length)
-        names = {int(number): self.describe(int(number))[0] for number in numbers}
-        return numbers, [too_long(name, int(tokens[n]), length) for n, name in names.items()]
+    def name(self, number: int) -> str:
+        return self.describe(number)[0]
 
     def describe(self, number: int) -> tuple[str, list[str | Media], list[list[int]]]:
         """A document's name, its parts, and the [frames, height, width] of each image."""
@@ -340,7 +330,7 @@ class MixedDocuments(IndexedDocuments):
 
     def pairs(self, split: Split) -> Iterator[VisionItem]:
         for number in self.numbers[split]:
-            _, parts, shapes = self.describe(int(number))
+            _, parts, shapes = self.describe(number)
             if (pair := as_pair(parts)) and shapes[0][0] <= MAX_FRAMES:
                 try:
                     pixels = self.composer.read(pair[0], shapes[0])

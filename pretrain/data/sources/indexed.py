@@ -5,12 +5,11 @@ so that any document can be read at any time. For documents with images, the ind
 for packing, and the names of the image files, which are read when a sequence needs them.
 """
 
-import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,10 +22,15 @@ from pretrain.data.composer import Composer
 from pretrain.data.interface import SPLITS, RankShare, Split
 from pretrain.data.skipped import Skip, within_limit
 from pretrain.data.sources.interface import Documents, Record, Segment, Source
+from pretrain.data.sources.order import Integers, shuffled
+from pretrain.data.sources.splits import Splits, Subset, open_splits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 
 R = TypeVar("R", bound=Record)
+
+# Documents whose order and sizes a cursor looks up together.
+_LOOK_AHEAD = 512
 
 
 # ---------------------------------------------------------------------- files and indexes
@@ -103,11 +107,6 @@ class IndexedSource(Source, Generic[R]):
         return "-".join(map(str, (kind, digest, *settings)))
 
 
-def held_out_below(data: DataConfig) -> int:
-    """Documents with a hash below this number are held out."""
-    return int(data.held_out * 2**64)
-
-
 class FileSource(IndexedSource[R]):
     """A source of files. A subclass finds them, reads one, and chooses the index."""
 
@@ -149,6 +148,7 @@ class IndexedDocuments(Documents):
     Attributes:
         hashes: uint64 [n], a hash of the content of each document.
         ends: int64 [n], where each document ends in the index's data.
+        index: name of the index in the cache, which changes with the documents.
         files: the indexed files in order.
         cached: whether the index existed, and no file has changed since it was made.
     """
@@ -158,12 +158,27 @@ class IndexedDocuments(Documents):
     hashes: npt.NDArray[np.uint64]
     ends: npt.NDArray[np.int64]
     files: list[IndexedFile]
+    index: str = field(kw_only=True)
     cached: bool = field(default=False, kw_only=True)
 
+    @cached_property
+    def splits(self) -> Splits:
+        """The splits, from the cache; all documents are read once to make them."""
+        return open_splits(self, self.source.data, self.source.config.split)
+
     @property
-    def too_long(self) -> tuple[npt.NDArray[np.int64], list[Skip]]:
-        """The documents that do not fit a sequence: their numbers, and the reasons."""
-        return np.empty(0, np.int64), []
+    def numbers(self) -> dict[Split, Subset]:
+        """The numbers of the documents of each split."""
+        return self.splits.numbers
+
+    @property
+    def identity(self) -> Sequence[npt.NDArray[Any]]:
+        """Arrays over all documents, whose bytes identify them in the fingerprint."""
+        return (self.hashes,)
+
+    def name(self, number: int) -> str:
+        """The file of a document, and the line or element in it, for messages."""
+        return f"{self.source.location}: document {number}"
 
     def extent(self, number: int) -> slice:
         """The range of a document in the index's data."""
@@ -171,39 +186,26 @@ class IndexedDocuments(Documents):
 
     @cached_property
     def skips(self) -> list[Skip]:
-        indexed = (skip for file in self.files for skip in file.skips)
-        return [*self.source.skips, *indexed, *self.too_long[1]]
-
-    @cached_property
-    def numbers(self) -> dict[Split, npt.NDArray[np.int64]]:
-        """int64 [n], the numbers of the documents of each split."""
-        held_out = self.hashes < np.uint64(held_out_below(self.source.data))
-        usable = np.ones_like(held_out)
-        usable[self.too_long[0]] = False
-        if self.source.config.split != "hash":
-            held_out[:] = self.source.config.split == "held_out"
-        elif held_out[usable].all():  # such as a single document
-            held_out[:] = False
-        return {
-            "train": np.flatnonzero(usable & ~held_out),
-            "held_out": np.flatnonzero(usable & held_out),
-        }
+        indexed = [skip for file in self.files for skip in file.skips]
+        numbers, length = self.splits.too_long, self.source.data.seq_length
+        sizes, _ = self.sizes_of(numbers)
+        long = zip(numbers.tolist(), sizes.tolist(), strict=True)
+        skips = [too_long(self.name(number), size, length) for number, size in long]
+        return [*self.source.skips, *indexed, *skips]
 
     @property
     def fingerprint(self) -> str:
         """Independent of where the files are."""
-        return hashlib.sha256(self.hashes.tobytes()).hexdigest()[:16]
+        return self.splits.fingerprint
+
+    def token_counts(self, split: Split) -> tuple[int, int]:
+        return self.splits.token_counts[split]
 
     def count(self, split: Split) -> int:
         return len(self.numbers[split])
 
     def cursor(self, split: Split, share: RankShare) -> "DocumentCursor":
         return DocumentCursor(self, self.numbers[split], share)
-
-
-@lru_cache(maxsize=16)
-def _order(seed: int, source: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, source, epoch]).permutation(count)
 
 
 @dataclass
@@ -219,7 +221,7 @@ class DocumentCursor:
     """
 
     documents: Documents
-    numbers: npt.NDArray[np.int64]
+    numbers: Subset | Integers
     share: RankShare
     position: int = 0
     offset: int = 0
@@ -227,21 +229,35 @@ class DocumentCursor:
 
     def __post_init__(self) -> None:
         self.source, self.whole = self.documents.source, self.documents.whole
+        # The number, tokens and placeholders of the documents from position _first on.
+        self._ahead: list[tuple[int, int, int]] = []
+        self._first = 0
 
-    def _number(self) -> int:
-        place = self.position * self.share.ranks + self.share.rank
-        epoch, index = divmod(place, len(self.numbers))
-        order = _order(self.source.seed, self.source.number, epoch, len(self.numbers))
-        return int(self.numbers[order[index]])
+    def _current(self) -> tuple[int, int, int]:
+        index = self.position - self._first
+        if not 0 <= index < len(self._ahead):
+            self._look_ahead()
+            index = 0
+        return self._ahead[index]
+
+    def _look_ahead(self) -> None:
+        """Find the next documents: many at once cost hardly more than one."""
+        places = np.arange(self.position, self.position + _LOOK_AHEAD)
+        places = places * self.share.ranks + self.share.rank
+        source, count = self.source, len(self.numbers)
+        numbers = self.numbers[shuffled(places, count, source.seed, source.number)]
+        columns = (numbers, *self.documents.sizes_of(numbers))
+        self._ahead = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._first = self.position
 
     def peek(self) -> tuple[int, int]:
-        tokens, placeholders = self.documents.size(self._number())
+        _, tokens, placeholders = self._current()
         # A range of a cut document also gets the token that begins a document.
         return tokens - self.offset + (not self.whole), placeholders
 
     def take(self, room: int) -> Segment:
-        number, start = self._number(), self.offset
-        tokens, _ = self.documents.size(number)
+        number, tokens, _ = self._current()
+        start = self.offset
         stop = tokens if self.whole else min(tokens, start + room - 1)
         self.taken += stop - start
         self.offset = stop
@@ -305,10 +321,3 @@ def read_lines(path: Path) -> Iterator[Any]:
     if json.loads(last) != {"lines": len(lines)}:
         raise ValueError(f"{path.name} is not what was written")
     return map(json.loads, lines)
-
-
-def map_array(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Map a file into memory as a one-dimensional array."""
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")

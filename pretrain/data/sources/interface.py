@@ -23,6 +23,7 @@ from pretrain.data.interface import RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
+from pretrain.data.sources.order import Integers
 
 
 class Record(Protocol):
@@ -156,8 +157,8 @@ class Documents(ABC):
         """A cursor at the first document of a split, over every ``share.ranks``-th document."""
 
     @abstractmethod
-    def size(self, number: int) -> tuple[int, int]:
-        """(tokens, image placeholders among them) of a document."""
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Tokens, and image placeholders among them, of documents; both int64 [n]."""
 
     @abstractmethod
     def document(self, segment: Segment) -> Document | Skip:

@@ -9,7 +9,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.cache import Progress, Stamp, cached, siblings
+from pretrain.data.cache import Progress, Stamp, cached, map_array, siblings
 from pretrain.data.composer import Composer
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.indexed import (
@@ -17,10 +17,10 @@ from pretrain.data.sources.indexed import (
     IndexedFile,
     IndexedSource,
     R,
-    map_array,
     read_index,
     write_index,
 )
+from pretrain.data.sources.order import Integers
 
 Encoded = tuple[int, tuple[npt.ArrayLike, ...]]
 """A document: the hash of its content, and its values in each column."""
@@ -32,9 +32,9 @@ class TokenDocuments(IndexedDocuments):
 
     tokens: npt.NDArray[Any]
 
-    def size(self, number: int) -> tuple[int, int]:
-        tokens = self.extent(number)
-        return tokens.stop - tokens.start, 0
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        before = np.where(numbers > 0, self.ends[numbers - 1], 0)
+        return self.ends[numbers] - before, np.zeros_like(numbers)
 
 
 Columns = Mapping[str, npt.DTypeLike]
@@ -69,7 +69,7 @@ def index_tokens(
         mapped = {column: map_array(folder / column, columns[column]) for column in columns}
         if any(len(values) != (ends[-1] if len(ends) else 0) for values in mapped.values()):
             raise ValueError("tokens are not what was written")
-        return make(source, composer, hashes, ends, files, **mapped)
+        return make(source, composer, hashes, ends, files, **mapped, index=folder.name)
 
     def build(partial: Path) -> None:
         earlier = next(siblings(folder, load), None)

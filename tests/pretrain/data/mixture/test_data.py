@@ -86,9 +86,9 @@ def test_every_epoch_reads_every_training_document_once(folder: Path) -> None:
             whole: list[int] = []
             while len(whole) < documents.count("train"):
                 segment = cursor.take(LENGTH)
-                if segment.stop == documents.size(segment.number)[0]:
+                if segment.stop == documents.sizes_of(np.array([segment.number]))[0][0]:
                     whole.append(segment.number)
-            assert sorted(whole) == documents.numbers["train"].tolist()
+            assert sorted(whole) == list(documents.numbers["train"])
             epochs.append(whole)
         assert epochs[0] != epochs[1]
 
@@ -100,7 +100,7 @@ def test_cursors_of_all_ranks_read_every_document_once(data: MixtureData) -> Non
     while len(seen) < text.count("train"):
         cursor = cursors[len(seen) % 3]
         seen.append(cursor.take(10**6).number)
-    assert sorted(seen) == text.numbers["train"].tolist()
+    assert sorted(seen) == list(text.numbers["train"])
 
 
 @settings(deadline=None, max_examples=20)

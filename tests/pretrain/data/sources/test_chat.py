@@ -116,7 +116,7 @@ def test_every_epoch_reads_every_conversation_once(data: MixtureData) -> None:
     (cursor,) = data._stream("train").cursors
     count = documents.count("train")
     epochs = [[cursor.take(LENGTH).number for _ in range(count)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == documents.numbers["train"].tolist()
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(documents.numbers["train"])
     assert epochs[0] != epochs[1]
 
 

@@ -47,7 +47,7 @@ def all_of(data: MixtureData) -> list[Any]:
     content: list[Any] = [sorted(data._skips)]
     for documents in data._documents:
         fields = {f.name: getattr(documents, f.name) for f in dataclasses.fields(documents)}
-        for name in ("source", "composer", "cached"):
+        for name in ("source", "composer", "cached", "index"):
             del fields[name]
         # Inodes and times of files are not content.
         content.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
