@@ -40,6 +40,9 @@ class MuonParam(NamedTuple):
         group: the options.
         shape: of the whole parameter.
         seed: for stochastic rounding.
+        is_sharded: whether the owners of its matrices keep the state (``shard_state``):
+            ``momentum_buffer`` and ``master`` are then ``ShardedState``.
+        master: the master copy, if ``is_sharded`` and there is one.
     """
 
     param: Tensor
@@ -50,6 +53,8 @@ class MuonParam(NamedTuple):
     group: dict[str, Any]
     shape: tuple[int, ...]
     seed: tuple[int, ...]
+    is_sharded: bool = False
+    master: Tensor | None = None
 
     @property
     def layout(self) -> MatrixLayout:
@@ -87,7 +92,9 @@ class MuonParam(NamedTuple):
             local=local,
             to_update=local if self.to_update is self.local else view(self.to_update),
             gradient=view(self.gradient),
-            momentum_buffer=view(self.momentum_buffer),
+            momentum_buffer=(
+                self.momentum_buffer if self.is_sharded else view(self.momentum_buffer)
+            ),
             seed=(*self.seed, first),
         )
 

@@ -13,8 +13,22 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from muonclip import saved_state, validation
 from muonclip.adamw import AdamWParam, adamw_step
 from muonclip.distributed.groups import ConnectedRanks, groups_of
-from muonclip.distributed.muon import DistributedMuon
-from muonclip.distributed.sharding import Sharding, local_gradient, local_tensor
+from muonclip.distributed.muon import DistributedMuon, SharedParam
+from muonclip.distributed.owners import StateOwners
+from muonclip.distributed.sharded_state import (
+    ShardedState,
+    StateLayout,
+    flat_range,
+    local_values,
+    write_flat,
+)
+from muonclip.distributed.sharding import (
+    Sharding,
+    is_dtensor,
+    local_gradient,
+    local_shard,
+    local_tensor,
+)
 from muonclip.labels import label
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import MuonParam, step_local
@@ -113,6 +127,13 @@ class MuonClip(Optimizer):
         process_group: ranks that have copies of the plain tensors and have reduced their gradients
             (DDP); each then orthogonalizes a share of the matrices. Default: each does all.
         shardings: a ``Sharding`` for each plain tensor that is a shard of a larger one.
+        shard_state: store the state of a parameter of which several ranks have a copy, or the same
+            shard, only once: momentum and master copy of a matrix on the rank that orthogonalizes
+            it, AdamW's state in equal parts on these ranks (ZeRO, arXiv 1910.02054, stage 1). The
+            weights are those of a run without it, to rounding. With FSDP2 without replicas, no two
+            ranks have the same state: it is sharded anyway, and stays where it is. Entries of the
+            state, and ``parameter.main_param``, are ``ShardedState``; save them with
+            ``full_state_dict`` or ``torch.distributed.checkpoint``.
 
     Each option above ``process_group`` may be set per group, and overrides the constructor's;
     ``capturable`` and ``nonfinite`` must be the same in all groups.
@@ -155,6 +176,7 @@ class MuonClip(Optimizer):
         maximize: bool = False,
         process_group: "dist.ProcessGroup | None" = None,
         shardings: Mapping[Tensor, Sharding] | None = None,
+        shard_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -186,6 +208,7 @@ class MuonClip(Optimizer):
         validation.check_process_group(process_group)
         self.process_group = process_group
         self.shardings = dict(shardings or {})
+        self.shard_state = shard_state
         self.skipped_steps: int | Tensor = 0
         self._reset()
         super().__init__(params, defaults)
@@ -200,6 +223,7 @@ class MuonClip(Optimizer):
         self._groups: list[dist.ProcessGroup] | None = None
         self._connected: ConnectedRanks | None = None
         self._distributed_muon: DistributedMuon | None = None
+        self._owners: StateOwners | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; two groups, if it has parameters for Muon and for AdamW.
@@ -292,17 +316,16 @@ class MuonClip(Optimizer):
         if self._pending_error is not None:
             pending, self._pending_error = self._pending_error, None
             pending.raise_if_found()
-        muon: list[MuonParam] = []
-        adamw: list[tuple[dict[str, Any], list[Tensor]]] = []
+        work: _Work = []
         error: Exception | None = None
         try:
             self._check_step()
-            muon, adamw = self._work()
+            work = self._work()
         except (RuntimeError, TypeError, ValueError) as exception:
             error = exception  # raised once the other ranks know it
-        if not muon and not adamw and error is None:
+        if not work and error is None:
             self._warn_without_gradients()
-        flags = self._exchange_flags(muon, error)
+        flags = self._exchange_flags(work, error)
         if flags.error is not None:
             raise error or RuntimeError(
                 f"another rank refused this step before anything was updated: {flags.error}"
@@ -323,43 +346,62 @@ class MuonClip(Optimizer):
                     raise RuntimeError(self._describe_nonfinite())
                 return loss
             found_inf = None
+        muon = self._muon_params(work)
         for group in self.param_groups:
             group["updates"] += 1
-        self._step_muon(muon, found_inf)
-        for group, params in adamw:
-            self._step_adamw(group, params, found_inf)
+        self._step_muon(muon, work, found_inf)
+        for group, params in work:
+            if group["algorithm"] == "adamw":
+                self._step_adamw(group, params, found_inf)
+        if self._owners is not None:
+            self._owners.gather(self._sharded_adamw(work))
         return loss
 
-    def _step_muon(self, params: list[MuonParam], found_inf: Tensor | None) -> None:
+    def _step_muon(self, params: list[MuonParam], work: "_Work", found_inf: Tensor | None) -> None:
         if self._connected is None:
             step_local(params, found_inf)
             return
         assert self._groups is not None
-        if self._distributed_muon is None or not self._distributed_muon.matches(params):
-            self._distributed_muon = DistributedMuon(
-                params, self._groups, self._connected, self.process_group, self.shardings
+        plan = self._distributed_muon
+        if plan is None or not plan.matches(self._planned(work)):
+            owners = self._owners
+            plan = self._distributed_muon = DistributedMuon(
+                params,
+                self._groups,
+                self._connected,
+                self.process_group,
+                self.shardings,
+                {p.param: owners.owners(p.param) for p in params if owners and p.is_sharded},
+                [
+                    self._shared_param(p, g)
+                    for g, ps in work
+                    for p in self._sharded_adamw([(g, ps)])
+                ],
             )
-        self._distributed_muon.step(params, found_inf)
+        plan.step(params, found_inf)
 
     def _step_adamw(
         self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None
     ) -> None:
-        members, results = [], []
+        rows, results, copies = [], [], []
         for number, param in enumerate(params):
             state = self._state_of(param, group)
-            local = local_tensor(param)
-            to_update = _tensor_to_update(local, state)
-            if not local.numel():
-                # Empty shards count, too: a checkpoint keeps one rank's step for all.
+            parts = self._adamw_parts(param, state)
+            if not parts:
+                # Parameters without elements here count, too: a checkpoint keeps one rank's step.
                 state["step"] += 1 if found_inf is None else 1 - found_inf
-                continue
-            if rounds_stochastically(group, param):
-                to_update = to_update.float()
-            moments = (local_tensor(state[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
-            members.append(AdamWParam(to_update, local_gradient(param), *moments))
-            results.append((to_update, local, (group["updates"], number)))
+            for index, (start, local, to_update, gradient, average, square) in enumerate(parts):
+                if rounds_stochastically(group, param):
+                    to_update = to_update.float()
+                step = state["step"].clone() if index else state["step"]
+                rows.append(AdamWParam(to_update, gradient, average, square, step))
+                results.append(
+                    (to_update, local, (group["updates"], number, start)[: 2 + bool(start)])
+                )
+                if not local_tensor(param).is_contiguous():
+                    copies.append((param, start, local))
         adamw_step(
-            members,
+            rows,
             lr=group["lr"],
             beta1=group["momentum"],
             beta2=group["adamw_beta2"],
@@ -369,60 +411,142 @@ class MuonClip(Optimizer):
             found_inf=found_inf,
         )
         write_back(results, stochastic=group["stochastic_rounding"])
+        for param, start, local in copies:
+            write_flat(local_tensor(param), start, local)
+
+    def _adamw_parts(self, param: Tensor, state: dict[str, Any]) -> "list[_AdamWPart]":
+        """This rank's parts of a parameter of AdamW: its local tensor, or with sharded state the
+        ranges of it that this rank updates."""
+        local, gradient = local_tensor(param), local_gradient(param)
+        moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
+        if self._layout_of(param) is None:
+            if not local.numel():
+                return []
+            to_update = _tensor_to_update(local, state)
+            return [_AdamWPart(0, local, to_update, gradient, *map(local_tensor, moments))]
+        assert self._owners is not None
+        parts = []
+        for index, (start, stop) in enumerate(self._owners.local_ranges(param)):
+            weights = flat_range(local, start, stop)
+            to_update = weights
+            if "master" in state:
+                to_update = state["master"].parts[index]
+                refresh_master(to_update, weights)
+            average, square = (moment.parts[index] for moment in moments)
+            parts.append(
+                _AdamWPart(
+                    start, weights, to_update, flat_range(gradient, start, stop), average, square
+                )
+            )
+        return parts
 
     # ------------------------------------------------------------------ parameters and their state
 
-    def _work(self) -> tuple[list[MuonParam], list[tuple[dict[str, Any], list[Tensor]]]]:
-        """Muon's parameters that have a gradient, and AdamW's by group."""
-        muon: list[MuonParam] = []
-        adamw = []
+    def _work(self) -> "_Work":
+        """Each group that has parameters with a gradient, and these parameters."""
+        work = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            for param in params:
+                local_gradient(param)  # raises an error if it is of no use
+            if params:
+                work.append((group, params))
+        return work
+
+    def _planned(self, work: "_Work") -> list[Tensor]:
+        """The parameters of a step that ranks share work for: Muon's, then AdamW's."""
+        muon = [p for group, params in work if group["algorithm"] == "muon" for p in params]
+        return [*muon, *self._sharded_adamw(work)]
+
+    def _sharded_adamw(self, work: "_Work") -> list[Tensor]:
+        """AdamW's parameters with sharded state."""
+        return [
+            param
+            for group, params in work
+            if group["algorithm"] == "adamw"
+            for param in params
+            if self._layout_of(param) is not None
+        ]
+
+    def _muon_params(self, work: "_Work") -> list[MuonParam]:
+        muon: list[MuonParam] = []
+        for group, params in work:
             if group["algorithm"] == "muon":
                 muon += [self._muon_param(p, group, len(muon) + i) for i, p in enumerate(params)]
-            elif params:
-                adamw.append((group, params))
-        return muon, adamw
+        return muon
 
     def _muon_param(self, param: Tensor, group: dict[str, Any], number: int) -> MuonParam:
         state = self._state_of(param, group)
         local = local_tensor(param)
-        to_update = _tensor_to_update(local, state)
+        is_sharded = self._layout_of(param) is not None
+        master = state.get("master") if is_sharded else None
+        to_update = local if is_sharded else _tensor_to_update(local, state)
         gradient = local_gradient(param)
         if group["maximize"]:
             gradient = -gradient
-        if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
+        # The owner of a sharded master copy adds the decay itself.
+        if group["weight_decay_mode"] == "l2" and group["weight_decay"] and master is None:
             gradient = gradient.to(to_update.dtype).add(to_update, alpha=group["weight_decay"])
+        momentum = state["momentum_buffer"]
         return MuonParam(
-            param, local, to_update, gradient, local_tensor(state["momentum_buffer"]), group,
-            self._whole_shape(param), (group["updates"], number),
+            param, local, to_update, gradient, momentum if is_sharded else local_tensor(momentum),
+            group, self._whole_shape(param), (group["updates"], number), is_sharded, master,
         )  # fmt: skip
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state, on its device; created if missing."""
+        """A parameter's state, on its device; created if missing.
+
+        To create a sharded master copy is a collective call of the ranks that share the parameter.
+        """
         state: dict[str, Any] = self.state[param]
-        device = local_tensor(param).device
+        local, layout = local_tensor(param), self._layout_of(param)
         for name, value in list(state.items()):
             # The model was moved, or the step was loaded from a file.
-            if local_tensor(value).device != device:
-                state[name] = value.to(device)
+            if local_tensor(value).device != local.device:
+                state[name] = value.to(local.device)
                 if name == "master":
                     set_master(param, state, state[name])
         master_needed = needs_master(group, param)
         if master_needed and "master" not in state:
-            set_master(param, state, param.detach().to(torch.float32, copy=True))
+            if layout is None:
+                set_master(param, state, param.detach().to(torch.float32, copy=True))
+            else:
+                assert self._owners is not None
+                shared, wide = self._shared_param(param, group), local.detach().float()
+                set_master(param, state, self._owners.collect(shared, wide))
         elif not master_needed and "master" in state:  # the model was converted
             set_master(param, state, None)
         if state.keys() <= {"master"}:
             dtype = moment_dtype(group, param)
+
+            def zeros() -> Tensor:
+                if layout is None:
+                    return torch.zeros_like(param, dtype=dtype)
+                return layout.zeros(dtype, local.device)
+
             if group["algorithm"] == "muon":
-                state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+                state["momentum_buffer"] = zeros()
             else:
                 # Where torch's fused AdamW reads it: on the device, so that nothing waits.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+                state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
         return state
+
+    def _layout_of(self, param: Tensor) -> StateLayout | None:
+        """The parts of the parameter's state on this rank; None if its state is not sharded."""
+        return None if self._owners is None else self._owners.layout(param)
+
+    def _shared_param(self, param: Tensor, group: dict[str, Any]) -> SharedParam:
+        return SharedParam(param, group, self._whole_shape(param))
+
+    def create_state(self) -> None:
+        """Create the state of every trainable parameter that has none, as before its first step.
+
+        For checkpoints that are loaded into the tensors of ``named_state``. With ``shard_state``, a
+        collective call of all ranks that share parameters.
+        """
+        self._connect()
+        self._complete_state()
 
     def _complete_state(self) -> None:
         """Create the state of every trainable parameter that has none."""
@@ -469,7 +593,30 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ agreement of the ranks
 
-    def _exchange_flags(self, muon: list[MuonParam], error: Exception | None) -> "_Flags":
+    def _connect(self) -> None:
+        """Find the ranks that share parameters, and assign owners to the state.
+
+        A collective call of these ranks, after the parameters have changed.
+        """
+        if self._groups is not None:
+            return
+        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
+        connected = ConnectedRanks(groups) if groups else None
+        if self.shard_state and connected is not None:
+            if self._owners is None:
+                self._owners = StateOwners(self.process_group, self.shardings)
+            shared = [self._shared_param(p, group) for p, group in members]
+            self._owners.add(shared, groups, connected)
+        elif self.shard_state and members:
+            warnings.warn(
+                "shard_state=True has no effect: no ranks have copies of these parameters. Pass "
+                "process_group, the ranks of DDP, or leave shard_state out",
+                stacklevel=6,
+            )
+        self._groups, self._connected, self._distributed_muon = groups, connected, None
+
+    def _exchange_flags(self, work: "_Work", error: Exception | None) -> "_Flags":
         """The flags of this step, the same on all ranks that must take it together.
 
         Flags on an accelerator are read on the host only if the step waits for it anyway, to plan
@@ -479,11 +626,7 @@ class MuonClip(Optimizer):
         is_first = not any(group["updates"] for group in self.param_groups)
         is_update = not is_first or any(may_be_nonzero(g["lr"]) for g in self.param_groups)
         message = None if error is None else str(error)
-        if self._groups is None:  # those in which this rank shares parameters with others
-            params = [p for group in self.param_groups for p in group["params"]]
-            self._groups = groups_of(params, self.process_group, self.shardings)
-            self._connected = ConnectedRanks(self._groups) if self._groups else None
-            self._distributed_muon = None
+        self._connect()
         if ignore and is_update and not (is_first and self._groups):
             return _Flags(None, message, only_creates_state=False)
         gradients = self._local_gradients() if error is None else {}
@@ -495,7 +638,7 @@ class MuonClip(Optimizer):
                 found_inf = torch.maximum(found_inf, _any_nonfinite(tensors).to(device))
         if self._connected is not None:
             plan = self._distributed_muon
-            replan = plan is not None and not plan.matches(muon)
+            replan = plan is not None and not plan.matches(self._planned(work))
             known = (error is not None, bool(changes), replan)
             flags = torch.stack([found_inf, *(torch.full_like(found_inf, flag) for flag in known)])
             flags = self._connected.largest(flags)
@@ -569,8 +712,8 @@ class MuonClip(Optimizer):
         present = {id(p) for group in self.param_groups for p in group["params"]}
         replaced = [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]
         for p in replaced:
-            moments = [local_tensor(v) for name, v in self.state[p].items() if name != "master"]
-            if any(moment.any() for moment in moments):
+            moments = [v for name, v in self.state[p].items() if name != "master"]
+            if any(values.any() for moment in moments for values in local_values(moment)):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was replaced in the optimizer's groups "
                     "after training began, and its momentum belongs to no other: construct an "
@@ -599,12 +742,13 @@ class MuonClip(Optimizer):
         matched: dict[str, Any] = {}
 
         def match(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            matched.update(saved_state.match(optimizer.param_groups, state_dict))
+            matched.update(saved_state.match(optimizer.param_groups, state_dict, self._fit))
             for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
                 self._complete_options(saved, group)
             return matched
 
         # As the last pre-hook, so that it sees what the user's own pre-hooks made of the state.
+        self._connect_for_state()
         handle = self.register_load_state_dict_pre_hook(match)
         try:
             super().load_state_dict(state_dict)
@@ -641,9 +785,86 @@ class MuonClip(Optimizer):
                 state[name] = value.to(device=param.device, dtype=dtype, copy=True)
         if not needs_master(group, param):
             set_master(param, state, None)
+        elif "master" not in saved and self._layout_of(param) is not None:
+            set_master(param, state, None)  # created by the next step, on its owner
         elif state:
             master = saved.get("master", param.detach())
             set_master(param, state, master.to(device=param.device, dtype=torch.float32, copy=True))
+
+    def _connect_for_state(self) -> None:
+        """Assign owners to the state before it is loaded; collective with ``shard_state``."""
+        if self.shard_state:
+            self._connect()
+
+    def _fit(
+        self, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Saved entries of a parameter's state, as this optimizer stores them.
+
+        A collective call of the ranks that share the parameter, if it was saved in parts.
+        """
+        return {
+            name: self._fit_tensor(param, dict(group), value)
+            if isinstance(value, Tensor) and name != "step"
+            else value
+            for name, value in entries.items()
+        }
+
+    def _fit_tensor(self, param: Tensor, group: dict[str, Any], value: Tensor) -> Tensor:
+        layout, shape = self._layout_of(param), self._whole_shape(param)
+        if isinstance(value, ShardedState):
+            if value.state_layout is layout:
+                return value
+            value = value.full_tensor()
+            if layout is None and is_dtensor(param):
+                local = value[local_shard(param).slices]
+                return type(param.data).from_local(
+                    local, param.device_mesh, param.placements, shape=shape, stride=value.stride()
+                )
+        elif layout is not None and is_dtensor(value):
+            value = value.full_tensor()
+        is_whole = tuple(value.shape) == shape
+        if layout is not None and is_whole:
+            return layout.select(value)
+        if layout is not None and value.shape == param.shape:  # this rank's shard
+            assert self._owners is not None
+            return self._owners.collect(self._shared_param(param, group), value)
+        if is_whole and param in self.shardings:
+            return value[self.shardings[param].local.slices]
+        return value
+
+    @torch.no_grad()
+    def full_state_dict(self, rank: int | None = 0) -> dict[str, Any]:
+        """``state_dict`` with whole tensors on the CPU, to be saved in one file.
+
+        A collective call of all ranks. It can be loaded by ``load_state_dict`` of any MuonClip with
+        the same parameters, with or without ``shard_state``, at any number of ranks. One tensor at
+        a time is whole on the ranks that share its parameter.
+
+        Args:
+            rank: the global rank that needs it; None: all ranks.
+
+        Returns:
+            The state dict, for the parameters that the rank has; empty on other ranks.
+        """
+        saved = self.state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        is_needed = rank is None or not self._groups or torch.distributed.get_rank() == rank
+        state: dict[Any, dict[str, Any]] = {}
+        for key, entries in saved["state"].items():
+            whole = {name: self._whole(params[key], value) for name, value in entries.items()}
+            if is_needed:
+                state[key] = {name: value.cpu() for name, value in whole.items()}
+        return {**saved, "state": state} if is_needed else {}
+
+    def _whole(self, param: Tensor, value: Tensor) -> Tensor:
+        """A whole tensor of state. A collective call of the ranks that share the parameter."""
+        if isinstance(value, ShardedState) or is_dtensor(value):
+            return value.full_tensor()
+        sharding = self.shardings.get(param)
+        if sharding is None or value.shape != param.shape:  # whole already, or a step
+            return value
+        return sharding.gather_whole(value)
 
     def named_state(
         self, named_parameters: Iterable[tuple[str, Tensor]]
@@ -659,7 +880,8 @@ class MuonClip(Optimizer):
         Returns:
             Name -> entries: ``momentum_buffer`` (Muon), or ``step``, ``exp_avg`` and ``exp_avg_sq``
             (AdamW); and ``master``, if the parameter has a master copy. Empty for a parameter
-            without state.
+            without state. With ``shard_state``, tensors of a parameter of which several ranks have
+            copies are ``ShardedState``: ``pieces()`` yields what this rank stores.
         """
         return {name: dict(self.state.get(param, {})) for name, param in named_parameters}
 
@@ -681,13 +903,17 @@ class MuonClip(Optimizer):
             ValueError: for a name or an entry that does not belong to a parameter; nothing is
                 loaded then.
         """
+        self._connect_for_state()
         params = dict(named_parameters)
-        algorithms = {p: group["algorithm"] for group in self.param_groups for p in group["params"]}
-        if unknown := {name for name in state if params.get(name) not in algorithms}:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        if unknown := {name for name in state if params.get(name) not in groups}:
             raise ValueError(f"the optimizer has no parameter {min(unknown)!r}")
         checked = {
             name: saved_state.check_entries(
-                entries, f"parameter {name!r}", params[name], algorithms[params[name]]
+                self._fit(params[name], groups[params[name]], entries),
+                f"parameter {name!r}",
+                params[name],
+                groups[params[name]]["algorithm"],
             )
             for name, entries in state.items()
             if entries
@@ -699,12 +925,12 @@ class MuonClip(Optimizer):
             set_master(params[name], entries, entries.get("master"))
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.shardings or self.process_group is not None:
+        if self.shardings or self.process_group is not None or self._owners is not None:
             raise TypeError(
                 "an optimizer that shares work over a process group cannot be copied or pickled: "
                 "save its state_dict() and construct a new one"
             )
-        copied = ("process_group", "shardings", "skipped_steps")
+        copied = ("process_group", "shardings", "shard_state", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in copied}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -761,6 +987,21 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
     largest = torch._foreach_norm(gradients, float("inf"))
     return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
+
+
+# Groups that have parameters with a gradient, and these parameters.
+_Work = list[tuple[dict[str, Any], list[Tensor]]]
+
+
+class _AdamWPart(NamedTuple):
+    """A part of a parameter of AdamW in a step, which starts at an element of its local tensor."""
+
+    start: int
+    local: Tensor
+    to_update: Tensor
+    gradient: Tensor
+    average: Tensor
+    square: Tensor
 
 
 class _Flags(NamedTuple):

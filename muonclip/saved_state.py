@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from numbers import Real
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from muonclip.distributed.sharded_state import ShardedState
 from muonclip.labels import WRAPPERS, label
 
 _KEYS: dict[str, set[str]] = {
@@ -29,7 +30,11 @@ class _Saved(NamedTuple):
     group: int
 
 
-def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def match(
+    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    fit: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]],
+) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
     They are matched as ``MuonClip.load_state_dict`` describes. A state dict from
@@ -38,6 +43,8 @@ def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) ->
     Args:
         groups: the optimizer's ``param_groups``.
         state_dict: as returned by ``MuonClip.state_dict``, or by a pre-hook. Not changed.
+        fit: returns the saved entries of a parameter, placed as the optimizer stores them, given
+            the parameter, its group and the entries.
 
     Returns:
         A state dict with one entry for each parameter, in the optimizer's order; steps are tensors.
@@ -60,7 +67,8 @@ def match(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) ->
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
                 name = label(group, index)
-                state[key] = check_entries(state[key], name, param, group["algorithm"])
+                entries = fit(param, group, state[key])
+                state[key] = check_entries(entries, name, param, group["algorithm"])
     return {**state_dict, "state": state, "param_groups": matched}
 
 
@@ -184,6 +192,8 @@ def check_entries(
             state[key] = _step(value, name)
         elif not isinstance(value, Tensor):
             raise ValueError(f"{name}: its saved {key} is a {type(value).__name__}, not a tensor")
+        elif isinstance(value, ShardedState):  # has the parameter's layout
+            continue
         elif value.shape != param.shape:
             raise ValueError(
                 f"{name} has shape {tuple(param.shape)}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from muonclip.distributed.exchange import BucketExchange
 from muonclip.distributed.groups import ConnectedRanks, group_of, order_of
-from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets, make_units
+from muonclip.distributed.plan import Bucket, WorkUnit, assign_owners, make_buckets, make_units
+from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
 from muonclip.labels import label_of
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import (
     MuonParam,
     apply_updates,
@@ -22,9 +25,22 @@ from muonclip.muon import (
     step_local,
     update_momenta,
 )
+from muonclip.precision import refresh_master
 
 # About this many elements of whole parameters per rank are in a bucket.
 BUCKET_ELEMENTS = 2**24
+
+
+class SharedParam(NamedTuple):
+    """A parameter, its group, and the shape of the whole parameter."""
+
+    param: Tensor
+    group: dict[str, Any]
+    shape: tuple[int, ...]
+
+    @property
+    def layout(self) -> MatrixLayout:
+        return self.group["layout"] or WHOLE
 
 
 class DistributedMuon:
@@ -42,6 +58,9 @@ class DistributedMuon:
         connected: the ranks that ``groups`` connect.
         process_group: ranks that have copies of the plain tensors without a sharding, or None.
         shardings: of plain tensors that are shards.
+        owners: the owner of each unit of the parameters whose state the owners keep
+            (``shard_state``); those of other parameters are chosen here.
+        others: parameters of AdamW in the step whose state is sharded.
 
     Raises:
         ValueError: on all ranks of ``connected``, if the ranks of a group have gradients for
@@ -55,15 +74,17 @@ class DistributedMuon:
         connected: ConnectedRanks,
         process_group: dist.ProcessGroup | None,
         shardings: Mapping[Tensor, Sharding],
+        owners: Mapping[Tensor, Sequence[int]],
+        others: Sequence[SharedParam],
     ) -> None:
-        self._params = [param.param for param in params]
-        all_shardings = _all_shardings(params, groups, connected, process_group, shardings)
+        listed = [SharedParam(param.param, param.group, param.shape) for param in params]
+        listed += others
+        self._params = [param.param for param in listed]
+        found = all_shardings(listed, groups, connected, process_group, shardings)
         self._local: list[int] = []  # indices of the parameters that need no other rank
-        self._shards: dict[int, TensorShard] = {}
-        shared: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[int]]
-        shared = defaultdict(list)
+        by_kind: dict[_Kind, list[int]] = defaultdict(list)
         for index, param in enumerate(params):
-            sharding = all_shardings.get(index)
+            sharding = found.get(index)
             # This rank can orthogonalize what it has alone, and no other rank has it.
             if (
                 sharding is None
@@ -71,89 +92,231 @@ class DistributedMuon:
                 or (sharding.has_whole_matrices and param.num_slices == param.shape[0])
             ):
                 self._local.append(index)
-                continue
-            self._shards[index] = sharding.local
-            key = (id(sharding.group), param.update_dtype, param.ns_dtype, param.local.device)
-            shared[key].append(index)
-        self._exchanges: list[BucketExchange] = []
+            else:
+                by_kind[_Kind.of(param, sharding.group)].append(index)
+        self._work: list[_Work] = []
         groups_by_id = {id(group): group for group in groups}
         # Ranks meet in several groups, and must come to them in the same order.
-        for key in sorted(shared, key=lambda key: (order_of(groups_by_id[key[0]]), str(key[1:]))):
-            group = groups_by_id[key[0]]
+        for kind in sorted(
+            by_kind, key=lambda kind: (order_of(groups_by_id[kind[0]]), str(kind[1:]))
+        ):
+            group = groups_by_id[kind.group]
             size = dist.get_world_size(group)
-            units = [
-                unit
-                for index in shared[key]
-                for unit in make_units(
-                    index,
-                    all_shardings[index].shape,
-                    all_shardings[index].shards,
-                    min(size, params[index].num_slices),
-                    _cost(params[index]),
-                )
-            ]
-            owners = assign_owners(units, size)
-            for bucket in make_buckets(units, owners, BUCKET_ELEMENTS * size):
-                self._exchanges.append(BucketExchange(bucket, group, *key[1:]))
+            indices = by_kind[kind]
+            units = [u for i in indices for u in make_param_units(i, listed[i], found[i])]
+            if kind.is_sharded:
+                unit_owners = [owner for i in indices for owner in owners[params[i].param]]
+            else:
+                unit_owners = assign_owners(units, size)
+            shards = {index: found[index].local for index in indices}
+            for bucket in make_buckets(units, unit_owners, BUCKET_ELEMENTS * size):
+                work = _OwnersWork if kind.is_sharded else _Work
+                self._work.append(work(bucket, group, kind, shards))
 
-    def matches(self, params: Sequence[MuonParam]) -> bool:
-        """Whether the plan was made for these parameters."""
+    def matches(self, params: Sequence[Tensor]) -> bool:
+        """Whether the plan was made for these parameters of Muon, and ``others``."""
         return len(params) == len(self._params) and all(
-            param.param is planned for param, planned in zip(params, self._params, strict=True)
+            param is planned for param, planned in zip(params, self._params, strict=True)
         )
 
     def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Update the parameters. A collective call of all ranks that share any of them."""
-        exchanges = self._exchanges
-        if exchanges:
-            self._send(exchanges[0], params, found_inf)
+        work = self._work
+        if work:
+            work[0].send(params, found_inf)
         step_local([params[index] for index in self._local], found_inf)
-        for number, exchange in enumerate(exchanges):
-            if number + 1 < len(exchanges):
-                self._send(exchanges[number + 1], params, found_inf)
-            self._orthogonalize(exchange, params)
+        for number, current in enumerate(work):
+            if number + 1 < len(work):
+                work[number + 1].send(params, found_inf)
+            current.orthogonalize(params, found_inf)
             if number:
-                self._apply(exchanges[number - 1], params, found_inf)
-        if exchanges:
-            self._apply(exchanges[-1], params, found_inf)
+                work[number - 1].apply(params, found_inf)
+        if work:
+            work[-1].apply(params, found_inf)
 
-    def _shard_of(self, unit: WorkUnit, param: MuonParam, rank: int) -> MuonParam:
+
+class _Kind(NamedTuple):
+    """Parameters that may travel together."""
+
+    group: int  # its id
+    is_sharded: bool
+    has_master: bool
+    send_dtype: torch.dtype
+    return_dtype: torch.dtype
+    update_dtype: torch.dtype
+    ns_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, param: MuonParam, group: dist.ProcessGroup) -> _Kind:
+        has_master = param.is_sharded and param.master is not None
+        return cls(
+            id(group),
+            param.is_sharded,
+            has_master,
+            # Updates, or gradients for an owner that keeps the momentum.
+            param.gradient.dtype if param.is_sharded else param.update_dtype,
+            # Updates, or weights of an owner that keeps the master copy.
+            param.local.dtype if has_master else param.ns_dtype,
+            param.update_dtype,
+            param.ns_dtype,
+            param.local.dtype if param.is_sharded else param.update_dtype,
+            param.local.device,
+        )
+
+
+class _Work:
+    """The units of one bucket, whose momentum is with the ranks that have their shards.
+
+    Args:
+        bucket: the units and their owners.
+        group, kind: of their parameters.
+        shards: this rank's shard of each parameter, by its index in the step.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        group: dist.ProcessGroup,
+        kind: _Kind,
+        shards: Mapping[int, TensorShard],
+    ) -> None:
+        self._kind, self._shards = kind, shards
+        self._exchange = BucketExchange(
+            bucket, group, kind.send_dtype, kind.return_dtype, kind.device
+        )
+
+    def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        """Start sending this rank's shards to the owners."""
+
+        def shards(units: Sequence[WorkUnit]) -> list[MuonParam]:
+            return [self._shard_of(unit, params[unit.index]) for unit in units]
+
+        # All copies of a shard keep the momentum; one of them sends it.
+        update_momenta(shards(self._exchange.unsent), found_inf)
+        self._exchange.send(lambda units: pre_orthogonalize(shards(units), found_inf))
+
+    def orthogonalize(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        """Orthogonalize the units that this rank owns, and start sending the results back."""
+        updates = self._exchange.receive()
+        owned = [params[unit.index] for unit in self._exchange.owned]
+        self._exchange.send_back(orthogonalize_updates(owned, updates))
+
+    def apply(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        """Update this rank's shards of the weights."""
+        results = self._exchange.receive_back()
+        shards = [self._shard_of(unit, params[unit.index]) for unit, _ in results]
+        apply_updates(shards, [update for _, update in results], found_inf)
+
+    def _shard_of(self, unit: WorkUnit, param: MuonParam) -> MuonParam:
         """A unit's part of this rank's shard of a parameter."""
-        shard = unit.shard_of(rank)
+        shard = unit.shard_of(self._exchange.rank)
         start = unit.first + shard.offsets[0] - self._shards[unit.index].offsets[0]
         return param.narrow(start, shard.sizes[0], unit.first)
 
-    def _send(
-        self, exchange: BucketExchange, params: Sequence[MuonParam], found_inf: Tensor | None
+
+class _OwnersWork(_Work):
+    """The units of one bucket, whose momentum and master copy are with their owners.
+
+    Gradients travel to the owners, and rounded weights back; updates, without a master copy.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        group: dist.ProcessGroup,
+        kind: _Kind,
+        shards: Mapping[int, TensorShard],
     ) -> None:
+        super().__init__(bucket, group, kind, shards)
+        self._weights: BucketExchange | None = None
+        if kind.has_master:  # owners compare it with the weights, which others may have written to
+            dtype = kind.weight_dtype
+            self._weights = BucketExchange(bucket, group, dtype, dtype, kind.device)
+
+    def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         def shards(units: Sequence[WorkUnit]) -> list[MuonParam]:
-            return [self._shard_of(unit, params[unit.index], exchange.rank) for unit in units]
+            return [self._shard_of(unit, params[unit.index]) for unit in units]
 
-        # All copies of a shard keep the momentum; one of them sends it.
-        update_momenta(shards(exchange.unsent), found_inf)
-        exchange.send(lambda units: pre_orthogonalize(shards(units), found_inf))
+        self._exchange.send(lambda units: [shard.gradient for shard in shards(units)])
+        if self._weights is not None:
+            self._weights.send(lambda units: [shard.local for shard in shards(units)])
 
-    def _orthogonalize(self, exchange: BucketExchange, params: Sequence[MuonParam]) -> None:
-        updates = exchange.receive()
-        owned = [params[unit.index] for unit in exchange.owned]
-        exchange.send_back(orthogonalize_updates(owned, updates))
+    def orthogonalize(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        gradients = self._exchange.receive()
+        weights = gradients if self._weights is None else self._weights.receive()
+        owned = [
+            _owned(unit, params[unit.index], gradient, weight)
+            for unit, gradient, weight in zip(self._exchange.owned, gradients, weights, strict=True)
+        ]
+        results = orthogonalize_updates(owned, pre_orthogonalize(owned, found_inf))
+        if self._kind.has_master:
+            apply_updates(owned, results, found_inf)
+            results = [param.local for param in owned]
+        self._exchange.send_back(results)
 
-    def _apply(
-        self, exchange: BucketExchange, params: Sequence[MuonParam], found_inf: Tensor | None
-    ) -> None:
-        results = exchange.receive_back()
-        shards = [self._shard_of(unit, params[unit.index], exchange.rank) for unit, _ in results]
-        apply_updates(shards, [update for _, update in results], found_inf)
+    def apply(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        if not self._kind.has_master:
+            super().apply(params, found_inf)
+            return
+        for unit, weights in self._exchange.receive_back():
+            self._shard_of(unit, params[unit.index]).local.copy_(weights)
 
 
-def _all_shardings(
-    params: Sequence[MuonParam],
+def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -> MuonParam:
+    """A unit on its owner, whose state it has.
+
+    Args:
+        gradient, weight: of the whole unit; without a master copy, the weight is not read.
+    """
+    momentum = _part(param.momentum_buffer, unit)
+    if param.master is None:
+        return param._replace(
+            local=gradient, to_update=gradient, gradient=gradient, momentum_buffer=momentum
+        )
+    master = _part(param.master, unit)
+    refresh_master(master, weight)
+    group = param.group
+    if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
+        gradient = gradient.to(master.dtype).add(master, alpha=group["weight_decay"])
+    return param._replace(
+        local=weight,
+        to_update=master,
+        gradient=gradient,
+        momentum_buffer=momentum,
+        seed=(*param.seed, unit.first),
+    )
+
+
+def _part(state: Tensor, unit: WorkUnit) -> Tensor:
+    """The owner's state of a unit."""
+    assert isinstance(state, ShardedState)
+    return next(values for box, values in state.pieces() if box.offsets[0] == unit.first)
+
+
+def make_param_units(index: int, param: SharedParam, sharding: Sharding) -> list[WorkUnit]:
+    """The units of a parameter: slices of a stack, or the whole parameter.
+
+    Args:
+        index: the parameter's number, which the units are given.
+    """
+    count = min(len(sharding.shards), param.layout.slices(param.shape))
+    return make_units(index, sharding.shape, sharding.shards, count, _cost(param))
+
+
+def all_shardings(
+    params: Sequence[SharedParam],
     groups: Sequence[dist.ProcessGroup],
     connected: ConnectedRanks,
     process_group: dist.ProcessGroup | None,
     shardings: Mapping[Tensor, Sharding],
 ) -> dict[int, Sharding]:
-    """The sharding of each parameter that other ranks share, by its index in the step."""
+    """The sharding of each parameter that other ranks share, by its index.
+
+    A collective call of all ranks of ``connected``; arguments and errors are those of
+    ``DistributedMuon``.
+    """
     by_group: dict[int, list[int]] = {id(group): [] for group in groups}
     error: ValueError | None = None
     shards: dict[int, TensorShard] = {}
@@ -188,7 +351,7 @@ def _raise_on_all_ranks(error: ValueError | None, connected: ConnectedRanks) -> 
         raise ValueError(message)
 
 
-def _cost(param: MuonParam) -> float:
+def _cost(param: SharedParam) -> float:
     """Approximate multiply-adds of one Newton-Schulz step of all matrices of a parameter."""
     matrices = param.layout.split(torch.empty(param.shape, device="meta"))
     return float(sum(m.size(0) * min(m.shape[-2:]) ** 2 * sum(m.shape[-2:]) for m in matrices))

@@ -113,6 +113,18 @@ class Sharding:
         """The shard of this process."""
         return self.shards[self.rank]
 
+    def gather_whole(self, local: Tensor) -> Tensor:
+        """The whole of a tensor that is sharded like the parameter. A collective call of the group.
+
+        Args:
+            local: this process's shard.
+        """
+        whole = torch.zeros(self.shape, dtype=local.dtype, device=local.device)
+        if self.shards.index(self.local) == self.rank:  # the first of several copies
+            whole[self.local.slices] = local
+        sum_of_parts(whole, self.group)
+        return whole
+
     @property
     def has_whole_matrices(self) -> bool:
         """Whether every rank has whole matrices [n, m] of a stack, and none that another has."""
@@ -212,3 +224,11 @@ def _chunk(indices: Tensor, count: int, number: int) -> Tensor:
 
 def _description(tensor: DTensor) -> str:
     return f"a DTensor of shape {tuple(tensor.shape)} has placements {tensor.placements}"
+
+
+def sum_of_parts(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """The tensor whose parts ranks have, in place: each element is zero on all of them but one.
+
+    Sums bytes, because a sum of numbers loses the sign of zeros.
+    """
+    dist.all_reduce(tensor.view(-1).view(torch.uint8), group=group)

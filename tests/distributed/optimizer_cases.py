@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from muonclip import MatrixLayout, MuonClip
+from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import local_tensor
 
 # Newton-Schulz in float64: what is left between one process and several is rounding of weights.
@@ -155,7 +156,7 @@ def train_past_a_bad_gradient(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, (DTensor, ShardedState)) else tensor
 
 
 def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:

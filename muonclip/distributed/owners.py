@@ -1,0 +1,262 @@
+"""Which rank stores which part of the optimizer's state, with ``shard_state``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from muonclip.distributed.exchange import BucketExchange
+from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, order_of
+from muonclip.distributed.muon import SharedParam, all_shardings, make_param_units
+from muonclip.distributed.plan import WorkUnit, assign_owners
+from muonclip.distributed.sharded_state import (
+    ShardedState,
+    StateLayout,
+    flat_boxes,
+    flat_range,
+    write_flat,
+)
+from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
+
+# At most this many elements of AdamW's parameters are gathered at once.
+BUCKET_ELEMENTS = 2**26
+
+
+class StateOwners:
+    """Owners of the state of parameters of which several ranks have a copy, or equal shards.
+
+    A matrix, or some slices of a stack, have one owner, which also orthogonalizes them. AdamW's
+    parameters are cut evenly over the ranks that have copies. Owners are a function of the
+    parameters' order, never change, and do not depend on which parameters have gradients.
+
+    Args:
+        process_group: ranks that have copies of the plain tensors without a sharding, or None.
+        shardings: of plain tensors that are shards.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup | None, shardings: Mapping[Tensor, Sharding]
+    ) -> None:
+        self._process_group, self._shardings = process_group, shardings
+        self._known: set[Tensor] = set()
+        self._sharding_of: dict[Tensor, Sharding] = {}
+        self._layouts: dict[Tensor, StateLayout] = {}
+        self._owners: dict[Tensor, tuple[int, ...]] = {}
+        self._ranges: dict[Tensor, list[tuple[int, int]]] = {}
+        self._buckets: list[FlatBucket] = []
+
+    def add(
+        self,
+        params: Sequence[SharedParam],
+        groups: Sequence[dist.ProcessGroup],
+        connected: ConnectedRanks,
+    ) -> None:
+        """Assign owners to the parameters that have none. A collective call of ``connected``.
+
+        Args:
+            params: of the optimizer, in the same order on every rank that shares them.
+            groups: all groups in which this rank shares parameters, sorted by ``order_of``.
+            connected: the ranks that ``groups`` connect.
+        """
+        new = [param for param in params if param.param not in self._known]
+        found = all_shardings(new, groups, connected, self._process_group, self._shardings)
+        # Frozen parameters have no state now: those that are trained are balanced without them.
+        for is_trained in (True, False):
+            indices = [i for i in found if new[i].param.requires_grad == is_trained]
+            replicated = {i: (new[i], found[i]) for i in sorted(indices) if _has_replicas(found[i])}
+            self._assign_matrices(replicated)
+            self._cut_flat(replicated)
+        self._known.update(param.param for param in new)
+
+    def layout(self, param: Tensor) -> StateLayout | None:
+        """The parts of a parameter's state that this rank has; None if it is not sharded here."""
+        return self._layouts.get(param)
+
+    def owners(self, param: Tensor) -> tuple[int, ...]:
+        """The owner of each unit of a parameter of Muon whose state is sharded."""
+        return self._owners[param]
+
+    def local_ranges(self, param: Tensor) -> list[tuple[int, int]]:
+        """The parts of a parameter of AdamW, as ranges of its flat local tensor."""
+        return self._ranges[param]
+
+    def collect(self, param: SharedParam, local: Tensor) -> ShardedState:
+        """The parts of a tensor that this rank stores, given its local shard of the tensor.
+
+        A collective call of the ranks that share the parameter.
+
+        Args:
+            param: a parameter whose state is sharded.
+            local: placed as the parameter is; not changed.
+        """
+        layout, sharding = self._layouts[param.param], self._sharding_of[param.param]
+        if param.param not in self._owners:
+            ranges = self.local_ranges(param.param)
+            parts = [flat_range(local, start, stop).clone() for start, stop in ranges]
+            return ShardedState(layout, parts, local.dtype, local.device)
+        if all(shard.sizes == sharding.shape for shard in sharding.shards):
+            return layout.select(local)
+        units = make_param_units(0, param, sharding)
+        bucket = list(zip(units, self._owners[param.param], strict=True))
+        exchange = BucketExchange(bucket, sharding.group, local.dtype, local.dtype, local.device)
+        first = sharding.local.offsets[0]
+
+        def shard(unit: WorkUnit) -> Tensor:
+            part = unit.shard_of(sharding.rank)
+            return local.narrow(0, unit.first + part.offsets[0] - first, part.sizes[0])
+
+        exchange.send(lambda units: [shard(unit) for unit in units])
+        parts = [received.reshape(-1).clone() for received in exchange.receive()]
+        return ShardedState(layout, parts, local.dtype, local.device)
+
+    def gather(self, params: Iterable[Tensor]) -> None:
+        """Send the new values of AdamW's parameters to the ranks that have copies.
+
+        A collective call of these ranks.
+
+        Args:
+            params: parameters of AdamW that were updated, the same on all ranks that share them.
+        """
+        updated = set(params)
+        for bucket in self._buckets:
+            if any(param in updated for param, _, _ in bucket.entries):
+                bucket.gather()
+
+    def _assign_matrices(self, params: Mapping[int, tuple[SharedParam, Sharding]]) -> None:
+        by_group: dict[int, list[int]] = defaultdict(list)
+        for index, (param, sharding) in params.items():
+            if param.group["algorithm"] == "muon":
+                by_group[id(sharding.group)].append(index)
+        for indices in by_group.values():
+            units = [u for i in indices for u in make_param_units(i, *params[i])]
+            group = params[indices[0]][1].group
+            owned: dict[int, list[tuple[WorkUnit, int]]] = defaultdict(list)
+            for unit, owner in zip(units, assign_owners(units, group.size()), strict=True):
+                owned[unit.index].append((unit, owner))
+            for index, pairs in owned.items():
+                param, sharding = params[index]
+                owners = tuple(owner for _, owner in pairs)
+                parts = tuple(
+                    (TensorShard((unit.first, *(0 for _ in unit.shape[1:])), unit.shape),)
+                    for unit, owner in pairs
+                    if owner == sharding.rank
+                )
+                self._owners[param.param] = owners
+                self._sharding_of[param.param] = sharding
+                self._layouts[param.param] = StateLayout(sharding.shape, sharding.group, parts)
+
+    def _cut_flat(self, params: Mapping[int, tuple[SharedParam, Sharding]]) -> None:
+        by_kind: dict[Any, list[SharedParam]] = defaultdict(list)
+        groups = {id(sharding.group): sharding.group for _, sharding in params.values()}
+        for param, sharding in params.values():
+            if param.group["algorithm"] != "adamw":
+                continue
+            self._sharding_of[param.param] = sharding
+            # Ranks without an element of it, too, because making a group is a collective call.
+            holders = tuple(r for r, s in enumerate(sharding.shards) if s == sharding.local)
+            local = local_tensor(param.param)
+            # Biases of queries and keys are sent once more by QK-Clip: not with whole embeddings.
+            kind = (id(sharding.group), holders, local.dtype, local.device, local.ndim > 1)
+            by_kind[kind].append(param)
+        ordered = sorted(by_kind, key=lambda kind: (order_of(groups[kind[0]]), *map(str, kind[1:])))
+        for kind in ordered:
+            group, holders = groups[kind[0]], kind[1]
+            if len(holders) < group.size():
+                ranks = dist.get_process_group_ranks(group)
+                group = group_of_ranks([ranks[holder] for holder in holders], [group])
+            members = by_kind[kind]
+            parts: dict[Tensor, list[tuple[TensorShard, ...]]] = {p.param: [] for p in members}
+            self._ranges |= {param.param: [] for param in members}
+            for entries in _cut([p.param for p in members], BUCKET_ELEMENTS):
+                bucket = FlatBucket(group, entries)
+                self._buckets.append(bucket)
+                for tensor, start, stop in bucket.local_ranges():
+                    shard = self._sharding_of[tensor].local
+                    self._ranges[tensor].append((start, stop))
+                    boxes = flat_boxes(shard.sizes, start, stop)
+                    parts[tensor].append(tuple(_moved(box, shard.offsets) for box in boxes))
+            for param in members:
+                sharding = self._sharding_of[param.param]
+                self._layouts[param.param] = StateLayout(
+                    sharding.shape, sharding.group, tuple(parts[param.param])
+                )
+
+
+class FlatBucket:
+    """Parameters of AdamW, flat and one after another, cut evenly over ranks that have copies.
+
+    Args:
+        group: these ranks.
+        entries: (parameter, start, stop): a range of its flat local tensor.
+
+    Attributes:
+        entries, group: as given.
+        chunk: number of elements of each rank; the last ranks may have fewer.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, entries: Sequence[tuple[Tensor, int, int]]
+    ) -> None:
+        self.group, self.entries = group, list(entries)
+        total = sum(stop - start for _, start, stop in entries)
+        self.chunk = -(-total // group.size())
+
+    def local_ranges(self) -> Iterator[tuple[Tensor, int, int]]:
+        """The entries and parts of entries that this rank updates."""
+        first = self.group.rank() * self.chunk
+        last, position = first + self.chunk, 0
+        for param, start, stop in self.entries:
+            begin = max(start, start + first - position)
+            end = min(stop, start + last - position)
+            if begin < end:
+                yield param, begin, end
+            position += stop - start
+
+    def gather(self) -> None:
+        """Copy each rank's ranges into the parameters of all. A collective call of the group."""
+        locals_ = [local_tensor(param) for param, _, _ in self.entries]
+        packed = torch.zeros(self.chunk, dtype=locals_[0].dtype, device=locals_[0].device)
+        position = 0
+        for param, start, stop in self.local_ranges():
+            packed[position : position + stop - start] = flat_range(
+                local_tensor(param), start, stop
+            )
+            position += stop - start
+        gathered = packed.new_empty(self.chunk * self.group.size())
+        dist.all_gather_into_tensor(gathered, packed, group=self.group)
+        position = 0
+        for local, (_, start, stop) in zip(locals_, self.entries, strict=True):
+            write_flat(local, start, gathered[position : position + stop - start])
+            position += stop - start
+
+
+def _has_replicas(sharding: Sharding) -> bool:
+    """Whether several ranks have the same elements of a parameter."""
+    shards = [shard for shard in sharding.shards if shard.numel]
+    return len(set(shards)) < len(shards)
+
+
+def _cut(params: Sequence[Tensor], elements: int) -> list[list[tuple[Tensor, int, int]]]:
+    """Ranges of local tensors, in lists of up to ``elements`` elements."""
+    lists: list[list[tuple[Tensor, int, int]]] = []
+    room = 0
+    for param in params:
+        start, numel = 0, local_tensor(param).numel()
+        while start < numel:
+            if not room:
+                lists.append([])
+                room = elements
+            stop = min(numel, start + room)
+            lists[-1].append((param, start, stop))
+            room -= stop - start
+            start = stop
+    return lists
+
+
+def _moved(box: TensorShard, offsets: tuple[int, ...]) -> TensorShard:
+    return TensorShard(tuple(a + b for a, b in zip(box.offsets, offsets, strict=True)), box.sizes)
