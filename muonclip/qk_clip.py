@@ -30,7 +30,12 @@ from torch.utils.hooks import RemovableHandle
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.hooks import Handle, call_before_zero_grad, unwrap_optimizer
 from muonclip.max_logits import Mask, screened_max_logits
-from muonclip.row_scaling import ScaledSides, ScalingPlan, locate_master_shards
+from muonclip.row_scaling import (
+    ScaledSides,
+    ScalingPlan,
+    locate_master_shards,
+    scale_on_owners,
+)
 from muonclip.update import may_be_nonzero
 
 
@@ -153,7 +158,8 @@ class QKClip:
     of Megatron), the master copy is scaled and the weight refreshed from it. With
     ``main_param_sharded`` too, each rank of ``process_group`` has a flat shard of the master, one
     after the other, as in Megatron's distributed optimizer: each rank scales its shard of the
-    master, and the whole weight until the optimizer refreshes it.
+    master, and the whole weight until the optimizer refreshes it. With ``MuonClip``'s
+    ``shard_state``, owners scale their parts of the master and send the weights to all ranks.
 
     Only trained weights are scaled, by their ``requires_grad`` at each step; an attached clip skips
     layers that its optimizer does not train. If only the query or only the key is trained, it takes
@@ -385,10 +391,14 @@ class QKClip:
         elif not clip:
             gamma = torch.ones_like(gamma)
         # On an accelerator this is not read, because the host would wait for it.
-        if gamma.device.type != "cpu" or (gamma < 1).any():
+        is_clipped = bool((gamma < 1).any()) if gamma.device.type == "cpu" else None
+        on_owners = [tensor for tensor in plan.tensors if tensor.has_master_on_owners]
+        if is_clipped is not False or on_owners:
             factors = row_factors(gamma, plan)
             for tensor in plan.tensors:
-                tensor.scale(factors)
+                if not tensor.has_master_on_owners:
+                    tensor.scale(factors)
+            scale_on_owners(on_owners, factors, is_clipped=is_clipped)
         return self._finish(maxima, gamma, skipped)
 
     def _finish(self, maxima: Tensor, gamma: Tensor, skipped: dict[str, str]) -> ClipResult:

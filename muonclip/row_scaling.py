@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.distributed.groups import order_of
+from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
 
@@ -125,6 +127,11 @@ class ScaledTensor:
         return bool(getattr(self.tensor, "main_param_sharded", False))
 
     @property
+    def has_master_on_owners(self) -> bool:
+        """Whether ranks store different parts of the tensor's master copy (``shard_state``)."""
+        return isinstance(get_master(self.tensor), ShardedState)
+
+    @property
     def optimizer_tensors(self) -> list[Tensor]:
         """The tensors that an optimizer may update: the tensor itself or its master copy."""
         master = get_master(self.tensor)
@@ -143,7 +150,9 @@ class ScaledTensor:
         """
         tensor = self.tensor
         master: Any = get_master(tensor)
-        if self.has_sharded_master:
+        if self.has_master_on_owners:
+            is_valid = True
+        elif self.has_sharded_master:
             is_valid = _placements(tensor) is None and (master is None or master.ndim == 1)
         else:
             is_valid = master is None or (
@@ -192,6 +201,37 @@ class ScaledTensor:
                 indices = indices[local_indices(self.tensor, self.dim)]
             self._local_indices = key, indices.to(self.tensor.device)
         return self._local_indices[1]
+
+
+def scale_on_owners(
+    tensors: Iterable[ScaledTensor], factors: Tensor, *, is_clipped: bool | None
+) -> None:
+    """Scale the tensors whose master copies are stored in parts by ranks (``shard_state``).
+
+    A collective call of the ranks that share the tensors. The owners scale their parts and send the
+    rounded weights to all ranks.
+
+    Args:
+        tensors: all of a plan; the others are ignored.
+        factors: as for ``ScaledTensor.scale``.
+        is_clipped: whether a factor of this rank is below one; None if that is not known on the
+            host. Nothing is sent where it is False on all ranks.
+    """
+    by_group: dict[int, list[tuple[ScaledTensor, ShardedState]]] = {}
+    for x in tensors:
+        master = get_master(x.tensor)
+        if isinstance(master, ShardedState):
+            by_group.setdefault(id(master.state_layout.group), []).append((x, master))
+    for members in sorted(
+        by_group.values(), key=lambda members: order_of(members[0][1].state_layout.group)
+    ):
+        layout = members[0][1].state_layout
+        if is_clipped is not None:
+            flag = torch.tensor(int(is_clipped), device=factors.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=layout.group)
+            if not flag:
+                continue
+        layout.owners.scale({x.tensor: x.local_factors(factors) for x, _ in members})
 
 
 def locate_master_shards(

@@ -270,12 +270,12 @@ def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -
     Args:
         gradient, weight: of the whole unit; without a master copy, the weight is not read.
     """
-    momentum = _part(param.momentum_buffer, unit)
+    momentum = unit_part(param.momentum_buffer, unit)
     if param.master is None:
         return param._replace(
             local=gradient, to_update=gradient, gradient=gradient, momentum_buffer=momentum
         )
-    master = _part(param.master, unit)
+    master = unit_part(param.master, unit)
     refresh_master(master, weight)
     group = param.group
     if group["weight_decay_mode"] == "l2" and group["weight_decay"]:
@@ -289,8 +289,8 @@ def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -
     )
 
 
-def _part(state: Tensor, unit: WorkUnit) -> Tensor:
-    """The owner's state of a unit."""
+def unit_part(state: Tensor, unit: WorkUnit) -> Tensor:
+    """The state of a unit, on its owner."""
     assert isinstance(state, ShardedState)
     return next(values for box, values in state.pieces() if box.offsets[0] == unit.first)
 

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muonclip.distributed import muon
 from muonclip.distributed.exchange import BucketExchange
 from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, order_of
-from muonclip.distributed.muon import SharedParam, all_shardings, make_param_units
-from muonclip.distributed.plan import WorkUnit, assign_owners
+from muonclip.distributed.muon import SharedParam, all_shardings, make_param_units, unit_part
+from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets
 from muonclip.distributed.sharded_state import (
     ShardedState,
     StateLayout,
@@ -22,6 +23,7 @@ from muonclip.distributed.sharded_state import (
     write_flat,
 )
 from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
+from muonclip.precision import get_master, refresh_master
 
 # At most this many elements of AdamW's parameters are gathered at once.
 BUCKET_ELEMENTS = 2**26
@@ -49,6 +51,8 @@ class StateOwners:
         self._owners: dict[Tensor, tuple[int, ...]] = {}
         self._ranges: dict[Tensor, list[tuple[int, int]]] = {}
         self._buckets: list[FlatBucket] = []
+        self._shared: dict[Tensor, SharedParam] = {}
+        self._scaling: _Scaling | None = None
 
     def add(
         self,
@@ -71,6 +75,7 @@ class StateOwners:
             replicated = {i: (new[i], found[i]) for i in sorted(indices) if _has_replicas(found[i])}
             self._assign_matrices(replicated)
             self._cut_flat(replicated)
+            self._shared |= {param.param: param for param, _ in replicated.values()}
         self._known.update(param.param for param in new)
 
     def layout(self, param: Tensor) -> StateLayout | None:
@@ -127,6 +132,30 @@ class StateOwners:
             if any(param in updated for param, _, _ in bucket.entries):
                 bucket.gather()
 
+    def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
+        """Multiply master copies by factors, and round them into the weights of all ranks.
+
+        A collective call of the ranks that share the parameters. Weights whose factor is one keep
+        their bits, and weights written since the last step replace the master copy's.
+
+        Args:
+            factors: of parameters with a sharded master copy, in the same order on all ranks:
+                broadcastable to the local tensor.
+        """
+        flat = [param for param in factors if param in self._ranges]
+        for param in flat:
+            local, master = local_tensor(param), _master(param)
+            by_element = factors[param].expand_as(local)
+            for part, (start, stop) in zip(master.parts, self._ranges[param], strict=True):
+                weights = flat_range(local, start, stop)
+                scaled = _scale(part, weights, flat_range(by_element, start, stop))
+                write_flat(local, start, scaled)
+        self.gather(flat)
+        matrices = [param for param in factors if param in self._owners]
+        if self._scaling is None or not self._scaling.matches(matrices):
+            self._scaling = _Scaling(matrices, self._sharding_of, self._owners, self._shared)
+        self._scaling.scale(factors)
+
     def _assign_matrices(self, params: Mapping[int, tuple[SharedParam, Sharding]]) -> None:
         by_group: dict[int, list[int]] = defaultdict(list)
         for index, (param, sharding) in params.items():
@@ -148,7 +177,9 @@ class StateOwners:
                 )
                 self._owners[param.param] = owners
                 self._sharding_of[param.param] = sharding
-                self._layouts[param.param] = StateLayout(sharding.shape, sharding.group, parts)
+                self._layouts[param.param] = StateLayout(
+                    sharding.shape, sharding.group, parts, self
+                )
 
     def _cut_flat(self, params: Mapping[int, tuple[SharedParam, Sharding]]) -> None:
         by_kind: dict[Any, list[SharedParam]] = defaultdict(list)
@@ -183,8 +214,96 @@ class StateOwners:
             for param in members:
                 sharding = self._sharding_of[param.param]
                 self._layouts[param.param] = StateLayout(
-                    sharding.shape, sharding.group, tuple(parts[param.param])
+                    sharding.shape, sharding.group, tuple(parts[param.param]), self
                 )
+
+
+class _Scaling:
+    """Scales the master copies of matrices on their owners, and sends the weights to all holders.
+
+    Args:
+        params: the parameters, in the same order on all ranks that share them.
+        shardings, owners, shared: of each parameter.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        shardings: Mapping[Tensor, Sharding],
+        owners: Mapping[Tensor, tuple[int, ...]],
+        shared: Mapping[Tensor, SharedParam],
+    ) -> None:
+        self._params = list(params)
+        self._first = [shardings[param].local.offsets[0] for param in params]
+        by_kind: dict[Any, list[int]] = defaultdict(list)
+        groups = {id(shardings[param].group): shardings[param].group for param in params}
+        for index, param in enumerate(params):
+            local = local_tensor(param)
+            by_kind[id(shardings[param].group), local.dtype, local.device].append(index)
+        self._exchanges: list[tuple[BucketExchange, BucketExchange]] = []
+        for kind in sorted(by_kind, key=lambda kind: (order_of(groups[kind[0]]), str(kind[1:]))):
+            (key, dtype, device), indices = kind, by_kind[kind]
+            group = groups[key]
+            units = [
+                unit
+                for i in indices
+                for unit in make_param_units(i, shared[params[i]], shardings[params[i]])
+            ]
+            unit_owners = [owner for i in indices for owner in owners[params[i]]]
+            for bucket in make_buckets(units, unit_owners, muon.BUCKET_ELEMENTS * group.size()):
+                self._exchanges.append(
+                    (
+                        BucketExchange(bucket, group, torch.float32, torch.float32, device),
+                        BucketExchange(bucket, group, dtype, dtype, device),
+                    )
+                )
+
+    def matches(self, params: Sequence[Tensor]) -> bool:
+        """Whether the exchanges are of these parameters."""
+        return len(params) == len(self._params) and all(
+            param is planned for param, planned in zip(params, self._params, strict=True)
+        )
+
+    def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
+        """As ``StateOwners.scale``."""
+        for by_factor, by_weight in self._exchanges:
+            by_factor.send(
+                lambda units, rank=by_factor.rank: [
+                    self._shard(unit, rank, factors[self._params[unit.index]]) for unit in units
+                ]
+            )
+            by_weight.send(
+                lambda units, rank=by_weight.rank: [self._shard(unit, rank) for unit in units]
+            )
+            scaled = []
+            received = zip(by_factor.owned, by_factor.receive(), by_weight.receive(), strict=True)
+            for unit, factor, weights in received:
+                master = unit_part(_master(self._params[unit.index]), unit)
+                scaled.append(_scale(master, weights, factor))
+            by_weight.send_back(scaled)
+            for unit, weights in by_weight.receive_back():
+                self._shard(unit, by_weight.rank).copy_(weights)
+
+    def _shard(self, unit: WorkUnit, rank: int, values: Tensor | None = None) -> Tensor:
+        """A unit's part of this rank's weights, or of values that can be broadcast to them."""
+        local = local_tensor(self._params[unit.index])
+        shard = unit.shard_of(rank)
+        start = unit.first + shard.offsets[0] - self._first[unit.index]
+        values = local if values is None else values.expand_as(local)
+        return values[start : start + shard.sizes[0]]
+
+
+def _master(param: Tensor) -> ShardedState:
+    master = get_master(param)
+    assert isinstance(master, ShardedState)
+    return master
+
+
+def _scale(master: Tensor, weights: Tensor, factors: Tensor) -> Tensor:
+    """Scale a part of a master copy, and return the weights."""
+    refresh_master(master, weights)
+    master.mul_(factors)
+    return torch.where(factors == 1, weights, master.to(weights.dtype))
 
 
 class FlatBucket:

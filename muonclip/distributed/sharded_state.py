@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.distributed.sharding import TensorShard, local_tensor, sum_of_parts
+
+if TYPE_CHECKING:
+    from muonclip.distributed.owners import StateOwners
 
 _ATEN = torch.ops.aten
 
@@ -25,11 +28,13 @@ class StateLayout:
         group: the ranks that share the parameter.
         parts: of each part, the boxes that it consists of, in the whole parameter's coordinates. A
             part is stored as one flat tensor, box after box.
+        owners: the object that assigned the parts.
     """
 
     shape: tuple[int, ...]
     group: dist.ProcessGroup
     parts: tuple[tuple[TensorShard, ...], ...]
+    owners: StateOwners
 
     @property
     def numel(self) -> int:
