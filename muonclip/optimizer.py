@@ -817,9 +817,14 @@ class MuonClip(Optimizer):
                 return value
             value = value.full_tensor()
             if layout is None and is_dtensor(param):
-                local = value[local_shard(param).slices]
-                return type(param.data).from_local(
-                    local, param.device_mesh, param.placements, shape=shape, stride=value.stride()
+                from torch.distributed.tensor import DTensor
+
+                return DTensor.from_local(
+                    value[local_shard(param).slices],
+                    param.device_mesh,
+                    param.placements,
+                    shape=value.shape,
+                    stride=value.stride(),
                 )
         elif layout is not None and is_dtensor(value):
             value = value.full_tensor()
@@ -854,7 +859,10 @@ class MuonClip(Optimizer):
         for key, entries in saved["state"].items():
             whole = {name: self._whole(params[key], value) for name, value in entries.items()}
             if is_needed:
-                state[key] = {name: value.cpu() for name, value in whole.items()}
+                state[key] = {
+                    name: value.to("cpu", copy=value is entries[name])
+                    for name, value in whole.items()
+                }
         return {**saved, "state": state} if is_needed else {}
 
     def _whole(self, param: Tensor, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -267,14 +268,8 @@ class _Scaling:
     def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
         """As ``StateOwners.scale``."""
         for by_factor, by_weight in self._exchanges:
-            by_factor.send(
-                lambda units, rank=by_factor.rank: [
-                    self._shard(unit, rank, factors[self._params[unit.index]]) for unit in units
-                ]
-            )
-            by_weight.send(
-                lambda units, rank=by_weight.rank: [self._shard(unit, rank) for unit in units]
-            )
+            by_factor.send(partial(self._shards, by_factor.rank, factors))
+            by_weight.send(partial(self._shards, by_weight.rank, None))
             scaled = []
             received = zip(by_factor.owned, by_factor.receive(), by_weight.receive(), strict=True)
             for unit, factor, weights in received:
@@ -282,15 +277,23 @@ class _Scaling:
                 scaled.append(_scale(master, weights, factor))
             by_weight.send_back(scaled)
             for unit, weights in by_weight.receive_back():
-                self._shard(unit, by_weight.rank).copy_(weights)
+                (local,) = self._shards(by_weight.rank, None, [unit])
+                local.copy_(weights)
 
-    def _shard(self, unit: WorkUnit, rank: int, values: Tensor | None = None) -> Tensor:
-        """A unit's part of this rank's weights, or of values that can be broadcast to them."""
-        local = local_tensor(self._params[unit.index])
-        shard = unit.shard_of(rank)
-        start = unit.first + shard.offsets[0] - self._first[unit.index]
-        values = local if values is None else values.expand_as(local)
-        return values[start : start + shard.sizes[0]]
+    def _shards(
+        self, rank: int, factors: Mapping[Tensor, Tensor] | None, units: Sequence[WorkUnit]
+    ) -> list[Tensor]:
+        """The parts of units in this rank's weights, or in factors broadcast to them."""
+        shards = []
+        for unit in units:
+            param = self._params[unit.index]
+            values = local_tensor(param)
+            if factors is not None:
+                values = factors[param].expand_as(values)
+            shard = unit.shard_of(rank)
+            start = unit.first + shard.offsets[0] - self._first[unit.index]
+            shards.append(values[start : start + shard.sizes[0]])
+        return shards
 
 
 def _master(param: Tensor) -> ShardedState:

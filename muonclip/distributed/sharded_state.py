@@ -74,7 +74,7 @@ class ShardedState(Tensor):
     def __new__(
         cls, layout: StateLayout, parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device
     ) -> ShardedState:
-        tensor: ShardedState = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: ShardedState = Tensor._make_wrapper_subclass(
             cls, layout.shape, dtype=dtype, device=device
         )
         tensor.state_layout, tensor.parts = layout, list(parts)
@@ -88,7 +88,7 @@ class ShardedState(Tensor):
         """
         for boxes, part in zip(self.state_layout.parts, self.parts, strict=True):
             sizes = [box.numel for box in boxes]
-            for box, values in zip(boxes, part.split(sizes), strict=True):
+            for box, values in zip(boxes, part.split_with_sizes(sizes), strict=True):
                 yield box, values.view(box.sizes)
 
     def full_tensor(self) -> Tensor:
@@ -99,17 +99,17 @@ class ShardedState(Tensor):
         sum_of_parts(full, self.state_layout.group)
         return full
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"ShardedState(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"{self.state_layout.numel} elements on this rank)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedState:
-        copied = memo.get(id(self))
-        if copied is None:
-            copied = memo[id(self)] = self.clone()
-        return copied  # type: ignore[no-any-return]
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        copied: ShardedState = memo[id(self)]
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -121,7 +121,9 @@ class ShardedState(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         state = args[0]
         if func is _ATEN.copy_.default:
