@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from muonclip.distributed.sharding import TensorShard, local_tensor, sum_of_parts
 
-if TYPE_CHECKING:
-    from muonclip.distributed.owners import StateOwners
-
 _ATEN = torch.ops.aten
+
+
+class ScalesMasters(Protocol):
+    """The part of ``StateOwners`` that QK-Clip needs."""
+
+    def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
+        """Multiply the master copies of parameters by factors; a collective call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class StateLayout:
     shape: tuple[int, ...]
     group: dist.ProcessGroup
     parts: tuple[tuple[TensorShard, ...], ...]
-    owners: StateOwners
+    owners: ScalesMasters
 
     @property
     def numel(self) -> int:
