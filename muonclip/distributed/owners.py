@@ -1,4 +1,4 @@
-"""Which rank stores which part of the optimizer's state, with ``shard_state``."""
+"""Owners of the parts of the optimizer's state, with ``shard_state``."""
 
 from __future__ import annotations
 
