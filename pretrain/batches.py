@@ -1,8 +1,9 @@
 """Micro-batches: each rank's share of the packed sequences of a step or an evaluation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,15 +20,34 @@ from pretrain.parallel import ParallelContext
 from pretrain.runtime.output import warn
 
 
-def for_step(config: Config, context: ParallelContext, data: Data, step: int) -> list[MicroBatch]:
+def for_step(
+    config: Config,
+    context: ParallelContext,
+    data: Data,
+    step: int,
+    left_out: Collection[tuple[int, int]] = (),
+) -> list[MicroBatch]:
     """This rank's micro-batches for update ``step`` of 1, 2, …
 
     The global batch has the same sequences, in the same order, on any number of ranks.
+
+    Args:
+        left_out: documents that other ranks could not read; see :meth:`Data.samples`.
     """
     share = config.global_batch_size // context.data_size
     first = (step - 1) * config.global_batch_size + context.data_rank * share
-    samples = [data.sample("train", index) for index in range(first, first + share)]
+    indices, pixels = range(first, first + share), _needs_pixels(config, context)
+    samples = data.samples("train", indices, pixels=pixels, left_out=left_out)
     return _micro_batches(samples, config, context)
+
+
+def _needs_pixels(config: Config, context: ParallelContext) -> bool:
+    """Whether this rank's encoder reads the images of its sequences.
+
+    In DEP, one of the ranks that have the same sequences distributes them.
+    """
+    first = context.tensor_rank == context.context_rank == 0
+    return context.first_stage and (first or not config.encoder_process.enabled)
 
 
 def prefetch(
@@ -43,38 +63,52 @@ def prefetch(
         PretrainError: some rank cannot read its data; the same on every rank.
     """
 
-    def result(future: Future[list[MicroBatch]]) -> list[MicroBatch]:
-        skipped_samples.synchronize(future.exception())  # type: ignore[arg-type]
-        return future.result()
+    def result(step: int, future: Future[list[MicroBatch]]) -> list[MicroBatch]:
+        failure = future.exception()
+        made = [] if failure else future.result()
+        local = {document for batch in made for document in batch.left_out}
+        left_out = skipped_samples.synchronize(failure, local)  # type: ignore[arg-type]
+        # A rank that reads no pixels learns of damaged images from the ranks that do.
+        return made if left_out == local else for_step(config, context, data, step, left_out)
 
     with ThreadPoolExecutor(1) as pool:
         pending: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
             following = step, pool.submit(for_step, config, context, data, step)
             if pending:
-                yield pending[0], result(pending[1])
+                yield pending[0], result(*pending)
             pending = following
         if pending:
-            yield pending[0], result(pending[1])
+            yield pending[0], result(*pending)
 
 
 def for_evaluation(
-    samples: Sequence[PackedSample], config: Config, context: ParallelContext
+    count: int,
+    read: Callable[[Sequence[int]], Sequence[PackedSample]],
+    config: Config,
+    context: ParallelContext,
 ) -> list[MicroBatch]:
     """This rank's share of a fixed list of sequences, as many as on every other rank.
 
     Ranks compute in lockstep, because they share experts, and pipelines need micro-batches of equal
     size. The list is therefore padded with copies of its first sequence with all weights 0.
+
+    Args:
+        count: number of sequences, at least 1.
+        read: returns the sequences with these indices; only those of this rank are read.
     """
     unit = context.data_size
     if config.parallel.pipeline > 1:
         unit *= config.micro_batch_size
     if config.parallel.interleave > 1:
         unit *= config.parallel.pipeline
-    padding = [samples[0].without_labels()] * (-len(samples) % unit)
-    padded = [*samples, *padding]
-    share = len(padded) // context.data_size
-    local = padded[context.data_rank * share : (context.data_rank + 1) * share]
+    share = -(-count // unit) * unit // context.data_size
+    places = range(context.data_rank * share, (context.data_rank + 1) * share)
+    samples = read([place if place < count else 0 for place in places])
+    local = [
+        sample if place < count else sample.without_labels()
+        for place, sample in zip(places, samples, strict=True)
+    ]
     return _micro_batches(local, config, context)
 
 
@@ -121,6 +155,7 @@ def collate(
         patches=to_device(patches if images else patches[:0], device),
         grids=grids if images else grids[:0],
         share=share,
+        left_out=tuple(document for sample in samples for document in sample.left_out),
     )
 
 
@@ -140,11 +175,17 @@ class SkippedSamples:
         # it, in the first synchronize().
         self._listed = {s.name for s in skipped.read(self._path)} if self._enabled else set()
 
-    def synchronize(self, failure: Exception | None = None) -> None:
+    def synchronize(
+        self, failure: Exception | None = None, left_out: Set[tuple[int, int]] = frozenset()
+    ) -> Set[tuple[int, int]]:
         """Gather what every rank has skipped since the last call; a collective of all ranks.
 
         Args:
             failure: the exception that this rank's data raised, if any.
+            left_out: the documents of a step that this rank could not read.
+
+        Returns:
+            The documents of the step that could not be read by any rank with the same sequences.
 
         Raises:
             PretrainError: a rank failed, or too many samples are corrupt; the same on every rank.
@@ -153,17 +194,19 @@ class SkippedSamples:
         if not self._enabled:
             if failure:
                 raise failure
-            return
-        count = torch.tensor([len(local) + (failure is not None)], device=self._context.device)
-        dist.all_reduce(count)
-        if not count.item():
-            return
-        gathered: list[tuple[str | None, list[Skip]]] = [(None, [])] * self._context.world_size
-        dist.all_gather_object(gathered, (str(failure) if failure else None, local))
-        messages = [message for message, _ in gathered if message is not None]
+            return left_out
+        count = len(local) + len(left_out) + (failure is not None)
+        total = torch.tensor([count], device=self._context.device)
+        dist.all_reduce(total)
+        if not total.item():
+            return left_out
+        found = _Found(str(failure) if failure else None, local, self._context.data_rank, left_out)
+        gathered = [found] * self._context.world_size
+        dist.all_gather_object(gathered, found)
+        messages = [other.failure for other in gathered if other.failure is not None]
         if messages:
             raise PretrainError(messages[0]) from failure
-        skips = [skip for _, rank_skips in gathered for skip in rank_skips]
+        skips = [skip for other in gathered for skip in other.skips]
         if self._context.is_main:
             unlisted = {skip.name: skip for skip in skips if skip.name not in self._listed}
             try:
@@ -172,3 +215,14 @@ class SkippedSamples:
                 warn(f"cannot write {self._path} ({error.strerror}): some samples are not listed")
         self._listed |= {skip.name for skip in skips}
         self._all.add(skips)
+        peers = [other for other in gathered if other.data_rank == self._context.data_rank]
+        return {document for peer in peers for document in peer.left_out}
+
+
+class _Found(NamedTuple):
+    """The results of a rank that :meth:`SkippedSamples.synchronize` gathers."""
+
+    failure: str | None
+    skips: list[Skip]
+    data_rank: int
+    left_out: Set[tuple[int, int]]

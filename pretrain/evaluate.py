@@ -1,6 +1,6 @@
 """Held-out evaluation: loss by category, use of images, and transcriptions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
+from pretrain.data.packing import Document
 from pretrain.model.multimodal import MicroBatch
 from pretrain.step import encode_images, run_backbone, run_schedule
 
@@ -27,26 +28,35 @@ def held_out_losses(run: Run) -> dict[str, float | None]:
     options = run.config.evaluation
     length = run.config.data.seq_length
     count = options.sequences if run.data.has_held_out else 0
-    packed = _mean_losses(run, [run.data.sample("held_out", i) for i in range(count)])
+    packed = _mean_losses(run, count, lambda indices: run.data.samples("held_out", indices))
     right, swapped = run.data.caption_documents("held_out", options.captions)
+
+    def caption_loss(documents: Sequence[Document]) -> float | None:
+        samples = run.data.pack(documents, length)
+        return _mean_losses(run, len(samples), lambda indices: [samples[i] for i in indices])[
+            "caption_loss"
+        ]
+
     return {
         "held_out_loss": packed["loss"],
         "held_out_text_loss": packed["text_loss"],
         "held_out_caption_loss": packed["caption_loss"],
-        "right_caption_loss": _mean_losses(run, run.data.pack(right, length))["caption_loss"],
-        "swapped_caption_loss": _mean_losses(run, run.data.pack(swapped, length))["caption_loss"],
+        "right_caption_loss": caption_loss(right),
+        "swapped_caption_loss": caption_loss(swapped),
     }
 
 
 @torch.no_grad()
-def _mean_losses(run: Run, samples: Sequence[PackedSample]) -> dict[str, float | None]:
+def _mean_losses(
+    run: Run, count: int, read: Callable[[Sequence[int]], Sequence[PackedSample]]
+) -> dict[str, float | None]:
     """Mean losses over sequences that all ranks share; see :func:`pretrain.objective.mean_losses`.
 
-    The same on every rank.
+    The same on every rank. Arguments are those of :func:`pretrain.batches.for_evaluation`.
     """
     sums = objective.no_losses(run.context.device)
-    if samples:
-        micro_batches = batches.for_evaluation(samples, run.config, run.context)
+    if count:
+        micro_batches = batches.for_evaluation(count, read, run.config, run.context)
         features = encode_images(run, micro_batches)
         sums = run_backbone(run, micro_batches, features, forward_only=True)
         dist.all_reduce(sums)

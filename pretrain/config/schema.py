@@ -362,6 +362,8 @@ class DataConfig(Settings):
     """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
     video_fps: Annotated[float, In("[0.001, 1000]")] = 2.0
     """Frames per second sampled from a video file (2 in the processor of Kimi K2.5)."""
+    decode_workers: Annotated[int, In("[1, 256]")] = 4
+    """Threads that decode the images of the next step, on each rank that needs their pixels."""
     max_corrupt: StepsOrZero = 100
     """Maximum number of corrupt samples before the run ends; they are skipped and listed in
     run_dir/skipped.jsonl."""

@@ -69,12 +69,32 @@ class Composer:
         for group in frame_groups(len(pixels)):
             document.add_image(VisionItem(pixels[group], ""), self.patch_size)
 
-    def document(self, parts: Sequence[str | Pixels]) -> Document:
-        """A document of text and fitted pixels in order; the text of a pair is a caption."""
+    def grids(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        """The (frames, rows, columns), in patches, of the items of an image or clip.
+
+        Args:
+            shape: (frames, height, width) before fitting.
+        """
+        num_frames, height, width = shape
+        side = self.patch_size
+        _, (height, width) = fitted_size(height, width, side, num_frames, self.limits)
+        groups = frame_groups(num_frames)
+        return [(part.stop - part.start, height // side, width // side) for part in groups]
+
+    def document(self, parts: Sequence[str | Pixels | tuple[int, int, int]]) -> Document:
+        """A document of text and images in order; the text of a pair is a caption.
+
+        Args:
+            parts: text, fitted pixels, and the (frames, height, width) before fitting of images and
+                clips whose patches are left out.
+        """
         document = Document(self.tokenizer)
         is_pair = as_pair(parts) is not None
         for part in parts:
-            if not isinstance(part, str):
+            if isinstance(part, tuple):
+                for grid in self.grids(part):
+                    document.add_placeholders(grid)
+            elif not isinstance(part, str):
                 self.add(document, part)
             elif is_pair:
                 document.add_caption(part)
@@ -94,13 +114,9 @@ class Composer:
             if isinstance(part, str):
                 length += len(self.tokenizer.encode(part)) + is_pair
                 continue
-            num_frames, height, width = part
-            side = self.patch_size
-            _, (height, width) = fitted_size(height, width, side, num_frames, self.limits)
-            groups = len(frame_groups(num_frames))
-            each = num_tokens((num_frames, height // side, width // side))
-            length += groups * (each + 2)
-            placeholders += groups * each
+            counts = [num_tokens(grid) for grid in self.grids(part)]
+            length += sum(counts) + 2 * len(counts)
+            placeholders += sum(counts)
         return length, placeholders
 
 

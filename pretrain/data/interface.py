@@ -1,7 +1,7 @@
 """The interface between the trainer and its data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,24 @@ class Data(ABC):
     @abstractmethod
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``; there is no last one."""
+
+    def samples(
+        self,
+        split: Split,
+        indices: Iterable[int],
+        *,
+        pixels: bool = True,
+        left_out: Collection[tuple[int, int]] = (),
+    ) -> list[PackedSample]:
+        """Several sequences; their images are decoded together.
+
+        Args:
+            pixels: False: the caller needs no patches, and images are not decoded if their sizes
+                are known.
+            left_out: (source, number) of documents that are left out in addition to those that
+                cannot be read.
+        """
+        return [self.sample(split, index) for index in indices]
 
     @abstractmethod
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:

@@ -33,7 +33,8 @@ class Document:
         weights: for each token, its weight in the loss as the label of the token before it; 0: the
             model does not learn to predict it.
         categories: for each token, the :class:`Category` under which its loss is reported.
-        patches, grids: of each image; see :func:`pretrain.data.media.patches.patchify`.
+        patches, grids: of each image; see :func:`pretrain.data.media.patches.patchify`. There are
+            no patches in a document that was read without pixels.
     """
 
     tokenizer: Tokenizer
@@ -78,6 +79,14 @@ class Document:
         """Append an image or clip: its patches, and placeholder tokens with weight 0."""
         patches, grid = patchify(item.pixels, patch_size)
         self.patches.append(torch.from_numpy(patches))
+        return self.add_placeholders(grid)
+
+    def add_placeholders(self, grid: tuple[int, int, int]) -> "Document":
+        """Append the tokens of an image or clip without its patches.
+
+        Args:
+            grid: (frames, rows, columns), in patches.
+        """
         self.grids.append(grid)
         ids = self.tokenizer
         placeholders = [ids.media_pad] * num_tokens(grid)
@@ -99,8 +108,10 @@ class PackedSample:
         weights: float32 [s], the weight of each label in the loss.
         categories: uint8 [s], the :class:`Category` of each label.
         documents: int32 [s], the index in this sequence of each token's document.
-        patches: uint8 [P, 3 * patch * patch], of all images in order.
+        patches: uint8 [P, 3 * patch * patch], of all images in order; none if the sequence was read
+            without pixels.
         grids: int64 [n, 3], (frames, rows, columns) of each image, in patches.
+        left_out: (source, number) of the documents that could not be read and are left out.
     """
 
     tokens: Tensor
@@ -110,6 +121,7 @@ class PackedSample:
     documents: Tensor
     patches: Tensor
     grids: Tensor
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def without_labels(self) -> "PackedSample":
         """The same sequence with all weights 0."""

@@ -26,9 +26,11 @@ class MicroBatch:
         weights: [b, s] float32, the weight of each label in the loss (:mod:`pretrain.objective`).
         categories: [b, s] uint8, the category under which each label's loss is reported.
         documents: [b, s] int32 on the CPU, the document of each token, within which it attends.
-        patches: [P, 3 * patch * patch] uint8, the patches of all images in order.
+        patches: [P, 3 * patch * patch] uint8, the patches of all images in order; none on a rank
+            whose encoder does not read them.
         grids: [n, 3] int64, (frames, rows, columns) of each image, in patches; on the CPU, where
             work is planned.
+        left_out: (source, number) of documents that could not be read and are left out.
         share: the tokens that this rank computes; the other fields are the same on all
             context-parallel ranks.
     """
@@ -41,6 +43,7 @@ class MicroBatch:
     patches: Tensor
     grids: Tensor
     share: SequenceShare = WHOLE_SEQUENCE
+    left_out: tuple[tuple[int, int], ...] = ()
 
     @functools.cached_property
     def packed_documents(self) -> PackedDocuments:

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pretrain.data.composer import Composer
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.data import make
@@ -105,6 +107,38 @@ def test_corrupt_images_are_listed_and_beyond_the_limit_all_ranks_stop(
     (status, line), other = outcomes
     assert (status, other) == (1, (1, ""))
     assert "samples are corrupt, more than data.max_corrupt=3; the latest: " in line
+
+
+def _train_and_count_decoded(folder: str, *overrides: str) -> tuple[list[dict[str, Any]], int]:
+    """The metrics of every step, and the number of images that this rank has decoded."""
+    read, paths = Composer.read, []
+
+    def counting(composer: Composer, media: Any, shape: Any) -> Any:
+        paths.append(media.paths)
+        return read(composer, media, shape)
+
+    Composer.read = counting  # type: ignore[method-assign]
+    return training.train_and_read(folder, *overrides), len(paths)
+
+
+def test_only_ranks_that_distribute_images_decode_them(folder: Path) -> None:
+    """Others learn which images are damaged, and leave out the same documents."""
+    broken = make.captioned_folder(folder / "decoded", 12)
+    own = (sources(folder, pictures(folder, "decoded")), training.EXACT, *SHORT, "steps=4")
+    own = (*own, "data.held_out=0", "data.vision_share=0.3")
+    index = (f"run_dir={folder}/index", *own, "steps=1", "optimizer.warmup_steps=0")
+    launch(training.train_and_read, 1, str(folder), *index)
+    for path in sorted(broken.glob("*.png"))[:6]:
+        path.write_bytes(path.read_bytes()[:-30])  # noticed only when all of it is read
+    run = _train_and_count_decoded
+    ((alone, decoded),) = launch(run, 1, str(folder), f"run_dir={folder}/one", *own)
+    layout = ("parallel.tensor=2", "parallel.pipeline=2")
+    split = launch(run, 4, str(folder), f"run_dir={folder}/four", *own, *layout)
+    assert [count for _, count in split] == [decoded, 0, 0, 0] and decoded > 6
+    for record, reference in zip(split[0][0][1:], alone[1:], strict=True):
+        assert record["loss"] == pytest.approx(reference["loss"], rel=1e-9)
+    listed = (folder / "four" / "skipped.jsonl").read_text()
+    assert listed == (folder / "one" / "skipped.jsonl").read_text() and "truncated" in listed
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Packed sequences of a mixture of sources."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -89,22 +92,68 @@ class MixtureData(Data):
 
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``. Documents that turn out to be corrupt leave a gap."""
+        (sample,) = self.samples(split, [index])
+        return sample
+
+    def samples(
+        self,
+        split: Split,
+        indices: Iterable[int],
+        *,
+        pixels: bool = True,
+        left_out: Collection[tuple[int, int]] = (),
+    ) -> list[PackedSample]:
+        numbers = list(indices)
+        segments = [self._segments(split, index) for index in numbers]
+        documents = iter(self._read(list(itertools.chain(*segments)), pixels, left_out))
+        return [
+            self._join(split, index, found, list(itertools.islice(documents, len(found))))
+            for index, found in zip(numbers, segments, strict=True)
+        ]
+
+    def _segments(self, split: Split, index: int) -> list[Segment]:
+        """The segments of a sequence."""
         number = index
         if self._reads_own_share(split):
             step, within = divmod(index, self._share.global_batch_size)
             number = within + (step - self._share.rank) * self._share.local_batch_size
-        documents = list(self._read(self._sequences[split][number]))
-        rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
-        shuffled = [documents[place] for place in rng.permutation(len(documents))]
-        return packing.join(shuffled, self.config.seq_length, self.patch_size, self.tokenizer.pad)
+        return self._sequences[split][number]
 
-    def _read(self, segments: Sequence[Segment]) -> Iterator[Document]:
-        for segment in segments:
-            document = self._by_number[segment.source].document(segment)
-            if isinstance(document, Skip):
-                self._skips.append(document)
-            else:
-                yield document
+    def _read(
+        self, segments: Sequence[Segment], pixels: bool, left_out: Collection[tuple[int, int]]
+    ) -> list[Document | Skip | None]:
+        """The document of each segment, in order; None if it is in ``left_out``."""
+
+        def read(segment: Segment) -> Document | Skip | None:
+            if segment[:2] in left_out:
+                return None
+            return self._by_number[segment.source].document(segment, pixels=pixels)
+
+        with_images = [self._by_number[one.source].source.has_images for one in segments]
+        if not pixels or sum(with_images) < 2:
+            return list(map(read, segments))
+        with ThreadPoolExecutor(self.config.decode_workers) as pool:
+            pairs = list(zip(segments, with_images, strict=True))
+            decoding = [pool.submit(read, segment) for segment, slow in pairs if slow]
+            decoded = iter(decoding)
+            return [next(decoded).result() if slow else read(segment) for segment, slow in pairs]
+
+    def _join(
+        self,
+        split: Split,
+        index: int,
+        segments: Sequence[Segment],
+        documents: Sequence[Document | Skip | None],
+    ) -> PackedSample:
+        """Shuffle the documents of a sequence and pack them."""
+        self._skips += [document for document in documents if isinstance(document, Skip)]
+        pairs = list(zip(segments, documents, strict=True))
+        left_out = tuple(s[:2] for s, document in pairs if not isinstance(document, Document))
+        read = [document for document in documents if isinstance(document, Document)]
+        rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
+        shuffled = [read[place] for place in rng.permutation(len(read))]
+        length, pad = self.config.seq_length, self.tokenizer.pad
+        return replace(packing.join(shuffled, length, self.patch_size, pad), left_out=left_out)
 
     def captioned_items(self, split: Split, count: int) -> list[VisionItem]:
         return list(self._captioned(split, count))

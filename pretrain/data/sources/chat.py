@@ -126,7 +126,7 @@ class ChatDocuments(TokenDocuments):
     weights: npt.NDArray[np.float32]
     categories: npt.NDArray[np.uint8]
 
-    def document(self, segment: Segment) -> Document:
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document:
         tokens = self.extent(segment.number)
         columns = (self.tokens, self.weights, self.categories)
         return Document(self.composer.tokenizer, *(column[tokens].tolist() for column in columns))

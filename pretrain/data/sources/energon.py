@@ -422,7 +422,7 @@ class EnergonDocuments(Documents):
         tokens, placeholders = np.array(self._sizes, np.int64)[numbers].T
         return tokens, placeholders
 
-    def document(self, segment: Segment) -> Document:
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document:
         if segment.document is not None:
             return segment.document
         return self.composer.document(self.held_out[segment.number])

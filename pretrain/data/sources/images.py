@@ -18,6 +18,7 @@ from pretrain.data.interface import Split
 from pretrain.data.media import frames, pixels, video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.patches import VisionItem
+from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.indexed import (
@@ -319,9 +320,14 @@ class MixedDocuments(IndexedDocuments):
         media = [p if isinstance(p, str) else Media(tuple(p[0]), moving=p[1]) for p in parts]
         return name, media, shapes
 
-    def document(self, segment: Segment) -> Document | Skip:
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
         name, parts, shapes = self.describe(segment.number)
-        rest, read = iter(shapes), self.composer.read
+        rest = iter(shapes)
+
+        def read(media: Media, shape: list[int]) -> Pixels | tuple[int, int, int]:
+            frames, height, width = shape
+            return self.composer.read(media, shape) if pixels else (frames, height, width)
+
         try:
             document = [p if isinstance(p, str) else read(p, next(rest)) for p in parts]
         except ValueError as error:

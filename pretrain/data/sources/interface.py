@@ -161,8 +161,15 @@ class Documents(ABC):
         """Tokens, and image placeholders among them, of documents; both int64 [n]."""
 
     @abstractmethod
-    def document(self, segment: Segment) -> Document | Skip:
-        """The document of a segment, or the reason why it cannot be read any more."""
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
+        """The document of a segment, or the reason why it cannot be read any more.
+
+        Called by several threads at a time if the source has images.
+
+        Args:
+            pixels: False: the caller needs no patches, and files of images are not read if the
+                index has their sizes.
+        """
 
     def pairs(self, split: Split) -> Iterator[VisionItem]:
         """Images with captions, and clips that are encoded in one piece."""

@@ -84,7 +84,7 @@ class TextDocuments(TokenDocuments):
 
     whole: ClassVar[bool] = False
 
-    def document(self, segment: Segment) -> Document:
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document:
         first = self.extent(segment.number).start
         tokens = self.tokens[first + segment.start : first + segment.stop]
         return Document(self.composer.tokenizer).add_tokens(tokens)

@@ -1,6 +1,8 @@
 """Mixtures read every document once, keep their shares, and skip or name what is wrong."""
 
+import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 import logging
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import Category, RankShare, open_data
+from pretrain.data import Category, PackedSample, RankShare, open_data
+from pretrain.data.composer import Composer
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.mixture.stream import Sequences
 from pretrain.errors import PretrainError
@@ -202,6 +205,65 @@ def test_documents_mix_text_images_and_videos(tmp_path: Path) -> None:
         check_with(data.tokenizer, sample)
 
 
+def film_and_pictures(folder: Path) -> SourceConfig:
+    """Pairs, animations of several items, and documents that mix them."""
+    make.captioned_folder(folder, 12)
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 255, (45, 60), np.uint8)) for _ in range(6)]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:])
+    lines: list[Any] = [{"image": f"{n:03}.png", "caption": f"number {n}"} for n in range(12)]
+    lines += [{"video": "clip.gif", "caption": "a film"}]
+    lines += [{"parts": ["before ", {"image": "001.png"}, {"video": "clip.gif"}, "after"]}]
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return SourceConfig("images", str(folder))
+
+
+def without_patches(sample: PackedSample) -> PackedSample:
+    return dataclasses.replace(sample, patches=sample.patches[:0])
+
+
+def test_sequences_without_pixels_differ_only_in_their_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = film_and_pictures(tmp_path)
+    data = opened(tmp_path, source, max_image_tokens=40, held_out=0)
+    expected = data.samples("train", range(20))
+    assert any(len(sample.grids) > 1 for sample in expected)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(Composer, "read", refuse)
+    for sample, whole in zip(data.samples("train", range(20), pixels=False), expected, strict=True):
+        assert len(whole.patches) and same(sample, without_patches(whole))
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_ranks_without_pixels_leave_out_what_others_could_not_read(
+    tmp_path: Path, workers: int
+) -> None:
+    source = film_and_pictures(tmp_path)
+    opened(tmp_path, source, held_out=0)  # makes the index
+    for name in ("003.png", "007.png"):
+        path, status = tmp_path / name, (tmp_path / name).stat()
+        with path.open("r+b") as file:
+            file.truncate(status.st_size - 30)  # noticed only when all of it is read
+    data = opened(tmp_path, source, held_out=0, decode_workers=workers)
+    read = data.samples("train", range(8))
+    left_out = {document for sample in read for document in sample.left_out}
+    skips = data.take_skipped()
+    assert len(left_out) == 2 and {Path(s.name).name for s in skips} == {
+        "captions.jsonl:4",
+        "captions.jsonl:8",
+    }
+    assert same(read[3], opened(tmp_path, source, held_out=0, decode_workers=1).sample("train", 3))
+    blind = data.samples("train", range(8), pixels=False, left_out=left_out)
+    for sample, whole in zip(blind, read, strict=True):
+        assert same(sample, without_patches(whole))
+    assert not data.take_skipped(), "they are listed by the rank that read them"
+
+
 def test_large_images_are_shrunk_and_long_documents_are_listed(
     tmp_path: Path,
 ) -> None:
@@ -351,6 +413,28 @@ def test_resuming_with_other_documents_is_refused(tmp_path: Path) -> None:
     make.jsonl(moved, range(1, 21))
     with pytest.raises(PretrainError, match=r"sources\[0\]: the documents of .* are not those"):
         opened(tmp_path, *both(tmp_path)).load_state_dict([state])
+
+
+def test_resuming_from_another_order_of_documents_is_refused(tmp_path: Path) -> None:
+    make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
+    data = opened(tmp_path, SourceConfig("text", str(tmp_path / "text")))
+    state = data.state_dict(4)
+    data.load_state_dict([state])
+    del state["order"]  # as in checkpoints of earlier versions
+    with pytest.raises(PretrainError, match="another version of this program, which orders doc"):
+        data.load_state_dict([state])
+
+
+def test_a_checkpoint_does_not_read_the_hashes_again(
+    data: MixtureData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprints = [documents.fingerprint for documents in data._documents]
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(hashlib, "sha256", refuse)
+    assert data.state_dict(4)["fingerprint"] == fingerprints
 
 
 def test_resuming_with_other_image_sizes_is_refused(tmp_path: Path) -> None:
