@@ -140,7 +140,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     saver = checkpoint.saver(trained)
     save = timed("copy", checkpoint.save, _OWN_CLOCKS[clock])
     # The saver's thread calls it.
-    setattr(storage, "save", timed("writer", storage.save, time.thread_time))  # noqa: B010 (for mypy)
+    setattr(storage, "write", timed("writer", storage.write, time.thread_time))  # noqa: B010 (for mypy)
 
     steps_done = dict.fromkeys(runs, 0)
     parts: list[dict[str, float]] = []

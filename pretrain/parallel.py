@@ -44,10 +44,12 @@ class ParallelContext:
         data_rank, data_size: share of the global batch.
         context_rank, context_size: share of each sequence.
         expert_rank: share of the experts.
+        expert_data_rank: position among the ranks with the same experts.
         tensor_rank, tensor_size: shard of each tensor-parallel weight.
         first_stage: whether this rank is in the first pipeline stage, which reads the images.
         device: the device of its tensors.
-        patient_group: all ranks over gloo, without a time limit.
+        patient_group: all ranks over gloo, without a time limit: for the start of a run, and then
+            for writing checkpoints in the background.
     """
 
     rank: int
@@ -57,6 +59,7 @@ class ParallelContext:
     context_rank: int
     context_size: int
     expert_rank: int
+    expert_data_rank: int
     tensor_rank: int
     tensor_size: int
     first_stage: bool
@@ -177,6 +180,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),

@@ -9,6 +9,7 @@ from pathlib import Path
 from pretrain import batches, checkpoint, console, parallel, startup
 from pretrain.build import Run, build
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
 from pretrain.data import Data
 from pretrain.errors import PretrainError
@@ -133,7 +134,7 @@ def _batch_numbers(config: Config, guard: Guard, steps_done: int) -> Iterator[in
 def _agree_on_end(
     config: Config,
     step: int,
-    saver: storage.Saver,
+    saver: Saver,
     run_lock: RunLock | None,
     termination: Termination,
 ) -> int:

@@ -1,5 +1,6 @@
 """Contents of a run's checkpoints: saving a run, resuming it, and starting from another run."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor
 from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
-from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.storage import Checkpoint, Copy
 from pretrain.config import Config, from_dict, merge, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.model.weights import Weight
 from pretrain.parallel import call_on_all_ranks
 from pretrain.runtime.faults import Guard, RollBack
 
@@ -45,6 +48,13 @@ def find(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, Config]:
     Raises:
         PretrainError: there is no such checkpoint, or it is damaged.
     """
+    checkpoint = _open(run_dir, step)
+    checkpoint.verify()
+    return checkpoint, from_dict(_config_values(checkpoint))
+
+
+def _open(run_dir: Path, step: int | None = None) -> Checkpoint:
+    """Open a checkpoint of a run, the newest one by default."""
     if not run_dir.is_dir():
         raise PretrainError(f"{run_dir} is not a folder: give the run_dir of a run")
     steps = storage.steps(run_dir / "checkpoints")
@@ -54,10 +64,9 @@ def find(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, Config]:
         raise PretrainError(
             f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
         )
-    path = storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
-    checkpoint = Checkpoint.open(path)
-    checkpoint.verify()
-    return checkpoint, from_dict(_config_values(checkpoint))
+    return Checkpoint.open(
+        storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
+    )
 
 
 def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -79,13 +88,15 @@ def folder(run: Run) -> Path:
     return Path(run.config.run_dir) / "checkpoints"
 
 
-def saver(run: Run) -> storage.Saver:
+def saver(run: Run) -> Saver:
     """A writer of the run's checkpoints; all ranks create it together, and each closes its own."""
     options = run.config.checkpoint
-    return storage.Saver(folder(run), options.keep, options.asynchronous)
+    # The run's start is done with that group, and the training steps do not use it.
+    group = run.context.patient_group
+    return Saver(folder(run), options.keep, options.asynchronous, group)
 
 
-def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
+def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:
     """Write a checkpoint after update ``step``, or start to write it in the background.
 
     Raises:
@@ -103,10 +114,18 @@ def save(run: Run, saver: storage.Saver, guard: Guard, step: int) -> None:
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     """The position in the data of each data-parallel rank; a single one if all are the same."""
+    state = run.data.state_dict(step)
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    extremes = torch.tensor([number, -number], device=run.context.device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes.sum() == 0:
+        return [state]
+    # Only with data whose ranks read different files: energon's.
     states: list[Any] = [None] * run.context.world_size
-    dist.all_gather_object(states, (run.context.data_rank, run.data.state_dict(step)))
-    by_rank = [dict(states)[rank] for rank in range(run.context.data_size)]
-    return by_rank if any(state != by_rank[0] for state in by_rank) else by_rank[:1]
+    dist.all_gather_object(states, (run.context.data_rank, state))
+    by_rank = dict(states)
+    return [by_rank[rank] for rank in range(run.context.data_size)]
 
 
 def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Tensors:
@@ -122,7 +141,9 @@ def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Ten
             # Momentum and moments are split like their parameter. A step count is not.
             is_split = value.shape == tensor.shape
             tensors[f"optimizer.{name}.{key}"] = (
-                local_shard(run, name, value) if is_split else value
+                local_shard(run, name, value)
+                if is_split
+                else storage.LocalShard((), [((), value)], _copy(run, run.weights[name]))
             )
     return tensors
 
@@ -133,7 +154,22 @@ def local_shard(run: Run, name: str, local: Tensor) -> storage.LocalShard:
     blocks = weight.blocks(run.config.parallel, run.context.tensor_rank)
     offsets = [block.offsets for block in blocks]
     views = local.chunk(len(blocks))
-    return storage.LocalShard(weight.shape, list(zip(offsets, views, strict=True)))
+    return storage.LocalShard(
+        weight.shape, list(zip(offsets, views, strict=True)), _copy(run, weight)
+    )
+
+
+def _copy(run: Run, weight: Weight) -> Copy:
+    """Position of this rank among those with the same shard of a weight."""
+    context, count = run.context, run.copies[weight.name]
+    if weight.layer is None:
+        return Copy("all ranks", context.rank, count)
+    if weight.expert is not None:
+        return Copy("experts", context.expert_data_rank, count)
+    replica = context.data_rank * context.context_size + context.context_rank
+    if weight.split:
+        return Copy("shards", replica, count)
+    return Copy("whole", replica * context.tensor_size + context.tensor_rank, count)
 
 
 def tokenizer_file(run_dir: Path) -> Path:
@@ -211,7 +247,8 @@ def restore(run: Run, guard: Guard | None = None) -> int:
     Raises:
         PretrainError: the checkpoint is damaged, or of another run or model.
     """
-    step, facts = call_on_all_ranks(lambda: _load_newest(run))
+    newest = _newest_step(run)
+    step, facts = call_on_all_ranks(lambda: _load(run, newest))
     if guard is not None:
         guard.load_state_dict(facts.get("faults", {}))
     if data_states := facts.get("data"):
@@ -219,7 +256,7 @@ def restore(run: Run, guard: Guard | None = None) -> int:
     return step
 
 
-def roll_back(run: Run, saver: storage.Saver, guard: Guard, step: int, why: RollBack) -> int:
+def roll_back(run: Run, saver: Saver, guard: Guard, step: int, why: RollBack) -> int:
     """Load the newest checkpoint without its position in the data, which continues after ``step``.
 
     Returns:
@@ -229,29 +266,37 @@ def roll_back(run: Run, saver: storage.Saver, guard: Guard, step: int, why: Roll
         PretrainError: there is no checkpoint, or the run has been rolled back to it too often.
     """
     saver.wait()
-    if not storage.steps(folder(run)):
+    newest = _newest_step(run)
+    if newest is None:
         raise PretrainError(
             f"step {step} must be rolled back ({why}), but there is no checkpoint yet: start again "
             "with a smaller checkpoint.every, or lower optimizer.lr"
         )
-    checkpoint_step, facts = call_on_all_ranks(lambda: _load_newest(run))
+    checkpoint_step, facts = call_on_all_ranks(lambda: _load(run, newest))
     guard.roll_back(step, checkpoint_step, facts.get("faults", {}))
     return checkpoint_step
 
 
-def _load_newest(run: Run) -> tuple[int, dict[str, Any]]:
-    """Load the tensors of the newest checkpoint, or else of ``start_from``.
+def _newest_step(run: Run) -> int | None:
+    """The step of the newest checkpoint, as rank 0 sees it; None if there is none."""
+    steps = call_on_all_ranks(lambda: storage.steps(folder(run)) if run.context.is_main else [])
+    newest = torch.tensor(steps[-1] if steps else -1, device=run.context.device)
+    dist.broadcast(newest, src=0)
+    return None if newest < 0 else int(newest)
+
+
+def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
+    """Load the tensors of a checkpoint; without one, those of ``start_from``.
 
     Returns:
         The checkpoint's step and facts; 0 and nothing without a checkpoint.
     """
-    steps = storage.steps(folder(run))
-    if not steps:
+    if step is None:
         if run.config.start_from is not None:
             _start_from(run, Path(run.config.start_from))
         return 0, {}
-    checkpoint = Checkpoint.open(storage.path_of(folder(run), steps[-1]))
-    checkpoint.verify(run.context.rank, run.context.world_size)
+    checkpoint = Checkpoint.open(storage.path_of(folder(run), step))
+    _verify(run, checkpoint)
     weights_only = checkpoint.facts.get("weights_only", False)
     _check_settings(
         f"the checkpoint {checkpoint.path} was made with",
@@ -264,7 +309,7 @@ def _load_newest(run: Run) -> tuple[int, dict[str, Any]]:
     if weights_only:
         _load_weights(run, checkpoint)
     else:
-        state = _empty_state(run, checkpoint)
+        state = _state_to_fill(run, checkpoint)
         checkpoint.load(_tensors(run, state))
         run.optimizer.load_named_state(state, run.parameters())
         for group in run.optimizer.param_groups:
@@ -272,27 +317,40 @@ def _load_newest(run: Run) -> tuple[int, dict[str, Any]]:
     return checkpoint.step, checkpoint.facts
 
 
-def _empty_state(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Uninitialized tensors for each parameter's optimizer state in a checkpoint, by name."""
+def _verify(run: Run, checkpoint: Checkpoint) -> None:
+    """Verify this rank's share of the files, unless ``checkpoint.verify`` is false."""
+    if run.config.checkpoint.verify:
+        checkpoint.verify(run.context.rank, run.context.world_size)
+
+
+def _state_to_fill(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Tensors for each parameter's optimizer state in a checkpoint, by name.
+
+    Those that the optimizer has are overwritten, so that a roll-back needs no memory for a second
+    state; others are uninitialized.
+    """
     parameters = dict(run.parameters())
+    known = run.optimizer.named_state(parameters.items())
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for full_name, stored in checkpoint.tensors.items():
         kind, _, rest = full_name.partition(".")
         name, _, key = rest.rpartition(".")
-        if kind == "optimizer" and name in parameters:
-            parameter = parameters[name]
-            state[name][key] = torch.empty(
-                parameter.shape if stored.shape else (),
-                dtype=stored.dtype,
-                # The optimizer moves step counts to the device where it reads them.
-                device="cpu" if key == "step" else parameter.device,
-            )
+        if kind != "optimizer" or name not in parameters:
+            continue
+        parameter, existing = parameters[name], known[name].get(key)
+        shape = parameter.shape if stored.shape else torch.Size()
+        if existing is None or (existing.shape, existing.dtype) != (shape, stored.dtype):
+            # The optimizer moves step counts to the device where it reads them.
+            device = "cpu" if key == "step" else parameter.device
+            existing = torch.empty(shape, dtype=stored.dtype, device=device)
+        state[name][key] = existing
     return state
 
 
 def _start_from(run: Run, other: Path) -> None:
     """Load the weights of another run's newest checkpoint, and nothing else."""
-    saved, _ = find(other)
+    saved = _open(other)
+    _verify(run, saved)
     if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
         raise PretrainError(
             f"the data's tokenizer is not {other / 'tokenizer.json'}, whose ids the model of "

@@ -1,29 +1,27 @@
 """Storage of checkpoints: sharded over the ranks, written atomically, and verified when read.
 
 A checkpoint is a folder ``step-00000100`` of safetensors files. Each rank writes blocks of its
-tensors; a block that several ranks have is written by one of them. Blocks are stored under the
-tensor's name in the whole model with their offsets in it, so a rank reads only the parts it needs,
-however the tensors were split when they were saved. ``manifest.json`` lists the tensors, their
-blocks and the SHA-256 of every file. It is written last, into a folder with a temporary name;
-renaming that folder makes the checkpoint exist.
+tensors; a block that several ranks have is written by one of them, which each of them knows without
+asking the others. Blocks are stored under the tensor's name in the whole model with their offsets
+in it, so a rank reads only the parts it needs, however the tensors were split when they were saved.
+``manifest.json`` lists the tensors, their blocks and the SHA-256 of every file. It is written last,
+into a folder with a temporary name; renaming that folder makes the checkpoint exist.
 
 Nothing in a checkpoint is executed or unpickled: reading one from an untrusted source is safe.
 """
 
+import heapq
 import json
 import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from hashlib import file_digest
+from hashlib import blake2b, file_digest
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,16 +31,29 @@ from pretrain import untrusted_files
 from pretrain.checkpoint import tensor_files
 from pretrain.checkpoint.tensor_files import Block
 from pretrain.errors import PretrainError
-from pretrain.parallel import raise_on_all_ranks
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")
 _MANIFEST = "manifest.json"
-# A trillion parameters on thousands of ranks have some hundred MiB.
+# A trillion parameters have some hundred MiB.
 _MAX_MANIFEST_BYTES = 8 << 30
 _PARTIAL, _REMOVED = ".partial", ".removed"
-# Ranks may wait for each other's slow disks; a rank that has died is noticed at once.
-_WRITE_TIMEOUT = timedelta(hours=12)
+
+
+class Copy(NamedTuple):
+    """Position of this rank among the ranks that have copies of the same blocks.
+
+    Attributes:
+        group: name of these ranks. All of them list the same blocks with it, in the same order.
+        index, count: position, and number of ranks.
+    """
+
+    group: str = "this rank"
+    index: int = 0
+    count: int = 1
+
+
+_ONLY = Copy()
 
 
 @dataclass(frozen=True)
@@ -52,26 +63,29 @@ class LocalShard:
     Attributes:
         shape: shape of the whole tensor.
         blocks: (offsets in the whole tensor, values) of each block on this rank.
+        copy: which other ranks have the same blocks; default: none.
     """
 
     shape: Sequence[int]
     blocks: Sequence[tuple[Sequence[int], Tensor]]
+    copy: Copy = _ONLY
 
 
-T = TypeVar("T")
 Tensors = Mapping[str, Tensor | LocalShard]
 
 
 def _as_shard(tensor: Tensor | LocalShard) -> LocalShard:
+    """A tensor that only this rank has as its single block; a shard as it is."""
     if isinstance(tensor, LocalShard):
         return tensor
     return LocalShard(tensor.shape, [([0] * tensor.ndim, tensor)])
 
 
-def _blocks(tensors: Tensors) -> Iterator[Block]:
+def _blocks(tensors: Tensors) -> Iterator[tuple[Block, Copy]]:
     for name, tensor in tensors.items():
-        for offsets, values in _as_shard(tensor).blocks:
-            yield Block(name, tuple(offsets), values)
+        shard = _as_shard(tensor)
+        for offsets, values in shard.blocks:
+            yield Block(name, tuple(offsets), values), shard.copy
 
 
 def _checksum(path: Path) -> str:
@@ -92,6 +106,40 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+# ---------------------------------------------------------------------- writing
+
+
+class Share(NamedTuple):
+    """The blocks that this rank writes of a checkpoint.
+
+    Attributes:
+        shapes: shape of the whole tensor, by name.
+        expected, written: :func:`_weight_of` the blocks that this rank has, divided by the number
+            of its copies, and of those that it writes; both times the number of ranks. Summed over
+            all ranks, they are equal.
+    """
+
+    blocks: list[Block]
+    shapes: dict[str, list[int]]
+    expected: int
+    written: int
+
+
+class Part(NamedTuple):
+    """A rank's part of a checkpoint, once it is written.
+
+    Attributes:
+        files: SHA-256 of its files, by name.
+        tensors: its blocks by tensor, as JSON.
+        expected, written: see :class:`Share`.
+    """
+
+    files: dict[str, str]
+    tensors: str
+    expected: int
+    written: int
+
+
 def save(
     folder: Path,
     step: int,
@@ -100,13 +148,29 @@ def save(
     keep: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint; every rank calls this with its own tensors.
+    """:func:`write` the blocks of ``tensors``, by their names in the whole model; those that
+    several ranks have are written once."""
+    return write(folder, step, share_of(tensors, dist.get_world_size()), facts, keep, group)
+
+
+def write(
+    folder: Path,
+    step: int,
+    share: Share,
+    facts: Mapping[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint; every rank calls this with its own share.
+
+    Rank 0 receives from every rank the names of its files and its part of the manifest, some 100
+    bytes for each block, and joins them without reading them. This grows with the number of blocks
+    of the whole model, and by some 100 bytes for each rank.
 
     Args:
         folder: the folder of all checkpoints.
         step: number of the update after which the tensors were taken.
-        tensors: tensors by name in the whole model. Blocks on several ranks are written once.
-        facts: everything else to store, as values of JSON.
+        facts: everything else to store, as values of JSON; those of rank 0 are written.
         keep: number of checkpoints to keep; older ones are removed once this one exists.
         group: a process group of all ranks; default: the default group.
 
@@ -118,44 +182,98 @@ def save(
     """
     final = path_of(folder, step)
     partial = final.with_suffix(_PARTIAL)
-    is_main = dist.get_rank() == 0
-    with _failing_on_all_ranks(final, group):
-        if is_main:
-            _remove_leftovers(folder)
-            partial.mkdir(parents=True)
-    blocks = _blocks_to_write(list(_blocks(tensors)), group)
-    with _failing_on_all_ranks(final, group):
-        written = _write(partial, blocks, {name: list(x.shape) for name, x in tensors.items()})
-    written_by_rank = _gather(written, group)
-    with _failing_on_all_ranks(final, group):
-        if is_main:
-            manifest = {"step": step, "facts": dict(facts), **_merge(written_by_rank)}
-            with (partial / _MANIFEST).open("w") as file:
-                json.dump(manifest, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _publish(partial, final, keep)
+
+    def prepare() -> None:
+        _remove_leftovers(folder)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        with (partial / _MANIFEST).open("w") as file:
+            file.writelines(manifest(step, facts, _without_errors(gathered)))
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(partial, final, keep)
+
+    try:
+        _on_rank_0(prepare, group)
+        gathered = _gather(_part_or_error(partial, share), group)
+        _on_rank_0(publish, group)
+    except _FailedError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise PretrainError(
+            f"cannot write the checkpoint {final}: {error}; earlier checkpoints are intact: "
+            "free or repair the disk, and start again"
+        ) from error
     return final
 
 
-@contextmanager
-def _failing_on_all_ranks(final: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Raise an error of any rank on all ranks, and remove the unfinished checkpoint."""
-    failure = None
+class _FailedError(Exception):
+    """An action failed on some rank; the message is the reason."""
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Call a function on rank 0; if it fails, raise on all ranks."""
+    reason: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            reason = [_reason(error)]
+    dist.broadcast_object_list(reason, src=0, group=group)
+    if reason[0] is not None:
+        raise _FailedError(reason[0])
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return every rank's value on rank 0, and an empty list elsewhere."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []
+
+
+def _part_or_error(partial: Path, share: Share) -> Part | str:
+    """Write this rank's files; the reason if that fails."""
     try:
-        yield
+        by_file, entries = files_of(share, dist.get_rank())
+        files = {name: tensor_files.write(partial / name, by_file[name]) for name in by_file}
     except Exception as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        failure = PretrainError(
-            f"cannot write the checkpoint {final}: {cause}; earlier checkpoints are intact: "
-            "free or repair the disk, and start again"
+        return _reason(error)
+    return Part(files, entries, share.expected, share.written)
+
+
+def _without_errors(gathered: Sequence[Part | str]) -> list[Part]:
+    """All ranks' parts.
+
+    Raises:
+        OSError: a rank could not write its part, or some blocks were not written once.
+    """
+    parts = []
+    for part in gathered:
+        if isinstance(part, str):
+            raise OSError(part)
+        parts.append(part)
+    if sum(part.expected for part in parts) != sum(part.written for part in parts):
+        raise OSError(
+            "ranks that have copies of the same tensors list different ones (are all of them "
+            "running the same version of the program?)"
         )
-    try:
-        raise_on_all_ranks(failure, group)
-    except PretrainError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(final.with_suffix(_PARTIAL), ignore_errors=True)
-        raise
+    return parts
+
+
+def manifest(step: int, facts: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
+    """Yield the text of ``manifest.json``, given the part of each rank."""
+    files = {name: digest for part in parts for name, digest in part.files.items()}
+    # Not parsed: with a trillion parameters these are tens of MiB.
+    yield f'{{"step": {step}, "facts": {json.dumps(dict(facts))}, "files": {json.dumps(files)}'
+    yield ', "tensors": ['
+    for number, part in enumerate(parts):
+        yield f",\n{part.tensors}" if number else part.tensors
+    yield "]}"
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -175,87 +293,13 @@ def _publish(partial: Path, final: Path, keep: int) -> None:
         _remove(path_of(final.parent, old))
 
 
-def _blocks_to_write(blocks: Sequence[Block], group: dist.ProcessGroup | None) -> list[Block]:
-    """The blocks that this rank writes: each block is written once, with a balanced load.
-
-    Rank 0 decides for all ranks; its time grows with the total number of blocks.
-    """
-    offered = _gather([(x.name, x.offsets, x.values.nbytes) for x in blocks], group)
-    chosen: list[list[int] | None] = [None]
-    dist.scatter_object_list(
-        chosen, _assign(offered) if dist.get_rank() == 0 else None, src=0, group=group
-    )
-    assert chosen[0] is not None
-    return [blocks[index] for index in chosen[0]]
-
-
-Offer = tuple[str, tuple[int, ...], int]
-
-
-def _assign(offered: Sequence[Sequence[Offer]]) -> list[list[int]]:
-    """Return for each rank the indices of the blocks that it writes.
-
-    Args:
-        offered: (name, offsets, bytes) of each block, by rank.
-    """
-    holders: dict[Offer, list[tuple[int, int]]] = defaultdict(list)
-    for rank, offers in enumerate(offered):
-        for index, offer in enumerate(offers):
-            holders[offer].append((rank, index))
-    chosen: list[list[int]] = [[] for _ in offered]
-    load = [0] * len(offered)
-    # Blocks with the fewest choices first, the largest of them first; the rest evens out the load.
-    for offer in sorted(holders, key=lambda offer: (len(holders[offer]), -offer[2])):
-        rank, index = min(holders[offer], key=lambda holder: load[holder[0]])
-        chosen[rank].append(index)
-        load[rank] += offer[2]
-    return chosen
-
-
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Return every rank's value on rank 0, and an empty list elsewhere."""
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []
-
-
-class _Written(NamedTuple):
-    """The files that a rank wrote (name to SHA-256), and its tensors as in the manifest."""
-
-    files: dict[str, str]
-    tensors: dict[str, dict[str, Any]]
-
-
-def _write(folder: Path, blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]]) -> _Written:
-    """Write this rank's blocks; a tensor's second block goes to a second file, and so on."""
-    written = _Written({}, {})
-    by_file: dict[str, list[Block]] = defaultdict(list)
-    for block in blocks:
-        entry = written.tensors.setdefault(
-            block.name,
-            {
-                "dtype": tensor_files.dtype_name(block.values.dtype),
-                "shape": shapes[block.name],
-                "blocks": [],
-            },
-        )
-        file = f"rank-{dist.get_rank():05}-{len(entry['blocks'])}.safetensors"
-        entry["blocks"].append([file, block.offsets, list(block.values.shape)])
-        by_file[file].append(block)
-    for file, members in by_file.items():
-        written.files[file] = tensor_files.write(folder / file, members)
-    return written
-
-
-def _merge(written_by_rank: Sequence[_Written]) -> dict[str, Any]:
-    """The manifest's files and tensors: those of all ranks."""
-    files: dict[str, str] = {}
-    tensors: dict[str, dict[str, Any]] = {}
-    for written in written_by_rank:
-        files |= written.files
-        for name, entry in written.tensors.items():
-            tensors.setdefault(name, {**entry, "blocks": []})["blocks"] += entry["blocks"]
-    return {"files": files, "tensors": tensors}
+def _remove(path: Path) -> None:
+    """Delete a checkpoint such that a kill half-way leaves nothing that looks like one."""
+    if path.exists():
+        renamed = path.with_suffix(_REMOVED)
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def _flush_names(path: Path) -> None:
@@ -267,92 +311,72 @@ def _flush_names(path: Path) -> None:
         os.close(descriptor)
 
 
-class Saver:
-    """Writes a run's checkpoints one after another, in the background if asked to.
+def share_of(tensors: Tensors, world_size: int) -> Share:
+    """The blocks that this rank writes: each is written once, with a balanced load.
 
-    Every rank creates one and calls its methods at the same points of the run. An asynchronous
-    save copies the tensors to memory and leaves the writing to a thread. The threads of all ranks
-    communicate through a separate process group, so they never interfere with the run's
-    collectives.
-
-    Args:
-        folder: the folder of all checkpoints.
-        keep: number of checkpoints to keep.
-        asynchronous: write in the background.
+    Every rank decides by itself, because those that have copies of blocks decide the same.
     """
+    by_copy: dict[Copy, list[Block]] = defaultdict(list)
+    for block, copy in _blocks(tensors):
+        by_copy[copy].append(block)
+    chosen: list[Block] = []
+    expected = 0
+    for copy, blocks in by_copy.items():
+        sizes = [block.values.nbytes for block in blocks]
+        chosen += [blocks[number] for number in shares(sizes, copy.count)[copy.index]]
+        expected += sum(map(_weight_of, blocks)) * (world_size // copy.count)
+    return Share(
+        chosen,
+        {block.name: list(tensors[block.name].shape) for block in chosen},
+        expected,
+        sum(map(_weight_of, chosen)) * world_size,
+    )
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool) -> None:
-        self.folder, self._keep = folder, keep
-        self._pending: Future[Path] | None = None
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._group: dist.ProcessGroup | None = None
-        if asynchronous:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
 
-    def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """Wait for the previous checkpoint to be written, then write this one or start to.
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Divide items among ``count`` ranks: indices for each, with about the same sum of sizes.
 
-        Raises:
-            PretrainError: this or the previous checkpoint could not be written.
-        """
-        self.wait()
-        if self._pool is None:
-            save(self.folder, step, tensors, facts, self._keep)
-            return
-        staged = self._stage(tensors)
-        self._pending = self._pool.submit(
-            save, self.folder, step, staged, facts, self._keep, self._group
+    The largest come first, each to the rank with the least so far (Graham, 1969).
+    """
+    chosen: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, rank) for rank in range(count)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, rank = loads[0]
+        chosen[rank].append(index)
+        heapq.heapreplace(loads, (load + sizes[index], rank))
+    return chosen
+
+
+def _weight_of(block: Block) -> int:
+    """A random number for each block, to compare sets of blocks by sums."""
+    text = f"{block.name} {block.offsets} {tuple(block.values.shape)}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+
+
+def files_of(share: Share, rank: int) -> tuple[dict[str, list[Block]], str]:
+    """The files of a rank's blocks: a tensor's second block goes to a second file, and so on.
+
+    Returns:
+        Blocks by file name, and the rank's blocks by tensor as JSON, for the manifest.
+    """
+    by_file: dict[str, list[Block]] = defaultdict(list)
+    entries: dict[str, dict[str, Any]] = {}
+    for block in share.blocks:
+        entry = entries.setdefault(
+            block.name,
+            {
+                "dtype": tensor_files.dtype_name(block.values.dtype),
+                "shape": share.shapes[block.name],
+                "blocks": [],
+            },
         )
-
-    def failed(self) -> bool:
-        """Whether writing in the background has failed on this rank: :meth:`wait` will raise."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint is written.
-
-        Raises:
-            PretrainError: it could not be written; the same error on every rank.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Finish writing and end the thread; an error of the last checkpoint is not raised."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _stage(self, tensors: Tensors) -> dict[str, LocalShard]:
-        """Copy the tensors to buffers in memory, which are reused for every checkpoint."""
-        staged = {}
-        for name, tensor in tensors.items():
-            shard = _as_shard(tensor)
-            blocks = []
-            for number, (offsets, values) in enumerate(shard.blocks):
-                buffer = self._buffers.get((name, number))
-                if buffer is None:
-                    buffer = torch.empty(
-                        values.shape, dtype=values.dtype, pin_memory=values.is_cuda
-                    )
-                    self._buffers[name, number] = buffer
-                blocks.append((offsets, buffer.copy_(values, non_blocking=True)))
-            staged[name] = LocalShard(shard.shape, blocks)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return staged
+        file = f"rank-{rank:05}-{len(entry['blocks'])}.safetensors"
+        entry["blocks"].append([file, block.offsets, list(block.values.shape)])
+        by_file[file].append(block)
+    return by_file, json.dumps(entries)
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint such that a kill half-way leaves nothing that looks like one."""
-    if path.exists():
-        renamed = path.with_suffix(_REMOVED)
-        shutil.rmtree(renamed, ignore_errors=True)
-        path.rename(renamed)
-        shutil.rmtree(renamed)
+# ---------------------------------------------------------------------- reading
 
 
 class StoredTensor(NamedTuple):
@@ -398,7 +422,8 @@ class Checkpoint:
         try:
             manifest = json.loads(untrusted_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
             files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
-            tensors = {name: _stored(entry, files) for name, entry in manifest["tensors"].items()}
+            entries = _joined(manifest["tensors"])
+            tensors = {name: _stored(entry, files) for name, entry in entries.items()}
             return cls(path, int(manifest["step"]), dict(manifest["facts"]), files, tensors)
         # The file may contain JSON of any shape and depth.
         except (
@@ -409,12 +434,18 @@ class Checkpoint:
             ) from error
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Compare the files with their checksums; each rank does its share of the files.
+        """Compare the files with their checksums; each file by one rank, with a balanced load.
 
         Raises:
             PretrainError: a file is missing or damaged.
         """
-        for name in sorted(self.files)[rank::world_size]:
+        sizes = dict.fromkeys(sorted(self.files), 0)
+        for tensor in self.tensors.values():
+            for name, _, shape in tensor.blocks:
+                sizes[name] += prod(shape) * tensor.dtype.itemsize
+        names = list(sizes)
+        for number in shares(list(sizes.values()), world_size)[rank]:
+            name = names[number]
             file = self.path / name
             try:
                 intact = file.is_file() and _checksum(file) == self.files[name]
@@ -439,7 +470,7 @@ class Checkpoint:
         for name, tensor in tensors.items():
             self.check(name, tensor.shape)
         reads: dict[str, list[tensor_files.Read]] = defaultdict(list)
-        for block in _blocks(tensors):
+        for block, _ in _blocks(tensors):
             for file, read in _overlaps(block, self.tensors[block.name]):
                 reads[file].append(read)
         for file, file_reads in reads.items():
@@ -469,6 +500,20 @@ def _file_name(name: str) -> str:
     if not _FILE.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a checkpoint's file")
     return name
+
+
+def _joined(parts: Any) -> dict[str, dict[str, Any]]:
+    """The entries of all ranks; those of older checkpoints are joined already."""
+    if isinstance(parts, dict):
+        return parts
+    tensors: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, entry in part.items():
+            known = tensors.setdefault(name, {**entry, "blocks": []})
+            if (known["dtype"], known["shape"]) != (entry["dtype"], entry["shape"]):
+                raise ValueError(f"{name} has several dtypes or shapes")
+            known["blocks"] += entry["blocks"]
+    return tensors
 
 
 def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:

@@ -554,6 +554,9 @@ class CheckpointConfig(Settings):
     asynchronous: bool = True
     """Copy to memory, and write while training continues. An error is reported after the step in
     which it occurs; a killed run resumes from the last checkpoint that was completely written."""
+    verify: bool = True
+    """Compare the files with their checksums when a run loads a checkpoint, each file on one
+    rank."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pretrain import parallel
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.storage import Checkpoint, Copy, LocalShard
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
 from pretrain.model.weights import Split, Weight
@@ -19,8 +20,14 @@ from tests.distributed.launch import launch
 EXPERTS = 4
 
 
+def _shared(value: Tensor) -> LocalShard:
+    """A tensor that all ranks have."""
+    copy = Copy("all", dist.get_rank(), dist.get_world_size())
+    return LocalShard(value.shape, [((0,) * value.ndim, value)], copy)
+
+
 def _tensors(fill: float | None = None) -> dict[str, Tensor]:
-    """A tensor that all ranks have, and this rank's share of the experts."""
+    """Tensors that all ranks have, and this rank's share of the experts."""
     share = EXPERTS // dist.get_world_size()
     mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     values = {"shared": torch.arange(6.0).view(2, 3)}
@@ -31,9 +38,13 @@ def _tensors(fill: float | None = None) -> dict[str, Tensor]:
     return values
 
 
+def _to_save() -> dict[str, Tensor | LocalShard]:
+    return {n: v if n.startswith("experts") else _shared(v) for n, v in _tensors().items()}
+
+
 def _save(folder: str, steps: list[int], keep: int = 9) -> None:
     for step in steps:
-        storage.save(Path(folder), step, _tensors(), {"fact": step}, keep)
+        storage.save(Path(folder), step, _to_save(), {"fact": step}, keep)
 
 
 def _load(folder: str, step: int) -> bool:
@@ -156,7 +167,7 @@ def test_errors_distinguish_damage_foreign_folders_and_other_models(tmp_path: Pa
 
 def _save_over_a_file(folder: str) -> str:
     try:
-        storage.save(Path(folder), 2, _tensors(), {}, 9)
+        storage.save(Path(folder), 2, _to_save(), {}, 9)
     except PretrainError as error:
         return str(error)
     return "no error"
@@ -175,9 +186,9 @@ def test_a_write_error_stops_all_ranks_and_keeps_earlier_checkpoints(
 
 def _train_while_writing(folder: str) -> bool:
     tensors = {"weight": torch.zeros(1 << 20)}
-    saver = storage.Saver(Path(folder), keep=9, asynchronous=True)
+    saver = Saver(Path(folder), keep=9, asynchronous=True)
     for step in (1, 2):
-        saver.save(step, tensors, {})
+        saver.save(step, {"weight": _shared(tensors["weight"])}, {})
         for _ in range(20):  # the run's own collectives, and updates in place
             dist.all_reduce(torch.ones(()))
             tensors["weight"] += 1
@@ -199,8 +210,8 @@ def test_a_background_save_stores_the_values_at_the_time_of_the_call(
 
 def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
     """Limit files of rank 1 to 64 KiB; the step of the error, and its message."""
-    saver = storage.Saver(Path(folder), keep=9, asynchronous=asynchronous)
-    saver.save(1, _tensors(), {"fact": 1})
+    saver = Saver(Path(folder), keep=9, asynchronous=asynchronous)
+    saver.save(1, _to_save(), {"fact": 1})
     saver.wait()
     if dist.get_rank() == 1:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

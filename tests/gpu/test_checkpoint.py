@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.storage import Checkpoint, Saver, path_of
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.storage import Checkpoint, path_of
 from tests.distributed import launch
 from tests.gpu.devices import DEVICES
 
