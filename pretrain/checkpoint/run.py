@@ -109,7 +109,7 @@ def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:
         # Every update is one of all groups, so they have the same count.
         "updates": run.optimizer.param_groups[0]["updates"],
     }
-    saver.save(step, _tensors(run, run.optimizer.named_state(run.parameters())), facts)
+    saver.save(step, tensors_of(run, run.optimizer.named_state(run.parameters())), facts)
 
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     return [by_rank[rank] for rank in range(run.context.data_size)]
 
 
-def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Tensors:
+def tensors_of(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Tensors:
     """The model's and the optimizer's tensors on this rank, by their names in a checkpoint.
 
     Args:
@@ -141,11 +141,15 @@ def _tensors(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Ten
             # Momentum and moments are split like their parameter. A step count is not.
             is_split = value.shape == tensor.shape
             tensors[f"optimizer.{name}.{key}"] = (
-                local_shard(run, name, value)
-                if is_split
-                else storage.LocalShard((), [((), value)], _copy(run, run.weights[name]))
+                local_shard(run, name, value) if is_split else _whole(run, name, value)
             )
     return tensors
+
+
+def _whole(run: Run, name: str, value: Tensor) -> storage.LocalShard:
+    """A scalar that every rank has which has a shard of the parameter ``name``."""
+    unsplit = run.weights[name]._replace(split=None)
+    return storage.LocalShard((), [((), value)], _copy(run, unsplit))
 
 
 def local_shard(run: Run, name: str, local: Tensor) -> storage.LocalShard:
@@ -161,7 +165,7 @@ def local_shard(run: Run, name: str, local: Tensor) -> storage.LocalShard:
 
 def _copy(run: Run, weight: Weight) -> Copy:
     """Position of this rank among those with the same shard of a weight."""
-    context, count = run.context, run.copies[weight.name]
+    context, count = run.context, weight.copies(run.config.parallel, run.context.world_size)
     if weight.layer is None:
         return Copy("all ranks", context.rank, count)
     if weight.expert is not None:
@@ -310,7 +314,7 @@ def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
         _load_weights(run, checkpoint)
     else:
         state = _state_to_fill(run, checkpoint)
-        checkpoint.load(_tensors(run, state))
+        checkpoint.load(tensors_of(run, state))
         run.optimizer.load_named_state(state, run.parameters())
         for group in run.optimizer.param_groups:
             group["updates"] = checkpoint.facts["updates"]

@@ -40,7 +40,8 @@ _MAX_MANIFEST_BYTES = 8 << 30
 _PARTIAL, _REMOVED = ".partial", ".removed"
 
 
-class Copy(NamedTuple):
+@dataclass(frozen=True)
+class Copy:
     """Position of this rank among the ranks that have copies of the same blocks.
 
     Attributes:
@@ -188,10 +189,7 @@ def write(
         partial.mkdir(parents=True)
 
     def publish() -> None:
-        with (partial / _MANIFEST).open("w") as file:
-            file.writelines(manifest(step, facts, _without_errors(gathered)))
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(partial, step, facts, gathered)
         _publish(partial, final, keep)
 
     try:
@@ -265,15 +263,21 @@ def _without_errors(gathered: Sequence[Part | str]) -> list[Part]:
     return parts
 
 
-def manifest(step: int, facts: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
-    """Yield the text of ``manifest.json``, given the part of each rank."""
+def write_manifest(
+    folder: Path, step: int, facts: Mapping[str, Any], gathered: Sequence[Part | str]
+) -> None:
+    """Write ``manifest.json`` and force it to disk, given the part of each rank, or its error."""
+    parts = _without_errors(gathered)
     files = {name: digest for part in parts for name, digest in part.files.items()}
-    # Not parsed: with a trillion parameters these are tens of MiB.
-    yield f'{{"step": {step}, "facts": {json.dumps(dict(facts))}, "files": {json.dumps(files)}'
-    yield ', "tensors": ['
-    for number, part in enumerate(parts):
-        yield f",\n{part.tensors}" if number else part.tensors
-    yield "]}"
+    start = json.dumps({"step": step, "facts": dict(facts), "files": files})
+    with (folder / _MANIFEST).open("w") as file:
+        file.write(start[:-1] + ', "tensors": [')
+        for number, part in enumerate(parts):
+            # Not parsed: with a trillion parameters these are tens of MiB.
+            file.write(f",\n{part.tensors}" if number else part.tensors)
+        file.write("]}")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _remove_leftovers(folder: Path) -> None:

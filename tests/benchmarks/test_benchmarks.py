@@ -41,6 +41,14 @@ def checkpoints_are_measured(result: dict[str, Any]) -> None:
     assert parts["copy"] == pytest.approx(saved["copy_s"] / 120)
 
 
+def blocks_are_written_once(result: dict[str, Any]) -> None:
+    """The checkpoint is the same whatever the number of ranks."""
+    first, second = result["rows"]
+    assert first["ranks"] < second["ranks"]
+    assert first["written_bytes"] == second["written_bytes"]
+    assert first["blocks"] == second["blocks"]
+
+
 def kills_change_no_loss(result: dict[str, Any]) -> None:
     assert len(result["kills"]) == 1
     assert result["kills"][0]["after_step"] >= result["kills"][0]["resumed_from"]
@@ -61,6 +69,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "crash": kills_change_no_loss,
     "gpu": kernels_without_a_gpu_are_listed_with_the_reason,
     "overhead": checkpoints_are_measured,
+    "save_plan": blocks_are_written_once,
 }
 
 
@@ -86,6 +95,7 @@ def leaves(value: object) -> list[object]:
         "optimizer_memory",
         "optimizer_step",
         "overhead",
+        "save_plan",
         "scaling",
         "stability",
         "training_speed",

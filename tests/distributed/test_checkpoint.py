@@ -1,20 +1,28 @@
 """A checkpoint loads exactly on any number of ranks, or one line says why not."""
 
+import contextlib
+import dataclasses
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import parallel
+from pretrain import batches, checkpoint, parallel
+from pretrain.build import Run, build
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.storage import Checkpoint, Copy, LocalShard
+from pretrain.checkpoint.storage import Checkpoint, Copy, LocalShard, _checksum
 from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
 from pretrain.model.weights import Split, Weight
+from pretrain.runtime.faults import Guard
+from pretrain.startup import set_up
+from pretrain.step import train_step
+from tests.distributed import training
 from tests.distributed.launch import launch
 
 EXPERTS = 4
@@ -243,3 +251,77 @@ def test_a_full_disk_is_one_line_on_all_ranks_at_the_same_step(
     assert "earlier checkpoints are intact" in error and "\n" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert launch(_load, 2, str(tmp_path), 1) == [True, True]
+
+
+def _save_different_lists(folder: str) -> str:
+    missing = {} if dist.get_rank() else {"other": _shared(torch.ones(5))}
+    try:
+        storage.save(Path(folder), 2, _to_save() | missing, {}, 9)
+    except PretrainError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_disagree_about_copies_stop_with_one_line(tmp_path: Path) -> None:
+    launch(_save, 2, str(tmp_path), [1])
+    first, second = launch(_save_different_lists, 2, str(tmp_path))
+    assert first == second and "list different ones" in first and "\n" not in first
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def _restart(folder: str, *overrides: str) -> dict[str, Any]:
+    """The files that this rank hashes in some restarts of a run, and other facts about them."""
+    config = training.tiny(folder, "parallel.expert=2", *overrides)
+    context, data = set_up(config)
+    run = build(config, context, data)
+    train_step(run, batches.for_step(config, context, data, 1), 1)
+    with contextlib.closing(checkpoint.saver(run)) as saver:
+        checkpoint.save(run, saver, Guard(config.faults), 1)
+    checkpoint.keep_tokenizer(run)
+    saved = {n: t.detach().clone() for n, t in _run_tensors(run).items()}
+    train_step(run, batches.for_step(config, context, data, 2), 2)
+    hashed: list[str] = []
+
+    def checksum(path: Path) -> str:
+        hashed.append(path.name)
+        return _checksum(path)
+
+    def restore_with(**changes: Any) -> list[str]:
+        hashed.clear()
+        checkpoint.restore(dataclasses.replace(run, config=dataclasses.replace(config, **changes)))
+        return list(hashed)
+
+    before = _run_tensors(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_checksum", checksum)
+        outcome = {"restart": restore_with()}
+        after = _run_tensors(run)
+        outcome["equal"] = all(torch.equal(after[name], saved[name]) for name in saved)
+        outcome["in_place"] = after.keys() == before.keys() and all(
+            after[name].data_ptr() == before[name].data_ptr() for name in before
+        )
+        unverified = dataclasses.replace(config.checkpoint, verify=False)
+        outcome["unverified"] = restore_with(checkpoint=unverified)
+        outcome["start_from"] = restore_with(run_dir=f"{folder}/new", start_from=config.run_dir)
+    return outcome
+
+
+def _run_tensors(run: Run) -> dict[str, Tensor]:
+    """Every tensor of a run on this rank, without a copy."""
+    state = run.optimizer.named_state(run.parameters())
+    moments = {f"{n}.{key}": v for n, entries in state.items() for key, v in entries.items()}
+    return {name: tensor.detach() for name, tensor in run.named_tensors.items()} | moments
+
+
+def test_a_restart_hashes_every_byte_once_and_fills_the_tensors_that_exist(folder: Path) -> None:
+    """At a trillion parameters, ranks that each hash everything never come to train; a roll-back
+    has no memory for a second optimizer state."""
+    ranks = launch(_restart, 4, str(folder))
+    path = storage.path_of(folder / "run" / "checkpoints", 1)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    for kind in ("restart", "start_from"):
+        hashed = [name for rank in ranks for name in rank[kind]]
+        assert sorted(hashed) == files, kind
+        loads = [sum((path / n).stat().st_size for n in rank[kind]) for rank in ranks]
+        assert max(loads) <= sum(loads) / 4 + max((path / n).stat().st_size for n in files), kind
+    assert all(rank["equal"] and rank["in_place"] and not rank["unverified"] for rank in ranks)
