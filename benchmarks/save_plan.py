@@ -40,7 +40,7 @@ _DIGEST, _DTYPE = "0" * 64, torch.bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options of its own."""
+    """There are no options."""
 
 
 class SimulatedRanks:
@@ -111,7 +111,7 @@ def state_of(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def planned(ranks: SimulatedRanks, rank: int) -> tuple[Share, Part, float]:
-    """What a rank writes, its part of the manifest, and the seconds that it took to plan."""
+    """A rank's share, its part of the manifest, and the seconds that it took to plan."""
     run = ranks.run(rank)
     state = state_of(run)
     start = time.process_time()
@@ -122,7 +122,7 @@ def planned(ranks: SimulatedRanks, rank: int) -> tuple[Share, Part, float]:
 
 
 def _joined(folder: Path, parts: list[Part]) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of what rank 0 does with the parts, and of what every rank does to read."""
+    """(name, seconds) of joining the parts on rank 0, and of opening the manifest on any rank."""
     sent = [pickle.dumps(part) for part in parts]
     start = time.process_time()
     received = [pickle.loads(message) for message in sent]
