@@ -1,4 +1,4 @@
-"""Who writes which block is decided without communication, with a balanced load."""
+"""Writers of blocks are chosen without communication, with a balanced load."""
 
 from hypothesis import given
 from hypothesis import strategies as st
