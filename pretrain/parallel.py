@@ -7,7 +7,6 @@ passes it to megatron-core and stores this rank's position in a :class:`Parallel
 a rank reads, and :mod:`pretrain.plan` what it costs.
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -31,8 +30,6 @@ T = TypeVar("T")
 
 # Practically none: a slow process may take its time, and one that has died is noticed at once.
 _NO_TIMEOUT = timedelta(days=365)
-# Collectives time out after the watchdog, which reports where ranks are stuck.
-_AFTER_WATCHDOG = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -105,9 +102,11 @@ def join(timeout: timedelta = _NO_TIMEOUT) -> None:
         _set_device(_from_environment("LOCAL_RANK", 0))
     if dist.is_initialized():
         return
-    # NCCL gets no device_id: it would then connect every group at once, by a collective of all
-    # ranks for each group of any of them, and wait forever for groups that only their members
-    # create. It uses the current device, which _set_device() has set.
+    # NCCL gets no device_id and uses the current device, which _set_device() has set. With a
+    # device_id, torch splits every group from the default one, by a collective of all ranks for
+    # each group of any of them (perform_nocolor_split in distributed_c10d.py, torch 2.13):
+    # megatron-core's groups would need as many collectives as there are groups, which grow with the
+    # ranks, and muonclip's groups, which only their members create, would wait forever.
     backend = "nccl" if without_cuda.USE_CUDA else "gloo"
     if "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -143,21 +142,20 @@ def _set_device(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> ParallelContext:
+def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) -> ParallelContext:
     """Join the other processes and create megatron-core's process groups.
 
     Args:
         parallel: sizes of the groups.
         seed: seed of megatron-core's random states.
-        hang_seconds: ``faults.hang_seconds``. Collectives time out a while after the watchdog
-            ends the process; 0: never.
+        collective_seconds: time limit of collectives, except of ``patient_group``; 0: none.
 
     Raises:
         PretrainError: the other processes cannot be reached.
     """
     without_cuda.enable()
     without_transformer_engine.enable()
-    timeout = timedelta(seconds=hang_seconds) + _AFTER_WATCHDOG if hang_seconds else _NO_TIMEOUT
+    timeout = timedelta(seconds=collective_seconds) if collective_seconds else _NO_TIMEOUT
     join(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -168,7 +166,7 @@ def start(parallel: ParallelConfig, seed: int, hang_seconds: float = 0.0) -> Par
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
         create_gloo_process_groups=False,  # only its distributed optimizer uses them
     )
     model_parallel_cuda_manual_seed(seed)

@@ -21,7 +21,7 @@ from pretrain.model.attention import slow_attention
 from pretrain.model.megatron_config import check_megatron
 from pretrain.parallel import ParallelContext
 from pretrain.runtime import without_cuda, without_transformer_engine
-from pretrain.runtime.faults import Watchdog
+from pretrain.runtime.faults import Watchdog, record_collectives
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
 from pretrain.runtime.run_lock import RunLock
@@ -41,7 +41,8 @@ def join(config: Config) -> ParallelContext:
     """Join the other processes, which must have the same configuration."""
     config.check_world_size(parallel.world_size())
     source_types(config.data)  # raises if a source is misconfigured
-    context = parallel.start(config.parallel, config.seed, config.faults.hang_seconds)
+    record_collectives(Path(config.run_dir))
+    context = parallel.start(config.parallel, config.seed, config.faults.collective_limit)
     parallel.require_same("the configuration", repr(config))
     kernels = parallel.call_on_all_ranks(lambda: check_megatron(config))
     parallel.require_same(f"the selection of kernels={config.kernels}", kernels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -148,7 +149,15 @@ def group_of_ranks(ranks: Sequence[int], along: Sequence[dist.ProcessGroup]) -> 
             count = max(max(by_rank.values()) for by_rank in counts)
         while len(dist.distributed_c10d._world.pg_names) < count:
             dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        group = dist.new_group(list(key), use_local_synchronization=True)
+        group = dist.new_group(
+            list(key), timeout=_time_limit(world), use_local_synchronization=True
+        )
         assert isinstance(group, dist.ProcessGroup)
         created[key] = group
     return created[key]
+
+
+def _time_limit(group: dist.ProcessGroup) -> timedelta | None:
+    """Time limit of a group's collectives; a new group does not inherit it. None: unknown."""
+    backend = group._get_backend(group._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)

@@ -580,6 +580,34 @@ class FaultConfig(Settings):
     """Seconds without progress after which each rank writes its stacks to stderr and run_dir, and
     ends; 0: never. Choose more than a step, an evaluation, or a checkpoint takes. The preparation
     of data is not watched."""
+    collective_seconds: Annotated[float, In("[0, 31536000]")] | None = None
+    """Time limit of a collective (NCCL's or gloo's): seconds that a rank waits for a late one
+    before it ends; 0: none. At most half of hang_seconds: NCCL knows which collective is late and
+    writes its flight recorder to run_dir, while hang_seconds is for everything else. null: a third
+    of hang_seconds."""
+    straggler_ratio: Annotated[float, In("[1, 1e6]")] = 1.3
+    """Report a rank that computes for more than this many times the median of the ranks of its
+    pipeline stage. Ranks are compared in one step of every log_every; the metrics have all
+    ratios."""
+
+    def _check(self) -> None:
+        limit = self.collective_seconds
+        if limit is None or limit == 0:
+            return
+        require(limit >= 1, f"collective_seconds must be 0 or at least 1, not {limit:g}")
+        require(
+            self.hang_seconds == 0 or 2 * limit <= self.hang_seconds,
+            f"collective_seconds={limit:g} must be at most half of hang_seconds="
+            f"{self.hang_seconds:g}, so that a late collective is reported before the watchdog "
+            f"ends the process: set hang_seconds to {2 * limit:g} or more, or to 0",
+        )
+
+    @property
+    def collective_limit(self) -> float:
+        """Time limit of collectives in seconds; 0: none."""
+        if self.collective_seconds is not None:
+            return self.collective_seconds
+        return max(1.0, self.hang_seconds / 3) if self.hang_seconds else 0.0
 
 
 @dataclass(frozen=True)

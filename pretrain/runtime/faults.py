@@ -1,8 +1,9 @@
-"""Faults during training: bad steps and hung ranks.
+"""Faults during training: bad steps, late collectives and hung ranks.
 
 All decisions depend on numbers that were reduced over all ranks, so all ranks decide the same.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -10,13 +11,15 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from pretrain.config import FaultConfig
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
+from pretrain.runtime import without_cuda
 
 # ---------------------------------------------------------------------- bad steps
 
@@ -160,13 +163,39 @@ class Guard:
 
 # ---------------------------------------------------------------------- hung ranks
 
+# Collectives that NCCL's flight recorder remembers; about 1 KiB each, allocated once.
+_RECORDED_COLLECTIVES = 2000
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Let NCCL record its last collectives, and write them when one exceeds its time limit.
+
+    Call it before the processes are joined. Each rank writes ``run_dir/flight_recorder/rank<r>``,
+    which ``torchfrtrace --prefix rank FOLDER`` compares. The user's environment takes precedence.
+    Without a GPU nothing is recorded.
+    """
+    if without_cuda.USE_CUDA:
+        # torch 2.9 to 2.13 accept these names; newer ones have aliases (TORCH_FR_BUFFER_SIZE).
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(_RECORDED_COLLECTIVES))
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        file = _flight_recorder(run_dir).absolute() / "rank"
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(file))
+
+
+def _flight_recorder(run_dir: Path) -> Path:
+    return run_dir / "flight_recorder"
+
 
 class Watchdog:
     """Ends this process with a stack trace if the run makes no progress.
 
-    If one rank hangs, all others wait for it. Each rank that still runs writes its stacks to stderr
-    and to ``stacks-rank<r>.txt`` in the run's folder; the first of them names the ranks that wrote
-    nothing; all end with status 1, and torchrun ends or restarts the job.
+    If one rank hangs, all others wait for it. Usually they wait in a collective, which ends them
+    after ``faults.collective_seconds``: over gloo by an exception in :meth:`__exit__`'s context,
+    over NCCL by aborting the process. A hang elsewhere, such as a file system that does not answer,
+    is noticed after ``faults.hang_seconds``. In every case each rank that still runs writes its
+    stacks to ``stacks-rank<r>.txt`` in the run's folder and, except after NCCL's abort, to stderr,
+    and the first of them names the ranks that wrote nothing. All end with status 1 or by SIGABRT,
+    and torchrun ends or restarts the job.
 
     Args:
         seconds: time without :meth:`beat` after which the process ends; 0: never.
@@ -174,7 +203,7 @@ class Watchdog:
         run_dir: a folder shared by all ranks.
 
     Raises:
-        OSError: the file of stacks cannot be created.
+        OSError: the file of stacks, or the folder of the flight recorder, cannot be created.
     """
 
     _GRACE_SECONDS = 5.0
@@ -186,29 +215,37 @@ class Watchdog:
         self._activity = "setting up"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._file: IO[str] | None = None
-        if seconds:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path(rank).open("w")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if without_cuda.USE_CUDA:
+            _flight_recorder(run_dir).mkdir(exist_ok=True)  # NCCL does not create it
+        self._file: IO[str] = self._path(rank).open("w")
 
     def __enter__(self) -> "Watchdog":
-        if self._file is not None:
-            self.beat(self._activity)
+        self.beat(self._activity)
+        if self._seconds:
             self._thread.start()
+        self._on_abort = not faulthandler.is_enabled()
+        if self._on_abort:  # NCCL aborts from another thread
+            faulthandler.enable(self._file)
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._file is not None:
-            self._closed.set()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
-            self._file.close()
+        faulthandler.cancel_dump_traceback_later()
+        if self._on_abort:
+            faulthandler.disable()
+        if late := error is not None and _is_time_limit(error):
+            self._report_late_collective(error)
+        self._file.close()
+        if not late:
             self._path(self._rank).unlink(missing_ok=True)
 
     def beat(self, activity: str) -> None:
         """Report progress, and name the activity that begins."""
         self._last_beat, self._activity = time.monotonic(), activity
-        if self._file is not None:
+        if self._seconds:
             # In case a hang blocks all Python threads: faulthandler uses a native thread.
             limit = self._seconds + 3 * self._GRACE_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
@@ -232,17 +269,34 @@ class Watchdog:
             f"rank {self._rank} (process {os.getpid()}) made no progress for {self._seconds:g} "
             f"seconds (faults.hang_seconds) in {self._activity}; it ends with these stacks:\n"
         )
-        print(message, end="", file=sys.stderr, flush=True)
-        assert self._file is not None
-        self._file.write(message)
-        self._file.flush()
+        self._write(message)
         faulthandler.dump_traceback(self._file, all_threads=True)
         stacks = self._path(self._rank).read_text().removeprefix(message)
         print(stacks, end="", file=sys.stderr, flush=True)
+        self._name_silent_ranks()
+
+    def _report_late_collective(self, error: BaseException) -> None:
+        """Report the time limit of a collective; the exception's traceback is printed later."""
+        message = (
+            f"rank {self._rank} (process {os.getpid()}) waited for other ranks longer than "
+            f"faults.collective_seconds in {self._activity}: {one_line(str(error))}\n"
+        )
+        with contextlib.suppress(OSError):  # a full disk must not hide the exception
+            self._write(message)
+            self._file.writelines(traceback.format_exception(error))
+            self._file.flush()
+        self._name_silent_ranks()
+
+    def _write(self, message: str) -> None:
+        print(message, end="", file=sys.stderr, flush=True)
+        self._file.write(message)
+        self._file.flush()
+
+    def _name_silent_ranks(self) -> None:
         time.sleep(self._GRACE_SECONDS)  # wait for the reports of other ranks
         reported = [r for r in range(self._world_size) if self._has_reported(r)]
         silent = [str(r) for r in range(self._world_size) if r not in reported]
-        if silent and self._rank == reported[0]:
+        if silent and reported and self._rank == reported[0]:
             print(f"no sign of life from rank {', '.join(silent)}", file=sys.stderr, flush=True)
 
     def _has_reported(self, rank: int) -> bool:
@@ -250,3 +304,8 @@ class Watchdog:
             return self._path(rank).stat().st_size > 0
         except OSError:
             return False
+
+
+def _is_time_limit(error: BaseException) -> bool:
+    """Whether gloo raised this because a collective exceeded its time limit."""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()

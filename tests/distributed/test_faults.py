@@ -289,14 +289,26 @@ def test_the_watchdog_ends_hangs_before_the_first_and_after_the_last_step(
     assert "in forever" in stacks
 
 
-def test_the_watchdog_names_the_hanging_rank_and_prints_stacks(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (("hang_seconds=12", "collective_seconds=0"), "made no progress for 12 seconds"),
+        (("hang_seconds=0", "collective_seconds=8"), "longer than faults.collective_seconds in"),
+    ],
+    ids=["watchdog", "collective"],
+)
+def test_a_hanging_rank_is_named_and_others_write_stacks(
+    folder: Path, limits: Sequence[str], message: str
+) -> None:
+    name = limits[0]
     # A stopped process does not hear torchrun's SIGTERM: it is killed once that has no patience.
-    run = _start(folder, "hung", "steps=5000", "faults.hang_seconds=12", patience=1)
-    _reach(run, folder / "hung" / "metrics.jsonl", 2)
+    settings = [f"faults.{limit}" for limit in limits]
+    run = _start(folder, name, "steps=5000", *settings, patience=1)
+    _reach(run, folder / name / "metrics.jsonl", 2)
     _rank(run, 1).send_signal(signal.SIGSTOP)
     _, stderr = run.communicate(timeout=300)
     assert run.returncode != 0
-    assert "rank 0 (process " in stderr and "made no progress for 12 seconds" in stderr
+    assert "rank 0 (process " in stderr and message in stderr
     assert "no sign of life from rank 1" in stderr
     # Which collective it waits in depends on where rank 1 was stopped: not only steps have some.
-    assert "in _train\n" in (folder / "hung" / "stacks-rank0.txt").read_text()
+    assert "in _train\n" in (folder / name / "stacks-rank0.txt").read_text()

@@ -21,9 +21,9 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         parallel.join()
 
 
-def timeouts_of_groups(hang_seconds: float) -> set[timedelta]:
+def timeouts_of_groups(collective_seconds: float) -> set[timedelta]:
     dist.destroy_process_group()
-    context = parallel.start(ParallelConfig(), seed=1, hang_seconds=hang_seconds)
+    context = parallel.start(ParallelConfig(), seed=1, collective_seconds=collective_seconds)
     groups = list(dist.distributed_c10d._world.pg_map)
     return {
         group._get_backend(torch.device("cpu")).options._timeout
@@ -32,7 +32,8 @@ def timeouts_of_groups(hang_seconds: float) -> set[timedelta]:
     }
 
 
-def test_collectives_outlast_the_watchdog() -> None:
-    """By default, they end after ten minutes (NCCL) or thirty, before it has reported anything."""
-    (timeouts,) = launch(timeouts_of_groups, 1, 3600.0)
-    assert min(timeouts) > timedelta(hours=1)
+@pytest.mark.parametrize("seconds", [45.0, 0.0])
+def test_all_groups_have_the_configured_time_limit(seconds: float) -> None:
+    """By default, collectives end after ten minutes (NCCL) or thirty (gloo)."""
+    (timeouts,) = launch(timeouts_of_groups, 1, seconds)
+    assert timeouts == {timedelta(seconds=seconds) if seconds else timedelta(days=365)}

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from pretrain.config import FaultConfig
 from pretrain.errors import PretrainError
-from pretrain.runtime.faults import Guard, is_spike
+from pretrain.runtime import faults, without_cuda
+from pretrain.runtime.faults import Guard, Watchdog, is_spike
 
 LOSSES = st.lists(st.floats(0.5, 12), min_size=4, max_size=64)
 
@@ -124,3 +127,58 @@ def test_hung_ranks_end_with_their_number_and_stack(tmp_path: Path, scenario: st
         assert "made no progress for 2 seconds (faults.hang_seconds) in step 7" in text
         assert "in stuck" in text
     assert "no sign of life from rank 0, 1, 2, 4" in ended.stderr
+
+
+ABORT = """
+import os, sys
+from pathlib import Path
+from pretrain.runtime.faults import Watchdog
+
+def in_nccl():
+    os.abort()
+
+with Watchdog(60.0, rank=0, world_size=2, run_dir=Path(sys.argv[1])):
+    in_nccl()
+"""
+
+
+def test_an_abort_by_nccl_leaves_stacks(tmp_path: Path) -> None:
+    """NCCL aborts the process when a collective exceeds its time limit."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONFAULTHANDLER"}
+    command = [sys.executable, "-c", ABORT, str(tmp_path)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGABRT
+    assert "in in_nccl" in (tmp_path / "stacks-rank0.txt").read_text()
+
+
+def test_the_flight_recorder_writes_into_the_run_and_leaves_the_users_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"})
+    faults.record_collectives(tmp_path)
+    assert os.environ == {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    monkeypatch.setattr(without_cuda, "USE_CUDA", True)
+    faults.record_collectives(tmp_path)
+    assert os.environ == {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{tmp_path}/flight_recorder/rank",
+    }
+    with Watchdog(0, 0, 1, tmp_path):
+        assert (tmp_path / "flight_recorder").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("hang", "collective", "limit"),
+    [(1800, None, 600), (0, None, 0), (1800, 0, 0), (0, 50, 50), (100, 50, 50), (1.5, None, 1)],
+)
+def test_collectives_time_out_before_the_watchdog(
+    hang: float, collective: float | None, limit: float
+) -> None:
+    config = FaultConfig(hang_seconds=hang, collective_seconds=collective)
+    assert config.collective_limit == limit
+
+
+@pytest.mark.parametrize(("hang", "collective"), [(99, 50), (10, 600), (600, 0.5)])
+def test_a_watchdog_that_would_end_collectives_is_refused(hang: float, collective: float) -> None:
+    with pytest.raises(ValueError, match="collective_seconds"):
+        FaultConfig(hang_seconds=hang, collective_seconds=collective)
