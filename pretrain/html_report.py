@@ -8,6 +8,7 @@ import io
 import json
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MAX_BYTES = 64 << 20
+_MAX_SLOW_RANKS = 20
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
@@ -99,6 +101,7 @@ def render(
         f'<div class="plots">{"".join(plots)}</div>'
         if training
         else "<p>No step has been recorded yet.</p>",
+        *_slow_ranks(training, config.get("faults", {}).get("straggler_ratio")),
         "<h2>Held-out evaluation</h2>",
         _held_out(metrics.held_out_records(records)),
         "<h2>Transcriptions of held-out images</h2>" if transcriptions else "",
@@ -151,6 +154,25 @@ def _summary(training: Records, steps: int | None) -> str:
     add("dropped_tokens", "", sum, training)
     cells = "".join(f"<div>{_text(label)}<b>{_text(value)}</b></div>" for label, value in entries)
     return f'<div class="summary">{cells}</div>'
+
+
+def _slow_ranks(training: Records, threshold: float | None) -> list[str]:
+    """The ranks that were slow most often; empty if none was, or ranks were not compared."""
+    ratios: dict[tuple[int, str], list[float]] = defaultdict(list)
+    compared = [record for record in training if record.get("slowest_ratio") is not None]
+    for record in compared:
+        if threshold is not None and record["slowest_ratio"] >= threshold:
+            ratios[record["slowest_rank"], record["slowest_host"]].append(record["slowest_ratio"])
+    if not ratios:
+        return []
+    most_often = sorted(ratios.items(), key=lambda item: -len(item[1]))[:_MAX_SLOW_RANKS]
+    rows = (
+        (rank, host, f"{len(values)} of {len(compared)}", f"{statistics.median(values):.2f}",
+         f"{max(values):.2f}")
+        for (rank, host), values in most_often
+    )  # fmt: skip
+    header = ("rank", "host", "slowest in comparisons", "own time / median", "at most")
+    return ["<h2>Slow ranks</h2>", _table(header, rows)]
 
 
 def _held_out(records: Records) -> str:

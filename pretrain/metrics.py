@@ -65,6 +65,11 @@ METRICS = {
     "skipped_batches": Metric("skipped batches", "d", "batches skipped by rolling back"),
     "tokens_per_second": Metric("tokens/s", "6,.0f", "tokens per second"),
     "mfu": Metric("MFU", ".1%", "model FLOP utilization"),
+    # Every log_every steps, if a pipeline stage has several ranks: the rank that is slowest in
+    # comparison with the median of its stage. slowest_host, a text, is its host.
+    "own_seconds": Metric("own time", ".3f", "seconds of a step without communication, median"),
+    "slowest_ratio": Metric("slowest rank", ".2f", "own time of the slowest rank / median"),
+    "slowest_rank": Metric("slowest rank", "d", "slowest rank"),
     # Means over held-out labels, in nats per token. The last two evaluate the same captions next
     # to their own image and next to the image of another sample.
     "held_out_loss": Metric("held-out loss", ".3f", "held-out loss"),
@@ -99,14 +104,14 @@ def held_out_records(records: Iterable[Record]) -> list[Record]:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record by name, those of layers as ``name/layer``; None is left out."""
+    """The numbers of a record by name, those of layers as ``name/layer``."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             width = len(str(len(value) - 1))
             by_layer = ((f"{name}/{layer:0{width}}", item) for layer, item in enumerate(value))
             numbers.update((key, item) for key, item in by_layer if item is not None)
-        elif value is not None and name != "step":
+        elif isinstance(value, int | float) and name != "step":
             numbers[name] = value
     return numbers
 

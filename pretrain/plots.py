@@ -71,6 +71,7 @@ def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
         _single(records, "tokens_per_second"),
         _single(records, "mfu"),
         _single(records, "memory_gib"),
+        _single(records, "slowest_ratio"),
     ]
 
 

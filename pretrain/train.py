@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from pretrain.evaluate import held_out_losses, transcribe
 from pretrain.metrics import read
 from pretrain.parallel import ParallelContext
 from pretrain.plots import save_curves
-from pretrain.runtime import stopping
+from pretrain.runtime import stopping, stragglers
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
 from pretrain.runtime.profiler import Profiler
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
+from pretrain.runtime.stragglers import StepClock
 from pretrain.runtime.terminal import held_out_line
 from pretrain.step import train_step
 
@@ -65,11 +65,16 @@ def _train(
     skipped = batches.SkippedSamples(config, context, data)
     skipped.synchronize()
 
-    with contextlib.closing(checkpoint.saver(run)) as saver:
+    with (
+        contextlib.closing(checkpoint.saver(run)) as saver,
+        contextlib.closing(
+            StepClock(context.device, config.parallel.pipeline, config.log_every)
+        ) as clock,
+    ):
         if steps_done == 0:
             watchdog.beat("the evaluation before the first step")
             writer.write({"step": 0, **held_out_losses(run)})
-        started = time.monotonic()
+        clock.start(steps_done + 1)
         termination.saves = True
         numbers = _batch_numbers(config, guard, steps_done)
         for number, micro_batches in batches.prefetch(config, context, data, numbers, skipped):
@@ -83,7 +88,7 @@ def _train(
                 writer.say(
                     f"step {step}: {why}; continuing from step {to} with the data after this step's"
                 )
-                started = time.monotonic()
+                clock.start(to + 1)
                 continue
             if metrics["loss"] is None and guard.empty == 1:
                 writer.say(
@@ -91,7 +96,8 @@ def _train(
                     "empty_steps in the metrics counts such steps"
                 )
             profiler.after(step)
-            seconds = time.monotonic() - started
+            seconds, comparison = clock.stop()
+            metrics |= comparison
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
             metrics["mfu"] = metrics["model_flops"] / seconds / run.step_metrics.peak_flops
             is_last = step == config.steps
@@ -99,6 +105,8 @@ def _train(
                 watchdog.beat(f"the evaluation after step {step}")
                 metrics |= held_out_losses(run)
             writer.write(metrics)
+            if slow := stragglers.report(metrics, config.faults.straggler_ratio):
+                writer.say(slow)
 
             watchdog.beat(f"the checkpoint of step {step}")
             signal = _agree_on_end(config, step, saver, run_lock, termination)
@@ -113,7 +121,7 @@ def _train(
                 )
                 writer.close()
                 raise SystemExit(stopping.status(signal))
-            started = time.monotonic()
+            clock.start(step + 1)
         saver.wait()
     termination.saves = False  # everything is saved
 

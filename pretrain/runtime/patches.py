@@ -18,8 +18,8 @@ class Patches:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of a module or class, which need not exist, until :meth:`undo`."""
-        if hasattr(owner, name):
-            self._undo.callback(setattr, owner, name, getattr(owner, name))
+        if name in vars(owner):  # getattr() would bind a static method or one of pybind11
+            self._undo.callback(setattr, owner, name, vars(owner)[name])
         else:
             self._undo.callback(delattr, owner, name)
         setattr(owner, name, value)

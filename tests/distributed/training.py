@@ -103,7 +103,10 @@ SHAPES = {
     "dense": (*_DENSE, *_GQA, "language.head_dim=10", "language.tie_embeddings=true"),
 }
 # Metrics that are not functions of configuration and seed.
-_MACHINE_DEPENDENT = ("memory_gib", "tokens_per_second", "mfu")
+_MACHINE_DEPENDENT = (
+    *("memory_gib", "tokens_per_second", "mfu"),
+    *("own_seconds", "slowest_ratio", "slowest_rank", "slowest_host"),
+)
 
 
 def comparable(metrics_file: Path) -> list[dict[str, Any]]:

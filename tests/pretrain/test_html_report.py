@@ -84,7 +84,9 @@ def test_report_covers_a_run_resumed_with_other_settings(tmp_path: Path, prepare
         assert title in reader.text
     # Every recorded metric is described, and every described metric is recorded.
     records = read(tmp_path / "run" / "metrics.jsonl")
-    assert {name for record in records for name in record} == {"step", *METRICS}
+    recorded = {name for record in records for name in record}
+    of_several_ranks = {"own_seconds", "slowest_ratio", "slowest_rank"}
+    assert recorded | of_several_ranks == {"step", *METRICS}
     # Both starts, changed settings, configuration, versions, progress and transcriptions.
     assert "at step 0" in reader.text and "after step 3" in reader.text
     assert "steps=5" in reader.text and "qk_clip_threshold: 100.0" in reader.text
@@ -112,6 +114,19 @@ def test_skipped_steps_and_batches_are_plotted_if_there_are_any() -> None:
     assert title in empty and "steps without a label" in empty
     rolled_back = [*normal, {**normal[-1], "step": 4, "skipped_batches": 3}]
     assert "skipped batches" in html_report.render("run", rolled_back, [], [])
+
+
+def test_slow_ranks_are_listed_by_how_often_they_were_slowest() -> None:
+    ratios = [(3, 1.5), (3, 2.5), (0, 1.2), (7, 9.0), (3, 1.7)]
+    records = [
+        {**record(step), "slowest_rank": rank, "slowest_host": f"<{rank}>", "slowest_ratio": ratio}
+        for step, (rank, ratio) in enumerate(ratios, 1)
+    ]
+    starts = [{"config": {"faults": {"straggler_ratio": 1.3}}}]
+    page = html_report.render("run", records, starts, [])
+    table = Reader(page[page.index("Slow ranks") : page.index("Held-out")]).text.split("\n")
+    assert table[2:] == ["3<3>3 of 51.702.50", "7<7>1 of 59.009.00", ""]
+    assert "Slow ranks" not in html_report.render("run", [record(1), record(2)], starts, [])
 
 
 def test_damaged_lines_are_ignored(tmp_path: Path) -> None:
