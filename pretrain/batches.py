@@ -149,7 +149,7 @@ def collate(
     return MicroBatch(
         tokens=stack("tokens"),
         labels=stack("labels"),
-        weights=stack("weights"),
+        weights=torch.stack([sample.weights for sample in samples]),
         categories=stack("categories"),
         documents=torch.stack([sample.documents for sample in samples]),
         patches=to_device(patches if images else patches[:0], device),

@@ -23,6 +23,7 @@ from pretrain.build import Run
 from pretrain.config import OptimizerConfig
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
+from pretrain.model.flex import to_device
 from pretrain.model.multimodal import MicroBatch
 from pretrain.runtime import apex
 from pretrain.runtime.faults import Fault, Guard, RollBack
@@ -125,7 +126,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
 def _total_weight(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """Sum of the weights of all labels of the global batch, a float64 scalar."""
     local = [batch.weights.sum(dtype=torch.float64) for batch in micro_batches]
-    total = torch.stack(local).sum()
+    total = torch.stack(local).sum().to(run.context.device)
     dist.all_reduce(total)
     return total * run.context.data_size / run.context.world_size  # other ranks have copies
 
@@ -166,7 +167,7 @@ def run_backbone(
     sums = objective.no_losses(run.context.device)
 
     def weighted_loss(batch: MicroBatch, losses: Tensor) -> Tensor:
-        weights = batch.share.take(batch.weights, 1)
+        weights = to_device(batch.share.take(batch.weights, 1), losses.device)
         if run.context.tensor_rank == 0:
             categories = batch.share.take(batch.categories, 1)
             sums.add_(objective.loss_sums(losses, weights, categories))

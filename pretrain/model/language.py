@@ -20,12 +20,61 @@ from torch import Tensor, nn
 
 from pretrain.config import LanguageConfig, ParallelConfig, RecomputeConfig
 from pretrain.model.attention import CoreAttention
+from pretrain.model.cross_entropy import cross_entropy
 from pretrain.model.experts import GroupedExperts
 from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import LATENT_EPSILON, transformer_config
 from pretrain.model.pass_through import explained
 from pretrain.runtime import apex
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """GPTModel that computes logits only for the labels that count.
+
+    The labels of image placeholders, padding and prompts have no weight. The output layer and the
+    loss, which take much of a small model's time and of a large model's memory, leave them out.
+    """
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Logits [b, s, vocabulary] without ``labels``; else losses [b, s].
+
+        Args:
+            hidden_states: [s, b, h].
+            labels: int64 [b, s].
+            loss_mask: int64 [n], the indices of the labels that count in [b, s], flattened; the
+                losses of the others are 0. Default: all count.
+        """
+        if labels is None or loss_mask is None or not self.post_process:
+            output: Tensor = super()._postprocess(
+                hidden_states=hidden_states, labels=labels, loss_mask=None, **options
+            )
+            return output
+        size, length = labels.shape
+        rows = loss_mask % length * size + loss_mask // length
+        losses = super()._postprocess(
+            hidden_states=hidden_states.flatten(0, 1).index_select(0, rows).unsqueeze(1),
+            labels=labels.flatten().index_select(0, loss_mask).unsqueeze(0),
+            loss_mask=None,
+            **options,
+        )
+        every: Tensor = losses.new_zeros(labels.numel()).index_copy(0, loss_mask, losses[0])
+        return every.view_as(labels)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """The losses [b, s] of labels [b, s]; the logits [s, b, vocabulary] are overwritten."""
+        if self.config.cross_entropy_loss_fusion:
+            fused: Tensor = super().compute_language_model_loss(labels, logits)
+            return fused
+        losses = cross_entropy(logits.flatten(0, 1), labels.t().flatten(), self.pg_collection.tp)
+        return losses.view(labels.shape[::-1]).t().contiguous()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -59,7 +108,7 @@ def build_language_model(
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = "torch",
     megatron: Mapping[str, Any] = MappingProxyType({}),
-) -> list[GPTModel]:
+) -> list[LanguageModel]:
     """Build this rank's model chunks; megatron-core's parallel state must be initialized.
 
     Args:
@@ -84,7 +133,7 @@ def build_language_model(
     for chunk in range(parallel.interleave):
         virtual = {"vp_stage": chunk} if parallel.interleave > 1 else {}
         with explained("megatron"):
-            model = GPTModel(
+            model = LanguageModel(
                 config=settings,
                 transformer_layer_spec=layer_spec(settings, virtual),
                 vocab_size=vocab_size,

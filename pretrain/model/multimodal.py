@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
+from pretrain.model.flex import to_device
 from pretrain.model.packed_documents import PackedDocuments
 from pretrain.model.vision import num_features
 
@@ -23,7 +24,8 @@ class MicroBatch:
     Attributes:
         tokens: [b, s] int64.
         labels: [b, s] int64, the next token; 0 where the weight is 0.
-        weights: [b, s] float32, the weight of each label in the loss (:mod:`pretrain.objective`).
+        weights: [b, s] float32 on the CPU, the weight of each label in the loss
+            (:mod:`pretrain.objective`).
         categories: [b, s] uint8, the category under which each label's loss is reported.
         documents: [b, s] int32 on the CPU, the document of each token, within which it attends.
         patches: [P, 3 * patch * patch] uint8, the patches of all images in order; none on a rank
@@ -49,6 +51,13 @@ class MicroBatch:
     def packed_documents(self) -> PackedDocuments:
         """The documents for the attention of all layers."""
         return PackedDocuments.of(self.documents, self.tokens.device, self.share)
+
+    @functools.cached_property
+    def learned(self) -> Tensor:
+        """int64 [n], the indices of the labels of this rank's tokens whose weight is not 0, in
+        [b, s / context], flattened."""
+        learned = self.share.take(self.weights, 1).flatten().nonzero().squeeze(1)
+        return to_device(learned, self.tokens.device)
 
 
 def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
@@ -99,8 +108,8 @@ def forward(
         logits: return next-token logits instead of losses.
 
     Returns:
-        [b, s / context] float32, the cross entropy of each label of this rank's tokens
-        (meaningless where its weight is 0), or [b, s / context, vocabulary], the logits. From all
+        [b, s / context] float32, the cross entropy of each label of this rank's tokens (0, or
+        meaningless, where its weight is 0), or [b, s / context, vocabulary], the logits. From all
         but the last model chunk: hidden states.
     """
     language: Any = getattr(model, "module", model)
@@ -126,6 +135,8 @@ def forward(
         None,
         decoder_input=inputs,
         labels=None if logits else labels,
+        # With sequence parallelism, the output layer gathers the tokens of all ranks.
+        loss_mask=None if language.config.sequence_parallel else batch.learned,
         packed_seq_params=documents,
         runtime_gather_output=True if logits else None,
     )
