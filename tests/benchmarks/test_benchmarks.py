@@ -89,6 +89,7 @@ def leaves(value: object) -> list[object]:
         "coefficients",
         "convergence",
         "crash",
+        "data",
         "dep",
         "dep_plan",
         "gpu",

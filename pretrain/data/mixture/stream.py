@@ -40,8 +40,8 @@ class Stream:
         self._line_up()
 
     def _line_up(self) -> None:
-        self._vision = _Queue([cursor for cursor in self.cursors if cursor.source.has_images])
-        self._text = _Queue([cursor for cursor in self.cursors if not cursor.source.has_images])
+        self._vision = _queue([cursor for cursor in self.cursors if cursor.source.has_images])
+        self._text = _queue([cursor for cursor in self.cursors if not cursor.source.has_images])
 
     def next(self) -> list[Segment]:
         """The segments of the next sequence: images as far as they are due, then text."""
@@ -49,24 +49,28 @@ class Stream:
         self.sequences += 1
         due = self.vision_share * self.length * self.sequences
         while self._vision and (not self._text or self.placeholders < due):
-            cursor = self._vision.first
+            *_, cursor = self._vision[0]
             size, placeholders = cursor.peek()
-            if size > room:
+            segment = cursor.take(room)
+            if segment is None:
                 break
-            segments.append(cursor.take(room))
-            self._vision.update()
+            segments.append(segment)
+            _move_back(self._vision)
             room -= size
             self.placeholders += placeholders
+        waiting = []
         while self._text and room > 1:
-            cursor = self._text.first
-            size, _ = cursor.peek()
-            if cursor.whole and size > room:
-                self._text.set_aside()  # its document waits; other sources may fill this one
+            *_, cursor = self._text[0]
+            segment = cursor.take(room)
+            if segment is None:  # its document waits; other sources may fill this sequence
+                waiting.append(heapq.heappop(self._text))
                 continue
-            segments.append(cursor.take(room))
-            self._text.update()
-            room -= min(size, room)
-        self._text.put_back()
+            segments.append(segment)
+            _move_back(self._text)
+            # A range of a cut document also gets the token that begins a document.
+            room -= segment.stop - segment.start + (not cursor.whole)
+        for entry in waiting:
+            heapq.heappush(self._text, entry)
         return segments
 
     def state(self) -> dict[str, Any]:
@@ -85,38 +89,21 @@ class Stream:
         self._line_up()
 
 
-class _Queue:
-    """Cursors by the tokens that they have taken for their weight, the furthest behind first."""
+# Cursors in a heap, by the tokens that they have taken for their weight: the furthest behind comes
+# first. Of equal ones, it is the first in the list.
+_Queue = list[tuple[float, int, Cursor]]
 
-    def __init__(self, cursors: Sequence[Cursor]) -> None:
-        # Of equal ones, the first in the list comes first.
-        self._heap = [(self._taken(c), number, c) for number, c in enumerate(cursors)]
-        heapq.heapify(self._heap)
-        self._aside: list[tuple[float, int, Cursor]] = []
 
-    @staticmethod
-    def _taken(cursor: Cursor) -> float:
-        return cursor.taken / cursor.source.config.weight
+def _queue(cursors: Sequence[Cursor]) -> _Queue:
+    entries = [(c.taken / c.source.config.weight, n, c) for n, c in enumerate(cursors)]
+    heapq.heapify(entries)
+    return entries
 
-    def __bool__(self) -> bool:
-        return bool(self._heap)
 
-    @property
-    def first(self) -> Cursor:
-        return self._heap[0][2]
-
-    def update(self) -> None:
-        """Move the first cursor back by what it has taken."""
-        _, number, cursor = self._heap[0]
-        heapq.heapreplace(self._heap, (self._taken(cursor), number, cursor))
-
-    def set_aside(self) -> None:
-        """Leave the first cursor out until :meth:`put_back`."""
-        self._aside.append(heapq.heappop(self._heap))
-
-    def put_back(self) -> None:
-        while self._aside:
-            heapq.heappush(self._heap, self._aside.pop())
+def _move_back(queue: _Queue) -> None:
+    """Move the first cursor back by what it has taken."""
+    _, number, cursor = queue[0]
+    heapq.heapreplace(queue, (cursor.taken / cursor.source.config.weight, number, cursor))
 
 
 class Sequences:

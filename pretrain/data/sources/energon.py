@@ -497,10 +497,13 @@ class EnergonCursor:
     def peek(self) -> tuple[int, int]:
         return _size(self._peek())
 
-    def take(self, room: int) -> Segment:
-        document, self._waiting = self._peek(), None
+    def take(self, room: int) -> Segment | None:
+        document = self._peek()
+        if len(document) > room:
+            return None
+        self._waiting = None
         self.taken += len(document)
-        return Segment(self.source.number, _UNNUMBERED, document=document)
+        return Segment(self.source.number, _UNNUMBERED, 0, len(document), document)
 
     def state(self) -> dict[str, Any]:
         """Energon's state, and the key of the next sample if it has been read."""

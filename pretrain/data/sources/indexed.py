@@ -229,16 +229,8 @@ class DocumentCursor:
 
     def __post_init__(self) -> None:
         self.source, self.whole = self.documents.source, self.documents.whole
-        # The number, tokens and placeholders of the documents from position _first on.
-        self._ahead: list[tuple[int, int, int]] = []
-        self._first = 0
-
-    def _current(self) -> tuple[int, int, int]:
-        index = self.position - self._first
-        if not 0 <= index < len(self._ahead):
-            self._look_ahead()
-            index = 0
-        return self._ahead[index]
+        # The number, tokens and placeholders of the next documents, the last one first.
+        self._next: list[tuple[int, int, int]] = []
 
     def _look_ahead(self) -> None:
         """Find the next documents: many at once cost hardly more than one."""
@@ -247,22 +239,31 @@ class DocumentCursor:
         source, count = self.source, len(self.numbers)
         numbers = self.numbers[shuffled(places, count, source.seed, source.number)]
         columns = (numbers, *self.documents.sizes_of(numbers))
-        self._ahead = list(zip(*(column.tolist() for column in columns), strict=True))
-        self._first = self.position
+        self._next = list(zip(*(column[::-1].tolist() for column in columns), strict=True))
 
     def peek(self) -> tuple[int, int]:
-        _, tokens, placeholders = self._current()
+        if not self._next:
+            self._look_ahead()
+        _, tokens, placeholders = self._next[-1]
         # A range of a cut document also gets the token that begins a document.
         return tokens - self.offset + (not self.whole), placeholders
 
-    def take(self, room: int) -> Segment:
-        number, tokens, _ = self._current()
-        start = self.offset
-        stop = tokens if self.whole else min(tokens, start + room - 1)
+    def take(self, room: int) -> Segment | None:
+        if not self._next:
+            self._look_ahead()
+        number, tokens, _ = self._next[-1]
+        start, stop = self.offset, tokens
+        if self.whole:
+            if tokens > room:
+                return None
+        elif tokens - start >= room:
+            stop = start + room - 1
         self.taken += stop - start
-        self.offset = stop
         if stop == tokens:
             self.position, self.offset = self.position + 1, 0
+            self._next.pop()
+        else:
+            self.offset = stop
         return Segment(self.source.number, number, start, stop)
 
     def state(self) -> dict[str, Any]:
@@ -271,6 +272,7 @@ class DocumentCursor:
     def restore(self, state: dict[str, Any]) -> None:
         self.position, self.offset = state["position"], state["offset"]
         self.taken = state["taken"]
+        self._next = []
 
 
 # ---------------------------------------------------------------------- files of an index

@@ -200,8 +200,12 @@ class Cursor(Protocol):
     def peek(self) -> tuple[int, int]:
         """(tokens, image placeholders among them) of the next document."""
 
-    def take(self, room: int) -> Segment:
-        """The next document; of a document that can be cut, at most ``room`` tokens."""
+    def take(self, room: int) -> Segment | None:
+        """The next document; of a document that can be cut, at most ``room`` tokens.
+
+        Returns:
+            None if the document is never cut and does not fit: it waits.
+        """
 
     def state(self) -> dict[str, Any]:
         """The position, in plain values."""
