@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip import max_logits
 from pretrain.config import VisionConfig
 from pretrain.model.geometry import MAX_FRAMES, MERGE, PATCHES_PER_TOKEN, num_tokens
-from pretrain.model.vision_attention import Pack, attend, attention_batches
+from pretrain.model.vision_attention import Pack, attend, largest_logits
 
 # (frames, rows, columns) of an item, in patches.
 Grid = tuple[int, int, int]
@@ -51,9 +50,7 @@ class VisionAttention(nn.Module):
         )
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if self.observer is not None and self.training:
-            batches = [max_logits(*batch) for batch in attention_batches(query, key, pack)]
-            if batches:
-                self.observer(torch.stack(batches).amax(0))
+            self.observer(largest_logits(query, key, pack))
         output: Tensor = self.o_proj(attend(query, key, value, pack).flatten(1))
         return output
 

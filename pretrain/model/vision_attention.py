@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import Literal, cast
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from muonclip import max_logits
 from pretrain.model import flex
 from pretrain.model.flex import BLOCK, compiled_flex, flex_problem
 
@@ -56,6 +58,9 @@ class Pack:
 
 Kernel = Literal["sdpa", "varlen", "flex"]
 
+# Logits computed at a time on a CPU, which fit a core's cache, and the least number of queries.
+_LOGITS_AT_A_TIME, _LEAST_ROWS = 2**18, 64
+
 
 def choose_kernel(query: Tensor) -> Kernel:
     """Kernel for queries [P, heads, d].
@@ -96,18 +101,26 @@ def attend(
     return kernels[kernel or choose_kernel(query)](query, key, value, pack)
 
 
-def attention_batches(query: Tensor, key: Tensor, pack: Pack) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries and keys in batches [items, heads, rows, d], to compute max logits.
+@torch.no_grad()
+def largest_logits(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
+    """The largest logit of each head within the items of a pack, at least float32 [heads].
 
-    On a CPU, a batch has all consecutive items of one length. On a GPU, where few launches matter
-    more, it has all items of a bucket; shorter ones are padded with copies of their last row, which
-    do not change the max logit.
+    On a GPU, where few launches matter most, all items of a bucket are computed at a time; shorter
+    ones are padded with copies of their last row, which do not change the max logit.
     """
-    if query.device.type == "cpu":
-        yield from zip(_by_length(query, pack), _by_length(key, pack), strict=True)
-    else:
-        for rows in pack.buckets:
-            yield query[rows].transpose(1, 2), key[rows].transpose(1, 2)
+    if query.device.type != "cpu":
+        batches = (
+            (query[rows].transpose(1, 2), key[rows].transpose(1, 2)) for rows in pack.buckets
+        )
+        return torch.stack([max_logits(*batch) for batch in batches]).amax(0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(wide), key.to(wide)
+    maxima = []
+    for q, k in zip(_by_length(query, pack), _by_length(key, pack), strict=True):
+        columns = k.transpose(-1, -2)
+        rows = max(_LEAST_ROWS, _LOGITS_AT_A_TIME // (q.numel() // q.shape[-1]))
+        maxima += [torch.matmul(part, columns).amax((0, 2, 3)) for part in q.split(rows, 2)]
+    return torch.stack(maxima).amax(0) / math.sqrt(query.shape[-1])
 
 
 def block_mask(lengths: Sequence[int], device: torch.device) -> BlockMask:

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from muonclip import max_logits
+from pretrain.model import vision_attention
 from pretrain.model.vision_attention import (
     Kernel,
     Pack,
     attend,
-    attention_batches,
     block_mask,
     choose_kernel,
+    largest_logits,
 )
 
 CPU = torch.device("cpu")
@@ -110,20 +111,18 @@ def test_varlen_attention_gets_the_boundaries_of_items(
     torch.testing.assert_close(attended, reference(*rows, lengths), rtol=1e-12, atol=1e-12)
 
 
-def largest_logits(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
-    return torch.stack([max_logits(q, k) for q, k in attention_batches(query, key, pack)]).amax(0)
-
-
 @settings(deadline=None, max_examples=25)
 @given(lengths_of_packs)
-def test_max_logits_of_batches_are_those_within_items(
-    lengths: list[int],
-) -> None:
+def test_the_largest_logits_are_those_within_items(lengths: list[int]) -> None:
     query, key, _ = make_rows(lengths)
     logits = torch.einsum("ihd,jhd->hij", query, key) / 4
     expected = logits.masked_fill(other_items(lengths), -torch.inf).amax((1, 2))
     pack = Pack(lengths, CPU)
     torch.testing.assert_close(largest_logits(query, key, pack), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision_attention, "_LOGITS_AT_A_TIME", 1)
+        patch.setattr(vision_attention, "_LEAST_ROWS", 3)
+        torch.testing.assert_close(largest_logits(query, key, pack), expected)
     padded = [
         max_logits(query[rows].transpose(1, 2), key[rows].transpose(1, 2)) for rows in pack.buckets
     ]
