@@ -189,15 +189,17 @@ class StateOwners:
             if param.group["algorithm"] != "adamw":
                 continue
             self._sharding_of[param.param] = sharding
-            # Ranks without an element of it, too, because making a group is a collective call.
-            holders = tuple(r for r, s in enumerate(sharding.shards) if s == sharding.local)
+            # The set of each rank, the same on all of them: they must meet in the same order.
+            sets: dict[TensorShard, int] = {}
+            set_of = tuple(sets.setdefault(shard, len(sets)) for shard in sharding.shards)
             local = local_tensor(param.param)
             # Biases of queries and keys are sent once more by QK-Clip: not with whole embeddings.
-            kind = (id(sharding.group), holders, local.dtype, local.device, local.ndim > 1)
+            kind = (id(sharding.group), set_of, local.dtype, local.device, local.ndim > 1)
             by_kind[kind].append(param)
         ordered = sorted(by_kind, key=lambda kind: (order_of(groups[kind[0]]), *map(str, kind[1:])))
         for kind in ordered:
-            group, holders = groups[kind[0]], kind[1]
+            group, set_of = groups[kind[0]], kind[1]
+            holders = [rank for rank, other in enumerate(set_of) if other == set_of[group.rank()]]
             if len(holders) < group.size():
                 ranks = dist.get_process_group_ranks(group)
                 group = group_of_ranks([ranks[holder] for holder in holders], [group])
