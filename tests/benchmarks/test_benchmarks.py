@@ -92,6 +92,7 @@ def leaves(value: object) -> list[object]:
         "data",
         "dep",
         "dep_plan",
+        "dep_step",
         "gpu",
         "optimizer_memory",
         "optimizer_step",
