@@ -125,7 +125,7 @@ def _add_model_commands(commands: Any) -> None:
 
 
 def _add_data_commands(commands: Any) -> None:
-    data = commands.add_parser("data", help="inspect data, or write shards")
+    data = commands.add_parser("data", help="inspect or tokenize data, or write shards")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "show packed sequences with their images, tokens and labels on one HTML page"
     inspect = _add(actions, "inspect", text)
@@ -133,6 +133,13 @@ def _add_data_commands(commands: Any) -> None:
     inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
     inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences; default: 8")
     inspect.add_argument("--held-out", action="store_true", help="show the held-out split")
+    text = "tokenize text before training, into files of Megatron's format; resumes after a kill"
+    tokenize = _add(actions, "tokenize", text)
+    _add_config(tokenize)
+    tokenize.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes; default: one for each processor core",
+    )  # fmt: skip
     text = "write a folder of images and captions as WebDataset shards for megatron-energon"
     shards = _add(actions, "make-shards", text)
     shards.add_argument("folder", type=Path, help="contains captions.jsonl, or a.txt for a.jpg")

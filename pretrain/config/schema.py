@@ -351,6 +351,9 @@ class DataConfig(Settings):
     trained on, in 10^6 bytes."""
     cache_dir: PathName = ".cache/pretrain"
     """Folder of the tokenizer and the tokenized text."""
+    max_untokenized_mb: Annotated[float, In("[0, 1e9]")] = 2000.0
+    """Maximum size of a source's files that a job tokenizes itself, in 10^6 bytes; larger ones are
+    tokenized beforehand: `python -m pretrain data tokenize`."""
     images: ImageConfig = field(default_factory=ImageConfig)
     sources: tuple[SourceConfig, ...] = ()
     """Sources of data; default: the text of the standard library, and images of lines of it."""

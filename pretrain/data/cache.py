@@ -1,5 +1,7 @@
 """A cache of prepared data: folders named by a digest of everything that they depend on."""
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -9,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Part of every key. Raise it when the content of cached folders changes.
-FORMAT = 4
+FORMAT = 5
 _PROGRESS_SECONDS = 10.0
 # Resolution of file times in nanoseconds, on most file systems and on old ones. The latter are
 # recognized by times that are whole seconds.
@@ -59,9 +61,17 @@ def key_of(*settings: object, stamps: Iterable[tuple[str, Stamp]] = ()) -> str:
 
 
 def cached(
-    folder: Path, build: Callable[[Path], None], load: Callable[[Path], T]
+    folder: Path,
+    build: Callable[[Path], None],
+    load: Callable[[Path], T],
+    *,
+    resumable: bool = False,
 ) -> tuple[T, bool]:
     """Load a folder of the cache; build it first if it is missing or damaged.
+
+    Args:
+        resumable: whether ``build`` continues with the content that it left in the folder when it
+            was interrupted. One process at a time builds such a folder; others wait.
 
     Returns:
         The result of ``load``, and whether the folder existed.
@@ -76,7 +86,7 @@ def cached(
         except Exception as error:  # damage costs a rebuild, not the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
-    make_folder(folder, build)
+    make_folder(folder, build, resumable=resumable)
     try:
         return load(folder), False
     except Exception as error:  # such as another user's folder, which could not be removed
@@ -86,26 +96,66 @@ def cached(
         ) from error
 
 
-def make_folder(folder: Path, build: Callable[[Path], None]) -> None:
+def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool = False) -> None:
     """Build a folder under a temporary name and rename it, so that it is never incomplete: several
     processes may build it at the same time, and any of them may be killed.
+
+    Args:
+        resumable: see :func:`cached`.
 
     Raises:
         PretrainError: the folder cannot be written; or an error of ``build``.
     """
+    temporary = _unfinished(folder) if resumable else _temporary(folder.parent)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        build(partial)
-        os.rename(partial, folder)
+        with temporary as partial:
+            if not (resumable and folder.is_dir()):  # another process may have built it meanwhile
+                build(partial)
+                os.rename(partial, folder)
     except OSError as error:
         if not folder.is_dir():
             raise _unwritable(folder, error) from error
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    """A folder that is removed afterwards."""
+    partial = Path(tempfile.mkdtemp(dir=parent, prefix="partial-"))
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder that stays if it is not renamed, and that no other process has meanwhile."""
+    parent = folder.with_name(f"unfinished-{folder.name}")
+    parent.mkdir(exist_ok=True)
+    with (parent / "lock").open("w") as file:
+        try:
+            _lock(file, folder)
+        except OSError:  # the file system has no locks
+            with _temporary(folder.parent) as partial:
+                yield partial
+            return
+        partial = parent / "result"
+        partial.mkdir(exist_ok=True)
+        yield partial
+        # Those of the same settings, but other files, are of no use any more.
+        name = parent.name.rpartition("-")[0]
+        for other in folder.parent.glob(f"{name}-*"):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    """Lock a file until it is closed; wait for another process that has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that writes {folder}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _unwritable(folder: Path, error: OSError) -> PretrainError:

@@ -58,13 +58,13 @@ def open_data(
     if not config.sources:
         return open_builtin(config, patch_size, seed)
     sources = find_sources(config, seed)
-    tokenizer = _load_tokenizer(config, sources)
+    tokenizer = load_tokenizer(config, sources)
     composer = Composer.of(config, tokenizer, patch_size)
     documents = [source.open(composer) for source in sources]
     return MixtureData(config, seed, composer, documents, share or RankShare())
 
 
-def _load_tokenizer(config: DataConfig, sources: Sequence[Source]) -> Tokenizer:
+def load_tokenizer(config: DataConfig, sources: Sequence[Source]) -> Tokenizer:
     """The tokenizer of ``data.tokenizer``; or one trained on text that is not held out, as much of
     each source, from the cache if it exists.
 

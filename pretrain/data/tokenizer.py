@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as _Tokenizer
 
 from pretrain import untrusted_files
+from pretrain.data.megatron_format import token_dtype
 from pretrain.errors import PretrainError, one_line
 
 ROLES = ("system", "user", "assistant")
@@ -125,9 +126,9 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab().values())
 
     @property
-    def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """The smallest dtype that fits all ids."""
-        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+    def dtype(self) -> type[np.uint16] | type[np.int32]:
+        """The dtype of ids in files, the one that Megatron chooses."""
+        return token_dtype(self.vocab_size)
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,8 @@ from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import Encoded, TokenDocuments, index_tokens
+from pretrain.data.sources.parts import Encoded
+from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.data.tokenizer import ROLES
 
 _LOST_FROM_CHAT = (*files.MEDIA, "tools", "functions", "system")

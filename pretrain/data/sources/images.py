@@ -25,9 +25,9 @@ from pretrain.data.sources.indexed import (
     FileSource,
     IndexedDocuments,
     IndexedFile,
-    read_index,
+    read_files,
     read_lines,
-    write_index,
+    write_files,
     write_lines,
 )
 from pretrain.data.sources.interface import Segment, content_hash
@@ -98,13 +98,16 @@ class ImageSource(FileSource[Mixed]):
             _build(partial, self, composer, sizes)
 
         def load(folder: Path) -> MixedDocuments:
-            hashes, ends, indexed = read_index(folder)
+            indexed = read_files(folder)
+            ends = np.load(folder / "ends.npy", mmap_mode="r")
+            hashes = np.load(folder / "hashes.npy", mmap_mode="r")
             sizes = np.load(folder / "sizes.npy", mmap_mode="r")
             lines = map_array(folder / "lines", np.uint8)
-            if len(sizes) != len(ends) or len(lines) != (ends[-1] if len(ends) else 0):
+            same = len(sizes) == len(ends) == len(hashes) == sum(f.documents for f in indexed)
+            if not same or len(lines) != (ends[-1] if len(ends) else 0):
                 raise ValueError("descriptions are not what was written")
             film = json.loads((folder / "video").read_text())
-            arrays = hashes, ends, indexed, lines, sizes
+            arrays = hashes, indexed, ends, lines, sizes
             return MixedDocuments(self, composer, *arrays, film, index=folder.name)
 
         documents, was_cached = cached(folder, build, load)
@@ -292,11 +295,13 @@ class MixedDocuments(IndexedDocuments):
     """Documents with images, of which the index has descriptions.
 
     Attributes:
+        ends: int64 [n], where the description of each document ends in ``lines``.
         lines: descriptions in JSON, one after the other.
         sizes: int32 [n, 2], tokens and image placeholders of each document.
         video: the first video file, which requires PyAV; empty if there is none.
     """
 
+    ends: npt.NDArray[np.int64]
     lines: npt.NDArray[np.uint8]
     sizes: npt.NDArray[np.int32]
     video: str
@@ -316,7 +321,8 @@ class MixedDocuments(IndexedDocuments):
 
     def describe(self, number: int) -> tuple[str, list[str | Media], list[list[int]]]:
         """A document's name, its parts, and the [frames, height, width] of each image."""
-        name, parts, shapes = json.loads(self.lines[self.extent(number)].tobytes())
+        start = int(self.ends[number - 1]) if number else 0
+        name, parts, shapes = json.loads(self.lines[start : self.ends[number]].tobytes())
         media = [p if isinstance(p, str) else Media(tuple(p[0]), moving=p[1]) for p in parts]
         return name, media, shapes
 
@@ -404,7 +410,9 @@ def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes)
         folder / "measured",
         ([media.paths, media.moving, *known] for media, known in sizes.measured.items()),
     )
-    write_index(folder, [IndexedFile("", (), len(ends), list(skipped))], ends, hashes)
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    write_files(folder, [IndexedFile("", (), len(ends), list(skipped))])
 
 
 def _read_measured(folder: Path) -> dict[Media, Measured]:

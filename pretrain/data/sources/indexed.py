@@ -6,6 +6,9 @@ for packing, and the names of the image files, which are read when a sequence ne
 """
 
 import json
+import os
+import shlex
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,11 +49,13 @@ class InputFile(Generic[R]):
         name: path of the file.
         stamp: changes whenever the file does.
         records: reads its documents.
+        size: its size in bytes.
     """
 
     name: str
     stamp: Stamp
     records: Callable[[], Iterator[R | Skip]]
+    size: int = 0
 
 
 @dataclass
@@ -76,10 +81,13 @@ class IndexedSource(Source, Generic[R]):
     Attributes:
         files: the files to index.
         skips: files and folders that are left out.
+        workers: number of processes that tokenize; None inside a job, where only this process
+            tokenizes, and only files up to ``data.max_untokenized_mb``.
     """
 
     files: Sequence[InputFile[R]]
     skips: Sequence[Skip] = ()
+    workers: int | None = None
 
     @abstractmethod
     def index(self, composer: Composer) -> "IndexedDocuments":
@@ -100,11 +108,33 @@ class IndexedSource(Source, Generic[R]):
             )
         return documents
 
+    def require_small(self) -> None:
+        """
+        Raises:
+            PretrainError: this is a job, and the files are too large to be tokenized in it.
+        """
+        size, limit = sum(file.size for file in self.files) / 1e6, self.data.max_untokenized_mb
+        if self.workers is None and size > limit:
+            raise PretrainError(
+                f"{self.setting}: {self.location} is not tokenized yet, and its {size:,.0f} MB are "
+                f"more than data.max_untokenized_mb={limit:g}, the limit inside a job. Tokenize it "
+                f"first: {_command()}"
+            )
+
     def index_name(self, kind: str, tokenizer: Tokenizer, *settings: object) -> str:
         """The name of an index in the cache, up to the digest of the files."""
         config = self.config
         digest = key_of(config.type, config.path, config.field, tokenizer.digest)
         return "-".join(map(str, (kind, digest, *settings)))
+
+
+def _command() -> str:
+    """The command that tokenizes the data of the running one."""
+    command, arguments = sys.argv[1:2], sys.argv[2:]
+    if command not in (["train"], ["eval"]):
+        arguments = ["CONFIG"]
+    command = ["python", "-m", "pretrain", "data", "tokenize", *arguments]
+    return f"{shlex.join(command)} --workers {os.cpu_count()}"
 
 
 class FileSource(IndexedSource[R]):
@@ -118,7 +148,8 @@ class FileSource(IndexedSource[R]):
         stamps = {str(path): stamp(path) for path in (*paths, *self.companions(paths))}
         self.key = key_of(self.config.type, self.config.field, stamps=stamps.items())
         self.files = [
-            InputFile(str(path), stamps[str(path)], partial(self.read, path)) for path in paths
+            InputFile(name, mark, partial(self.read, path), mark[0] if mark else 0)
+            for path, (name, mark) in zip(paths, stamps.items(), strict=False)
         ]
 
     @abstractmethod
@@ -147,7 +178,6 @@ class IndexedDocuments(Documents):
 
     Attributes:
         hashes: uint64 [n], a hash of the content of each document.
-        ends: int64 [n], where each document ends in the index's data.
         index: name of the index in the cache, which changes with the documents.
         files: the indexed files in order.
         cached: whether the index existed, and no file has changed since it was made.
@@ -156,7 +186,6 @@ class IndexedDocuments(Documents):
     source: IndexedSource[Any]
     composer: Composer
     hashes: npt.NDArray[np.uint64]
-    ends: npt.NDArray[np.int64]
     files: list[IndexedFile]
     index: str = field(kw_only=True)
     cached: bool = field(default=False, kw_only=True)
@@ -179,10 +208,6 @@ class IndexedDocuments(Documents):
     def name(self, number: int) -> str:
         """The file of a document, and the line or element in it, for messages."""
         return f"{self.source.location}: document {number}"
-
-    def extent(self, number: int) -> slice:
-        """The range of a document in the index's data."""
-        return slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
 
     @cached_property
     def skips(self) -> list[Skip]:
@@ -278,32 +303,21 @@ class DocumentCursor:
 # ---------------------------------------------------------------------- files of an index
 
 
-def write_index(
-    folder: Path, files: Iterable[IndexedFile], ends: list[int], hashes: list[int]
-) -> None:
-    """Write what all indexes have in common."""
-    np.save(folder / "ends.npy", np.array(ends, np.int64))
-    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
-    write_lines(folder / "parts", ([f.name, f.stamp, f.documents, f.skips] for f in files))
+def write_files(folder: Path, files: Iterable[IndexedFile]) -> None:
+    """Write the files of an index."""
+    write_lines(folder / "files", ([f.name, f.stamp, f.documents, f.skips] for f in files))
 
 
-def read_index(
-    folder: Path,
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], list[IndexedFile]]:
-    """The hashes, ends and files of :class:`IndexedDocuments`.
+def read_files(folder: Path) -> list[IndexedFile]:
+    """Read the files of an index.
 
     Raises:
         ValueError: they are damaged.
     """
-    files = [
+    return [
         IndexedFile(name, tuple(numbers), documents, [Skip(*skip) for skip in skips])
-        for name, numbers, documents, skips in read_lines(folder / "parts")
+        for name, numbers, documents, skips in read_lines(folder / "files")
     ]
-    ends = np.load(folder / "ends.npy", mmap_mode="r")
-    hashes = np.load(folder / "hashes.npy", mmap_mode="r")
-    if ends.ndim != 1 or not ends.shape == hashes.shape == (sum(f.documents for f in files),):
-        raise ValueError("documents are not what was written")
-    return hashes, ends, files
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

@@ -15,7 +15,8 @@ from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource
 from pretrain.data.sources.interface import Segment, content_hash
-from pretrain.data.sources.tokens import Encoded, TokenDocuments, index_tokens
+from pretrain.data.sources.parts import Encoded
+from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.data.tokenizer import Tokenizer
 
 _SUFFIXES = files.with_compressed((*files.JSON_LINES, *files.PLAIN))

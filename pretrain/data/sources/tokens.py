@@ -1,40 +1,60 @@
-"""Indexes of tokens: the columns of all documents, one after the other, in a file each."""
+"""Indexes of tokens: files of Megatron's format, and a file for each further column."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.cache import Progress, Stamp, cached, map_array, siblings
+from pretrain.data import megatron_format
+from pretrain.data.cache import Progress, Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer
+from pretrain.data.megatron_format import IndexedTokens
 from pretrain.data.skipped import Skip, Skipped
+from pretrain.data.sources import parts
 from pretrain.data.sources.indexed import (
     IndexedDocuments,
     IndexedFile,
     IndexedSource,
     R,
-    read_index,
-    write_index,
+    read_files,
+    write_files,
 )
 from pretrain.data.sources.order import Integers
+from pretrain.data.sources.parts import HASHES, LENGTHS, Encoded, Known, Merger, Parts
+from pretrain.errors import PretrainError
 
-Encoded = tuple[int, tuple[npt.ArrayLike, ...]]
-"""A document: the hash of its content, and its values in each column."""
+PREFIX = "tokens"
+"""The name of the pair of files in an index, without its suffixes."""
+DESCRIPTION = f"{PREFIX}.json"
+"""Names the tokenizer and the columns of an index."""
+# Elements of a column that are copied at once.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class TokenDocuments(IndexedDocuments):
-    """Documents whose tokens are in the index, in the column ``tokens``."""
+    """Documents whose tokens are in the index."""
 
-    tokens: npt.NDArray[Any]
+    stored: IndexedTokens
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]:
+        """The tokens of all documents."""
+        return self.stored.tokens
+
+    def extent(self, number: int) -> slice:
+        """The range of a document in :attr:`tokens` and in every other column."""
+        return self.stored.extent(number)
 
     def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
-        before = np.where(numbers > 0, self.ends[numbers - 1], 0)
-        return self.ends[numbers] - before, np.zeros_like(numbers)
+        start, stop = self.stored.extents(numbers)
+        return stop - start, np.zeros_like(numbers)
 
 
 Columns = Mapping[str, npt.DTypeLike]
@@ -51,85 +71,128 @@ def index_tokens(
 ) -> D:
     """Load the index of a source, or build it if it is missing.
 
-    Files that have not changed are copied from the latest index of the same name.
+    Files that have not changed are copied from the latest index of the same name. If this process
+    is killed, the next call continues (see :mod:`pretrain.data.sources.parts`).
 
     Args:
         name: name of the index, from :meth:`IndexedSource.index_name`.
-        columns: the dtype of each column, by its name in the class.
+        columns: the dtype of each column; the first is ``tokens``, the others are arguments of
+            ``make``.
         make: the class of the documents.
         encode: tokenizes the records of a file.
 
     Raises:
-        PretrainError: more than ``data.max_corrupt`` documents are corrupt, or the cache cannot be
-            written.
+        PretrainError: more than ``data.max_corrupt`` documents are corrupt, the files are too large
+            to be tokenized inside a job, or the cache cannot be written.
     """
 
     def load(folder: Path) -> D:
-        hashes, ends, files = read_index(folder)
-        mapped = {column: map_array(folder / column, columns[column]) for column in columns}
-        if any(len(values) != (ends[-1] if len(ends) else 0) for values in mapped.values()):
+        files, stored = read_files(folder), IndexedTokens.open(folder / PREFIX)
+        hashes = map_array(folder / HASHES, np.uint64)
+        others = {c: map_array(folder / _file(c), columns[c]) for c in columns if c != PREFIX}
+        if not len(stored) == len(hashes) == sum(file.documents for file in files):
+            raise ValueError("documents are not what was written")
+        if any(len(values) != len(stored.tokens) for values in others.values()):
             raise ValueError("tokens are not what was written")
-        return make(source, composer, hashes, ends, files, **mapped, index=folder.name)
+        return make(source, composer, hashes, files, stored, **others, index=folder.name)
 
-    def build(partial: Path) -> None:
-        earlier = next(siblings(folder, load), None)
-        known: dict[tuple[str, Stamp], tuple[IndexedFile, int]] = {}
-        first = 0
-        for known_file in earlier.files if earlier else ():
-            known[known_file.name, known_file.stamp] = known_file, first
-            first += known_file.documents
-        with contextlib.ExitStack() as stack:
-            streams = {c: stack.enter_context((partial / c).open("wb")) for c in columns}
-            writer = _Writer(columns, streams, Skipped(source.data.max_corrupt))
-            for file in source.files:
-                match = known.get((file.name, file.stamp))
-                if earlier is not None and match and file.stamp:
-                    writer.copy(earlier, *match)
-                else:
-                    writer.add(IndexedFile(file.name, file.stamp, 0, []), encode(file.records()))
-        write_index(partial, writer.files, writer.ends[1:], writer.hashes)
+    def build(folder: Path) -> None:
+        source.require_small()
+        description, work = folder / DESCRIPTION, folder / "work"
+        if not description.exists():
+            earlier = next(siblings(final, load), None)
+            files = _tokenize(folder, work, source, dict(columns), encode, earlier)
+            lengths = map_array(work / LENGTHS, np.int32)
+            megatron_format.write_index(
+                megatron_format.idx_path(folder / PREFIX), lengths, columns[PREFIX]
+            )
+            write_files(folder, files)
+            values = {"tokenizer": composer.tokenizer.digest, "columns": list(columns)}
+            with parts.written(description) as path:  # last: the rest is complete
+                path.write_text(json.dumps(values))
+        shutil.rmtree(work, ignore_errors=True)
 
-    folder = Path(source.data.cache_dir) / f"{name}-{source.key}"
-    documents, was_cached = cached(folder, build, load)
+    final = Path(source.data.cache_dir) / f"{name}-{source.key}"
+    documents, was_cached = cached(final, build, load, resumable=True)
     return replace(documents, cached=was_cached)
 
 
-@dataclass
-class _Writer:
-    """Writes the columns of an index file by file, and collects the rest."""
+def _file(column: str) -> str:
+    return f"{column}.bin"
 
-    columns: Columns
-    streams: Mapping[str, IO[bytes]]
-    skipped: Skipped
-    files: list[IndexedFile] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=lambda: [0])
-    progress: Progress = field(default_factory=lambda: Progress("indexing text"))
 
-    def add(self, file: IndexedFile, documents: Iterator[Encoded | Skip]) -> None:
-        """Append the documents of a file."""
-        self.files.append(file)
-        for document in documents:
-            if isinstance(document, Skip):
-                self.skipped.add([document])
-                file.skips.append(document)
-                continue
-            hash, values = document
-            rows = [np.asarray(v, d) for v, d in zip(values, self.columns.values(), strict=True)]
-            for stream, row in zip(self.streams.values(), rows, strict=True):
-                stream.write(row.tobytes())
-            self.ends.append(self.ends[-1] + len(rows[0]))
-            self.hashes.append(hash)
-            file.documents += 1
-            self.progress(len(self.hashes))
+def _tokenize(
+    folder: Path,
+    work: Path,
+    source: IndexedSource[R],
+    columns: Columns,
+    encode: Callable[[Iterator[R | Skip]], Iterator[Encoded | Skip]],
+    earlier: TokenDocuments | None,
+) -> list[IndexedFile]:
+    """Write the columns and the documents' lengths, and return the files.
 
-    def copy(self, index: TokenDocuments, file: IndexedFile, first: int) -> None:
-        """Append a file of an earlier index, in which ``first`` is its first document."""
-        self.skipped.add(file.skips)
-        self.files.append(file)
-        last = first + file.documents
-        start, stop = (int(index.ends[n - 1]) if n else 0 for n in (first, last))
-        for name, stream in self.streams.items():
-            stream.write(getattr(index, name)[start:stop].tobytes())
-        self.ends += (index.ends[first:last] - start + self.ends[-1]).tolist()
-        self.hashes += index.hashes[first:last].tolist()
+    Raises:
+        PretrainError: too many documents are corrupt, or a file has changed meanwhile.
+    """
+    files = [IndexedFile(file.name, file.stamp, 0, []) for file in source.files]
+    known = _known(earlier, files, columns) if earlier else []
+    copied = {file.number for file in known}
+    units = parts.units([(n, f) for n, f in enumerate(source.files) if n not in copied])
+    steps: list[Known | int] = [*known, *range(len(units))]
+    steps.sort(key=lambda s: s.number if isinstance(s, Known) else units[s].files[0][0])
+    plan = key_of(parts.PART_CHARACTERS, sorted(copied), [len(unit.files) for unit in units])
+    if not (work / plan).exists():  # none yet, or those of another plan
+        for path in folder.iterdir():
+            parts.remove(path)
+        (work / plan).mkdir(parents=True)
+    targets = {name: (work if name == LENGTHS else folder) / name for name in (LENGTHS, HASHES)}
+    targets |= {_file(column): folder / _file(column) for column in columns}
+    dtypes = {_file(column): dtype for column, dtype in columns.items()}
+    pending = Parts(work / plan, units, dtypes, encode, source.data.max_corrupt)
+    progress = Progress(f"tokenizing {source.setting}")
+    skipped = Skipped(source.data.max_corrupt)
+    parts.run(pending, Merger(targets, pending, steps, files, skipped, progress), source.workers)
+    for file in source.files:
+        if file.name and stamp(Path(file.name)) != file.stamp:
+            raise PretrainError(
+                f"{source.setting}.path: {file.name} has changed while it was tokenized: repeat it"
+            )
+    return files
+
+
+def _known(earlier: TokenDocuments, files: list[IndexedFile], columns: Columns) -> list[Known]:
+    """The files that have not changed since an earlier index."""
+    ranges: dict[tuple[str, Stamp], tuple[IndexedFile, slice]] = {}
+    first = 0
+    for file in earlier.files:
+        ranges[file.name, file.stamp] = file, slice(first, first + file.documents)
+        first += file.documents
+    known = []
+    for number, (name, mark) in enumerate((file.name, file.stamp) for file in files):
+        if mark and (name, mark) in ranges:
+            file, documents = ranges[name, mark]
+            values = _values(earlier, documents, columns)
+            sizes = {column: array.nbytes for column, array in values.items()}
+            known.append(Known(number, file, sizes, partial(_pieces, values)))
+    return known
+
+
+def _values(
+    index: TokenDocuments, documents: slice, columns: Columns
+) -> dict[str, npt.NDArray[Any]]:
+    """The content of consecutive documents in every column."""
+    tokens = slice(0, 0)
+    if documents.start < documents.stop:
+        first, last = index.extent(documents.start), index.extent(documents.stop - 1)
+        tokens = slice(first.start, last.stop)
+    values = {_file(column): getattr(index, column)[tokens] for column in columns}
+    return values | {
+        LENGTHS: index.stored.lengths[documents],
+        HASHES: index.hashes[documents],
+    }
+
+
+def _pieces(values: Mapping[str, npt.NDArray[Any]], column: str) -> Iterable[bytes]:
+    array = values[column]
+    for start in range(0, len(array), _PIECE):
+        yield array[start : start + _PIECE].tobytes()

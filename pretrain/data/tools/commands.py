@@ -1,4 +1,4 @@
-"""``python -m pretrain data``: inspect data, and write shards."""
+"""``python -m pretrain data``: inspect and tokenize data, and write shards."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +10,7 @@ from pretrain.data.interface import Split
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import inspect
 from pretrain.data.tools.shards import make_shards
+from pretrain.data.tools.tokenize import tokenize
 from pretrain.errors import PretrainError, one_line
 
 _MAX_SHOWN = 10
@@ -24,6 +25,9 @@ def run(options: Namespace) -> None:
     if options.action == "inspect":
         split: Split = "held_out" if options.held_out else "train"
         inspect_data(options.config, options.overrides, options.out, options.count, split)
+    elif options.action == "tokenize":
+        for line in tokenize(config.load(options.config, options.overrides), options.workers):
+            print(line, flush=True)
     else:
         _make_shards(options.folder, options.out, options.per_shard, options.held_out)
 

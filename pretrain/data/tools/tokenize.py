@@ -1,0 +1,48 @@
+"""Tokenize the text of a configuration before training, with several processes."""
+
+from collections.abc import Iterator
+
+from pretrain.config import Config
+from pretrain.data import data_config
+from pretrain.data.composer import Composer
+from pretrain.data.interface import SPLITS
+from pretrain.data.open import load_tokenizer
+from pretrain.data.sources import find_sources
+from pretrain.data.sources.indexed import IndexedSource
+from pretrain.data.sources.tokens import TokenDocuments
+from pretrain.errors import PretrainError
+
+
+def tokenize(config: Config, workers: int) -> Iterator[str]:
+    """Tokenize every source of text or conversations into ``data.cache_dir``.
+
+    Args:
+        workers: number of processes.
+
+    Yields:
+        a line for each source when it is finished: its tokens and their files.
+
+    Raises:
+        PretrainError: there is nothing to tokenize, too many documents are corrupt, or the cache
+            cannot be written.
+    """
+    if workers < 1:
+        raise PretrainError(f"--workers must be > 0, not {workers}")
+    data = data_config(config)
+    if not data.sources:
+        raise PretrainError("data.sources is empty: the built-in data need not be tokenized")
+    sources = find_sources(data, config.seed)
+    tokenizer = load_tokenizer(data, sources)
+    composer = Composer.of(data, tokenizer, config.vision.patch_size)
+    for source in sources:
+        if not isinstance(source, IndexedSource) or source.has_images:
+            yield f"{source.setting}: {source.location}: has images, and is read from its files"
+            continue
+        source.workers = workers
+        documents = source.open(composer)
+        assert isinstance(documents, TokenDocuments)
+        count = sum(map(documents.count, SPLITS))
+        yield (
+            f"{source.setting}: {source.location}: {count:,} documents, "
+            f"{len(documents.tokens):,} tokens: {documents.stored.prefix}.bin"
+        )
