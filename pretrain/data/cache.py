@@ -205,8 +205,9 @@ class Progress:
         self._operation = operation
         self._next = time.monotonic() + _PROGRESS_SECONDS
 
-    def __call__(self, count: int) -> None:
-        """Report the number of finished documents if it is time."""
+    def __call__(self, count: int, others: str = "") -> None:
+        """Report the number of finished documents, and other numbers, if it is time."""
         if time.monotonic() >= self._next:
-            print(f"{self._operation}: {count:,} documents so far", file=sys.stderr, flush=True)
+            line = f"{self._operation}: {count:,} documents{others} so far"
+            print(line, file=sys.stderr, flush=True)
             self._next = time.monotonic() + _PROGRESS_SECONDS

@@ -83,7 +83,7 @@ class IndexedTokens:
             )
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
         size = index.stat().st_size
-        if size == expected + sequences:
+        if sequences and size == expected + sequences:
             raise ValueError(f"{index} has sequences of several modalities, which are not read")
         if size != expected:
             raise ValueError(f"{index} has {size:,} bytes instead of {expected:,}")

@@ -120,6 +120,11 @@ class Tokenizer:
         """The token of an id, as in the vocabulary; empty if the id has none."""
         return str(self._backend.id_to_token(token) or "")
 
+    def is_special(self, token: int) -> bool:
+        """Whether no text is encoded to an id."""
+        added = self._backend.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
     @property
     def vocab_size(self) -> int:
         """The largest id plus one: the number of rows of the embedding."""

@@ -274,6 +274,7 @@ class Merger(Generic[R]):
     skipped: Skipped
     progress: Progress
     documents: int = 0
+    _begun: int = 0
     _done: dict[str, int] = field(default_factory=dict)
 
     def merge(self) -> Iterator[None]:
@@ -292,6 +293,7 @@ class Merger(Generic[R]):
                     while (part := self.parts.read(step, number)) is None:
                         if self.parts.count(step) == number:
                             break
+                        self._report()
                         yield
                     if part is None:
                         break
@@ -312,6 +314,7 @@ class Merger(Generic[R]):
             self.files[number].skips.extend(skips)
             self.files[number].documents += documents
             self.documents += documents
+            self._begun = number + 1
         ends = {name: self._done[name] + part.sizes[name] for name in streams}
         if any(before[name] < ends[name] for name in streams):
             for name, stream in streams.items():
@@ -321,7 +324,13 @@ class Merger(Generic[R]):
                 stream.flush()
                 os.fsync(stream.fileno())
         self._done = ends
-        self.progress(self.documents)
+        self._report()
+
+    def _report(self) -> None:
+        tokens, dtype = next(iter(self.parts.columns.items()))
+        count = self._done[tokens] // np.dtype(dtype).itemsize
+        files = f"{self._begun:,} of {len(self.files):,} files"
+        self.progress(self.documents, f", {count:,} tokens, {files}")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -118,7 +118,7 @@ def index_tokens(
 
 
 def _file(column: str) -> str:
-    return f"{column}.bin"
+    return f"{column}.bin" if column == PREFIX else f"{PREFIX}.{column}"
 
 
 def _tokenize(

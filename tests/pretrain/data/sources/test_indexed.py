@@ -51,6 +51,8 @@ def all_of(data: MixtureData) -> list[Any]:
             del fields[name]
         # Inodes and times of files are not content.
         content.append([(file.name, file.documents, file.skips) for file in fields.pop("files")])
+        if stored := fields.pop("stored", None):
+            fields |= {name: getattr(stored, name) for name in ("tokens", "lengths", "starts")}
         content.append(
             {
                 name: value.tolist() if isinstance(value, np.ndarray) else value
