@@ -319,9 +319,11 @@ class SourceConfig(Settings):
     captions, or JSONL of images, videos and text by file name. energon: a folder of WebDataset
     shards prepared for megatron-energon. standard_library: the built-in text. chat: JSONL of
     conversations for supervised finetuning; only the assistant's replies are learned.
-    standard_library_chat: questions and answers from the built-in text."""
+    standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
+    of Megatron's format (.bin and .idx), also those of `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
-    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz."""
+    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for megatron
+    also the path of the files without .bin and .idx."""
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
     """Share of tokens, relative to the other sources of text, or of images."""
     field: Name = "text"

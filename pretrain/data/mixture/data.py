@@ -220,6 +220,7 @@ class MixtureData(Data):
                 f"{source.setting}: {source.location}, weight {source.config.weight:g}: "
                 f"{train:,} documents, {held_out:,} held out"
             )
+        lines += [documents.note for documents in self._documents if documents.note]
         skips = self._skips_at_opening
         if skips:
             corrupt = sum(skip.corrupt for skip in skips)

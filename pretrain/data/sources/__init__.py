@@ -9,6 +9,7 @@ from pretrain.data.sources.chat import ChatSource
 from pretrain.data.sources.energon import EnergonSource
 from pretrain.data.sources.images import ImageSource
 from pretrain.data.sources.interface import Source
+from pretrain.data.sources.megatron import MegatronSource
 from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
 from pretrain.data.sources.text import TextSource
 from pretrain.errors import PretrainError
@@ -18,6 +19,7 @@ SOURCES: dict[str, type[Source]] = {
     "chat": ChatSource,
     "images": ImageSource,
     "energon": EnergonSource,
+    "megatron": MegatronSource,
     "standard_library": StandardLibrarySource,
     "standard_library_chat": StandardLibraryChatSource,
 }

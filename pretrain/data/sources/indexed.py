@@ -116,7 +116,7 @@ class IndexedSource(Source, Generic[R]):
         size, limit = sum(file.size for file in self.files) / 1e6, self.data.max_untokenized_mb
         if self.workers is None and size > limit:
             raise PretrainError(
-                f"{self.setting}: {self.location} is not tokenized yet, and its {size:,.0f} MB are "
+                f"{self.setting}: {self.location} is not tokenized yet, and its {size:,.1f} MB are "
                 f"more than data.max_untokenized_mb={limit:g}, the limit inside a job. Tokenize it "
                 f"first: {_command()}"
             )

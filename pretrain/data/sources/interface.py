@@ -131,12 +131,14 @@ class Documents(ABC):
             over its share of them; otherwise all ranks follow the same order of documents.
         whole: whether documents are never cut.
         cached: whether :attr:`skips` come from the cache.
+        note: a remark for the user.
     """
 
     one_pass: ClassVar[bool] = False
     whole: ClassVar[bool] = True
     source: Source
     cached: bool = False
+    note: str = ""
 
     @property
     def skips(self) -> Sequence[Skip]:

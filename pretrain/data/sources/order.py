@@ -39,7 +39,7 @@ def shuffled(places: Integers, count: int, seed: int, source: int) -> Integers:
     rows = math.isqrt(count - 1) + 1
     columns = -(-count // rows)
     constants = _round_constants(seed, source)
-    keys = _mixed(epochs.astype(np.uint64) * _EPOCH + constants[-1])
+    keys = mixed(epochs.astype(np.uint64) * _EPOCH + constants[-1])
     outside = np.arange(len(numbers))
     while len(outside):
         row, column = np.divmod(numbers[outside].astype(np.uint64), np.uint64(columns))
@@ -61,10 +61,10 @@ def _round_constants(seed: int, source: int) -> Words:
 def _added(coordinate: Words, word: Words, size: int) -> Words:
     """The coordinate plus a hash of the word, modulo the size."""
     # 63 bits of the hash, so that the sum does not wrap around.
-    return (coordinate + (_mixed(word) >> np.uint64(1))) % np.uint64(size)
+    return (coordinate + (mixed(word) >> np.uint64(1))) % np.uint64(size)
 
 
-def _mixed(words: Words) -> Words:
+def mixed(words: Words) -> Words:
     """The finalizer of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators",
     2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

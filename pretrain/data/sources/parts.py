@@ -24,8 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -161,15 +162,15 @@ class Parts(Generic[R]):
                 yield
             collections.deque(part, maxlen=0)
             if records.at_end:
-                with written(self.folder / f"{unit}.count") as partial:
-                    partial.write_text(str(number + 1))
+                with written(self.folder / f"{unit}.count") as file:
+                    file.write_text(str(number + 1))
                 return
 
     def _write(self, path: Path, records: Iterator[tuple[int, R | Skip]]) -> None:
-        with written(path) as partial, contextlib.ExitStack() as stack:
-            partial.mkdir()
-            streams = [stack.enter_context((partial / name).open("wb")) for name in self.columns]
-            lengths, hashes, files = list[int](), list[int](), list[tuple[int, int, list[Skip]]]()
+        with written(path) as folder, contextlib.ExitStack() as stack:
+            folder.mkdir()
+            files = [stack.enter_context((folder / c).open("wb")) for c in self.all_columns]
+            lengths, hashes, entries = list[int](), list[int](), list[tuple[int, int, list[Skip]]]()
             skipped = Skipped(self.max_corrupt)
             for number, group in itertools.groupby(records, lambda pair: pair[0]):
                 skips, before = list[Skip](), len(hashes)
@@ -180,17 +181,18 @@ class Parts(Generic[R]):
                     hash, values = document
                     dtypes = self.columns.values()
                     rows = [np.asarray(row, d) for row, d in zip(values, dtypes, strict=True)]
-                    for stream, row in zip(streams, rows, strict=True):
-                        stream.write(row.tobytes())
+                    for file, row in zip(files, rows, strict=False):
+                        file.write(row.tobytes())
                     lengths.append(len(rows[0]))
                     hashes.append(hash)
-                files.append((number, len(hashes) - before, skips))
-            (partial / LENGTHS).write_bytes(np.array(lengths, np.int32).tobytes())
-            (partial / HASHES).write_bytes(np.array(hashes, np.uint64).tobytes())
-            for stream in streams:
-                stream.flush()
-            sizes = {name: (partial / name).stat().st_size for name in self.all_columns}
-            (partial / "part.json").write_text(json.dumps([sizes, files]))
+                entries.append((number, len(hashes) - before, skips))
+            files[-2].write(np.array(lengths, np.int32).tobytes())
+            files[-1].write(np.array(hashes, np.uint64).tobytes())
+            for file in files:  # a crash of the machine must not leave a part that only looks whole
+                file.flush()
+                os.fsync(file.fileno())
+            sizes = {name: file.tell() for name, file in zip(self.all_columns, files, strict=True)}
+            (folder / "part.json").write_text(json.dumps([sizes, entries]))
 
     @property
     def all_columns(self) -> list[str]:
@@ -222,15 +224,15 @@ class _Records(Generic[R]):
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to ``path``, unless another process has written it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    remove(partial)  # left by an earlier process with the same number
-    yield partial
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    remove(temporary)  # left by an earlier process with the same number
+    yield temporary
     try:
-        os.rename(partial, path)
+        os.rename(temporary, path)
     except OSError:
         if not path.exists():
             raise
-        remove(partial)
+        remove(temporary)
 
 
 def remove(path: Path) -> None:
@@ -277,7 +279,7 @@ class Merger(Generic[R]):
     _begun: int = 0
     _done: dict[str, int] = field(default_factory=dict)
 
-    def merge(self) -> Iterator[None]:
+    def merge(self) -> Generator[None, None, None]:
         """Append everything, unless it has been appended before; yield to wait for parts."""
         columns = self.parts.all_columns
         self._done = dict.fromkeys(columns, 0)
@@ -298,7 +300,7 @@ class Merger(Generic[R]):
                     if part is None:
                         break
                     path = self.parts.path(step, number)
-                    self._append(streams, before, part, lambda c, path=path: _blocks(path / c))
+                    self._append(streams, before, part, partial(_blocks, path))
                     for name in columns:
                         (path / name).unlink(missing_ok=True)
 
@@ -333,8 +335,8 @@ class Merger(Generic[R]):
         self.progress(self.documents, f", {count:,} tokens, {files}")
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def _blocks(part: Path, column: str) -> Iterator[bytes]:
+    with (part / column).open("rb") as file:
         yield from iter(lambda: file.read(1 << 22), b"")
 
 

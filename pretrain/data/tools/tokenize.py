@@ -35,12 +35,12 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
     tokenizer = load_tokenizer(data, sources)
     composer = Composer.of(data, tokenizer, config.vision.patch_size)
     for source in sources:
-        if not isinstance(source, IndexedSource) or source.has_images:
-            yield f"{source.setting}: {source.location}: has images, and is read from its files"
+        if isinstance(source, IndexedSource):
+            source.workers = workers
+        documents = None if source.has_images else source.open(composer)
+        if not isinstance(documents, TokenDocuments):
+            yield f"{source.setting}: {source.location}: no text to tokenize"
             continue
-        source.workers = workers
-        documents = source.open(composer)
-        assert isinstance(documents, TokenDocuments)
         count = sum(map(documents.count, SPLITS))
         yield (
             f"{source.setting}: {source.location}: {count:,} documents, "

@@ -115,7 +115,7 @@ def test_training_finds_the_tokens(
     )
     with pytest.raises(
         PretrainError,
-        match=r"^data\.sources\[0\]: \S+/text is not tokenized yet, .* max_untokenized_mb=0, .* "
+        match=r"^data\.sources\[0\]: \S+/text is not tokenized yet, .* max_untokenized_mb=0, the limit inside a job\. "
         r"Tokenize it first: python -m pretrain data tokenize CONFIG --workers \d+$",
     ):
         open_data(config, 14, 3)

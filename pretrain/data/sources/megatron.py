@@ -1,0 +1,263 @@
+"""Tokens in Megatron's files: those of its own tools, and those of ``pretrain data tokenize``."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config import DataConfig
+from pretrain.data import files
+from pretrain.data.cache import key_of, map_array, stamp
+from pretrain.data.composer import Composer
+from pretrain.data.files import reason
+from pretrain.data.megatron_format import IndexedTokens, bin_path, idx_path
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip
+from pretrain.data.sources.indexed import IndexedDocuments, IndexedSource
+from pretrain.data.sources.interface import Segment
+from pretrain.data.sources.order import Integers, Words, mixed
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+
+_SUFFIXES = (".bin", ".idx")
+_SAMPLED_DOCUMENTS = 64
+_SAMPLED_TOKENS = 4096
+"""Tokens of each sampled document."""
+# Fewer documents may end with the same token by chance.
+_ENOUGH = 8
+
+
+class MegatronSource(IndexedSource[Any]):
+    """Pairs of files, ``PREFIX.bin`` and ``PREFIX.idx``.
+
+    Attributes:
+        pairs: the files, mapped into memory.
+    """
+
+    def __init__(self, number: int, data: DataConfig, seed: int) -> None:
+        super().__init__(number, data, seed)
+        prefixes = _prefixes(self.config.path, self.setting)
+        paths = [path(prefix) for prefix in prefixes for path in (bin_path, idx_path)]
+        self.key = key_of(self.config.type, stamps=[(str(path), stamp(path)) for path in paths])
+        self.files = ()
+        try:
+            self.pairs = [IndexedTokens.open(prefix) for prefix in prefixes]
+        except (OSError, ValueError) as error:
+            raise PretrainError(
+                f"{self.setting}.path: {reason(error)}: copy the files again, or make them again"
+            ) from error
+
+    def records(self) -> NoReturn:
+        raise PretrainError(
+            f"{self.setting}: {self.location} has tokens instead of text: set data.tokenizer to "
+            "the tokenizer that made them"
+        )
+
+    def index(self, composer: Composer) -> "MegatronDocuments":
+        described = [_description(pair.prefix) for pair in self.pairs]
+        note = ""
+        for pair, description in zip(self.pairs, described, strict=True):
+            if description:
+                self._check_description(pair, description, composer.tokenizer)
+            else:
+                note = self._check_tokens(pair, composer.tokenizer) or note
+        hashes = _Hashes.of(self.pairs)
+        index = f"megatron-{self.key}"
+        return MegatronDocuments(self, composer, hashes, [], index=index, note=note)
+
+    def _check_description(
+        self, pair: IndexedTokens, description: dict[str, Any], tokenizer: Tokenizer
+    ) -> None:
+        """Check a file of ``pretrain data tokenize``."""
+        if description["columns"] != ["tokens"]:
+            raise PretrainError(
+                f"{self.setting}.path: {pair.prefix}.bin has conversations, of which some tokens "
+                "are not learned: name their text in a source with type: chat"
+            )
+        if description["tokenizer"] != tokenizer.digest:
+            raise self._other_tokenizer(pair, "was made with another tokenizer", tokenizer)
+
+    def _check_tokens(self, pair: IndexedTokens, tokenizer: Tokenizer) -> str:
+        """Check a sample of the tokens, which do not name their tokenizer; returns a note."""
+        documents = [tokens for tokens in _sample(pair) if len(tokens)]
+        if not documents:
+            return ""
+        ids = np.concatenate([tokens[:_SAMPLED_TOKENS] for tokens in documents]).astype(np.int64)
+        for token in (ids.min(), ids.max()):
+            if not 0 <= token < tokenizer.vocab_size:
+                why = f"has the token {token}, but there are {tokenizer.vocab_size:,}"
+                raise self._other_tokenizer(pair, why, tokenizer)
+        last = {int(tokens[-1]) for tokens in documents}
+        if tokenizer.eos in last:
+            return ""
+        if len(last) == 1 and len(documents) >= _ENOUGH and not tokenizer.is_special(*last):
+            why = f"has documents that all end with the token {last.pop()}, not {tokenizer.eos}"
+            raise self._other_tokenizer(pair, why, tokenizer)
+        end = tokenizer.name_of(tokenizer.eos)
+        return (
+            f"{self.setting}: the documents of {pair.prefix}.bin do not end with {end}, so the "
+            "model does not learn where documents end (Megatron's --append-eod)"
+        )
+
+    def _other_tokenizer(
+        self, pair: IndexedTokens, why: str, tokenizer: Tokenizer
+    ) -> PretrainError:
+        return PretrainError(
+            f"{self.setting}.path: {pair.prefix}.bin {why} in {tokenizer.name}: set data.tokenizer "
+            "to the tokenizer that made the file, or tokenize its text again"
+        )
+
+
+def _prefixes(path: str, setting: str) -> list[Path]:
+    """The files of a source without their suffixes, sorted.
+
+    Raises:
+        PretrainError: there are none, or one of a pair is missing.
+    """
+    root = Path(path)
+    if root.suffix in _SUFFIXES:
+        root = root.with_suffix("")
+    if bin_path(root).exists() or idx_path(root).exists():
+        found = {bin_path(root), idx_path(root)}
+        prefixes = [root]
+    else:
+        items = files.find(path, setting, _SUFFIXES, "files of tokens (.bin with .idx)")
+        found = {item for item in items if isinstance(item, Path) and item.suffix in _SUFFIXES}
+        prefixes = sorted({item.with_suffix("") for item in found})
+    for prefix in prefixes:
+        data, index = bin_path(prefix), idx_path(prefix)
+        for there, missing in ((data, index), (index, data)):
+            if not missing.exists():
+                raise PretrainError(
+                    f"{setting}.path: {there} exists, but {missing.name} does not: copy it, too, "
+                    "or make both again"
+                )
+    if not prefixes:
+        raise PretrainError(f"{setting}.path: no files of tokens (.bin with .idx) match {path}")
+    return prefixes
+
+
+def _description(prefix: Path) -> dict[str, Any] | None:
+    """The description that ``pretrain data tokenize`` writes; None of other files."""
+    try:
+        description = json.loads(prefix.with_name(f"{prefix.name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(description, dict) and {"tokenizer", "columns"} <= set(description)
+    return description if known else None
+
+
+def _sample(pair: IndexedTokens) -> Iterator[npt.NDArray[Any]]:
+    """Documents at equal distances."""
+    for number in np.linspace(0, len(pair) - 1, min(len(pair), _SAMPLED_DOCUMENTS), dtype=int):
+        yield pair.tokens[pair.extent(int(number))]
+
+
+# ---------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    """A hash of each document of several pairs, of which only those are in memory that are read.
+
+    Documents of ``pretrain data tokenize`` have hashes of their content in a file. Those of others
+    are hashes of the document's number and a number for each pair.
+
+    Attributes:
+        firsts: int64 [pairs + 1], number of documents before each pair.
+        parts: for each pair, uint64 [documents], mapped into memory; or the pair's number.
+    """
+
+    firsts: Integers
+    parts: Sequence[Words | int]
+
+    @classmethod
+    def of(cls, pairs: Sequence[IndexedTokens]) -> "_Hashes":
+        firsts = np.cumsum([0, *map(len, pairs)])
+        return cls(firsts, [_content_hashes(pair) for pair in pairs])
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def __getitem__(self, numbers: slice) -> Words:
+        start, stop, _ = numbers.indices(len(self))
+        pieces = [np.empty(0, np.uint64)]
+        for part, first, after in zip(self.parts, self.firsts[:-1], self.firsts[1:], strict=True):
+            low, high = max(start - first, 0), min(stop, after) - first
+            if low < high:
+                computed = isinstance(part, int)
+                inside = np.arange(low, high, dtype=np.uint64)
+                pieces.append(mixed(inside + np.uint64(part)) if computed else part[low:high])
+        return np.concatenate(pieces)
+
+
+def _content_hashes(pair: IndexedTokens) -> Words | int:
+    """The hashes of a pair's documents, or a number that depends on the pair's content."""
+    path = pair.prefix.with_name(f"{pair.prefix.name}.hashes")
+    if _description(pair.prefix) and path.exists():
+        hashes = map_array(path, np.uint64)
+        if len(hashes) == len(pair):
+            return hashes
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (pair.lengths[:: max(1, len(pair) // _SAMPLED_TOKENS)], *_sample(pair)):
+        digest.update(array[:_SAMPLED_TOKENS].tobytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+@dataclass(frozen=True)
+class MegatronDocuments(IndexedDocuments):
+    """Documents of text in one or more pairs of files, in the order of the files' names.
+
+    Attributes:
+        hashes: documents with small ones are held out.
+        note: a remark for the user.
+    """
+
+    whole: ClassVar[bool] = False
+    source: MegatronSource
+    note: str = field(kw_only=True, default="")
+
+    @cached_property
+    def _firsts(self) -> Integers:
+        return np.cumsum([0, *map(len, self.source.pairs)])
+
+    def _pairs(self, numbers: Integers) -> Integers:
+        """The pair of each document."""
+        return np.searchsorted(self._firsts, numbers, side="right") - 1
+
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        sizes, pairs = np.zeros_like(numbers), self._pairs(numbers)
+        for pair in np.unique(pairs):
+            chosen = pairs == pair
+            start, stop = self.source.pairs[pair].extents(numbers[chosen] - self._firsts[pair])
+            sizes[chosen] = stop - start
+        return sizes, np.zeros_like(numbers)
+
+    @property
+    def identity(self) -> Sequence[npt.NDArray[Any]]:
+        """Hashes of the content; or, where there are none, the lengths and a sample of tokens."""
+        arrays: list[npt.NDArray[Any]] = []
+        for pair, hashes in zip(self.source.pairs, self.hashes.parts, strict=True):
+            if isinstance(hashes, int):
+                arrays += [pair.lengths, np.array([hashes], np.uint64)]
+            else:
+                arrays.append(hashes)
+        return arrays
+
+    def document(self, segment: Segment) -> Document | Skip:
+        """A range of a document, without the token with which every :class:`Document` begins."""
+        place = int(self._pairs(np.array(segment.number)))
+        pair, number = self.source.pairs[place], segment.number - int(self._firsts[place])
+        tokenizer, first = self.composer.tokenizer, pair.extent(number).start
+        tokens = pair.tokens[first + segment.start : first + segment.stop]
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+            return Skip(f"{pair.prefix}.bin: document {number}", "has tokens of another tokenizer")
+        if segment.start == 0 and len(tokens) and tokens[0] == tokenizer.bos != tokenizer.eos:
+            tokens = tokens[1:]
+        return Document(tokenizer).add_tokens(tokens)
