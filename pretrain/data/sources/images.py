@@ -32,6 +32,7 @@ from pretrain.data.sources.indexed import (
 )
 from pretrain.data.sources.interface import Segment, content_hash
 from pretrain.data.sources.order import Integers
+from pretrain.data.sources.splits import Column
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES
 
@@ -307,7 +308,7 @@ class MixedDocuments(IndexedDocuments):
     video: str
 
     @property
-    def identity(self) -> Sequence[npt.NDArray[Any]]:
+    def identity(self) -> Sequence[Column]:
         """Includes the sizes, in which a checkpoint counts its position in the data: they depend on
         settings such as ``data.max_image_tokens``."""
         return self.hashes, self.sizes

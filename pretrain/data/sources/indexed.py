@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data.cache import Stamp, key_of, stamp
@@ -26,7 +25,7 @@ from pretrain.data.interface import SPLITS, RankShare, Split
 from pretrain.data.skipped import Skip, within_limit
 from pretrain.data.sources.interface import Documents, Record, Segment, Source
 from pretrain.data.sources.order import Integers, shuffled
-from pretrain.data.sources.splits import Splits, Subset, open_splits
+from pretrain.data.sources.splits import Column, Splits, Subset, open_splits
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 
@@ -185,7 +184,7 @@ class IndexedDocuments(Documents):
 
     source: IndexedSource[Any]
     composer: Composer
-    hashes: npt.NDArray[np.uint64]
+    hashes: Column
     files: list[IndexedFile]
     index: str = field(kw_only=True)
     cached: bool = field(default=False, kw_only=True)
@@ -201,8 +200,8 @@ class IndexedDocuments(Documents):
         return self.splits.numbers
 
     @property
-    def identity(self) -> Sequence[npt.NDArray[Any]]:
-        """Arrays over all documents, whose bytes identify them in the fingerprint."""
+    def identity(self) -> Sequence[Column]:
+        """Values of all documents, whose bytes identify them in the fingerprint."""
         return (self.hashes,)
 
     def name(self, number: int) -> str:

@@ -22,6 +22,7 @@ from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import IndexedDocuments, IndexedSource
 from pretrain.data.sources.interface import Segment
 from pretrain.data.sources.order import Integers, Words, mixed
+from pretrain.data.sources.splits import Column
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 
@@ -30,7 +31,7 @@ _SAMPLED_DOCUMENTS = 64
 _SAMPLED_TOKENS = 4096
 """Tokens of each sampled document."""
 # Fewer documents may end with the same token by chance.
-_ENOUGH = 8
+_ENOUGH = 32
 
 
 class MegatronSource(IndexedSource[Any]):
@@ -97,7 +98,9 @@ class MegatronSource(IndexedSource[Any]):
         if tokenizer.eos in last:
             return ""
         if len(last) == 1 and len(documents) >= _ENOUGH and not tokenizer.is_special(*last):
-            why = f"has documents that all end with the token {last.pop()}, not {tokenizer.eos}"
+            why = (
+                f"has documents that all end with the token {last.pop()}, not with {tokenizer.eos}"
+            )
             raise self._other_tokenizer(pair, why, tokenizer)
         end = tokenizer.name_of(tokenizer.eos)
         return (
@@ -191,9 +194,10 @@ class _Hashes:
         for part, first, after in zip(self.parts, self.firsts[:-1], self.firsts[1:], strict=True):
             low, high = max(start - first, 0), min(stop, after) - first
             if low < high:
-                computed = isinstance(part, int)
-                inside = np.arange(low, high, dtype=np.uint64)
-                pieces.append(mixed(inside + np.uint64(part)) if computed else part[low:high])
+                if isinstance(part, int):
+                    pieces.append(mixed(np.arange(low, high, dtype=np.uint64) + np.uint64(part)))
+                else:
+                    pieces.append(part[low:high])
         return np.concatenate(pieces)
 
 
@@ -221,6 +225,7 @@ class MegatronDocuments(IndexedDocuments):
 
     whole: ClassVar[bool] = False
     source: MegatronSource
+    hashes: _Hashes
     note: str = field(kw_only=True, default="")
 
     @cached_property
@@ -240,9 +245,9 @@ class MegatronDocuments(IndexedDocuments):
         return sizes, np.zeros_like(numbers)
 
     @property
-    def identity(self) -> Sequence[npt.NDArray[Any]]:
+    def identity(self) -> Sequence[Column]:
         """Hashes of the content; or, where there are none, the lengths and a sample of tokens."""
-        arrays: list[npt.NDArray[Any]] = []
+        arrays: list[Column] = []
         for pair, hashes in zip(self.source.pairs, self.hashes.parts, strict=True):
             if isinstance(hashes, int):
                 arrays += [pair.lengths, np.array([hashes], np.uint64)]

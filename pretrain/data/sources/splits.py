@@ -56,6 +56,14 @@ class Subset:
         return numbers
 
 
+class Column(Protocol):
+    """A value of each document: an array, or values that are computed when they are read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: slice, /) -> npt.NDArray[Any]: ...
+
+
 class Indexed(Protocol):
     """The part of indexed documents that decides their splits.
 
@@ -69,14 +77,14 @@ class Indexed(Protocol):
     def index(self) -> str: ...
 
     @property
-    def hashes(self) -> npt.NDArray[np.uint64]: ...
+    def hashes(self) -> Column: ...
 
     @property
     def whole(self) -> bool: ...
 
     @property
-    def identity(self) -> Sequence[npt.NDArray[Any]]:
-        """Arrays over all documents, whose bytes identify them."""
+    def identity(self) -> Sequence[Column]:
+        """Values of all documents, whose bytes identify them."""
 
     def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
         """See :meth:`pretrain.data.sources.interface.Documents.sizes_of`."""
@@ -202,9 +210,9 @@ def _load(folder: Path) -> Splits:
     return Splits(numbers, counts, too_long, str(described["fingerprint"]))
 
 
-def _digest(arrays: Iterable[npt.NDArray[Any]]) -> str:
+def _digest(columns: Iterable[Column]) -> str:
     digest = hashlib.sha256()
-    for array in arrays:
-        for start in range(0, len(array), _CHUNK):
-            digest.update(array[start : start + _CHUNK].tobytes())
+    for column in columns:
+        for start in range(0, len(column), _CHUNK):
+            digest.update(column[start : start + _CHUNK].tobytes())
     return digest.hexdigest()[:16]

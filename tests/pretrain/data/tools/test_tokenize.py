@@ -3,10 +3,10 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, cache: Path, *more: str) -> list[str]:
     sources = f"[{{type: text, path: {folder}/text}}, {{type: chat, path: {folder}/chat.jsonl}}]"
+    cache.parent.mkdir(exist_ok=True)
     (cache.parent / "tiny.yaml").write_text("data: {seq_length: 512}\n")
     return [
         *("data", "tokenize", str(cache.parent / "tiny.yaml"), f"data.sources={sources}"),
@@ -115,8 +116,9 @@ def test_training_finds_the_tokens(
     )
     with pytest.raises(
         PretrainError,
-        match=r"^data\.sources\[0\]: \S+/text is not tokenized yet, .* max_untokenized_mb=0, the limit inside a job\. "
-        r"Tokenize it first: python -m pretrain data tokenize CONFIG --workers \d+$",
+        match=r"^data\.sources\[0\]: \S+/text is not tokenized yet, .*data\.max_untokenized_mb=0, "
+        r"the limit inside a job\. Tokenize it first: python -m pretrain data tokenize CONFIG "
+        r"--workers \d+$",
     ):
         open_data(config, 14, 3)
     assert cli.main([*arguments(folder, tmp_path / "cache"), "--workers", "2"]) == 0
@@ -138,45 +140,38 @@ def test_the_refusal_has_the_arguments_of_the_run(
 
 # ---------------------------------------------------------------------- interruptions
 
-SCRIPT = f"""
-import sys
-from pretrain.data.sources import parts
-parts.PART_CHARACTERS = {PART}
-from pretrain import cli
-print("started", flush=True)
-sys.exit(cli.main(sys.argv[1:]))
-"""
+
+def _killed_after(seconds: float, command: list[str]) -> bool:
+    """Run the command in a process of its own; whether it was killed before its end."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(command,))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def _run(command: list[str]) -> None:
+    assert cli.main(command) == 0
 
 
 def test_ten_kills_leave_the_same_bytes(
-    folder: Path, tmp_path: Path, expected: dict[str, bytes]
+    small_parts: None, folder: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    """Killed at random moments, from the start to the end of an uninterrupted run."""
-    cache = tmp_path / "cache"
-    command = [*arguments(folder, cache), "--workers", "2"]
-    rng, kills, seconds = random.Random(5), 0, 0.5
+    """Killed at random moments of an uninterrupted run, and of what remains of it."""
+    rng, kills, begun = random.Random(5), 0, 0
+    command = [*arguments(folder, tmp_path / "0" / "cache"), "--workers", "2"]
+    started = time.monotonic()
+    assert not _killed_after(600, command)
+    seconds = time.monotonic() - started
     while kills < 10:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *command], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stdout.readline() == "started\n"
-        started = time.monotonic()
-        try:
-            process.wait(seconds * rng.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        begun += 1
+        cache = tmp_path / str(begun) / "cache"
+        command = [*arguments(folder, cache), "--workers", "2"]
+        while _killed_after(seconds * rng.random(), command):
             kills += 1
-            seconds *= 1.2
-        else:
-            process.communicate()
-            assert process.returncode == 0
-            seconds = time.monotonic() - started
-            assert content(cache) == expected
-            for path in cache.iterdir():  # begin again
-                path.rename(tmp_path / f"{kills}-{path.name}")
-    assert cli.main(command) == 0
-    assert content(cache) == expected
+        assert content(cache) == expected
 
 
 class _InterruptedError(Exception):
