@@ -123,12 +123,12 @@ class IndexedTokens:
     def extents(
         self, numbers: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where documents start and stop in :attr:`tokens`; both int64 [n]."""
+        """First token of documents, and the one after the last, in :attr:`tokens`; int64 [n]."""
         first, after = self.documents[numbers], self.documents[numbers + 1]
         return self._place(first), self._place(after)
 
     def _place(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where sequences begin in :attr:`tokens`; the one after the last: its end."""
+        """First token of sequences in :attr:`tokens`; of the number after the last: their end."""
         places = np.full(len(sequences), len(self.tokens))
         inside = sequences < len(self.starts)
         places[inside] = self.starts[sequences[inside]] // self.tokens.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Tokens in Megatron's files: those of its own tools, and those of ``pretrain data tokenize``."""
+"""Tokens in Megatron's files: written by its tools or by ``pretrain data tokenize``."""
 
 import hashlib
 import json
@@ -246,7 +246,7 @@ class MegatronDocuments(IndexedDocuments):
 
     @property
     def identity(self) -> Sequence[Column]:
-        """Hashes of the content; or, where there are none, the lengths and a sample of tokens."""
+        """Hashes of the content; of other files, the lengths and a digest of a sample of tokens."""
         arrays: list[Column] = []
         for pair, hashes in zip(self.source.pairs, self.hashes.parts, strict=True):
             if isinstance(hashes, int):
@@ -255,7 +255,7 @@ class MegatronDocuments(IndexedDocuments):
                 arrays.append(hashes)
         return arrays
 
-    def document(self, segment: Segment) -> Document | Skip:
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
         """A range of a document, without the token with which every :class:`Document` begins."""
         place = int(self._pairs(np.array(segment.number)))
         pair, number = self.source.pairs[place], segment.number - int(self._firsts[place])

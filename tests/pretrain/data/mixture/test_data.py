@@ -393,7 +393,7 @@ def test_a_damaged_index_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFix
     make.jsonl(tmp_path / "text" / "a.jsonl", range(20))
     whole = opened(tmp_path, *both(tmp_path))
     expected = whole.sample("train", 0)
-    for name in ("tokens", "lines"):
+    for name in ("tokens.bin", "lines"):
         (path,) = (tmp_path / "cache").glob(f"*/{name}")
         path.write_bytes(path.read_bytes()[:-50])
     with caplog.at_level(logging.WARNING):

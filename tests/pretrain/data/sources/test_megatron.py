@@ -67,7 +67,7 @@ def tokens_of(data: MixtureData) -> list[list[int]]:
 
 
 def test_documents_of_megatron_core_are_read_to_identical_tokens(tmp_path: Path) -> None:
-    """Of one sequence, of several and of none, in several files."""
+    """Documents of one sequence, of several and of none, in several files."""
     first = [[[21, 22], [23], []], [], [[25, 26, 27]], *texts(range(3)), []]
     second = [[], *texts(range(3, 9))]
     (tmp_path / "data").mkdir()

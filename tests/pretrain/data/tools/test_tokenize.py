@@ -142,7 +142,7 @@ def test_the_refusal_has_the_arguments_of_the_run(
 
 
 def _killed_after(seconds: float, command: list[str]) -> bool:
-    """Run the command in a process of its own; whether it was killed before its end."""
+    """Run the command in another process; whether it was killed before its end."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(command,))
     process.start()
     process.join(seconds)
