@@ -171,6 +171,8 @@ class SkippedSamples:
         self._enabled = bool(config.data.sources)  # the built-in data has none
         self._context, self._data = context, data
         self._all = Skipped(config.data.max_corrupt)
+        if not context.is_main:
+            data.take_skipped()  # all ranks have found the same ones when they opened the data
         # Earlier jobs of this run have listed some. All ranks read the file before any writes to
         # it, in the first synchronize().
         self._listed = {s.name for s in skipped.read(self._path)} if self._enabled else set()

@@ -4,6 +4,10 @@ Each source keeps its share because the next document always comes from the sour
 behind. Images keep ``vision_share`` because they are taken whenever their tokens are due. Documents
 that do not fit a sequence wait for the next one. The shares therefore hold over any stretch of
 sequences without randomness, and no document is lost or repeated within an epoch.
+
+Where a sequence begins depends on all sequences before it. Every rank therefore chooses the
+documents of the whole global batch: a few microseconds for each document, in the thread that
+prepares the next step. If ranks shared this work, the step would wait as long for the last one.
 """
 
 import bisect
