@@ -1,5 +1,7 @@
 """Sharded state (``shard_state``) equals replicated state and has its share of the memory."""
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip
+from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip, param_groups
+from muonclip.integrations import megatron_core
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
     EXACT,
@@ -22,6 +25,8 @@ from tests.distributed.optimizer_cases import (
     whole,
 )
 from tests.distributed.test_fsdp2 import placing
+from tests.distributed.test_megatron_muon import Layout, pieces, results, start, whole_piece
+from tests.distributed.test_megatron_muon import build as build_megatron
 
 SPECS = (
     Spec((8, 8)),
@@ -171,3 +176,77 @@ def test_qk_clip_scales_the_owners_master_copies(world_size: int) -> None:
             assert (sharded[name] - value).abs().max() <= 1e-6, name
         for name in ("q", "k", "v", "qb", "kb"):
             assert torch.equal(sharded[name], sharded[f"{name} master"].bfloat16()), name
+
+
+# ---------------------------------------------------------------------- megatron-core
+
+
+def megatron_optimizer(model: Any, shard_state: bool) -> MuonClip:
+    placed = megatron_core.shardings(model)
+    layouts = megatron_core.matrix_layouts(model)
+    return MuonClip(
+        param_groups(model, layouts=layouts, shardings=placed),
+        **{**EXACT, "adamw_eps": 1e-4},
+        shardings=placed,
+        master_weights=True,
+        shard_state=shard_state,
+    )
+
+
+def megatron_both(layout: Layout) -> dict[str, list[dict[Any, Tensor]]]:
+    """Twenty steps with each of three optimizers; what this rank then has.
+
+    The third is unsharded and gets the state of the sharded one after ten steps, which gets its own
+    state in one file after fifteen.
+    """
+    found = {}
+    for kind in ("gqa", "mla"):
+        found[kind] = []
+        saved: list[tuple[dict[Any, Tensor], dict[str, Any]]] = []
+        for shard_state in (True, False, None):
+            model = build_megatron(kind, layout).bfloat16()
+            start(model)
+            optimizer = megatron_optimizer(model, bool(shard_state))
+            first = 0
+            if shard_state is None:
+                weights, state = saved[0]
+                for _, values, part in pieces(model):
+                    values.copy_(weights[part.key, part.global_offset])
+                optimizer.load_state_dict(state)
+                first = 10
+            for step in range(first, 20):
+                for parameter, values, part in pieces(model):
+                    if parameter.grad is None:
+                        parameter.grad = torch.empty_like(parameter)
+                    offset = values.storage_offset() - parameter.storage_offset()
+                    gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
+                    gradient.copy_(whole_piece(part, f"gradient {step}"))
+                optimizer.step()
+                if shard_state and step == 9:
+                    saved.append((results(model), copy.deepcopy(optimizer.state_dict())))
+                if shard_state and step == 14:
+                    full = pickle.dumps(optimizer.full_state_dict(rank=None))
+                    optimizer = megatron_optimizer(model, True)
+                    optimizer.load_state_dict(pickle.loads(full))
+            found[kind].append(results(model))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, Layout(), id="dp"),
+        pytest.param(4, Layout(tensor=2), id="tp-dp"),
+        pytest.param(4, Layout(pipeline=2), id="pp-dp"),
+        pytest.param(4, Layout(expert=2), id="ep-dp"),
+        pytest.param(4, Layout(tensor=2, expert=2, expert_tensor=1), id="tp-ep-dp"),
+    ],
+)
+def test_megatron(ranks: int, layout: Layout) -> None:
+    """Weights are rounded from master copies, which may differ in their last bit."""
+    for outcome in launch(megatron_both, ranks, layout):
+        for sharded, replicated, moved in outcome.values():
+            for place, expected in replicated.items():
+                for found in (sharded, moved):
+                    error = (found[place].float() - expected.float()).norm()
+                    assert error <= 1e-3 * expected.float().norm(), place
