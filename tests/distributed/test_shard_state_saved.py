@@ -1,0 +1,252 @@
+"""Sharded state is saved and loaded whole, in any layout, and no part passes for the whole."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from muonclip import MatrixLayout, MuonClip, param_groups
+from muonclip.distributed.sharded_state import ShardedState, flat_boxes
+from tests.distributed.launch import launch
+from tests.distributed.optimizer_cases import (
+    EXACT,
+    Block,
+    random,
+    train_past_a_bad_gradient,
+    whole,
+)
+from tests.distributed.test_ddp import ONE_BAD
+
+
+def make(layout: str, masters: bool) -> tuple[nn.Module, MuonClip]:
+    """A model alone, with copies (DDP), or with copies of shards (HSDP), and its optimizer."""
+    model: Any = Block()
+    if masters:
+        model.bfloat16()
+    options: dict[str, Any] = {"shard_state": layout.startswith("sharded")}
+    if layout.endswith("HSDP"):
+        copies = 2 if dist.get_world_size() == 4 else 1
+        shape = (copies, dist.get_world_size() // copies)
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")))
+    elif layout != "alone":
+        options["process_group"] = dist.group.WORLD
+    layouts = {"up.weight": MatrixLayout((4, 10)), "experts": MatrixLayout.per_head(8, 2)}
+    groups = param_groups(model, layouts=layouts)
+    return model, MuonClip(groups, **EXACT, master_weights=masters, **options)
+
+
+def train(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        model(random((8, 8), step, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
+    found = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], masters: bool) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name].double() - value.double()).abs().max()
+        assert difference <= (2e-2 if masters else 1e-9), name
+
+
+def save(folder: Path) -> None:
+    for masters in (False, True):
+        for layout in ("sharded DDP", "DDP"):
+            model, optimizer = make(layout, masters)
+            train(model, optimizer, range(3))
+            weights, state = get_state_dict(model, optimizer)
+            dcp.save({"w": weights, "o": state}, checkpoint_id=folder / f"{layout}-{masters}")
+            full = optimizer.full_state_dict()
+            assert bool(full) == (dist.get_rank() == 0)
+            if full:
+                torch.save((model.state_dict(), full), folder / f"{layout}-{masters}.pt")
+
+
+def load_everywhere(folder: Path) -> None:
+    """Continue from each checkpoint in each layout."""
+    for masters in (False, True):
+        model, optimizer = make("alone", masters)
+        train(model, optimizer, range(6))
+        expected = weights_and_state(model, optimizer)
+        for source in ("sharded DDP", "DDP"):
+            for layout in ("alone", "DDP", "sharded DDP", "sharded HSDP"):
+                model, optimizer = make(layout, masters)
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.fill_(0.1)
+                weights, state = get_state_dict(model, optimizer)
+                saved: dict[str, Any] = {"w": weights, "o": state}
+                dcp.load(saved, checkpoint_id=folder / f"{source}-{masters}")
+                set_state_dict(
+                    model, optimizer, model_state_dict=saved["w"], optim_state_dict=saved["o"]
+                )
+                train(model, optimizer, range(3, 6))
+                assert_close(weights_and_state(model, optimizer), expected, masters)
+                if layout == "sharded HSDP":
+                    continue
+                model, optimizer = make(layout, masters)
+                weights, full = torch.load(folder / f"{source}-{masters}.pt")
+                model.load_state_dict(weights)
+                optimizer.load_state_dict(full)
+                train(model, optimizer, range(3, 6))
+                assert_close(weights_and_state(model, optimizer), expected, masters)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    launch(save, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_saved_at_two(saved: Path, world_size: int) -> None:
+    """By torch.distributed.checkpoint, and in one file; also into and from unsharded state."""
+    launch(load_everywhere, world_size, saved)
+
+
+def within_a_run() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    model, optimizer = make("sharded DDP", True)
+    train(model, optimizer, range(2))
+    weights, snapshot = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with pytest.raises(TypeError) as error:
+        torch.save(optimizer.state_dict(), io.BytesIO())
+    found["message"] = str(error.value)
+    train(model, optimizer, range(2, 4))
+    expected = weights_and_state(model, optimizer)
+    for layout in ("DDP", "sharded DDP"):  # another layout object, or none
+        other, fresh = make(layout, True)
+        other.load_state_dict(weights)
+        fresh.load_state_dict(snapshot)
+        train(other, fresh, range(2, 4))
+        assert_close(weights_and_state(other, fresh), expected, True)
+
+    # By name, as the trainer's checkpoints do: into new tensors, which are read piece by piece.
+    other, fresh = make("sharded DDP", True)
+    fresh.create_state()
+    named = fresh.named_state(other.named_parameters())
+    other.load_state_dict(weights)
+    source = make("alone", True)
+    source[1].load_state_dict(pickle.loads(pickle.dumps(_full(optimizer, snapshot))))
+    for name, entries in source[1].named_state(source[0].named_parameters()).items():
+        for key, value in entries.items():
+            target = named[name][key]
+            if not isinstance(target, ShardedState):
+                target.copy_(value)
+                continue
+            for position, values in target.pieces():
+                values.copy_(value[position.slices])
+    fresh.load_named_state(named, other.named_parameters())
+    for group, saved_group in zip(fresh.param_groups, snapshot["param_groups"], strict=True):
+        group["updates"] = saved_group["updates"]
+    train(other, fresh, range(2, 4))
+    assert_close(weights_and_state(other, fresh), expected, True)
+
+    # A group that is added later leaves the owners of others as they are.
+    before = {p: [x for x, _ in s["master"].pieces()] for p, s in optimizer.state.items()}
+    late = nn.Parameter(random((8, 8), 9).bfloat16())
+    optimizer.add_param_group({"params": [("late", late)]})
+    late.grad = torch.ones_like(late)
+    train(model, optimizer, range(4, 5))
+    for p, positions in before.items():
+        assert [x for x, _ in optimizer.state[p]["master"].pieces()] == positions
+    assert isinstance(optimizer.state[late]["master"], ShardedState)
+    return found
+
+
+def _full(optimizer: MuonClip, snapshot: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        key: {name: whole(value) for name, value in entries.items()}
+        for key, entries in snapshot["state"].items()
+    }
+    return {**snapshot, "state": state}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_within_a_run(world_size: int) -> None:
+    for found in launch(within_a_run, world_size):
+        assert "full_state_dict()" in found["message"]
+
+
+def bytes_of_state(shard_state: bool) -> int:
+    """Bytes of state on this rank, for matrices and embeddings in bfloat16 with master copies."""
+    params = [(f"w{i}", nn.Parameter(random((32, 32), i).bfloat16())) for i in range(16)]
+    params += [("embedding", nn.Parameter(random((999, 16), 0).bfloat16()))]
+    groups = [{"params": params[:-1], "algorithm": "muon"}]
+    groups.append({"params": params[-1:], "algorithm": "adamw"})
+    optimizer = MuonClip(
+        groups, master_weights=True, process_group=dist.group.WORLD, shard_state=shard_state
+    )
+    for _, p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    stored = [
+        values.untyped_storage()
+        for entries in optimizer.state.values()
+        for value in entries.values()
+        for values in (value.parts if isinstance(value, ShardedState) else [value])
+    ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_state_is_divided_by_the_number_of_ranks(world_size: int) -> None:
+    matrices, embedding, steps = 16 * 32 * 32 * 8, 999 * 16 * 12, 4
+    assert launch(bytes_of_state, world_size, False) == [matrices + embedding + steps] * world_size
+    found = launch(bytes_of_state, world_size, True)
+    assert sum(found) == matrices + embedding + world_size * steps
+    assert max(found) - min(found) <= world_size * 12
+
+
+def with_one_bad_gradient(nonfinite: str) -> tuple[Any, ...]:
+    def spoil(params: list[Any]) -> None:
+        if dist.get_rank() == 0:
+            params[1].grad[2, 1] = torch.nan
+
+    return train_past_a_bad_gradient(
+        ONE_BAD, spoil, process_group=dist.group.WORLD, nonfinite=nonfinite, shard_state=True
+    )
+
+
+def test_a_nonfinite_gradient_on_one_rank_changes_no_rank() -> None:
+    for rank, (message, _, skipped) in enumerate(launch(with_one_bad_gradient, 2, "raise")):
+        assert skipped == 1
+        assert ("'p1'" if rank == 0 else "on another rank") in message
+
+
+def test_a_warning_that_no_rank_has_copies() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    with pytest.warns(UserWarning, match="shard_state=True has no effect"):
+        MuonClip([("p", p)], shard_state=True).step()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (1, 4, 3), (2, 3, 4), (2, 1, 3, 2)])
+def test_boxes_of_every_range(shape: tuple[int, ...]) -> None:
+    """In order, without gaps, and no more than two for each dimension."""
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(numbers.numel()):
+        for stop in range(start + 1, numbers.numel() + 1):
+            boxes = flat_boxes(shape, start, stop)
+            found = torch.cat([numbers[box.slices].reshape(-1) for box in boxes])
+            assert found.tolist() == list(range(start, stop))
+            assert len(boxes) <= max(1, 2 * len(shape) - 1)
