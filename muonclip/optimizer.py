@@ -692,6 +692,11 @@ class MuonClip(Optimizer):
         ``torch.distributed.checkpoint`` loads only entries that both the checkpoint and the
         optimizer have. Groups store dtypes and layouts as strings, because it saves tensors,
         numbers and strings only.
+
+        With ``shard_state``, all ranks call it together. Tensors that ranks store in parts are
+        ``ShardedState``, which ``torch.distributed.checkpoint`` saves and loads at any number of
+        ranks, and which cannot be pickled: a file of one rank would contain a part of the state
+        only. ``full_state_dict`` returns whole tensors.
         """
         self._drop_replaced()
         if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
@@ -730,6 +735,10 @@ class MuonClip(Optimizer):
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
         and dtype that this optimizer keeps them in. Layouts and names are not loaded: they belong
         to the model.
+
+        With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
+        or of an optimizer without ``shard_state``), and all ranks call it together. So must the
+        ranks of an optimizer without ``shard_state`` if tensors are ``ShardedState``.
 
         Args:
             state_dict: as returned by ``state_dict``; not changed.
