@@ -1,4 +1,4 @@
-"""Data: time to choose the documents of a sequence, memory of an index, and decoding of images."""
+"""Data: time to choose the documents of a sequence, and memory of an index."""
 
 import argparse
 import functools
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from benchmarks.runner import Result, interleave, markdown, quartiles, stopwatch
-from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import RankShare, open_data
+from benchmarks.runner import Result, markdown, quartiles, stopwatch
+from pretrain.config import DataConfig
+from pretrain.data import RankShare
 from pretrain.data.interface import SPLITS
 from pretrain.data.mixture.stream import Sequences, Stream
 from pretrain.data.sources.indexed import DocumentCursor
@@ -45,8 +44,6 @@ INDEX_DOCUMENTS = {
     "quick": (10**6, 10**7, 10**8, 10**9),
     "tiny": (10**3, 10**4),
 }
-IMAGES = {"full": 128, "quick": 32, "tiny": 4}
-WORKERS = (1, 2, 4)
 FUNCTION, ARRAYS = "function", "arrays, 16 kept"
 
 
@@ -124,7 +121,6 @@ def run(options: argparse.Namespace) -> Result:
         "sampling": _sampling(options),
         "after_steps": _after_steps(options),
         "memory": _memory(options),
-        "decoding": _decoding(options),
     }
 
 
@@ -240,51 +236,6 @@ def _resident() -> tuple[int, int]:
     )
 
 
-def _decoding(options: argparse.Namespace) -> list[Result]:
-    """Images per second that several threads decode, fit and cut into patches."""
-    form = options.form
-    with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder, "images"), IMAGES[form])
-        made = {}
-        for workers in WORKERS:
-            config = DataConfig(
-                sources=(SourceConfig("images", f"{folder}/images"),),
-                cache_dir=f"{folder}/cache",
-                seq_length=LENGTH,
-                vocab_size=300,
-                held_out=0.0,
-                decode_workers=workers,
-            )
-            made[workers] = open_data(config, 14, 0)
-        images = sum(len(one.grids) for one in made[1].samples("train", range(4), pixels=False))
-        seconds = interleave(
-            {
-                str(workers): functools.partial(data.samples, "train", range(4))
-                for workers, data in made.items()
-            },
-            rounds=ROUNDS[form],
-            clock="wall",
-        )
-    return [
-        {
-            "workers": int(workers),
-            "images_per_second": images / quartiles(times)[1],
-            "quartiles": [images / quartiles(times)[2], images / quartiles(times)[0]],
-        }
-        for workers, times in seconds.items()
-    ]
-
-
-def _write_images(folder: Path, count: int) -> None:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        coarse = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((1024, 1024), Image.Resampling.BICUBIC)
-        image.save(folder / f"{number}.jpg")
-        (folder / f"{number}.txt").write_text(f"image {number}")
-
-
 # ---------------------------------------------------------------------- plot and table
 
 
@@ -363,11 +314,4 @@ def table(result: Result) -> str:
         for row in result["memory"]
     ]  # fmt: skip
     blocks.append(f"**Index of {after['sources']} sources**\n\n{markdown(header, rows)}")
-    rows = [
-        [row["workers"], f"{row['images_per_second']:.0f}",
-         "{:.0f} to {:.0f}".format(*row["quartiles"])]
-        for row in result["decoding"]
-    ]  # fmt: skip
-    header = ["data.decode_workers", "images of 1024 x 1024 per second", "quartiles"]
-    blocks.append(markdown(header, rows))
     return "\n\n".join(blocks)

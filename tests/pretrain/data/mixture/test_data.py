@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,27 @@ def test_sequences_without_pixels_differ_only_in_their_patches(
     monkeypatch.setattr(Composer, "read", refuse)
     for sample, whole in zip(data.samples("train", range(20), pixels=False), expected, strict=True):
         assert len(whole.patches) and same(sample, without_patches(whole))
+
+
+def test_images_are_decoded_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = film_and_pictures(tmp_path)
+    expected = opened(tmp_path, source, held_out=0).samples("train", range(4))
+    meeting, read = threading.Barrier(2), Composer.read
+
+    def meet(composer: Composer, media: Any, shape: Any) -> Any:
+        meeting.wait(60)  # for another thread that decodes
+        return read(composer, media, shape)
+
+    data = opened(tmp_path, source, held_out=0, decode_workers=2)
+    read_together = data._read
+    pictures = [s for s in data._segments("train", 0) if s.number < 12][:2]
+    monkeypatch.setattr(Composer, "read", meet)
+    assert len(read_together(pictures, True, ())) == 2
+    monkeypatch.undo()
+    again = data.samples("train", range(4))
+    assert all(map(same, again, expected))
 
 
 @pytest.mark.parametrize("workers", [1, 5])
