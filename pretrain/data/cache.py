@@ -143,10 +143,18 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         partial = parent / "result"
         partial.mkdir(exist_ok=True)
         yield partial
-        # Those of the same settings, but other files, are of no use any more.
-        name = parent.name.rpartition("-")[0]
-        for other in folder.parent.glob(f"{name}-*"):
+        for other in _abandoned(parent):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _abandoned(unfinished: Path) -> Iterator[Path]:
+    """A folder that has been finished, and unfinished ones of earlier content of the same files."""
+    yield unfinished
+    name = unfinished.name.rpartition("-")[0]
+    for other in unfinished.parent.glob(f"{name}-*"):
+        with contextlib.suppress(OSError), (other / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a process continues it
+            yield other
 
 
 def _lock(file: IO[str], folder: Path) -> None:

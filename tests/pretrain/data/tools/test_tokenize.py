@@ -238,6 +238,27 @@ def test_finished_parts_are_not_tokenized_again(
     assert 436 <= first + sum(encoded) <= 436 + in_a_part
 
 
+def test_what_is_left_of_earlier_files_is_removed(
+    small_parts: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make.jsonl(tmp_path / "a.jsonl", range(200))
+    tokenizer = str(folder / "tokenizer.json")
+    sources = (SourceConfig("text", str(path)),)
+    config = DataConfig(512, sources=sources, tokenizer=tokenizer, cache_dir=str(tmp_path / "c"))
+    with monkeypatch.context() as patch, pytest.raises(_InterruptedError):
+        patch.setattr(parts.Merger, "merge", lambda self: _raise())
+        open_data(config, 14, 3)
+    assert len([*(tmp_path / "c").glob("unfinished-*")]) == 1
+    make.jsonl(path, range(210))
+    open_data(config, 14, 3)
+    assert not [*(tmp_path / "c").glob("unfinished-*")]
+
+
+def _raise() -> Iterator[None]:
+    raise _InterruptedError
+    yield
+
+
 # ---------------------------------------------------------------------- errors
 
 
