@@ -100,6 +100,7 @@ def leaves(value: object) -> list[object]:
         "save_plan",
         "scaling",
         "stability",
+        "tokenize",
         "training_speed",
     ],
 )
