@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,14 @@ _EMPTY = {"train": [*range(8), *range(8, 14)], "held_out": range(64)}
 def _through_empty_batches(folder: str, *overrides: str) -> dict[str, Any]:
     settings = training.tiny(folder, *BRIEF[:-1], "steps=3", *overrides)
     context, data = startup.set_up(settings)
-    sample = data.sample
+    samples = data.samples
 
-    def without_labels(split: str, index: int) -> Any:
-        made = sample(split, index)
-        return made.without_labels() if index in _EMPTY[split] else made
+    def without_labels(split: str, indices: Iterable[int], **options: Any) -> list[Any]:
+        numbers = list(indices)
+        made = zip(numbers, samples(split, numbers, **options), strict=True)
+        return [m.without_labels() if number in _EMPTY[split] else m for number, m in made]
 
-    object.__setattr__(data, "sample", without_labels)  # it is frozen
+    object.__setattr__(data, "samples", without_labels)  # it is frozen
     run, guard = build(settings, context, data), Guard(settings.faults)
     metrics, states = [], []
     for number in (1, 2, 3):
