@@ -363,7 +363,8 @@ class MuonClip(Optimizer):
             return
         assert self._groups is not None
         plan = self._distributed_muon
-        if plan is None or not plan.matches(self._planned(work)):
+        # A model is converted, or moved, on all ranks at once.
+        if plan is None or not plan.matches(self._planned(work)) or not plan.fits(params):
             owners = self._owners
             plan = self._distributed_muon = DistributedMuon(
                 params,

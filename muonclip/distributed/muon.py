@@ -93,7 +93,8 @@ class DistributedMuon:
             ):
                 self._local.append(index)
             else:
-                by_kind[_Kind.of(param, sharding.group)].append(index)
+                by_kind[_Kind.of(param, id(sharding.group))].append(index)
+        self._kinds = {index: kind for kind, indices in by_kind.items() for index in indices}
         self._work: list[_Work] = []
         groups_by_id = {id(group): group for group in groups}
         # Ranks meet in several groups, and must come to them in the same order.
@@ -117,6 +118,12 @@ class DistributedMuon:
         """Whether the plan was made for these parameters of Muon, and ``others``."""
         return len(params) == len(self._params) and all(
             param is planned for param, planned in zip(params, self._params, strict=True)
+        )
+
+    def fits(self, params: Sequence[MuonParam]) -> bool:
+        """Whether these parameters, which it was made for, were not converted since then."""
+        return all(
+            _Kind.of(params[index], kind.group) == kind for index, kind in self._kinds.items()
         )
 
     def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
@@ -149,10 +156,10 @@ class _Kind(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, param: MuonParam, group: dist.ProcessGroup) -> _Kind:
+    def of(cls, param: MuonParam, group: int) -> _Kind:
         has_master = param.is_sharded and param.master is not None
         return cls(
-            id(group),
+            group,
             param.is_sharded,
             has_master,
             # Updates, or gradients for an owner that keeps the momentum.
