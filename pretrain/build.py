@@ -274,6 +274,7 @@ def build_optimizer(
         master_weights=True,
         # Ranks with the same matrix share its orthogonalization.
         shardings=tensor_shardings,
+        shard_state=config.shards_state(dist.get_world_size()),
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

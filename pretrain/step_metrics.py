@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from muonclip import ClipResult, MuonClip
+from muonclip.distributed import ShardedState
 from muonclip.precision import get_master
 from pretrain.config import Config
 from pretrain.encoder_process.cost import analytic_cost
@@ -70,7 +71,8 @@ class UpdateRms:
     """RMS of the updates by algorithm: (before · (1 - lr · weight decay) - after) / lr.
 
     Estimated from up to 4,096 evenly spaced entries of each parameter; comparing whole parameters
-    would need the memory of a second model.
+    would need the memory of a second model. A rank that has parts of a master copy takes them from
+    these parts, from the second step on.
 
     Args:
         optimizer: an optimizer with decoupled weight decay.
@@ -89,7 +91,7 @@ class UpdateRms:
             (group, parameter, self._sample(parameter).to(torch.float32, copy=True))
             for group in self._optimizer.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None
+            if parameter.grad is not None and self._has_sample(parameter)
         ]
 
     def after_step(self, device: torch.device) -> Tensor:
@@ -110,24 +112,44 @@ class UpdateRms:
                 for group, parameter, before in samples
             ]
             norms = torch.stack(torch._foreach_norm(updates)).double()
-            lrs, elements, sample_sizes, copies = torch.tensor(
+            lrs, weights, sample_sizes = torch.tensor(
                 [
-                    (group["lr"], parameter.numel(), before.numel(), self._copies[parameter])
+                    (group["lr"], self._weight(parameter), before.numel())
                     for group, parameter, before in samples
                 ],
                 dtype=torch.float64,
                 device=device,
             ).unbind(1)
-            weights = elements / copies
             totals[row, 0] = ((norms / lrs).square() / sample_sizes * weights).sum()
             totals[row, 1] = weights.sum()
         self._before = []
         return totals
 
+    def _has_sample(self, parameter: Tensor) -> bool:
+        master = get_master(parameter)
+        if isinstance(master, ShardedState):
+            return master.state_layout.numel > 0
+        # Before the first step with optimizer.shard_state, it is not known where masters will be.
+        is_known = master is not None or parameter.dtype.itemsize >= 4
+        return parameter.numel() > 0 and (is_known or not self._optimizer.shard_state)
+
+    def _weight(self, parameter: Tensor) -> float:
+        """Number of entries of which :meth:`_sample` is a sample, divided by their copies."""
+        master, copies = get_master(parameter), self._copies[parameter]
+        if not isinstance(master, ShardedState):
+            return parameter.numel() / copies
+        # Each pipeline stage has the whole encoder.
+        return master.state_layout.numel / max(1, copies // master.state_layout.group.size())
+
     @classmethod
     def _sample(cls, parameter: Tensor) -> Tensor:
-        """Evenly spaced entries of a parameter, or of its master copy; a view."""
+        """Evenly spaced entries of a parameter, or of its master copy, of parts that it has here;
+        a view unless there are several parts."""
         master = get_master(parameter)
+        if isinstance(master, ShardedState):
+            stride = -(-master.state_layout.numel // cls._MAX_SAMPLES)
+            parts = [part[::stride] for part in master.parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         flat = (parameter if master is None else master).detach().flatten()
         return flat[:: -(-flat.numel() // cls._MAX_SAMPLES)]
 

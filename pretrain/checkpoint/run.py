@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muonclip.distributed import ShardedState
 from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
@@ -109,7 +110,12 @@ def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:
         # Every update is one of all groups, so they have the same count.
         "updates": run.optimizer.param_groups[0]["updates"],
     }
-    saver.save(step, tensors_of(run, run.optimizer.named_state(run.parameters())), facts)
+    state = run.optimizer.named_state(run.parameters())
+    for name, entries in state.items():
+        if run.weights[name].layer is None and not run.context.first_stage:
+            # The ranks of each stage have the whole state of the encoder, divided in another way.
+            state[name] = {k: v for k, v in entries.items() if not isinstance(v, ShardedState)}
+    saver.save(step, tensors_of(run, state), facts)
 
 
 def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
@@ -128,22 +134,56 @@ def _data_states(run: Run, step: int) -> list[dict[str, Any]]:
     return [by_rank[rank] for rank in range(run.context.data_size)]
 
 
-def tensors_of(run: Run, state: Mapping[str, Mapping[str, Tensor]]) -> storage.Tensors:
+def tensors_of(
+    run: Run, state: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, storage.LocalShard]:
     """The model's and the optimizer's tensors on this rank, by their names in a checkpoint.
 
     Args:
         state: the optimizer's state of each parameter by name.
     """
-    tensors: dict[str, Tensor | storage.LocalShard] = {}
+    tensors = {}
     for name, tensor in run.named_tensors.items():
         tensors[f"model.{name}"] = local_shard(run, name, tensor.detach())
         for key, value in state.get(name, {}).items():
-            # Momentum and moments are split like their parameter. A step count is not.
-            is_split = value.shape == tensor.shape
-            tensors[f"optimizer.{name}.{key}"] = (
-                local_shard(run, name, value) if is_split else _whole(run, name, value)
-            )
+            tensors[f"optimizer.{name}.{key}"] = _state_shard(run, name, value)
     return tensors
+
+
+def _state_shard(run: Run, name: str, value: Tensor) -> storage.LocalShard:
+    """A tensor of the state of the parameter ``name`` on this rank."""
+    weight = run.weights[name]
+    if isinstance(value, ShardedState):
+        return storage.LocalShard(weight.shape, list(_pieces(run, weight, value)))
+    if value.shape == run.named_tensors[name].shape:  # split like the parameter
+        return local_shard(run, name, value)
+    return _whole(run, name, value)  # a step count
+
+
+def _pieces(
+    run: Run, weight: Weight, state: ShardedState
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """(offsets in the whole tensor, values) of the parts of a state that this rank has.
+
+    Where tensor parallelism splits each of several stacked matrices, the optimizer knows the
+    tensors of the ranks one after another, each of which is a stack of parts.
+    """
+    spans = []  # first row of each block for the optimizer, its first row, and its rows
+    first = 0
+    parallel = run.config.parallel
+    if weight.split is not None and weight.split.stacked > 1:
+        for rank in range(weight.shards(parallel)):
+            for block in weight.blocks(parallel, rank):
+                spans.append((first, block.offsets[0], block.sizes[0]))
+                first += block.sizes[0]
+    for (offsets, sizes), values in state.pieces():
+        if not spans:
+            yield offsets, values
+        for first, target, rows in spans:
+            start, stop = max(first, offsets[0]), min(first + rows, offsets[0] + sizes[0])
+            if start < stop:
+                part = values[start - offsets[0] : stop - offsets[0]]
+                yield (target + start - first, *offsets[1:]), part
 
 
 def _whole(run: Run, name: str, value: Tensor) -> storage.LocalShard:
@@ -252,6 +292,8 @@ def restore(run: Run, guard: Guard | None = None) -> int:
         PretrainError: the checkpoint is damaged, or of another run or model.
     """
     newest = _newest_step(run)
+    if newest is not None or run.config.start_from is not None:
+        run.optimizer.create_state()  # a collective call, which loading is not
     step, facts = call_on_all_ranks(lambda: _load(run, newest))
     if guard is not None:
         guard.load_state_dict(facts.get("faults", {}))
@@ -328,27 +370,18 @@ def _verify(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def _state_to_fill(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Tensors for each parameter's optimizer state in a checkpoint, by name.
+    """The tensors of each parameter's optimizer state that a checkpoint has, by name.
 
-    Those that the optimizer has are overwritten, so that a roll-back needs no memory for a second
-    state; others are uninitialized.
+    They are overwritten, so that a roll-back needs no memory for a second state.
     """
-    parameters = dict(run.parameters())
-    known = run.optimizer.named_state(parameters.items())
-    state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for full_name, stored in checkpoint.tensors.items():
-        kind, _, rest = full_name.partition(".")
-        name, _, key = rest.rpartition(".")
-        if kind != "optimizer" or name not in parameters:
-            continue
-        parameter, existing = parameters[name], known[name].get(key)
-        shape = parameter.shape if stored.shape else torch.Size()
-        if existing is None or (existing.shape, existing.dtype) != (shape, stored.dtype):
-            # The optimizer moves step counts to the device where it reads them.
-            device = "cpu" if key == "step" else parameter.device
-            existing = torch.empty(shape, dtype=stored.dtype, device=device)
-        state[name][key] = existing
-    return state
+    return {
+        name: {
+            key: value
+            for key, value in entries.items()
+            if f"optimizer.{name}.{key}" in checkpoint.tensors
+        }
+        for name, entries in run.optimizer.named_state(run.parameters()).items()
+    }
 
 
 def _start_from(run: Run, other: Path) -> None:
@@ -378,21 +411,18 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
     weights become the master weights.
     """
     stored = checkpoint.tensors
-    tensors: dict[str, Tensor | storage.LocalShard] = {}
-    masters: dict[str, Tensor] = {}
-    for name, tensor in run.named_tensors.items():
-        key = f"optimizer.{name}.master"
-        if key not in stored:
-            key = f"model.{name}"
-        value = tensor.detach()
-        if key in stored and stored[key].dtype == torch.float32 != tensor.dtype:
-            value = masters[name] = torch.empty_like(value, dtype=torch.float32)
-        tensors[key] = local_shard(run, name, value)
-    checkpoint.load(tensors)
-    for name, master in masters.items():
-        run.named_tensors[name].detach().copy_(master)
-    state = {name: {"master": master} for name, master in masters.items()}
-    run.optimizer.load_named_state(state, run.parameters())
+    sources = {name: f"optimizer.{name}.master" for name in run.named_tensors}
+    sources |= {n: f"model.{n}" for n, source in sources.items() if source not in stored}
+    checkpoint.load(
+        {sources[n]: local_shard(run, n, x.detach()) for n, x in run.named_tensors.items()}
+    )
+    masters = {
+        name: {"master": entries["master"]}
+        for name, entries in run.optimizer.named_state(run.parameters()).items()
+        if "master" in entries and stored[sources[name]].dtype == torch.float32
+    }
+    checkpoint.load({sources[n]: _state_shard(run, n, x["master"]) for n, x in masters.items()})
+    run.optimizer.load_named_state(masters, run.parameters())
 
 
 def _check_settings(

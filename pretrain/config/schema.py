@@ -395,6 +395,10 @@ class OptimizerConfig(Settings):
     """Precision of Newton-Schulz; auto: bfloat16 on accelerators, float32 on a CPU."""
     adamw_beta1: Decay = 0.9
     adamw_beta2: Decay = 0.95
+    shard_state: bool | None = None
+    """Store momentum, moments and master weights only once among ranks that have copies of a
+    weight: those of a matrix on the rank that orthogonalizes it, the others in equal parts. Updated
+    weights, and not updates, are then sent. null: if ranks have copies."""
     qk_clip_threshold: Positive = 100.0
     """QK-Clip's tau: the limit of each head's max logit."""
     clip_grad_norm: Positive = 1.0
@@ -744,6 +748,11 @@ class Config(Settings):
             self.parallel.data_size(world_size) * self.micro_batch_size
         )
 
+    def shards_state(self, world_size: int) -> bool:
+        """Whether the optimizer's state is stored only once among ranks that have copies."""
+        has_copies = world_size > self.parallel.pipeline  # each stage is divided or repeated
+        return has_copies if self.optimizer.shard_state is None else self.optimizer.shard_state
+
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that does not fit the configuration.
 
@@ -753,6 +762,11 @@ class Config(Settings):
         self._check_divisors()
         self._check_layers()
         parallel = self.parallel
+        if self.optimizer.shard_state and world_size == parallel.pipeline:
+            raise PretrainError(
+                "optimizer.shard_state=true has no effect, because each pipeline stage has one "
+                "process and no weight of it a copy: leave it out, or use more processes"
+            )
         for name, ranks in (
             ("parallel.expert", parallel.expert),
             ("parallel.tensor", parallel.tensor),

@@ -64,13 +64,19 @@ class Weight(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def shards(self, parallel: ParallelConfig) -> int:
+        """Return the number of tensor-parallel ranks among which it is split; 1 if it is not."""
+        if self.split is None:
+            return 1
+        return parallel.tensor if self.expert is None else parallel.expert_tensor
+
     def blocks(self, parallel: ParallelConfig, tensor_rank: int) -> list[TensorShard]:
         """Return the blocks of the whole tensor that a tensor-parallel rank has.
 
         Its tensor is the stack of them along the first dimension: one block, or one for each
         stacked matrix of :class:`Split`.
         """
-        ranks = parallel.tensor if self.expert is None else parallel.expert_tensor
+        ranks = self.shards(parallel)
         if self.split is None or ranks == 1:
             return [TensorShard.whole(self.shape)]
         dim, matrices = self.split
