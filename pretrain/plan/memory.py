@@ -20,6 +20,7 @@ from pretrain.plan.activations import (
 )
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.muon_step import muon_step
+from pretrain.plan.optimizer_state import state_bytes
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.workload import Images, images_per_step
@@ -31,7 +32,7 @@ NCCL_BYTES = 2**29
 
 
 def step_memory(config: Config, ranks: Ranks, images: Images) -> list[dict[str, float]]:
-    """Bytes on a rank of each pipeline stage, by purpose.
+    """Bytes on the fullest rank of each pipeline stage, by purpose.
 
     The ``total`` does not count activations and temporary tensors if the buffers of the optimizer's
     step are larger, and these otherwise.
@@ -81,7 +82,7 @@ def _stage_memory(
     row = {
         "weights": float(numel * itemsize),
         "gradients": float(numel * FLOAT32),
-        "optimizer state": float(sum(_state(config, ranks, weight) for weight in updated)),
+        "optimizer state": float(state_bytes(config, ranks, updated)),
         "images": image_data + 2 * features * itemsize,  # with their gradients
         "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
     }
@@ -89,15 +90,6 @@ def _stage_memory(
     optimizer = muon_step(config, ranks, updated).buffers
     row |= {"activations": activations, "temporary tensors": temporary, "optimizer step": optimizer}
     return {**row, "total": total + max(activations + temporary, optimizer)}
-
-
-def _state(config: Config, ranks: Ranks, weight: Weight) -> int:
-    """Bytes of optimizer state: Muon's momentum, or AdamW's two moments and step count; for 16-bit
-    weights a float32 master as well."""
-    is_muon = weight.optimizer == "muon"
-    copies = (1 if is_muon else 2) + (0 if config.precision == "float32" else 1)
-    counts = 0 if is_muon else ranks.tensors(weight)
-    return FLOAT32 * (copies * ranks.local_numel(weight) + counts)
 
 
 def _encoder(

@@ -78,7 +78,7 @@ def _step(
         # The updates in float32 and rounded, Newton-Schulz's two buffers, and its result.
         return MuonStep(0.0, float(at_a_time * (FLOAT32 + 4 * itemsize)))
     units = [
-        WorkUnit(index, 0, weight.shape, (), _newton_schulz_cost(weight))
+        make_unit(index, weight)
         for index, weight in enumerate(weights)
         for _ in range(ranks.tensors(weight))
     ]
@@ -88,6 +88,11 @@ def _step(
     ]
     sent = sum(bucket.sent for bucket in buckets) / size * itemsize
     return MuonStep(sent, float(_buffers(buckets) * itemsize))
+
+
+def make_unit(index: int, weight: Weight) -> WorkUnit:
+    """A whole matrix, with its cost."""
+    return WorkUnit(index, 0, weight.shape, (), _newton_schulz_cost(weight))
 
 
 def _newton_schulz_cost(weight: Weight) -> float:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import batches, checkpoint, parallel
-from pretrain.build import Run, build
+from pretrain.build import build
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Checkpoint, Copy, LocalShard, _checksum
@@ -278,7 +278,7 @@ def _restart(folder: str, *overrides: str) -> dict[str, Any]:
     with contextlib.closing(checkpoint.saver(run)) as saver:
         checkpoint.save(run, saver, Guard(config.faults), 1)
     checkpoint.keep_tokenizer(run)
-    saved = {n: t.detach().clone() for n, t in _run_tensors(run).items()}
+    saved = {n: t.detach().clone() for n, t in training.local_tensors(run).items()}
     train_step(run, batches.for_step(config, context, data, 2), 2)
     hashed: list[str] = []
 
@@ -291,11 +291,11 @@ def _restart(folder: str, *overrides: str) -> dict[str, Any]:
         checkpoint.restore(dataclasses.replace(run, config=dataclasses.replace(config, **changes)))
         return list(hashed)
 
-    before = _run_tensors(run)
+    before = training.local_tensors(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "_checksum", checksum)
         outcome = {"restart": restore_with()}
-        after = _run_tensors(run)
+        after = training.local_tensors(run)
         outcome["equal"] = all(torch.equal(after[name], saved[name]) for name in saved)
         outcome["in_place"] = after.keys() == before.keys() and all(
             after[name].data_ptr() == before[name].data_ptr() for name in before
@@ -304,13 +304,6 @@ def _restart(folder: str, *overrides: str) -> dict[str, Any]:
         outcome["unverified"] = restore_with(checkpoint=unverified)
         outcome["start_from"] = restore_with(run_dir=f"{folder}/new", start_from=config.run_dir)
     return outcome
-
-
-def _run_tensors(run: Run) -> dict[str, Tensor]:
-    """Every tensor of a run on this rank, without a copy."""
-    state = run.optimizer.named_state(run.parameters())
-    moments = {f"{n}.{key}": v for n, entries in state.items() for key, v in entries.items()}
-    return {name: tensor.detach() for name, tensor in run.named_tensors.items()} | moments
 
 
 def test_a_restart_hashes_every_byte_once_and_fills_the_tensors_that_exist(folder: Path) -> None:

@@ -65,11 +65,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
     states = []
     for number in (1, 2, 3, 4):
         step.train_step(run, batches.for_step(settings, context, data, number), number, guard)
-        found = {name: tensor.detach().clone() for name, tensor in run.named_tensors.items()}
-        for name, parameter in run.parameters():
-            for key, value in run.optimizer.state[parameter].items():
-                found[f"{name}.{key}"] = value.clone()
-        states.append(found)
+        states.append({n: tensor.clone() for n, tensor in training.local_tensors(run).items()})
     same = [
         all(torch.equal(after[name], before[name]) for name in before)
         for before, after in itertools.pairwise(states)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from muonclip.distributed import ShardedState
 from pretrain import batches, cli, config, step
-from pretrain.build import build
+from pretrain.build import Run, build
 from pretrain.checkpoint.run import local_shard
 from pretrain.checkpoint.storage import LocalShard
 from pretrain.config import Config
@@ -122,6 +123,21 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
     settings = tiny(folder, *overrides)
     train(settings)
     return comparable(Path(settings.run_dir) / "metrics.jsonl")
+
+
+def local_tensors(run: Run) -> dict[str, Tensor]:
+    """Every tensor of the model and the optimizer's state on this rank, without copies.
+
+    Of a tensor of state that is stored in parts, the parts on this rank.
+    """
+    state = run.optimizer.named_state(run.parameters())
+    parts = {
+        f"{name}.{key}.{number}": part
+        for name, entries in state.items()
+        for key, value in entries.items()
+        for number, part in enumerate(value.parts if isinstance(value, ShardedState) else [value])
+    }
+    return {name: tensor.detach() for name, tensor in run.named_tensors.items()} | parts
 
 
 def all_gradients(folder: str, *overrides: str) -> dict[str, LocalShard]:

@@ -256,6 +256,24 @@ def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path:
     assert planned == pytest.approx(sum(seen.values()), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("processes", "gib"), [(512, 34.0), (1024, 27.0), (2048, 24.0), (4096, 22.6)]
+)
+def test_sharded_state_of_kimi_k25_shrinks_with_the_number_of_ranks(
+    processes: int, gib: float
+) -> None:
+    """Weights, gradients and state of the fullest rank, which has 50 GiB with replicated state."""
+
+    def static(*overrides: str) -> float:
+        loaded = config.load(KIMI, list(overrides))
+        rows = step_memory(loaded, ranks_of(loaded, processes), images_per_step(loaded))
+        kinds = ("weights", "gradients", "optimizer state")
+        return max(sum(row[kind] for kind in kinds) for row in rows) / 2**30
+
+    assert static() <= gib
+    assert static("optimizer.shard_state=false") > 38
+
+
 @pytest.mark.parametrize(("processes", "gathered"), [(512, 15.75), (1024, 31.5), (2048, 63)])
 def test_the_optimizer_gathers_the_largest_matrix_times_the_ranks(
     processes: int, gathered: float
