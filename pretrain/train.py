@@ -56,6 +56,7 @@ def _train(
     run = build(config, context, data)
     guard = Guard(config.faults)
     watchdog.beat("loading the newest checkpoint")
+    checkpoint.flush_local_tier(run)
     steps_done = checkpoint.restore(run, guard)
     checkpoint.keep_tokenizer(run)
 

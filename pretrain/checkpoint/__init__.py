@@ -6,6 +6,7 @@ and manifest.
 """
 
 from pretrain.checkpoint.run import find as find
+from pretrain.checkpoint.run import flush_local_tier as flush_local_tier
 from pretrain.checkpoint.run import folder as folder
 from pretrain.checkpoint.run import keep_tokenizer as keep_tokenizer
 from pretrain.checkpoint.run import restore as restore

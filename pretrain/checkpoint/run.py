@@ -14,6 +14,7 @@ from muonclip.distributed import ShardedState
 from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
+from pretrain.checkpoint.local_tier import LocalTier
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Checkpoint, Copy
 from pretrain.config import Config, from_dict, merge, to_dict
@@ -94,7 +95,14 @@ def saver(run: Run) -> Saver:
     options = run.config.checkpoint
     # The run's start is done with that group, and the training steps do not use it.
     group = run.context.patient_group
-    return Saver(folder(run), options.keep, options.asynchronous, group)
+    return Saver(folder(run), options.keep, options.asynchronous, group, _local_tier(run))
+
+
+def _local_tier(run: Run) -> LocalTier | None:
+    options = run.config.checkpoint
+    if options.local_dir is None:
+        return None
+    return LocalTier(Path(options.local_dir), folder(run), options.keep)
 
 
 def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:
@@ -272,6 +280,16 @@ def keep_tokenizer(run: Run) -> None:
                 imported.write(run_dir)
 
     call_on_all_ranks(lambda: write() if run.context.is_main else None)
+
+
+def flush_local_tier(run: Run) -> None:
+    """Copy a checkpoint to ``run_dir`` that a run could not copy from ``checkpoint.local_dir``.
+
+    Raises:
+        PretrainError: it is damaged, or cannot be copied.
+    """
+    if local_tier := _local_tier(run):
+        local_tier.flush(_newest_step(run), run.context.patient_group)
 
 
 def restore(run: Run, guard: Guard | None = None) -> int:

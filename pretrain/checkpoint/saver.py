@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.local_tier import LocalTier
 from pretrain.checkpoint.storage import Share, Tensors
 
 # Ranks may wait for each other's slow disks; a rank that has died is noticed at once.
@@ -30,6 +31,7 @@ class Saver:
         asynchronous: write in the background.
         group: a group of all ranks over gloo; default: a new one, made when it is first needed,
             since each rank then connects to every other one.
+        local_tier: where to write checkpoints first, in the background.
     """
 
     def __init__(
@@ -38,12 +40,13 @@ class Saver:
         keep: int,
         asynchronous: bool,
         group: dist.ProcessGroup | None = None,
+        local_tier: LocalTier | None = None,
     ) -> None:
         self.folder, self._keep = folder, keep
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._group = group
+        self._group, self._local_tier = group, local_tier
         if asynchronous:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -58,12 +61,15 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         share = storage.share_of(tensors, dist.get_world_size())
         if self._pool is None:
-            storage.write(self.folder, step, share, facts, self._keep, self._group)
+            self._write(step, share, facts)
             return
-        staged = self._stage(share)
-        self._pending = self._pool.submit(
-            storage.write, self.folder, step, staged, facts, self._keep, self._group
-        )
+        self._pending = self._pool.submit(self._write, step, self._stage(share), facts)
+
+    def _write(self, step: int, share: Share, facts: Mapping[str, Any]) -> None:
+        if self._local_tier is None:
+            storage.write(self.folder, step, share, facts, self._keep, self._group)
+        else:
+            self._local_tier.write(step, share, facts, self._group)
 
     def failed(self) -> bool:
         """Whether writing in the background has failed on this rank: :meth:`wait` will raise."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import blake2b, file_digest
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pretrain import untrusted_files
 from pretrain.checkpoint import tensor_files
+from pretrain.checkpoint.collective import FailedError, on_all_ranks, on_rank_0
 from pretrain.checkpoint.tensor_files import Block
 from pretrain.errors import PretrainError
 
@@ -72,6 +73,7 @@ class LocalShard:
     copy: Copy = _ONLY
 
 
+T = TypeVar("T")
 Tensors = Mapping[str, Tensor | LocalShard]
 
 
@@ -182,92 +184,83 @@ def write(
         PretrainError: writing failed on any rank; earlier checkpoints are unchanged.
     """
     final = path_of(folder, step)
-    partial = final.with_suffix(_PARTIAL)
-
-    def prepare() -> None:
-        _remove_leftovers(folder)
-        partial.mkdir(parents=True)
-
-    def publish() -> None:
-        write_manifest(partial, step, facts, gathered)
-        _publish(partial, final, keep)
-
-    try:
-        _on_rank_0(prepare, group)
-        gathered = _gather(_part_or_error(partial, share), group)
-        _on_rank_0(publish, group)
-    except _FailedError as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise PretrainError(
-            f"cannot write the checkpoint {final}: {error}; earlier checkpoints are intact: "
-            "free or repair the disk, and start again"
-        ) from error
+    build(
+        final,
+        keep,
+        lambda partial: write_part(partial, share),
+        lambda partial, parts: write_manifest(partial, step, facts, parts),
+        group,
+    )
     return final
 
 
-class _FailedError(Exception):
-    """An action failed on some rank; the message is the reason."""
+def build(
+    final: Path,
+    keep: int,
+    fill: Callable[[Path], T],
+    finish: Callable[[Path, list[T]], None],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Make a checkpoint's folder, under another name until it is complete.
 
+    Args:
+        final: the checkpoint's folder.
+        fill: writes a rank's files to a folder.
+        finish: called on rank 0 with the results of all ranks.
+        keep, group: as for :func:`write`.
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    Raises:
+        PretrainError: as :func:`write`.
+    """
+    partial = final.with_suffix(_PARTIAL)
 
+    def prepare() -> None:
+        _remove_leftovers(final.parent)
+        partial.mkdir(parents=True)
 
-def _on_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Call a function on rank 0; if it fails, raise on all ranks."""
-    reason: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            reason = [_reason(error)]
-    dist.broadcast_object_list(reason, src=0, group=group)
-    if reason[0] is not None:
-        raise _FailedError(reason[0])
+    def publish() -> None:
+        finish(partial, results)
+        _publish(partial, final, keep)
 
-
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return every rank's value on rank 0, and an empty list elsewhere."""
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []
-
-
-def _part_or_error(partial: Path, share: Share) -> Part | str:
-    """Write this rank's files; the reason if that fails."""
     try:
-        by_file, entries = files_of(share, dist.get_rank())
-        files = {name: tensor_files.write(partial / name, by_file[name]) for name in by_file}
-    except Exception as error:
-        return _reason(error)
+        on_rank_0(prepare, group)
+        results = on_all_ranks(lambda: fill(partial), group)
+        on_rank_0(publish, group)
+    except FailedError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise not_written(final, error) from error
+
+
+def not_written(final: Path, error: FailedError) -> PretrainError:
+    """The error for a checkpoint that could not be written."""
+    return PretrainError(
+        f"cannot write the checkpoint {final}: {error}; earlier checkpoints are intact: free or "
+        "repair the disk, and start again"
+    )
+
+
+def write_part(folder: Path, share: Share) -> Part:
+    """Write this rank's files."""
+    by_file, entries = files_of(share, dist.get_rank())
+    files = {name: tensor_files.write(folder / name, by_file[name]) for name in by_file}
     return Part(files, entries, share.expected, share.written)
 
 
-def _without_errors(gathered: Sequence[Part | str]) -> list[Part]:
-    """All ranks' parts.
+def write_manifest(
+    folder: Path, step: int, facts: Mapping[str, Any], parts: Sequence[Part]
+) -> None:
+    """Write ``manifest.json`` and force it to disk, given the part of each rank.
 
     Raises:
-        OSError: a rank could not write its part, or some blocks were not written once.
+        OSError: it cannot be written.
+        ValueError: some blocks were not written once.
     """
-    parts = []
-    for part in gathered:
-        if isinstance(part, str):
-            raise OSError(part)
-        parts.append(part)
     if sum(part.expected for part in parts) != sum(part.written for part in parts):
-        raise OSError(
+        raise ValueError(
             "ranks that have copies of the same tensors list different ones (are all of them "
             "running the same version of the program?)"
         )
-    return parts
-
-
-def write_manifest(
-    folder: Path, step: int, facts: Mapping[str, Any], gathered: Sequence[Part | str]
-) -> None:
-    """Write ``manifest.json`` and force it to disk, given the part of each rank, or its error."""
-    parts = _without_errors(gathered)
     files = {name: digest for part in parts for name, digest in part.files.items()}
     start = json.dumps({"step": step, "facts": dict(facts), "files": files})
     with (folder / _MANIFEST).open("w") as file:
@@ -289,10 +282,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _publish(partial: Path, final: Path, keep: int) -> None:
     """Rename a complete checkpoint, and remove those older than the newest ``keep``."""
-    _flush_names(partial)
+    flush_names(partial)
     _remove(final)
     partial.rename(final)
-    _flush_names(final.parent)
+    flush_names(final.parent)
     for old in steps(final.parent)[:-keep]:
         _remove(path_of(final.parent, old))
 
@@ -306,7 +299,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(renamed)
 
 
-def _flush_names(path: Path) -> None:
+def flush_names(path: Path) -> None:
     """Force a folder's list of names to disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -563,9 +563,19 @@ class CheckpointConfig(Settings):
     asynchronous: bool = True
     """Copy to memory, and write while training continues. An error is reported after the step in
     which it occurs; a killed run resumes from the last checkpoint that was completely written."""
+    local_dir: PathName | None = None
+    """A folder on a disk of each node, where checkpoints are written first; from there they are
+    copied to run_dir in the background. If a run ends in between, its next start on the same nodes
+    copies the last one that was written completely. null: write to run_dir at once."""
     verify: bool = True
     """Compare the files with their checksums when a run loads a checkpoint, each file on one
     rank."""
+
+    def _check(self) -> None:
+        require(
+            self.asynchronous or self.local_dir is None,
+            "local_dir needs asynchronous=true: they are copied from there in the background",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Checkpoints in the local tier reach run_dir, or one line says why not."""
+
+import contextlib
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.local_tier import LocalTier
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.storage import Checkpoint
+from pretrain.errors import PretrainError
+from tests.distributed.launch import launch
+
+NUMEL = 1 << 15
+
+
+def _tier(folder: str) -> LocalTier:
+    return LocalTier(Path(folder) / "local", Path(folder) / "run" / "checkpoints", keep=2)
+
+
+def _save(folder: str, step: int, *, copied: bool = True, limit: bool = False) -> str:
+    """Save a tensor of this rank, with the step as its value; the error, if there is one."""
+    tier = _tier(folder)
+    if not copied:
+        tier._copy = _killed  # type: ignore[method-assign]
+    if limit and dist.get_rank() == 1:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    values = torch.full((NUMEL,), float(step))
+    saver = Saver(Path(folder) / "run" / "checkpoints", 2, True, local_tier=tier)
+    with contextlib.closing(saver):
+        try:
+            saver.save(step, {f"rank.{dist.get_rank()}": values}, {"fact": step})
+            saver.wait()
+        except PretrainError as error:
+            return str(error)
+        except InterruptedError:
+            pass
+    return ""
+
+
+def _killed(*_arguments: object) -> None:
+    raise InterruptedError
+
+
+def _flush(folder: str, newest: int | None) -> str:
+    try:
+        _tier(folder).flush(newest, None)
+    except PretrainError as error:
+        return str(error)
+    return ""
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    saved = Checkpoint.open(storage.path_of(folder / "run" / "checkpoints", step))
+    saved.verify()
+    tensors = {f"rank.{rank}": torch.zeros(NUMEL) for rank in range(2)}
+    saved.load(tensors)
+    return saved.facts == {"fact": step} and all((x == step).all() for x in tensors.values())
+
+
+def _steps(folder: Path) -> list[int]:
+    return storage.steps(folder / "run" / "checkpoints")
+
+
+def _saves(folder: Path) -> list[Path]:
+    return sorted(folder.glob("local/*/rank-*/step-*"))
+
+
+@pytest.mark.parametrize("restarted_with", [1, 2, 4])
+def test_an_interrupted_copy_is_made_at_the_next_start(tmp_path: Path, restarted_with: int) -> None:
+    assert launch(_save, 2, str(tmp_path), 1) == ["", ""]
+    assert _steps(tmp_path) == [1] and _is_whole(tmp_path, 1) and not _saves(tmp_path)
+    launch(_save_interrupted, 2, str(tmp_path), 2)
+    assert _steps(tmp_path) == [1] and len(_saves(tmp_path)) == 2
+    assert launch(_flush, restarted_with, str(tmp_path), 1) == [""] * restarted_with
+    assert _steps(tmp_path) == [1, 2] and _is_whole(tmp_path, 2) and not _saves(tmp_path)
+
+
+def _save_interrupted(folder: str, step: int) -> str:
+    return _save(folder, step, copied=False)
+
+
+def test_a_save_without_the_files_of_a_node_is_left_out(tmp_path: Path) -> None:
+    launch(_save, 2, str(tmp_path), 1)
+    launch(_save_interrupted, 2, str(tmp_path), 2)
+    _, other = _saves(tmp_path)
+    other.rename(other.with_name(f"step-00000002-{'0' * 16}"))  # of another save of this step
+    assert launch(_flush, 2, str(tmp_path), 1) == ["", ""]
+    assert _steps(tmp_path) == [1] and _is_whole(tmp_path, 1)
+
+
+def test_a_damaged_file_is_one_line_on_all_ranks(tmp_path: Path) -> None:
+    launch(_save, 2, str(tmp_path), 1)
+    launch(_save_interrupted, 2, str(tmp_path), 2)
+    file = next(_saves(tmp_path)[1].glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    first, second = launch(_flush, 2, str(tmp_path), 1)
+    assert first == second and f"{file} differs from its checksum: remove" in first
+    assert "\n" not in first and _steps(tmp_path) == [1] and _is_whole(tmp_path, 1)
+
+
+def _save_to_a_full_disk(folder: str, step: int) -> str:
+    return _save(folder, step, limit=True)
+
+
+def test_a_full_local_tier_is_one_line_on_all_ranks(tmp_path: Path) -> None:
+    launch(_save, 2, str(tmp_path), 1)
+    first, second = launch(_save_to_a_full_disk, 2, str(tmp_path), 2)
+    assert first == second and "File too large" in first and str(tmp_path / "local") in first
+    assert "earlier checkpoints are intact" in first and "\n" not in first
+    assert _steps(tmp_path) == [1] and _is_whole(tmp_path, 1) and not _saves(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "local").write_text("a file")
+    (error,) = launch(_flush, 1, str(tmp_path), None)
+    assert "checkpoint.local_dir=" in error and "cannot be used" in error and "\n" not in error
