@@ -1,7 +1,7 @@
 """Checkpoints on a disk of each node, which are written first and then copied to ``run_dir``.
 
-Each rank writes its files to a folder that only it writes to. A checkpoint exists once all ranks
-have renamed theirs. It is removed when its copy exists. After a crash in between, the next start
+Each rank writes its files to a folder that only it writes to. A checkpoint exists once each rank
+has renamed its folder. It is removed when its copy exists. After a crash in between, the next start
 copies it, if the nodes are the same; which rank runs on which of them does not matter.
 """
 

@@ -20,7 +20,7 @@ from pretrain.plan.activations import (
 )
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.muon_step import muon_step
-from pretrain.plan.optimizer_state import state_bytes
+from pretrain.plan.optimizer_state import state_of_ranks
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.workload import Images, images_per_step
@@ -82,7 +82,7 @@ def _stage_memory(
     row = {
         "weights": float(numel * itemsize),
         "gradients": float(numel * FLOAT32),
-        "optimizer state": float(state_bytes(config, ranks, updated)),
+        "optimizer state": float(max(state_of_ranks(config, ranks, updated))),
         "images": image_data + 2 * features * itemsize,  # with their gradients
         "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
     }

@@ -14,19 +14,15 @@ from pretrain.plan.muon_step import make_unit
 from pretrain.plan.ranks import Ranks
 
 
-def state_bytes(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> int:
-    """Bytes of optimizer state on the rank of a stage that has most.
+def state_of_ranks(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> list[int]:
+    """Bytes of optimizer state on each rank of a stage, in megatron-core's order of ranks.
+
+    Muon's momentum, or AdamW's two moments and step count, in float32; for 16-bit weights a master
+    as well. Their sum is exact. Matrices that are fused in one weight, such as MLA's down
+    projections, are taken for one where owners are balanced by cost.
 
     Args:
         weights: weights of the stage that are updated, with one expert in place of all.
-    """
-    return max(_elements_by_rank(config, ranks, weights)) * FLOAT32
-
-
-def _elements_by_rank(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> list[int]:
-    """Elements of state, in float32, on each rank of a stage, in megatron-core's order of ranks.
-
-    Muon's momentum, or AdamW's two moments and step count; for 16-bit weights a master as well.
     """
     masters = 0 if config.precision == "float32" else 1
     is_sharded = config.shards_state(ranks.world)
@@ -53,17 +49,14 @@ def _elements_by_rank(config: Config, ranks: Ranks, weights: Sequence[Weight]) -
     by_rank = _owned(ranks, matrices, size)
     by_expert_rank = _owned(ranks, experts, expert_size)
     block = ranks.expert * ranks.expert_tensor
-    return [
-        same
-        + (masters + 1)
-        * (
-            by_rank[place]
-            + by_expert_rank[place // block * ranks.expert_tensor + place % ranks.expert_tensor]
-        )
-        + (masters + 2)
-        * (_part(whole, size, place) + _part(split, ranks.replicas, place // ranks.tensor))
-        for place in range(size)
-    ]
+
+    def elements(place: int) -> int:
+        expert_place = place // block * ranks.expert_tensor + place % ranks.expert_tensor
+        owned = by_rank[place] + by_expert_rank[expert_place]
+        parts = _part(whole, size, place) + _part(split, ranks.replicas, place // ranks.tensor)
+        return same + (masters + 1) * owned + (masters + 2) * parts
+
+    return [FLOAT32 * elements(place) for place in range(size)]
 
 
 def _owned(ranks: Ranks, weights: Sequence[Weight], size: int) -> list[int]:

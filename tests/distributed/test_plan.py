@@ -16,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from muonclip.distributed import ShardedState
 from pretrain import batches, step
 from pretrain.build import Run, build
+from pretrain.config import Config
 from pretrain.plan import plan
 from pretrain.plan.activations import chunk_activations, head_activations
 from pretrain.plan.memory import step_memory
-from pretrain.plan.ranks import ranks_of
+from pretrain.plan.optimizer_state import state_of_ranks
+from pretrain.plan.parameters import trained_weights
+from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.workload import images_per_step
 from pretrain.runtime import apex
 from pretrain.startup import set_up
@@ -301,7 +304,7 @@ def test_the_plan_equals_what_a_built_model_has_and_does(
             _check_traffic(planned["messages"][stage], result["sent"])
         for stage, traffic in enumerate(planned["messages"]):
             held = [r["optimizer state"] for r in results[stage * per_stage :][:per_stage]]
-            assert planned["memory"][stage]["optimizer state"] == max(held), stage
+            _check_state(settings, ranks, stage, held)
             sent = [r["sent by the optimizer"] for r in results[stage * per_stage :][:per_stage]]
             assert sum(sent) / per_stage == pytest.approx(traffic["optimizer"], rel=2e-2, abs=64)
 
@@ -333,13 +336,21 @@ def test_the_plan_of_context_parallelism_equals_what_a_built_model_has_and_sends
         assert total == pytest.approx(sum(result["flops"] for result in results), rel=0.05)
         kept = sum(chunk_activations(settings, chunk, ranks).kept for chunk in chunks)
         kept += head_activations(settings, ranks)
-        assert memory["optimizer state"] == max(result["optimizer state"] for result in results)
+        _check_state(settings, ranks, 0, [result["optimizer state"] for result in results])
         for result in results:
             for name in ("weights", "gradients"):
                 assert memory[name] == result[name], name
             assert messages["context parallel"] > 0
             _check_traffic(messages, result["sent"])
             assert result["kept"] == pytest.approx(ranks.micro_batches * kept, rel=0.05)
+
+
+def _check_state(settings: Config, ranks: Ranks, stage: int, held: list[int]) -> None:
+    """The sum of a stage's ranks is exact; owners of these small matrices differ a little."""
+    weights = [weight for weight in trained_weights(settings) if ranks.has(stage, weight)]
+    planned = state_of_ranks(settings, ranks, weights)
+    assert sum(planned) == sum(held), stage
+    assert max(planned) == pytest.approx(max(held), rel=0.12), stage
 
 
 def _check_traffic(planned: dict[str, float], sent: dict[str, float]) -> None:
