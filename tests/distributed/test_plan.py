@@ -347,7 +347,12 @@ def test_the_plan_of_context_parallelism_equals_what_a_built_model_has_and_sends
 
 def _check_state(settings: Config, ranks: Ranks, stage: int, held: list[int]) -> None:
     """The sum of a stage's ranks is exact; owners of these small matrices differ a little."""
-    weights = [weight for weight in trained_weights(settings) if ranks.has(stage, weight)]
+    is_text = images_per_step(settings).features == 0  # nothing updates the encoder then
+    weights = [
+        weight
+        for weight in trained_weights(settings)
+        if ranks.has(stage, weight) and not (is_text and weight.layer is None)
+    ]
     planned = state_of_ranks(settings, ranks, weights)
     assert sum(planned) == sum(held), stage
     assert max(planned) == pytest.approx(max(held), rel=0.12), stage
