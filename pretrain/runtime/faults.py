@@ -294,9 +294,12 @@ class Watchdog:
 
     def _name_silent_ranks(self) -> None:
         time.sleep(self._GRACE_SECONDS)  # wait for the reports of other ranks
-        reported = [r for r in range(self._world_size) if self._has_reported(r)]
-        silent = [str(r) for r in range(self._world_size) if r not in reported]
-        if silent and reported and self._rank == reported[0]:
+        # Usually rank 0 has reported, and the other ranks look for its file alone.
+        lower = any(self._has_reported(r) for r in range(self._rank))
+        if lower or not self._has_reported(self._rank):
+            return
+        silent = [str(r) for r in range(self._world_size) if not self._has_reported(r)]
+        if silent:
             print(f"no sign of life from rank {', '.join(silent)}", file=sys.stderr, flush=True)
 
     def _has_reported(self, rank: int) -> bool:
