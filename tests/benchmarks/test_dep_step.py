@@ -25,7 +25,7 @@ from benchmarks.dep_step import (
 from pretrain.encoder_process.cost import CostModel
 
 # A pass of a chunk takes one second without interleaving, an image of n patches 4 n.
-WORKLOAD = Workload("", CostModel(4.0, 0.0, 0.0), 0.4, 0.0, 10, 8, 16, 1.0, stages=4)
+WORKLOAD = Workload("", CostModel(4.0, 0.0, 0.0), 0.0, 0.4, 0.0, 10, 8, 16, 1.0, stages=4)
 
 
 @pytest.mark.parametrize("interleave", [1, 2, 3])
@@ -68,6 +68,16 @@ def test_modes_differ_by_who_encodes() -> None:
     assert seconds[DEP] == seconds[ROUND_ROBIN] == text + 3 * 8  # one image for each of 8 ranks
     assert seconds[RECOMPUTING] == text + 4 * 8
     assert seconds[FIRST_STAGE] > text + 2 * 64
+
+
+def test_each_forward_pass_of_the_encoder_has_a_constant_cost() -> None:
+    """One for each micro-batch with images on the first stage, and one for each rank with DEP."""
+    workload = replace(WORKLOAD, encoder_pass=4.0)
+    images = replace(images_of([8] * 4, [0] * 4), batches=np.array([0, 0, 1, 2]))
+    seconds = dep_step.first_stage_seconds(workload, images, 1)
+    assert seconds[:, 0].tolist() == [17.0, 9.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    spread = dep_step.spread_seconds(workload, images, np.array([0, 1, 1, 3]), 4)
+    assert spread.tolist() == [9.0, 17.0, 0.0, 9.0]
 
 
 def test_plans_balance_what_round_robin_does_not() -> None:
