@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,8 +163,9 @@ def _prepare(
         BASELINES[0]: EncoderProcessConfig(enabled=False),
         BASELINES[1]: EncoderProcessConfig(spread="round_robin", cost="measured"),
     }
+    groups = parallel.image_groups(setting.processes, context, setting.processes)
     runs = {
-        name: replace(run, encoder=make_encoder(kind, run.tower, context, cost_file))
+        name: replace(run, encoder=make_encoder(kind, run.tower, context, cost_file, groups=groups))
         for name, kind in kinds.items()
     }
     text = _batches(setting, 0.0, spread, seed, context.first_stage)
@@ -215,6 +217,7 @@ def _batches(
         batches.append(
             MicroBatch(
                 tokens=tokens,
+                host_tokens=tokens,
                 labels=torch.randint(100, VOCABULARY, (1, length), generator=generator),
                 weights=torch.ones(1, length),
                 categories=torch.full((1, length), Category.TEXT, dtype=torch.uint8),
@@ -226,17 +229,32 @@ def _batches(
     return batches
 
 
-def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str, float, float]]:
+def _step(
+    run: "Run",
+    batches: list["MicroBatch"],
+    name: str,
+    planner: Executor | None = None,
+    plans: dict[str, Any] | None = None,
+) -> list[tuple[str, float, float]]:
     """Forward, backward and optimizer of a step, as in the trainer, with times.
+
+    Args:
+        planner: the thread that plans the images of the next step meanwhile, as in the trainer.
+            Default: they are planned in the step.
+        plans: the plan for the next step of each run.
 
     Returns:
         (phase, begin, end), in seconds since the beginning of the step.
     """
-    from pretrain.step import encode_images, run_backbone
+    from pretrain.step import encode_images, plan_images, run_backbone
 
     marks: list[tuple[str, float, float]] = []
     dist.barrier()
     start = time.perf_counter()
+    plans = {} if plans is None else plans
+    following = None
+    if name != TEXT and planner is not None:
+        following = planner.submit(plan_images, run, batches, ahead=True)
 
     def done(phase: str) -> None:
         marks.append((phase, marks[-1][2] if marks else 0.0, time.perf_counter() - start))
@@ -246,7 +264,7 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
     if name == TEXT:
         features = [torch.zeros(0, run.config.language.hidden_size) for _ in batches]
     else:
-        features = encode_images(run, batches)
+        features = encode_images(run, batches, plans.get(name))
     done("encode")
     run_backbone(run, batches, features)
     done("backbone")
@@ -260,6 +278,8 @@ def _step(run: "Run", batches: list["MicroBatch"], name: str) -> list[tuple[str,
             parameter.grad = parameter.main_grad
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if following is not None:
+        plans[name] = following.result()
     done("optimizer")
     return marks
 
@@ -272,16 +292,19 @@ def _measure(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     marks_by_round: dict[str, list[Any]] = {name: [] for name in runs}
     names = list(runs)
+    plans: dict[str, Any] = {}
+    planner = ThreadPoolExecutor(1)
     runs[DEP].train()
     for round_ in range(-1, setting.rounds):
         start = round_ % len(names)
         for name in names[start:] + names[:start]:
-            marks = _step(runs[name], batches[name], name)
+            marks = _step(runs[name], batches[name], name, planner, plans)
             gathered: list[Any] = [None] * setting.processes
             dist.all_gather_object(gathered, marks)
             if round_ >= 0:
                 seconds[name].append(max(of_rank[-1][2] for of_rank in gathered))
                 marks_by_round[name].append(gathered)
+    planner.shutdown()
     timelines = {}
     for name, times in seconds.items():
         middle = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]

@@ -1,5 +1,6 @@
 """Micro-batches: each rank's share of the packed sequences of a step or an evaluation."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from pretrain.config import Config
 from pretrain.data import Data, PackedSample, skipped
 from pretrain.data.skipped import Skip, Skipped
+from pretrain.encoder_process.encoder import ImagePlan
 from pretrain.errors import PretrainError
 from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
 from pretrain.model.flex import to_device
@@ -56,30 +58,57 @@ def prefetch(
     data: Data,
     steps: Iterable[int],
     skipped_samples: "SkippedSamples",
-) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """Yield each step with its micro-batches; a thread prepares the next step meanwhile.
+    plan_images: Callable[[list[MicroBatch], str | None], ImagePlan],
+) -> Iterator[tuple[int, list[MicroBatch], ImagePlan | None]]:
+    """Yield each step with its micro-batches and the plan of their images, if it is valid; a thread
+    prepares the next step meanwhile.
+
+    Args:
+        plan_images: called by that thread on every rank, with the micro-batches, or none and an
+            error.
 
     Raises:
         PretrainError: some rank cannot read its data; the same on every rank.
     """
 
-    def result(step: int, future: Future[list[MicroBatch]]) -> list[MicroBatch]:
-        failure = future.exception()
-        made = [] if failure else future.result()
+    def prepare(step: int) -> _Prepared:
+        made: list[MicroBatch] = []
+        failure = plan = None
+        try:
+            made = for_step(config, context, data, step)
+        except Exception as error:
+            failure = error
+        # An error of a plan is one of all its ranks, which then plan again when they encode.
+        with contextlib.suppress(PretrainError):
+            plan = plan_images(made, str(failure) if failure else None)
+        return _Prepared(made, plan, failure)
+
+    def result(step: int, future: Future[_Prepared]) -> tuple[list[MicroBatch], ImagePlan | None]:
+        made, plan, failure = future.result()
         local = {document for batch in made for document in batch.left_out}
-        left_out = skipped_samples.synchronize(failure, local)  # type: ignore[arg-type]
+        left_out = skipped_samples.synchronize(failure, local)
         # A rank that reads no pixels learns of damaged images from the ranks that do.
-        return made if left_out == local else for_step(config, context, data, step, left_out)
+        if left_out != local:
+            made = for_step(config, context, data, step, left_out)
+        return made, None if skipped_samples.found else plan
 
     with ThreadPoolExecutor(1) as pool:
-        pending: tuple[int, Future[list[MicroBatch]]] | None = None
+        pending: tuple[int, Future[_Prepared]] | None = None
         for step in steps:
-            following = step, pool.submit(for_step, config, context, data, step)
+            following = step, pool.submit(prepare, step)
             if pending:
-                yield pending[0], result(*pending)
+                yield pending[0], *result(*pending)
             pending = following
         if pending:
-            yield pending[0], result(*pending)
+            yield pending[0], *result(*pending)
+
+
+class _Prepared(NamedTuple):
+    """Micro-batches of a step and the plan of their images, or why there are none."""
+
+    micro_batches: list[MicroBatch]
+    plan: ImagePlan | None
+    failure: Exception | None
 
 
 def for_evaluation(
@@ -148,6 +177,7 @@ def collate(
     grids = torch.cat([sample.grids for sample in samples])
     return MicroBatch(
         tokens=stack("tokens"),
+        host_tokens=torch.stack([sample.tokens for sample in samples]),
         labels=stack("labels"),
         weights=torch.stack([sample.weights for sample in samples]),
         categories=stack("categories"),
@@ -164,7 +194,12 @@ class SkippedSamples:
 
     Args:
         data: its unreadable samples are counted against ``data.max_corrupt``.
+
+    Attributes:
+        found: whether the last :meth:`synchronize` found any, on any rank.
     """
+
+    found = False
 
     def __init__(self, config: Config, context: ParallelContext, data: Data) -> None:
         self._path = Path(config.run_dir) / skipped.FILE
@@ -200,7 +235,8 @@ class SkippedSamples:
         count = len(local) + len(left_out) + (failure is not None)
         total = torch.tensor([count], device=self._context.device)
         dist.all_reduce(total)
-        if not total.item():
+        self.found = bool(total.item())
+        if not self.found:
             return left_out
         found = _Found(str(failure) if failure else None, local, self._context.data_rank, left_out)
         gathered = [found] * self._context.world_size

@@ -35,7 +35,7 @@ from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from pretrain.model.weights import Weight, language_weights, vision_weights
-from pretrain.parallel import ParallelContext
+from pretrain.parallel import ImageGroups, ParallelContext, image_groups
 from pretrain.plan.memory import free_memory
 from pretrain.step_metrics import ExpertTokens, StepMetrics, UpdateRms
 
@@ -164,6 +164,9 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
             context,
             Path(config.run_dir, "encoder_cost.json"),
             _activation_memory(config, context),
+            image_groups(
+                config.image_group_size(context.world_size), context, config.parallel.pipeline
+            ),
         ),
         optimizer=optimizer,
         clips=clips,
@@ -220,20 +223,25 @@ def make_encoder(
     context: ParallelContext,
     cost_file: Path | None = None,
     activation_memory: float = ACTIVATION_MEMORY,
+    groups: ImageGroups | None = None,
 ) -> EncoderProcess | ColocatedEncoder:
     """Create the object that assigns images to ranks and encodes them.
 
     Args:
         cost_file: file of a measured cost, so that a resumed run plans as before.
         activation_memory: see :class:`EncoderProcess`.
+        groups: ranks that share their images. Default: all, which cannot plan ahead.
     """
+    groups = groups or ImageGroups(dist.group.WORLD, None, 1)
     cost = None
     if config.enabled and config.cost == "measured":
         cost = measured_cost(tower, dist.group.WORLD, cache=cost_file)
     return (EncoderProcess if config.enabled else ColocatedEncoder)(
         tower,
-        dist.group.WORLD,
+        groups.exchange,
         config,
+        planning_group=groups.planning,
+        num_groups=groups.number,
         needs_features=context.first_stage,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,20 @@ class ParallelContext:
     def sequence_share(self) -> SequenceShare:
         """The tokens of every sequence that this rank computes."""
         return SequenceShare(self.context_rank, self.context_size)
+
+
+class ImageGroups(NamedTuple):
+    """Process groups of ranks that share their images.
+
+    Attributes:
+        exchange: this rank's group, to send images and features.
+        planning: the same ranks over gloo, to plan in another thread.
+        number: number of such groups.
+    """
+
+    exchange: dist.ProcessGroup | None
+    planning: dist.ProcessGroup | None
+    number: int
 
 
 def world_size() -> int:
@@ -187,6 +201,27 @@ def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) 
         else torch.device("cpu"),
         patient_group=dist.new_group(backend="gloo", timeout=_NO_TIMEOUT),
     )
+
+
+def image_groups(size: int, context: ParallelContext, pipeline: int) -> ImageGroups:
+    """Create the groups of ranks that share their images; every rank calls this.
+
+    A group has ``size`` ranks: all those of consecutive data-parallel ranks, in the order of ranks.
+    All ranks create all groups, as torch requires: there are as many as ``size`` divides ranks.
+    """
+    world, in_stage = context.world_size, context.world_size // pipeline
+    blocks = world // size
+    in_block = in_stage // blocks  # ranks of a pipeline stage
+    members: list[list[int]] = [[] for _ in range(blocks)]
+    for rank in range(world):
+        members[rank % in_stage // in_block].append(rank)
+    exchange, planning = dist.group.WORLD, None
+    for ranks in members:
+        group = dist.new_group(ranks) if blocks > 1 else exchange
+        gloo = dist.new_group(ranks, backend="gloo", timeout=_NO_TIMEOUT)
+        if context.rank in ranks:
+            exchange, planning = group, gloo
+    return ImageGroups(exchange, planning, blocks)
 
 
 def require_same(what: str, value: str) -> None:

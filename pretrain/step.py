@@ -21,10 +21,12 @@ from muonclip import ClipResult
 from pretrain import objective
 from pretrain.build import Run
 from pretrain.config import OptimizerConfig
+from pretrain.encoder_process.encoder import ImagePlan, Images
 from pretrain.errors import PretrainError
 from pretrain.model import multimodal
 from pretrain.model.flex import to_device
 from pretrain.model.multimodal import MicroBatch
+from pretrain.parallel import max_over_ranks, raise_on_all_ranks
 from pretrain.runtime import apex
 from pretrain.runtime.faults import Fault, Guard, RollBack
 
@@ -34,7 +36,11 @@ LossFunction = Callable[[MicroBatch, Tensor], Tensor]
 
 
 def train_step(
-    run: Run, micro_batches: Sequence[MicroBatch], step: int, guard: Guard | None = None
+    run: Run,
+    micro_batches: Sequence[MicroBatch],
+    step: int,
+    guard: Guard | None = None,
+    plan: ImagePlan | None = None,
 ) -> dict[str, Any]:
     """Perform update ``step`` of 1..``config.steps``.
 
@@ -42,6 +48,7 @@ def train_step(
         micro_batches: this rank's share of the global batch.
         guard: decides, before anything is updated, whether the step is faulty. Default: a guard
             without a history.
+        plan: the result of :func:`plan_images`. Default: plan now.
 
     Returns:
         The metrics of the step, the same on every rank.
@@ -56,7 +63,7 @@ def train_step(
     # The backward pass updates the routers' biases, before the guard can judge the step.
     saved = [buffer.clone() for buffer in buffers]
 
-    losses = objective.mean_losses(forward_backward(run, micro_batches))
+    losses = objective.mean_losses(forward_backward(run, micro_batches, plan))
     norm = gradient_norm(run)
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
     fault = guard.judge(losses["loss"], norm.item())
@@ -89,8 +96,13 @@ def train_step(
     }
 
 
-def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
+def forward_backward(
+    run: Run, micro_batches: Sequence[MicroBatch], plan: ImagePlan | None = None
+) -> Tensor:
     """Compute the gradient of the objective over the global batch, into every ``.grad``.
+
+    Args:
+        plan: the result of :func:`plan_images`. Default: plan now.
 
     Returns:
         The :func:`pretrain.objective.loss_sums` of the global batch.
@@ -100,7 +112,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
         chunk.zero_grad_buffer()
 
     with record_function("encode"):
-        features = encode_images(run, micro_batches)
+        features = encode_images(run, micro_batches, plan)
     if run.load_balancing is not None:
         # All gradients are divided by the total weight: that of a mean over sequences is not.
         total = _total_weight(run, micro_batches)
@@ -131,22 +143,62 @@ def _total_weight(run: Run, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return total * run.context.data_size / run.context.world_size  # other ranks have copies
 
 
-def encode_images(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def encode_images(
+    run: Run, micro_batches: Sequence[MicroBatch], plan: ImagePlan | None = None
+) -> list[Tensor]:
     """Features [N, h] of each micro-batch's images, for the placeholder tokens of this rank.
+
+    Args:
+        plan: the result of :func:`plan_images`. Default: plan now.
 
     Raises:
         PretrainError: on every rank, if images do not match their placeholders on one of them, or
             cannot be encoded.
     """
+    failure: PretrainError | None = None
+    if plan is None:
+        try:
+            plan = plan_images(run, micro_batches)
+        except PretrainError as error:  # of all ranks that share their images
+            failure = error
+    if run.encoder.num_groups > 1 and max_over_ranks(failure is not None) == [1]:
+        raise_on_all_ranks(failure)
+    if failure is not None:
+        raise failure
+    images, _, ranks = _images(run, micro_batches)
+    return run.encoder.encode(images, feature_ranks=ranks, plan=plan)
+
+
+def plan_images(
+    run: Run, micro_batches: Sequence[MicroBatch], error: str | None = None, *, ahead: bool = False
+) -> ImagePlan:
+    """Assign the images of a step to ranks.
+
+    Args:
+        error: the reason why this rank has no micro-batches, if any.
+        ahead: the caller is not the thread that trains; see :meth:`EncoderProcess.plan`.
+
+    Raises:
+        PretrainError: see :func:`encode_images`; on the ranks that share their images.
+    """
+    images, image_error, ranks = _images(run, micro_batches)
+    return run.encoder.plan(images, error or image_error, ranks, ahead=ahead)
+
+
+def _images(
+    run: Run, micro_batches: Sequence[MicroBatch]
+) -> tuple[list[Images], str | None, list[Tensor] | None]:
+    """Images of each micro-batch, the reason why they cannot be used, and the context-parallel
+    ranks that need their features."""
     images = [(batch.patches, batch.grids) for batch in micro_batches]
     if not run.context.first_stage:
-        return run.encoder.encode(images)
+        return images, None, None
     placeholder = run.data.tokenizer.media_pad
     error = multimodal.image_error(micro_batches, placeholder)
     ranks = None
-    if run.context.context_size > 1:
+    if run.context.context_size > 1 and micro_batches:
         ranks = [multimodal.feature_ranks(batch, placeholder) for batch in micro_batches]
-    return run.encoder.encode(images, error, ranks)
+    return images, error, ranks
 
 
 def run_backbone(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pretrain import batches, checkpoint, console, parallel, startup
@@ -25,7 +26,7 @@ from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
 from pretrain.runtime.stragglers import StepClock
 from pretrain.runtime.terminal import held_out_line
-from pretrain.step import train_step
+from pretrain.step import plan_images, train_step
 
 
 def train(config: Config) -> None:
@@ -78,12 +79,14 @@ def _train(
         clock.start(steps_done + 1)
         termination.saves = True
         numbers = _batch_numbers(config, guard, steps_done)
-        for number, micro_batches in batches.prefetch(config, context, data, numbers, skipped):
+        plan_ahead = partial(plan_images, run, ahead=True)
+        prefetched = batches.prefetch(config, context, data, numbers, skipped, plan_ahead)
+        for number, micro_batches, plan in prefetched:
             step = number - guard.skipped_batches
             watchdog.beat(f"step {step}")
             profiler.before(step)
             try:
-                metrics = train_step(run, micro_batches, step, guard)
+                metrics = train_step(run, micro_batches, step, guard, plan)
             except RollBack as why:
                 to = checkpoint.roll_back(run, saver, guard, step, why)
                 writer.say(

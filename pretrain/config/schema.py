@@ -471,9 +471,14 @@ class ParallelConfig(Settings):
         """
         return self.tensor if self.context == 1 else self.context * math.lcm(2, self.tensor)
 
+    @property
+    def replica_size(self) -> int:
+        """Number of ranks that share a sequence: those with one data-parallel rank."""
+        return self.tensor * self.context * self.pipeline
+
     def data_size(self, world_size: int) -> int:
         """Data-parallel size: number of ranks that share a global batch."""
-        return world_size // (self.tensor * self.context * self.pipeline)
+        return world_size // self.replica_size
 
     def expert_data_size(self, world_size: int) -> int:
         """Number of ranks with the same experts."""
@@ -520,6 +525,10 @@ class RecomputeConfig(Settings):
         )
 
 
+# Default limit of ranks that share their images.
+_MAX_IMAGE_GROUP = 256
+
+
 @dataclass(frozen=True)
 class EncoderProcessConfig(Settings):
     """The Decoupled Encoder Process."""
@@ -545,11 +554,17 @@ class EncoderProcessConfig(Settings):
     max_patches_per_rank: Annotated[int, In("[1, 2147483647]")] | None = None
     """Maximum number of patches assigned to a rank in a step; limits the memory of their pixels.
     An image with more patches is assigned to a rank without other images. null: no limit."""
+    group_size: Annotated[int, In("[1, 2147483647]")] | None = None
+    """Number of ranks that share their images, which limits the time to plan and the ranks that a
+    rank exchanges images with. A multiple of tensor x context x pipeline that divides the number of
+    ranks. null: the largest up to 256."""
 
     def _check(self) -> None:
-        for choice in ("enabled", "recompute"):
-            if not getattr(self, choice):
-                self._refuse_without_effect(f"{choice}=false", ["activation_memory_gib"])
+        if not self.recompute:
+            self._refuse_without_effect("recompute=false", ["activation_memory_gib"])
+        if not self.enabled:
+            names = ("activation_memory_gib", "group_size")
+            self._refuse_without_effect("enabled=false", names)
 
 
 @dataclass(frozen=True)
@@ -763,6 +778,14 @@ class Config(Settings):
         has_copies = world_size > self.parallel.pipeline  # each stage is divided or repeated
         return has_copies if self.optimizer.shard_state is None else self.optimizer.shard_state
 
+    def image_group_size(self, world_size: int) -> int:
+        """Number of ranks that share their images; see ``encoder_process.group_size``."""
+        if self.encoder_process.group_size is not None:
+            return self.encoder_process.group_size
+        replica, data_size = self.parallel.replica_size, self.parallel.data_size(world_size)
+        limit = max(1, _MAX_IMAGE_GROUP // replica)
+        return replica * max(n for n in range(1, limit + 1) if data_size % n == 0)
+
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that does not fit the configuration.
 
@@ -795,6 +818,12 @@ class Config(Settings):
                     f"{world_size} processes cannot be divided by {name}={ranks}: start "
                     f"torchrun with --nproc-per-node {ranks} (or a multiple), or set {name}"
                 )
+        size, replica = self.encoder_process.group_size, parallel.replica_size
+        if size is not None and (size % replica or world_size % size):
+            raise PretrainError(
+                f"encoder_process.group_size={size} must divide {world_size} processes and be a "
+                f"multiple of {replica}, the product of parallel.tensor, context and pipeline"
+            )
         data_size = parallel.data_size(world_size)
         if self.global_batch_size % (data_size * self.micro_batch_size):
             raise PretrainError(

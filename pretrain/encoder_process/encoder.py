@@ -15,7 +15,7 @@ from pretrain.encoder_process.cost import (
     analytic_cost,
     transfer_bytes,
 )
-from pretrain.encoder_process.exchange import ItemExchange, cut, gather_grids
+from pretrain.encoder_process.exchange import ItemExchange, cut, gather_grids, global_rank
 from pretrain.encoder_process.plan import (
     CapacityError,
     balance,
@@ -24,6 +24,7 @@ from pretrain.encoder_process.plan import (
     plan,
 )
 from pretrain.errors import PretrainError
+from pretrain.model.flex import to_device
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import check_grids, num_features, observers_disabled, split_items
 
@@ -34,13 +35,41 @@ Images = tuple[Tensor, Tensor]
 ACTIVATION_MEMORY = 2**30
 
 
+@dataclass(frozen=True)
+class ImagePlan:
+    """Assignment of the images of a step to the ranks of a group.
+
+    Attributes:
+        grids: int64 [N, 3] of all images of the group, in the order of its ranks.
+        items: exchange of images between the ranks that own and encode them.
+        pieces: exchange of features with the ranks that need them.
+        features_per_piece: number of features of each piece.
+        counts: features of each of this rank's micro-batches that this rank needs.
+        balance: largest load of a rank over the mean load.
+        balance_lower_bound: lower bound of ``balance`` for these images.
+        oversized: number of items above the mean load.
+    """
+
+    grids: Tensor
+    items: ItemExchange
+    pieces: ItemExchange
+    features_per_piece: list[int]
+    counts: list[int]
+    balance: float
+    balance_lower_bound: float
+    oversized: int
+
+
 class _Encoder:
     """Arguments and statistics of both encoders. All ranks of the group call all methods.
 
     Args:
         tower: this rank's replica of encoder and projector.
-        group: ranks that train the tower. None: all ranks.
+        group: ranks that share their images. None: all ranks.
         config: settings of :class:`EncoderProcess`.
+        planning_group: the ranks of ``group`` in the same order, over gloo: for plans that are made
+            in another thread. None: there are no such plans.
+        num_groups: number of groups like ``group``, which together train the tower.
         needs_features: this rank's part of the backbone reads the features (the first pipeline
             stage). Other ranks have no images and receive no features.
         tensor_group: tensor-parallel ranks, which need the features of the same images; the first
@@ -53,9 +82,7 @@ class _Encoder:
             do not limit them. Default: 1 GiB.
 
     Attributes:
-        balance: largest load of a rank over the mean load, in the last :meth:`encode`.
-        balance_lower_bound: lower bound of ``balance`` for these images.
-        oversized: number of items above the mean load.
+        balance, balance_lower_bound, oversized: those of the last :meth:`encode`'s plan.
     """
 
     def __init__(
@@ -64,6 +91,8 @@ class _Encoder:
         group: dist.ProcessGroup | None,
         config: EncoderProcessConfig | None = None,
         *,
+        planning_group: dist.ProcessGroup | None = None,
+        num_groups: int = 1,
         needs_features: bool = True,
         tensor_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
@@ -72,6 +101,7 @@ class _Encoder:
     ) -> None:
         self.tower = tower
         self.group = group
+        self.planning_group, self.num_groups = planning_group, num_groups
         self._num_ranks = dist.get_world_size(group)
         self.config = config or EncoderProcessConfig()
         self.needs_features = needs_features
@@ -86,7 +116,7 @@ class _Encoder:
         self._stage1: _Stage1 | None = None
 
     def reduce_gradients(self) -> None:
-        """Sum the tower's gradients over all ranks; no gradient counts as zero."""
+        """Sum the tower's gradients over the ranks of all groups; no gradient counts as zero."""
         gradients = []
         for parameter in [p for p in self.tower.parameters() if p.requires_grad]:
             if parameter.grad is None:
@@ -95,16 +125,78 @@ class _Encoder:
                 parameter.grad = torch.zeros_like(parameter, dtype=dtype)
             gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=self.group)
+        dist.all_reduce(flat, group=self.group if self.num_groups == 1 else dist.group.WORLD)
         summed = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, summed, strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    def _record_balance(self, grids: Tensor, encoders: Sequence[int]) -> None:
-        loads = self.cost.loads(grids)
-        self.balance = balance(loads, encoders, self._num_ranks)
-        self.balance_lower_bound = balance_lower_bound(loads, self._num_ranks)
-        self.oversized = len(oversized(loads, self._num_ranks))
+    def plan(
+        self,
+        micro_batches: Sequence[Images],
+        image_error: str | None = None,
+        feature_ranks: Sequence[Tensor] | None = None,
+        *,
+        ahead: bool = False,
+    ) -> ImagePlan:
+        """Assign the images of a step to ranks. It depends on their sizes only.
+
+        Args:
+            micro_batches, image_error, feature_ranks: see :meth:`EncoderProcess.encode`.
+            ahead: communicate over ``planning_group``, in a thread that does nothing else with it.
+
+        Raises:
+            PretrainError: see :meth:`EncoderProcess.encode`.
+        """
+        no_grids = torch.empty(0, 3, dtype=torch.int64)
+        grids = torch.cat([no_grids, *(grids for _, grids in micro_batches)])
+        num_patches = sum(len(patches) for patches, _ in micro_batches)
+        if not self._reads_images:
+            grids, num_patches = grids[:0], 0
+        image_error = image_error or _image_error(grids, num_patches)
+        runs = None if image_error else self._runs(grids, feature_ranks)
+        group = self.planning_group if ahead else self.group
+        all_grids, owners, pieces = gather_grids(grids, group, image_error, runs)
+        encoders = self._assign(all_grids, owners)
+        loads = self.cost.loads(all_grids)
+        counts = [0] * len(micro_batches)
+        if self.needs_features:
+            counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
+            if feature_ranks is not None:
+                rank = dist.get_rank(self.context_group)
+                counts = [int((ranks == rank).sum()) for ranks in feature_ranks]
+        return ImagePlan(
+            all_grids,
+            ItemExchange(owners, encoders, self.group),
+            ItemExchange(
+                [piece.rank for piece in pieces],
+                [encoders[piece.item] for piece in pieces],
+                self.group,
+            ),
+            [piece.rows for piece in pieces],
+            counts,
+            balance(loads, encoders, self._num_ranks),
+            balance_lower_bound(loads, self._num_ranks),
+            len(oversized(loads, self._num_ranks)),
+        )
+
+    def _record_balance(self, plan: ImagePlan) -> None:
+        self.balance, self.oversized = plan.balance, plan.oversized
+        self.balance_lower_bound = plan.balance_lower_bound
+
+    @property
+    def _reads_images(self) -> bool:
+        """Whether this rank's images are planned: it alone has them, or it encodes them itself."""
+        raise NotImplementedError
+
+    def _assign(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
+        """The rank that encodes each item."""
+        raise NotImplementedError
+
+    def _runs(
+        self, grids: Tensor, feature_ranks: Sequence[Tensor] | None
+    ) -> list[list[tuple[int, int]]] | None:
+        """The ranks that need the features of this rank's items; None: this rank needs them."""
+        return None
 
 
 @dataclass
@@ -115,8 +207,7 @@ class _Stage1:
         kept: the output of the tower for each chunk, with its graph; None: recompute it.
     """
 
-    exchange: ItemExchange
-    features_per_piece: list[int]
+    plan: ImagePlan
     patches: Tensor
     grids: Tensor
     features: Tensor
@@ -146,14 +237,16 @@ class EncoderProcess(_Encoder):
         micro_batches: Sequence[Images],
         image_error: str | None = None,
         feature_ranks: Sequence[Tensor] | None = None,
+        plan: ImagePlan | None = None,
     ) -> list[Tensor]:
         """Stage 1.
 
         Args:
             micro_batches: images of each of this rank's micro-batches.
             image_error: reason why the caller rejects these images, if any.
-            feature_ranks: for each micro-batch, int64 [N], the context-parallel rank that needs
-                each feature of its images. None: every rank needs all of them.
+            feature_ranks: for each micro-batch, int64 [N] on the CPU, the context-parallel rank
+                that needs each feature of its images. None: every rank needs all of them.
+            plan: the result of :meth:`plan` with these arguments. None: plan now.
 
         Returns:
             For each micro-batch, features [N, language hidden] of its images in order, of which N
@@ -165,56 +258,37 @@ class EncoderProcess(_Encoder):
                 :func:`pretrain.model.vision.check_grids`) or is rejected, or if
                 ``max_patches_per_rank`` is too small.
         """
+        plan = plan or self.plan(micro_batches, image_error, feature_ranks)
+        self._record_balance(plan)
         patches = torch.cat([patches for patches, _ in micro_batches])
-        grids = torch.cat([grids for _, grids in micro_batches])
         if not self.owns_images:
-            patches, grids = patches[:0], grids[:0]
-        image_error = image_error or _image_error(grids, len(patches))
-        runs = None if image_error else self._runs(grids, feature_ranks)
-        all_grids, owners, pieces = gather_grids(grids, self.group, image_error, runs)
-        encoders = self._plan(all_grids, owners)
-        self._record_balance(all_grids, encoders)
-
-        items = ItemExchange(owners, encoders, self.group)
-        received = items.to_encoders(patches, all_grids.prod(1).tolist())
-        received_grids = all_grids[items.incoming]
+            patches = patches[:0]
+        received = plan.items.to_encoders(patches, plan.grids.prod(1).tolist())
+        received_grids = plan.grids[plan.items.incoming]
         encoded, kept = self._encode_chunks(received, received_grids)
         features = torch.cat([_no_features(self.tower), *encoded])
-        features_per_piece = [piece.rows for piece in pieces]
-        exchange = ItemExchange(
-            [piece.rank for piece in pieces], [encoders[piece.item] for piece in pieces], self.group
-        )
-        features = exchange.to_owners(features, features_per_piece)
-        counts = [0] * len(micro_batches)
+        features = plan.pieces.to_owners(features, plan.features_per_piece)
         if self.needs_features:
-            counts = [int(num_features(grids).sum()) for _, grids in micro_batches]
-            if feature_ranks is not None:
-                rank = dist.get_rank(self.context_group)
-                counts = [int((ranks == rank).sum()) for ranks in feature_ranks]
-            features = _broadcast(features, sum(counts), self.tensor_group)
+            features = _broadcast(features, sum(plan.counts), self.tensor_group)
         if torch.is_grad_enabled():
             features.requires_grad_()
-            self._stage1 = _Stage1(
-                exchange,
-                features_per_piece,
-                received,
-                received_grids,
-                features,
-                kept,
-            )
-        return list(torch.split(features, counts))
+            self._stage1 = _Stage1(plan, received, received_grids, features, kept)
+        return list(torch.split(features, plan.counts))
+
+    @property
+    def _reads_images(self) -> bool:
+        return self.owns_images
 
     def _runs(
         self, grids: Tensor, feature_ranks: Sequence[Tensor] | None
     ) -> list[list[tuple[int, int]]] | None:
-        """The ranks that need the features of this rank's items; None: this rank needs them."""
         if feature_ranks is None or not self.owns_images:
             return None
         world = self.group or dist.group.WORLD
         assert world is not None and self.context_group is not None
         members = dist.get_process_group_ranks(self.context_group)
         ranks = torch.tensor([dist.get_group_rank(world, member) for member in members])
-        return cut(ranks[torch.cat(list(feature_ranks)).cpu()], num_features(grids).tolist())
+        return cut(ranks[torch.cat(list(feature_ranks))], num_features(grids).tolist())
 
     def backward(self) -> None:
         """Stage 3: add the gradients of the items that this rank encoded to the tower's ``.grad``.
@@ -230,7 +304,7 @@ class EncoderProcess(_Encoder):
             gradient = torch.zeros_like(stage1.features)
         if not _is_first(self.tensor_group):  # the first rank sends it for all
             gradient = gradient[:0]
-        gradient = stage1.exchange.to_encoders(gradient, stage1.features_per_piece)
+        gradient = stage1.plan.pieces.to_encoders(gradient, stage1.plan.features_per_piece)
         self._backpropagate(stage1, gradient)
 
     def _encode_chunks(
@@ -265,7 +339,7 @@ class EncoderProcess(_Encoder):
             first += len(features)
         self.recomputed = recomputed / max(len(stage1.patches), 1)
 
-    def _plan(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
+    def _assign(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
         num_ranks, capacity = self._num_ranks, self.config.max_patches_per_rank
         if self.config.spread == "round_robin":
             return [item % num_ranks for item in range(len(grids))]
@@ -280,11 +354,12 @@ class EncoderProcess(_Encoder):
         except CapacityError as error:  # all ranks plan the same: all raise it
             owner = owners[error.item]
             image = error.item - owners.index(owner)
+            rank = global_rank(self.group, owner)
             shape = " x ".join(map(str, grids[error.item].tolist()))
             raise PretrainError(
                 f"encoder_process.max_patches_per_rank={capacity} is too small for the step's "
                 f"{int(grids.prod(1).sum())} patches on {num_ranks} ranks: no room is left for "
-                f"rank {owner}'s image {image} of {shape} patches; raise it, or lower "
+                f"rank {rank}'s image {image} of {shape} patches; raise it, or lower "
                 "global_batch_size or data.vision_share"
             ) from error
 
@@ -310,16 +385,11 @@ class ColocatedEncoder(_Encoder):
         micro_batches: Sequence[Images],
         image_error: str | None = None,
         feature_ranks: Sequence[Tensor] | None = None,
+        plan: ImagePlan | None = None,
     ) -> list[Tensor]:
         """Features that this rank needs of each micro-batch, with their graph if gradients are
-        enabled."""
-        num_patches = sum(len(patches) for patches, _ in micro_batches)
-        grids = torch.cat([grids for _, grids in micro_batches])
-        image_error = image_error or _image_error(grids, num_patches)
-        if not self.needs_features:
-            grids = grids[:0]
-        all_grids, owners, _ = gather_grids(grids, self.group, image_error)
-        self._record_balance(all_grids, owners)
+        enabled. Arguments are those of :meth:`EncoderProcess.encode`."""
+        self._record_balance(plan or self.plan(micro_batches, image_error, feature_ranks))
         if not self.needs_features:
             return [_no_features(self.tower) for _ in micro_batches]
         features = [self.tower(patches, grids) for patches, grids in micro_batches]
@@ -327,7 +397,17 @@ class ColocatedEncoder(_Encoder):
             return features
         rank = dist.get_rank(self.context_group)
         pairs = zip(features, feature_ranks, strict=True)
-        return [values[ranks == rank] for values, ranks in pairs]
+        return [
+            values[to_device((ranks == rank).nonzero().squeeze(1), values.device)]
+            for values, ranks in pairs
+        ]
+
+    @property
+    def _reads_images(self) -> bool:
+        return self.needs_features
+
+    def _assign(self, grids: Tensor, owners: Sequence[int]) -> list[int]:
+        return list(owners)
 
     def backward(self) -> None:
         """Do nothing: the backbone's backward has reached the tower."""

@@ -71,12 +71,18 @@ def gather_grids(
     dist.all_gather_object(gathered, (grids.tolist(), runs, image_error), group=group)
     for rank, (_, _, error) in enumerate(gathered):
         if error is not None:
-            raise PretrainError(f"rank {rank} cannot use its images: {error}")
+            number = global_rank(group, rank)
+            raise PretrainError(f"rank {number} cannot use its images: {error}")
     owners = [rank for rank, (rows, _, _) in enumerate(gathered) for _ in rows]
     rows = [row for rows, _, _ in gathered for row in rows]
     all_runs = [run for _, runs, _ in gathered for run in runs]
     pieces = [Piece(item, *run) for item, runs in enumerate(all_runs) for run in runs]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 3), owners, pieces
+
+
+def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
+    """Number among all ranks of a rank of a group; None: all ranks."""
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 class ItemExchange:

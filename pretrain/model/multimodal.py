@@ -23,6 +23,7 @@ class MicroBatch:
 
     Attributes:
         tokens: [b, s] int64.
+        host_tokens: the same on the CPU, where work is planned: no kernel of a GPU is waited for.
         labels: [b, s] int64, the next token; 0 where the weight is 0.
         weights: [b, s] float32 on the CPU, the weight of each label in the loss
             (:mod:`pretrain.objective`).
@@ -38,6 +39,7 @@ class MicroBatch:
     """
 
     tokens: Tensor
+    host_tokens: Tensor
     labels: Tensor
     weights: Tensor
     categories: Tensor
@@ -63,22 +65,28 @@ class MicroBatch:
 def merge_features(embeddings: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
     """Replace embeddings [s, b, h] by features [N, h], in order, where placeholders [b, s] is True.
 
+    If the placeholders are on the CPU, kernels of a GPU are not waited for.
+
     Raises:
         ValueError: the numbers of placeholders and features differ.
     """
-    count = int(placeholders.sum())
-    if count != features.shape[0]:
-        raise ValueError(f"{count} image placeholder tokens but {features.shape[0]} image features")
     # Batch first: images are listed sequence by sequence.
-    rows = embeddings.transpose(0, 1)
-    merged = rows.masked_scatter(placeholders.unsqueeze(-1), features.to(embeddings.dtype))
-    return merged.transpose(0, 1).contiguous()
+    positions = placeholders.flatten().nonzero().squeeze(1)
+    if len(positions) != len(features):
+        counts = f"{len(positions)} image placeholder tokens but {len(features)} image features"
+        raise ValueError(counts)
+    length, batch, _ = embeddings.shape
+    rows = positions % length * batch + positions // length
+    if rows.device != embeddings.device:
+        rows = to_device(rows, embeddings.device)
+    merged = embeddings.flatten(0, 1).index_copy(0, rows, features.to(embeddings.dtype))
+    return merged.view_as(embeddings)
 
 
 def image_error(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | None:
     """Describe the first micro-batch whose images do not match its placeholder tokens, if any."""
     for number, batch in enumerate(micro_batches):
-        tokens = int((batch.tokens == placeholder).sum())
+        tokens = int((batch.host_tokens == placeholder).sum())
         features = int(num_features(batch.grids).sum())
         if tokens != features:
             return (
@@ -89,9 +97,10 @@ def image_error(micro_batches: Sequence[MicroBatch], placeholder: int) -> str | 
 
 
 def feature_ranks(batch: MicroBatch, placeholder: int) -> Tensor:
-    """int64 [N], the context-parallel rank that has the placeholder token of each image feature."""
-    ranks = batch.share.ranks(batch.tokens.shape[1], batch.tokens.device)
-    return ranks.expand_as(batch.tokens)[batch.tokens == placeholder]
+    """int64 [N] on the CPU, the context-parallel rank that has the placeholder token of each image
+    feature."""
+    ranks = batch.share.ranks(batch.host_tokens.shape[1])
+    return ranks.expand_as(batch.host_tokens)[batch.host_tokens == placeholder]
 
 
 def forward(
@@ -126,7 +135,8 @@ def forward(
     inputs = None
     if language.pre_process:
         embeddings = language.embedding(tokens, positions)
-        inputs = merge_features(embeddings, tokens == placeholder, features)
+        placeholders = share.take(batch.host_tokens, 1) == placeholder
+        inputs = merge_features(embeddings, placeholders, features)
         if language.config.sequence_parallel:
             inputs = scatter_to_sequence_parallel_region(inputs)
     output: Tensor = model(

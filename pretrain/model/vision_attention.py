@@ -119,7 +119,7 @@ def largest_logits(query: Tensor, key: Tensor, pack: Pack) -> Tensor:
     for q, k in zip(_by_length(query, pack), _by_length(key, pack), strict=True):
         columns = k.transpose(-1, -2)
         rows = max(_LEAST_ROWS, _LOGITS_AT_A_TIME // (q.numel() // q.shape[-1]))
-        maxima += [torch.matmul(part, columns).amax((0, 2, 3)) for part in q.split(rows, 2)]
+        maxima += [torch.matmul(part, columns).amax((0, 2, 3)) for part in torch.split(q, rows, 2)]
     return torch.stack(maxima).amax(0) / math.sqrt(query.shape[-1])
 
 

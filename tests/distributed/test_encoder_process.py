@@ -2,7 +2,8 @@
 
 import math
 from itertools import chain
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pretrain.encoder_process.exchange import ItemExchange, Piece, gather_grids
 from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import num_features
+from pretrain.parallel import image_groups
 from tests.distributed.launch import launch
 
 CONFIG = VisionConfig(
@@ -208,6 +210,39 @@ def _check_equal(
                 if name != "features":
                     error = (expected - reference[name]).norm()
                     assert error <= 10 * tolerance * reference[name].norm(), name
+
+
+def _steps_in_groups() -> list[tuple[Step, int]]:
+    """Reduced gradients of steps in which all four ranks share their images, and only two, planned
+    in the step and ahead; and the number of images that a rank's plan has."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    context: Any = SimpleNamespace(rank=rank, world_size=world)
+    results = []
+    for size, ahead in ((4, False), (2, False), (2, True)):
+        groups = image_groups(size, context, pipeline=1)
+        tower = make_tower(torch.float64)
+        encoder = EncoderProcess(
+            tower, groups.exchange, planning_group=groups.planning, num_groups=groups.number
+        )
+        images = [make_images(s, rank) for s in micro_batches_of(rank, world, "mixed")]
+        plan = encoder.plan(images, ahead=True) if ahead else None
+        features = encoder.encode(images, plan=plan)
+        sum((part.sin().sum() for part in features), torch.zeros(())).backward()
+        assert encoder._stage1 is not None
+        number = len(encoder._stage1.plan.grids)
+        encoder.backward()
+        encoder.reduce_gradients()
+        gradients = {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+        results.append(({"features": torch.cat(features).detach(), **gradients}, number))
+    return results
+
+
+def test_groups_of_ranks_share_their_images_and_have_the_same_gradients() -> None:
+    for (whole, number), (parts, in_group), (ahead, _) in launch(_steps_in_groups, 4):
+        assert number == 12 and 0 < in_group < number
+        for name, expected in whole.items():
+            assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
+            assert torch.equal(ahead[name], parts[name])
 
 
 def _balance_and_loads(kind: str) -> tuple[float, int, int]:

@@ -115,6 +115,10 @@ SHAPES = (
             [*RECOMPUTE, "recompute.modules=[core_attn, mlp]", "language.dense_layers=0"],
             "recompute.modules has mlp, which no layer has",
         ),
+        (
+            ["encoder_process.enabled=false", "encoder_process.group_size=2"],
+            "encoder_process.group_size=2 has no effect with enabled=false",
+        ),
         *(
             (
                 [f"encoder_process.{choice}=false", "encoder_process.activation_memory_gib=1"],

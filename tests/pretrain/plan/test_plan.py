@@ -128,6 +128,10 @@ def test_the_first_line_of_a_plan_has_all_parallel_sizes(
     ("arguments", "message"),
     [
         (["--processes", "100"], "100 processes cannot be divided by parallel.expert=32"),
+        (
+            ["--processes", "512", "encoder_process.group_size=24"],
+            "encoder_process.group_size=24 must divide 512 processes and be a multiple of 16",
+        ),
         (["parallel.expert=7"], "parallel.expert=7 does not divide language.num_experts=384"),
         (["parallel.pipeline=62"], "is more than language.num_layers=61"),
         (["--processes", "0"], "processes must be > 0, not 0"),
