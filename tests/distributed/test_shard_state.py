@@ -83,9 +83,8 @@ def meshes(world_size: int) -> dict[str, Case]:
     line = (world_size,)
     cases = {"FSDP2": on_mesh(line, ("S0",)), "copies": on_mesh(line, ("R",))}
     if world_size == 4:
-        both = ("R", "S0"), ("S0", "R")
-        cases["HSDP"] = on_mesh((2, 2), *both)
-        cases["HSDP, masters"] = on_mesh((2, 2), *both, dtype=torch.bfloat16)
+        cases["HSDP"] = on_mesh((2, 2), ("R", "S0"), ("S0", "R"))
+        cases["HSDP, masters"] = on_mesh((2, 2), ("R", "S0"), dtype=torch.bfloat16)
     return cases
 
 
@@ -263,10 +262,8 @@ def megatron_both(layout: Layout) -> dict[str, list[dict[Any, Tensor]]]:
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        pytest.param(2, Layout(), id="dp"),
         pytest.param(4, Layout(tensor=2), id="tp-dp"),
-        pytest.param(4, Layout(pipeline=2), id="pp-dp"),
-        pytest.param(4, Layout(expert=2), id="ep-dp"),
+        pytest.param(4, Layout(pipeline=2, expert=2), id="pp-ep"),
         pytest.param(4, Layout(tensor=2, expert=2, expert_tensor=1), id="tp-ep-dp"),
     ],
 )
