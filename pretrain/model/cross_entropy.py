@@ -48,16 +48,15 @@ class _CrossEntropy(torch.autograd.Function):
         if group.size() > 1:
             dist.all_reduce(both, group=group)
         chosen, sums = both[:, :1], both[:, 1:]
-        ctx.save_for_backward(x, sums, local, is_local)
+        ctx.save_for_backward(x.div_(sums), local, is_local)
         losses: Tensor = (sums.log() - chosen / _LOG2_E).squeeze(-1)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        exponentials, sums, local, is_local = ctx.saved_tensors
+        softmax, local, is_local = ctx.saved_tensors
         gradient = gradient.unsqueeze(-1)
-        # In place: nothing else needs them.
-        logits = exponentials.mul_(gradient / sums)
+        logits = softmax.mul_(gradient)  # in place: nothing else needs it
         logits.scatter_add_(-1, local, -gradient * is_local)
         return logits.to(ctx.dtype), None, None

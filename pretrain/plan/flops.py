@@ -47,7 +47,8 @@ def flops_per_token(config: LanguageConfig, vocab_size: int, seq_length: float) 
     """Model FLOPs per token of a forward pass of the language model on full sequences.
 
     Attention is causal: a token attends to (``seq_length`` + 1) / 2 tokens on average. Packed
-    documents, which do not attend to each other, are counted as one.
+    documents, which do not attend to each other, are counted as one, and logits of labels without a
+    weight, which are not computed, are counted as well.
     """
     return sum(forward_flops(config, vocab_size, (seq_length + 1) / 2).values())
 

@@ -218,9 +218,14 @@ def first_step(folder: str, *overrides: str) -> dict[str, Any]:
 
 
 def one_document_each(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches with every sequence as one document, as the plan counts them."""
+    """The micro-batches with every sequence as one document, and a weight of every label, as the
+    plan counts them."""
     return [
-        dataclasses.replace(batch, documents=torch.zeros_like(batch.documents))
+        dataclasses.replace(
+            batch,
+            documents=torch.zeros_like(batch.documents),
+            weights=torch.ones_like(batch.weights),
+        )
         for batch in micro_batches
     ]
 
