@@ -264,7 +264,8 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
         g, o = (_grouped(x.view(*query.shape[:3], -1), key.shape[2]) for x in (grad, context))
         deltas = (o * g).sum(-1, keepdim=True)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # Contiguous keys and values: their products add to ranges of rows.
+        dq, dk, dv = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
         buffer, second_buffer = Buffer(q.dtype, q.device), Buffer(q.dtype, q.device)
         for part in _parts(ctx.documents, q):
             pairs = part.sequences, part.groups
@@ -338,10 +339,10 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[s, b, heads, d] to contiguous [b, heads, s, d], at least float32."""
-    return x.permute(1, 2, 0, 3).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    """[s, b, heads, d] to [b, heads, s, d], at least float32; a view if that is its dtype."""
+    return x.permute(1, 2, 0, 3).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """[s, b, heads, d] to contiguous [b, groups, heads per group, s, d], at least float32."""
+    """[s, b, heads, d] to [b, groups, heads per group, s, d], at least float32."""
     return torch.unflatten(_heads_first(x), 1, (groups, -1))
