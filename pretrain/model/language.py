@@ -26,7 +26,7 @@ from pretrain.model.kernels import Kernels
 from pretrain.model.latent_attention import LatentAttention
 from pretrain.model.megatron_config import LATENT_EPSILON, transformer_config
 from pretrain.model.pass_through import explained
-from pretrain.runtime import apex
+from pretrain.model.rms_norm import rms_norm
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -87,9 +87,9 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (for mypy)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension, with NVIDIA's apex if it is installed."""
+        """Normalize the last dimension."""
         assert self.eps is not None
-        return apex.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LatentRMSNorm(RMSNorm):

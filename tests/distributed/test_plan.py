@@ -24,7 +24,6 @@ from pretrain.plan.optimizer_state import state_of_ranks
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.workload import images_per_step
-from pretrain.runtime import apex
 from pretrain.startup import set_up
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -116,7 +115,6 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure a real step of each variation: what this rank has, keeps, computes and sends."""
     results = []
-    apex.rms_norm = FusedNorm.apply
     context, data = set_up(training.tiny(folder, *overrides))
     for variation in variations:
         settings = training.tiny(folder, *overrides, *variation)
@@ -163,24 +161,6 @@ def _flop_counter() -> FlopCounterMode:
 
     mapping = {torch.ops.aten.baddbmm_: baddbmm, **training.GROUPED}
     return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-class FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and its root mean square, as fused kernels on a GPU do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        normalized, weighted = x * scale, grad.float() * weight
-        along = (weighted * normalized).mean(-1, keepdim=True) * normalized
-        grad_weight = (grad * normalized).flatten(0, -2).sum(0)
-        return ((weighted - along) * scale).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
@@ -230,7 +210,6 @@ class Live(TorchDispatchMode):
 def measure_peak(folder: str, variations: list[tuple[str, ...]], *overrides: str) -> list[int]:
     """Most bytes of a micro-batch's forward and backward pass, for each variation."""
     peaks = []
-    apex.rms_norm = FusedNorm.apply
     context, data = set_up(training.tiny(folder, *overrides))
     for variation in variations:
         settings = training.tiny(folder, *overrides, *variation)
