@@ -396,11 +396,9 @@ class MuonClip(Optimizer):
                     to_update = to_update.float()
                 step = state["step"].clone() if index else state["step"]
                 rows.append(AdamWParam(to_update, gradient, average, square, step))
-                results.append(
-                    (to_update, local, (group["updates"], number, start)[: 2 + bool(start)])
-                )
-                if not local_tensor(param).is_contiguous():
-                    copies.append((param, start, local))
+                results.append((to_update, local, (group["updates"], number, start)))
+                if self._layout_of(param) is not None and not local_tensor(param).is_contiguous():
+                    copies.append((param, start, local))  # not a view
         adamw_step(
             rows,
             lr=group["lr"],
