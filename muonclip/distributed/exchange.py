@@ -1,29 +1,53 @@
-"""Transfer of shards to the owners of their matrices, and of updates back to all holders."""
+"""Transfer of shards to the owners of their matrices, and of results back to all holders.
+
+Results return in two steps, whose buffers have the size of what a rank receives, whatever the
+number of ranks and however unevenly matrices are owned. The ranks with copies of the same shard
+need the same elements: these are cut into one part for each of them; owners send every rank its
+part (``all_to_all_single``), and the ranks gather the parts (``all_gather_into_tensor``). The first
+step is one part of the data. The second is the fastest path of NCCL, whose rings carry every
+element over a node's network once, and of gloo, which gathers equal parts only. The alternatives: a
+gather of what each rank owns is padded to the largest; a broadcast for each owner waits for the
+whole ring each time. A shard without copies arrives with the first step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.distributed.plan import Bucket, WorkUnit
+from muonclip.distributed.groups import group_of_copies, nodes_of
+from muonclip.distributed.plan import (
+    Bucket,
+    Cut,
+    WorkUnit,
+    nearest,
+    segments,
+    split_results,
+)
+from muonclip.distributed.sharding import Copies, TensorShard
+
+# A rank receives at most this many elements of results at a time, or those of one unit.
+RESULT_ELEMENTS = 2**27
+
+_T = TypeVar("_T")
 
 
 class BucketExchange:
-    """Transfer of one bucket's units to their owners and back, over one process group.
+    """Transfer of one bucket's shards to their owners.
 
-    ``send``, ``receive``, ``send_back`` and ``receive_back`` are called once each, in this order,
-    on every rank; the two that send return at once.
+    ``send`` and ``receive`` are called once each, in this order, on every rank; ``send`` returns at
+    once. Results return by ``ResultExchange``. The constructor is a collective call of the group.
 
     Args:
         bucket: the units.
         group: the ranks.
-        send_dtype: of the shards on their way to the owner. They are normalized by the norm of
-            their whole matrix, which only the owner knows, and need this dtype's range until then.
-        return_dtype: of the results on their way back, the dtype of Newton-Schulz.
+        dtype: of the shards on their way. They are normalized by the norm of their whole matrix,
+            which only the owner knows, and need this dtype's range until then.
         device: of the tensors.
 
     Attributes:
@@ -35,40 +59,31 @@ class BucketExchange:
         self,
         bucket: Bucket,
         group: dist.ProcessGroup,
-        send_dtype: torch.dtype,
-        return_dtype: torch.dtype,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.group, self.device = group, device
-        self.send_dtype, self.return_dtype = send_dtype, return_dtype
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.dtype, self.device = group, dtype, device
+        self.rank, nodes = dist.get_rank(group), nodes_of(group)
         self.owned = [unit for unit, owner in bucket if owner == self.rank]
         # The units between this rank and each other one, in the bucket's order on both sides.
-        self._to_owner: list[list[WorkUnit]] = [[] for _ in range(self.size)]
-        self._from_sender: list[list[WorkUnit]] = [[] for _ in range(self.size)]
-        self._to_holder: list[list[WorkUnit]] = [[] for _ in range(self.size)]
-        self._from_owner: list[list[WorkUnit]] = [[] for _ in range(self.size)]
-        self._owners_have_all = True  # every owner has the whole of its units already
-        self._ranks_have_all = True  # and so does every other rank
+        to_owner: dict[int, list[WorkUnit]] = {}
+        from_sender: dict[int, list[WorkUnit]] = {}
         for unit, owner in bucket:
-            for sender, holders in unit.routes(owner):
-                self._owners_have_all &= sender == owner
-                self._ranks_have_all &= len(holders) == self.size
-                if sender == self.rank:
-                    self._to_owner[owner].append(unit)
-                if owner == self.rank:
-                    self._from_sender[sender].append(unit)
-                    for holder in holders:
-                        self._to_holder[holder].append(unit)
-                if self.rank in holders:
-                    self._from_owner[owner].append(unit)
-        self._owned_sizes = [0] * self.size
-        for unit, owner in bucket:
-            self._owned_sizes[owner] += sum(s.numel for s in set(unit.shards) if s is not None)
-        sent = {unit for units in self._to_owner for unit in units}
-        self.unsent = [
-            unit for unit, _ in bucket if unit.shards[self.rank] is not None and unit not in sent
-        ]
+            if unit.is_on(self.rank):
+                holders = unit.copies.sets[unit.copies.set_of[self.rank]]
+                if nearest(holders, owner, nodes) == self.rank:
+                    to_owner.setdefault(owner, []).append(unit)
+            if owner == self.rank:
+                for _, holders in unit.held:
+                    from_sender.setdefault(nearest(holders, owner, nodes), []).append(unit)
+        self._outgoing = [unit for _, units in sorted(to_owner.items()) for unit in units]
+        self._incoming = [(unit, r) for r, units in sorted(from_sender.items()) for unit in units]
+        sent = set(self._outgoing)
+        self.unsent = [unit for unit, _ in bucket if unit.is_on(self.rank) and unit not in sent]
+        self._owners_have_all = all(unit.is_whole_on(owner) for unit, owner in bucket)
+        ranks = range(dist.get_world_size(group))
+        self._sent = [_elements(to_owner.get(rank, ()), self.rank) for rank in ranks]
+        self._to_receive = [_elements(from_sender.get(rank, ()), rank) for rank in ranks]
         self._received: Tensor | None = None
         self._work: Any = None
 
@@ -78,107 +93,239 @@ class BucketExchange:
         Args:
             shards_of: returns this rank's shard of each of some units.
         """
-        outgoing = [unit for units in self._to_owner for unit in units]
-        packed = self._pack(shards_of(outgoing), self.send_dtype)
+        packed = _flat(shards_of(self._outgoing), self.dtype, self.device)
         if self._owners_have_all:
             self._received = packed
             return
-        self._start_all_to_all(
-            packed,
-            [_elements(units, self.rank) for units in self._to_owner],
-            [_elements(units, rank) for rank, units in enumerate(self._from_sender)],
-        )
+        self._received = packed.new_empty(sum(self._to_receive))
+        self._work = _all_to_all(self._received, packed, self._to_receive, self._sent, self.group)
 
     def receive(self) -> list[Tensor]:
         """Wait for the units that this rank owns: each whole, in the order of ``owned``."""
+        _wait(self._work)
+        assert self._received is not None
+        shards = [unit.shard_of(rank) for unit, rank in self._incoming]
+        parts = self._received.split_with_sizes([shard.numel for shard in shards])
+        self._work = self._received = None
         whole: dict[WorkUnit, Tensor] = {}
-        for unit, rank, received in self._unpack(self._from_sender, lambda sender: sender):
-            shard = unit.shard_of(rank)
+        for (unit, _), shard, part in zip(self._incoming, shards, parts, strict=True):
             if shard.sizes == unit.shape:
-                whole[unit] = received.view(unit.shape)
+                whole[unit] = part.view(unit.shape)
                 continue
             if unit not in whole:
-                whole[unit] = torch.empty(unit.shape, dtype=received.dtype, device=self.device)
-            whole[unit][shard.slices] = received.view(shard.sizes)
+                whole[unit] = part.new_empty(unit.shape)
+            whole[unit][shard.slices] = part.view(shard.sizes)
         return [whole[unit] for unit in self.owned]
 
-    def send_back(self, results: Sequence[Tensor]) -> None:
-        """Start sending the results of the units in ``owned`` to all ranks that have a shard."""
-        by_unit = dict(zip(self.owned, results, strict=True))
-        if self._ranks_have_all:
-            # The same number of elements from each rank, as gloo and NCCL's fast path require.
-            longest = max(self._owned_sizes)
-            packed = self._pack(list(by_unit.values()), self.return_dtype, longest)
-            self._received = packed.new_empty(self.size * longest)
-            self._work = dist.all_gather_into_tensor(
-                self._received, packed, group=self.group, async_op=True
-            )
-            return
-        shards = [
-            by_unit[unit][unit.shard_of(rank).slices]
-            for rank, units in enumerate(self._to_holder)
-            for unit in units
-        ]
-        self._start_all_to_all(
-            self._pack(shards, self.return_dtype),
-            [_elements(units, rank) for rank, units in enumerate(self._to_holder)],
-            [_elements(units, self.rank) for units in self._from_owner],
-        )
 
-    def receive_back(self) -> list[tuple[WorkUnit, Tensor]]:
-        """Wait for the results: (unit, this rank's shard) of every unit that it has a shard of."""
-        stride = max(self._owned_sizes) if self._ranks_have_all else None
-        received = self._unpack(self._from_owner, lambda _owner: self.rank, stride)
-        return [(unit, flat.view(unit.shard_of(rank).sizes)) for unit, rank, flat in received]
+class ResultExchange:
+    """Transfer of results to all ranks that have a shard of their units.
 
-    def _pack(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype, length: int | None = None
-    ) -> Tensor:
-        """Tensors in one flat tensor, filled up with zeros to ``length``."""
-        flat = [tensor.to(dtype).reshape(-1) for tensor in tensors]
-        if length is not None:
-            rest = length - sum(tensor.numel() for tensor in flat)
-            flat.append(torch.zeros(rest, dtype=dtype, device=self.device))
-        return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self.device)
+    ``send``, ``gather`` and ``receive`` are called once each, in this order, on every rank; the
+    first two return at once, though ``gather`` waits for what was sent. The constructor is a
+    collective call of the group.
 
-    def _unpack(
+    Args:
+        message: the units, with the same ``copies``, in the order of their owners.
+        group: the ranks.
+        dtype: of the results on their way.
+        device: of the tensors.
+
+    Attributes:
+        owned: the units whose results this rank has.
+    """
+
+    def __init__(
         self,
-        units_by_rank: Sequence[Sequence[WorkUnit]],
-        shard_rank: Callable[[int], int],
-        stride: int | None = None,
-    ) -> list[tuple[WorkUnit, int, Tensor]]:
-        """Wait for what was sent.
+        message: Bucket,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.group, self.dtype, self.device = group, dtype, device
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = rank
+        self.owned = [unit for unit, owner in message if owner == rank]
+        self._copies = _copies_of(message)
+        self._own = self._copies.set_of[rank]
+        self._number = self._copies.sets[self._own].index(rank)
+        self._units = [unit for unit, _ in message if unit.is_on(rank)]
+        self._cut, received = _received(message, self._own, self._number)
+        # A stack's slices may be on some of the ranks only.
+        copies_group = group_of_copies(self._copies, group)
+        self._copies_group = copies_group if self._cut.total else None
+        self._to_receive = [received.get(owner, 0) for owner in range(size)]
+        # This rank's results in pieces, and the size and the rank of each in the order of ranks.
+        self._pieces = list(_pieces(message, rank)) if self.owned else []
+        order = sorted(
+            (holder, number, size)
+            for number, piece in enumerate(self._pieces)
+            for holder, size in piece.sizes.items()
+        )
+        self._sizes = [size for *_, size in order]
+        self._places: list[list[int]] = [[] for _ in self._pieces]
+        self._sent = [0] * size
+        for place, (holder, number, elements) in enumerate(order):
+            self._places[number].append(place)
+            self._sent[holder] += elements
+        self._received: Tensor | None = None
+        self._work: Any = None
+
+    def send(self, results: Mapping[WorkUnit, Tensor]) -> None:
+        """Start sending every rank its part of the results.
 
         Args:
-            units_by_rank: units that each rank sends.
-            shard_rank: given a sender, the rank whose shards it sends.
-            stride: distance between two senders' elements; default: there are no gaps.
-
-        Returns:
-            (unit, rank of the shard, the shard as a flat tensor) each.
+            results: of the units in ``owned``, each whole.
         """
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        assert self._received is not None
-        unpacked = []
-        position = 0
-        for sender, units in enumerate(units_by_rank):
-            if stride is not None:
-                position = sender * stride
-            rank = shard_rank(sender)
-            for unit in units:
-                end = position + unit.shard_of(rank).numel
-                unpacked.append((unit, rank, self._received[position:end]))
-                position = end
-        self._received = None
-        return unpacked
+        if len(self._copies.sets) == 1:
+            packed = _flat([results[unit] for unit in self.owned], self.dtype, self.device)
+        else:
+            packed = self._pack(results)
+        self._received = packed.new_empty(sum(self._to_receive))
+        self._work = _all_to_all(self._received, packed, self._to_receive, self._sent, self.group)
 
-    def _start_all_to_all(self, packed: Tensor, sent: list[int], received: list[int]) -> None:
-        self._received = packed.new_empty(sum(received))
-        self._work = dist.all_to_all_single(
-            self._received, packed, received, sent, group=self.group, async_op=True
+    def _pack(self, results: Mapping[WorkUnit, Tensor]) -> Tensor:
+        packed = torch.empty(sum(self._sizes), dtype=self.dtype, device=self.device)
+        places = packed.split_with_sizes(self._sizes)
+        whole: dict[WorkUnit, Tensor] = {}
+        for piece, numbers in zip(self._pieces, self._places, strict=True):
+            if piece.unit not in whole:  # one at a time
+                whole = {piece.unit: results[piece.unit].to(self.dtype).contiguous()}
+            flat = whole[piece.unit][piece.shard.slices].reshape(-1)
+            parts = flat.split_with_sizes(list(piece.sizes.values()))
+            torch._foreach_copy_([places[number] for number in numbers], parts)
+        return packed
+
+    def gather(self) -> None:
+        """Start gathering the parts of the ranks that have copies of the same shards."""
+        if self._copies_group is None:
+            return
+        _wait(self._work)
+        assert self._received is not None
+        gathered = self._received.new_empty(self._cut.gathered)
+        part = gathered.narrow(0, self._number * self._cut.part, self._cut.part)
+        part[: self._received.numel()] = self._received
+        self._received = gathered
+        self._work = dist.all_gather_into_tensor(
+            gathered, part, group=self._copies_group, async_op=True
         )
+
+    def receive(self) -> list[tuple[WorkUnit, Tensor]]:
+        """Wait for the results: (unit, this rank's shard) of every unit that it has a shard of."""
+        _wait(self._work)
+        assert self._received is not None
+        shards = [unit.shard_of(self.rank) for unit in self._units]
+        received = self._received[: self._cut.total]
+        parts = received.split_with_sizes([shard.numel for shard in shards])
+        self._work = self._received = None
+        return [
+            (unit, part.view(shard.sizes))
+            for unit, shard, part in zip(self._units, shards, parts, strict=True)
+        ]
+
+
+def result_exchanges(
+    bucket: Bucket, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
+) -> list[ResultExchange]:
+    """Exchanges of a bucket's results; see ``split_results``. A collective call of the group."""
+    messages = split_results(bucket, RESULT_ELEMENTS)
+    return [ResultExchange(message, group, dtype, device) for message in messages]
+
+
+def arrivals(sent: Iterable[tuple[_T, ResultExchange]]) -> Iterator[tuple[_T, ResultExchange]]:
+    """Results to receive, in turn. While one is received, the next is gathered, and a third sent.
+
+    Args:
+        sent: exchanges that have sent their results, each with anything. It is asked for the next
+            when that may be sent.
+    """
+    travelling: deque[tuple[_T, ResultExchange]] = deque()
+    for entry in sent:
+        travelling.append(entry)
+        if len(travelling) > 1:
+            travelling[-2][1].gather()
+        if len(travelling) > 2:
+            yield travelling.popleft()
+    if travelling:
+        travelling[-1][1].gather()
+    yield from travelling
+
+
+def _copies_of(message: Bucket) -> Copies:
+    """The sets of ranks with copies, the same for all units of a message."""
+    return message[0][0].copies
+
+
+def _received(message: Bucket, own: int, number: int) -> tuple[Cut, dict[int, int]]:
+    """How a set of ranks cuts its results, and what one of them receives from each owner."""
+    places = list(segments(message, own))
+    cut = Cut.of(places[-1][2], len(_copies_of(message).sets[own]))
+    received: dict[int, int] = {}
+    for owner, start, stop in places:
+        if part := cut.overlap(number, start, stop):
+            received[owner] = received.get(owner, 0) + part
+    return cut, received
+
+
+class _Piece(NamedTuple):
+    """A shard of a result, and the elements of it that each of some ranks is sent, in order."""
+
+    unit: WorkUnit
+    shard: TensorShard
+    sizes: dict[int, int]
+
+
+def _pieces(message: Bucket, rank: int) -> Iterator[_Piece]:
+    """The shards of the results of ``rank``, unit by unit."""
+    copies = _copies_of(message)
+    # Where the parts of a set begin and end is of no matter if there is one.
+    places = {
+        number: list(segments(message, number))
+        for number, ranks in enumerate(copies.sets)
+        if len(ranks) > 1
+    }
+    cuts = {number: Cut.of(p[-1][2], len(copies.sets[number])) for number, p in places.items()}
+    for index, (unit, owner) in enumerate(message):
+        if owner != rank:
+            continue
+        for number, (shard, ranks) in enumerate(zip(unit.shards, copies.sets, strict=True)):
+            if shard is None:
+                continue
+            sizes = [shard.numel]
+            if number in places:
+                _, start, stop = places[number][index]
+                sizes = cuts[number].overlaps(start, stop)
+            yield _Piece(
+                unit, shard, {r: size for r, size in zip(ranks, sizes, strict=True) if size}
+            )
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Tensors in one flat tensor; without a copy if they follow one another in memory."""
+    if not tensors:
+        return torch.empty(0, dtype=dtype, device=device)
+    first, size = tensors[0], 0
+    for tensor in tensors:
+        if (
+            tensor.dtype != dtype
+            or not tensor.is_contiguous()
+            or tensor.storage_offset() != first.storage_offset() + size
+            or tensor.untyped_storage()._cdata != first.untyped_storage()._cdata
+        ):
+            return torch.cat([tensor.to(dtype).reshape(-1) for tensor in tensors])
+        size += tensor.numel()
+    return first.as_strided((size,), (1,))
+
+
+def _all_to_all(
+    received: Tensor, packed: Tensor, to_receive: list[int], sent: list[int], group: Any
+) -> Any:
+    return dist.all_to_all_single(received, packed, to_receive, sent, group=group, async_op=True)
+
+
+def _wait(work: Any) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _elements(units: Sequence[WorkUnit], rank: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.distributed.sharding import Sharding, is_dtensor
+from muonclip.distributed.sharding import Copies, Sharding, is_dtensor
 
 _T = TypeVar("_T")
 
@@ -35,7 +36,10 @@ def group_of(
         return None
     if mesh.ndim == 1:
         return mesh.get_group()
-    return group_of_ranks(mesh.mesh.flatten().tolist(), mesh.get_all_groups())
+    along = mesh.get_all_groups()
+    for group in along:
+        remember(group)
+    return group_of_ranks(mesh.mesh.flatten().tolist(), along)
 
 
 def groups_of(
@@ -141,20 +145,88 @@ def group_of_ranks(ranks: Sequence[int], along: Sequence[dist.ProcessGroup]) -> 
     created = _groups_by_ranks.setdefault(world, {})  # groups end with the world they belong to
     key = tuple(sorted(ranks))
     if key not in created:
-        # torch names a group that only its members create after the number of groups that a rank
-        # is in: where that differs, they would wait for each other under different names.
-        count = len(dist.distributed_c10d._world.pg_names)
-        for group in along:
-            counts = _gather({dist.get_rank(): count}, group)
-            count = max(max(by_rank.values()) for by_rank in counts)
-        while len(dist.distributed_c10d._world.pg_names) < count:
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        group = dist.new_group(
-            list(key), timeout=_time_limit(world), use_local_synchronization=True
-        )
-        assert isinstance(group, dist.ProcessGroup)
-        created[key] = group
+        _align_names(along)
+        created[key] = _new_group(key)
     return created[key]
+
+
+def remember(group: dist.ProcessGroup) -> None:
+    """Let ``group_of_ranks`` and ``group_of_copies`` use a group, instead of creating another."""
+    if dist.group.WORLD is not None:
+        created = _groups_by_ranks.setdefault(dist.group.WORLD, {})
+        created.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+
+
+_groups_of_copies: WeakKeyDictionary[dist.ProcessGroup, dict[Copies, dist.ProcessGroup | None]] = (
+    WeakKeyDictionary()
+)
+
+
+def group_of_copies(copies: Copies, group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """The group of the ranks that have the same shards as this one, created once.
+
+    A collective call of the group.
+
+    Returns:
+        None if this rank has no copies of another's shards.
+    """
+    if len(copies.sets) == len(copies.set_of):
+        return None
+    if len(copies.sets) == 1:
+        return group
+    known = _groups_of_copies.setdefault(group, {})
+    if copies not in known:
+        world = dist.group.WORLD
+        assert world is not None
+        created = _groups_by_ranks.setdefault(world, {})
+        members = dist.get_process_group_ranks(group)
+        ranks = tuple(members[r] for r in copies.sets[copies.set_of[dist.get_rank(group)]])
+        is_missing = len(ranks) > 1 and ranks not in created
+        gathered = _gather({dist.get_rank(): is_missing}, group)
+        if any(missing for by_rank in gathered for missing in by_rank.values()):
+            _align_names([group])
+        if is_missing:
+            created[ranks] = _new_group(ranks)
+        known[copies] = created.get(ranks)
+    return known[copies]
+
+
+_nodes: WeakKeyDictionary[dist.ProcessGroup, list[int]] = WeakKeyDictionary()
+
+
+def nodes_of(group: dist.ProcessGroup) -> list[int]:
+    """A number for the node of each rank of a group. A collective call of the group.
+
+    Nodes have ``LOCAL_WORLD_SIZE`` consecutive ranks; where it is not set, all are on one.
+    """
+    if group not in _nodes:
+        rank = dist.get_rank()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        gathered = _gather({rank: rank // local}, group)  # ranks might disagree about the size
+        _nodes[group] = [node for by_rank in gathered for node in by_rank.values()]
+    return _nodes[group]
+
+
+def _align_names(along: Sequence[dist.ProcessGroup]) -> None:
+    """Let the ranks of groups be in equally many groups.
+
+    torch names a group that only its members create after that number: where it differs, they would
+    wait for each other under different names.
+    """
+    count = len(dist.distributed_c10d._world.pg_names)
+    for group in along:
+        counts = _gather({dist.get_rank(): count}, group)
+        count = max(max(by_rank.values()) for by_rank in counts)
+    while len(dist.distributed_c10d._world.pg_names) < count:
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    group = dist.new_group(list(ranks), timeout=_time_limit(world), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _time_limit(group: dist.ProcessGroup) -> timedelta | None:

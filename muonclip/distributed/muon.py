@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.distributed.exchange import BucketExchange
-from muonclip.distributed.groups import ConnectedRanks, group_of, order_of
+from muonclip.distributed.exchange import (
+    BucketExchange,
+    ResultExchange,
+    arrivals,
+    result_exchanges,
+)
+from muonclip.distributed.groups import ConnectedRanks, group_of, nodes_of, order_of
 from muonclip.distributed.plan import Bucket, WorkUnit, assign_owners, make_buckets, make_units
 from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
@@ -108,7 +114,7 @@ class DistributedMuon:
             if kind.is_sharded:
                 unit_owners = [owner for i in indices for owner in owners[params[i].param]]
             else:
-                unit_owners = assign_owners(units, size)
+                unit_owners = assign_owners(units, nodes_of(group))
             shards = {index: found[index].local for index in indices}
             for bucket in make_buckets(units, unit_owners, BUCKET_ELEMENTS * size):
                 work = _OwnersWork if kind.is_sharded else _Work
@@ -128,18 +134,23 @@ class DistributedMuon:
 
     def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Update the parameters. A collective call of all ranks that share any of them."""
-        work = self._work
-        if work:
-            work[0].send(params, found_inf)
+        if self._work:
+            self._work[0].send(params, found_inf)
         step_local([params[index] for index in self._local], found_inf)
-        for number, current in enumerate(work):
-            if number + 1 < len(work):
-                work[number + 1].send(params, found_inf)
-            current.orthogonalize(params, found_inf)
-            if number:
-                work[number - 1].apply(params, found_inf)
-        if work:
-            work[-1].apply(params, found_inf)
+        for work, results in arrivals(self._results(params, found_inf)):
+            work.apply(results, params, found_inf)
+
+    def _results(
+        self, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> Iterator[tuple[_Work, ResultExchange]]:
+        """Orthogonalize the units, and send results and the shards of the next units."""
+        for number, work in enumerate(self._work):
+            if number + 1 < len(self._work):
+                self._work[number + 1].send(params, found_inf)
+            results = work.orthogonalize(params, found_inf)
+            for exchange in work.results:
+                exchange.send({unit: results.pop(unit) for unit in exchange.owned})
+                yield work, exchange
 
 
 class _Kind(NamedTuple):
@@ -180,6 +191,9 @@ class _Work:
         bucket: the units and their owners.
         group, kind: of their parameters.
         shards: this rank's shard of each parameter, by its index in the step.
+
+    Attributes:
+        results: the exchanges by which results return.
     """
 
     def __init__(
@@ -190,9 +204,8 @@ class _Work:
         shards: Mapping[int, TensorShard],
     ) -> None:
         self._kind, self._shards = kind, shards
-        self._exchange = BucketExchange(
-            bucket, group, kind.send_dtype, kind.return_dtype, kind.device
-        )
+        self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device)
+        self.results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Start sending this rank's shards to the owners."""
@@ -201,20 +214,27 @@ class _Work:
             return [self._shard_of(unit, params[unit.index]) for unit in units]
 
         # All copies of a shard keep the momentum; one of them sends it.
-        update_momenta(shards(self._exchange.unsent), found_inf)
+        for batch in _in_batches(shards(self._exchange.unsent)):
+            update_momenta(batch, found_inf)
         self._exchange.send(lambda units: pre_orthogonalize(shards(units), found_inf))
 
-    def orthogonalize(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
-        """Orthogonalize the units that this rank owns, and start sending the results back."""
+    def orthogonalize(
+        self, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> dict[WorkUnit, Tensor]:
+        """Orthogonalize the units that this rank owns, and return what their holders need."""
         updates = self._exchange.receive()
         owned = [params[unit.index] for unit in self._exchange.owned]
-        self._exchange.send_back(orthogonalize_updates(owned, updates))
+        return dict(zip(self._exchange.owned, orthogonalize_updates(owned, updates), strict=True))
 
-    def apply(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+    def apply(
+        self, results: ResultExchange, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> None:
         """Update this rank's shards of the weights."""
-        results = self._exchange.receive_back()
-        shards = [self._shard_of(unit, params[unit.index]) for unit, _ in results]
-        apply_updates(shards, [update for _, update in results], found_inf)
+        received = results.receive()
+        shards = [self._shard_of(unit, params[unit.index]) for unit, _ in received]
+        updates = iter([update for _, update in received])
+        for batch in _in_batches(shards):
+            apply_updates(batch, list(islice(updates, len(batch))), found_inf)
 
     def _shard_of(self, unit: WorkUnit, param: MuonParam) -> MuonParam:
         """A unit's part of this rank's shard of a parameter."""
@@ -240,7 +260,7 @@ class _OwnersWork(_Work):
         self._weights: BucketExchange | None = None
         if kind.has_master:  # owners compare it with the weights, which others may have written to
             dtype = kind.weight_dtype
-            self._weights = BucketExchange(bucket, group, dtype, dtype, kind.device)
+            self._weights = BucketExchange(bucket, group, dtype, kind.device)
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         def shards(units: Sequence[WorkUnit]) -> list[MuonParam]:
@@ -250,7 +270,9 @@ class _OwnersWork(_Work):
         if self._weights is not None:
             self._weights.send(lambda units: [shard.local for shard in shards(units)])
 
-    def orthogonalize(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+    def orthogonalize(
+        self, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> dict[WorkUnit, Tensor]:
         gradients = self._exchange.receive()
         weights = gradients if self._weights is None else self._weights.receive()
         owned = [
@@ -261,14 +283,30 @@ class _OwnersWork(_Work):
         if self._kind.has_master:
             apply_updates(owned, results, found_inf)
             results = [param.local for param in owned]
-        self._exchange.send_back(results)
+        return dict(zip(self._exchange.owned, results, strict=True))
 
-    def apply(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+    def apply(
+        self, results: ResultExchange, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> None:
         if not self._kind.has_master:
-            super().apply(params, found_inf)
+            super().apply(results, params, found_inf)
             return
-        for unit, weights in self._exchange.receive_back():
+        for unit, weights in results.receive():
             self._shard_of(unit, params[unit.index]).local.copy_(weights)
+
+
+def _in_batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
+    """The same in order, few enough at a time for the temporary tensors of their elements."""
+    batch: list[MuonParam] = []
+    elements = 0
+    for param in params:
+        if batch and elements + param.local.numel() > BUCKET_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(param)
+        elements += param.local.numel()
+    if batch:
+        yield batch
 
 
 def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -> MuonParam:
@@ -309,7 +347,9 @@ def make_param_units(index: int, param: SharedParam, sharding: Sharding) -> list
         index: the parameter's number, which the units are given.
     """
     count = min(len(sharding.shards), param.layout.slices(param.shape))
-    return make_units(index, sharding.shape, sharding.shards, count, _cost(param))
+    return make_units(
+        index, sharding.shape, sharding.copies, sharding.distinct, count, _cost(param)
+    )
 
 
 def all_shardings(

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.distributed import muon
-from muonclip.distributed.exchange import BucketExchange
-from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, order_of
+from muonclip.distributed.exchange import (
+    BucketExchange,
+    ResultExchange,
+    arrivals,
+    result_exchanges,
+)
+from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, nodes_of, order_of
 from muonclip.distributed.muon import SharedParam, all_shardings, make_param_units, unit_part
 from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets
 from muonclip.distributed.sharded_state import (
@@ -109,7 +114,7 @@ class StateOwners:
             return layout.select(local)
         units = make_param_units(0, param, sharding)
         bucket = list(zip(units, self._owners[param.param], strict=True))
-        exchange = BucketExchange(bucket, sharding.group, local.dtype, local.dtype, local.device)
+        exchange = BucketExchange(bucket, sharding.group, local.dtype, local.device)
         first = sharding.local.offsets[0]
 
         def shard(unit: WorkUnit) -> Tensor:
@@ -162,11 +167,12 @@ class StateOwners:
         for index, (param, sharding) in params.items():
             if param.group["algorithm"] == "muon":
                 by_group[id(sharding.group)].append(index)
-        for indices in by_group.values():
+        groups = {id(sharding.group): sharding.group for _, sharding in params.values()}
+        for key in sorted(by_group, key=lambda key: order_of(groups[key])):
+            indices, group = by_group[key], groups[key]
             units = [u for i in indices for u in make_param_units(i, *params[i])]
-            group = params[indices[0]][1].group
             owned: dict[int, list[tuple[WorkUnit, int]]] = defaultdict(list)
-            for unit, owner in zip(units, assign_owners(units, group.size()), strict=True):
+            for unit, owner in zip(units, assign_owners(units, nodes_of(group)), strict=True):
                 owned[unit.index].append((unit, owner))
             for index, pairs in owned.items():
                 param, sharding = params[index]
@@ -221,6 +227,14 @@ class StateOwners:
                 )
 
 
+class _ScalingExchanges(NamedTuple):
+    """Factors and weights of a bucket on their way to the owners, and weights back."""
+
+    factors: BucketExchange
+    weights: BucketExchange
+    results: list[ResultExchange]
+
+
 class _Scaling:
     """Scales the master copies of matrices on their owners, and sends the weights to all holders.
 
@@ -243,7 +257,7 @@ class _Scaling:
         for index, param in enumerate(params):
             local = local_tensor(param)
             by_kind[id(shardings[param].group), local.dtype, local.device].append(index)
-        self._exchanges: list[tuple[BucketExchange, BucketExchange]] = []
+        self._exchanges: list[_ScalingExchanges] = []
         for kind in sorted(by_kind, key=lambda kind: (order_of(groups[kind[0]]), str(kind[1:]))):
             (key, dtype, device), indices = kind, by_kind[kind]
             group = groups[key]
@@ -255,9 +269,10 @@ class _Scaling:
             unit_owners = [owner for i in indices for owner in owners[params[i]]]
             for bucket in make_buckets(units, unit_owners, muon.BUCKET_ELEMENTS * group.size()):
                 self._exchanges.append(
-                    (
-                        BucketExchange(bucket, group, torch.float32, torch.float32, device),
-                        BucketExchange(bucket, group, dtype, dtype, device),
+                    _ScalingExchanges(
+                        BucketExchange(bucket, group, torch.float32, device),
+                        BucketExchange(bucket, group, dtype, device),
+                        result_exchanges(bucket, group, dtype, device),
                     )
                 )
 
@@ -269,18 +284,24 @@ class _Scaling:
 
     def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
         """As ``StateOwners.scale``."""
-        for by_factor, by_weight in self._exchanges:
+        for rank, results in arrivals(self._results(factors)):
+            for unit, weights in results.receive():
+                (local,) = self._shards(rank, None, [unit])
+                local.copy_(weights)
+
+    def _results(self, factors: Mapping[Tensor, Tensor]) -> Iterator[tuple[int, ResultExchange]]:
+        """Scale the master copies, and send the weights."""
+        for by_factor, by_weight, returns in self._exchanges:
             by_factor.send(partial(self._shards, by_factor.rank, factors))
             by_weight.send(partial(self._shards, by_weight.rank, None))
-            scaled = []
+            scaled = {}
             received = zip(by_factor.owned, by_factor.receive(), by_weight.receive(), strict=True)
             for unit, factor, weights in received:
                 master = unit_part(_master(self._params[unit.index]), unit)
-                scaled.append(_scale(master, weights, factor))
-            by_weight.send_back(scaled)
-            for unit, weights in by_weight.receive_back():
-                (local,) = self._shards(by_weight.rank, None, [unit])
-                local.copy_(weights)
+                scaled[unit] = _scale(master, weights, factor)
+            for results in returns:
+                results.send({unit: scaled[unit] for unit in results.owned})
+                yield by_weight.rank, results
 
     def _shards(
         self, rank: int, factors: Mapping[Tensor, Tensor] | None, units: Sequence[WorkUnit]
@@ -361,8 +382,7 @@ class FlatBucket:
 
 def _has_replicas(sharding: Sharding) -> bool:
     """Whether several ranks have the same elements of a parameter."""
-    shards = [shard for shard in sharding.shards if shard.numel]
-    return len(set(shards)) < len(shards)
+    return len(sharding.copies.sets) < len(sharding.shards)
 
 
 def _cut(params: Sequence[Tensor], elements: int) -> list[list[tuple[Tensor, int, int]]]:

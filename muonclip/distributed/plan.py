@@ -1,16 +1,20 @@
 """Assignment of matrices to ranks: pure functions with the same result on every rank."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from muonclip.distributed.sharding import TensorShard
+from muonclip.distributed.sharding import Copies, TensorShard
 
-# Units that travel together, and the owner of each.
+# Units that are worked on together, and the owner of each.
 Bucket: TypeAlias = list[tuple["WorkUnit", int]]
+
+# Parts of a message begin at multiples of this many elements, at which NCCL copies fastest.
+ALIGNMENT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,35 +25,48 @@ class WorkUnit:
         index: of the parameter in the step.
         first: the first slice of the stack; 0 otherwise.
         shape: of the whole unit.
-        shards: of each rank, in the unit's coordinates; None for a rank without one.
+        copies: the ranks that have the same shard.
+        shards: of each set of ``copies``, in the unit's coordinates; None for a set without one.
         cost: of the orthogonalization, in multiply-adds.
     """
 
     index: int
     first: int
     shape: tuple[int, ...]
+    copies: Copies
     shards: tuple[TensorShard | None, ...]
     cost: float
 
     def shard_of(self, rank: int) -> TensorShard:
         """The shard of a rank that has one."""
-        shard = self.shards[rank]
+        shard = self.shards[self.copies.set_of[rank]]
         assert shard is not None
         return shard
 
-    def routes(self, owner: int) -> Iterator[tuple[int, list[int]]]:
-        """For each shard: the rank that sends it to the owner, and all ranks that have it."""
-        holders: dict[TensorShard, list[int]] = {}
-        for rank, shard in enumerate(self.shards):
+    def is_on(self, rank: int) -> bool:
+        """Whether a rank has a shard."""
+        return self.shards[self.copies.set_of[rank]] is not None
+
+    def is_whole_on(self, rank: int) -> bool:
+        """Whether a rank has the whole unit."""
+        shard = self.shards[self.copies.set_of[rank]]
+        return shard is not None and shard.sizes == self.shape
+
+    @property
+    def held(self) -> Iterator[tuple[TensorShard, tuple[int, ...]]]:
+        """The different shards, each with the ranks that have it."""
+        for shard, ranks in zip(self.shards, self.copies.sets, strict=True):
             if shard is not None:
-                holders.setdefault(shard, []).append(rank)
-        for ranks in holders.values():
-            # The nearest of several copies is sent; neighbours in rank are so in the network.
-            yield min(ranks, key=lambda rank: (abs(rank - owner), rank)), ranks
+                yield shard, ranks
 
 
 def make_units(
-    index: int, shape: tuple[int, ...], shards: Sequence[TensorShard], count: int, cost: float
+    index: int,
+    shape: tuple[int, ...],
+    copies: Copies,
+    shards: Sequence[TensorShard],
+    count: int,
+    cost: float,
 ) -> list[WorkUnit]:
     """Split a stack [E, n, m] into up to ``count`` units; for a matrix, ``count`` is 1.
 
@@ -60,35 +77,97 @@ def make_units(
     bounds = [length * number // count for number in range(count + 1)]
     units = []
     for first, last in pairwise(bounds):
-        unit_shards: list[TensorShard | None] = []
-        for shard in shards:
-            start = max(first, shard.offsets[0])
-            stop = min(last, shard.offsets[0] + shard.sizes[0])
-            unit_shard = TensorShard(
-                (start - first, *shard.offsets[1:]), (max(stop - start, 0), *shard.sizes[1:])
-            )
-            unit_shards.append(unit_shard if unit_shard.numel else None)
+        unit_shards = tuple(_slices(shard, first, last) for shard in shards)
         unit_shape = (last - first, *shape[1:])
         share = (last - first) / length
-        units.append(WorkUnit(index, first, unit_shape, tuple(unit_shards), cost * share))
+        units.append(WorkUnit(index, first, unit_shape, copies, unit_shards, cost * share))
     return units
 
 
-def assign_owners(units: Sequence[WorkUnit], ranks: int) -> list[int]:
+def _slices(shard: TensorShard, first: int, last: int) -> TensorShard | None:
+    """The part of a shard in slices ``first`` to ``last``, in their coordinates."""
+    start = max(first, shard.offsets[0])
+    stop = min(last, shard.offsets[0] + shard.sizes[0])
+    part = TensorShard(
+        (start - first, *shard.offsets[1:]), (max(stop - start, 0), *shard.sizes[1:])
+    )
+    return part if part.numel else None
+
+
+def nearest(ranks: Sequence[int], rank: int, nodes: Sequence[int]) -> int:
+    """The nearest to ``rank`` of some ascending ranks: on its node, or else by number.
+
+    Args:
+        ranks: ascending.
+        rank: any rank.
+        nodes: the node of each rank of the group.
+    """
+    right = bisect_left(ranks, rank)
+    neighbours = ranks[max(right - 1, 0) : right + 1]
+    return min(neighbours, key=lambda r: (nodes[r] != nodes[rank], abs(r - rank), r))
+
+
+def assign_owners(units: Sequence[WorkUnit], nodes: Sequence[int]) -> list[int]:
     """Assign every unit to a rank, the costliest first, each to the rank with the least load.
 
-    The largest load is at most 4/3 of the least possible (Graham, 1969).
+    A unit stays on the nodes that have most of it, unless their ranks have too much to do. If every
+    node has the whole of all units, the largest load is at most 4/3 of the least possible (Graham,
+    1969); otherwise at most twice.
+
+    Args:
+        units: in any order.
+        nodes: the node of each rank.
 
     Returns:
         The owner of each unit. Ties go to the earlier unit and the lower rank.
     """
-    owners = [0] * len(units)
-    heap = [(0.0, rank) for rank in range(ranks)]
+    owners, loads = [0] * len(units), [0.0] * len(nodes)
+    heap = [(0.0, rank) for rank in range(len(nodes))]
+    most = max((unit.cost for unit in units), default=0.0)
+    limit = 4 / 3 * max(most, sum(unit.cost for unit in units) / len(nodes))
+    near = _NearRanks(nodes)
     for index in sorted(range(len(units)), key=lambda i: (-units[i].cost, i)):
-        load, rank = heapq.heappop(heap)
+        cost = units[index].cost
+        candidates = near.of(units[index])
+        rank = min(candidates, key=lambda rank: (loads[rank], rank), default=-1)
+        if rank < 0 or loads[rank] + cost > limit:
+            while heap[0][0] != loads[heap[0][1]]:  # has been given units since
+                heapq.heappop(heap)
+            rank = heap[0][1]
         owners[index] = rank
-        heapq.heappush(heap, (load + units[index].cost, rank))
+        loads[rank] += cost
+        heapq.heappush(heap, (loads[rank], rank))
     return owners
+
+
+class _NearRanks:
+    """The ranks of the nodes that have most of a unit."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self._nodes = nodes
+        self._by_node: dict[int, list[int]] = {}
+        for rank, node in enumerate(nodes):
+            self._by_node.setdefault(node, []).append(rank)
+        self._nodes_of_sets: dict[Copies, list[set[int]]] = {}
+
+    def of(self, unit: WorkUnit) -> list[int]:
+        """These ranks, ascending; none if all nodes have as much."""
+        if len(self._by_node) == 1:
+            return []
+        sets = self._nodes_of_sets.get(unit.copies)
+        if sets is None:
+            sets = [{self._nodes[rank] for rank in ranks} for ranks in unit.copies.sets]
+            self._nodes_of_sets[unit.copies] = sets
+        elements = dict.fromkeys(self._by_node, 0)
+        for shard, nodes in zip(unit.shards, sets, strict=True):
+            size = 0 if shard is None else shard.numel
+            for node in nodes:
+                elements[node] += size
+        most = max(elements.values())
+        found = [node for node, count in elements.items() if count == most]
+        if len(found) == len(elements):
+            return []
+        return sorted(rank for node in found for rank in self._by_node[node])
 
 
 def make_buckets(units: Sequence[WorkUnit], owners: Sequence[int], elements: int) -> list[Bucket]:
@@ -117,3 +196,82 @@ def make_buckets(units: Sequence[WorkUnit], owners: Sequence[int], elements: int
             buckets[min(int(middle * count), count - 1)].append((units[index], owner))
             before += units[index].cost
     return [bucket for bucket in buckets if bucket]
+
+
+def split_results(bucket: Bucket, elements: int) -> list[Bucket]:
+    """Divide a bucket into messages of results.
+
+    Args:
+        bucket: the units.
+        elements: that a rank receives in a message, at most, unless a single unit has more.
+
+    Returns:
+        Units of one message have the same ``copies``, and are in the order of their owners, in
+        which results arrive. Owners with least work are in the first messages: the results of the
+        others are not there yet.
+    """
+    work: dict[int, float] = {}
+    for unit, owner in bucket:
+        work[owner] = work.get(owner, 0.0) + unit.cost
+    ordered = sorted(bucket, key=lambda member: (work[member[1]], member[1]))
+    by_copies: dict[Copies, Bucket] = {}
+    for unit, owner in ordered:
+        by_copies.setdefault(unit.copies, []).append((unit, owner))
+    messages: list[Bucket] = []
+    for members in by_copies.values():
+        received = 0
+        for number, (unit, owner) in enumerate(members):
+            size = max(shard.numel for shard, _ in unit.held)
+            if not number or received + size > elements:
+                messages.append([])
+                received = 0
+            messages[-1].append((unit, owner))
+            received += size
+    return [sorted(message, key=lambda member: member[1]) for message in messages]
+
+
+class Cut(NamedTuple):
+    """Results that some ranks receive, cut into a part for each of them, whoever owns what.
+
+    The owners send every rank its part, and the ranks gather the parts.
+
+    Attributes:
+        total: elements.
+        part: elements of a part; the last ones are shorter, or empty.
+        ranks: number of them.
+    """
+
+    total: int
+    part: int
+    ranks: int
+
+    @classmethod
+    def of(cls, total: int, ranks: int) -> "Cut":
+        if ranks == 1:
+            return cls(total, total, 1)
+        return cls(total, -(-total // (ranks * ALIGNMENT)) * ALIGNMENT, ranks)
+
+    @property
+    def gathered(self) -> int:
+        """Elements of all parts."""
+        return self.part * self.ranks
+
+    def overlap(self, number: int, start: int, stop: int) -> int:
+        """Elements of a part that lie between two positions."""
+        first, last = number * self.part, min((number + 1) * self.part, self.total)
+        return max(0, min(stop, last) - max(start, first))
+
+    def overlaps(self, start: int, stop: int) -> list[int]:
+        """Elements of each part that lie between two positions."""
+        return [self.overlap(number, start, stop) for number in range(self.ranks)]
+
+
+def segments(units: Iterable[tuple[WorkUnit, int]], number: int) -> Iterator[tuple[int, int, int]]:
+    """(owner, start, stop) of each unit's shard in the results of a set of ranks."""
+    sizes = [
+        (owner, 0 if (shard := unit.shards[number]) is None else shard.numel)
+        for unit, owner in units
+    ]
+    ends = accumulate(size for _, size in sizes)
+    for (owner, size), end in zip(sizes, ends, strict=True):
+        yield owner, end - size, end

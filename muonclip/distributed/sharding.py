@@ -7,8 +7,10 @@ from __future__ import annotations  # torch may have been built without torch.di
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,42 @@ class TensorShard(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """The ranks of a group in sets: those of a set have copies of the same shard.
+
+    ``of`` returns the same object for the same sets.
+
+    Attributes:
+        sets: the ranks of each set, ascending; sets in the order of their first ranks.
+        set_of: number of the set that each rank is in.
+    """
+
+    sets: tuple[tuple[int, ...], ...]
+    set_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[TensorShard]) -> Copies:
+        """The sets of ranks with these shards; a rank with an empty shard is alone in its set."""
+        numbers: dict[TensorShard | int, int] = {}
+        sets: list[list[int]] = []
+        set_of = []
+        for rank, shard in enumerate(shards):
+            number = numbers.setdefault(shard if shard.numel else rank, len(sets))
+            if number == len(sets):
+                sets.append([])
+            sets[number].append(rank)
+            set_of.append(number)
+        key = tuple(set_of)
+        found = _copies.get(key)
+        if found is None:
+            found = _copies[key] = cls(tuple(map(tuple, sets)), key)
+        return found
+
+
+_copies: WeakValueDictionary[tuple[int, ...], Copies] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
 class Sharding:
     """Shards of a parameter whose local tensors are plain tensors.
 
@@ -63,7 +101,7 @@ class Sharding:
             raise ValueError(
                 f"{len(self.shards)} shards for {dist.get_world_size(self.group)} ranks"
             )
-        covered = sum(shard.numel for shard in set(self.shards))
+        covered = sum(shard.numel for shard in self.distinct)
         if covered != prod(self.shape):
             raise ValueError(
                 f"the shards of a parameter of shape {self.shape} have {covered} elements, "
@@ -88,20 +126,39 @@ class Sharding:
                 cover one.
         """
         local = [(tuple(shape), shard) for shape, shard in local]
-        gathered: list[list[tuple[tuple[int, ...], TensorShard]]] = [
-            [] for _ in range(dist.get_world_size(group))
-        ]
-        dist.all_gather_object(gathered, local, group=group)
-        for rank, remote in enumerate(gathered):
-            if difference := _difference(gathered[0], remote):
+        # Parameters that are cut in the same way are described once: in a large model there are
+        # few kinds of them, whatever the number of layers.
+        kinds = list(dict.fromkeys(local))
+        number = {kind: index for index, kind in enumerate(kinds)}
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (kinds, [number[entry] for entry in local]), group=group)
+        first_kinds, first_numbers = gathered[0]
+        for rank, (remote_kinds, numbers) in enumerate(gathered):
+            if difference := _difference(first_kinds, first_numbers, remote_kinds, numbers):
                 raise ValueError(
                     f"ranks 0 and {rank} of the group update different parameters ({difference}): "
                     "every rank of a group must have gradients for the same ones, in the same order"
                 )
-        return [
-            cls(shape, group, tuple(shards[index][1] for shards in gathered))
-            for index, (shape, _) in enumerate(gathered[0])
-        ]
+        columns = list(zip(*(numbers for _, numbers in gathered), strict=True))
+        made = {
+            column: cls(
+                first_kinds[column[0]][0],
+                group,
+                tuple(kinds[index][1] for (kinds, _), index in zip(gathered, column, strict=True)),
+            )
+            for column in dict.fromkeys(columns)
+        }
+        return [made[column] for column in columns]
+
+    @cached_property
+    def copies(self) -> Copies:
+        """The ranks with equal shards."""
+        return Copies.of(self.shards)
+
+    @cached_property
+    def distinct(self) -> tuple[TensorShard, ...]:
+        """The shard of each set of ``copies``."""
+        return tuple(self.shards[ranks[0]] for ranks in self.copies.sets)
 
     @property
     def rank(self) -> int:
@@ -128,21 +185,29 @@ class Sharding:
     @property
     def has_whole_matrices(self) -> bool:
         """Whether every rank has whole matrices [n, m] of a stack, and none that another has."""
-        shards = [shard for shard in self.shards if shard.numel]
         return (
             len(self.shape) == 3
-            and all(shard.sizes[-2:] == self.shape[-2:] for shard in shards)
-            and len(set(shards)) == len(shards)
+            and all(s.sizes[-2:] == self.shape[-2:] for s in self.distinct if s.numel)
+            and len(self.copies.sets) == len(self.shards)
         )
 
 
+_Kinds: TypeAlias = Sequence[tuple[tuple[int, ...], TensorShard]]  # shapes and shards
+
+
 def _difference(
-    first: Sequence[tuple[object, TensorShard]], other: Sequence[tuple[object, TensorShard]]
+    kinds: _Kinds, numbers: Sequence[int], other_kinds: _Kinds, other_numbers: Sequence[int]
 ) -> str:
-    """The first difference between two ranks' lists of parameters; empty if there is none."""
-    if len(first) != len(other):
-        return f"{len(first)} and {len(other)} of them"
-    for index, ((shape, _), (other_shape, _)) in enumerate(zip(first, other, strict=True)):
+    """The first difference between two ranks' lists of parameters; empty if there is none.
+
+    Args:
+        kinds, numbers: the distinct entries of a list, and those of all its parameters.
+        other_kinds, other_numbers: of the other rank.
+    """
+    if len(numbers) != len(other_numbers):
+        return f"{len(numbers)} and {len(other_numbers)} of them"
+    for index, (first, other) in enumerate(zip(numbers, other_numbers, strict=True)):
+        shape, other_shape = kinds[first][0], other_kinds[other][0]
         if shape != other_shape:
             return f"number {index} has shapes {shape} and {other_shape}"
     return ""

@@ -147,6 +147,7 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
             gradients, for tensor parallelism in ``GroupedMLP``, and for shards of generalized
             tensor parallelism (GTP).
     """
+    from muonclip.distributed.groups import remember
     from muonclip.distributed.sharding import Sharding, TensorShard
 
     local: dict[bool, dict[Tensor, tuple[tuple[int, ...], TensorShard]]] = {False: {}, True: {}}
@@ -174,6 +175,7 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
     result: dict[Tensor, Sharding] = {}
     for is_expert, get_group in ((False, _dense_group), (True, _expert_group)):
         if local[is_expert] and (group := get_group()).size() > 1:
+            remember(_replica_group(is_expert))
             gathered = Sharding.gather(list(local[is_expert].values()), group)
             result |= dict(zip(local[is_expert], gathered, strict=True))
     return result
@@ -340,6 +342,14 @@ def _expert_group() -> "dist.ProcessGroup":
     gathered: list[list[int]] = [[] for _ in range(data.size())]
     dist.all_gather_object(gathered, dist.get_process_group_ranks(tensor), group=data)
     return group_of_ranks([rank for ranks in gathered for rank in ranks], [tensor, data])
+
+
+def _replica_group(is_expert: bool) -> "dist.ProcessGroup":
+    """The ranks that have copies of the same shards."""
+    state = _parallel_state()
+    if is_expert:
+        return state.get_expert_data_parallel_group()  # type: ignore[no-any-return]
+    return state.get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
 
 
 def _parallel_state() -> Any:

@@ -3,11 +3,23 @@
 Matrices, owners and buckets are those of :mod:`muonclip.distributed`, which this module describes.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+from muonclip.distributed.exchange import RESULT_ELEMENTS
 from muonclip.distributed.muon import BUCKET_ELEMENTS
-from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets
+from muonclip.distributed.plan import (
+    Bucket,
+    Cut,
+    WorkUnit,
+    assign_owners,
+    make_buckets,
+    segments,
+    split_results,
+)
+from muonclip.distributed.sharding import Copies, TensorShard
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE
 from pretrain.config import Config
 from pretrain.model.weights import Weight
@@ -25,22 +37,6 @@ class MuonStep(NamedTuple):
 
     sent: float
     buffers: float
-
-
-class _Bucket(NamedTuple):
-    """Elements of the matrices that travel together.
-
-    Attributes:
-        owned: matrices of a rank, at most.
-        packed: results that a rank sends, at most.
-        received: results that a rank receives.
-        sent: by all ranks, in both directions.
-    """
-
-    owned: int = 0
-    packed: int = 0
-    received: int = 0
-    sent: float = 0.0
 
 
 def muon_step(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> MuonStep:
@@ -78,21 +74,36 @@ def _step(
         # The updates in float32 and rounded, Newton-Schulz's two buffers, and its result.
         return MuonStep(0.0, float(at_a_time * (FLOAT32 + 4 * itemsize)))
     units = [
-        make_unit(index, weight)
+        make_unit(index, weight, shards if weight.split else 1, size)
         for index, weight in enumerate(weights)
         for _ in range(ranks.tensors(weight))
     ]
-    buckets = [
-        _bucket([(weights[unit.index], owner) for unit, owner in bucket], shards, replicas)
-        for bucket in make_buckets(units, assign_owners(units, size), BUCKET_ELEMENTS * size)
-    ]
-    sent = sum(bucket.sent for bucket in buckets) / size * itemsize
-    return MuonStep(sent, float(_buffers(buckets) * itemsize))
+    buckets = make_buckets(units, assign_owners(units, [0] * size), BUCKET_ELEMENTS * size)
+    messages = [split_results(bucket, RESULT_ELEMENTS) for bucket in buckets]
+    sent = sum(
+        sum(unit.shape[0] * (1 - 1 / len(unit.copies.sets)) for unit, _ in bucket)
+        + sum(map(_sent_back, results))
+        for bucket, results in zip(buckets, messages, strict=True)
+    )
+    # Of all ranks, one that owns most of a bucket needs most.
+    busiest = {max(_owned(bucket).items(), key=lambda item: item[1])[0] for bucket in buckets}
+    buffers = max(_buffers(buckets, messages, rank) for rank in busiest)
+    return MuonStep(sent / size * itemsize, float(buffers * itemsize))
 
 
-def make_unit(index: int, weight: Weight) -> WorkUnit:
-    """A whole matrix, with its cost."""
-    return WorkUnit(index, 0, weight.shape, (), _newton_schulz_cost(weight))
+def make_unit(index: int, weight: Weight, parts: int, size: int) -> WorkUnit:
+    """A flat matrix, in parts on the ranks of a group: what it is cut along does not matter."""
+    part = weight.numel // parts
+    shards = tuple(TensorShard((number * part,), (part,)) for number in range(parts))
+    cost = _newton_schulz_cost(weight)
+    return WorkUnit(index, 0, (weight.numel,), _copies(parts, size), shards, cost)
+
+
+@lru_cache
+def _copies(parts: int, size: int) -> Copies:
+    """Neighbouring ranks have the parts of a matrix."""
+    sets = tuple(tuple(range(number, size, parts)) for number in range(parts))
+    return Copies(sets, tuple(rank % parts for rank in range(size)))
 
 
 def _newton_schulz_cost(weight: Weight) -> float:
@@ -101,35 +112,65 @@ def _newton_schulz_cost(weight: Weight) -> float:
     return float(matrices * min(rows, columns) ** 2 * (rows + columns))
 
 
-def _bucket(members: Sequence[tuple[Weight, int]], shards: int, replicas: int) -> _Bucket:
-    """A bucket of these matrices and their owners."""
-    size = shards * replicas
-    owned, packed = [0] * size, [0] * size
-    received, sent = 0, 0.0
-    for weight, owner in members:
-        parts = shards if weight.split else 1  # all of them go to the owner; results go to holders
-        owned[owner] += weight.numel
-        packed[owner] += weight.numel * size // parts
-        received += weight.numel // parts
-        sent += weight.numel * (1 - 1 / parts + (size - 1) / parts)
-    longest = max(owned)
-    if shards == 1 or not any(weight.split for weight, _ in members):
-        # One all-gather, in which all ranks send as much as the one that owns most.
-        return _Bucket(longest, longest, size * longest, float(size * (size - 1) * longest))
-    return _Bucket(longest, max(packed), received, sent)
+def _owned(bucket: Iterable[tuple[WorkUnit, int]]) -> dict[int, int]:
+    """Elements of the units of each owner."""
+    owned: dict[int, int] = defaultdict(int)
+    for unit, owner in bucket:
+        owned[owner] += unit.shape[0]
+    return owned
 
 
-def _buffers(buckets: Sequence[_Bucket]) -> int:
-    """Elements of all buffers, at most.
+def _cut(message: Bucket) -> Cut:
+    """How a message's results are cut on every rank: all sets of copies have equally many."""
+    total = sum(unit.shape[0] for unit, _ in message)
+    sets = message[0][0].copies.sets
+    return Cut.of(total // len(sets), len(sets[0]))
+
+
+def _sent_back(message: Bucket) -> float:
+    """Elements that all ranks together send, to return a message's results."""
+    cut, copies = _cut(message), message[0][0].copies
+    # Every part to its rank, but what the owner keeps; then all parts to all ranks of a set.
+    kept = sum(
+        cut.overlap(owner // len(copies.sets), start, stop)
+        for number in range(len(copies.sets))
+        for owner, start, stop in segments(message, number)
+        if copies.set_of[owner] == number
+    )
+    scattered = cut.total * len(copies.sets) - kept
+    return scattered + cut.part * (cut.ranks - 1) * len(copies.set_of)
+
+
+def _buffers(buckets: Sequence[Bucket], messages: Sequence[list[Bucket]], rank: int) -> int:
+    """Elements of all buffers on a rank, at most.
 
     While a bucket is orthogonalized, the next one is on its way to the owners, and the results of
-    the previous one have not been applied.
+    messages before are being gathered, or have been.
     """
-    most = 0
-    for before, bucket, after in zip(
-        [_Bucket(), *buckets], buckets, [*buckets[1:], _Bucket()], strict=False
-    ):
-        newton_schulz = 3 * bucket.owned  # input, result and a spare buffer
-        return_trip = bucket.owned + bucket.packed + bucket.received
-        most = max(most, before.received + after.owned + max(newton_schulz, return_trip))
+    incoming = [_incoming(bucket, rank) for bucket in [*buckets[1:], []]]
+    gathered = [0, 0]  # results of the two messages before, the second still being gathered
+    part = most = 0  # what the message before has received for the gathering
+    for bucket, results, after in zip(buckets, messages, incoming, strict=True):
+        owned = _owned(bucket)[rank]
+        newton_schulz = 3 * owned  # input, result and a spare buffer
+        most = max(most, sum(gathered) + part + after + newton_schulz)
+        for message in results:
+            cut = _cut(message)
+            packed = _owned(message)[rank]
+            sent = packed + (cut.part if cut.ranks > 1 else cut.total)
+            most = max(most, sum(gathered) + part + after + owned + sent)
+            gathered = [gathered[1], cut.gathered if cut.ranks > 1 else 0]
     return most
+
+
+def _incoming(bucket: Bucket, rank: int) -> int:
+    """Elements of the shards that a rank sends to owners, and of those that it receives."""
+    neighbours = 0
+    owned = _owned(bucket)
+    is_split = any(len(unit.copies.sets) > 1 for unit, _ in bucket)
+    if not is_split:
+        return owned[rank]  # the whole is there already
+    for unit, owner in bucket:
+        parts = len(unit.copies.sets)
+        neighbours += unit.shape[0] // parts if owner // parts == rank // parts else 0
+    return owned[rank] + neighbours

@@ -62,9 +62,9 @@ def state_of_ranks(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> l
 def _owned(ranks: Ranks, weights: Sequence[Weight], size: int) -> list[int]:
     """Elements of the matrices that each rank of a group owns."""
     members = [weight for weight in weights for _ in range(ranks.tensors(weight))]
-    units = [make_unit(index, weight) for index, weight in enumerate(members)]
+    units = [make_unit(index, weight, 1, size) for index, weight in enumerate(members)]
     owned = [0] * size
-    for weight, owner in zip(members, assign_owners(units, size), strict=True):
+    for weight, owner in zip(members, assign_owners(units, [0] * size), strict=True):
         owned[owner] += weight.numel
     return owned
 
