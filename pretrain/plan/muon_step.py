@@ -148,19 +148,20 @@ def _buffers(buckets: Sequence[Bucket], messages: Sequence[list[Bucket]], rank: 
     messages before are being gathered, or have been.
     """
     incoming = [_incoming(bucket, rank) for bucket in [*buckets[1:], []]]
-    gathered = [0, 0]  # results of the two messages before, the second still being gathered
-    part = most = 0  # what the message before has received for the gathering
+    most = arrived = sent = to_gather = 0  # sent: of the message before, which is to be gathered
     for bucket, results, after in zip(buckets, messages, incoming, strict=True):
         owned = _owned(bucket)[rank]
-        newton_schulz = 3 * owned  # input, result and a spare buffer
-        most = max(most, sum(gathered) + part + after + newton_schulz)
+        # Newton-Schulz has its input, its result and a spare buffer.
+        most = max(most, arrived + sent + after + 3 * owned)
         for message in results:
-            cut = _cut(message)
-            packed = _owned(message)[rank]
-            sent = packed + (cut.part if cut.ranks > 1 else cut.total)
-            most = max(most, sum(gathered) + part + after + owned + sent)
-            gathered = [gathered[1], cut.gathered if cut.ranks > 1 else 0]
-    return most
+            cut, packed = _cut(message), _owned(message)[rank]
+            most = max(most, arrived + sent + after + owned + packed + cut.part)
+            owned -= packed
+            most = max(most, arrived + to_gather + after + owned + packed + cut.part)
+            # Parts that no other rank has a copy of are received where they stay.
+            arrived, to_gather = to_gather, cut.gathered
+            sent = packed + cut.part
+    return max(most, arrived + to_gather)
 
 
 def _incoming(bucket: Bucket, rank: int) -> int:
