@@ -257,7 +257,7 @@ def _copies_of(message: Bucket) -> Copies:
 
 
 def _received(message: Bucket, own: int, number: int) -> tuple[Cut, dict[int, int]]:
-    """How a set of ranks cuts its results, and what one of them receives from each owner."""
+    """The cut of the results of a set of ranks, and what one of them receives from each owner."""
     places = list(segments(message, own))
     cut = Cut.of(places[-1][2], len(_copies_of(message).sets[own]))
     received: dict[int, int] = {}

@@ -168,7 +168,7 @@ def group_of_copies(copies: Copies, group: dist.ProcessGroup) -> dist.ProcessGro
     A collective call of the group.
 
     Returns:
-        None if this rank has no copies of another's shards.
+        None if no other rank has a copy of this rank's shards.
     """
     if len(copies.sets) == len(copies.set_of):
         return None

@@ -231,7 +231,7 @@ def split_results(bucket: Bucket, elements: int) -> list[Bucket]:
 
 
 class Cut(NamedTuple):
-    """Results that some ranks receive, cut into a part for each of them, whoever owns what.
+    """Results that some ranks receive, cut into a part for each of them.
 
     The owners send every rank its part, and the ranks gather the parts.
 

@@ -121,7 +121,7 @@ def _owned(bucket: Iterable[tuple[WorkUnit, int]]) -> dict[int, int]:
 
 
 def _cut(message: Bucket) -> Cut:
-    """How a message's results are cut on every rank: all sets of copies have equally many."""
+    """The cut of a message's results, on every rank: all sets of copies have equally many."""
     total = sum(unit.shape[0] for unit, _ in message)
     sets = message[0][0].copies.sets
     return Cut.of(total // len(sets), len(sets[0]))
