@@ -9,7 +9,7 @@ from muonclip.distributed.owners import BUCKET_ELEMENTS
 from muonclip.distributed.plan import assign_owners
 from pretrain.config import Config
 from pretrain.model.weights import Weight
-from pretrain.plan.itemsize import FLOAT32
+from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.muon_step import make_unit
 from pretrain.plan.ranks import Ranks
 
@@ -57,6 +57,18 @@ def state_of_ranks(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> l
         return same + (masters + 1) * owned + (masters + 2) * parts
 
     return [FLOAT32 * elements(place) for place in range(size)]
+
+
+def gathered_bytes(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> float:
+    """Bytes of AdamW's weights that a rank sends after a step, if ranks divide their state."""
+    if not config.shards_state(ranks.world):
+        return 0.0
+    sent = 0.0
+    for weight in weights:
+        size = ranks.replicas * ranks.tensor // weight.shards(config.parallel)
+        if weight.optimizer == "adamw" and len(weight.shape) > 1:
+            sent += ranks.local_numel(weight) * (size - 1) / size
+    return sent * ITEMSIZE[config.precision]
 
 
 def _owned(ranks: Ranks, weights: Sequence[Weight], size: int) -> list[int]:
