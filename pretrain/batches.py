@@ -85,12 +85,20 @@ def prefetch(
 
     def result(step: int, future: Future[_Prepared]) -> tuple[list[MicroBatch], ImagePlan | None]:
         made, plan, failure = future.result()
-        local = {document for batch in made for document in batch.left_out}
-        left_out = skipped_samples.synchronize(failure, local)
-        # A rank that reads no pixels learns of damaged images from the ranks that do.
-        if left_out != local:
-            made = for_step(config, context, data, step, left_out)
-        return made, None if skipped_samples.found else plan
+        agreed: set[tuple[int, int]] = set()
+        while True:
+            local = {document for batch in made for document in batch.left_out}
+            agreed |= skipped_samples.synchronize(failure, local - agreed)
+            if not skipped_samples.found:
+                return made, plan
+            plan = None
+            # A rank that reads no pixels learns of damaged images from the ranks that do. What is
+            # read again may fail again, so the ranks compare until nothing new is found.
+            if local != agreed:
+                try:
+                    made = for_step(config, context, data, step, agreed)
+                except Exception as error:
+                    failure = error
 
     with ThreadPoolExecutor(1) as pool:
         pending: tuple[int, Future[_Prepared]] | None = None
