@@ -98,7 +98,7 @@ class IndexedSource(Source, Generic[R]):
 
     def open(self, composer: Composer) -> "IndexedDocuments":
         documents = self.index(composer)
-        if not any(map(documents.count, SPLITS)):
+        if not any(documents.token_counts(split)[0] for split in SPLITS):
             skips = documents.skips
             first = next((skip for skip in skips if skip.corrupt), skips[0] if skips else None)
             why = f"; the first: {first.name} ({first.reason})" if first else ""

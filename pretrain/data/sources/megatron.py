@@ -32,6 +32,8 @@ _SAMPLED_TOKENS = 4096
 """Tokens of each sampled document."""
 # Fewer documents may end with the same token by chance.
 _ENOUGH = 32
+# All documents may well end with one of these, such as files of code with a newline.
+_TEXT_ENDS = ("\n", " ", ".", "}", ")", ">", "。")
 
 
 class MegatronSource(IndexedSource[Any]):
@@ -44,7 +46,8 @@ class MegatronSource(IndexedSource[Any]):
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:
         super().__init__(number, data, seed)
         prefixes = _prefixes(self.config.path, self.setting)
-        paths = [path(prefix) for prefix in prefixes for path in (bin_path, idx_path)]
+        of_each = (bin_path, idx_path, _description_path, _hashes_path)
+        paths = [path(prefix) for prefix in prefixes for path in of_each]
         self.key = key_of(self.config.type, stamps=[(str(path), stamp(path)) for path in paths])
         self.files = ()
         try:
@@ -97,7 +100,9 @@ class MegatronSource(IndexedSource[Any]):
         last = {int(tokens[-1]) for tokens in documents}
         if tokenizer.eos in last:
             return ""
-        if len(last) == 1 and len(documents) >= _ENOUGH and not tokenizer.is_special(*last):
+        alike = len(last) == 1 and len(documents) >= _ENOUGH
+        text = alike and tokenizer.decode(last).endswith(_TEXT_ENDS)
+        if alike and not text and not tokenizer.is_special(*last):
             why = (
                 f"has documents that all end with the token {last.pop()}, not with {tokenizer.eos}"
             )
@@ -146,10 +151,18 @@ def _prefixes(path: str, setting: str) -> list[Path]:
     return prefixes
 
 
+def _description_path(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.json")
+
+
+def _hashes_path(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.hashes")
+
+
 def _description(prefix: Path) -> dict[str, Any] | None:
     """The description that ``pretrain data tokenize`` writes; None of other files."""
     try:
-        description = json.loads(prefix.with_name(f"{prefix.name}.json").read_text())
+        description = json.loads(_description_path(prefix).read_text())
     except (OSError, ValueError):
         return None
     known = isinstance(description, dict) and {"tokenizer", "columns"} <= set(description)
@@ -203,11 +216,10 @@ class _Hashes:
 
 def _content_hashes(pair: IndexedTokens) -> Words | int:
     """The hashes of a pair's documents, or a number that depends on the pair's content."""
-    path = pair.prefix.with_name(f"{pair.prefix.name}.hashes")
-    if _description(pair.prefix) and path.exists():
-        hashes = map_array(path, np.uint64)
-        if len(hashes) == len(pair):
-            return hashes
+    path = _hashes_path(pair.prefix)
+    whole = path.exists() and path.stat().st_size == np.dtype(np.uint64).itemsize * len(pair)
+    if whole and _description(pair.prefix):
+        return map_array(path, np.uint64)
     digest = hashlib.blake2b(digest_size=8)
     for array in (pair.lengths[:: max(1, len(pair) // _SAMPLED_TOKENS)], *_sample(pair)):
         digest.update(array[:_SAMPLED_TOKENS].tobytes())
@@ -240,7 +252,13 @@ class MegatronDocuments(IndexedDocuments):
         sizes, pairs = np.zeros_like(numbers), self._pairs(numbers)
         for pair in np.unique(pairs):
             chosen = pairs == pair
-            start, stop = self.source.pairs[pair].extents(numbers[chosen] - self._firsts[pair])
+            tokens = self.source.pairs[pair]
+            start, stop = tokens.extents(numbers[chosen] - self._firsts[pair])
+            if not np.all((start >= 0) & (start <= stop) & (stop <= len(tokens.tokens))):
+                raise PretrainError(
+                    f"{self.source.setting}.path: {idx_path(tokens.prefix)} is damaged: it has "
+                    "documents outside of the tokens: copy the files again, or make them again"
+                )
             sizes[chosen] = stop - start
         return sizes, np.zeros_like(numbers)
 

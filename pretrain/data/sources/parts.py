@@ -351,6 +351,7 @@ def run(parts: Parts[R], merger: Merger[R], workers: int | None) -> None:
 
     Raises:
         PretrainError: a worker failed, or was killed.
+        OSError: a part cannot be written.
     """
     for old in parts.folder.glob("claims-*"):
         shutil.rmtree(old, ignore_errors=True)
@@ -386,7 +387,7 @@ def _wait(parts: Parts[R], claims: Path, merging: Iterator[None], workers: int) 
             process.start()
         while next(merging, merging) is not merging:
             if not failures.empty():
-                raise PretrainError(failures.get())
+                raise failures.get()
             for process in processes:
                 if process.exitcode:
                     raise _ended(process.exitcode)
@@ -420,10 +421,8 @@ def _work(
     try:
         for _ in parts.work(claims, number, workers):
             pass
-    except PretrainError as error:
-        failures.put(str(error))
-    except OSError as error:
-        failures.put(f"cannot write {parts.folder}: {error.strerror or error}")
+    except (PretrainError, OSError) as error:
+        failures.put(error)
     sys.stdout.flush()
 
 

@@ -10,7 +10,7 @@ from pretrain.data.open import load_tokenizer
 from pretrain.data.sources import find_sources
 from pretrain.data.sources.indexed import IndexedSource
 from pretrain.data.sources.tokens import TokenDocuments
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 
 def tokenize(config: Config, workers: int) -> Iterator[str]:
@@ -20,7 +20,8 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
         workers: number of processes.
 
     Yields:
-        a line for each source when it is finished: its tokens and their files.
+        a line for each source when it is finished, with its tokens and their files, and one more
+        if any documents were skipped.
 
     Raises:
         PretrainError: there is nothing to tokenize, too many documents are corrupt, or the cache
@@ -46,3 +47,9 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
             f"{source.setting}: {source.location}: {count:,} documents, "
             f"{len(documents.tokens):,} tokens: {documents.stored.prefix}.bin"
         )
+        if skips := documents.skips:
+            name, why, _ = next((skip for skip in skips if skip.corrupt), skips[0])
+            yield (
+                f"{source.setting}: {len(skips):,} files and documents are skipped; the first: "
+                f"{one_line(name)} ({why})"
+            )

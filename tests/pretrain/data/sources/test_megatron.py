@@ -175,6 +175,30 @@ def test_another_tokenizer_is_refused(tokenized: Path) -> None:
         opened(tokenized, tokenized / "moved" / "text", tokenizer=str(other))
 
 
+@pytest.mark.parametrize("size", [0, 3, 16, 395, 401])
+def test_hashes_of_another_size_are_not_used(tokenized: Path, tmp_path: Path, size: int) -> None:
+    shutil.copytree(tokenized / "moved" / "text", tmp_path / "data")
+    hashes = tmp_path / "data" / "tokens.hashes"
+    hashes.write_bytes(hashes.read_bytes()[:size].ljust(size, b"x"))
+    assert len(tokens_of(opened(tmp_path, tmp_path / "data"))) == 50
+
+
+def test_hashes_that_arrive_later_decide_the_split(tokenized: Path, tmp_path: Path) -> None:
+    """Splits in the cache are not those of other hashes."""
+    shutil.copytree(tokenized / "moved" / "text", tmp_path / "data")
+    (tmp_path / "data" / "tokens.hashes").rename(tmp_path / "hashes")
+
+    def held_out() -> list[int]:
+        data = opened(tmp_path, tmp_path / "data", held_out=0.3)
+        return [*data._documents[0].numbers["held_out"]]  # type: ignore[attr-defined]
+
+    by_number = held_out()
+    (tmp_path / "hashes").rename(tmp_path / "data" / "tokens.hashes")
+    by_content = held_out()
+    hashes = np.fromfile(tmp_path / "data" / "tokens.hashes", np.uint64)
+    assert by_content == np.flatnonzero(hashes < 0.3 * 2**64).tolist() != by_number
+
+
 def test_conversations_are_refused(tokenized: Path) -> None:
     with pytest.raises(PretrainError, match=r"has conversations, .* type: chat"):
         opened(tokenized, tokenized / "moved" / "chat")
@@ -208,6 +232,29 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, suffix: str) -> Non
         opened(tmp_path, tmp_path / "a")
 
 
+@pytest.mark.parametrize("place", [2, 8, 40])
+@pytest.mark.parametrize("value", [-8, 10**12])
+@pytest.mark.parametrize("array", ["starts", "documents"])
+def test_an_index_that_points_outside_of_the_tokens_is_refused(
+    tmp_path: Path, array: str, value: int, place: int
+) -> None:
+    """Such as one with a block that was never written."""
+    built(tmp_path / "a", texts(range(50)), TOKENIZER.eos)
+    index = tmp_path / "a.idx"
+    content = bytearray(index.read_bytes())
+    at = 34 + (4 if array == "starts" else 12) * 100 + 8 * place
+    content[at : at + 8] = value.to_bytes(8, "little", signed=True)
+    index.write_bytes(content)
+    with pytest.raises(PretrainError, match=r"a\.idx is damaged: .*: copy the files again"):
+        opened(tmp_path, tmp_path / "a")
+
+
+def test_documents_without_tokens_are_no_data(tmp_path: Path) -> None:
+    built(tmp_path / "a", [[]] * 5)
+    with pytest.raises(PretrainError, match=r"none of the documents in .*a can be used"):
+        opened(tmp_path, tmp_path / "a")
+
+
 @pytest.mark.parametrize("path", ["nothing", "nothing/*", "empty"])
 def test_nothing_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -222,9 +269,15 @@ def test_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_documents_that_end_with_another_token_are_refused(tmp_path: Path) -> None:
-    built(tmp_path / "a", texts(range(40)), end=TOKENIZER.newline)
+    (other,) = TOKENIZER.encode("q")
+    built(tmp_path / "a", texts(range(40)), end=other)
     with pytest.raises(PretrainError, match=r"all end with the token \d+, not with 2 in the tok"):
         opened(tmp_path, tmp_path / "a")
+
+
+def test_text_that_always_ends_with_a_newline_is_not_another_vocabulary(tmp_path: Path) -> None:
+    built(tmp_path / "a", texts(range(40)), end=TOKENIZER.newline)
+    assert "do not end with <|eos|>" in opened(tmp_path, tmp_path / "a").describe()
 
 
 def test_documents_without_an_end_are_noted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``data tokenize``: the same bytes with any number of workers, and after any interruption."""
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing
@@ -290,6 +291,33 @@ def test_too_many_corrupt_documents_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: 1 samples are corrupt, more than data.max_corrupt=0")
     assert error.count("\n") == 1
+
+
+def test_skipped_documents_are_reported(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a line that is too long, of which nobody would learn before training."""
+    assert cli.main([*arguments(folder, tmp_path / "cache"), "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("data.sources[0]: 2 files and documents are skipped; the first: ")
+    assert "later.jsonl:102 (not JSON: " in lines[1]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("workers", [None, 1, 2])
+def test_a_full_disk_is_one_line_with_a_remedy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
+) -> None:
+    def full(self: object, path: Path, records: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parts.Parts, "_write", full)
+    monkeypatch.setattr(TextSource, "workers", workers)
+    with pytest.raises(
+        PretrainError,
+        match=r"^cannot write the cache \S+: No space left on device: set data\.cache_dir to",
+    ):
+        _tokenize(folder, tmp_path / "cache")
 
 
 def test_a_file_that_changes_meanwhile_is_named(
