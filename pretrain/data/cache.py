@@ -132,14 +132,19 @@ def _temporary(parent: Path) -> Iterator[Path]:
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A folder that stays if it is not renamed, and that no other process has meanwhile."""
     parent = folder.with_name(f"unfinished-{folder.name}")
-    parent.mkdir(exist_ok=True)
-    with (parent / "lock").open("w") as file:
-        try:
-            _lock(file, folder)
-        except OSError:  # the file system has no locks
-            with _temporary(folder.parent) as partial:
-                yield partial
-            return
+    with contextlib.ExitStack() as stack:
+        while True:
+            parent.mkdir(exist_ok=True)
+            file = stack.enter_context((parent / "lock").open("w"))
+            try:
+                _lock(file, folder)
+            except OSError:  # the file system has no locks
+                yield stack.enter_context(_temporary(folder.parent))
+                return
+            # The process that had the lock may have removed the file, or the folder with it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(parent / "lock")):
+                    break
         partial = parent / "result"
         partial.mkdir(exist_ok=True)
         yield partial
