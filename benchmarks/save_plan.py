@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 _FILE = ROOT / "configs" / "kimi_k25.yaml"
 _RANKS = {"full": (512, 1024, 2048, 4096), "quick": (512, 4096), "tiny": (8, 16)}
-_TINY = ("language.num_layers=4", "parallel.pipeline=2", "language.num_experts=16")
-_OVERRIDES = {"full": (), "quick": (), "tiny": (*_TINY, "parallel.expert=4")}
+_TINY = (
+    *("language.num_layers=4", "language.num_experts=16"),
+    *("parallel.pipeline=2", "parallel.layout=null", "parallel.expert=4"),
+)
+_OVERRIDES = {"full": (), "quick": (), "tiny": _TINY}
 _DIGEST, _DTYPE = "0" * 64, torch.bfloat16
 
 

@@ -74,7 +74,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
     data.write_bytes(whole[: len(whole) // 2])
     run_dir = f"run_dir={trained}"
     line = error_line(folder, run_dir, "steps=10")
-    assert f"the checkpoint {newest} is damaged: {data.name} differs from its checksum" in line
+    # Its checksum differs, which one rank finds, and it cannot be read, which others may find.
+    assert f"the checkpoint {newest} is damaged: {data.name} " in line
     assert storage.steps(trained / "checkpoints") == [5, 10]
     for path in newest.iterdir():
         path.unlink()
