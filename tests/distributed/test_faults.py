@@ -41,15 +41,19 @@ def spoil(bad: Sequence[int], data_of: Callable[[int], int] = lambda n: n) -> No
     """Corrupt the batches of these numbers in this process; step n reads batch ``data_of(n)``."""
     make_batch, forward_backward = batches.for_step, step.forward_backward
 
-    def spoilt_for_step(config: Any, context: Any, data: Any, number: int) -> list[MicroBatch]:
-        made = make_batch(config, context, data, data_of(number))
+    def spoilt_for_step(
+        config: Any, context: Any, data: Any, number: int, *left_out: Any
+    ) -> list[MicroBatch]:
+        made = make_batch(config, context, data, data_of(number), *left_out)
         if data_of(number) in bad and context.rank == 1:
             for batch in made:
                 batch.labels.fill_(SPOILT)
         return made
 
-    def spoilt_forward_backward(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        sums = forward_backward(run, micro_batches)
+    def spoilt_forward_backward(
+        run: Any, micro_batches: Sequence[MicroBatch], plan: Any = None
+    ) -> torch.Tensor:
+        sums = forward_backward(run, micro_batches, plan)
         if (micro_batches[0].labels == SPOILT).all():
             next(p for _, p in run.parameters()).grad.view(-1)[0] = torch.nan
         return sums
@@ -236,11 +240,11 @@ def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
     forward_backward = step.forward_backward
     calls = []
 
-    def interrupted(run: Any, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    def interrupted(run: Any, micro_batches: Sequence[MicroBatch], plan: Any) -> torch.Tensor:
         calls.append(None)
         if len(calls) == 3 and dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward_backward(run, micro_batches)
+        return forward_backward(run, micro_batches, plan)
 
     step.forward_backward = interrupted
     settings = training.tiny(folder, *BRIEF, "steps=20", f"run_dir={folder}/ended")
