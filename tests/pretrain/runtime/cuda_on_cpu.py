@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -61,6 +62,7 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "set_device", lambda _device: None),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_name", lambda *_device: "a GPU"),
+        (torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=2**33)),
         # Too old for flex_attention, which torch's builds for CUDA would otherwise compile.
         (torch.cuda, "get_device_capability", lambda *_device: (7, 0)),
         (torch.cuda, "max_memory_allocated", lambda *_device: 2**30),

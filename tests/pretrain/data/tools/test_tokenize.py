@@ -63,8 +63,9 @@ def arguments(folder: Path, cache: Path, *more: str) -> list[str]:
 
 
 def content(cache: Path) -> dict[str, bytes]:
-    """All files of a cache."""
-    files = (path for path in sorted(cache.rglob("*")) if path.is_file())
+    """All files of a cache, without those of a killed process that no other uses."""
+    unused = set(cache.glob("partial-*/*"))
+    files = (path for path in sorted(cache.rglob("*")) if path.is_file() and path not in unused)
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
