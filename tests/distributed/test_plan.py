@@ -285,9 +285,9 @@ def test_the_plan_equals_what_a_built_model_has_and_does(
             held = [r["optimizer state"] for r in results[stage * per_stage :][:per_stage]]
             _check_state(settings, ranks, stage, held)
             sent = [r["sent by the optimizer"] for r in results[stage * per_stage :][:per_stage]]
-            # The plan counts the messages of replicated state, and takes other owners where costs
-            # are equal.
-            assert sum(sent) / per_stage == pytest.approx(traffic["optimizer"], rel=8e-2, abs=64)
+            # The plan counts the messages of replicated state.
+            near = 0.2 if settings.shards_state(world_size) else 0.04
+            assert sum(sent) / per_stage == pytest.approx(traffic["optimizer"], rel=near, abs=64)
 
         for rank, result in enumerate(results):
             stage = rank // per_stage
