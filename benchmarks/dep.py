@@ -77,12 +77,21 @@ def run(options: argparse.Namespace) -> Result:
     setting = SETTINGS[options.form]
     if options.rounds is not None:
         setting = replace(setting, rounds=options.rounds)
+    return measure(_rank, setting, options.vision_share, options.spread, options.seed)
+
+
+def measure(rank: Callable[..., None], setting: Setting, *arguments: Any) -> Result:
+    """The result of a measurement in processes that form a pipeline.
+
+    Args:
+        rank: called in each process with its rank, the setting, the arguments and a folder, in
+            which rank 0 saves the result as ``result``.
+    """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (setting, options.vision_share, options.spread, options.seed, folder)
         workers = [
-            context.Process(target=_rank, args=(rank, *arguments))
-            for rank in range(setting.processes)
+            context.Process(target=rank, args=(number, setting, *arguments, folder))
+            for number in range(setting.processes)
         ]
         for worker in workers:
             worker.start()

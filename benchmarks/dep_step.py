@@ -8,9 +8,7 @@ not know messages between pipeline stages, the waiting of expert-parallel replic
 
 import argparse
 import dataclasses
-import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -320,19 +318,7 @@ def _validate(options: argparse.Namespace) -> tuple[Workload, Result]:
     """
     setting = dep.SETTINGS[options.form]
     setting = replace(setting, rounds=options.rounds or ROUNDS[options.form])
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [
-            context.Process(target=_rank, args=(rank, setting, options.seed, folder))
-            for rank in range(setting.processes)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise RuntimeError("a rank of the benchmark failed: its error is above")
-        measured: Result = torch.load(Path(folder, "result"), weights_only=True)
+    measured = dep.measure(_rank, setting, options.seed)
     workload = Workload(
         "the model of dep (measured)",
         cost.CostModel(**measured["image"]),

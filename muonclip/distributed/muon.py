@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -209,10 +210,7 @@ class _Work:
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Start sending this rank's shards to the owners."""
-
-        def shards(units: Sequence[WorkUnit]) -> list[MuonParam]:
-            return [self._shard_of(unit, params[unit.index]) for unit in units]
-
+        shards = partial(self._shards_of, params)
         # All copies of a shard keep the momentum; one of them sends it.
         for batch in _in_batches(shards(self._exchange.unsent)):
             update_momenta(batch, found_inf)
@@ -231,10 +229,13 @@ class _Work:
     ) -> None:
         """Update this rank's shards of the weights."""
         received = results.receive()
-        shards = [self._shard_of(unit, params[unit.index]) for unit, _ in received]
+        shards = self._shards_of(params, [unit for unit, _ in received])
         updates = iter([update for _, update in received])
         for batch in _in_batches(shards):
             apply_updates(batch, list(islice(updates, len(batch))), found_inf)
+
+    def _shards_of(self, params: Sequence[MuonParam], units: Sequence[WorkUnit]) -> list[MuonParam]:
+        return [self._shard_of(unit, params[unit.index]) for unit in units]
 
     def _shard_of(self, unit: WorkUnit, param: MuonParam) -> MuonParam:
         """A unit's part of this rank's shard of a parameter."""
@@ -263,9 +264,7 @@ class _OwnersWork(_Work):
             self._weights = BucketExchange(bucket, group, dtype, kind.device)
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
-        def shards(units: Sequence[WorkUnit]) -> list[MuonParam]:
-            return [self._shard_of(unit, params[unit.index]) for unit in units]
-
+        shards = partial(self._shards_of, params)
         self._exchange.send(lambda units: [shard.gradient for shard in shards(units)])
         if self._weights is not None:
             self._weights.send(lambda units: [shard.local for shard in shards(units)])
