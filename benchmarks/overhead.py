@@ -171,7 +171,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
             saves.append(dict(spent))
             spent["copy"] = 0.0
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.closing(saver):
+    with contextlib.redirect_stdout(io.StringIO()), saver:
         seconds = runner.interleave(
             {name: step_of(name) for name in runs},
             rounds=rounds or default_rounds,

@@ -1,8 +1,9 @@
 """Micro-batches: each rank's share of the packed sequences of a step or an evaluation."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence, Set
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,10 @@ from pretrain.model.context_parallel import WHOLE_SEQUENCE, SequenceShare
 from pretrain.model.flex import to_device
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
+from pretrain.runtime import background
 from pretrain.runtime.output import warn
+
+_END_SECONDS = 5.0
 
 
 def for_step(
@@ -59,9 +63,9 @@ def prefetch(
     steps: Iterable[int],
     skipped_samples: "SkippedSamples",
     plan_images: Callable[[list[MicroBatch], str | None], ImagePlan],
-) -> Iterator[tuple[int, list[MicroBatch], ImagePlan | None]]:
+) -> Generator[tuple[int, list[MicroBatch], ImagePlan | None]]:
     """Yield each step with its micro-batches and the plan of their images, if it is valid; a thread
-    prepares the next step meanwhile.
+    prepares the next step meanwhile. Close it before the process groups are destroyed.
 
     Args:
         plan_images: called by that thread on every rank, with the micro-batches, or none and an
@@ -100,15 +104,19 @@ def prefetch(
                 except Exception as error:
                     failure = error
 
-    with ThreadPoolExecutor(1) as pool:
-        pending: tuple[int, Future[_Prepared]] | None = None
+    pending: tuple[int, Future[_Prepared]] | None = None
+    try:
         for step in steps:
-            following = step, pool.submit(prepare, step)
-            if pending:
-                yield pending[0], *result(*pending)
-            pending = following
+            ready = (pending[0], *result(*pending)) if pending else None
+            # Started after the previous call has ended: all ranks plan steps in the same order.
+            pending = step, background.start(partial(prepare, step), "data")
+            if ready:
+                yield ready
         if pending:
             yield pending[0], *result(*pending)
+    finally:
+        if pending:  # do not destroy its process group meanwhile, unless a rank does not answer
+            wait([pending[1]], _END_SECONDS)
 
 
 class _Prepared(NamedTuple):

@@ -165,7 +165,10 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
             Path(config.run_dir, "encoder_cost.json"),
             _activation_memory(config, context),
             image_groups(
-                config.image_group_size(context.world_size), context, config.parallel.pipeline
+                config.image_group_size(context.world_size),
+                context,
+                config.parallel.pipeline,
+                config.faults.collective_limit,
             ),
         ),
         optimizer=optimizer,

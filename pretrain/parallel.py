@@ -78,7 +78,7 @@ class ImageGroups(NamedTuple):
 
     Attributes:
         exchange: this rank's group, to send images and features.
-        planning: the same ranks over gloo, to plan in another thread.
+        planning: the same ranks over gloo, to plan in another thread, with the same time limit.
         number: number of such groups.
     """
 
@@ -169,7 +169,7 @@ def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) 
     """
     without_cuda.enable()
     without_transformer_engine.enable()
-    timeout = timedelta(seconds=collective_seconds) if collective_seconds else _NO_TIMEOUT
+    timeout = _timeout(collective_seconds)
     join(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -203,12 +203,25 @@ def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) 
     )
 
 
-def image_groups(size: int, context: ParallelContext, pipeline: int) -> ImageGroups:
+def _timeout(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds) if seconds else _NO_TIMEOUT
+
+
+def image_groups(
+    size: int, context: ParallelContext, pipeline: int, collective_seconds: float = 0.0
+) -> ImageGroups:
     """Create the groups of ranks that share their images; every rank calls this.
 
     A group has ``size`` ranks: all those of consecutive data-parallel ranks, in the order of ranks.
     All ranks create all groups, as torch requires: there are as many as ``size`` divides ranks.
+
+    Args:
+        size: ranks in a group.
+        context: position of this rank.
+        pipeline: number of pipeline stages.
+        collective_seconds: time limit of collectives; 0: none.
     """
+    timeout = _timeout(collective_seconds)
     world, in_stage = context.world_size, context.world_size // pipeline
     blocks = world // size
     in_block = in_stage // blocks  # ranks of a pipeline stage
@@ -217,8 +230,8 @@ def image_groups(size: int, context: ParallelContext, pipeline: int) -> ImageGro
         members[rank % in_stage // in_block].append(rank)
     exchange, planning = dist.group.WORLD, None
     for ranks in members:
-        group = dist.new_group(ranks) if blocks > 1 else exchange
-        gloo = dist.new_group(ranks, backend="gloo", timeout=_NO_TIMEOUT)
+        group = dist.new_group(ranks, timeout=timeout) if blocks > 1 else exchange
+        gloo = dist.new_group(ranks, backend="gloo", timeout=timeout)
         if context.rank in ranks:
             exchange, planning = group, gloo
     return ImageGroups(exchange, planning, blocks)

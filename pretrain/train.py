@@ -68,10 +68,11 @@ def _train(
     skipped.synchronize()
 
     with (
-        contextlib.closing(checkpoint.saver(run)) as saver,
+        checkpoint.saver(run) as saver,
         contextlib.closing(
             StepClock(context.device, config.parallel.pipeline, config.log_every)
         ) as clock,
+        contextlib.ExitStack() as stack,
     ):
         if steps_done == 0:
             watchdog.beat("the evaluation before the first step")
@@ -80,7 +81,11 @@ def _train(
         termination.saves = True
         numbers = _batch_numbers(config, guard, steps_done)
         plan_ahead = partial(plan_images, run, ahead=True)
-        prefetched = batches.prefetch(config, context, data, numbers, skipped, plan_ahead)
+        prefetched = stack.enter_context(
+            contextlib.closing(
+                batches.prefetch(config, context, data, numbers, skipped, plan_ahead)
+            )
+        )
         for number, micro_batches, plan in prefetched:
             step = number - guard.skipped_batches
             watchdog.beat(f"step {step}")

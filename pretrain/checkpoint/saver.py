@@ -1,10 +1,12 @@
 """Writing of a run's checkpoints, in the background if asked to."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from torch import Tensor
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.local_tier import LocalTier
 from pretrain.checkpoint.storage import Share, Tensors
+from pretrain.runtime import background
+from pretrain.runtime.faults import is_time_limit
 
 # Ranks may wait for each other's slow disks; a rank that has died is noticed at once.
 _WRITE_TIMEOUT = timedelta(hours=12)
@@ -21,7 +25,8 @@ _WRITE_TIMEOUT = timedelta(hours=12)
 class Saver:
     """Writes a run's checkpoints one after another, in the background if asked to.
 
-    Every rank creates one and calls its methods at the same points of the run. An asynchronous
+    Every rank creates one and calls its methods at the same points of the run. As a context
+    manager, it finishes writing at the end. An asynchronous
     save copies the blocks that this rank writes to memory, and leaves the writing to a thread. The
     threads of all ranks communicate through a process group that the run's steps do not use.
 
@@ -45,10 +50,16 @@ class Saver:
         self.folder, self._keep = folder, keep
         self._pending: Future[None] | None = None
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._asynchronous = asynchronous
         self._group, self._local_tier = group, local_tier
-        if asynchronous:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Finish writing, unless other ranks do not answer; an error of it is not raised."""
+        if self._pending is not None and not (error and is_time_limit(error)):
+            futures.wait([self._pending])
 
     def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         """Wait for the previous checkpoint to be written, then write this one or start to.
@@ -60,10 +71,11 @@ class Saver:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         share = storage.share_of(tensors, dist.get_world_size())
-        if self._pool is None:
+        if not self._asynchronous:
             self._write(step, share, facts)
             return
-        self._pending = self._pool.submit(self._write, step, self._stage(share), facts)
+        write = partial(self._write, step, self._stage(share), facts)
+        self._pending = background.start(write, "checkpoint")
 
     def _write(self, step: int, share: Share, facts: Mapping[str, Any]) -> None:
         if self._local_tier is None:
@@ -85,11 +97,6 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def close(self) -> None:
-        """Finish writing and end the thread; an error of the last checkpoint is not raised."""
-        if self._pool is not None:
-            self._pool.shutdown()
 
     def _stage(self, share: Share) -> Share:
         """Copy the blocks to buffers in memory, which are reused for every checkpoint."""

@@ -236,7 +236,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._on_abort:
             faulthandler.disable()
-        if late := error is not None and _is_time_limit(error):
+        if late := error is not None and is_time_limit(error):
             self._report_late_collective(error)
         self._file.close()
         if not late:
@@ -309,6 +309,6 @@ class Watchdog:
             return False
 
 
-def _is_time_limit(error: BaseException) -> bool:
+def is_time_limit(error: BaseException) -> bool:
     """Whether gloo raised this because a collective exceeded its time limit."""
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()

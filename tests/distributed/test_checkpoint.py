@@ -1,6 +1,5 @@
 """A checkpoint loads exactly on any number of ranks, or one line says why not."""
 
-import contextlib
 import dataclasses
 import resource
 from pathlib import Path
@@ -201,7 +200,6 @@ def _train_while_writing(folder: str) -> bool:
             dist.all_reduce(torch.ones(()))
             tensors["weight"] += 1
     saver.wait()
-    saver.close()
     for step, value in ((1, 0.0), (2, 20.0)):
         loaded = {"weight": torch.full((1 << 20,), -1.0)}
         Checkpoint.open(storage.path_of(Path(folder), step)).load(loaded)
@@ -234,8 +232,6 @@ def _save_to_a_full_disk(folder: str, asynchronous: bool) -> tuple[int, str]:
                 saver.wait()
     except PretrainError as error:
         return step, str(error)
-    finally:
-        saver.close()
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -275,7 +271,7 @@ def _restart(folder: str, *overrides: str) -> dict[str, Any]:
     context, data = set_up(config)
     run = build(config, context, data)
     train_step(run, batches.for_step(config, context, data, 1), 1)
-    with contextlib.closing(checkpoint.saver(run)) as saver:
+    with checkpoint.saver(run) as saver:
         checkpoint.save(run, saver, Guard(config.faults), 1)
     checkpoint.keep_tokenizer(run)
     saved = {n: t.detach().clone() for n, t in training.local_tensors(run).items()}

@@ -1,6 +1,5 @@
 """Runs with grouped experts have the gradients and checkpoints of ones with a sequence of them."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def compare(folder: str, *overrides: str) -> None:
         patch.setattr(language, "GroupedExperts", Sequence)
         sequence = build(settings, here, data)
     step.train_step(sequence, micro_batches(1), 1)
-    with contextlib.closing(checkpoint.saver(sequence)) as saver:
+    with checkpoint.saver(sequence) as saver:
         checkpoint.save(sequence, saver, Guard(settings.faults), 1)
     expected = gradients(sequence)
 

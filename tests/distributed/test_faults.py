@@ -75,7 +75,7 @@ def _before_and_after_a_bad_step(folder: str) -> tuple[bool, int, list[bool], se
         for before, after in itertools.pairwise(states)
     ]
     bias = any("expert_bias" in name for name in states[0])
-    with contextlib.closing(checkpoint.saver(run)) as saver:
+    with checkpoint.saver(run) as saver:
         checkpoint.save(run, saver, guard, 4)
     resumed = build(settings, context, data)
     checkpoint.restore(resumed)
@@ -194,7 +194,7 @@ def _start(
             *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *BRIEF),
             *(f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -207,6 +207,21 @@ def _reach(run: "subprocess.Popen[str]", metrics: Path, number: int) -> None:
         assert run.poll() is None, f"the run ended early: {run.communicate()[1]}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def _end(run: "subprocess.Popen[str]") -> str:
+    """Wait for the end of a run and return its stderr; if it hangs, fail with its stacks."""
+    try:
+        return run.communicate(timeout=240)[1]
+    except subprocess.TimeoutExpired:
+        ranks = psutil.Process(run.pid).children()
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            for process in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            psutil.wait_procs(ranks, timeout=5)
+        run.kill()
+        pytest.fail(f"the run does not end: {run.communicate()[1]}")
 
 
 def _rank(run: "subprocess.Popen[str]", rank: int) -> psutil.Process:
@@ -227,7 +242,7 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
     _rank(run, 1).send_signal(signal.SIGKILL)
     _reach(run, metrics, 12)  # by itself, from step 5
     run.send_signal(signal.SIGTERM)
-    _, stderr = run.communicate(timeout=300)
+    stderr = _end(run)
     assert run.returncode != 0
     last = read(metrics)[-1]["step"]
     if last < 20:  # else it had ended before the signal reached its ranks
@@ -307,7 +322,7 @@ def test_a_hanging_rank_is_named_and_others_write_stacks(
     run = _start(folder, name, "steps=5000", *settings, patience=1)
     _reach(run, folder / name / "metrics.jsonl", 2)
     _rank(run, 1).send_signal(signal.SIGSTOP)
-    _, stderr = run.communicate(timeout=300)
+    stderr = _end(run)
     assert run.returncode != 0
     assert "rank 0 (process " in stderr and message in stderr
     assert "no sign of life from rank 1" in stderr

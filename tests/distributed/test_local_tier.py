@@ -1,6 +1,5 @@
 """Checkpoints in the local tier reach run_dir, or one line says why not."""
 
-import contextlib
 import resource
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def _save(folder: str, step: int, *, copied: bool = True, limit: bool = False) -
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     values = torch.full((NUMEL,), float(step))
     saver = Saver(Path(folder) / "run" / "checkpoints", 2, True, local_tier=tier)
-    with contextlib.closing(saver):
+    with saver:
         try:
             saver.save(step, {f"rank.{dist.get_rank()}": values}, {"fact": step})
             saver.wait()

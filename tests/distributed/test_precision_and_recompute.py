@@ -213,7 +213,7 @@ def resume(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any]
     train(uninterrupted, range(1, 3))
     saver, guard = checkpoint.saver(uninterrupted), Guard(settings.faults)
     checkpoint.save(uninterrupted, saver, guard, 2)
-    saver.close()
+    saver.wait()
     expected = train(uninterrupted, range(3, 5))
     resumed = build(settings, here, data)
     assert checkpoint.restore(resumed) == 2

@@ -1,6 +1,5 @@
 """The trainer's sharded optimizer state: equal to replicated state, and moved to any layout."""
 
-import contextlib
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -48,7 +47,7 @@ def held_bytes(run: Run) -> int:
 
 def _save(run: Run, step: int) -> None:
     guard = Guard(run.config.faults)
-    with contextlib.closing(checkpoint.saver(run)) as saver:
+    with checkpoint.saver(run) as saver:
         checkpoint.save(run, saver, guard, step)
         saver.wait()
 

@@ -1,6 +1,5 @@
 """Asynchronous saving from the memory of a GPU."""
 
-import contextlib
 import multiprocessing
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def saved_and_expected(folder: str, device: str) -> list[tuple[bool, ...]]:
         "step": torch.zeros((), device=device),
     }
     expected = []
-    with contextlib.closing(Saver(Path(folder), keep=3, asynchronous=True)) as saver:
+    with Saver(Path(folder), keep=3, asynchronous=True) as saver:
         for step in (1, 2, 3):
             expected.append({name: tensor.clone() for name, tensor in tensors.items()})
             saver.save(step, tensors, {})

@@ -1,6 +1,5 @@
 """Checkpoints of a small model with randomized weights, and its outputs."""
 
-import contextlib
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -151,7 +150,7 @@ def _save(config: Config, here: ParallelContext, data: Data) -> Run:
     with torch.no_grad():
         for name, tensor in run.named_tensors.items():
             randomize(name, tensor)
-    with contextlib.closing(checkpoint.saver(run)) as saver:
+    with checkpoint.saver(run) as saver:
         checkpoint.save(run, saver, Guard(config.faults), STEP)
     checkpoint.keep_tokenizer(run)
     return run
