@@ -2,7 +2,7 @@
 they are killed.
 
 Files are divided into units: a large file, or consecutive small ones. The records of a unit are
-divided into parts of about :data:`PART_CHARACTERS` characters; both depend on the files alone. Each
+divided into parts of about :func:`part_size` characters; both depend on the files alone. Each
 process starts units that nobody has started; when there are none left, it helps with the others: it
 reads their records again, and tokenizes the parts that nobody else has claimed. Reading is far
 cheaper than tokenizing. A part is a folder that appears by renaming, so it is complete or absent.
@@ -41,8 +41,8 @@ from pretrain.errors import PretrainError
 Encoded = tuple[int, tuple[npt.ArrayLike, ...]]
 """A document: the hash of its content, and its values in each column."""
 
-PART_CHARACTERS = 1 << 25
-"""Characters in a part, and bytes of small files in a unit."""
+SMALLEST_PART, LARGEST_PART = 1 << 20, 1 << 25
+_PARTS = 256  # enough to divide a source evenly among many processes
 _RECORD_CHARACTERS = 100  # Counted for each record, so that records without text also fill a part.
 _POLL_SECONDS = 0.05
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -60,13 +60,18 @@ class Unit(Generic[R]):
         return ((number, record) for number, file in self.files for record in file.records())
 
 
-def units(files: Iterable[tuple[int, InputFile[R]]]) -> list[Unit[R]]:
+def part_size(files: Iterable[InputFile[R]]) -> int:
+    """Characters in a part of a source with these files, and bytes of small files in a unit."""
+    return min(max(sum(file.size for file in files) // _PARTS, SMALLEST_PART), LARGEST_PART)
+
+
+def units(files: Iterable[tuple[int, InputFile[R]]], part_size: int) -> list[Unit[R]]:
     """Divide files, with their numbers, into units."""
     groups: list[list[tuple[int, InputFile[R]]]] = []
     size = 0
     for number, file in files:
         follows = groups and groups[-1][-1][0] == number - 1
-        if not follows or size + file.size > PART_CHARACTERS:
+        if not follows or size + file.size > part_size:
             groups.append([])
             size = 0
         groups[-1].append((number, file))
@@ -91,6 +96,7 @@ class Parts(Generic[R]):
         columns: the dtype of each column, by the name of its file.
         encode: tokenizes records of a file.
         max_corrupt: more corrupt records in a part are an error.
+        part_size: see :func:`part_size`.
     """
 
     folder: Path
@@ -98,6 +104,7 @@ class Parts(Generic[R]):
     columns: Mapping[str, npt.DTypeLike]
     encode: Callable[[Iterator[R | Skip]], Iterator[Encoded | Skip]]
     max_corrupt: int
+    part_size: int
 
     def path(self, unit: int, part: int) -> Path:
         return self.folder / f"{unit}-{part}"
@@ -154,7 +161,7 @@ class Parts(Generic[R]):
         )
 
     def _encode(self, unit: int, claim: Callable[[str], bool]) -> Iterator[None]:
-        records = _Records(self.units[unit].records())
+        records = _Records(self.units[unit].records(), self.part_size)
         for number in itertools.count():
             part = records.part()
             if not self.path(unit, number).exists() and claim(f"{unit}-{number}"):
@@ -203,8 +210,8 @@ class Parts(Generic[R]):
 class _Records(Generic[R]):
     """The records of a unit, part by part."""
 
-    def __init__(self, records: Iterator[tuple[int, R | Skip]]) -> None:
-        self._records = records
+    def __init__(self, records: Iterator[tuple[int, R | Skip]], part_size: int) -> None:
+        self._records, self._part_size = records, part_size
         self._next = next(records, None)
 
     @property
@@ -213,7 +220,7 @@ class _Records(Generic[R]):
 
     def part(self) -> Iterator[tuple[int, R | Skip]]:
         size = 0
-        while self._next is not None and size < PART_CHARACTERS:
+        while self._next is not None and size < self._part_size:
             current, self._next = self._next, next(self._records, None)
             record = current[1]
             size += _RECORD_CHARACTERS

@@ -137,10 +137,12 @@ def _tokenize(
     files = [IndexedFile(file.name, file.stamp, 0, []) for file in source.files]
     known = _known(earlier, files, columns) if earlier else []
     copied = {file.number for file in known}
-    units = parts.units([(n, f) for n, f in enumerate(source.files) if n not in copied])
+    new = [(number, file) for number, file in enumerate(source.files) if number not in copied]
+    part_size = parts.part_size(file for _, file in new)
+    units = parts.units(new, part_size)
     steps: list[Known | int] = [*known, *range(len(units))]
     steps.sort(key=lambda s: s.number if isinstance(s, Known) else units[s].files[0][0])
-    plan = key_of(parts.PART_CHARACTERS, sorted(copied), [len(unit.files) for unit in units])
+    plan = key_of(part_size, sorted(copied), [len(unit.files) for unit in units])
     if not (work / plan).exists():  # none yet, or those of another plan
         for path in folder.iterdir():
             parts.remove(path)
@@ -148,7 +150,7 @@ def _tokenize(
     targets = {name: (work if name == LENGTHS else folder) / name for name in (LENGTHS, HASHES)}
     targets |= {_file(column): folder / _file(column) for column in columns}
     dtypes = {_file(column): dtype for column, dtype in columns.items()}
-    pending = Parts(work / plan, units, dtypes, encode, source.data.max_corrupt)
+    pending = Parts(work / plan, units, dtypes, encode, source.data.max_corrupt, part_size)
     progress = Progress(f"tokenizing {source.setting}")
     skipped = Skipped(source.data.max_corrupt)
     parts.run(pending, Merger(targets, pending, steps, files, skipped, progress), source.workers)

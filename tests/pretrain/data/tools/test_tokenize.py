@@ -79,7 +79,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_CHARACTERS", PART)
+    monkeypatch.setattr(parts, "SMALLEST_PART", PART)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
