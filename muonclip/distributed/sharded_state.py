@@ -58,6 +58,9 @@ class StateLayout:
         ]
         return ShardedState(self, parts, whole.dtype, whole.device)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> StateLayout:
+        return self  # never changes, and process groups cannot be copied
+
 
 class ShardedState(Tensor):
     """A tensor of optimizer state in the shape of its whole parameter, stored in parts by ranks.
@@ -118,8 +121,9 @@ class ShardedState(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "with shard_state=True, state_dict() has this rank's parts of the state alone and "
-            "cannot be pickled: save optimizer.full_state_dict(), or use "
-            "torch.distributed.checkpoint"
+            "cannot be pickled: save optimizer.full_state_dict(), also in place of "
+            "get_optimizer_state_dict with full_state_dict=True, or use "
+            "torch.distributed.checkpoint.save or async_save"
         )
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -140,6 +144,9 @@ class ShardedState(Tensor):
                 for part, other in zip(state.parts, source.parts, strict=True):
                     part.copy_(other)
                 return state
+        elif func is _ATEN.new_empty.default and tuple(args[1]) == tuple(state.shape):
+            # torch.distributed.checkpoint.async_save copies a tensor so, and then its attributes.
+            return torch.empty_like(state, **kwargs)
         elif func in _COPIES:
             parts = [func(part, *args[1:], **kwargs) for part in state.parts]
             dtype = kwargs.get("dtype") or state.dtype

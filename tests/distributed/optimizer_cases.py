@@ -21,6 +21,16 @@ from muonclip.distributed.sharding import local_tensor
 EXACT: dict[str, Any] = {"ns_dtype": torch.float64, "lr": 0.05, "adamw_lr": 0.01, "momentum": 0.9}
 TOLERANCE = 1e-6
 
+# Options of a step that differ from their defaults.
+EVERY_OPTION: dict[str, Any] = {
+    "nesterov": False,
+    "ns_coefficients": "polar_express",
+    "adjust_lr": "spectral",
+    "weight_decay_mode": "cautious",
+    "momentum_warmup_steps": 3,
+    "maximize": True,
+}
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -190,3 +200,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.down(torch.tanh(self.up(self.norm(x))))
         return self.last(torch.einsum("bn,enm->bm", x, self.experts))  # type: ignore[no-any-return]
+
+
+def train_block(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
+    """Every rank has the whole batch, so that its mean is the same everywhere."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        model(random((8, 8), step, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    found = {name: whole(p.detach()) for name, p in named.items()}
+    for name, p in named.items():
+        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
+    return found

@@ -24,7 +24,14 @@ from torch.distributed.fsdp import fully_shard
 from muonclip import MatrixLayout, MuonClip, param_groups
 from muonclip.distributed.sharding import local_tensor
 from tests.distributed.launch import launch
-from tests.distributed.optimizer_cases import EXACT, TOLERANCE, Block, random, whole
+from tests.distributed.optimizer_cases import (
+    EXACT,
+    TOLERANCE,
+    Block,
+    random,
+    train_block,
+    weights_and_state,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,30 +53,13 @@ def make(sharded: bool, name: str, seed: int = 0) -> tuple[nn.Module, MuonClip]:
     return model, MuonClip(groups, **{**EXACT, **OPTIONS[name]})
 
 
-def train(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
-    """Every rank has the whole batch, so that its mean is the same everywhere."""
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        model(random((8, 8), step, dtype=dtype)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    found = {name: whole(p.detach()) for name, p in named.items()}
-    for name, p in named.items():
-        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
-    return found
-
-
 CHECKPOINTS = [(name, flatten) for name in OPTIONS for flatten in (False, True)]
 
 
 def save(folder: Path) -> None:
     for name, flatten in CHECKPOINTS:
         model, optimizer = make(True, name)
-        train(model, optimizer, range(3))
+        train_block(model, optimizer, range(3))
         options = StateDictOptions(flatten_optimizer_state_dict=flatten)
         of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
         path = folder / f"{name}-{flatten}"
@@ -92,7 +82,7 @@ def load_and_go_on(folder: Path) -> dict[tuple[str, bool], dict[str, Tensor]]:
             optim_state_dict=saved["optimizer"],
             options=options,
         )
-        train(model, optimizer, range(3, 6))
+        train_block(model, optimizer, range(3, 6))
         found[name, flatten] = weights_and_state(model, optimizer)
     return found
 
@@ -105,7 +95,7 @@ def spoil(model: nn.Module) -> None:
 
 def uninterrupted(name: str) -> dict[str, Tensor]:
     model, optimizer = make(False, name)
-    train(model, optimizer, range(6))
+    train_block(model, optimizer, range(6))
     return weights_and_state(model, optimizer)
 
 
@@ -134,7 +124,7 @@ def test_saved_at_two(resumed: dict[int, Any], world_size: int, name: str, flatt
 def gather_scatter_and_go_on(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Full state on rank 0, broadcast from there; rank 0 also continues alone."""
     model, optimizer = make(True, name)
-    train(model, optimizer, range(3))
+    train_block(model, optimizer, range(3))
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)
     of_model = get_model_state_dict(model, options=full)
     of_optimizer = get_optimizer_state_dict(model, optimizer, options=full)
@@ -145,7 +135,7 @@ def gather_scatter_and_go_on(name: str) -> tuple[dict[str, Tensor], dict[str, Te
     spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(again, of_model, options=spread)
     set_optimizer_state_dict(again, fresh, of_optimizer, options=spread)
-    train(again, fresh, range(3, 6))
+    train_block(again, fresh, range(3, 6))
     sharded = weights_and_state(again, fresh)
 
     alone: dict[str, Tensor] = {}
@@ -153,7 +143,7 @@ def gather_scatter_and_go_on(name: str) -> tuple[dict[str, Tensor], dict[str, Te
         model, optimizer = make(False, name)
         model.load_state_dict(kept[0])
         set_optimizer_state_dict(model, optimizer, kept[1])
-        train(model, optimizer, range(3, 6))
+        train_block(model, optimizer, range(3, 6))
         alone = weights_and_state(model, optimizer)
     return sharded, alone
 
@@ -200,7 +190,7 @@ WAYS = [(masters, flatten) for masters in (False, True) for flatten in (False, T
 def save_before_the_late_layer_is_used(folder: Path) -> None:
     for masters, flatten in WAYS:
         model, optimizer = make_partly(True, masters)
-        train(model, optimizer, range(2))
+        train_block(model, optimizer, range(2))
         options = StateDictOptions(flatten_optimizer_state_dict=flatten)
         weights, state = get_state_dict(model, optimizer, options=options)
         dcp.save({"w": weights, "o": state}, checkpoint_id=folder / f"{masters}-{flatten}")
@@ -212,7 +202,7 @@ def load_and_use_the_late_layer(folder: Path, trained: bool) -> list[dict[str, T
     for masters, flatten in WAYS:
         model, optimizer = make_partly(True, masters)
         if trained:
-            train(model, optimizer, range(5, 6))
+            train_block(model, optimizer, range(5, 6))
         options = StateDictOptions(flatten_optimizer_state_dict=flatten)
         weights, state = get_state_dict(model, optimizer, options=options)
         saved: dict[str, Any] = {"w": weights, "o": state}
@@ -225,7 +215,7 @@ def load_and_use_the_late_layer(folder: Path, trained: bool) -> list[dict[str, T
             options=options,
         )
         model.used = True
-        train(model, optimizer, range(2, 4))
+        train_block(model, optimizer, range(2, 4))
         found.append(weights_and_state(model, optimizer))
     return found
 
@@ -237,9 +227,9 @@ def test_parameters_without_a_gradient_so_far_resume(tmp_path: Path) -> None:
         for outcomes in launch(load_and_use_the_late_layer, size, tmp_path, trained):
             for (masters, _), found in zip(WAYS, outcomes, strict=True):
                 model, optimizer = make_partly(False, masters)
-                train(model, optimizer, range(2))
+                train_block(model, optimizer, range(2))
                 model.used = True
-                train(model, optimizer, range(2, 4))
+                train_block(model, optimizer, range(2, 4))
                 assert_close(found, weights_and_state(model, optimizer))
 
 
@@ -247,7 +237,7 @@ def test_parameters_without_a_gradient_so_far_resume(tmp_path: Path) -> None:
 def test_a_checkpoint_loads_more_than_once(tmp_path: Path, flatten: bool) -> None:
     """Loading must not add options to the groups, which the checkpoint would lack."""
     model, optimizer = make(False, "plain")
-    train(model, optimizer, range(2))
+    train_block(model, optimizer, range(2))
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     weights, state = get_state_dict(model, optimizer, options=options)
     dcp.save({"w": weights, "o": state}, checkpoint_id=tmp_path)
@@ -281,7 +271,7 @@ def looked_at_before_training(looks: int) -> list[dict[str, Tensor]]:
         optimizer = MuonClip(param_groups(model), **{**EXACT, **options})
         for _ in range(looks):
             get_optimizer_state_dict(model, optimizer)
-        train(model, optimizer, range(3))
+        train_block(model, optimizer, range(3))
         found.append(weights_and_state(model, optimizer))
     return found
 

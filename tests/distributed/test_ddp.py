@@ -15,6 +15,7 @@ from muonclip import MatrixLayout, MuonClip, param_groups
 from muonclip.distributed import muon
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
+    EVERY_OPTION,
     EXACT,
     TOLERANCE,
     Case,
@@ -53,14 +54,7 @@ CASES = {
     ),
     "every option": Case(
         (Spec((4, 6)), Spec((3, 6, 4)), Spec((5, 5))),
-        options={
-            "nesterov": False,
-            "ns_coefficients": "polar_express",
-            "adjust_lr": "spectral",
-            "weight_decay_mode": "cautious",
-            "momentum_warmup_steps": 3,
-            "maximize": True,
-        },
+        options=EVERY_OPTION,
     ),
     "decay in the gradient": Case(
         (Spec((4, 6)), Spec((5,))), options={"weight_decay_mode": "l2", "weight_decay": 0.5}

@@ -24,6 +24,7 @@ from muonclip import MatrixLayout, MuonClip, orthogonalize, param_groups, update
 from muonclip.distributed import muon
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
+    EVERY_OPTION,
     EXACT,
     TOLERANCE,
     Block,
@@ -97,14 +98,7 @@ def cases_for(world_size: int) -> dict[str, Case]:
         "every option": Case(
             specs(("S0",), (7, 5), (3, 5, 5), (5,)),
             line,
-            {
-                "nesterov": False,
-                "ns_coefficients": "polar_express",
-                "adjust_lr": "spectral",
-                "weight_decay_mode": "cautious",
-                "momentum_warmup_steps": 3,
-                "maximize": True,
-            },
+            EVERY_OPTION,
         ),
         "decay in the gradient": Case(
             specs(("S0",), (7, 5), (5,)), line, {"weight_decay_mode": "l2", "weight_decay": 0.5}

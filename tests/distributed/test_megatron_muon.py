@@ -167,6 +167,15 @@ def start(model: Any) -> None:
         values.copy_(whole_piece(part, "weight") * 0.1)
 
 
+def give_gradients(model: Any, step: int) -> None:
+    for parameter, values, part in pieces(model):
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        offset = values.storage_offset() - parameter.storage_offset()
+        gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
+        gradient.copy_(whole_piece(part, f"gradient {step}"))
+
+
 def results(model: Any) -> dict[Piece, Tensor]:
     return {(part.key, part.global_offset): values.clone() for _, values, part in pieces(model)}
 
@@ -192,12 +201,7 @@ def steps_with_given_gradients(layout: Layout) -> dict[Case, tuple[dict[Piece, T
         start(model)
         optimizer = optimizer_for(model, per_head)
         for step in range(3):
-            for parameter, values, part in pieces(model):
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-                offset = values.storage_offset() - parameter.storage_offset()
-                gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
-                gradient.copy_(whole_piece(part, f"gradient {step}"))
+            give_gradients(model, step)
             optimizer.step()
         outcomes[kind, per_head] = results(model), len(optimizer.shardings)
     return outcomes

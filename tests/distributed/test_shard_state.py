@@ -15,6 +15,7 @@ from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip, param_grou
 from muonclip.integrations import megatron_core
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
+    EVERY_OPTION,
     EXACT,
     Case,
     Outcome,
@@ -25,7 +26,7 @@ from tests.distributed.optimizer_cases import (
     whole,
 )
 from tests.distributed.test_fsdp2 import placing
-from tests.distributed.test_megatron_muon import Layout, pieces, results, start, whole_piece
+from tests.distributed.test_megatron_muon import Layout, give_gradients, pieces, results, start
 from tests.distributed.test_megatron_muon import build as build_megatron
 
 SPECS = (
@@ -42,18 +43,7 @@ STEPS = range(20)
 PLAIN = {
     "float64": Case(SPECS, steps=STEPS, dtype=torch.float64),
     "masters": Case(SPECS, steps=STEPS, dtype=torch.bfloat16, options={"master_weights": True}),
-    "every option": Case(
-        SPECS,
-        dtype=torch.float64,
-        options={
-            "nesterov": False,
-            "ns_coefficients": "polar_express",
-            "adjust_lr": "spectral",
-            "weight_decay_mode": "cautious",
-            "momentum_warmup_steps": 3,
-            "maximize": True,
-        },
-    ),
+    "every option": Case(SPECS, dtype=torch.float64, options=EVERY_OPTION),
     "decay in the gradient": Case(
         SPECS,
         dtype=torch.bfloat16,
@@ -242,12 +232,7 @@ def megatron_both(layout: Layout) -> dict[str, list[dict[Any, Tensor]]]:
                 optimizer.load_state_dict(state)
                 first = 10
             for step in range(first, 20):
-                for parameter, values, part in pieces(model):
-                    if parameter.grad is None:
-                        parameter.grad = torch.empty_like(parameter)
-                    offset = values.storage_offset() - parameter.storage_offset()
-                    gradient = parameter.grad.as_strided(values.shape, values.stride(), offset)
-                    gradient.copy_(whole_piece(part, f"gradient {step}"))
+                give_gradients(model, step)
                 optimizer.step()
                 if shard_state and step == 9:
                     saved.append((results(model), copy.deepcopy(optimizer.state_dict())))

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -22,7 +27,9 @@ from tests.distributed.optimizer_cases import (
     EXACT,
     Block,
     random,
+    train_block,
     train_past_a_bad_gradient,
+    weights_and_state,
     whole,
 )
 from tests.distributed.test_ddp import ONE_BAD
@@ -45,21 +52,6 @@ def make(layout: str, masters: bool) -> tuple[nn.Module, MuonClip]:
     return model, MuonClip(groups, **EXACT, master_weights=masters, **options)
 
 
-def train(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        model(random((8, 8), step, dtype=dtype)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
-    found = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
-    return found
-
-
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], masters: bool) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -71,7 +63,7 @@ def save(folder: Path) -> None:
     for masters in (False, True):
         for layout in ("sharded DDP", "DDP"):
             model, optimizer = make(layout, masters)
-            train(model, optimizer, range(3))
+            train_block(model, optimizer, range(3))
             weights, state = get_state_dict(model, optimizer)
             dcp.save({"w": weights, "o": state}, checkpoint_id=folder / f"{layout}-{masters}")
             full = optimizer.full_state_dict()
@@ -84,7 +76,7 @@ def load_everywhere(folder: Path) -> None:
     """Continue from each checkpoint in each layout."""
     for masters in (False, True):
         model, optimizer = make("alone", masters)
-        train(model, optimizer, range(6))
+        train_block(model, optimizer, range(6))
         expected = weights_and_state(model, optimizer)
         for source in ("sharded DDP", "DDP"):
             for layout in ("alone", "DDP", "sharded DDP", "sharded HSDP"):
@@ -98,7 +90,7 @@ def load_everywhere(folder: Path) -> None:
                 set_state_dict(
                     model, optimizer, model_state_dict=saved["w"], optim_state_dict=saved["o"]
                 )
-                train(model, optimizer, range(3, 6))
+                train_block(model, optimizer, range(3, 6))
                 assert_close(weights_and_state(model, optimizer), expected, masters)
                 if layout == "sharded HSDP":
                     continue
@@ -106,7 +98,7 @@ def load_everywhere(folder: Path) -> None:
                 weights, full = torch.load(folder / f"{source}-{masters}.pt")
                 model.load_state_dict(weights)
                 optimizer.load_state_dict(full)
-                train(model, optimizer, range(3, 6))
+                train_block(model, optimizer, range(3, 6))
                 assert_close(weights_and_state(model, optimizer), expected, masters)
 
 
@@ -123,21 +115,51 @@ def test_saved_at_two(saved: Path, world_size: int) -> None:
     launch(load_everywhere, world_size, saved)
 
 
+def save_in_the_background(folder: Path) -> None:
+    """Train, save while training continues, and load what was saved."""
+    model, optimizer = make("sharded DDP", True)
+    train_block(model, optimizer, range(2))
+    expected = copy.deepcopy(weights_and_state(model, optimizer))
+    weights, state = get_state_dict(model, optimizer)
+    # Threads that save must not share a group with the steps.
+    group = dist.new_group(backend="gloo")
+    saving = dcp.async_save({"w": weights, "o": state}, checkpoint_id=folder, process_group=group)
+    train_block(model, optimizer, range(2, 4))
+    saving.result()
+    weights, state = get_state_dict(model, optimizer)
+    saved: dict[str, Any] = {"w": weights, "o": state}
+    dcp.load(saved, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=saved["w"], optim_state_dict=saved["o"])
+    found = weights_and_state(model, optimizer)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_saved_in_the_background(tmp_path: Path) -> None:
+    """By dcp.async_save, which copies the attributes of tensors: to the bit."""
+    launch(save_in_the_background, 2, tmp_path)
+
+
 def within_a_run() -> dict[str, Any]:
     found: dict[str, Any] = {}
     model, optimizer = make("sharded DDP", True)
-    train(model, optimizer, range(2))
+    train_block(model, optimizer, range(2))
     weights, snapshot = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     with pytest.raises(TypeError) as error:
         torch.save(optimizer.state_dict(), io.BytesIO())
     found["message"] = str(error.value)
-    train(model, optimizer, range(2, 4))
+    # torch gathers tensors of the types that it knows: parts of others must not pass for the whole.
+    gathered = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+    with pytest.raises(TypeError, match="in place of get_optimizer_state_dict"):
+        torch.save(gathered, io.BytesIO())
+    train_block(model, optimizer, range(2, 4))
     expected = weights_and_state(model, optimizer)
     for layout in ("DDP", "sharded DDP"):  # another layout object, or none
         other, fresh = make(layout, True)
         other.load_state_dict(weights)
         fresh.load_state_dict(snapshot)
-        train(other, fresh, range(2, 4))
+        train_block(other, fresh, range(2, 4))
         assert_close(weights_and_state(other, fresh), expected, True)
 
     # By name, as the trainer's checkpoints do: into new tensors, which are read piece by piece.
@@ -158,7 +180,7 @@ def within_a_run() -> dict[str, Any]:
     fresh.load_named_state(named, other.named_parameters())
     for group, saved_group in zip(fresh.param_groups, snapshot["param_groups"], strict=True):
         group["updates"] = saved_group["updates"]
-    train(other, fresh, range(2, 4))
+    train_block(other, fresh, range(2, 4))
     assert_close(weights_and_state(other, fresh), expected, True)
 
     # A group that is added later leaves the owners of others as they are.
@@ -166,7 +188,7 @@ def within_a_run() -> dict[str, Any]:
     late = nn.Parameter(random((8, 8), 9).bfloat16())
     optimizer.add_param_group({"params": [("late", late)]})
     late.grad = torch.ones_like(late)
-    train(model, optimizer, range(4, 5))
+    train_block(model, optimizer, range(4, 5))
     for p, positions in before.items():
         assert [x for x, _ in optimizer.state[p]["master"].pieces()] == positions
     assert isinstance(optimizer.state[late]["master"], ShardedState)
