@@ -41,7 +41,7 @@ from muonclip.precision import (
     set_master,
     write_back,
 )
-from muonclip.update import WeightDecayMode, may_be_nonzero
+from muonclip.update import WeightDecayMode, is_free_to_read, may_be_nonzero
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -139,8 +139,8 @@ class MuonClip(Optimizer):
     ``capturable`` and ``nonfinite`` must be the same in all groups.
 
     Attributes:
-        skipped_steps: number of steps skipped because of a non-finite gradient; an int, or a tensor
-            on the accelerator.
+        skipped_steps: number of steps skipped because of a non-finite gradient, or because ranks
+            on accelerators disagreed (see ``step``); an int, or a tensor on the accelerator.
 
     Raises:
         TypeError, ValueError: for an option out of range, or a parameter that is complex, sparse,
@@ -219,10 +219,11 @@ class MuonClip(Optimizer):
         self._is_constructed = False
         self._warned_of_shapes = False
         self._known_shapes: list[tuple[Tensor, torch.Size]] = []
-        self._pending_error: _PendingError | None = None
-        self._groups: list[dist.ProcessGroup] | None = None
+        self._pending: _PendingFlags | None = None
+        self._is_changed = True  # parameters were added or replaced since ranks were connected
+        self._groups: list[dist.ProcessGroup] = []
         self._connected: ConnectedRanks | None = None
-        self._distributed_muon: DistributedMuon | None = None
+        self._plan: _Plan | None = None
         self._owners: StateOwners | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -298,6 +299,11 @@ class MuonClip(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
+        Ranks that share parameters must have gradients of the same ones. If these change on all
+        ranks at once, they divide the work again. On accelerators, a rank cannot see in time that
+        another one has other gradients or parameters than before, or an error: then all ranks skip
+        the step, and at the next one they divide the work again, with a warning, or raise.
+
         Args:
             closure: recomputes the model and returns the loss; called once, with gradients
                 enabled.
@@ -308,14 +314,14 @@ class MuonClip(Optimizer):
         Raises:
             RuntimeError: if a gradient is sparse, or not finite (see ``nonfinite``); nothing is
                 updated then.
+            ValueError: on all ranks, if ranks that share parameters have gradients of different
+                ones.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pending_error is not None:
-            pending, self._pending_error = self._pending_error, None
-            pending.raise_if_found()
+        self._read_pending()
         work: _Work = []
         error: Exception | None = None
         try:
@@ -327,59 +333,74 @@ class MuonClip(Optimizer):
             self._warn_without_gradients()
         flags = self._exchange_flags(work, error)
         if flags.error is not None:
-            raise error or RuntimeError(
-                f"another rank refused this step before anything was updated: {flags.error}"
-            )
+            raise error or RuntimeError(_refused(flags.error))
         if flags.only_creates_state:
             self._complete_state()
             return loss
         found_inf = flags.found_inf
-        raises = self.param_groups[0]["nonfinite"] == "raise"
-        if found_inf is not None and found_inf.device.type != "cpu":
-            self.skipped_steps = self.skipped_steps + found_inf  # the host does not wait for it
-            if raises:
-                self._pending_error = _PendingError(found_inf)
-        elif found_inf is not None:
+        if found_inf is not None and is_free_to_read(found_inf.device):
             if found_inf:
                 self.skipped_steps = self.skipped_steps + 1
-                if raises:
+                if self._raises:
                     raise RuntimeError(self._describe_nonfinite())
                 return loss
             found_inf = None
-        muon = self._muon_params(work)
+        if found_inf is not None:
+            self.skipped_steps = self.skipped_steps + found_inf  # the host does not wait for it
+        muon = self._muon_params(work if flags.takes_part else [])
         for group in self.param_groups:
             group["updates"] += 1
+        if not flags.takes_part:
+            self._attend()
+            return loss
         self._step_muon(muon, work, found_inf)
         for group, params in work:
             if group["algorithm"] == "adamw":
                 self._step_adamw(group, params, found_inf)
         if self._owners is not None:
-            self._owners.gather(self._sharded_adamw(work))
+            self._owners.gather(self._sharded_adamw(work), found_inf)
         return loss
+
+    @property
+    def _raises(self) -> bool:
+        return bool(self.param_groups[0]["nonfinite"] == "raise")
+
+    def _attend(self) -> None:
+        """Take part in the messages of a step that all ranks skip because of this one."""
+        assert self._plan is not None
+        self._plan.muon.attend()
+        if self._owners is not None:
+            self._owners.attend(self._plan.adamw)
 
     def _step_muon(self, params: list[MuonParam], work: "_Work", found_inf: Tensor | None) -> None:
         if self._connected is None:
             step_local(params, found_inf)
             return
-        assert self._groups is not None
-        plan = self._distributed_muon
-        # A model is converted, or moved, on all ranks at once.
-        if plan is None or not plan.matches(self._planned(work)) or not plan.fits(params):
-            owners = self._owners
-            plan = self._distributed_muon = DistributedMuon(
-                params,
-                self._groups,
-                self._connected,
-                self.process_group,
-                self.shardings,
-                {p.param: owners.owners(p.param) for p in params if owners and p.is_sharded},
-                [
-                    self._shared_param(p, g)
-                    for g, ps in work
-                    for p in self._sharded_adamw([(g, ps)])
-                ],
-            )
-        plan.step(params, found_inf)
+        if self._plan is None:
+            self._plan = self._make_plan(params, work)
+        self._plan.muon.step(params, found_inf)
+
+    def _make_plan(self, params: list[MuonParam], work: "_Work") -> "_Plan":
+        """Plan the work of all ranks for these parameters, together with them."""
+        assert self._connected is not None
+        owners = self._owners
+        others = [
+            self._shared_param(p, group)
+            for group, members in work
+            for p in self._sharded_adamw([(group, members)])
+        ]
+        muon = DistributedMuon(
+            params,
+            self._groups,
+            self._connected,
+            self.process_group,
+            self.shardings,
+            {p.param: owners.owners(p.param) for p in params if owners and p.is_sharded},
+            others,
+        )
+        locals_ = {other.param: local_tensor(other.param) for other in others}
+        adamw = {param: (local.dtype, local.device) for param, local in locals_.items()}
+        return _Plan(muon, adamw, self._signature(work))
 
     def _step_adamw(
         self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None
@@ -452,10 +473,21 @@ class MuonClip(Optimizer):
                 work.append((group, params))
         return work
 
-    def _planned(self, work: "_Work") -> list[Tensor]:
-        """The parameters of a step that ranks share work for: Muon's, then AdamW's."""
-        muon = [p for group, params in work if group["algorithm"] == "muon" for p in params]
-        return [*muon, *self._sharded_adamw(work)]
+    def _signature(self, work: "_Work") -> list[tuple[Any, ...]]:
+        """The parameters and dtypes that the ranks' messages depend on."""
+        return [
+            (
+                id(p), p.dtype, p.device, p.grad.dtype if p.grad is not None else None,
+                self._momentum_dtype(p, group), group["ns_dtype"], needs_master(group, p),
+            )
+            for group, params in work
+            for p in params
+            if group["algorithm"] == "muon" or self._layout_of(p) is not None
+        ]  # fmt: skip
+
+    def _momentum_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        momentum = self.state[param].get("momentum_buffer") if param in self.state else None
+        return moment_dtype(group, param) if momentum is None else momentum.dtype
 
     def _sharded_adamw(self, work: "_Work") -> list[Tensor]:
         """AdamW's parameters with sharded state."""
@@ -544,7 +576,7 @@ class MuonClip(Optimizer):
         For checkpoints that are loaded into the tensors of ``named_state``. With ``shard_state``, a
         collective call of all ranks that share parameters.
         """
-        self._connect()
+        self._connect_for_state()
         self._complete_state()
 
     def _complete_state(self) -> None:
@@ -556,7 +588,7 @@ class MuonClip(Optimizer):
 
     def _remember_shapes(self) -> None:
         self._known_shapes = [(p, p.shape) for group in self.param_groups for p in group["params"]]
-        self._groups = None
+        self._is_changed = True
 
     def _check_step(self) -> None:
         """Raise for options, parameters or gradients that a step cannot use."""
@@ -597,8 +629,6 @@ class MuonClip(Optimizer):
 
         A collective call of these ranks, after the parameters have changed.
         """
-        if self._groups is not None:
-            return
         members = [(p, group) for group in self.param_groups for p in group["params"]]
         groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
         connected = ConnectedRanks(groups) if groups else None
@@ -613,21 +643,24 @@ class MuonClip(Optimizer):
                 "process_group, the ranks of DDP, or leave shard_state out",
                 stacklevel=6,
             )
-        self._groups, self._connected, self._distributed_muon = groups, connected, None
+        self._groups, self._connected, self._plan = groups, connected, None
+        self._is_changed = False
 
     def _exchange_flags(self, work: "_Work", error: Exception | None) -> "_Flags":
         """The flags of this step, the same on all ranks that must take it together.
 
-        Flags on an accelerator are read on the host only if the step waits for it anyway, to plan
-        the ranks' work, or may only create state.
+        A rank on an accelerator reads them on the host only if it cannot take the step as planned,
+        or the step may only create state. If no rank can, all read them, and raise or plan again at
+        once. Otherwise all skip the step on their devices, and read the flags when the next begins.
         """
+        if self._is_changed and self._connected is None:
+            self._connect()
         ignore = self.param_groups[0]["nonfinite"] == "ignore"
         is_first = not any(group["updates"] for group in self.param_groups)
         is_update = not is_first or any(may_be_nonzero(g["lr"]) for g in self.param_groups)
         message = None if error is None else str(error)
-        self._connect()
-        if ignore and is_update and not (is_first and self._groups):
-            return _Flags(None, message, only_creates_state=False)
+        if ignore and is_update and self._connected is None:
+            return _Flags(None, message)
         gradients = self._local_gradients() if error is None else {}
         device = next(iter(gradients), self._device())
         changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
@@ -636,19 +669,60 @@ class MuonClip(Optimizer):
             for tensors in gradients.values():
                 found_inf = torch.maximum(found_inf, _any_nonfinite(tensors).to(device))
         if self._connected is not None:
-            plan = self._distributed_muon
-            replan = plan is not None and not plan.matches(self._planned(work))
-            known = (error is not None, bool(changes), replan)
+            has_error, plan = error is not None, self._plan
+            is_unplanned = not has_error and (
+                plan is None or plan.signature != self._signature(work)
+            )
+            fits = not (has_error or self._is_changed or is_unplanned)
+            known = (has_error, self._is_changed, is_unplanned, bool(changes), fits)
             flags = torch.stack([found_inf, *(torch.full_like(found_inf, flag) for flag in known)])
             flags = self._connected.largest(flags)
-            found_inf = flags.unbind()[0]
-            if device.type == "cpu" or plan is None or not is_update:
-                _, any_error, changes, replan = map(bool, flags.tolist())
-                if any_error:
-                    message = self._connected.first_error(message)
-                if replan:  # on all ranks, if one of them has other gradients than before
-                    self._distributed_muon = None
-        return _Flags(None if ignore else found_inf, message, only_creates_state=not changes)
+            is_read = is_free_to_read(device) or not is_update
+            if is_read or not fits:
+                _, any_error, any_changed, any_unplanned, changes, any_fits = map(
+                    bool, flags.tolist()
+                )
+            if not is_read and (fits or any_fits):  # other ranks do not read the flags
+                self._remember_flags(flags[:4], error)
+                return _Flags(flags[:4].amax(), None, takes_part=fits)
+            if any_error:
+                message = self._connected.first_error(message)
+            elif any_changed:
+                self._connect()
+            elif any_unplanned:
+                self._plan = None
+            found_inf = flags[0]
+        if message is None:
+            self._remember_flags(found_inf, None)
+        return _Flags(found_inf, message, only_creates_state=not changes)
+
+    def _remember_flags(self, flags: Tensor, error: Exception | None) -> None:
+        """Read flags on an accelerator when the next step begins."""
+        is_needed = flags.ndim > 0 or self._raises
+        if is_needed and not is_free_to_read(flags.device) and not _is_capturing():
+            self._pending = _PendingFlags(flags, error)
+
+    def _read_pending(self) -> None:
+        """Raise the error of the step before, or plan again, as all its ranks do."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        found_inf, any_error, any_changed, any_unplanned = pending.read()
+        if any_changed or any_unplanned:
+            self._plan = None
+            self._is_changed |= any_changed
+        if any_error:
+            assert self._connected is not None
+            error = pending.error
+            message = self._connected.first_error(None if error is None else str(error))
+            raise error or RuntimeError(_refused(str(message)))
+        if found_inf and self._raises:
+            raise RuntimeError(
+                "a gradient of the step before was not finite; that step was skipped and nothing "
+                f"was updated. {_ADVICE}"
+            )
+        if any_changed or any_unplanned:
+            warnings.warn(_REPLANNED, stacklevel=5)
 
     def _local_gradients(self) -> dict[torch.device, list[Tensor]]:
         """This rank's parts of all gradients, by device."""
@@ -699,6 +773,7 @@ class MuonClip(Optimizer):
         """
         self._drop_replaced()
         if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
+            self._connect_for_state()
             self._complete_state()
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -766,6 +841,7 @@ class MuonClip(Optimizer):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 if key in matched["state"]:
                     self._copy_state(p, group, matched["state"][key])
+        self._forget_plan()
 
     def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> None:
         """Convert the options of a saved group to those of this optimizer's group, and check them.
@@ -800,8 +876,13 @@ class MuonClip(Optimizer):
             set_master(param, state, master.to(device=param.device, dtype=torch.float32, copy=True))
 
     def _connect_for_state(self) -> None:
-        """Assign owners to the state before it is loaded; collective with ``shard_state``."""
-        if self.shard_state:
+        """Assign owners to the state of new parameters; collective with ``shard_state``."""
+        if not self.shard_state:
+            return
+        if self._connected is not None:  # on one of its ranks, perhaps
+            flag = torch.tensor(float(self._is_changed), device=self._device())
+            self._is_changed = bool(self._connected.largest(flag))
+        if self._is_changed:
             self._connect()
 
     def _fit(
@@ -939,6 +1020,15 @@ class MuonClip(Optimizer):
         for name, entries in checked.items():
             self.state[params[name]] = entries
             set_master(params[name], entries, entries.get("master"))
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        """Let all ranks read the flags of the next step, which may collect missing master copies.
+
+        A rank that cannot take the step as planned does not take part in that.
+        """
+        if self.shard_state:
+            self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         if self.shardings or self.process_group is not None or self._owners is not None:
@@ -994,7 +1084,7 @@ def _is_capturing() -> bool:
 
 def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
     """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0."""
-    if gradients[0].device.type == "cpu":
+    if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         if norms.isfinite().all():
@@ -1024,17 +1114,34 @@ class _Flags(NamedTuple):
     """Facts of a step that all its ranks know.
 
     Attributes:
-        found_inf: 1 if a gradient has an infinity or NaN, a float32 scalar on the device of the
-            gradients; None with ``nonfinite="ignore"``.
+        found_inf: 1 if the step must change nothing: a gradient has an infinity or NaN, or a rank
+            cannot take the step as planned. A float32 scalar on the device of the gradients; None:
+            the step changes something.
         error: the error that a rank found before anything was updated, or None.
         only_creates_state: whether this is the first step, with learning rates and gradients of
             zero. ``torch.distributed.checkpoint.state_dict`` takes such a step to create the state
             of a new optimizer, and it must not count.
+        takes_part: False on a rank that cannot take the step as planned, which others do not know.
     """
 
     found_inf: Tensor | None
     error: str | None
-    only_creates_state: bool
+    only_creates_state: bool = False
+    takes_part: bool = True
+
+
+class _Plan(NamedTuple):
+    """The work of the ranks in steps with the same parameters.
+
+    Attributes:
+        muon: of Muon's parameters.
+        adamw: dtype and device of each parameter of AdamW whose state is sharded.
+        signature: of these parameters, see ``MuonClip._signature``.
+    """
+
+    muon: DistributedMuon
+    adamw: dict[Tensor, tuple[torch.dtype, torch.device]]
+    signature: list[tuple[Any, ...]]
 
 
 _BY_SHAPE = (
@@ -1048,22 +1155,37 @@ _ADVICE = (
 )
 
 
-class _PendingError:
-    """A non-finite flag on its way from an accelerator, read when the next step begins."""
+_REPLANNED = (
+    "MuonClip skipped the step before on all ranks, because some of them had gradients of other "
+    "parameters than before, or new parameters. If that was a surprise, look for parameters that "
+    "some ranks do not use"
+)
 
-    def __init__(self, found_inf: Tensor) -> None:
-        is_cuda = found_inf.is_cuda
-        self._flag = torch.empty((), dtype=found_inf.dtype, device="cpu", pin_memory=is_cuda)
-        self._flag.copy_(found_inf, non_blocking=is_cuda)  # only there can its end be awaited
+
+def _refused(message: str) -> str:
+    return f"another rank refused this step before anything was updated: {message}"
+
+
+class _PendingFlags:
+    """Flags of a step on their way from an accelerator, read when the next step begins.
+
+    Args:
+        flags: on the accelerator: whether a gradient is not finite, a rank found an error, has
+            changed parameters, or other gradients than before. The first alone, or all.
+        error: that this rank found.
+    """
+
+    def __init__(self, flags: Tensor, error: Exception | None) -> None:
+        self.error = error
+        is_cuda = flags.is_cuda
+        self._flags = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=is_cuda)
+        self._flags.copy_(flags, non_blocking=is_cuda)  # only there can its end be awaited
         self._event: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()
 
-    def raise_if_found(self) -> None:
-        if self._event is not None:
+    def read(self) -> list[bool]:
+        if self._event is not None and not _is_capturing():  # a capture begins after all work
             self._event.synchronize()
-        if self._flag:
-            raise RuntimeError(
-                "a gradient of the step before was not finite; that step was skipped and nothing "
-                f"was updated. {_ADVICE}"
-            )
+        read = [bool(flag) for flag in self._flags.view(-1).tolist()]
+        return read + [False] * (4 - len(read))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muonclip.update import is_free_to_read
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -59,8 +61,8 @@ def refresh_master(master: Tensor, param: Tensor) -> None:
     rounded = master.to(param.dtype).view(torch.int16)  # bits: NaN does not equal itself
     bits = param.view(torch.int16)
     # On a CPU, reading the result costs nothing and usually saves the rest.
-    on_cpu = param.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (on_cpu and torch.equal(rounded, bits)):
+    is_read = is_free_to_read(param.device) and not torch.compiler.is_compiling()
+    if not (is_read and torch.equal(rounded, bits)):
         torch.where(rounded == bits, master, param.to(master.dtype), out=master)
 
 

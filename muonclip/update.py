@@ -11,9 +11,14 @@ WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
 Scalar = float | Tensor
 
 
+def is_free_to_read(device: torch.device) -> bool:
+    """Whether the host can read a tensor without waiting for the work of the tensor's device."""
+    return device.type == "cpu"
+
+
 def may_be_nonzero(lr: Scalar | None) -> bool:
     """Whether a learning rate may be nonzero; one on an accelerator is not read."""
-    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr)
+    return (isinstance(lr, Tensor) and not is_free_to_read(lr.device)) or bool(lr)
 
 
 def update_momentum(

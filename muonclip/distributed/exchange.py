@@ -40,8 +40,9 @@ _T = TypeVar("_T")
 class BucketExchange:
     """Transfer of one bucket's shards to their owners.
 
-    ``send`` and ``receive`` are called once each, in this order, on every rank; ``send`` returns at
-    once. Results return by ``ResultExchange``. The constructor is a collective call of the group.
+    ``send`` (or ``send_zeros``) and ``receive`` are called once each, in this order, on every rank;
+    the first returns at once. Results return by ``ResultExchange``. The constructor is a collective
+    call of the group.
 
     Args:
         bucket: the units.
@@ -93,7 +94,13 @@ class BucketExchange:
         Args:
             shards_of: returns this rank's shard of each of some units.
         """
-        packed = _flat(shards_of(self._outgoing), self.dtype, self.device)
+        self._send(_flat(shards_of(self._outgoing), self.dtype, self.device))
+
+    def send_zeros(self) -> None:
+        """Send zeros in place of the shards, which need not exist."""
+        self._send(torch.zeros(sum(self._sent), dtype=self.dtype, device=self.device))
+
+    def _send(self, packed: Tensor) -> None:
         if self._owners_have_all:
             self._received = packed
             return
@@ -121,9 +128,9 @@ class BucketExchange:
 class ResultExchange:
     """Transfer of results to all ranks that have a shard of their units.
 
-    ``send``, ``gather`` and ``receive`` are called once each, in this order, on every rank; the
-    first two return at once, though ``gather`` waits for what was sent. The constructor is a
-    collective call of the group.
+    ``send`` (or ``send_zeros``), ``gather`` and ``receive`` are called once each, in this order, on
+    every rank; the first two return at once, though ``gather`` waits for what was sent. The
+    constructor is a collective call of the group.
 
     Args:
         message: the units, with the same ``copies``, in the order of their owners.
@@ -181,6 +188,13 @@ class ResultExchange:
             packed = _flat([results[unit] for unit in self.owned], self.dtype, self.device)
         else:
             packed = self._pack(results)
+        self._send(packed)
+
+    def send_zeros(self) -> None:
+        """Send zeros in place of the results."""
+        self._send(torch.zeros(sum(self._sent), dtype=self.dtype, device=self.device))
+
+    def _send(self, packed: Tensor) -> None:
         self._received = packed.new_empty(sum(self._to_receive))
         self._work = _all_to_all(self._received, packed, self._to_receive, self._sent, self.group)
 

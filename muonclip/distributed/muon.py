@@ -86,7 +86,6 @@ class DistributedMuon:
     ) -> None:
         listed = [SharedParam(param.param, param.group, param.shape) for param in params]
         listed += others
-        self._params = [param.param for param in listed]
         found = all_shardings(listed, groups, connected, process_group, shardings)
         self._local: list[int] = []  # indices of the parameters that need no other rank
         by_kind: dict[_Kind, list[int]] = defaultdict(list)
@@ -101,7 +100,6 @@ class DistributedMuon:
                 self._local.append(index)
             else:
                 by_kind[_Kind.of(param, id(sharding.group))].append(index)
-        self._kinds = {index: kind for kind, indices in by_kind.items() for index in indices}
         self._work: list[_Work] = []
         groups_by_id = {id(group): group for group in groups}
         # Ranks meet in several groups, and must come to them in the same order.
@@ -121,18 +119,6 @@ class DistributedMuon:
                 work = _OwnersWork if kind.is_sharded else _Work
                 self._work.append(work(bucket, group, kind, shards))
 
-    def matches(self, params: Sequence[Tensor]) -> bool:
-        """Whether the plan was made for these parameters of Muon, and ``others``."""
-        return len(params) == len(self._params) and all(
-            param is planned for param, planned in zip(params, self._params, strict=True)
-        )
-
-    def fits(self, params: Sequence[MuonParam]) -> bool:
-        """Whether these parameters, which it was made for, were not converted since then."""
-        return all(
-            _Kind.of(params[index], kind.group) == kind for index, kind in self._kinds.items()
-        )
-
     def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Update the parameters. A collective call of all ranks that share any of them."""
         if self._work:
@@ -140,6 +126,14 @@ class DistributedMuon:
         step_local([params[index] for index in self._local], found_inf)
         for work, results in arrivals(self._results(params, found_inf)):
             work.apply(results, params, found_inf)
+
+    def attend(self) -> None:
+        """Exchange zeros in place of a step that all ranks skip, and change nothing.
+
+        For a rank that cannot take the step, while others do not know yet that they must skip it.
+        """
+        for results in arrivals(self._zeros()):
+            results[1].receive()
 
     def _results(
         self, params: Sequence[MuonParam], found_inf: Tensor | None
@@ -151,6 +145,18 @@ class DistributedMuon:
             results = work.orthogonalize(params, found_inf)
             for exchange in work.results:
                 exchange.send({unit: results.pop(unit) for unit in exchange.owned})
+                yield work, exchange
+
+    def _zeros(self) -> Iterator[tuple[_Work, ResultExchange]]:
+        """Send zeros, in the order of ``step``."""
+        if self._work:
+            self._work[0].send_zeros()
+        for number, work in enumerate(self._work):
+            if number + 1 < len(self._work):
+                self._work[number + 1].send_zeros()
+            work.discard()
+            for exchange in work.results:
+                exchange.send_zeros()
                 yield work, exchange
 
 
@@ -206,7 +212,18 @@ class _Work:
     ) -> None:
         self._kind, self._shards = kind, shards
         self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device)
+        self._exchanges = [self._exchange]
         self.results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
+
+    def send_zeros(self) -> None:
+        """Start sending zeros in place of this rank's shards."""
+        for exchange in self._exchanges:
+            exchange.send_zeros()
+
+    def discard(self) -> None:
+        """Wait for the units that this rank owns, and drop them."""
+        for exchange in self._exchanges:
+            exchange.receive()
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Start sending this rank's shards to the owners."""
@@ -262,6 +279,7 @@ class _OwnersWork(_Work):
         if kind.has_master:  # owners compare it with the weights, which others may have written to
             dtype = kind.weight_dtype
             self._weights = BucketExchange(bucket, group, dtype, kind.device)
+            self._exchanges.append(self._weights)
 
     def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         shards = partial(self._shards_of, params)
@@ -291,7 +309,9 @@ class _OwnersWork(_Work):
             super().apply(results, params, found_inf)
             return
         for unit, weights in results.receive():
-            self._shard_of(unit, params[unit.index]).local.copy_(weights)
+            local = self._shard_of(unit, params[unit.index]).local
+            # In a step that is skipped, an owner that could not take it has sent zeros.
+            local.copy_(weights if found_inf is None else weights.where(found_inf == 0, local))
 
 
 def _in_batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:

@@ -125,18 +125,30 @@ class StateOwners:
         parts = [received.reshape(-1).clone() for received in exchange.receive()]
         return ShardedState(layout, parts, local.dtype, local.device)
 
-    def gather(self, params: Iterable[Tensor]) -> None:
+    def gather(self, params: Iterable[Tensor], found_inf: Tensor | None) -> None:
         """Send the new values of AdamW's parameters to the ranks that have copies.
 
         A collective call of these ranks.
 
         Args:
             params: parameters of AdamW that were updated, the same on all ranks that share them.
+            found_inf: 1 if the step is skipped, and nothing must change; None: it is not.
         """
         updated = set(params)
         for bucket in self._buckets:
             if any(param in updated for param, _, _ in bucket.entries):
-                bucket.gather()
+                bucket.gather(found_inf)
+
+    def attend(self, params: Mapping[Tensor, tuple[torch.dtype, torch.device]]) -> None:
+        """Take part in ``gather`` of a step that is skipped, and change nothing.
+
+        Args:
+            params: those of ``gather`` on other ranks, with the dtype and device they have there.
+        """
+        for bucket in self._buckets:
+            kinds = [params[param] for param, _, _ in bucket.entries if param in params]
+            if kinds:
+                bucket.attend(*kinds[0])
 
     def scale(self, factors: Mapping[Tensor, Tensor]) -> None:
         """Multiply master copies by factors, and round them into the weights of all ranks.
@@ -156,7 +168,7 @@ class StateOwners:
                 weights = flat_range(local, start, stop)
                 scaled = _scale(part, weights, flat_range(by_element, start, stop))
                 write_flat(local, start, scaled)
-        self.gather(flat)
+        self.gather(flat, None)
         matrices = [param for param in factors if param in self._owners]
         if self._scaling is None or not self._scaling.matches(matrices):
             self._scaling = _Scaling(matrices, self._sharding_of, self._owners, self._shared)
@@ -362,8 +374,12 @@ class FlatBucket:
                 yield param, begin, end
             position += stop - start
 
-    def gather(self) -> None:
-        """Copy each rank's ranges into the parameters of all. A collective call of the group."""
+    def gather(self, found_inf: Tensor | None) -> None:
+        """Copy each rank's ranges into the parameters of all. A collective call of the group.
+
+        Args:
+            found_inf: as for ``StateOwners.gather``.
+        """
         locals_ = [local_tensor(param) for param, _, _ in self.entries]
         packed = torch.zeros(self.chunk, dtype=locals_[0].dtype, device=locals_[0].device)
         position = 0
@@ -372,12 +388,23 @@ class FlatBucket:
                 local_tensor(param), start, stop
             )
             position += stop - start
-        gathered = packed.new_empty(self.chunk * self.group.size())
-        dist.all_gather_into_tensor(gathered, packed, group=self.group)
+        gathered = self._gather(packed)
         position = 0
         for local, (_, start, stop) in zip(locals_, self.entries, strict=True):
-            write_flat(local, start, gathered[position : position + stop - start])
+            values = gathered[position : position + stop - start]
+            if found_inf is not None:  # a rank that could not take the step has sent zeros
+                values = values.where(found_inf == 0, flat_range(local, start, stop))
+            write_flat(local, start, values)
             position += stop - start
+
+    def attend(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Send zeros in ``gather``, and drop what is received."""
+        self._gather(torch.zeros(self.chunk, dtype=dtype, device=device))
+
+    def _gather(self, packed: Tensor) -> Tensor:
+        gathered = packed.new_empty(self.chunk * self.group.size())
+        dist.all_gather_into_tensor(gathered, packed, group=self.group)
+        return gathered
 
 
 def _has_replicas(sharding: Sharding) -> bool:

@@ -296,11 +296,11 @@ def test_dense_weights_and_experts_on_different_meshes() -> None:
         assert_equal(outcome, train(TWO_MESHES), TWO_MESHES)
 
 
-MESSAGES = {  # placement, shape: collectives in a step
-    ("S0", (4, 6, 6)): 0,
-    ("S0", (3, 6, 6)): 0,
-    ("S1", (4, 6, 6)): 2,
-    ("S0", (6, 6)): 2,
+MESSAGES = {  # placement, shape: collectives in a step, one of which is that of the flags
+    ("S0", (4, 6, 6)): 1,
+    ("S0", (3, 6, 6)): 1,
+    ("S1", (4, 6, 6)): 3,
+    ("S0", (6, 6)): 3,
 }
 
 
