@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from pretrain.startup import set_up
 from pretrain.step import train_step
 from tests.distributed import training
 from tests.distributed.launch import launch
+from tests.distributed.test_simulated_ranks import Allocated
 from tests.distributed.training import EXACT
 
 BFLOAT16 = "precision=bfloat16"
@@ -87,12 +88,108 @@ def compare_and_move(folder: str, name: str, layout: Sequence[str]) -> dict[str,
     return held
 
 
+class Long(NamedTuple):
+    """A run of twenty steps, or its second half.
+
+    Attributes:
+        name: of its folder.
+        source: the run whose checkpoint of step 10 it starts from; None: it starts from nothing.
+    """
+
+    name: str
+    shard: str
+    source: str | None = None
+
+
+def train_long(
+    folder: str, layout: Sequence[str], runs: Sequence[Long]
+) -> dict[str, list[dict[str, Any]]]:
+    """Train each of ``runs``, saving after steps 10 and 20; the metrics of their steps.
+
+    The last step also has the bytes of the state and of the update's buffers on this rank.
+    """
+    sizes = [f"parallel.{size}" for size in layout]
+    found = {}
+    here = data = None
+    for name, shard, source in runs:
+        settings = training.tiny(
+            folder, *COMMON, "global_batch_size=4", "micro_batch_size=1", *sizes, EXACT,
+            f"optimizer.shard_state={shard}", f"run_dir={folder}/{name}",
+        )  # fmt: skip
+        if here is None:
+            here, data = set_up(settings)
+        run = build(settings, here, data)
+        step = 0
+        if source is not None:
+            if here.is_main:
+                saved = storage.path_of(Path(folder, source, "checkpoints"), 10)
+                shutil.copytree(saved, storage.path_of(checkpoint.folder(run), 10))
+            torch.distributed.barrier()
+            step = checkpoint.restore(run)
+            assert step == 10
+        found[name] = []
+        counted = Allocated()
+        for step in range(step + 1, 21):
+            if step == 20:
+                _count(run, counted)
+            found[name].append(train_step(run, batches.for_step(settings, here, data, step), step))
+            if step % 10 == 0:
+                _save(run, step)
+        found[name][-1] |= {"state_bytes": held_bytes(run), "buffer_bytes": counted.most}
+    parallel.stop()
+    return found
+
+
+def _count(run: Run, counted: Allocated) -> None:
+    """Count the buffers of the optimizer's steps."""
+    step = run.optimizer.step
+
+    def counted_step() -> None:
+        with counted:
+            step()
+
+    run.optimizer.step = counted_step  # type: ignore[method-assign]
+
+
 def tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
     saved = storage.Checkpoint.open(storage.path_of(run_dir / "checkpoints", step))
     saved.verify()
     found = {n: torch.empty(x.shape, dtype=x.dtype) for n, x in saved.tensors.items()}
     saved.load(found)
     return found
+
+
+def test_twenty_steps_in_layouts_that_continue_each_other(folder: Path) -> None:
+    """With and without sharded state, from 1 process to 4 and from 4 to 2, to rounding."""
+    ranks = [
+        launch(train_long, 1, str(folder), (), [Long("1", "false")]),
+        launch(
+            train_long, 4, str(folder), ("pipeline=2", "layout=[0,2]", "expert=2"),
+            [Long("4", "null"), Long("1 to 4", "null", "1")],
+        ),
+        launch(
+            train_long, 2, str(folder), ("tensor=2",),
+            [Long("2", "null"), Long("4 to 2", "false", "4")],
+        ),
+    ]  # fmt: skip
+    expected = ranks[0][0]["1"]
+    assert sum(metrics["heads_clipped"] for metrics in expected) > 0
+    whole = tensors(folder / "1", 20)
+    for found in ranks:
+        for name, steps in found[0].items():
+            for ours, theirs in zip(steps, expected[-len(steps) :], strict=True):
+                assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), name
+                assert ours["heads_clipped"] == theirs["heads_clipped"], name
+            moved = tensors(folder / name, 20)
+            assert moved.keys() == whole.keys()
+            for tensor, value in whole.items():
+                difference = (moved[tensor].double() - value.double()).norm()
+                assert difference <= 1e-9 * value.double().norm() + 1e-12, (name, tensor)
+    sharded, replicated = (
+        max(sum(rank[name][-1][f"{what}_bytes"] for what in ("state", "buffer")) for rank in found)
+        for name in ("2", "4 to 2")
+    )
+    assert sharded < 0.8 * replicated  # matrices of which each rank has a part are most of it
 
 
 @pytest.fixture(scope="module")
