@@ -119,17 +119,17 @@ def train_long(
         if here is None:
             here, data = set_up(settings)
         run = build(settings, here, data)
-        step = 0
+        done = 0
         if source is not None:
             if here.is_main:
                 saved = storage.path_of(Path(folder, source, "checkpoints"), 10)
                 shutil.copytree(saved, storage.path_of(checkpoint.folder(run), 10))
             torch.distributed.barrier()
-            step = checkpoint.restore(run)
-            assert step == 10
+            done = checkpoint.restore(run)
+            assert done == 10
         found[name] = []
         counted = Allocated()
-        for step in range(step + 1, 21):
+        for step in range(done + 1, 21):
             if step == 20:
                 _count(run, counted)
             found[name].append(train_step(run, batches.for_step(settings, here, data, step), step))
