@@ -3,6 +3,10 @@
 Each rank writes its files to a folder that only it writes to. A checkpoint exists once each rank
 has renamed its folder. It is removed when its copy exists. After a crash in between, the next start
 copies it, if the nodes are the same; which rank runs on which of them does not matter.
+
+A run's folder there has the name of ``run_dir`` and a random number that ``run_dir`` keeps, so that
+neither a run in the same place after ``run_dir`` was deleted, nor one in another container, uses or
+removes its files.
 """
 
 import hashlib
@@ -27,7 +31,8 @@ from pretrain.runtime.output import warn
 
 _FOLDER = re.compile(r"rank-(\d{5,})-of-(\d{5,})")
 _SAVE = re.compile(r"step-(\d{8})-([0-9a-f]{16})")
-_DIGESTS = "digests.json"
+_RUN_ID = re.compile("[0-9a-f]{16}")
+_PARTIAL, _DIGESTS = "save.partial", "digests.json"
 _MAX_DIGESTS_BYTES = 64 << 20
 _BUFFER_BYTES = 4 << 20
 
@@ -46,18 +51,26 @@ class LocalSave(NamedTuple):
 
 
 class LocalTier:
-    """The local tier of a run.
+    """The local tier of a run; all ranks create it together.
 
     Args:
         local_dir: a folder that exists on every node, or can be made there.
         folder: the folder of the run's checkpoints, which all ranks see.
         keep: number of checkpoints to keep there.
+        group: a process group of all ranks; default: the default group.
+
+    Raises:
+        PretrainError: on all ranks, if ``run_dir`` cannot be written.
     """
 
-    def __init__(self, local_dir: Path, folder: Path, keep: int) -> None:
-        run = folder.parent.resolve()
-        digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
-        self.root = local_dir / f"{run.name}-{digest}"
+    def __init__(
+        self, local_dir: Path, folder: Path, keep: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        try:
+            run_id = on_rank_0(lambda: _run_id(folder.parent), group)
+        except FailedError as error:
+            raise PretrainError(f"cannot write into run_dir={folder.parent}: {error}") from error
+        self.root = local_dir / f"{folder.parent.name}-{run_id}"
         self._folder, self._keep = folder, keep
 
     def write(
@@ -69,25 +82,26 @@ class LocalTier:
             PretrainError: on all ranks, if that failed on any; earlier checkpoints are unchanged.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
+        digests: dict[str, str] = {}
         own = self.root / f"rank-{rank:05}-of-{size:05}"
-        partial = own / "save.partial"
+        partial = own / _PARTIAL
 
         def write() -> storage.Part:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             part = storage.write_part(partial, share)
-            _write_json(partial / _DIGESTS, part.files)
+            digests.update(part.files)
             return part
 
         try:
             parts = on_all_ranks(write, group)
 
             def finish() -> str:
-                storage.write_manifest(partial, step, facts, parts)
+                digests.update(storage.write_manifest(partial, step, facts, parts))
                 return secrets.token_hex(8)
 
             final = own / f"step-{step:08}-{on_rank_0(finish, group)}"
-            on_all_ranks(lambda: _rename(partial, final), group)
+            on_all_ranks(lambda: _complete(partial, final, digests), group)
         except FailedError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise storage.not_written(self.root / f"step-{step:08}", error) from error
@@ -119,9 +133,10 @@ class LocalTier:
             mine = [self.root / path for path in tasks.get(dist.get_rank(), [])]
             self._copy(chosen.step, mine, group)
             newest = chosen.step
-        for path in self.root.glob("rank-*/step-*"):
+        for path in self.root.glob("rank-*/*"):
             match = _SAVE.fullmatch(path.name)
-            if match and newest is not None and int(match[1]) <= newest:
+            is_old = match and newest is not None and int(match[1]) <= newest
+            if is_old or path.name == _PARTIAL:  # another number of ranks left it
                 shutil.rmtree(path, ignore_errors=True)
 
     def _list(self) -> list[str]:
@@ -175,15 +190,28 @@ def _nothing_else(_partial: Path, _results: list[None]) -> None:
     """The manifest has been copied, too."""
 
 
-def _rename(partial: Path, final: Path) -> None:
+def _run_id(run_dir: Path) -> str:
+    """The random number that ``run_dir`` keeps; made if it has none."""
+    path = run_dir / "run.id"
+    known = path.read_text() if path.is_file() else ""
+    if not _RUN_ID.fullmatch(known):
+        known = secrets.token_hex(8)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(path.with_suffix(".partial"), known)
+        path.with_suffix(".partial").rename(path)
+    return known
+
+
+def _complete(partial: Path, final: Path, digests: Mapping[str, str]) -> None:
+    _write(partial / _DIGESTS, json.dumps(digests))
     storage.flush_names(partial)
     partial.rename(final)
     storage.flush_names(final.parent)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write(path: Path, text: str) -> None:
     with path.open("w") as file:
-        json.dump(value, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -197,14 +225,13 @@ def _copy_all(sources: Sequence[Path], target: Path) -> None:
     """
     for source in sources:
         digests = json.loads(untrusted_files.read_bytes(source / _DIGESTS, _MAX_DIGESTS_BYTES))
-        for path in source.iterdir():
-            if path.name == _DIGESTS:
-                continue
-            digest = _copy_file(path, target / path.name)
-            if digests.get(path.name, digest) != digest:
-                raise ValueError(
-                    f"{path} differs from its checksum: remove {source.parent.parent} on every node"
-                )
+        remedy = f"remove {source.parent.parent} on every node"
+        for name, digest in digests.items():
+            path = source / Path(name).name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: {remedy}")
+            if _copy_file(path, target / path.name) != digest:
+                raise ValueError(f"{path} differs from its checksum: {remedy}")
 
 
 def _copy_file(source: Path, target: Path) -> str:

@@ -102,7 +102,8 @@ def _local_tier(run: Run) -> LocalTier | None:
     options = run.config.checkpoint
     if options.local_dir is None:
         return None
-    return LocalTier(Path(options.local_dir), folder(run), options.keep)
+    group = run.context.patient_group
+    return LocalTier(Path(options.local_dir), folder(run), options.keep, group)
 
 
 def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:

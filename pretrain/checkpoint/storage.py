@@ -18,7 +18,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, file_digest
+from hashlib import blake2b, file_digest, sha256
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -198,7 +198,7 @@ def build(
     final: Path,
     keep: int,
     fill: Callable[[Path], T],
-    finish: Callable[[Path, list[T]], None],
+    finish: Callable[[Path, list[T]], object],
     group: dist.ProcessGroup | None,
 ) -> None:
     """Make a checkpoint's folder, under another name until it is complete.
@@ -249,8 +249,11 @@ def write_part(folder: Path, share: Share) -> Part:
 
 def write_manifest(
     folder: Path, step: int, facts: Mapping[str, Any], parts: Sequence[Part]
-) -> None:
+) -> dict[str, str]:
     """Write ``manifest.json`` and force it to disk, given the part of each rank.
+
+    Returns:
+        The file's name and SHA-256.
 
     Raises:
         OSError: it cannot be written.
@@ -263,14 +266,18 @@ def write_manifest(
         )
     files = {name: digest for part in parts for name, digest in part.files.items()}
     start = json.dumps({"step": step, "facts": dict(facts), "files": files})
-    with (folder / _MANIFEST).open("w") as file:
-        file.write(start[:-1] + ', "tensors": [')
-        for number, part in enumerate(parts):
-            # Not parsed: with a trillion parameters these are tens of MiB.
-            file.write(f",\n{part.tensors}" if number else part.tensors)
-        file.write("]}")
+    # Not parsed: with a trillion parameters these are tens of MiB.
+    tensors = (
+        f",\n{part.tensors}" if number else part.tensors for number, part in enumerate(parts)
+    )
+    digest = sha256()
+    with (folder / _MANIFEST).open("wb") as file:
+        for text in (start[:-1] + ', "tensors": [', *tensors, "]}"):
+            file.write(text.encode())
+            digest.update(text.encode())
         file.flush()
         os.fsync(file.fileno())
+    return {_MANIFEST: digest.hexdigest()}
 
 
 def _remove_leftovers(folder: Path) -> None:
