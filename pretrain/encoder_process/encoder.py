@@ -16,6 +16,7 @@ from pretrain.encoder_process.cost import (
     transfer_bytes,
 )
 from pretrain.encoder_process.exchange import ItemExchange, cut, gather_grids, global_rank
+from pretrain.encoder_process.gradient_reduction import GradientReduction
 from pretrain.encoder_process.plan import (
     CapacityError,
     balance,
@@ -114,21 +115,12 @@ class _Encoder:
         self.balance = self.balance_lower_bound = 1.0
         self.oversized = 0
         self._stage1: _Stage1 | None = None
+        reducing = self.group if num_groups == 1 else dist.group.WORLD
+        self._reduction = GradientReduction(tower, reducing)
 
     def reduce_gradients(self) -> None:
         """Sum the tower's gradients over the ranks of all groups; no gradient counts as zero."""
-        gradients = []
-        for parameter in [p for p in self.tower.parameters() if p.requires_grad]:
-            if parameter.grad is None:
-                # torch before 2.10 has no other dtype of gradients.
-                dtype = getattr(parameter, "grad_dtype", parameter.dtype)
-                parameter.grad = torch.zeros_like(parameter, dtype=dtype)
-            gradients.append(parameter.grad)
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=self.group if self.num_groups == 1 else dist.group.WORLD)
-        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, total in zip(gradients, summed, strict=True):
-            gradient.copy_(total.view_as(gradient))
+        self._reduction.finish()
 
     def plan(
         self,
@@ -328,13 +320,16 @@ class EncoderProcess(_Encoder):
     def _backpropagate(self, stage1: _Stage1, gradient: Tensor) -> None:
         """Backpropagate the gradient of the features, chunk by chunk, and release the chunk."""
         first = recomputed = 0
-        for number, chunk in enumerate(self._chunks(stage1.patches, stage1.grids)):
+        chunks = list(self._chunks(stage1.patches, stage1.grids))
+        for number, chunk in enumerate(chunks):
             features, stage1.kept[number] = stage1.kept[number], None
             if features is None:
                 recomputed += len(chunk[0])
                 # The observers have seen these logits in stage 1.
                 with observers_disabled(self.tower):
                     features = self.tower(*chunk)
+            if number == len(chunks) - 1:
+                self._reduction.start()
             torch.autograd.backward(features, gradient[first : first + len(features)])
             first += len(features)
         self.recomputed = recomputed / max(len(stage1.patches), 1)

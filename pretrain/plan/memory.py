@@ -74,10 +74,11 @@ def _stage_memory(
     encoder, image_data = _encoder(config, ranks, images, own_patches)
     # With context parallelism, each rank has the features of its part of the sequences.
     features = own_patches / PATCHES_PER_TOKEN / ranks.context * config.language.hidden_size
-    # The encoder's gradients are summed over all ranks in one tensor.
-    encoder_gradients = FLOAT32 * sum(w.numel for w in updated if w.layer is None)
+    # The encoder's gradients are copied to be summed over all ranks during its backward pass.
+    shared = [w.numel for w in updated if w.layer is None] if ranks.world > 1 else []
+    encoder_gradients = FLOAT32 * sum(shared)
     activations, temporary = max(
-        _backbone(config, ranks, stage), (encoder, 0.0), (0.0, float(encoder_gradients)), key=sum
+        _backbone(config, ranks, stage), (encoder, float(encoder_gradients)), key=sum
     )
     row = {
         "weights": float(numel * itemsize),

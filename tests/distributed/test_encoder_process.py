@@ -4,6 +4,7 @@ import math
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain.config import EncoderProcessConfig, VisionConfig
-from pretrain.encoder_process import ColocatedEncoder, EncoderProcess
+from pretrain.encoder_process import ColocatedEncoder, EncoderProcess, gradient_reduction
 from pretrain.encoder_process.cost import activation_bytes
 from pretrain.encoder_process.encoder import Images
 from pretrain.encoder_process.exchange import ItemExchange, Piece, gather_grids
@@ -243,6 +244,25 @@ def test_groups_of_ranks_share_their_images_and_have_the_same_gradients() -> Non
         for name, expected in whole.items():
             assert (parts[name] - expected).norm() <= 1e-12 * expected.norm(), name
             assert torch.equal(ahead[name], parts[name])
+
+
+def _reduced_during_backward() -> tuple[int, int]:
+    """Buckets summed when the last gradient is complete, and all buckets; rank 1 has no images."""
+    tower = make_tower(torch.float64)
+    with mock.patch.object(gradient_reduction, "_BUCKET", 300):
+        encoder = EncoderProcess(tower, None, EncoderProcessConfig(spread="round_robin"))
+    images = make_images([(1, 4, 4)] if dist.get_rank() == 0 else [], 0)
+    (features,) = encoder.encode([images])
+    features.sum().backward()
+    encoder.backward()
+    pending = len(encoder._reduction._pending)
+    encoder.reduce_gradients()
+    return pending, len(encoder._reduction._buckets)
+
+
+def test_gradients_are_summed_during_the_backward_pass() -> None:
+    (first, buckets), (second, _) = launch(_reduced_during_backward, 2)
+    assert first == buckets > 3 and second == 0
 
 
 def _balance_and_loads(kind: str) -> tuple[float, int, int]:
