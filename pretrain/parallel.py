@@ -25,6 +25,7 @@ from pretrain.config import ParallelConfig
 from pretrain.errors import PretrainError
 from pretrain.model.context_parallel import SequenceShare
 from pretrain.runtime import without_cuda, without_transformer_engine
+from pretrain.runtime.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -169,6 +170,8 @@ def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) 
     """
     without_cuda.enable()
     without_transformer_engine.enable()
+    if not without_cuda.USE_CUDA:
+        keep_freed_memory()
     timeout = _timeout(collective_seconds)
     join(timeout)
     parallel_state.initialize_model_parallel(
