@@ -85,7 +85,8 @@ def activation_bytes(config: VisionConfig, itemsize: int) -> float:
     hidden = config.hidden_size
     wide = 4  # float32: the log-sum-exp of every query, and mean and deviation of two norms
     layer = (9 * hidden + 2 * config.ffn_hidden_size) * itemsize + (config.num_heads + 4) * wide
-    ends = (3 * config.patch_size**2 + 3 * hidden) * itemsize
+    positions = 16 * (8 + 4)  # weights and int32 indices of the interpolated table
+    ends = (3 * config.patch_size**2 + 3 * hidden) * itemsize + positions
     projector = 3 * hidden * itemsize  # of a feature, whose width is that of its patches together
     return float(config.num_layers * layer + ends + projector)
 

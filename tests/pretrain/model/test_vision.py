@@ -16,7 +16,7 @@ from pretrain.model.vision import (
     VisionAttention,
     VisionEncoder,
     apply_rotary,
-    cubic_weights,
+    cubic_taps,
     frame_positions,
     merge,
     num_features,
@@ -171,20 +171,31 @@ def test_logits_depend_on_relative_positions_alone() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20))
-def test_resizing_equals_torchs_bicubic_interpolation(side: int, rows: int, columns: int) -> None:
-    table = torch.randn(side, side, 3, dtype=torch.float64)
-    expected = F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")
-    torch.testing.assert_close(resize(table, rows, columns), expected[0].permute(1, 2, 0))
+@given(st.integers(1, 9), st.lists(st.tuples(*[st.integers(1, 20)] * 2), min_size=1, max_size=3))
+def test_resizing_equals_torchs_bicubic_interpolation(
+    side: int, sizes: list[tuple[int, int]]
+) -> None:
+    table = torch.randn(side, side, 3, dtype=torch.float64, requires_grad=True)
+    image = table.permute(2, 0, 1)[None]
+    expected = torch.cat(
+        [F.interpolate(image, size, mode="bicubic").flatten(2) for size in sizes], 2
+    )
+    resized = resize(table, sizes)
+    torch.testing.assert_close(resized, expected[0].T)
+    weights = torch.randn_like(resized)
+    gradients = [
+        torch.autograd.grad(values, table, weights)[0] for values in (resized, expected[0].T)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_resizing_to_the_same_size_changes_nothing() -> None:
     table = torch.randn(7, 7, 3)
-    assert torch.equal(resize(table, 7, 7), table)
+    assert torch.equal(resize(table, [(7, 7)]), table.flatten(0, 1))
 
 
 def test_weights_cached_in_inference_mode_serve_training() -> None:
-    cubic_weights.cache_clear()
+    cubic_taps.cache_clear()
     encoder = make_encoder()
     patches, all_grids = make_items([(1, 2, 4)])
     with torch.inference_mode():
