@@ -133,7 +133,7 @@ class VisionEncoder(nn.Module):
         """[P, hidden]: learned table, resized to each item's grid, plus sinusoids of the frames."""
         table = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         sizes = list(dict.fromkeys((rows, columns) for _, (_, rows, columns) in groups))
-        tables = resize(table, sizes).split([rows * columns for rows, columns in sizes])
+        tables = torch.split(resize(table, sizes), [rows * columns for rows, columns in sizes])
         frame_tables = dict(zip(sizes, tables, strict=True))
         positions = []
         for count, (frames, rows, columns) in groups:
