@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from muonclip import MuonClip
-from muonclip.orthogonalize import CoefficientName
+from muonclip.orthogonalize import CoefficientName, default_ns_dtype
 
 LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 0.1, 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -35,7 +35,8 @@ class Candidate:
     Attributes:
         name: name in tables.
         build: builds the optimizers.
-        arithmetic: dtype of Newton-Schulz on a CPU; "" if it is not Muon.
+        arithmetic: dtype of Newton-Schulz on a CPU; "" if it is not Muon, "auto" for MuonClip's
+            choice for the device.
         cuda_arithmetic: dtype of Newton-Schulz on a GPU, if different.
         coefficients: coefficient set, for five steps; None if it is not Muon.
         stacks: whether it treats stacked experts [E, n, m] as E matrices; otherwise experts are
@@ -77,6 +78,8 @@ class Candidate:
         )
 
     def arithmetic_on(self, device: torch.device) -> str:
+        if self.arithmetic == "auto":
+            return str(default_ns_dtype(device, torch.float32)).removeprefix("torch.")
         return (device.type == "cuda" and self.cuda_arithmetic) or self.arithmetic
 
     def version(self) -> str | None:
@@ -225,12 +228,13 @@ def _plain(params: list[nn.Parameter], lr: float, decay: float) -> Optimizer:
     return PlainMuon(params, lr, decay)
 
 
-_CLIP = Candidate("MuonClip", _muon_clip(), "float32", "bfloat16", stacks=True)
+_CLIP = Candidate("MuonClip", _muon_clip(), "auto", stacks=True)
 _OWN = [
     Candidate(BASELINE, _torch_muon),
     _CLIP,
-    replace(_CLIP, name="MuonClip, bfloat16", arithmetic="bfloat16", devices=("cpu",),
-            build=_muon_clip(ns_dtype=torch.bfloat16)),
+    *(replace(_CLIP, name=f"MuonClip, {dtype}", arithmetic=dtype, devices=("cpu",),
+              build=_muon_clip(ns_dtype=getattr(torch, dtype)))
+      for dtype in ("float32", "bfloat16")),
     replace(_CLIP, name="MuonClip, bfloat16 momentum",
             build=_muon_clip(momentum_dtype=torch.bfloat16)),
     Candidate("textbook loop, float32", _plain, "float32", stacks=True),

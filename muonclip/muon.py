@@ -10,7 +10,6 @@ from torch import Tensor
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.orthogonalize import (
     coefficient_steps,
-    default_ns_dtype,
     orthogonalize_,
     update_scale,
     working_dtype,
@@ -40,6 +39,7 @@ class MuonParam(NamedTuple):
         group: the options.
         shape: of the whole parameter.
         seed: for stochastic rounding.
+        ns_dtype: of Newton-Schulz.
         is_sharded: whether the owners of its matrices keep the state (``shard_state``):
             ``momentum_buffer`` and ``master`` are then ``ShardedState``.
         master: the master copy, if ``is_sharded`` and there is one.
@@ -53,6 +53,7 @@ class MuonParam(NamedTuple):
     group: dict[str, Any]
     shape: tuple[int, ...]
     seed: tuple[int, ...]
+    ns_dtype: torch.dtype
     is_sharded: bool = False
     master: Tensor | None = None
 
@@ -64,10 +65,6 @@ class MuonParam(NamedTuple):
     def num_slices(self) -> int:
         """Number of slices [n, m] of a stack that can be orthogonalized independently."""
         return self.layout.slices(self.shape)
-
-    @property
-    def ns_dtype(self) -> torch.dtype:
-        return self.group["ns_dtype"] or default_ns_dtype(self.local.device)
 
     @property
     def update_dtype(self) -> torch.dtype:

@@ -29,10 +29,11 @@ from muonclip.distributed.sharding import (
     local_shard,
     local_tensor,
 )
+from muonclip.kernels.support import has_bfloat16_products
 from muonclip.labels import label
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.muon import MuonParam, step_local
-from muonclip.orthogonalize import AdjustLR, Coefficients
+from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.precision import (
     moment_dtype,
     needs_master,
@@ -92,7 +93,11 @@ class MuonClip(Optimizer):
         nesterov: use Nesterov momentum.
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
-        ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators, float32 on a CPU.
+        ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators and on CPUs with
+            instructions for it (AVX512-BF16, AMX, ARM), float32 on others and for float64
+            parameters on a CPU. Ranks that share parameters agree; give it where ranks with copies
+            of a parameter do not share it (DDP without ``process_group``) and have other
+            processors, or for the same arithmetic when a run resumes on another processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's
@@ -224,6 +229,7 @@ class MuonClip(Optimizer):
         self._groups: list[dist.ProcessGroup] = []
         self._connected: ConnectedRanks | None = None
         self._plan: _Plan | None = None
+        self._avoids_bfloat16 = False
         self._owners: StateOwners | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -521,8 +527,14 @@ class MuonClip(Optimizer):
         momentum = state["momentum_buffer"]
         return MuonParam(
             param, local, to_update, gradient, momentum if is_sharded else local_tensor(momentum),
-            group, self._whole_shape(param), (group["updates"], number), is_sharded, master,
+            group, self._whole_shape(param), (group["updates"], number),
+            group["ns_dtype"] or self._default_ns_dtype(local), is_sharded, master,
         )  # fmt: skip
+
+    def _default_ns_dtype(self, local: Tensor) -> torch.dtype:
+        if local.device.type == "cpu" and self._avoids_bfloat16:
+            return torch.float32
+        return default_ns_dtype(local.device, local.dtype)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, on its device; created if missing.
@@ -632,6 +644,8 @@ class MuonClip(Optimizer):
         members = [(p, group) for group in self.param_groups for p in group["params"]]
         groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
         connected = ConnectedRanks(groups) if groups else None
+        if connected is not None:  # processors may differ, but not what ranks send each other
+            self._avoids_bfloat16 = connected.any(not has_bfloat16_products())
         if self.shard_state and connected is not None:
             if self._owners is None:
                 self._owners = StateOwners(self.process_group, self.shardings)

@@ -18,6 +18,7 @@ from muonclip.kernels.matrix_polynomial import (
     polynomial,
     product,
 )
+from muonclip.kernels.support import has_bfloat16_products
 from muonclip.kernels.symmetric_product import symmetric_product
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -107,9 +108,17 @@ _GRAM_ASPECT = 1.5
 _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
-def default_ns_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on accelerators; float32 on a CPU, which is faster at it."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def default_ns_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 on accelerators, and on a CPU that has instructions for it; otherwise float32.
+
+    On a CPU it is float32 for float64 matrices, of which one wants more digits than speed.
+
+    Args:
+        device, dtype: of the matrices.
+    """
+    if device.type == "cpu" and (dtype == torch.float64 or not has_bfloat16_products()):
+        return torch.float32
+    return torch.bfloat16
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -181,7 +190,8 @@ def orthogonalize(
         eps: guard against 0/0, in [0, 1): least Frobenius norm to divide by, relative to a matrix's
             largest entry. The result does not depend on the scale of a matrix.
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
-            bfloat16 on accelerators, float32 on a CPU.
+            bfloat16 on accelerators and on CPUs with instructions for it (AVX512-BF16, AMX, ARM),
+            float32 on others, for float64 matrices on a CPU, and with ``form="gram"``.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
@@ -197,7 +207,9 @@ def orthogonalize(
             f"got {matrices.dtype} of shape {tuple(matrices.shape)}"
         )
     if dtype is None:
-        dtype = default_ns_dtype(matrices.device)
+        dtype = (
+            torch.float32 if form == "gram" else default_ns_dtype(matrices.device, matrices.dtype)
+        )
     if dtype not in NS_DTYPES:
         raise ValueError(f"dtype must be one of {NS_DTYPES}, got {dtype}")
     if form not in get_args(Form):

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from muonclip.labels import WRAPPERS
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.orthogonalize import default_ns_dtype
 
 if TYPE_CHECKING:
     from muonclip.distributed.sharding import Sharding
@@ -395,10 +396,19 @@ def param_groups(
     return list(groups.values())
 
 
-def describe_assignment(assignments: Iterable[Assignment]) -> str:
-    """A printable table of the assignment and its reasons, with totals in elements."""
+def describe_assignment(
+    assignments: Iterable[Assignment], *, ns_dtype: torch.dtype | None = None
+) -> str:
+    """A printable table of the assignment and its reasons, with totals in elements.
+
+    Args:
+        assignments: as returned by ``assign_parameters``.
+        ns_dtype: as for ``MuonClip``. The line of Muon's total has it, or the default for the
+            parameters' devices.
+    """
     rows = [("parameter", "shape", "algorithm", "reason")]
     totals: dict[str, list[int]] = {}
+    ns_dtypes: set[str] = set()
     for item in assignments:
         algorithm = item.algorithm or "frozen"
         reason = item.reason
@@ -408,13 +418,17 @@ def describe_assignment(assignments: Iterable[Assignment]) -> str:
         total = totals.setdefault(algorithm, [0, 0])
         total[0] += 1
         total[1] += item.parameter.numel()
+        if algorithm == "muon":
+            chosen = ns_dtype or default_ns_dtype(item.parameter.device, item.parameter.dtype)
+            ns_dtypes.add(str(chosen).removeprefix("torch."))
+    arithmetic = {"muon": f", Newton-Schulz in {' and '.join(sorted(ns_dtypes))}"}
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
     lines += [
-        f"{algorithm}: {tensors} tensors, {elements:,} parameters"
+        f"{algorithm}: {tensors} tensors, {elements:,} parameters{arithmetic.get(algorithm, '')}"
         for algorithm, (tensors, elements) in totals.items()
     ]
     return "\n".join(lines)

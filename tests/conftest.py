@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
+from muonclip.kernels import support
+
 # A busy machine is slow without being wrong.
 settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slow")
@@ -19,6 +21,15 @@ settings.load_profile("slow")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for all runs of the tiny configuration; the first of them fills it."""
     return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(autouse=True)
+def newton_schulz_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let MuonClip choose float32 on every CPU: results must not depend on the processor.
+
+    ``launch.py`` does the same; tests that run programs give them ``ns_dtype``.
+    """
+    monkeypatch.setattr(support, "_has_bfloat16_products", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,13 @@ class ConnectedRanks:
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
         return flags
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of a rank is set; kept on the host, unlike those of ``largest``."""
+        for _ in range(self._rounds):
+            for group in self._groups:
+                flag = any(any(by.values()) for by in _gather({dist.get_rank(): flag}, group))
+        return flag
+
     def first_error(self, error: str | None) -> str | None:
         """The error of the lowest rank that has one, the same for all; None if there is none."""
         errors = {} if error is None else {dist.get_rank(): error}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from muonclip.kernels.symmetric_product import symmetric_product
 
-# Elements processed at a time on a CPU; at least one matrix.
-_CACHE_ELEMENTS = 2**17
+# Bytes of the matrices processed at a time on a CPU; at least one matrix.
+_CACHE_BYTES = 2**19
 
 
 @dataclass
@@ -37,7 +37,8 @@ def apply(function: Callable[[Tensor, Workspace], Tensor], x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(x, Workspace(torch.empty_like(x)))
-    count = min(len(x), max(1, _CACHE_ELEMENTS // max(1, x.size(1) * x.size(2))))
+    matrix_bytes = max(1, x.size(1) * x.size(2) * x.itemsize)
+    count = min(len(x), max(1, _CACHE_BYTES // matrix_bytes))
     spare = torch.empty_like(x[:count])
     squares = x.new_empty(4, count, x.size(1), x.size(1))
     for start in range(0, len(x), max(1, count)):

@@ -1,7 +1,8 @@
-"""Whether this machine and torch's settings allow Triton kernels and TF32."""
+"""Features of this machine and of torch's settings: Triton, TF32, bfloat16 on a CPU."""
 
 import functools
 import importlib.util
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,33 @@ def allows_tf32() -> bool:
     """Whether torch may round float32 factors to tf32 in CUDA products."""
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
+
+
+@_constant
+def has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 by own instructions, faster than in float32.
+
+    These are AVX512-BF16, AMX or those of ARM, and torch uses them by oneDNN. A measurement is not
+    necessary: products with them are at least twice as fast, and without them never faster.
+    """
+    return _has_bfloat16_products()
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
+    if not (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        # False too where ONEDNN_MAX_CPU_ISA selects an older instruction set.
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return False
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    # On others oneDNN also supports it where it converts to float32 in each product.
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 @contextmanager

@@ -25,6 +25,9 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    from muonclip.kernels import support
+
+    support._has_bfloat16_products = lambda: False  # type: ignore[assignment]  # as in conftest.py
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     dist.init_process_group(

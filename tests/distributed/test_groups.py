@@ -411,3 +411,31 @@ def make_with_other_groups() -> None:
 
 def test_a_rank_outside_the_process_group_is_refused() -> None:
     launch(make_with_other_groups, 2)
+
+
+def step_on_own_processor(with_products: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights after two steps of matrices of which every rank has a copy."""
+    from muonclip.kernels import support
+
+    has_products = with_products[dist.get_rank()]
+    support._has_bfloat16_products = lambda: has_products  # type: ignore[assignment]
+    params = [nn.Parameter(torch.zeros(6, 8)), nn.Parameter(torch.zeros(12, 4))]
+    groups = [{"params": params, "algorithm": "muon"}]
+    optimizer = MuonClip(groups, process_group=dist.group.WORLD, nonfinite="ignore")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return params[0].detach(), params[1].detach()
+
+
+def test_ranks_on_different_processors_agree_about_arithmetic() -> None:
+    """Otherwise they would wait for messages of another size, or their copies would differ."""
+    float32 = launch(step_on_own_processor, 2, [False, False])
+    mixed = launch(step_on_own_processor, 2, [False, True])
+    for weights in (*mixed, float32[1]):
+        assert all(map(torch.equal, weights, float32[0]))
+    bfloat16 = launch(step_on_own_processor, 2, [True, True])
+    assert all(map(torch.equal, *bfloat16))
+    assert not torch.equal(bfloat16[0][0], float32[0][0])

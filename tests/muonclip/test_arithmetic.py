@@ -1,0 +1,131 @@
+"""The arithmetic of Newton-Schulz that MuonClip chooses for a processor."""
+
+import platform
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muonclip import (
+    MuonClip,
+    assign_parameters,
+    describe_assignment,
+    orthogonalize,
+    param_groups,
+    reference,
+)
+from muonclip.kernels import support
+
+detect = support._has_bfloat16_products.__wrapped__  # before a fixture replaces it
+# Both choices: whether the processor has bfloat16 products, and the dtype.
+CHOICES = [(False, torch.float32), (True, torch.bfloat16)]
+# Roundings of a relative 2^-24 or 2^-9, which five steps, and the Gram form, magnify.
+ERROR = {torch.float32: 2.0**-24 * 80, torch.bfloat16: 2.0**-9 * 20}
+SHAPES = [(32, 32), (24, 96), (96, 24), (520, 540)]  # the last is in blocks
+
+
+def processor(monkeypatch: pytest.MonkeyPatch, has_products: bool) -> None:
+    monkeypatch.setattr(support, "_has_bfloat16_products", lambda: has_products)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("machine", "functions", "onednn", "expected"),
+    [
+        ("x86_64", {"_is_avx512_bf16_supported": True}, True, True),
+        ("x86_64", {"_is_amx_tile_supported": True}, True, True),
+        ("AMD64", {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True, True),
+        # AVX-512 and AVX2 without bfloat16: oneDNN converts to float32.
+        ("x86_64", {"_is_avx512_bf16_supported": False}, True, False),
+        ("x86_64", {}, True, False),  # a version of torch without these functions
+        ("x86_64", {"_is_avx512_bf16_supported": True}, False, False),
+        ("aarch64", {}, True, True),
+        ("arm64", {}, False, False),
+    ],
+)
+def test_instructions_are_recognized(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    functions: dict[str, bool],
+    onednn: bool,
+    expected: bool,
+) -> None:
+    known = {name: (lambda value=value: value) for name, value in functions.items()}
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace(**known))
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    ops = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: onednn)
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert detect() is expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert detect() is False
+
+
+@pytest.mark.parametrize(("has_products", "dtype"), CHOICES)
+def test_the_default_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, has_products: bool, dtype: torch.dtype
+) -> None:
+    processor(monkeypatch, has_products)
+    assert orthogonalize(random(4, 6)).dtype == dtype
+    assert orthogonalize(random(4, 6).bfloat16()).dtype == dtype
+    assert orthogonalize(random(4, 6, dtype=torch.float64)).dtype == torch.float32
+    assert orthogonalize(random(4, 6), form="gram").dtype == torch.float32
+    text = describe_assignment(assign_parameters(nn.Linear(3, 4)))
+    assert f"Newton-Schulz in {str(dtype).removeprefix('torch.')}" in text
+    pinned = describe_assignment(assign_parameters(nn.Linear(3, 4)), ns_dtype=torch.float16)
+    assert "Newton-Schulz in float16" in pinned
+
+
+def update(shape: tuple[int, ...], dtype: torch.dtype | None, **options: Any) -> torch.Tensor:
+    """The change of a parameter in one step of learning rate 1."""
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = random(*shape)
+    groups = [{"params": [p], "algorithm": "muon"}]
+    MuonClip(
+        groups, lr=1.0, weight_decay=0.0, adjust_lr="none", momentum=0.0, ns_dtype=dtype, **options
+    ).step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("has_products", "dtype"), CHOICES)
+def test_updates_are_exact_to_the_rounding_of_each_choice(
+    monkeypatch: pytest.MonkeyPatch, has_products: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    processor(monkeypatch, has_products)
+    exact = -reference.orthogonalize(random(*shape))
+    error = (update(shape, None).double() - exact).norm() / exact.norm()
+    assert error < ERROR[dtype]
+    if dtype == torch.bfloat16:  # the choice has an effect
+        assert error > ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_given_dtype_has_the_same_bits_in_every_run(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    results = []
+    for has_products in (False, True, False):
+        processor(monkeypatch, has_products)
+        results.append(update(shape, dtype))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_saved_default_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without ``ns_dtype`` resumes on another processor with that processor's choice."""
+    model = nn.Linear(8, 6)
+    model.weight.grad, model.bias.grad = random(6, 8), random(6)
+    first = MuonClip(param_groups(model))
+    first.step()
+    processor(monkeypatch, True)
+    second = MuonClip(param_groups(model))
+    second.load_state_dict(first.state_dict())
+    (param,) = second._muon_params(second._work()[:1])
+    assert param.ns_dtype == torch.bfloat16
