@@ -57,7 +57,7 @@ def has_bfloat16_products() -> bool:
 def _has_bfloat16_products() -> bool:
     if not (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        # False too where ONEDNN_MAX_CPU_ISA selects an older instruction set.
+        # False too where ONEDNN_MAX_CPU_ISA excludes AVX-512.
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
         return False
