@@ -163,7 +163,8 @@ def _state_shard(run: Run, name: str, value: Tensor) -> storage.LocalShard:
     """A tensor of the state of the parameter ``name`` on this rank."""
     weight = run.weights[name]
     if isinstance(value, ShardedState):
-        return storage.LocalShard(weight.shape, list(_pieces(run, weight, value)))
+        parts = value.state_layout.group.size()
+        return storage.LocalShard(weight.shape, list(_pieces(run, weight, value)), parts=parts)
     if value.shape == run.named_tensors[name].shape:  # split like the parameter
         return local_shard(run, name, value)
     return _whole(run, name, value)  # a step count

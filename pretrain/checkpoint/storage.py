@@ -66,11 +66,14 @@ class LocalShard:
         shape: shape of the whole tensor.
         blocks: (offsets in the whole tensor, values) of each block on this rank.
         copy: which other ranks have the same blocks; default: none.
+        parts: number of ranks whose blocks together fill the tensor once, each of which passes it,
+            without ``copy``; None: not known before the checkpoint is read.
     """
 
     shape: Sequence[int]
     blocks: Sequence[tuple[Sequence[int], Tensor]]
     copy: Copy = _ONLY
+    parts: int | None = None
 
 
 T = TypeVar("T")
@@ -118,8 +121,9 @@ class Share(NamedTuple):
     Attributes:
         shapes: shape of the whole tensor, by name.
         expected, written: :func:`_weight_of` the blocks that this rank has, divided by the number
-            of its copies, and of those that it writes; both times the number of ranks. Summed over
-            all ranks, they are equal.
+            of its copies, and of those that it writes; both times the number of ranks. Of tensors
+            in parts also the elements that the ranks have on average, and those of this rank.
+            Summed over all ranks, they are equal.
     """
 
     blocks: list[Block]
@@ -261,8 +265,8 @@ def write_manifest(
     """
     if sum(part.expected for part in parts) != sum(part.written for part in parts):
         raise ValueError(
-            "ranks that have copies of the same tensors list different ones (are all of them "
-            "running the same version of the program?)"
+            "ranks that have copies or parts of the same tensors list different ones (are all of "
+            "them running the same version of the program?)"
         )
     files = {name: digest for part in parts for name, digest in part.files.items()}
     start = json.dumps({"step": step, "facts": dict(facts), "files": files})
@@ -329,12 +333,14 @@ def share_of(tensors: Tensors, world_size: int) -> Share:
         sizes = [block.values.nbytes for block in blocks]
         chosen += [blocks[number] for number in shares(sizes, copy.count)[copy.index]]
         expected += sum(map(_weight_of, blocks)) * (world_size // copy.count)
-    return Share(
-        chosen,
-        {block.name: list(tensors[block.name].shape) for block in chosen},
-        expected,
-        sum(map(_weight_of, chosen)) * world_size,
-    )
+    written = sum(map(_weight_of, chosen)) * world_size
+    for name, tensor in tensors.items():
+        if isinstance(tensor, LocalShard) and tensor.parts is not None:
+            key = _random_number(name)
+            expected += key * prod(tensor.shape) * (world_size // tensor.parts)
+            written += key * sum(values.numel() for _, values in tensor.blocks) * world_size
+    shapes = {block.name: list(tensors[block.name].shape) for block in chosen}
+    return Share(chosen, shapes, expected, written)
 
 
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
@@ -353,7 +359,10 @@ def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 def _weight_of(block: Block) -> int:
     """A random number for each block, to compare sets of blocks by sums."""
-    text = f"{block.name} {block.offsets} {tuple(block.values.shape)}"
+    return _random_number(f"{block.name} {block.offsets} {tuple(block.values.shape)}")
+
+
+def _random_number(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
