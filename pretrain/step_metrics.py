@@ -72,7 +72,7 @@ class UpdateRms:
 
     Estimated from up to 4,096 evenly spaced entries of each parameter; comparing whole parameters
     would need the memory of a second model. A rank that has parts of a master copy takes them from
-    these parts, from the second step on.
+    these parts.
 
     Args:
         optimizer: an optimizer with decoupled weight decay.
@@ -86,7 +86,9 @@ class UpdateRms:
         self._before: list[tuple[dict[str, Any], Tensor, Tensor]] = []
 
     def before_step(self) -> None:
-        """Copy the samples; call before the optimizer's step."""
+        """Copy the samples; every rank calls this before the optimizer's step."""
+        if self._optimizer.shard_state:
+            self._optimizer.create_state()  # before the first step: where master copies are
         self._before = [
             (group, parameter, self._sample(parameter).to(torch.float32, copy=True))
             for group in self._optimizer.param_groups
@@ -129,9 +131,7 @@ class UpdateRms:
         master = get_master(parameter)
         if isinstance(master, ShardedState):
             return master.state_layout.numel > 0
-        # Before the first step with optimizer.shard_state, it is not known where masters will be.
-        is_known = master is not None or parameter.dtype.itemsize >= 4
-        return parameter.numel() > 0 and (is_known or not self._optimizer.shard_state)
+        return parameter.numel() > 0
 
     def _weight(self, parameter: Tensor) -> float:
         """Number of entries of which :meth:`_sample` is a sample, divided by their copies."""
