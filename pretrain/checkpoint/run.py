@@ -313,8 +313,8 @@ def restore(run: Run, guard: Guard | None = None) -> int:
     """
     newest = _newest_step(run)
     if newest is not None or run.config.start_from is not None:
-        run.optimizer.create_state()  # a collective call, which loading is not
-    step, facts = call_on_all_ranks(lambda: _load(run, newest))
+        run.optimizer.create_state()
+    step, facts = _load(run, newest)
     if guard is not None:
         guard.load_state_dict(facts.get("faults", {}))
     if data_states := facts.get("data"):
@@ -338,7 +338,7 @@ def roll_back(run: Run, saver: Saver, guard: Guard, step: int, why: RollBack) ->
             f"step {step} must be rolled back ({why}), but there is no checkpoint yet: start again "
             "with a smaller checkpoint.every, or lower optimizer.lr"
         )
-    checkpoint_step, facts = call_on_all_ranks(lambda: _load(run, newest))
+    checkpoint_step, facts = _load(run, newest)
     guard.roll_back(step, checkpoint_step, facts.get("faults", {}))
     return checkpoint_step
 
@@ -354,13 +354,33 @@ def _newest_step(run: Run) -> int | None:
 def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
     """Load the tensors of a checkpoint; without one, those of ``start_from``.
 
+    All ranks call it together. Any of them may find a damaged file: only once all have read theirs,
+    the optimizer receives its state, which is a collective call.
+
     Returns:
         The checkpoint's step and facts; 0 and nothing without a checkpoint.
     """
+    step, facts, state = call_on_all_ranks(lambda: _read(run, step))
+    if state is not None:
+        call_on_all_ranks(lambda: run.optimizer.load_named_state(state, run.parameters()))
+    if "updates" in facts and not facts.get("weights_only", False):
+        for group in run.optimizer.param_groups:
+            group["updates"] = facts["updates"]
+    return step, facts
+
+
+_State = dict[str, dict[str, Tensor]]
+
+
+def _read(run: Run, step: int | None) -> tuple[int, dict[str, Any], _State | None]:
+    """Read what :func:`_load` loads: weights in place; without other ranks.
+
+    Returns:
+        The checkpoint's step and facts, and the optimizer's state; None: it is not replaced.
+    """
     if step is None:
-        if run.config.start_from is not None:
-            _start_from(run, Path(run.config.start_from))
-        return 0, {}
+        start_from = run.config.start_from
+        return 0, {}, None if start_from is None else _start_from(run, Path(start_from))
     checkpoint = Checkpoint.open(storage.path_of(folder(run), step))
     _verify(run, checkpoint)
     weights_only = checkpoint.facts.get("weights_only", False)
@@ -373,14 +393,11 @@ def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
         remedy="set it back to continue, or choose another run_dir to start a new run",
     )
     if weights_only:
-        _load_weights(run, checkpoint)
+        state = _load_weights(run, checkpoint)
     else:
         state = _state_to_fill(run, checkpoint)
         checkpoint.load(tensors_of(run, state))
-        run.optimizer.load_named_state(state, run.parameters())
-        for group in run.optimizer.param_groups:
-            group["updates"] = checkpoint.facts["updates"]
-    return checkpoint.step, checkpoint.facts
+    return checkpoint.step, checkpoint.facts, state
 
 
 def _verify(run: Run, checkpoint: Checkpoint) -> None:
@@ -389,7 +406,7 @@ def _verify(run: Run, checkpoint: Checkpoint) -> None:
         checkpoint.verify(run.context.rank, run.context.world_size)
 
 
-def _state_to_fill(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+def _state_to_fill(run: Run, checkpoint: Checkpoint) -> _State:
     """The tensors of each parameter's optimizer state that a checkpoint has, by name.
 
     They are overwritten, so that a roll-back needs no memory for a second state.
@@ -404,8 +421,12 @@ def _state_to_fill(run: Run, checkpoint: Checkpoint) -> dict[str, dict[str, Tens
     }
 
 
-def _start_from(run: Run, other: Path) -> None:
-    """Load the weights of another run's newest checkpoint, and nothing else."""
+def _start_from(run: Run, other: Path) -> _State:
+    """Load the weights of another run's newest checkpoint, and nothing else.
+
+    Returns:
+        The master copies, as :func:`_load_weights`.
+    """
     saved = _open(other)
     _verify(run, saved)
     if Tokenizer.load(tokenizer_file(other)).digest != run.data.tokenizer.digest:
@@ -421,14 +442,17 @@ def _start_from(run: Run, other: Path) -> None:
         ignored=_MODEL_EXCEPT,
         remedy="set it to that, or start from another run",
     )
-    _load_weights(run, saved)
+    return _load_weights(run, saved)
 
 
-def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights and start with an empty optimizer state.
+def _load_weights(run: Run, checkpoint: Checkpoint) -> _State:
+    """Load a checkpoint's weights, for an optimizer without other state.
 
     Of a run in bfloat16, the float32 master weights are loaded. For a run in bfloat16, float32
     weights become the master weights.
+
+    Returns:
+        The master copies, by parameter.
     """
     stored = checkpoint.tensors
     sources = {name: f"optimizer.{name}.master" for name in run.named_tensors}
@@ -442,7 +466,7 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
         if "master" in entries and stored[sources[name]].dtype == torch.float32
     }
     checkpoint.load({sources[n]: _state_shard(run, n, x["master"]) for n, x in masters.items()})
-    run.optimizer.load_named_state(masters, run.parameters())
+    return masters
 
 
 def _check_settings(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,59 @@ def _restart(folder: str, *overrides: str) -> dict[str, Any]:
         outcome["unverified"] = restore_with(checkpoint=unverified)
         outcome["start_from"] = restore_with(run_dir=f"{folder}/new", start_from=config.run_dir)
     return outcome
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+DAMAGE = {"truncated": _truncate, "changed": _flip_a_bit, "missing": Path.unlink}
+
+
+def _restore_damaged(folder: str) -> dict[tuple[str, bool], str]:
+    """The error of a restart with a damaged file, by kind of damage and checkpoint.verify."""
+    config = training.tiny(folder, "parallel.expert=2", f"run_dir={folder}/whole")
+    context, data = set_up(config)
+    run = build(config, context, data)
+    train_step(run, batches.for_step(config, context, data, 1), 1)
+    with checkpoint.saver(run) as saver:
+        checkpoint.save(run, saver, Guard(config.faults), 1)
+        saver.wait()
+    errors = {}
+    for kind, damage in DAMAGE.items():
+        for verify in (True, False):
+            run_dir = f"{folder}/{kind}-{verify}"
+            if context.is_main:
+                shutil.copytree(config.run_dir, run_dir)
+                damage(next(Path(run_dir).rglob("rank-00001-0.safetensors")))
+            dist.barrier()
+            options = dataclasses.replace(config.checkpoint, verify=verify)
+            other = dataclasses.replace(config, run_dir=run_dir, checkpoint=options)
+            errors[kind, verify] = ""
+            try:
+                checkpoint.restore(dataclasses.replace(run, config=other))
+            except PretrainError as error:
+                errors[kind, verify] = str(error)
+    return errors
+
+
+def test_a_damaged_file_is_one_line_on_all_ranks_of_a_restart(folder: Path) -> None:
+    """One rank verifies the file, and another one may need it. Unverified, values are not known to
+    be wrong, but a file that cannot be read is still one line."""
+    first, second = launch(_restore_damaged, 2, str(folder))
+    assert first == second
+    for (kind, verify), error in first.items():
+        if (kind, verify) == ("changed", False):
+            assert not error
+            continue
+        assert "is damaged" in error and "rank-00001-0.safetensors" in error, (kind, verify)
+        assert "remove that folder to resume from the checkpoint before it" in error
+        assert "\n" not in error
 
 
 def test_a_restart_hashes_every_byte_once_and_fills_the_tensors_that_exist(folder: Path) -> None:
