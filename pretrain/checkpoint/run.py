@@ -354,7 +354,7 @@ def _newest_step(run: Run) -> int | None:
 def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
     """Load the tensors of a checkpoint; without one, those of ``start_from``.
 
-    All ranks call it together. Any of them may find a damaged file: only once all have read theirs,
+    All ranks call it together. Any of them may find a damaged file: only once all have read,
     the optimizer receives its state, which is a collective call.
 
     Returns:
