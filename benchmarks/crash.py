@@ -136,7 +136,8 @@ def _kill(
     deadline = time.monotonic() + _PATIENCE_SECONDS
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     in_save, ahead, rank = rng.random() < 0.5, rng.randrange(1, 2 * every), rng.randrange(ranks)
-    delay = rng.uniform(0, 0.2)
+    # A save takes some hundredths of a second: kill while it runs, not when it begins.
+    delay = rng.uniform(0, 0.02 if in_save else 0.2)
 
     def wait_for(condition: Callable[[], object]) -> None:
         while not condition():
@@ -149,21 +150,20 @@ def _kill(
     wait_for(lambda: len(read_lines(run_dir / "starts.jsonl")) == number + 1)
     first = read_lines(run_dir / "starts.jsonl")[-1]["step"]
     wait_for(lambda: (records := read(metrics)) and records[-1]["step"] >= first + ahead)
+    children = psutil.Process(process.pid).children()
+    victims = [child for child in children if child.environ().get("RANK") == str(rank)]
+    if not victims:
+        raise RuntimeError(f"rank {rank} was not found for kill {number + 1}")
     if in_save:
         wait_for(lambda: any(checkpoints.glob("*.partial")))
-    else:
-        time.sleep(delay)
+    time.sleep(delay)
     saved = storage.steps(checkpoints)
-    saving = any(checkpoints.glob("*.partial"))
-    for child in psutil.Process(process.pid).children():
-        if child.environ().get("RANK") == str(rank):
-            child.kill()
-            break
-    else:
-        raise RuntimeError(f"rank {rank} was not found for kill {number + 1}")
+    victims[0].kill()
+    victims[0].wait()
     return {
         "rank": rank,
-        "during_a_save": saving,
+        # A save that is interrupted leaves its folder until the next one.
+        "during_a_save": any(checkpoints.glob("*.partial")),
         "after_step": read(metrics)[-1]["step"],
         "newest_checkpoint": saved[-1] if saved else 0,
     }
