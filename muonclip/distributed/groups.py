@@ -187,12 +187,20 @@ def group_of_copies(copies: Copies, group: dist.ProcessGroup) -> dist.ProcessGro
         assert world is not None
         created = _groups_by_ranks.setdefault(world, {})
         members = dist.get_process_group_ranks(group)
-        ranks = tuple(members[r] for r in copies.sets[copies.set_of[dist.get_rank(group)]])
-        is_missing = len(ranks) > 1 and ranks not in created
-        gathered = _gather({dist.get_rank(): is_missing}, group)
-        if any(missing for by_rank in gathered for missing in by_rank.values()):
+        own = copies.sets[copies.set_of[dist.get_rank(group)]]
+        ranks = tuple(members[number] for number in own)
+        # Some of these ranks may know no group of them, or another one than the rest.
+        name = created[ranks].group_name if ranks in created else ""
+        gathered = _gather({dist.get_rank(): name}, group)
+        names = [by_rank.get(rank, "") for rank, by_rank in zip(members, gathered, strict=True)]
+
+        def is_missing(numbers: Sequence[int]) -> bool:
+            found = {names[number] for number in numbers}
+            return len(numbers) > 1 and (len(found) > 1 or "" in found)
+
+        if any(map(is_missing, copies.sets)):
             _align_names([group])
-        if is_missing:
+        if is_missing(own):
             created[ranks] = _new_group(ranks)
         known[copies] = created.get(ranks)
     return known[copies]

@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 from muonclip.distributed import Sharding, TensorShard
-from muonclip.distributed.groups import ConnectedRanks, _diameter, order_of
+from muonclip.distributed.groups import (
+    ConnectedRanks,
+    _diameter,
+    group_of_copies,
+    order_of,
+    remember,
+)
+from muonclip.distributed.sharding import Copies
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import EXACT, TOLERANCE, random, whole
 from tests.distributed.optimizer_cases import Block as Model
@@ -439,3 +446,20 @@ def test_ranks_on_different_processors_agree_about_arithmetic() -> None:
     bfloat16 = launch(step_on_own_processor, 2, [True, True])
     assert all(map(torch.equal, *bfloat16))
     assert not torch.equal(bfloat16[0][0], float32[0][0])
+
+
+def find_copies_that_some_ranks_remember() -> float:
+    """Ranks 0 and 2, and 1 and 3, have copies; one of each pair knows a group of them."""
+    for ranks in ([0, 2], [1, 3]):
+        group = dist.new_group(ranks)
+        if dist.get_rank() == ranks[0]:
+            remember(group)
+    shards = [TensorShard((rank % 2, 0), (1, 4)) for rank in range(4)]
+    group = group_of_copies(Copies.of(shards), dist.group.WORLD)
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def test_ranks_with_copies_find_one_group_whatever_they_remember() -> None:
+    assert launch(find_copies_that_some_ranks_remember, 4) == [2, 4, 2, 4]
