@@ -114,15 +114,10 @@ class BucketExchange:
         shards = [unit.shard_of(rank) for unit, rank in self._incoming]
         parts = self._received.split_with_sizes([shard.numel for shard in shards])
         self._work = self._received = None
-        whole: dict[WorkUnit, Tensor] = {}
+        pieces: dict[WorkUnit, list[tuple[TensorShard, Tensor]]] = {}
         for (unit, _), shard, part in zip(self._incoming, shards, parts, strict=True):
-            if shard.sizes == unit.shape:
-                whole[unit] = part.view(unit.shape)
-                continue
-            if unit not in whole:
-                whole[unit] = part.new_empty(unit.shape)
-            whole[unit][shard.slices] = part.view(shard.sizes)
-        return [whole[unit] for unit in self.owned]
+            pieces.setdefault(unit, []).append((shard, part))
+        return [_assemble(unit, pieces.pop(unit)) for unit in self.owned]
 
 
 class ResultExchange:
@@ -199,16 +194,28 @@ class ResultExchange:
         self._work = _all_to_all(self._received, packed, self._to_receive, self._sent, self.group)
 
     def _pack(self, results: Mapping[WorkUnit, Tensor]) -> Tensor:
+        if all(_has_rows(piece.unit, piece.shard) for piece in self._pieces):  # views
+            by_place: dict[int, Tensor] = {}
+            for numbers, parts in self._parts(results):
+                by_place |= zip(numbers, parts, strict=True)
+            ordered = [by_place[place] for place in range(len(by_place))]
+            return _flat(ordered, self.dtype, self.device)
         packed = torch.empty(sum(self._sizes), dtype=self.dtype, device=self.device)
         places = packed.split_with_sizes(self._sizes)
+        for numbers, pieces in self._parts(results):
+            torch._foreach_copy_([places[number] for number in numbers], list(pieces))
+        return packed
+
+    def _parts(
+        self, results: Mapping[WorkUnit, Tensor]
+    ) -> Iterator[tuple[list[int], Sequence[Tensor]]]:
+        """The parts of each piece of the results, and their places in the message."""
         whole: dict[WorkUnit, Tensor] = {}
         for piece, numbers in zip(self._pieces, self._places, strict=True):
             if piece.unit not in whole:  # one at a time
                 whole = {piece.unit: results[piece.unit].to(self.dtype).contiguous()}
             flat = whole[piece.unit][piece.shard.slices].reshape(-1)
-            parts = flat.split_with_sizes(list(piece.sizes.values()))
-            torch._foreach_copy_([places[number] for number in numbers], parts)
-        return packed
+            yield numbers, flat.split_with_sizes(list(piece.sizes.values()))
 
     def gather(self) -> None:
         """Start gathering the parts of the ranks that have copies of the same shards."""
@@ -312,6 +319,27 @@ def _pieces(message: Bucket, rank: int) -> Iterator[_Piece]:
             yield _Piece(
                 unit, shard, {r: size for r, size in zip(ranks, sizes, strict=True) if size}
             )
+
+
+def _assemble(unit: WorkUnit, pieces: Sequence[tuple[TensorShard, Tensor]]) -> Tensor:
+    """The whole of a unit; without a copy if its rows follow one another in memory.
+
+    Args:
+        pieces: its different shards, flat.
+    """
+    first = pieces[0][1]
+    if all(_has_rows(unit, shard) for shard, _ in pieces):
+        ordered = sorted(pieces, key=lambda piece: piece[0].offsets)
+        return _flat([part for _, part in ordered], first.dtype, first.device).view(unit.shape)
+    whole = first.new_empty(unit.shape)
+    for shard, part in pieces:
+        whole[shard.slices] = part.view(shard.sizes)
+    return whole
+
+
+def _has_rows(unit: WorkUnit, shard: TensorShard) -> bool:
+    """Whether a shard consists of whole rows, which follow one another in memory."""
+    return shard.sizes[1:] == unit.shape[1:]
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,13 +1,17 @@
 """Buffers of the optimizer's exchange on thousands of ranks, which torch's fake group simulates."""
 
+import math
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +20,7 @@ from muonclip import MatrixLayout, MuonClip
 from muonclip.distributed import muon
 from muonclip.distributed.exchange import BucketExchange, ResultExchange
 from muonclip.distributed.muon import DistributedMuon
-from muonclip.distributed.sharding import Sharding, TensorShard
+from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
 from pretrain import config
 from pretrain.model.weights import Weight
 from pretrain.plan.muon_step import _step
@@ -65,15 +69,33 @@ def group(request: pytest.FixtureRequest) -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def first_stage() -> list[Weight]:
+STAGE = ranks_of(KIMI)
+
+
+def dense() -> list[Weight]:
     """The matrices of the first stage of Kimi K2.5 that all of its ranks share."""
-    ranks = ranks_of(KIMI)
     return [
         weight
         for weight in trained_weights(KIMI)
         if weight.layer is not None and weight.expert is None and weight.optimizer == "muon"
-        if ranks.has(0, weight)
+        if STAGE.has(0, weight)
     ]
+
+
+def experts() -> list[Weight]:
+    """The matrices of the experts that a rank of the first stage shares with few other ranks."""
+    return [
+        weight
+        for weight in trained_weights(KIMI)
+        if weight.expert is not None and STAGE.has(0, weight)
+        for _ in range(STAGE.tensors(weight))
+    ]
+
+
+def encoder() -> list[Weight]:
+    """The matrices of the vision encoder and the projector, of which every rank has a copy."""
+    weights = trained_weights(KIMI)
+    return [weight for weight in weights if weight.layer is None and weight.optimizer == "muon"]
 
 
 def sharded(weight: Weight, parts: int, group: dist.ProcessGroup) -> tuple[Tensor, Sharding]:
@@ -83,10 +105,98 @@ def sharded(weight: Weight, parts: int, group: dist.ProcessGroup) -> tuple[Tenso
     shape[dim] //= parts
     offsets = [[part * shape[d] if d == dim else 0 for d in (0, 1)] for part in range(parts)]
     shards = [TensorShard(tuple(offset), tuple(shape)) for offset in offsets]
-    parameter = nn.Parameter(torch.empty(shape, device="meta"))
-    parameter.grad = torch.empty_like(parameter)
     placed = tuple(shards[rank % parts] for rank in range(group.size()))
-    return parameter, Sharding(weight.shape, group, placed)
+    return nn.Parameter(torch.empty(shape, device="meta")), Sharding(weight.shape, group, placed)
+
+
+def copied(weight: Weight, group: dist.ProcessGroup) -> tuple[Tensor, Sharding]:
+    """A parameter of which all ranks have copies, as with DDP."""
+    whole = TensorShard.whole(weight.shape)
+    parameter = nn.Parameter(torch.empty(weight.shape, device="meta"))
+    return parameter, Sharding(weight.shape, group, (whole,) * group.size())
+
+
+def fully_sharded(weight: Weight, group: dist.ProcessGroup) -> tuple[Tensor, Sharding]:
+    """A DTensor whose rows are split over all ranks, as with FSDP2."""
+    rows, *rest = weight.shape
+    bounds = [min(rows, -(-rows // group.size()) * rank) for rank in range(group.size() + 1)]
+    shards = tuple(
+        TensorShard((first if last > first else 0, *(0 for _ in rest)), (last - first, *rest))
+        for first, last in pairwise(bounds)
+    )
+    local = torch.empty(shards[group.rank()].sizes, device="meta")
+    parameter = DTensor.from_local(
+        local,
+        DeviceMesh.from_group(group, "cpu"),
+        [Shard(0)],
+        run_check=False,
+        shape=torch.Size(weight.shape),
+        stride=(rest[0], 1),
+    )
+    return nn.Parameter(parameter), Sharding(weight.shape, group, shards)
+
+
+class Sizes(NamedTuple):
+    """Bytes of a simulated step on a rank.
+
+    Attributes:
+        received, owned: of its shards, and of the whole matrices that it orthogonalizes.
+        most, total: of the buffers of the exchange: at most at once, and in total.
+        step: of all tensors of the step, at most at once.
+    """
+
+    received: int
+    owned: int
+    most: int
+    total: int
+    step: int
+
+
+def simulate(
+    weights: Sequence[Weight],
+    placed: Sequence[tuple[Tensor, Sharding]],
+    group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
+) -> Sizes:
+    """A step of Muon for these parameters, with the messages of one rank."""
+    monkeypatch.setattr(Sharding, "gather", lambda *_: [sharding for _, sharding in placed])
+    groups = [
+        {"params": [(f"{number}.{w.name}", p)], "algorithm": "muon", "layout": layout_of(w)}
+        for number, (w, (p, _)) in enumerate(zip(weights, placed, strict=True))
+    ]
+    optimizer = MuonClip(groups, ns_dtype=torch.bfloat16, **options)
+    for parameter, _ in placed:
+        parameter.grad = torch.empty_like(parameter)
+    for members in optimizer.param_groups:
+        members["updates"] = 1
+    work = [(members, members["params"]) for members in optimizer.param_groups]
+    params = optimizer._muon_params(work)
+    connected: Any = type("Connected", (), {"first_error": lambda self, error: error})()
+    plan = DistributedMuon(
+        params, [group], connected, optimizer.process_group, optimizer.shardings, {}, []
+    )
+
+    counted = Allocated()
+    with monkeypatch.context() as patch:
+        for kind in (BucketExchange, ResultExchange):
+            for name in ("send", "receive", "gather"):
+                if hasattr(kind, name):
+                    patch.setattr(kind, name, counting(counted, getattr(kind, name), True))
+        for name in ("update_momenta", "pre_orthogonalize", "apply_updates"):
+            patch.setattr(muon, name, counting(counted, getattr(muon, name), False))
+        counted.is_counting = False
+        with torch.no_grad(), counted:
+            plan.step(params, None)
+
+    everything = Allocated()
+    monkeypatch.setattr(muon, "apply_updates", lambda *_: None)
+    monkeypatch.setattr(muon, "update_momenta", lambda *_: None)
+    with torch.no_grad(), everything:
+        plan.step(params, None)
+    received = 2 * sum(local_tensor(p).numel() for p, _ in placed)
+    owned = 2 * sum(math.prod(u.shape) for w in plan._work for u in w._exchange.owned)
+    return Sizes(received, owned, counted.most, counted.total, everything.most)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -97,46 +207,52 @@ def test_buffers_have_the_size_of_what_a_rank_sends_and_receives(
     group: dist.ProcessGroup, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first rank owns the largest matrix, the last one none."""
-    weights = first_stage()
-    placed = dict(sharded(weight, parts, group) for weight in weights)
-    monkeypatch.setattr(Sharding, "gather", lambda *_: list(placed.values()))
-    groups = [
-        {"params": [(w.name, p)], "algorithm": "muon", "layout": layout_of(w)}
-        for w, p in zip(weights, placed, strict=True)
-    ]
-    optimizer = MuonClip(groups, ns_dtype=torch.bfloat16, shardings=placed)
-    for members in optimizer.param_groups:
-        members["updates"] = 1
-    work = [(members, members["params"]) for members in optimizer.param_groups]
-    params = optimizer._muon_params(work)
-    connected: Any = type("Connected", (), {"first_error": lambda self, error: error})()
-    plan = DistributedMuon(params, [group], connected, None, placed, {}, [])
+    weights = dense()
+    placed = [sharded(weight, parts, group) for weight in weights]
+    sizes = simulate(weights, placed, group, monkeypatch, shardings=dict(placed))
+    assert (sizes.owned > 0) == (group.rank() == 0)
+    assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
+    if not sizes.owned:
+        assert sizes.total <= 1.1 * sizes.received
+    planned = _step(KIMI, STAGE, weights, parts, group.size() // parts)
+    if sizes.owned:  # what Newton-Schulz needs, too
+        assert sizes.step == pytest.approx(planned.buffers, rel=0.1)
 
-    counted = Allocated()
-    for kind in (BucketExchange, ResultExchange):
-        for name in ("send", "receive", "gather"):
-            if hasattr(kind, name):
-                monkeypatch.setattr(kind, name, counting(counted, getattr(kind, name), True))
-    for name in ("update_momenta", "pre_orthogonalize", "apply_updates"):
-        monkeypatch.setattr(muon, name, counting(counted, getattr(muon, name), False))
-    counted.is_counting = False
-    with torch.no_grad(), counted:
-        plan.step(params, None)
-    received = 2 * sum(p.numel() for p in placed)
-    owned = 2 * sum(u.shape[0] * u.shape[1] for w in plan._work for u in w._exchange.owned)
-    assert (owned > 0) == (group.rank() == 0)
-    assert counted.most <= 1.1 * (received + owned)
-    if not owned:
-        assert counted.total <= 1.1 * received
 
-    everything = Allocated()
-    monkeypatch.setattr(muon, "apply_updates", lambda *_: None)
-    monkeypatch.setattr(muon, "update_momenta", lambda *_: None)
-    with torch.no_grad(), everything:
-        plan.step(params, None)
-    planned = _step(KIMI, ranks_of(KIMI), weights, parts, group.size() // parts)
-    if owned:  # what Newton-Schulz needs, too
-        assert everything.most == pytest.approx(planned.buffers, rel=0.1)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("group", [(4, 0), (128, 0), (128, 127)], indirect=True, ids=str)
+def test_buffers_of_experts(
+    group: dist.ProcessGroup, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 and 4,096 ranks, 32 of which have different experts."""
+    weights = experts()
+    placed = [sharded(weight, parts, group) for weight in weights]
+    sizes = simulate(weights, placed, group, monkeypatch, shardings=dict(placed))
+    assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
+
+
+@pytest.mark.parametrize(
+    "group", [(128, 0), (128, 127), (4096, 0), (4096, 4095)], indirect=True, ids=str
+)
+def test_buffers_of_copies(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vision encoder's matrices, under ``process_group``."""
+    weights = encoder()
+    placed = [copied(weight, group) for weight in weights]
+    sizes = simulate(weights, placed, group, monkeypatch, process_group=group)
+    assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
+
+
+@pytest.mark.parametrize(
+    "group", [(128, 0), (128, 127), (4096, 0), (4096, 4095)], indirect=True, ids=str
+)
+def test_buffers_of_fully_sharded_matrices(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner receives whole matrices and returns them; others send and receive shards."""
+    weights = dense()
+    placed = [fully_sharded(weight, group) for weight in weights]
+    sizes = simulate(weights, placed, group, monkeypatch)
+    assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
 
 
 def layout_of(weight: Weight) -> MatrixLayout | None:
