@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,6 @@ from pretrain.model.vision_attention import Pack, attend, largest_logits
 
 # (frames, rows, columns) of an item, in patches.
 Grid = tuple[int, int, int]
-# Consecutive items of one grid: their number, and the grid.
-Group = tuple[int, Grid]
 
 
 class VisionAttention(nn.Module):
@@ -106,51 +104,43 @@ class VisionEncoder(nn.Module):
         weight = self.patch_embed.weight
         if not shapes:
             return weight.new_empty(0, PATCHES_PER_TOKEN * self.config.hidden_size)
-        # Sorted, because items of one grid share positions, and items of one length an attention.
         lengths = [math.prod(shape) for shape in shapes]
-        order = sorted(range(len(shapes)), key=lambda item: (lengths[item], shapes[item]))
-        groups = [
-            (len(list(items)), shape) for shape, items in groupby(shapes[item] for item in order)
-        ]
+        # Sorted, because items of one length share an attention.
+        order = sorted(range(len(shapes)), key=lengths.__getitem__)
         pack = Pack([lengths[item] for item in order], weight.device)
+        ordered = torch.tensor([shapes[item] for item in order])
+        points = patch_points(ordered)
 
         # Rounded once, at the end: mid-grey values would lose half of their bits in bfloat16.
         pixels = select_items(patches, lengths, order)
         pixels = pixels.to(torch.promote_types(weight.dtype, torch.float32)).div_(127.5).sub_(1)
         x = self.patch_embed(pixels.to(weight.dtype))
-        x = x + self._positions(groups)
-        rotary = self._rotary(groups, x)
+        x = x + self._positions(ordered, points)
+        rotary = self._rotary(points, x)
         for block in self.blocks:
             x = block(x, rotary, pack)
         x = self.final_norm(x)
 
-        parts = torch.split(x, [count * math.prod(shape) for count, shape in groups])
-        merged = [merge(part, shape) for part, (_, shape) in zip(parts, groups, strict=True)]
-        features_per_item = [num_tokens(shapes[item]) for item in order]
-        return select_items(torch.cat(merged), features_per_item, inverse(order))
+        return merge(x, ordered, order)
 
-    def _positions(self, groups: Sequence[Group]) -> Tensor:
+    def _positions(self, grids: Tensor, points: Tensor) -> Tensor:
         """[P, hidden]: learned table, resized to each item's grid, plus sinusoids of the frames."""
         table = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        sizes = list(dict.fromkeys((rows, columns) for _, (_, rows, columns) in groups))
-        tables = torch.split(resize(table, sizes), [rows * columns for rows, columns in sizes])
-        frame_tables = dict(zip(sizes, tables, strict=True))
-        positions = []
-        for count, (frames, rows, columns) in groups:
-            frame = frame_tables[rows, columns]
-            if frames > 1:
-                time = frame_positions(frames, frame.shape[-1]).to(frame)
-                frame = (time[:, None] + frame).flatten(0, 1)
-            positions.append(frame.expand(count, -1, -1).flatten(0, 1))
-        return torch.cat(positions).to(self.pos_embed.dtype)
+        positions = resize(table, grids, points)
+        clips = grids[:, 0] > 1
+        if clips.any():
+            times = frame_positions(MAX_FRAMES, table.shape[-1])[points[:, 0]]
+            times[~clips.repeat_interleave(grids.prod(1))] = 0
+            positions = positions + to_device(times.to(table.dtype), table.device)
+        return positions.to(self.pos_embed.dtype)
 
-    def _rotary(self, groups: Sequence[Group], x: Tensor) -> Tensor:
+    def _rotary(self, points: Tensor, x: Tensor) -> Tensor:
         """Complex [P, head_dim / 2] in the precision in which :func:`apply_rotary` rotates x."""
         config = self.config
-        longest = max(max(rows, columns) for _, (_, rows, columns) in groups)
+        longest = int(points[:, 1:].max()) + 1
         table = rotary_table(longest, config.hidden_size // config.num_heads, config.rope_base)
         table = table.to(x.device, torch.promote_types(x.dtype, torch.complex64))
-        return torch.cat([rotary_2d(shape, table).repeat(count, 1) for count, shape in groups])
+        return rotary_2d(to_device(points, x.device), table)
 
 
 @contextmanager
@@ -221,16 +211,10 @@ def select_items(rows: Tensor, rows_per_item: Sequence[int], order: Sequence[int
         order: items of the result.
     """
     counts, items = torch.tensor(rows_per_item, dtype=torch.int64), list(order)
-    first_rows = counts.cumsum(0) - counts
-    counts, first_rows = counts[items], first_rows[items]
-    shifts = first_rows - (counts.cumsum(0) - counts)
+    first, counts = first_rows(counts)[items], counts[items]
+    shifts = first - first_rows(counts)
     indices = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
     return rows.index_select(0, indices.to(rows.device))
-
-
-def inverse(order: Sequence[int]) -> list[int]:
-    """Inverse of a permutation."""
-    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def split_items(sizes: Sequence[int], max_size: int) -> list[slice]:
@@ -247,44 +231,72 @@ def split_items(sizes: Sequence[int], max_size: int) -> list[slice]:
     return [slice(*ends) for ends in pairwise([*starts, len(sizes)])] if sizes else []
 
 
-def merge(x: Tensor, grid: Grid) -> Tensor:
-    """Average frames and merge 2 x 2 patches of consecutive items of one grid.
+def patch_points(grids: Tensor) -> Tensor:
+    """int64 [P, 3], (frame, row, column) of each patch of items with grids [n, 3], on the CPU."""
+    lengths = grids.prod(1)
+    rows, columns = grids[:, 1:].repeat_interleave(lengths, 0).unbind(1)
+    numbers = torch.arange(len(rows)) - first_rows(lengths).repeat_interleave(lengths)
+    cells = numbers // columns
+    return torch.stack([cells // rows, cells % rows, numbers % columns], 1)
+
+
+def first_rows(lengths: Tensor) -> Tensor:
+    """int64 [n]: row at which each of consecutive items of these lengths begins."""
+    return lengths.cumsum(0) - lengths
+
+
+def merge(x: Tensor, grids: Tensor, order: Sequence[int]) -> Tensor:
+    """Average frames and merge 2 x 2 patches.
 
     Args:
-        x: [items * frames * rows * columns, d].
+        x: [P, d], item by item.
+        grids: int64 [n, 3] of the items, on the CPU.
+        order: position of each item among those of the result, a permutation of 0..n-1.
 
     Returns:
-        [items * rows / 2 * columns / 2, 4 * d].
+        [N, 4 * d], item by item, row-major.
     """
-    frames, rows, columns = grid
-    cells = x.view(-1, frames, rows // MERGE, MERGE, columns // MERGE, MERGE, x.shape[-1])
-    return cells.mean(1).transpose(2, 3).flatten(3).flatten(0, 2)
+    frames, rows, columns = grids.unbind(1)
+    if (frames > 1).any():
+        parts = zip(torch.split(x, grids.prod(1).tolist()), frames.tolist(), strict=True)
+        x = torch.cat([torch.unflatten(part, 0, (count, -1)).mean(0) for part, count in parts])
+    items = torch.tensor(order).argsort()
+    first, columns = first_rows(rows * columns)[items], columns[items]
+    merged = torch.stack([torch.ones_like(rows), rows[items] // MERGE, columns // MERGE], 1)
+    first, columns = torch.stack([first, columns], 1).repeat_interleave(merged.prod(1), 0).unbind(1)
+    _, row, column = patch_points(merged).unbind(1)
+    corner = first + MERGE * (row * columns + column)
+    square = torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1)
+    return x.index_select(0, to_device(square.flatten(), x.device)).view(len(square), -1)
 
 
-def resize(table: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Resize a table [side, side, d] to each of (rows, columns) by bicubic interpolation.
+def resize(table: Tensor, grids: Tensor, points: Tensor) -> Tensor:
+    """Resize a table [side, side, d] to the grid of each item by bicubic interpolation.
 
     Equal to ``F.interpolate(mode="bicubic")``, but only the 16 entries of each position are read,
-    for all sizes at once.
+    for all items at once.
+
+    Args:
+        grids: int64 [n, 3] of the items, on the CPU.
+        points: the result of :func:`patch_points`.
 
     Returns:
-        [positions, d], of one size after the other, row-major.
+        [P, d], the value at each patch.
     """
     side = table.shape[0]
-    entries, weights = [], []
-    for rows, columns in sizes:
-        (row_entries, row_weights), (column_entries, column_weights) = (
-            cubic_taps(size, side) for size in (rows, columns)
-        )
-        at = row_entries[:, None, :, None] * side + column_entries[:, None, :]
-        entries.append(at.flatten(0, 1).flatten(1))
-        products = row_weights[:, None, :, None] * column_weights[:, None, :]
-        weights.append(products.flatten(0, 1).flatten(1))
+    sizes = torch.unique(grids[:, 1:])
+    first = torch.zeros(int(sizes.max()) + 1, dtype=torch.int64)
+    first[sizes] = first_rows(sizes)
+    at = first[grids[:, 1:]].repeat_interleave(grids.prod(1), 0) + points[:, 1:]
+    row, column = to_device(at, table.device).unbind(1)
+    taps = zip(*(cubic_taps(size, side) for size in sizes.tolist()), strict=True)
+    entries, weights = (to_device(torch.cat(parts), table.device) for parts in taps)
+    weights = weights.to(table.dtype)
     return F.embedding_bag(
-        to_device(torch.cat(entries), table.device),
+        (entries[row][:, :, None] * side + entries[column][:, None]).flatten(1),
         table.flatten(0, 1),
         mode="sum",
-        per_sample_weights=to_device(torch.cat(weights).to(table.dtype), table.device),
+        per_sample_weights=(weights[row][:, :, None] * weights[column][:, None]).flatten(1),
     )
 
 
@@ -321,19 +333,17 @@ def rotary_table(length: int, head_dim: int, base: float) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotary_2d(grid: Grid, table: Tensor) -> Tensor:
-    """Complex [frames * rows * columns, head_dim / 2]: 2-D rotary embedding of an item.
+def rotary_2d(points: Tensor, table: Tensor) -> Tensor:
+    """Complex [P, head_dim / 2]: 2-D rotary embedding of patches.
 
     Even channel pairs rotate with the column, odd ones with the row, at falling frequencies.
 
     Args:
-        table: :func:`rotary_table` of at least the longer side.
+        points: the result of :func:`patch_points`.
+        table: :func:`rotary_table` of at least the longest side.
     """
-    frames, rows, columns = grid
-    by_column = table[:columns].expand(rows, -1, -1)
-    by_row = table[:rows, None].expand(-1, columns, -1)
-    plane = torch.stack([by_column, by_row], dim=-1)
-    return plane.flatten(2).flatten(0, 1).repeat(frames, 1)
+    _, row, column = points.unbind(1)
+    return torch.stack([table[column], table[row]], dim=-1).flatten(1)
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pretrain.model.vision import (
     merge,
     num_features,
     observers_disabled,
+    patch_points,
     resize,
     rotary_2d,
     rotary_table,
@@ -129,7 +130,7 @@ def test_attention_is_softmax_within_each_item_and_reports_max_logits() -> None:
     attention = VisionAttention(8, 2).double()
     x = torch.randn(10, 8, dtype=torch.float64)
     table = rotary_table(3, 4, 10000.0)
-    rotary = torch.cat([rotary_2d((1, 2, 2), table), rotary_2d((1, 2, 3), table)])
+    rotary = rotary_2d(patch_points(torch.tensor([[1, 2, 2], [1, 2, 3]])), table)
     pack = Pack([4, 6], x.device)
     observed: list[Tensor] = []
     attention.observer = observed.append
@@ -160,7 +161,8 @@ def test_logits_depend_on_relative_positions_alone() -> None:
     """Moving a query and a key by the same rows and columns changes nothing."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 1, 8, dtype=torch.float64)
-    rotary = rotary_2d((1, 6, 6), rotary_table(6, 8, 10000.0)).view(6, 6, 4)
+    points = patch_points(torch.tensor([[1, 6, 6]]))
+    rotary = rotary_2d(points, rotary_table(6, 8, 10000.0)).view(6, 6, 4)
 
     def logit(at: tuple[int, int], other: tuple[int, int]) -> Tensor:
         rotated_query = apply_rotary(query, rotary[at][None])
@@ -180,7 +182,8 @@ def test_resizing_equals_torchs_bicubic_interpolation(
     expected = torch.cat(
         [F.interpolate(image, size, mode="bicubic").flatten(2) for size in sizes], 2
     )
-    resized = resize(table, sizes)
+    grids = torch.tensor([(1, *size) for size in sizes])
+    resized = resize(table, grids, patch_points(grids))
     torch.testing.assert_close(resized, expected[0].T)
     weights = torch.randn_like(resized)
     gradients = [
@@ -191,7 +194,8 @@ def test_resizing_equals_torchs_bicubic_interpolation(
 
 def test_resizing_to_the_same_size_changes_nothing() -> None:
     table = torch.randn(7, 7, 3)
-    assert torch.equal(resize(table, [(7, 7)]), table.flatten(0, 1))
+    grids = torch.tensor([[1, 7, 7]])
+    assert torch.equal(resize(table, grids, patch_points(grids)), table.flatten(0, 1))
 
 
 def test_weights_cached_in_inference_mode_serve_training() -> None:
@@ -206,12 +210,18 @@ def test_weights_cached_in_inference_mode_serve_training() -> None:
 
 def test_frames_are_averaged_and_neighbours_merged() -> None:
     frames = torch.arange(2 * 2 * 4, dtype=torch.float64).view(16, 1)
-    merged = merge(frames, (2, 2, 4))
+    merged = merge(frames, torch.tensor([[2, 2, 4]]), [0])
     mean = frames.view(2, 2, 4).mean(0)
     assert merged.tolist() == [
         [mean[0, 0], mean[0, 1], mean[1, 0], mean[1, 1]],
         [mean[0, 2], mean[0, 3], mean[1, 2], mean[1, 3]],
     ]
+
+
+def test_merged_items_are_in_the_requested_order() -> None:
+    grids = torch.tensor([[1, 2, 2], [1, 4, 2]])
+    merged = merge(torch.arange(12)[:, None], grids, [1, 0])
+    assert merged.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3]]
 
 
 def test_frame_positions_are_sines_and_cosines() -> None:
