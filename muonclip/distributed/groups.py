@@ -215,11 +215,16 @@ def nodes_of(group: dist.ProcessGroup) -> list[int]:
     Nodes have ``LOCAL_WORLD_SIZE`` consecutive ranks; where it is not set, all are on one.
     """
     if group not in _nodes:
-        rank = dist.get_rank()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        gathered = _gather({rank: rank // local}, group)  # ranks might disagree about the size
-        _nodes[group] = [node for by_rank in gathered for node in by_rank.values()]
+        # Ranks might disagree about the size.
+        _nodes[group] = values_of_ranks(dist.get_rank() // local, group)
     return _nodes[group]
+
+
+def values_of_ranks(value: _T, group: dist.ProcessGroup) -> list[_T]:
+    """The value of each rank of a group. A collective call of the group."""
+    gathered = _gather({dist.get_rank(): value}, group)
+    return [value for by_rank in gathered for value in by_rank.values()]
 
 
 def _align_names(along: Sequence[dist.ProcessGroup]) -> None:

@@ -18,7 +18,13 @@ from muonclip.distributed.exchange import (
     arrivals,
     result_exchanges,
 )
-from muonclip.distributed.groups import ConnectedRanks, group_of, nodes_of, order_of
+from muonclip.distributed.groups import (
+    ConnectedRanks,
+    group_of,
+    nodes_of,
+    order_of,
+    values_of_ranks,
+)
 from muonclip.distributed.plan import Bucket, WorkUnit, assign_owners, make_buckets, make_units
 from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
@@ -102,20 +108,27 @@ class DistributedMuon:
                 by_kind[_Kind.of(param, id(sharding.group))].append(index)
         self._work: list[_Work] = []
         groups_by_id = {id(group): group for group in groups}
+        units = {
+            kind: [u for i in indices for u in make_param_units(i, listed[i], found[i])]
+            for kind, indices in by_kind.items()
+        }
+        given = {
+            kind: [owner for i in indices for owner in owners[params[i].param]]
+            for kind, indices in by_kind.items()
+            if kind.is_sharded
+        }
+        balance = Balance()
+        for kind, unit_owners in given.items():
+            balance.add(units[kind], unit_owners, groups_by_id[kind.group])
         # Ranks meet in several groups, and must come to them in the same order.
         for kind in sorted(
             by_kind, key=lambda kind: (order_of(groups_by_id[kind[0]]), str(kind[1:]))
         ):
             group = groups_by_id[kind.group]
             size = dist.get_world_size(group)
-            indices = by_kind[kind]
-            units = [u for i in indices for u in make_param_units(i, listed[i], found[i])]
-            if kind.is_sharded:
-                unit_owners = [owner for i in indices for owner in owners[params[i].param]]
-            else:
-                unit_owners = assign_owners(units, nodes_of(group))
-            shards = {index: found[index].local for index in indices}
-            for bucket in make_buckets(units, unit_owners, BUCKET_ELEMENTS * size):
+            unit_owners = given[kind] if kind in given else balance.assign(units[kind], group)
+            shards = {index: found[index].local for index in by_kind[kind]}
+            for bucket in make_buckets(units[kind], unit_owners, BUCKET_ELEMENTS * size):
                 work = _OwnersWork if kind.is_sharded else _Work
                 self._work.append(work(bucket, group, kind, shards))
 
@@ -158,6 +171,29 @@ class DistributedMuon:
             for exchange in work.results:
                 exchange.send_zeros()
                 yield work, exchange
+
+
+class Balance:
+    """Assigns owners group by group, by the work that this rank has in all of them."""
+
+    def __init__(self) -> None:
+        self._load = 0.0
+
+    def assign(self, units: Sequence[WorkUnit], group: dist.ProcessGroup) -> list[int]:
+        """The owner of each unit. A collective call of the group."""
+        # A number of each rank, once for each group and kind of parameters.
+        loads = values_of_ranks(self._load, group)
+        owners = assign_owners(units, nodes_of(group), loads)
+        self.add(units, owners, group)
+        return owners
+
+    def add(
+        self, units: Sequence[WorkUnit], owners: Sequence[int], group: dist.ProcessGroup
+    ) -> None:
+        """Count units whose owners are known."""
+        rank = dist.get_rank(group)
+        pairs = zip(units, owners, strict=True)
+        self._load += sum(unit.cost for unit, owner in pairs if owner == rank)
 
 
 class _Kind(NamedTuple):

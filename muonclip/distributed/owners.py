@@ -18,9 +18,15 @@ from muonclip.distributed.exchange import (
     arrivals,
     result_exchanges,
 )
-from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, nodes_of, order_of
-from muonclip.distributed.muon import SharedParam, all_shardings, make_param_units, unit_part
-from muonclip.distributed.plan import WorkUnit, assign_owners, make_buckets
+from muonclip.distributed.groups import ConnectedRanks, group_of_ranks, order_of
+from muonclip.distributed.muon import (
+    Balance,
+    SharedParam,
+    all_shardings,
+    make_param_units,
+    unit_part,
+)
+from muonclip.distributed.plan import WorkUnit, make_buckets
 from muonclip.distributed.sharded_state import (
     ShardedState,
     StateLayout,
@@ -39,8 +45,9 @@ class StateOwners:
     """Owners of the state of parameters of which several ranks have a copy, or equal shards.
 
     A matrix, or some slices of a stack, have one owner, which also orthogonalizes them. AdamW's
-    parameters are cut evenly over the ranks that have copies. Owners are a function of the
-    parameters' order, never change, and do not depend on which parameters have gradients.
+    parameters are cut evenly over the ranks that have copies. A rank that owns much in one group is
+    given less in the next. Owners are a function of the parameters' order, never change, and do not
+    depend on which parameters have gradients.
 
     Args:
         process_group: ranks that have copies of the plain tensors without a sharding, or None.
@@ -51,6 +58,7 @@ class StateOwners:
         self, process_group: dist.ProcessGroup | None, shardings: Mapping[Tensor, Sharding]
     ) -> None:
         self._process_group, self._shardings = process_group, shardings
+        self._balance = Balance()
         self._known: set[Tensor] = set()
         self._sharding_of: dict[Tensor, Sharding] = {}
         self._layouts: dict[Tensor, StateLayout] = {}
@@ -184,7 +192,7 @@ class StateOwners:
             indices, group = by_group[key], groups[key]
             units = [u for i in indices for u in make_param_units(i, *params[i])]
             owned: dict[int, list[tuple[WorkUnit, int]]] = defaultdict(list)
-            for unit, owner in zip(units, assign_owners(units, nodes_of(group)), strict=True):
+            for unit, owner in zip(units, self._balance.assign(units, group), strict=True):
                 owned[unit.index].append((unit, owner))
             for index, pairs in owned.items():
                 param, sharding = params[index]

@@ -107,24 +107,28 @@ def nearest(ranks: Sequence[int], rank: int, nodes: Sequence[int]) -> int:
     return min(neighbours, key=lambda r: (nodes[r] != nodes[rank], abs(r - rank), r))
 
 
-def assign_owners(units: Sequence[WorkUnit], nodes: Sequence[int]) -> list[int]:
+def assign_owners(
+    units: Sequence[WorkUnit], nodes: Sequence[int], loads: Sequence[float] | None = None
+) -> list[int]:
     """Assign every unit to a rank, the costliest first, each to the rank with the least load.
 
     A unit stays on the nodes that have most of it, unless their ranks have too much to do. If every
-    node has the whole of all units, the largest load is at most 4/3 of the least possible (Graham,
-    1969); otherwise at most twice.
+    node has the whole of all units and no rank has other work, the largest load is at most 4/3 of
+    the least possible (Graham, 1969); otherwise at most twice.
 
     Args:
         units: in any order.
         nodes: the node of each rank.
+        loads: cost of the other work that each rank has; default: none.
 
     Returns:
         The owner of each unit. Ties go to the earlier unit and the lower rank.
     """
-    owners, loads = [0] * len(units), [0.0] * len(nodes)
-    heap = [(0.0, rank) for rank in range(len(nodes))]
+    owners, loads = [0] * len(units), [0.0] * len(nodes) if loads is None else list(loads)
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
     most = max((unit.cost for unit in units), default=0.0)
-    limit = 4 / 3 * max(most, sum(unit.cost for unit in units) / len(nodes))
+    limit = 4 / 3 * max(most, (sum(loads) + sum(unit.cost for unit in units)) / len(nodes))
     near = _NearRanks(nodes)
     for index in sorted(range(len(units)), key=lambda i: (-units[i].cost, i)):
         cost = units[index].cost
