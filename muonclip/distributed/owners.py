@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ from muonclip.precision import get_master, refresh_master
 
 # At most this many elements of AdamW's parameters are gathered at once.
 BUCKET_ELEMENTS = 2**26
+
+_T = TypeVar("_T")
 
 
 class StateOwners:
@@ -232,7 +234,9 @@ class StateOwners:
             members = by_kind[kind]
             parts: dict[Tensor, list[tuple[TensorShard, ...]]] = {p.param: [] for p in members}
             self._ranges |= {param.param: [] for param in members}
-            for entries in _cut([p.param for p in members], BUCKET_ELEMENTS):
+            sizes = [local_tensor(member.param).numel() for member in members]
+            for indices in cut_flat(sizes, BUCKET_ELEMENTS):
+                entries = [(members[i].param, start, stop) for i, start, stop in indices]
                 bucket = FlatBucket(group, entries)
                 self._buckets.append(bucket)
                 for tensor, start, stop in bucket.local_ranges():
@@ -368,19 +372,11 @@ class FlatBucket:
         self, group: dist.ProcessGroup, entries: Sequence[tuple[Tensor, int, int]]
     ) -> None:
         self.group, self.entries = group, list(entries)
-        total = sum(stop - start for _, start, stop in entries)
-        self.chunk = -(-total // group.size())
+        self.chunk = _chunk(entries, group.size())
 
     def local_ranges(self) -> Iterator[tuple[Tensor, int, int]]:
         """The entries and parts of entries that this rank updates."""
-        first = self.group.rank() * self.chunk
-        last, position = first + self.chunk, 0
-        for param, start, stop in self.entries:
-            begin = max(start, start + first - position)
-            end = min(stop, start + last - position)
-            if begin < end:
-                yield param, begin, end
-            position += stop - start
+        return chunk_ranges(self.entries, self.group.size(), self.group.rank())
 
     def gather(self, found_inf: Tensor | None) -> None:
         """Copy each rank's ranges into the parameters of all. A collective call of the group.
@@ -420,21 +416,41 @@ def _has_replicas(sharding: Sharding) -> bool:
     return len(sharding.copies.sets) < len(sharding.shards)
 
 
-def _cut(params: Sequence[Tensor], elements: int) -> list[list[tuple[Tensor, int, int]]]:
-    """Ranges of local tensors, in lists of up to ``elements`` elements."""
-    lists: list[list[tuple[Tensor, int, int]]] = []
+def cut_flat(sizes: Sequence[int], elements: int) -> list[list[tuple[int, int, int]]]:
+    """(index, start, stop): ranges of flat tensors of these sizes, in lists of up to ``elements``
+    elements."""
+    lists: list[list[tuple[int, int, int]]] = []
     room = 0
-    for param in params:
-        start, numel = 0, local_tensor(param).numel()
-        while start < numel:
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
             if not room:
                 lists.append([])
                 room = elements
-            stop = min(numel, start + room)
-            lists[-1].append((param, start, stop))
+            stop = min(size, start + room)
+            lists[-1].append((index, start, stop))
             room -= stop - start
             start = stop
     return lists
+
+
+def chunk_ranges(
+    entries: Sequence[tuple[_T, int, int]], ranks: int, rank: int
+) -> Iterator[tuple[_T, int, int]]:
+    """The entries (anything, start, stop), and parts of entries, of one of several ranks, to each
+    of which equally many elements are given."""
+    chunk = _chunk(entries, ranks)
+    first, last, position = rank * chunk, (rank + 1) * chunk, 0
+    for key, start, stop in entries:
+        begin = max(start, start + first - position)
+        end = min(stop, start + last - position)
+        if begin < end:
+            yield key, begin, end
+        position += stop - start
+
+
+def _chunk(entries: Sequence[tuple[Any, int, int]], ranks: int) -> int:
+    return -(-sum(stop - start for _, start, stop in entries) // ranks)
 
 
 def _moved(box: TensorShard, offsets: tuple[int, ...]) -> TensorShard:

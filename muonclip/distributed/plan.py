@@ -27,7 +27,7 @@ class WorkUnit:
         shape: of the whole unit.
         copies: the ranks that have the same shard.
         shards: of each set of ``copies``, in the unit's coordinates; None for a set without one.
-        cost: of the orthogonalization, in multiply-adds.
+        cost: of the owner's work.
     """
 
     index: int

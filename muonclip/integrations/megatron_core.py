@@ -147,6 +147,8 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
             gradients, for tensor parallelism in ``GroupedMLP``, and for shards of generalized
             tensor parallelism (GTP).
     """
+    import torch.distributed as dist
+
     from muonclip.distributed.groups import remember
     from muonclip.distributed.sharding import Sharding, TensorShard
 
@@ -173,9 +175,12 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
             local[is_expert][parameter] = (tuple(shape), shard)
 
     result: dict[Tensor, Sharding] = {}
+    groups: dict[tuple[int, ...], Any] = {}
     for is_expert, get_group in ((False, _dense_group), (True, _expert_group)):
         if local[is_expert] and (group := get_group()).size() > 1:
             remember(_replica_group(is_expert))
+            # Where all ranks of a stage have the same experts, one group balances all matrices.
+            group = groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
             gathered = Sharding.gather(list(local[is_expert].values()), group)
             result |= dict(zip(local[is_expert], gathered, strict=True))
     return result

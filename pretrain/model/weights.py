@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
+from muonclip import MatrixLayout
 from muonclip.distributed import TensorShard
 from pretrain.config import LanguageConfig, ParallelConfig, VisionConfig
 from pretrain.model.geometry import PATCHES_PER_TOKEN
@@ -48,6 +49,9 @@ class Weight(NamedTuple):
         expert: number of its expert within the layer; None outside experts.
         published_groups: number of groups of rows in which its published tensors alternate: each
             group has its rows of the first tensor, then of the second, and so on.
+        matrices: rows of each matrix that Muon orthogonalizes, in one of ``repeats``; empty for one
+            matrix.
+        repeats: number of times that the rows of all ``matrices`` alternate.
     """
 
     name: str
@@ -59,10 +63,20 @@ class Weight(NamedTuple):
     layer: int | None = None
     expert: int | None = None
     published_groups: int = 1
+    matrices: tuple[int, ...] = ()
+    repeats: int = 1
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def layout(self, parallel: ParallelConfig) -> MatrixLayout | None:
+        """Return the layout of its matrices in the gathered shards; None for one matrix."""
+        if not self.matrices:
+            return None
+        # Each tensor-parallel rank has its rows of every stacked matrix.
+        ranks = self.shards(parallel) if self.split is not None and self.split.stacked > 1 else 1
+        return MatrixLayout(tuple(rows // ranks for rows in self.matrices), self.repeats * ranks)
 
     def shards(self, parallel: ParallelConfig) -> int:
         """Return the number of tensor-parallel ranks among which it is split; 1 if it is not."""
@@ -143,8 +157,10 @@ def _language_layer(config: LanguageConfig, layer: int, experts: Iterable[int]) 
         names = published.split()
         rows, *columns = shape
         tensors = {_layer_name(layer, name): (rows // len(names), *columns) for name in names}
+        matrices = (rows // len(names),) * len(names) if len(names) > 1 else ()
         name = f"language.decoder.layers.{layer}.{name}.weight"
-        return Weight(name, shape, component, optimizer, tensors, split, layer, expert)
+        whole = Weight(name, shape, component, optimizer, tensors, split, layer, expert)
+        return whole._replace(matrices=matrices)
 
     def mlp(
         name: str, published: str, component: str, width: int, expert: int | None = None
@@ -198,22 +214,28 @@ def _mla(config: LanguageConfig, layer: int) -> Iterator[Weight]:
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     query = heads * (nope + rope)
 
-    def matrix(name: str, published: str, shape: Shape, split: Split | None) -> Weight:
-        return _attention_weight(layer, f"linear_{name}", {published: shape}, shape, split)
+    def matrix(
+        name: str, published: str, shape: Shape, split: Split | None,
+        matrices: Shape = (), repeats: int = 1,
+    ) -> Weight:  # fmt: skip
+        whole = _attention_weight(layer, f"linear_{name}", {published: shape}, shape, split)
+        return whole._replace(matrices=matrices, repeats=repeats)
 
     def norm(name: str, published: str, size: int) -> Weight:
         return _attention_weight(layer, name, {published: (size,)}, (size,))
 
     # Every rank has the whole down-projections: see latent_attention.DuplicatedLinear.
     if q_rank is None:
-        yield matrix("q_proj", "q_proj", (query, hidden), _COLUMNS)
+        yield matrix("q_proj", "q_proj", (query, hidden), _COLUMNS, (nope, rope), heads)
     else:
         yield matrix("q_down_proj", "q_a_proj", (q_rank, hidden), None)
         yield norm("q_layernorm", "q_a_layernorm", q_rank)
-        yield matrix("q_up_proj", "q_b_proj", (query, q_rank), _COLUMNS)
-    yield matrix("kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + rope, hidden), None)
+        yield matrix("q_up_proj", "q_b_proj", (query, q_rank), _COLUMNS, (nope, rope), heads)
+    down = (kv_rank + rope, hidden)
+    yield matrix("kv_down_proj", "kv_a_proj_with_mqa", down, None, (kv_rank, rope))
     yield norm("kv_layernorm", "kv_a_layernorm", kv_rank)
-    yield matrix("kv_up_proj", "kv_b_proj", (heads * (nope + value), kv_rank), _COLUMNS)
+    up = (heads * (nope + value), kv_rank)
+    yield matrix("kv_up_proj", "kv_b_proj", up, _COLUMNS, (nope, value), heads)
     yield matrix("proj", "o_proj", (hidden, heads * value), _ROWS)
 
 
@@ -224,7 +246,9 @@ def _gqa(config: LanguageConfig, layer: int) -> Iterator[Weight]:
     # megatron-core's order: per key head its queries, the key and the value.
     qkv = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden)}
     fused = _attention_weight(layer, "linear_qkv", qkv, (query + 2 * key, hidden), _COLUMNS)
-    yield fused._replace(published_groups=groups)
+    yield fused._replace(
+        published_groups=groups, matrices=(query // groups, dim, dim), repeats=groups
+    )
     if config.qk_norm:
         for x in "qk":
             yield _attention_weight(layer, f"{x}_layernorm", {f"{x}_norm": (dim,)}, (dim,))

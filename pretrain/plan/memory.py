@@ -19,10 +19,11 @@ from pretrain.plan.activations import (
     kept_by_encoder,
 )
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
-from pretrain.plan.muon_step import muon_step
+from pretrain.plan.muon_step import step_buffers
 from pretrain.plan.optimizer_state import state_of_ranks
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
+from pretrain.plan.shared_matrices import shared_matrices
 from pretrain.plan.workload import Images, images_per_step
 
 # Estimates, not measured: CUDA's context with the kernels and workspaces of its libraries, and
@@ -68,27 +69,26 @@ def _stage_memory(
     itemsize = ITEMSIZE[config.precision]
     local = [weight for weight in weights if ranks.has(stage, weight)]
     numel = sum(map(ranks.local_numel, local))
-    # Without images the encoder is never updated.
-    updated = [weight for weight in local if images.features or weight.layer is not None]
+    shared = shared_matrices(config, ranks, local, images.update)
     own_patches = images.patches / ranks.data if stage == 0 else 0.0
-    encoder, image_data = _encoder(config, ranks, images, own_patches)
+    encoding, image_data = _encoder(config, ranks, images, own_patches)
     # With context parallelism, each rank has the features of its part of the sequences.
     features = own_patches / PATCHES_PER_TOKEN / ranks.context * config.language.hidden_size
     # The encoder's gradients are copied to be summed over all ranks during its backward pass.
-    shared = [w.numel for w in updated if w.layer is None] if ranks.world > 1 else []
-    encoder_gradients = FLOAT32 * sum(shared)
+    encoder = [weight for weight in local if weight.layer is None and images.update(weight)]
+    copied = FLOAT32 * sum(weight.numel for weight in encoder) if ranks.world > 1 else 0
     activations, temporary = max(
-        _backbone(config, ranks, stage), (encoder, float(encoder_gradients)), key=sum
+        _backbone(config, ranks, stage), (encoding, float(copied)), key=sum
     )
     row = {
         "weights": float(numel * itemsize),
         "gradients": float(numel * FLOAT32),
-        "optimizer state": float(max(state_of_ranks(config, ranks, updated))),
+        "optimizer state": float(max(state_of_ranks(config, ranks, local, images.update, shared))),
         "images": image_data + 2 * features * itemsize,  # with their gradients
         "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
     }
     total = sum(row.values())
-    optimizer = muon_step(config, ranks, updated).buffers
+    optimizer = step_buffers(config, ranks, local, images.update, shared)
     row |= {"activations": activations, "temporary tensors": temporary, "optimizer step": optimizer}
     return {**row, "total": total + max(activations + temporary, optimizer)}
 

@@ -1,12 +1,15 @@
-"""Messages and buffers of Muon's step, whose matrices are shared by the ranks that have them.
+"""Messages and memory of the optimizer's step on an accelerator.
 
-Matrices, owners and buckets are those of :mod:`muonclip.distributed`, which this module describes.
+Owners, buckets and messages are made by the functions of :mod:`muonclip.distributed`, and tensors
+are counted as :mod:`muonclip.muon` makes them, in bfloat16 Newton-Schulz steps.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
+
+import torch
 
 from muonclip.distributed.exchange import RESULT_ELEMENTS
 from muonclip.distributed.muon import BUCKET_ELEMENTS
@@ -14,164 +17,326 @@ from muonclip.distributed.plan import (
     Bucket,
     Cut,
     WorkUnit,
-    assign_owners,
     make_buckets,
+    nearest,
     segments,
     split_results,
 )
-from muonclip.distributed.sharding import Copies, TensorShard
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE
 from pretrain.config import Config
 from pretrain.model.weights import Weight
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
 from pretrain.plan.ranks import Ranks
+from pretrain.plan.shared_matrices import (
+    SharedMatrices,
+    copies_of,
+    has_sharded_state,
+    numel,
+    stage_size,
+)
 
 
-class MuonStep(NamedTuple):
-    """Cost of Muon's step on a rank, in bytes.
+class Sizes(NamedTuple):
+    """Bytes of an element of some matrices.
 
     Attributes:
-        sent: on average over the ranks.
-        buffers: memory of a rank, at most.
+        gradient: of a gradient or update on its way to an owner.
+        weight: of a weight on its way to an owner; 0 if it has no master copy.
+        update: of the update that an owner orthogonalizes, and of the result.
+        result: of a result on its way back.
+        has_sharded_state: whether the owner updates momentum and master copy.
     """
 
-    sent: float
-    buffers: float
+    gradient: int
+    weight: int
+    update: int
+    result: int
+    has_sharded_state: bool
+
+    @classmethod
+    def of(cls, config: Config, has_sharded_state: bool) -> "Sizes":
+        dtype, weight = config.optimizer.ns_dtype, ITEMSIZE[config.precision]
+        update = ITEMSIZE["bfloat16" if dtype == "auto" else dtype]  # auto, on an accelerator
+        if not has_sharded_state:
+            return cls(update, 0, update, update, False)
+        has_master = weight != FLOAT32
+        return cls(
+            FLOAT32, weight if has_master else 0, update, weight if has_master else update, True
+        )
 
 
-def muon_step(config: Config, ranks: Ranks, weights: Sequence[Weight]) -> MuonStep:
-    """Return the cost of the step of ranks with these weights.
+def sent_by_owners(config: Config, ranks: Ranks, shared: Iterable[SharedMatrices]) -> float:
+    """Bytes of matrices that a rank of a stage sends in a step, on average."""
+    sent = 0
+    for matrices in shared:
+        sizes = Sizes.of(config, matrices.has_sharded_state)
+        for bucket in _buckets(matrices):
+            sent += _sent_to_owners(bucket) * (sizes.gradient + sizes.weight)
+            for message in split_results(bucket, RESULT_ELEMENTS):
+                sent += _sent_back(message) * sizes.result
+    return sent / stage_size(ranks)
 
-    Every rank orthogonalizes the matrices of encoder and projector itself.
+
+def _buckets(matrices: SharedMatrices) -> list[Bucket]:
+    elements = BUCKET_ELEMENTS * len(matrices.places)
+    return make_buckets(matrices.units, matrices.owners, elements)
+
+
+def _sent_to_owners(bucket: Bucket) -> int:
+    """Elements of the shards that owners do not have themselves."""
+    return sum(
+        shard.numel
+        for unit, owner in bucket
+        for number, shard in enumerate(unit.shards)
+        if shard is not None and unit.copies.set_of[owner] != number
+    )
+
+
+def _sent_back(message: Bucket) -> int:
+    """Elements that all ranks together send, to return a message's results.
+
+    Every part to its rank, but what the owner keeps; then all parts to all ranks of a set.
     """
-    dense: list[Weight] = []
-    experts: list[Weight] = []
-    encoder: list[Weight] = []
-    for weight in weights:
-        if weight.optimizer == "muon":
-            kind = encoder if weight.layer is None else dense if weight.expert is None else experts
-            kind.append(weight)
-    steps = [
-        _step(config, ranks, encoder, 1, 1),
-        _step(config, ranks, dense, ranks.tensor, ranks.replicas),
-        _step(config, ranks, experts, ranks.expert_tensor, ranks.expert_data),
-    ]
-    return MuonStep(sum(step.sent for step in steps), max(step.buffers for step in steps))
+    copies = message[0][0].copies
+    sent = 0
+    for number, holders in enumerate(copies.sets):
+        places = list(segments(message, number))
+        cut = Cut.of(places[-1][2], len(holders))
+        numbers = {rank: index for index, rank in enumerate(holders)}
+        kept = sum(
+            cut.overlap(numbers[owner], start, stop)
+            for owner, start, stop in places
+            if owner in numbers
+        )
+        sent += cut.total - kept + cut.part * (cut.ranks - 1) * cut.ranks
+    return sent
 
 
-def _step(
-    config: Config, ranks: Ranks, weights: Sequence[Weight], shards: int, replicas: int
-) -> MuonStep:
-    """The step of weights of which each rank has one of ``shards``, and ``replicas`` have it."""
-    dtype, size = config.optimizer.ns_dtype, shards * replicas
-    itemsize = ITEMSIZE["bfloat16" if dtype == "auto" else dtype]  # auto, on an accelerator
-    if not weights:
-        return MuonStep(0.0, 0.0)
-    if size == 1:
-        elements = sum(ranks.tensors(weight) * weight.numel for weight in weights)
-        at_a_time = min(elements, BATCH_ELEMENTS_ELSEWHERE)
-        at_a_time = max(at_a_time, *(weight.numel for weight in weights))
-        # The updates in float32 and rounded, Newton-Schulz's two buffers, and its result.
-        return MuonStep(0.0, float(at_a_time * (FLOAT32 + 4 * itemsize)))
-    units = [
-        make_unit(index, weight, shards if weight.split else 1, size)
-        for index, weight in enumerate(weights)
-        for _ in range(ranks.tensors(weight))
-    ]
-    buckets = make_buckets(units, assign_owners(units, [0] * size), BUCKET_ELEMENTS * size)
-    messages = [split_results(bucket, RESULT_ELEMENTS) for bucket in buckets]
-    sent = sum(
-        sum(unit.shape[0] * (1 - 1 / len(unit.copies.sets)) for unit, _ in bucket)
-        + sum(map(_sent_back, results))
-        for bucket, results in zip(buckets, messages, strict=True)
-    )
-    # Of all ranks, one that owns most of a bucket needs most.
-    busiest = {max(_owned(bucket).items(), key=lambda item: item[1])[0] for bucket in buckets}
-    buffers = max(_buffers(buckets, messages, rank) for rank in busiest)
-    return MuonStep(sent / size * itemsize, float(buffers * itemsize))
+def step_buffers(
+    config: Config,
+    ranks: Ranks,
+    weights: Sequence[Weight],
+    is_updated: Callable[[Weight], bool],
+    shared: Sequence[SharedMatrices],
+) -> float:
+    """Bytes of temporary tensors of a step on a rank, at most.
+
+    Args:
+        weights: trained weights of the stage, with one expert in place of all.
+        is_updated: whether a step updates a weight.
+        shared: the matrices that ranks share.
+    """
+    updated = list(filter(is_updated, weights))
+    works = [_Work(config, kind, bucket) for kind in shared for bucket in _buckets(kind)]
+    # Of all ranks, those that own most of a bucket need most.
+    owned: Counter[int] = Counter()
+    for work in works:
+        for rank, elements in work.owned_elements.items():
+            place = work.matrices.places[rank]
+            owned[place] = max(owned[place], elements)
+    most = max((_buffers(works, place) for place, _ in owned.most_common(4)), default=0)
+    return float(max(most, _alone(config, ranks, updated), _refreshed(config, ranks, updated)))
 
 
-def make_unit(index: int, weight: Weight, parts: int, size: int) -> WorkUnit:
-    """A flat matrix, in parts on the ranks of a group: what it is cut along does not matter."""
-    part = weight.numel // parts
-    shards = tuple(TensorShard((number * part,), (part,)) for number in range(parts))
-    cost = _newton_schulz_cost(weight)
-    return WorkUnit(index, 0, (weight.numel,), _copies(parts, size), shards, cost)
+class _Work:
+    """A bucket, and bytes of its tensors on a rank, by the rank's number in the group."""
+
+    def __init__(self, config: Config, matrices: SharedMatrices, bucket: Bucket) -> None:
+        self.matrices, self.bucket = matrices, bucket
+        self.sizes = Sizes.of(config, matrices.has_sharded_state)
+        self.owned_elements: Counter[int] = Counter()
+        for unit, owner in bucket:
+            self.owned_elements[owner] += numel(unit)
+
+    @cached_property
+    def layouts(self) -> dict[WorkUnit, MatrixLayout]:
+        """The layout of each unit."""
+        return dict(zip(self.matrices.units, self.matrices.layouts, strict=True))
+
+    @cached_property
+    def messages(self) -> list[Bucket]:
+        """Messages of results."""
+        return split_results(self.bucket, RESULT_ELEMENTS)
+
+    @cached_property
+    def owners_have_all(self) -> bool:
+        """Whether nothing is sent to owners."""
+        return all(unit.is_whole_on(owner) for unit, owner in self.bucket)
+
+    @cached_property
+    def _outgoing(self) -> dict[int, list[tuple[WorkUnit, int]]]:
+        """(unit, elements) of the shards that each rank sends, also to itself."""
+        nodes = [0] * len(self.matrices.places)
+        sent: dict[int, list[tuple[WorkUnit, int]]] = {}
+        for unit, owner in self.bucket:
+            for shard, holders in unit.held:
+                sender = nearest(holders, owner, nodes)
+                sent.setdefault(sender, []).append((unit, shard.numel))
+        return sent
+
+    def travelling(self, rank: int) -> int:
+        """Shards on their way to owners."""
+        outgoing = self._outgoing.get(rank, [])
+        size = self.sizes.gradient + self.sizes.weight
+        elements = sum(count for _, count in outgoing)
+        if not self.owners_have_all:
+            elements += self.owned_elements[rank]
+        elif self.sizes.has_sharded_state and len(outgoing) == 1:
+            return 0  # the gradient and the weights themselves
+        return elements * size
+
+    def sending(self, rank: int) -> int:
+        """Temporary tensors while shards are sent; with sharded state, none."""
+        if self.sizes.has_sharded_state:
+            return 0
+        return _pre_orthogonalizing(
+            [(self.layouts[unit], count) for unit, count in self._outgoing.get(rank, [])],
+            self.sizes.update,
+        )
+
+    def orthogonalizing(self, rank: int) -> int:
+        """Tensors while units are orthogonalized, at most."""
+        units = [unit for unit, owner in self.bucket if owner == rank]
+        if not units:
+            return 0
+        sizes, elements = self.sizes, self.owned_elements[rank]
+        kinds = [(self.layouts[unit], numel(unit)) for unit in units]
+        products = _orthogonalizing([(self.layouts[u], u.shape) for u in units], sizes.update)
+        held = elements * (sizes.gradient + sizes.weight)
+        if not sizes.has_sharded_state:
+            return held + products
+        if len(units) == 1 and self.owners_have_all:
+            held = 0
+        flat = elements * sizes.update
+        most = max(flat + _pre_orthogonalizing(kinds, sizes.update), flat + products)
+        if sizes.weight:
+            refreshing = max(map(numel, units)) * (sizes.weight + 1 + FLOAT32)
+            applying = flat + 2 * FLOAT32 * max(_by_layout(kinds).values())
+            most = max(most, refreshing, applying)
+        return held + most
+
+    def results(self, rank: int) -> int:
+        """Results of the units that a rank owns."""
+        return self.owned_elements[rank] * self.sizes.result
+
+    def of_message(self, message: Bucket, rank: int) -> tuple[int, int, int]:
+        """Of a message of results: what a rank packs, what it receives of it, and what it has in
+        the end."""
+        packed = sum(numel(unit) for unit, owner in message if owner == rank)
+        copies = message[0][0].copies
+        own = copies.set_of[rank]
+        cut = Cut.of(list(segments(message, own))[-1][2], len(copies.sets[own]))
+        # Parts that no other rank has a copy of are received where they stay.
+        size = self.sizes.result
+        return packed * size, cut.part * size, cut.gathered * size
+
+    def applying(self, message: Bucket, rank: int) -> int:
+        """Temporary tensors while a rank applies results that it has received."""
+        if self.sizes.has_sharded_state and self.sizes.weight:
+            return 0
+        shards = [unit.shard_of(rank).numel for unit, _ in message]
+        return 2 * FLOAT32 * max(min(sum(shards), BUCKET_ELEMENTS), *shards)
 
 
-@lru_cache
-def _copies(parts: int, size: int) -> Copies:
-    """Neighbouring ranks have the parts of a matrix."""
-    sets = tuple(tuple(range(number, size, parts)) for number in range(parts))
-    return Copies(sets, tuple(rank % parts for rank in range(size)))
-
-
-def _newton_schulz_cost(weight: Weight) -> float:
-    matrices = 1 if weight.split is None else weight.split.stacked
-    rows, columns = weight.shape[0] // matrices, weight.shape[1]
-    return float(matrices * min(rows, columns) ** 2 * (rows + columns))
-
-
-def _owned(bucket: Iterable[tuple[WorkUnit, int]]) -> dict[int, int]:
-    """Elements of the units of each owner."""
-    owned: dict[int, int] = defaultdict(int)
-    for unit, owner in bucket:
-        owned[owner] += unit.shape[0]
-    return owned
-
-
-def _cut(message: Bucket) -> Cut:
-    """The cut of a message's results, on every rank: all sets of copies have equally many."""
-    total = sum(unit.shape[0] for unit, _ in message)
-    sets = message[0][0].copies.sets
-    return Cut.of(total // len(sets), len(sets[0]))
-
-
-def _sent_back(message: Bucket) -> float:
-    """Elements that all ranks together send, to return a message's results."""
-    cut, copies = _cut(message), message[0][0].copies
-    # Every part to its rank, but what the owner keeps; then all parts to all ranks of a set.
-    kept = sum(
-        cut.overlap(owner // len(copies.sets), start, stop)
-        for number in range(len(copies.sets))
-        for owner, start, stop in segments(message, number)
-        if copies.set_of[owner] == number
-    )
-    scattered = cut.total * len(copies.sets) - kept
-    return scattered + cut.part * (cut.ranks - 1) * len(copies.set_of)
-
-
-def _buffers(buckets: Sequence[Bucket], messages: Sequence[list[Bucket]], rank: int) -> int:
-    """Elements of all buffers on a rank, at most.
+def _buffers(works: Sequence[_Work], place: int) -> int:
+    """Bytes on a rank, at most.
 
     While a bucket is orthogonalized, the next one is on its way to the owners, and the results of
     messages before are being gathered, or have been.
     """
-    incoming = [_incoming(bucket, rank) for bucket in [*buckets[1:], []]]
+    mine = [work for work in works if place in work.matrices.places]
+    numbers = [work.matrices.places.index(place) for work in mine]
     most = arrived = sent = to_gather = 0  # sent: of the message before, which is to be gathered
-    for bucket, results, after in zip(buckets, messages, incoming, strict=True):
-        owned = _owned(bucket)[rank]
-        # Newton-Schulz has its input, its result and a spare buffer.
-        most = max(most, arrived + sent + after + 3 * owned)
-        for message in results:
-            cut, packed = _cut(message), _owned(message)[rank]
-            most = max(most, arrived + sent + after + owned + packed + cut.part)
+    applying = 0  # of the message that arrived
+    next_applying = 0
+    for number, (work, rank) in enumerate(zip(mine, numbers, strict=True)):
+        travelling = sending = 0
+        if number + 1 < len(mine):
+            travelling = mine[number + 1].travelling(numbers[number + 1])
+            sending = mine[number + 1].sending(numbers[number + 1])
+        before = arrived + sent + travelling
+        most = max(most, before + work.travelling(rank) + sending)
+        most = max(most, before + work.orthogonalizing(rank))
+        owned = work.results(rank)
+        for message in work.messages:
+            packed, part, gathered = work.of_message(message, rank)
+            most = max(most, arrived + sent + travelling + owned + packed + part)
             owned -= packed
-            most = max(most, arrived + to_gather + after + owned + packed + cut.part)
-            # Parts that no other rank has a copy of are received where they stay.
-            arrived, to_gather = to_gather, cut.gathered
-            sent = packed + cut.part
-    return max(most, arrived + to_gather)
+            waiting = to_gather + travelling + owned + packed + part
+            most = max(most, arrived + applying + waiting)
+            arrived, to_gather, sent = to_gather, gathered, packed + part
+            applying, next_applying = next_applying, work.applying(message, rank)
+    return max(most, arrived + to_gather + max(applying, next_applying))
 
 
-def _incoming(bucket: Bucket, rank: int) -> int:
-    """Elements of the shards that a rank sends to owners, and of those that it receives."""
-    neighbours = 0
-    owned = _owned(bucket)
-    is_split = any(len(unit.copies.sets) > 1 for unit, _ in bucket)
-    if not is_split:
-        return owned[rank]  # the whole is there already
-    for unit, owner in bucket:
-        parts = len(unit.copies.sets)
-        neighbours += unit.shape[0] // parts if owner // parts == rank // parts else 0
-    return owned[rank] + neighbours
+def _by_layout(kinds: Iterable[tuple[MatrixLayout, int]]) -> Counter[MatrixLayout]:
+    """Elements of each group of parameters, which have one layout."""
+    elements: Counter[MatrixLayout] = Counter()
+    for layout, count in kinds:
+        elements[layout] += count
+    return elements
+
+
+def _pre_orthogonalizing(kinds: Sequence[tuple[MatrixLayout, int]], update: int) -> int:
+    """Bytes of temporary tensors, apart from the updates, when (layout, elements) are updated.
+
+    Gradients as they would be in a step that is skipped, and the updates of a group in float32, if
+    they are rounded afterwards.
+    """
+    elements = _by_layout(kinds)
+    wide = max(elements.values(), default=0) if update < FLOAT32 else 0
+    return FLOAT32 * (elements.total() + wide)
+
+
+def _orthogonalizing(units: Sequence[tuple[MatrixLayout, tuple[int, ...]]], update: int) -> int:
+    """Bytes of results and temporary tensors of Newton-Schulz steps, apart from their input.
+
+    Matrices of one shape are orthogonalized together, with three symmetric products at a time. Then
+    those that are fused are joined.
+    """
+    elements = squares = joined = 0
+    by_shape: Counter[tuple[int, int]] = Counter()
+    for layout, shape in units:
+        matrices = [tuple(m.shape) for m in layout.split(torch.empty(shape, device="meta"))]
+        for count, rows, columns in matrices:
+            by_shape[rows, columns] += count
+            elements += count * rows * columns
+            joined += count * rows * columns if layout != WHOLE else 0
+    most = 0
+    before = 0
+    for (rows, columns), count in by_shape.items():
+        before += count * rows * columns
+        squares = 3 * count * min(rows, columns) ** 2
+        most = max(most, before + squares)
+    return max(most, elements + joined) * update
+
+
+def _alone(config: Config, ranks: Ranks, weights: Iterable[Weight]) -> int:
+    """Bytes of temporary tensors for matrices that a rank has alone, batch by batch."""
+    update = Sizes.of(config, False).update
+    alone = [
+        weight
+        for weight in weights
+        if weight.optimizer == "muon"
+        and copies_of(config, ranks, weight) * weight.shards(config.parallel) == 1
+    ]
+    if not alone:
+        return 0
+    total = sum(ranks.tensors(weight) * weight.numel for weight in alone)
+    elements = max(min(total, BATCH_ELEMENTS_ELSEWHERE), *(weight.numel for weight in alone))
+    wide = FLOAT32 if update < FLOAT32 else 0
+    return elements * max(update + FLOAT32 + wide, 3 * update, update + 2 * FLOAT32)
+
+
+def _refreshed(config: Config, ranks: Ranks, weights: Iterable[Weight]) -> int:
+    """Bytes of temporary tensors when the largest master copy is compared with its weights."""
+    if config.precision == "float32":
+        return 0
+    sizes = [
+        ranks.local_numel(weight)
+        // ranks.tensors(weight)
+        // (copies_of(config, ranks, weight) if has_sharded_state(config, ranks, weight) else 1)
+        for weight in weights
+    ]
+    return max(sizes, default=0) * (ITEMSIZE[config.precision] + 1 + FLOAT32)

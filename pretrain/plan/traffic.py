@@ -10,10 +10,11 @@ from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
-from pretrain.plan.muon_step import muon_step
+from pretrain.plan.muon_step import sent_by_owners
 from pretrain.plan.optimizer_state import gathered_bytes
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks
+from pretrain.plan.shared_matrices import shared_matrices
 from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts
 
 
@@ -27,10 +28,10 @@ def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str,
         local = [w for w in weights if w.layer is not None and ranks.has(stage, w)]
         traffic.add_gradients(local)
         traffic.all_reduce("encoder gradients", encoder_numel * FLOAT32, ranks.world)
-        traffic.send("optimizer", muon_step(config, ranks, local).sent)
-        # Whole buckets, also with weights that are not updated.
         on_stage = [weight for weight in weights if ranks.has(stage, weight)]
-        traffic.send("optimizer", gathered_bytes(config, ranks, on_stage))
+        shared = shared_matrices(config, ranks, on_stage, images.update)
+        traffic.send("optimizer", sent_by_owners(config, ranks, shared))
+        traffic.send("optimizer", gathered_bytes(config, ranks, on_stage, images.update))
         for number, chunk in enumerate(ranks.stages[stage], 1):
             is_first = stage == 0 and number == 1
             is_last = stage == ranks.pipeline - 1 and number == len(ranks.stages[stage])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pretrain.config import Config
 from pretrain.data.sources import image_share
 from pretrain.model.geometry import PATCHES_PER_TOKEN
+from pretrain.model.weights import Weight
 
 # Parts of a layer that each module of selective recompute computes again.
 _RECOMPUTED_PARTS = {
@@ -30,6 +31,10 @@ class Images:
 
     patches_per_image: int
     features: float
+
+    def update(self, weight: Weight) -> bool:
+        """Whether a step updates a weight: without images the encoder is never updated."""
+        return self.features > 0 or weight.layer is not None
 
     @property
     def patches(self) -> float:

@@ -16,16 +16,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from muonclip import MatrixLayout, MuonClip
+from muonclip import MuonClip
 from muonclip.distributed import muon
 from muonclip.distributed.exchange import BucketExchange, ResultExchange
 from muonclip.distributed.muon import DistributedMuon
+from muonclip.distributed.owners import StateOwners
 from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
+from muonclip.muon import MuonParam
 from pretrain import config
 from pretrain.model.weights import Weight
-from pretrain.plan.muon_step import _step
+from pretrain.plan.muon_step import step_buffers
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import ranks_of
+from pretrain.plan.shared_matrices import shared_matrices
 
 KIMI = config.load("configs/kimi_k25.yaml")
 
@@ -98,7 +101,9 @@ def encoder() -> list[Weight]:
     return [weight for weight in weights if weight.layer is None and weight.optimizer == "muon"]
 
 
-def sharded(weight: Weight, parts: int, group: dist.ProcessGroup) -> tuple[Tensor, Sharding]:
+def sharded(
+    weight: Weight, parts: int, group: dist.ProcessGroup, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Sharding]:
     """A parameter without values, split over neighbouring ranks as megatron-core splits it."""
     shape, parts = list(weight.shape), parts if weight.split else 1
     dim = weight.split.dim if weight.split else 0
@@ -106,7 +111,8 @@ def sharded(weight: Weight, parts: int, group: dist.ProcessGroup) -> tuple[Tenso
     offsets = [[part * shape[d] if d == dim else 0 for d in (0, 1)] for part in range(parts)]
     shards = [TensorShard(tuple(offset), tuple(shape)) for offset in offsets]
     placed = tuple(shards[rank % parts] for rank in range(group.size()))
-    return nn.Parameter(torch.empty(shape, device="meta")), Sharding(weight.shape, group, placed)
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    return parameter, Sharding(weight.shape, group, placed)
 
 
 def copied(weight: Weight, group: dist.ProcessGroup) -> tuple[Tensor, Sharding]:
@@ -142,14 +148,54 @@ class Sizes(NamedTuple):
     Attributes:
         received, owned: of its shards, and of the whole matrices that it orthogonalizes.
         most, total: of the buffers of the exchange: at most at once, and in total.
-        step: of all tensors of the step, at most at once.
     """
 
     received: int
     owned: int
     most: int
     total: int
-    step: int
+
+
+def planned_step(
+    weights: Sequence[Weight],
+    placed: Sequence[tuple[Tensor, Sharding]],
+    group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
+) -> tuple[DistributedMuon, list[MuonParam]]:
+    """The plan of a step of Muon for these parameters on one rank, and its parameters."""
+    monkeypatch.setattr(Sharding, "gather", lambda *_: [sharding for _, sharding in placed])
+    groups = [
+        {
+            "params": [(f"{number}.{w.name}", p)],
+            "algorithm": "muon",
+            "layout": w.layout(KIMI.parallel),
+        }
+        for number, (w, (p, _)) in enumerate(zip(weights, placed, strict=True))
+    ]
+    optimizer = MuonClip(groups, ns_dtype=torch.bfloat16, **options)
+    for parameter, _ in placed:
+        if parameter.dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
+        parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+    connected: Any = type("Connected", (), {"first_error": lambda self, error: error})()
+    optimizer._groups, optimizer._connected = [group], connected
+    owners = {}
+    if optimizer.shard_state:
+        optimizer._owners = StateOwners(None, dict(placed))
+        shared = [
+            optimizer._shared_param(p, g) for g in optimizer.param_groups for p in g["params"]
+        ]
+        optimizer._owners.add(shared, [group], connected)
+        owners = {param: optimizer._owners.owners(param) for param, _ in placed}
+    for members in optimizer.param_groups:
+        members["updates"] = 1
+    work = [(members, members["params"]) for members in optimizer.param_groups]
+    params = optimizer._muon_params(work)
+    plan = DistributedMuon(
+        params, [group], connected, optimizer.process_group, optimizer.shardings, owners, []
+    )
+    return plan, params
 
 
 def simulate(
@@ -160,23 +206,7 @@ def simulate(
     **options: Any,
 ) -> Sizes:
     """A step of Muon for these parameters, with the messages of one rank."""
-    monkeypatch.setattr(Sharding, "gather", lambda *_: [sharding for _, sharding in placed])
-    groups = [
-        {"params": [(f"{number}.{w.name}", p)], "algorithm": "muon", "layout": layout_of(w)}
-        for number, (w, (p, _)) in enumerate(zip(weights, placed, strict=True))
-    ]
-    optimizer = MuonClip(groups, ns_dtype=torch.bfloat16, **options)
-    for parameter, _ in placed:
-        parameter.grad = torch.empty_like(parameter)
-    for members in optimizer.param_groups:
-        members["updates"] = 1
-    work = [(members, members["params"]) for members in optimizer.param_groups]
-    params = optimizer._muon_params(work)
-    connected: Any = type("Connected", (), {"first_error": lambda self, error: error})()
-    plan = DistributedMuon(
-        params, [group], connected, optimizer.process_group, optimizer.shardings, {}, []
-    )
-
+    plan, params = planned_step(weights, placed, group, monkeypatch, **options)
     counted = Allocated()
     with monkeypatch.context() as patch:
         for kind in (BucketExchange, ResultExchange):
@@ -188,15 +218,9 @@ def simulate(
         counted.is_counting = False
         with torch.no_grad(), counted:
             plan.step(params, None)
-
-    everything = Allocated()
-    monkeypatch.setattr(muon, "apply_updates", lambda *_: None)
-    monkeypatch.setattr(muon, "update_momenta", lambda *_: None)
-    with torch.no_grad(), everything:
-        plan.step(params, None)
     received = 2 * sum(local_tensor(p).numel() for p, _ in placed)
     owned = 2 * sum(math.prod(u.shape) for w in plan._work for u in w._exchange.owned)
-    return Sizes(received, owned, counted.most, counted.total, everything.most)
+    return Sizes(received, owned, counted.most, counted.total)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -214,9 +238,36 @@ def test_buffers_have_the_size_of_what_a_rank_sends_and_receives(
     assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
     if not sizes.owned:
         assert sizes.total <= 1.1 * sizes.received
-    planned = _step(KIMI, STAGE, weights, parts, group.size() // parts)
-    if sizes.owned:  # what Newton-Schulz needs, too
-        assert sizes.step == pytest.approx(planned.buffers, rel=0.1)
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("group", [(128, 0), (4096, 0)], indirect=True, ids=str)
+def test_the_plan_has_the_memory_of_the_step(
+    group: dist.ProcessGroup, parts: int, shard_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rank that owns most, with everything that is allocated in a step on an accelerator."""
+    weights = dense()
+    dtype = torch.bfloat16 if shard_state else torch.float32
+    placed = [sharded(weight, parts, group, dtype) for weight in weights]
+    options = {"shard_state": shard_state, "master_weights": shard_state}
+    step, params = planned_step(
+        weights, placed, group, monkeypatch, shardings=dict(placed), **options
+    )
+    everything = Allocated()
+    with torch.no_grad(), everything:
+        step.step(params, torch.zeros((), device="meta"))
+    settings = config.load(
+        "configs/kimi_k25.yaml",
+        [
+            *(f"parallel.tensor={parts}", f"optimizer.shard_state={shard_state}".lower()),
+            f"precision={'bfloat16' if shard_state else 'float32'}",
+        ],
+    )
+    ranks = ranks_of(settings, group.size() * KIMI.parallel.pipeline)
+    shared = shared_matrices(settings, ranks, weights, lambda weight: True)
+    planned = step_buffers(settings, ranks, weights, lambda weight: True, shared)
+    assert everything.most == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -253,11 +304,6 @@ def test_buffers_of_fully_sharded_matrices(
     placed = [fully_sharded(weight, group) for weight in weights]
     sizes = simulate(weights, placed, group, monkeypatch)
     assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
-
-
-def layout_of(weight: Weight) -> MatrixLayout | None:
-    is_fused = weight.split is not None and weight.split.stacked == 2
-    return MatrixLayout((weight.shape[0] // 2,) * 2) if is_fused else None
 
 
 def counting(counted: Allocated, function: Any, is_counting: bool) -> Any:

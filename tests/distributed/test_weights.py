@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
+from muonclip import MatrixLayout
 from muonclip.distributed import TensorShard
 from pretrain.build import build
 from pretrain.config import LanguageConfig
@@ -39,6 +40,7 @@ class Properties(NamedTuple):
 
     blocks: tuple[TensorShard, ...]
     optimizer: str | None
+    layout: MatrixLayout | None
     of_expert: bool
     of_vision: bool
 
@@ -61,6 +63,7 @@ def build_and_describe(folder: str, *overrides: str) -> Rank:
         for group in run.optimizer.param_groups
         for parameter in group["params"]
     }
+    layouts = {p: group["layout"] for group in run.optimizer.param_groups for p in group["params"]}
     blocks = {p: split for chunk in run.language for p, split in megatron_blocks(chunk)}
     experts = {
         parameter
@@ -74,6 +77,7 @@ def build_and_describe(folder: str, *overrides: str) -> Rank:
         name: Properties(
             blocks.get(tensor, (TensorShard.whole(tensor.shape),)),
             algorithms.get(tensor),
+            layouts.get(tensor),
             tensor in experts,
             tensor in vision,
         )
@@ -126,7 +130,7 @@ def megatron_blocks(chunk: nn.Module) -> Iterator[tuple[Tensor, tuple[TensorShar
 def test_the_catalogue_lists_the_tensors_of_the_model(
     folder: Path, world_size: int, overrides: tuple[str, ...]
 ) -> None:
-    """Names, shapes, tensor-parallel splits, optimizers, layers, experts and copies are exact."""
+    """Names, shapes, splits, optimizers, fused matrices, layers, experts and copies are exact."""
     settings = training.tiny(str(folder), *SHAPE, *overrides)
     weights = {
         weight.name: weight
@@ -148,6 +152,7 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
             assert blocks == tensor.blocks, name
             assert weight.copies(settings.parallel, world_size) == copies[name, blocks], name
             assert weight.optimizer == tensor.optimizer, name
+            assert weight.layout(settings.parallel) == tensor.layout, name
             assert (weight.expert is not None) == tensor.of_expert, name
             assert (weight.layer is None) == tensor.of_vision, name
             assert weight.layer is None or weight.layer in rank.layers, name

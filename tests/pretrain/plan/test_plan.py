@@ -260,7 +260,7 @@ def test_the_planned_flops_and_activations_of_the_encoder_are_measured(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "gib"), [(512, 34.0), (1024, 27.0), (2048, 24.0), (4096, 22.6)]
+    ("processes", "gib"), [(512, 34.0), (1024, 27.0), (2048, 24.0), (4096, 22.5)]
 )
 def test_sharded_state_of_kimi_k25_shrinks_with_the_number_of_ranks(
     processes: int, gib: float
@@ -285,7 +285,7 @@ def test_the_memory_of_the_optimizers_step_does_not_grow_with_the_ranks() -> Non
         for processes in (512, 2048, 8192)
     ]
     first, *others = (memory["optimizer step"] / 2**30 for memory in needed)
-    assert 1 < first < 2
+    assert 2 < first < 3
     assert others == pytest.approx([first] * 2, rel=0.05)
 
 
