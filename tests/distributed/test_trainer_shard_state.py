@@ -189,7 +189,7 @@ def test_twenty_steps_in_layouts_that_continue_each_other(folder: Path) -> None:
         max(sum(rank[name][-1][f"{what}_bytes"] for what in ("state", "buffer")) for rank in found)
         for name in ("2", "4 to 2")
     )
-    assert sharded < 0.8 * replicated  # matrices of which each rank has a part are most of it
+    assert sharded < 0.85 * replicated  # matrices of which each rank has a part are most of it
 
 
 @pytest.fixture(scope="module")
