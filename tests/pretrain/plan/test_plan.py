@@ -284,9 +284,10 @@ def test_the_memory_of_the_optimizers_step_does_not_grow_with_the_ranks() -> Non
         step_memory(loaded, ranks_of(loaded, processes), images_per_step(loaded))[0]
         for processes in (512, 2048, 8192)
     ]
-    first, *others = (memory["optimizer step"] / 2**30 for memory in needed)
-    assert 2 < first < 3
-    assert others == pytest.approx([first] * 2, rel=0.05)
+    sizes = [memory["optimizer step"] / 2**30 for memory in needed]
+    assert (
+        3 > sizes[0] >= sizes[1] >= sizes[2] > 2
+    )  # with few ranks, owners have other matrices too
 
 
 def test_the_published_layout_of_kimi_k2_puts_one_layer_on_the_last_stage() -> None:
