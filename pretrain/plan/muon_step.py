@@ -220,9 +220,8 @@ class _Work:
         """Results of the units that a rank owns."""
         return self.owned_elements[rank] * self.sizes.result
 
-    def of_message(self, message: Bucket, rank: int) -> tuple[int, int, int]:
-        """Of a message of results: what a rank packs, what it receives of it, and what it has in
-        the end."""
+    def message_buffers(self, message: Bucket, rank: int) -> tuple[int, int, int]:
+        """Bytes that a rank packs for a message of results, receives of it, and then gathers."""
         packed = sum(numel(unit) for unit, owner in message if owner == rank)
         copies = message[0][0].copies
         own = copies.set_of[rank]
@@ -260,7 +259,7 @@ def _buffers(works: Sequence[_Work], place: int) -> int:
         most = max(most, before + work.orthogonalizing(rank))
         owned = work.results(rank)
         for message in work.messages:
-            packed, part, gathered = work.of_message(message, rank)
+            packed, part, gathered = work.message_buffers(message, rank)
             most = max(most, arrived + sent + travelling + owned + packed + part)
             owned -= packed
             waiting = to_gather + travelling + owned + packed + part
