@@ -246,7 +246,7 @@ def test_buffers_have_the_size_of_what_a_rank_sends_and_receives(
 def test_the_plan_has_the_memory_of_the_step(
     group: dist.ProcessGroup, parts: int, shard_state: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the rank that owns most, with everything that is allocated in a step on an accelerator."""
+    """The rank that owns most, with all tensors that a step on an accelerator allocates."""
     weights = dense()
     dtype = torch.bfloat16 if shard_state else torch.float32
     placed = [sharded(weight, parts, group, dtype) for weight in weights]
