@@ -75,9 +75,6 @@ class WatchedModules(Generic[W]):
         self._table: WeakKeyDictionary[nn.Module, W] = WeakKeyDictionary()
         self._make, self._when_used, self._when_empty = make, when_used, when_empty
 
-    def __len__(self) -> int:
-        return len(self._table)
-
     def get(self, module: nn.Module) -> W | None:
         """The entry of a module; None if it is not watched."""
         return self._table.get(module)

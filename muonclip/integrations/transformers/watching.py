@@ -150,8 +150,9 @@ def _patch_registry() -> None:
         return
 
     def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
-        function = original(self, implementation, default)
-        return partial(_observed, function, implementation) if _watched else function
+        # Without a look at the table of modules: torch.compile would guard on its content, which
+        # changes while it compiles if another model is garbage-collected.
+        return partial(_observed, original(self, implementation, default), implementation)
 
     interface.get_interface = get_interface
     setattr(interface, _PATCH, (get_interface, original))
