@@ -1,7 +1,8 @@
 """The matrices that a parameter stores: fused, per head, transposed, convolution kernels."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -72,6 +73,42 @@ class MatrixLayout:
         if heads < 1 or rows % heads:
             raise ValueError(f"{rows} rows cannot be split into {heads} heads")
         return cls((rows // heads,), heads, separate=True, transposed=transposed)
+
+    @classmethod
+    def parse(cls, text: str) -> "MatrixLayout":
+        """The layout that ``str`` describes by this text."""
+        blocks = re.search(r"rows (\d+(?: \+ \d+)*)", text)
+        repeats = re.search(r"(\d+) times, (\w+)", text)
+        view = re.search(r"read as (\d+(?:x\d+)*)", text)
+        return cls(
+            tuple(map(int, blocks[1].split(" + "))) if blocks else None,
+            int(repeats[1]) if repeats else 1,
+            separate=repeats is not None and repeats[2] == "separate",
+            transposed="transposed" in text,
+            flatten="flatten" in text,
+            view=tuple(map(int, view[1].split("x"))) if view else None,
+        )
+
+    def differs_in_order(self, other: "MatrixLayout") -> bool:
+        """Whether another layout stores the same matrices with their rows in another order.
+
+        As Megatron's gate and up at another number of tensor-parallel ranks, each of which has its
+        rows of gate, then its rows of up.
+        """
+        return (
+            self.repeats != other.repeats
+            and self._merged is not None
+            and self._merged == other._merged
+        )
+
+    @property
+    def _merged(self) -> "MatrixLayout | None":
+        """This layout with the rows of each of several matrices together; None: has none to
+        merge."""
+        if self.blocks is None or len(self.blocks) == 1 or (self.separate and self.repeats > 1):
+            return None
+        blocks = tuple(self.repeats * rows for rows in self.blocks)
+        return replace(self, blocks=blocks, repeats=1, separate=False)
 
     def check(self, shape: Sequence[int]) -> None:
         """Check that a parameter of this shape can store these matrices.

@@ -783,7 +783,9 @@ class MuonClip(Optimizer):
         With ``shard_state``, all ranks call it together. Tensors that ranks store in parts are
         ``ShardedState``, which ``torch.distributed.checkpoint`` saves and loads at any number of
         ranks, and which cannot be pickled: a file of one rank would contain a part of the state
-        only. ``full_state_dict`` returns whole tensors.
+        only. ``full_state_dict`` returns whole tensors. Use it, or ``shard_state``, for plain
+        tensors with a ``Sharding`` too: otherwise their state is this rank's shard, which
+        ``torch.distributed.checkpoint`` takes for a copy of those of other ranks.
         """
         self._drop_replaced()
         if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
@@ -794,6 +796,15 @@ class MuonClip(Optimizer):
             for option, value in group.items():
                 if isinstance(value, (torch.dtype, MatrixLayout)):
                     group[option] = str(value)
+        if self._owners is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            saved["state"] = {
+                key: {
+                    name: self._owners.whole_shard(params[key], value)
+                    for name, value in entries.items()
+                }
+                for key, entries in saved["state"].items()
+            }
         return saved
 
     def _drop_replaced(self) -> None:
@@ -822,7 +833,9 @@ class MuonClip(Optimizer):
         and groups; a group takes the options of the saved group that most of its parameters were
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
         and dtype that this optimizer keeps them in. Layouts and names are not loaded: they belong
-        to the model.
+        to the model. Where the saved layout has the rows of the same matrices in another order, as
+        Megatron's gate and up at another number of tensor-parallel ranks, the state is rearranged,
+        with a warning.
 
         With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
         or of an optimizer without ``shard_state``), and all ranks call it together. So must the
@@ -837,9 +850,17 @@ class MuonClip(Optimizer):
                 nothing is loaded.
         """
         matched: dict[str, Any] = {}
+        rearranged: set[str] = set()
+
+        def fit(param: Tensor, group: Any, entries: Any, layout: Any) -> dict[str, Any]:
+            own, saved = group["layout"], _saved_layout(layout)
+            if own is not None and saved is not None and own.differs_in_order(saved):
+                rearranged.add(f"from ({saved}) to ({own})")
+                entries = self._rearrange(param, entries, saved, own)
+            return self._fit(param, group, entries)
 
         def match(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            matched.update(saved_state.match(optimizer.param_groups, state_dict, self._fit))
+            matched.update(saved_state.match(optimizer.param_groups, state_dict, fit))
             for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
                 self._complete_options(saved, group)
             return matched
@@ -856,6 +877,8 @@ class MuonClip(Optimizer):
                 if key in matched["state"]:
                     self._copy_state(p, group, matched["state"][key])
         self._forget_plan()
+        if rearranged:
+            warnings.warn(_REARRANGED.format("; ".join(sorted(rearranged))), stacklevel=2)
 
     def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> None:
         """Convert the options of a saved group to those of this optimizer's group, and check them.
@@ -913,6 +936,27 @@ class MuonClip(Optimizer):
             for name, value in entries.items()
         }
 
+    def _rearrange(
+        self, param: Tensor, entries: Mapping[str, Any], saved: MatrixLayout, own: MatrixLayout
+    ) -> dict[str, Any]:
+        """Saved entries of a parameter's state, with the rows in the order of another layout.
+
+        A collective call of the ranks that share the parameter, if it was saved in parts.
+        """
+        shape = self._whole_shape(param)
+
+        def arrange(value: Tensor) -> Tensor:
+            whole = self._whole(param, value)
+            if tuple(whole.shape) != shape:  # an error that is raised later
+                return value
+            whole = own.join(saved.split(whole), shape)
+            return _distributed_as(param, whole) if is_dtensor(value) else whole
+
+        return {
+            name: arrange(value) if isinstance(value, Tensor) and name != "step" else value
+            for name, value in entries.items()
+        }
+
     def _fit_tensor(self, param: Tensor, group: dict[str, Any], value: Tensor) -> Tensor:
         layout, shape = self._layout_of(param), self._whole_shape(param)
         if isinstance(value, ShardedState):
@@ -920,15 +964,7 @@ class MuonClip(Optimizer):
                 return value
             value = value.full_tensor()
             if layout is None and is_dtensor(param):
-                from torch.distributed.tensor import DTensor
-
-                return DTensor.from_local(
-                    value[local_shard(param).slices],
-                    param.device_mesh,
-                    param.placements,
-                    shape=value.shape,
-                    stride=value.stride(),
-                )
+                return _distributed_as(param, value)
         elif layout is not None and is_dtensor(value):
             value = value.full_tensor()
         is_whole = tuple(value.shape) == shape
@@ -1073,6 +1109,25 @@ def _copy_option(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 
+def _saved_layout(value: Any) -> MatrixLayout | None:
+    """The layout of a saved group, which is stored as a string."""
+    return MatrixLayout.parse(value) if isinstance(value, str) else value
+
+
+def _distributed_as(param: Tensor, whole: Tensor) -> Tensor:
+    """A DTensor of a whole tensor, with the placements of another."""
+    from torch.distributed.tensor import DTensor
+
+    assert is_dtensor(param)
+    return DTensor.from_local(
+        whole[local_shard(param).slices],
+        param.device_mesh,
+        param.placements,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
 def _tensor_to_update(local: Tensor, state: dict[str, Any]) -> Tensor:
     """The local part of the master copy, or the given local tensor.
 
@@ -1173,6 +1228,12 @@ _REPLANNED = (
     "MuonClip skipped the step before on all ranks, because some of them had gradients of other "
     "parameters than before, or new parameters. If that was a surprise, look for parameters that "
     "some ranks do not use"
+)
+
+_REARRANGED = (
+    "the loaded state stores the rows of the same matrices in another order, as at another number "
+    "of tensor-parallel ranks, and was rearranged: {}. The weights must be in the order of the "
+    "latter"
 )
 
 

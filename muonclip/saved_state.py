@@ -33,7 +33,7 @@ class _Saved(NamedTuple):
 def match(
     groups: Sequence[Mapping[str, Any]],
     state_dict: Mapping[str, Any],
-    fit: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]],
+    fit: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any], Any], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
@@ -44,7 +44,7 @@ def match(
         groups: the optimizer's ``param_groups``.
         state_dict: as returned by ``MuonClip.state_dict``, or by a pre-hook. Not changed.
         fit: returns the saved entries of a parameter, placed as the optimizer stores them, given
-            the parameter, its group and the entries.
+            the parameter, its group, the entries, and the layout of the saved group.
 
     Returns:
         A state dict with one entry for each parameter, in the optimizer's order; steps are tensors.
@@ -62,12 +62,13 @@ def match(
     else:
         matched = _match_by_order(groups, saved_groups)
     state = dict(state_dict["state"])
+    layouts = {key: saved.get("layout") for saved in saved_groups for key in saved["params"]}
     for group, saved in zip(groups, matched, strict=True):
         saved.pop("param_names", None)  # the optimizer keeps its own
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
                 name = label(group, index)
-                entries = fit(param, group, state[key])
+                entries = fit(param, group, state[key], layouts[key])
                 state[key] = check_entries(entries, name, param, group["algorithm"])
     return {**state_dict, "state": state, "param_groups": matched}
 

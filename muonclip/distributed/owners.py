@@ -34,7 +34,7 @@ from muonclip.distributed.sharded_state import (
     flat_range,
     write_flat,
 )
-from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
+from muonclip.distributed.sharding import Sharding, TensorShard, is_dtensor, local_tensor
 from muonclip.precision import get_master, refresh_master
 
 # At most this many elements of AdamW's parameters are gathered at once.
@@ -64,6 +64,7 @@ class StateOwners:
         self._known: set[Tensor] = set()
         self._sharding_of: dict[Tensor, Sharding] = {}
         self._layouts: dict[Tensor, StateLayout] = {}
+        self._shards: dict[Tensor, StateLayout] = {}
         self._owners: dict[Tensor, tuple[int, ...]] = {}
         self._ranges: dict[Tensor, list[tuple[int, int]]] = {}
         self._buckets: list[FlatBucket] = []
@@ -92,11 +93,29 @@ class StateOwners:
             self._assign_matrices(replicated)
             self._cut_flat(replicated)
             self._shared |= {param.param: param for param, _ in replicated.values()}
+            for i in (i for i in indices if i not in replicated and not is_dtensor(new[i].param)):
+                boxes = tuple((box,) for box in (found[i].local,) if box.numel)
+                layout = StateLayout(found[i].shape, found[i].group, boxes, self)
+                self._shards[new[i].param] = layout
         self._known.update(param.param for param in new)
 
     def layout(self, param: Tensor) -> StateLayout | None:
         """The parts of a parameter's state that this rank has; None if it is not sharded here."""
         return self._layouts.get(param)
+
+    def whole_shard(self, param: Tensor, value: Tensor) -> Tensor:
+        """A tensor of state as ``torch.distributed.checkpoint`` must save it.
+
+        Where each rank has another shard of a plain tensor, it would take the shards for copies.
+
+        Returns:
+            A ``ShardedState`` of the memory of ``value``; for other parameters, ``value``.
+        """
+        if param not in self._shards or value.shape != param.shape:  # or a step
+            return value
+        layout = self._shards[param]
+        parts = [value.reshape(-1)] * len(layout.parts)
+        return ShardedState(layout, parts, value.dtype, value.device)
 
     def owners(self, param: Tensor) -> tuple[int, ...]:
         """The owner of each unit of a parameter of Muon whose state is sharded."""

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 from muonclip import MatrixLayout, MuonClip, param_groups
 from muonclip.distributed.sharded_state import ShardedState, flat_boxes
+from muonclip.distributed.sharding import Sharding, TensorShard
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import (
     EXACT,
@@ -113,6 +116,88 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_saved_at_two(saved: Path, world_size: int) -> None:
     """By torch.distributed.checkpoint, and in one file; also into and from unsharded state."""
     launch(load_everywhere, world_size, saved)
+
+
+def fused(parts: int) -> tuple[nn.Module, MuonClip, Any]:
+    """Megatron's gate and up, and a bias: each tensor-parallel rank has its rows of both.
+
+    Returns:
+        The model, its optimizer, and a function that returns this rank's part of the whole [8, 5].
+    """
+    rows, number = 8 // parts, dist.get_rank() % parts
+    layout = MatrixLayout((rows // 2, rows // 2), parts)
+
+    def part(whole: Tensor) -> Tensor:
+        return layout.join(MatrixLayout((4, 4)).split(whole), (8, 5)).chunk(parts)[number].clone()
+
+    model = nn.Module()
+    model.fc1 = nn.Parameter(part(random((8, 5), 0, dtype=torch.float64)))
+    model.bias = nn.Parameter(torch.full((rows,), 1.0 + number, dtype=torch.float64))
+    shardings: dict[Tensor, Sharding] = {}
+    if dist.get_world_size() > 1:
+        for parameter, columns in ((model.fc1, (5,)), (model.bias, ())):
+            shards = tuple(
+                TensorShard((rank % parts * rows, *(0 for _ in columns)), (rows, *columns))
+                for rank in range(dist.get_world_size())
+            )
+            sharding = Sharding((8, *columns), dist.group.WORLD, shards)  # type: ignore[arg-type]
+            shardings[parameter] = sharding
+    groups = [
+        {"params": [("fc1", model.fc1)], "algorithm": "muon", "layout": layout},
+        {"params": [("bias", model.bias)], "algorithm": "adamw"},
+    ]
+    return model, MuonClip(groups, **EXACT, shardings=shardings, shard_state=True), part
+
+
+def train_fused(model: Any, optimizer: MuonClip, part: Any, steps: range) -> None:
+    for step in steps:
+        model.fc1.grad = part(random((8, 5), 1, step, dtype=torch.float64))
+        model.bias.grad = torch.full_like(model.bias, 1.0 + step) * model.bias.detach().sign()
+        optimizer.step()
+
+
+def save_fused(folder: Path, parts: int) -> None:
+    model, optimizer, part = fused(parts)
+    train_fused(model, optimizer, part, range(3))
+    dcp.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder / "dcp")
+    if full := optimizer.full_state_dict():
+        torch.save(full, folder / "full.pt")
+
+
+def load_fused(folder: Path, parts: int) -> list[bool]:
+    model, optimizer, part = fused(parts)
+    train_fused(model, optimizer, part, range(3))
+    weights = copy.deepcopy(model.state_dict())
+    train_fused(model, optimizer, part, range(3, 5))
+    rearranged = []
+    for source in ("dcp", "full"):
+        fresh_model, fresh, _ = fused(parts)
+        fresh_model.load_state_dict(weights)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if source == "full":
+                fresh.load_state_dict(torch.load(folder / "full.pt"))
+            else:
+                saved = {"o": get_optimizer_state_dict(fresh_model, fresh)}
+                dcp.load(saved, checkpoint_id=folder / "dcp")
+                set_optimizer_state_dict(fresh_model, fresh, optim_state_dict=saved["o"])
+        rearranged.append(any("was rearranged" in str(w.message) for w in caught))
+        train_fused(fresh_model, fresh, part, range(3, 5))
+        assert_close(
+            weights_and_state(fresh_model, fresh), weights_and_state(model, optimizer), False
+        )
+    return rearranged
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (4, 2), (1, 1)])
+def test_fused_rows_at_another_number_of_tensor_parallel_ranks(
+    tmp_path: Path, ranks: int, parts: int
+) -> None:
+    """Also where each rank has a shard of its own, which is no copy of the others."""
+    launch(save_fused, ranks, tmp_path, parts)
+    for other, other_parts in ((1, 1), (2, 2), (4, 2)):
+        for rearranged in launch(load_fused, other, tmp_path, other_parts):
+            assert rearranged == [parts != other_parts] * 2
 
 
 def save_in_the_background(folder: Path) -> None:

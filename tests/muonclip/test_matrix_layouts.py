@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
@@ -330,6 +331,23 @@ def test_layouts_compare_and_load_by_value(case: Stored) -> None:
     again = torch.load(file)
     assert again == case.layout and hash(again) == hash(case.layout)
     assert str(again) == str(case.layout)
+    parsed = MatrixLayout.parse(str(case.layout))
+    assert parsed == case.layout or (parsed.repeats == 1 and case.layout.separate)
+
+
+@settings(deadline=None)
+@given(layouts(), layouts())
+@example(stored(2, (2, 2), 3), stored(2, (6, 6)))
+@example(stored(2, (1, 3), 4, transposed=True), stored(2, (2, 6), 2, transposed=True))
+def test_layouts_that_differ_in_order(one: Stored, other: Stored) -> None:
+    """The same matrices, whose rows lie elsewhere in storage."""
+    numbers = torch.arange(prod(one.shape)).view(one.shape)
+    differ = one.layout.differs_in_order(other.layout)
+    assert differ == other.layout.differs_in_order(one.layout)
+    if differ and one.shape == other.shape:
+        matrices = [layout.split(numbers) for layout in (one.layout, other.layout)]
+        assert [m.shape for m in matrices[0]] == [m.shape for m in matrices[1]]
+        assert not all(map(torch.equal, *matrices))
 
 
 def test_layouts_are_printed_in_words() -> None:

@@ -431,12 +431,43 @@ def test_layouts_survive_torch_load_in_safe_mode() -> None:
     assert saved["param_groups"][0]["layout"] == str(layout)
 
 
-def test_layouts_are_not_loaded_from_a_checkpoint() -> None:
-    """Tensor parallelism of another size fuses other rows: layouts belong to the model."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_state_is_rearranged_where_the_layout_has_other_rows(transposed: bool) -> None:
+    """Each tensor-parallel rank has rows of gate and of up: their order depends on the number."""
+    saved = MatrixLayout((2, 2), 3, transposed=transposed)
+    own = MatrixLayout((6, 6), transposed=transposed)
+
+    def arrange(tensor: Tensor) -> Tensor:
+        return own.join(saved.split(tensor), tensor.shape)
+
+    (old,) = make((5, 12) if transposed else (12, 5))
+    first = MuonClip([{"params": [old], "layout": saved, "algorithm": "muon"}], **EXACT)
+    give_grads([old])
+    first.step()
+    new = nn.Parameter(arrange(old.detach()))
+    second = MuonClip([{"params": [new], "layout": own, "algorithm": "muon"}], **EXACT)
+    with pytest.warns(UserWarning, match=r"was rearranged: from \(rows 2 \+ 2, 3 times, merged"):
+        second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["layout"] == own
+    give_grads([old], 1)
+    assert old.grad is not None
+    new.grad = arrange(old.grad)
+    first.step()
+    second.step()
+    assert torch.equal(new, arrange(old))
+    assert torch.equal(
+        second.state[new]["momentum_buffer"], arrange(first.state[old]["momentum_buffer"])
+    )
+
+
+def test_layouts_of_other_matrices_are_not_loaded_from_a_checkpoint() -> None:
+    """They belong to the model, whose rows are where they were."""
     params = make((12, 5))
     old = MuonClip([{"params": params, "layout": MatrixLayout((6, 6))}])
-    new = MuonClip([{"params": params, "layout": MatrixLayout((3, 3), 2)}])
+    new = MuonClip([{"params": params, "layout": MatrixLayout.per_head(12, 3)}])
     give_grads(params)
     old.step()
     new.load_state_dict(old.state_dict())
-    assert new.param_groups[0]["layout"] == MatrixLayout((3, 3), 2)
+    assert new.param_groups[0]["layout"] == MatrixLayout.per_head(12, 3)
+    momenta = [optimizer.state[params[0]]["momentum_buffer"] for optimizer in (old, new)]
+    assert torch.equal(*momenta)
