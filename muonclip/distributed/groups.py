@@ -82,6 +82,12 @@ class ConnectedRanks:
         self._groups = groups
         self._rounds = 0
         neighbours = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
+        # Usually the largest group contains all others, and no rank needs to send its neighbours:
+        # together they are as many as the square of the number of ranks.
+        has_all = len(neighbours) == len(dist.get_process_group_ranks(groups[0]))
+        if all([all(values_of_ranks(has_all, group)) for group in groups]):
+            self._rounds = min(1, len(neighbours) - 1)
+            return
         known = {dist.get_rank(): neighbours}
         # After n rounds a rank knows the neighbours of all ranks up to n groups away.
         while self._rounds < _diameter(known):

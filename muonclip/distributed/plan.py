@@ -86,6 +86,10 @@ def make_units(
 
 def _slices(shard: TensorShard, first: int, last: int) -> TensorShard | None:
     """The part of a shard in slices ``first`` to ``last``, in their coordinates."""
+    if not shard.numel:
+        return None
+    if first == 0 and shard.offsets[0] + shard.sizes[0] <= last:  # as of a matrix, on many ranks
+        return shard
     start = max(first, shard.offsets[0])
     stop = min(last, shard.offsets[0] + shard.sizes[0])
     part = TensorShard(

@@ -1,6 +1,7 @@
 """Buffers of the optimizer's exchange on thousands of ranks, which torch's fake group simulates."""
 
 import math
+import pickle
 import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -17,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from muonclip import MuonClip
-from muonclip.distributed import muon
+from muonclip.distributed import groups, muon
 from muonclip.distributed.exchange import BucketExchange, ResultExchange
+from muonclip.distributed.groups import ConnectedRanks
 from muonclip.distributed.muon import DistributedMuon
 from muonclip.distributed.owners import StateOwners
 from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
@@ -304,6 +306,24 @@ def test_buffers_of_fully_sharded_matrices(
     placed = [fully_sharded(weight, group) for weight in weights]
     sizes = simulate(weights, placed, group, monkeypatch)
     assert sizes.most <= 1.1 * (sizes.received + sizes.owned)
+
+
+@pytest.mark.parametrize("group", [(4096, 0)], indirect=True, ids=str)
+def test_no_rank_sends_a_list_of_all_ranks(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank would receive the square of their number: 50 MB, and 1.2 GB once unpickled."""
+    sent = []
+    gather = groups._gather
+
+    def record(value: Any, group: dist.ProcessGroup) -> Any:
+        sent.append(len(pickle.dumps(value)))
+        return gather(value, group)
+
+    monkeypatch.setattr(groups, "_gather", record)
+    connected = ConnectedRanks([group])
+    assert 0 < sum(sent) < 100
+    assert connected.largest(torch.ones(1)) == 1
 
 
 def counting(counted: Allocated, function: Any, is_counting: bool) -> Any:
