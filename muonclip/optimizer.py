@@ -688,6 +688,8 @@ class MuonClip(Optimizer):
                 plan is None or plan.signature != self._signature(work)
             )
             fits = not (has_error or self._is_changed or is_unplanned)
+            if not fits and _is_capturing():  # which cannot read the flags
+                raise error or RuntimeError(_UNPLANNED_CAPTURE)
             known = (has_error, self._is_changed, is_unplanned, bool(changes), fits)
             flags = torch.stack([found_inf, *(torch.full_like(found_inf, flag) for flag in known)])
             flags = self._connected.largest(flags)
@@ -737,6 +739,15 @@ class MuonClip(Optimizer):
             )
         if any_changed or any_unplanned:
             warnings.warn(_REPLANNED, stacklevel=5)
+
+    def _warn_of_pending(self) -> None:
+        """Warn that the last step was skipped, which may be the last of all."""
+        if self._pending is None:
+            return
+        found_inf, *others = self._pending.read()
+        if any(others) or (found_inf and self._raises):
+            error = self._pending.error
+            warnings.warn(_PENDING + (f": {error}" if error else ""), stacklevel=4)
 
     def _local_gradients(self) -> dict[torch.device, list[Tensor]]:
         """This rank's parts of all gradients, by device."""
@@ -788,6 +799,7 @@ class MuonClip(Optimizer):
         ``torch.distributed.checkpoint`` takes for a copy of those of other ranks.
         """
         self._drop_replaced()
+        self._warn_of_pending()
         if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
             self._connect_for_state()
             self._complete_state()
@@ -1030,6 +1042,7 @@ class MuonClip(Optimizer):
             without state. With ``shard_state``, tensors of a parameter of which several ranks have
             copies are ``ShardedState``: ``pieces()`` yields what this rank stores.
         """
+        self._warn_of_pending()
         return {name: dict(self.state.get(param, {})) for name, param in named_parameters}
 
     def load_named_state(
@@ -1230,6 +1243,14 @@ _REPLANNED = (
     "some ranks do not use"
 )
 
+_PENDING = (
+    "MuonClip skipped the last step before this state was read, on all ranks; the next step raises "
+    "the error, or divides the work again"
+)
+_UNPLANNED_CAPTURE = (
+    "a step cannot be captured in which ranks divide their work: before the capture, take a step "
+    "with gradients of the same parameters on all ranks"
+)
 _REARRANGED = (
     "the loaded state stores the rows of the same matrices in another order, as at another number "
     "of tensor-parallel ranks, and was rearranged: {}. The weights must be in the order of the "

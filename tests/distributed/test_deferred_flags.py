@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +396,58 @@ def freeze_on_one_mesh() -> tuple[list[str], bool]:
 def test_a_change_on_some_of_the_connected_ranks_costs_a_step() -> None:
     for messages, same in launch(freeze_on_one_mesh, 4):
         assert [message[: len(SKIPPED)] for message in messages] == [SKIPPED] and same
+
+
+def end_with_a_skipped_step() -> list[list[str]]:
+    """Rank 1 has an error, a NaN, or other gradients in the last step of training."""
+    found = []
+    with reading_waits():
+        for disturb in (raises, has_nan, loses_one, no_disturbance):
+            case, place, options = layouts()["sharded state"]
+            params, optimizer = build(case, place, **options)
+            for step in range(3):
+                give_gradients(case, params, step, place)
+                disturb(step, params, optimizer)
+                optimizer.step()
+            optimizer.param_groups[0].pop("adamw_lr", None)
+            for read in (optimizer.state_dict, partial(optimizer.named_state, [])):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    read()
+                found.append(own_warnings(2, caught))
+    return found
+
+
+def test_state_that_lacks_the_last_step_is_not_saved_in_silence() -> None:
+    for rank, found in enumerate(launch(end_with_a_skipped_step, 2)):
+        *skipped, first, second = found
+        assert [len(messages) for messages in skipped] == [1] * 6
+        assert all("skipped the last step" in messages[0] for messages in skipped)
+        assert ("adamw_lr has no effect" in skipped[0][0]) == (rank == 1)
+        assert not first and not second
+
+
+def capture_what_does_not_fit() -> list[str]:
+    """No rank reads its flags, which a captured step cannot."""
+    found = []
+    with reading_waits(), pytest.MonkeyPatch.context() as patch:
+        for disturb in (raises_on_all, loses_one):
+            case, place, options = layouts()["DDP"]
+            params, optimizer = build(case, place, capturable=True, nonfinite="skip", **options)
+            for step in range(3):
+                patch.setattr(optimizer_module, "_is_capturing", lambda step=step: step == 2)
+                give_gradients(case, params, step, place)
+                disturb(step, params, optimizer)
+                if step == 2 and disturb is loses_one and not last():
+                    continue  # it captures a step of its own
+                try:
+                    optimizer.step()
+                except (RuntimeError, ValueError) as error:
+                    found.append(str(error))
+    return found
+
+
+def test_a_step_that_does_not_fit_is_not_captured() -> None:
+    first, second = launch(capture_what_does_not_fit, 2)
+    assert len(first) == 1 and "adamw_lr has no effect" in first[0]
+    assert len(second) == 2 and "before the capture" in second[1]
