@@ -93,10 +93,12 @@ class StateOwners:
             self._assign_matrices(replicated)
             self._cut_flat(replicated)
             self._shared |= {param.param: param for param, _ in replicated.values()}
-            for i in (i for i in indices if i not in replicated and not is_dtensor(new[i].param)):
-                boxes = tuple((box,) for box in (found[i].local,) if box.numel)
-                layout = StateLayout(found[i].shape, found[i].group, boxes, self)
-                self._shards[new[i].param] = layout
+            for i in indices:
+                is_shard = i not in replicated and len(found[i].shards) > 1
+                if is_shard and not is_dtensor(new[i].param):
+                    boxes = tuple((box,) for box in (found[i].local,) if box.numel)
+                    layout = StateLayout(found[i].shape, found[i].group, boxes, self)
+                    self._shards[new[i].param] = layout
         self._known.update(param.param for param in new)
 
     def layout(self, param: Tensor) -> StateLayout | None:

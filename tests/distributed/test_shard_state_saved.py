@@ -200,6 +200,18 @@ def test_fused_rows_at_another_number_of_tensor_parallel_ranks(
             assert rearranged == [parts != other_parts] * 2
 
 
+def pickle_alone() -> bool:
+    model, optimizer = make("sharded DDP", True)
+    train_block(model, optimizer, range(1))
+    saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    optimizer.load_state_dict(saved)
+    return any(isinstance(v, ShardedState) for s in saved["state"].values() for v in s.values())
+
+
+def test_the_state_of_one_rank_is_whole() -> None:
+    assert launch(pickle_alone, 1) == [False]
+
+
 def save_in_the_background(folder: Path) -> None:
     """Train, save while training continues, and load what was saved."""
     model, optimizer = make("sharded DDP", True)
