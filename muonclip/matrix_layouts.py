@@ -142,6 +142,21 @@ class MatrixLayout:
         """
         return shape[0] if len(shape) == 3 and not self.flatten and self.view is None else 1
 
+    def smaller_side(self, shape: Sequence[int]) -> int:
+        """The smaller side of the matrices in a parameter of this shape; the largest, if several.
+
+        Args:
+            shape: of the whole parameter.
+        """
+        if self.flatten:
+            shape = (shape[0], prod(shape[1:]))
+        rows, columns = (shape if self.view is None else self.view)[-2:]
+        if self.transposed:
+            rows, columns = columns, rows
+        if self.blocks is not None:
+            rows = max(self.blocks) * (1 if self.separate else self.repeats)
+        return min(rows, columns)
+
     def split(self, parameter: Tensor) -> list[Tensor]:
         """The matrices in a tensor with the parameter's layout.
 

@@ -31,7 +31,7 @@ from muonclip.distributed.sharding import (
 )
 from muonclip.kernels.support import has_bfloat16_products
 from muonclip.labels import label
-from muonclip.matrix_layouts import MatrixLayout
+from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import MuonParam, step_local
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.precision import (
@@ -94,10 +94,11 @@ class MuonClip(Optimizer):
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
         ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators and on CPUs with
-            instructions for it (AVX512-BF16, AMX, ARM), float32 on others and for float64
-            parameters on a CPU. Ranks that share parameters agree; give it where ranks with copies
-            of a parameter do not share it (DDP without ``process_group``) and have other
-            processors, or for the same arithmetic when a run resumes on another processor.
+            instructions for it (AVX512-BF16, AMX, ARM), float32 on others, and on a CPU for float64
+            parameters and matrices with a side below 64. Ranks that share parameters agree; give it
+            where ranks with copies of a parameter do not share it (DDP without ``process_group``)
+            and have other processors, or for the same arithmetic when a run resumes on another
+            processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's
@@ -528,13 +529,14 @@ class MuonClip(Optimizer):
         return MuonParam(
             param, local, to_update, gradient, momentum if is_sharded else local_tensor(momentum),
             group, self._whole_shape(param), (group["updates"], number),
-            group["ns_dtype"] or self._default_ns_dtype(local), is_sharded, master,
+            group["ns_dtype"] or self._default_ns_dtype(param, group), is_sharded, master,
         )  # fmt: skip
 
-    def _default_ns_dtype(self, local: Tensor) -> torch.dtype:
-        if local.device.type == "cpu" and self._avoids_bfloat16:
+    def _default_ns_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        if param.device.type == "cpu" and self._avoids_bfloat16:
             return torch.float32
-        return default_ns_dtype(local.device, local.dtype)
+        side = (group["layout"] or WHOLE).smaller_side(self._whole_shape(param))
+        return default_ns_dtype(param.device, param.dtype, side)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, on its device; created if missing.

@@ -419,7 +419,8 @@ def describe_assignment(
         total[0] += 1
         total[1] += item.parameter.numel()
         if algorithm == "muon":
-            chosen = ns_dtype or default_ns_dtype(item.parameter.device, item.parameter.dtype)
+            side = (item.layout or WHOLE).smaller_side(item.parameter.shape)
+            chosen = ns_dtype or default_ns_dtype(item.parameter.device, item.parameter.dtype, side)
             ns_dtypes.add(str(chosen).removeprefix("torch."))
     arithmetic = {"muon": f", Newton-Schulz in {' and '.join(sorted(ns_dtypes))}"}
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

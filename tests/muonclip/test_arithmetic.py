@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from muonclip import (
+    MatrixLayout,
     MuonClip,
     assign_parameters,
     describe_assignment,
@@ -23,7 +24,8 @@ detect = support._has_bfloat16_products.__wrapped__  # before a fixture replaces
 CHOICES = [(False, torch.float32), (True, torch.bfloat16)]
 # Roundings of a relative 2^-24 or 2^-9, which five steps, and the Gram form, magnify.
 ERROR = {torch.float32: 2.0**-24 * 80, torch.bfloat16: 2.0**-9 * 20}
-SHAPES = [(32, 32), (24, 96), (96, 24), (520, 540)]  # the last is in blocks
+# The first two are in float32 by default; the last is in blocks.
+SHAPES = [(32, 32), (96, 24), (64, 64), (64, 192), (96, 72), (520, 540)]
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, has_products: bool) -> None:
@@ -71,12 +73,16 @@ def test_the_default_follows_the_processor(
     monkeypatch: pytest.MonkeyPatch, has_products: bool, dtype: torch.dtype
 ) -> None:
     processor(monkeypatch, has_products)
-    assert orthogonalize(random(4, 6)).dtype == dtype
-    assert orthogonalize(random(4, 6).bfloat16()).dtype == dtype
-    assert orthogonalize(random(4, 6, dtype=torch.float64)).dtype == torch.float32
-    assert orthogonalize(random(4, 6), form="gram").dtype == torch.float32
-    text = describe_assignment(assign_parameters(nn.Linear(3, 4)))
+    matrix = random(64, 66)
+    assert orthogonalize(matrix).dtype == dtype
+    assert orthogonalize(matrix.bfloat16()).dtype == dtype
+    assert orthogonalize(matrix.double()).dtype == torch.float32
+    assert orthogonalize(matrix, form="gram").dtype == torch.float32
+    assert orthogonalize(random(63, 66)).dtype == torch.float32
+    text = describe_assignment(assign_parameters(nn.Linear(64, 66)))
     assert f"Newton-Schulz in {str(dtype).removeprefix('torch.')}" in text
+    text = describe_assignment(assign_parameters(nn.Linear(63, 66)))
+    assert "Newton-Schulz in float32" in text
     pinned = describe_assignment(assign_parameters(nn.Linear(3, 4)), ns_dtype=torch.float16)
     assert "Newton-Schulz in float16" in pinned
 
@@ -98,6 +104,8 @@ def test_updates_are_exact_to_the_rounding_of_each_choice(
     monkeypatch: pytest.MonkeyPatch, has_products: bool, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     processor(monkeypatch, has_products)
+    if min(shape) < 64:
+        dtype = torch.float32
     exact = -reference.orthogonalize(random(*shape))
     error = (update(shape, None).double() - exact).norm() / exact.norm()
     assert error < ERROR[dtype]
@@ -120,8 +128,8 @@ def test_a_given_dtype_has_the_same_bits_in_every_run(
 
 def test_a_saved_default_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without ``ns_dtype`` resumes on another processor with that processor's choice."""
-    model = nn.Linear(8, 6)
-    model.weight.grad, model.bias.grad = random(6, 8), random(6)
+    model = nn.Linear(80, 64)
+    model.weight.grad, model.bias.grad = random(64, 80), random(64)
     first = MuonClip(param_groups(model))
     first.step()
     processor(monkeypatch, True)
@@ -129,3 +137,33 @@ def test_a_saved_default_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> Non
     second.load_state_dict(first.state_dict())
     (param,) = second._muon_params(second._work()[:1])
     assert param.ns_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "dtype"),
+    [
+        (MatrixLayout.per_head(128, 4), (128, 96), torch.float32),
+        (MatrixLayout.per_head(128, 2), (128, 96), torch.bfloat16),
+        (MatrixLayout((16, 16), 4), (128, 96), torch.bfloat16),  # two matrices of 64 rows
+        (MatrixLayout((64, 8), 1), (72, 96), torch.bfloat16),  # the largest counts
+        (MatrixLayout((32, 32), transposed=True), (96, 64), torch.float32),
+        (MatrixLayout(flatten=True), (64, 32, 3, 3), torch.bfloat16),
+        (MatrixLayout(view=(64, 64)), (64, 4, 16), torch.bfloat16),
+        (None, (3, 64, 80), torch.bfloat16),
+    ],
+)
+def test_the_matrices_of_a_layout_count(
+    monkeypatch: pytest.MonkeyPatch,
+    layout: MatrixLayout | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    processor(monkeypatch, True)
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = random(*shape)
+    optimizer = MuonClip([{"params": [("p", p)], "algorithm": "muon", "layout": layout}])
+    (param,) = optimizer._muon_params(optimizer._work())
+    assert param.ns_dtype == dtype
+    matrices = (layout or MatrixLayout()).split(p.detach())
+    side = (layout or MatrixLayout()).smaller_side(shape)
+    assert side == max(min(matrix.shape[-2:]) for matrix in matrices)
