@@ -439,7 +439,7 @@ def capture_what_does_not_fit() -> list[str]:
                 give_gradients(case, params, step, place)
                 disturb(step, params, optimizer)
                 if step == 2 and disturb is loses_one and not last():
-                    continue  # it captures a step of its own
+                    continue  # it captures its step alone
                 try:
                     optimizer.step()
                 except (RuntimeError, ValueError) as error:

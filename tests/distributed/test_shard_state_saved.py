@@ -193,7 +193,7 @@ def load_fused(folder: Path, parts: int) -> list[bool]:
 def test_fused_rows_at_another_number_of_tensor_parallel_ranks(
     tmp_path: Path, ranks: int, parts: int
 ) -> None:
-    """Also where each rank has a shard of its own, which is no copy of the others."""
+    """Also where each rank has another shard."""
     launch(save_fused, ranks, tmp_path, parts)
     for other, other_parts in ((1, 1), (2, 2), (4, 2)):
         for rearranged in launch(load_fused, other, tmp_path, other_parts):
