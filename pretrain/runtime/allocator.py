@@ -1,11 +1,15 @@
 """Reuse of main memory by glibc's allocator."""
 
 import ctypes
+import os
 
 # malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # The largest threshold that glibc accepts on 64 bits.
 _LARGEST_MMAP_THRESHOLD = 2**25
+# A user's settings of the same thresholds.
+_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
 
 
 def keep_freed_memory() -> bool:
@@ -18,8 +22,12 @@ def keep_freed_memory() -> bool:
     of the heap.
 
     Returns:
-        Whether the allocator accepts it. Others than glibc's are not changed.
+        Whether the allocator accepts it. Allocators other than glibc's are not changed, nor one
+        whose thresholds the environment sets.
     """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(name in os.environ for name in _VARIABLES) or any(n in tunables for n in _TUNABLES):
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
