@@ -1,6 +1,8 @@
 import sys
 
 from pretrain.cli import main
+from pretrain.runtime import background
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with background.ending_process():
+        sys.exit(main())

@@ -1,11 +1,16 @@
 """Calls in threads that do not keep the process from ending."""
 
+import contextlib
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_running: set[Future[Any]] = set()
 
 
 def start(action: Callable[[], T], name: str) -> Future[T]:
@@ -26,6 +31,35 @@ def start(action: Callable[[], T], name: str) -> Future[T]:
             future.set_exception(error)
         else:
             future.set_result(result)
+        finally:
+            _running.discard(future)
 
+    _running.add(future)
     threading.Thread(target=call, name=name, daemon=True).start()
     return future
+
+
+@contextlib.contextmanager
+def ending_process() -> Iterator[None]:
+    """Context for a whole program, which ends the process at once if calls are still running.
+
+    The interpreter would otherwise end their threads when they return from C++, such as from a
+    collective whose other ranks have ended, and C++ then aborts the process: with status 134 (by
+    SIGABRT) instead of its own.
+    """
+    status = 0
+    try:
+        yield
+    except BaseException as error:
+        if not _running:
+            raise
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+            status = 1
+    if _running:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or closed
+                stream.flush()
+        os._exit(status)
