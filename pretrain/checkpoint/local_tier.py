@@ -4,9 +4,9 @@ Each rank writes its files to a folder that only it writes to. A checkpoint exis
 has renamed its folder. It is removed when its copy exists. After a crash in between, the next start
 copies it, if the nodes are the same; which rank runs on which of them does not matter.
 
-A run's folder there has the name of ``run_dir`` and a random number that ``run_dir`` keeps, so that
-neither a run in the same place after ``run_dir`` was deleted, nor one in another container, uses or
-removes its files.
+A run's folder there has the name of ``run_dir`` and a random number that ``run_dir`` keeps in
+``run.id``, so that neither a run in the same place after ``run_dir`` was deleted, nor one in
+another container, nor a copy of ``run_dir`` uses or removes its files.
 """
 
 import hashlib
@@ -191,15 +191,22 @@ def _nothing_else(_partial: Path, _results: list[None]) -> None:
 
 
 def _run_id(run_dir: Path) -> str:
-    """The random number that ``run_dir`` keeps; made if it has none."""
+    """The random number that ``run_dir`` keeps; made if it has none, or one of another folder.
+
+    The file also contains its own inode number, which a copy does not have.
+    """
     path = run_dir / "run.id"
-    known = path.read_text() if path.is_file() else ""
-    if not _RUN_ID.fullmatch(known):
-        known = secrets.token_hex(8)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write(path.with_suffix(".partial"), known)
-        path.with_suffix(".partial").rename(path)
-    return known
+    if path.is_file():
+        known, _, inode = path.read_text(errors="replace").partition(" ")
+        if _RUN_ID.fullmatch(known) and inode == str(path.stat().st_ino):
+            return known
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.touch()
+    made = secrets.token_hex(8)
+    _write(partial, f"{made} {partial.stat().st_ino}")
+    partial.rename(path)
+    return made
 
 
 def _complete(partial: Path, final: Path, digests: Mapping[str, str]) -> None:

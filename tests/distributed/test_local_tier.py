@@ -141,6 +141,19 @@ def test_saves_of_a_deleted_run_are_not_those_of_the_next_one(tmp_path: Path) ->
     assert _steps(tmp_path) == [1] and _is_whole(tmp_path, 1) and _saves(tmp_path) == before
 
 
+def test_saves_of_a_run_are_not_those_of_its_copy(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    launch(_save, 1, str(first), 1)
+    launch(_save_interrupted, 1, str(first), 2)
+    before = _saves(first)
+    shutil.copytree(first / "run", second / "run")
+    (second / "local").symlink_to(first / "local")
+    assert launch(_flush, 1, str(second), 1) == [""]
+    assert _steps(second) == [1] and _saves(first) == before
+    assert launch(_flush, 1, str(first), 1) == [""]
+    assert _steps(first) == [1, 2] and not _saves(first)
+
+
 class _Kill(BaseException):
     """A kill, which nothing handles."""
 
