@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from pretrain import batches
-from pretrain.runtime import without_cuda
+from pretrain.runtime import background, without_cuda
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -47,7 +45,14 @@ def cuda_on_cpu() -> Iterator[None]:
     Streams, random states and synchronization are those of ``without_cuda``, which pretrain then
     does not apply; NCCL is gloo. Everything else is what pretrain runs on a GPU.
     """
-    init_process_group = dist.init_process_group
+    init_process_group, start_thread = dist.init_process_group, background.start
+
+    def start(action: Callable[[], Any], name: str) -> Future[Any]:
+        def call() -> Any:
+            with _CudaIsCpu():  # a mode belongs to a thread
+                return action()
+
+        return start_thread(call, name)
 
     def over_gloo(backend: str, **options: Any) -> None:
         assert backend == "nccl"
@@ -67,12 +72,7 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "get_device_capability", lambda *_device: (7, 0)),
         (torch.cuda, "max_memory_allocated", lambda *_device: 2**30),
         (dist, "init_process_group", over_gloo),
-        # A mode belongs to a thread.
-        (
-            batches,
-            "ThreadPoolExecutor",
-            partial(ThreadPoolExecutor, initializer=lambda: _CudaIsCpu().__enter__()),
-        ),
+        (background, "start", start),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
