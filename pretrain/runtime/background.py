@@ -44,8 +44,8 @@ def ending_process() -> Iterator[None]:
     """Context for a whole program, which ends the process at once if calls are still running.
 
     The interpreter would otherwise end their threads when they return from C++, such as from a
-    collective whose other ranks have ended, and C++ then aborts the process: with status 134 (by
-    SIGABRT) instead of its own.
+    collective whose other ranks have ended, and C++ then aborts the process: with status 134
+    by SIGABRT.
     """
     status = 0
     try:
