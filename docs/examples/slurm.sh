@@ -17,7 +17,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node=${nodes%%$'\n'*}  # not by head, which may end scontrol and thus, with pipefail, the job
 export OMP_NUM_THREADS=8
 # torchrun's rendezvous store outlives a restart: the ranks need a new one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -37,7 +37,8 @@ def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     torchrun = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
-    nodes = "#!/bin/bash\nprintf '127.0.0.1\\nsecond\\n'\n"
+    # More than a pipe holds: a reader that stops after the first line would end it by SIGPIPE.
+    nodes = "#!/bin/bash\nset -e\necho 127.0.0.1\nseq -f node%.0f 20000\n"
     for name, text in {"srun": SRUN, "scontrol": nodes, "torchrun": torchrun}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
