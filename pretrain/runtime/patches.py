@@ -20,6 +20,8 @@ class Patches:
         """Set an attribute of a module or class, which need not exist, until :meth:`undo`."""
         if name in vars(owner):  # getattr() would bind a static method or one of pybind11
             self._undo.callback(setattr, owner, name, vars(owner)[name])
+        elif name in vars(type(owner)):  # such as __defaults__ of a function
+            self._undo.callback(setattr, owner, name, getattr(owner, name))
         else:
             self._undo.callback(delattr, owner, name)
         setattr(owner, name, value)
