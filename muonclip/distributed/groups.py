@@ -106,7 +106,7 @@ class ConnectedRanks:
         """Whether the flag of a rank is set; kept on the host, unlike those of ``largest``."""
         for _ in range(self._rounds):
             for group in self._groups:
-                flag = any(any(by.values()) for by in _gather({dist.get_rank(): flag}, group))
+                flag = any(values_of_ranks(flag, group))
         return flag
 
     def first_error(self, error: str | None) -> str | None:
@@ -241,8 +241,7 @@ def _align_names(along: Sequence[dist.ProcessGroup]) -> None:
     """
     count = len(dist.distributed_c10d._world.pg_names)
     for group in along:
-        counts = _gather({dist.get_rank(): count}, group)
-        count = max(max(by_rank.values()) for by_rank in counts)
+        count = max(values_of_ranks(count, group))
     while len(dist.distributed_c10d._world.pg_names) < count:
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
 

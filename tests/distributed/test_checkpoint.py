@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,20 +251,18 @@ def test_a_full_disk_is_one_line_on_all_ranks_at_the_same_step(
     assert launch(_load, 2, str(tmp_path), 1) == [True, True]
 
 
-def _save_different_lists(folder: str) -> str:
-    missing = {} if dist.get_rank() else {"other": _shared(torch.ones(5))}
+def _refusal(folder: str, tensors: dict[str, Any], keep: int) -> str:
+    """The error of saving a second step."""
     try:
-        storage.save(Path(folder), 2, _to_save() | missing, {}, 9)
+        storage.save(Path(folder), 2, tensors, {}, keep)
     except PretrainError as error:
         return str(error)
     return "no error"
 
 
-def test_ranks_that_disagree_about_copies_stop_with_one_line(tmp_path: Path) -> None:
-    launch(_save, 2, str(tmp_path), [1])
-    first, second = launch(_save_different_lists, 2, str(tmp_path))
-    assert first == second and "list different ones" in first and "\n" not in first
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+def _save_different_lists(folder: str) -> str:
+    missing = {} if dist.get_rank() else {"other": _shared(torch.ones(5))}
+    return _refusal(folder, _to_save() | missing, 9)
 
 
 def _save_parts_with_a_gap(folder: str) -> str:
@@ -271,17 +270,14 @@ def _save_parts_with_a_gap(folder: str) -> str:
     rank = dist.get_rank()
     half = torch.ones(2 - rank, 3)
     parts = LocalShard((4, 3), [((2 * rank, 0), half)], parts=2)
-    try:
-        storage.save(Path(folder), 2, {"state": parts}, {}, 1)
-    except PretrainError as error:
-        return str(error)
-    return "no error"
+    return _refusal(folder, {"state": parts}, 1)
 
 
-def test_ranks_that_disagree_about_parts_stop_with_one_line(tmp_path: Path) -> None:
-    """Before the checkpoint replaces the one before it."""
+@pytest.mark.parametrize("save", [_save_different_lists, _save_parts_with_a_gap])
+def test_ranks_that_disagree_stop_with_one_line(tmp_path: Path, save: Callable[[str], str]) -> None:
+    """About copies or parts, and before the checkpoint replaces the one before it."""
     launch(_save, 2, str(tmp_path), [1])
-    first, second = launch(_save_parts_with_a_gap, 2, str(tmp_path))
+    first, second = launch(save, 2, str(tmp_path))
     assert first == second and "list different ones" in first and "\n" not in first
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
