@@ -11,6 +11,7 @@ from pretrain.errors import PretrainError
 from pretrain.model.megatron_config import check_planned
 from pretrain.plan.flops import step_flops
 from pretrain.plan.memory import step_memory
+from pretrain.plan.optimizer_costs import OptimizerCosts
 from pretrain.plan.parameters import count_parameters
 from pretrain.plan.ranks import ranks_of
 from pretrain.plan.search import find_layouts
@@ -39,6 +40,7 @@ def plan(
     check_planned(config)
     ranks = ranks_of(config, processes)
     images = images_per_step(config, patches_per_image)
+    optimizer = OptimizerCosts(config, ranks, images)
     return {
         "layout": {
             "processes": ranks.world,
@@ -52,7 +54,7 @@ def plan(
             "layers_of_stages": [sum(map(len, chunks)) for chunks in ranks.stages],
         },
         "parameters": count_parameters(config),
-        "memory": step_memory(config, ranks, images),
+        "memory": step_memory(config, ranks, images, optimizer),
         "tokens": tokens_per_step(config),
         "images": {
             "count": images.count,
@@ -60,7 +62,7 @@ def plan(
             "features": images.features,
         },
         "flops": step_flops(config, ranks, images),
-        "messages": step_traffic(config, ranks, images),
+        "messages": step_traffic(config, ranks, images, optimizer),
     }
 
 

@@ -5,12 +5,8 @@ activations and temporary tensors, :mod:`pretrain.plan.muon_step` the buffers of
 step. Fragmentation of the allocator is not counted.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
-from pretrain.model.weights import Weight
 from pretrain.plan.activations import (
     chunk_activations,
     encoder_activations,
@@ -19,11 +15,9 @@ from pretrain.plan.activations import (
     kept_by_encoder,
 )
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
-from pretrain.plan.muon_step import step_buffers
-from pretrain.plan.optimizer_state import state_of_ranks
+from pretrain.plan.optimizer_costs import OptimizerCosts
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
-from pretrain.plan.shared_matrices import shared_matrices
 from pretrain.plan.workload import Images, images_per_step
 
 # Estimates, not measured: CUDA's context with the kernels and workspaces of its libraries, and
@@ -32,44 +26,61 @@ CUDA_BYTES = 2**30
 NCCL_BYTES = 2**29
 
 
-def step_memory(config: Config, ranks: Ranks, images: Images) -> list[dict[str, float]]:
+def step_memory(
+    config: Config, ranks: Ranks, images: Images, optimizer: OptimizerCosts | None = None
+) -> list[dict[str, float]]:
     """Bytes on the fullest rank of each pipeline stage, by purpose.
 
     The ``total`` does not count activations and temporary tensors if the buffers of the optimizer's
     step are larger, and these otherwise.
+
+    Args:
+        optimizer: the optimizer's costs, if they have been computed.
     """
-    weights = trained_weights(config)
-    return [_stage_memory(config, ranks, images, weights, stage) for stage in range(ranks.pipeline)]
+    optimizer = optimizer or OptimizerCosts(config, ranks, images)
+    stages = range(ranks.pipeline)
+    return [_stage_memory(config, ranks, images, optimizer, stage) for stage in stages]
 
 
-def fullest_memory(config: Config, ranks: Ranks, images: Images) -> dict[str, float]:
-    """The row of :func:`step_memory` with the largest total.
-
-    Of inner stages with the same numbers of layers, the earliest keeps most: only that is computed.
-    """
-    weights, last = trained_weights(config), ranks.pipeline - 1
-    different: dict[Any, int] = {}
-    for stage, chunks in enumerate(ranks.stages):
-        lengths = [(len(chunk), len(chunk[: config.language.dense_layers])) for chunk in chunks]
-        different.setdefault((stage == 0, stage == last, *lengths), stage)
-    rows = [_stage_memory(config, ranks, images, weights, stage) for stage in different.values()]
+def fullest_memory(
+    config: Config, ranks: Ranks, images: Images, optimizer: OptimizerCosts | None = None
+) -> dict[str, float]:
+    """The row of :func:`step_memory` with the largest total."""
+    optimizer = optimizer or OptimizerCosts(config, ranks, images)
+    rows = [
+        _stage_memory(config, ranks, images, optimizer, stage)
+        for stage in _different_stages(config, ranks)
+    ]
     return max(rows, key=lambda row: row["total"])
+
+
+def memory_without_optimizer(config: Config, ranks: Ranks, images: Images) -> float:
+    """Bytes on the fullest rank without the optimizer, whose costs take most time to compute."""
+    return max(
+        _stage_memory(config, ranks, images, None, stage)["total"]
+        for stage in _different_stages(config, ranks)
+    )
+
+
+def _different_stages(config: Config, ranks: Ranks) -> list[int]:
+    """The earliest of stages with the same weights, which keeps most activations."""
+    dense = config.language.dense_layers
+    return sorted({ranks.first_like(stage, dense) for stage in range(ranks.pipeline)})
 
 
 def free_memory(config: Config, processes: int, stage: int, memory: float) -> float:
     """Bytes that a rank of a pipeline stage does not need of ``memory``, at least 0."""
-    ranks, weights = ranks_of(config, processes), trained_weights(config)
-    row = _stage_memory(config, ranks, images_per_step(config), weights, stage)
-    return max(0.0, memory - row["total"])
+    ranks, images = ranks_of(config, processes), images_per_step(config)
+    optimizer = OptimizerCosts(config, ranks, images)
+    return max(0.0, memory - _stage_memory(config, ranks, images, optimizer, stage)["total"])
 
 
 def _stage_memory(
-    config: Config, ranks: Ranks, images: Images, weights: Sequence[Weight], stage: int
+    config: Config, ranks: Ranks, images: Images, optimizer: OptimizerCosts | None, stage: int
 ) -> dict[str, float]:
     itemsize = ITEMSIZE[config.precision]
-    local = [weight for weight in weights if ranks.has(stage, weight)]
+    local = [weight for weight in trained_weights(config) if ranks.has(stage, weight)]
     numel = sum(map(ranks.local_numel, local))
-    shared = shared_matrices(config, ranks, local, images.update)
     own_patches = images.patches / ranks.data if stage == 0 else 0.0
     encoding, image_data = _encoder(config, ranks, images, own_patches)
     # With context parallelism, each rank has the features of its part of the sequences.
@@ -83,14 +94,14 @@ def _stage_memory(
     row = {
         "weights": float(numel * itemsize),
         "gradients": float(numel * FLOAT32),
-        "optimizer state": float(max(state_of_ranks(config, ranks, local, images.update, shared))),
+        "optimizer state": optimizer.of(stage).state if optimizer else 0.0,
         "images": image_data + 2 * features * itemsize,  # with their gradients
         "CUDA and NCCL": float(CUDA_BYTES + NCCL_BYTES * ranks.communicators),
     }
     total = sum(row.values())
-    optimizer = step_buffers(config, ranks, local, images.update, shared)
-    row |= {"activations": activations, "temporary tensors": temporary, "optimizer step": optimizer}
-    return {**row, "total": total + max(activations + temporary, optimizer)}
+    buffers = optimizer.of(stage).buffers if optimizer else 0.0
+    row |= {"activations": activations, "temporary tensors": temporary, "optimizer step": buffers}
+    return {**row, "total": total + max(activations + temporary, buffers)}
 
 
 def _encoder(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from pretrain.config import Config
 from pretrain.model.weights import Weight
@@ -62,6 +63,25 @@ class Ranks:
         if weight.layer == self.stages[-1][-1].stop:
             return stage == self.pipeline - 1
         return any(weight.layer in chunk for chunk in self.stages[stage])
+
+    def first_like(self, stage: int, dense_layers: int) -> int:
+        """The first pipeline stage with the same weights as this one, apart from their layers.
+
+        Args:
+            dense_layers: number of layers without experts, the first of the model.
+        """
+        return next(
+            s
+            for s in range(stage + 1)
+            if self._kind(s, dense_layers) == self._kind(stage, dense_layers)
+        )
+
+    def _kind(self, stage: int, dense_layers: int) -> tuple[Any, ...]:
+        chunks = [
+            (len(chunk), sum(layer < dense_layers for layer in chunk))
+            for chunk in self.stages[stage]
+        ]
+        return (stage == 0, stage == self.pipeline - 1, *chunks)
 
     def tensors(self, weight: Weight) -> int:
         """Number of tensors like this one on a rank: one, or one for each local expert."""

@@ -12,7 +12,8 @@ from pretrain.config import Config, RecomputeConfig
 from pretrain.errors import PretrainError
 from pretrain.plan.flops import step_flops
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
-from pretrain.plan.memory import fullest_memory
+from pretrain.plan.memory import fullest_memory, memory_without_optimizer
+from pretrain.plan.optimizer_costs import OptimizerCosts
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.traffic import step_traffic
@@ -65,16 +66,24 @@ def find_layouts(
     fitting: list[Layout] = []
     closest: list[Layout] = []
     least_memory = partial(_Elements.of(config).least_memory, config)
-    for sizes in sorted(_sizes(config, processes), key=least_memory):
-        # All following sizes need at least as much as these.
+
+    def limit() -> float:
+        """Bytes above which a layout is of no interest."""
         enough = fitting or len(closest) == _CLOSEST
-        if enough and least_memory(sizes) > max(memory, _largest(closest)):
-            break
+        return max(memory, _largest(closest)) if enough else math.inf
+
+    for sizes in sorted(_sizes(config, processes), key=least_memory):
+        if least_memory(sizes) > limit():
+            break  # all following sizes need at least as much
+        optimizer: OptimizerCosts | None = None  # all candidates of these sizes have the same
         for candidate in _candidates(config, processes, sizes):
             ranks = ranks_of(candidate, processes)
-            used = fullest_memory(candidate, ranks, images)
+            if memory_without_optimizer(candidate, ranks, images) > limit():
+                continue
+            optimizer = optimizer or OptimizerCosts(candidate, ranks, images)
+            used = fullest_memory(candidate, ranks, images, optimizer)
             if used["total"] <= memory:
-                seconds = _step_seconds(candidate, ranks, images)
+                seconds = _step_seconds(candidate, ranks, images, optimizer)
                 fitting.append(Layout(_settings(candidate), used, seconds))
                 closest.clear()
             elif not fitting:
@@ -150,12 +159,12 @@ def _powers_of_two(limit: int) -> list[int]:
     return [2**exponent for exponent in range(limit.bit_length())]
 
 
-def _step_seconds(config: Config, ranks: Ranks, images: Images) -> float:
+def _step_seconds(config: Config, ranks: Ranks, images: Images, optimizer: OptimizerCosts) -> float:
     """Computation, with the pipeline's bubble, and messages, none of which overlap."""
     flops = step_flops(config, ranks, images)["total"] / ranks.world
     chunks = config.parallel.interleave
     bubble = (ranks.pipeline - 1) / (ranks.micro_batches * chunks)
-    sent = max(step_traffic(config, ranks, images), key=lambda stage: stage["total"])
+    sent = max(step_traffic(config, ranks, images, optimizer), key=lambda stage: stage["total"])
     local = sent.get("tensor parallel", 0.0)
     messages = local / _WITHIN_MACHINE + (sent["total"] - local) / _BETWEEN_MACHINES
     return flops / _FLOPS * (1 + bubble) + messages

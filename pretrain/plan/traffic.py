@@ -10,16 +10,21 @@ from pretrain.config import Config
 from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.weights import Weight
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
-from pretrain.plan.muon_step import sent_by_owners
-from pretrain.plan.optimizer_state import gathered_bytes
+from pretrain.plan.optimizer_costs import OptimizerCosts
 from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks
-from pretrain.plan.shared_matrices import shared_matrices
 from pretrain.plan.workload import Images, recomputed_layers, recomputed_parts
 
 
-def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str, float]]:
-    """Bytes that a rank of each pipeline stage sends in a step, by purpose."""
+def step_traffic(
+    config: Config, ranks: Ranks, images: Images, optimizer: OptimizerCosts | None = None
+) -> list[dict[str, float]]:
+    """Bytes that a rank of each pipeline stage sends in a step, by purpose.
+
+    Args:
+        optimizer: the optimizer's costs, if they have been computed.
+    """
+    optimizer = optimizer or OptimizerCosts(config, ranks, images)
     weights = trained_weights(config)
     encoder_numel = sum(weight.numel for weight in weights if weight.layer is None)
     stages = []
@@ -28,10 +33,7 @@ def step_traffic(config: Config, ranks: Ranks, images: Images) -> list[dict[str,
         local = [w for w in weights if w.layer is not None and ranks.has(stage, w)]
         traffic.add_gradients(local)
         traffic.all_reduce("encoder gradients", encoder_numel * FLOAT32, ranks.world)
-        on_stage = [weight for weight in weights if ranks.has(stage, weight)]
-        shared = shared_matrices(config, ranks, on_stage, images.update)
-        traffic.send("optimizer", sent_by_owners(config, ranks, shared))
-        traffic.send("optimizer", gathered_bytes(config, ranks, on_stage, images.update))
+        traffic.send("optimizer", optimizer.of(stage).sent)
         for number, chunk in enumerate(ranks.stages[stage], 1):
             is_first = stage == 0 and number == 1
             is_last = stage == ranks.pipeline - 1 and number == len(ranks.stages[stage])

@@ -19,7 +19,7 @@ from pretrain.model.vision import observers_disabled
 from pretrain.plan import fit, plan
 from pretrain.plan.activations import chunk_activations, encoder_activations, layer_activations
 from pretrain.plan.flops import encoder_forward_flops
-from pretrain.plan.memory import step_memory
+from pretrain.plan.memory import fullest_memory, step_memory
 from pretrain.plan.parameters import count_parameters, trained_weights
 from pretrain.plan.ranks import ranks_of
 from pretrain.plan.workload import Images, images_per_step
@@ -288,6 +288,38 @@ def test_the_memory_of_the_optimizers_step_does_not_grow_with_the_ranks() -> Non
     assert (
         3 > sizes[0] >= sizes[1] >= sizes[2] > 2
     )  # with few ranks, owners have other matrices too
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dense=st.integers(0, 6),
+    stages=st.sampled_from([1, 2, 4]),
+    interleave=st.sampled_from([1, 2]),
+    recompute=st.sampled_from(["none", "full"]),
+    spread=st.permutations([1, 2, 3, 1]),
+)
+def test_a_search_computes_one_of_alike_stages(
+    dense: int, stages: int, interleave: int, recompute: str, spread: list[int]
+) -> None:
+    """Wherever the dense layers are, the fullest stage is among those that are computed."""
+    interleave = interleave if stages > 1 else 1
+    lengths = (spread + spread)[: stages * interleave]
+    loaded = config.load(
+        "configs/laptop.yaml",
+        [
+            *(
+                f"language.num_layers={sum(lengths)}",
+                f"language.dense_layers={dense % sum(lengths)}",
+            ),
+            *(f"parallel.pipeline={stages}", f"parallel.interleave={interleave}"),
+            *(f"parallel.layout={lengths}", f"recompute.granularity={recompute}"),
+            *("micro_batch_size=1", "parallel.expert=1"),
+        ],
+    )
+    ranks, images = ranks_of(loaded, 2 * stages), images_per_step(loaded)
+    rows = step_memory(loaded, ranks, images)
+    assert fullest_memory(loaded, ranks, images) in rows
+    assert fullest_memory(loaded, ranks, images)["total"] == max(row["total"] for row in rows)
 
 
 def test_the_published_layout_of_kimi_k2_puts_one_layer_on_the_last_stage() -> None:
