@@ -40,6 +40,8 @@ In a custom training loop, with a custom attention module:
 from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.max_logits import max_logits, max_logits_bound, screened_max_logits
+from muonclip.model_optimizer import for_model
+from muonclip.model_report import ModelReport
 from muonclip.monitor import MaxLogitMonitor
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import COEFFICIENTS, orthogonalize, update_scale
@@ -63,12 +65,14 @@ __all__ = [
     "HeadRows",
     "MatrixLayout",
     "MaxLogitMonitor",
+    "ModelReport",
     "MuonClip",
     "QKClip",
     "assign_parameters",
     "choose_algorithm",
     "clip_factors",
     "describe_assignment",
+    "for_model",
     "max_logits",
     "max_logits_bound",
     "orthogonalize",

@@ -25,6 +25,13 @@ Projection: TypeAlias = (
 )
 
 
+class NormalizedAttentionError(ValueError):
+    """Queries and keys are normalized after their projection, so that QK-Clip has no effect.
+
+    The norm undoes any scaling of the projection, and bounds the logits.
+    """
+
+
 @dataclass(frozen=True, eq=False)
 class HeadRows:
     """The rows of a weight (and of its bias) that produce each head's vector.

@@ -42,10 +42,13 @@ from muonclip.precision import (
     set_master,
     write_back,
 )
+from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.update import WeightDecayMode, is_free_to_read, may_be_nonzero
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+    from muonclip.model_report import ModelReport
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -140,6 +143,8 @@ class MuonClip(Optimizer):
             ranks have the same state: it is sharded anyway, and stays where it is. Entries of the
             state, and ``parameter.main_param``, are ``ShardedState``; save them with
             ``full_state_dict`` or ``torch.distributed.checkpoint``.
+        qk_clip: attached to the optimizer, so that each ``step`` also clips. It has no state to
+            save. ``muonclip.for_model`` makes it for a whole model.
 
     Each option above ``process_group`` may be set per group, and overrides the constructor's;
     ``capturable`` and ``nonfinite`` must be the same in all groups.
@@ -147,11 +152,14 @@ class MuonClip(Optimizer):
     Attributes:
         skipped_steps: number of steps skipped because of a non-finite gradient, or because ranks
             on accelerators disagreed (see ``step``); an int, or a tensor on the accelerator.
+        report: of ``muonclip.for_model``; None for optimizers that it did not make.
 
     Raises:
         TypeError, ValueError: for an option out of range, or a parameter that is complex, sparse,
             given twice, or assigned to Muon but not a non-empty matrix or stack of matrices.
     """
+
+    report: "ModelReport | None" = None
 
     def __init__(
         self,
@@ -183,6 +191,7 @@ class MuonClip(Optimizer):
         process_group: "dist.ProcessGroup | None" = None,
         shardings: Mapping[Tensor, Sharding] | None = None,
         shard_state: bool = False,
+        qk_clip: QKClip | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -212,6 +221,8 @@ class MuonClip(Optimizer):
         }
         validation.check_options(defaults)
         validation.check_process_group(process_group)
+        if qk_clip is not None and not isinstance(qk_clip, QKClip):
+            raise TypeError(f"qk_clip must be a QKClip, got {type(qk_clip).__name__}")
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.shard_state = shard_state
@@ -219,6 +230,13 @@ class MuonClip(Optimizer):
         self._reset()
         super().__init__(params, defaults)
         self._is_constructed = True
+        if qk_clip is not None:
+            qk_clip.attach(self)
+
+    @property
+    def qk_clip(self) -> QKClip | None:
+        """The QK-Clip that was attached last; None if none is. Copies have none."""
+        return next(reversed(attached_clips(self)), None)
 
     def _reset(self) -> None:
         """Initialize the attributes that are neither saved nor copied."""

@@ -378,10 +378,16 @@ def param_groups(
     Returns:
         Groups with ``params`` as (name, parameter) pairs, ``algorithm`` and ``layout``.
     """
+    return group_assignments(
+        assign_parameters(model, adamw=adamw, muon=muon, layouts=layouts, shardings=shardings),
+        **options,
+    )
+
+
+def group_assignments(assignments: Iterable[Assignment], **options: Any) -> list[dict[str, Any]]:
+    """The groups of ``param_groups`` for parameters that are assigned already."""
     groups: dict[tuple[Algorithm, MatrixLayout | None], dict[str, Any]] = {}
-    for item in assign_parameters(
-        model, adamw=adamw, muon=muon, layouts=layouts, shardings=shardings
-    ):
+    for item in assignments:
         if item.algorithm is None:
             continue
         key = (item.algorithm, item.layout)
@@ -397,7 +403,10 @@ def param_groups(
 
 
 def describe_assignment(
-    assignments: Iterable[Assignment], *, ns_dtype: torch.dtype | None = None
+    assignments: Iterable[Assignment],
+    *,
+    ns_dtype: torch.dtype | None = None,
+    by_layer: bool = True,
 ) -> str:
     """A printable table of the assignment and its reasons, with totals in elements.
 
@@ -405,8 +414,11 @@ def describe_assignment(
         assignments: as returned by ``assign_parameters``.
         ns_dtype: as for ``MuonClip``. The line of Muon's total has it, or the default for the
             parameters' devices.
+        by_layer: False: one row for the parameters whose names differ only in numbers, which
+            become ``*``.
     """
     rows = [("parameter", "shape", "algorithm", "reason")]
+    counts: dict[tuple[str, ...], int] = {}
     totals: dict[str, list[int]] = {}
     ns_dtypes: set[str] = set()
     for item in assignments:
@@ -414,7 +426,9 @@ def describe_assignment(
         reason = item.reason
         if item.layout is not None:
             reason += f", {item.layout}"
-        rows.append((item.name, "x".join(map(str, item.parameter.shape)), algorithm, reason))
+        name = item.name if by_layer else without_numbers(item.name)
+        row = (name, "x".join(map(str, item.parameter.shape)), algorithm, reason)
+        counts[row] = counts.get(row, 0) + 1
         total = totals.setdefault(algorithm, [0, 0])
         total[0] += 1
         total[1] += item.parameter.numel()
@@ -422,6 +436,10 @@ def describe_assignment(
             side = (item.layout or WHOLE).smaller_side(item.parameter.shape)
             chosen = ns_dtype or default_ns_dtype(item.parameter.device, item.parameter.dtype, side)
             ns_dtypes.add(str(chosen).removeprefix("torch."))
+    rows += [
+        (f"{name} ({count} times)" if count > 1 else name, shape, algorithm, reason)
+        for (name, shape, algorithm, reason), count in counts.items()
+    ]
     arithmetic = {"muon": f", Newton-Schulz in {' and '.join(sorted(ns_dtypes))}"}
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
@@ -433,3 +451,8 @@ def describe_assignment(
         for algorithm, (tensors, elements) in totals.items()
     ]
     return "\n".join(lines)
+
+
+def without_numbers(name: str) -> str:
+    """A dotted name with ``*`` for each component that is a number, as of layers and experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -592,6 +592,11 @@ class QKClip:
 _ATTACHMENTS = "_qk_clip_attachments"  # attribute of an optimizer
 
 
+def attached_clips(optimizer: Optimizer) -> list[QKClip]:
+    """The clips that are attached to an optimizer, in the order in which they were."""
+    return [attachment.clip for attachment in optimizer.__dict__.get(_ATTACHMENTS, ())]
+
+
 class _Attachment(Handle):
     """Runs a clip after every step of an optimizer.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from muonclip.attention_layouts import AttentionLayout, HeadRows
+from muonclip.attention_layouts import AttentionLayout, HeadRows, NormalizedAttentionError
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.param_groups import part_of_matrix
 
@@ -47,21 +47,38 @@ def attention_layouts(
             query or key), whose heads are split over ranks (fewer key groups than tensor-parallel
             ranks), or whose class is unknown or cross-attention.
     """
-    layouts: dict[str, AttentionLayout] = {}
+    return {
+        name: attention_layout(name, module)
+        for name, module in attention_modules(model).items()
+        if not _is_excluded(name, exclude)
+    }
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a model by name; not those inside another one."""
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if _is_excluded(name, exclude):
-            continue
-        if _is_a(module, *_MLA):
-            layouts[name] = _mla(module)
-        elif _is_a(module, "SelfAttention"):
-            layouts[name] = _gqa(name, module)
-        elif _is_attention(module) and not _is_within(name, layouts):
-            raise ValueError(
-                f"{name} is {type(module).__name__}, an attention whose query and key rows are not "
-                "known, so QK-Clip would not clip it: leave it out with exclude, and add its "
-                "AttentionLayout to the result"
-            )
-    return layouts
+        is_known = _is_a(module, *_MLA, "SelfAttention")
+        if is_known or (_is_attention(module) and not _is_within(name, found)):
+            found[name] = module
+    return found
+
+
+def attention_layout(name: str, module: nn.Module) -> AttentionLayout:
+    """The layout of one of the ``attention_modules``; ``name`` is for errors.
+
+    Raises:
+        NormalizedAttentionError, ValueError: as ``attention_layouts``.
+    """
+    if _is_a(module, *_MLA):
+        return _mla(module)
+    if _is_a(module, "SelfAttention"):
+        return _gqa(name, module)
+    raise ValueError(
+        f"{name} is {type(module).__name__}, an attention whose query and key rows are not "
+        "known, so QK-Clip would not clip it: leave it out with exclude, and add its "
+        "AttentionLayout to the result"
+    )
 
 
 def matrix_layouts(
@@ -404,7 +421,7 @@ def _gqa(name: str, module: Any) -> AttentionLayout:
     for norm in ("q_layernorm", "k_layernorm"):
         layer = getattr(module, norm, None)
         if layer is not None and not _is_a(layer, "IdentityOp"):
-            raise ValueError(
+            raise NormalizedAttentionError(
                 f"{name} has a {norm}, which undoes any scaling of the weights before it: QK-Clip "
                 "cannot clip there, and the norm already bounds the logits. Leave the layer out "
                 "with exclude"

@@ -70,20 +70,57 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
         ValueError: for a layer with ``add_bias_kv``, whose keys do not all come from a projection,
             and for a layer that PEFT trains.
     """
-    for name, module in model.named_modules():
-        inner = module._modules.get("base_layer")
-        if isinstance(inner, nn.MultiheadAttention) and any(
-            p.requires_grad for p in module.parameters()
-        ):
-            raise ValueError(
-                f"{name} trains an adapter of PEFT over an nn.MultiheadAttention: QK-Clip cannot "
-                "scale its logits exactly"
-            )
     return {
-        name: _layout(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        name: attention_layout(name, module) for name, module in attention_modules(model).items()
     }
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The ``nn.MultiheadAttention`` layers of a model by name, and trained adapters around them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or _trains_adapter(module)
+    }
+
+
+def _trains_adapter(module: nn.Module) -> bool:
+    """Whether a module is a trained adapter of PEFT around an ``nn.MultiheadAttention``."""
+    is_adapter = isinstance(module._modules.get("base_layer"), nn.MultiheadAttention)
+    return is_adapter and any(p.requires_grad for p in module.parameters())
+
+
+def attention_layout(name: str, module: nn.Module) -> AttentionLayout:
+    """The layout of one of the ``attention_modules``; ``name`` is for errors.
+
+    Raises:
+        ValueError: as ``attention_layouts``.
+    """
+    if not isinstance(module, nn.MultiheadAttention):
+        raise ValueError(
+            f"{name} trains an adapter of PEFT over an nn.MultiheadAttention: QK-Clip cannot "
+            "scale its logits exactly"
+        )
+    if module.bias_k is not None:
+        raise ValueError(
+            f"{name}: add_bias_kv adds a key without a projection, which QK-Clip would not scale "
+            "with the others: build the layer with add_bias_kv=False"
+        )
+    # Functions, because FSDP2 replaces the parameters.
+    if module.in_proj_weight is not None:
+        return AttentionLayout.fused(
+            partial(_projection, module, "in_proj_weight"), num_heads=module.num_heads
+        )
+    rows = torch.arange(module.embed_dim, device="cpu").view(module.num_heads, -1)
+    query = partial(_projection, module, "q_proj_weight")
+    key = partial(_projection, module, "k_proj_weight")
+    if module.in_proj_bias is None:
+        return AttentionLayout(HeadRows(query, rows), HeadRows(key, rows))
+    # One bias for query, key and value.
+    return AttentionLayout(
+        HeadRows(query, rows, bias_rows=rows),
+        HeadRows(key, rows, bias_rows=rows + module.embed_dim),
+    )
 
 
 def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> Handle:
@@ -127,29 +164,6 @@ def _hooked(name: str, module: nn.Module) -> Watched:
 
 
 _watched = WatchedModules(_hooked)
-
-
-def _layout(name: str, module: nn.MultiheadAttention) -> AttentionLayout:
-    if module.bias_k is not None:
-        raise ValueError(
-            f"{name}: add_bias_kv adds a key without a projection, which QK-Clip would not scale "
-            "with the others: build the layer with add_bias_kv=False"
-        )
-    # Functions, because FSDP2 replaces the parameters.
-    if module.in_proj_weight is not None:
-        return AttentionLayout.fused(
-            partial(_projection, module, "in_proj_weight"), num_heads=module.num_heads
-        )
-    rows = torch.arange(module.embed_dim, device="cpu").view(module.num_heads, -1)
-    query = partial(_projection, module, "q_proj_weight")
-    key = partial(_projection, module, "k_proj_weight")
-    if module.in_proj_bias is None:
-        return AttentionLayout(HeadRows(query, rows), HeadRows(key, rows))
-    # One bias for query, key and value.
-    return AttentionLayout(
-        HeadRows(query, rows, bias_rows=rows),
-        HeadRows(key, rows, bias_rows=rows + module.embed_dim),
-    )
 
 
 def _projection(module: nn.MultiheadAttention, weight: str) -> WeightAndBias:

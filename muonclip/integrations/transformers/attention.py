@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muonclip.attention_layouts import AttentionLayout
+from muonclip.attention_layouts import AttentionLayout, NormalizedAttentionError
 from muonclip.integrations.transformers import structure
 
 _REMEDY = "declare it with AttentionLayout, or leave it out with exclude"
@@ -40,10 +40,15 @@ def attention_layouts(
             logits.
     """
     return {
-        name: _layout(name, module)
-        for name, module in model.named_modules()
-        if _uses_registry(module) and not structure.is_excluded(name, exclude)
+        name: attention_layout(name, module)
+        for name, module in attention_modules(model).items()
+        if not structure.is_excluded(name, exclude)
     }
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that call transformers' registry of attention functions, by name."""
+    return {name: module for name, module in model.named_modules() if _uses_registry(module)}
 
 
 def _uses_registry(module: nn.Module) -> bool:
@@ -55,7 +60,12 @@ def _uses_registry(module: nn.Module) -> bool:
     return False
 
 
-def _layout(name: str, module: nn.Module) -> AttentionLayout:
+def attention_layout(name: str, module: nn.Module) -> AttentionLayout:
+    """The layout of one attention module; ``name`` is for errors.
+
+    Raises:
+        NormalizedAttentionError, ValueError: as ``attention_layouts``.
+    """
     dims = structure.mla_dims(module)
     if dims is not None and _has(module, "kv_b_proj"):
         return _mla(module, dims)
@@ -161,7 +171,7 @@ def _gains_per_head(
         query_gain, key_gain = (_largest_gain(norm, head_dim) for norm in norms)
         largest = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
         bound = f", here to {largest:.3g} (d · scale · largest gains)"
-    raise ValueError(
+    raise NormalizedAttentionError(
         f"{name} normalizes queries and keys after their projection, with one gain for all heads: "
         "QK-Clip cannot scale a single head there and does not need to, because the norm bounds "
         f'the logits{bound}. Leave such layers out: exclude="{name}", or a pattern of their names'

@@ -1,0 +1,253 @@
+"""``for_model``: parameter groups, layouts, optimizer and QK-Clip of a model in one call."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from muonclip.attention_layouts import AttentionLayout, NormalizedAttentionError
+from muonclip.hooks import Handle
+from muonclip.matrix_layouts import MatrixLayout
+from muonclip.model_report import ModelReport, describe_settings, group_names
+from muonclip.optimizer import MuonClip
+from muonclip.param_groups import assign_parameters, group_assignments
+from muonclip.qk_clip import QKClip
+from muonclip.row_scaling import ScalingPlan
+
+if TYPE_CHECKING:
+    from muonclip.distributed.sharding import Sharding
+
+_NORMALIZED = "its queries and keys are normalized, which bounds the logits and undoes any clip"
+_NO_ATTENTION = (
+    "QK-Clip found no attention layer in {}: give the AttentionLayout of each as "
+    "attention_layouts and let the layers call optimizer.qk_clip.observe_attention, or set "
+    "qk_clip_threshold=None"
+)
+_NOT_CLIPPED = "QK-Clip cannot limit the logits of {}: {}. Set qk_clip_threshold=None to accept it"
+
+
+def for_model(
+    model: nn.Module,
+    lr: float | Tensor = 2e-4,
+    *,
+    qk_clip_threshold: float | None = 100.0,
+    qk_clip_exclude: str | Sequence[str] = (),
+    attention_layouts: Mapping[str, AttentionLayout] | None = None,
+    adamw: Sequence[str] = (),
+    muon: Sequence[str] = (),
+    layouts: Mapping[str, MatrixLayout] | None = None,
+    per_head: bool = False,
+    shardings: "Mapping[Tensor, Sharding] | None" = None,
+    report: Callable[[str], object] | None = print,
+    **options: Any,
+) -> MuonClip:
+    """A ``MuonClip`` for a whole model, whose ``step`` also limits attention logits (QK-Clip).
+
+    >>> optimizer = muonclip.for_model(model, lr=2e-4, qk_clip_threshold=100.0)  # doctest: +SKIP
+
+    Models of transformers (language, vision, both), PEFT and torch are recognized, alone and as
+    parts of a larger model: their fused matrices and their attention layers are found by structure.
+    Attention whose queries and keys are normalized (Qwen3, Gemma 3) has bounded logits and is not
+    clipped. Construct the optimizer after adapters are added (PEFT) and parameters are sharded
+    (FSDP2); DDP and ``torch.compile`` may wrap the model before or after.
+
+    Args:
+        model: its trainable parameters are optimized; frozen and quantized ones are left alone.
+            If it is a ``DistributedDataParallel``, the ranks share the orthogonalization.
+        lr: learning rate, as for ``MuonClip``.
+        qk_clip_threshold: τ: no head's largest logit stays above it; None: no QK-Clip.
+        qk_clip_exclude: pattern or patterns (``fnmatch``) of attention layers that are not clipped.
+        attention_layouts: layer -> layout of attention modules that are not recognized. They call
+            ``optimizer.qk_clip.observe_attention(layer, query, key, ...)`` in training.
+        adamw, muon: patterns of parameter names that go to this algorithm in any case.
+        layouts: pattern of parameter names -> layout; goes before those that are found.
+        per_head: orthogonalize the query, key and value rows of each head separately.
+        shardings: as for ``MuonClip``.
+        report: called with the report as text, on the first rank; None: not called.
+        options: of ``MuonClip``, e.g. ``weight_decay=0.1``.
+
+    Returns:
+        The optimizer. ``optimizer.report`` says which algorithm updates each parameter and why, and
+        which heads are clipped; ``optimizer.qk_clip`` is the clip, or None if it would have no
+        effect.
+
+    Warns:
+        UserWarning: if trained attention cannot be clipped, or no attention is found; it names the
+            remedy.
+
+    Raises:
+        TypeError, ValueError: for a model without trainable parameters, a pattern that matches
+            nothing, and as ``assign_parameters``, ``matrix_layouts`` and ``MuonClip``.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: unfreeze some, or add an adapter"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        options.setdefault("process_group", model.process_group)
+    assignments = assign_parameters(
+        model,
+        adamw=adamw,
+        muon=muon,
+        layouts=_matrix_layouts(model, layouts or {}, per_head),
+        shardings=shardings,
+    )
+    attention = _Attention(model, attention_layouts or {})
+    clip = None
+    if qk_clip_threshold is not None:
+        attention.find(qk_clip_exclude)
+        clip = attention.make_clip(qk_clip_threshold, options.get("process_group"))
+    optimizer = MuonClip(
+        group_assignments(assignments), lr, shardings=shardings, qk_clip=clip, **options
+    )
+    optimizer.report = ModelReport(
+        type(model).__name__,
+        assignments,
+        describe_settings(optimizer),
+        qk_clip_threshold,
+        {name: layout.num_heads for name, layout in attention.layouts.items()},
+        attention.not_clipped,
+        attention.warnings,
+    )
+    for warning in attention.warnings:
+        warnings.warn(warning, stacklevel=2)
+    if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        report(str(optimizer.report))
+    return optimizer
+
+
+class _Library(NamedTuple):
+    """The attention layers of a library."""
+
+    modules: Callable[[nn.Module], dict[str, nn.Module]]
+    layout: Callable[[str, nn.Module], AttentionLayout]
+    watch: Callable[..., Handle]
+
+
+def _libraries() -> list[_Library]:
+    # They import torch's compiler, which takes seconds.
+    from muonclip.integrations import torch_attention, transformers
+
+    return [
+        _Library(library.attention_modules, library.attention_layout, library.watch)
+        for library in (transformers, torch_attention)
+    ]
+
+
+class _Attention:
+    """The attention layers of a model.
+
+    Attributes:
+        layouts: of the layers to clip.
+        not_clipped: layer -> reason, for all others.
+        warnings: about layers that should be clipped and cannot be.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[str, AttentionLayout]) -> None:
+        self._model = model
+        self.layouts = dict(given)
+        self.not_clipped: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self._watched: list[tuple[_Library, list[str]]] = []
+
+    def find(self, exclude: str | Sequence[str]) -> None:
+        """Sort the model's layers into those to clip and the others.
+
+        Raises:
+            ValueError: for a pattern of ``exclude`` that matches no layer.
+        """
+        patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+        modules = {library: library.modules(self._model) for library in _libraries()}
+        names = [name for found in modules.values() for name in found]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"qk_clip_exclude: the pattern {pattern!r} matches no attention layer "
+                    f"(layers: {', '.join(group_names(names)) or 'none'})"
+                )
+        obstacles: dict[str, str] = {}
+        for library, found in modules.items():
+            watched = []
+            for name, module in found.items():
+                if name in self.layouts:
+                    continue
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    self.not_clipped[name] = "it matches qk_clip_exclude"
+                elif not any(p.requires_grad for p in module.parameters()):
+                    self.not_clipped[name] = "it is frozen"
+                elif self._add(library, name, module, obstacles):
+                    watched.append(name)
+            self._watched.append((library, watched))
+        self.not_clipped |= obstacles
+        for reason in dict.fromkeys(obstacles.values()):
+            layers = [name for name in obstacles if obstacles[name] == reason]
+            self.warnings.append(_NOT_CLIPPED.format(", ".join(group_names(layers)), reason))
+        if not names and not self.layouts:
+            self.warnings.append(_NO_ATTENTION.format(type(self._model).__name__))
+
+    def _add(
+        self, library: _Library, name: str, module: nn.Module, obstacles: dict[str, str]
+    ) -> bool:
+        """Whether a layer is to be clipped; otherwise the reason is recorded."""
+        try:
+            layout = library.layout(name, module)
+            skipped = ScalingPlan({name: layout}).skipped
+        except NormalizedAttentionError:
+            self.not_clipped[name] = _NORMALIZED
+            return False
+        except ValueError as error:
+            # Without its name, so that layers with the same obstacle are reported together.
+            text = str(error).replace(f"layer {name!r}", "it").replace(name, "it")
+            obstacles[name] = text.replace("with exclude", "with qk_clip_exclude")
+            return False
+        self.not_clipped |= skipped
+        if not skipped:
+            self.layouts[name] = layout
+        return not skipped
+
+    def make_clip(
+        self, threshold: float, process_group: "dist.ProcessGroup | None"
+    ) -> QKClip | None:
+        """A clip of the layers, which watches those of the libraries; None if there are none."""
+        if not self.layouts:
+            return None
+        clip = QKClip(self.layouts, threshold=threshold, process_group=process_group)
+        for library, names in self._watched:
+            if names:
+                library.watch(self._model, clip, layers=names)
+        return clip
+
+
+def _matrix_layouts(
+    model: nn.Module, given: Mapping[str, MatrixLayout], per_head: bool
+) -> dict[str, MatrixLayout]:
+    """The given layouts, then those of the models of transformers within this one."""
+    from muonclip.integrations.transformers import matrix_layouts
+
+    layouts = dict(given)
+    for path, part in _pretrained_models(model):
+        prefix = f"{path}." if path else ""
+        patterns = [pattern.removeprefix(prefix) for pattern in given]
+        for name, layout in matrix_layouts(part, per_head=per_head, exclude=patterns).items():
+            layouts.setdefault(prefix + name, layout)
+    if per_head and not layouts:
+        raise ValueError(
+            f"per_head=True has no effect, because {type(model).__name__} contains no model of "
+            "transformers: give the layouts of its heads (MatrixLayout.per_head)"
+        )
+    return layouts
+
+
+def _pretrained_models(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The models of transformers in a module, by name; not those inside another one."""
+    if any(
+        cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
+        for cls in type(model).__mro__
+    ):
+        yield path, model
+        return
+    for name, child in model.named_children():
+        yield from _pretrained_models(child, f"{path}.{name}" if path else name)

@@ -1,0 +1,236 @@
+"""``for_model``: the parts of a model decide on groups, layouts and QK-Clip."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import muonclip
+from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip, for_model
+
+transformers = pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).train()
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 2) -> None:
+    for step in range(steps):
+        ids = torch.arange(32).view(2, 16) + step
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def algorithms(optimizer: MuonClip) -> dict[str, str]:
+    return {
+        name: group["algorithm"]
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+
+
+def test_one_call_equals_the_separate_ones() -> None:
+    """Weights after clipped steps are the same to the bit."""
+    from muonclip.integrations.transformers import matrix_layouts, qk_clip
+
+    one, several = llama(), llama()
+    optimizer = for_model(one, 0.01, qk_clip_threshold=0.01, weight_decay=0.2, report=None)
+    groups = muonclip.param_groups(several, layouts=matrix_layouts(several))
+    other = MuonClip(groups, 0.01, weight_decay=0.2, qk_clip=qk_clip(several, 0.01))
+    train(one, optimizer)
+    train(several, other)
+    assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
+    assert optimizer.qk_clip.result.num_clipped > 0
+    assert all(map(torch.equal, one.parameters(), several.parameters()))
+
+
+def test_the_report_names_parameters_settings_and_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = for_model(llama(), 0.01)
+    text = capsys.readouterr().out
+    assert text.strip() == str(optimizer.report)
+    for row in (
+        r"model\.layers\.\*\.self_attn\.q_proj\.weight \(2 times\) +24x24 +muon +matrix",
+        r"model\.embed_tokens\.weight +64x24 +adamw +embedding",
+        r"Newton-Schulz in float32",
+        r"Muon: learning rate 0\.01, weight decay 0\.1",
+        r"QK-Clip: limits the logits of 8 heads to 100 .*self_attn \(2 layers\) with 4 heads each",
+    ):
+        assert re.search(row, text), row
+    assert len(text.splitlines()) < 20
+
+
+def test_the_report_goes_where_it_is_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    for_model(llama(), report=lines.append)
+    for_model(llama(), report=None)
+    assert len(lines) == 1 and capsys.readouterr().out == ""
+
+
+def test_normalized_attention_is_not_clipped() -> None:
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, head_dim=6)).train()
+    optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is None
+    text = str(optimizer.report)
+    assert "QK-Clip: not attached, because it would have no effect" in text
+    assert re.search(r"self_attn \(2 layers\): its queries and keys are normalized", text)
+    train(model, optimizer)
+
+
+class Vision2Text(nn.Module):
+    """A vision tower of transformers, torch's attention and a language model with fused layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        small = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+        self.tower = transformers.ViTModel(
+            transformers.ViTConfig(**{**small, "image_size": 8, "patch_size": 4})
+        )
+        self.mixer = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.language = transformers.Phi3ForCausalLM(
+            transformers.Phi3Config(**SMALL, pad_token_id=0)
+        )
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        features = self.tower(pixels).last_hidden_state
+        features = features + self.mixer(features, features, features)[0]
+        words = self.language.get_input_embeddings()(ids)
+        inputs = torch.cat([features, words], 1)
+        logits: Tensor = self.language(inputs_embeds=inputs).logits[:, features.size(1) :]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def test_all_parts_of_a_larger_model_are_found() -> None:
+    torch.manual_seed(0)
+    model = Vision2Text().train()
+    optimizer = for_model(model, 0.01, qk_clip_threshold=0.01, report=None)
+    layouts = {g["layout"] for g in optimizer.param_groups if g["layout"] is not None}
+    assert MatrixLayout((24, 12, 12)) in layouts  # queries, keys and values of Phi-3
+    assert MatrixLayout((32, 32)) in layouts  # gate and up
+    assert MatrixLayout((24, 24, 24)) in layouts  # of nn.MultiheadAttention
+    clip = optimizer.qk_clip
+    assert clip is not None and len(clip.layouts) == 5
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8), torch.arange(12).view(2, 6)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        result = clip.result
+        assert result is not None
+        assert all((values > -torch.inf).all() for values in result.max_logits.values())
+
+
+def test_given_layouts_and_patterns_count() -> None:
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, pad_token_id=0))
+    fused = "*.qkv_proj.weight"
+    optimizer = for_model(
+        model,
+        layouts={fused: MatrixLayout((24, 24))},
+        adamw=["*.down_proj.weight"],
+        qk_clip_exclude="*.0.self_attn",
+        report=None,
+    )
+    (group,) = (g for g in optimizer.param_groups if g["layout"] == MatrixLayout((24, 24)))
+    assert all(name.endswith("qkv_proj.weight") for name in group["param_names"])
+    assert algorithms(optimizer)["model.layers.1.mlp.down_proj.weight"] == "adamw"
+    assert optimizer.qk_clip is not None and optimizer.report is not None
+    assert list(optimizer.qk_clip.layouts) == ["model.layers.1.self_attn"]
+    assert optimizer.report.not_clipped == {
+        "model.layers.0.self_attn": "it matches qk_clip_exclude"
+    }
+
+
+def test_heads_are_orthogonalized_separately_on_request() -> None:
+    optimizer = for_model(llama(), per_head=True, report=None)
+    layouts = {n: g["layout"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert layouts["model.layers.0.self_attn.q_proj.weight"] == MatrixLayout.per_head(24, 4)
+    with pytest.raises(ValueError, match="per_head=True has no effect"):
+        for_model(nn.Linear(4, 4), per_head=True, qk_clip_threshold=None)
+
+
+class Custom(nn.Module):
+    """An attention that is not recognized and reports its queries and keys itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.observe: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k))
+        if self.observe is not None:
+            self.observe("", q, k)
+        return (q @ k.mT).softmax(-1).square().mean()
+
+
+def test_attention_that_is_not_recognized_is_reported_or_declared() -> None:
+    model = Custom()
+    with pytest.warns(UserWarning, match="found no attention layer in Custom"):
+        assert for_model(model, report=None).qk_clip is None
+    layouts = {"": AttentionLayout.separate(model.q, model.k, num_heads=2)}
+    optimizer = for_model(model, qk_clip_threshold=0.01, attention_layouts=layouts, report=None)
+    assert optimizer.qk_clip is not None
+    model.observe = optimizer.qk_clip.observe_attention
+    model(torch.randn(2, 3, 8)).backward()
+    optimizer.step()
+    assert optimizer.qk_clip.result is not None
+    assert optimizer.qk_clip.result.num_clipped == 2
+
+
+def test_frozen_attention_is_left_alone() -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" not in name)
+    optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is None and optimizer.report is not None
+    assert set(optimizer.report.not_clipped.values()) == {"it is frozen"}
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no trainable parameter"):
+        for_model(model.requires_grad_(False))
+
+
+def test_bad_patterns_and_clips_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'\*.attn' matches no attention layer \(layers: model"):
+        for_model(llama(), qk_clip_exclude="*.attn")
+    with pytest.raises(ValueError, match="threshold must be above 0"):
+        for_model(llama(), qk_clip_threshold=0.0)
+    with pytest.raises(ValueError, match="adamw: the pattern 'x' matches no parameter"):
+        for_model(llama(), adamw=["x"])
+    with pytest.raises(TypeError, match="qk_clip must be a QKClip, got dict"):
+        MuonClip(nn.Linear(2, 2).parameters(), qk_clip={})  # type: ignore[arg-type]
+
+
+def test_an_optimizer_knows_the_clip_that_is_attached() -> None:
+    model = llama()
+    optimizer = for_model(model, report=None)
+    clip = optimizer.qk_clip
+    assert isinstance(clip, QKClip)
+    assert copy.deepcopy(optimizer).qk_clip is None
+    clip.remove()
+    assert optimizer.qk_clip is None
+
+
+def test_ddp_shares_the_work(tmp_path: Any) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(llama())
+        optimizer = for_model(ddp, report=None)
+        assert optimizer.process_group is ddp.process_group
+        train(ddp, optimizer)
+        assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
+    finally:
+        dist.destroy_process_group()
