@@ -171,7 +171,8 @@ def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> f
     """Relative error of an optimizer's second step compared with the definition of Muon.
 
     The reference is computed in float64 with the optimizer's coefficients, for a wide and a tall
-    matrix. Updates are normalized, since conventions for their scale differ.
+    matrix that are not so small that MuonClip chooses float32. Updates are normalized, since
+    conventions for their scale differ.
 
     Returns:
         The larger relative Frobenius distance: about 1e-6 in float32 and 1e-2 in bfloat16. An
@@ -179,7 +180,7 @@ def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> f
     """
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
-    for shape in ((48, 128), (128, 48)):
+    for shape in ((96, 256), (256, 96)):
         gradients = [torch.randn(shape, generator=generator) for _ in range(2)]
         p = nn.Parameter(torch.zeros(shape, device=device))
         optimizers = candidate.build([p], [], LR, 0.0)
