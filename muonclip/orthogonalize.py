@@ -19,7 +19,7 @@ from muonclip.kernels.matrix_polynomial import (
     product,
 )
 from muonclip.kernels.support import has_bfloat16_products
-from muonclip.kernels.symmetric_product import symmetric_product
+from muonclip.kernels.symmetric_product import unchecked_product
 
 Triple: TypeAlias = tuple[float, float, float]
 CoefficientName = Literal["quintic", "you", "polar_express", "cans", "deepseek_v4", "cubic"]
@@ -311,7 +311,7 @@ def _power_of_two(x: Tensor) -> Tensor:
 def _direct_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:
     """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x; ``x`` is overwritten."""
     for number, (a, b, c) in enumerate(schedule, start=1):
-        gram = symmetric_product(x, x, out=memory.gram)
+        gram = unchecked_product(x, x, out=memory.gram)
         p = polynomial(gram, a, b, c, out=memory.polynomial)
         factor = scale if number == len(schedule) else 1.0
         x, memory.spare = multiply_(p, x, factor, out=memory.spare), x
@@ -326,7 +326,7 @@ def _gram_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: 
     """
     parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
     for part in parts:
-        r = symmetric_product(x, x, out=memory.gram)
+        r = unchecked_product(x, x, out=memory.gram)
         p = polynomial(r, *part[0], out=memory.polynomial)
         q = as_matrix(p, out=memory.total)
         for triple in part[1:]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip.kernels.symmetric_product import symmetric_product
+from muonclip.kernels.symmetric_product import unchecked_product
 
 # Bytes of the matrices processed at a time on a CPU; at least one matrix.
 _CACHE_BYTES = 2**19
@@ -67,7 +67,7 @@ def polynomial(r: Tensor, a: float, b: float, c: float, out: Tensor | None) -> P
     if c == 0:
         matrix = torch.mul(r, b, out=out)
     else:
-        matrix = symmetric_product(r, r, c=r, alpha=c, beta=b, out=out)
+        matrix = unchecked_product(r, r, c=r, alpha=c, beta=b, out=out)
     if r.dtype in (torch.bfloat16, torch.float16):
         return Polynomial(a, matrix)
     matrix.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -85,8 +85,8 @@ def as_matrix(p: Polynomial, out: Tensor | None) -> Tensor:
 def product(s: Tensor, p: Polynomial, out: Tensor | None) -> Tensor:
     """s p, for a matrix ``s`` that commutes with ``p``: symmetric."""
     if p.constant:
-        return symmetric_product(s, p.matrix, c=s, beta=p.constant, out=out)
-    return symmetric_product(s, p.matrix, out=out)
+        return unchecked_product(s, p.matrix, c=s, beta=p.constant, out=out)
+    return unchecked_product(s, p.matrix, out=out)
 
 
 def multiply_(p: Polynomial, x: Tensor, factor: float, out: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ Backend = Literal["dense", "blocked", "triton"]
 _BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
 _BLOCKS_FROM_IN_16_BITS = {512: 4, 1024: 8}
 
+# Smaller matrices are multiplied as a whole everywhere.
+_LEAST_SIDE = min(_BLOCKS_FROM)
+
 # Half the tiles take half the time only if all tiles are more than one wave over the GPU's
 # multiprocessors (108 on an A100, 132 on an H100): the least number. Reasoned, not measured.
 _TRITON_FROM = 512
@@ -57,10 +60,22 @@ def symmetric_product(
         ValueError: if shapes, dtypes or devices disagree, or ``beta`` is not 0 without ``c``.
     """
     _check(a, b, c, beta)
-    backend = choose_backend(a)
-    if a.device.type != "cpu" or torch.compiler.is_compiling():
+    return unchecked_product(a, b, c, alpha, beta, out)
+
+
+def unchecked_product(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`symmetric_product` without a check of the arguments, which takes longer than a small
+    product."""
+    if out is not None and (a.device.type != "cpu" or torch.compiler.is_compiling()):
         out = None
-    if backend == "dense":
+    if a.size(1) < _LEAST_SIDE or choose_backend(a) == "dense":
         return dense(a, b, c, alpha, beta, out)
     if out is not None:  # calling a custom operator takes longer than a small product
         return blocked(a, b, c, alpha, beta, out)
