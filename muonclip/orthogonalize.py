@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from muonclip.kernels.matrix_polynomial import (
+    SMALL_SIDE,
     Polynomial,
     Workspace,
     apply,
@@ -265,7 +266,9 @@ def orthogonalize_(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = x.contiguous()
-    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2)
+    # Small matrices take time for calls, of which the direct form has fewer.
+    is_small = max(x.shape[-2:]) <= 2 * SMALL_SIDE and x.size(-2) <= SMALL_SIDE
+    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2) and not is_small
     use_gram = form == "gram" or (form == "auto" and is_long and x.dtype != torch.bfloat16)
     iterate = _gram_form if use_gram else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)

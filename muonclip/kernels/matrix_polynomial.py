@@ -9,6 +9,9 @@ from torch import Tensor
 
 from muonclip.kernels.symmetric_product import unchecked_product
 
+# Up to this side, calls take longer than the arithmetic.
+SMALL_SIDE = 32
+
 # Bytes of the matrices processed at a time on a CPU; at least one matrix.
 _CACHE_BYTES = 2**19
 
@@ -61,14 +64,15 @@ def polynomial(r: Tensor, a: float, b: float, c: float, out: Tensor | None) -> P
     """a + b r + c r², for symmetric ``r``.
 
     In 16 bits, adding the identity would round once more, which doubles the error of the whole: it
-    is left to the products, which have it in their sums. In other dtypes it is in ``matrix``, and
-    saves the products a pass over what they multiply.
+    is left to the products, which have it in their sums. So it is for small matrices, for which
+    the addition takes longer. Otherwise it is in ``matrix``, and saves the products a pass over
+    what they multiply.
     """
     if c == 0:
         matrix = torch.mul(r, b, out=out)
     else:
         matrix = unchecked_product(r, r, c=r, alpha=c, beta=b, out=out)
-    if r.dtype in (torch.bfloat16, torch.float16):
+    if r.dtype in (torch.bfloat16, torch.float16) or r.size(1) <= SMALL_SIDE:
         return Polynomial(a, matrix)
     matrix.diagonal(dim1=-2, dim2=-1).add_(a)
     return Polynomial(0.0, matrix)
