@@ -53,6 +53,7 @@ from muonclip.param_groups import (
     param_groups,
 )
 from muonclip.qk_clip import ClipFactors, ClipResult, QKClip, clip_factors
+from muonclip.trainer_factory import for_trainer
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "clip_factors",
     "describe_assignment",
     "for_model",
+    "for_trainer",
     "max_logits",
     "max_logits_bound",
     "orthogonalize",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,6 +26,10 @@ _NO_ATTENTION = (
     "QK-Clip found no attention layer in {}: give the AttentionLayout of each as "
     "attention_layouts and let the layers call optimizer.qk_clip.observe_attention, or set "
     "qk_clip_threshold=None"
+)
+_ROUNDED = (
+    "trained parameters are in {}, which rounds small updates away: set master_weights=True{}, or "
+    "master_weights=False to accept it"
 )
 _NOT_CLIPPED = "QK-Clip cannot limit the logits of {}: {}. Set qk_clip_threshold=None to accept it"
 
@@ -75,8 +80,8 @@ def for_model(
         effect.
 
     Warns:
-        UserWarning: if trained attention cannot be clipped, or no attention is found; it names the
-            remedy.
+        UserWarning: if trained attention cannot be clipped, no attention is found, or parameters of
+            16 bits would lose small updates; it names the remedy.
 
     Raises:
         TypeError, ValueError: for a model without trainable parameters, a pattern that matches
@@ -103,6 +108,7 @@ def for_model(
     optimizer = MuonClip(
         group_assignments(assignments), lr, shardings=shardings, qk_clip=clip, **options
     )
+    messages = [*attention.warnings, *_rounding(model, options)]
     optimizer.report = ModelReport(
         type(model).__name__,
         assignments,
@@ -110,13 +116,25 @@ def for_model(
         qk_clip_threshold,
         {name: layout.num_heads for name, layout in attention.layouts.items()},
         attention.not_clipped,
-        attention.warnings,
+        messages,
     )
-    for warning in attention.warnings:
-        warnings.warn(warning, stacklevel=2)
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
     if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         report(str(optimizer.report))
     return optimizer
+
+
+def _rounding(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
+    """A warning if parameters of 16 bits are updated without a remedy."""
+    if not {"master_weights", "stochastic_rounding"}.isdisjoint(options):
+        return []
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if torch.float16 in dtypes:
+        return [_ROUNDED.format("float16", "")]
+    if torch.bfloat16 in dtypes:
+        return [_ROUNDED.format("bfloat16", " or stochastic_rounding=True")]
+    return []
 
 
 class _Library(NamedTuple):

@@ -30,6 +30,8 @@ _LAST_OF_HEAD = {"out_proj", "decoder"}
 _WRAPPERS = {*WRAPPERS, "original_module", "base_layer"}
 # Components that PEFT adds to a name; the name of the adapter follows.
 _LORA = {"lora_A", "lora_B"}
+# The factor of LoRA that projects the input to its rank, by the names of several libraries.
+_LORA_DOWN = {"lora_A", "lora_a", "lora_down"}
 _BY_ADAPTER = {*_LORA, "modules_to_save", "lora_embedding_A", "lora_embedding_B",
                "trainable_tokens_delta"}  # fmt: skip
 # Words in the names of parameters that no input is multiplied with.
@@ -80,8 +82,10 @@ def choose_algorithm(
 
     Returns:
         ``("adamw", reason)`` for vectors (single rows and columns too), convolution kernels,
-        embeddings, learned tokens, norms, output heads and routers; ``("muon", reason)`` for other
-        matrices [n, m] and stacks of matrices [E, n, m].
+        embeddings, learned tokens, norms, output heads, routers and LoRA's A; ``("muon", reason)``
+        for other matrices [n, m] and stacks of matrices [E, n, m]. LoRA's B is one of them: its
+        orthogonal columns use the whole rank (arXiv 2508.17901), while the extreme aspect ratio of
+        A makes orthogonalized updates noisy (OneTrainer#1314).
     """
     if parameter.ndim < 2:
         return "adamw", "vector or scalar"
@@ -144,6 +148,8 @@ def _reason_in_name(name: str, parameter: Tensor) -> str | None:
     path = [part for part in _unwrapped(parts) if not part.isdigit()] or [name]
     if "parametrizations" in path:
         return "parametrization"
+    if not _LORA_DOWN.isdisjoint(parts):
+        return "LoRA's A"
     nearest = path[-2:]  # the owning module and the parameter: further up says too little
     words = [_words(part) for part in nearest]
     if any(part.startswith("patch_embed") for part in path) or any(

@@ -12,8 +12,7 @@ import torch
 from accelerate import Accelerator
 from tiny_model import Model, batch
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.torch_attention import qk_clip
+from muonclip import for_model
 
 
 def main(steps: int, save_to: str, load_from: str | None = None) -> Model:
@@ -23,8 +22,8 @@ def main(steps: int, save_to: str, load_from: str | None = None) -> Model:
 
     torch.manual_seed(0)
     model = Model()
-    optimizer = MuonClip(param_groups(model), lr=5e-3, adamw_lr=2e-3)
-    qk_clip(model, threshold=100.0).attach(optimizer)  # before prepare, which wraps both
+    # Before prepare, which wraps both; QK-Clip included.
+    optimizer = for_model(model, lr=5e-3, adamw_lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
@@ -38,7 +37,7 @@ def main(steps: int, save_to: str, load_from: str | None = None) -> Model:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                optimizer.step()  # followed by QK-Clip; only in the last micro-batch
+                optimizer.step()  # only in the last micro-batch
                 optimizer.zero_grad()
         schedule.step()
         accelerator.print(f"step {step}: loss {loss.item():.4f}")

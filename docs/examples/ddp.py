@@ -12,8 +12,7 @@ import torch.distributed as dist
 from tiny_model import Model, batch
 from torch.nn.parallel import DistributedDataParallel
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.torch_attention import qk_clip
+from muonclip import for_model
 
 
 def main(steps: int) -> None:
@@ -26,15 +25,9 @@ def main(steps: int) -> None:
 
     torch.manual_seed(0)
     model = Model().to(device)
-    clip = qk_clip(model, threshold=100.0)
     ddp = DistributedDataParallel(model)
-    optimizer = MuonClip(
-        param_groups(model),
-        lr=5e-3,
-        adamw_lr=2e-3,
-        process_group=dist.group.WORLD,  # without it, every rank orthogonalizes all matrices
-    )
-    clip.attach(optimizer)
+    # Given the wrapper, the ranks share the matrices; without it, each orthogonalizes all of them.
+    optimizer = for_model(ddp, lr=5e-3, adamw_lr=2e-3)
 
     for step in range(steps):
         loss = ddp(batch(step, rank, size).to(device))

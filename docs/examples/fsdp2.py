@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.torch_attention import qk_clip
+from muonclip import for_model
 
 
 def main(steps: int, save_to: str, load_from: str | None = None) -> None:
@@ -34,8 +33,7 @@ def main(steps: int, save_to: str, load_from: str | None = None) -> None:
     for layer in model.body.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = MuonClip(param_groups(model), lr=5e-3, adamw_lr=2e-3)  # after fully_shard
-    qk_clip(model, threshold=100.0).attach(optimizer)
+    optimizer = for_model(model, lr=5e-3, adamw_lr=2e-3)  # after fully_shard; QK-Clip included
 
     first = 0
     if load_from is not None:

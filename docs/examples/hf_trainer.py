@@ -1,5 +1,5 @@
-"""Hugging Face Trainer: ``create_optimizer`` builds the optimizer and attaches QK-Clip. The Trainer
-does the rest: schedule, accumulation, clipping, checkpoints, DDP, FSDP2.
+"""Hugging Face Trainer: ``for_trainer`` gives it MuonClip and QK-Clip. The Trainer does the rest:
+schedule, accumulation, clipping, checkpoints, DDP, FSDP2.
 
     python docs/examples/hf_trainer.py runs/hf
     torchrun --nproc-per-node 2 docs/examples/hf_trainer.py runs/hf-ddp
@@ -11,17 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.transformers import qk_clip
-
-
-class MuonTrainer(Trainer):
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> MuonClip:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            self.optimizer = MuonClip(param_groups(model), lr=self.args.learning_rate)
-            qk_clip(model, threshold=100.0).attach(self.optimizer)
-        return self.optimizer
+from muonclip import for_trainer
 
 
 class Counting(Dataset):
@@ -58,7 +48,12 @@ def main(folder: str, resume_from: str | None = None) -> Trainer:
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = MuonTrainer(LlamaForCausalLM(config), arguments, train_dataset=Counting())
+    trainer = Trainer(
+        LlamaForCausalLM(config),
+        arguments,
+        train_dataset=Counting(),
+        optimizer_cls_and_kwargs=for_trainer(arguments, qk_clip_threshold=100.0),
+    )
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 

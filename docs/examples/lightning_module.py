@@ -1,4 +1,4 @@
-"""Lightning: ``configure_optimizers`` builds the optimizer; the Trainer passes it the forward
+"""Lightning: ``configure_optimizers`` makes the optimizer; the Trainer passes it the forward
 and backward passes as a closure, accumulates, clips, saves and resumes.
 
     python docs/examples/lightning_module.py runs/lightning
@@ -13,8 +13,7 @@ from tiny_model import Model, batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.torch_attention import qk_clip
+from muonclip import for_model
 
 
 class Module(lightning.LightningModule):
@@ -28,8 +27,7 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        optimizer = MuonClip(param_groups(self), lr=5e-3, adamw_lr=2e-3)
-        qk_clip(self, threshold=100.0).attach(optimizer)
+        optimizer = for_model(self, lr=5e-3, adamw_lr=2e-3)  # QK-Clip included
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10)
         return {
             "optimizer": optimizer,

@@ -11,16 +11,14 @@ import torch
 from tiny_model import Model, batch
 from torch import nn
 
-from muonclip import MuonClip, param_groups
-from muonclip.integrations.torch_attention import qk_clip
+from muonclip import for_model
 
 
 def main(path: Path, steps: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = Model().to(device)
-    optimizer = MuonClip(param_groups(model), lr=5e-3, adamw_lr=2e-3, weight_decay=0.1)
-    qk_clip(model, threshold=100.0).attach(optimizer)  # clips after every optimizer.step()
+    optimizer = for_model(model, lr=5e-3, adamw_lr=2e-3, weight_decay=0.1)  # QK-Clip included
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10)
     scaler = torch.amp.GradScaler(device)
 

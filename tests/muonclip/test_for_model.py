@@ -234,3 +234,66 @@ def test_ddp_shares_the_work(tmp_path: Any) -> None:
         assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
     finally:
         dist.destroy_process_group()
+
+
+def test_weights_of_16_bits_need_a_remedy() -> None:
+    model = llama().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="in bfloat16, which rounds small updates away: set"):
+        optimizer = for_model(model, report=None)
+    assert "warning: trained parameters are in bfloat16" in str(optimizer.report)
+    for_model(model, master_weights=True, report=None)
+    for_model(model, master_weights=False, report=None)
+
+
+class Quantized(nn.Module):
+    """A linear layer of packed 4-bit weights with a plain LoRA, as other libraries write it."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.out_features, self.in_features = outputs, inputs
+        self.lora_down, self.lora_up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs)
+        nn.init.zeros_(self.lora_up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.stack([self.weight.remainder(16), self.weight // 16])
+        weight = codes.float().view(self.out_features, self.in_features) / 8 - 1
+        y: Tensor = nn.functional.linear(x, weight) + self.lora_up(self.lora_down(x))
+        return y
+
+
+def test_quantized_layers_are_left_alone_and_their_lora_is_trained() -> None:
+    """B by Muon, A by AdamW; patterns change that."""
+    model = llama().requires_grad_(False)
+    for layer in model.model.layers:  # type: ignore[union-attr, operator]
+        for projection in ("q_proj", "v_proj"):
+            old = getattr(layer.self_attn, projection)
+            setattr(layer.self_attn, projection, Quantized(old.out_features, old.in_features))
+    with pytest.warns(UserWarning, match="cannot limit the logits of model.layers.*2 layers"):
+        optimizer = for_model(model, 0.01, report=None)
+    assert optimizer.qk_clip is None
+    found = algorithms(optimizer)
+    assert {a for n, a in found.items() if "lora_down" in n} == {"adamw"}
+    assert {a for n, a in found.items() if "lora_up.weight" in n} == {"muon"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(found)
+    assert not any(name.endswith("_proj.weight") for name in changed)
+    optimizer = for_model(
+        model, muon=["*lora_down*"], adamw=["*lora_up*"], qk_clip_threshold=None, report=None
+    )
+    found = algorithms(optimizer)
+    assert {a for n, a in found.items() if "lora_down" in n} == {"muon"}
+    assert {a for n, a in found.items() if "lora_up" in n} == {"adamw"}
+
+
+def test_dora_is_clipped_through_its_magnitudes() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True)
+    model = peft.get_peft_model(llama(), config).train()
+    optimizer = for_model(model, 0.01, qk_clip_threshold=0.01, report=None)
+    train(model, optimizer)
+    assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
+    assert optimizer.qk_clip.result.num_clipped > 0

@@ -404,12 +404,12 @@ def test_trained_heads_and_embeddings_of_adapted_models_go_to_adamw() -> None:
     assert found == {
         "embed_tokens.lora_embedding_A.default": ("adamw", "embedding"),
         "embed_tokens.lora_embedding_B.default": ("adamw", "embedding"),
-        "v_proj.lora_A.default.weight": ("muon", "matrix"),
+        "v_proj.lora_A.default.weight": ("adamw", "LoRA's A"),
         "v_proj.lora_B.default.weight": ("muon", "matrix"),
-        "gate.lora_A.default.weight": ("muon", "matrix"),
+        "gate.lora_A.default.weight": ("adamw", "LoRA's A"),
         "gate.lora_B.default.weight": ("muon", "matrix"),
         "score.modules_to_save.default.weight": ("adamw", "output head"),
-        "lm_head.lora_A.default.weight": ("adamw", "output head"),
+        "lm_head.lora_A.default.weight": ("adamw", "LoRA's A"),
         "lm_head.lora_B.default.weight": ("adamw", "output head"),
         "proj_out.modules_to_save.default.weight": ("adamw", "output head"),
     }
@@ -440,7 +440,8 @@ def test_heads_that_peft_trains_go_to_adamw(kind: str, task: str, head: str) -> 
         (i.algorithm, i.reason) for i in trained if f".{head}." in i.name and "weight" in i.name
     }
     assert heads == {("adamw", "output head")}
-    assert {i.algorithm for i in trained if "lora_" in i.name} == {"muon"}
+    assert {i.algorithm for i in trained if "lora_A" in i.name} == {"adamw"}
+    assert {i.algorithm for i in trained if "lora_B" in i.name} == {"muon"}
 
 
 def test_compiled_and_checkpointed_modules_have_the_same_assignment() -> None:
