@@ -34,6 +34,7 @@ from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import MuonParam, step_local
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
+from muonclip.other_names import canonical
 from muonclip.precision import (
     moment_dtype,
     needs_master,
@@ -146,6 +147,9 @@ class MuonClip(Optimizer):
         qk_clip: attached to the optimizer, so that each ``step`` also clips. It has no state to
             save. ``muonclip.for_model`` makes it for a whole model.
 
+    Values that other libraries name differently are accepted where no value here has the same
+    name: see ``muonclip.other_names``.
+
     Each option above ``process_group`` may be set per group, and overrides the constructor's;
     ``capturable`` and ``nonfinite`` must be the same in all groups.
 
@@ -219,6 +223,7 @@ class MuonClip(Optimizer):
             "adamw_weight_decay": adamw_weight_decay,
             "maximize": maximize,
         }
+        defaults = canonical(defaults)
         validation.check_options(defaults)
         validation.check_process_group(process_group)
         if qk_clip is not None and not isinstance(qk_clip, QKClip):
@@ -262,7 +267,7 @@ class MuonClip(Optimizer):
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
-        options = {**self.defaults, **param_group}
+        options = canonical({**self.defaults, **param_group})
         validation.check_options(options)
         if options.get("algorithm") is None:
             validation.check_may_split()
