@@ -109,6 +109,11 @@ def check_options(values: Mapping[str, Any]) -> None:
                 )
 
 
+def choices(option: str) -> tuple[Any, ...]:
+    """The values that an option may have, if it has a fixed set of them."""
+    return _CHOICES[option]
+
+
 def _number(option: str, value: Any) -> None:
     # A tensor would be shared between groups, and a scheduler would then move it twice.
     if not isinstance(value, Real):

@@ -178,7 +178,9 @@ def build(config: Config, context: ParallelContext, data: Data) -> Run:
         copies=copies,
         load_balancing=balancing,
         step_metrics=step_metrics,
-        assignment=muonclip.describe_assignment(assignment, ns_dtype=_ns_dtype(config)),
+        assignment=muonclip.describe_assignment(
+            assignment, ns_dtype=config.optimizer.muonclip_options()["ns_dtype"]
+        ),
     )
 
 
@@ -262,12 +264,6 @@ def _activation_memory(config: Config, context: ParallelContext) -> float:
     return free_memory(config, context.world_size, stage, 0.9 * total)
 
 
-def _ns_dtype(config: Config) -> torch.dtype | None:
-    """MuonClip's option; None: its choice."""
-    name = config.optimizer.ns_dtype
-    return None if name == "auto" else getattr(torch, name)
-
-
 def build_optimizer(
     config: Config, model: nn.ModuleDict, layouts: Mapping[str, MatrixLayout]
 ) -> tuple[MuonClip, list[QKClip]]:
@@ -281,13 +277,7 @@ def build_optimizer(
     options, tensor_shardings = config.optimizer, shardings(model)
     optimizer = MuonClip(
         muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings),
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        ns_steps=options.ns_steps,
-        ns_dtype=_ns_dtype(config),
-        adamw_lr=options.adamw_lr,
-        adamw_betas=(options.adamw_beta1, options.adamw_beta2),
+        **options.muonclip_options(),
         master_weights=True,
         # Ranks with the same matrix share its orthogonalization.
         shardings=tensor_shardings,

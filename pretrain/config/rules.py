@@ -168,7 +168,8 @@ def describe(cls: type[Any], prefix: str = "") -> Iterator[str]:
         if _is_section(hint):
             yield from describe(hint, f"{name}.")
         else:
-            meaning = " ".join(meanings.get(field.name, "").split())
+            meaning = meanings.get(field.name) or field.metadata.get("meaning", "")
+            meaning = " ".join(meaning.split())
             allowed = _allowed(hint)
             default = {} if hint == Options else field.default
             line = f"{name}={default!r}  {meaning}".rstrip()

@@ -3,8 +3,9 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from pretrain.config import optimizer_options
 from pretrain.config.rules import In, NonEmpty, Options, PathRule, Settings, require
 from pretrain.errors import PretrainError
 
@@ -381,8 +382,12 @@ class DataConfig(Settings):
 
 
 @dataclass(frozen=True)
+@optimizer_options.with_options
 class OptimizerConfig(Settings):
-    """MuonClip, its schedule and QK-Clip."""
+    """MuonClip, its schedule and QK-Clip.
+
+    Options of MuonClip that are not declared here are added by ``optimizer_options``.
+    """
 
     lr: Positive = 2e-3
     """Peak learning rate of the matrices (Muon)."""
@@ -407,6 +412,13 @@ class OptimizerConfig(Settings):
     decay_steps: StepsOrZero = 150
     """Length of the cosine decay at the end of the run; before it, the rate is constant."""
     final_lr_fraction: Share = 0.1
+
+    def _check(self) -> None:
+        optimizer_options.check(self)
+
+    def muonclip_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``MuonClip``, without those that follow from other sections."""
+        return optimizer_options.values_of(self)
 
 
 @dataclass(frozen=True)

@@ -29,34 +29,38 @@ def state_of_ranks(
 ) -> list[int]:
     """Bytes of optimizer state on each rank of a stage, in megatron-core's order of ranks.
 
-    Muon's momentum, or AdamW's two moments and step count, in float32; for 16-bit weights a master
-    as well. Exact.
+    Muon's momentum, in float32 or ``optimizer.momentum_dtype``; AdamW's two moments and step count,
+    in float32; for 16-bit weights a float32 master as well. Exact, but for an int8 momentum's
+    scales, which are not counted.
 
     Args:
         weights: trained weights of the stage, with one expert in place of all.
         is_updated: whether a step updates a weight.
         shared: the matrices that ranks share.
     """
-    masters = 0 if config.precision == "float32" else 1
+    master = 0 if config.precision == "float32" else FLOAT32
+    dtype = config.optimizer.muonclip_options()["momentum_dtype"]
+    momentum = FLOAT32 if dtype is None else dtype.itemsize
     same = 0  # on every rank
     for weight in filter(is_updated, weights):
         is_muon = weight.optimizer == "muon"
         if not is_muon:
-            same += ranks.tensors(weight)
+            same += FLOAT32 * ranks.tensors(weight)
         if not has_sharded_state(config, ranks, weight):
-            same += (masters + (1 if is_muon else 2)) * ranks.local_numel(weight)
-    elements = [same] * stage_size(ranks)
+            moments = momentum if is_muon else 2 * FLOAT32
+            same += (master + moments) * ranks.local_numel(weight)
+    stored = [same] * stage_size(ranks)
     for matrices in shared:
         if matrices.has_sharded_state:
             for unit, owner in zip(matrices.units, matrices.owners, strict=True):
-                elements[matrices.places[owner]] += (masters + 1) * numel(unit)
+                stored[matrices.places[owner]] += (master + momentum) * numel(unit)
     for size, tensors, entries in _flat_buckets(config, ranks, weights):
         shards = stage_size(ranks) // size
         for place in range(stage_size(ranks)):
             parts = chunk_ranges(entries, size, place // shards)
             own = sum(stop - start for index, start, stop in parts if is_updated(tensors[index]))
-            elements[place] += (masters + 2) * own
-    return [FLOAT32 * count for count in elements]
+            stored[place] += (master + 2 * FLOAT32) * own
+    return stored
 
 
 def gathered_bytes(

@@ -266,7 +266,8 @@ def test_the_plan_equals_what_a_built_model_has_and_does(
 ) -> None:
     """Exact except for traffic that depends on routing and on how evenly matrices are distributed,
     and for small tensors among the activations."""
-    variations: list[tuple[str, ...]] = [(), ("precision=bfloat16", "recompute.granularity=full")]
+    other = ("recompute.granularity=full", "optimizer.momentum_dtype=bfloat16")
+    variations: list[tuple[str, ...]] = [(), ("precision=bfloat16", *other)]
     measured = launch(measure, world_size, str(folder), variations, *SHAPE, *overrides)
     for index, variation in enumerate(variations):
         settings = training.tiny(str(folder), *SHAPE, *overrides, *variation)
