@@ -14,13 +14,15 @@ from muonclip.hooks import Handle
 from muonclip.matrix_layouts import MatrixLayout
 from muonclip.model_report import ModelReport, describe_settings, group_names
 from muonclip.optimizer import MuonClip
-from muonclip.param_groups import assign_parameters, group_assignments
+from muonclip.param_groups import assign_parameters, describe_assignment, group_assignments
 from muonclip.qk_clip import QKClip
 from muonclip.row_scaling import ScalingPlan
 
 if TYPE_CHECKING:
     from muonclip.distributed.sharding import Sharding
 
+_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
+_MEGATRON = ("megatron.core.transformer.module", "MegatronModule")
 _NORMALIZED = "its queries and keys are normalized, which bounds the logits and undoes any clip"
 _NO_ATTENTION = (
     "QK-Clip found no attention layer in {}: give the AttentionLayout of each as "
@@ -53,8 +55,10 @@ def for_model(
 
     >>> optimizer = muonclip.for_model(model, lr=2e-4, qk_clip_threshold=100.0)  # doctest: +SKIP
 
-    Models of transformers (language, vision, both), PEFT and torch are recognized, alone and as
-    parts of a larger model: their fused matrices and their attention layers are found by structure.
+    Models of transformers (language, vision, both), megatron-core, PEFT and torch are recognized,
+    alone and as parts of a larger model: their fused matrices and their attention layers are found
+    by structure. With megatron-core it is a collective call, after its parallel state is
+    initialized; give each parameter its ``main_grad`` as ``grad`` before each step.
     Attention whose queries and keys are normalized (Qwen3, Gemma 3) has bounded logits and is not
     clipped. Construct the optimizer after adapters are added (PEFT) and parameters are sharded
     (FSDP2); DDP and ``torch.compile`` may wrap the model before or after.
@@ -70,7 +74,7 @@ def for_model(
         adamw, muon: patterns of parameter names that go to this algorithm in any case.
         layouts: pattern of parameter names -> layout; goes before those that are found.
         per_head: orthogonalize the query, key and value rows of each head separately.
-        shardings: as for ``MuonClip``.
+        shardings: as for ``MuonClip``; default: those of megatron-core's models.
         report: called with the report as text, on the first rank; None: not called.
         options: of ``MuonClip``, e.g. ``weight_decay=0.1``.
 
@@ -93,6 +97,9 @@ def for_model(
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         options.setdefault("process_group", model.process_group)
+    parallel = _megatron_ranks(model)
+    if shardings is None and parallel is not None:
+        shardings = parallel.shardings
     assignments = assign_parameters(
         model,
         adamw=adamw,
@@ -104,14 +111,16 @@ def for_model(
     clip = None
     if qk_clip_threshold is not None:
         attention.find(qk_clip_exclude)
-        clip = attention.make_clip(qk_clip_threshold, options.get("process_group"))
+        group = options.get("process_group") if parallel is None else parallel.same_heads
+        clip = attention.make_clip(qk_clip_threshold, group)
     optimizer = MuonClip(
         group_assignments(assignments), lr, shardings=shardings, qk_clip=clip, **options
     )
     messages = [*attention.warnings, *_rounding(model, options)]
     optimizer.report = ModelReport(
         type(model).__name__,
-        assignments,
+        describe_assignment(assignments, ns_dtype=options.get("ns_dtype"), by_layer=False),
+        {item.name: (item.algorithm, item.reason) for item in assignments},
         describe_settings(optimizer),
         qk_clip_threshold,
         {name: layout.num_heads for name, layout in attention.layouts.items()},
@@ -147,12 +156,47 @@ class _Library(NamedTuple):
 
 def _libraries() -> list[_Library]:
     # They import torch's compiler, which takes seconds.
-    from muonclip.integrations import torch_attention, transformers
+    from muonclip.integrations import (
+        megatron_core,
+        megatron_watching,
+        torch_attention,
+        transformers,
+    )
+
+    def megatron_modules(model: nn.Module) -> dict[str, nn.Module]:
+        return {
+            _join(path, name): module
+            for path, part in _parts_of(model, _MEGATRON)
+            for name, module in megatron_core.attention_modules(part).items()
+        }
+
+    def megatron_layout(name: str, module: nn.Module) -> AttentionLayout:
+        layout = megatron_core.attention_layout(name, module)
+        megatron_watching.core_attention(name, module)
+        return layout
 
     return [
         _Library(library.attention_modules, library.attention_layout, library.watch)
         for library in (transformers, torch_attention)
-    ]
+    ] + [_Library(megatron_modules, megatron_layout, megatron_watching.watch)]
+
+
+class _MegatronRanks(NamedTuple):
+    """The ranks of megatron-core's parallel state that share a model."""
+
+    shardings: "dict[Tensor, Sharding]"
+    same_heads: "dist.ProcessGroup"
+
+
+def _megatron_ranks(model: nn.Module) -> _MegatronRanks | None:
+    """Those of a model of megatron-core, if its parallel state is initialized."""
+    if not any(_parts_of(model, _MEGATRON)):
+        return None
+    from muonclip.integrations import megatron_core
+
+    if not megatron_core.is_initialized():
+        return None
+    return _MegatronRanks(megatron_core.shardings(model), megatron_core.replica_group())
 
 
 class _Attention:
@@ -242,30 +286,42 @@ class _Attention:
 def _matrix_layouts(
     model: nn.Module, given: Mapping[str, MatrixLayout], per_head: bool
 ) -> dict[str, MatrixLayout]:
-    """The given layouts, then those of the models of transformers within this one."""
-    from muonclip.integrations.transformers import matrix_layouts
+    """The given layouts, then those of the models of known libraries within this one."""
+    from muonclip.integrations import megatron_core, transformers
 
     layouts = dict(given)
-    for path, part in _pretrained_models(model):
-        prefix = f"{path}." if path else ""
-        patterns = [pattern.removeprefix(prefix) for pattern in given]
-        for name, layout in matrix_layouts(part, per_head=per_head, exclude=patterns).items():
-            layouts.setdefault(prefix + name, layout)
-    if per_head and not layouts:
+    found: dict[str, MatrixLayout] = {}
+    for path, part in _parts_of(model, _TRANSFORMERS):
+        patterns = [pattern.removeprefix(_join(path, "")) for pattern in given]
+        named = transformers.matrix_layouts(part, per_head=per_head, exclude=patterns)
+        found |= {_join(path, name): layout for name, layout in named.items()}
+    for path, part in _parts_of(model, _MEGATRON):
+        named = megatron_core.matrix_layouts(part, per_head=per_head)
+        found |= {_join(path, name): layout for name, layout in named.items()}
+    if per_head and not found:
         raise ValueError(
             f"per_head=True has no effect, because {type(model).__name__} contains no model of "
-            "transformers: give the layouts of its heads (MatrixLayout.per_head)"
+            "transformers or megatron-core: give the layouts of its heads (MatrixLayout.per_head)"
         )
+    for name, layout in found.items():
+        layouts.setdefault(name, layout)
     return layouts
 
 
-def _pretrained_models(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The models of transformers in a module, by name; not those inside another one."""
-    if any(
-        cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
-        for cls in type(model).__mro__
-    ):
+def _parts_of(
+    model: nn.Module, base_class: tuple[str, str], path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a library's class, by name; not those inside another one.
+
+    Args:
+        base_class: module and name of the class, which need not be imported.
+    """
+    if any((cls.__module__, cls.__name__) == base_class for cls in type(model).__mro__):
         yield path, model
         return
     for name, child in model.named_children():
-        yield from _pretrained_models(child, f"{path}.{name}" if path else name)
+        yield from _parts_of(child, base_class, _join(path, name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from muonclip.param_groups import Assignment, describe_assignment, without_numbers
+from muonclip.param_groups import Algorithm, without_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,11 +14,13 @@ class ModelReport:
     """The parameters and attention layers of a model, and what the optimizer does to them.
 
     ``str(report)`` is a table of parameters with reasons, in which the layers of a stack share a
-    row, then the settings of Muon and AdamW, the heads that QK-Clip limits, and the warnings.
+    row, then the settings of Muon and AdamW, the heads that QK-Clip limits, and the warnings. It
+    does not keep the parameters alive, which FSDP2 may replace.
 
     Attributes:
         model: class name of the model.
-        assignments: algorithm, layout and reason of each parameter.
+        table: of the parameters.
+        assignments: parameter -> ("muon", "adamw" or None if it is frozen, reason).
         settings: a line about each algorithm.
         threshold: QK-Clip's; None if it is turned off.
         clipped: attention layer -> number of heads that QK-Clip limits.
@@ -27,7 +29,8 @@ class ModelReport:
     """
 
     model: str
-    assignments: Sequence[Assignment]
+    table: str
+    assignments: Mapping[str, tuple[Algorithm | None, str]]
     settings: Sequence[str]
     threshold: float | None
     clipped: Mapping[str, int]
@@ -37,7 +40,7 @@ class ModelReport:
     def __str__(self) -> str:
         lines = [
             f"MuonClip for {self.model}",
-            describe_assignment(self.assignments, by_layer=False),
+            self.table,
             *self.settings,
             f"QK-Clip: {self._describe_clip()}",
             *(

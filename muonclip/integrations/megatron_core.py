@@ -195,7 +195,7 @@ def shardings(model: nn.Module) -> "dict[Tensor, Sharding]":
     groups: dict[tuple[int, ...], Any] = {}
     for is_expert, get_group in ((False, _dense_group), (True, _expert_group)):
         if local[is_expert] and (group := get_group()).size() > 1:
-            remember(_replica_group(is_expert))
+            remember(replica_group(is_expert))
             # Where all ranks of a stage have the same experts, one group balances all matrices.
             group = groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
             gathered = Sharding.gather(list(local[is_expert].values()), group)
@@ -366,12 +366,21 @@ def _expert_group() -> "dist.ProcessGroup":
     return group_of_ranks([rank for ranks in gathered for rank in ranks], [tensor, data])
 
 
-def _replica_group(is_expert: bool) -> "dist.ProcessGroup":
-    """The ranks that have copies of the same shards."""
+def replica_group(is_expert: bool = False) -> "dist.ProcessGroup":
+    """The data- and context-parallel ranks, which have copies of the same shards and heads.
+
+    Args:
+        is_expert: of experts; otherwise of all other parameters, as for ``QKClip``.
+    """
     state = _parallel_state()
     if is_expert:
         return state.get_expert_data_parallel_group()  # type: ignore[no-any-return]
     return state.get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
+
+
+def is_initialized() -> bool:
+    """Whether megatron-core's parallel state is initialized."""
+    return bool(_parallel_state().model_parallel_is_initialized())
 
 
 def _parallel_state() -> Any:

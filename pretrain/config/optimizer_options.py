@@ -8,10 +8,10 @@ option of the optimizer needs no change here.
 
 import inspect
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from types import MappingProxyType, NoneType
 from typing import Any, Literal, TypeVar, Union
 
 import torch
@@ -23,7 +23,7 @@ from pretrain.config.rules import is_union
 C = TypeVar("C", bound=type[Any])
 
 # Options of MuonClip without a setting of their name, and why.
-NOT_SETTINGS: Mapping[str, str] = MappingProxyType(
+NOT_SETTINGS: Mapping[str, str] = types.MappingProxyType(
     {
         "adamw_betas": "set adamw_beta1 and adamw_beta2",
         "qk_clip": "set qk_clip_threshold",
@@ -37,7 +37,7 @@ NOT_SETTINGS: Mapping[str, str] = MappingProxyType(
     }
 )
 # Options without effect unless another one has one of these values; None: anything but zero.
-_PARTS: Mapping[str, tuple[str, tuple[Any, ...] | None]] = MappingProxyType(
+_PARTS: Mapping[str, tuple[str, tuple[Any, ...] | None]] = types.MappingProxyType(
     {
         "update_rms": ("adjust_lr", ("match_rms_adamw",)),
         "momentum_warmup_start": ("momentum_warmup_steps", None),
@@ -107,13 +107,14 @@ def _setting_type(name: str, annotation: Any) -> Any:
 
 def _literal_type(name: str, hint: Any) -> Any:
     """The type in a file for a type without unions."""
-    if hint in (bool, int, float, str, NoneType) or typing.get_origin(hint) is Literal:
+    if hint in (bool, int, float, str, types.NoneType) or typing.get_origin(hint) is Literal:
         return hint
     if hint is torch.dtype:
         allowed = [dtype for dtype in validation.choices(name) if dtype is not None]
         return Literal[tuple(str(dtype).removeprefix("torch.") for dtype in allowed)]
     if typing.get_origin(hint) is Sequence:
-        return tuple[_literal_type(name, typing.get_args(hint)[0]), ...]
+        element = _literal_type(name, typing.get_args(hint)[0])
+        return types.GenericAlias(tuple, (element, ...))
     raise TypeError(
         f"MuonClip's option {name} has the type {hint}, which a configuration file cannot "
         "express: add it to NOT_SETTINGS, with the reason"
@@ -133,7 +134,7 @@ def _meanings() -> dict[str, str]:
     (section,) = re.findall(
         r"^Args:\n(.*?)\n\n\S", inspect.getdoc(MuonClip) or "", re.MULTILINE | re.DOTALL
     )
-    meanings = {}
+    meanings: dict[str, str] = {}
     for names, text in re.findall(
         r"^ {4}(\w[\w, ]*): (.*?)(?=\n {4}\w|\Z)", section, re.MULTILINE | re.DOTALL
     ):

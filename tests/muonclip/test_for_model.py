@@ -62,7 +62,8 @@ def test_one_call_equals_the_separate_ones() -> None:
 def test_the_report_names_parameters_settings_and_heads(capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = for_model(llama(), 0.01)
     text = capsys.readouterr().out
-    assert text.strip() == str(optimizer.report)
+    assert optimizer.report is not None and text.strip() == str(optimizer.report)
+    assert optimizer.report.assignments["lm_head.weight"] == ("adamw", "output head")
     for row in (
         r"model\.layers\.\*\.self_attn\.q_proj\.weight \(2 times\) +24x24 +muon +matrix",
         r"model\.embed_tokens\.weight +64x24 +adamw +embedding",
