@@ -8,6 +8,7 @@ import importlib
 import math
 import pickle
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from muonclip import AttentionLayout, HeadRows, MuonClip, QKClip, param_groups
+from muonclip import AttentionLayout, HeadRows, MuonClip, QKClip, for_model, param_groups
 from muonclip.monitor import MaxLogitMonitor
 from muonclip.reference import clip_factor
 
@@ -926,3 +927,44 @@ def test_the_trainer_clips(tmp_path: Path) -> None:
     assert ends[False] > 3 * threshold
     # The clip uses the logits before the update, so one update's growth may remain.
     assert ends[True] < 2.5 * threshold
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *VISION])
+def test_for_model_clips_every_structure(kind: str) -> None:
+    """Each layer is found, observed and clipped, without a warning."""
+    model = make_model(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer = for_model(model, 0.01, qk_clip_threshold=1e-3, report=None)
+    clip = optimizer.qk_clip
+    assert clip is not None and clip.layouts.keys() == attention_layouts(model).keys()
+    inputs = images() if kind in VISION else batch()
+    outputs = model(**inputs)
+    loss = outputs.last_hidden_state.square().mean() if kind in VISION else outputs.loss
+    loss.backward()
+    optimizer.step()
+    assert clip.result is not None and not clip.result.skipped
+    for name, factors in clip.result.factors.items():
+        assert (factors < 1).any(), name
+
+
+def test_for_model_clips_the_parts_of_a_vision_language_model_that_are_not_normalized() -> None:
+    vision = {**SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 24}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.Qwen3Config(**GQA, head_dim=6),
+        image_token_index=7,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).train()
+    optimizer = for_model(model, 0.01, qk_clip_threshold=1e-3, report=None)
+    assert optimizer.qk_clip is not None and optimizer.report is not None
+    assert {name.split(".")[1] for name in optimizer.qk_clip.layouts} == {"vision_tower"}
+    normalized = [n for n, reason in optimizer.report.not_clipped.items() if "normal" in reason]
+    assert {name.split(".")[1] for name in normalized} == {"language_model"}
+    ids = torch.tensor([[7, 7, 7, 7, 1, 2, 3]])
+    model(input_ids=ids, labels=ids, pixel_values=torch.randn(1, 3, 8, 8)).loss.backward()
+    optimizer.step()
+    assert optimizer.qk_clip.result is not None
+    assert optimizer.qk_clip.result.num_clipped > 0
