@@ -1,4 +1,7 @@
-"""Memory of one optimizer step: state and peak, compared with AdamW."""
+"""Memory of one optimizer step: state and peak, compared with AdamW.
+
+Weights are in float32; with master copies, in bfloat16.
+"""
 
 import argparse
 import multiprocessing
@@ -11,6 +14,7 @@ from torch import nn
 from benchmarks.optimizers import (
     LR,
     WEIGHT_DECAY,
+    WITH_MASTERS,
     Candidate,
     absence_note,
     add_selection,
@@ -38,7 +42,10 @@ def run(options: argparse.Namespace) -> Result:
     shapes = list(load.matrices)
     absent: dict[str, str] = {}
     rows: dict[str, Result] = {}
-    for candidate in selected(options, ADAMW):
+    chosen = selected(options, ADAMW)
+    if any(candidate.name == "MuonClip" for candidate in chosen):
+        chosen += WITH_MASTERS
+    for candidate in chosen:
         reason = candidate.missing(options.device)
         if reason is None:
             try:
@@ -82,9 +89,10 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: str, seed: int) ->
         ``state_bytes``: bytes allocated after the steps; ``peak_bytes``: peak during the steps,
         including the state.
     """
-    (candidate,) = (c for c in candidates() if c.name == name)
+    (candidate,) = (c for c in [*candidates(), *WITH_MASTERS] if c.name == name)
     torch.manual_seed(seed)
-    params = [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    dtype = torch.bfloat16 if candidate in WITH_MASTERS else torch.float32
+    params = [nn.Parameter((torch.randn(s, device=device) * 0.02).to(dtype)) for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
     try:

@@ -229,6 +229,15 @@ def _plain(params: list[nn.Parameter], lr: float, decay: float) -> Optimizer:
 
 
 _CLIP = Candidate("MuonClip", _muon_clip(), "auto", stacks=True)
+# For bfloat16 weights, whose masters are in float32.
+WITH_MASTERS = [
+    replace(_CLIP, name="MuonClip, bfloat16 weights, masters",
+            build=_muon_clip(master_weights=True)),
+    replace(_CLIP, name="MuonClip, bfloat16 weights, remainders",
+            build=_muon_clip(master_weights="remainder")),
+    replace(_CLIP, name="MuonClip, bfloat16 weights, remainders, int8 momentum",
+            build=_muon_clip(master_weights="remainder", momentum_dtype=torch.int8)),
+]  # fmt: skip
 _OWN = [
     Candidate(BASELINE, _torch_muon),
     _CLIP,
@@ -237,6 +246,7 @@ _OWN = [
       for dtype in ("float32", "bfloat16")),
     replace(_CLIP, name="MuonClip, bfloat16 momentum",
             build=_muon_clip(momentum_dtype=torch.bfloat16)),
+    replace(_CLIP, name="MuonClip, int8 momentum", build=_muon_clip(momentum_dtype=torch.int8)),
     Candidate("textbook loop, float32", _plain, "float32", stacks=True),
     Candidate("AdamW (fused)", _adamw(fused=True), "", coefficients=None, stacks=True),
     Candidate("AdamW", _adamw(), "", coefficients=None, stacks=True),

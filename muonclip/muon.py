@@ -2,19 +2,23 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.offload import copy_back, fetch, streamed
 from muonclip.orthogonalize import (
     coefficient_steps,
     orthogonalize_,
     update_scale,
     working_dtype,
 )
-from muonclip.precision import write_back
+from muonclip.precision import Result, refresh_master, write_back
+from muonclip.quantization import dequantize, quantize_
+from muonclip.remainders import join
 from muonclip.update import (
     Scalar,
     decay_and_apply,
@@ -36,6 +40,10 @@ class MuonParam(NamedTuple):
         local: its local tensor.
         to_update: the tensor to update: the local part of the master copy, or ``local``.
         gradient, momentum_buffer: local.
+        momentum_scale: of each row of an int8 ``momentum_buffer`` (see ``quantization``).
+        remainder: local; the master copy is ``local`` with it (see ``remainders``).
+        compute: where the step computes with tensors that may be elsewhere (see ``offload``); None:
+            all are on one device.
         group: the options.
         shape: of the whole parameter.
         seed: for stochastic rounding.
@@ -56,6 +64,14 @@ class MuonParam(NamedTuple):
     ns_dtype: torch.dtype
     is_sharded: bool = False
     master: Tensor | None = None
+    momentum_scale: Tensor | None = None
+    remainder: Tensor | None = None
+    compute: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the step's computations."""
+        return self.compute or self.local.device
 
     @property
     def layout(self) -> MatrixLayout:
@@ -84,6 +100,9 @@ class MuonParam(NamedTuple):
         def view(tensor: Tensor) -> Tensor:
             return tensor[start : start + length]
 
+        def view_state(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or self.is_sharded else view(tensor)
+
         local = view(self.local)
         return self._replace(
             local=local,
@@ -92,6 +111,8 @@ class MuonParam(NamedTuple):
             momentum_buffer=(
                 self.momentum_buffer if self.is_sharded else view(self.momentum_buffer)
             ),
+            momentum_scale=view_state(self.momentum_scale),
+            remainder=view_state(self.remainder),
             seed=(*self.seed, first),
         )
 
@@ -103,9 +124,89 @@ def step_local(params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         params: with a gradient.
         found_inf: 1 if a gradient is not finite, and nothing must change; None if all are finite.
     """
-    for batch in _batches(params):
-        updates = pre_orthogonalize(batch, found_inf)
-        apply_updates(batch, orthogonalize_updates(batch, updates), found_inf)
+    batches = _batches(params)
+    if not params or params[0].compute is None:
+        for batch in batches:
+            _step_batch(batch, found_inf)
+        return
+    for given, batch in streamed(batches, _fetch, params[0].compute):
+        _refresh(batch)
+        _step_batch(batch, found_inf)
+        _copy_back(given, batch)
+        del batch  # before a third one is copied
+
+
+def _step_batch(batch: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+    updates = pre_orthogonalize(batch, found_inf)
+    apply_updates(batch, orthogonalize_updates(batch, updates), found_inf)
+
+
+_STATE = ("momentum_buffer", "momentum_scale")
+_WEIGHTS = ("local", "to_update", "remainder")
+
+
+@contextmanager
+def state_on_device(params: Sequence[MuonParam]) -> Iterator[Sequence[MuonParam]]:
+    """The parameters, with momentum and gradient where the step computes; copied back at exit."""
+    with _on_device(params, (*_STATE, "gradient")) as moved:
+        yield moved
+
+
+@contextmanager
+def weights_on_device(params: Sequence[MuonParam]) -> Iterator[Sequence[MuonParam]]:
+    """The parameters, with weights where the step computes; copied back at exit."""
+    with _on_device(params, _WEIGHTS) as moved:
+        _refresh(moved)
+        yield moved
+
+
+@contextmanager
+def _on_device(params: Sequence[MuonParam], fields: Sequence[str]) -> Iterator[Sequence[MuonParam]]:
+    if not params or params[0].compute is None:
+        yield params
+        return
+    moved, _ = _fetch(params, fields)
+    yield moved
+    _copy_back(params, moved)
+
+
+def _fetch(
+    params: Sequence[MuonParam], fields: Sequence[str] = (*_STATE, "gradient", *_WEIGHTS)
+) -> tuple[list[MuonParam], list[Tensor]]:
+    """Start to copy fields to where the step computes.
+
+    Returns:
+        The parameters with the copies; the copies.
+    """
+    moved, copies = [], []
+    for param in params:
+        found: dict[int, Tensor] = {}  # ``local`` and ``to_update`` may be one tensor
+        for name in fields:
+            tensor = getattr(param, name)
+            if tensor is not None and id(tensor) not in found:
+                found[id(tensor)] = fetch(tensor, param.device)
+                if found[id(tensor)] is not tensor:
+                    copies.append(found[id(tensor)])
+        values: dict[str, Any] = {name: found.get(id(getattr(param, name))) for name in fields}
+        moved.append(param._replace(**values))
+    return moved, copies
+
+
+def _refresh(params: Sequence[MuonParam]) -> None:
+    """Follow weights that were written since the last step, in master copies."""
+    for param in params:
+        if param.compute is not None and param.to_update is not param.local:
+            refresh_master(param.to_update, param.local)
+
+
+def _copy_back(params: Sequence[MuonParam], moved: Sequence[MuonParam]) -> None:
+    """Copy to where they came from the fields that a step writes to."""
+    for param, other in zip(params, moved, strict=True):
+        pairs = [(getattr(param, name), getattr(other, name)) for name in (*_STATE, *_WEIGHTS)]
+        # ``local`` and ``to_update`` may be one tensor.
+        for target, source in {id(pair[0]): pair for pair in pairs}.values():
+            if target is not None:
+                copy_back(target, source)
 
 
 def _batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
@@ -113,7 +214,7 @@ def _batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
     by_kind = defaultdict(list)
     for param in params:
         if param.local.numel():
-            by_kind[param.local.device, param.update_dtype, param.shape[-2:]].append(param)
+            by_kind[param.device, param.update_dtype, param.shape[-2:]].append(param)
     batch: list[MuonParam] = []
     elements, batch_kind = 0, None
     for (device, dtype, _), members in by_kind.items():
@@ -155,17 +256,17 @@ def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> 
     if not params:
         return []
     sizes = [param.local.numel() for param in params]
-    flat = torch.empty(sum(sizes), dtype=params[0].update_dtype, device=params[0].local.device)
+    flat = torch.empty(sum(sizes), dtype=params[0].update_dtype, device=params[0].device)
     updates = [
         part.view(param.local.shape)
         for part, param in zip(flat.split_with_sizes(sizes), params, strict=True)
     ]
-    gradients = update_momenta(params, found_inf)
+    gradients, momenta = update_momenta(params, found_inf)
     for indices in _by_group(params):
         group = params[indices[0]].group
         look_ahead_(
             [updates[index] for index in indices],
-            [params[index].momentum_buffer for index in indices],
+            [momenta[index] for index in indices],
             [gradients[index] for index in indices],
             momentum_now(group),
             group["nesterov"],
@@ -173,25 +274,40 @@ def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> 
     return updates
 
 
-def update_momenta(params: Sequence[MuonParam], found_inf: Tensor | None) -> list[Tensor]:
+def update_momenta(
+    params: Sequence[MuonParam], found_inf: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Update the momentum.
 
     Returns:
         The gradients; in a step that is skipped, the momentum instead, which does not change it.
+        The new momentum; before it is rounded, if it is stored in int8.
     """
     gradients = [param.gradient for param in params]
+    momenta = [_read_momentum(param) for param in params]
     if found_inf is not None:
         gradients = [
-            torch.where(found_inf == 0, g.to(param.momentum_buffer.dtype), param.momentum_buffer)
-            for g, param in zip(gradients, params, strict=True)
+            torch.where(found_inf == 0, gradient.to(momentum.dtype), momentum)
+            for gradient, momentum in zip(gradients, momenta, strict=True)
         ]
     for indices in _by_group(params):
         update_momentum(
-            [params[index].momentum_buffer for index in indices],
+            [momenta[index] for index in indices],
             [gradients[index] for index in indices],
             momentum_now(params[indices[0]].group),
         )
-    return gradients
+    for param, momentum in zip(params, momenta, strict=True):
+        if param.momentum_scale is not None:
+            quantize_(param.momentum_buffer, param.momentum_scale, momentum)
+    return gradients, momenta
+
+
+def _read_momentum(param: MuonParam) -> Tensor:
+    """The momentum to compute with: the buffer itself, or its decoded values."""
+    if param.momentum_scale is None:
+        return param.momentum_buffer
+    dtype = torch.promote_types(param.gradient.dtype, torch.float32)
+    return dequantize(param.momentum_buffer, param.momentum_scale, dtype)
 
 
 def orthogonalize_updates(params: Sequence[MuonParam], updates: Sequence[Tensor]) -> list[Tensor]:
@@ -268,10 +384,7 @@ def apply_updates(
         if found_inf is not None:
             lr = lr * (1 - found_inf)
         # Lower precision is computed in float32 and rounded once.
-        wide = [
-            param.to_update.to(torch.promote_types(param.to_update.dtype, torch.float32))
-            for param in members
-        ]
+        wide = [_read_weights(param) for param in members]
         decay_and_apply(
             wide,
             [updates[index] for index in indices],
@@ -281,11 +394,18 @@ def apply_updates(
         )
         write_back(
             [
-                (result, param.local, param.seed)
+                Result(result, param.local, param.remainder, param.seed)
                 for param, result in zip(members, wide, strict=True)
             ],
             stochastic=options["stochastic_rounding"],
         )
+
+
+def _read_weights(param: MuonParam) -> Tensor:
+    """The weights in float32, or wider; the tensor to update itself if it is."""
+    if param.remainder is not None:
+        return join(param.local, param.remainder)
+    return param.to_update.to(torch.promote_types(param.to_update.dtype, torch.float32))
 
 
 def _by_group(params: Sequence[MuonParam]) -> list[list[int]]:

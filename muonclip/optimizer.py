@@ -13,8 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from muonclip import saved_state, validation
 from muonclip.adamw import AdamWParam, adamw_step
 from muonclip.distributed.groups import ConnectedRanks, groups_of
+from muonclip.distributed.int8_state import decode, encode_, new_scale
 from muonclip.distributed.muon import DistributedMuon, SharedParam
 from muonclip.distributed.owners import StateOwners
+from muonclip.distributed.remainder_master import RemainderMaster, local_remainder
 from muonclip.distributed.sharded_state import (
     ShardedState,
     StateLayout,
@@ -32,18 +34,21 @@ from muonclip.distributed.sharding import (
 from muonclip.kernels.support import has_bfloat16_products
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
-from muonclip.muon import MuonParam, step_local
+from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, MuonParam, step_local
+from muonclip.offload import Devices, copy_back, fetch
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.other_names import canonical
 from muonclip.precision import (
+    Result,
+    keeps_remainder,
     moment_dtype,
     needs_master,
     refresh_master,
-    rounds_stochastically,
     set_master,
     write_back,
 )
 from muonclip.qk_clip import QKClip, attached_clips
+from muonclip.remainders import adopt, join
 from muonclip.update import WeightDecayMode, is_free_to_read, may_be_nonzero
 
 if TYPE_CHECKING:
@@ -115,13 +120,16 @@ class MuonClip(Optimizer):
         momentum_warmup_steps: steps over which the momentum rises linearly from
             ``momentum_warmup_start``; 0: none.
         momentum_warmup_start: momentum at the first step of the warm-up.
-        momentum_dtype: dtype of the momentum: bfloat16, float32 or float64; default: the
+        momentum_dtype: dtype of Muon's momentum: int8, bfloat16, float32 or float64; default: the
             parameter's, or float32 for float16 parameters and with ``master_weights`` or
-            ``stochastic_rounding``.
+            ``stochastic_rounding``. int8 has a float32 scale for each row of what a rank stores of
+            the parameter, and is decoded in batches. Saved states have its values in float32.
         master_weights: keep a float32 master copy of each parameter of lower precision, update the
             copy, and round it into the parameter. The copy is also ``parameter.main_param``.
             Entries of a parameter that change between steps, e.g. by ``load_state_dict`` of the
-            model, replace those of the copy at the next step.
+            model, replace those of the copy at the next step. ``"remainder"``: the same copy in 2
+            more bytes instead of 4, as the bfloat16 parameter and 16 bits of its difference, which
+            entries that change keep; see ``muonclip.remainders``.
         stochastic_rounding: round bfloat16 parameters up or down at random instead of to nearest,
             so that small updates add up without a master copy. Copies of a parameter on several
             ranks stay equal.
@@ -146,6 +154,12 @@ class MuonClip(Optimizer):
             ``full_state_dict`` or ``torch.distributed.checkpoint``.
         qk_clip: attached to the optimizer, so that each ``step`` also clips. It has no state to
             save. ``muonclip.for_model`` makes it for a whole model.
+        state_device: ``"cpu"`` keeps the state in main memory and copies it to ``compute_device``
+            and back in batches, in pinned memory for CUDA, the next batch of Muon's while one is
+            computed. Default: the parameter's device.
+        compute_device: device of a step's computations; default: the parameter's. For parameters
+            and gradients on the CPU, as with FSDP2's ``CPUOffloadPolicy``, ``"cuda"`` copies them
+            too, in the same batches, instead of computing Newton-Schulz on the CPU.
 
     Values that other libraries name differently are accepted where no value here has the same
     name: see ``muonclip.other_names``.
@@ -156,11 +170,13 @@ class MuonClip(Optimizer):
     Attributes:
         skipped_steps: number of steps skipped because of a non-finite gradient, or because ranks
             on accelerators disagreed (see ``step``); an int, or a tensor on the accelerator.
+        momentum_scales: of the rows of each int8 ``momentum_buffer``, by parameter.
         report: of ``muonclip.for_model``; None for optimizers that it did not make.
 
     Raises:
-        TypeError, ValueError: for an option out of range, or a parameter that is complex, sparse,
-            given twice, or assigned to Muon but not a non-empty matrix or stack of matrices.
+        TypeError, ValueError: for an option out of range, a device that is missing, or a parameter
+            that is complex, sparse, given twice, or assigned to Muon but not a non-empty matrix or
+            stack of matrices.
     """
 
     report: "ModelReport | None" = None
@@ -183,7 +199,7 @@ class MuonClip(Optimizer):
         momentum_warmup_steps: int = 0,
         momentum_warmup_start: float = 0.85,
         momentum_dtype: torch.dtype | None = None,
-        master_weights: bool = False,
+        master_weights: bool | Literal["remainder"] = False,
         stochastic_rounding: bool = False,
         nonfinite: NonFinite = "raise",
         capturable: bool = False,
@@ -196,6 +212,8 @@ class MuonClip(Optimizer):
         shardings: Mapping[Tensor, Sharding] | None = None,
         shard_state: bool = False,
         qk_clip: QKClip | None = None,
+        state_device: torch.device | str | None = None,
+        compute_device: torch.device | str | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -231,7 +249,10 @@ class MuonClip(Optimizer):
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.shard_state = shard_state
+        self.devices = Devices.of(state_device, compute_device)
+        validation.check_devices(self.devices, capturable, shard_state)
         self.skipped_steps: int | Tensor = 0
+        self.momentum_scales: dict[Tensor, Tensor] = {}
         self._reset()
         super().__init__(params, defaults)
         self._is_constructed = True
@@ -275,6 +296,8 @@ class MuonClip(Optimizer):
         if names is not None:  # a group that has been in an optimizer
             params = list(zip(names, params, strict=True))
         entries = validation.check_parameters(params, len(self.param_groups))
+        if options["master_weights"] == "remainder":
+            validation.check_remainders(entries, self.shard_state)
         validation.check_new_parameters(entries, self.param_groups)
         algorithm = options.pop("algorithm", None)
         by_algorithm = validation.split_by_algorithm(entries, algorithm)
@@ -389,6 +412,7 @@ class MuonClip(Optimizer):
                 self._step_adamw(group, params, found_inf)
         if self._owners is not None:
             self._owners.gather(self._sharded_adamw(work), found_inf)
+        self.devices.finish(local_tensor(param) for _, params in work for param in params)
         return loss
 
     @property
@@ -435,21 +459,52 @@ class MuonClip(Optimizer):
     def _step_adamw(
         self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None
     ) -> None:
-        rows, results, copies = [], [], []
+        batch: list[_AdamWEntry] = []
+        elements = 0
+        copies = []
         for number, param in enumerate(params):
             state = self._state_of(param, group)
             parts = self._adamw_parts(param, state)
             if not parts:
                 # Parameters without elements here count, too: a checkpoint keeps one rank's step.
                 state["step"] += 1 if found_inf is None else 1 - found_inf
-            for index, (start, local, to_update, gradient, average, square) in enumerate(parts):
-                if rounds_stochastically(group, param):
-                    to_update = to_update.float()
+            remainder = local_remainder(state)
+            for index, part in enumerate(parts):
                 step = state["step"].clone() if index else state["step"]
-                rows.append(AdamWParam(to_update, gradient, average, square, step))
-                results.append((to_update, local, (group["updates"], number, start)))
+                seed = group["updates"], number, part.start
+                batch.append(_AdamWEntry(part, remainder, step, seed))
+                elements += part.local.numel()
                 if self._layout_of(param) is not None and not local_tensor(param).is_contiguous():
-                    copies.append((param, start, local))  # not a view
+                    copies.append((param, part.start, part.local))  # not a view
+            if elements >= BATCH_ELEMENTS_ELSEWHERE:  # for the temporary tensors of its elements
+                self._update_adamw(group, batch, found_inf)
+                batch, elements = [], 0
+        self._update_adamw(group, batch, found_inf)
+        for param, start, local in copies:
+            write_flat(local_tensor(param), start, local)
+
+    def _update_adamw(
+        self, group: dict[str, Any], batch: "list[_AdamWEntry]", found_inf: Tensor | None
+    ) -> None:
+        rows, results, fetched = [], [], []
+        for part, remainder, step, seed in batch:
+            device = self.devices.of_step(part.local)
+            local, average, square = (
+                fetch(x, device) for x in (part.local, part.average, part.square)
+            )
+            to_update = local
+            if part.to_update is not part.local:
+                to_update = fetch(part.to_update, device)
+                if self.devices.are_given:
+                    refresh_master(to_update, local)
+                fetched.append((part.to_update, to_update))
+            elif remainder is not None:
+                to_update = join(local, remainder)
+            elif group["stochastic_rounding"] and local.dtype == torch.bfloat16:
+                to_update = local.float()
+            rows.append(AdamWParam(to_update, fetch(part.gradient, device), average, square, step))
+            results.append(Result(to_update, part.local, remainder, seed))
+            fetched += [(part.average, average), (part.square, square)]
         adamw_step(
             rows,
             lr=group["lr"],
@@ -461,8 +516,8 @@ class MuonClip(Optimizer):
             found_inf=found_inf,
         )
         write_back(results, stochastic=group["stochastic_rounding"])
-        for param, start, local in copies:
-            write_flat(local_tensor(param), start, local)
+        for given, copied in fetched:
+            copy_back(given, copied)
 
     def _adamw_parts(self, param: Tensor, state: dict[str, Any]) -> "list[_AdamWPart]":
         """This rank's parts of a parameter of AdamW: its local tensor, or with sharded state the
@@ -472,7 +527,7 @@ class MuonClip(Optimizer):
         if self._layout_of(param) is None:
             if not local.numel():
                 return []
-            to_update = _tensor_to_update(local, state)
+            to_update = self._tensor_to_update(local, state)
             return [_AdamWPart(0, local, to_update, gradient, *map(local_tensor, moments))]
         assert self._owners is not None
         parts = []
@@ -489,6 +544,19 @@ class MuonClip(Optimizer):
                 )
             )
         return parts
+
+    def _tensor_to_update(self, local: Tensor, state: dict[str, Any]) -> Tensor:
+        """The local part of the master copy, or the given local tensor.
+
+        The very same object: two views of it would be taken for two tensors, and one copied into
+        the other.
+        """
+        if "master" not in state or isinstance(state["master"], RemainderMaster):
+            return local
+        master = local_tensor(state["master"])
+        if not self.devices.are_given:  # otherwise once both are where the step computes
+            refresh_master(master, local)
+        return master
 
     # ------------------------------------------------------------------ parameters and their state
 
@@ -541,25 +609,33 @@ class MuonClip(Optimizer):
         local = local_tensor(param)
         is_sharded = self._layout_of(param) is not None
         master = state.get("master") if is_sharded else None
-        to_update = local if is_sharded else _tensor_to_update(local, state)
+        to_update = local if is_sharded else self._tensor_to_update(local, state)
         gradient = local_gradient(param)
         if group["maximize"]:
             gradient = -gradient
         # The owner of a sharded master copy adds the decay itself.
+        remainder = local_remainder(state)
         if group["weight_decay_mode"] == "l2" and group["weight_decay"] and master is None:
-            gradient = gradient.to(to_update.dtype).add(to_update, alpha=group["weight_decay"])
+            weights = to_update if remainder is None else join(local, remainder)
+            weights = weights.to(gradient.device)
+            if self.devices.are_given and to_update is not local:
+                refresh_master(weights, local)
+            gradient = gradient.to(weights.dtype).add(weights, alpha=group["weight_decay"])
         momentum = state["momentum_buffer"]
         return MuonParam(
             param, local, to_update, gradient, momentum if is_sharded else local_tensor(momentum),
             group, self._whole_shape(param), (group["updates"], number),
             group["ns_dtype"] or self._default_ns_dtype(param, group), is_sharded, master,
+            self.momentum_scales[param] if momentum.dtype == torch.int8 else None, remainder,
+            self.devices.of_step(local) if self.devices.are_given else None,
         )  # fmt: skip
 
     def _default_ns_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
-        if param.device.type == "cpu" and self._avoids_bfloat16:
+        device = self.devices.of_step(local_tensor(param))
+        if device.type == "cpu" and self._avoids_bfloat16:
             return torch.float32
         side = (group["layout"] or WHOLE).smaller_side(self._whole_shape(param))
-        return default_ns_dtype(param.device, param.dtype, side)
+        return default_ns_dtype(device, param.dtype, side)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, on its device; created if missing.
@@ -570,14 +646,24 @@ class MuonClip(Optimizer):
         local, layout = local_tensor(param), self._layout_of(param)
         for name, value in list(state.items()):
             # The model was moved, or the step was loaded from a file.
-            if local_tensor(value).device != local.device:
-                state[name] = value.to(local.device)
+            device = self._state_device(name, local)
+            if not isinstance(value, RemainderMaster) and local_tensor(value).device != device:
+                state[name] = self.devices.pin(value.to(device))
+                if name == "momentum_buffer" and value.dtype == torch.int8:
+                    self.momentum_scales[param] = self.momentum_scales[param].to(device)
                 if name == "master":
                     set_master(param, state, state[name])
         master_needed = needs_master(group, param)
+        if keeps_remainder(group, param):
+            self._keep_remainder(param, state)
+        elif isinstance(master := state.get("master"), RemainderMaster):
+            is_whole = master_needed and param.dtype == torch.bfloat16
+            set_master(param, state, master.float32() if is_whole else None)
         if master_needed and "master" not in state:
             if layout is None:
-                set_master(param, state, param.detach().to(torch.float32, copy=True))
+                device = self._state_device("master", local)
+                master = param.detach().to(device=device, dtype=torch.float32, copy=True)
+                set_master(param, state, self.devices.pin(master))
             else:
                 assert self._owners is not None
                 shared, wide = self._shared_param(param, group), local.detach().float()
@@ -589,16 +675,40 @@ class MuonClip(Optimizer):
 
             def zeros() -> Tensor:
                 if layout is None:
-                    return torch.zeros_like(param, dtype=dtype)
+                    return self.devices.new_zeros(param, dtype)
                 return layout.zeros(dtype, local.device)
 
             if group["algorithm"] == "muon":
                 state["momentum_buffer"] = zeros()
+                if dtype == torch.int8:
+                    scale = new_scale(state["momentum_buffer"], group["layout"] or WHOLE)
+                    self.momentum_scales[param] = scale
             else:
                 # Where torch's fused AdamW reads it: on the device, so that nothing waits.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+                device = self._state_device("step", local)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
         return state
+
+    def _state_device(self, name: str, local: Tensor) -> torch.device:
+        """The device of an entry of a parameter's state."""
+        # A step is one number, which torch's fused AdamW reads where it computes.
+        return self.devices.of_step(local) if name == "step" else self.devices.of_state(local)
+
+    def _keep_remainder(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Keep the master copy as a remainder, which is zero unless there is another copy."""
+        master, local = state.get("master"), local_tensor(param.detach())
+        device = self.devices.of_state(local)
+        if isinstance(master, RemainderMaster) and master.weight is param:
+            remainder = master.remainder_bits
+            if (master.device, local_tensor(remainder).device) == (local.device, device):
+                return
+            set_master(param, state, RemainderMaster(param, self.devices.pin(remainder.to(device))))
+            return
+        kept = RemainderMaster(param, self.devices.new_zeros(param, torch.int16))
+        if master is not None:  # loaded, or copied with the optimizer
+            kept.write(adopt(local_tensor(master).to(local.device), local))
+        set_master(param, state, kept)
 
     def _layout_of(self, param: Tensor) -> StateLayout | None:
         """The parts of the parameter's state on this rank; None if its state is not sharded."""
@@ -833,8 +943,11 @@ class MuonClip(Optimizer):
             for option, value in group.items():
                 if isinstance(value, (torch.dtype, MatrixLayout)):
                     group[option] = str(value)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved["state"] = {
+            key: self._as_saved(params[key], entries) for key, entries in saved["state"].items()
+        }
         if self._owners is not None:
-            params = [p for group in self.param_groups for p in group["params"]]
             saved["state"] = {
                 key: {
                     name: self._owners.whole_shard(params[key], value)
@@ -862,6 +975,7 @@ class MuonClip(Optimizer):
                 )
         for p in replaced:
             del self.state[p]
+            self.momentum_scales.pop(p, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, for the same parameters in the same groups.
@@ -870,9 +984,10 @@ class MuonClip(Optimizer):
         and groups; a group takes the options of the saved group that most of its parameters were
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
         and dtype that this optimizer keeps them in. Layouts and names are not loaded: they belong
-        to the model. Where the saved layout has the rows of the same matrices in another order, as
-        Megatron's gate and up at another number of tensor-parallel ranks, the state is rearranged,
-        with a warning.
+        to the model. Neither is ``momentum_dtype`` if either side has int8: the momentum is
+        converted, with a warning. Where the saved layout has the rows of the same matrices in
+        another order, as Megatron's gate and up at another number of tensor-parallel ranks, the
+        state is rearranged, with a warning.
 
         With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
         or of an optimizer without ``shard_state``), and all ranks call it together. So must the
@@ -888,6 +1003,7 @@ class MuonClip(Optimizer):
         """
         matched: dict[str, Any] = {}
         rearranged: set[str] = set()
+        converted: set[str] = set()
 
         def fit(param: Tensor, group: Any, entries: Any, layout: Any) -> dict[str, Any]:
             own, saved = group["layout"], _saved_layout(layout)
@@ -899,7 +1015,8 @@ class MuonClip(Optimizer):
         def match(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             matched.update(saved_state.match(optimizer.param_groups, state_dict, fit))
             for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
-                self._complete_options(saved, group)
+                if difference := self._complete_options(saved, group):
+                    converted.add(difference)
             return matched
 
         # As the last pre-hook, so that it sees what the user's own pre-hooks made of the state.
@@ -916,21 +1033,35 @@ class MuonClip(Optimizer):
         self._forget_plan()
         if rearranged:
             warnings.warn(_REARRANGED.format("; ".join(sorted(rearranged))), stacklevel=2)
+        if converted:
+            warnings.warn(_CONVERTED.format("; ".join(sorted(converted))), stacklevel=2)
 
-    def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> None:
+    def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> str:
         """Convert the options of a saved group to those of this optimizer's group, and check them.
 
         An option that the saved group does not have keeps its value.
+
+        Returns:
+            How the momentum is converted to or from int8; empty if it is not.
         """
         saved |= {name: group[name] for name in group.keys() - saved.keys() - _NOT_OPTIONS}
         saved["layout"] = group["layout"]
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved[option], str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
+        before, now = saved["momentum_dtype"], group["momentum_dtype"]
+        is_converted = (before == torch.int8) != (now == torch.int8)
+        if is_converted:
+            saved["momentum_dtype"] = now
+        if saved["master_weights"] and group["master_weights"]:  # as they are stored here
+            saved["master_weights"] = group["master_weights"]
         try:
             validation.check_options({**self.defaults, **saved})
         except (TypeError, ValueError) as error:
             raise ValueError(f"the saved state has an option out of range: {error}") from None
+        if not (is_converted and group["algorithm"] == "muon" and group["params"]):
+            return ""
+        return f"momentum_dtype={before}, and this optimizer has momentum_dtype={now}"
 
     def _copy_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
@@ -938,16 +1069,45 @@ class MuonClip(Optimizer):
         dtype = moment_dtype(group, param)
         for name, value in saved.items():
             if name == "step":
-                state[name] = value.to(local_tensor(param).device, copy=True)
+                device = self._state_device(name, local_tensor(param))
+                state[name] = value.to(device, copy=True)
+            elif name == "momentum_buffer" and dtype == torch.int8:
+                state[name] = self._as_int8(param, group, value.to(param.device))
             elif name != "master":
-                state[name] = value.to(device=param.device, dtype=dtype, copy=True)
+                device = self.devices.state or param.device
+                state[name] = self.devices.pin(value.to(device=device, dtype=dtype, copy=True))
         if not needs_master(group, param):
             set_master(param, state, None)
+        elif "master" not in saved and keeps_remainder(group, param):
+            set_master(param, state, None)  # created by the next step, as the remainder
         elif "master" not in saved and self._layout_of(param) is not None:
             set_master(param, state, None)  # created by the next step, on its owner
         elif state:
             master = saved.get("master", param.detach())
-            set_master(param, state, master.to(device=param.device, dtype=torch.float32, copy=True))
+            device = self.devices.state or param.device
+            master = master.to(device=device, dtype=torch.float32, copy=True)
+            set_master(param, state, self.devices.pin(master))
+
+    def _as_int8(self, param: Tensor, group: dict[str, Any], values: Tensor) -> Tensor:
+        """The codes of a parameter's momentum, with new ``momentum_scales``."""
+        codes = torch.empty_like(values, dtype=torch.int8)
+        self.momentum_scales[param] = new_scale(codes, group["layout"] or WHOLE)
+        encode_(codes, self.momentum_scales[param], values)
+        return codes
+
+    def _as_saved(self, param: Tensor, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state as it is saved: momentum and master copy in their float32 values.
+
+        The entries have the same names: ``torch.distributed.checkpoint`` looks for those of the
+        optimizer in what it loads.
+        """
+        saved = dict(entries)
+        if isinstance(master := saved.get("master"), RemainderMaster):
+            saved["master"] = master.float32()
+        momentum = saved.get("momentum_buffer")
+        if momentum is not None and momentum.dtype == torch.int8:
+            saved["momentum_buffer"] = decode(momentum, self.momentum_scales[param])
+        return saved
 
     def _connect_for_state(self) -> None:
         """Assign owners to the state of new parameters; collective with ``shard_state``."""
@@ -1053,7 +1213,8 @@ class MuonClip(Optimizer):
     def named_state(
         self, named_parameters: Iterable[tuple[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
-        """The state of each parameter by name, without copies.
+        """The state of each parameter by name, without copies, except of an int8 momentum and of a
+        master copy with a remainder, which are in float32.
 
         For checkpoints that store every tensor by name, whatever the order of parameters and
         groups.
@@ -1068,7 +1229,10 @@ class MuonClip(Optimizer):
             copies are ``ShardedState``: ``pieces()`` yields what this rank stores.
         """
         self._warn_of_pending()
-        return {name: dict(self.state.get(param, {})) for name, param in named_parameters}
+        return {
+            name: self._as_saved(param, self.state.get(param, {}))
+            for name, param in named_parameters
+        }
 
     def load_named_state(
         self,
@@ -1106,6 +1270,10 @@ class MuonClip(Optimizer):
         for param in params.values():
             set_master(param, self.state.pop(param, {}), None)
         for name, entries in checked.items():
+            group = groups[params[name]]
+            if "momentum_buffer" in entries and moment_dtype(group, params[name]) == torch.int8:
+                momentum = self._as_int8(params[name], group, entries["momentum_buffer"])
+                entries["momentum_buffer"] = momentum
             self.state[params[name]] = entries
             set_master(params[name], entries, entries.get("master"))
         self._forget_plan()
@@ -1124,7 +1292,10 @@ class MuonClip(Optimizer):
                 "an optimizer that shares work over a process group cannot be copied or pickled: "
                 "save its state_dict() and construct a new one"
             )
-        copied = ("process_group", "shardings", "shard_state", "skipped_steps")
+        copied = (
+            "process_group", "shardings", "shard_state", "devices", "skipped_steps",
+            "momentum_scales",
+        )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in copied}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1166,19 +1337,6 @@ def _distributed_as(param: Tensor, whole: Tensor) -> Tensor:
     )
 
 
-def _tensor_to_update(local: Tensor, state: dict[str, Any]) -> Tensor:
-    """The local part of the master copy, or the given local tensor.
-
-    The very same object: two views of it would be taken for two tensors, and one copied into the
-    other.
-    """
-    if "master" not in state:
-        return local
-    master = local_tensor(state["master"])
-    refresh_master(master, local)
-    return master
-
-
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     if torch.compiler.is_compiling():
@@ -1215,6 +1373,15 @@ class _AdamWPart(NamedTuple):
     gradient: Tensor
     average: Tensor
     square: Tensor
+
+
+class _AdamWEntry(NamedTuple):
+    """A part in a step, with the remainder of its master copy, and the seed of its rounding."""
+
+    part: _AdamWPart
+    remainder: Tensor | None
+    step: Tensor
+    seed: tuple[int, ...]
 
 
 class _Flags(NamedTuple):
@@ -1280,6 +1447,11 @@ _REARRANGED = (
     "the loaded state stores the rows of the same matrices in another order, as at another number "
     "of tensor-parallel ranks, and was rearranged: {}. The weights must be in the order of the "
     "latter"
+)
+
+_CONVERTED = (
+    "the loaded state has {}: the momentum was converted. To keep the saved dtype, give it to the "
+    "constructor"
 )
 
 

@@ -1,11 +1,12 @@
 """Precision of parameters and state: dtypes, float32 master copies and stochastic rounding."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from muonclip.remainders import split_
 from muonclip.update import is_free_to_read
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -26,6 +27,11 @@ def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
 def needs_master(group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether the optimizer updates a float32 master copy in place of the parameter."""
     return bool(group["master_weights"]) and param.dtype in _LOW_PRECISION
+
+
+def keeps_remainder(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the master copy is stored as the weight and a remainder of 16 bits."""
+    return group["master_weights"] == "remainder" and param.dtype == torch.bfloat16
 
 
 def rounds_stochastically(group: Mapping[str, Any], param: Tensor) -> bool:
@@ -66,18 +72,34 @@ def refresh_master(master: Tensor, param: Tensor) -> None:
         torch.where(rounded == bits, master, param.to(master.dtype), out=master)
 
 
-def write_back(
-    results: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], *, stochastic: bool
-) -> None:
+class Result(NamedTuple):
+    """An updated tensor, to be rounded into its parameter.
+
+    Attributes:
+        updated: the new values; may be ``param`` itself.
+        param: the parameter's local tensor.
+        remainder: of the parameter, where that is stored.
+        seed: for stochastic rounding.
+    """
+
+    updated: Tensor
+    param: Tensor
+    remainder: Tensor | None
+    seed: tuple[int, ...]
+
+
+def write_back(results: Sequence[Result], *, stochastic: bool) -> None:
     """Round updated tensors into their parameters.
 
     Args:
-        results: (updated tensor, parameter, seed); nothing is copied where both are one tensor.
+        results: nothing is copied where the updated tensor is the parameter.
         stochastic: round bfloat16 parameters at random by the seed, instead of to nearest.
     """
     sources, targets = [], []
-    for updated, param, seed in results:
-        if stochastic and param.dtype == torch.bfloat16:
+    for updated, param, remainder, seed in results:
+        if remainder is not None:
+            split_(updated, param, remainder)
+        elif stochastic and param.dtype == torch.bfloat16:
             round_stochastically(updated, param, seed)
         elif updated is not param:
             sources.append(updated)

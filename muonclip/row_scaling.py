@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, HeadRows
 from muonclip.distributed.groups import order_of
+from muonclip.distributed.remainder_master import RemainderMaster
 from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
@@ -150,7 +151,7 @@ class ScaledTensor:
         """
         tensor = self.tensor
         master: Any = get_master(tensor)
-        if self.has_master_on_owners:
+        if self.has_master_on_owners or isinstance(master, RemainderMaster):
             is_valid = True
         elif self.has_sharded_master:
             is_valid = _placements(tensor) is None and (master is None or master.ndim == 1)
@@ -184,13 +185,18 @@ class ScaledTensor:
                 master.mul_(by_element[: master.numel()])
         elif master is None:
             weight.mul_(by_row)
+        elif isinstance(master, RemainderMaster):
+            master.scale_(by_row)
         else:
             master = local_tensor(master)
+            scaled = master.to(weight.device)  # it may be on the CPU (``state_device``)
             if weight.element_size() == 2 and type(weight) in (Tensor, nn.Parameter):
-                refresh_master(master, weight)  # it may have been loaded since the optimizer's step
-            master.mul_(by_row)
+                refresh_master(scaled, weight)  # it may have been loaded since the optimizer's step
+            scaled.mul_(by_row)
             # Rows with factor one keep their bits, even if they are not the rounded master's.
-            weight.copy_(torch.where(by_row == 1, weight, master))
+            weight.copy_(torch.where(by_row == 1, weight, scaled))
+            if scaled is not master:
+                master.copy_(scaled)
 
     def _indices(self) -> Tensor:
         """The factor index of each row on this rank, on the tensor's device."""

@@ -193,6 +193,11 @@ def check_entries(
             state[key] = _step(value, name)
         elif not isinstance(value, Tensor):
             raise ValueError(f"{name}: its saved {key} is a {type(value).__name__}, not a tensor")
+        elif not value.is_floating_point():
+            raise ValueError(
+                f"{name}: its saved {key} has dtype {value.dtype}, not values: save the state with "
+                "state_dict(), full_state_dict() or named_state(), which decode it"
+            )
         elif isinstance(value, ShardedState):  # has the parameter's layout
             continue
         elif value.shape != param.shape:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.offload import Devices
 from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
 from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
 from muonclip.update import WeightDecayMode
@@ -25,8 +26,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "adjust_lr": get_args(AdjustLR),
     "weight_decay_mode": get_args(WeightDecayMode),
     "nonfinite": ("raise", "skip", "ignore"),
+    "master_weights": (False, True, "remainder"),
     "ns_dtype": (None, *NS_DTYPES),
-    "momentum_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
+    "momentum_dtype": (None, torch.int8, torch.bfloat16, torch.float32, torch.float64),
 }
 
 
@@ -112,6 +114,37 @@ def check_options(values: Mapping[str, Any]) -> None:
 def choices(option: str) -> tuple[Any, ...]:
     """The values that an option may have, if it has a fixed set of them."""
     return _CHOICES[option]
+
+
+def check_devices(devices: Devices, capturable: bool, is_sharded: bool) -> None:
+    """Raise for options that cannot be joined with ``state_device`` or ``compute_device``."""
+    if devices.are_given and (capturable or is_sharded):
+        option = "capturable" if capturable else "shard_state"
+        raise ValueError(
+            f"state_device and compute_device cannot be joined with {option}=True: leave "
+            f"{option} or both devices out"
+        )
+
+
+def check_remainders(entries: Sequence[Entry], is_sharded: bool) -> None:
+    """Raise for parameters whose master copy cannot be stored as a remainder.
+
+    Args:
+        entries: parameters of a group with ``master_weights="remainder"``.
+        is_sharded: the optimizer's ``shard_state``.
+    """
+    if is_sharded:
+        raise ValueError(
+            "master_weights='remainder' cannot be joined with shard_state=True, whose owners may "
+            "not have the weights: use master_weights=True, which it stores once"
+        )
+    for entry in entries:
+        if entry.param.dtype == torch.float16:
+            raise ValueError(
+                f"master_weights='remainder' needs bfloat16 parameters, but {entry.label} is "
+                "float16, with fewer bits for the exponent than float32: use master_weights=True, "
+                "or convert the model to bfloat16"
+            )
 
 
 def _number(option: str, value: Any) -> None:

@@ -36,8 +36,10 @@ from muonclip.muon import (
     apply_updates,
     orthogonalize_updates,
     pre_orthogonalize,
+    state_on_device,
     step_local,
     update_momenta,
+    weights_on_device,
 )
 from muonclip.precision import refresh_master
 
@@ -228,7 +230,7 @@ class _Kind(NamedTuple):
             param.update_dtype,
             param.ns_dtype,
             param.local.dtype if param.is_sharded else param.update_dtype,
-            param.local.device,
+            param.device,
         )
 
 
@@ -271,8 +273,14 @@ class _Work:
         shards = partial(self._shards_of, params)
         # All copies of a shard keep the momentum; one of them sends it.
         for batch in _in_batches(shards(self._exchange.unsent)):
-            update_momenta(batch, found_inf)
-        self._exchange.send(lambda units: pre_orthogonalize(shards(units), found_inf))
+            with state_on_device(batch) as moved:
+                update_momenta(moved, found_inf)
+
+        def updates(units: Sequence[WorkUnit]) -> list[Tensor]:
+            with state_on_device(shards(units)) as moved:
+                return pre_orthogonalize(moved, found_inf)
+
+        self._exchange.send(updates)
 
     def orthogonalize(
         self, params: Sequence[MuonParam], found_inf: Tensor | None
@@ -290,7 +298,8 @@ class _Work:
         shards = self._shards_of(params, [unit for unit, _ in received])
         updates = iter([update for _, update in received])
         for batch in _in_batches(shards):
-            apply_updates(batch, list(islice(updates, len(batch))), found_inf)
+            with weights_on_device(batch) as moved:
+                apply_updates(moved, list(islice(updates, len(batch))), found_inf)
 
     def _shards_of(self, params: Sequence[MuonParam], units: Sequence[WorkUnit]) -> list[MuonParam]:
         return [self._shard_of(unit, params[unit.index]) for unit in units]
@@ -375,11 +384,11 @@ def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -
     Args:
         gradient, weight: of the whole unit; without a master copy, the weight is not read.
     """
-    momentum = unit_part(param.momentum_buffer, unit)
+    param = param._replace(momentum_buffer=unit_part(param.momentum_buffer, unit))
+    if param.momentum_scale is not None:
+        param = param._replace(momentum_scale=unit_part(param.momentum_scale, unit))
     if param.master is None:
-        return param._replace(
-            local=gradient, to_update=gradient, gradient=gradient, momentum_buffer=momentum
-        )
+        return param._replace(local=gradient, to_update=gradient, gradient=gradient)
     master = unit_part(param.master, unit)
     refresh_master(master, weight)
     group = param.group
@@ -389,7 +398,6 @@ def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -
         local=weight,
         to_update=master,
         gradient=gradient,
-        momentum_buffer=momentum,
         seed=(*param.seed, unit.first),
     )
 

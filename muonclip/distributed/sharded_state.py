@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
@@ -57,6 +57,18 @@ class StateLayout:
             torch.cat([whole[box.slices].reshape(-1) for box in boxes]) for boxes in self.parts
         ]
         return ShardedState(self, parts, whole.dtype, whole.device)
+
+    def first_of(self, kept: int) -> StateLayout:
+        """The layout of a tensor with a size of one from dimension ``kept`` on.
+
+        Parts must be whole in these dimensions.
+        """
+        ones = (1,) * (len(self.shape) - kept)
+        parts = tuple(
+            tuple(TensorShard(box.offsets, (*box.sizes[:kept], *ones)) for box in boxes)
+            for boxes in self.parts
+        )
+        return replace(self, shape=(*self.shape[:kept], *ones), parts=parts)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> StateLayout:
         return self  # never changes, and process groups cannot be copied

@@ -34,6 +34,8 @@ NOT_SETTINGS: Mapping[str, str] = types.MappingProxyType(
         "stochastic_rounding": "it is for training without master copies, which the trainer has",
         "capturable": "the trainer does not capture its steps in CUDA graphs",
         "maximize": "the trainer minimizes its loss",
+        "state_device": "ranks divide the state among them instead (shard_state)",
+        "compute_device": "the weights are on the device that computes",
     }
 )
 # Options without effect unless another one has one of these values; None: anything but zero.

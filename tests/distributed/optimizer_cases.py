@@ -214,6 +214,6 @@ def train_block(model: nn.Module, optimizer: MuonClip, steps: range) -> None:
 def weights_and_state(model: nn.Module, optimizer: MuonClip) -> dict[str, Tensor]:
     named = dict(model.named_parameters())
     found = {name: whole(p.detach()) for name, p in named.items()}
-    for name, p in named.items():
-        found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
+    for name, entries in optimizer.named_state(named.items()).items():
+        found |= {f"{name}.{key}": whole(value) for key, value in entries.items()}
     return found

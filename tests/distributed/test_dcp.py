@@ -36,6 +36,7 @@ from tests.distributed.optimizer_cases import (
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "masters": {"master_weights": True},
+    "int8": {"momentum_dtype": torch.int8},
     "warm-up": {"momentum_warmup_steps": 5, "momentum_dtype": torch.float32},
 }
 

@@ -100,6 +100,12 @@ def cases_for(world_size: int) -> dict[str, Case]:
             line,
             EVERY_OPTION,
         ),
+        "int8": Case(
+            specs(("S0",), (7, 5), (1, 9), (3, 5, 5), (5,)),
+            line,
+            {"momentum_dtype": torch.int8},
+            dtype=torch.float64,
+        ),
         "decay in the gradient": Case(
             specs(("S0",), (7, 5), (5,)), line, {"weight_decay_mode": "l2", "weight_decay": 0.5}
         ),

@@ -44,6 +44,7 @@ PLAIN = {
     "float64": Case(SPECS, steps=STEPS, dtype=torch.float64),
     "masters": Case(SPECS, steps=STEPS, dtype=torch.bfloat16, options={"master_weights": True}),
     "every option": Case(SPECS, dtype=torch.float64, options=EVERY_OPTION),
+    "int8": Case(SPECS, steps=STEPS, dtype=torch.float64, options={"momentum_dtype": torch.int8}),
     "decay in the gradient": Case(
         SPECS,
         dtype=torch.bfloat16,

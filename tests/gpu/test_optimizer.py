@@ -65,3 +65,59 @@ def test_a_captured_step_equals_an_eager_one(device: str, dtype: torch.dtype) ->
     replayed = trained(device, captured=True, dtype=dtype)
     for ours, expected in zip(replayed, eager, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def offloaded(
+    device: str, state_device: str | None, *, on_device: bool
+) -> tuple[list[Tensor], int]:
+    """Trained weights, and the bytes on the device that a step adds to those of the model.
+
+    Args:
+        on_device: whether parameters and gradients are on the device; otherwise on the CPU, as
+            with FSDP2's ``CPUOffloadPolicy``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    home = torch.device(device if on_device else "cpu")
+    params = [
+        nn.Parameter(torch.randn(SIDE, SIDE, generator=generator).to(home, torch.bfloat16))
+        for _ in range(12)
+    ]
+    optimizer = MuonClip(
+        [{"params": params, "algorithm": "muon"}], ns_dtype=torch.float32, master_weights=True,
+        state_device=state_device, compute_device=device,
+    )  # fmt: skip
+    is_cuda = device == "cuda"
+    peak = 0
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(SIDE, SIDE, generator=generator).to(home, torch.bfloat16)
+        if is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if is_cuda else 0
+        optimizer.step()
+        peak = torch.cuda.max_memory_allocated() - before if is_cuda else 0
+    entries = [value for state in optimizer.state.values() for value in state.values()]
+    where = "cpu" if state_device or not on_device else device
+    assert all(value.device.type == where for value in entries)
+    return [param.detach().cpu() for param in params], peak
+
+
+SIDE = 1024
+
+
+@DEVICES
+@pytest.mark.parametrize("on_device", [True, False])
+def test_offloaded_state_gives_the_same_weights_in_the_memory_of_two_batches(
+    device: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is one matrix: momentum, master, and what Newton-Schulz needs."""
+    if device == "cpu":
+        monkeypatch.setattr("tests.gpu.test_optimizer.SIDE", 64)
+    monkeypatch.setattr("muonclip.muon.BATCH_ELEMENTS_ELSEWHERE", SIDE**2)
+    expected, _ = offloaded(device, None, on_device=True)
+    found, peak = offloaded(device, "cpu", on_device=on_device)
+    for ours, weights in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+    if device == "cuda":  # of each of two batches 12 bytes an element, and some for the products
+        assert peak <= (2 * 12 + 4 * 12) * SIDE**2

@@ -204,6 +204,8 @@ class TestPrecision:
             {"stochastic_rounding": True},
             {"momentum_dtype": torch.bfloat16},
             {"momentum_dtype": torch.float32},
+            {"momentum_dtype": torch.int8},
+            {"momentum_dtype": torch.int8, "master_weights": True},
         ],
     )
     def test_resuming_is_bit_exact(self, options: dict[str, Any]) -> None:
