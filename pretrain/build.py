@@ -275,14 +275,18 @@ def build_optimizer(
         layouts: the matrices that fused parameters store, by name.
     """
     options, tensor_shardings = config.optimizer, shardings(model)
-    optimizer = MuonClip(
-        muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings),
-        **options.muonclip_options(),
-        master_weights=True,
-        # Ranks with the same matrix share its orthogonalization.
-        shardings=tensor_shardings,
-        shard_state=config.shards_state(dist.get_world_size()),
-    )
+    groups = muonclip.param_groups(model, layouts=layouts, shardings=tensor_shardings)
+    try:
+        optimizer = MuonClip(
+            groups,
+            **options.muonclip_options(),
+            master_weights=True,
+            # Ranks with the same matrix share its orthogonalization.
+            shardings=tensor_shardings,
+            shard_state=config.shards_state(dist.get_world_size()),
+        )
+    except (TypeError, ValueError) as error:  # options that do not fit this model or machine
+        raise PretrainError(f"optimizer: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 

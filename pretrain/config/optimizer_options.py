@@ -72,7 +72,9 @@ def with_options(cls: C) -> C:
 def values_of(section: Any) -> dict[str, Any]:
     """MuonClip's options from the settings of a section, without ``shard_state``."""
     values = {
-        name: _as_dtype(getattr(section, name)) if _is_dtype(parameter) else getattr(section, name)
+        name: _as_dtype(getattr(section, name))
+        if _allows(parameter, torch.dtype)
+        else getattr(section, name)
         for name, parameter in signature().items()
         if name not in NOT_SETTINGS and name != "shard_state"
     }
@@ -80,13 +82,26 @@ def values_of(section: Any) -> dict[str, Any]:
 
 
 def check(section: Any) -> None:
-    """Refuse values that MuonClip does not allow, and options without effect.
+    """Refuse values that MuonClip does not allow, by constructing one, and options without effect.
 
     Raises:
         ValueError: begins with the name of the setting.
     """
-    defaults = {name: parameter.default for name, parameter in signature().items()}
-    validation.check_options({**defaults, "layout": None, **values_of(section)})
+    parameters = signature()
+    values = {
+        name: value
+        for name, value in values_of(section).items()
+        if not _allows(parameters[name], torch.device)  # which this machine may lack
+    }
+    groups = [
+        {"params": [("matrix", torch.zeros(2, 2))], "algorithm": "muon"},
+        {"params": [("vector", torch.zeros(2))], "algorithm": "adamw"},
+    ]
+    try:
+        MuonClip(groups, **values)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     for name, (whole, effective) in _PARTS.items():
         value = getattr(section, whole)
         has_effect = bool(value) if effective is None else value in effective
@@ -123,8 +138,9 @@ def _literal_type(name: str, hint: Any) -> Any:
     )
 
 
-def _is_dtype(parameter: inspect.Parameter) -> bool:
-    return torch.dtype in (parameter.annotation, *typing.get_args(parameter.annotation))
+def _allows(parameter: inspect.Parameter, kind: type) -> bool:
+    """Whether values of an option may be of a type."""
+    return kind in (parameter.annotation, *typing.get_args(parameter.annotation))
 
 
 def _as_dtype(name: str | None) -> torch.dtype | None:
