@@ -87,21 +87,15 @@ def check(section: Any) -> None:
     Raises:
         ValueError: begins with the name of the setting.
     """
-    parameters = signature()
-    values = {
-        name: value
-        for name, value in values_of(section).items()
-        if not _allows(parameters[name], torch.device)  # which this machine may lack
-    }
     groups = [
         {"params": [("matrix", torch.zeros(2, 2))], "algorithm": "muon"},
         {"params": [("vector", torch.zeros(2))], "algorithm": "adamw"},
     ]
     try:
-        MuonClip(groups, **values)
+        MuonClip(groups, **values_of(section))
     except TypeError as error:
         raise ValueError(str(error)) from error
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    defaults = {name: parameter.default for name, parameter in signature().items()}
     for name, (whole, effective) in _PARTS.items():
         value = getattr(section, whole)
         has_effect = bool(value) if effective is None else value in effective

@@ -228,10 +228,10 @@ def resume(folder: str, *overrides: str) -> tuple[dict[str, Any], dict[str, Any]
 
 def test_resuming_in_bfloat16_is_bit_exact(folder: Path) -> None:
     """With clipped heads, which changes the master weights that were read; also with other options
-    of MuonClip, whose momentum warms up and is bfloat16."""
+    of MuonClip, whose momentum warms up and is int8."""
     overrides = (
         BFLOAT16, "optimizer.qk_clip_threshold=0.002", f"run_dir={folder}/resumed",
-        "optimizer.momentum_dtype=bfloat16", "optimizer.momentum_warmup_steps=8",
+        "optimizer.momentum_dtype=int8", "optimizer.momentum_warmup_steps=8",
         "optimizer.ns_coefficients=polar_express", "optimizer.weight_decay_mode=cautious",
         "optimizer.nesterov=false", "optimizer.adamw_weight_decay=0",
     )  # fmt: skip
