@@ -37,13 +37,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "masters": {"master_weights": True},
     "int8": {"momentum_dtype": torch.int8},
+    "remainders": {"master_weights": "remainder"},
     "warm-up": {"momentum_warmup_steps": 5, "momentum_dtype": torch.float32},
 }
 
 
 def make(sharded: bool, name: str, seed: int = 0) -> tuple[nn.Module, MuonClip]:
     model = Block()
-    if name == "masters":
+    if "master_weights" in OPTIONS[name]:
         model.bfloat16()
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
