@@ -183,14 +183,23 @@ def absence_note(verb: str, reasons: Mapping[str, str]) -> list[str]:
 # ---------------------------------------------------------------------- MuonClip and torch
 
 
-def _muon_clip(**options: Any) -> Build:
-    def build(matrices: Params, others: Params, lr: float, decay: float) -> list[Optimizer]:
+@dataclass(frozen=True)
+class MuonClipBuild:
+    """Builds MuonClip with options."""
+
+    options: dict[str, Any]
+
+    def __call__(
+        self, matrices: Params, others: Params, lr: float, decay: float
+    ) -> list[Optimizer]:
         groups = [{"params": list(matrices), "algorithm": "muon"}]
         if others:
             groups.append({"params": list(others), "algorithm": "adamw"})
-        return [MuonClip(groups, lr=lr, weight_decay=decay, momentum=MOMENTUM, **options)]
+        return [MuonClip(groups, lr=lr, weight_decay=decay, momentum=MOMENTUM, **self.options)]
 
-    return build
+
+def _muon_clip(**options: Any) -> Build:
+    return MuonClipBuild(options)
 
 
 def _adamw(**options: Any) -> Build:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import muonclip
-from benchmarks.optimizers import WEIGHT_DECAY, candidates
+from benchmarks.optimizers import WEIGHT_DECAY, MuonClipBuild, candidates
 from benchmarks.runner import CLOCKS, ROOT, Result, positive_int
 from muonclip import MuonClip, QKClip
 
@@ -407,13 +407,13 @@ def optimizers(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[Optimizer]
 
     MuonClip uses the layouts of the groups; other implementations update matrices as stored.
     """
-    if job.optimizer == MUONCLIP:
-        options: dict[str, Any] = {"weight_decay": job.weight_decay} | dict(job.options)
+    (candidate,) = (c for c in candidates() if c.name == job.optimizer)
+    if isinstance(candidate.build, MuonClipBuild):
+        options = {"weight_decay": job.weight_decay, **candidate.build.options, **dict(job.options)}
         return [MuonClip([dict(group) for group in groups], lr=job.lr, **options)]
     by_kind: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
     for group in groups:
         by_kind[group["algorithm"]] += [parameter for _, parameter in group["params"]]
-    (candidate,) = (c for c in candidates() if c.name == job.optimizer)
     return candidate.build(by_kind["muon"], by_kind["adamw"], job.lr, job.weight_decay)
 
 
@@ -447,7 +447,7 @@ def train(job: Job, device: torch.device, clock: str = "cpu") -> Result:
     groups = [group for optimizer in built for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
-    clips = job.optimizer == MUONCLIP and job.threshold is not None
+    clips = job.optimizer.startswith(MUONCLIP) and job.threshold is not None
     for clip in model.clips:
         clip.threshold = job.threshold or clip.threshold
     due = {round(job.steps * (i + 1) / job.evaluations) for i in range(job.evaluations)}
