@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from muonclip.update import Scalar
+from muonclip.update import AdamWDecayMode, Scalar
 
 
 class AdamWParam(NamedTuple):
@@ -36,11 +36,16 @@ def adamw_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    mode: AdamWDecayMode = "decoupled",
     eps: float,
     maximize: bool,
     found_inf: Tensor | None,
 ) -> None:
     """Update parameters, moments and steps in place, unless ``found_inf`` is 1.
+
+    Weight decay is subtracted before the update: λ·lr·W, or with ``mode="cautious"`` the same
+    where update and weight do not have opposite signs (Chen et al., arXiv 2510.12402). The sign of
+    an update is that of the new first moment.
 
     torch's fused kernels require dense tensors of equal strides: the one for CPUs ignores strides,
     the one for CUDA raises unless all are the same. Tensors that differ in strides or dtype from
@@ -56,6 +61,11 @@ def adamw_step(
         skip = None if fused else found_inf
         if skip is not None:  # only fused kernels support found_inf
             pairs = [(row, AdamWParam(*map(torch.clone, dense))) for row, dense in pairs]
+        if mode == "cautious" and weight_decay:
+            # In a step that is skipped, ``param`` is a copy unless kernels are fused.
+            rate = lr if found_inf is None else lr * (1 - found_inf)
+            for _, row in pairs:
+                _decay_cautiously(row, rate * weight_decay, beta1, maximize)
         params, gradients, averages, squares, steps = map(
             list, zip(*(dense for _, dense in pairs), strict=True)
         )
@@ -70,7 +80,7 @@ def adamw_step(
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay if mode == "decoupled" else 0.0,
             eps=eps,
             maximize=maximize,
             fused=fused,
@@ -82,6 +92,15 @@ def adamw_step(
                 old, new = getattr(row, name), getattr(dense, name)
                 if new is not old:
                     old.copy_(new if skip is None else torch.where(skip == 0, new.to(old), old))
+
+
+def _decay_cautiously(row: AdamWParam, rate: Scalar, beta1: float, maximize: bool) -> None:
+    """Subtract ``rate`` times the weights whose update does not have the opposite sign."""
+    gradient = row.gradient.to(row.average.dtype)
+    update = torch.lerp(row.average, -gradient if maximize else gradient, 1 - beta1)
+    # Signs, because the product of two small numbers would underflow.
+    decayed = torch.where(update.sign() * row.param.sign() >= 0, row.param, 0)
+    row.param.sub_(decayed * rate)
 
 
 def _dense(row: AdamWParam) -> AdamWParam:

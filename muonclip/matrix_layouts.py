@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -156,6 +158,38 @@ class MatrixLayout:
         if self.blocks is not None:
             rows = max(self.blocks) * (1 if self.separate else self.repeats)
         return min(rows, columns)
+
+    def input_dims(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The dimensions of a parameter along which it has the inputs of a neuron (matrix row).
+
+        Args:
+            shape: of the whole parameter.
+
+        Raises:
+            ValueError: if ``view`` joins inputs and outputs in one dimension.
+        """
+        if self.flatten:
+            return tuple(range(1, len(shape)))
+        if self.view is None:
+            return (len(shape) - (2 if self.transposed else 1),)
+        ends = list(accumulate(shape, mul, initial=1))
+        stack = prod(self.view[:-2])
+        rows = stack * self.view[-2]
+        if stack not in ends or rows not in ends:
+            raise ValueError(
+                f"in shape {tuple(shape)}, read as {self.view}, no dimensions are those of the rows"
+            )
+        if self.transposed:
+            return tuple(range(ends.index(stack), ends.index(rows)))
+        return tuple(range(ends.index(rows), len(shape)))
+
+    @property
+    def of_neurons(self) -> "MatrixLayout":
+        """The layout of a tensor with one element along ``input_dims``: [n, 1] for a matrix."""
+        if self.view is None:
+            return self
+        *rest, rows, columns = self.view
+        return replace(self, view=(*rest, 1, columns) if self.transposed else (*rest, rows, 1))
 
     def split(self, parameter: Tensor) -> list[Tensor]:
         """The matrices in a tensor with the parameter's layout.

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from muonclip.update import (
     look_ahead_,
     update_momentum,
 )
+from muonclip.variants import State, variant_of
 
 # A batch has about this many elements (or one matrix): as many as fit a CPU's caches, or keep an
 # accelerator busy. This also bounds the memory of a step.
@@ -51,6 +53,7 @@ class MuonParam(NamedTuple):
         is_sharded: whether the owners of its matrices keep the state (``shard_state``):
             ``momentum_buffer`` and ``master`` are then ``ShardedState``.
         master: the master copy, if ``is_sharded`` and there is one.
+        neurons: state of the group's variant by name: local, or ``ShardedState`` if ``is_sharded``.
     """
 
     param: Tensor
@@ -67,6 +70,7 @@ class MuonParam(NamedTuple):
     momentum_scale: Tensor | None = None
     remainder: Tensor | None = None
     compute: torch.device | None = None
+    neurons: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +118,11 @@ class MuonParam(NamedTuple):
             momentum_scale=view_state(self.momentum_scale),
             remainder=view_state(self.remainder),
             seed=(*self.seed, first),
+            neurons=(
+                self.neurons
+                if self.is_sharded or self.num_slices == 1
+                else {name: view(value) for name, value in self.neurons.items()}
+            ),
         )
 
 
@@ -138,7 +147,7 @@ def step_local(params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
 
 def _step_batch(batch: Sequence[MuonParam], found_inf: Tensor | None) -> None:
     updates = pre_orthogonalize(batch, found_inf)
-    apply_updates(batch, orthogonalize_updates(batch, updates), found_inf)
+    apply_updates(batch, orthogonalize_updates(batch, updates, found_inf), found_inf)
 
 
 _STATE = ("momentum_buffer", "momentum_scale")
@@ -310,18 +319,23 @@ def _read_momentum(param: MuonParam) -> Tensor:
     return dequantize(param.momentum_buffer, param.momentum_scale, dtype)
 
 
-def orthogonalize_updates(params: Sequence[MuonParam], updates: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalize_updates(
+    params: Sequence[MuonParam], updates: Sequence[Tensor], found_inf: Tensor | None
+) -> list[Tensor]:
     """Orthogonalize and scale every matrix of the model in these updates.
 
     Args:
-        params: the parameters of the updates; only options and layouts are read.
+        params: the parameters of the updates; only options and layouts are read, and the state of
+            variants is updated.
         updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices), in the
             working dtype of Newton-Schulz. Overwritten.
+        found_inf: as for ``step_local``.
 
     Returns:
         The same shapes, in the dtype of Newton-Schulz.
     """
     matrices = [param.layout.split(update) for param, update in zip(params, updates, strict=True)]
+    states = [_split_state(param) for param in params]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
     by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for index, stacks in enumerate(matrices):
@@ -330,28 +344,73 @@ def orthogonalize_updates(params: Sequence[MuonParam], updates: Sequence[Tensor]
             kind = (
                 stack.shape[-2:], params[index].ns_dtype, stack.device,
                 repr(options["ns_coefficients"]), options["ns_steps"], options["eps"],
-                options["adjust_lr"], options["update_rms"],
+                options["adjust_lr"], options["update_rms"], options["variant"],
+                *(options[name] for name in variant_of(options).options),
+                *(state.dtype for state in params[index].neurons.values()),
             )  # fmt: skip
             by_kind[kind].append((index, position))
     for (shape, dtype, *_), positions in by_kind.items():
         stacks = [matrices[index][position] for index, position in positions]
         options = params[positions[0][0]].group
+        variant = variant_of(options)
+        scale = update_scale(shape, options["adjust_lr"], options["update_rms"])
         results = orthogonalize_(
             _concatenate(stacks),
             coefficient_steps(options["ns_coefficients"], options["ns_steps"]),
             eps=options["eps"],
             dtype=dtype,
-            scale=update_scale(shape, options["adjust_lr"], options["update_rms"]),
+            scale=scale if variant.factor is None else 1.0,
         )
         sizes = [stack.size(0) for stack in stacks]
+        if variant.factor is not None:
+            blocks = [states[index][position] for index, position in positions]
+            results.mul_(_variant_factor(results, blocks, sizes, options) * scale)
         for (index, position), result in zip(
             positions, results.split_with_sizes(sizes), strict=True
         ):
             matrices[index][position] = result
+    for param, blocks in zip(params, states, strict=True):
+        _store_state(param, blocks, found_inf)
     return [
         param.layout.join(stacks, update.shape)
         for param, stacks, update in zip(params, matrices, updates, strict=True)
     ]
+
+
+def _split_state(param: MuonParam) -> list[dict[str, Tensor]]:
+    """The state of the variant for each block of matrices, [b, n, 1] by name."""
+    layout = param.layout.of_neurons
+    by_name = {name: layout.split(value) for name, value in param.neurons.items()}
+    count = 1 if layout.blocks is None else len(layout.blocks)
+    return [{name: parts[block] for name, parts in by_name.items()} for block in range(count)]
+
+
+def _variant_factor(
+    matrices: Tensor, blocks: Sequence[State], sizes: Sequence[int], options: Mapping[str, Any]
+) -> Tensor:
+    """The factor of a group's variant.
+
+    Args:
+        matrices: orthogonalized, [b, n, m].
+        blocks: state of some of the matrices, one block after another; replaced by the new state.
+        sizes: number of matrices of each block.
+        options: of the group.
+    """
+    variant = variant_of(options)
+    assert variant.factor is not None
+    state = {name: torch.cat([block[name] for block in blocks]) for name in variant.state}
+    factor, state = variant.factor(matrices, state, options)
+    for name, values in state.items():
+        for block, part in zip(blocks, values.split_with_sizes(list(sizes)), strict=True):
+            block[name] = part
+    return factor
+
+
+def _store_state(param: MuonParam, blocks: Sequence[State], found_inf: Tensor | None) -> None:
+    """Write the state of each block of matrices into the parameter's, unless nothing may change."""
+    for name, value in param.neurons.items():
+        new = param.layout.of_neurons.join([block[name] for block in blocks], value.shape)
+        value.copy_(new if found_inf is None else torch.where(found_inf == 0, new, value))
 
 
 def _concatenate(stacks: Sequence[Tensor]) -> Tensor:

@@ -28,8 +28,9 @@ from muonclip.distributed.sharding import (
     Sharding,
     is_dtensor,
     local_gradient,
-    local_shard,
     local_tensor,
+    place_like,
+    reduced_shape,
 )
 from muonclip.kernels.support import has_bfloat16_products
 from muonclip.labels import label
@@ -43,13 +44,15 @@ from muonclip.precision import (
     keeps_remainder,
     moment_dtype,
     needs_master,
+    neuron_dtype,
     refresh_master,
     set_master,
     write_back,
 )
 from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
-from muonclip.update import WeightDecayMode, is_free_to_read, may_be_nonzero
+from muonclip.update import AdamWDecayMode, WeightDecayMode, is_free_to_read, may_be_nonzero
+from muonclip.variants import VariantName, neuron_state, variant_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -90,8 +93,9 @@ class MuonClip(Optimizer):
     shard. With ``process_group`` the ranks that have copies of the same tensors share the work.
 
     A parameter without a gradient is left alone: no decay, no state. The state, created at the
-    first step with a gradient, is ``momentum_buffer`` (Muon) or ``step``, ``exp_avg`` and
-    ``exp_avg_sq`` (AdamW), and ``master`` with ``master_weights``; see ``named_state``.
+    first step with a gradient, is ``momentum_buffer`` (Muon; NorMuon also has ``neuron_square``),
+    or ``step``, ``exp_avg`` and ``exp_avg_sq`` (AdamW); and ``master`` with ``master_weights``. See
+    ``named_state``.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups (dicts) of either.
@@ -117,6 +121,10 @@ class MuonClip(Optimizer):
         update_rms: the update RMS that ``"match_rms_adamw"`` matches.
         weight_decay_mode: of Muon's groups: ``"decoupled"``, ``"cautious"``, ``"independent"`` or
             ``"l2"``; see ``muonclip.update.decay_and_apply``.
+        variant: ``"muon"``, or ``"normuon"``: divide each row of an orthogonalized update by the
+            root of a moving average of its mean square, and keep the Frobenius norm of the matrix
+            (NorMuon, arXiv 2510.05491). The average is further state: ``neuron_square``.
+        normuon_beta2: decay rate of NorMuon's average.
         momentum_warmup_steps: steps over which the momentum rises linearly from
             ``momentum_warmup_start``; 0: none.
         momentum_warmup_start: momentum at the first step of the warm-up.
@@ -141,6 +149,8 @@ class MuonClip(Optimizer):
         adamw_betas: AdamW's decay rates of the two moments.
         adamw_eps: AdamW's epsilon.
         adamw_weight_decay: AdamW's decoupled weight decay; default: ``weight_decay``.
+        adamw_weight_decay_mode: ``"decoupled"``, or ``"cautious"``: only of weights whose update
+            does not have the opposite sign, as ``weight_decay_mode`` for Muon.
         maximize: ascend instead of descend.
         process_group: ranks that have copies of the plain tensors and have reduced their gradients
             (DDP); each then orthogonalizes a share of the matrices. Default: each does all.
@@ -196,6 +206,8 @@ class MuonClip(Optimizer):
         adjust_lr: AdjustLR = "match_rms_adamw",
         update_rms: float = 0.2,
         weight_decay_mode: WeightDecayMode = "decoupled",
+        variant: VariantName = "muon",
+        normuon_beta2: float = 0.95,
         momentum_warmup_steps: int = 0,
         momentum_warmup_start: float = 0.85,
         momentum_dtype: torch.dtype | None = None,
@@ -207,6 +219,7 @@ class MuonClip(Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
+        adamw_weight_decay_mode: AdamWDecayMode = "decoupled",
         maximize: bool = False,
         process_group: "dist.ProcessGroup | None" = None,
         shardings: Mapping[Tensor, Sharding] | None = None,
@@ -227,6 +240,8 @@ class MuonClip(Optimizer):
             "adjust_lr": adjust_lr,
             "update_rms": update_rms,
             "weight_decay_mode": weight_decay_mode,
+            "variant": variant,
+            "normuon_beta2": normuon_beta2,
             "momentum_warmup_steps": momentum_warmup_steps,
             "momentum_warmup_start": momentum_warmup_start,
             "momentum_dtype": momentum_dtype,
@@ -239,6 +254,7 @@ class MuonClip(Optimizer):
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
+            "adamw_weight_decay_mode": adamw_weight_decay_mode,
             "maximize": maximize,
         }
         defaults = canonical(defaults)
@@ -255,6 +271,8 @@ class MuonClip(Optimizer):
         self.momentum_scales: dict[Tensor, Tensor] = {}
         self._reset()
         super().__init__(params, defaults)
+        initial = MuonClip.__init__.__kwdefaults__ or {}
+        validation.check_variants(self.defaults, self.param_groups, initial)
         self._is_constructed = True
         if qk_clip is not None:
             qk_clip.attach(self)
@@ -290,6 +308,7 @@ class MuonClip(Optimizer):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = canonical({**self.defaults, **param_group})
         validation.check_options(options)
+        validation.check_group_variant(param_group, options, self.defaults)
         if options.get("algorithm") is None:
             validation.check_may_split()
         params, names = options.pop("params"), options.pop("param_names", None)
@@ -302,7 +321,7 @@ class MuonClip(Optimizer):
         algorithm = options.pop("algorithm", None)
         by_algorithm = validation.split_by_algorithm(entries, algorithm)
         for entry in by_algorithm.get("muon", ()):
-            validation.check_matrix(entry, self._whole_shape(entry.param), options["layout"])
+            validation.check_matrix(entry, self._whole_shape(entry.param), options)
             if algorithm is None and entry.name is None and not self._warned_of_shapes:
                 self._warned_of_shapes = True
                 # At the line that constructs the optimizer, or adds the group.
@@ -311,7 +330,7 @@ class MuonClip(Optimizer):
         for algorithm, members in by_algorithm.items():
             group = {**options, "algorithm": algorithm, "updates": 0}
             if algorithm == "adamw":
-                group |= {"layout": None, **self._adamw_options(param_group)}
+                group |= {"layout": None, "variant": "muon", **self._adamw_options(param_group)}
             # Schedulers change tensors in place: no two groups may share one, nor a list.
             group = {option: _copy_option(value) for option, value in group.items()}
             if members and members[0].name is not None:
@@ -511,6 +530,7 @@ class MuonClip(Optimizer):
             beta1=group["momentum"],
             beta2=group["adamw_beta2"],
             weight_decay=group["weight_decay"],
+            mode=group["adamw_weight_decay_mode"],
             eps=group["adamw_eps"],
             maximize=group["maximize"],
             found_inf=found_inf,
@@ -577,6 +597,7 @@ class MuonClip(Optimizer):
             (
                 id(p), p.dtype, p.device, p.grad.dtype if p.grad is not None else None,
                 self._momentum_dtype(p, group), group["ns_dtype"], needs_master(group, p),
+                group["variant"],
             )
             for group, params in work
             for p in params
@@ -622,12 +643,15 @@ class MuonClip(Optimizer):
                 refresh_master(weights, local)
             gradient = gradient.to(weights.dtype).add(weights, alpha=group["weight_decay"])
         momentum = state["momentum_buffer"]
+        names = variant_of(group).state
+        neurons = {n: state[n] if is_sharded else local_tensor(state[n]) for n in names}
         return MuonParam(
             param, local, to_update, gradient, momentum if is_sharded else local_tensor(momentum),
             group, self._whole_shape(param), (group["updates"], number),
             group["ns_dtype"] or self._default_ns_dtype(param, group), is_sharded, master,
             self.momentum_scales[param] if momentum.dtype == torch.int8 else None, remainder,
             self.devices.of_step(local) if self.devices.are_given else None,
+            neurons,
         )  # fmt: skip
 
     def _default_ns_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
@@ -688,12 +712,18 @@ class MuonClip(Optimizer):
                 device = self._state_device("step", local)
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
+        if group["algorithm"] == "muon":
+            for name in variant_of(group).state:
+                if name not in state:
+                    state[name] = self._new_neuron_state(param, group)
         return state
 
     def _state_device(self, name: str, local: Tensor) -> torch.device:
         """The device of an entry of a parameter's state."""
-        # A step is one number, which torch's fused AdamW reads where it computes.
-        return self.devices.of_step(local) if name == "step" else self.devices.of_state(local)
+        # A step is one number, which torch's fused AdamW reads where it computes, and state of
+        # neurons is small.
+        is_small = name == "step" or name in neuron_state()
+        return self.devices.of_step(local) if is_small else self.devices.of_state(local)
 
     def _keep_remainder(self, param: Tensor, state: dict[str, Any]) -> None:
         """Keep the master copy as a remainder, which is zero unless there is another copy."""
@@ -710,9 +740,35 @@ class MuonClip(Optimizer):
             kept.write(adopt(local_tensor(master).to(local.device), local))
         set_master(param, state, kept)
 
-    def _layout_of(self, param: Tensor) -> StateLayout | None:
-        """The parts of the parameter's state on this rank; None if its state is not sharded."""
-        return None if self._owners is None else self._owners.layout(param)
+    def _new_neuron_state(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """State with a number for each neuron, zero everywhere."""
+        dims, local = self._input_dims(param, group), local_tensor(param)
+        dtype, layout = neuron_dtype(param.dtype), self._layout_of(param, dims)
+        if layout is not None:
+            return layout.zeros(dtype, local.device)
+        device = self.devices.of_step(local)
+        zeros = torch.zeros(reduced_shape(param.shape, dims), dtype=dtype, device=device)
+        # torch moves it to the device of the mesh, which need not be this one.
+        return place_like(param, zeros, dims).to(device) if is_dtensor(param) else zeros
+
+    def _input_dims(self, param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+        """Dimensions along which the parameter's state of neurons has one element."""
+        layout: MatrixLayout = group["layout"] or WHOLE
+        return layout.input_dims(self._whole_shape(param))
+
+    def _reduced_dims(self, param: Tensor, group: Mapping[str, Any], name: str) -> tuple[int, ...]:
+        """Dimensions along which an entry of the parameter's state has one element."""
+        return self._input_dims(param, group) if name in neuron_state() else ()
+
+    def _layout_of(self, param: Tensor, dims: tuple[int, ...] = ()) -> StateLayout | None:
+        """The parts of the parameter's state on this rank; None if its state is not sharded.
+
+        Args:
+            param: the parameter.
+            dims: dimensions along which the state has one element, in place of the parameter's.
+        """
+        layout = None if self._owners is None else self._owners.layout(param)
+        return None if layout is None else layout.reduced(dims)
 
     def _shared_param(self, param: Tensor, group: dict[str, Any]) -> SharedParam:
         return SharedParam(param, group, self._whole_shape(param))
@@ -948,13 +1004,15 @@ class MuonClip(Optimizer):
             key: self._as_saved(params[key], entries) for key, entries in saved["state"].items()
         }
         if self._owners is not None:
-            saved["state"] = {
-                key: {
-                    name: self._owners.whole_shard(params[key], value)
+            members = [(p, group) for group in self.param_groups for p in group["params"]]
+            for key, entries in saved["state"].items():
+                param, group = members[key]
+                saved["state"][key] = {
+                    name: self._owners.whole_shard(
+                        param, value, self._reduced_dims(param, group, name)
+                    )
                     for name, value in entries.items()
                 }
-                for key, entries in saved["state"].items()
-            }
         return saved
 
     def _drop_replaced(self) -> None:
@@ -985,9 +1043,10 @@ class MuonClip(Optimizer):
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
         and dtype that this optimizer keeps them in. Layouts and names are not loaded: they belong
         to the model. Neither is ``momentum_dtype`` if either side has int8: the momentum is
-        converted, with a warning. Where the saved layout has the rows of the same matrices in
-        another order, as Megatron's gate and up at another number of tensor-parallel ranks, the
-        state is rearranged, with a warning.
+        converted, with a warning. Nor are variants: state of the group's variant that is missing
+        starts at zero, and state of another one is left out, with a warning. Where the saved layout
+        has the rows of the same matrices in another order, as Megatron's gate and up at another
+        number of tensor-parallel ranks, the state is rearranged, with a warning.
 
         With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
         or of an optimizer without ``shard_state``), and all ranks call it together. So must the
@@ -1004,13 +1063,15 @@ class MuonClip(Optimizer):
         matched: dict[str, Any] = {}
         rearranged: set[str] = set()
         converted: set[str] = set()
+        differences: set[str] = set()
 
-        def fit(param: Tensor, group: Any, entries: Any, layout: Any) -> dict[str, Any]:
+        def fit(name: str, param: Tensor, group: Any, entries: Any, layout: Any) -> dict[str, Any]:
+            differences.update(saved_state.differences(group, entries))
             own, saved = group["layout"], _saved_layout(layout)
             if own is not None and saved is not None and own.differs_in_order(saved):
                 rearranged.add(f"from ({saved}) to ({own})")
-                entries = self._rearrange(param, entries, saved, own)
-            return self._fit(param, group, entries)
+                entries = self._rearrange(param, group, entries, saved)
+            return self._fit(name, param, group, entries)
 
         def match(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             matched.update(saved_state.match(optimizer.param_groups, state_dict, fit))
@@ -1035,6 +1096,7 @@ class MuonClip(Optimizer):
             warnings.warn(_REARRANGED.format("; ".join(sorted(rearranged))), stacklevel=2)
         if converted:
             warnings.warn(_CONVERTED.format("; ".join(sorted(converted))), stacklevel=2)
+        _warn_of_differences(differences)
 
     def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> str:
         """Convert the options of a saved group to those of this optimizer's group, and check them.
@@ -1045,7 +1107,7 @@ class MuonClip(Optimizer):
             How the momentum is converted to or from int8; empty if it is not.
         """
         saved |= {name: group[name] for name in group.keys() - saved.keys() - _NOT_OPTIONS}
-        saved["layout"] = group["layout"]
+        saved |= {"layout": group["layout"], "variant": group["variant"]}
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved[option], str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
@@ -1071,6 +1133,9 @@ class MuonClip(Optimizer):
             if name == "step":
                 device = self._state_device(name, local_tensor(param))
                 state[name] = value.to(device, copy=True)
+            elif name in neuron_state():
+                device = self._state_device(name, local_tensor(param))
+                state[name] = value.to(device, neuron_dtype(param.dtype), copy=True)
             elif name == "momentum_buffer" and dtype == torch.int8:
                 state[name] = self._as_int8(param, group, value.to(param.device))
             elif name != "master":
@@ -1120,58 +1185,70 @@ class MuonClip(Optimizer):
             self._connect()
 
     def _fit(
-        self, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any]
+        self, name: str, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Saved entries of a parameter's state, as this optimizer stores them.
+        """Saved entries of a parameter's state, checked, and as this optimizer stores them.
 
         A collective call of the ranks that share the parameter, if it was saved in parts.
         """
-        return {
-            name: self._fit_tensor(param, dict(group), value)
-            if isinstance(value, Tensor) and name != "step"
+        unused = neuron_state() - {*(variant_of(group).state if _is_muon(group) else ())}
+        fitting = {
+            key: self._fit_tensor(param, dict(group), key, value)
+            if isinstance(value, Tensor) and key != "step"
             else value
-            for name, value in entries.items()
+            for key, value in entries.items()
+            if key not in unused
         }
+        dims = self._input_dims(param, group) if _is_muon(group) else ()
+        return saved_state.check_entries(fitting, name, param, group["algorithm"], dims)
 
     def _rearrange(
-        self, param: Tensor, entries: Mapping[str, Any], saved: MatrixLayout, own: MatrixLayout
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        entries: Mapping[str, Any],
+        saved: MatrixLayout,
     ) -> dict[str, Any]:
-        """Saved entries of a parameter's state, with the rows in the order of another layout.
+        """Saved entries of a parameter's state, with the rows in the order of the group's layout.
 
         A collective call of the ranks that share the parameter, if it was saved in parts.
         """
-        shape = self._whole_shape(param)
+        own: MatrixLayout = group["layout"]
 
-        def arrange(value: Tensor) -> Tensor:
-            whole = self._whole(param, value)
+        def arrange(name: str, value: Tensor) -> Tensor:
+            dims = self._reduced_dims(param, group, name)
+            shape = reduced_shape(self._whole_shape(param), dims)
+            whole = self._whole(param, value, dims)
             if tuple(whole.shape) != shape:  # an error that is raised later
                 return value
-            whole = own.join(saved.split(whole), shape)
-            return _distributed_as(param, whole) if is_dtensor(value) else whole
+            source, target = (saved.of_neurons, own.of_neurons) if dims else (saved, own)
+            whole = target.join(source.split(whole), shape)
+            return place_like(param, whole, dims) if is_dtensor(value) else whole
 
         return {
-            name: arrange(value) if isinstance(value, Tensor) and name != "step" else value
+            name: arrange(name, value) if isinstance(value, Tensor) and name != "step" else value
             for name, value in entries.items()
         }
 
-    def _fit_tensor(self, param: Tensor, group: dict[str, Any], value: Tensor) -> Tensor:
-        layout, shape = self._layout_of(param), self._whole_shape(param)
+    def _fit_tensor(self, param: Tensor, group: dict[str, Any], name: str, value: Tensor) -> Tensor:
+        dims = self._reduced_dims(param, group, name)
+        layout, shape = self._layout_of(param, dims), self._whole_shape(param)
         if isinstance(value, ShardedState):
             if value.state_layout is layout:
                 return value
             value = value.full_tensor()
             if layout is None and is_dtensor(param):
-                return _distributed_as(param, value)
+                return place_like(param, value, dims)
         elif layout is not None and is_dtensor(value):
             value = value.full_tensor()
-        is_whole = tuple(value.shape) == shape
+        is_whole = tuple(value.shape) == reduced_shape(shape, dims)
         if layout is not None and is_whole:
             return layout.select(value)
-        if layout is not None and value.shape == param.shape:  # this rank's shard
-            assert self._owners is not None
-            return self._owners.collect(self._shared_param(param, group), value)
+        if layout is not None and tuple(value.shape) == reduced_shape(param.shape, dims):
+            assert self._owners is not None  # this rank's shard
+            return self._owners.collect(self._shared_param(param, group), value, dims)
         if is_whole and param in self.shardings:
-            return value[self.shardings[param].local.slices]
+            return value[self.shardings[param].local.reduced(dims).slices]
         return value
 
     @torch.no_grad()
@@ -1189,11 +1266,15 @@ class MuonClip(Optimizer):
             The state dict, for the parameters that the rank has; empty on other ranks.
         """
         saved = self.state_dict()
-        params = [p for group in self.param_groups for p in group["params"]]
+        members = [(p, group) for group in self.param_groups for p in group["params"]]
         is_needed = rank is None or not self._groups or torch.distributed.get_rank() == rank
         state: dict[Any, dict[str, Any]] = {}
         for key, entries in saved["state"].items():
-            whole = {name: self._whole(params[key], value) for name, value in entries.items()}
+            param, group = members[key]
+            whole = {
+                name: self._whole(param, value, self._reduced_dims(param, group, name))
+                for name, value in entries.items()
+            }
             if is_needed:
                 state[key] = {
                     name: value.to("cpu", copy=value is entries[name])
@@ -1201,14 +1282,20 @@ class MuonClip(Optimizer):
                 }
         return {**saved, "state": state} if is_needed else {}
 
-    def _whole(self, param: Tensor, value: Tensor) -> Tensor:
-        """A whole tensor of state. A collective call of the ranks that share the parameter."""
+    def _whole(self, param: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """A whole tensor of state. A collective call of the ranks that share the parameter.
+
+        Args:
+            param: its parameter.
+            value: as this rank stores it, or whole.
+            dims: dimensions along which it has one element, in place of the parameter's.
+        """
         if isinstance(value, ShardedState) or is_dtensor(value):
             return value.full_tensor()
         sharding = self.shardings.get(param)
-        if sharding is None or value.shape != param.shape:  # whole already, or a step
-            return value
-        return sharding.gather_whole(value)
+        if sharding is None or tuple(value.shape) != reduced_shape(param.shape, dims):
+            return value  # whole already, or a step
+        return sharding.reduced(dims).gather_whole(value)
 
     def named_state(
         self, named_parameters: Iterable[tuple[str, Tensor]]
@@ -1223,10 +1310,11 @@ class MuonClip(Optimizer):
             named_parameters: (name, parameter) pairs, e.g. ``model.named_parameters()``.
 
         Returns:
-            Name -> entries: ``momentum_buffer`` (Muon), or ``step``, ``exp_avg`` and ``exp_avg_sq``
-            (AdamW); and ``master``, if the parameter has a master copy. Empty for a parameter
-            without state. With ``shard_state``, tensors of a parameter of which several ranks have
-            copies are ``ShardedState``: ``pieces()`` yields what this rank stores.
+            Name -> entries: ``momentum_buffer`` (Muon; NorMuon also has ``neuron_square``), or
+            ``step``, ``exp_avg`` and ``exp_avg_sq`` (AdamW); and ``master``, if the parameter has a
+            master copy. Empty for a parameter without state. With ``shard_state``, tensors of a
+            parameter of which several ranks have copies are ``ShardedState``: ``pieces()`` yields
+            what this rank stores.
         """
         self._warn_of_pending()
         return {
@@ -1242,7 +1330,8 @@ class MuonClip(Optimizer):
         """Replace the state of each named parameter by the given tensors, without copying them.
 
         A parameter without entries is left without state, as before its first gradient. ``master``
-        alone attaches a master copy; the other state of the parameter will start at zero.
+        alone attaches a master copy; the other state of the parameter will start at zero. So will
+        state of a variant that is missing, and that of other variants is left out, with a warning.
 
         Args:
             state: name -> entries, as returned by ``named_state``.
@@ -1258,12 +1347,7 @@ class MuonClip(Optimizer):
         if unknown := {name for name in state if params.get(name) not in groups}:
             raise ValueError(f"the optimizer has no parameter {min(unknown)!r}")
         checked = {
-            name: saved_state.check_entries(
-                self._fit(params[name], groups[params[name]], entries),
-                f"parameter {name!r}",
-                params[name],
-                groups[params[name]]["algorithm"],
-            )
+            name: self._fit(f"parameter {name!r}", params[name], groups[params[name]], entries)
             for name, entries in state.items()
             if entries
         }
@@ -1277,6 +1361,13 @@ class MuonClip(Optimizer):
             self.state[params[name]] = entries
             set_master(params[name], entries, entries.get("master"))
         self._forget_plan()
+        _warn_of_differences(
+            {
+                difference
+                for name, entries in state.items()
+                for difference in saved_state.differences(groups[params[name]], entries)
+            }
+        )
 
     def _forget_plan(self) -> None:
         """Let all ranks read the flags of the next step, which may collect missing master copies.
@@ -1310,6 +1401,15 @@ class MuonClip(Optimizer):
             set_master(param, entries, entries.get("master"))
 
 
+def _warn_of_differences(differences: set[str]) -> None:
+    if differences:
+        warnings.warn(f"the loaded state {'; it '.join(sorted(differences))}", stacklevel=3)
+
+
+def _is_muon(group: Mapping[str, Any]) -> bool:
+    return bool(group["algorithm"] == "muon")
+
+
 def _copy_option(value: Any) -> Any:
     """A copy of an option that may be changed in place; others as they are."""
     if isinstance(value, Tensor):
@@ -1321,20 +1421,6 @@ def _copy_option(value: Any) -> Any:
 def _saved_layout(value: Any) -> MatrixLayout | None:
     """The layout of a saved group, which is stored as a string."""
     return MatrixLayout.parse(value) if isinstance(value, str) else value
-
-
-def _distributed_as(param: Tensor, whole: Tensor) -> Tensor:
-    """A DTensor of a whole tensor, with the placements of another."""
-    from torch.distributed.tensor import DTensor
-
-    assert is_dtensor(param)
-    return DTensor.from_local(
-        whole[local_shard(param).slices],
-        param.device_mesh,
-        param.placements,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
 
 
 def _is_capturing() -> bool:

@@ -24,6 +24,11 @@ def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     return torch.float32 if wide else param.dtype
 
 
+def neuron_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state with a number for each neuron, of a parameter of the given dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def needs_master(group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether the optimizer updates a float32 master copy in place of the parameter."""
     return bool(group["master_weights"]) and param.dtype in _LOW_PRECISION

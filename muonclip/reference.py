@@ -67,6 +67,26 @@ def muon_step(
     return weight - lr * (scaled + weight_decay * weight), buffer
 
 
+def normuon_step(update: Tensor, average: Tensor, *, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
+    """NorMuon's second moment and normalization (arXiv 2510.05491, algorithm 1, lines 7 to 9).
+
+    Args:
+        update: [n, m], orthogonalized.
+        average: [n], of the mean squares of its rows; initially zero.
+        beta2: its decay rate.
+
+    Returns:
+        The update with rows divided by the root of the average, of the Frobenius norm that it had,
+        and the new average; float64.
+    """
+    update, average = update.double(), average.double()
+    average = beta2 * average + (1 - beta2) * update.square().mean(dim=1)
+    normalized = update / (average.sqrt() + 1e-8).unsqueeze(1)
+    if normalized.any():
+        normalized = normalized * (update.norm() / normalized.norm())
+    return normalized, average
+
+
 def clip_factor(products: Tensor, bias: Tensor, threshold: float) -> float:
     """The largest factor on a head's scaled products that brings its logits to the threshold.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from numbers import Real
 from typing import Any, NamedTuple
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from muonclip.distributed.sharded_state import ShardedState
+from muonclip.distributed.sharding import is_dtensor, placements_like, reduced_shape
 from muonclip.labels import WRAPPERS, label
+from muonclip.variants import neuron_state, variant_of
 
 _KEYS: dict[str, set[str]] = {
     "muon": {"momentum_buffer"},
@@ -33,7 +35,7 @@ class _Saved(NamedTuple):
 def match(
     groups: Sequence[Mapping[str, Any]],
     state_dict: Mapping[str, Any],
-    fit: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any], Any], Mapping[str, Any]],
+    fit: Callable[[str, Tensor, Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]],
 ) -> dict[str, Any]:
     """A saved state dict, rearranged to the parameters of an optimizer's groups.
 
@@ -43,8 +45,9 @@ def match(
     Args:
         groups: the optimizer's ``param_groups``.
         state_dict: as returned by ``MuonClip.state_dict``, or by a pre-hook. Not changed.
-        fit: returns the saved entries of a parameter, placed as the optimizer stores them, given
-            the parameter, its group, the entries, and the layout of the saved group.
+        fit: returns the saved entries of a parameter, checked and placed as the optimizer stores
+            them, given the parameter's label, the parameter, its group, the entries, and the layout
+            of the saved group.
 
     Returns:
         A state dict with one entry for each parameter, in the optimizer's order; steps are tensors.
@@ -67,9 +70,7 @@ def match(
         saved.pop("param_names", None)  # the optimizer keeps its own
         for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(key):
-                name = label(group, index)
-                entries = fit(param, group, state[key], layouts[key])
-                state[key] = check_entries(entries, name, param, group["algorithm"])
+                state[key] = fit(label(group, index), param, group, state[key], layouts[key])
     return {**state_dict, "state": state, "param_groups": matched}
 
 
@@ -170,19 +171,39 @@ def _check_algorithm(name: str, group: Mapping[str, Any], saved: Mapping[str, An
         )
 
 
+def differences(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    """Differences between the state of a variant that a group needs and the saved one."""
+    if group["algorithm"] != "muon" or "momentum_buffer" not in saved:
+        return
+    needed, variant = variant_of(group).state, group["variant"]
+    for name in sorted(neuron_state()):
+        if name in needed and name not in saved:
+            yield f"has no {name}, which variant={variant!r} needs, and which starts at zero"
+        elif name in saved and name not in needed:
+            yield f"has {name}, which variant={variant!r} does not use, and which was left out"
+
+
 def check_entries(
     saved: Mapping[str, Any],
     name: str,
     param: Tensor,
     algorithm: str,
+    input_dims: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The saved state of one parameter, with its step as a tensor.
 
+    Args:
+        saved: its entries.
+        name: of the parameter, for errors.
+        param, algorithm: the parameter and the algorithm of its group.
+        input_dims: dimensions along which state of neurons has one element.
+
     Raises:
         ValueError: unless it has the entries of the algorithm, in the shape and the placement of
-            the parameter. A master copy may come alone, or be missing.
+            the parameter. A master copy may come alone, or be missing; so may state of neurons.
     """
-    if not saved.keys() <= {"master"} and saved.keys() - {"master"} != _KEYS[algorithm]:
+    keys = saved.keys() - {"master"} - neuron_state()
+    if not saved.keys() <= {"master"} and keys != _KEYS[algorithm]:
         raise ValueError(
             f"{name}: the saved state has {sorted(saved)}, {algorithm} needs "
             f"{sorted(_KEYS[algorithm])}"
@@ -198,29 +219,35 @@ def check_entries(
                 f"{name}: its saved {key} has dtype {value.dtype}, not values: save the state with "
                 "state_dict(), full_state_dict() or named_state(), which decode it"
             )
-        elif isinstance(value, ShardedState):  # has the parameter's layout
-            continue
-        elif value.shape != param.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(param.shape)}, "
-                f"but its saved {key} has {tuple(value.shape)}"
-            )
-        elif _placement(value) != _placement(param):
-            raise ValueError(
-                f"{name} is {_placement(param)}, but its saved {key} is {_placement(value)}: save "
-                "and load with torch.distributed.checkpoint.state_dict (get_optimizer_state_dict, "
-                "set_optimizer_state_dict), which shard a state as the parameters are"
-            )
+        elif not isinstance(value, ShardedState):  # which has the parameter's layout
+            dims = input_dims if key in neuron_state() else ()
+            _check_tensor(value, f"saved {key}", name, param, dims)
     return state
 
 
-def _placement(tensor: Tensor) -> str:
-    """Description of a tensor's placement on ranks."""
-    mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
+def _check_tensor(value: Tensor, kind: str, name: str, param: Tensor, dims: Sequence[int]) -> None:
+    """Raise unless saved state has a parameter's shape and placement, but one element along
+    ``dims``."""
+    shape, placement = reduced_shape(param.shape, dims), _placement(param, dims)
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)}, but its {kind} has {tuple(value.shape)}"
+            + (f", not {shape}" if dims else "")
+        )
+    if _placement(value) != placement:
+        raise ValueError(
+            f"{name} is {_placement(param)}, but its {kind} is {_placement(value)}: save "
+            "and load with torch.distributed.checkpoint.state_dict (get_optimizer_state_dict, "
+            "set_optimizer_state_dict), which shard a state as the parameters are"
+        )
+
+
+def _placement(tensor: Tensor, dims: Sequence[int] = ()) -> str:
+    """Description of a tensor's placement on ranks; with ``dims``, see ``placements_like``."""
+    if not is_dtensor(tensor):
         return "a plain tensor"
-    placements = getattr(tensor, "placements", None)
-    return f"a DTensor with placements {placements} on a mesh of {tuple(mesh.shape)}"
+    mesh = tuple(tensor.device_mesh.shape)
+    return f"a DTensor with placements {placements_like(tensor, dims)} on a mesh of {mesh}"
 
 
 def _step(value: Any, name: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
+AdamWDecayMode = Literal["decoupled", "cautious"]
 # A number, or a 0-d tensor on the parameters' device, which never waits for the host.
 Scalar = float | Tensor
 

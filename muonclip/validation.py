@@ -14,7 +14,8 @@ from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.offload import Devices
 from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
 from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
-from muonclip.update import WeightDecayMode
+from muonclip.update import AdamWDecayMode, WeightDecayMode
+from muonclip.variants import VARIANTS, Options, variant_of
 
 # Options of the constructor that groups do not keep, and the options of AdamW's groups they set.
 RESOLVED = {
@@ -25,6 +26,8 @@ RESOLVED = {
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "adjust_lr": get_args(AdjustLR),
     "weight_decay_mode": get_args(WeightDecayMode),
+    "variant": tuple(VARIANTS),
+    "adamw_weight_decay_mode": get_args(AdamWDecayMode),
     "nonfinite": ("raise", "skip", "ignore"),
     "master_weights": (False, True, "remainder"),
     "ns_dtype": (None, *NS_DTYPES),
@@ -70,6 +73,7 @@ def check_options(values: Mapping[str, Any]) -> None:
     for option, value in (
         ("momentum", values["momentum"]),
         ("momentum_warmup_start", values["momentum_warmup_start"]),
+        ("normuon_beta2", values["normuon_beta2"]),
         ("adamw_betas[0]", betas[0]),
         ("adamw_betas[1]", betas[1]),
     ):
@@ -145,6 +149,44 @@ def check_remainders(entries: Sequence[Entry], is_sharded: bool) -> None:
                 "float16, with fewer bits for the exponent than float32: use master_weights=True, "
                 "or convert the model to bfloat16"
             )
+
+
+def check_variants(defaults: Options, groups: Sequence[Options], initial: Options) -> None:
+    """Raise for an option of the constructor that no group's variant reads.
+
+    Args:
+        defaults: the constructor's options.
+        groups: the optimizer's groups.
+        initial: values of options that were not given.
+    """
+    _check_is_read(defaults, [defaults, *groups], initial)
+
+
+def check_group_variant(given: Options, group: Options, defaults: Options) -> None:
+    """Raise for a variant of AdamW, or for an option that the group's variant does not read.
+
+    Args:
+        given: the options that were given for the group.
+        group: all its options.
+        defaults: the constructor's options.
+    """
+    if group.get("algorithm") == "adamw" and given.get("variant", "muon") != "muon":
+        raise ValueError(
+            f"variant={given['variant']!r} has no effect on a group whose algorithm is 'adamw': it "
+            "is of Muon's updates. Leave it out"
+        )
+    _check_is_read(given, [group], defaults)
+
+
+def _check_is_read(given: Options, groups: Sequence[Options], initial: Options) -> None:
+    read = {option for group in groups for option in variant_of(group).options}
+    for name, variant in VARIANTS.items():
+        for option in variant.options:
+            if option in given and given[option] != initial[option] and option not in read:
+                raise ValueError(
+                    f"{option}={given[option]!r} has no effect without variant={name!r}: set that, "
+                    f"or leave {option} out"
+                )
 
 
 def _number(option: str, value: Any) -> None:
@@ -264,17 +306,32 @@ def split_by_algorithm(members: list[Entry], algorithm: Any) -> dict[Algorithm, 
     return by_algorithm
 
 
-def check_matrix(entry: Entry, shape: tuple[int, ...], layout: MatrixLayout | None) -> None:
-    """Raise unless a parameter is one or more matrices; ``shape`` is that of the whole one."""
+def check_matrix(entry: Entry, shape: tuple[int, ...], options: Options) -> None:
+    """Raise unless a parameter is one or more matrices that the group's variant supports.
+
+    Args:
+        entry: the parameter.
+        shape: of the whole parameter.
+        options: of its group.
+    """
+    layout = options["layout"] or WHOLE
     if math.prod(shape) == 0:
         raise ValueError(f"{entry.label} has no elements: leave it out")
     try:
-        (layout or WHOLE).check(shape)
+        layout.check(shape)
     except ValueError as error:
         raise ValueError(
             f"{entry.label} cannot go to Muon as it is: {error}. Give it algorithm='adamw', or "
             "the layout of its matrices"
         ) from None
+    if variant_of(options).state:
+        try:
+            layout.input_dims(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{entry.label} cannot have variant={options['variant']!r}: {error}. Give its "
+                "group variant='muon'"
+            ) from None
 
 
 def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -307,7 +364,7 @@ def check_changed_parameter(
             "optimizer was constructed: wrap, shard and resize the model before"
         )
     if before is None and group["algorithm"] == "muon":
-        check_matrix(Entry(None, param, text), shape, group["layout"])
+        check_matrix(Entry(None, param, text), shape, group)
 
 
 def check_gradients(group: Mapping[str, Any], capturing: bool) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,14 @@ from muonclip.distributed.groups import (
     order_of,
     values_of_ranks,
 )
-from muonclip.distributed.plan import Bucket, WorkUnit, assign_owners, make_buckets, make_units
+from muonclip.distributed.plan import (
+    Bucket,
+    WorkUnit,
+    assign_owners,
+    make_buckets,
+    make_units,
+    of_neurons,
+)
 from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
 from muonclip.labels import label_of
@@ -41,7 +48,7 @@ from muonclip.muon import (
     update_momenta,
     weights_on_device,
 )
-from muonclip.precision import refresh_master
+from muonclip.precision import neuron_dtype, refresh_master
 
 # About this many elements of whole parameters per rank are in a bucket.
 BUCKET_ELEMENTS = 2**24
@@ -136,6 +143,10 @@ class DistributedMuon:
             unit_owners = given[kind] if kind in given else balance.assign(units[kind], group)
             shards = {index: found[index].local for index in by_kind[kind]}
             for bucket in make_buckets(units[kind], unit_owners, BUCKET_ELEMENTS * size):
+                if kind.state and not kind.is_sharded:
+                    of_params = {index: (found[index], listed[index]) for index in by_kind[kind]}
+                    self._work.append(_VariantWork(bucket, group, kind, of_params))
+                    continue
                 work = _OwnersWork if kind.is_sharded else _Work
                 self._work.append(work(bucket, group, kind, shards))
 
@@ -144,8 +155,8 @@ class DistributedMuon:
         if self._work:
             self._work[0].send(params, found_inf)
         step_local([params[index] for index in self._local], found_inf)
-        for work, results in arrivals(self._results(params, found_inf)):
-            work.apply(results, params, found_inf)
+        for apply, results in arrivals(self._results(params, found_inf)):
+            apply(results, params, found_inf)
 
     def attend(self) -> None:
         """Exchange zeros in place of a step that all ranks skip, and change nothing.
@@ -157,17 +168,17 @@ class DistributedMuon:
 
     def _results(
         self, params: Sequence[MuonParam], found_inf: Tensor | None
-    ) -> Iterator[tuple[_Work, ResultExchange]]:
+    ) -> Iterator[tuple[_Apply, ResultExchange]]:
         """Orthogonalize the units, and send results and the shards of the next units."""
         for number, work in enumerate(self._work):
             if number + 1 < len(self._work):
                 self._work[number + 1].send(params, found_inf)
             results = work.orthogonalize(params, found_inf)
-            for exchange in work.results:
+            for apply, exchange in work.returns:
                 exchange.send({unit: results.pop(unit) for unit in exchange.owned})
-                yield work, exchange
+                yield apply, exchange
 
-    def _zeros(self) -> Iterator[tuple[_Work, ResultExchange]]:
+    def _zeros(self) -> Iterator[tuple[_Apply, ResultExchange]]:
         """Send zeros, in the order of ``step``."""
         if self._work:
             self._work[0].send_zeros()
@@ -175,9 +186,9 @@ class DistributedMuon:
             if number + 1 < len(self._work):
                 self._work[number + 1].send_zeros()
             work.discard()
-            for exchange in work.results:
+            for apply, exchange in work.returns:
                 exchange.send_zeros()
-                yield work, exchange
+                yield apply, exchange
 
 
 class Balance:
@@ -203,6 +214,10 @@ class Balance:
         self._load += sum(unit.cost for unit, owner in pairs if owner == rank)
 
 
+# Applies the results of an exchange to parameters.
+_Apply: TypeAlias = Callable[[ResultExchange, Sequence[MuonParam], Tensor | None], None]
+
+
 class _Kind(NamedTuple):
     """Parameters that may travel together."""
 
@@ -215,6 +230,8 @@ class _Kind(NamedTuple):
     ns_dtype: torch.dtype
     weight_dtype: torch.dtype
     device: torch.device
+    state: tuple[str, ...]  # of the variant
+    state_dtype: torch.dtype
 
     @classmethod
     def of(cls, param: MuonParam, group: int) -> _Kind:
@@ -231,6 +248,8 @@ class _Kind(NamedTuple):
             param.ns_dtype,
             param.local.dtype if param.is_sharded else param.update_dtype,
             param.device,
+            tuple(param.neurons),
+            neuron_dtype(param.local.dtype),
         )
 
 
@@ -243,7 +262,7 @@ class _Work:
         shards: this rank's shard of each parameter, by its index in the step.
 
     Attributes:
-        results: the exchanges by which results return.
+        returns: the exchanges by which results return, and what applies them.
     """
 
     def __init__(
@@ -256,7 +275,8 @@ class _Work:
         self._kind, self._shards = kind, shards
         self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device)
         self._exchanges = [self._exchange]
-        self.results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
+        results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
+        self.returns: list[tuple[_Apply, ResultExchange]] = [(self.apply, r) for r in results]
 
     def send_zeros(self) -> None:
         """Start sending zeros in place of this rank's shards."""
@@ -286,9 +306,14 @@ class _Work:
         self, params: Sequence[MuonParam], found_inf: Tensor | None
     ) -> dict[WorkUnit, Tensor]:
         """Orthogonalize the units that this rank owns, and return what their holders need."""
-        updates = self._exchange.receive()
-        owned = [params[unit.index] for unit in self._exchange.owned]
-        return dict(zip(self._exchange.owned, orthogonalize_updates(owned, updates), strict=True))
+        return self._orthogonalize([params[u.index] for u in self._exchange.owned], found_inf)
+
+    def _orthogonalize(
+        self, owned: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> dict[WorkUnit, Tensor]:
+        """Orthogonalize the units that this rank owns, given the parameter of each."""
+        updates = orthogonalize_updates(owned, self._exchange.receive(), found_inf)
+        return dict(zip(self._exchange.owned, updates, strict=True))
 
     def apply(
         self, results: ResultExchange, params: Sequence[MuonParam], found_inf: Tensor | None
@@ -309,6 +334,79 @@ class _Work:
         shard = unit.shard_of(self._exchange.rank)
         start = unit.first + shard.offsets[0] - self._shards[unit.index].offsets[0]
         return param.narrow(start, shard.sizes[0], unit.first)
+
+
+class _VariantWork(_Work):
+    """The units of one bucket, and the state of their variant, which travels to owners and back.
+
+    Args:
+        bucket, group, kind: as for ``_Work``.
+        params: the sharding of each parameter, and the parameter, by its index in the step.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        group: dist.ProcessGroup,
+        kind: _Kind,
+        params: Mapping[int, tuple[Sharding, SharedParam]],
+    ) -> None:
+        super().__init__(bucket, group, kind, {i: s.local for i, (s, _) in params.items()})
+        dims = {i: param.layout.input_dims(param.shape) for i, (_, param) in params.items()}
+        self._first = {i: s.reduced(dims[i]).local.offsets[0] for i, (s, _) in params.items()}
+        self._states: dict[str, BucketExchange] = {}
+        for name in kind.state:
+            of_state = [
+                (of_neurons(unit, params[unit.index][0], dims[unit.index]), owner)
+                for unit, owner in bucket
+            ]
+            exchange = BucketExchange(of_state, group, kind.state_dtype, kind.device)
+            results = result_exchanges(of_state, group, kind.state_dtype, kind.device)
+            self._states[name] = exchange
+            self.returns += [(partial(self._store, name), result) for result in results]
+        self._exchanges += self._states.values()
+
+    def send(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        super().send(params, found_inf)
+        for name, exchange in self._states.items():
+            exchange.send(partial(self._shards_of_state, name, params))
+
+    def orthogonalize(
+        self, params: Sequence[MuonParam], found_inf: Tensor | None
+    ) -> dict[WorkUnit, Tensor]:
+        received = {name: exchange.receive() for name, exchange in self._states.items()}
+        owned = [
+            params[unit.index]._replace(neurons={name: s[i] for name, s in received.items()})
+            for i, unit in enumerate(self._exchange.owned)
+        ]
+        results = self._orthogonalize(owned, found_inf)
+        for name, exchange in self._states.items():
+            results |= zip(exchange.owned, received[name], strict=True)
+        return results
+
+    def _store(
+        self,
+        name: str,
+        results: ResultExchange,
+        params: Sequence[MuonParam],
+        found_inf: Tensor | None,
+    ) -> None:
+        """Write new state into this rank's shards of it."""
+        received = results.receive()
+        shards = self._shards_of_state(name, params, [unit for unit, _ in received])
+        for shard, (_, values) in zip(shards, received, strict=True):
+            # In a step that is skipped, an owner that could not take it has sent zeros.
+            shard.copy_(values if found_inf is None else values.where(found_inf == 0, shard))
+
+    def _shards_of_state(
+        self, name: str, params: Sequence[MuonParam], units: Sequence[WorkUnit]
+    ) -> list[Tensor]:
+        shards = []
+        for unit in units:
+            shard = unit.shard_of(self._exchange.rank)
+            start = unit.first + shard.offsets[0] - self._first[unit.index]
+            shards.append(params[unit.index].neurons[name].narrow(0, start, shard.sizes[0]))
+        return shards
 
 
 class _OwnersWork(_Work):
@@ -346,7 +444,8 @@ class _OwnersWork(_Work):
             _owned(unit, params[unit.index], gradient, weight)
             for unit, gradient, weight in zip(self._exchange.owned, gradients, weights, strict=True)
         ]
-        results = orthogonalize_updates(owned, pre_orthogonalize(owned, found_inf))
+        updates = pre_orthogonalize(owned, found_inf)
+        results = orthogonalize_updates(owned, updates, found_inf)
         if self._kind.has_master:
             apply_updates(owned, results, found_inf)
             results = [param.local for param in owned]
@@ -387,6 +486,9 @@ def _owned(unit: WorkUnit, param: MuonParam, gradient: Tensor, weight: Tensor) -
     param = param._replace(momentum_buffer=unit_part(param.momentum_buffer, unit))
     if param.momentum_scale is not None:
         param = param._replace(momentum_scale=unit_part(param.momentum_scale, unit))
+    param = param._replace(
+        neurons={name: unit_part(value, unit) for name, value in param.neurons.items()}
+    )
     if param.master is None:
         return param._replace(local=gradient, to_update=gradient, gradient=gradient)
     master = unit_part(param.master, unit)

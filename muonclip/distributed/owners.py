@@ -34,7 +34,13 @@ from muonclip.distributed.sharded_state import (
     flat_range,
     write_flat,
 )
-from muonclip.distributed.sharding import Sharding, TensorShard, is_dtensor, local_tensor
+from muonclip.distributed.sharding import (
+    Sharding,
+    TensorShard,
+    is_dtensor,
+    local_tensor,
+    reduced_shape,
+)
 from muonclip.precision import get_master, refresh_master
 
 # At most this many elements of AdamW's parameters are gathered at once.
@@ -94,6 +100,7 @@ class StateOwners:
             self._cut_flat(replicated)
             self._shared |= {param.param: param for param, _ in replicated.values()}
             for i in indices:
+                self._sharding_of[new[i].param] = found[i]
                 is_shard = i not in replicated and len(found[i].shards) > 1
                 if is_shard and not is_dtensor(new[i].param):
                     boxes = tuple((box,) for box in (found[i].local,) if box.numel)
@@ -105,17 +112,27 @@ class StateOwners:
         """The parts of a parameter's state that this rank has; None if it is not sharded here."""
         return self._layouts.get(param)
 
-    def whole_shard(self, param: Tensor, value: Tensor) -> Tensor:
+    def whole_shard(self, param: Tensor, value: Tensor, dims: tuple[int, ...] = ()) -> Tensor:
         """A tensor of state as ``torch.distributed.checkpoint`` must save it.
 
         Where each rank has another shard of a plain tensor, it would take the shards for copies.
 
+        Args:
+            param: its parameter.
+            value: has one element along ``dims``, in place of the parameter's.
+            dims: dimensions of the parameter.
+
         Returns:
             A ``ShardedState`` of the memory of ``value``; for other parameters, ``value``.
         """
-        if param not in self._shards or value.shape != param.shape:  # or a step
+        if param not in self._shards or value.shape != reduced_shape(
+            param.shape, dims
+        ):  # or a step
             return value
-        layout = self._shards[param]
+        layout = self._shards[param].reduced(dims)
+        sharding = self._sharding_of[param].reduced(dims)
+        if sharding.shards.index(sharding.local) != sharding.rank:  # the first of several copies
+            layout = StateLayout(layout.shape, layout.group, (), self)
         parts = [value.reshape(-1)] * len(layout.parts)
         return ShardedState(layout, parts, value.dtype, value.device)
 
@@ -127,7 +144,9 @@ class StateOwners:
         """The parts of a parameter of AdamW, as ranges of its flat local tensor."""
         return self._ranges[param]
 
-    def collect(self, param: SharedParam, local: Tensor) -> ShardedState:
+    def collect(
+        self, param: SharedParam, local: Tensor, dims: tuple[int, ...] = ()
+    ) -> ShardedState:
         """The parts of a tensor that this rank stores, given its local shard of the tensor.
 
         A collective call of the ranks that share the parameter.
@@ -135,8 +154,11 @@ class StateOwners:
         Args:
             param: a parameter whose state is sharded.
             local: placed as the parameter is; not changed.
+            dims: dimensions along which it has one element, in place of the parameter's.
         """
         layout, sharding = self._layouts[param.param], self._sharding_of[param.param]
+        if dims:  # small
+            return layout.reduced(dims).select(sharding.reduced(dims).gather_whole(local))
         if param.param not in self._owners:
             ranges = self.local_ranges(param.param)
             parts = [flat_range(local, start, stop).clone() for start, stop in ranges]

@@ -3,12 +3,12 @@
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple, TypeAlias
 
-from muonclip.distributed.sharding import Copies, TensorShard
+from muonclip.distributed.sharding import Copies, Sharding, TensorShard, reduced_shape
 
 # Units that are worked on together, and the owner of each.
 Bucket: TypeAlias = list[tuple["WorkUnit", int]]
@@ -82,6 +82,20 @@ def make_units(
         share = (last - first) / length
         units.append(WorkUnit(index, first, unit_shape, copies, unit_shards, cost * share))
     return units
+
+
+def of_neurons(unit: WorkUnit, sharding: Sharding, dims: tuple[int, ...]) -> WorkUnit:
+    """The unit of a tensor with a number for each neuron that goes with a unit of its parameter.
+
+    Args:
+        unit: of the parameter.
+        sharding: of the parameter.
+        dims: the dimensions along which the tensor has one element; see ``MatrixLayout``.
+    """
+    reduced = sharding.reduced(dims)
+    shape = reduced_shape(unit.shape, dims)
+    shards = tuple(_slices(shard, unit.first, unit.first + shape[0]) for shard in reduced.distinct)
+    return replace(unit, shape=shape, copies=reduced.copies, shards=shards)
 
 
 def _slices(shard: TensorShard, first: int, last: int) -> TensorShard | None:

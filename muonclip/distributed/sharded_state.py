@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Protocol
 
@@ -11,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.distributed.sharding import TensorShard, local_tensor, sum_of_parts
+from muonclip.distributed.sharding import (
+    TensorShard,
+    local_tensor,
+    reduced_shape,
+    sum_of_parts,
+)
 
 _ATEN = torch.ops.aten
 
@@ -69,6 +75,20 @@ class StateLayout:
             for boxes in self.parts
         )
         return replace(self, shape=(*self.shape[:kept], *ones), parts=parts)
+
+    def reduced(self, dims: tuple[int, ...]) -> StateLayout:
+        """The parts of state that has one element along these dimensions, in place of some."""
+        if not dims:
+            return self
+        if dims not in self._reduced:  # layouts are compared by identity
+            parts = tuple(tuple(box.reduced(dims) for box in boxes) for boxes in self.parts)
+            shape = reduced_shape(self.shape, dims)
+            self._reduced[dims] = StateLayout(shape, self.group, parts, self.owners)
+        return self._reduced[dims]
+
+    @cached_property
+    def _reduced(self) -> dict[tuple[int, ...], StateLayout]:
+        return {}
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> StateLayout:
         return self  # never changes, and process groups cannot be copied

@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # importing it takes a second, and a run without DTensors does not need it
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 
 class TensorShard(NamedTuple):
@@ -34,6 +35,13 @@ class TensorShard(NamedTuple):
     @property
     def numel(self) -> int:
         return prod(self.sizes)
+
+    def reduced(self, dims: Sequence[int]) -> TensorShard:
+        """The part of a tensor that has one element along these dimensions, in place of some."""
+        return TensorShard(
+            tuple(0 if dim in dims else offset for dim, offset in enumerate(self.offsets)),
+            reduced_shape(self.sizes, dims),
+        )
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -150,6 +158,22 @@ class Sharding:
         }
         return [made[column] for column in columns]
 
+    def reduced(self, dims: tuple[int, ...]) -> Sharding:
+        """The sharding of a tensor that has one element along these dimensions, in place of some.
+
+        Ranks whose shards differ along these dimensions only have copies of it.
+        """
+        if not dims:
+            return self
+        if dims not in self._reduced:  # one object for the many parameters that are cut like this
+            shards = tuple(shard.reduced(dims) for shard in self.shards)
+            self._reduced[dims] = Sharding(reduced_shape(self.shape, dims), self.group, shards)
+        return self._reduced[dims]
+
+    @cached_property
+    def _reduced(self) -> dict[tuple[int, ...], Sharding]:
+        return {}
+
     @cached_property
     def copies(self) -> Copies:
         """The ranks with equal shards."""
@@ -192,6 +216,11 @@ class Sharding:
         )
 
 
+def reduced_shape(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
+    """A shape with one element along these dimensions."""
+    return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
+
+
 _Kinds: TypeAlias = Sequence[tuple[tuple[int, ...], TensorShard]]  # shapes and shards
 
 
@@ -220,6 +249,38 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its storage; any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def placements_like(param: DTensor, dims: Sequence[int]) -> tuple[Placement, ...]:
+    """Placements of a tensor that is placed as a parameter is, but has one element along ``dims``.
+
+    Copies of it are on all ranks whose parts of the parameter differ along these dimensions only.
+    """
+    if not dims:
+        return tuple(param.placements)
+    from torch.distributed.tensor import Replicate
+
+    return tuple(Replicate() if getattr(p, "dim", -1) in dims else p for p in param.placements)
+
+
+def place_like(param: Tensor, whole: Tensor, dims: Sequence[int] = ()) -> Tensor:
+    """A whole tensor as a DTensor that is placed as a parameter is.
+
+    Args:
+        param: a DTensor.
+        whole: has the parameter's shape, but one element along ``dims``.
+        dims: see ``placements_like``.
+    """
+    from torch.distributed.tensor import DTensor
+
+    assert is_dtensor(param)
+    return DTensor.from_local(
+        whole[local_shard(param).reduced(dims).slices],
+        param.device_mesh,
+        placements_like(param, dims),
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.distributed import ShardedState
+from muonclip.variants import neuron_state
 from pretrain.build import Run
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
@@ -155,19 +156,21 @@ def tensors_of(
     for name, tensor in run.named_tensors.items():
         tensors[f"model.{name}"] = local_shard(run, name, tensor.detach())
         for key, value in state.get(name, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = _state_shard(run, name, value)
+            tensors[f"optimizer.{name}.{key}"] = _state_shard(run, name, key, value)
     return tensors
 
 
-def _state_shard(run: Run, name: str, value: Tensor) -> storage.LocalShard:
-    """A tensor of the state of the parameter ``name`` on this rank."""
+def _state_shard(run: Run, name: str, key: str, value: Tensor) -> storage.LocalShard:
+    """The entry ``key`` of the state of the parameter ``name`` on this rank."""
     weight = run.weights[name]
+    if key in neuron_state():
+        weight = weight.of_neurons
     if isinstance(value, ShardedState):
         parts = value.state_layout.group.size()
         return storage.LocalShard(weight.shape, list(_pieces(run, weight, value)), parts=parts)
-    if value.shape == run.named_tensors[name].shape:  # split like the parameter
-        return local_shard(run, name, value)
-    return _whole(run, name, value)  # a step count
+    if key == "step":
+        return _whole(run, name, value)
+    return _local_shard(run, weight, value)
 
 
 def _pieces(
@@ -204,7 +207,10 @@ def _whole(run: Run, name: str, value: Tensor) -> storage.LocalShard:
 
 def local_shard(run: Run, name: str, local: Tensor) -> storage.LocalShard:
     """This rank's tensor with its position in the whole one, split like the parameter ``name``."""
-    weight = run.weights[name]
+    return _local_shard(run, run.weights[name], local)
+
+
+def _local_shard(run: Run, weight: Weight, local: Tensor) -> storage.LocalShard:
     blocks = weight.blocks(run.config.parallel, run.context.tensor_rank)
     offsets = [block.offsets for block in blocks]
     views = local.chunk(len(blocks))
@@ -465,7 +471,9 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> _State:
         for name, entries in run.optimizer.named_state(run.parameters()).items()
         if "master" in entries and stored[sources[name]].dtype == torch.float32
     }
-    checkpoint.load({sources[n]: _state_shard(run, n, x["master"]) for n, x in masters.items()})
+    checkpoint.load(
+        {sources[n]: _state_shard(run, n, "master", x["master"]) for n, x in masters.items()}
+    )
     return masters
 
 

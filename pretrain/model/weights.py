@@ -78,6 +78,13 @@ class Weight(NamedTuple):
         ranks = self.shards(parallel) if self.split is not None and self.split.stacked > 1 else 1
         return MatrixLayout(tuple(rows // ranks for rows in self.matrices), self.repeats * ranks)
 
+    @property
+    def of_neurons(self) -> "Weight":
+        """A tensor with a number for each row of this weight, and split like its rows."""
+        is_by_columns = self.split is not None and self.split.dim == len(self.shape) - 1
+        split = None if is_by_columns else self.split
+        return self._replace(shape=(*self.shape[:-1], 1), split=split)
+
     def shards(self, parallel: ParallelConfig) -> int:
         """Return the number of tensor-parallel ranks among which it is split; 1 if it is not."""
         if self.split is None:

@@ -29,6 +29,8 @@ EVERY_OPTION: dict[str, Any] = {
     "weight_decay_mode": "cautious",
     "momentum_warmup_steps": 3,
     "maximize": True,
+    "variant": "normuon",
+    "normuon_beta2": 0.8,
 }
 
 
@@ -71,12 +73,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole weights, momenta, AdamW's steps and master copies after training (None: has none)."""
+    """Whole weights and state after training (None: has none).
+
+    Attributes:
+        weights, momenta, steps, masters: of each parameter; steps are those of AdamW.
+        neurons: NorMuon's averages.
+    """
 
     weights: list[Tensor]
     momenta: list[Tensor | None]
     steps: list[Tensor | None]
     masters: list[Tensor | None]
+    neurons: list[Tensor | None]
 
 
 Place: TypeAlias = Callable[[Spec, Tensor], Tensor]  # the part of a whole that this rank has
@@ -122,6 +130,7 @@ def outcome_of(params: Sequence[Any], optimizer: MuonClip) -> Outcome:
         [whole(s["momentum_buffer"]) if "momentum_buffer" in s else None for s in states],
         [s.get("step") for s in states],
         [whole(s["master"]) if "master" in s else None for s in states],
+        [whole(s["neuron_square"]) if "neuron_square" in s else None for s in states],
     )
 
 
@@ -171,7 +180,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:
-    """Weights to ``TOLERANCE``, momenta bit for bit: their sums have the same order."""
+    """Weights and NorMuon's averages to ``TOLERANCE``, momenta bit for bit: their sums have the
+    same order."""
     for index, spec in enumerate(case.specs):
         difference = (found.weights[index] - expected.weights[index]).abs().max()
         assert difference < TOLERANCE, f"{spec}, mesh {case.mesh}: weights differ by {difference}"
@@ -180,6 +190,11 @@ def assert_equal(found: Outcome, expected: Outcome, case: Case) -> None:
             assert (ours is None) == (theirs is None), spec
             if ours is not None:
                 assert torch.equal(ours, theirs), f"{spec}, mesh {case.mesh}: {what} differ"
+        ours, theirs = found.neurons[index], expected.neurons[index]
+        assert (ours is None) == (theirs is None), spec
+        if ours is not None and theirs is not None:
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() < TOLERANCE, f"{spec}, mesh {case.mesh}: averages"
 
 
 class Block(nn.Module):

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masters": {"master_weights": True},
     "int8": {"momentum_dtype": torch.int8},
     "remainders": {"master_weights": "remainder"},
-    "warm-up": {"momentum_warmup_steps": 5, "momentum_dtype": torch.float32},
+    "warm-up": {"momentum_warmup_steps": 5, "momentum_dtype": torch.float32, "variant": "normuon"},
 }
 
 

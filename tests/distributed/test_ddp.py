@@ -56,6 +56,20 @@ CASES = {
         (Spec((4, 6)), Spec((3, 6, 4)), Spec((5, 5))),
         options=EVERY_OPTION,
     ),
+    "NorMuon, fused": Case(
+        (
+            Spec((10, 6), MatrixLayout((4, 6))),
+            Spec((3, 10, 6), MatrixLayout((4, 6))),
+            Spec((12, 6), MatrixLayout((2, 1, 1), repeats=3)),
+            Spec((6, 12), MatrixLayout((4,), 3, separate=True, transposed=True)),
+            Spec((6, 3, 4), MatrixLayout(view=(6, 12), transposed=True)),
+            Spec((8, 3, 2, 2), MatrixLayout(flatten=True), "muon"),
+            Spec((5, 7)),
+        ),
+        options={"variant": "normuon"},
+        without_gradient=frozenset({(0, 0), (1, 0), (1, 1), (2, 2)}),
+        steps=range(4),
+    ),
     "decay in the gradient": Case(
         (Spec((4, 6)), Spec((5,))), options={"weight_decay_mode": "l2", "weight_decay": 0.5}
     ),
@@ -91,9 +105,9 @@ def shapes_orthogonalized(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]
     taken: list[tuple[int, ...]] = []
     original = muon.orthogonalize_updates
 
-    def count(items: Any, updates: Any) -> list[Tensor]:
+    def count(items: Any, updates: Any, found_inf: Any) -> list[Tensor]:
         taken.extend(tuple(update.shape) for update in updates)
-        return original(items, updates)
+        return original(items, updates, found_inf)
 
     muon.orthogonalize_updates = count
     params = [nn.Parameter(random(shape, i)) for i, shape in enumerate(shapes)]

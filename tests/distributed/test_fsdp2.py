@@ -126,7 +126,18 @@ def cases_for(world_size: int) -> dict[str, Case]:
             ),
             (2, 2),
         )
-    return cases
+    normuon = {
+        f"NorMuon, {name}": replace(case, options={**case.options, "variant": "normuon"})
+        for name, case in cases.items()
+        if name in _WITH_NORMUON
+    }
+    return cases | normuon
+
+
+_WITH_NORMUON = {
+    "rows", "columns", "replicated", "experts", "columns of each expert", "fused",
+    "gradients that come and go", "S0 x S1", "S1 x S0", "experts x rows",
+}  # fmt: skip
 
 
 def placing(mesh: DeviceMesh) -> Place:

@@ -189,6 +189,7 @@ def optimizer_for(model: Any, per_head: bool) -> MuonClip:
         ns_dtype=torch.float64,
         adjust_lr="original",  # a scale that distinguishes rows from columns
         adamw_eps=1e-4,  # so that rounding errors of tiny gradients do not matter
+        variant="muon" if per_head else "normuon",
         shardings=placed,
     )
 

@@ -45,6 +45,13 @@ PLAIN = {
     "masters": Case(SPECS, steps=STEPS, dtype=torch.bfloat16, options={"master_weights": True}),
     "every option": Case(SPECS, dtype=torch.float64, options=EVERY_OPTION),
     "int8": Case(SPECS, steps=STEPS, dtype=torch.float64, options={"momentum_dtype": torch.int8}),
+    "NorMuon": Case(
+        SPECS,
+        steps=range(5),
+        dtype=torch.bfloat16,
+        options={"master_weights": True, "variant": "normuon"},
+        without_gradient=frozenset({(0, 0), (1, 0), (1, 1)}),
+    ),
     "decay in the gradient": Case(
         SPECS,
         dtype=torch.bfloat16,
@@ -64,7 +71,9 @@ def on_mesh(
     mesh: tuple[int, ...], *placements: tuple[str, ...], dtype: torch.dtype = torch.float64
 ) -> Case:
     """Every parameter in each of the placements; without flattened kernels, which cannot be cut."""
-    options = {"master_weights": True} if dtype == torch.bfloat16 else {}
+    options: dict[str, Any] = {"variant": "normuon"}
+    if dtype == torch.bfloat16:
+        options = {"master_weights": True}
     placed = tuple(replace(spec, placements=p) for p in placements for spec in SPECS[:-1])
     return Case(placed, mesh, options, steps=STEPS, dtype=dtype)
 
@@ -98,7 +107,7 @@ def check(outcomes: dict[str, tuple[Outcome, Outcome]], cases: dict[str, Case]) 
         if name == "stochastic rounding":  # by other random numbers
             continue
         tolerance = 1e-12 if cases[name].dtype == torch.float64 else 1e-6
-        for what in ("momenta", "masters", "steps", "weights"):
+        for what in ("momenta", "masters", "neurons", "steps", "weights"):
             pairs = zip(getattr(sharded, what), getattr(replicated, what), strict=True)
             for index, (ours, theirs) in enumerate(pairs):
                 assert (ours is None) == (theirs is None), (name, what, index)
@@ -207,6 +216,7 @@ def megatron_optimizer(model: Any, shard_state: bool) -> MuonClip:
         **{**EXACT, "adamw_eps": 1e-4},
         shardings=placed,
         master_weights=True,
+        variant="normuon",
         shard_state=shard_state,
     )
 

@@ -43,7 +43,10 @@ def make(layout: str, masters: bool) -> tuple[nn.Module, MuonClip]:
     model: Any = Block()
     if masters:
         model.bfloat16()
-    options: dict[str, Any] = {"shard_state": layout.startswith("sharded")}
+    options: dict[str, Any] = {
+        "shard_state": layout.startswith("sharded"),
+        "variant": "normuon",  # whose state has one element in place of a row
+    }
     if layout.endswith("HSDP"):
         copies = 2 if dist.get_world_size() == 4 else 1
         shape = (copies, dist.get_world_size() // copies)
@@ -146,7 +149,8 @@ def fused(parts: int) -> tuple[nn.Module, MuonClip, Any]:
         {"params": [("fc1", model.fc1)], "algorithm": "muon", "layout": layout},
         {"params": [("bias", model.bias)], "algorithm": "adamw"},
     ]
-    return model, MuonClip(groups, **EXACT, shardings=shardings, shard_state=True), part
+    options: dict[str, Any] = {**EXACT, "variant": "normuon"}
+    return model, MuonClip(groups, **options, shardings=shardings, shard_state=True), part
 
 
 def train_fused(model: Any, optimizer: MuonClip, part: Any, steps: range) -> None:
