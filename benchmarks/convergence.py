@@ -51,7 +51,7 @@ FORMS = {
         (1e-3, 2e-3, 4e-3),
         3,
         3,
-        (BASELINE, "torch.optim.Muon", "MuonClip", "MuonClip, int8 momentum"),
+        (BASELINE, "torch.optim.Muon", "MuonClip", "MuonClip, NorMuon", "MuonClip, int8 momentum"),
     ),
     "quick": Form(
         {"dense": 120, "moe": 100, "vision": 70},
@@ -63,7 +63,7 @@ FORMS = {
         (8e-3, 16e-3, 32e-3),
         3,
         1,
-        (BASELINE, "MuonClip", "MuonClip, int8 momentum"),
+        (BASELINE, "MuonClip", "MuonClip, NorMuon", "MuonClip, int8 momentum"),
     ),
     "tiny": Form(
         {"dense": 5, "moe": 5, "vision": 5},

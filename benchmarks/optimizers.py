@@ -255,6 +255,8 @@ _OWN = [
       for dtype in ("float32", "bfloat16")),
     replace(_CLIP, name="MuonClip, bfloat16 momentum",
             build=_muon_clip(momentum_dtype=torch.bfloat16)),
+    replace(_CLIP, name="MuonClip, NorMuon", build=_muon_clip(variant="normuon"),
+            coefficients=None),
     replace(_CLIP, name="MuonClip, int8 momentum", build=_muon_clip(momentum_dtype=torch.int8)),
     Candidate("textbook loop, float32", _plain, "float32", stacks=True),
     Candidate("AdamW (fused)", _adamw(fused=True), "", coefficients=None, stacks=True),

@@ -43,6 +43,7 @@ _PARTS: Mapping[str, tuple[str, tuple[Any, ...] | None]] = types.MappingProxyTyp
     {
         "update_rms": ("adjust_lr", ("match_rms_adamw",)),
         "momentum_warmup_start": ("momentum_warmup_steps", None),
+        "normuon_beta2": ("variant", ("normuon",)),
     }
 )
 

@@ -221,7 +221,7 @@ def test_selection_by_name_keeps_the_baseline() -> None:
         candidates(without=[BASELINE])
     remaining = [c.name for c in candidates(["MuonClip"], without=["MuonClip, bfloat16"])]
     others = ["MuonClip", "MuonClip, float32", "MuonClip, bfloat16 momentum"]
-    others.append("MuonClip, int8 momentum")
+    others += ["MuonClip, NorMuon", "MuonClip, int8 momentum"]
     assert remaining == [BASELINE, *others]
 
 
