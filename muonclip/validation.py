@@ -26,7 +26,6 @@ RESOLVED = {
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "adjust_lr": get_args(AdjustLR),
     "weight_decay_mode": get_args(WeightDecayMode),
-    "variant": tuple(VARIANTS),
     "adamw_weight_decay_mode": get_args(AdamWDecayMode),
     "nonfinite": ("raise", "skip", "ignore"),
     "master_weights": (False, True, "remainder"),
@@ -91,7 +90,7 @@ def check_options(values: Mapping[str, Any]) -> None:
             "momentum_dtype=torch.float16 cannot represent gradients below 6e-8 or above 65504: "
             "use torch.bfloat16, of the same size, or torch.float32"
         )
-    for option, choices in _CHOICES.items():
+    for option, choices in {**_CHOICES, "variant": tuple(VARIANTS)}.items():
         if values[option] not in choices:
             raise ValueError(f"{option} must be one of {choices}, got {values[option]!r}")
     warmup = values["momentum_warmup_steps"]
