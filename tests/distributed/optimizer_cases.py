@@ -84,7 +84,7 @@ class Outcome:
     momenta: list[Tensor | None]
     steps: list[Tensor | None]
     masters: list[Tensor | None]
-    neurons: list[Tensor | None]
+    neurons: list[Tensor | None] = field(default_factory=list)
 
 
 Place: TypeAlias = Callable[[Spec, Tensor], Tensor]  # the part of a whole that this rank has
