@@ -5,6 +5,7 @@ its docstring says what it measures.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -252,6 +253,7 @@ def cpu_bytes(work: Callable[[], object]) -> tuple[int, int]:
     call; allocations through torch's CPU allocator only."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what earlier calls left would be freed at any time
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = work()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
