@@ -444,8 +444,8 @@ class _OwnersWork(_Work):
             _owned(unit, params[unit.index], gradient, weight)
             for unit, gradient, weight in zip(self._exchange.owned, gradients, weights, strict=True)
         ]
-        updates = pre_orthogonalize(owned, found_inf)
-        results = orthogonalize_updates(owned, updates, found_inf)
+        # No name for the updates: they are freed before the weights are computed.
+        results = orthogonalize_updates(owned, pre_orthogonalize(owned, found_inf), found_inf)
         if self._kind.has_master:
             apply_updates(owned, results, found_inf)
             results = [param.local for param in owned]
