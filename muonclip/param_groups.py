@@ -244,7 +244,10 @@ def assign_parameters(
         for name, parameter in module.named_parameters(path, recurse=False):
             owners.setdefault(parameter, []).append((name, module))
 
-    heads = _output_embeddings(model)
+    for pattern, layout in layouts.items():
+        if not isinstance(layout, MatrixLayout):
+            raise TypeError(f"layouts: {pattern!r} needs a MatrixLayout, got {layout!r}")
+    heads, adapters = _output_embeddings(model), _adapters_without_rule(model)
 
     every_name = {name for names in owners.values() for name, _ in names}
     matches = {}
@@ -252,6 +255,8 @@ def assign_parameters(
         if isinstance(patterns, str):
             raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{option} must contain patterns of names, got {pattern!r}")
             if pattern not in every_name and not any(fnmatchcase(n, pattern) for n in every_name):
                 raise ValueError(f"{option}: the pattern {pattern!r} matches no parameter")
         matches[option] = _first_match(patterns)
@@ -277,6 +282,8 @@ def assign_parameters(
             choices = [choose_algorithm(_whole(parameter, shardings), *owner) for owner in names]
             if any(module in heads for _, module in names):
                 choices.append(("adamw", "output head"))
+            if parameter in adapters:
+                choices.append(("adamw", "adapter other than LoRA"))
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
         layout = None
         if algorithm == "muon":
@@ -310,6 +317,20 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
         get = getattr(module, "get_output_embeddings", None)
         if callable(get) and isinstance(head := get(), nn.Module):
             found.update(head.modules())  # an adapter may have wrapped it
+    return found
+
+
+def _adapters_without_rule(model: nn.Module) -> set[Tensor]:
+    """The parameters of PEFT's adapters other than LoRA, which are not factors of an update.
+
+    Some are vectors or rotations that are stored as matrices (OFT, VB-LoRA).
+    """
+    found: set[Tensor] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            adapter = getattr(module, name, None)
+            if isinstance(adapter, nn.Module) and name not in {*_LORA, "modules_to_save"}:
+                found.update(adapter.parameters())
     return found
 
 
