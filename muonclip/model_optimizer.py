@@ -15,8 +15,8 @@ from muonclip.matrix_layouts import MatrixLayout
 from muonclip.model_report import ModelReport, describe_settings, group_names
 from muonclip.optimizer import MuonClip
 from muonclip.param_groups import assign_parameters, describe_assignment, group_assignments
-from muonclip.qk_clip import QKClip
-from muonclip.row_scaling import ScalingPlan
+from muonclip.qk_clip import QKClip, check_threshold
+from muonclip.row_scaling import FROZEN, ScalingPlan
 
 if TYPE_CHECKING:
     from muonclip.distributed.sharding import Sharding
@@ -88,9 +88,12 @@ def for_model(
             16 bits would lose small updates; it names the remedy.
 
     Raises:
-        TypeError, ValueError: for a model without trainable parameters, a pattern that matches
-            nothing, and as ``assign_parameters``, ``matrix_layouts`` and ``MuonClip``.
+        TypeError, ValueError: for anything but a module, a model without trainable parameters, a
+            pattern that matches nothing, options of a clip that is turned off, and as
+            ``assign_parameters``, ``matrix_layouts`` and ``MuonClip``.
     """
+    _check_arguments(model, report, options)
+    _check_clip(qk_clip_threshold, qk_clip_exclude, attention_layouts)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: unfreeze some, or add an adapter"
@@ -132,6 +135,39 @@ def for_model(
     if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         report(str(optimizer.report))
     return optimizer
+
+
+def _check_arguments(model: object, report: object, options: Mapping[str, Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"for_model needs a torch.nn.Module, got {type(model).__name__}: give it the model "
+            "(several as nn.ModuleList), or give parameters to MuonClip"
+        )
+    if report is not None and not callable(report):
+        raise TypeError(
+            f"report must be a function that is called with the text, or None, got {report!r}"
+        )
+    for option in ("params", "qk_clip"):
+        if option in options:
+            raise TypeError(
+                f"for_model makes {option} itself: leave it out, or use MuonClip(params, "
+                "qk_clip=clip)"
+            )
+
+
+def _check_clip(threshold: object, exclude: object, layouts: object) -> None:
+    if not isinstance(exclude, str) and not (
+        isinstance(exclude, Sequence) and all(isinstance(pattern, str) for pattern in exclude)
+    ):
+        raise TypeError(f"qk_clip_exclude must be a pattern or a list of patterns, got {exclude!r}")
+    if layouts is not None and not isinstance(layouts, Mapping):
+        raise TypeError(f"attention_layouts must map names to AttentionLayout, got {layouts!r:.80}")
+    if threshold is not None:
+        check_threshold(threshold, "qk_clip_threshold")
+        return
+    for option, value in (("qk_clip_exclude", exclude), ("attention_layouts", layouts)):
+        if value:
+            raise ValueError(f"{option} has no effect with qk_clip_threshold=None: leave it out")
 
 
 def _rounding(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
@@ -265,10 +301,13 @@ class _Attention:
             text = str(error).replace(f"layer {name!r}", "it").replace(name, "it")
             obstacles[name] = text.replace("with exclude", "with qk_clip_exclude")
             return False
-        self.not_clipped |= skipped
-        if not skipped:
+        if name not in skipped:
             self.layouts[name] = layout
-        return not skipped
+        elif skipped[name] == FROZEN:
+            self.not_clipped[name] = skipped[name]
+        else:  # a trained side lets the logits grow
+            obstacles[name] = skipped[name]
+        return name in self.layouts
 
     def make_clip(
         self, threshold: float, process_group: "dist.ProcessGroup | None"

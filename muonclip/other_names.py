@@ -170,7 +170,7 @@ def from_megatron(**options: Any) -> dict[str, Any]:
 
 def _translate(option: str, options: Mapping[str, Any], meanings: Mapping[str, Any]) -> Any:
     value = options[option]
-    if value not in meanings:
-        reason = _NO_EQUIVALENT.get(value, f"known are {', '.join(meanings)}")
+    if not isinstance(value, str) or value not in meanings:
+        reason = _NO_EQUIVALENT.get(str(value), f"known are {', '.join(meanings)}")
         raise ValueError(f"MuonClip has no equivalent of {option}={value!r}: {reason}")
     return meanings[value]

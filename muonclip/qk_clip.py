@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def clip_factors(max_logits: Tensor, threshold: float, num_kv_groups: int) -> Cl
     Raises:
         ValueError: if the threshold is not above 0 or groups do not divide heads.
     """
-    _check_threshold(threshold)
+    check_threshold(threshold)
     heads = max_logits.numel()
     if max_logits.ndim != 1 or num_kv_groups < 1 or heads % num_kv_groups:
         raise ValueError(
@@ -207,7 +208,9 @@ class QKClip:
     ) -> None:
         if not layouts:
             raise ValueError("layouts is empty: QK-Clip has no attention layer to watch")
-        _check_threshold(threshold)
+        if not all(isinstance(layout, AttentionLayout) for layout in layouts.values()):
+            raise TypeError(f"layouts must map names to AttentionLayout, got {layouts!r:.80}")
+        check_threshold(threshold)
         self.layouts = dict(layouts)
         self.threshold = threshold
         self.exact = exact
@@ -763,6 +766,9 @@ def _enumerate(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more layers" if more > 0 else "")
 
 
-def _check_threshold(threshold: float) -> None:
+def check_threshold(threshold: object, option: str = "threshold") -> None:
+    """Raise for a threshold that is not a positive number; ``option`` is its name in messages."""
+    if not isinstance(threshold, Real):
+        raise TypeError(f"{option} must be a number, got {threshold!r}")
     if not 0 < threshold < math.inf:
-        raise ValueError(f"threshold must be above 0 and finite, got {threshold}")
+        raise ValueError(f"{option} must be above 0 and finite, got {threshold}")

@@ -15,6 +15,9 @@ from muonclip.distributed.sharded_state import ShardedState
 from muonclip.distributed.sharding import is_dtensor, local_indices, local_tensor
 from muonclip.precision import get_master, refresh_master
 
+# The reason why a layer is not scaled that cannot let its logits grow.
+FROZEN = "its query and key weights are frozen"
+
 # The sides of a layer that take the factor on its logits.
 ScaledSides = Literal["both", "query", "key", "none"]
 
@@ -342,7 +345,7 @@ def _scaled_sides(
         ValueError: if an adapter trains the layer and cannot be scaled.
     """
     if query.is_frozen and key.is_frozen:
-        return "none", "its query and key weights are frozen"
+        return "none", FROZEN
     if not query.obstacle:
         return ("query" if key.obstacle else "both"), ""
     reason = f"query: {query.obstacle}"
@@ -357,7 +360,7 @@ def _scaled_sides(
         raise ValueError(
             f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({reason}). "
             "Train its query and key projections whole (modules_to_save in PEFT) or with DoRA "
-            "(use_dora=True), or leave the layer out with exclude"
+            "(use_dora=True), or leave the layer out (exclude; qk_clip_exclude of for_model)"
         )
     return "none", reason
 

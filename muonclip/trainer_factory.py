@@ -24,7 +24,7 @@ def for_trainer(arguments: Any, **options: Any) -> tuple[OptimizerFactory, dict[
     The Trainer's settings of its optimizer are used: ``learning_rate``, ``weight_decay``, and for
     AdamW's groups ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon``. Its schedule, accumulation,
     gradient clipping, precision and checkpoints work as with any optimizer; the clip has no state
-    to save. The same holds for trainers that derive from it, as TRL's.
+    to save.
 
     Args:
         arguments: the ``TrainingArguments`` that the Trainer is given.
@@ -32,7 +32,15 @@ def for_trainer(arguments: Any, **options: Any) -> tuple[OptimizerFactory, dict[
 
     Returns:
         A factory and its keyword arguments.
+
+    Raises:
+        TypeError: for anything but ``TrainingArguments``.
     """
+    if not hasattr(arguments, "adam_beta1"):
+        raise TypeError(
+            f"for_trainer needs the TrainingArguments, got {type(arguments).__name__}: write "
+            "for_trainer(arguments, qk_clip_threshold=100.0)"
+        )
     given = {
         "lr": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,

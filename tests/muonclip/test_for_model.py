@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -205,7 +206,7 @@ def test_frozen_attention_is_left_alone() -> None:
 def test_bad_patterns_and_clips_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'\*.attn' matches no attention layer \(layers: model"):
         for_model(llama(), qk_clip_exclude="*.attn")
-    with pytest.raises(ValueError, match="threshold must be above 0"):
+    with pytest.raises(ValueError, match="qk_clip_threshold must be above 0"):
         for_model(llama(), qk_clip_threshold=0.0)
     with pytest.raises(ValueError, match="adamw: the pattern 'x' matches no parameter"):
         for_model(llama(), adamw=["x"])
@@ -298,3 +299,77 @@ def test_dora_is_clipped_through_its_magnitudes() -> None:
     train(model, optimizer)
     assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
     assert optimizer.qk_clip.result.num_clipped > 0
+
+
+def test_other_adapters_go_to_adamw() -> None:
+    """Also rotations that are stored as matrices; what an adapter trains whole goes to Muon."""
+    peft = pytest.importorskip("peft")
+    config = peft.OFTConfig(
+        r=0, oft_block_size=4, target_modules=["q_proj"], modules_to_save=["down_proj"]
+    )
+    optimizer = for_model(peft.get_peft_model(llama(), config), qk_clip_threshold=None, report=None)
+    found = algorithms(optimizer)
+    assert {a for n, a in found.items() if "oft_R" in n} == {"adamw"}
+    assert {a for n, a in found.items() if "modules_to_save" in n} == {"muon"}
+
+
+@pytest.mark.parametrize("frozen", [["q_proj"], ["q_proj", "k_proj"]])
+def test_a_trained_side_that_cannot_be_clipped_is_warned_of(frozen: list[str]) -> None:
+    """Keys alone let the logits grow; frozen queries and keys do not."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is None and optimizer.report is not None
+    assert len(optimizer.report.not_clipped) == 2
+    expected = ["QK-Clip cannot limit the logits of model.layers.*.self_attn (2 layers): query"]
+    found = [str(warning.message).split(": its")[0] for warning in caught]
+    assert found == (expected if len(frozen) == 1 else [])
+
+
+def test_a_norm_of_queries_and_keys_without_gains_is_recognized() -> None:
+    config = transformers.Llama4TextConfig(
+        **SMALL, head_dim=6, intermediate_size_mlp=32, num_local_experts=2, no_rope_layers=[1, 0]
+    )
+    model = transformers.Llama4ForCausalLM(config).train()
+    optimizer = for_model(model, 0.01, qk_clip_threshold=1e-3, report=None)
+    assert optimizer.qk_clip is not None and optimizer.report is not None
+    assert list(optimizer.qk_clip.layouts) == ["model.layers.1.self_attn"]
+    assert "normalized" in optimizer.report.not_clipped["model.layers.0.self_attn"]
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_clip_threshold": "100"}, "qk_clip_threshold must be a number, got '100'"),
+        ({"qk_clip_exclude": None}, "qk_clip_exclude must be a pattern or a list of patterns"),
+        ({"attention_layouts": {"x": 3}}, "layouts must map names to AttentionLayout"),
+        ({"attention_layouts": ["x"]}, "layouts must map names to AttentionLayout"),
+        ({"layouts": {"*.q_proj.weight": 5}}, r"layouts: '\*.q_proj.weight' needs a MatrixLayout"),
+        ({"adamw": [3]}, "adamw must contain patterns of names, got 3"),
+        ({"report": False}, "report must be a function that is called with the text, or None"),
+        ({"qk_clip": None}, "for_model makes qk_clip itself"),
+        ({"params": []}, "for_model makes params itself"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        for_model(llama(), **{"report": None, **options})
+
+
+def test_what_is_not_a_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, got generator: give it"):
+        for_model(llama().parameters())  # type: ignore[arg-type]
+
+
+def test_options_of_a_clip_that_has_no_effect_are_refused() -> None:
+    model = Custom()
+    layouts = {"": AttentionLayout.separate(model.q, model.k, num_heads=2)}
+    for options in ({"qk_clip_exclude": "*"}, {"attention_layouts": layouts}):
+        with pytest.raises(ValueError, match="has no effect with qk_clip_threshold=None"):
+            for_model(model, qk_clip_threshold=None, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="qk_clip_threshold must be above 0 and finite, got -1"):
+        for_model(nn.Linear(2, 2), qk_clip_threshold=-1)

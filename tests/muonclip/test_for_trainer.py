@@ -106,3 +106,8 @@ def test_both_ways_of_calling_a_factory_are_supported() -> None:
     assert isinstance(factory(model, **options), MuonClip)
     with pytest.raises(TypeError, match=r"give for_trainer the model too \(model=model\)"):
         factory([{"params": list(model.parameters())}], **options)
+
+
+def test_the_model_instead_of_the_arguments_is_refused() -> None:
+    with pytest.raises(TypeError, match="needs the TrainingArguments, got LlamaForCausalLM"):
+        for_trainer(llama())

@@ -102,6 +102,7 @@ def test_what_has_no_equivalent_is_refused_with_the_reason() -> None:
         ({"num_ns_steps": 6}, "use 5 steps"),
         ({"use_syrk": True}, "chosen by device and shape"),
         ({"steps": 6}, "known are lr, momentum"),
+        ({"coefficient_type": [1, 2, 3]}, "known are simple"),
     ):
         with pytest.raises(ValueError, match=message):
             from_emerging_optimizers(**options)

@@ -157,6 +157,8 @@ def _gains_per_head(
     Raises:
         ValueError: unless each query head and each key group has its own gain.
     """
+    if _has(module, structure.NORM_OF_BOTH):  # of Llama 4, without gains
+        raise _normalized(name)
     names = next((names for names in structure.NORMS if _has(module, *names)), None)
     if names is None or isinstance(getattr(module, names[0]), nn.Identity):
         return None
@@ -171,7 +173,11 @@ def _gains_per_head(
         query_gain, key_gain = (_largest_gain(norm, head_dim) for norm in norms)
         largest = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
         bound = f", here to {largest:.3g} (d · scale · largest gains)"
-    raise NormalizedAttentionError(
+    raise _normalized(name, bound)
+
+
+def _normalized(name: str, bound: str = "") -> NormalizedAttentionError:
+    return NormalizedAttentionError(
         f"{name} normalizes queries and keys after their projection, with one gain for all heads: "
         "QK-Clip cannot scale a single head there and does not need to, because the norm bounds "
         f'the logits{bound}. Leave such layers out: exclude="{name}", or a pattern of their names'

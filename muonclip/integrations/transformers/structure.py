@@ -36,6 +36,8 @@ NORMS = (
     ("q_layer_norm", "k_layer_norm"),
     ("query_layernorm", "key_layernorm"),
 )
+# A norm of both.
+NORM_OF_BOTH = "qk_norm"
 
 
 class MLADims(NamedTuple):

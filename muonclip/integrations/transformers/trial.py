@@ -68,13 +68,14 @@ def check_layout(
             f"layer {name!r}: when the rows of its layout are scaled, its logits do not follow, or "
             "its values change: either queries or keys are normalized or changed between "
             "projection and attention, or the rows are not those of the heads. Declare its "
-            "AttentionLayout, or leave it out with exclude"
+            "AttentionLayout, or leave it out (exclude; qk_clip_exclude of for_model)"
         )
     if not (_unchanged(before.mask, after.mask) and _unchanged(before.bias, after.bias)):
         raise ValueError(
             f"layer {name!r}: when the rows of its layout are scaled, the bias that is added to "
             "its logits changes too, as with relative positions that are multiplied by queries: "
-            "no factor of QK-Clip is exact there. Leave it out with exclude"
+            "no factor of QK-Clip is exact there. Leave it out (exclude; qk_clip_exclude of "
+            "for_model)"
         )
     return True
 
