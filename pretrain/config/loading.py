@@ -201,6 +201,8 @@ def _build(cls: type[S], values: Any, prefix: str) -> S:
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in types:
+            if reason := cls.not_settings().get(str(name)):
+                raise SettingError(key, f"{rules.shortened(key)} is not a setting: {reason}")
             similar = difflib.get_close_matches(str(name), list(types), n=1)
             hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(types)}"
             raise SettingError(key, f"unknown configuration key {rules.shortened(key)}: {hint}")

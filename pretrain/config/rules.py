@@ -6,7 +6,7 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -104,6 +104,11 @@ class Settings:
                 )
         self._check()
 
+    @classmethod
+    def not_settings(cls) -> Mapping[str, str]:
+        """Names that one might expect in this section -> what to do instead."""
+        return {}
+
     def _check(self) -> None:
         """Refuse combinations of settings; overridden by sections that have such rules."""
 
@@ -187,7 +192,9 @@ def _allowed(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return _allowed(typing.get_args(hint)[0])
     if is_union(hint):
-        return " or ".join(filter(None, map(_allowed, typing.get_args(hint))))
+        return " or ".join(
+            _allowed(member) or type_name(member) for member in typing.get_args(hint)
+        )
     if hint is types.NoneType:
         return "null"
     if typing.get_origin(hint) is Literal:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -412,6 +413,10 @@ class OptimizerConfig(Settings):
     decay_steps: StepsOrZero = 150
     """Length of the cosine decay at the end of the run; before it, the rate is constant."""
     final_lr_fraction: Share = 0.1
+
+    @classmethod
+    def not_settings(cls) -> Mapping[str, str]:
+        return optimizer_options.NOT_SETTINGS
 
     def _check(self) -> None:
         optimizer_options.check(self)

@@ -104,7 +104,8 @@ def test_triples_can_be_given(tmp_path: Path) -> None:
         ("optimizer.ns_coefficients=[1, 2]", "optimizer.ns_coefficients must be three finite"),
         ("optimizer.momentum_warmup_start=0.5", "has no effect with momentum_warmup_steps=0"),
         ("{optimizer: {adjust_lr: none, update_rms: 0.3}}", "has no effect with adjust_lr=none"),
-        ("optimizer.master_weights=true", "unknown configuration key 'optimizer.master_weights'"),
+        ("optimizer.master_weights=true", "'optimizer.master_weights' is not a setting: with prec"),
+        ("optimizer.qk_clip=true", "'optimizer.qk_clip' is not a setting: set qk_clip_threshold"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(tmp_path: Path, override: str, message: str) -> None:
@@ -119,4 +120,5 @@ def test_settings_are_explained() -> None:
     lines = {line.split("=")[0]: line for line in rules.describe(OptimizerConfig)}
     for name in CHANGED:
         assert "  " in lines[name] and len(lines[name].split("  ")[1]) > 10, name
+    assert lines["adamw_weight_decay"].endswith("(float or null)")
     assert "math:" not in "".join(lines.values()) and "``match" not in "".join(lines.values())
