@@ -285,15 +285,15 @@ def assign_parameters(
             if parameter in adapters:
                 choices.append(("adamw", "adapter other than LoRA"))
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
-        layout = None
+        found: MatrixLayout | None = None
         if algorithm == "muon":
             declared = matches["layouts"](names)
-            layout = layouts[declared] if declared else _native_layout(*names[0], parameter)
+            found = layouts[declared] if declared else _native_layout(*names[0], parameter)
             try:
-                (layout or WHOLE).check(_whole(parameter, shardings).shape)
+                (found or WHOLE).check(_whole(parameter, shardings).shape)
             except ValueError as error:
                 raise ValueError(f"{name} ({reason}): {error}") from None
-        assignments.append(Assignment(name, parameter, algorithm, reason, layout))
+        assignments.append(Assignment(name, parameter, algorithm, reason, found))
     return assignments
 
 

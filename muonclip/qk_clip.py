@@ -770,5 +770,5 @@ def check_threshold(threshold: object, option: str = "threshold") -> None:
     """Raise for a threshold that is not a positive number; ``option`` is its name in messages."""
     if not isinstance(threshold, Real):
         raise TypeError(f"{option} must be a number, got {threshold!r}")
-    if not 0 < threshold < math.inf:
+    if not 0 < float(threshold) < math.inf:
         raise ValueError(f"{option} must be above 0 and finite, got {threshold}")
