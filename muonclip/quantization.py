@@ -1,8 +1,9 @@
 """Int8 momentum: codes of 8 bits and a float32 scale for each row.
 
 The scale of a row is its largest magnitude over 127, so that codes are in [-127, 127]. It is
-rounded up to 17 significant bits: code times scale is then exact in float32, so that a decoded row
-is encoded to the same bits, and a checkpoint that stores decoded values loses nothing.
+rounded up to 17 significant bits, and at least the smallest normal number, 2**-126: code times
+scale is then exact in float32, so that a decoded row is encoded to the same bits, and a checkpoint
+that stores decoded values loses nothing.
 """
 
 import torch
@@ -18,18 +19,19 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor) -> None:
     Args:
         codes: int8.
         scale: float32; of the shape of ``codes``, with one in the dimensions that a row spans.
-        values: of the shape of ``codes``, float32 or float64. A row with an infinity or NaN is
-            decoded to NaN.
+        values: of the shape of ``codes``, float32 or float64. A row with NaN, or a number out of
+            float32's range, is decoded to NaN.
     """
     if not codes.numel():
         return
     row_dims = [dim for dim, size in enumerate(scale.shape) if size == 1]
     largest = torch.linalg.vector_norm(values, float("inf"), row_dims, keepdim=True)
-    bits = largest.float().div_(_LARGEST).view(torch.int32)
+    # Infinity in place of NaN, some of which have bits that rounding would take to zero.
+    bits = largest.float().div_(_LARGEST).nan_to_num_(torch.inf, torch.inf).view(torch.int32)
     bits = (bits + _DROPPED_BITS).bitwise_and_(~_DROPPED_BITS)
-    rounded = bits.view(torch.float32)
+    rounded = bits.view(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
     scale.copy_(rounded)
-    codes.copy_((values / torch.where(rounded == 0, 1, rounded)).round_())
+    codes.copy_((values / rounded).round_())
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
