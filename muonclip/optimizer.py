@@ -661,10 +661,17 @@ class MuonClip(Optimizer):
         side = (group["layout"] or WHOLE).smaller_side(self._whole_shape(param))
         return default_ns_dtype(device, param.dtype, side)
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _state_of(
+        self, param: Tensor, group: dict[str, Any], *, steps: bool = True
+    ) -> dict[str, Any]:
         """A parameter's state, on its device; created if missing.
 
         To create a sharded master copy is a collective call of the ranks that share the parameter.
+
+        Args:
+            param, group: the parameter and its group.
+            steps: False: a master copy that was loaded is not split into weight and remainder, as
+                the weights that belong to it may be loaded later.
         """
         state: dict[str, Any] = self.state[param]
         local, layout = local_tensor(param), self._layout_of(param)
@@ -679,7 +686,8 @@ class MuonClip(Optimizer):
                     set_master(param, state, state[name])
         master_needed = needs_master(group, param)
         if keeps_remainder(group, param):
-            self._keep_remainder(param, state)
+            if steps or "master" not in state:
+                self._keep_remainder(param, state)
         elif isinstance(master := state.get("master"), RemainderMaster):
             is_whole = master_needed and param.dtype == torch.bfloat16
             set_master(param, state, master.float32() if is_whole else None)
@@ -787,7 +795,7 @@ class MuonClip(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and not p.is_meta:
-                    self._state_of(p, group)
+                    self._state_of(p, group, steps=False)
 
     def _remember_shapes(self) -> None:
         self._known_shapes = [(p, p.shape) for group in self.param_groups for p in group["params"]]
@@ -1115,8 +1123,9 @@ class MuonClip(Optimizer):
         is_converted = (before == torch.int8) != (now == torch.int8)
         if is_converted:
             saved["momentum_dtype"] = now
-        if saved["master_weights"] and group["master_weights"]:  # as they are stored here
-            saved["master_weights"] = group["master_weights"]
+        if saved["master_weights"]:  # as they are stored here
+            form = True if self.shard_state else saved["master_weights"]
+            saved["master_weights"] = group["master_weights"] or form
         try:
             validation.check_options({**self.defaults, **saved})
         except (TypeError, ValueError) as error:

@@ -3,6 +3,10 @@
 The weight is the master rounded to nearest, and the remainder the difference of their bits, a
 signed 16-bit integer. Ties round away from zero: with ties to even, weights with an even last bit
 would be the nearest of 65,537 float32 numbers, one more than remainders can tell apart.
+
+A weight that is written by others keeps its remainder, so that the master is within half a unit in
+the last place of what was written. Zeros and infinities may not have the remainder of every other
+weight: with such a one, the master is what was written.
 """
 
 import torch
@@ -12,7 +16,9 @@ from torch import Tensor
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """The float32 master of a bfloat16 weight and its int16 remainder, a new tensor."""
     bits = weight.view(torch.int16).to(torch.int32).mul_(2**16)
-    return bits.add_(remainder.to(weight.device)).view(torch.float32)
+    master = bits.add_(remainder.to(weight.device)).view(torch.float32)
+    # The remainder of another number takes the bits of a zero or an infinity to those of NaN.
+    return torch.where(master.isnan(), weight, master)
 
 
 def split_(master: Tensor, weight: Tensor, remainder: Tensor) -> None:

@@ -14,8 +14,8 @@ from muonclip.remainders import join, split_
 class RemainderMaster(Tensor):
     """The master copy of a bfloat16 parameter, stored in its weight and a remainder.
 
-    Operations compute with its float32 values. Those that write in place, also through a view,
-    round the result into the weight and the remainder.
+    Operations compute with its float32 values. Those that write in place, also through a view that
+    is float32 too, round the result into the weight and the remainder.
 
     Attributes:
         weight: the parameter, or a view of it.
@@ -28,7 +28,7 @@ class RemainderMaster(Tensor):
     @staticmethod
     def __new__(cls, weight: Tensor, remainder: Tensor) -> "RemainderMaster":
         tensor: RemainderMaster = Tensor._make_wrapper_subclass(
-            cls, weight.shape, dtype=torch.float32, device=weight.device
+            cls, weight.shape, weight.stride(), dtype=torch.float32, device=weight.device
         )
         tensor.weight, tensor.remainder_bits = weight, remainder
         return tensor
@@ -41,13 +41,15 @@ class RemainderMaster(Tensor):
             return values
         from torch.distributed.tensor import DTensor
 
-        return DTensor.from_local(
+        placed = DTensor.from_local(
             values,
             weight.device_mesh,
             weight.placements,
             shape=weight.shape,
             stride=weight.stride(),
         )
+        # torch moves it to the device of the mesh, which need not be this one.
+        return placed.to(values.device)
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:

@@ -136,6 +136,7 @@ def test_saved_and_loaded_in_either_form(
     others, other = make(loaded_as)
     if not weights_first:
         other.load_state_dict(copy.deepcopy(saved))
+        other.state_dict()  # reads the masters as they were loaded, whatever the weights
     for param, weight in zip(others, weights, strict=True):
         param.data.copy_(weight)
     if weights_first:
@@ -215,6 +216,47 @@ def test_an_entry_that_is_written_keeps_its_remainder() -> None:
     assert torch.equal(params[0].main_param.bfloat16(), written)
     train(params, optimizer, range(2, 3))
     assert torch.equal(params[0], written)
+
+
+def test_zeros_and_infinities_that_are_written_have_no_remainder() -> None:
+    """Those of other weights would make them NaN: pruned weights and padding rows."""
+    weight = torch.tensor([0.0, -0.0, torch.inf, -torch.inf]).bfloat16()
+    master = join(weight, torch.tensor([-1, -(2**15), 1, 2**15 - 1], dtype=torch.int16))
+    assert torch.equal(bits(master), bits(weight.float()))
+    params, optimizer = make("remainder", weight_decay=0.5)
+    for step in range(4):
+        train(params, optimizer, range(step, step + 1))
+        for param in params:
+            assert param.isfinite().all() and param.main_param.isfinite().all()
+            param.data[:2] = 0
+            param.data[:1].neg_()
+        assert params[0].main_param[:2].abs().max() < 1e-40
+
+
+def test_a_master_has_the_strides_of_its_parameter() -> None:
+    for values in (random((8, 6), 0).mT, random((6, 16), 0)[:, ::2]):
+        param = nn.Parameter(torch.empty_strided((6, 8), values.stride(), dtype=torch.bfloat16))
+        param.data.copy_(values)
+        optimizer = MuonClip([("p", param)], master_weights="remainder")
+        param.grad = random((6, 8), 1, dtype=torch.bfloat16)
+        optimizer.step()
+        master = param.main_param
+        assert master.stride() == param.stride()
+        assert torch.equal(master.flatten(), master.float32().flatten())
+
+
+def test_remainders_load_into_sharded_state_as_whole_masters() -> None:
+    params, optimizer = make("remainder")
+    train(params, optimizer, range(2))
+    with pytest.warns(UserWarning, match="shard_state=True has no effect"):
+        others, other = make(False, shard_state=True)
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["master_weights"] is True
+    for param, trained in zip(others, params, strict=True):
+        param.data.copy_(trained)
+    for each in ((params, optimizer), (others, other)):
+        train(*each, range(2, 4))
+    assert_same_masters(others, params)
 
 
 def test_a_model_that_is_converted_between_steps() -> None:
