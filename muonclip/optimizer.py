@@ -988,7 +988,8 @@ class MuonClip(Optimizer):
         Once any parameter has state, those that never had a gradient get state here, because
         ``torch.distributed.checkpoint`` loads only entries that both the checkpoint and the
         optimizer have. Groups store dtypes and layouts as strings, because it saves tensors,
-        numbers and strings only.
+        numbers and strings only. An int8 momentum, and a master copy with a remainder, are in
+        float32: new tensors, on the device of the weight or the state, for all parameters at once.
 
         With ``shard_state``, all ranks call it together. Tensors that ranks store in parts are
         ``ShardedState``, which ``torch.distributed.checkpoint`` saves and loads at any number of
@@ -1002,26 +1003,34 @@ class MuonClip(Optimizer):
         if self.state:  # not before: Accelerate asks for it, and then replaces the parameters
             self._connect_for_state()
             self._complete_state()
-        saved = super().state_dict()
+        # As the first post-hook, so that the user's own see what is saved, and may rename it.
+        handle = self.register_state_dict_post_hook(
+            lambda _, saved: self._convert_saved(saved), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _convert_saved(self, saved: dict[str, Any]) -> None:
+        """Replace what torch would save by what ``state_dict`` returns."""
         for group in saved["param_groups"]:
             for option, value in group.items():
                 if isinstance(value, (torch.dtype, MatrixLayout)):
                     group[option] = str(value)
-        params = [p for group in self.param_groups for p in group["params"]]
-        saved["state"] = {
-            key: self._as_saved(params[key], entries) for key, entries in saved["state"].items()
-        }
-        if self._owners is not None:
-            members = [(p, group) for group in self.param_groups for p in group["params"]]
-            for key, entries in saved["state"].items():
-                param, group = members[key]
-                saved["state"][key] = {
+        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        for key, (param, group) in enumerate(members):
+            if key not in saved["state"]:
+                continue
+            entries = self._as_saved(param, saved["state"][key])
+            if self._owners is not None:
+                entries = {
                     name: self._owners.whole_shard(
                         param, value, self._reduced_dims(param, group, name)
                     )
                     for name, value in entries.items()
                 }
-        return saved
+            saved["state"][key] = entries
 
     def _drop_replaced(self) -> None:
         """Drop the initial state of parameters that are no longer in any group.
