@@ -308,7 +308,8 @@ class MuonClip(Optimizer):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = canonical({**self.defaults, **param_group})
         validation.check_options(options)
-        validation.check_group_variant(param_group, options, self.defaults)
+        if "updates" not in param_group:  # a group that has been in an optimizer has all options
+            validation.check_group_variant(param_group, options, self.defaults)
         if options.get("algorithm") is None:
             validation.check_may_split()
         params, names = options.pop("params"), options.pop("param_names", None)

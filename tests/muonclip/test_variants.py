@@ -256,6 +256,15 @@ def test_a_group_may_have_its_own_variant() -> None:
     assert [g["variant"] for g in again.param_groups] == ["normuon", "muon", "muon"]
 
 
+def test_groups_of_an_optimizer_with_options_of_a_variant_make_another() -> None:
+    """AdamW's group has the constructor's options, which it does not read."""
+    params = [("w", matrix()), ("b", nn.Parameter(torch.ones(3)))]
+    optimizer = MuonClip(params, variant="normuon", normuon_beta2=0.5)
+    again = MuonClip([dict(group) for group in optimizer.param_groups])
+    assert [g["variant"] for g in again.param_groups] == ["normuon", "muon"]
+    assert [g["normuon_beta2"] for g in again.param_groups] == [0.5, 0.5]
+
+
 # ---------------------------------------------------------------------- saved state
 
 
