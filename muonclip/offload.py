@@ -53,6 +53,10 @@ class Devices:
         """The device of a parameter's state."""
         return self.state or local.device
 
+    def differ_from(self, device: torch.device) -> bool:
+        """Whether state or computations of a parameter on this device are elsewhere."""
+        return self.state not in (None, device) or self.compute not in (None, device)
+
     def pin(self, tensor: Tensor) -> Tensor:
         """State in pinned memory, from which CUDA copies without waiting.
 

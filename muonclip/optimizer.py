@@ -404,6 +404,7 @@ class MuonClip(Optimizer):
             error = exception  # raised once the other ranks know it
         if not work and error is None:
             self._warn_without_gradients()
+        self._warn_of_devices(work)
         flags = self._exchange_flags(work, error)
         if flags.error is not None:
             raise error or RuntimeError(_refused(flags.error))
@@ -682,7 +683,7 @@ class MuonClip(Optimizer):
             if not isinstance(value, RemainderMaster) and local_tensor(value).device != device:
                 state[name] = self.devices.pin(value.to(device))
                 if name == "momentum_buffer" and value.dtype == torch.int8:
-                    self.momentum_scales[param] = self.momentum_scales[param].to(device)
+                    self._set_scale(param, self.momentum_scales[param].to(device))
                 if name == "master":
                     set_master(param, state, state[name])
         master_needed = needs_master(group, param)
@@ -715,7 +716,7 @@ class MuonClip(Optimizer):
                 state["momentum_buffer"] = zeros()
                 if dtype == torch.int8:
                     scale = new_scale(state["momentum_buffer"], group["layout"] or WHOLE)
-                    self.momentum_scales[param] = scale
+                    self._set_scale(param, scale)
             else:
                 # Where torch's fused AdamW reads it: on the device, so that nothing waits.
                 device = self._state_device("step", local)
@@ -833,6 +834,19 @@ class MuonClip(Optimizer):
             "parameters: construct it afterwards",
             stacklevel=5,
         )
+
+    def _warn_of_devices(self, work: "_Work") -> None:
+        """Warn at the first step of devices that are those of the parameters."""
+        if not (work and self.devices.are_given) or any(g["updates"] for g in self.param_groups):
+            return
+        devices = {local_tensor(param).device for _, params in work for param in params}
+        if not any(self.devices.differ_from(device) for device in devices):
+            warnings.warn(
+                "MuonClip's state_device and compute_device have no effect: parameters, state and "
+                f"computations are all on {' and '.join(sorted(map(str, devices)))}. Leave them "
+                "out, or give compute_device an accelerator",
+                stacklevel=5,
+            )
 
     # ------------------------------------------------------------------ agreement of the ranks
 
@@ -1146,19 +1160,17 @@ class MuonClip(Optimizer):
 
     def _copy_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
-        state = self.state[param]
+        state, local = self.state[param], local_tensor(param)
         dtype = moment_dtype(group, param)
         for name, value in saved.items():
+            device = self._state_device(name, local)
             if name == "step":
-                device = self._state_device(name, local_tensor(param))
                 state[name] = value.to(device, copy=True)
             elif name in neuron_state():
-                device = self._state_device(name, local_tensor(param))
                 state[name] = value.to(device, neuron_dtype(param.dtype), copy=True)
             elif name == "momentum_buffer" and dtype == torch.int8:
-                state[name] = self._as_int8(param, group, value.to(param.device))
+                state[name] = self._as_int8(param, group, value.to(device))
             elif name != "master":
-                device = self.devices.state or param.device
                 state[name] = self.devices.pin(value.to(device=device, dtype=dtype, copy=True))
         if not needs_master(group, param):
             set_master(param, state, None)
@@ -1168,16 +1180,19 @@ class MuonClip(Optimizer):
             set_master(param, state, None)  # created by the next step, on its owner
         elif state:
             master = saved.get("master", param.detach())
-            device = self.devices.state or param.device
+            device = self._state_device("master", local)
             master = master.to(device=device, dtype=torch.float32, copy=True)
             set_master(param, state, self.devices.pin(master))
 
     def _as_int8(self, param: Tensor, group: dict[str, Any], values: Tensor) -> Tensor:
         """The codes of a parameter's momentum, with new ``momentum_scales``."""
-        codes = torch.empty_like(values, dtype=torch.int8)
-        self.momentum_scales[param] = new_scale(codes, group["layout"] or WHOLE)
+        codes = self.devices.pin(torch.empty_like(values, dtype=torch.int8))
+        self._set_scale(param, new_scale(codes, group["layout"] or WHOLE))
         encode_(codes, self.momentum_scales[param], values)
         return codes
+
+    def _set_scale(self, param: Tensor, scale: Tensor) -> None:
+        self.momentum_scales[param] = self.devices.pin(scale)
 
     def _as_saved(self, param: Tensor, entries: Mapping[str, Any]) -> dict[str, Any]:
         """A parameter's state as it is saved: momentum and master copy in their float32 values.

@@ -5,6 +5,7 @@ live.
 """
 
 import copy
+import warnings
 import weakref
 from typing import Any
 
@@ -17,6 +18,10 @@ from muonclip.offload import Devices
 from tests.distributed.optimizer_cases import random
 
 SHAPES = (6, 8), (4, 4, 5), (5,), (6, 8), (3, 7), (8, 2)
+
+
+# Here, all devices are the CPU.
+pytestmark = pytest.mark.filterwarnings("ignore:MuonClip.s state_device")
 
 
 class Copies:
@@ -151,6 +156,49 @@ def test_saved_and_loaded(copies: Copies) -> None:
     train(others, other, range(3, 5))
     assert all(map(torch.equal, params, others))
     assert_equal_state(clip, other)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_all_streamed_state_is_pinned(loads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor that is not would hold up the stream. Also state that was loaded."""
+    pinned: list[Tensor] = []
+
+    def pin(_: Devices, tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Devices, "pin", pin)
+    options: dict[str, Any] = {"momentum_dtype": torch.int8, "state_device": "cpu"}
+    for master_weights in (True, "remainder"):
+        params, clip = make(torch.bfloat16, **options, master_weights=master_weights)
+        train(params, clip, range(1))
+        if loads:
+            clip.load_state_dict(copy.deepcopy(clip.state_dict()))
+            train(params, clip, range(1, 2))
+        found = {id(tensor) for tensor in pinned}
+        for param in params:
+            entries = {**clip.state[param], "scale": clip.momentum_scales.get(param)}
+            for name, value in entries.items():
+                stored = getattr(value, "remainder_bits", value)
+                assert name == "step" or stored is None or id(stored) in found, name
+
+
+@pytest.mark.parametrize("devices", [{"state_device": "cpu"}, {"compute_device": "cpu"}], ids=str)
+def test_devices_without_effect_are_reported_once(devices: dict[str, str]) -> None:
+    params, clip = make(torch.float32, **devices)
+    with pytest.warns(UserWarning, match="have no effect: .* are all on cpu. Leave them out") as w:
+        train(params, clip, range(1))
+    assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(params, clip, range(1, 2))
+
+
+def test_what_differs_from_the_parameters_device() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert not Devices(cpu, cpu).differ_from(cpu)
+    assert all(Devices(*pair).differ_from(cpu) for pair in ((meta, None), (None, meta)))
+    assert Devices(cpu).differ_from(meta)
 
 
 @pytest.mark.parametrize(
