@@ -58,7 +58,7 @@ def copy_to_device(tensor: Tensor, _: torch.device) -> Tensor:
 def train_all() -> dict[str, list[tuple[Outcome, dict[str, Tensor]]]]:
     found: dict[str, list[tuple[Outcome, dict[str, Tensor]]]] = {}
     for placements in PLACEMENTS:
-        masters = case(placements, BFLOAT16, master_weights=True)
+        masters = case(placements, BFLOAT16, master_weights=True, variant="normuon")
         found[f"remainders {placements}"] = [
             train_on_mesh(masters),
             train_on_mesh(masters, master_weights="remainder"),
