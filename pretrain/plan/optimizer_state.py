@@ -30,8 +30,8 @@ def state_of_ranks(
     """Bytes of optimizer state on each rank of a stage, in megatron-core's order of ranks.
 
     Muon's momentum, in float32 or ``optimizer.momentum_dtype``; AdamW's two moments and step count,
-    in float32; for 16-bit weights a float32 master as well. Exact, but for an int8 momentum's
-    scales, which are not counted.
+    in float32; for 16-bit weights a float32 master as well. Exact, but for what has one number a
+    row and is not counted: an int8 momentum's scales, and NorMuon's averages.
 
     Args:
         weights: trained weights of the stage, with one expert in place of all.
