@@ -834,9 +834,15 @@ class TestTrial:
     """The first forward pass tests each layout, so that a wrong guess raises an error."""
 
     def test_a_norm_that_its_name_does_not_reveal_is_refused(self) -> None:
-        """Llama 4 normalizes without a gain, in a module without a known name."""
-        config = transformers.Llama4TextConfig(**GQA, head_dim=6, num_local_experts=2)
-        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        """A projection that normalizes its outputs itself."""
+
+        class Normalized(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return nn.functional.rms_norm(super().forward(x), (self.out_features,))
+
+        model = make_model("separate")
+        attention: Any = model.get_submodule("model.layers.0.self_attn")
+        attention.q_proj.__class__ = Normalized
         qk_clip(model)
         for _ in range(2):  # and again, if the error was passed over
             with pytest.raises(ValueError, match=r"layers\.0\.self_attn': when the rows"):
