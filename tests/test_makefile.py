@@ -1,5 +1,6 @@
 """`make` sets up the environment that a command needs, with the Python it is given."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,17 @@ def python(folder: Path, version: tuple[int, int, int]) -> Path:
 
 
 def make(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = ["make", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # Not with the options of a `make test` that runs this.
+    given = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "VENV"}
+    environment = {name: value for name, value in os.environ.items() if name not in given}
+    return subprocess.run(
+        ["make", *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_an_old_python_is_refused_before_anything_is_downloaded(folder: Path) -> None:
