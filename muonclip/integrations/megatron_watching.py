@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muonclip.hooks import Handle
-from muonclip.integrations.watched_modules import Watched, WatchedModules, select_layers
+from muonclip.integrations.watched_modules import WatchedModules, select_layers, with_pre_hook
 from muonclip.qk_clip import QKClip
 
 _REMEDY = "pass the maxima of its kernel to QKClip.observe, or leave the layer out with exclude"
@@ -61,25 +61,17 @@ def core_attention(name: str, module: nn.Module) -> nn.Module:
     return core
 
 
-def _hooked(name: str, core: nn.Module) -> Watched:
-    return Watched(name, [core.register_forward_pre_hook(_observe, with_kwargs=True).remove])
-
-
-_watched = WatchedModules(_hooked)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _observe(core: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Observe the logits that the core will compute from these arguments."""
-    watched = _watched.get(core)
-    clip = None if watched is None else watched.observer(core)
-    if watched is None or clip is None:
+    if (observer := _watched.observer(core)) is None:
         return
+    name, clip = observer
     given = inspect.signature(core.forward).bind(*args, **kwargs).arguments
     query, key = given["query"], given["key"]
     if given.get("packed_seq_params") is not None or query.dim() != 4:
-        raise ValueError(f"layer {watched.name!r} attends within packed sequences: {_REMEDY}")
+        raise ValueError(f"layer {name!r} attends within packed sequences: {_REMEDY}")
     clip._track_backward(query, key)
     mask, causal = _mask(core, given, query.size(0), key.size(0))
     softmax = getattr(core, "scale_mask_softmax", None)
@@ -89,9 +81,12 @@ def _observe(core: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     query, key = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3)
     scale = core.softmax_scale * factor
     clip.observe_attention(
-        watched.name, query, key, scale=scale, mask=mask, causal=causal,
+        name, query, key, scale=scale, mask=mask, causal=causal,
         bias=given.get("attention_bias"),
     )  # fmt: skip
+
+
+_watched = WatchedModules(with_pre_hook(_observe))
 
 
 def _mask(core: Any, given: dict[str, Any], queries: int, keys: int) -> tuple[Tensor | None, bool]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from muonclip.attention_layouts import AttentionLayout, HeadRows, WeightAndBias
 from muonclip.hooks import Handle
-from muonclip.integrations.watched_modules import Watched, WatchedModules, select_layers
+from muonclip.integrations.watched_modules import WatchedModules, select_layers, with_pre_hook
 from muonclip.qk_clip import QKClip
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
@@ -159,13 +159,6 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     return _watched.watch(modules, clip)
 
 
-def _hooked(name: str, module: nn.Module) -> Watched:
-    return Watched(name, [module.register_forward_pre_hook(_observe, with_kwargs=True).remove])
-
-
-_watched = WatchedModules(_hooked)
-
-
 def _projection(module: nn.MultiheadAttention, weight: str) -> WeightAndBias:
     return getattr(module, weight), module.in_proj_bias
 
@@ -174,10 +167,9 @@ def _projection(module: nn.MultiheadAttention, weight: str) -> WeightAndBias:
 @torch.no_grad()
 def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Observe the logits that the forward pass will compute from these arguments."""
-    watched = _watched.get(module)
-    clip = None if watched is None else watched.observer(module)
-    if watched is None or clip is None:
+    if (observer := _watched.observer(module)) is None:
         return
+    name, clip = observer
     call = _SIGNATURE.bind(module, *args, **kwargs)
     call.apply_defaults()
     arguments = call.arguments
@@ -198,7 +190,10 @@ def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[st
         key = F.pad(key, (0, 0, 0, 1))
         if mask is not None:
             mask = F.pad(mask, (0, 1), value=0.0 if mask.is_floating_point() else True)
-    clip.observe_attention(watched.name, query, key, mask=mask, causal=causal)
+    clip.observe_attention(name, query, key, mask=mask, causal=causal)
+
+
+_watched = WatchedModules(with_pre_hook(_observe))
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

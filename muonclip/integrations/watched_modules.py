@@ -40,6 +40,15 @@ class Watched:
         return clip
 
 
+def with_pre_hook(hook: Callable[..., None]) -> Callable[[str, nn.Module], Watched]:
+    """A function that watches a module by a hook before its forward pass, with its arguments."""
+
+    def make(name: str, module: nn.Module) -> Watched:
+        return Watched(name, [module.register_forward_pre_hook(hook, with_kwargs=True).remove])
+
+    return make
+
+
 class _Owner:
     """Keeps a clip alive as long as a module, without being copied or pickled with it."""
 
@@ -78,6 +87,12 @@ class WatchedModules(Generic[W]):
     def get(self, module: nn.Module) -> W | None:
         """The entry of a module; None if it is not watched."""
         return self._table.get(module)
+
+    def observer(self, module: nn.Module) -> tuple[str, QKClip] | None:
+        """The layer's name and its clip, if it is to observe the module's current forward pass."""
+        watched = self._table.get(module)
+        clip = None if watched is None else watched.observer(module)
+        return None if watched is None or clip is None else (watched.name, clip)
 
     def watch(self, modules: Mapping[str, nn.Module], clip: QKClip) -> Handle:
         """Watch modules until the returned handle or the clip is removed.
