@@ -70,11 +70,8 @@ class Ranks:
         Args:
             dense_layers: number of layers without experts, the first of the model.
         """
-        return next(
-            s
-            for s in range(stage + 1)
-            if self._kind(s, dense_layers) == self._kind(stage, dense_layers)
-        )
+        kind = self._kind(stage, dense_layers)
+        return next(s for s in range(stage + 1) if self._kind(s, dense_layers) == kind)
 
     def _kind(self, stage: int, dense_layers: int) -> tuple[Any, ...]:
         chunks = [
