@@ -1,4 +1,4 @@
-"""The README's commands turn a folder of images and captions into a run."""
+"""The commands of the guide to own data turn a folder of images and captions into a run."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from pretrain.metrics import read
 from tests.pretrain.data import make
 
 ROOT = Path(__file__).parent.parent.parent
-SECTION = (ROOT / "README.md").read_text().partition("### Your own data\n")[2].partition("\n|")[0]
-# The README's commands train for minutes; two steps show that they do.
+GUIDE = (ROOT / "docs" / "trainer" / "data.md").read_text()
+# The guide's commands train for minutes; two steps show that they do.
 SHORTER = ("steps=2", "optimizer.warmup_steps=1", "optimizer.decay_steps=0")
 LESS_TEXT = "data.max_corpus_mb=1.0"
 
@@ -44,7 +44,7 @@ def run(command: str, folder: Path, *more: str) -> str:
 def test_the_commands_inspect_a_folder_and_train_on_it(tmp_path: Path) -> None:
     make.captioned_folder(tmp_path / "pictures", 60)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (block,) = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+    block, *_ = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
     inspect, train = block.replace("\\\n", " ").strip().splitlines()
     run(inspect, tmp_path, LESS_TEXT)
     assert "data:image/png" in (tmp_path / "inspect.html").read_text()
@@ -55,8 +55,8 @@ def test_the_commands_inspect_a_folder_and_train_on_it(tmp_path: Path) -> None:
     assert start["right_caption_loss"] > 0
 
 
-def test_the_configuration_in_the_readme_is_valid(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
+def test_the_configuration_of_the_guide_is_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
     path = tmp_path / "mine.yaml"
     path.write_text(block)
     loaded = config.load(path)
