@@ -1,29 +1,108 @@
-"""The README's examples run, and the files that it names exist."""
+"""The README is short, its examples and commands work, its figures are those of the benchmarks."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-README = Path(__file__).parent.parent / "README.md"
+from benchmarks import __main__ as benchmarks
+from benchmarks import runner
+from pretrain import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The words of every command, in blocks and in the text."""
+    inline = re.findall(r"`((?:make|python|torchrun) [^`]*)`", README)
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [words for line in [*lines, *inline] if (words := shlex.split(line, comments=True))]
+
+
+def section(text: str, anchor: str) -> str:
+    """The part of a Markdown text under the heading that an anchor names."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    (part,) = (p for p in parts if _anchor(p.partition("\n")[0].lstrip("# ")) == anchor)
+    return part
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_it_has_two_screens() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One after the other, as in a notebook."""
+    """In a folder with nothing but them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    for code in blocks:
-        exec(compile(code, str(README), "exec"), names)
-    assert len(blocks) == 2 and names["step"] == 19
-    assert names["optimizer"].qk_clip is None  # the Trainer's clip of the same model replaced it
-    assert names["trainer"].optimizer.optimizer.qk_clip.result is not None
+    torch.manual_seed(0)
+    examples = blocks("python")
+    assert len(examples) == 2
+    for code in examples:
+        names: dict[str, Any] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        optimizer = names["optimizer"]
+        assert names["step"] == 19
+        assert {group["algorithm"] for group in optimizer.param_groups} == {"muon", "adamw"}
+        assert all(len(heads) == 4 for heads in optimizer.qk_clip.result.max_logits.values())
 
 
-def test_every_file_that_it_names_exists() -> None:
-    for path in re.findall(
-        r"(?:configs|docs|pretrain|muonclip|tests|benchmarks)/[\w./]+", README.read_text()
-    ):
-        assert (README.parent / path.rstrip(".")).exists(), path
+def check_make(target: str, *variables: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for name in (variable.partition("=")[0] for variable in variables):
+        assert f"$({name})" in makefile
+
+
+def check_module(module: str, arguments: list[str]) -> None:
+    """Parse what is given, read the configuration, and run what takes no time."""
+    if module == "benchmarks":
+        command, name, *options = arguments
+        assert command == "run"
+        runner.parse(name, benchmarks.benchmark(name), options)
+        return
+    assert module == "pretrain"
+    options = cli._parse(arguments)
+    if "config" in options:
+        config.load(ROOT / options.config, options.overrides)
+    if options.command in ("plan", "settings"):
+        assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_its_commands_are_valid(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that train and measure run in the tests of trainer and benchmarks, in small."""
+    monkeypatch.chdir(ROOT)
+    program, *words = command
+    if program == "make":
+        check_make(*words)
+    elif program == "pip":
+        assert words == ["install", "."]  # tests/test_distribution.py
+    else:
+        assert program in ("python", "torchrun")
+        place = words.index("-m")
+        check_module(words[place + 1], words[place + 2 :])
+
+
+def measured() -> list[tuple[str, str]]:
+    """Every row of a table that links a section of benchmarks/README.md, and the section's name."""
+    return re.findall(r"^(\|.*)\(benchmarks/README\.md#([\w-]+)\) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("row", "anchor"), measured(), ids=[row[2:40] for row, _ in measured()])
+def test_its_figures_are_those_of_the_benchmarks(row: str, anchor: str) -> None:
+    """Every number with a decimal point or a comma occurs in the section that the row links."""
+    figures = re.findall(r"\d[\d,]*[.,]\d+%?", row)
+    text = section((ROOT / "benchmarks" / "README.md").read_text(), anchor)
+    known = set(re.findall(r"\d[\d,]*[.,]\d+%?", text))
+    assert figures and set(figures) <= known, set(figures) - known
