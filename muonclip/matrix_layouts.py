@@ -214,7 +214,7 @@ class MatrixLayout:
         return [block.flatten(0, 1) if self.separate else block.flatten(1, 2) for block in blocks]
 
     def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """The inverse of :meth:`split`.
+        """The inverse of ``split``.
 
         Args:
             matrices: as returned by ``split``.

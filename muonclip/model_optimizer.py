@@ -71,7 +71,8 @@ def for_model(
         qk_clip_exclude: pattern or patterns (``fnmatch``) of attention layers that are not clipped.
         attention_layouts: layer -> layout of attention modules that are not recognized. They call
             ``optimizer.qk_clip.observe_attention(layer, query, key, ...)`` in training.
-        adamw, muon: patterns of parameter names that go to this algorithm in any case.
+        adamw: patterns of parameter names that go to AdamW in any case.
+        muon: patterns of parameter names that go to Muon in any case.
         layouts: pattern of parameter names -> layout; goes before those that are found.
         per_head: orthogonalize the query, key and value rows of each head separately.
         shardings: as for ``MuonClip``; default: those of megatron-core's models.

@@ -65,14 +65,16 @@ _NOT_OPTIONS = {"params", "param_names"}
 
 
 class MuonClip(Optimizer):
-    r"""Muon for the matrices of a model and AdamW for its other parameters.
+    """Muon for the matrices of a model and AdamW for its other parameters.
 
-    For each matrix :math:`W` of n x m with gradient :math:`G`:
-    :math:`M \leftarrow M + (1 - \mu)(G - M)`;
-    :math:`O = \mathrm{NS}(G + \mu (M - G))` (Nesterov; otherwise :math:`\mathrm{NS}(M)`);
-    :math:`W \leftarrow W - \eta\,(0.2\sqrt{\max(n, m)}\, O + \lambda W)`.
-    NS is scale-free, so :math:`M` is an exponential average, as in ``torch.optim.Muon``, where the
-    papers write the sum :math:`\mu M + G`. Source: Kimi K2 technical report (arXiv 2507.20534),
+    For each matrix W of n x m with gradient G, learning rate η, momentum μ and weight decay λ:
+
+        M = M + (1 - μ) (G - M)
+        O = NS(G + μ (M - G))       # Nesterov; otherwise NS(M)
+        W = W - η (0.2 sqrt(max(n, m)) O + λ W)
+
+    NS is scale-free, so M is an exponential average, as in ``torch.optim.Muon``, where the papers
+    write the sum μ M + G. Source: Kimi K2 technical report (arXiv 2507.20534),
     algorithm 1; Moonlight (arXiv 2502.16982), section 2. ``QKClip`` adds QK-Clip.
 
     Each parameter group has one algorithm, so that learning rate schedulers can set its options. A
@@ -99,10 +101,10 @@ class MuonClip(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs, or groups (dicts) of either.
-        lr: learning rate :math:`\eta`; a number, or a tensor of one element, which a captured
+        lr: learning rate η; a number, or a tensor of one element, which a captured
             graph reads in each replay.
-        weight_decay: decoupled weight decay :math:`\lambda`.
-        momentum: :math:`\mu`, in [0, 1).
+        weight_decay: decoupled weight decay λ.
+        momentum: μ, in [0, 1).
         nesterov: use Nesterov momentum.
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.

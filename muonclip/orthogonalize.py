@@ -123,7 +123,8 @@ def default_ns_dtype(
     small matrices, which bfloat16 makes slower.
 
     Args:
-        device, dtype: of the matrices.
+        device: of the matrices.
+        dtype: of the matrices.
         side: their smaller side; default: they are not small.
     """
     if device.type == "cpu" and (
@@ -134,7 +135,7 @@ def default_ns_dtype(
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the input of :func:`orthogonalize_`; float16 is too narrow before normalization."""
+    """Dtype of the input of ``orthogonalize_``; float16 is too narrow before normalization."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -249,12 +250,14 @@ def orthogonalize_(
     form: Form = "auto",
     scale: float = 1.0,
 ) -> Tensor:
-    """:func:`orthogonalize` that overwrites its argument; times ``scale``.
+    """``orthogonalize`` that overwrites its argument; times ``scale``.
 
     Args:
         matrices: [b, n, m] in ``working_dtype(dtype)`` or a wider dtype, overwritten.
         schedule: (a, b, c) of each step.
-        eps, dtype, form: as for :func:`orthogonalize`, validated.
+        eps: as for ``orthogonalize``, validated, like the next two.
+        dtype: of the arithmetic.
+        form: of the iteration.
         scale: factor on the result.
 
     Returns:

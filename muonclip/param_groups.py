@@ -399,7 +399,11 @@ def param_groups(
     the same assignment.
 
     Args:
-        model, adamw, muon, layouts, shardings: as for ``assign_parameters``, with its errors.
+        model: as for ``assign_parameters``, with its errors, like the next four.
+        adamw: patterns of parameters for AdamW.
+        muon: patterns of parameters for Muon.
+        layouts: pattern of parameter names -> layout.
+        shardings: sharding of each parameter that is a shard of a larger one.
         options: put into every group, e.g. ``weight_decay=0.1``.
 
     Returns:
