@@ -47,6 +47,7 @@ def for_model(
     muon: Sequence[str] = (),
     layouts: Mapping[str, MatrixLayout] | None = None,
     per_head: bool = False,
+    decay_vectors: bool = True,
     shardings: "Mapping[Tensor, Sharding] | None" = None,
     report: Callable[[str], object] | None = print,
     **options: Any,
@@ -75,6 +76,8 @@ def for_model(
         muon: patterns of parameter names that go to Muon in any case.
         layouts: pattern of parameter names -> layout; goes before those that are found.
         per_head: orthogonalize the query, key and value rows of each head separately.
+        decay_vectors: False: weight decay leaves out biases, gains and other vectors. They are
+            decayed by default, as in Kimi K2.
         shardings: as for ``MuonClip``; default: those of megatron-core's models.
         report: called with the report as text, on the first rank; None: not called.
         options: of ``MuonClip``, e.g. ``weight_decay=0.1``.
@@ -117,9 +120,8 @@ def for_model(
         attention.find(qk_clip_exclude)
         group = options.get("process_group") if parallel is None else parallel.same_heads
         clip = attention.make_clip(qk_clip_threshold, group)
-    optimizer = MuonClip(
-        group_assignments(assignments), lr, shardings=shardings, qk_clip=clip, **options
-    )
+    groups = group_assignments(assignments, decay_vectors=decay_vectors)
+    optimizer = MuonClip(groups, lr, shardings=shardings, qk_clip=clip, **options)
     messages = [*attention.warnings, *_rounding(model, options)]
     optimizer.report = ModelReport(
         type(model).__name__,

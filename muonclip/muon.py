@@ -104,24 +104,23 @@ class MuonParam(NamedTuple):
         def view(tensor: Tensor) -> Tensor:
             return tensor[start : start + length]
 
-        def view_state(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or self.is_sharded else view(tensor)
+        def view_state(tensor: Tensor) -> Tensor:
+            return tensor if self.is_sharded else view(tensor)
 
+        scale, remainder = self.momentum_scale, self.remainder
         local = view(self.local)
         return self._replace(
             local=local,
             to_update=local if self.to_update is self.local else view(self.to_update),
             gradient=view(self.gradient),
-            momentum_buffer=(
-                self.momentum_buffer if self.is_sharded else view(self.momentum_buffer)
-            ),
-            momentum_scale=view_state(self.momentum_scale),
-            remainder=view_state(self.remainder),
+            momentum_buffer=view_state(self.momentum_buffer),
+            momentum_scale=None if scale is None else view_state(scale),
+            remainder=None if remainder is None else view_state(remainder),
             seed=(*self.seed, first),
             neurons=(
                 self.neurons
-                if self.is_sharded or self.num_slices == 1
-                else {name: view(value) for name, value in self.neurons.items()}
+                if self.num_slices == 1
+                else {name: view_state(value) for name, value in self.neurons.items()}
             ),
         )
 

@@ -415,19 +415,28 @@ def param_groups(
     )
 
 
-def group_assignments(assignments: Iterable[Assignment], **options: Any) -> list[dict[str, Any]]:
-    """The groups of ``param_groups`` for parameters that are assigned already."""
-    groups: dict[tuple[Algorithm, MatrixLayout | None], dict[str, Any]] = {}
+def group_assignments(
+    assignments: Iterable[Assignment], *, decay_vectors: bool = True, **options: Any
+) -> list[dict[str, Any]]:
+    """The groups of ``param_groups`` for parameters that are assigned already.
+
+    Args:
+        decay_vectors: False: vectors and numbers (biases, gains) are in separate groups, with
+            ``weight_decay=0.0``.
+    """
+    groups: dict[tuple[Algorithm, MatrixLayout | None, bool], dict[str, Any]] = {}
     for item in assignments:
         if item.algorithm is None:
             continue
-        key = (item.algorithm, item.layout)
+        is_decayed = decay_vectors or item.parameter.dim() > 1
+        key = (item.algorithm, item.layout, is_decayed)
         if key not in groups:
             groups[key] = {
                 "params": [],
                 "algorithm": item.algorithm,
                 "layout": item.layout,
                 **options,
+                **({} if is_decayed else {"weight_decay": 0.0}),
             }
         groups[key]["params"].append((item.name, item.parameter))
     return list(groups.values())

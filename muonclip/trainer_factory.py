@@ -22,9 +22,10 @@ def for_trainer(arguments: Any, **options: Any) -> tuple[OptimizerFactory, dict[
     ... )
 
     The Trainer's settings of its optimizer are used: ``learning_rate``, ``weight_decay``, and for
-    AdamW's groups ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon``. Its schedule, accumulation,
-    gradient clipping, precision and checkpoints work as with any optimizer; the clip has no state
-    to save.
+    AdamW's groups ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon``. As with the Trainer's own
+    optimizers, weight decay leaves out biases and gains (``decay_vectors=False``). Its schedule,
+    accumulation, gradient clipping, precision and checkpoints work as with any optimizer; the clip
+    has no state to save.
 
     Args:
         arguments: the ``TrainingArguments`` that the Trainer is given.
@@ -46,6 +47,7 @@ def for_trainer(arguments: Any, **options: Any) -> tuple[OptimizerFactory, dict[
         "weight_decay": arguments.weight_decay,
         "adamw_betas": (arguments.adam_beta1, arguments.adam_beta2),
         "adamw_eps": arguments.adam_epsilon,
+        "decay_vectors": False,
     }
     return optimizer_factory, {**given, **options}
 

@@ -66,6 +66,11 @@ def check_options(values: Mapping[str, Any]) -> None:
         _number(option, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{option} must be at least 0 and finite, got {value}")
+    if values["update_rms"] == 0:
+        raise ValueError(
+            "update_rms=0 would leave every matrix as it is: it is the RMS of the updates; use "
+            "lr=0.0 to train nothing"
+        )
     betas = values["adamw_betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"adamw_betas must be two numbers, got {betas!r}")

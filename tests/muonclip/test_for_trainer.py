@@ -80,9 +80,33 @@ def test_the_settings_are_those_of_the_trainer(tmp_path: Path) -> None:
     trainer = fit(tmp_path, llama(), lr_scheduler_type="constant", warmup_steps=0, max_steps=1)
     groups = unwrap_optimizer(trainer.optimizer).param_groups
     assert {group["lr"] for group in groups} == {0.02}
-    assert {group["weight_decay"] for group in groups} == {0.03}
-    (adamw,) = (group for group in groups if group["algorithm"] == "adamw")
-    assert (adamw["momentum"], adamw["adamw_beta2"]) == (0.9, 0.97)
+    decays = {
+        (name.endswith("norm.weight"), group["weight_decay"])
+        for group in groups
+        for name in group["param_names"]
+    }
+    assert decays == {(False, 0.03), (True, 0.0)}
+    adamw = [group for group in groups if group["algorithm"] == "adamw"]
+    assert {(group["momentum"], group["adamw_beta2"]) for group in adamw} == {(0.9, 0.97)}
+
+
+def test_weight_decay_leaves_out_what_the_trainer_leaves_out(tmp_path: Path) -> None:
+    """Against the Trainer's own rule, for a model with biases."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True
+    )
+    factory, options = for_trainer(arguments, report=None)
+    decayed = {
+        name
+        for group in factory(model, **options).param_groups
+        for name in group["param_names"]
+        if group["weight_decay"]
+    }
+    theirs = transformers.Trainer(model, arguments).get_decay_parameter_names(model)
+    # It has a name for each use of tied weights.
+    assert decayed == {name for name, _ in model.named_parameters() if name in theirs}
 
 
 def test_adapters_of_peft_are_trained_alone(tmp_path: Path) -> None:

@@ -379,6 +379,7 @@ class TestErrors:
         [
             ({"lr": -1.0}, "lr must be at least 0"),
             ({"lr": float("nan")}, "lr must be at least 0"),
+            ({"update_rms": 0.0}, "update_rms=0 would leave every matrix as it is"),
             ({"lr": torch.tensor([0.1, 0.2])}, "lr must be a number or a floating-point tensor"),
             ({"lr": torch.tensor(1)}, "lr must be a number or a floating-point tensor"),
             ({"lr": torch.tensor(-1.0)}, "lr must be at least 0"),
