@@ -1,4 +1,4 @@
-"""Hooks of the documentation site (mkdocs.yml): generated parts, links to the repository, formulas.
+"""Hooks of the documentation site (mkdocs.yml): generated parts, diagrams, links, formulas.
 
 Links in pages are those of the repository, so that they also work where the files are read without
 the site. A link to a source file leads to a page that shows it, made here.
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from diagram import draw
 from latex2mathml import converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -40,6 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Insert generated parts, and let links lead to pages of the site."""
     markdown = re.sub(r"<!-- (output|list): (.+?) -->", _generated, markdown)
+    markdown = re.sub(r"```mermaid\n(.*?)```", _diagram, markdown, flags=re.DOTALL)
     source, folder = _source(page.file), posixpath.dirname(page.file.src_uri)
 
     def resolve(match: re.Match[str]) -> str:
@@ -101,6 +103,10 @@ def _new_file(path: Path, config: MkDocsConfig) -> File:
     return File.generated(config, _uri(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
 
 
+def _diagram(match: re.Match[str]) -> str:
+    return draw(match[1])
+
+
 def _generated(match: re.Match[str]) -> str:
     kind, subject = match.groups()
     if kind == "output":
@@ -121,11 +127,11 @@ def _settings() -> Iterator[str]:
     """Definitions of all settings, with a heading for each section."""
     from pretrain import config
 
-    section = None
+    section = ""
     for line in sorted(config.describe(config.Config), key=lambda line: "." in line.split("=")[0]):
         name, _, rest = line.partition("=")
         default, _, meaning = rest.partition("  ")
-        if (parent := name.rpartition(".")[0]) != section:
+        if (parent := name.rpartition(".")[0] or "Run") != section:
             section = parent
             yield f"\n## {section}\n"
         yield f"`{name}` = `{default}`\n:   {html.escape(meaning) or '&nbsp;'}\n"

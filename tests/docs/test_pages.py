@@ -1,0 +1,81 @@
+"""Every block of code in the documentation works: Python runs, commands and settings are valid."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import config
+from tests.docs.commands import ROOT, blocks, check, commands
+
+DOCS = ROOT / "docs"
+PAGES = [
+    *sorted(DOCS.rglob("*.md")), ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md"
+]  # fmt: skip
+# Pages whose Python does not run here, and why.
+NOT_RUN = {
+    "finetuning.md": "tests/docs/test_finetuning.py runs it",
+    "serving.md": "loads runs/laptop/hf; tests/pretrain/export make these calls",
+}
+# Pages for programs that torchrun starts.
+DISTRIBUTED = ("distributed.md", "megatron.md")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page.read_text(), language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
+def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All blocks of a page, one after the other, as in a notebook."""
+    codes = [compile(code, page.name, "exec") for code in blocks(page.read_text(), "python")]
+    if page.name in NOT_RUN:
+        return
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if page.name in DISTRIBUTED:
+        for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        # As megatron-core asks for it on a machine without GPUs, too.
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    names: dict[str, Any] = {"__name__": "page"}
+    for code in codes:
+        exec(code, names)
+
+
+@pytest.mark.parametrize("page", with_blocks("sh"), ids=name_of)
+def test_commands_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(page.read_text()):
+        check(words)
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=name_of)
+def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
+    for block in blocks(page.read_text(), "yaml"):
+        (tmp_path / "page.yaml").write_text(block)
+        config.load(tmp_path / "page.yaml", [])
+
+
+@pytest.mark.parametrize("page", with_blocks("json"), ids=name_of)
+def test_json_is_valid(page: Path) -> None:
+    for block in blocks(page.read_text(), "json"):
+        assert json.loads(block)
+
+
+def test_no_block_is_left_out() -> None:
+    """``text`` is output or a listing, ``mermaid`` a diagram that tests/test_imports.py checks."""
+    checked = ("python", "sh", "yaml", "json", "text", "mermaid")
+    for page in PAGES:
+        text = page.read_text()
+        fences = sum(line.startswith("```") for line in text.splitlines())
+        assert fences == 2 * sum(len(blocks(text, language)) for language in checked), page
+    assert set(NOT_RUN) <= {page.name for page in PAGES}
