@@ -8,23 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__ as benchmarks
-from benchmarks import runner
-from pretrain import cli, config
+from tests.docs.commands import ROOT, blocks, check, commands
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands() -> list[list[str]]:
-    """The words of every command, in blocks and in the text."""
+def inline_commands() -> list[list[str]]:
+    """The words of every command in the text."""
     inline = re.findall(r"`((?:make|python|torchrun) [^`]*)`", README)
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [words for line in [*lines, *inline] if (words := shlex.split(line, comments=True))]
+    return [shlex.split(line, comments=True) for line in inline]
 
 
 def section(text: str, anchor: str) -> str:
@@ -46,7 +38,7 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     """In a folder with nothing but them."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    examples = blocks("python")
+    examples = blocks(README, "python")
     assert len(examples) == 2
     for code in examples:
         names: dict[str, Any] = {}
@@ -57,41 +49,10 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert all(len(heads) == 4 for heads in optimizer.qk_clip.result.max_logits.values())
 
 
-def check_make(target: str, *variables: str) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    for name in (variable.partition("=")[0] for variable in variables):
-        assert f"$({name})" in makefile
-
-
-def check_module(module: str, arguments: list[str]) -> None:
-    """Parse what is given, read the configuration, and run what takes no time."""
-    if module == "benchmarks":
-        command, name, *options = arguments
-        assert command == "run"
-        runner.parse(name, benchmarks.benchmark(name), options)
-        return
-    assert module == "pretrain"
-    options = cli._parse(arguments)
-    if "config" in options:
-        config.load(ROOT / options.config, options.overrides)
-    if options.command in ("plan", "settings"):
-        assert cli.main(arguments) == 0
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_its_commands_are_valid(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [*commands(README), *inline_commands()], ids=" ".join)
+def test_its_commands_are_valid(command: list[str]) -> None:
     """Those that train and measure run in the tests of trainer and benchmarks, in small."""
-    monkeypatch.chdir(ROOT)
-    program, *words = command
-    if program == "make":
-        check_make(*words)
-    elif program == "pip":
-        assert words == ["install", "."]  # tests/test_distribution.py
-    else:
-        assert program in ("python", "torchrun")
-        place = words.index("-m")
-        check_module(words[place + 1], words[place + 2 :])
+    check(command)
 
 
 def measured() -> list[tuple[str, str]]:
