@@ -296,6 +296,12 @@ class ImageConfig(Settings):
     min_chars: Annotated[int, In("[1, 200]")] = 4
     max_chars: Annotated[int, In("[1, 200]")] = 20
     """Length of a caption, i.e. of the text in an image."""
+    max_words: Annotated[int, In("[1, 200]")] | None = None
+    """Maximum number of words in a caption; null: as many as its length allows. With 1, captions
+    are words of letters alone, and rare ones are as frequent as common ones."""
+    pieces_share: Share = 0.0
+    """Share of the images for training whose captions are letters cut from a line anywhere, across
+    words. A model that has seen few words often would learn to guess those instead of reading."""
     min_font_size: Annotated[int, In("[4, 256]")] = 14
     max_font_size: Annotated[int, In("[4, 256]")] = 22
     """In pixels. Up to about 22, a line of text fits into one row of tokens (28 pixels)."""

@@ -1,4 +1,4 @@
-"""Imports and a scan of the machine's fonts, done once in the fork server of ``launch.py``.
+"""Imports, done once in the fork server of ``launch.py``.
 
 Otherwise every process would spend seconds on them. Nothing here runs a torch operation.
 """
@@ -6,7 +6,4 @@ Otherwise every process would spend seconds on them. Nothing here runs a torch o
 import matplotlib.pyplot  # noqa: F401
 
 import pretrain.train  # noqa: F401
-from pretrain.data.builtin.drawing import font_paths
 from tests.distributed import training  # noqa: F401
-
-font_paths()

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import numpy.typing as npt
 from pretrain.config import DataConfig
 from pretrain.data import packing
 from pretrain.data.builtin import drawing
-from pretrain.data.builtin.standard_library import TextFile, prose_lines, read_corpus
+from pretrain.data.builtin.standard_library import (
+    TextFile,
+    caption_split,
+    distinct_words,
+    prose_lines,
+    read_corpus,
+)
 from pretrain.data.cache import cached
 from pretrain.data.interface import SPLITS, Data, Split
 from pretrain.data.media.patches import VisionItem
@@ -119,6 +126,15 @@ class BuiltIn(Data):
                 f"{options.max_chars}, or raise vision.patch_size={self.patch_size}"
             )
 
+    @cached_property
+    def _caption_texts(self) -> dict[Split, list[str]]:
+        """The texts of each split that captions are drawn from: lines of prose, or single words."""
+        single = self.config.images.max_words == 1
+        return {
+            split: distinct_words(corpus.lines) if single else corpus.lines
+            for split, corpus in self.corpora.items()
+        }
+
     def _fits(self, item: VisionItem) -> bool:
         # The cheap test first: some images are far too large.
         length = self.config.seq_length
@@ -135,7 +151,10 @@ class BuiltIn(Data):
 
     def _draw(self, split: Split, rng: np.random.Generator) -> VisionItem:
         options = self.config.images
-        caption = drawing.pick_caption(self.corpora[split].lines, options, rng)
+        pick, texts = drawing.pick_caption, self._caption_texts[split]
+        if split == "train" and rng.random() < options.pieces_share:
+            pick, texts = drawing.pick_piece, self.corpora[split].lines
+        caption = pick(texts, options, rng, lambda text: caption_split(text) == split)
         return drawing.draw(caption, options, self.patch_size, rng)
 
     def _draw_items(self, split: Split, rng: np.random.Generator) -> list[VisionItem]:

@@ -1,12 +1,11 @@
 """Images and short clips of text, drawn with Pillow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.config import ImageConfig
@@ -14,51 +13,48 @@ from pretrain.data.media.patches import VisionItem
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 
-_ASCII = frozenset(range(0x20, 0x7F))
-# Words in the names of symbol and decorative fonts.
-_UNREADABLE = (
-    *("symbol", "dingbat", "emoji", "icon", "math", "script", "display", "zapf", "lastresort"),
-    *("cmex", "cmmi", "cmsy"),
+# Fonts that matplotlib contains, with all printable ASCII characters. They are listed by name: the
+# data is the same on every machine, and a font added by another version does not change it.
+_FONTS = tuple(
+    f"{name}.ttf"
+    for name in (
+        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique"),
+        *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
+        *("DejaVuSansMono-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
+        *("DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta"),
+        "STIXGeneralItalic",
+    )
 )
-_FONT_FOLDERS = (
-    *("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts"),
-    *("/System/Library/Fonts/Supplemental", "C:/Windows/Fonts", "~/.fonts"),
-    "~/.local/share/fonts",
-)
+# Draws of words after which the text is taken to have no caption.
+_MAX_DRAWS = 1000
 
 
 @lru_cache(maxsize=1)
 def font_paths() -> tuple[str, ...]:
-    """Paths of this machine's fonts with all printable ASCII characters, one per file name."""
+    """Paths of the fonts that texts are drawn in, always in the same order.
+
+    Raises:
+        PretrainError: the installed matplotlib lacks one of them.
+    """
     import matplotlib
 
-    folders = [Path(folder).expanduser() for folder in _FONT_FOLDERS]
-    folders.append(Path(matplotlib.get_data_path(), "fonts", "ttf"))
-    by_name: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.[to]tf")) if folder.is_dir() else ():
-            if not any(word in path.stem.lower() for word in _UNREADABLE):
-                by_name.setdefault(path.name.lower(), path)
-    return tuple(str(path) for _, path in sorted(by_name.items()) if _is_readable(path))
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        with TTFont(path, lazy=True) as font:
-            glyphs = font.getBestCmap() or {}
-            # In fonts for typesetting, the space has no width: words would run together.
-            return glyphs.keys() >= _ASCII and font["hmtx"][glyphs[ord(" ")]][0] > 0
-    except (OSError, TTLibError, KeyError, AttributeError):
-        return False
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    for name in _FONTS:
+        if not (folder / name).is_file():
+            raise PretrainError(
+                f"matplotlib {matplotlib.__version__} has no font {name} in {folder}, which the "
+                "built-in images are drawn with: reinstall matplotlib"
+            )
+    return tuple(str(folder / name) for name in _FONTS)
 
 
 _RULER = ImageDraw.Draw(Image.new("L", (1, 1)))
 
 
 @lru_cache(maxsize=4096)
-def _font(path: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # On machines without fonts: the one that Pillow contains.
-    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    # The other layout engine depends on a library of the system, and places letters differently.
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generator) -> VisionItem:
@@ -70,7 +66,7 @@ def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generat
         rng: the source of all randomness.
     """
     fonts = font_paths()
-    path = fonts[rng.integers(len(fonts))] if fonts else None
+    path = fonts[rng.integers(len(fonts))]
     size = int(rng.integers(config.min_font_size, config.max_font_size + 1))
     if rng.random() < config.large_share:
         size = int(rng.integers(config.max_font_size, 2 * config.max_font_size + 1))
@@ -130,24 +126,65 @@ def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDA
     return (light, dark) if rng.random() < 1 / 3 else (dark, light)
 
 
-def pick_caption(lines: Sequence[str], config: ImageConfig, rng: np.random.Generator) -> str:
+def pick_caption(
+    lines: Sequence[str],
+    config: ImageConfig,
+    rng: np.random.Generator,
+    is_allowed: Callable[[str], bool] = lambda _caption: True,
+) -> str:
     """Draw consecutive words of a random line, ``min_chars`` to ``max_chars`` characters in all.
 
+    Args:
+        lines: single-spaced texts.
+        config: limits of the caption.
+        rng: the source of all randomness.
+        is_allowed: other captions are drawn again.
+
     Raises:
-        PretrainError: 100 draws gave no such words.
+        PretrainError: 1000 draws gave no such words.
     """
-    wanted = int(rng.integers(config.min_chars, config.max_chars + 1))
-    for _ in range(100):
+    wanted = _length(config, rng)
+    for _ in range(_MAX_DRAWS):
         words = lines[int(rng.integers(len(lines)))].split(" ")
         first = int(rng.integers(len(words)))
+        last = None if config.max_words is None else first + config.max_words
         caption = words[first]
-        for word in words[first + 1 :]:
+        for word in words[first + 1 : last]:
             if len(caption) + 1 + len(word) > wanted:
                 break
             caption += " " + word
-        if config.min_chars <= len(caption) <= config.max_chars:
+        if config.min_chars <= len(caption) <= config.max_chars and is_allowed(caption):
             return caption
-    raise PretrainError(
+    raise _no_caption(config)
+
+
+def pick_piece(
+    lines: Sequence[str],
+    config: ImageConfig,
+    rng: np.random.Generator,
+    is_allowed: Callable[[str], bool] = lambda _caption: True,
+) -> str:
+    """Cut consecutive letters out of a random line, from anywhere and without the spaces.
+
+    Arguments and errors are those of :func:`pick_caption`.
+    """
+    wanted = _length(config, rng)
+    for _ in range(_MAX_DRAWS):
+        letters = "".join(filter(str.isalpha, lines[int(rng.integers(len(lines)))]))
+        if len(letters) >= wanted:
+            start = int(rng.integers(len(letters) - wanted + 1))
+            caption = letters[start : start + wanted]
+            if is_allowed(caption):
+                return caption
+    raise _no_caption(config)
+
+
+def _length(config: ImageConfig, rng: np.random.Generator) -> int:
+    return int(rng.integers(config.min_chars, config.max_chars + 1))
+
+
+def _no_caption(config: ImageConfig) -> PretrainError:
+    return PretrainError(
         f"data.images.min_chars={config.min_chars} to max_chars={config.max_chars}: the text has "
         "no words of that length; choose a wider range"
     )

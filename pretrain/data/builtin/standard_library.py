@@ -5,8 +5,9 @@ import contextlib
 import hashlib
 import os
 import re
+import string
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _COMMENT = re.compile(r"^\s*#+ (.*)$", re.MULTILINE)
 _LETTERS = re.compile(r"[A-Za-z ,.]")
 _MIN_BYTES = 1_000_000
 _HELD_OUT_EVERY = 12
+_HELD_OUT_CAPTIONS_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class TextFile:
 
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def caption_split(caption: str) -> Split:
+    """One caption in 8 is held out, by a hash of its text in lower case: no training image has it
+    as its caption, in any case of its letters."""
+    return "held_out" if _hash(caption.lower()) % _HELD_OUT_CAPTIONS_EVERY == 0 else "train"
 
 
 def read_corpus(max_bytes: int) -> list[TextFile]:
@@ -104,6 +112,12 @@ def prose_lines(file: TextFile) -> list[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 lines += (ast.get_docstring(node, clean=False) or "").splitlines()
     return [line for line in (" ".join(line.split()) for line in lines) if _is_prose(line)]
+
+
+def distinct_words(lines: Iterable[str]) -> list[str]:
+    """The words of letters alone in some lines, without punctuation around them, each once."""
+    words = (word.strip(string.punctuation) for line in lines for word in line.split(" "))
+    return list(dict.fromkeys(word for word in words if word.isalpha()))
 
 
 def questions(file: TextFile) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pretrain.config import DataConfig, ImageConfig
 from pretrain.data import Category, PackedSample, open_data
 from pretrain.data.builtin.dataset import BuiltIn
+from pretrain.data.builtin.standard_library import caption_split
 from pretrain.errors import PretrainError
 from tests.pretrain.data.conftest import PATCH
 from tests.pretrain.data.test_packing import check
@@ -74,6 +75,23 @@ def test_nothing_held_out_is_in_training(data: BuiltIn) -> None:
     assert sum(chunk in text for chunk in chunks) <= 0.02 * len(chunks)
 
 
+@pytest.mark.parametrize("max_words", [1, None])
+def test_no_held_out_caption_is_ever_drawn_for_training(
+    data: BuiltIn, max_words: int | None
+) -> None:
+    images = ImageConfig(max_words=max_words, min_chars=3, max_chars=8, pieces_share=0.5)
+    drawn = dataclasses.replace(data, config=dataclasses.replace(data.config, images=images))
+    held_out, trained_on = (
+        {item.caption for item in drawn.captioned_items(split, 60)}
+        for split in ("held_out", "train")
+    )
+    assert len(held_out) == len(trained_on) == 60
+    assert {caption_split(caption.upper()) for caption in held_out} == {"held_out"}
+    assert {caption_split(caption.upper()) for caption in trained_on} == {"train"}
+    if max_words == 1:
+        assert all(caption.isalpha() and 3 <= len(caption) <= 8 for caption in held_out)
+
+
 def test_swapped_captions_follow_other_images(data: BuiltIn) -> None:
     items = data.captioned_items("held_out", 20)
     right, swapped = data.caption_documents("held_out", 20)
@@ -114,8 +132,9 @@ def test_images_too_large_for_a_sequence_are_skipped_or_rejected(
 
 
 def test_all_captions_are_returned_if_there_are_fewer_than_requested(data: BuiltIn) -> None:
-    line = dataclasses.replace(data.corpora["held_out"], lines=["four words of text"])
-    few = dataclasses.replace(data, corpora={**data.corpora, "held_out": line})
+    held_out = data.corpora["held_out"]
+    some = dataclasses.replace(held_out, lines=held_out.lines[:3])
+    few = dataclasses.replace(data, corpora={**data.corpora, "held_out": some})
     found = few.captioned_items("held_out", 50)
     assert 1 <= len(found) < 50
     assert len({item.caption for item in found}) == len(found)

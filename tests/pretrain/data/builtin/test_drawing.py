@@ -1,9 +1,15 @@
 """Drawn images show their caption, fit the encoder, and are reproducible."""
 
+from pathlib import Path
+from typing import Any
+
+import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageFont
 
 from pretrain.config import ImageConfig
 from pretrain.data.builtin import drawing
@@ -35,7 +41,6 @@ def test_fonts_sizes_and_shapes_vary_and_some_items_are_clips() -> None:
     items = [drawing.draw("one two three", ImageConfig(), 14, rng) for _ in range(300)]
     assert len({item.pixels.shape[1:3] for item in items}) >= 10
     assert 10 < sum(item.pixels.shape[0] > 1 for item in items) < 60
-    assert len(drawing.font_paths()) >= 5
 
 
 def test_text_is_drawn_with_contrast() -> None:
@@ -45,12 +50,41 @@ def test_text_is_drawn_with_contrast() -> None:
         assert np.ptp(pixels[..., 0].astype(int)) > 60 or np.ptp(pixels[..., 2].astype(int)) > 60
 
 
-def test_machines_without_fonts_use_the_font_in_pillow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(drawing, "font_paths", tuple)
-    item = drawing.draw("hello", ImageConfig(), 14, np.random.default_rng(0))
-    assert np.ptp(item.pixels.astype(int)) > 60
+def test_pixels_do_not_depend_on_the_fonts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only matplotlib's own files are opened, by their names: a new font changes nothing."""
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    opened = []
+
+    def truetype(path: str, *args: Any, **options: Any) -> ImageFont.FreeTypeFont:
+        opened.append(Path(path))
+        assert options["layout_engine"] == ImageFont.Layout.BASIC  # the other needs a library
+        return original(path, *args, **options)
+
+    def refuse(*_args: Any) -> None:
+        raise AssertionError("folders are not searched for fonts")
+
+    original = ImageFont.truetype
+    monkeypatch.setattr(ImageFont, "truetype", truetype)
+    monkeypatch.setattr(Path, "rglob", refuse)
+    monkeypatch.setattr(Path, "glob", refuse)
+    drawing.font_paths.cache_clear()
+    drawing._font.cache_clear()
+    for seed in range(100):
+        drawing.draw("hello", ImageConfig(), 14, np.random.default_rng(seed))
+    assert {path.parent for path in opened} == {folder}
+    assert len({path.name for path in opened}) == 16
+
+
+def test_every_font_has_all_printable_characters_of_ascii() -> None:
+    for path in drawing.font_paths():
+        with TTFont(path, lazy=True) as font:
+            assert set(font.getBestCmap()) >= set(range(0x20, 0x7F)), path
+
+
+def test_a_missing_font_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    with pytest.raises(PretrainError, match=r"has no font DejaVuSans.ttf .* reinstall matplotlib"):
+        drawing.font_paths.__wrapped__()
 
 
 @given(st.integers(0, 2**32))
@@ -62,7 +96,20 @@ def test_captions_are_words_of_a_line_within_the_length_limits(seed: int) -> Non
     assert any(f" {caption} " in f" {line} " for line in lines)
 
 
+@given(st.integers(0, 2**32), st.booleans())
+def test_captions_can_be_single_words_or_pieces_of_a_line(seed: int, cut: bool) -> None:
+    lines = ["a few words of a line", "another line of other words"]
+    options = ImageConfig(min_chars=3, max_chars=6, max_words=1)
+    pick = drawing.pick_piece if cut else drawing.pick_caption
+    caption = pick(lines, options, np.random.default_rng(seed), lambda text: text != "line")
+    assert 3 <= len(caption) <= 6 and caption != "line"
+    places = ["".join(filter(str.isalpha, line)) for line in lines] if cut else lines
+    assert any(caption in (place if cut else place.split()) for place in places)
+
+
 def test_text_without_words_of_the_length_is_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
     with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
         drawing.pick_caption(["a b c"], options, np.random.default_rng(0))
+    with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
+        drawing.pick_piece(["a b c"], options, np.random.default_rng(0))
