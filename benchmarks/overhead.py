@@ -1,10 +1,10 @@
 """Overhead of metrics, logging and checkpoints in the trainer's step.
 
-The trainer of ``configs/laptop.yaml`` in one process trains on each batch in three variants: bare;
-with all metrics (gathered, with the update RMS sampled every ``log_every`` steps, and written to
-metrics.jsonl, TensorBoard and progress lines); and with metrics and a checkpoint at the beginning
-of the step. Overhead is reported as the ratio of step times, which is noisy, and as the time within
-the calls that cause it.
+The trainer of ``benchmarks/trainer.yaml`` in one process trains on each batch in three variants:
+bare; with all metrics (gathered, with the update RMS sampled every ``log_every`` steps, and written
+to metrics.jsonl, TensorBoard and progress lines); and with metrics and a checkpoint at the
+beginning of the step. Overhead is reported as the ratio of step times, which is noisy, and as the
+time within the calls that cause it.
 
 The cost of a checkpoint is divided by the ``checkpoint.every`` steps of the configuration: the time
 of the call, which copies the state, and the processor time of the thread that writes it, even if
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pretrain.build import Run
 
 TARGET = 0.02
-# Rounds, number of different batches, and overrides of configs/laptop.yaml.
+# Rounds, number of different batches, and overrides of benchmarks/trainer.yaml.
 _FORMS: dict[str, tuple[int, int, list[str]]] = {
     "tiny": (
         4,
@@ -102,7 +102,7 @@ def _measure(form: str, rounds: int | None, clock: str, threads: int, folder: st
     torch.set_num_threads(threads)
     default_rounds, count, overrides = _FORMS[form]
     settings = config.load(
-        runner.ROOT / "configs" / "laptop.yaml",
+        runner.ROOT / "benchmarks" / "trainer.yaml",
         [
             "parallel.expert=1",
             f"run_dir={folder}/run",

@@ -228,7 +228,7 @@ class Dense:
 
 
 class PretrainModel:
-    """The trainer's model in one process: ``configs/laptop.yaml`` in another size."""
+    """The trainer's model in one process: ``benchmarks/trainer.yaml`` in another size."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         from pretrain.build import build
@@ -367,7 +367,7 @@ def _prepare(job: Job) -> tuple[Any, Any, Any]:
 
     size = job.size
     settings = config.load(
-        ROOT / "configs" / "laptop.yaml",
+        ROOT / "benchmarks" / "trainer.yaml",
         [
             "parallel.expert=1",
             f"steps={job.steps}",

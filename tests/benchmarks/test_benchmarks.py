@@ -31,7 +31,7 @@ ONLY = {
 
 
 def checkpoints_are_measured(result: dict[str, Any]) -> None:
-    """Their cost is divided by the steps between checkpoints in configs/laptop.yaml."""
+    """Their cost is divided by the steps between checkpoints in benchmarks/trainer.yaml."""
     saved = result["checkpoint"]
     assert saved["every"] == 120
     assert saved["bytes"] > 8 * result["parameters"]  # weights and momentum
