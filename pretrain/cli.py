@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     report = _add(commands, "report", "write one HTML page about a run")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    compare = _add(commands, "compare", "draw metrics of several runs in one image")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    compare.add_argument(
+        "--metrics", nargs="+", default=["max_logit"], metavar="NAME", help="default: max_logit"
+    )
+    compare.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), metavar="FILE",
+        help="default: comparison.png",
+    )  # fmt: skip
     _add_model_commands(commands)
     _add_data_commands(commands)
     text = "show parameters, memory per rank, FLOPs and traffic of a step; allocates nothing"
@@ -185,6 +194,12 @@ def _report(options: argparse.Namespace) -> None:
     print(html_report.write(options.run_dir, options.out))
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from pretrain import plots
+
+    print(plots.compare(options.runs, options.metrics, options.out))
+
+
 def _settings(_options: argparse.Namespace) -> None:
     from pretrain import config
 
@@ -236,8 +251,8 @@ def _data(options: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
-    "train": _train, "eval": _evaluate, "plan": _plan, "report": _report, "settings": _settings,
-    "data": _data, "export": _export, "import": _import, "sample": _sample,
+    "train": _train, "eval": _evaluate, "plan": _plan, "report": _report, "compare": _compare,
+    "settings": _settings, "data": _data, "export": _export, "import": _import, "sample": _sample,
 }  # fmt: skip
 
 

@@ -10,11 +10,14 @@ from pretrain.build import Run
 from pretrain.config import LanguageConfig, to_dict
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.model.kernels import choose_kernels
+from pretrain.reading import Reading, summary
 from pretrain.runtime import machine
 
 # The model sees if its caption loss is lower by this much, in nats per token, with the right image
 # than with another one.
 _SEES = 0.5
+# Transcriptions shown at the end of a run; the report has more.
+_MAX_READINGS = 10
 
 
 def opening(run: Run, done: int) -> str:
@@ -69,12 +72,12 @@ def start_record(run: Run, done: int) -> dict[str, Any]:
     }
 
 
-def closing(records: Sequence[Record], transcriptions: Sequence[tuple[str, str]]) -> str:
+def closing(records: Sequence[Record], transcriptions: Sequence[Reading]) -> str:
     """Summary of the training: held-out losses, whether the model sees, and what it reads.
 
     Args:
         records: the run's metrics.
-        transcriptions: (truth, transcription) of held-out images.
+        transcriptions: those of held-out images.
     """
     training, held_out = metrics.training_records(records), metrics.held_out_records(records)
     lines = held_out_summary(held_out[0], held_out[-1]) if held_out else []
@@ -105,10 +108,15 @@ def held_out_summary(first: Record, last: Record) -> list[str]:
     return lines
 
 
-def readings(transcriptions: Sequence[tuple[str, str]]) -> str:
-    """The texts of held-out images next to the model's transcriptions; empty without any."""
+def readings(transcriptions: Sequence[Reading]) -> str:
+    """The number of held-out images that the model reads exactly, and its first transcriptions.
+
+    Empty without any.
+    """
     if not transcriptions:
         return ""
-    width = max(len(truth) for truth, _ in transcriptions)
-    lines = [f"  {truth:<{width}} | {answer}" for truth, answer in transcriptions]
-    return "\n".join(["held-out images: text in the image | transcription", *lines])
+    shown = transcriptions[:_MAX_READINGS]
+    width = max(len(reading.caption) for reading in shown)
+    lines = [f"  {reading.caption:<{width}} | {reading.text}" for reading in shown]
+    title = f"held-out images: {summary(transcriptions)}"
+    return "\n".join([title, "  text in the image | transcription", *lines])

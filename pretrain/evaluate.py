@@ -1,20 +1,34 @@
 """Held-out evaluation: loss by category, use of images, and transcriptions."""
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.packing import Document
 from pretrain.model.multimodal import MicroBatch
+from pretrain.reading import Reading, scores
 from pretrain.step import encode_images, run_backbone, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
+# Pictures in the report, and their largest width and height.
+_MAX_PICTURES = 48
+_PICTURE_SIZE = (448, 448)
+
+
+def held_out(run: Run) -> tuple[dict[str, float | None], list[Reading]]:
+    """The held-out losses and how well the images are read, and the transcriptions."""
+    readings = transcribe(run)
+    return {**held_out_losses(run), **scores(readings)}, readings
 
 
 def held_out_losses(run: Run) -> dict[str, float | None]:
@@ -63,49 +77,77 @@ def _mean_losses(
     return objective.mean_losses(sums)
 
 
-@torch.no_grad()
-def transcribe(run: Run) -> list[tuple[str, str]]:
-    """Transcribe held-out images by greedy decoding.
+def transcribe(run: Run) -> list[Reading]:
+    """Transcribe ``evaluation.transcriptions`` held-out images by greedy decoding.
 
-    Every rank computes the same batch, because ranks share experts.
-
-    Returns:
-        (caption, transcription) of each of ``evaluation.transcriptions`` images.
+    Data-parallel ranks share the images, ``micro_batch_size`` each at a time: the memory of the
+    computation does not grow with the number of images. The same on every rank.
     """
     run.train(False)
     items = run.data.captioned_items("held_out", run.config.evaluation.transcriptions)
-    if not items:
-        return []
+    size = run.config.micro_batch_size * run.context.data_size
+    texts = [
+        text
+        for start in range(0, len(items), size)
+        for text in _read(run, items[start : start + size])
+    ]
+    return [
+        Reading(item.caption, text, _picture(item) if number < _MAX_PICTURES else "")
+        for number, (item, text) in enumerate(zip(items, texts, strict=True))
+    ]
+
+
+def _picture(item: VisionItem) -> str:
+    image = Image.fromarray(item.pixels[0])
+    image.thumbnail(_PICTURE_SIZE)
+    file = io.BytesIO()
+    image.save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@torch.no_grad()
+def _read(run: Run, items: Sequence[VisionItem]) -> list[str]:
+    """The transcription of each item, on every rank; each data-parallel rank computes its share.
+
+    Ranks compute in lockstep, because they share experts: their shares have the same number of
+    rows, of the same length. Rows beyond the last item repeat the first one.
+    """
+    context, tokenizer = run.context, run.data.tokenizer
     prompts = [run.data.question(item) for item in items]
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    length = int(starts.max()) + _MAX_CAPTION_TOKENS
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    length = int(lengths.max()) + _MAX_CAPTION_TOKENS
     length += -length % run.config.parallel.sequence_unit
-    samples = [run.data.pack([prompt], length)[0] for prompt in prompts]
-    context = run.context
+    places = torch.arange(context.data_rank, context.data_rank + len(items), context.data_size)
+    is_item = places < len(items)
+    places = places.where(is_item, 0)
     batch = batches.collate(
-        samples, context.device, images=context.first_stage, share=context.sequence_share
+        [run.data.pack([prompts[place]], length)[0] for place in places.tolist()],
+        context.device,
+        images=context.first_stage,
+        share=context.sequence_share,
     )
     # Generated tokens belong to the prompt's document, unlike the padding that they replace.
     batch = replace(batch, documents=torch.zeros_like(batch.documents))
     (features,) = encode_images(run, [batch])
-    rows = torch.arange(len(items))
-    for generated in range(_MAX_CAPTION_TOKENS):
-        positions = starts + generated
-        batch.tokens[rows, positions] = _next_tokens(run, batch, features, rows, positions - 1)
-    transcriptions = [
-        run.data.tokenizer.decode(tokens[start:]).split("\n")[0]
-        for tokens, start in zip(batch.tokens.tolist(), starts.tolist(), strict=True)
-    ]
-    return [(item.caption, text) for item, text in zip(items, transcriptions, strict=True)]
+    written = torch.zeros(len(items), 0, dtype=torch.int64)
+    ended = torch.zeros(len(items), dtype=torch.bool)
+    while written.shape[1] < _MAX_CAPTION_TOKENS and not ended.all():
+        columns = lengths[places] + written.shape[1]
+        chosen = torch.zeros(len(items), dtype=torch.int64, device=context.device)
+        chosen[places[is_item]] = _next_tokens(run, batch, features, columns - 1)[is_item]
+        dist.all_reduce(chosen, dist.ReduceOp.MAX)  # zeros from ranks without the token
+        batch.tokens[torch.arange(len(places)), columns] = chosen[places]
+        written = torch.cat([written, chosen.cpu()[:, None]], 1)
+        ended |= written[:, -1] == tokenizer.newline
+    return [tokenizer.decode(tokens).split("\n")[0] for tokens in written.tolist()]
 
 
-def _next_tokens(
-    run: Run, batch: MicroBatch, features: Tensor, rows: Tensor, positions: Tensor
-) -> Tensor:
-    """The most likely token after each position, int64 [rows], on all ranks.
+def _next_tokens(run: Run, batch: MicroBatch, features: Tensor, positions: Tensor) -> Tensor:
+    """The most likely token after a position of each row, int64 [b]; 0 on ranks without it.
 
     Image placeholders are excluded: there would be no features for them.
     """
+    rows = torch.arange(len(positions))
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=run.context.device)
 
     def choose(batch: MicroBatch, logits: Tensor) -> Tensor:
@@ -119,5 +161,4 @@ def _next_tokens(
     # The interleaved schedule needs at least one micro-batch per stage.
     times = run.config.parallel.pipeline if run.config.parallel.interleave > 1 else 1
     run_schedule(run, [batch] * times, [features] * times, choose, forward_only=True, logits=True)
-    dist.all_reduce(tokens, dist.ReduceOp.MAX)  # zeros where a rank does not have the position
     return tokens

@@ -17,14 +17,16 @@ import yaml
 
 from pretrain import metrics, untrusted_files
 from pretrain.errors import PretrainError
-from pretrain.metrics import HELD_OUT, METRICS, formatted
+from pretrain.metrics import HELD_OUT, METRICS, READING, formatted
 from pretrain.plots import Records, report_plots
+from pretrain.reading import Reading, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MAX_BYTES = 64 << 20
 _MAX_SLOW_RANKS = 20
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
@@ -38,6 +40,7 @@ h1 { margin-bottom: 0; } h2 { margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right;
   border-bottom: 1px solid #dde1e6; vertical-align: top; }
 td:first-child, th:first-child, .text td, .text th { text-align: left; }
+.wrong td:last-child { color: #b3261e; }
 pre { background: #f2f4f7; border-radius: .5rem; padding: .8rem; overflow: auto; }
 """
 
@@ -55,15 +58,11 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         PretrainError: the folder contains no run, or the file cannot be written.
     """
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
-        raise PretrainError(f"{run_dir} has no metrics.jsonl: give the run_dir of a training run")
     out = out or run_dir / "report.html"
     try:
         page = render(
             run_dir.resolve().name,
-            metrics.read(file),
-            metrics.read_lines(run_dir / "starts.jsonl"),
+            *metrics.read_run(run_dir),
             _transcriptions(run_dir / "transcriptions.json"),
         )
         out.write_text(page, encoding="utf-8")
@@ -72,24 +71,22 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _transcriptions(path: Path) -> list[list[str]]:
+def _transcriptions(path: Path) -> list[Reading]:
     try:
-        pairs = json.loads(untrusted_files.read_bytes(path, _MAX_BYTES))
-        return [[str(truth), str(answer)] for truth, answer in pairs]
+        rows = json.loads(untrusted_files.read_bytes(path, _MAX_BYTES))
+        return [Reading(*map(str, row)) for row in rows]
     except (OSError, ValueError, TypeError, RecursionError):  # missing or incomplete
         return []
 
 
-def render(
-    name: str, records: Records, starts: Records, transcriptions: Sequence[Sequence[str]]
-) -> str:
+def render(name: str, records: Records, starts: Records, transcriptions: Sequence[Reading]) -> str:
     """The HTML text.
 
     Args:
         name: name of the run.
         records: metrics, from :func:`pretrain.metrics.read`.
         starts: records of starts.jsonl.
-        transcriptions: (truth, transcription) of held-out images.
+        transcriptions: those of held-out images.
     """
     training = metrics.training_records(records)
     config = starts[-1].get("config", {}) if starts else {}
@@ -104,10 +101,7 @@ def render(
         *_slow_ranks(training, config.get("faults", {}).get("straggler_ratio")),
         "<h2>Held-out evaluation</h2>",
         _held_out(metrics.held_out_records(records)),
-        "<h2>Transcriptions of held-out images</h2>" if transcriptions else "",
-        _table(("the image says", "the model reads"), transcriptions, "text")
-        if transcriptions
-        else "",
+        *_readings(transcriptions),
         "<h2>Starts</h2>",
         _starts(starts),
         "<h2>Configuration</h2>",
@@ -178,11 +172,34 @@ def _slow_ranks(training: Records, threshold: float | None) -> list[str]:
 def _held_out(records: Records) -> str:
     if not records:
         return "<p>No evaluation has been recorded yet.</p>"
-    header = ["loss, nats per token", *(METRICS[name].label for name in HELD_OUT)]
-    rows = (
-        [f"step {row['step']}", *(formatted(row, name) for name in HELD_OUT)] for row in records
-    )
+    names = (*HELD_OUT, *READING)
+    header = ["losses in nats per token", *(METRICS[name].label for name in names)]
+    rows = ([f"step {row['step']}", *(formatted(row, name) for name in names)] for row in records)
     return _table(header, rows)
+
+
+def _readings(transcriptions: Sequence[Reading]) -> list[str]:
+    """Held-out images, the text in them, and what the model reads; wrong readings are marked."""
+    if not transcriptions:
+        return []
+    rows = "\n".join(
+        f"<tr{'' if reading.is_exact else ' class=wrong'}><td>{_picture(reading.picture)}</td>"
+        f"<td>{_text(reading.caption)}</td><td>{_text(reading.text)}</td></tr>"
+        for reading in transcriptions
+    )
+    return [
+        "<h2>Transcriptions of held-out images</h2>",
+        f"<p>{summary(transcriptions)}.</p>",
+        '<table class="text"><tr><th>image</th><th>the image says</th><th>the model reads</th></tr>'
+        f"\n{rows}</table>",
+    ]
+
+
+def _picture(encoded: str) -> str:
+    """An image element of a PNG file in base64; empty without one."""
+    if not _BASE64.fullmatch(encoded):
+        return ""
+    return f'<img alt="" src="data:image/png;base64,{encoded}">'
 
 
 def _starts(starts: Records) -> str:

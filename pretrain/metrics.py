@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.errors import PretrainError
+
 Record = Mapping[str, Any]
 
 
@@ -77,6 +79,11 @@ METRICS = {
     "held_out_caption_loss": Metric("captions", ".3f", "held-out loss of captions"),
     "right_caption_loss": Metric("captions with the right image", ".3f", "loss with own image"),
     "swapped_caption_loss": Metric("captions with another image", ".3f", "loss with another image"),
+    # Of transcriptions of held-out images by greedy decoding; not before the first step.
+    "exact_match": Metric("images read exactly", ".1%", "held-out images read exactly"),
+    "character_error_rate": Metric(
+        "character error rate", ".1%", "character error rate on held-out images"
+    ),
 }
 
 HELD_OUT = (
@@ -85,6 +92,7 @@ HELD_OUT = (
     "right_caption_loss",
     "swapped_caption_loss",
 )
+READING = ("exact_match", "character_error_rate")
 
 
 def formatted(record: Record, name: str) -> str:
@@ -114,6 +122,18 @@ def scalars(record: Record) -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             numbers[name] = value
     return numbers
+
+
+def read_run(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of a run's metrics.jsonl and of its starts.jsonl.
+
+    Raises:
+        PretrainError: the folder contains no run.
+    """
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        raise PretrainError(f"{run_dir} has no metrics.jsonl: give the run_dir of a training run")
+    return read(file), read_lines(run_dir / "starts.jsonl")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.metrics import METRICS, Record
+from pretrain.errors import PretrainError
+from pretrain.metrics import METRICS, READING, Record, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,9 @@ _COUNTS = ("skipped_steps", "empty_steps", "skipped_batches")
 
 
 def save_curves(records: Records, path: Path) -> None:
-    """Write an image of the losses, the max logit and the encoder balance.
+    """Write an image of the losses, the max logit, and how well images are read.
+
+    In runs without transcriptions, the encoder balance takes the place of the latter.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,15 +36,66 @@ def save_curves(records: Records, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
+    reads = any(record.get("exact_match") is not None for record in records)
     plots: list[Plot] = [
         ("Loss, nats per token", partial(draw_losses, records=records)),
-        *(_single(records, name) for name in ("max_logit", "encoder_balance")),
+        _single(records, "max_logit"),
+        _reading(records) if reads else _single(records, "encoder_balance"),
     ]
     for axes, (title, draw) in zip(figure.subplots(1, len(plots)), plots, strict=True):
         draw(axes)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
+    """Write an image of metrics of several runs: a panel for each metric, a line for each run.
+
+    Thresholds of QK-Clip within the range of ``max_logit`` are drawn with it.
+
+    Args:
+        run_dirs: folders of the runs, whose names are the titles of the lines.
+        names: metrics with one number for a step.
+        path: the image, in the format of its ending.
+
+    Returns:
+        The image's path.
+
+    Raises:
+        PretrainError: a folder contains no run, no run has one of the metrics, or the image cannot
+            be written.
+    """
+    from matplotlib.figure import Figure
+
+    runs = {run_dir.resolve().name: read_run(run_dir) for run_dir in run_dirs}
+    figure = Figure(figsize=(1 + 6 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for title, (records, _) in runs.items():
+            _draw_line(axes, records, name, title)
+        if name not in METRICS or not axes.has_data():
+            raise PretrainError(f"none of the runs has a metric {name} with one number for a step")
+        if name == "max_logit":
+            _draw_thresholds(axes, [starts[-1] for _, starts in runs.values() if starts])
+        axes.set(title=_title(name), xlabel="step")
+        axes.grid(alpha=0.3)
+        _add_legend(axes)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PretrainError(f"cannot write {path}: {reason}") from error
+    return path
+
+
+def _draw_thresholds(axes: "Axes", starts: Records) -> None:
+    """QK-Clip's thresholds, unless far above the logits."""
+    values = {
+        start.get("config", {}).get("optimizer", {}).get("qk_clip_threshold") for start in starts
+    }
+    largest = axes.get_ylim()[1]
+    for value in sorted(value for value in values if value is not None and value < largest):
+        axes.axhline(value, color="black", linestyle="--", linewidth=0.8, label=f"τ = {value:g}")
 
 
 def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
@@ -67,6 +121,7 @@ def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
         lines("Steps and batches left out, so far", *counts),
         layers("expert_loads", first_layer=dense_layers),
         _single(records, "load_balancing_loss"),
+        _reading(records),
         lines(_title("encoder_balance"), "encoder_balance", "encoder_least_balance"),
         _single(records, "tokens_per_second"),
         _single(records, "mfu"),
@@ -82,6 +137,10 @@ def _title(name: str) -> str:
 
 def _single(records: Records, name: str) -> Plot:
     return _title(name), partial(_draw_line, records=records, name=name)
+
+
+def _reading(records: Records) -> Plot:
+    return "Held-out images", partial(draw_lines, records=records, names=READING)
 
 
 def draw_losses(axes: "Axes", records: Records) -> None:

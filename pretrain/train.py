@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.config import Config
 from pretrain.data import Data
 from pretrain.errors import PretrainError
-from pretrain.evaluate import held_out_losses, transcribe
+from pretrain.evaluate import held_out, held_out_losses, transcribe
 from pretrain.metrics import read
 from pretrain.parallel import ParallelContext
 from pretrain.plots import save_curves
+from pretrain.reading import Reading
 from pretrain.runtime import stopping, stragglers
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
@@ -66,6 +67,7 @@ def _train(
     writer.say(console.opening(run, steps_done))
     skipped = batches.SkippedSamples(config, context, data)
     skipped.synchronize()
+    readings: list[Reading] | None = None
 
     with (
         checkpoint.saver(run) as saver,
@@ -112,7 +114,9 @@ def _train(
             is_last = step == config.steps
             if is_last or step % config.evaluation.every == 0:
                 watchdog.beat(f"the evaluation after step {step}")
-                metrics |= held_out_losses(run)
+                scores, readings = held_out(run)
+                metrics |= scores
+                writer.save("transcriptions.json", json.dumps(readings))
             writer.write(metrics)
             if slow := stragglers.report(metrics, config.faults.straggler_ratio):
                 writer.say(slow)
@@ -134,8 +138,10 @@ def _train(
         saver.wait()
     termination.saves = False  # everything is saved
 
-    watchdog.beat("the transcription of held-out images")
-    _finish(run, writer)
+    if readings is None:  # the run had ended before
+        watchdog.beat("the transcription of held-out images")
+        readings = transcribe(run)
+    _finish(run, writer, readings)
 
 
 def _batch_numbers(config: Config, guard: Guard, steps_done: int) -> Iterator[int]:
@@ -176,14 +182,12 @@ def _agree_on_end(
     return signal
 
 
-def _finish(run: Run, writer: MetricsWriter) -> None:
-    """Transcribe held-out images, and write and print the summary of the run."""
-    transcriptions = transcribe(run)
-    writer.save("transcriptions.json", json.dumps(transcriptions))
+def _finish(run: Run, writer: MetricsWriter, readings: Sequence[Reading]) -> None:
+    """Write and print the summary of the run."""
     writer.close()
     if run.context.is_main:
         records, curves = read(writer.path), Path(run.config.run_dir, "curves.png")
-        print(console.closing(records, transcriptions))
+        print(console.closing(records, readings))
         try:
             save_curves(records, curves)
             print(f"curves: {curves}")
@@ -202,9 +206,8 @@ def evaluate(config: Config) -> None:
     step = checkpoint.restore(run)
     if not storage.steps(checkpoint.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
-    losses = {"step": step, **held_out_losses(run)}
-    transcriptions = transcribe(run)
+    scores, readings = held_out(run)
     if context.is_main:
-        print(held_out_line(losses))
-        print(console.readings(transcriptions))
+        print(held_out_line({"step": step, **scores}))
+        print(console.readings(readings))
     parallel.stop()

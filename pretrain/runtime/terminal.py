@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretrain.metrics import METRICS, Record, formatted
+from pretrain.metrics import METRICS, READING, Record, formatted
 
 # Metrics of a progress line; each group is a column of the live view.
 _COLUMNS = (
@@ -60,6 +60,8 @@ def held_out_line(metrics: Record) -> str:
             f"with the right image {right:.3f}, with another image {swapped:.3f} "
             f"(gap {swapped - right:+.3f} nats/token)"
         )
+    if metrics.get("exact_match") is not None:
+        cells += [f"{METRICS[name].label} {formatted(metrics, name)}" for name in READING]
     return f"held out after step {metrics['step']}: " + (" | ".join(cells) or "no data")
 
 

@@ -282,7 +282,7 @@ def _hang(folder: str, where: str) -> None:
     def forever(*_arguments: Any) -> None:
         time.sleep(600)
 
-    target = {"restore": checkpoint, "transcribe": train}[where]
+    target = {"restore": checkpoint, "held_out": train}[where]
     setattr(target, where, forever)
     Watchdog._GRACE_SECONDS = 2.0  # a busy machine's threads wake up late
     train.train(training.tiny(folder, *BRIEF[:-1], "steps=2", "faults.hang_seconds=3"))
@@ -292,7 +292,7 @@ def _hang(folder: str, where: str) -> None:
     ("where", "doing"),
     [
         ("restore", "loading the newest checkpoint"),
-        ("transcribe", "the transcription of held-out images"),
+        ("held_out", "the evaluation after step 2"),
     ],
 )
 def test_the_watchdog_ends_hangs_before_the_first_and_after_the_last_step(

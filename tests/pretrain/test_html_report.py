@@ -12,6 +12,7 @@ import pytest
 from pretrain import cli, html_report
 from pretrain.errors import PretrainError
 from pretrain.metrics import METRICS, read
+from pretrain.reading import Reading
 from tests.distributed import training
 from tests.distributed.launch import launch
 
@@ -25,6 +26,7 @@ TITLES = (
     "Attention heads clipped in a step",
     "Expert load, max / mean, by layer",
     "Load-balancing loss, mean over layers; 1: balanced",
+    "Held-out images",
     "Encoder load, max / mean over ranks",
     "Tokens per second",
     "Model FLOP utilization",
@@ -92,11 +94,26 @@ def test_report_covers_a_run_resumed_with_other_settings(tmp_path: Path, prepare
     assert "steps=5" in reader.text and "qk_clip_threshold: 100.0" in reader.text
     assert "torch 2." in reader.text and "5 of 5" in reader.text
     assert all(f"step {step}" in reader.text for step in (0, 3, 5))
-    assert "the model reads" in reader.text
+    assert "the model reads" in reader.text and "0 of 2 images read exactly" in reader.text
+    assert reader.tags.count("img") == 2
     # No external resources, no scripts, and unique ids across plots.
     assert not {"script", "link", "iframe"} & set(reader.tags)
     for link in reader.links:
         assert link.startswith("data:") or reader.ids.count(link[1:]) == 1, link
+
+
+def test_pictures_are_shown_next_to_readings_and_are_nothing_but_base64() -> None:
+    readings = [
+        Reading("<b>", "<b>", "aGk="),
+        Reading("word", "ward", '"><script>'),
+        Reading("word", "word"),
+    ]
+    page = html_report.render("run", [], [], readings)
+    reader = Reader(page)
+    assert reader.links == ["data:image/png;base64,aGk="]
+    assert not {"script", "b"} & set(reader.tags)
+    assert "2 of 3 images read exactly (66.7%), character error rate 9.1%." in reader.text
+    assert page.count("class=wrong") == 1
 
 
 def test_skipped_steps_and_batches_are_plotted_if_there_are_any() -> None:
@@ -155,7 +172,7 @@ def test_report_stays_small_for_many_steps_and_layers(layers: int) -> None:
 
 
 def test_text_is_escaped() -> None:
-    page = html_report.render("<i>", [], [], [("<script>alert(1)</script>", "&amp;")])
+    page = html_report.render("<i>", [], [], [Reading("<script>alert(1)</script>", "&amp;")])
     assert "<script" not in page and "&lt;script&gt;" in page and "&amp;amp;" in page
 
 
