@@ -29,8 +29,8 @@ from pretrain.runtime.run_lock import RunLock
 # Settings of training, which may differ from those of the checkpoint.
 _CHANGEABLE = ("init_std", "expert_bias_update_rate")
 _MAX_SEQ_LENGTH = 4096
-# The vision encoder that a text model gets: that of configs/laptop.yaml, which has 0.3 MB without
-# the projector. One of the full size would have 1.7 GB.
+# The vision encoder that a text model gets: 0.3 MB without the projector. One of the full size
+# would have 1.7 GB.
 _NEW_VISION = {
     "num_layers": 2,
     "hidden_size": 64,
