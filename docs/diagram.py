@@ -9,6 +9,11 @@ from statistics import fmean
 
 _HEIGHT, _LAYER, _GAP, _CHARACTER = 26, 64, 14, 7.4
 
+_ARROW = (
+    '<defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" '
+    'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z"/></marker></defs>'
+)
+
 
 def draw(text: str) -> str:
     """The SVG elements of a flowchart, one for each subgraph."""
@@ -49,9 +54,9 @@ def _svg(name: str, edges: list[tuple[str, str]]) -> str:
     parts = [_edge(centre[a], centre[b]) for a, b in edges]
     parts += [_node(node, *centre[node], widths[node]) for node in centre]
     return (
-        f'<div class="diagram"><svg viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="min-width: {0.8 * width:.0f}px" role="img" aria-label="Imports within {name}">'
-        f"{''.join(parts)}</svg></div>"
+        f'<div class="diagram"><strong>{name}</strong><br><svg width="{width:.0f}" '
+        f'height="{height:.0f}" role="img" aria-label="Imports within {name}">'
+        f"{_ARROW}{''.join(parts)}</svg></div>"
     )
 
 
@@ -59,7 +64,7 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
     x1, x2 = f"{start[0]:.0f}", f"{end[0]:.0f}"
     y1, y2 = start[1] + _HEIGHT / 2, end[1] - _HEIGHT / 2
     bend = f"{(y1 + y2) / 2:.0f}"
-    return f'<path d="M{x1} {y1:.0f} C{x1} {bend} {x2} {bend} {x2} {y2:.0f}"/>'
+    return f'<path class="edge" d="M{x1} {y1:.0f} C{x1} {bend} {x2} {bend} {x2} {y2:.0f}"/>'
 
 
 def _node(name: str, x: float, y: float, width: float) -> str:

@@ -23,7 +23,7 @@ def save(name: str) -> None:
 def newton_schulz() -> None:
     """Singular values after 1, 3 and 5 steps."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
-    x = np.linspace(0, 1, 1001)
+    x = np.logspace(-4, 0, 2001)
     for axis, name in zip(axes, ("quintic", "polar_express"), strict=True):
         y = x
         steps = COEFFICIENTS[name]
@@ -33,9 +33,9 @@ def newton_schulz() -> None:
             if step in (0, 2, 4):
                 axis.plot(x, y, label=f"{step + 1} step{'s' if step else ''}")
         axis.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="singular value of the normalized matrix")
+        axis.set(title=name, xlabel="singular value of the normalized matrix", xscale="log")
     axes[0].set_ylabel("singular value of the update")
-    axes[1].legend(loc="lower right")
+    axes[0].legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     save("newton_schulz")
 
@@ -76,7 +76,7 @@ def _stages(axis: Axes, title: str) -> None:
         side.set_visible(False)
     axis.tick_params(length=0)
     axis.annotate("", (12.1, -0.1), (0, -0.1), arrowprops={"arrowstyle": "->", "color": GREY})
-    axis.text(12.1, 0.0, "time", ha="right", fontsize=8, color=GREY)
+    axis.text(12.2, -0.1, "time", va="center", fontsize=8, color=GREY)
 
 
 def dep() -> None:

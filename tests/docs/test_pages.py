@@ -1,7 +1,9 @@
 """Every block of code in the documentation works: Python runs, commands and settings are valid."""
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,25 @@ def test_no_block_is_left_out() -> None:
         fences = sum(line.startswith("```") for line in text.splitlines())
         assert fences == 2 * sum(len(blocks(text, language)) for language in checked), page
     assert set(NOT_RUN) <= {page.name for page in PAGES}
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(path, anchor) of every link to a file of the repository, outside code."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    """Also those of files that are not pages of the site, which `make docs` does not check."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    for name in subprocess.check_output(command, cwd=ROOT, text=True).splitlines():
+        for path, anchor in links(ROOT / name):
+            target = (ROOT / name).parent / path if path else ROOT / name
+            assert target.exists(), f"{name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{name}: {path}#{anchor}"
