@@ -67,3 +67,9 @@ def test_its_figures_are_those_of_the_benchmarks(row: str, anchor: str) -> None:
     text = section((ROOT / "benchmarks" / "README.md").read_text(), anchor)
     known = set(re.findall(r"\d[\d,]*[.,]\d+%?", text))
     assert figures and set(figures) <= known, set(figures) - known
+
+
+def test_its_result_of_the_trainer_is_that_of_the_quick_start() -> None:
+    figures = re.findall(r"[\d.]+ %", section(README, "the-trainer"))
+    page = (ROOT / "docs" / "trainer" / "quick_start.md").read_text()
+    assert figures and all(figure in page for figure in figures)
