@@ -6,7 +6,7 @@ Each step succeeds on all ranks or raises the same error on all of them.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.attention import slow_attention
+from pretrain.model.kernels import transformer_engine_problem
 from pretrain.model.megatron_config import check_megatron
 from pretrain.parallel import ParallelContext
-from pretrain.runtime import without_cuda, without_transformer_engine
+from pretrain.runtime import live, without_cuda
 from pretrain.runtime.faults import Watchdog, record_collectives
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
+from pretrain.runtime.progress import Progress
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.wandb_run import open_run
 
@@ -54,12 +56,9 @@ def join(config: Config) -> ParallelContext:
 def _warn_of_slow_kernels(config: Config, context: ParallelContext) -> None:
     if slow := slow_attention(config, context.device):
         warn(slow)
-    broken = without_transformer_engine.import_error
-    if broken and without_cuda.USE_CUDA and config.kernels == "auto":
-        warn(
-            f"kernels=auto uses torch, because Transformer Engine cannot be imported ({broken}): "
-            "repair its installation, or set kernels=torch"
-        )
+    if without_cuda.USE_CUDA and config.kernels == "auto":
+        problem = transformer_engine_problem(config)
+        warn(f"Transformer Engine is not used: {problem}; or set kernels=torch")
 
 
 @contextlib.contextmanager
@@ -90,7 +89,7 @@ def prepare_data(config: Config, context: ParallelContext) -> Data:
         _check_vocabulary(config, data.tokenizer)
         return data
 
-    with _progress_messages(context):
+    with _progress_messages(context), Progress("preparing the data"):
         prepared = parallel.call_on_all_ranks(
             lambda: opened() if context.is_main else None, context.patient_group
         )
@@ -127,7 +126,7 @@ def _progress_messages(context: ParallelContext) -> Iterator[None]:
             minutes = (time.monotonic() - started) / 60
             print(f"preparing the data for {minutes:.0f} minutes so far", flush=True)
 
-    if context.is_main:
+    if context.is_main and live.terminal() is None:
         threading.Thread(target=print_messages, name="progress", daemon=True).start()
     try:
         yield
@@ -146,11 +145,12 @@ def watch(config: Config, context: ParallelContext) -> Watchdog:
     return parallel.call_on_all_ranks(create)
 
 
-def open_metrics(run: Run, steps_done: int) -> MetricsWriter:
-    """Open the files that the main rank writes.
+def open_metrics(run: Run, steps_done: int, activity: Callable[[], str]) -> MetricsWriter:
+    """Open the files that the main rank writes, and the live view.
 
     Args:
         steps_done: number of updates in the checkpoint that the run resumes from.
+        activity: returns what the run is doing.
     """
     config, run_dir = run.config, Path(run.config.run_dir)
     wandb = partial(open_run, config.wandb, run_dir, to_dict(config))
@@ -164,6 +164,7 @@ def open_metrics(run: Run, steps_done: int) -> MetricsWriter:
                 config.log_every,
                 enabled=run.context.is_main,
                 wandb=wandb if config.wandb.enabled else None,
+                activity=activity,
             )
             writer.begin(run.assignment, console.start_record(run, steps_done))
             return writer

@@ -23,6 +23,7 @@ from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
 from pretrain.runtime.profiler import Profiler
+from pretrain.runtime.progress import Progress
 from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
 from pretrain.runtime.stragglers import StepClock
@@ -62,7 +63,7 @@ def _train(
     steps_done = checkpoint.restore(run, guard)
     checkpoint.keep_tokenizer(run)
 
-    writer = startup.open_metrics(run, steps_done)
+    writer = startup.open_metrics(run, steps_done, lambda: watchdog.activity)
     profiler = Profiler(config.profile.steps, Path(config.run_dir, "traces"), context.rank)
     writer.say(console.opening(run, steps_done))
     skipped = batches.SkippedSamples(config, context, data)
@@ -206,7 +207,8 @@ def evaluate(config: Config) -> None:
     step = checkpoint.restore(run)
     if not storage.steps(checkpoint.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
-    scores, readings = held_out(run)
+    with Progress("evaluating held-out data"):
+        scores, readings = held_out(run)
     if context.is_main:
         print(held_out_line({"step": step, **scores}))
         print(console.readings(readings))

@@ -32,6 +32,7 @@ from pretrain.checkpoint import tensor_files
 from pretrain.checkpoint.collective import FailedError, on_all_ranks, on_rank_0
 from pretrain.checkpoint.tensor_files import Block
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import counted
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _FILE = re.compile(r"rank-\d{5,}-\d+\.safetensors")
@@ -457,7 +458,8 @@ class Checkpoint:
             for name, _, shape in tensor.blocks:
                 sizes[name] += prod(shape) * tensor.dtype.itemsize
         names = list(sizes)
-        for number in shares(list(sizes.values()), world_size)[rank]:
+        share = shares(list(sizes.values()), world_size)[rank]
+        for number in counted(share, f"verifying {self.path.name}", "files"):
             name = names[number]
             file = self.path / name
             try:

@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 # Part of every key. Raise it when the content of cached folders changes.
 FORMAT = 5
-_PROGRESS_SECONDS = 10.0
 # Resolution of file times in nanoseconds, on most file systems and on old ones. The latter are
 # recognized by times that are whole seconds.
 _FINE, _COARSE = 20_000_000, 2_000_000_000
@@ -205,22 +204,3 @@ def map_array(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-class Progress:
-    """Report the progress of an operation on stderr every ten seconds.
-
-    Args:
-        operation: description of the operation, such as ``indexing text``.
-    """
-
-    def __init__(self, operation: str) -> None:
-        self._operation = operation
-        self._next = time.monotonic() + _PROGRESS_SECONDS
-
-    def __call__(self, count: int, others: str = "") -> None:
-        """Report the number of finished documents, and other numbers, if it is time."""
-        if time.monotonic() >= self._next:
-            line = f"{self._operation}: {count:,} documents{others} so far"
-            print(line, file=sys.stderr, flush=True)
-            self._next = time.monotonic() + _PROGRESS_SECONDS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.config import Config, DataConfig
 from pretrain.data.builtin.dataset import open_builtin
-from pretrain.data.cache import Progress, cached, key_of
+from pretrain.data.cache import cached, key_of
 from pretrain.data.composer import Composer
 from pretrain.data.interface import Data, RankShare
 from pretrain.data.mixture.data import MixtureData
@@ -17,6 +17,7 @@ from pretrain.data.sources.interface import Source
 from pretrain.data.sources.splits import held_out_below
 from pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import counted
 
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 
@@ -96,9 +97,7 @@ def sample_texts(source: Source, characters: int, held_out_below: int) -> Iterat
     Words and gaps of more than 1,000 characters are split, because merges within a word take time
     quadratic in its length.
     """
-    progress = Progress("reading text to train the tokenizer on")
-    for number, record in enumerate(source.records()):
-        progress(number)
+    for record in counted(source.records(), "reading text to train the tokenizer on"):
         if characters <= 0:
             return
         if isinstance(record, Skip) or record.hash < held_out_below:

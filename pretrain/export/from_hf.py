@@ -24,6 +24,7 @@ from pretrain.model.initialize import initialize
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.weights import vision_weights
+from pretrain.runtime.progress import counted
 from pretrain.runtime.run_lock import RunLock
 
 # Settings of training, which may differ from those of the checkpoint.
@@ -324,7 +325,7 @@ def _read(
                 f"{copy} differs from {original}"
             )
     tensors: dict[str, Tensor] = {}
-    for conversion in checked:
+    for conversion in counted(checked, "reading weights", "weights"):
         published = {name: weights.read(names[name]) for name in conversion.published}
         tensors |= conversion.to_ours(published)
     return tensors

@@ -30,6 +30,7 @@ from pretrain.export.conversion import Conversion, conversions
 from pretrain.export.hf_config import VIDEO_PLACEHOLDER, to_hf_config
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.vision import split_items
+from pretrain.runtime.progress import counted
 
 MAX_FILE_BYTES = 5 * 10**9
 _PROCESSOR = Path(__file__).with_name("kimi_k25_processor.py")
@@ -166,7 +167,7 @@ class _Weights:
         sizes = [self._nbytes_of(conversion) for conversion in self._conversions]
         files = [self._conversions[items] for items in split_items(sizes, max_file_bytes)]
         weight_map, total = {}, 0
-        for number, file in enumerate(files, start=1):
+        for number, file in enumerate(counted(files, "writing weights", "files"), start=1):
             name = "model.safetensors"
             if len(files) > 1:
                 name = f"model-{number:05}-of-{len(files):05}.safetensors"

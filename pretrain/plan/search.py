@@ -18,6 +18,7 @@ from pretrain.plan.parameters import trained_weights
 from pretrain.plan.ranks import Ranks, ranks_of
 from pretrain.plan.traffic import step_traffic
 from pretrain.plan.workload import Images
+from pretrain.runtime.progress import counted
 
 # Of an H100, to order layouts only: matrix products in FLOP/s, and bytes per second that a GPU
 # sends to GPUs of its machine and of others.
@@ -72,7 +73,8 @@ def find_layouts(
         enough = fitting or len(closest) == _CLOSEST
         return max(memory, _largest(closest)) if enough else math.inf
 
-    for sizes in sorted(_sizes(config, processes), key=least_memory):
+    sizes_to_try = sorted(_sizes(config, processes), key=least_memory)
+    for sizes in counted(sizes_to_try, "searching parallel sizes", "combinations"):
         if least_memory(sizes) > limit():
             break  # all following sizes need at least as much
         optimizer: OptimizerCosts | None = None  # all candidates of these sizes have the same

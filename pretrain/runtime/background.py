@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from pretrain.runtime import live
+
 T = TypeVar("T")
 
 _running: set[Future[Any]] = set()
@@ -62,4 +64,5 @@ def ending_process() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or closed
                 stream.flush()
+        live.release()
         os._exit(status)

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from pretrain.config import FaultConfig
 from pretrain.errors import PretrainError, one_line
-from pretrain.runtime import without_cuda
+from pretrain.runtime import live, without_cuda
 
 # ---------------------------------------------------------------------- bad steps
 
@@ -250,6 +250,11 @@ class Watchdog:
             limit = self._seconds + 3 * self._GRACE_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
 
+    @property
+    def activity(self) -> str:
+        """The activity of the last :meth:`beat`."""
+        return self._activity
+
     def _path(self, rank: int) -> Path:
         return self._run_dir / f"stacks-rank{rank}.txt"
 
@@ -262,6 +267,7 @@ class Watchdog:
         try:
             self._report()
         finally:  # even if the disk is full or stderr is closed
+            live.release()
             os._exit(1)
 
     def _report(self) -> None:

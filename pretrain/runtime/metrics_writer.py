@@ -126,6 +126,7 @@ class MetricsWriter:
         log_every: steps between progress lines.
         enabled: whether this is the main rank.
         wandb: opens a ``wandb.Run``; None: Weights & Biases is not used.
+        activity: returns what the run is doing, for the live view.
 
     Raises:
         OSError: the folder cannot be written.
@@ -139,6 +140,7 @@ class MetricsWriter:
         log_every: int,
         enabled: bool,
         wandb: Callable[[], Any] | None = None,
+        activity: Callable[[], str] = lambda: "",
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._enabled = enabled
@@ -152,7 +154,7 @@ class MetricsWriter:
         self._file = AppendedFile(self.path)
         self._board = TensorBoardFile(run_dir / "tensorboard", done + 1)
         self._wandb = wandb() if wandb is not None else None
-        self._terminal = Terminal(steps, done, log_every)
+        self._terminal = Terminal(steps, done, log_every, activity)
 
     def begin(self, assignment: str, start: Mapping[str, Any]) -> None:
         """Write parameters.txt and append a line to starts.jsonl.

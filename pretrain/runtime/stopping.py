@@ -3,11 +3,12 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+
+from pretrain.runtime import live
 
 # SIGHUP is sent when the terminal or the connection is lost.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -80,8 +81,7 @@ def _write_to_stderr(text: str) -> None:
 
 
 def _exit(number: int) -> None:
-    if sys.__stdout__ is not None and sys.__stdout__.isatty():
-        os.write(1, b"\x1b[?25h")  # the live view hides the cursor
+    live.release()
     os._exit(status(number))
 
 
@@ -136,7 +136,10 @@ def end_with_launcher(seconds: float = 1.0) -> Iterator[None]:
         while not done.wait(seconds):
             if os.getppid() != launcher:
                 rank = os.environ.get("RANK", "0")
-                _write_to_stderr(f"torchrun (process {launcher}) has ended: rank {rank} ends too\n")
+                live.release()
+                _write_to_stderr(
+                    f"the launcher (process {launcher}) has ended: rank {rank} ends too\n"
+                )
                 os._exit(1)
 
     thread = threading.Thread(target=watch, name="launcher", daemon=True)

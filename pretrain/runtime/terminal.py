@@ -1,53 +1,44 @@
 """Progress of a run on standard output: a live view in a terminal, otherwise lines of text."""
 
-import atexit
+import contextlib
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from pretrain.metrics import METRICS, READING, Record, formatted
+from pretrain.runtime import live
+from pretrain.runtime.progress import bar_line, duration, fitting, sparkline
 
-# Metrics of a progress line; each group is a column of the live view.
-_COLUMNS = (
-    ("loss", "text_loss", "caption_loss"),
-    ("max_logit", "heads_clipped", "grad_norm"),
-    ("expert_load", "encoder_balance", "lr"),
+# Metrics of a progress line, in its order.
+_METRICS = (
+    *("loss", "text_loss", "caption_loss", "max_logit", "heads_clipped", "grad_norm"),
+    *("expert_load", "encoder_balance", "lr", "tokens_per_second", "mfu", "memory_gib"),
+)
+# Rows of the live view; in a narrow terminal, the last ones of each row are left out.
+_ROWS = (
+    ("loss", "text_loss", "caption_loss", "grad_norm", "lr"),
+    ("max_logit", "heads_clipped", "expert_load", "encoder_balance"),
     ("tokens_per_second", "mfu", "memory_gib"),
 )
-_BLOCKS = "▁▂▃▄▅▆▇█"
-# Losses drawn in the live view.
-_NUM_LOSSES = 40
+# Points of a sparkline, and the characters that the first cell of each row has besides.
+_POINTS = 32
+_FIRST_CELL = 17
 
 
-def duration(seconds: float) -> str:
-    """A duration as ``1h02m`` or ``2m03s``."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-def _cells(metrics: Record, names: Iterable[str]) -> list[tuple[str, str]]:
-    """(label, value) of each metric."""
+def _cells(metrics: Record, names: Iterable[str]) -> list[str]:
+    """Label and value of each metric."""
     values = {name: formatted(metrics, name) for name in names}
     if "heads_clipped" in values:
         values["heads_clipped"] += f"/{metrics['heads']}"
-    return [(METRICS[name].label, value) for name, value in values.items()]
+    return [f"{METRICS[name].label} {value}" for name, value in values.items()]
 
 
 def progress_line(metrics: Record, steps: int, eta_seconds: float) -> str:
     """One line about a training step."""
     step = f"step {metrics['step']:>{len(str(steps))}}/{steps}"
-    cells = _cells(metrics, (name for names in _COLUMNS for name in names))
-    cells.append(("ETA", duration(eta_seconds)))
-    return " | ".join([step, *(f"{label} {value}" for label, value in cells)])
+    return " | ".join([step, *_cells(metrics, _METRICS), f"ETA {duration(eta_seconds)}"])
 
 
 def held_out_line(metrics: Record) -> str:
@@ -65,11 +56,43 @@ def held_out_line(metrics: Record) -> str:
     return f"held out after step {metrics['step']}: " + (" | ".join(cells) or "no data")
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """Values as a row of blocks, from the lowest block for the minimum to a full one."""
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+class History:
+    """A series of any length in at most ``limit`` points, each of equally many values.
+
+    Args:
+        limit: an even number.
+        largest: whether a point is the largest of its values, instead of their mean.
+    """
+
+    def __init__(self, limit: int = _POINTS, *, largest: bool = False) -> None:
+        self._limit, self._largest = limit, largest
+        self._points: list[float] = []
+        self._stride = 1  # values of a point
+        self._value, self._count = 0.0, 0  # the last point, while it is incomplete
+
+    def add(self, value: float | None) -> None:
+        """Append a value, unless it is missing or not finite."""
+        if value is None or not math.isfinite(value):
+            return
+        self._count += 1
+        if self._largest:
+            self._value = value if self._count == 1 else max(self._value, value)
+        else:
+            self._value += (value - self._value) / self._count
+        if self._count < self._stride:
+            return
+        self._points.append(self._value)
+        self._value, self._count = 0.0, 0
+        if len(self._points) > self._limit:
+            pairs = zip(self._points[::2], self._points[1::2], strict=False)
+            self._value, self._count = self._points[-1], self._stride
+            self._points = [max(pair) if self._largest else sum(pair) / 2 for pair in pairs]
+            self._stride *= 2
+
+    def last(self, count: int) -> list[float]:
+        """The last points; fewer if there are not as many."""
+        points = [*self._points, self._value] if self._count else self._points
+        return points[-count:] if count > 0 else []
 
 
 class Terminal:
@@ -82,77 +105,64 @@ class Terminal:
         steps: length of the run.
         done: last finished step.
         log_every: steps between lines.
-        console: destination; default: standard output.
+        activity: returns what the run is doing.
     """
 
     def __init__(
-        self, steps: int, done: int, log_every: int, console: Console | None = None
+        self, steps: int, done: int, log_every: int, activity: Callable[[], str] = lambda: ""
     ) -> None:
         self._steps, self._done, self._log_every = steps, done, log_every
+        self._activity = activity
         self._start = time.monotonic()
         self._metrics: Record = {}
-        self._losses: deque[float] = deque(maxlen=_NUM_LOSSES)
-        self._live: Live | None = None
-        if console is None and sys.stdout.isatty():
-            console = Console()
-        if console is not None and console.is_terminal:
-            self._live = Live(
-                get_renderable=self._view, console=console, refresh_per_second=2, transient=True
-            )
-            self._live.start()
-            # The live view hides the cursor: show it again if an error ends the process.
-            atexit.register(self._live.stop)
+        self._history = {"loss": History(), "max_logit": History(largest=True)}
+        self._is_live = live.terminal() is sys.stdout
+        self._showing = contextlib.ExitStack()
+        if self._is_live:
+            self._showing.enter_context(live.showing(self._view))
 
     def say(self, text: str) -> None:
         """Print a message."""
-        if self._live is None:
-            print(text, flush=True)
-        else:
-            self._live.console.print(text, markup=False, highlight=False)
+        print(text, flush=True)
 
     def show(self, metrics: Record) -> None:
         """Show the metrics of a training step."""
         step = metrics["step"]
         self._metrics = metrics
-        if metrics["loss"] is not None and math.isfinite(metrics["loss"]):
-            self._losses.append(metrics["loss"])
+        for name, history in self._history.items():
+            history.add(metrics[name])
         due = step % self._log_every == 0 or step == self._done + 1 or step == self._steps
-        if self._live is None and due:
+        if not self._is_live and due:
             self.say(progress_line(metrics, self._steps, self._seconds_left()))
 
     def close(self) -> None:
-        """Stop updating; the last view stays visible."""
-        if self._live is not None:
-            self._live.transient = False
-            self._live.stop()
-            atexit.unregister(self._live.stop)
+        """End the live view; print the last line about a step."""
+        self._showing.close()
+        if self._is_live and self._metrics:
+            self.say(progress_line(self._metrics, self._steps, self._seconds_left()))
+        self._is_live = False
 
     def _seconds_left(self) -> float:
         step: int = self._metrics["step"]
         elapsed = time.monotonic() - self._start
         return elapsed / (step - self._done) * (self._steps - step)
 
-    def _view(self) -> RenderableType:
+    def _view(self, width: int) -> list[Any]:
         metrics, elapsed = self._metrics, duration(time.monotonic() - self._start)
         if not metrics:
-            return Text(f"before the first step, {elapsed}", style="dim")
+            return [fitting([self._activity() or "before the first step", elapsed], width)]
         step = metrics["step"]
-        progress = Table.grid(padding=(0, 2), expand=True)
-        progress.add_column(no_wrap=True)
-        progress.add_column(ratio=1)
-        progress.add_column(no_wrap=True)
-        progress.add_row(
-            f"step {step:,}/{self._steps:,}",
-            ProgressBar(total=self._steps, completed=step),
-            f"{step / self._steps:.0%}  {elapsed} elapsed  ETA {duration(self._seconds_left())}",
-        )
-        table = Table.grid(padding=(0, 3))
-        columns = []
-        for names in _COLUMNS:
-            column = Table.grid(padding=(0, 1))
-            for label, value in _cells(metrics, names):
-                text = f"{value} {sparkline(self._losses)}" if label == "loss" else value
-                column.add_row(Text(label, style="dim"), Text(text, no_wrap=True))
-            columns.append(column)
-        table.add_row(*columns)
-        return Group(progress, table)
+        share = step / self._steps
+        times = [f"{share:.0%}", f"ETA {duration(self._seconds_left())}", f"{elapsed} elapsed"]
+        if self._activity() and not self._activity().startswith("step "):
+            times.insert(0, self._activity())
+        lines = [bar_line(f"step {step:,}/{self._steps:,}", share, times, width)]
+        return [*lines, *(self._row(metrics, names, width) for names in _ROWS)]
+
+    def _row(self, metrics: Record, names: tuple[str, ...], width: int) -> str:
+        """Metrics in one line; the first one with a sparkline, if it has a history."""
+        first, *others = _cells(metrics, names)
+        room = max(min(_POINTS, width - _FIRST_CELL - 1), 0)
+        history = self._history.get(names[0])
+        blocks = sparkline(history.last(room)) if history else ""
+        return fitting([f"{first:<{_FIRST_CELL}} {blocks:<{room}}", *others], width)

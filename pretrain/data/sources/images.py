@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import files
-from pretrain.data.cache import Progress, Stamp, cached, key_of, map_array, siblings, stamp
+from pretrain.data.cache import Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer, as_pair
 from pretrain.data.files import reason
 from pretrain.data.interface import Split
@@ -35,6 +35,7 @@ from pretrain.data.sources.order import Integers
 from pretrain.data.sources.splits import Column
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import MAX_FRAMES
+from pretrain.runtime.progress import counted
 
 CAPTIONS = "captions.jsonl"
 _CAPTION_SUFFIX = ".txt"
@@ -384,10 +385,9 @@ class _Sizes:
 def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes) -> None:
     skipped = Skipped(source.data.max_corrupt)
     ends, hashes, token_counts = list[int](), list[int](), list[tuple[int, int]]()
-    film, progress = "", Progress("indexing images")
+    film = ""
     with (folder / "lines").open("wb") as file:
-        for record in source.records():
-            progress(len(ends))
+        for record in counted(source.records(), "indexing images"):
             if isinstance(record, Skip):
                 skipped.add([record])
                 continue

@@ -33,10 +33,10 @@ from typing import Any, Generic
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.cache import Progress
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.indexed import IndexedFile, InputFile, R
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import Progress
 
 Encoded = tuple[int, tuple[npt.ArrayLike, ...]]
 """A document: the hash of its content, and its values in each column."""

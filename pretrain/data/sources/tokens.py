@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import megatron_format
-from pretrain.data.cache import Progress, Stamp, cached, key_of, map_array, siblings, stamp
+from pretrain.data.cache import Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.megatron_format import IndexedTokens
 from pretrain.data.skipped import Skip, Skipped
@@ -28,6 +28,7 @@ from pretrain.data.sources.indexed import (
 from pretrain.data.sources.order import Integers
 from pretrain.data.sources.parts import HASHES, LENGTHS, Encoded, Known, Merger, Parts
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import Progress
 
 PREFIX = "tokens"
 """The name of the pair of files in an index, without its suffixes."""
@@ -151,9 +152,10 @@ def _tokenize(
     targets |= {_file(column): folder / _file(column) for column in columns}
     dtypes = {_file(column): dtype for column, dtype in columns.items()}
     pending = Parts(work / plan, units, dtypes, encode, source.data.max_corrupt, part_size)
-    progress = Progress(f"tokenizing {source.setting}")
     skipped = Skipped(source.data.max_corrupt)
-    parts.run(pending, Merger(targets, pending, steps, files, skipped, progress), source.workers)
+    with Progress(f"tokenizing {source.setting}") as progress:
+        merger = Merger(targets, pending, steps, files, skipped, progress)
+        parts.run(pending, merger, source.workers)
     for file in source.files:
         if file.name and stamp(Path(file.name)) != file.stamp:
             raise PretrainError(

@@ -14,6 +14,7 @@ from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.images import Mixed, find_images, read_images
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import counted
 
 # Energon's names of the splits.
 _PARTS = {"train": "train", "held_out": "val"}
@@ -49,7 +50,7 @@ def make_shards(
     skips: list[Skip] = []
     suffixes_used: set[str] = set()
     writers = {part: _Writer(out, part, per_shard) for part in counts}
-    for pair in _pairs(folder):
+    for pair in counted(_pairs(folder), "writing shards", "pairs"):
         if isinstance(pair, Skip):
             skips.append(pair)
             continue

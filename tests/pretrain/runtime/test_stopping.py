@@ -132,7 +132,10 @@ def test_ranks_end_with_a_killed_torchrun_and_single_processes_survive_their_she
         time.sleep(0.01)
     launcher.kill()
     if launched:  # the rank shares stderr, which is closed when it ends
-        assert f"torchrun (process {launcher.pid}) has ended" in launcher.communicate(timeout=60)[1]
+        assert (
+            f"the launcher (process {launcher.pid}) has ended"
+            in launcher.communicate(timeout=60)[1]
+        )
         return
     launcher.wait()
     time.sleep(1.0)

@@ -274,15 +274,6 @@ def test_indexing_stops_at_the_limit_of_corrupt_documents(tmp_path: Path) -> Non
         opened(tmp_path, SourceConfig("text", str(path)), max_corrupt=5)
 
 
-def test_progress_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = cache.Progress("indexing text")
-    progress(1)
-    assert capsys.readouterr().err == ""
-    progress._next = 0
-    progress(2000)
-    assert capsys.readouterr().err == "indexing text: 2,000 documents so far\n"
-
-
 def test_long_words_are_split_for_tokenizer_training(tmp_path: Path) -> None:
     # Merges within a word take time quadratic in its length: whole, this one takes minutes.
     texts = ["a" * 3_000_000, " " * 3_000_000 + "b", make.text(1)]
