@@ -21,7 +21,7 @@ PY312 := .venv-py312
 .PHONY: train test docs test-py312 gpu lint serving clean
 
 train: $(VENV)/.ready-train
-	$(BIN)/torchrun --nproc-per-node $(PROCESSES) -m pretrain train $(CONFIG) $(ARGS)
+	$(BIN)/python -m pretrain train $(CONFIG) --processes $(PROCESSES) $(ARGS)
 
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

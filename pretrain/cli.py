@@ -1,4 +1,7 @@
-"""The command line: ``torchrun --nproc-per-node N -m pretrain COMMAND …``."""
+"""The command line: ``python -m pretrain COMMAND …``.
+
+Commands that train start a process for each GPU (``--processes``), or are started by torchrun.
+"""
 
 import argparse
 import contextlib
@@ -10,18 +13,22 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import PretrainError, one_line
 from pretrain.runtime import output, stopping, without_transformer_engine
 
+if TYPE_CHECKING:
+    from pretrain.config import Config
+
 _EPILOG = """\
 examples:
-  torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml
-  torchrun --nproc-per-node 2 -m pretrain train configs/laptop.yaml steps=50 optimizer.lr=1e-3
-  torchrun --nproc-per-node 2 -m pretrain eval  configs/laptop.yaml
+  python -m pretrain train configs/laptop.yaml --processes 2
+  python -m pretrain train configs/laptop.yaml --processes 2 steps=50 optimizer.lr=1e-3
+  python -m pretrain eval  configs/laptop.yaml --processes 2
+  torchrun --nnodes 4 --nproc-per-node 8 … -m pretrain train configs/kimi_k25.yaml
   python -m pretrain export RUN_DIR --to hf
   python -m pretrain import HF_DIR RUN_DIR
   python -m pretrain sample RUN_DIR --image FILE --prompt TEXT
@@ -45,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_config(_add(commands, "train", "train a model, or resume its training"))
+    _add_training(commands, "train", "train a model, or resume its training")
     text = "evaluate a run's newest checkpoint on held-out data and show transcriptions"
-    _add_config(_add(commands, "eval", text))
+    _add_training(commands, "eval", text)
     report = _add(commands, "report", "write one HTML page about a run")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
@@ -91,6 +98,15 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that change the file's"
     )
+
+
+def _add_training(commands: Any, name: str, text: str) -> None:
+    command = _add(commands, name, text)
+    _add_config(command)
+    command.add_argument(
+        "--processes", type=int, metavar="N",
+        help="start N processes on this machine; default: one, or those that torchrun has started",
+    )  # fmt: skip
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -161,16 +177,42 @@ def _add_data_commands(commands: Any) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
-    from pretrain import config, train
+def _launch(options: argparse.Namespace) -> int:
+    """Start the processes of a command, after checking its configuration once."""
+    count = options.processes
+    if count < 1:
+        raise PretrainError(f"--processes must be > 0, not {count}")
+    print(f"starting {count} process{'es' if count > 1 else ''}", flush=True)
+    from pretrain import config
+    from pretrain.runtime import launcher
 
-    train.train(config.load(options.config, options.overrides))
+    config.load(options.config, options.overrides).check_world_size(count)
+    return launcher.launch([options.command, options.config, *options.overrides], count)
+
+
+def _train(options: argparse.Namespace) -> None:
+    settings = _load_training(options)
+    from pretrain import train
+
+    train.train(settings)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from pretrain import config, train
+    settings = _load_training(options)
+    from pretrain import train
 
-    train.evaluate(config.load(options.config, options.overrides))
+    train.evaluate(settings)
+
+
+def _load_training(options: argparse.Namespace) -> "Config":
+    """Load the configuration, before megatron-core is imported, which takes seconds."""
+    from pretrain import config
+
+    settings = config.load(options.config, options.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{options.command} {options.config}: loading Megatron", flush=True)
+    without_transformer_engine.hide_if_broken()
+    return settings
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -250,10 +292,13 @@ def _data(options: argparse.Namespace) -> None:
     commands.run(options)
 
 
-_COMMANDS = {
+_Command = Callable[[argparse.Namespace], int | None]
+_COMMANDS: dict[str, _Command] = {
     "train": _train, "eval": _evaluate, "plan": _plan, "report": _report, "compare": _compare,
     "settings": _settings, "data": _data, "export": _export, "import": _import, "sample": _sample,
 }  # fmt: skip
+# These import megatron-core later, or not at all.
+_LOADING_LATER = (_train, _evaluate, _launch, _report, _compare, _settings)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -298,13 +343,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # and asks users of its GPTModel to migrate to another model.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     training = options.command in ("train", "eval")
+    command = _COMMANDS[options.command]
+    if training and options.processes is not None:
+        command, training = _launch, False
     with contextlib.ExitStack() as stack:
         if training:
             stack.enter_context(output.durable())
             stack.enter_context(stopping.on_signals())
             stack.enter_context(stopping.end_with_launcher())
         try:
-            exit_status = _run(options)
+            exit_status = _run(command, options)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return exit_status
@@ -318,12 +366,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return stopping.status(signal.SIGINT)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(command: _Command, options: argparse.Namespace) -> int:
     """Run a command in this process and return the exit status."""
-    without_transformer_engine.hide_if_broken()
     try:
-        _COMMANDS[options.command](options)
-        return 0
+        if command not in _LOADING_LATER:
+            without_transformer_engine.hide_if_broken()
+        return command(options) or 0
     except PretrainError as error:
         # All ranks have the same error, and rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
@@ -338,7 +386,5 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     finally:
         # The threads of a process group that still exists would abort the interpreter at its end.
-        if options.command != "plan" and "torch" in sys.modules:
-            from pretrain import parallel
-
+        if parallel := sys.modules.get("pretrain.parallel"):
             parallel.stop()

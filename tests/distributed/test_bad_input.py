@@ -138,6 +138,30 @@ def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None
     assert 'File "' not in ended.stderr.split("error: ")[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("parallel.expert=4", "2 processes cannot be divided by parallel.expert=4"),  # early
+        ("data.tokenizer=/nowhere.json", "/nowhere.json"),  # only the ranks read the data
+    ],
+)
+def test_our_launcher_prints_one_line(folder: Path, override: str, line: str) -> None:
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "pretrain", "train", str(folder / "tiny.yaml")),
+            *("--processes", "2", f"data.cache_dir={folder}/cache", override),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    errors = [text for text in ended.stderr.splitlines() if "CUDA_HOME" not in text]
+    assert ended.returncode == 1 and len(errors) == 1, ended.stderr
+    assert errors[0].startswith("error: ") and line in errors[0]
+
+
 def _train_with_different_learning_rates(folder: str) -> tuple[int, str]:
     """One rank has a different learning rate."""
     override = f"optimizer.lr={1e-3 * (1 + int(os.environ['RANK']))}"

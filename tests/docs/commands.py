@@ -72,7 +72,8 @@ def _check_module(module: str, arguments: list[str], processes: int | None = Non
         if options.command == "settings":
             assert cli.main(arguments) == 0
         if options.command in ("train", "eval", "plan") or "config" in options:
-            _check_config(options.config, options.overrides, processes)
+            launched = getattr(options, "processes", None) if options.command != "plan" else None
+            _check_config(options.config, options.overrides, processes or launched)
     elif module == "benchmarks":
         command, *rest = arguments or ["list"]
         assert command in ("list", "run", "table", "readme")
