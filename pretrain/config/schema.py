@@ -679,7 +679,8 @@ class EvaluationConfig(Settings):
     captions: Annotated[int, In("[2, 100000]")] = 256
     """Number of held-out images; each caption is scored with its image and with a wrong one."""
     transcriptions: Annotated[int, In("[0, 100000]")] = 8
-    """Number of held-out images that the trained model transcribes at the end."""
+    """Number of held-out images that the model transcribes in every evaluation but that before the
+    first step."""
 
 
 @dataclass(frozen=True)
