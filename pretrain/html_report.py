@@ -61,7 +61,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     out = out or run_dir / "report.html"
     try:
         page = render(
-            run_dir.resolve().name,
+            metrics.run_name(run_dir),
             *metrics.read_run(run_dir),
             _transcriptions(run_dir / "transcriptions.json"),
         )

@@ -6,6 +6,7 @@ before training. A value is null if there was nothing to measure.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,11 @@ def scalars(record: Record) -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             numbers[name] = value
     return numbers
+
+
+def run_name(run_dir: Path) -> str:
+    """The name of a run: that of its folder."""
+    return os.path.basename(os.path.abspath(run_dir))  # resolve() raises in a loop of links
 
 
 def read_run(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

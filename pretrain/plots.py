@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import PretrainError
-from pretrain.metrics import METRICS, READING, Record, read_run
+from pretrain.metrics import METRICS, READING, Record, read_run, run_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    runs = {run_dir.resolve().name: read_run(run_dir) for run_dir in run_dirs}
+    runs = {run_name(run_dir): read_run(run_dir) for run_dir in run_dirs}
     figure = Figure(figsize=(1 + 6 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for title, (records, _) in runs.items():
