@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
 
@@ -103,18 +103,21 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
 
 
-def find_json(path: str, setting: str) -> list[Path | Skip]:
-    """:func:`find` for sources that read only JSON.
+def find_json(
+    path: str, setting: str, kinds: str = "", more: Sequence[str] = ()
+) -> list[Path | Skip]:
+    """:func:`find` for sources that read JSON, and files with ``more`` suffixes.
 
     Raises:
         PretrainError: there are no files, or one is of another kind.
     """
-    items = find(path, setting, _JSON, "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)")
+    kinds = kinds or "JSONL files (.jsonl; .gz, .zst, .bz2 or .xz)"
+    items = find(path, setting, (*_JSON, *more), kinds)
     for item in items:
-        if isinstance(item, Path) and not is_json(item):
+        if isinstance(item, Path) and not (is_json(item) or ends_with(item, more)):
             raise PretrainError(
                 f"{setting}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
-                ".jsonl.zst, .json)"
+                f"{', '.join(('.jsonl.zst', '.json', *more))})"
             )
     return items
 
@@ -335,8 +338,19 @@ class _Foreign(NamedTuple):
 
 
 _FOREIGN = (
-    _Foreign("Parquet", (".parquet",), rb"PAR1[\x00-\x1f]"),
-    _Foreign("Arrow", (".arrow", ".feather"), rb"ARROW1\0|\xff\xff\xff\xff"),
+    # Intact ones are read by tables.py.
+    _Foreign(
+        *("a compressed or damaged Parquet file", (".parquet",), rb"PAR1[\x00-\x1f]"),
+        "decompress or repair it",
+    ),
+    _Foreign(
+        *("a compressed or damaged Arrow file", (".arrow", ".feather")),
+        *(rb"ARROW1\0|\xff\xff\xff\xff", "decompress or repair it"),
+    ),
+    _Foreign("encrypted Parquet", (), rb"PARE[\x00-\x1f]", "decrypt it"),
+    _Foreign("Feather version 1", (), rb"FEA1", "write it again with pyarrow"),
+    _Foreign("ORC", (".orc",), rb"ORC[\x00-\x1f]", "convert it to Parquet"),
+    _Foreign("MosaicML's MDS", (".mds",), b"", "convert it to Parquet or JSON lines"),
     _Foreign("CSV", (".csv",)),
     _Foreign("TSV", (".tsv", ".tab")),
     _Foreign("NumPy", (".npy", ".npz"), rb"\x93NUMPY"),
@@ -586,7 +600,7 @@ class _Decoder:
 # ---------------------------------------------------------------------- fields of JSON objects
 
 
-def lost_field(value: dict[str, Any], names: Sequence[str]) -> str:
+def lost_field(value: Mapping[str, Any], names: Sequence[str]) -> str:
     """The first of the named fields that is not empty; an empty string if all are."""
     return next((name for name in names if value.get(name) not in _EMPTY), "")
 

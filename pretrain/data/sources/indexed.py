@@ -107,6 +107,13 @@ class IndexedSource(Source, Generic[R]):
             )
         return documents
 
+    def check(self) -> None:
+        """Check all files, before any of them is tokenized.
+
+        Raises:
+            PretrainError: the settings do not fit a file.
+        """
+
     def require_small(self) -> None:
         """
         Raises:

@@ -1,4 +1,4 @@
-"""Sources of text: JSON lines and plain text files."""
+"""Sources of text: JSON lines, tables (Parquet and Arrow) and plain text files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data import files
+from pretrain.data import files, saved_datasets, tables
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
@@ -19,8 +19,8 @@ from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.data.tokenizer import Tokenizer
 
-_SUFFIXES = files.with_compressed((*files.JSON_LINES, *files.PLAIN))
-_KINDS = "files of text (.jsonl, .json, .txt, .md; .gz, .zst, .bz2 or .xz)"
+_SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.SUFFIXES)
+_KINDS = "files of text (.jsonl, .json, .txt, .md; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
 # Limits of a batch of texts that are tokenized at once.
 _BATCH_TEXTS = 256
 _BATCH_CHARACTERS = 1 << 24
@@ -39,22 +39,32 @@ class Text:
 
 
 class TextSource(FileSource[Text]):
-    """JSON lines, arrays of JSON objects, and plain text files, compressed or not."""
+    """JSON lines, arrays of JSON objects, and plain text files, compressed or not; and a column of
+    tables."""
 
     def find(self) -> list[Path | Skip]:
-        return files.find(self.config.path, self.setting, _SUFFIXES, _KINDS)
+        items = files.find(self.config.path, self.setting, _SUFFIXES, _KINDS)
+        return saved_datasets.select(items, Path(self.config.path), self.setting)
+
+    def check(self) -> None:
+        for file in self.files:
+            tables.require_column(Path(file.name), self.setting, self.config.field)
 
     def read(self, file: Path) -> Iterator[Text | Skip]:
-        """The JSON objects of a file, or its whole text."""
+        """The JSON objects or rows of a file, or its whole text."""
+        field = self.config.field
         try:
-            plain = files.content(file) == "plain"
+            table = tables.kind(file)
+            plain = not table and files.content(file) == "plain"
             if plain:
                 yield _text(str(file), files.read_plain(file), "text")
         except files.UNREADABLE as error:
             yield Skip(str(file), reason(error))
             return
-        field = self.config.field
-        for name, value in () if plain else files.read_objects(file):
+        if plain:
+            return
+        tables.require_column(file, self.setting, field)
+        for name, value in tables.read_objects(file, (field, *files.MEDIA)):
             if isinstance(value, Skip):
                 yield value
             elif field not in value:

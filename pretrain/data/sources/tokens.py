@@ -98,6 +98,7 @@ def index_tokens(
         return make(source, composer, hashes, files, stored, **others, index=folder.name)
 
     def build(folder: Path) -> None:
+        source.check()
         source.require_small()
         description, work = folder / DESCRIPTION, folder / "work"
         if not description.exists():

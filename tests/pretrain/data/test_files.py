@@ -96,8 +96,13 @@ def array() -> bytes:
 
 
 FOREIGN: dict[str, tuple[bytes, str]] = {
-    "a.parquet": (b"PAR1\x15\x04", "Parquet"),
-    "a.arrow": (b"ARROW1\0\0", "Arrow"),
+    "a.parquet": (b"PAR1\x15\x04", "a damaged table"),
+    "a.arrow": (b"ARROW1\0\0", "a damaged table"),
+    "a.parquet.gz": (gzip.compress(b"PAR1\x15\x04"), "a compressed or damaged Parquet file"),
+    "a.arrow.gz": (gzip.compress(b"ARROW1\0\0"), "a compressed or damaged Arrow file"),
+    "a.feather": (b"FEA1\0\0", "Feather version 1|a compressed or damaged Arrow file"),
+    "encrypted.bin": (b"PARE\x15\x04", "encrypted Parquet|binary data"),
+    "a.orc": (b"ORC\n\x12", "ORC"),
     "a.npy": (array(), "NumPy"),
     "a.pdf": (b"%PDF-1.7\n", "PDF"),
     "a.html": (b"<!DOCTYPE html><p>hello", "HTML"),
