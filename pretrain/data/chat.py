@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pretrain.data import tokenizer as tokens
 from pretrain.data.packing import Document
-from pretrain.data.tokenizer import ROLES, Tokenizer
+from pretrain.data.tokenizer import Tokenizer
 
 REPLY = "assistant"
+# Kimi K2's template begins all messages but those of users and the assistant like a system message,
+# with their role as the header.
+_TOKENS = {**{role: role for role in tokens.ROLES}, "developer": "system", "tool": "system"}
+ROLES = tuple(_TOKENS)
+"""Roles of messages."""
+_RETURNED = "## Return of "
 
 
 class Message(NamedTuple):
@@ -24,7 +31,7 @@ class Message(NamedTuple):
 def add_header(document: Document, role: str) -> Document:
     """Append the header of a role's message, with weight 0."""
     tokenizer = document.tokenizer
-    header = [tokenizer.roles[role], *tokenizer.encode(role), tokenizer.im_middle]
+    header = [tokenizer.roles[_TOKENS[role]], *tokenizer.encode(role), tokenizer.im_middle]
     return document.add_tokens(header, weight=0)
 
 
@@ -42,6 +49,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Document:
     return document
 
 
+def returned(call: str, content: str) -> str:
+    """The content of a tool's message.
+
+    Args:
+        call: id of the tool call that it answers.
+    """
+    return f"{_RETURNED}{call}\n{content}"
+
+
 def template(content: str) -> str:
     """The chat template in Jinja, for transformers and inference servers.
 
@@ -53,7 +69,9 @@ def template(content: str) -> str:
         "{{ bos_token }}{% for message in messages %}"
         f"{{% if message.role not in {list(ROLES)} %}}"
         f"{{{{ raise_exception('{unknown_role}' ~ message.role) }}}}{{% endif %}}"
-        "{{ '<|im_' ~ message.role ~ '|>' ~ message.role }}<|im_middle|>"
+        f"{{{{ '<|im_' ~ {_TOKENS}[message.role] ~ '|>' ~ message.role }}}}<|im_middle|>"
+        "{% if message.tool_call_id %}"
+        f"{{{{ '{_RETURNED}' ~ message.tool_call_id ~ '\\n' }}}}{{% endif %}}"
         f"{content}<|im_end|>{{% endfor %}}"
         f"{{% if add_generation_prompt %}}<|im_{REPLY}|>{REPLY}<|im_middle|>{{% endif %}}"
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import storage
-from pretrain.data.chat import Message, render
+from pretrain.data.chat import render
+from pretrain.data.conversations import messages_of
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
 from tests.distributed import training
@@ -199,10 +200,13 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
         {"role": "system", "content": " Be\n brief. "},
         {"role": "user", "content": "Was ist größer: 12 or 7?\n"},
         {"role": "assistant", "content": "12."},
+        {"role": "developer", "content": "Be exact."},
+        {"role": "tool", "tool_call_id": "functions.add:0", "content": "12"},
+        {"role": "tool", "content": "7"},
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "So?"},
     ]
-    document = render(trained, [Message(**message) for message in messages])
+    document = render(trained, messages_of({"messages": messages}, "messages") or ())
     ids = exported.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids == document.tokens
     prompt = exported.apply_chat_template(
@@ -210,8 +214,9 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
     )["input_ids"]
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) :] == [*trained.encode("So?"), trained.im_end]
-    with pytest.raises(Exception, match="the roles are system, user, assistant, not tool"):
-        exported.apply_chat_template([{"role": "tool", "content": ""}])
+    roles = "the roles are system, user, assistant, developer, tool"
+    with pytest.raises(Exception, match=f"{roles}, not critic"):
+        exported.apply_chat_template([{"role": "critic", "content": ""}])
 
     model = transformers.AutoModelForCausalLM.from_pretrained(hf)
     question, reply = next(iter(REPLIES.items()))

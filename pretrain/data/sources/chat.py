@@ -1,4 +1,4 @@
-"""Sources of conversations: JSON lines in the format of Chat Completions."""
+"""Sources of conversations: JSON lines, and tables (Parquet and Arrow)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data import files
+from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.chat import REPLY, Message, render
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
@@ -18,13 +18,9 @@ from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
 from pretrain.data.sources.interface import Segment, content_hash
 from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
-from pretrain.data.tokenizer import ROLES
+from pretrain.errors import PretrainError
 
-_LOST_FROM_CHAT = (*files.MEDIA, "tools", "functions", "system")
-_LOST_FROM_MESSAGE = (
-    *(*files.MEDIA, "tool_calls", "function_call", "tool_call_id", "tools"),
-    *("reasoning_content", "reasoning", "thinking", "prefix"),
-)
+_KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
 
 
 @dataclass(frozen=True)
@@ -44,21 +40,60 @@ class Chat:
 
 
 class ChatSource(FileSource[Chat]):
-    """JSON lines of conversations: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
+    """Conversations in the layouts of :mod:`pretrain.data.conversations`, such as
+    ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 
     is_chat = True
 
     def find(self) -> list[Path | Skip]:
-        return files.find_json(self.config.path, self.setting)
+        items = files.find_json(self.config.path, self.setting, _KINDS, tables.SUFFIXES)
+        return saved_datasets.select(items, Path(self.config.path), self.setting)
+
+    def check(self) -> None:
+        for file in self.files:
+            self._check_table(Path(file.name))
+
+    def _check_table(self, file: Path) -> None:
+        """
+        Raises:
+            PretrainError: a table has no column of conversations.
+        """
+        try:
+            if not tables.kind(file):
+                return
+            schema = tables.schema(file)
+        except files.UNREADABLE:
+            return  # reading the file will give the reason
+        lists = [column.name for column in schema if tables.is_list(column.type)]
+        try:
+            found = conversations.layout(schema.names, lists, self.config.field)
+        except conversations.UnsupportedLayoutError as error:
+            raise PretrainError(f"{self.setting}.path: {file} is {error}") from error
+        except ValueError as error:
+            found, problem = "", str(error)
+        else:
+            problem = "no column of messages"
+        if not found:
+            raise PretrainError(
+                f"{self.setting}.field: {file} has {problem}; its columns are "
+                f"{tables.described(schema)}: set it to the column with lists of messages"
+            )
 
     def read(self, file: Path) -> Iterator[Chat | Skip]:
         """The conversations of a file.
 
         A conversation that would lose something, such as an image or a tool call, is skipped.
+
+        Raises:
+            PretrainError: the file has a layout that is recognized, but not read.
         """
-        for name, value in files.read_objects(file):
+        self._check_table(file)
+        field = self.config.field
+        for name, value in tables.read_objects(file, (field, *conversations.FIELDS, *files.MEDIA)):
             try:
-                yield value if isinstance(value, Skip) else _chat(name, value, self.config.field)
+                yield value if isinstance(value, Skip) else _chat(name, value, field)
+            except conversations.UnsupportedLayoutError as error:
+                raise PretrainError(f"{self.setting}.path: {name} is {error}") from error
             except ValueError as error:
                 yield Skip(name, reason(error))
 
@@ -69,50 +104,16 @@ class ChatSource(FileSource[Chat]):
 def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
     """
     Raises:
-        ValueError: the record is not a conversation, or contains more than text.
+        ValueError: as :func:`conversations.messages_of`.
     """
-    field = field if field in value else "messages"
-    if field not in value:
+    messages = conversations.messages_of(value, field)
+    if messages is None:
         return Skip(name, files.no_field(value, "messages"))
-    if not isinstance(value[field], list):
-        raise ValueError(f"no list of messages in {field!r}")
-    if lost := files.lost_field(value, _LOST_FROM_CHAT):
-        raise ValueError(f"its {lost!r} would be lost: a source of chat has messages of text alone")
-    messages = tuple(_message(number, message) for number, message in enumerate(value[field], 1))
     if not any(message.role == REPLY and message.content.strip() for message in messages):
         return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
+    if conversations.starts_with_reply(messages):
+        return Skip(name, "it starts with a reply", corrupt=False)
     return Chat(name, messages)
-
-
-def _message(number: int, message: Any) -> Message:
-    fields = message if isinstance(message, dict) else {}
-    role, content = fields.get("role"), fields.get("content")
-    if role not in ROLES:
-        raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
-    if lost := files.lost_field(fields, _LOST_FROM_MESSAGE):
-        raise ValueError(f"the {lost!r} of message {number} would be lost: only its text is read")
-    for name in ("weight", "train"):
-        if fields.get(name) in (0, False):
-            raise ValueError(f"message {number} is not to be learned ({name!r}): this is not read")
-    if isinstance(content, list):
-        content = _joined(number, content)
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} has no text for its content")
-    if not files.is_unicode(content):
-        raise ValueError(f"half a surrogate pair in message {number}")
-    return Message(role, content)
-
-
-def _joined(number: int, parts: list[Any]) -> str:
-    """The text of a content that is a list of parts, as in Chat Completions."""
-    texts = []
-    for part in parts:
-        fields = part if isinstance(part, dict) else {}
-        kind, text = fields.get("type"), fields.get("text")
-        if kind != "text" or not isinstance(text, str):
-            raise ValueError(f"message {number} has a part of type {kind!r:.40}, not only text")
-        texts.append(text)
-    return "".join(texts)
 
 
 @dataclass(frozen=True)

@@ -156,21 +156,21 @@ def test_conversations_that_are_invalid_or_too_long_are_listed(tmp_path: Path) -
     path.write_text(path.read_text() + '{"messages": [\n{"other": 1}\n')
     data = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0)
     assert "2 documents, 0 held out" in data.describe()
-    assert "skipped: 7 corrupt, 2 empty, too long or not read" in data.describe()
+    assert "skipped: 6 corrupt, 3 empty, too long or not read" in data.describe()
     skips = {int(skip.name.rpartition(":")[2]): skip for skip in data.take_skipped()}
     reasons = {number: skip.reason for number, skip in skips.items()}
     assert reasons.pop(2).endswith(f"tokens do not fit data.seq_length={LENGTH}")
     assert reasons.pop(10).startswith("not JSON: ")
     assert reasons == {
         3: "no list of messages in 'messages'",
-        4: "message 1 is of role 'tool', none of system, user, assistant",
+        4: "no reply of the assistant in it",
         5: "message 1 has a part of type None, not only text",
         6: "no reply of the assistant in it",
         7: "half a surrogate pair in message 1",
-        8: "message 1 is of role None, none of system, user, assistant",
+        8: "message 1 is of role None, none of system, user, assistant, developer, tool",
         11: "has no field 'messages', only other: set the source's field",
     }
-    assert [number for number, skip in skips.items() if not skip.corrupt] == [2, 6]
+    assert [number for number, skip in skips.items() if not skip.corrupt] == [2, 4, 6]
     longer = opened(tmp_path, SourceConfig("chat", str(path)), held_out=0, seq_length=1024)
     assert "3 documents" in longer.describe(), "the cache knows of what length it is"
     with pytest.raises(PretrainError, match="3 samples are corrupt, more than"):
@@ -220,10 +220,17 @@ LOST: dict[str, dict[str, Any]] = {
     "'images' would be lost": {"messages": [ASKED, ANSWERED], "images": ["a.jpg"]},
     "'video' would be lost": {"messages": [ASKED, ANSWERED], "video": "a.mp4"},
     "'tools' would be lost": {"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]},
-    "'system' would be lost": {"messages": [ASKED, ANSWERED], "system": "Be brief."},
+    "it has a 'system' and": {
+        "messages": [{"role": "system", "content": "Hi."}, ASKED, ANSWERED],
+        "system": "Be brief.",
+    },
     "part of type 'image_url'": {"messages": [ASKED | {"content": [SEEN]}, ANSWERED]},
     "'tool_calls' of message 2 would": {"messages": [ASKED, CALL, ANSWERED]},
-    "role 'tool'": {"messages": [ASKED, {"role": "tool", "content": "1"}, ANSWERED]},
+    "role 'critic'": {"messages": [ASKED, {"role": "critic", "content": "1"}, ANSWERED]},
+    "from 'critic'": {"conversations": [{"from": "critic", "value": "1"}]},
+    "is a tool call": {"conversations": [{"from": "function_call", "value": "f()"}]},
+    "placeholder <image> without": {"conversations": [{"from": "human", "value": "<image>\nHi"}]},
+    "'history' is not a list of": {"instruction": "a", "output": "b", "history": ["a", "b"]},
     "'images' of message 1 would": {"messages": [ASKED | {"images": ["a.jpg"]}, ANSWERED]},
     "'reasoning_content' of message 2": {
         "messages": [ASKED, ANSWERED | {"reasoning_content": "It has whiskers."}]
