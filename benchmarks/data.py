@@ -1,4 +1,4 @@
-"""Data: time to choose the documents of a sequence, and memory of an index."""
+"""Data: time to choose the documents of a sequence, memory of an index, and opening a table."""
 
 import argparse
 import functools
@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.runner import Result, markdown, quartiles, stopwatch
-from pretrain.config import DataConfig
-from pretrain.data import RankShare
-from pretrain.data.interface import SPLITS
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.data import RankShare, open_data
+from pretrain.data.interface import SPLITS, Data
 from pretrain.data.mixture.stream import Sequences, Stream
 from pretrain.data.sources.indexed import DocumentCursor
 from pretrain.data.sources.interface import Documents
@@ -44,6 +44,7 @@ INDEX_DOCUMENTS = {
     "quick": (10**6, 10**7, 10**8, 10**9),
     "tiny": (10**3, 10**4),
 }
+TABLE_ROWS = {"full": 10**6, "quick": 10**6, "tiny": 1000}
 FUNCTION, ARRAYS = "function", "arrays, 16 kept"
 
 
@@ -121,6 +122,7 @@ def run(options: argparse.Namespace) -> Result:
         "sampling": _sampling(options),
         "after_steps": _after_steps(options),
         "memory": _memory(options),
+        "table": _table(options),
     }
 
 
@@ -227,6 +229,54 @@ def _measure(count: int, documents: int, folder: str) -> Result:
     return {"private_bytes": private, "mapped_bytes": shared, "opening_s": opening}
 
 
+def _table(options: argparse.Namespace) -> Result:
+    """Opening a tokenized Parquet file in a new process."""
+    rows = TABLE_ROWS[options.form]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table.parquet")
+        _write_table(path, rows)
+        start = time.process_time()
+        _open_table(folder)
+        making = time.process_time() - start
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as executor:
+            measured = executor.submit(_measure_table, folder).result()
+        size = path.stat().st_size
+    return {"rows": rows, "bytes": size, "making_s": making, **measured}
+
+
+def _write_table(path: Path, rows: int) -> None:
+    """A row group of short documents of words, each different."""
+    import pyarrow
+    from pyarrow import parquet
+
+    words = ("the", "rain", "falls", "on", "green", "hills", "while", "a", "fox", "sleeps")
+    chosen = np.random.default_rng(3).integers(0, len(words), (rows, 12))
+    texts = [" ".join((str(n), *(words[i] for i in row))) for n, row in enumerate(chosen)]
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+
+
+def _open_table(folder: str) -> Data:
+    sources = (SourceConfig("text", str(Path(folder, "table.parquet"))),)
+    config = DataConfig(
+        seq_length=LENGTH, held_out=HELD_OUT, sources=sources, vocab_size=512,
+        cache_dir=str(Path(folder, "cache")), max_corpus_mb=0.5,
+    )  # fmt: skip
+    return open_data(config, 14, 3)
+
+
+def _measure_table(folder: str) -> Result:
+    """Seconds to open the table, and bytes that this and 100 sequences add."""
+    before = _resident()
+    start = time.perf_counter()
+    data = _open_table(folder)
+    opening = time.perf_counter() - start
+    for index in range(100):
+        data.sample("train", index)
+    private, shared = (now - then for now, then in zip(_resident(), before, strict=True))
+    return {"opening_s": opening, "private_bytes": private, "mapped_bytes": shared}
+
+
 def _resident() -> tuple[int, int]:
     """Resident bytes of this process: private ones, and those of files, which processes share."""
     status = Path("/proc/self/status").read_text()
@@ -314,4 +364,11 @@ def table(result: Result) -> str:
         for row in result["memory"]
     ]  # fmt: skip
     blocks.append(f"**Index of {after['sources']} sources**\n\n{markdown(header, rows)}")
+    if opened := result.get("table"):  # not measured by earlier versions
+        size, memory = f"{opened['bytes'] / 1e6:,.0f} MB", opened["private_bytes"] / 2**20
+        blocks.append(
+            f"A tokenized Parquet file of {opened['rows']:,} rows, {size}, opens in "
+            f"{opened['opening_s']:.2f} s, in {memory:,.0f} MiB of private memory. Tokenizing it "
+            f"once: {opened['making_s']:,.0f} s."
+        )
     return "\n\n".join(blocks)
