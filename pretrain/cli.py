@@ -93,8 +93,10 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a YAML file, such as configs/laptop.yaml")
+def _add_config(
+    command: argparse.ArgumentParser, text: str = "a YAML file, such as configs/laptop.yaml"
+) -> None:
+    command.add_argument("config", help=text)
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that change the file's"
     )
@@ -152,9 +154,12 @@ def _add_model_commands(commands: Any) -> None:
 def _add_data_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="inspect or tokenize data, or write shards")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    text = "show packed sequences with their images, tokens and labels on one HTML page"
+    text = (
+        "show packed sequences with their images, tokens and labels on one HTML page; or print the "
+        "configuration that reads a file or folder of data"
+    )
     inspect = _add(actions, "inspect", text)
-    _add_config(inspect)
+    _add_config(inspect, "a YAML file; or data: a file, a folder or a pattern in quotes")
     inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
     inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences; default: 8")
     inspect.add_argument("--held-out", action="store_true", help="show the held-out split")

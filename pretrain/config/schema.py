@@ -323,10 +323,11 @@ class SourceConfig(Settings):
     """A source of data."""
 
     type: Name = "text"
-    """text: JSON lines or plain text (also .gz, .zst, .bz2, .xz). images: a folder of images with
-    captions, or JSONL of images, videos and text by file name. energon: a folder of WebDataset
-    shards prepared for megatron-energon. standard_library: the built-in text. chat: JSONL of
-    conversations for supervised finetuning; only the assistant's replies are learned.
+    """text: JSON lines or plain text (also .gz, .zst, .bz2, .xz), Parquet or Arrow. images: a
+    folder of images with captions, or JSONL of images, videos and text by file name. energon: a
+    folder of WebDataset shards prepared for megatron-energon. standard_library: the built-in text.
+    chat: conversations for supervised finetuning, in JSON lines, Parquet or Arrow; only the
+    assistant's replies are learned.
     standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
     of Megatron's format (.bin and .idx), also those of `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
@@ -335,8 +336,8 @@ class SourceConfig(Settings):
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
     """Share of tokens, relative to the other sources of text, or of images."""
     field: Name = "text"
-    """Key of the text in each JSON object; for images, of the caption (also: `caption`); for
-    conversations, of the list of messages (also: `messages`)."""
+    """Key of the text in each JSON object, or column of a table; for images, of the caption (also:
+    `caption`); for conversations, of the list of messages (also: `messages`, `conversations`)."""
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: hold out documents by a hash of their content; else: the split of all documents."""
     trust_code: bool = False

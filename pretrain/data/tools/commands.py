@@ -1,5 +1,7 @@
 """``python -m pretrain data``: inspect and tokenize data, and write shards."""
 
+import glob
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from pretrain.data.files import reason
 from pretrain.data.interface import Split
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import inspect
+from pretrain.data.tools.recognize import configuration
 from pretrain.data.tools.shards import make_shards
 from pretrain.data.tools.tokenize import tokenize
 from pretrain.errors import PretrainError, one_line
@@ -22,7 +25,11 @@ def run(options: Namespace) -> None:
     Raises:
         PretrainError: an option is invalid, or the data cannot be read or written.
     """
-    if options.action == "inspect":
+    if options.action == "inspect" and _is_data(options.config):
+        if options.overrides:
+            raise PretrainError(f"{options.overrides[0]}: {options.config} is no configuration")
+        print(configuration(options.config))
+    elif options.action == "inspect":
         split: Split = "held_out" if options.held_out else "train"
         inspect_data(options.config, options.overrides, options.out, options.count, split)
     elif options.action == "tokenize":
@@ -30,6 +37,12 @@ def run(options: Namespace) -> None:
             print(line, flush=True)
     else:
         _make_shards(options.folder, options.out, options.per_shard, options.held_out)
+
+
+def _is_data(path: str) -> bool:
+    """Whether a path is that of data instead of a configuration."""
+    is_configuration = path.lower().endswith((".yaml", ".yml"))
+    return not is_configuration and (os.path.exists(path) or glob.has_magic(path))
 
 
 def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: Split) -> None:

@@ -1,0 +1,250 @@
+"""Recognize the format of data, and write the configuration that reads it."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pretrain.data import conversations, files, saved_datasets, tables
+from pretrain.data.media import pixels, video
+from pretrain.data.skipped import Skip
+from pretrain.errors import PretrainError
+
+Entry = dict[str, str]
+"""Settings of an entry of ``data.sources``."""
+_SAMPLED = 20
+_SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.SUFFIXES)
+# Beginnings of file names, as in repositories of data sets, and the split that each is for.
+_SPLITS = {"train": "train", **dict.fromkeys(("test", "validation", "valid", "val"), "held_out")}
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.0-9]")
+# Keys of documents with images in reading order, by the name of the public data set.
+_INTERLEAVED = {"OBELICS": ("images", "texts"), "MMC4": ("image_info", "text_list")}
+_DEFAULT = {"field": "text"}
+
+
+class Recognized(NamedTuple):
+    """The format of data.
+
+    Attributes:
+        description: a sentence, without the path.
+        entries: the entries of ``data.sources`` that read it.
+    """
+
+    description: str
+    entries: list[Entry]
+
+
+def configuration(path: str) -> str:
+    """YAML with the configuration that reads a file, a folder or a pattern; comments describe it.
+
+    Raises:
+        PretrainError: as :func:`recognize`.
+    """
+    found = recognize(path)
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
+    lines = [f"# {path}: {found.description}", "data:", "  sources:"]
+    for entry in found.entries:
+        used = {name: value for name, value in entry.items() if _DEFAULT.get(name) != value}
+        lines.append(f"    - {yaml.safe_dump(used, **options).strip()}")
+    return "\n".join(lines)
+
+
+def recognize(path: str) -> Recognized:
+    """The format of a file, a folder or a pattern, from its names and its first records.
+
+    Raises:
+        PretrainError: nothing is found, or it is not read; the message names the format.
+    """
+    root = Path(path)
+    if root.is_dir():
+        if names := saved_datasets.splits(root):
+            found = recognize(str(root / names[0]))
+            (entry,) = found.entries
+            entries = [_of_split(entry, str(root / name), name) for name in names]
+            return Recognized(f"a saved dataset with the splits {', '.join(names)}", entries)
+        if special := _special_folder(root):
+            return special
+    suffixes = _SUFFIXES if root.is_dir() else ("",)
+    items = saved_datasets.select(files.find(path, path, suffixes, "data"), root, path)
+    paths = [item for item in items if isinstance(item, Path)]
+    found = _of_files(path, paths)
+    if root.is_dir() and (patterns := _splits_of_names(root, paths)):
+        (entry,) = found.entries
+        entries = [_of_split(entry, pattern, name) for name, pattern in patterns.items()]
+        return Recognized(f"{found.description}; its splits: {', '.join(patterns)}", entries)
+    return found
+
+
+def _of_split(entry: Entry, path: str, name: str) -> Entry:
+    split = next((_SPLITS[known] for known in _SPLITS if name.startswith(known)), "hash")
+    return {**entry, "path": path} | ({"split": split} if split != "hash" else {})
+
+
+def _splits_of_names(root: Path, paths: Sequence[Path]) -> dict[str, str]:
+    """Patterns of the files of each split, by its name, if file names begin with several."""
+    begins = [_SPLIT_NAME.match(path.name) for path in paths]
+    names = dict.fromkeys(begin[1] for begin in begins if begin)
+    folders = {path.parent for path in paths}
+    if len(names) < 2 or not all(begins) or len(folders) > 1:
+        return {}
+    return {name: str(folders.copy().pop() / f"{name}[-_.0-9]*") for name in names}
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def _special_folder(root: Path) -> Recognized | None:
+    """Folders that are recognized by the names of their files.
+
+    Raises:
+        PretrainError: the format is not read.
+    """
+    if (root / ".nv-meta").is_dir():
+        return _found("shards for megatron-energon", "energon", root)
+    names = {path.name for path in itertools.islice(root.rglob("*"), 10_000) if path.is_file()}
+    if any(name.endswith(".mds") or name.endswith(".mds.zstd") for name in names):
+        raise _refused(root, "MosaicML's MDS", "convert it to Parquet or JSON lines")
+    if any(f"{name[:-4]}.bin" in names for name in names if name.endswith(".idx")):
+        return _found("tokens in Megatron's format; set data.tokenizer", "megatron", root)
+    if any(name.endswith((".tar", ".tar.gz")) for name in names):
+        raise _refused(
+            *(root, "WebDataset shards without an index"),
+            f"run `energon prepare {root}`, then inspect it again",
+        )
+    images = [name for name in names if files.ends_with(Path(name), pixels.suffixes())]
+    described = {f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")} & names
+    if images and described:
+        advice = "write captions.jsonl of {image: …, caption: …}"
+        raise _refused(root, f"a folder of images with {described.pop()}", advice)
+    if images and not any(files.ends_with(Path(name), tables.SUFFIXES) for name in names):
+        return _found(f"{len(images):,} images with captions", "images", root)
+    return None
+
+
+def _found(description: str, type: str, path: Path) -> Recognized:
+    return Recognized(description, [{"type": type, "path": str(path)}])
+
+
+def _refused(path: Path | str, format: str, advice: str) -> PretrainError:
+    return PretrainError(f"{path}: {format}, which is not read: {advice}")
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
+    """The format of files, of which the first is read."""
+    first = next((file for file in paths if file.stat().st_size), paths[0])
+    count = "a file" if len(paths) == 1 else f"{len(paths):,} files"
+    if files.ends_with(first, pixels.suffixes()) or video.is_video(str(first)):
+        raise _refused(first, "an image or a video", "inspect the folder with its captions")
+    try:
+        format = tables.kind(first) or files.content(first)
+    except files.UNREADABLE as error:
+        raise PretrainError(f"{first}: {files.reason(error)}") from error
+    if format == "plain":
+        return Recognized(f"{count} of plain text", [{"type": "text", "path": path}])
+    names = {"lines": "JSON lines", "array": "JSON arrays"}
+    columns = ""
+    if format not in names:
+        width = len(tables.schema(first).names)
+        columns = f", {width} column{'s' * (width > 1)}"
+    rows = list(_rows(first, None if format not in names else ()))
+    description, entry = _of_rows(first, rows)
+    return Recognized(
+        f"{count} of {names.get(format, format)}{columns}; {description}",
+        [{"type": entry["type"], "path": path} | entry],
+    )
+
+
+def _rows(file: Path, columns: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    """The first records of a file.
+
+    Raises:
+        PretrainError: none of the first records can be read.
+    """
+    reader = tables.read_rows(file) if columns is None else files.read_objects(file)
+    first: Skip | None = None
+    found = False
+    for _, value in itertools.islice(reader, _SAMPLED):
+        if isinstance(value, Skip):
+            first = first or value
+        else:
+            found = True
+            yield value
+    if not found:
+        why = first or Skip(str(file), "no records in it")
+        raise PretrainError(f"{why.name}: {why.reason}")
+
+
+def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]:
+    """A description of records, and the settings that read them, without the path.
+
+    Raises:
+        PretrainError: the records are not read.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name, keys in _INTERLEAVED.items():
+        if all(key in names for key in keys):
+            raise _refused(file, f"{name}, documents with images in reading order", "")
+    if chat := _chat(file, rows):
+        return chat
+    if any(isinstance(row.get(key), dict) for row in rows for key in files.MEDIA):
+        raise _refused(file, "images in the records themselves", "write them as files")
+    if any(row.get(key) for row in rows for key in ("image", "video", "parts")):
+        field = next((name for name in ("text", "caption") if name in names), "")
+        field = field or tables.likely_field([_without(row) for row in rows])
+        entry = {"type": "images"} | ({"field": field} if field not in ("", "caption") else {})
+        return "images or videos by file name", entry
+    if not (field := tables.likely_field(rows)):
+        found = ", ".join(names) or "none"
+        raise PretrainError(f"{file}: no text in its fields, which are {found}")
+    return f"the text is probably {field!r}", {"type": "text", "field": field}
+
+
+def _without(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("image", "video", "parts")}
+
+
+def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | None:
+    """The layout of conversations; None if the records are no conversations.
+
+    Raises:
+        PretrainError: the layout is not read, or none of the first conversations is.
+    """
+    problem = ""
+    for row in rows:
+        field = _messages_field(row)
+        try:
+            name = conversations.layout_name(row, field)
+            if not name:
+                return None
+            conversations.messages_of(row, field)
+        except conversations.UnsupportedLayoutError as error:
+            raise PretrainError(f"{file}: {error}") from error
+        except ValueError as error:
+            problem = problem or files.reason(error)
+            continue
+        usual = field in conversations.LISTS or name == "Alpaca"
+        return f"conversations as in {name}", {"type": "chat"} | ({} if usual else {"field": field})
+    raise PretrainError(f"{file}: conversations that are not read: {problem}")
+
+
+def _messages_field(row: Mapping[str, Any]) -> str:
+    """The key of a record's messages; one of the usual names if it has none."""
+    lists = [name for name, value in row.items() if _is_messages(value)]
+    names = [
+        *conversations.LISTS,
+        *(name for name in lists if name not in conversations.PREFERENCE),
+    ]
+    if all(name in row for name in conversations.PREFERENCE):
+        return ""  # it may contain the chosen messages once more
+    return next((name for name in names if name in lists), names[0])
+
+
+def _is_messages(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())

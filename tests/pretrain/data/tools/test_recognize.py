@@ -1,0 +1,290 @@
+"""From files as people have them to the suggested configuration, and to a training step."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pytest
+import yaml
+import zstandard
+from pyarrow import feather, parquet
+
+from pretrain import cli
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tools.recognize import configuration, recognize
+from pretrain.errors import PretrainError
+from tests.distributed import training
+from tests.distributed.launch import launch
+from tests.pretrain.data import make
+
+TEXTS = [make.text(number) for number in range(40)]
+COLUMNS = {"id": [str(number) for number in range(40)], "body": TEXTS}
+ROWS = [{"text": text} for text in TEXTS]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+OPENAI = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Add {number}."},
+            {"role": "assistant", "content": f"{number}"},
+        ]
+    }
+    for number in range(40)
+]
+PARTS = [
+    {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]}
+    for messages in (one["messages"] for one in OPENAI)
+]
+SHARE = [
+    {"conversations": [{"from": "human", "value": f"Hi {n}"}, {"from": "gpt", "value": "Hello!"}]}
+    for n in range(40)
+]
+ALPACA = [{"instruction": f"Say {n}", "input": "", "output": f"{n}"} for n in range(40)]
+
+
+def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows)
+
+
+def splits(path: Path) -> None:
+    both = datasets.DatasetDict(train=dataset(ROWS), test=dataset(ROWS[:9]))
+    both.save_to_disk(str(path))
+
+
+def repository(path: Path) -> None:
+    path.mkdir()
+    dataset(ROWS).to_parquet(path / "train-00000-of-00001.parquet")
+    dataset(ROWS[:9]).to_parquet(path / "test-00000-of-00001.parquet")
+
+
+def saved(path: Path) -> None:
+    dataset(ROWS).save_to_disk(str(path), num_shards=2)
+
+
+def lines(*rows: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def array(rows: list[dict[str, Any]]) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(rows, indent=1))
+
+
+# The name of the file or folder, how it is made, the description, and the entries.
+Layout = tuple[str, Callable[[Path], object], str, list[dict[str, str]]]
+TEXT = {"type": "text"}
+LAYOUTS: dict[str, Layout] = {
+    "Parquet of pyarrow": (
+        "a.parquet",
+        lambda path: parquet.write_table(pa.table(COLUMNS), path),
+        "a file of Parquet, 2 columns; the text is probably 'body'",
+        [{**TEXT, "field": "body"}],
+    ),
+    "Parquet of pandas": (
+        "b.parquet",
+        lambda path: pd.DataFrame(COLUMNS).to_parquet(path),
+        "a file of Parquet, 2 columns; the text is probably 'body'",
+        [{**TEXT, "field": "body"}],
+    ),
+    "Feather": (
+        "a.feather",
+        lambda path: feather.write_feather(pa.table(COLUMNS), str(path)),
+        "a file of Arrow, 2 columns; the text is probably 'body'",
+        [{**TEXT, "field": "body"}],
+    ),
+    "a saved dataset": (
+        "saved", saved, "2 files of Arrow, 1 column; the text is probably 'text'", [TEXT]
+    ),
+    "saved splits": (
+        "splits",
+        splits,
+        "a saved dataset with the splits train, test",
+        [{**TEXT, "path": "splits/train", "split": "train"},
+         {**TEXT, "path": "splits/test", "split": "held_out"}],
+    ),
+    "splits in a repository": (
+        "repository",
+        repository,
+        "2 files of Parquet, 1 column; the text is probably 'text'; its splits: test, train",
+        [{**TEXT, "path": "repository/test[-_.0-9]*", "split": "held_out"},
+         {**TEXT, "path": "repository/train[-_.0-9]*", "split": "train"}],
+    ),
+    "JSON lines of datasets": (
+        "a.jsonl",
+        lambda path: dataset(ROWS).to_json(path),
+        "a file of JSON lines; the text is probably 'text'",
+        [TEXT],
+    ),
+    "an array": (
+        "a.json", array(ROWS), "a file of JSON arrays; the text is probably 'text'", [TEXT]
+    ),
+    **{
+        f"compressed as {suffix}": (
+            f"packed.jsonl{suffix}",
+            lambda path, compress=compress: path.write_bytes(compress(LINES)),
+            "a file of JSON lines; the text is probably 'text'",
+            [TEXT],
+        )
+        for suffix, compress in {
+            ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+            ".zst": zstandard.ZstdCompressor().compress,
+        }.items()
+    },
+    "OpenAI": (
+        "chat.jsonl", lines(*OPENAI), "a file of JSON lines; conversations as in OpenAI",
+        [{"type": "chat"}],
+    ),
+    "OpenAI with parts, in Parquet": (
+        "chat.parquet",
+        lambda path: dataset(PARTS).to_parquet(path),
+        "a file of Parquet, 1 column; conversations as in OpenAI",
+        [{"type": "chat"}],
+    ),
+    "ShareGPT": (
+        "share.json", array(SHARE), "a file of JSON arrays; conversations as in ShareGPT",
+        [{"type": "chat"}],
+    ),
+    "Alpaca": (
+        "alpaca.json", array(ALPACA), "a file of JSON arrays; conversations as in Alpaca",
+        [{"type": "chat"}],
+    ),
+    "another field": (
+        "talk.jsonl", lines(*({"talk": one["messages"]} for one in OPENAI)),
+        "a file of JSON lines; conversations as in OpenAI", [{"type": "chat", "field": "talk"}],
+    ),
+}  # fmt: skip
+
+
+def _train_each(folder: str, count: int) -> list[list[dict[str, Any]]]:
+    """A step with each configuration of the folder."""
+    metrics = []
+    for number in range(count):
+        (Path(folder) / f"{number}.yaml").replace(Path(folder) / "tiny.yaml")
+        metrics.append(training.train_and_read(folder, f"run_dir={folder}/run{number}"))
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[Any]]]:
+    """The suggested configuration of each layout, and the metrics of a step with it."""
+    folder = tmp_path_factory.mktemp("layouts")
+    Tokenizer.train(TEXTS, 400).save(folder / "tokenizer.json")
+    suggested = {}
+    for number, (name, (file, write, *_)) in enumerate(LAYOUTS.items()):
+        write(folder / file)
+        suggested[name] = configuration(str(folder / file))
+        settings = yaml.safe_load(training.TINY)
+        settings["data"] |= yaml.safe_load(suggested[name])["data"]
+        settings["data"] |= {"tokenizer": str(folder / "tokenizer.json"), "held_out": 0.1}
+        settings |= {"steps": 1, "global_batch_size": 2}
+        settings["optimizer"] |= {"warmup_steps": 0, "decay_steps": 0}
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump(settings))
+    (records,) = launch(_train_each, 1, str(folder), len(LAYOUTS))
+    return {
+        name: (text.replace(f"{folder}/", ""), steps)
+        for (name, text), steps in zip(suggested.items(), records, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_suggested_configuration_trains(
+    trained: dict[str, tuple[str, list[Any]]], name: str
+) -> None:
+    file, _, description, entries = LAYOUTS[name]
+    text, steps = trained[name]
+    assert text.splitlines()[0] == f"# {file}: {description}"
+    assert yaml.safe_load(text) == {"data": {"sources": [{"path": file} | e for e in entries]}}
+    assert [step["step"] for step in steps] == [0, 1]
+    assert steps[1]["text_loss"] > 0
+
+
+def test_the_command_prints_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("web").mkdir()
+    parquet.write_table(pa.table(COLUMNS), "web/a.parquet")
+    for path in ("web", "web/*"):
+        assert cli.main(["data", "inspect", path]) == 0
+        assert capsys.readouterr().out == (
+            f"# {path}: a file of Parquet, 2 columns; the text is probably 'body'\n"
+            "data:\n"
+            "  sources:\n"
+            f"    - {{type: text, path: {path}, field: body}}\n"
+        )
+    assert cli.main(["data", "inspect", "web", "steps=3"]) == 1
+    assert capsys.readouterr().err == "error: steps=3: web is no configuration\n"
+
+
+def write_folder(**files: bytes) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        path.mkdir()
+        for name, content in files.items():
+            (path / name.replace("_", ".")).write_bytes(content)
+
+    return write
+
+
+def picture(path: Path) -> None:
+    make.captioned_folder(path, 2)
+    (path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "a cat"}\n')
+
+
+IMAGE = {"bytes": b"\x89PNG", "path": "a.png"}
+REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "preferences": (
+        "a.jsonl",
+        lines({"prompt": "a", "chosen": OPENAI[0]["messages"], "rejected": []}),
+        "a.jsonl: preference data",
+    ),
+    "LLaVA": ("a.json", array([{"image": "a.jpg", **SHARE[0]}]), "as in LLaVA's data"),
+    "OBELICS": ("a.jsonl", lines({"images": ["a"], "texts": [None]}), "OBELICS"),
+    "MMC4": ("a.jsonl", lines({"image_info": [{"a": 1}], "text_list": ["a"]}), "MMC4"),
+    "MDS": ("a", write_folder(index_json=b"{}", shard_mds=b"\0"), "MosaicML's MDS"),
+    "an imagefolder": ("a", picture, "a folder of images with metadata.jsonl"),
+    "tars": ("a", write_folder(a_tar=b"\0"), "without an index, .* run `energon prepare "),
+    "images in Parquet": (
+        "a.parquet",
+        lambda path: parquet.write_table(pa.table({"image": [IMAGE], "text": ["a"]}), path),
+        "images in the records",
+    ),
+    "CSV": ("a.csv", lambda path: path.write_text("a,b\n"), "CSV, which is not read"),
+    "tool calls": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "function_call", "value": "f"}]}),
+        "conversations that are not read: message 1 is a tool call",
+    ),
+    "numbers": ("a.jsonl", lines({"a": 1}), "no text in its fields, which are a"),
+    "nothing": ("a", write_folder(), "has no data"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_layouts_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    file, write, message = REFUSED[name]
+    write(tmp_path / file)
+    with pytest.raises(PretrainError, match=message) as raised:
+        recognize(str(tmp_path / file))
+    assert "\n" not in str(raised.value)
+
+
+def test_formats_of_the_trainer_are_recognized(tmp_path: Path) -> None:
+    make.captioned_folder(tmp_path / "pictures", 3)
+    found = recognize(str(tmp_path / "pictures"))
+    assert found.description == "3 images with captions"
+    assert found.entries == [{"type": "images", "path": str(tmp_path / "pictures")}]
+    (tmp_path / "tokens").mkdir()
+    for suffix in ("bin", "idx"):
+        (tmp_path / "tokens" / f"a.{suffix}").write_bytes(b"")
+    assert recognize(str(tmp_path / "tokens")).entries[0]["type"] == "megatron"
+    (tmp_path / "shards" / ".nv-meta").mkdir(parents=True)
+    assert recognize(str(tmp_path / "shards")).entries[0]["type"] == "energon"
+    lines({"image": "a.png", "caption": "a cat"})(tmp_path / "a.jsonl")
+    assert recognize(str(tmp_path / "a.jsonl")).entries[0]["type"] == "images"
+    (tmp_path / "a.md").write_text("# A text")
+    assert recognize(str(tmp_path / "a.md")).description == "a file of plain text"
