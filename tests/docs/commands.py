@@ -84,7 +84,8 @@ def _check_module(module: str, arguments: list[str], processes: int | None = Non
 
 
 def _check_config(name: str, overrides: list[str], processes: int | None) -> None:
-    if name.startswith("runs/"):  # a run's own configuration
+    # A run's own configuration, or data to inspect.
+    if name.startswith("runs/") or not name.endswith(".yaml"):
         return
     settings = config.load(ROOT / name, overrides)
     if processes is not None and name.startswith(_SMALL):

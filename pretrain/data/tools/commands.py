@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from pretrain import config
-from pretrain.data import data_config, open_data, skipped
+from pretrain.data import data_config, files, open_data, skipped
 from pretrain.data.files import reason
 from pretrain.data.interface import Split
 from pretrain.data.skipped import Skip
@@ -40,9 +40,16 @@ def run(options: Namespace) -> None:
 
 
 def _is_data(path: str) -> bool:
-    """Whether a path is that of data instead of a configuration."""
-    is_configuration = path.lower().endswith((".yaml", ".yml"))
-    return not is_configuration and (os.path.exists(path) or glob.has_magic(path))
+    """Whether a path is that of data; a file of plain text without a usual suffix is a
+    configuration, like every file that ends with .yaml."""
+    if path.lower().endswith((".yaml", ".yml")):
+        return False
+    if not os.path.isfile(path):
+        return os.path.isdir(path) or glob.has_magic(path)
+    try:
+        return files.ends_with(Path(path), files.PLAIN) or files.content(Path(path)) != "plain"
+    except files.UNREADABLE:
+        return True
 
 
 def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: Split) -> None:

@@ -143,6 +143,8 @@ def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
         raise _refused(first, "an image or a video", "inspect the folder with its captions")
     try:
         format = tables.kind(first) or files.content(first)
+        if format == "plain":
+            files.read_plain(first)
     except files.UNREADABLE as error:
         raise PretrainError(f"{first}: {files.reason(error)}") from error
     if format == "plain":
