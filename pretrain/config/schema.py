@@ -331,8 +331,8 @@ class SourceConfig(Settings):
     standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
     of Megatron's format (.bin and .idx), also those of `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
-    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for megatron
-    also the path of the files without .bin and .idx."""
+    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for text and
+    chat also a URL; for megatron also the path of the files without .bin and .idx."""
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
     """Share of tokens, relative to the other sources of text, or of images."""
     field: Name = "text"

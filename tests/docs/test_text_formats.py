@@ -15,8 +15,8 @@ def test_the_blocks_write_a_table_and_inspect_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "sh", "yaml"]
-    (_, code), (_, command), (_, output) = blocks
+    assert [language for language, _ in blocks] == ["python", "sh", "yaml", "yaml"]
+    (_, code), (_, command), (_, output), _ = blocks
     exec(code, {})
     python, option, program, *arguments = command.split()
     assert (python, option, program) == ("python", "-m", "pretrain")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data import conversations, files, saved_datasets, tables
+from pretrain.data import conversations, files, remote, saved_datasets, tables
 from pretrain.data.chat import REPLY, Message, render
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
@@ -46,8 +46,9 @@ class ChatSource(FileSource[Chat]):
     is_chat = True
 
     def find(self) -> list[Path | Skip]:
-        items = files.find_json(self.config.path, self.setting, _KINDS, tables.SUFFIXES)
-        return saved_datasets.select(items, Path(self.config.path), self.setting)
+        path = remote.local_path(self.config.path, self.data.cache_dir, self.setting)
+        items = files.find_json(path, self.setting, _KINDS, tables.SUFFIXES)
+        return saved_datasets.select(items, Path(path), self.setting)
 
     def check(self) -> None:
         for file in self.files:

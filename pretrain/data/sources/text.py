@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data import files, saved_datasets, tables
+from pretrain.data import files, remote, saved_datasets, tables
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
@@ -43,8 +43,9 @@ class TextSource(FileSource[Text]):
     tables."""
 
     def find(self) -> list[Path | Skip]:
-        items = files.find(self.config.path, self.setting, _SUFFIXES, _KINDS)
-        return saved_datasets.select(items, Path(self.config.path), self.setting)
+        path = remote.local_path(self.config.path, self.data.cache_dir, self.setting)
+        items = files.find(path, self.setting, _SUFFIXES, _KINDS)
+        return saved_datasets.select(items, Path(path), self.setting)
 
     def check(self) -> None:
         for file in self.files:

@@ -182,6 +182,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         settings["data"] |= yaml.safe_load(suggested[name])["data"]
         settings["data"] |= {"tokenizer": str(folder / "tokenizer.json"), "held_out": 0.1}
         settings |= {"steps": 1, "global_batch_size": 2}
+        settings["evaluation"] |= {"sequences": 2}
         settings["optimizer"] |= {"warmup_steps": 0, "decay_steps": 0}
         (folder / f"{number}.yaml").write_text(yaml.safe_dump(settings))
     (records,) = launch(_train_each, 1, str(folder), len(LAYOUTS))
