@@ -99,7 +99,7 @@ def test_a_connection_that_breaks_off_is_one_line_and_continues(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://127.0.0.1:1/a.jsonl", r"no files are found at \S+ \(.*connect"),
+        ("http://127.0.0.1:1/a.jsonl", r"no files are found at \S+ \(.*[Cc]onnect"),
         ("file:///nowhere/a.jsonl", "no files are found at file:///nowhere/a.jsonl$"),
         ("nosuch://bucket/a.jsonl", "cannot be read: Protocol not known: nosuch"),
     ],
