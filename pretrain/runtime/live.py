@@ -37,7 +37,10 @@ def render(lines: list[Any], width: int, stream: Any) -> list[str]:
     """Lines as text with escape sequences, in the colors that the terminal has (see NO_COLOR)."""
     from rich.console import Console
 
-    console = Console(file=stream, force_terminal=True, width=width, highlight=False)
+    # Text such as "[a]" or ":key:" is shown as it is.
+    console = Console(
+        file=stream, force_terminal=True, width=width, highlight=False, markup=False, emoji=False
+    )
     with console.capture() as capture:
         for line in lines:
             console.print(line, no_wrap=True, overflow="crop", crop=True)

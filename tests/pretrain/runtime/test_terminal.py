@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.runtime.footer import RELEASE
-from pretrain.runtime.progress import Progress, duration, fitting, sparkline
+from pretrain.runtime.live import render
+from pretrain.runtime.progress import Progress, bar_line, duration, fitting, sparkline
 from pretrain.runtime.terminal import History, Terminal, progress_line
 from tests.pretrain.runtime import screen
 from tests.pretrain.runtime.test_metrics_writer import STEP
@@ -170,6 +172,13 @@ print("done")
     assert re.fullmatch(r"preparing the data  0m00s", outer)
     assert re.fullmatch(r"indexing  ━+╺━+  50%  ETA 0m00s  2 of 4 files", inner)
     assert [line for line in shown.lines if line] == ["done"]
+
+
+def test_names_in_brackets_are_no_markup() -> None:
+    """As in a path: ``[/b]`` would end the thread that draws, and ``[b]`` would not be shown."""
+    lines = [fitting(["a[/b][b].txt"], 60), bar_line("reading [b]:key:[/c]", 0.5, ["50%"], 60)]
+    shown = render(lines, 60, sys.stdout)
+    assert "a[/b][b].txt" in shown[0] and "reading [b]:key:[/c]" in shown[1]
 
 
 @pytest.mark.parametrize(
