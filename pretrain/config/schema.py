@@ -841,8 +841,8 @@ class Config(Settings):
         ):
             if world_size % ranks:
                 raise PretrainError(
-                    f"{world_size} processes cannot be divided by {name}={ranks}: start "
-                    f"torchrun with --nproc-per-node {ranks} (or a multiple), or set {name}"
+                    f"{world_size} processes cannot be divided by {name}={ranks}: start {ranks} "
+                    f"(or a multiple), or set {name}"
                 )
         size, replica = self.encoder_process.group_size, parallel.replica_size
         if size is not None and (size % replica or world_size % size):
