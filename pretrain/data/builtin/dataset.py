@@ -116,9 +116,10 @@ class BuiltIn(Data):
     def require_images_that_fit(self) -> None:
         """
         Raises:
-            PretrainError: images are configured, and no drawn image fits a sequence.
+            PretrainError: images are configured, and no drawn image fits a sequence, or a split has
+                no words of the configured length.
         """
-        if self.has_images and not self.captioned_items("train", 1):
+        if self.has_images and not all(self.captioned_items(split, 1) for split in SPLITS):
             options = self.config.images
             raise PretrainError(
                 f"no image of text fits data.seq_length={self.config.seq_length}: raise it, lower "

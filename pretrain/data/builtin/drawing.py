@@ -25,8 +25,10 @@ _FONTS = tuple(
         "STIXGeneralItalic",
     )
 )
-# Draws of words after which the text is taken to have no caption.
-_MAX_DRAWS = 1000
+# Draws of words after which the text is taken to have no caption. One word of thousands is found.
+_MAX_DRAWS = 100_000
+# Draws of lines after which a piece may be shorter than wanted.
+_DRAWS_OF_LONG_LINES = 10
 
 
 @lru_cache(maxsize=1)
@@ -141,7 +143,7 @@ def pick_caption(
         is_allowed: other captions are drawn again.
 
     Raises:
-        PretrainError: 1000 draws gave no such words.
+        PretrainError: 100,000 draws gave no such words.
     """
     wanted = _length(config, rng)
     for _ in range(_MAX_DRAWS):
@@ -166,11 +168,13 @@ def pick_piece(
 ) -> str:
     """Cut consecutive letters out of a random line, from anywhere and without the spaces.
 
-    Arguments and errors are those of :func:`pick_caption`.
+    If few lines have as many letters as wanted, the whole line is one piece. Arguments and errors are those of :func:`pick_caption`.
     """
     wanted = _length(config, rng)
-    for _ in range(_MAX_DRAWS):
+    for draw_number in range(_MAX_DRAWS):
         letters = "".join(filter(str.isalpha, lines[int(rng.integers(len(lines)))]))
+        if draw_number >= _DRAWS_OF_LONG_LINES:
+            wanted = max(config.min_chars, min(wanted, len(letters)))
         if len(letters) >= wanted:
             start = int(rng.integers(len(letters) - wanted + 1))
             caption = letters[start : start + wanted]

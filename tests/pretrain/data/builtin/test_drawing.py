@@ -107,6 +107,19 @@ def test_captions_can_be_single_words_or_pieces_of_a_line(seed: int, cut: bool) 
     assert any(caption in (place if cut else place.split()) for place in places)
 
 
+def test_rare_lengths_are_found_and_pieces_are_no_longer_than_lines() -> None:
+    options = ImageConfig(min_chars=10, max_chars=12, max_words=1)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert drawing.pick_caption(["a"] * 2000 + ["dictionary"], options, rng) == "dictionary"
+    long = ImageConfig(min_chars=3, max_chars=200)
+    lengths = set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        lengths.add(len(drawing.pick_piece(["twelve letters"], long, rng)))
+    assert 13 in lengths and max(lengths) == 13 and min(lengths) >= 3
+
+
 def test_text_without_words_of_the_length_is_an_error() -> None:
     options = ImageConfig(min_chars=10, max_chars=12)
     with pytest.raises(PretrainError, match="min_chars=10 to max_chars=12: the text has no words"):
