@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 64 << 20
 _MAX_SLOW_RANKS = 20
+_MAX_READINGS = 1000
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 _STYLE = """
@@ -185,11 +186,12 @@ def _readings(transcriptions: Sequence[Reading]) -> list[str]:
     rows = "\n".join(
         f"<tr{'' if reading.is_exact else ' class=wrong'}><td>{_picture(reading.picture)}</td>"
         f"<td>{_text(reading.caption)}</td><td>{_text(reading.text)}</td></tr>"
-        for reading in transcriptions
+        for reading in transcriptions[:_MAX_READINGS]
     )
+    more = len(transcriptions) > _MAX_READINGS
     return [
         "<h2>Transcriptions of held-out images</h2>",
-        f"<p>{summary(transcriptions)}.</p>",
+        f"<p>{summary(transcriptions)}.{f' The first {_MAX_READINGS:,} are shown.' * more}</p>",
         '<table class="text"><tr><th>image</th><th>the image says</th><th>the model reads</th></tr>'
         f"\n{rows}</table>",
     ]

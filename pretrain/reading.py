@@ -26,7 +26,7 @@ class Reading(NamedTuple):
 
 
 def scores(readings: Sequence[Reading]) -> dict[str, float | None]:
-    """Scores of transcriptions; None without any.
+    """Scores of transcriptions; None if there is nothing to read.
 
     Returns:
         ``exact_match``: share of the transcriptions that equal the caption.
@@ -36,9 +36,10 @@ def scores(readings: Sequence[Reading]) -> dict[str, float | None]:
     if not readings:
         return {"exact_match": None, "character_error_rate": None}
     errors = sum(edit_distance(reading.caption, reading.text) for reading in readings)
+    characters = sum(len(reading.caption) for reading in readings)
     return {
         "exact_match": sum(reading.is_exact for reading in readings) / len(readings),
-        "character_error_rate": errors / sum(len(reading.caption) for reading in readings),
+        "character_error_rate": errors / characters if characters else None,
     }
 
 

@@ -116,6 +116,12 @@ def test_pictures_are_shown_next_to_readings_and_are_nothing_but_base64() -> Non
     assert page.count("class=wrong") == 1
 
 
+def test_only_the_first_of_many_readings_are_shown() -> None:
+    page = html_report.render("run", [], [], [Reading("a", "b")] * 1001)
+    assert page.count("class=wrong") == 1000
+    assert "0 of 1001 images" in page and "The first 1,000 are shown." in page
+
+
 def test_skipped_steps_and_batches_are_plotted_if_there_are_any() -> None:
     title, label = "Steps and batches left out, so far", "steps skipped after a fault"
     zero = {"skipped_steps": 0, "skipped_batches": 0}

@@ -32,3 +32,5 @@ def test_scores_count_whole_captions_and_single_characters() -> None:
     assert scores(readings) == {"exact_match": 1 / 3, "character_error_rate": 5 / 12}
     assert scores([Reading("it", "it repeats")])["character_error_rate"] == pytest.approx(4)
     assert set(scores([]).values()) == {None}
+    # Not from the trainer, but from a damaged transcriptions.json that the report reads.
+    assert scores([Reading("", "text")]) == {"exact_match": 0, "character_error_rate": None}
