@@ -55,7 +55,8 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     Thresholds of QK-Clip within the range of ``max_logit`` are drawn with it.
 
     Args:
-        run_dirs: folders of the runs, whose names are the titles of the lines.
+        run_dirs: folders of the runs. Their names are the titles of the lines, or their paths if
+            names are equal.
         names: metrics with one number for a step.
         path: the image, in the format of its ending.
 
@@ -68,7 +69,10 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    runs = {run_name(run_dir): read_run(run_dir) for run_dir in run_dirs}
+    titles = [run_name(run_dir) for run_dir in run_dirs]
+    if len(set(titles)) < len(titles):
+        titles = list(map(str, run_dirs))
+    runs = dict(zip(titles, map(read_run, run_dirs), strict=True))
     figure = Figure(figsize=(1 + 6 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for title, (records, _) in runs.items():

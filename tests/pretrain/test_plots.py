@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.axes
 import pytest
 from PIL import Image
 
-from pretrain import cli
+from pretrain import cli, plots
 
 
 def made(folder: Path, name: str, threshold: float, logits: list[float]) -> str:
@@ -31,6 +32,23 @@ def test_runs_are_compared_in_one_image(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "both.png"
     assert cli.main(["compare", *runs, "--out", str(out)]) == 0
     assert Image.open(out).format == "PNG" and thresholds == [2.0]
+
+
+def test_runs_of_the_same_name_in_other_folders_are_all_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+
+    def draw(axes: matplotlib.axes.Axes, *arguments: Any) -> None:
+        titles.append(arguments[-1])
+        axes.plot([1, 2])
+
+    monkeypatch.setattr(plots, "_draw_line", draw)
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    runs = [Path(made(tmp_path / folder, "run", 2.0, [1, 2])) for folder in ("one", "other")]
+    plots.compare(runs, ["max_logit"], tmp_path / "both.png")
+    assert titles == list(map(str, runs))
 
 
 @pytest.mark.parametrize(
