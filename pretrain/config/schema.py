@@ -316,6 +316,8 @@ class ImageConfig(Settings):
         for name in ("chars", "font_size"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             require(low <= high, f"max_{name}={high} must be >= min_{name}={low}")
+        if self.max_words == 1 and self.wrapped_share > 0:
+            self._refuse_without_effect("max_words=1", ["wrapped_share"])
 
 
 @dataclass(frozen=True)
@@ -681,7 +683,7 @@ class EvaluationConfig(Settings):
     """Number of held-out images; each caption is scored with its image and with a wrong one."""
     transcriptions: Annotated[int, In("[0, 100000]")] = 8
     """Number of held-out images that the model transcribes in every evaluation but that before the
-    first step."""
+    first step. It writes at most 24 tokens: longer captions are never read exactly."""
 
 
 @dataclass(frozen=True)

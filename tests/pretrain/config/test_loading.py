@@ -98,6 +98,10 @@ SHAPES = (
         (["optimizer=3"], "optimizer must be a mapping, not 3"),
         (["optimizer.lr=-1"], "optimizer.lr must be in [1e-30, 1e30], not -1.0"),
         (["language.dense_layers=9"], "language.dense_layers=9 is more than num_layers=4"),
+        (
+            ["data.images.max_words=1", "data.images.wrapped_share=0.2"],
+            "data.images.wrapped_share=0.2 has no effect with max_words=1: leave it out",
+        ),
         (["language.experts_per_token=99"], "experts_per_token is 99 of only 8 experts"),
         *(
             ([f"language.{setting}" for setting in settings.split()], f"language.{message}")
