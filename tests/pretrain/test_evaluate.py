@@ -40,8 +40,8 @@ def test_transcriptions_never_contain_image_placeholders(made: Made, run_folder:
 
 
 def read_many(folder: str) -> tuple[list[Reading], list[int]]:
-    """Transcriptions of 200 images in float64, and the rows of every forward pass."""
-    sizes = ("global_batch_size=16", "micro_batch_size=8", "evaluation.transcriptions=200")
+    """Transcriptions of 197 images in float64, and the rows of every forward pass."""
+    sizes = ("global_batch_size=16", "micro_batch_size=8", "evaluation.transcriptions=197")
     settings = training.tiny(folder, *SHAPE, training.EXACT, *sizes)
     here, data = set_up(settings)
     run = build(settings, here, data)
@@ -59,14 +59,17 @@ def read_many(folder: str) -> tuple[list[Reading], list[int]]:
 
 
 def test_many_images_are_read_alike_in_batches_by_one_and_two_ranks(run_folder: Path) -> None:
-    """Two ranks share the images; no forward pass has more of them than a micro-batch."""
+    """Two ranks share the images; no forward pass has more of them than a micro-batch.
+
+    The last batch has five images: one rank has a row that does not count.
+    """
     ((alone, rows),) = launch(read_many, 1, str(run_folder))
     shared = launch(read_many, 2, str(run_folder))
     assert [readings for readings, _ in shared] == [alone, alone]
-    assert len({reading.caption for reading in alone}) == len(alone) == 200
-    assert max(rows) == 8 and sum(rows) % 200 == 0
+    assert len({reading.caption for reading in alone}) == len(alone) == 197
+    assert max(rows) == 8 and sum(rows) % 197 == 0
     assert all(max(some) <= 8 and sum(some) <= sum(rows) / 2 + 8 * 24 for _, some in shared)
     pictures = [bool(reading.picture) for reading in alone]
-    assert pictures == [True] * sum(pictures) + [False] * (200 - sum(pictures))
+    assert pictures == [True] * sum(pictures) + [False] * (197 - sum(pictures))
     picture = Image.open(io.BytesIO(base64.b64decode(alone[0].picture)))
     assert picture.format == "PNG" and min(picture.size) >= 28
