@@ -168,7 +168,8 @@ def pick_piece(
 ) -> str:
     """Cut consecutive letters out of a random line, from anywhere and without the spaces.
 
-    If few lines have as many letters as wanted, the whole line is one piece. Arguments and errors are those of :func:`pick_caption`.
+    If few lines have as many letters as wanted, the whole line is one piece. Arguments and errors
+    are those of :func:`pick_caption`.
     """
     wanted = _length(config, rng)
     for draw_number in range(_MAX_DRAWS):
