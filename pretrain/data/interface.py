@@ -125,7 +125,7 @@ class Data(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the documents, equal on all ranks; empty for the built-in data."""
+        """Digest of the documents, equal on all ranks."""
         return ""
 
     def describe(self, skipped_file: str = skipped.FILE) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +30,9 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.geometry import num_tokens
 
-# Part of the cache's key: increase it when the format of the cached files changes.
-_FORMAT = 4
+# Part of the cache's key and of the fingerprint: increase it when the format of the cached files
+# changes, or the sequences that are generated from them.
+_FORMAT = 5
 _MAX_IMAGES_PER_DOCUMENT = 3
 _MAX_TEXT_BEFORE_IMAGE = 12
 # Draws in a row without a new caption after which the captions are taken to be exhausted.
@@ -52,17 +54,26 @@ class Corpus:
 
 @dataclass(frozen=True)
 class BuiltIn(Data):
-    """The built-in data; sequences are functions of (seed, split, index)."""
+    """The built-in data; sequences are functions of (seed, split, index).
+
+    Attributes:
+        key: digest of the text, the tokenizer and the version of the drawing.
+    """
 
     config: DataConfig
     patch_size: int
     seed: int
     tokenizer: Tokenizer
     corpora: dict[Split, Corpus]
+    key: str
 
     @property
     def has_images(self) -> bool:
         return self.config.vision_share > 0
+
+    @property
+    def fingerprint(self) -> str:
+        return self.key
 
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index`` of an infinite supply.
@@ -112,6 +123,19 @@ class BuiltIn(Data):
             if item.caption not in items and self._fits(item):
                 items[item.caption], failed = item, 0
         return list(items.values())
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {"fingerprint": self.key}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        # Until the fonts were those of matplotlib, checkpoints had no fingerprint.
+        saved = states[0].get("fingerprint", "" if self.has_images else self.key)
+        if saved != self.key:
+            raise PretrainError(
+                "the built-in data is not that of the checkpoint, which was made with another "
+                "Python or an earlier version of this project: resume with that one, or start "
+                "another run with start_from"
+            )
 
     def require_images_that_fit(self) -> None:
         """
@@ -212,9 +236,9 @@ def open_builtin(config: DataConfig, patch_size: int, seed: int) -> BuiltIn:
     def build(folder: Path) -> None:
         _build(folder, files, config.vocab_size, tokenizer)
 
-    folder = Path(config.cache_dir) / digest.hexdigest()[:16]
-    (loaded_tokenizer, corpora), _ = cached(folder, build, _load)
-    data = BuiltIn(config, patch_size, seed, loaded_tokenizer, corpora)
+    key = digest.hexdigest()[:16]
+    (loaded_tokenizer, corpora), _ = cached(Path(config.cache_dir) / key, build, _load)
+    data = BuiltIn(config, patch_size, seed, loaded_tokenizer, corpora, key)
     data.require_images_that_fit()
     return data
 

@@ -162,3 +162,17 @@ def test_concurrent_processes_share_the_cache_safely(data: BuiltIn, tmp_path: Pa
         one, other = pool.starmap(_sample_in_another_process, [(config, 0)] * 2)
     assert same(one, other)
     assert [path.name.startswith("partial-") for path in tmp_path.iterdir()] == [False]
+
+
+def test_a_run_does_not_continue_with_other_data(data: BuiltIn) -> None:
+    """Another Python has another text; before the fonts were matplotlib's, nothing was recorded."""
+    state = data.state_dict(3)
+    data.load_state_dict([state])
+    other = dataclasses.replace(data, key="other")
+    without_images = dataclasses.replace(
+        data, config=dataclasses.replace(data.config, vision_share=0.0)
+    )
+    without_images.load_state_dict([{}])
+    for changed, saved in ((other, state), (data, {}), (data, {"fingerprint": ["of a file"]})):
+        with pytest.raises(PretrainError, match="is not that of the checkpoint"):
+            changed.load_state_dict([saved])
