@@ -46,7 +46,7 @@ A configuration file may change another one (base: laptop.yaml).
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pretrain",
+        prog="python -m pretrain",
         description="Joint vision-text pretraining of an MLA + MoE language model with MuonClip.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -265,7 +265,9 @@ def _import(options: argparse.Namespace) -> None:
 
     for note in import_hf(options.source, options.run, options.overrides).notes:
         print(note)
-    print(f"made {options.run}; train it with: pretrain train {options.run / 'config.yaml'}")
+    print(
+        f"made {options.run}; train it with: python -m pretrain train {options.run / 'config.yaml'}"
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:
