@@ -1,22 +1,15 @@
 """The README is short, its examples and commands work, its figures are those of the benchmarks."""
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.docs.commands import ROOT, blocks, check, commands
+from tests.docs.commands import ROOT, blocks, check, commands, inline_commands
 
 README = (ROOT / "README.md").read_text()
-
-
-def inline_commands() -> list[list[str]]:
-    """The words of every command in the text."""
-    inline = re.findall(r"`((?:make|python|torchrun) [^`]*)`", README)
-    return [shlex.split(line, comments=True) for line in inline]
 
 
 def section(text: str, anchor: str) -> str:
@@ -49,7 +42,7 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert all(len(heads) == 4 for heads in optimizer.qk_clip.result.max_logits.values())
 
 
-@pytest.mark.parametrize("command", [*commands(README), *inline_commands()], ids=" ".join)
+@pytest.mark.parametrize("command", [*commands(README), *inline_commands(README)], ids=" ".join)
 def test_its_commands_are_valid(command: list[str]) -> None:
     """Those that train and measure run in the tests of trainer and benchmarks, in small."""
     check(command)

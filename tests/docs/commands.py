@@ -9,6 +9,7 @@ from torch.distributed.run import get_args_parser
 from benchmarks import __main__ as benchmarks
 from benchmarks import runner
 from pretrain import cli, config
+from pretrain.metrics import METRICS
 from pretrain.plan import plan
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,13 @@ def commands(text: str) -> list[list[str]]:
     """The words of every command in the blocks of a Markdown text."""
     lines = "".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inline_commands(text: str, programs: str = "make|python|torchrun") -> list[list[str]]:
+    """The words of every command in the sentences of a Markdown text."""
+    return [
+        shlex.split(line, comments=True) for line in re.findall(rf"`((?:{programs}) [^`]*)`", text)
+    ]
 
 
 def check(words: list[str]) -> None:
@@ -71,6 +79,8 @@ def _check_module(module: str, arguments: list[str], processes: int | None = Non
         options = cli._parse(arguments)
         if options.command == "settings":
             assert cli.main(arguments) == 0
+        if options.command == "compare":
+            assert set(options.metrics) <= METRICS.keys()
         if options.command in ("train", "eval", "plan") or "config" in options:
             launched = getattr(options, "processes", None) if options.command != "plan" else None
             _check_config(options.config, options.overrides, processes or launched)
