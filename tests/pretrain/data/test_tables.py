@@ -234,6 +234,22 @@ def test_large_tables_are_tokenized_beforehand_by_several_processes(
     assert [data.tokenizer.decode(tokens[:-1]) for tokens in stored] == TEXTS
 
 
+def test_a_mixture_of_tables_and_conversations_resumes_exactly(tmp_path: Path) -> None:
+    parquet.write_table(TABLE, tmp_path / "a.parquet", row_group_size=4)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    datasets.Dataset.from_dict({"messages": [turns] * 9}).save_to_disk(str(tmp_path / "chat"))
+    sources = (
+        SourceConfig("text", str(tmp_path / "a.parquet"), weight=3),
+        SourceConfig("chat", str(tmp_path / "chat")),
+    )
+    config = DataConfig(64, 320, sources=sources, cache_dir=str(tmp_path / "cache"), held_out=0)
+    data = open_data(config, 14, 3)
+    samples = [data.sample("train", index).tokens.tolist() for index in range(40)]
+    again = open_data(config, 14, 3)
+    again.load_state_dict([json.loads(json.dumps(data.state_dict(25)))])
+    assert [again.sample("train", n).tokens.tolist() for n in range(25, 40)] == samples[25:]
+
+
 def test_without_pyarrow_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
