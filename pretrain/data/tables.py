@@ -53,7 +53,7 @@ def kind(path: Path) -> str:
     return next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
 
 
-def read_objects(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+def read_objects(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
     """:func:`read_rows` of a table, and the objects of any other file (:mod:`.files`)."""
     try:
         table = kind(path)
@@ -83,7 +83,7 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tu
                 number += 1
                 name = f"{path}:{number}"
                 yield name, Skip(name, value) if isinstance(value, str) else value
-    except (*UNREADABLE, pyarrow.ArrowException) as error:
+    except (*UNREADABLE, OverflowError, pyarrow.ArrowException) as error:
         after = f"cannot be read after row {number}: " if number else "a damaged table: "
         yield str(path), Skip(str(path), after + reason(error))
     else:
@@ -116,13 +116,19 @@ def schema(path: Path) -> pa.Schema:
         ValueError, OSError: the file is damaged.
         PretrainError: pyarrow is not installed.
     """
-    require_pyarrow()
-    if kind(path) == "Parquet":
-        from pyarrow import parquet
+    pyarrow = require_pyarrow()
+    try:
+        if kind(path) == "Parquet":
+            from pyarrow import parquet
 
-        return parquet.read_schema(path)
-    with _arrow_file(path) as (found, _):
+            found = parquet.read_schema(path)
+        else:
+            with _arrow_file(path) as (found, _):
+                pass
+        str(found)  # a name that is not UTF-8 is an error here instead of later
         return found
+    except pyarrow.ArrowException as error:  # not all are a ValueError
+        raise ValueError(reason(error)) from error
 
 
 def require_column(path: Path, setting: str, field: str) -> None:
@@ -225,9 +231,8 @@ def _batches(path: Path, columns: Collection[str] | None) -> Iterator[pa.RecordB
         names = _present(found, columns)
         for batch in batches:
             selected = batch.select(names)
-            rows = _rows_at_once(selected.nbytes, len(selected))
-            for start in range(0, len(selected), rows):
-                yield selected.slice(start, rows)
+            for start in range(0, len(selected), _BATCH_ROWS):
+                yield selected.slice(start, _BATCH_ROWS)
 
 
 def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
@@ -284,7 +289,7 @@ def _objects(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     """Each row as an object, or the reason why it cannot be read."""
     pyarrow = require_pyarrow()
     try:
-        batch.validate(full=True)
+        batch.validate(full=True)  # first: of a damaged batch, not even the size can be computed
     except pyarrow.ArrowInvalid as error:
         if len(batch) == 1:
             yield f"damaged: {reason(error)}"

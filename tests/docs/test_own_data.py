@@ -60,4 +60,4 @@ def test_the_configuration_of_the_guide_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(block)
     loaded = config.load(path)
-    assert len(loaded.data.sources) == len(yaml.safe_load(block)["data"]["sources"]) == 6
+    assert len(loaded.data.sources) == len(yaml.safe_load(block)["data"]["sources"]) == 7

@@ -143,6 +143,7 @@ def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
         raise _refused(first, "an image or a video", "inspect the folder with its captions")
     try:
         format = tables.kind(first) or files.content(first)
+        columns = len(tables.schema(first).names) if tables.kind(first) else 0
         if format == "plain":
             files.read_plain(first)
     except files.UNREADABLE as error:
@@ -150,28 +151,24 @@ def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
     if format == "plain":
         return Recognized(f"{count} of plain text", [{"type": "text", "path": path}])
     names = {"lines": "JSON lines", "array": "JSON arrays"}
-    columns = ""
-    if format not in names:
-        width = len(tables.schema(first).names)
-        columns = f", {width} column{'s' * (width > 1)}"
-    rows = list(_rows(first, None if format not in names else ()))
+    width = f", {columns} column{'s' * (columns > 1)}" if columns else ""
+    rows = list(_rows(first))
     description, entry = _of_rows(first, rows)
     return Recognized(
-        f"{count} of {names.get(format, format)}{columns}; {description}",
+        f"{count} of {names.get(format, format)}{width}; {description}",
         [{"type": entry["type"], "path": path} | entry],
     )
 
 
-def _rows(file: Path, columns: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
     """The first records of a file.
 
     Raises:
         PretrainError: none of the first records can be read.
     """
-    reader = tables.read_rows(file) if columns is None else files.read_objects(file)
     first: Skip | None = None
     found = False
-    for _, value in itertools.islice(reader, _SAMPLED):
+    for _, value in itertools.islice(tables.read_objects(file), _SAMPLED):
         if isinstance(value, Skip):
             first = first or value
         else:
