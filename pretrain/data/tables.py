@@ -125,7 +125,7 @@ def schema(path: Path) -> pa.Schema:
         else:
             with _arrow_file(path) as (found, _):
                 pass
-        str(found)  # a name that is not UTF-8 is an error here instead of later
+        _ = found.names  # one that is not UTF-8 is an error here instead of later
         return found
     except pyarrow.ArrowException as error:  # not all are a ValueError
         raise ValueError(reason(error)) from error
