@@ -285,7 +285,8 @@ def _hang(folder: str, where: str) -> None:
     target = {"restore": checkpoint, "held_out": train}[where]
     setattr(target, where, forever)
     Watchdog._GRACE_SECONDS = 2.0  # a busy machine's threads wake up late
-    train.train(training.tiny(folder, *BRIEF[:-1], "steps=2", "faults.hang_seconds=3"))
+    overrides = ("steps=2", "faults.hang_seconds=3", f"run_dir={folder}/hang-{where}")
+    train.train(training.tiny(folder, *BRIEF[:-1], *overrides))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_the_watchdog_ends_hangs_before_the_first_and_after_the_last_step(
 ) -> None:
     with pytest.raises(AssertionError, match="rank 0 ended with 1, no result"):
         launch(_hang, 1, str(folder), where)
-    stacks = (folder / "run" / "stacks-rank0.txt").read_text()
+    stacks = (folder / f"hang-{where}" / "stacks-rank0.txt").read_text()
     assert f"made no progress for 3 seconds (faults.hang_seconds) in {doing}" in stacks
     assert "in forever" in stacks
 
