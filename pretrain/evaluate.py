@@ -1,19 +1,17 @@
 """Held-out evaluation: loss by category, use of images, and transcriptions."""
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
 from pretrain.data.media.patches import VisionItem
+from pretrain.data.media.png import png_base64
 from pretrain.data.packing import Document
 from pretrain.model.multimodal import MicroBatch
 from pretrain.reading import Reading, scores
@@ -91,18 +89,12 @@ def transcribe(run: Run) -> list[Reading]:
         for start in range(0, len(items), size)
         for text in _read(run, items[start : start + size])
     ]
+    pictures = [png_base64(item.pixels[0], _PICTURE_SIZE) for item in items[:_MAX_PICTURES]]
+    pictures += [""] * (len(items) - len(pictures))
     return [
-        Reading(item.caption, text, _picture(item) if number < _MAX_PICTURES else "")
-        for number, (item, text) in enumerate(zip(items, texts, strict=True))
+        Reading(item.caption, text, picture)
+        for item, text, picture in zip(items, texts, pictures, strict=True)
     ]
-
-
-def _picture(item: VisionItem) -> str:
-    image = Image.fromarray(item.pixels[0])
-    image.thumbnail(_PICTURE_SIZE)
-    file = io.BytesIO()
-    image.save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ class _Display:
 
     def __init__(self) -> None:
         self._views: list[View] = []
-        self._changing = threading.Lock()  # the views; not held by the thread, which may die
+        # Guards the views. The drawing thread, which exit stops at any point, never holds it.
+        self._changing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread()
         self._footer: Footer | None = None

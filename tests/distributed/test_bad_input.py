@@ -119,19 +119,25 @@ def test_evaluation_prints_losses_and_transcriptions(folder: Path, trained: Path
     assert error_line(folder, f"run_dir={trained}", "steps=10", command="eval") == ""
 
 
-def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None:
-    """With processes of the launcher, which ends all of them when one ends."""
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-            *("-m", "pretrain", "train", str(folder / "tiny.yaml"), "optimizer.lr=fast"),
-        ],
+def run_module(*arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    """``python -m`` with these arguments, one thread a process."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
+    )
+
+
+def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None:
+    """With processes of the launcher, which ends all of them when one ends."""
+    ended = run_module(
+        *("torch.distributed.run", "--nproc-per-node", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+        *("-m", "pretrain", "train", str(folder / "tiny.yaml"), "optimizer.lr=fast"),
+        timeout=120,
     )
     assert ended.returncode != 0
     assert ended.stderr.count("error: optimizer.lr must be float, not 'fast'\n") == 1
@@ -146,16 +152,10 @@ def test_torchrun_prints_the_error_and_exits_with_a_status(folder: Path) -> None
     ],
 )
 def test_our_launcher_prints_one_line(folder: Path, override: str, line: str) -> None:
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "pretrain", "train", str(folder / "tiny.yaml")),
-            *("--processes", "2", f"data.cache_dir={folder}/cache", override),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+    ended = run_module(
+        *("pretrain", "train", str(folder / "tiny.yaml")),
+        *("--processes", "2", f"data.cache_dir={folder}/cache", override),
         timeout=300,
-        check=False,
     )
     errors = [text for text in ended.stderr.splitlines() if "CUDA_HOME" not in text]
     assert ended.returncode == 1 and len(errors) == 1, ended.stderr

@@ -1,18 +1,15 @@
 """An HTML page of packed sequences: images, tokens, labels, weights and documents."""
 
-import base64
 import html
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pretrain.data.interface import Data, Split
 from pretrain.data.media.patches import unpatchify
 from pretrain.data.media.pixels import Pixels
+from pretrain.data.media.png import png_base64
 from pretrain.data.packing import Category, PackedSample
 from pretrain.model.geometry import num_tokens
 
@@ -90,7 +87,9 @@ def _spans(
         if tokens[position] == data.tokenizer.media_pad:
             grid, pixels = next(pictures)
             count = num_tokens(grid)
-            frames = "".join(f"<img src={_source(frame)}>" for frame in pixels)
+            frames = "".join(
+                f"<img src=data:image/png;base64,{png_base64(frame)}>" for frame in pixels
+            )
             spans.append(f"<span class=frames>{frames}</span>")
             patches = " by ".join(map(str, grid))
             spans.append(f"<span class=note>{count} tokens, {patches} patches</span>")
@@ -108,9 +107,3 @@ def _spans(
         )
         position += 1
     return "".join(spans)
-
-
-def _source(frame: Pixels) -> str:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(frame)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
