@@ -1,0 +1,1 @@
+"""Post-training of exported models: SFT, joint RL, Toggle and the agent swarm."""

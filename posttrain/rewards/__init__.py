@@ -1,0 +1,1 @@
+"""Rewards: functions of an answer and the truth, each in [0, 1]."""
