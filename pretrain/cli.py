@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import PretrainError, one_line
-from pretrain.runtime import output, stopping, without_transformer_engine
+from pretrain.errors import PretrainError
+from pretrain.runtime import command_line, output, stopping, without_transformer_engine
+from pretrain.runtime.command_line import add_command as _add
+from pretrain.runtime.command_line import print_error as _print_error
 
 if TYPE_CHECKING:
     from pretrain.config import Config
@@ -88,18 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    return parser
-
-
 def _add_config(
     command: argparse.ArgumentParser, text: str = "a YAML file, such as configs/laptop.yaml"
 ) -> None:
-    command.add_argument("config", help=text)
-    command.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that change the file's"
-    )
+    command_line.add_config(command, text)
 
 
 def _add_training(commands: Any, name: str, text: str) -> None:
@@ -309,27 +303,7 @@ _LOADING_LATER = (_train, _evaluate, _launch, _report, _compare, _settings)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; overrides may precede or follow options."""
-    parser = _parser()
-    # argparse assigns only the first group of overrides, and leaves the others as unknown.
-    options, others = parser.parse_known_args(arguments)
-    if others:
-        unknown = [text for text in others if text.startswith("-") or "=" not in text]
-        if unknown or "overrides" not in options:
-            parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
-        options.overrides += others
-    return options
-
-
-def _print_error(error: BaseException) -> None:
-    """Print an error of a file, its encoding or memory, or a PretrainError, in one line."""
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        message = ": ".join([*names, error.strerror])
-    elif isinstance(error, MemoryError):
-        message = f"out of memory {message}"
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    return command_line.parse(_parser(), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     for name in ("pyproject.toml", *DESCRIPTIONS):
         shutil.copy(ROOT / name, root)
-    for name in ("muonclip", "pretrain", "benchmarks", "docs/examples"):
+    for name in ("muonclip", "pretrain", "posttrain", "benchmarks", "docs/examples"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("results"))
     (root / "tests").mkdir()
     for path in (ROOT / "tests").glob("test_*.py"):

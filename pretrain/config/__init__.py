@@ -8,6 +8,7 @@ that it names as its ``base``; ``key.sub=value`` on the command line takes prece
 from pretrain.config.loading import escape_path as escape_path
 from pretrain.config.loading import from_dict as from_dict
 from pretrain.config.loading import load as load
+from pretrain.config.loading import load_as as load_as
 from pretrain.config.loading import merge as merge
 from pretrain.config.loading import to_dict as to_dict
 from pretrain.config.loading import with_overrides as with_overrides

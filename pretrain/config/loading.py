@@ -46,6 +46,11 @@ class SettingError(PretrainError):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration of a training run; see :func:`load_as`."""
+    return load_as(Config, path, overrides)
+
+
+def load_as(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read a YAML file, the files it is based on, and ``key.sub=value`` overrides.
 
     ``base: FILE`` in a file names another one, relative to it, whose settings it changes:
@@ -54,6 +59,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Overrides change the result in the same way, in their order.
 
     In settings that are paths, ``~`` and ``$VARIABLE`` are expanded; ``$$`` is a dollar sign.
+
+    Args:
+        cls: the section at the top of the file.
 
     Raises:
         PretrainError: a file cannot be read, the bases form a cycle, a key is unknown or given
@@ -65,7 +73,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for _, changes in layers:
         values = merge(values, changes)
     try:
-        return _expand_paths(from_dict(values), "")
+        return _expand_paths(_build(cls, values, ""), "")
     except SettingError as error:
         file = _file_of(error.key, layers)
         raise PretrainError(f"{file}: {error}" if file else str(error)) from error

@@ -1,0 +1,93 @@
+"""The settings of a post-training run, with their meaning, defaults and allowed values."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pretrain.config.rules import In, Settings, require
+from pretrain.config.schema import PathName, Positive, Size, SizeOrZero, Steps, StepsOrZero
+
+Decay = Annotated[float, In("[0, 1]")]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """The optimizer, and its schedule: linear warm-up, then a constant rate."""
+
+    name: Literal["muonclip", "adamw"] = "muonclip"
+    """muonclip: Muon for matrices, AdamW for everything else, and QK-Clip. adamw: AdamW alone."""
+    lr: Positive = 1e-3
+    """Learning rate. Reinforcement learning needs a tenth to a hundredth of pretraining's."""
+    weight_decay: Annotated[float, In("[0, 1000]")] = 0.0
+    qk_clip_threshold: Positive = 100.0
+    """QK-Clip's tau: the limit of each head's max logit."""
+    clip_grad_norm: Positive = 1.0
+    warmup_steps: StepsOrZero = 10
+
+    def _check(self) -> None:
+        if self.name == "adamw":
+            self._refuse_without_effect("name=adamw", ["qk_clip_threshold"])
+
+
+@dataclass(frozen=True)
+class RlConfig(Settings):
+    """Reinforcement learning: rollouts, and the objective of Kimi K2.5 (eq. 1, section 4.4.2).
+
+    The report publishes none of these values: the defaults are this project's choice.
+    """
+
+    prompts: Size = 8
+    """Prompts of a batch of rollouts."""
+    group_size: Annotated[int, In("[2, 1048576]")] = 8
+    """K: responses to each prompt."""
+    updates: Size = 2
+    """Steps of the optimizer for each batch of rollouts."""
+    temperature: Annotated[float, In("(0, 100]")] = 1.0
+    max_tokens: Size = 16
+    """Limit of a response, in tokens."""
+    ratio_low: Annotated[float, In("(0, 1)")] = 0.8
+    """alpha: tokens whose probability has fallen below this multiple of the rollout's give no
+    policy gradient."""
+    ratio_high: Annotated[float, In("(1, 1000]")] = 1.25
+    """beta: tokens whose probability has risen above this multiple give no policy gradient."""
+    log_ratio_penalty: Annotated[float, In("[0, 1000]")] = 0.1
+    """tau: weight of the squared log-ratio."""
+    images: Size = 2000
+    """Different training images that prompts are drawn from."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """Evaluation of the model before and after training, and in between."""
+
+    every: StepsOrZero = 0
+    """Steps between evaluations; 0: only before and after training."""
+    images: SizeOrZero = 200
+    """Held-out images to transcribe by greedy decoding."""
+    text_sequences: SizeOrZero = 64
+    """Held-out sequences for the loss of text."""
+    batch_size: Size = 50
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """A post-training run: from an exported model to an exported model."""
+
+    model: PathName = "runs/laptop/hf"
+    """Folder of the exported model to start from: that of `python -m pretrain export`."""
+    pretraining: PathName = "configs/laptop.yaml"
+    """Configuration of the pretraining, which defines the data: images, text, and what of it is
+    held out."""
+    run_dir: PathName = "runs/posttrain"
+    """Folder of the run; its `hf` is the trained model."""
+    steps: Steps = 200
+    """Steps of the optimizer."""
+    seed: Annotated[int, In("[0, 2147483647]")] = 0
+    log_every: Size = 10
+    save_every: Size = 50
+    """Steps between checkpoints, from which an interrupted run resumes."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def _check(self) -> None:
+        require(self.model != self.run_dir, f"run_dir={self.run_dir} must differ from model")
