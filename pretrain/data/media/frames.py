@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from pretrain.data.media import pixels, video
-from pretrain.data.media.pixels import Pixels, open_image
+from pretrain.data.media.pixels import ImageFile, Pixels, open_image
+from pretrain.data.media.span import Place
 
 # Pillow warns of damaged metadata, which changes no pixel, and of large images below its own limit.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -16,11 +18,12 @@ class Media:
     """An image, or the frames of a video.
 
     Attributes:
-        paths: the file of each frame; or one path of an image, an animation or a video file.
+        paths: the file of each frame; or one path of an image, an animation or a video file. In
+            place of a path, the range of a file (:class:`~pretrain.data.media.span.Span`).
         moving: whether it is a video.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[Place, ...]
     moving: bool
 
 
@@ -47,13 +50,13 @@ def measure(media: Media, fps: float) -> tuple[int, int, int]:
 def _measure(media: Media, fps: float) -> tuple[int, int, int]:
     sizes = []
     for path in media.paths:
-        if video.is_video(path):
+        if video.is_video(str(path)):
             if not media.moving:
                 raise ValueError(f"{path} is a video: write 'video', not 'image'")
             if len(media.paths) > 1:
                 raise ValueError("a frame of it is a video")
             return video.measure(path, fps)
-        with open_image(path) as image:
+        with _opened(path) as image:
             sizes.append((image.num_frames if media.moving else 1, *image.size))
     if len({size[1:] for size in sizes}) > 1:
         raise ValueError("its frames differ in size")
@@ -73,9 +76,23 @@ def read(media: Media, fps: float) -> Iterator[Pixels]:
         PretrainError: PyAV is needed and not installed.
     """
     for path in media.paths:
-        if video.is_video(path):
+        if video.is_video(str(path)):
             yield from video.frames(path, fps)
             continue
-        with open_image(path) as image:
+        with _opened(path) as image:
             for number in range(image.num_frames) if media.moving else (None,):
                 yield image.rgb(number)
+
+
+def _opened(place: Place) -> AbstractContextManager[ImageFile]:
+    """Open an image as :func:`open_image` does; the place is a file or a range of one.
+
+    Raises:
+        ValueError: also where entering it does.
+    """
+    if isinstance(place, str):
+        return open_image(place)
+    try:
+        return open_image(place.open(), place.name)
+    except OSError as error:
+        raise ValueError(f"{place}: {error.strerror or error}") from error

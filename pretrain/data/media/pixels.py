@@ -123,17 +123,27 @@ class ImageFile:
 
 
 @contextmanager
-def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
+def open_image(source: str | Path | bytes | IO[bytes], name: str = "") -> Iterator[ImageFile]:
     """Open an image, detecting its format by content; no pixel is decoded.
+
+    Args:
+        source: a path, the content of a file, or a file opened for reading, which is closed.
+        name: name in messages; default: the path.
 
     Raises:
         ValueError: the file is missing, unreadable or not an image, or has more than
-            :data:`MAX_PIXELS` pixels. The message starts with the path, if there is one.
+            :data:`MAX_PIXELS` pixels. The message starts with the name, if there is one.
     """
-    name = "" if isinstance(source, bytes) else f"{source}: "
+    if isinstance(source, str | Path):
+        name = name or str(source)
+    name = name and f"{name}: "
     with ExitStack() as stack:
         with _named(name):
-            file = io.BytesIO(source) if isinstance(source, bytes) else _regular_file(source)
+            file: IO[bytes]
+            if isinstance(source, bytes):
+                file = io.BytesIO(source)
+            else:
+                file = _regular_file(source) if isinstance(source, str | Path) else source
             image = Image.open(stack.enter_context(file), formats=formats())
             width, height = image.size
             if width * height > MAX_PIXELS:

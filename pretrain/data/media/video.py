@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.media.pixels import MAX_FILM_FRAMES, MAX_PIXELS, Pixels
+from pretrain.data.media.span import Place
 from pretrain.errors import PretrainError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def require_av(path: str) -> None:
         ) from error
 
 
-def measure(path: str, fps: float) -> tuple[int, int, int]:
+def measure(path: Place, fps: float) -> tuple[int, int, int]:
     """(frames, height, width) of what :func:`frames` yields, in upright pixels.
 
     Reads the header, and decodes the first frame, which contains the rotation. There is a frame for
@@ -69,7 +70,7 @@ def measure(path: str, fps: float) -> tuple[int, int, int]:
     return _count(path, fps), height, width
 
 
-def frames(path: str, fps: float) -> Iterator[Pixels]:
+def frames(path: Place, fps: float) -> Iterator[Pixels]:
     """Decode the frame shown at each time k / fps, starting at the first frame; upright.
 
     Yields as many as :func:`measure` returns, repeating the last frame if the video ends early.
@@ -105,15 +106,17 @@ def frames(path: str, fps: float) -> Iterator[Pixels]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def _opened(path: Place) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Open a video; errors of PyAV become ValueErrors with the path."""
-    if not Path(path).exists():
+    if isinstance(path, str) and not Path(path).exists():
         raise ValueError(f"{path} does not exist")
-    require_av(path)
+    require_av(str(path))
     import av
 
     try:
-        with av.open(path, options=_SAFE_OPTIONS) as container:
+        with ExitStack() as stack:
+            source = path if isinstance(path, str) else stack.enter_context(path.open())
+            container = stack.enter_context(av.open(source, "r", options=_SAFE_OPTIONS))
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
                 raise ValueError(f"{path}: no video stream")
@@ -124,11 +127,11 @@ def _opened(path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             yield container, stream
     except av.ArgumentError as error:  # a format that is not whitelisted
         raise ValueError(f"{path}: not a video in a format that is read") from error
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:  # OSError: of the file that contains it
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
-def _check_pixels(path: str, width: int, height: int) -> None:
+def _check_pixels(path: Place, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"{path}: frames of {width} x {height} pixels, more than the {MAX_PIXELS:,} that are "
@@ -137,7 +140,7 @@ def _check_pixels(path: str, width: int, height: int) -> None:
 
 
 def _decoded(
-    path: str, container: "InputContainer", stream: "VideoStream"
+    path: Place, container: "InputContainer", stream: "VideoStream"
 ) -> Iterator["VideoFrame"]:
     decoded = 0
     for packet in container.demux(stream):
@@ -161,7 +164,7 @@ def _time(frame: "VideoFrame", number: int, stream: "VideoStream") -> int:
     return round(number / rate / _time_base(stream)) if rate else 0
 
 
-def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
+def _upright(frame: "VideoFrame", path: Place, stream: "VideoStream") -> Pixels:
     """RGB with square pixels, rotated and mirrored by the display matrix (phones write one)."""
     width, height = frame.width, frame.height
     aspect = stream.sample_aspect_ratio or 1
@@ -180,7 +183,7 @@ def _upright(frame: "VideoFrame", path: str, stream: "VideoStream") -> Pixels:
     return np.ascontiguousarray(pixels, np.uint8)
 
 
-def _count(path: str, fps: float) -> int:
+def _count(path: Place, fps: float) -> int:
     """Number of times k / fps before the end, at least one."""
     with _opened(path) as (container, stream):
         count = max(1, -(-_duration(container, stream) * _exact(fps) // 1))

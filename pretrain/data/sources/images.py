@@ -56,7 +56,8 @@ class Mixed:
 
     @property
     def hash(self) -> int:
-        names = [n for p in self.parts for n in ([p] if isinstance(p, str) else p.paths)]
+        parts = ([part] if isinstance(part, str) else part.paths for part in self.parts)
+        names = [str(name) for part in parts for name in part]
         root = Path(self.name).parent
         return content_hash(*(name.removeprefix(f"{root}/") for name in names))
 
@@ -369,7 +370,7 @@ class _Sizes:
 
     def measure(self, media: Media) -> tuple[int, int, int]:
         if media not in self.measured:
-            stamps = tuple(self.stamps.get(path, ()) for path in media.paths)
+            stamps = tuple(self.stamps.get(str(path), ()) for path in media.paths)
             self.measured[media] = known = self.known.get(media, ((), ""))
             if known[0] != stamps or not all(stamps):
                 try:
@@ -399,7 +400,8 @@ def _build(folder: Path, source: ImageSource, composer: Composer, sizes: _Sizes)
                 skipped.add([Skip(record.name, reason(error))])
                 continue
             token_counts.append(size)
-            film = film or next((p for m in media for p in m.paths if video.is_video(p)), "")
+            names = (str(path) for one in media for path in one.paths)
+            film = film or next(filter(video.is_video, names), "")
             parts = [p if isinstance(p, str) else [p.paths, p.moving] for p in record.parts]
             shapes = [shape for shape in measured if not isinstance(shape, str)]
             file.write(json.dumps([record.name, parts, shapes]).encode())

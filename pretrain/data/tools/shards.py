@@ -88,7 +88,7 @@ def _pair(record: Mixed) -> tuple[int, Path, str] | Skip:
         list(frames.read(media, DataConfig.video_fps))
     except ValueError as error:
         return Skip(record.name, str(error))
-    return record.hash, Path(media.paths[0]), caption
+    return record.hash, Path(str(media.paths[0])), caption
 
 
 class _Writer:
