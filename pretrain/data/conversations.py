@@ -1,10 +1,15 @@
-"""Conversations as other trainers store them: messages of OpenAI, ShareGPT's, and Alpaca's."""
+"""Conversations as other trainers store them: messages of OpenAI, ShareGPT's and LLaVA's, and
+Alpaca's, with tool calls, reasoning, images and videos."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pretrain.data import files
-from pretrain.data.chat import REPLY, ROLES, Message, returned
+from pretrain.data.chat import REPLY, ROLES, Message, ToolCall
+from pretrain.data.media import video
+from pretrain.data.media.frames import Media
 
 LISTS = ("messages", "conversations")
 """Usual keys of a list of messages, in order of preference."""
@@ -17,19 +22,62 @@ _SENDERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), REPLY),
     **{"system": "system", "developer": "developer"},
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), REPLY),
 }
 _CALLS = ("function_call", "tool_call")
-_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
-_LOST_FROM_CHAT = (*files.MEDIA, "tools", "functions")
-_LOST_FROM_MESSAGE = (
-    *(*files.MEDIA, "tool_calls", "function_call", "tools"),
-    *("reasoning_content", "reasoning", "thinking", "prefix"),
-)
+# Keys of a record with media, by their kind.
+_MEDIA = {"image": ("image", "images"), "video": ("video", "videos")}
+_READ = tuple(key for keys in _MEDIA.values() for key in keys)
+# A line that a placeholder has for itself belongs to it.
+_PLACEHOLDER = re.compile(r"<(image|video|audio)>\n?")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_REASONED = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+_LOST_FROM_MESSAGE = (*files.MEDIA, "tools", "prefix", "refusal")
+
+Reference = str | bytes
+"""The name, URL (also ``data:``) or content of a file."""
+Resolve = Callable[[Sequence[Reference], bool], Media]
+"""Finds an image, a video, or the frames of a video (the second argument is then true).
+
+Raises:
+    ValueError: it cannot be found.
+"""
 
 
 class UnsupportedLayoutError(ValueError):
     """The records of a source have a layout that is recognized, but not read."""
+
+
+class Conversation(NamedTuple):
+    """A conversation, and the declarations of the tools in it."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def media(self) -> list[Media]:
+        """Images and videos in the order of the messages."""
+        return [media for message in self.messages for media in message.media]
+
+
+class _Placeholder(NamedTuple):
+    """A place of a message to which an image or video of the record belongs.
+
+    Attributes:
+        number: of the medium; None: the next one.
+    """
+
+    kind: str
+    number: int | None = None
+
+
+def no_media(references: Sequence[Reference], moving: bool) -> Media:
+    """For a source of text alone: the :data:`Resolve` that refuses images and videos."""
+    raise UnsupportedLayoutError(
+        f"a conversation with {'videos' if moving else 'images'}: set the source's type to "
+        "vision_chat, which reads them"
+    )
 
 
 def layout(names: Collection[str], lists: Collection[str], field: str) -> str:
@@ -69,38 +117,43 @@ def layout_name(value: Mapping[str, Any], field: str) -> str:
     if key in ("", _ALPACA[0]):
         return "Alpaca" if key else ""
     first = value[key][0] if value[key] else None
-    return "ShareGPT" if isinstance(first, dict) and first.get("from") else "OpenAI"
+    if not (isinstance(first, dict) and first.get("from")):
+        return "OpenAI"
+    return "LLaVA" if any(value.get(name) for name in _READ) else "ShareGPT"
 
 
-def messages_of(value: Mapping[str, Any], field: str) -> tuple[Message, ...] | None:
-    """The messages of a record; None if it has no layout of a conversation.
+def conversation_of(
+    value: Mapping[str, Any], field: str, resolve: Resolve = no_media
+) -> Conversation | None:
+    """The conversation in a record; None if the record has no layout of one.
 
     Args:
         field: see :func:`layout`.
+        resolve: finds images and videos.
 
     Raises:
         UnsupportedLayoutError: the layout is recognized, but not read.
-        ValueError: the conversation is not valid, or contains more than text.
+        ValueError: the conversation is not valid, or something in it is not read.
     """
     key = layout(value, _lists(value), field)
     if not key:
         return None
-    if lost := files.lost_field(value, _LOST_FROM_CHAT):
-        if key == "conversations" and lost in files.MEDIA:
-            raise UnsupportedLayoutError(
-                f"a conversation with images or other media ({lost!r}), as in LLaVA's data, which "
-                "is not read yet: leave out the records with media"
-            )
-        raise ValueError(f"its {lost!r} would be lost: a source of chat has messages of text alone")
+    if lost := files.lost_field(value, [name for name in files.MEDIA if name not in _READ]):
+        raise ValueError(f"its {lost!r} would be lost: conversations have images and videos only")
     listed = _alpaca(value) if key == _ALPACA[0] else value[key]
-    messages = tuple(_message(number, message) for number, message in enumerate(listed, 1))
+    has_media = any(name in value for name in _READ)
+    places = _Places(value, resolve)
+    messages = tuple(
+        _message(number, message, has_media, places) for number, message in enumerate(listed, 1)
+    )
+    places.require_all_used()
     if system := value.get("system"):
         if messages and messages[0].role == "system":
             raise ValueError("it has a 'system' and a message of the system")
         if not isinstance(system, str) or not files.is_unicode(system):
             raise ValueError("its 'system' is not a text")
         messages = (Message("system", system), *messages)
-    return messages
+    return Conversation(messages, tuple(_tools(value)))
 
 
 def _lists(value: Mapping[str, Any]) -> list[str]:
@@ -134,48 +187,241 @@ def _alpaca(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _message(number: int, message: Any) -> Message:
-    """A message of OpenAI (role, content) or of ShareGPT (from, value)."""
+# ---------------------------------------------------------------------- tools
+
+
+def _tools(value: Mapping[str, Any]) -> list[Any]:
+    """Declarations of tools; those of OpenAI's older ``functions`` become tools."""
+    tools = _json_list("tools", value.get("tools"))
+    functions = _json_list("functions", value.get("functions"))
+    return [*tools, *({"type": "function", "function": function} for function in functions)]
+
+
+def _json_list(name: str, value: Any) -> list[Any]:
+    """A list, also if it is in JSON, as in tables."""
+    if isinstance(value, str) and value.strip():
+        value = json.loads(value)
+    if not isinstance(value or [], list) or not all(isinstance(one, dict) for one in value or ()):
+        raise ValueError(f"its {name!r} is not a list of declarations")
+    return list(value or [])
+
+
+def _calls(number: int, fields: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """The tool calls of a message; the older ``function_call`` is one."""
+    listed = fields.get("tool_calls") or []
+    if not isinstance(listed, list):
+        raise ValueError(f"the 'tool_calls' of message {number} are not a list")
+    if function := fields.get("function_call"):
+        listed = [*listed, {"function": function}]
+    return tuple(_call(number, one) for one in listed)
+
+
+def _call(number: int, value: Any) -> ToolCall:
+    call = value if isinstance(value, dict) else {}
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a tool call of message {number} has no name of a function")
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not files.is_unicode(name + arguments):
+        raise ValueError(f"half a surrogate pair in a tool call of message {number}")
+    return ToolCall(name, arguments, str(call.get("id") or ""))
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def _message(number: int, message: Any, has_media: bool, places: "_Places") -> Message:
+    """A message of OpenAI (role, content) or of ShareGPT (from, value).
+
+    Args:
+        has_media: whether the record has a key of media, to which placeholders in a text refer.
+    """
     fields = message if isinstance(message, dict) else {}
-    role, content = fields.get("role"), fields.get("content")
-    if role is None and fields.get("from") is not None:
-        role, content = _sender(number, fields["from"]), fields.get("value")
-        if found := next((p for p in _PLACEHOLDERS if p in str(content)), ""):
-            raise ValueError(f"message {number} has a placeholder {found} without its media")
+    role, content, calls = fields.get("role"), fields.get("content"), _calls(number, fields)
+    searched = has_media
+    if role is None and (sender := fields.get("from")) is not None:
+        role, content, searched = _sender(number, sender), fields.get("value"), True
+        if sender in _CALLS:
+            content, calls = "", _sent_calls(number, content)
+    role = "tool" if role == "function" else role
     if role not in ROLES:
         raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
     if lost := files.lost_field(fields, _LOST_FROM_MESSAGE):
-        raise ValueError(f"the {lost!r} of message {number} would be lost: only its text is read")
-    for name in ("weight", "train"):
-        if fields.get(name) in (0, False):
-            raise ValueError(f"message {number} is not to be learned ({name!r}): this is not read")
-    if isinstance(content, list):
-        content = _joined(number, content)
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} has no text for its content")
-    if not files.is_unicode(content):
-        raise ValueError(f"half a surrogate pair in message {number}")
-    if call := fields.get("tool_call_id"):
-        content = returned(str(call), content)
-    return Message(role, content)
+        raise ValueError(f"the {lost!r} of message {number} would be lost: it is not read")
+    reasoning = next((fields[key] for key in _REASONING if fields.get(key) is not None), None)
+    if (calls or reasoning) and role != REPLY:
+        raise ValueError(f"message {number} of the role {role} has tool calls or reasoning")
+    if content is None and (calls or reasoning):
+        content = ""
+    parts = list(_parts(number, content, searched and role != REPLY))
+    if role == REPLY:
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"message {number} is a reply with an image or video")
+        parts, reasoning = _reasoned(number, "".join(map(str, parts)), reasoning)
+    return Message(
+        role,
+        _joined([part if isinstance(part, str) else places.find(part) for part in parts]),
+        name=str(fields.get("name") or ""),
+        reasoning=reasoning,
+        calls=calls,
+        answered=str(fields.get("tool_call_id") or ""),
+        learned=not any(fields.get(name) in (0, False) for name in ("weight", "train")),
+    )
 
 
 def _sender(number: int, sender: Any) -> str:
-    if sender in _CALLS:
-        raise ValueError(f"message {number} is a tool call ({sender!r}), which is not read")
     if not isinstance(sender, str) or sender not in _SENDERS:
         known = ", ".join(_SENDERS)
         raise ValueError(f"message {number} is from {sender!r:.40}, none of {known}")
     return _SENDERS[sender]
 
 
-def _joined(number: int, parts: list[Any]) -> str:
-    """The text of a content that is a list of parts."""
-    texts = []
-    for part in parts:
-        fields = part if isinstance(part, dict) else {}
-        kind, text = fields.get("type"), fields.get("text")
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise ValueError(f"message {number} has a part of type {kind!r:.40}, not only text")
-        texts.append(text)
-    return "".join(texts)
+def _sent_calls(number: int, value: Any) -> tuple[ToolCall, ...]:
+    """The calls in a message of ShareGPT: an object or a list in JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"the tool call in message {number} is not JSON") from error
+    return tuple(_call(number, one) for one in (value if isinstance(value, list) else [value]))
+
+
+def _reasoned(number: int, content: str, reasoning: Any) -> tuple[list[Any], str | None]:
+    """The content of a reply without the reasoning at its beginning, and the reasoning."""
+    if reasoning is None and (match := _REASONED.match(content)):
+        content, reasoning = content[match.end() :], match[1]
+    if reasoning is not None and not (isinstance(reasoning, str) and files.is_unicode(reasoning)):
+        raise ValueError(f"the reasoning of message {number} is not a text")
+    return [content], reasoning
+
+
+class _Named(NamedTuple):
+    """An image or video that a message names itself."""
+
+    references: tuple[Reference, ...]
+    moving: bool
+
+
+def _parts(number: int, content: Any, searched: bool) -> Iterator[str | _Placeholder | _Named]:
+    """The parts of a content.
+
+    Args:
+        searched: whether to look for placeholders in its text.
+    """
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(content, list):
+            fields = part if isinstance(part, dict) else {}
+            kind = str(fields.get("type"))
+            if kind not in ("text", "input_text", "output_text"):
+                yield _medium(number, kind, fields)
+                continue
+            part = fields.get("text", fields.get("content"))
+        if not isinstance(part, str):
+            raise ValueError(f"message {number} has no text for its content")
+        if not files.is_unicode(part):
+            raise ValueError(f"half a surrogate pair in message {number}")
+        yield from _placeholders(number, part) if searched else [part]
+
+
+def _placeholders(number: int, text: str) -> Iterator[str | _Placeholder]:
+    start = 0
+    for match in _PLACEHOLDER.finditer(text):
+        if match[1] == "audio":
+            raise ValueError(f"message {number} has a placeholder of audio, which is not read")
+        yield text[start : match.start()]
+        yield _Placeholder(match[1])
+        start = match.end()
+    yield text[start:]
+
+
+def _medium(number: int, kind: str, fields: Mapping[str, Any]) -> _Placeholder | _Named:
+    """The image or video of a part, in the forms of OpenAI, transformers and Qwen."""
+    moving = "video" in kind
+    if kind not in ("image", "image_url", "input_image", "video", "video_url"):
+        raise ValueError(f"message {number} has a part of type {kind:.40}, which is not read")
+    names = (kind, "image", "image_url", "video", "video_url", "url", "path", "base64")
+    value = next((fields[name] for name in names if fields.get(name) is not None), None)
+    if value is None:
+        index = fields.get("index")
+        return _Placeholder("video" if moving else "image", index if type(index) is int else None)
+    if fields.get("base64") is value and isinstance(value, str):
+        value = f"data:;base64,{value}"
+    return _Named(_references(value, moving), moving)
+
+
+def _references(value: Any, moving: bool) -> tuple[Reference, ...]:
+    """The files of an image or of a video, which may be a list of its frames.
+
+    Raises:
+        ValueError: they are not named in a known form.
+    """
+    if isinstance(value, list) and moving and value:
+        return tuple(one for frame in value for one in _references(frame, False))
+    if isinstance(value, dict):  # OpenAI's URL, or the image of a table
+        value = next((value[k] for k in ("url", "bytes", "path") if value.get(k) is not None), None)
+    if isinstance(value, str | bytes) and value:
+        return (value,)
+    raise ValueError(f"a medium is neither a file nor a URL: {str(value)[:60]}")
+
+
+def _joined(parts: Sequence[str | Media]) -> str | tuple[str | Media, ...]:
+    """The content of a message: a text if it has no media; otherwise without empty parts."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(map(str, parts))
+    return tuple(part for part in parts if part)
+
+
+class _Places:
+    """The images and videos of a record, in the order of their placeholders."""
+
+    def __init__(self, value: Mapping[str, Any], resolve: Resolve) -> None:
+        self._resolve = resolve
+        self._given = {kind: list(_given(value, kind)) for kind in _MEDIA}
+        for kind, given in self._given.items():
+            if given and resolve is no_media:
+                resolve(given[0], kind == "video")
+        self._used: dict[str, set[int]] = {kind: set() for kind in _MEDIA}
+
+    def find(self, part: _Placeholder | _Named) -> Media:
+        if isinstance(part, _Named):
+            return self._resolve(part.references, part.moving)
+        given, used = self._given[part.kind], self._used[part.kind]
+        number = len(used) if part.number is None else part.number
+        if not 0 <= number < len(given):
+            raise ValueError(
+                f"a placeholder <{part.kind}> without its {part.kind}: it has {len(given)}"
+            )
+        used.add(number)
+        return self._resolve(given[number], part.kind == "video")
+
+    def require_all_used(self) -> None:
+        """
+        Raises:
+            ValueError: an image or video has no placeholder.
+        """
+        for kind, given in self._given.items():
+            if len(self._used[kind]) < len(given):
+                raise ValueError(
+                    f"{len(given)} {kind}s and {len(self._used[kind])} placeholders <{kind}>"
+                )
+
+
+def _given(value: Mapping[str, Any], kind: str) -> Iterator[tuple[Reference, ...]]:
+    """The images or videos of a record."""
+    for key in _MEDIA[kind]:
+        given = value.get(key)
+        if given in (None, "", b"", [], {}):
+            continue
+        moving = kind == "video"
+        several = isinstance(given, list) and not (
+            moving and key == "video" and not all(map(_is_video, given))
+        )
+        for one in given if several else [given]:
+            yield _references(one, moving)
+
+
+def _is_video(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and video.is_video(value))

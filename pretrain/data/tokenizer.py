@@ -120,6 +120,11 @@ class Tokenizer:
         """The token of an id, as in the vocabulary; empty if the id has none."""
         return str(self._backend.id_to_token(token) or "")
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token or of another token by its name in the vocabulary."""
+        found = self._backend.token_to_id(name)
+        return None if found is None else int(found)
+
     def is_special(self, token: int) -> bool:
         """Whether no text is encoded to an id."""
         added = self._backend.get_added_tokens_decoder().get(token)

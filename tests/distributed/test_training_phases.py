@@ -11,7 +11,7 @@ import torch
 
 from pretrain.checkpoint import storage
 from pretrain.data.chat import render
-from pretrain.data.conversations import messages_of
+from pretrain.data.conversations import conversation_of
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
 from tests.distributed import training
@@ -206,7 +206,7 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "So?"},
     ]
-    document = render(trained, messages_of({"messages": messages}, "messages") or ())
+    document = render(trained, *(conversation_of({"messages": messages}, "messages") or ((),)))
     ids = exported.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids == document.tokens
     prompt = exported.apply_chat_template(

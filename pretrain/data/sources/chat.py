@@ -1,5 +1,6 @@
 """Sources of conversations: JSON lines, and tables (Parquet and Arrow)."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from pretrain.data import conversations, files, remote, saved_datasets, tables
 from pretrain.data.chat import REPLY, Message, render
 from pretrain.data.composer import Composer
+from pretrain.data.conversations import Conversation, Resolve, no_media
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
@@ -20,6 +22,8 @@ from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.errors import PretrainError
 
+# Part of the name of an index. Raise it when conversations are rendered differently.
+_FORMAT = 2
 _KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
 
 
@@ -28,22 +32,42 @@ class Chat:
     """A conversation with at least one reply."""
 
     name: str
-    messages: tuple[Message, ...]
+    conversation: Conversation
 
     @property
     def text(self) -> str:
-        return "\n".join(message.content for message in self.messages)
+        tools = [json.dumps(self.conversation.tools, ensure_ascii=False)]
+        messages = (message.text for message in self.conversation.messages)
+        return "\n".join((*(tools if self.conversation.tools else ()), *messages))
 
     @property
     def hash(self) -> int:
-        return content_hash(*(part for message in self.messages for part in message))
+        return content_hash(*self._hashed())
+
+    def _hashed(self) -> Iterator[str]:
+        root = f"{Path(self.name).parent}/"
+        for message in self.conversation.messages:
+            yield message.role
+            for part in message.parts:
+                for path in (part,) if isinstance(part, str) else part.paths:
+                    # Files outside are copies, whose names are those of their content.
+                    outside = not isinstance(part, str) and not path.startswith(root)
+                    yield Path(path).name if outside else path.removeprefix(root)
+            if message[2:] != Message(message.role, "")[2:]:
+                yield json.dumps(message[2:])
+        if self.conversation.tools:
+            yield json.dumps(self.conversation.tools)
 
 
-class ChatSource(FileSource[Chat]):
+class ConversationSource(FileSource[Chat]):
     """Conversations in the layouts of :mod:`pretrain.data.conversations`, such as
     ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 
     is_chat = True
+
+    def resolver(self, file: Path) -> Resolve:
+        """Finds the images and videos that a file names."""
+        return no_media
 
     def find(self) -> list[Path | Skip]:
         path = remote.local_path(self.config.path, self.data.cache_dir, self.setting)
@@ -83,38 +107,56 @@ class ChatSource(FileSource[Chat]):
     def read(self, file: Path) -> Iterator[Chat | Skip]:
         """The conversations of a file.
 
-        A conversation that would lose something, such as an image or a tool call, is skipped.
+        A conversation that would lose something is skipped.
 
         Raises:
             PretrainError: the file has a layout that is recognized, but not read.
         """
         self._check_table(file)
-        field = self.config.field
-        for name, value in tables.read_objects(file, (field, *conversations.FIELDS, *files.MEDIA)):
+        field, resolve = self.config.field, self.resolver(file)
+        is_table = file.exists() and bool(tables.kind(file))
+        names = (field, *conversations.FIELDS, *files.MEDIA)
+        for name, value in tables.read_objects(file, names):
+            if isinstance(value, Skip):
+                yield value
+                continue
             try:
-                yield value if isinstance(value, Skip) else _chat(name, value, field)
+                record = _without_nulls(value) if is_table else value
+                yield _chat(name, record, field, resolve)
             except conversations.UnsupportedLayoutError as error:
                 raise PretrainError(f"{self.setting}.path: {name} is {error}") from error
             except ValueError as error:
                 yield Skip(name, reason(error))
 
-    def index(self, composer: Composer) -> "ChatDocuments":
-        return index_chats(self, composer)
+
+def _without_nulls(value: Any) -> Any:
+    """The value without null fields, which a table has for all that an object does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _chat(name: str, value: dict[str, Any], field: str) -> Chat | Skip:
+def _chat(name: str, value: dict[str, Any], field: str, resolve: Resolve) -> Chat | Skip:
     """
     Raises:
-        ValueError: as :func:`conversations.messages_of`.
+        ValueError: as :func:`conversations.conversation_of`.
     """
-    messages = conversations.messages_of(value, field)
-    if messages is None:
+    conversation = conversations.conversation_of(value, field, resolve)
+    if conversation is None:
         return Skip(name, files.no_field(value, "messages"))
-    if not any(message.role == REPLY and message.content.strip() for message in messages):
+    messages = conversation.messages
+    if not any(m.role == REPLY and m.learned and (m.text.strip() or m.calls) for m in messages):
         return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
     if conversations.starts_with_reply(messages):
         return Skip(name, "it starts with a reply", corrupt=False)
-    return Chat(name, messages)
+    return Chat(name, conversation)
+
+
+class ChatSource(ConversationSource):
+    """Conversations of text alone."""
+
+    def index(self, composer: Composer) -> "ChatDocuments":
+        return index_chats(self, composer)
 
 
 @dataclass(frozen=True)
@@ -146,7 +188,7 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
                 yield record
                 continue
             try:
-                document = render(tokenizer, record.messages)
+                document = render(tokenizer, *record.conversation)
             except ValueError as error:
                 yield Skip(record.name, reason(error))
                 continue
@@ -156,5 +198,5 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
                 yield record.hash, (document.tokens, document.weights, document.categories)
 
     columns = {"tokens": tokenizer.dtype, "weights": np.float32, "categories": np.uint8}
-    name = source.index_name("chat", tokenizer, length)
+    name = source.index_name("chat", tokenizer, length, _FORMAT)
     return index_tokens(source, composer, name, columns, ChatDocuments, encode)

@@ -8,6 +8,7 @@ from pretrain.data.builtin.standard_library import TextFile, questions, read_cor
 from pretrain.data.cache import key_of
 from pretrain.data.chat import REPLY, Message
 from pretrain.data.composer import Composer
+from pretrain.data.conversations import Conversation
 from pretrain.data.sources.chat import Chat, ChatDocuments, index_chats
 from pretrain.data.sources.indexed import IndexedSource, InputFile, R
 from pretrain.data.sources.text import Text, TextDocuments, index_text
@@ -53,7 +54,7 @@ class StandardLibraryChatSource(_Corpus[Chat]):
                 if answer not in answers:
                     answers.add(answer)
                     messages = Message("user", question), Message(REPLY, answer)
-                    yield Chat(f"{file.name}: {question}", messages)
+                    yield Chat(f"{file.name}: {question}", Conversation(messages))
 
     def index(self, composer: Composer) -> ChatDocuments:
         return index_chats(self, composer)

@@ -221,7 +221,7 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
             name = conversations.layout_name(row, field)
             if not name:
                 return None
-            conversations.messages_of(row, field)
+            conversations.conversation_of(row, field)
         except conversations.UnsupportedLayoutError as error:
             raise PretrainError(f"{file}: {error}") from error
         except ValueError as error:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.chat import render
-from pretrain.data.conversations import UnsupportedLayoutError, layout_name, messages_of
+from pretrain.data.conversations import UnsupportedLayoutError, conversation_of, layout_name
 from pretrain.data.tokenizer import Tokenizer
 from tests.pretrain.data import make
 
@@ -17,7 +17,7 @@ turns = st.lists(st.tuples(words, words), min_size=1, max_size=3)
 
 
 def tokens(value: dict[str, Any], field: str = "text") -> list[int]:
-    return render(TOKENIZER, messages_of(value, field) or ()).tokens
+    return render(TOKENIZER, *(conversation_of(value, field) or ((),))).tokens
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,7 +56,7 @@ def test_tool_and_developer_turns_are_rendered_by_kimis_template() -> None:
         {"role": "tool", "tool_call_id": "functions.add:0", "content": "12"},
         {"role": "assistant", "content": "12."},
     ]
-    document = render(TOKENIZER, messages_of({"messages": messages}, "text") or ())
+    document = render(TOKENIZER, *(conversation_of({"messages": messages}, "text") or ((),)))
     assert TOKENIZER.decode(document.tokens, skip_special_tokens=False) == (
         "<|bos|><|im_system|>developer<|im_middle|>Be exact.<|im_end|>"
         "<|im_user|>user<|im_middle|>Add.<|im_end|>"
@@ -73,7 +73,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "DPO": ({"prompt": "a", "chosen": REPLY, "rejected": REPLY}, "^preference data"),
     "pairs": ({"chosen": "a", "rejected": "b"}, "^preference data"),
     "with messages": ({"chosen": REPLY, "rejected": REPLY, "messages": REPLY}, "^preference data"),
-    "LLaVA": ({"image": "a.jpg", "conversations": SHARE}, "as in LLaVA's data"),
+    "LLaVA": ({"image": "a.jpg", "conversations": SHARE}, "set the source's type to vision_chat"),
 }
 
 
@@ -81,7 +81,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_unsupported_layouts_are_named(name: str) -> None:
     value, message = UNSUPPORTED[name]
     with pytest.raises(UnsupportedLayoutError, match=message):
-        messages_of(value, "text")
+        conversation_of(value, "text")
 
 
 def test_one_side_of_preferences_can_be_chosen() -> None:

@@ -164,7 +164,7 @@ def test_conversations_that_are_invalid_or_too_long_are_listed(tmp_path: Path) -
     assert reasons == {
         3: "no list of messages in 'messages'",
         4: "no reply of the assistant in it",
-        5: "message 1 has a part of type None, not only text",
+        5: "message 1 has a part of type None, which is not read",
         6: "no reply of the assistant in it",
         7: "half a surrogate pair in message 1",
         8: "message 1 is of role None, none of system, user, assistant, developer, tool",
@@ -182,7 +182,7 @@ def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
     source = SourceConfig("chat", str(path), field="talk")
     (chat,) = make.records(source)
     assert isinstance(chat, Chat)
-    assert [message._asdict() for message in chat.messages] == turns(1)
+    assert chat.conversation.messages == tuple(Message(**turn) for turn in turns(1))
     with pytest.raises(PretrainError, match=r"a.jsonl:1 \(has no field 'messages', only talk: "):
         opened(tmp_path, SourceConfig("chat", str(path)))
 
@@ -214,28 +214,28 @@ def test_the_standard_library_answers_questions(tmp_path: Path) -> None:
 
 ASKED = {"role": "user", "content": "What is it?"}
 ANSWERED = {"role": "assistant", "content": "A cat."}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
 SEEN = {"type": "image_url", "image_url": {"url": "a.jpg"}}
 LOST: dict[str, dict[str, Any]] = {
-    "'images' would be lost": {"messages": [ASKED, ANSWERED], "images": ["a.jpg"]},
-    "'video' would be lost": {"messages": [ASKED, ANSWERED], "video": "a.mp4"},
-    "'tools' would be lost": {"messages": [ASKED, ANSWERED], "tools": [{"name": "f"}]},
     "it has a 'system' and": {
         "messages": [{"role": "system", "content": "Hi."}, ASKED, ANSWERED],
         "system": "Be brief.",
     },
-    "part of type 'image_url'": {"messages": [ASKED | {"content": [SEEN]}, ANSWERED]},
-    "'tool_calls' of message 2 would": {"messages": [ASKED, CALL, ANSWERED]},
     "role 'critic'": {"messages": [ASKED, {"role": "critic", "content": "1"}, ANSWERED]},
     "from 'critic'": {"conversations": [{"from": "critic", "value": "1"}]},
-    "is a tool call": {"conversations": [{"from": "function_call", "value": "f()"}]},
+    "tool call in message 1 is not JSON": {
+        "conversations": [{"from": "function_call", "value": "f()"}]
+    },
     "placeholder <image> without": {"conversations": [{"from": "human", "value": "<image>\nHi"}]},
+    "a tool call of message 2 has no name": {
+        "messages": [ASKED, ANSWERED | {"tool_calls": [{"function": {}}]}]
+    },
+    "'tools' is not a list": {"messages": [ASKED, ANSWERED], "tools": ["f"]},
+    "message 1 of the role user has tool calls": {
+        "messages": [ASKED | {"reasoning_content": "Hm."}, ANSWERED]
+    },
+    "'audio' would be lost": {"messages": [ASKED, ANSWERED], "audio": "a.wav"},
     "'history' is not a list of": {"instruction": "a", "output": "b", "history": ["a", "b"]},
     "'images' of message 1 would": {"messages": [ASKED | {"images": ["a.jpg"]}, ANSWERED]},
-    "'reasoning_content' of message 2": {
-        "messages": [ASKED, ANSWERED | {"reasoning_content": "It has whiskers."}]
-    },
-    "('weight')": {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED]},
 }
 
 
@@ -248,17 +248,43 @@ def test_conversations_with_unsupported_content_are_skipped(tmp_path: Path, reas
     assert reason in skip.reason and skip.name == f"{path}:1"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [ASKED, ANSWERED], "images": ["a.jpg"]},
+        {"messages": [ASKED, ANSWERED], "video": "a.mp4"},
+        {"messages": [ASKED | {"content": [SEEN]}, ANSWERED]},
+    ],
+)
+def test_media_need_another_type_of_source(tmp_path: Path, value: dict[str, Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(value))
+    with pytest.raises(
+        PretrainError, match=r"a.jsonl:1 is a conversation with .*type to vision_ch"
+    ):
+        make.records(SourceConfig("chat", str(path)))
+
+
+def test_replies_that_are_not_to_be_learned_have_no_weight(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    value = {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED]}
+    path.write_text(json.dumps(value))
+    (chat,) = make.records(SourceConfig("chat", str(path)))
+    assert isinstance(chat, Chat)
+    assert [message.learned for message in chat.conversation.messages] == [True, False, True, True]
+
+
 def test_empty_unsupported_fields_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
     messages = [
-        ASKED | {"content": parts, "images": [], "tool_calls": None, "name": "x"},
+        ASKED | {"content": parts, "images": [], "tool_calls": None, "name": None},
         ANSWERED | {"weight": 1, "prefix": False},
     ]
     path.write_text(json.dumps({"messages": messages, "images": [], "tools": None, "id": 7}))
     (chat,) = make.records(SourceConfig("chat", str(path)))
     assert isinstance(chat, Chat)
-    assert [message._asdict() for message in chat.messages] == [ASKED, ANSWERED]
+    assert chat.conversation == ((Message(**ASKED), Message(**ANSWERED)), ())
 
 
 def test_conversations_may_be_an_array(tmp_path: Path) -> None:

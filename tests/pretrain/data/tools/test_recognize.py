@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lines({"prompt": "a", "chosen": OPENAI[0]["messages"], "rejected": []}),
         "a.jsonl: preference data",
     ),
-    "LLaVA": ("a.json", array([{"image": "a.jpg", **SHARE[0]}]), "as in LLaVA's data"),
+    "LLaVA": ("a.json", array([{"image": "a.jpg", **SHARE[0]}]), "type to vision_chat"),
     "OBELICS": ("a.jsonl", lines({"images": ["a"], "texts": [None]}), "OBELICS"),
     "MMC4": ("a.jsonl", lines({"image_info": [{"a": 1}], "text_list": ["a"]}), "MMC4"),
     "MDS": ("a", write_folder(index_json=b"{}", shard_mds=b"\0"), "MosaicML's MDS"),
@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "tool calls": (
         "a.jsonl",
         lines({"conversations": [{"from": "function_call", "value": "f"}]}),
-        "conversations that are not read: message 1 is a tool call",
+        "conversations that are not read: the tool call in message 1 is not JSON",
     ),
     "numbers": ("a.jsonl", lines({"a": 1}), "no text in its fields, which are a"),
     "nothing": ("a", write_folder(), "has no data"),
