@@ -1,0 +1,1 @@
+"""Environments: asynchronous tasks of tools, judge and prompts, and their rollouts."""

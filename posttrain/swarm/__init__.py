@@ -1,0 +1,1 @@
+"""Agent swarm: PARL rewards, critical steps and rollouts with frozen sub-agents."""
