@@ -3,19 +3,63 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from pretrain.errors import PretrainError
 from pretrain.runtime import command_line
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+
+_EPILOG = """\
+examples:
+  python -m posttrain rl   configs/posttrain/read.yaml
+  python -m posttrain rl   configs/posttrain/read.yaml steps=50 optimizer.name=adamw
+  python -m posttrain eval configs/posttrain/read.yaml
+
+A run writes metrics.jsonl, checkpoints/, report.html and hf/, the trained model, into its run_dir.
+Started again with the same run_dir, it resumes from its newest checkpoint.
+`python -m posttrain settings` lists every setting with its default and meaning.
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m posttrain",
         description="Post-training of a model that `python -m pretrain export` wrote.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("rl", "reinforcement learning with outcome rewards, or resume it"),
+        ("eval", "evaluate a run's trained model, or the one to start from, on held-out data"),
+    ):
+        command = command_line.add_command(commands, name, text)
+        command_line.add_config(command, "a YAML file, such as configs/posttrain/read.yaml")
     command_line.add_command(commands, "settings", "list every setting with its default")
     return parser
+
+
+def _load(options: argparse.Namespace) -> "Config":
+    from posttrain.config import Config
+    from pretrain import config
+
+    return config.load_as(Config, options.config, options.overrides)
+
+
+def _rl(options: argparse.Namespace) -> None:
+    settings = _load(options)
+    from posttrain import rl
+
+    rl.train(settings)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    settings = _load(options)
+    from posttrain import evaluate
+
+    evaluate.run(settings)
 
 
 def _settings(_options: argparse.Namespace) -> None:
@@ -26,7 +70,7 @@ def _settings(_options: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "settings": _settings,
+    "rl": _rl, "eval": _evaluate, "settings": _settings,
 }  # fmt: skip
 
 

@@ -57,26 +57,29 @@ def token_objective(
     if not log_ratio_penalty >= 0:
         raise ValueError(f"log_ratio_penalty must be >= 0, not {log_ratio_penalty}")
     log_ratio = logprobs - rollout_logprobs
-    ratio = log_ratio.exp()
-    # Masked before the multiplication: an infinite ratio times zero would be NaN.
-    in_range = (ratio.detach() >= ratio_low) & (ratio.detach() <= ratio_high)
-    clipped = ratio.detach().clamp(ratio_low, ratio_high)
-    policy = torch.where(in_range, ratio, clipped) * advantages[:, None]
+    constant = log_ratio.detach().exp()
+    in_range = (constant >= ratio_low) & (constant <= ratio_high)
+    # Masked before the exponential: the derivative of an infinite ratio, times zero, would be NaN.
+    ratio = torch.where(in_range, log_ratio, 0.0).exp()
+    clipped = torch.where(in_range, ratio, constant.clamp(ratio_low, ratio_high))
+    policy = clipped * advantages[:, None]
     return policy - log_ratio_penalty * log_ratio.square()
 
 
-def mean_over_tokens(terms: Tensor, mask: Tensor) -> Tensor:
+def mean_over_tokens(terms: Tensor, mask: Tensor, tokens: Tensor | None = None) -> Tensor:
     """The mean of the terms of all tokens of a batch, which weights long responses more.
 
     Args:
         terms: [responses, tokens].
         mask: [responses, tokens], 1 for tokens of the policy, 0 for padding and observations.
+        tokens: N, of the whole batch, where these responses are a part of it; default: those in
+            ``mask``.
 
     Returns:
         A scalar; 0 without any token.
     """
     kept = terms.masked_fill(mask == 0, 0.0)
-    return kept.sum() / mask.sum().clamp(min=1)
+    return kept.sum() / (mask.sum() if tokens is None else tokens).clamp(min=1)
 
 
 def share_out_of_range(

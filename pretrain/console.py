@@ -10,14 +10,12 @@ from pretrain.build import Run
 from pretrain.config import LanguageConfig, to_dict
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.model.kernels import choose_kernels
-from pretrain.reading import Reading, summary
+from pretrain.reading import Reading, listing
 from pretrain.runtime import machine
 
 # The model sees if its caption loss is lower by this much, in nats per token, with the right image
 # than with another one.
 _SEES = 0.5
-# Transcriptions shown at the end of a run; the report has more.
-_MAX_READINGS = 10
 
 
 def opening(run: Run, done: int) -> str:
@@ -89,7 +87,7 @@ def closing(records: Sequence[Record], transcriptions: Sequence[Reading]) -> str
             f"encoder load, max / mean over ranks: {statistics.fmean(balances):.3f} on average, "
             f"{max(balances):.3f} at worst"
         )
-    return "\n".join([*lines, readings(transcriptions)])
+    return "\n".join([*lines, listing(transcriptions)])
 
 
 def held_out_summary(first: Record, last: Record) -> list[str]:
@@ -106,17 +104,3 @@ def held_out_summary(first: Record, last: Record) -> list[str]:
         verdict = "the model sees" if gap >= _SEES else "the model does not see (yet)"
         lines.append(f"the right image is worth {gap:.3f} nats per token: {verdict}")
     return lines
-
-
-def readings(transcriptions: Sequence[Reading]) -> str:
-    """The number of held-out images that the model reads exactly, and its first transcriptions.
-
-    Empty without any.
-    """
-    if not transcriptions:
-        return ""
-    shown = transcriptions[:_MAX_READINGS]
-    width = max(len(reading.caption) for reading in shown)
-    lines = [f"  {reading.caption:<{width}} | {reading.text}" for reading in shown]
-    title = f"held-out images: {summary(transcriptions)}"
-    return "\n".join([title, "  text in the image | transcription", *lines])

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from pretrain.metrics import formatted
 
+# Transcriptions shown at the end of a run; the report has more.
+_MAX_LISTED = 10
+
 
 class Reading(NamedTuple):
     """A held-out image as the model reads it.
@@ -51,6 +54,20 @@ def summary(readings: Sequence[Reading]) -> str:
         f"{exact} of {len(readings)} images read exactly ({formatted(achieved, 'exact_match')}), "
         f"character error rate {formatted(achieved, 'character_error_rate')}"
     )
+
+
+def listing(readings: Sequence[Reading]) -> str:
+    """The number of held-out images that the model reads exactly, and its first readings.
+
+    Empty without any.
+    """
+    if not readings:
+        return ""
+    shown = readings[:_MAX_LISTED]
+    width = max(len(reading.caption) for reading in shown)
+    lines = [f"  {reading.caption:<{width}} | {reading.text}" for reading in shown]
+    title = f"held-out images: {summary(readings)}"
+    return "\n".join([title, "  text in the image | transcription", *lines])
 
 
 def edit_distance(one: str, other: str) -> int:

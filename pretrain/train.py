@@ -17,7 +17,7 @@ from pretrain.evaluate import held_out, held_out_losses, transcribe
 from pretrain.metrics import read
 from pretrain.parallel import ParallelContext
 from pretrain.plots import save_curves
-from pretrain.reading import Reading
+from pretrain.reading import Reading, listing
 from pretrain.runtime import stopping, stragglers
 from pretrain.runtime.faults import Guard, RollBack, Watchdog
 from pretrain.runtime.metrics_writer import MetricsWriter
@@ -211,5 +211,5 @@ def evaluate(config: Config) -> None:
         scores, readings = held_out(run)
     if context.is_main:
         print(held_out_line({"step": step, **scores}))
-        print(console.readings(readings))
+        print(listing(readings))
     parallel.stop()

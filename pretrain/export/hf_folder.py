@@ -197,9 +197,9 @@ class HfWeights:
                         f"{file} has a tensor {name}, which {INDEX} lists in {listed}"
                     )
                 tensor = _StoredTensor(file, reader, name)
-                self._add(_published_name(name) if vision else name, tensor)
+                self._add(published_name(name) if vision else name, tensor)
         for name in weight_map or ():
-            if (_published_name(name) if vision else name) not in self._tensors:
+            if (published_name(name) if vision else name) not in self._tensors:
                 raise PretrainError(f"{folder.path} lacks the tensor {name}, which {INDEX} lists")
 
     def _add(self, name: str, tensor: _StoredTensor) -> None:
@@ -323,7 +323,7 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     return (weight.float() * factors).bfloat16()
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """Name in the published checkpoints of a tensor that transformers may have saved."""
     for pattern, replacement in _VISION_RENAMES:
         name = pattern.sub(replacement, name)

@@ -26,8 +26,9 @@ from pretrain.data.media.fit import Limits, limits
 from pretrain.data.sources import source_types
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
+from pretrain.export import chat_templates
 from pretrain.export.conversion import Conversion, conversions
-from pretrain.export.hf_config import VIDEO_PLACEHOLDER, to_hf_config
+from pretrain.export.hf_config import to_hf_config
 from pretrain.model.geometry import MAX_FRAMES, MERGE
 from pretrain.model.vision import split_items
 from pretrain.runtime.progress import counted
@@ -211,43 +212,13 @@ def _conversation(
     """Content of generation_config.json, and the chat template."""
     generation = imported.generation or special_ids
     is_chat = any(source.is_chat for source in source_types(config.data))
-    content = _content(tokenizer if vision else None, is_chat=is_chat)
+    content = chat_templates.content(tokenizer if vision else None, is_chat=is_chat)
     if is_chat:
         ends = {"eos_token_id": [tokenizer.im_end, tokenizer.eos]}
         return {**generation, **special_ids, **ends}, chat.template(tokenizer, content)
     if imported.chat_template is not None:
         return generation, imported.chat_template
-    # A model trained on documents alone knows no roles: the contents of messages are concatenated,
-    # as text and images are in a document.
-    return generation, f"{{{{ bos_token }}}}{{% for message in messages %}}{content}{{% endfor %}}"
-
-
-def _content(tokenizer: Tokenizer | None, *, is_chat: bool) -> str:
-    """Jinja that renders the content of a message.
-
-    Args:
-        tokenizer: of a model with images; None for a text model.
-        is_chat: whether it is the content of a conversation instead of a document.
-    """
-    readable, media_parts = "text", ""
-    if tokenizer is not None:
-        kind = chat.KIND_OF_IMAGE if is_chat and chat.has_kinds(tokenizer) else ""
-        line = "{{ '\\n' }}" if kind else ""
-        names = (tokenizer.media_begin, tokenizer.media_pad, tokenizer.media_end)
-        begin, pad, end = map(tokenizer.name_of, names)
-        image = f"{begin}{kind}{pad}{end}{line}"
-        readable = "text, images and videos"
-        media_parts = (
-            f"{{% elif part.type in ('image', 'image_url') %}}{image}"
-            f"{{% elif part.type in ('video', 'video_url') %}}{VIDEO_PLACEHOLDER}{line}"
-        )
-    return (
-        "{% if message.content is string %}{{ message.content }}{% elif message.content %}"
-        "{% for part in message.content %}"
-        f"{{% if part.type == 'text' %}}{{{{ part.text }}}}{media_parts}{{% else %}}"
-        f"{{{{ raise_exception('this model reads {readable}, not ' ~ part.type) }}}}"
-        "{% endif %}{% endfor %}{% endif %}"
-    )
+    return generation, chat_templates.document(tokenizer if vision else None)
 
 
 def _write_tokenizer(

@@ -1,0 +1,65 @@
+"""The data of the pretraining: images to read, and held-out text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pretrain import config as configuration
+from pretrain.data import Data, open_data
+from pretrain.data.interface import Split
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and the text in it."""
+
+    image: Image.Image
+    text: str
+
+
+def open_pretraining_data(file: str, model: Path) -> Data:
+    """Open the data of a pretraining configuration, with the tokenizer of an exported model.
+
+    Its held-out split is the one that pretraining did not see.
+
+    Raises:
+        PretrainError: as :func:`pretrain.config.load` and :func:`pretrain.data.open_data`.
+    """
+    config = configuration.load(file)
+    data = replace(config.data, tokenizer=str(model / "tokenizer.json"))
+    return open_data(data, config.vision.patch_size, config.seed)
+
+
+def pictures(data: Data, split: Split, count: int) -> list[Picture]:
+    """Up to ``count`` images with different texts, always the same ones; clips are left out."""
+    found: list[Picture] = []
+    asked = count
+    while True:
+        items = data.captioned_items(split, asked)
+        found = [
+            Picture(Image.fromarray(item.pixels[0]), item.caption)
+            for item in items
+            if len(item.pixels) == 1
+        ]
+        if len(found) >= count or len(items) < asked:
+            return found[:count]
+        asked += max(1, count - len(found)) * 2
+
+
+def held_out_texts(data: Data, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The documents of text alone in the first held-out sequences of pretraining.
+
+    Yields:
+        Tokens, int64 [s], and the weight of each as a label, float32 [s]; the first has none.
+    """
+    for index in range(sequences if data.has_held_out else 0):
+        sample = data.sample("held_out", index)
+        for number in range(int(sample.documents.max()) + 1):
+            here = sample.documents == number
+            tokens, weights = sample.tokens[here], sample.weights[here]
+            if not (tokens == data.tokenizer.media_pad).any() and (weights > 0).any():
+                yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])

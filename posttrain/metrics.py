@@ -1,0 +1,51 @@
+"""Metrics of post-training: meaning and format of each one."""
+
+from collections.abc import Iterable
+
+from pretrain.metrics import METRICS as OF_PRETRAINING
+from pretrain.metrics import Metric, Record
+
+METRICS = {
+    "loss": Metric("loss", ".4f", "loss"),
+    "reward": Metric("reward", ".3f", "mean reward of the responses"),
+    "reward_spread": Metric("spread", ".3f", "standard deviation of rewards in a group, mean"),
+    "response_tokens": Metric("tokens", ".1f", "tokens of a response, mean"),
+    "cut_off": Metric("cut off", ".1%", "responses that reach the token limit"),
+    "entropy": Metric("entropy", ".3f", "entropy of the policy, nats per token"),
+    "out_of_range": Metric("out of range", ".1%", "tokens whose ratio gives no policy gradient"),
+    "logit_bound": Metric("max logit <=", ".1f", "upper bound of the max logit"),
+    "grad_norm": OF_PRETRAINING["grad_norm"],
+    "lr": OF_PRETRAINING["lr"],
+    "seconds": Metric("s/step", ".2f", "seconds of a step"),
+    "held_out_text_loss": OF_PRETRAINING["held_out_text_loss"],
+    "exact_match": OF_PRETRAINING["exact_match"],
+    "character_error_rate": OF_PRETRAINING["character_error_rate"],
+}
+# Names in TRL's logs.
+_OF_TRL = {
+    "loss": "loss",
+    "reward": "reward",
+    "reward_std": "reward_spread",
+    "completions/mean_length": "response_tokens",
+    "completions/clipped_ratio": "cut_off",
+    "entropy": "entropy",
+    "out_of_range": "out_of_range",
+    "logit_bound": "logit_bound",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+}
+HELD_OUT = ("held_out_text_loss", "exact_match", "character_error_rate")
+
+
+def from_trl(logs: Record) -> dict[str, float]:
+    """The metrics in a log of TRL's trainer, under their names here."""
+    return {name: logs[key] for key, name in _OF_TRL.items() if logs.get(key) is not None}
+
+
+def cells(record: Record, names: Iterable[str] = METRICS) -> list[str]:
+    """Label and value of each metric that a record has."""
+    return [
+        f"{METRICS[name].label} {format(record[name], METRICS[name].format)}"
+        for name in names
+        if record.get(name) is not None
+    ]

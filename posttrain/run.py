@@ -1,0 +1,200 @@
+"""A run's folder, its settings and checkpoints, and what is shown of its progress."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from posttrain import evaluate, metrics, report
+from posttrain.config import Config
+from posttrain.model import TRAINED, Exported, save
+from posttrain.modes import Mode
+from pretrain.config import to_dict
+from pretrain.data import Data
+from pretrain.errors import PretrainError
+from pretrain.metrics import Record
+from pretrain.runtime import stopping
+from pretrain.runtime.metrics_writer import AppendedFile
+from pretrain.runtime.progress import duration
+from pretrain.runtime.run_lock import RunLock
+from pretrain.runtime.stopping import Termination
+
+_CHECKPOINTS = "checkpoints"
+_CONFIG = "config.json"
+# Settings that may change when a run resumes.
+_FREE = ("steps", "log_every", "save_every", "evaluation")
+
+
+@dataclass
+class Run:
+    """A post-training run.
+
+    Attributes:
+        command: ``sft`` or ``rl``.
+        config: its settings.
+        exported: the model that is trained.
+        data: the data of its pretraining.
+        mode: how the model is shown images in evaluations.
+        termination: requests to end the process.
+    """
+
+    command: str
+    config: Config
+    exported: Exported
+    data: Data
+    mode: Mode
+    termination: Termination
+    _metrics: AppendedFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._metrics = AppendedFile(self.folder / "metrics.jsonl")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / _CHECKPOINTS
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint: the Trainer writes its state last."""
+        found = [
+            (int(match[1]), path)
+            for path in self.checkpoints.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+            and (path / "trainer_state.json").is_file()
+        ]
+        return max(found)[1] if found else None
+
+    def write(self, record: Record) -> None:
+        """Append a record to metrics.jsonl."""
+        self._metrics.append(json.dumps(record).encode() + b"\n")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Evaluate the model; its transcriptions are for the report."""
+        found, readings = evaluate.held_out(
+            self.exported, self.data, self.config.evaluation, self.mode
+        )
+        record = {"step": step, **found}
+        self.write(record)
+        name = "transcriptions.json" if step else "transcriptions_before.json"
+        (self.folder / name).write_text(json.dumps(readings))
+        self.say(f"held out after step {step}: {' | '.join(metrics.cells(found)) or 'no data'}")
+        return record
+
+    def train(self, trainer: Any, template: str | None = None) -> Path:
+        """Train, or resume, and write the trained model and the report.
+
+        Args:
+            template: chat template of the trained model; None: that of the model.
+
+        Returns:
+            The folder of the trained model.
+
+        Raises:
+            SystemExit: a signal ended the training, after a checkpoint.
+        """
+        resumed = self.newest_checkpoint()
+        self.say(f"resuming from {resumed}" if resumed else f"starting from {self.config.model}")
+        if resumed is None:
+            self.evaluate(0)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Progress(self, trainer))
+        self.termination.saves = True
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        self.termination.saves = False
+        if trainer.state.global_step < self.config.steps:
+            number = self.termination.signal
+            self.say(
+                f"{stopping.name(number)}: saved after step {trainer.state.global_step}; start it "
+                "again to continue"
+            )
+            raise SystemExit(stopping.status(number))
+        self.evaluate(self.config.steps)
+        out = save(self.exported, self.exported.model, self.folder / TRAINED, template)
+        self.say(f"wrote {out} and {report.write(self.folder)}")
+        return out
+
+
+@contextmanager
+def locked(config: Config, command: str) -> Iterator[Termination]:
+    """Context in which this process alone writes into the run's folder, and signals end it softly.
+
+    Raises:
+        PretrainError: another job writes into the folder, or it contains a run with other settings.
+    """
+    folder = Path(config.run_dir)
+    with RunLock(folder), stopping.on_signals() as termination:
+        _require_same(folder / _CONFIG, {"command": command, **to_dict(config)})  # type: ignore[arg-type]
+        yield termination
+
+
+def _require_same(file: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run, or compare them with those that it was started with."""
+    settings = json.loads(json.dumps(settings))
+    try:
+        started = json.loads(file.read_text())
+    except FileNotFoundError:
+        started = settings
+    except ValueError as error:
+        raise PretrainError(f"{file} is damaged: remove the folder, or choose another") from error
+    changed = [
+        name for name in settings if name not in _FREE and started.get(name) != settings[name]
+    ]
+    if changed:
+        raise PretrainError(
+            f"{file.parent} contains a run with another {', '.join(changed)}: choose another "
+            "run_dir, or remove that folder"
+        )
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Records every step, prints some, evaluates, and saves when a signal asks for the end."""
+
+    def __init__(self, run: Run, trainer: Any) -> None:
+        self._run, self._trainer = run, trainer
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None
+        self._rollout: dict[str, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._first is None:
+            self._first = state.global_step
+            self._start = self._last = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "grad_norm" not in logs:  # such as the summary at the end
+            return
+        now, config = time.monotonic(), self._run.config
+        record = {"step": state.global_step, **metrics.from_trl(logs)}
+        record["seconds"], self._last = now - self._last, now
+        self._run.write(record)
+        step, steps = state.global_step, config.steps
+        # Steps after the first of a batch have no rollout.
+        self._rollout |= record
+        if step % config.log_every == 0 or step == steps:
+            left = (now - self._start) / (step - (self._first or 0)) * (steps - step)
+            shown = " | ".join(metrics.cells(self._rollout))
+            self._run.say(
+                f"step {step:>{len(str(steps))}}/{steps} | {shown} | ETA {duration(left)}"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, config = state.global_step, self._run.config
+        if self._run.termination.signal and step % self._trainer.steps_per_rollout == 0:
+            control.should_save = control.should_training_stop = True
+        every = config.evaluation.every
+        if every and step % every == 0 and step < config.steps:
+            self._run.evaluate(step)
+            self._last = time.monotonic()

@@ -1,0 +1,112 @@
+"""TRL's trainer with this project's objective and optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+import muonclip
+from muonclip import MuonClip
+from posttrain import objective
+from posttrain.config import OptimizerConfig, RlConfig
+
+_FORWARDED = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
+    *("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
+
+
+def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+    """MuonClip with QK-Clip, or AdamW, of a whole model."""
+    if options.name == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95)
+        )
+    return muonclip.for_model(
+        model,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        qk_clip_threshold=options.qk_clip_threshold,
+        report=None,
+    )
+
+
+class RlTrainer(GRPOTrainer):  # type: ignore[misc]
+    """``GRPOTrainer`` with the objective of :mod:`posttrain.objective`.
+
+    Rollouts, rewards, their groups and checkpoints are TRL's. The log-probabilities of the rollout
+    are those that another engine recorded, if it did, or those of the policy at the time.
+
+    Args:
+        rl: constants of the objective.
+        optimizer_options: the optimizer.
+        arguments: of ``GRPOTrainer``.
+    """
+
+    def __init__(
+        self, *, rl: RlConfig, optimizer_options: OptimizerConfig, **arguments: Any
+    ) -> None:
+        self._rl, self._optimizer_options = rl, optimizer_options
+        super().__init__(**arguments)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Steps of the optimizer for each batch of rollouts: a checkpoint between them would lose
+        the rollouts."""
+        return self._rl.updates
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if (bound := self.logit_bound()) is not None:
+            logs["logit_bound"] = bound
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer: Any = make_optimizer(model or self.model, self._optimizer_options)
+        return self.optimizer
+
+    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        completion, mask = inputs["completion_ids"], inputs["completion_mask"]
+        logprobs, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], completion], 1),
+            torch.cat([inputs["prompt_mask"], mask], 1),
+            completion.shape[1],
+            compute_entropy=True,
+            **{name: inputs.get(name) for name in _FORWARDED},
+        )
+        mask = mask * inputs.get("tool_mask", 1)
+        rollout = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        rollout = logprobs.detach() if rollout is None else rollout
+        limits = {"ratio_low": self._rl.ratio_low, "ratio_high": self._rl.ratio_high}
+        terms = objective.token_objective(
+            logprobs,
+            rollout,
+            inputs["advantages"],
+            log_ratio_penalty=self._rl.log_ratio_penalty,
+            **limits,
+        )
+        self._record("entropy", objective.mean_over_tokens(entropies, mask))
+        outside = objective.share_out_of_range(logprobs, rollout, mask, **limits)
+        self._record("out_of_range", outside)
+        # Summed over micro-batches and averaged over ranks, the mean over all tokens of the batch.
+        parts = self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        tokens = inputs["num_items_in_batch"] / parts / self.accelerator.num_processes
+        return -objective.mean_over_tokens(terms, mask, tokens)
+
+    def _record(self, name: str, value: Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
+
+    def logit_bound(self) -> float | None:
+        """The largest attention logit of the last step before QK-Clip, or an upper bound below the
+        threshold, where no logit was computed; None with AdamW."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, MuonClip) or optimizer.qk_clip is None:
+            return None
+        result = optimizer.qk_clip.result
+        if result is None:
+            return None
+        return max(float(bounds.max()) for bounds in result.upper_bounds.values())
