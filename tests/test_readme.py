@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.docs.commands import ROOT, blocks, check, commands, inline_commands
+from tests.docs.commands import ROOT, blocks, check, inline_commands
 
 README = (ROOT / "README.md").read_text()
 
@@ -42,9 +42,9 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert all(len(heads) == 4 for heads in optimizer.qk_clip.result.max_logits.values())
 
 
-@pytest.mark.parametrize("command", [*commands(README), *inline_commands(README)], ids=" ".join)
-def test_its_commands_are_valid(command: list[str]) -> None:
-    """Those that train and measure run in the tests of trainer and benchmarks, in small."""
+@pytest.mark.parametrize("command", inline_commands(README), ids=" ".join)
+def test_the_commands_of_its_sentences_are_valid(command: list[str]) -> None:
+    """tests/docs/test_commands_run.py executes those of its blocks."""
     check(command)
 
 
