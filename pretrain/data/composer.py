@@ -64,10 +64,25 @@ class Composer:
             raise ValueError(f"{media.paths[0]} has changed since its frames were counted")
         return np.concatenate(fitted)
 
-    def add(self, document: Document, pixels: Pixels) -> None:
-        """Append a fitted image or clip to a document."""
-        for group in frame_groups(len(pixels)):
-            document.add_image(VisionItem(pixels[group], ""), self.patch_size)
+    def add(
+        self,
+        document: Document,
+        media: Pixels | tuple[int, int, int],
+        kind: Sequence[int] = (),
+    ) -> None:
+        """Append an image or clip to a document.
+
+        Args:
+            media: its fitted pixels, or its (frames, height, width) before fitting; the patches are
+                then left out.
+            kind: see :meth:`Document.add_placeholders`.
+        """
+        if isinstance(media, tuple):
+            for grid in self.grids(media):
+                document.add_placeholders(grid, kind)
+            return
+        for group in frame_groups(len(media)):
+            document.add_image(VisionItem(media[group], ""), self.patch_size, kind)
 
     def grids(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """The (frames, rows, columns), in patches, of the items of an image or clip.
@@ -91,10 +106,7 @@ class Composer:
         document = Document(self.tokenizer)
         is_pair = as_pair(parts) is not None
         for part in parts:
-            if isinstance(part, tuple):
-                for grid in self.grids(part):
-                    document.add_placeholders(grid)
-            elif not isinstance(part, str):
+            if not isinstance(part, str):
                 self.add(document, part)
             elif is_pair:
                 document.add_caption(part)

@@ -29,8 +29,8 @@ _CALLS = ("function_call", "tool_call")
 # Keys of a record with media, by their kind.
 _MEDIA = {"image": ("image", "images"), "video": ("video", "videos")}
 _READ = tuple(key for keys in _MEDIA.values() for key in keys)
-# A line that a placeholder has for itself belongs to it.
-_PLACEHOLDER = re.compile(r"<(image|video|audio)>\n?")
+# A line that a placeholder has for itself belongs to it. Qwen-VL's contain the name of a file.
+_PLACEHOLDER = re.compile(r"(?:<(image|video|audio)>|<img>([^<>]+)</img>)\n?")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _REASONED = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _LOST_FROM_MESSAGE = (*files.MEDIA, "tools", "prefix", "refusal")
@@ -326,13 +326,13 @@ def _parts(number: int, content: Any, searched: bool) -> Iterator[str | _Placeho
         yield from _placeholders(number, part) if searched else [part]
 
 
-def _placeholders(number: int, text: str) -> Iterator[str | _Placeholder]:
+def _placeholders(number: int, text: str) -> Iterator[str | _Placeholder | _Named]:
     start = 0
     for match in _PLACEHOLDER.finditer(text):
         if match[1] == "audio":
             raise ValueError(f"message {number} has a placeholder of audio, which is not read")
         yield text[start : match.start()]
-        yield _Placeholder(match[1])
+        yield _Named((match[2],), False) if match[2] else _Placeholder(match[1])
         start = match.end()
     yield text[start:]
 

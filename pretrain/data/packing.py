@@ -75,22 +75,27 @@ class Document:
         self.categories.extend([category] * added)
         return self
 
-    def add_image(self, item: VisionItem, patch_size: int) -> "Document":
-        """Append an image or clip: its patches, and placeholder tokens with weight 0."""
+    def add_image(self, item: VisionItem, patch_size: int, kind: Sequence[int] = ()) -> "Document":
+        """Append an image or clip: its patches, and placeholder tokens with weight 0.
+
+        Args:
+            kind: as for :meth:`add_placeholders`.
+        """
         patches, grid = patchify(item.pixels, patch_size)
         self.patches.append(torch.from_numpy(patches))
-        return self.add_placeholders(grid)
+        return self.add_placeholders(grid, kind)
 
-    def add_placeholders(self, grid: tuple[int, int, int]) -> "Document":
+    def add_placeholders(self, grid: tuple[int, int, int], kind: Sequence[int] = ()) -> "Document":
         """Append the tokens of an image or clip without its patches.
 
         Args:
             grid: (frames, rows, columns), in patches.
+            kind: tokens before the placeholders, which say what they are.
         """
         self.grids.append(grid)
         ids = self.tokenizer
         placeholders = [ids.media_pad] * num_tokens(grid)
-        return self.add_tokens([ids.media_begin, *placeholders, ids.media_end], weight=0)
+        return self.add_tokens([ids.media_begin, *kind, *placeholders, ids.media_end], weight=0)
 
     def add_caption(self, caption: str) -> "Document":
         """Append the text in an image, ended by a newline."""

@@ -249,12 +249,6 @@ def _check_together(config: DataConfig, documents: Sequence[Documents]) -> None:
             "data.sources: no documents to train on: every source has split: held_out"
         )
     vision = [source for source in training if source.source.has_images]
-    chats = [source for source in documents if source.source.is_chat]
-    if vision and chats:
-        raise PretrainError(
-            f"data.sources: {chats[0].source.setting} has conversations of text alone, whose runs "
-            f"see no images: take out {vision[0].source.setting}, or the conversations"
-        )
     if len(vision) == len(training):
         return  # images fill the sequences
     if vision and config.vision_share == 0:

@@ -12,11 +12,13 @@ from pretrain.data.sources.interface import Source
 from pretrain.data.sources.megatron import MegatronSource
 from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
 from pretrain.data.sources.text import TextSource
+from pretrain.data.sources.vision_chat import VisionChatSource
 from pretrain.errors import PretrainError
 
 SOURCES: dict[str, type[Source]] = {
     "text": TextSource,
     "chat": ChatSource,
+    "vision_chat": VisionChatSource,
     "images": ImageSource,
     "energon": EnergonSource,
     "megatron": MegatronSource,

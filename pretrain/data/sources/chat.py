@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from pretrain.data.chat import REPLY, Message, render
 from pretrain.data.composer import Composer
 from pretrain.data.conversations import Conversation, Resolve, no_media
 from pretrain.data.files import reason
+from pretrain.data.media.span import Place
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
@@ -45,25 +46,31 @@ class Chat:
         return content_hash(*self._hashed())
 
     def _hashed(self) -> Iterator[str]:
-        root = f"{Path(self.name).parent}/"
         for message in self.conversation.messages:
             yield message.role
             for part in message.parts:
-                for path in (part,) if isinstance(part, str) else part.paths:
-                    # Files outside are copies, whose names are those of their content.
-                    outside = not isinstance(part, str) and not path.startswith(root)
-                    yield Path(path).name if outside else path.removeprefix(root)
+                yield from (part,) if isinstance(part, str) else map(self._name_of, part.paths)
             if message[2:] != Message(message.role, "")[2:]:
                 yield json.dumps(message[2:])
         if self.conversation.tools:
             yield json.dumps(self.conversation.tools)
 
+    def _name_of(self, place: Place) -> str:
+        """The name of a medium, wherever the files are."""
+        root, name = f"{Path(self.name).parent}/", str(place)
+        # Files outside the folder are copies, whose names are those of URLs.
+        return name.removeprefix(root) if name.startswith(root) else Path(name).name
 
-class ConversationSource(FileSource[Chat]):
+
+C = TypeVar("C", bound=Chat)
+
+
+class ConversationSource(FileSource[C]):
     """Conversations in the layouts of :mod:`pretrain.data.conversations`, such as
     ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 
     is_chat = True
+    record: type[C]
 
     def resolver(self, file: Path) -> Resolve:
         """Finds the images and videos that a file names."""
@@ -104,7 +111,7 @@ class ConversationSource(FileSource[Chat]):
                 f"{tables.described(schema)}: set it to the column with lists of messages"
             )
 
-    def read(self, file: Path) -> Iterator[Chat | Skip]:
+    def read(self, file: Path) -> Iterator[C | Skip]:
         """The conversations of a file.
 
         A conversation that would lose something is skipped.
@@ -112,8 +119,12 @@ class ConversationSource(FileSource[Chat]):
         Raises:
             PretrainError: the file has a layout that is recognized, but not read.
         """
+        yield from self.read_with(file, self.resolver(file))
+
+    def read_with(self, file: Path, resolve: Resolve) -> Iterator[C | Skip]:
+        """:meth:`read`, with another function that finds images and videos."""
         self._check_table(file)
-        field, resolve = self.config.field, self.resolver(file)
+        field = self.config.field
         is_table = file.exists() and bool(tables.kind(file))
         names = (field, *conversations.FIELDS, *files.MEDIA)
         for name, value in tables.read_objects(file, names):
@@ -122,7 +133,8 @@ class ConversationSource(FileSource[Chat]):
                 continue
             try:
                 record = _without_nulls(value) if is_table else value
-                yield _chat(name, record, field, resolve)
+                found = _conversation(name, record, field, resolve)
+                yield found if isinstance(found, Skip) else self.record(name, found)
             except conversations.UnsupportedLayoutError as error:
                 raise PretrainError(f"{self.setting}.path: {name} is {error}") from error
             except ValueError as error:
@@ -136,7 +148,9 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _chat(name: str, value: dict[str, Any], field: str, resolve: Resolve) -> Chat | Skip:
+def _conversation(
+    name: str, value: dict[str, Any], field: str, resolve: Resolve
+) -> Conversation | Skip:
     """
     Raises:
         ValueError: as :func:`conversations.conversation_of`.
@@ -149,11 +163,13 @@ def _chat(name: str, value: dict[str, Any], field: str, resolve: Resolve) -> Cha
         return Skip(name, f"no reply of the {REPLY} in it", corrupt=False)
     if conversations.starts_with_reply(messages):
         return Skip(name, "it starts with a reply", corrupt=False)
-    return Chat(name, conversation)
+    return conversation
 
 
-class ChatSource(ConversationSource):
+class ChatSource(ConversationSource[Chat]):
     """Conversations of text alone."""
+
+    record = Chat
 
     def index(self, composer: Composer) -> "ChatDocuments":
         return index_chats(self, composer)

@@ -10,6 +10,7 @@ import yaml
 
 from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
+from pretrain.data.media.frames import Media
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError
 
@@ -214,22 +215,34 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
     Raises:
         PretrainError: the layout is not read, or none of the first conversations is.
     """
-    problem = ""
+    entry: Entry = {}
+    name = problem = ""
     for row in rows:
         field = _messages_field(row)
         try:
-            name = conversations.layout_name(row, field)
-            if not name:
+            found = conversations.layout_name(row, field)
+            if not found:
                 return None
-            conversations.conversation_of(row, field)
+            conversation = conversations.conversation_of(row, field, _named)
         except conversations.UnsupportedLayoutError as error:
             raise PretrainError(f"{file}: {error}") from error
         except ValueError as error:
             problem = problem or files.reason(error)
             continue
-        usual = field in conversations.LISTS or name == "Alpaca"
-        return f"conversations as in {name}", {"type": "chat"} | ({} if usual else {"field": field})
-    raise PretrainError(f"{file}: conversations that are not read: {problem}")
+        usual = field in conversations.LISTS or found == "Alpaca"
+        first = {"type": "chat"} | ({} if usual else {"field": field})
+        name, entry = name or found, entry or first
+        if conversation and conversation.media:
+            also = "" if found == "LLaVA" else ", with images or videos"
+            return f"conversations as in {found}{also}", first | {"type": "vision_chat"}
+    if not entry:
+        raise PretrainError(f"{file}: conversations that are not read: {problem}")
+    return f"conversations as in {name}", entry
+
+
+def _named(references: Sequence[conversations.Reference], moving: bool) -> Media:
+    """An image or video, which is not looked for."""
+    return Media(("",) * len(references), moving)
 
 
 def _messages_field(row: Mapping[str, Any]) -> str:

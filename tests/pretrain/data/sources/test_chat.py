@@ -189,9 +189,6 @@ def test_messages_may_be_in_another_field(tmp_path: Path) -> None:
 
 def test_incompatible_sources_are_refused(folder: Path, tmp_path: Path) -> None:
     chats = SourceConfig("chat", str(folder / "chats"))
-    make.captioned_folder(tmp_path / "pictures", 12)
-    with pytest.raises(PretrainError, match=r"sources\[1\] has conversations of text alone, whose"):
-        opened(tmp_path, SourceConfig("images", str(tmp_path / "pictures")), chats)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(PretrainError, match=r"a.txt is neither a folder nor a .jsonl file"):
         opened(tmp_path, SourceConfig("chat", str(tmp_path / "a.txt")))

@@ -1,5 +1,6 @@
 """From files as people have them to the suggested configuration, and to a training step."""
 
+import base64
 import bz2
 import gzip
 import json
@@ -46,6 +47,63 @@ SHARE = [
     for n in range(40)
 ]
 ALPACA = [{"instruction": f"Say {n}", "input": "", "output": f"{n}"} for n in range(40)]
+
+
+PICTURES = [f"pictures/{number:03d}.png" for number in range(40)]
+ASKED = "<image>\nWhat is it?"
+LLAVA = [
+    {
+        "id": str(number),
+        "image": picture,
+        "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": f"{number}"}],
+    }
+    for number, picture in enumerate(PICTURES)
+]
+FACTORY = [
+    {"messages": [{"role": "user", "content": ASKED}, one["messages"][1]], "images": [picture]}
+    for one, picture in zip(OPENAI, PICTURES, strict=True)
+]
+
+
+def seen(part: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Conversations in OpenAI's format about pictures, each in a part of a content."""
+    text = {"type": "text", "text": "What is it?"}
+    return [
+        {"messages": [{"role": "user", "content": [part(picture), text]}, one["messages"][1]]}
+        for one, picture in zip(OPENAI, PICTURES, strict=True)
+    ]
+
+
+def with_pictures(write: Callable[[Path], object]) -> Callable[[Path], object]:
+    def both(path: Path) -> None:
+        make.captioned_folder(path.parent / "pictures", len(PICTURES))
+        for caption in (path.parent / "pictures").glob("*.txt"):
+            caption.unlink()
+        write(path)
+
+    return both
+
+
+def encoded(path: Path) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f"data:image/png;base64,{content}"
+
+
+def trl(path: Path) -> None:
+    """Messages with a part for each image of a column, as TRL has them."""
+    text = {"type": "text", "text": "What is it?"}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "text": None}, text]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"{number}"}]},
+            ],
+            "images": [{"bytes": (path.parent / picture).read_bytes(), "path": None}],
+        }
+        for number, picture in enumerate(PICTURES)
+    ]
+    both = dataset(rows).cast_column("images", datasets.Sequence(datasets.Image()))
+    both.to_parquet(path) if path.suffix else both.save_to_disk(str(path))
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -153,6 +211,45 @@ LAYOUTS: dict[str, Layout] = {
         "alpaca.json", array(ALPACA), "a file of JSON arrays; conversations as in Alpaca",
         [{"type": "chat"}],
     ),
+    "LLaVA": (
+        "llava.json", with_pictures(array(LLAVA)),
+        "a file of JSON arrays; conversations as in LLaVA", [{"type": "vision_chat"}],
+    ),
+    "LLaMA-Factory with images": (
+        "factory.json", with_pictures(array(FACTORY)),
+        "a file of JSON arrays; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
+    "OpenAI with images in URLs": (
+        "url.jsonl",
+        with_pictures(
+            lambda path: lines(*seen(lambda name: {
+                "type": "image_url", "image_url": {"url": encoded(path.parent / name)}
+            }))(path)
+        ),
+        "a file of JSON lines; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
+    "Qwen": (
+        "qwen.jsonl",
+        with_pictures(
+            lambda path: lines(*seen(lambda name: {
+                "type": "image", "image": f"file://{path.parent / name}"
+            }))(path)
+        ),
+        "a file of JSON lines; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
+    "TRL, in Parquet": (
+        "trl.parquet", with_pictures(trl),
+        "a file of Parquet, 2 columns; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
+    "TRL, saved": (
+        "trl", with_pictures(trl),
+        "a file of Arrow, 2 columns; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
     "another field": (
         "talk.jsonl", lines(*({"talk": one["messages"]} for one in OPENAI)),
         "a file of JSON lines; conversations as in OpenAI", [{"type": "chat", "field": "talk"}],
@@ -243,7 +340,6 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lines({"prompt": "a", "chosen": OPENAI[0]["messages"], "rejected": []}),
         "a.jsonl: preference data",
     ),
-    "LLaVA": ("a.json", array([{"image": "a.jpg", **SHARE[0]}]), "type to vision_chat"),
     "OBELICS": ("a.jsonl", lines({"images": ["a"], "texts": [None]}), "OBELICS"),
     "MMC4": ("a.jsonl", lines({"image_info": [{"a": 1}], "text_list": ["a"]}), "MMC4"),
     "MDS": ("a", write_folder(index_json=b"{}", shard_mds=b"\0"), "MosaicML's MDS"),

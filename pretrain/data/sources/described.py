@@ -1,0 +1,270 @@
+"""Sources whose documents have images: the index has their descriptions and sizes."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data.cache import Stamp, cached, key_of, map_array, siblings, stamp
+from pretrain.data.composer import Composer
+from pretrain.data.files import reason
+from pretrain.data.media import frames, video
+from pretrain.data.media.frames import Media
+from pretrain.data.media.pixels import Pixels
+from pretrain.data.media.span import Place, Span
+from pretrain.data.packing import Document
+from pretrain.data.skipped import Skip, Skipped
+from pretrain.data.sources.indexed import (
+    FileSource,
+    IndexedDocuments,
+    IndexedFile,
+    read_files,
+    read_lines,
+    write_files,
+    write_lines,
+)
+from pretrain.data.sources.interface import Segment
+from pretrain.data.sources.order import Integers
+from pretrain.data.sources.splits import Column
+from pretrain.runtime.progress import counted
+
+Shape = tuple[int, int, int]
+"""(frames, height, width) of an image or video in pixels, before it is fitted."""
+
+
+class Described(Protocol):
+    """A document with images and videos, before they are read."""
+
+    @property
+    def name(self) -> str:
+        """The file, and the line or element in it."""
+
+    @property
+    def text(self) -> str:
+        """All text in the document."""
+
+    @property
+    def hash(self) -> int:
+        """64 bits of its content."""
+
+    @property
+    def media(self) -> Sequence[Media]:
+        """Its images and videos in reading order."""
+
+    def described(self) -> Any:
+        """Everything but the name, in values that JSON has."""
+
+    def size(self, composer: Composer, shapes: Sequence[Shape]) -> tuple[int, int]:
+        """(tokens, image placeholders among them).
+
+        Raises:
+            ValueError: it cannot be composed.
+        """
+
+    def document(self, composer: Composer, media: Sequence[Pixels | Shape]) -> Document:
+        """Compose the document.
+
+        Args:
+            media: the fitted pixels of each image and video, or the shape if its patches are left
+                out.
+        """
+
+
+R = TypeVar("R", bound=Described)
+
+
+class DescribedSource(FileSource[R]):
+    """A source of files whose documents name images and videos."""
+
+    has_images = True
+    kind: ClassVar[str]
+    """Beginning of the names of indexes."""
+
+    @abstractmethod
+    def restore(self, name: str, described: Any) -> R:
+        """The document of :meth:`Described.described`."""
+
+    def media_files(self) -> Iterator[str]:
+        """The files of all images and videos, even if they are missing."""
+        for record in self.records():
+            if not isinstance(record, Skip):
+                yield from (file_of(place) for media in record.media for place in media.paths)
+
+    def index(self, composer: Composer) -> "DescribedDocuments":
+        """Load the index, or build it if it is missing. Only new and changed images are measured.
+
+        Raises:
+            PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
+                written, or a document has a video file and PyAV is not installed.
+        """
+        composer.tokenizer.require_media()
+        cache = Path(self.data.cache_dir)
+        paths, _ = cached(
+            cache / f"media-{self.key}",
+            lambda folder: write_lines(folder / "paths", dict.fromkeys(self.media_files())),
+            lambda folder: list(read_lines(folder / "paths")),
+        )
+        stamps = {path: stamp(Path(path)) for path in paths}
+        settings = (composer.patch_size, *composer.limits, composer.video_fps)
+        name = self.index_name(self.kind, composer.tokenizer, *settings)
+        folder = cache / f"{name}-{key_of(self.key, stamps=stamps.items())}"
+
+        def build(partial: Path) -> None:
+            sizes = _Sizes(stamps, next(siblings(folder, _read_measured), {}), composer.video_fps)
+            _build(partial, self, composer, sizes)
+
+        def load(folder: Path) -> DescribedDocuments:
+            indexed = read_files(folder)
+            ends = np.load(folder / "ends.npy", mmap_mode="r")
+            hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+            sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+            lines = map_array(folder / "lines", np.uint8)
+            same = len(sizes) == len(ends) == len(hashes) == sum(f.documents for f in indexed)
+            if not same or len(lines) != (ends[-1] if len(ends) else 0):
+                raise ValueError("descriptions are not what was written")
+            film = json.loads((folder / "video").read_text())
+            arrays = hashes, indexed, ends, lines, sizes
+            return DescribedDocuments(self, composer, *arrays, film, index=folder.name)
+
+        documents, was_cached = cached(folder, build, load)
+        if documents.video:  # the index may have been built where PyAV was installed
+            video.require_av(documents.video)
+        return replace(documents, cached=was_cached)
+
+
+def file_of(place: Place) -> str:
+    """The file of an image or video, or the file that contains it."""
+    return place if isinstance(place, str) else place.file
+
+
+def restore_media(paths: Sequence[Any], moving: bool) -> Media:
+    """A medium from values that JSON has."""
+    return Media(tuple(p if isinstance(p, str) else Span(*p) for p in paths), moving)
+
+
+@dataclass(frozen=True)
+class DescribedDocuments(IndexedDocuments):
+    """Documents with images, of which the index has descriptions.
+
+    Attributes:
+        ends: int64 [n], where the description of each document ends in ``lines``.
+        lines: descriptions in JSON, one after the other.
+        sizes: int32 [n, 2], tokens and image placeholders of each document.
+        video: the first video file, which requires PyAV; empty if there is none.
+    """
+
+    source: DescribedSource[Any]
+    ends: npt.NDArray[np.int64]
+    lines: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
+    video: str
+
+    @property
+    def identity(self) -> Sequence[Column]:
+        """Includes the sizes, in which a checkpoint counts its position in the data: they depend on
+        settings such as ``data.max_image_tokens``."""
+        return self.hashes, self.sizes
+
+    def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
+        tokens, placeholders = self.sizes[numbers].astype(np.int64).T
+        return tokens, placeholders
+
+    def name(self, number: int) -> str:
+        return str(self._line(number)[0])
+
+    def _line(self, number: int) -> list[Any]:
+        start = int(self.ends[number - 1]) if number else 0
+        line: list[Any] = json.loads(self.lines[start : self.ends[number]].tobytes())
+        return line
+
+    def describe(self, number: int) -> tuple[Any, list[Shape]]:
+        """A document before its images are read, and the shape of each image."""
+        name, described, shapes = self._line(number)
+        return self.source.restore(name, described), [tuple(shape) for shape in shapes]
+
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
+        record, shapes = self.describe(segment.number)
+        media: Sequence[Pixels | Shape] = shapes
+        try:
+            media = self._read(record, shapes) if pixels else shapes
+            document: Document = record.document(self.composer, media)
+            return document
+        except ValueError as error:
+            return Skip(record.name, str(error))
+
+    def _read(self, record: Described, shapes: Sequence[Shape]) -> list[Pixels]:
+        pairs = zip(record.media, shapes, strict=True)
+        return [self.composer.read(media, shape) for media, shape in pairs]
+
+
+# The stamps of an image's or video's files, and its shape or the reason why it cannot be read.
+Measured = tuple[tuple[Stamp, ...], Shape | str]
+
+
+@dataclass
+class _Sizes:
+    """Sizes of images and videos. Files with the stamps of an earlier index are not opened."""
+
+    stamps: dict[str, Stamp]
+    known: dict[Media, Measured]
+    fps: float
+    measured: dict[Media, Measured] = field(default_factory=dict)
+
+    def measure(self, media: Media) -> Shape:
+        if media not in self.measured:
+            stamps = tuple(self.stamps.get(file_of(place), ()) for place in media.paths)
+            self.measured[media] = known = self.known.get(media, ((), ""))
+            if known[0] != stamps or not all(stamps):
+                try:
+                    self.measured[media] = stamps, frames.measure(media, self.fps)
+                except ValueError as error:
+                    self.measured[media] = stamps, reason(error)
+        _, shape = self.measured[media]
+        if isinstance(shape, str):
+            raise ValueError(shape)
+        return shape
+
+
+def _build(folder: Path, source: DescribedSource[Any], composer: Composer, sizes: _Sizes) -> None:
+    skipped = Skipped(source.data.max_corrupt)
+    ends, hashes, token_counts = list[int](), list[int](), list[tuple[int, int]]()
+    film = ""
+    with (folder / "lines").open("wb") as file:
+        for record in counted(source.records(), "indexing images"):
+            if isinstance(record, Skip):
+                skipped.add([record])
+                continue
+            try:
+                shapes = [sizes.measure(media) for media in record.media]
+                size = record.size(composer, shapes)
+            except ValueError as error:
+                skipped.add([Skip(record.name, reason(error))])
+                continue
+            token_counts.append(size)
+            names = (str(place) for media in record.media for place in media.paths)
+            film = film or next(filter(video.is_video, names), "")
+            file.write(json.dumps([record.name, record.described(), shapes]).encode())
+            ends.append(file.tell())
+            hashes.append(record.hash)
+    np.save(folder / "sizes.npy", np.array(token_counts, np.int32).reshape(-1, 2))
+    (folder / "video").write_text(json.dumps(film))
+    write_lines(
+        folder / "measured",
+        ([media.paths, media.moving, *known] for media, known in sizes.measured.items()),
+    )
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    write_files(folder, [IndexedFile("", (), len(ends), list(skipped))])
+
+
+def _read_measured(folder: Path) -> dict[Media, Measured]:
+    measured: dict[Media, Measured] = {}
+    for paths, moving, stamps, shape in read_lines(folder / "measured"):
+        size = shape if isinstance(shape, str) else tuple(shape)
+        measured[restore_media(paths, moving)] = tuple(map(tuple, stamps)), size
+    return measured
