@@ -329,7 +329,7 @@ class SourceConfig(Settings):
     folder of images with captions, or JSONL of images, videos and text by file name. energon: a
     folder of WebDataset shards prepared for megatron-energon. standard_library: the built-in text.
     chat: conversations for supervised finetuning, in JSON lines, Parquet or Arrow; only the
-    assistant's replies are learned.
+    assistant's replies are learned. vision_chat: the same with images and videos.
     standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
     of Megatron's format (.bin and .idx), also those of `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
