@@ -62,6 +62,16 @@ def test_its_figures_are_those_of_the_benchmarks(row: str, anchor: str) -> None:
     assert figures and set(figures) <= known, set(figures) - known
 
 
+def test_the_figures_of_its_limits_are_in_the_benchmarks() -> None:
+    limits, _, _ = section(README, "limits").partition("- **Versions")
+    figures = set(re.findall(r"(?<![\w.])(?:\d[\d,]*\.\d+%?|\d+%|\d+,\d+)", limits)) - {
+        "2.13",
+        "1.5",
+    }
+    known = (ROOT / "benchmarks" / "README.md").read_text()
+    assert len(figures) >= 6 and all(f" {figure}" in known for figure in figures), figures
+
+
 def test_its_result_of_the_trainer_is_that_of_the_quick_start() -> None:
     figures = re.findall(r"[\d.]+ %", section(README, "the-trainer"))
     page = (ROOT / "docs" / "trainer" / "quick_start.md").read_text()
