@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pretrain.config.rules import In, Settings, require
-from pretrain.config.schema import PathName, Positive, Size, SizeOrZero, Steps, StepsOrZero
+from pretrain.config.schema import PathName, Positive, Share, Size, SizeOrZero, Steps, StepsOrZero
 
 Decay = Annotated[float, In("[0, 1]")]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """The optimizer, and its schedule: linear warm-up, then a constant rate."""
+    """The optimizer and its schedule."""
 
     name: Literal["muonclip", "adamw"] = "muonclip"
     """muonclip: Muon for matrices, AdamW for everything else, and QK-Clip. adamw: AdamW alone."""
@@ -21,6 +21,8 @@ class OptimizerConfig(Settings):
     qk_clip_threshold: Positive = 100.0
     """QK-Clip's tau: the limit of each head's max logit."""
     clip_grad_norm: Positive = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after a linear warm-up: constant, or falling to 0 at the end of the run."""
     warmup_steps: StepsOrZero = 10
 
     def _check(self) -> None:
@@ -40,7 +42,8 @@ class RlConfig(Settings):
     group_size: Annotated[int, In("[2, 1048576]")] = 8
     """K: responses to each prompt."""
     updates: Size = 2
-    """Steps of the optimizer for each batch of rollouts."""
+    """Steps of the optimizer for each batch of rollouts, each with its part of the responses. With
+    1, every ratio is 1: then ratio_low, ratio_high and log_ratio_penalty have no effect."""
     temperature: Annotated[float, In("(0, 100]")] = 1.0
     max_tokens: Size = 16
     """Limit of a response, in tokens."""
@@ -53,6 +56,16 @@ class RlConfig(Settings):
     """tau: weight of the squared log-ratio."""
     images: Size = 2000
     """Different training images that prompts are drawn from."""
+    solved_share: Share | None = 0.2
+    """Share of these images that the model reads correctly at the start, by greedy decoding: there
+    is little to learn from them. null: images as they come."""
+
+    def _check(self) -> None:
+        require(
+            self.prompts * self.group_size % self.updates == 0,
+            f"updates={self.updates} must divide prompts x group_size="
+            f"{self.prompts * self.group_size}",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Metrics of post-training: meaning and format of each one."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from pretrain.metrics import METRICS as OF_PRETRAINING
-from pretrain.metrics import Metric, Record
+from pretrain.metrics import Metric, Record, read_lines
 
 METRICS = {
     "loss": Metric("loss", ".4f", "loss"),
@@ -42,10 +44,34 @@ def from_trl(logs: Record) -> dict[str, float]:
     return {name: logs[key] for key, name in _OF_TRL.items() if logs.get(key) is not None}
 
 
+def formatted(record: Record, name: str) -> str:
+    """The value of a metric as text; ``-`` if the record has none."""
+    value = record.get(name)
+    return "-" if value is None else format(value, METRICS[name].format)
+
+
 def cells(record: Record, names: Iterable[str] = METRICS) -> list[str]:
     """Label and value of each metric that a record has."""
     return [
-        f"{METRICS[name].label} {format(record[name], METRICS[name].format)}"
+        f"{METRICS[name].label} {formatted(record, name)}"
         for name in names
         if record.get(name) is not None
     ]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one for each step, ordered by step.
+
+    An evaluation adds to the record of its step. After resuming from a checkpoint, steps are
+    recorded again, and later records of the interrupted run are dropped.
+    """
+    records: list[dict[str, Any]] = []
+    for record in read_lines(path):
+        if type(record.get("step")) is not int:
+            continue
+        while records and records[-1]["step"] > record["step"]:
+            records.pop()
+        if records and records[-1]["step"] == record["step"]:
+            record = {**records.pop(), **record}
+        records.append(record)
+    return records

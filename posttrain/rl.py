@@ -1,5 +1,6 @@
 """Reinforcement learning with outcome rewards, from an exported model to an exported model."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from posttrain import model, modes
+from posttrain import evaluate, model, modes
 from posttrain.config import Config
-from posttrain.data import open_pretraining_data, pictures
+from posttrain.data import Picture, open_pretraining_data, pictures
+from posttrain.model import Exported
+from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
 from posttrain.run import Run, locked
 from posttrain.trainer import RlTrainer
+from pretrain.data import Data
 from pretrain.errors import PretrainError
+from pretrain.runtime.progress import Progress
 
 
 def train(config: Config) -> Path:
@@ -30,7 +35,7 @@ def train(config: Config) -> Path:
         data = open_pretraining_data(config.pretraining, exported.folder)
         mode = modes.find(exported, "document")
         run = Run("rl", config, exported, data, mode, termination)
-        found = pictures(data, "train", config.rl.images)
+        found = _choose(exported, data, mode, config)
         if len(found) < config.rl.prompts:
             raise PretrainError(
                 f"{config.pretraining} has {len(found)} images for training, fewer than "
@@ -56,6 +61,36 @@ def train(config: Config) -> Path:
         return run.train(trainer)
 
 
+def _choose(exported: Exported, data: Data, mode: Mode, config: Config) -> list[Picture]:
+    """The training images, in a fixed order."""
+    count, share = config.rl.images, config.rl.solved_share
+    if share is None:
+        return pictures(data, "train", count)
+    solved: list[Picture] = []
+    unsolved: list[Picture] = []
+    wanted = round(count * (1 - share))
+    exported.model.eval()
+    with Progress("choosing images that are not solved yet", wanted, "images") as progress:
+        asked = 0
+        while len(unsolved) < wanted:
+            found = pictures(data, "train", asked + count)
+            for reading, picture in zip(
+                evaluate.transcribe(exported, found[asked:], config.evaluation, mode),
+                found[asked:],
+                strict=True,
+            ):
+                (solved if reading.is_exact else unsolved).append(picture)
+            progress(len(unsolved))
+            if len(found) < asked + count:
+                break  # there are no more
+            asked = len(found)
+    exported.model.train()
+    unsolved = unsolved[:wanted]
+    chosen = unsolved + solved[: round(len(unsolved) * share / (1 - share)) if share < 1 else count]
+    random.Random(config.seed).shuffle(chosen)
+    return chosen
+
+
 def _reading(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """The reward of each transcription."""
     texts = [completion[0]["content"].strip("\n") for completion in completions]
@@ -69,13 +104,15 @@ def _arguments(config: Config, run: Run) -> GRPOConfig:
         max_steps=config.steps,
         seed=config.seed,
         learning_rate=optimizer.lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            optimizer.schedule, optimizer.schedule
+        ),
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.clip_grad_norm,
-        per_device_train_batch_size=rl.prompts * rl.group_size,
+        per_device_train_batch_size=rl.prompts * rl.group_size // rl.updates,
+        steps_per_generation=rl.updates,
         gradient_accumulation_steps=1,
         num_generations=rl.group_size,
-        num_iterations=rl.updates,
         max_completion_length=rl.max_tokens,
         temperature=rl.temperature,
         loss_type="dapo",

@@ -64,7 +64,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
         page = render(
             metrics.run_name(run_dir),
             *metrics.read_run(run_dir),
-            _transcriptions(run_dir / "transcriptions.json"),
+            read_transcriptions(run_dir / "transcriptions.json"),
         )
         out.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -72,11 +72,12 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _transcriptions(path: Path) -> list[Reading]:
+def read_transcriptions(path: Path) -> list[Reading]:
+    """The transcriptions in a file; none if it is missing or incomplete."""
     try:
         rows = json.loads(untrusted_files.read_bytes(path, _MAX_BYTES))
         return [Reading(*map(str, row)) for row in rows]
-    except (OSError, ValueError, TypeError, RecursionError):  # missing or incomplete
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
 
 
@@ -91,9 +92,9 @@ def render(name: str, records: Records, starts: Records, transcriptions: Sequenc
     """
     training = metrics.training_records(records)
     config = starts[-1].get("config", {}) if starts else {}
-    plots = (_svg(title, draw) for title, draw in report_plots(records, config))
+    plots = (svg_plot(title, draw) for title, draw in report_plots(records, config))
     parts = [
-        f"<h1>{_text(name)}</h1>",
+        f"<h1>{escape(name)}</h1>",
         _summary(training, config.get("steps")),
         "<h2>Training</h2>",
         f'<div class="plots">{"".join(plots)}</div>'
@@ -102,26 +103,34 @@ def render(name: str, records: Records, starts: Records, transcriptions: Sequenc
         *_slow_ranks(training, config.get("faults", {}).get("straggler_ratio")),
         "<h2>Held-out evaluation</h2>",
         _held_out(metrics.held_out_records(records)),
-        *_readings(transcriptions),
+        *transcription_table(transcriptions),
         "<h2>Starts</h2>",
         _starts(starts),
         "<h2>Configuration</h2>",
-        f"<pre>{_text(yaml.safe_dump(config, sort_keys=False))}</pre>"
+        f"<pre>{escape(yaml.safe_dump(config, sort_keys=False))}</pre>"
         if config
         else "<p>Not recorded.</p>",
     ]
-    head = f'<meta charset="utf-8"><title>{_text(name)}</title><style>{_STYLE}</style>'
+    return page(name, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page of HTML elements, in the style of all reports; empty ones are left out."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(filter(None, parts))
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _text(value: object) -> str:
+def escape(value: object) -> str:
+    """A value as text of an HTML element."""
     return html.escape(str(value))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]], css_class: str = "") -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], css_class: str = "") -> str:
+    """A table; its texts are escaped."""
+
     def row(cells: Iterable[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
     return f'<table class="{css_class}">{row(header, "th")}\n{body}</table>'
@@ -147,7 +156,7 @@ def _summary(training: Records, steps: int | None) -> str:
     add("mfu", ", median of the last 100 steps", statistics.median, training[-100:])
     add("memory_gib", ", peak of a process", max, training)
     add("dropped_tokens", "", sum, training)
-    cells = "".join(f"<div>{_text(label)}<b>{_text(value)}</b></div>" for label, value in entries)
+    cells = "".join(f"<div>{escape(label)}<b>{escape(value)}</b></div>" for label, value in entries)
     return f'<div class="summary">{cells}</div>'
 
 
@@ -167,7 +176,7 @@ def _slow_ranks(training: Records, threshold: float | None) -> list[str]:
         for (rank, host), values in most_often
     )  # fmt: skip
     header = ("rank", "host", "slowest in comparisons", "own time / median", "at most")
-    return ["<h2>Slow ranks</h2>", _table(header, rows)]
+    return ["<h2>Slow ranks</h2>", table(header, rows)]
 
 
 def _held_out(records: Records) -> str:
@@ -176,16 +185,16 @@ def _held_out(records: Records) -> str:
     names = (*HELD_OUT, *READING)
     header = ["losses in nats per token", *(METRICS[name].label for name in names)]
     rows = ([f"step {row['step']}", *(formatted(row, name) for name in names)] for row in records)
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def _readings(transcriptions: Sequence[Reading]) -> list[str]:
+def transcription_table(transcriptions: Sequence[Reading]) -> list[str]:
     """Held-out images, the text in them, and what the model reads; wrong readings are marked."""
     if not transcriptions:
         return []
     rows = "\n".join(
         f"<tr{'' if reading.is_exact else ' class=wrong'}><td>{_picture(reading.picture)}</td>"
-        f"<td>{_text(reading.caption)}</td><td>{_text(reading.text)}</td></tr>"
+        f"<td>{escape(reading.caption)}</td><td>{escape(reading.text)}</td></tr>"
         for reading in transcriptions[:_MAX_READINGS]
     )
     more = len(transcriptions) > _MAX_READINGS
@@ -229,7 +238,7 @@ def _starts(starts: Records) -> str:
         "time (UTC)", "from", "processes", "processor", "peak TFLOP/s", "versions",
         "changed settings",
     )  # fmt: skip
-    return _table(header, rows, "text")
+    return table(header, rows, "text")
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -243,7 +252,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def _svg(title: str, draw: Callable[["Axes"], None]) -> str:
+def svg_plot(title: str, draw: Callable[["Axes"], None]) -> str:
     """The plot as an <svg> element; empty if there is nothing to draw."""
     import matplotlib
     from matplotlib.figure import Figure

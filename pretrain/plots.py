@@ -76,7 +76,7 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     figure = Figure(figsize=(1 + 6 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for title, (records, _) in runs.items():
-            _draw_line(axes, records, name, title)
+            draw_line(axes, records, name, title)
         if name not in METRICS or not axes.has_data():
             raise PretrainError(f"none of the runs has a metric {name} with one number for a step")
         if name == "max_logit":
@@ -140,7 +140,7 @@ def _title(name: str) -> str:
 
 
 def _single(records: Records, name: str) -> Plot:
-    return _title(name), partial(_draw_line, records=records, name=name)
+    return _title(name), partial(draw_line, records=records, name=name)
 
 
 def _reading(records: Records) -> Plot:
@@ -150,20 +150,20 @@ def _reading(records: Records) -> Plot:
 def draw_losses(axes: "Axes", records: Records) -> None:
     """Training and held-out losses of text and captions."""
     for kind, color in (("text", "tab:blue"), ("caption", "tab:orange")):
-        _draw_line(axes, records, f"{kind}_loss", kind, color)
-        _draw_line(axes, records, f"held_out_{kind}_loss", f"{kind}, held out", color, "o--")
-    _draw_line(axes, records, "swapped_caption_loss", "caption, another image", "tab:red", "x:")
+        draw_line(axes, records, f"{kind}_loss", kind, color)
+        draw_line(axes, records, f"held_out_{kind}_loss", f"{kind}, held out", color, "o--")
+    draw_line(axes, records, "swapped_caption_loss", "caption, another image", "tab:red", "x:")
     _add_legend(axes)
 
 
 def draw_lines(axes: "Axes", records: Records, names: Sequence[str]) -> None:
     """One labeled line per metric."""
     for name in names:
-        _draw_line(axes, records, name, METRICS[name].label)
+        draw_line(axes, records, name, METRICS[name].label)
     _add_legend(axes)
 
 
-def _draw_line(
+def draw_line(
     axes: "Axes",
     records: Records,
     name: str,
@@ -171,6 +171,7 @@ def _draw_line(
     color: str | None = None,
     style: str = "-",
 ) -> None:
+    """A metric over steps: means of intervals, with the range of their values."""
     points = [
         (record["step"], record[name])
         for record in records

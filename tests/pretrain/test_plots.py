@@ -43,7 +43,7 @@ def test_runs_of_the_same_name_in_other_folders_are_all_drawn(
         titles.append(arguments[-1])
         axes.plot([1, 2])
 
-    monkeypatch.setattr(plots, "_draw_line", draw)
+    monkeypatch.setattr(plots, "draw_line", draw)
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
     runs = [Path(made(tmp_path / folder, "run", 2.0, [1, 2])) for folder in ("one", "other")]
