@@ -171,14 +171,21 @@ class SwarmEpisode:
     """The result of an orchestrator.
 
     Attributes:
+        task: its task.
         episode: its own tokens and reward.
         stages: its turns.
         sub_episodes: those of its sub-agents.
     """
 
+    task: Task
     episode: Episode
     stages: tuple[Stage, ...]
     sub_episodes: tuple[Episode, ...] = field(repr=False)
+
+    @property
+    def assigned(self) -> int:
+        """Tasks that were assigned to sub-agents."""
+        return len(self.sub_episodes)
 
 
 def run_swarms(
@@ -219,6 +226,6 @@ def run_swarms(
             environment, model(orchestrator), chat, seed=seed, context=limits.context
         )
         stages, sub_episodes = tuple(environment.stages), tuple(environment.sub_episodes)
-        return SwarmEpisode(episode, stages, sub_episodes)
+        return SwarmEpisode(environment.task, episode, stages, sub_episodes)
 
     return rollouts.run(*map(one, seeds))

@@ -14,6 +14,8 @@ from typing import Any
 from posttrain.environment.core import Task
 from posttrain.environment.tools import Tool, ToolError
 
+SEPARATOR = ","
+"""Between the names of a question, and the records of an answer, such as ``a=1,b=2``."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -29,11 +31,11 @@ class LookUps:
         name_length: letters of a name.
     """
 
-    records: int = 4
+    records: int = 6
     depth: int = 2
     deep: int = 3
     deep_share: float = 0.3
-    name_length: int = 2
+    name_length: int = 1
 
     def __post_init__(self) -> None:
         for name in ("records", "depth", "deep", "name_length"):
@@ -41,7 +43,7 @@ class LookUps:
                 raise ValueError(f"swarm.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.deep_share <= 1:
             raise ValueError(f"swarm.deep_share={self.deep_share}: must be in [0, 1]")
-        if max(self.records * self.depth, self.deep) * 4 > 26**self.name_length:
+        if max(self.records * self.depth, self.deep) > 26**self.name_length // 2:
             raise ValueError(f"swarm.name_length={self.name_length}: too few names for the records")
 
     def task(self, seed: int) -> Task:
@@ -51,8 +53,8 @@ class LookUps:
         count, depth = (1, self.deep) if is_deep else (self.records, self.depth)
         chains = self._chains(rng, count, depth)
         table = {a: b for chain in chains for a, b in itertools.pairwise(chain)}
-        question = " ".join(chain[0] for chain in chains)
-        truth = [chain[-1] for chain in chains]
+        question = SEPARATOR.join(chain[0] for chain in chains)
+        truth = [f"{chain[0]}={chain[-1]}" for chain in chains]
         return Task(f"{seed}", "agentic", question, truth, records_reward, data=table)
 
     def _chains(self, rng: random.Random, count: int, depth: int) -> list[list[str]]:
@@ -66,10 +68,13 @@ class LookUps:
 
 
 def records_reward(answer: str, truth: Sequence[str]) -> float:
-    """Share of the records that an answer has right, in their order; extra ones count as wrong."""
-    given = answer.split()[: 4 * len(truth)]
-    right = sum(a == b for a, b in zip(given, truth, strict=False))
-    return right / max(len(given), len(truth))
+    """Share of the records that an answer has right, in any order; extra ones count as wrong.
+
+    Args:
+        truth: different records, such as ``a=1``.
+    """
+    given = answer.split(SEPARATOR)
+    return len({*given} & {*truth}) / max(len(given), len(truth))
 
 
 def tools(task: Task) -> list[Tool]:

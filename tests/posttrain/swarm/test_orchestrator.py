@@ -63,25 +63,25 @@ def get(key: str) -> str:
 def follow(text: str) -> str:
     """A sub-agent that follows a chain to its digit."""
     last = (results_of(text) or [question_of(text)])[-1]
-    return last if last.isdigit() else get(last)
+    return f"{question_of(text)}={last}" if last.isdigit() else get(last)
 
 
 def parallel(text: str) -> str:
     """An orchestrator that assigns all records at once."""
     results = results_of(text)
     if results:
-        return " ".join(results[1:])
+        return ",".join(results[1:])
     create = ("create_subagent", {"name": "a", "system_prompt": ""})
-    names = question_of(text).split()
+    names = question_of(text).split(",")
     return render_calls([create, *(("assign_task", {"agent": "a", "prompt": n}) for n in names)])
 
 
 def serial(text: str) -> str:
     """An orchestrator that does everything itself."""
     digits = [result for result in results_of(text) if result.isdigit()]
-    names = question_of(text).split()
+    names = question_of(text).split(",")
     if len(digits) == len(names):
-        return " ".join(digits)
+        return ",".join(f"{n}={d}" for n, d in zip(names, digits, strict=True))
     last = (results_of(text) or ["0"])[-1]
     return get(names[len(digits)] if last.isdigit() else last)
 
@@ -113,7 +113,7 @@ def test_all_agents_of_a_stage_are_one_batch() -> None:
 
 def test_one_model_for_all_agents_has_one_batch() -> None:
     def either(text: str) -> str:
-        return parallel(text) if " " in question_of(text) else follow(text)
+        return parallel(text) if "," in question_of(text) else follow(text)
 
     model = Scripted(either)
     run_swarms(
@@ -142,7 +142,7 @@ def test_tokens_of_observations_are_masked() -> None:
     trajectory = episode.episode.trajectory
     kept = [t for t, m in zip(trajectory.completion, trajectory.mask, strict=True) if m]
     replies = parallel(chat().decode(trajectory.prompt)) + "<|im_end|>"
-    answer = " ".join(results_of(chat().decode(trajectory.tokens))[1:]) + "<|im_end|>"
+    answer = ",".join(results_of(chat().decode(trajectory.tokens))[1:]) + "<|im_end|>"
     assert chat().decode(kept) == replies + answer
     assert all(
         logprob == -mask for logprob, mask in zip(trajectory.logprobs, trajectory.mask, strict=True)
@@ -244,20 +244,24 @@ def test_tasks(seed: int, is_deep: bool) -> None:
     family = LookUps(records=3, depth=2, deep=4, deep_share=float(is_deep))
     task = family.task(seed)
     assert task == family.task(seed) or task.data == family.task(seed).data
-    names = task.question.split()
+    names = task.question.split(",")
     assert len(names) == (1 if is_deep else 3)
-    for name, digit in zip(names, task.truth, strict=True):
+    for name, record in zip(names, task.truth, strict=True):
+        content = name
         for _ in range(4 if is_deep else 2):
-            name = task.data[name]
-        assert name == digit
-    assert task.reward(" ".join(task.truth), task.truth) == 1
+            content = task.data[content]
+        assert record == f"{name}={content}"
+    assert task.reward(",".join(task.truth), task.truth) == 1
 
 
-@given(st.text(st.sampled_from("0123 ")), st.lists(st.sampled_from("0123"), min_size=1))
-def test_records_reward(answer: str, truth: list[str]) -> None:
+@given(st.text(st.sampled_from("0123,")), st.sets(st.sampled_from("0123"), min_size=1))
+def test_records_reward(answer: str, records: set[str]) -> None:
+    truth = sorted(records)
     assert 0 <= records_reward(answer, truth) <= 1
-    assert records_reward(" ".join(truth), truth) == 1
-    assert records_reward(" ".join([*truth, "0"]), truth) < 1
+    assert records_reward(",".join(truth[::-1]), truth) == 1
+    # Neither a wrong record nor the repetition of a right one is a gain.
+    assert records_reward(",".join([*truth, "x"]), truth) < 1
+    assert records_reward(",".join([truth[0]] * len(truth)), truth) == 1 / len(truth)
 
 
 @pytest.mark.parametrize("limit", list(vars(Limits())))

@@ -1,0 +1,82 @@
+"""Demonstrations are conversations that the environment would have had."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.environment.chat import KimiChat
+from posttrain.environment.rollouts import Sample
+from posttrain.swarm.demonstrations import Demonstrations, alone, parallel
+from posttrain.swarm.orchestrator import Limits, run_swarms
+from posttrain.swarm.tasks import SEPARATOR, LookUps, tools
+from pretrain.data import chat
+from pretrain.data.chat import Message
+from pretrain.data.packing import Document
+from pretrain.data.tokenizer import Tokenizer
+
+LOOK_UPS = LookUps(records=3, depth=2, deep_share=0.3)
+TOKENIZER = Tokenizer.train(["look up"], 300)
+
+
+class Player:
+    """A model that plays the replies of conversations, told apart by their prompts."""
+
+    def __init__(self, conversations: Sequence[Document]) -> None:
+        self.conversations = [document.tokens for document in conversations]
+
+    def __call__(self, prompts: list[list[int]]) -> list[Sample]:
+        samples = []
+        for prompt in prompts:
+            (rest, *_) = (
+                c[len(prompt) :] for c in self.conversations if c[: len(prompt)] == prompt
+            )
+            tokens = rest[: rest.index(TOKENIZER.im_end) + 1]
+            samples.append(Sample(tokens, [0.0] * len(tokens)))
+        return samples
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["parallel", "alone"])
+def test_a_demonstration_is_an_episode(seed: int, kind: str) -> None:
+    task = LOOK_UPS.task(seed)
+    names = task.question.split(SEPARATOR)
+    conversation = parallel(task) if kind == "parallel" else alone(task, names)
+    main = chat.render(TOKENIZER, conversation)
+    sub = [chat.render(TOKENIZER, alone(task, [name])) for name in names]
+    (episode,) = run_swarms(
+        *(LOOK_UPS.task, tools, [seed]),
+        orchestrator=Player([main]),
+        sub_agent=Player(sub),
+        chat=KimiChat(TOKENIZER, declare_tools=False),
+        limits=Limits(critical_steps=20, sub_steps=9, context=9999, sub_context=9999),
+    )
+    assert episode.episode.reward == 1
+    assert episode.episode.trajectory.tokens == main.tokens
+    # The same tokens are learned in the supervised start and in reinforcement learning.
+    mask = [0] * len(episode.episode.trajectory.prompt) + episode.episode.trajectory.mask
+    assert mask == main.weights
+
+
+@given(st.integers(0, 10_000))
+def test_conversations(seed: int) -> None:
+    demonstrations = Demonstrations(LOOK_UPS, serial_records=2)
+    conversation = demonstrations.conversation(seed)
+    assert conversation == demonstrations.conversation(seed)
+    assert conversation[0].role == "user"
+    assert conversation[-1].role == "assistant" and not conversation[-1].calls
+    records = str(conversation[-1].content).split(SEPARATOR)
+    assert {*records} <= {*LOOK_UPS.task(seed).truth}
+
+
+def test_shares() -> None:
+    def is_parallel(conversation: list[Message]) -> bool:
+        return any(call.name == "assign_task" for m in conversation for call in m.calls)
+
+    for share in (0.0, 1.0):
+        demonstrations = Demonstrations(
+            LookUps(deep_share=0), 2, parallel_share=share, sub_agent_share=0
+        )
+        found = [is_parallel(demonstrations.conversation(seed)) for seed in range(5)]
+        assert found == [bool(share)] * 5
