@@ -15,6 +15,7 @@ _EPILOG = """\
 examples:
   python -m posttrain rl   configs/posttrain/read.yaml
   python -m posttrain rl   configs/posttrain/read.yaml steps=50 optimizer.name=adamw
+  python -m posttrain swarm configs/posttrain/swarm.yaml
   python -m posttrain eval configs/posttrain/read.yaml
 
 A run writes metrics.jsonl, checkpoints/, report.html and hf/, the trained model, into its run_dir.
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("rl", "reinforcement learning with outcome rewards, or resume it"),
+        ("swarm", "agent swarm: a supervised start, then PARL, or resume it"),
         ("eval", "evaluate a run's trained model, or the one to start from, on held-out data"),
     ):
         command = command_line.add_command(commands, name, text)
@@ -55,6 +57,13 @@ def _rl(options: argparse.Namespace) -> None:
     rl.train(settings)
 
 
+def _swarm(options: argparse.Namespace) -> None:
+    settings = _load(options)
+    from posttrain.swarm import train
+
+    train.train(settings)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     settings = _load(options)
     from posttrain import evaluate
@@ -70,7 +79,7 @@ def _settings(_options: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "rl": _rl, "eval": _evaluate, "settings": _settings,
+    "rl": _rl, "swarm": _swarm, "eval": _evaluate, "settings": _settings,
 }  # fmt: skip
 
 

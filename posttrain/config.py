@@ -82,6 +82,54 @@ class EvaluationConfig(Settings):
 
 
 @dataclass(frozen=True)
+class SwarmConfig(Settings):
+    """The agent swarm: its tasks, limits, supervised start and rewards (PARL).
+
+    The report publishes none of these values: the defaults are this project's choice.
+    """
+
+    records: Size = 6
+    """n: records of a wide task."""
+    depth: Size = 2
+    """h: calls for each record. An orchestrator without sub-agents needs n x h steps and one."""
+    deep: Size = 3
+    """Calls for the single record of a deep task, where sub-agents are of no use."""
+    deep_share: Share = 0.3
+    """Share of deep tasks."""
+    critical_steps: Size = 11
+    """Limit of the critical steps of an episode."""
+    sub_steps: Size = 4
+    """Limit of the replies of a sub-agent."""
+    context: Size = 640
+    """Limit of an orchestrator's trajectory, in tokens."""
+    sub_context: Size = 192
+    """Limit of a sub-agent's trajectory, in tokens."""
+    reply_tokens: Size = 128
+    """Limit of a reply, in tokens."""
+    parallel_weight: Annotated[float, In("[0, 1000]")] = 0.3
+    """lambda1 at the start: weight of the reward of assigning tasks to sub-agents."""
+    finish_weight: Annotated[float, In("[0, 1000]")] = 0.2
+    """lambda2 at the start: weight of the share of sub-agents that answer."""
+    anneal_until: Annotated[float, In("[0, 1]")] = 0.6
+    """Share of the steps after which both weights are 0; 0: they stay constant."""
+    wanted: Size = 4
+    """Assigned tasks from which the first of these rewards is complete."""
+    serial_records: Size = 4
+    """Records that an orchestrator of the demonstrations looks up if it has no sub-agents."""
+    parallel_share: Share = 0.4
+    """Share of the demonstrations of wide tasks with sub-agents."""
+    sub_agent_share: Share = 0.4
+    """Share of the demonstrations of sub-agents."""
+    start_steps: StepsOrZero = 500
+    """Steps of the supervised start; 0: the model already has the tokens of the tools."""
+    start_batch: Size = 16
+    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
+    """Optimizer of the supervised start."""
+    evaluation_tasks: SizeOrZero = 64
+    """Held-out tasks of an evaluation."""
+
+
+@dataclass(frozen=True)
 class Config(Settings):
     """A post-training run: from an exported model to an exported model."""
 
@@ -100,6 +148,7 @@ class Config(Settings):
     """Steps between checkpoints, from which an interrupted run resumes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rl: RlConfig = field(default_factory=RlConfig)
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def _check(self) -> None:

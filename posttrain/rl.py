@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig
 
 from posttrain import evaluate, model, modes
 from posttrain.config import Config
@@ -15,7 +14,7 @@ from posttrain.model import Exported
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
 from posttrain.run import Run, locked
-from posttrain.trainer import RlTrainer
+from posttrain.trainer import RlTrainer, arguments
 from pretrain.data import Data
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress
@@ -49,7 +48,7 @@ def train(config: Config) -> Path:
             model=exported.model,
             processing_class=exported.processor,
             reward_funcs=[_reading],
-            args=_arguments(config, run),
+            args=arguments(config, run.checkpoints),
             train_dataset=Dataset.from_dict(
                 {
                     "prompt": [[{"role": "user", "content": ""}]] * len(found),
@@ -95,36 +94,3 @@ def _reading(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> lis
     """The reward of each transcription."""
     texts = [completion[0]["content"].strip("\n") for completion in completions]
     return [edit_distance_reward(text, truth) for text, truth in zip(texts, answer, strict=True)]
-
-
-def _arguments(config: Config, run: Run) -> GRPOConfig:
-    rl, optimizer = config.rl, config.optimizer
-    return GRPOConfig(
-        output_dir=str(run.checkpoints),
-        max_steps=config.steps,
-        seed=config.seed,
-        learning_rate=optimizer.lr,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            optimizer.schedule, optimizer.schedule
-        ),
-        warmup_steps=optimizer.warmup_steps,
-        max_grad_norm=optimizer.clip_grad_norm,
-        per_device_train_batch_size=rl.prompts * rl.group_size // rl.updates,
-        steps_per_generation=rl.updates,
-        gradient_accumulation_steps=1,
-        num_generations=rl.group_size,
-        max_completion_length=rl.max_tokens,
-        temperature=rl.temperature,
-        loss_type="dapo",
-        scale_rewards="none",
-        beta=0.0,
-        logging_steps=1,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )

@@ -1,16 +1,17 @@
 """TRL's trainer with this project's objective and optimizer."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 import muonclip
 from muonclip import MuonClip
 from posttrain import objective
-from posttrain.config import OptimizerConfig, RlConfig
+from posttrain.config import Config, OptimizerConfig, RlConfig
 
 _FORWARDED = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
@@ -30,6 +31,44 @@ def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Op
         weight_decay=options.weight_decay,
         qk_clip_threshold=options.qk_clip_threshold,
         report=None,
+    )
+
+
+def arguments(config: Config, checkpoints: Path) -> GRPOConfig:
+    """Arguments of TRL's trainer for one process on a CPU.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+    """
+    rl, optimizer = config.rl, config.optimizer
+    return GRPOConfig(
+        output_dir=str(checkpoints),
+        max_steps=config.steps,
+        seed=config.seed,
+        learning_rate=optimizer.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            optimizer.schedule, optimizer.schedule
+        ),
+        warmup_steps=optimizer.warmup_steps,
+        max_grad_norm=optimizer.clip_grad_norm,
+        per_device_train_batch_size=rl.prompts * rl.group_size // rl.updates,
+        steps_per_generation=rl.updates,
+        gradient_accumulation_steps=1,
+        num_generations=rl.group_size,
+        max_completion_length=rl.max_tokens,
+        temperature=rl.temperature,
+        loss_type="dapo",
+        scale_rewards="none",
+        beta=0.0,
+        logging_steps=1,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
     )
 
 
@@ -88,15 +127,16 @@ class RlTrainer(GRPOTrainer):  # type: ignore[misc]
             log_ratio_penalty=self._rl.log_ratio_penalty,
             **limits,
         )
-        self._record("entropy", objective.mean_over_tokens(entropies, mask))
+        self.record("entropy", objective.mean_over_tokens(entropies, mask))
         outside = objective.share_out_of_range(logprobs, rollout, mask, **limits)
-        self._record("out_of_range", outside)
+        self.record("out_of_range", outside)
         # Summed over micro-batches and averaged over ranks, the mean over all tokens of the batch.
         parts = self.args.steps_per_generation / self.current_gradient_accumulation_steps
         tokens = inputs["num_items_in_batch"] / parts / self.accelerator.num_processes
         return -objective.mean_over_tokens(terms, mask, tokens)
 
-    def _record(self, name: str, value: Tensor) -> None:
+    def record(self, name: str, value: Tensor) -> None:
+        """Record a metric of this step: its mean over ranks."""
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
 

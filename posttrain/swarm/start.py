@@ -1,0 +1,92 @@
+"""The supervised start of a swarm: a model learns the syntax of the tools from text alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from posttrain import model, vocabulary
+from posttrain.config import SwarmConfig
+from posttrain.environment.markup import TOKENS
+from posttrain.model import Exported
+from posttrain.swarm.demonstrations import Demonstrations
+from posttrain.trainer import make_optimizer
+from pretrain.data import chat
+from pretrain.data.packing import Document
+from pretrain.export import chat_templates
+from pretrain.runtime.progress import Progress
+
+# Words of the markup, for which a small vocabulary has many tokens.
+_WORDS = (
+    *("functions.get:", "functions.create_subagent:", "functions.assign_task:", '{"key":"'),
+    *('{"name":"', '","system_prompt":"', '{"agent":"', '","prompt":"', '"}'),
+    *("## Return of ", "created "),
+)
+_TOKENS_OF_A_WORD = 8
+# Sequences of similar length share a forward pass.
+_MICRO_BATCHES = 2
+
+
+def train(
+    exported: Exported, demonstrations: Demonstrations, swarm: SwarmConfig, out: Path
+) -> Exported:
+    """Extend a model's vocabulary by the markup, train it on demonstrations, and write the export.
+
+    An interrupted start begins again.
+
+    Args:
+        out: folder of the trained export.
+    """
+    tokenizer = exported.tokenizer
+    tokenizer.require_chat()
+    words = vocabulary.long_words(tokenizer, _WORDS, _TOKENS_OF_A_WORD)
+    extended = vocabulary.extend(
+        exported, out.with_name("extended"), TOKENS, words, max_length=swarm.context
+    )
+    tokenizer = extended.tokenizer
+    optimizer = make_optimizer(extended.model, swarm.start)
+    size, steps = swarm.start_batch, swarm.start_steps
+    with Progress("learning the syntax of the tools", steps, "steps") as progress:
+        for step in range(steps):
+            seeds = range(step * size, (step + 1) * size)
+            documents = [chat.render(tokenizer, demonstrations.conversation(s)) for s in seeds]
+            _backward(extended, documents)
+            torch.nn.utils.clip_grad_norm_(extended.model.parameters(), swarm.start.clip_grad_norm)
+            warm = min(1.0, (step + 1) / max(1, swarm.start.warmup_steps))
+            decay = min(1.0, (steps - step) / (0.4 * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = swarm.start.lr * warm * decay
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(step + 1)
+    content = chat_templates.content(tokenizer if exported.has_images else None, is_chat=True)
+    model.save(extended, extended.model, out, chat.template(tokenizer, content))
+    return model.load(out)
+
+
+def _backward(exported: Exported, documents: Sequence[Document]) -> None:
+    """Accumulate the gradient of the mean loss of all weighted tokens."""
+    ordered = sorted(documents, key=len)
+    total = sum(sum(document.weights) for document in documents)
+    size = -(-len(ordered) // _MICRO_BATCHES)
+    for start in range(0, len(ordered), size):
+        loss = _loss(exported, ordered[start : start + size]) / total
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _loss(exported: Exported, documents: Sequence[Document]) -> Tensor:
+    """Sum of the weighted losses."""
+    tokens = pad_sequence([torch.tensor(d.tokens) for d in documents], batch_first=True)
+    weights = pad_sequence([torch.tensor(d.weights) for d in documents], batch_first=True)
+    lengths = torch.tensor([len(document) for document in documents])
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+    device = exported.model.device
+    logits = exported.model(
+        input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False
+    ).logits
+    labels = tokens[:, 1:].to(device)
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+    return (losses * weights[:, 1:].to(device)).sum()

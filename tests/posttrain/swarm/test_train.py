@@ -1,0 +1,60 @@
+"""``posttrain swarm``, from an export to an export, with TRL's trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain import model
+from posttrain.config import Config
+from posttrain.environment.markup import TOKENS
+from posttrain.swarm import train
+from pretrain import config
+from pretrain.errors import PretrainError
+
+PRETRAINING = "data: {images: null, max_corpus_mb: 0.1, seq_length: 64}\n"
+
+
+def settings(folder: Path, export: Path, *overrides: str) -> Config:
+    (folder / "pretraining.yaml").write_text(PRETRAINING)
+    (folder / "swarm.yaml").write_text(
+        f"model: {export}\npretraining: {folder}/pretraining.yaml\nrun_dir: {folder}/run\n"
+        "steps: 4\nsave_every: 2\nlog_every: 1\nrl: {prompts: 2, group_size: 2}\n"
+        "swarm: {start_steps: 2, start_batch: 2, evaluation_tasks: 2, context: 120,"
+        " sub_context: 80, reply_tokens: 8, records: 2, critical_steps: 3}\n"
+        "evaluation: {images: 0, text_sequences: 1}\n"
+    )
+    return config.load_as(Config, str(folder / "swarm.yaml"), list(overrides))
+
+
+def test_from_an_export_to_an_export(text_export: Path, tmp_path: Path) -> None:
+    out = train.train(settings(tmp_path, text_export))
+    trained = model.load(out)
+    assert all(trained.tokenizer.id_of(name) is not None for name in TOKENS)
+    assert trained.max_length == 120
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    rollouts = [record for record in records if "critical_steps" in record]
+    assert len(rollouts) == 2  # two steps of the optimizer for each
+    assert all(0 <= record["performance"] <= 1 for record in rollouts)
+    assert [r["step"] for r in records if "held_out_parallelism" in r] == [0, 4]
+    # Resumed, the run is complete; the start is not trained again.
+    begun = (tmp_path / "run" / "start" / "config.json").stat().st_mtime_ns
+    assert train.train(settings(tmp_path, text_export)) == out
+    assert (tmp_path / "run" / "start" / "config.json").stat().st_mtime_ns == begun
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("swarm.start_steps=0", "lacks tokens of tool calls"),
+        ("swarm.records=14", "too few names"),
+        ("swarm.context=34", "swarm.context=34: too short"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line(
+    text_export: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(PretrainError, match=message) as error:
+        train.train(settings(tmp_path, text_export, override))
+    assert "\n" not in str(error.value)
