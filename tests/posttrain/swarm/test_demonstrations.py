@@ -21,7 +21,7 @@ TOKENIZER = Tokenizer.train(["look up"], 300)
 
 
 class Player:
-    """A model that plays the replies of conversations, told apart by their prompts."""
+    """A model that plays the replies of conversations, found by their prompts."""
 
     def __init__(self, conversations: Sequence[Document]) -> None:
         self.conversations = [document.tokens for document in conversations]
