@@ -10,9 +10,8 @@ from torch import Tensor
 from pretrain import batches, objective
 from pretrain.build import Run
 from pretrain.data import PackedSample
-from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.png import png_base64
-from pretrain.data.packing import Document
+from pretrain.data.packing import Document, Question
 from pretrain.model.multimodal import MicroBatch
 from pretrain.reading import Reading, scores
 from pretrain.step import encode_images, run_backbone, run_schedule
@@ -76,36 +75,38 @@ def _mean_losses(
 
 
 def transcribe(run: Run) -> list[Reading]:
-    """Transcribe ``evaluation.transcriptions`` held-out images by greedy decoding.
+    """Transcribe ``evaluation.transcriptions`` held-out images, or answer as many questions about
+    images, by greedy decoding.
 
     Data-parallel ranks share the images, ``micro_batch_size`` each at a time: the memory of the
     computation does not grow with the number of images. The same on every rank.
     """
     run.train(False)
-    items = run.data.captioned_items("held_out", run.config.evaluation.transcriptions)
+    items = run.data.questions("held_out", run.config.evaluation.transcriptions)
     size = run.config.micro_batch_size * run.context.data_size
     texts = [
         text
         for start in range(0, len(items), size)
         for text in _read(run, items[start : start + size])
     ]
-    pictures = [png_base64(item.pixels[0], _PICTURE_SIZE) for item in items[:_MAX_PICTURES]]
+    pictures = [png_base64(item.picture, _PICTURE_SIZE) for item in items[:_MAX_PICTURES]]
     pictures += [""] * (len(items) - len(pictures))
     return [
-        Reading(item.caption, text, picture)
+        Reading(item.answer, text, picture)
         for item, text, picture in zip(items, texts, pictures, strict=True)
     ]
 
 
 @torch.no_grad()
-def _read(run: Run, items: Sequence[VisionItem]) -> list[str]:
-    """The transcription of each item, on every rank; each data-parallel rank computes its share.
+def _read(run: Run, items: Sequence[Question]) -> list[str]:
+    """The continuation of each question, on every rank; each data-parallel rank computes its share.
 
     Ranks compute in lockstep, because they share experts: their shares have the same number of
     rows, of the same length. Rows beyond the last item repeat the first one.
     """
     context, tokenizer = run.context, run.data.tokenizer
-    prompts = [run.data.question(item) for item in items]
+    prompts = [item.prompt for item in items]
+    ends = torch.tensor([item.end for item in items])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     length = int(lengths.max()) + _MAX_CAPTION_TOKENS
     length += -length % run.config.parallel.sequence_unit
@@ -130,8 +131,10 @@ def _read(run: Run, items: Sequence[VisionItem]) -> list[str]:
         dist.all_reduce(chosen, dist.ReduceOp.MAX)  # zeros from ranks without the token
         batch.tokens[torch.arange(len(places)), columns] = chosen[places]
         written = torch.cat([written, chosen.cpu()[:, None]], 1)
-        ended |= written[:, -1] == tokenizer.newline
-    return [tokenizer.decode(tokens).split("\n")[0] for tokens in written.tolist()]
+        ended |= written[:, -1] == ends
+    rows = zip(written.tolist(), ends.tolist(), strict=True)
+    texts = (tokenizer.decode(tokens[: [*tokens, end].index(end)]) for tokens, end in rows)
+    return [text.split("\n")[0] for text in texts]
 
 
 def _next_tokens(run: Run, batch: MicroBatch, features: Tensor, positions: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pretrain import checkpoint, parallel
 from pretrain.build import set_precision
 from pretrain.config import Config, ParallelConfig
 from pretrain.data import Document, chat
+from pretrain.data.chat import Message
 from pretrain.data.composer import Composer
 from pretrain.data.media import frames
 from pretrain.data.media.frames import Media
@@ -90,29 +91,34 @@ def compose(
             tokenizer has no tokens for images or for conversations.
     """
     tokenizer, data = model.tokenizer, model.config.data
-    document = Document(tokenizer)
     if reply:
         tokenizer.require_chat()
-        chat.add_header(document, "user")
     if media and tokenizer.media_pad < 0:
         raise PretrainError(
             "this run's tokenizer has no tokens for images: give a prompt without images"
         )
     composer = Composer.of(data, tokenizer, model.config.vision.patch_size)
     try:
-        shapes = [frames.measure(medium, data.video_fps) for medium in media]
+        shapes = {medium: frames.measure(medium, data.video_fps) for medium in media}
         # Check the length before decoding: a video may be far longer than the model's sequences.
-        min_length, _ = composer.size(shapes)
+        min_length, _ = composer.size([shapes[medium] for medium in media])
         if min_length > data.seq_length:
             raise _too_long(min_length, data.seq_length)
-        for medium, shape in zip(media, shapes, strict=True):
-            composer.add(document, composer.read(medium, shape))
+
+        def add_media(document: Document, medium: Media) -> None:
+            kind = chat.kind_of(tokenizer, medium) if reply else ()
+            composer.add(document, composer.read(medium, shapes[medium]), kind)
+
+        if reply:
+            asked = Message("user", (*media, prompt))
+            document = chat.render(tokenizer, [asked], add_media=add_media)
+            return chat.add_header(document, chat.REPLY)
+        document = Document(tokenizer)
+        for medium in media:
+            add_media(document, medium)
     except ValueError as error:
         raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
-    document.add_tokens(tokenizer.encode(prompt))
-    if reply:
-        chat.add_header(document.add_tokens([tokenizer.im_end]), chat.REPLY)
-    return document
+    return document.add_tokens(tokenizer.encode(prompt))
 
 
 def _too_long(length: int, max_length: int) -> PretrainError:

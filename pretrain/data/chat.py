@@ -142,10 +142,12 @@ def has_kinds(tokenizer: Tokenizer) -> bool:
     return tokenizer.id_of(_CONTENT) is not None
 
 
-def kind_of_image(tokenizer: Tokenizer) -> list[int]:
-    """The tokens between the token that begins an image and its placeholders."""
+def kind_of(tokenizer: Tokenizer, media: Media) -> list[int]:
+    """The tokens between the one that begins an image and its placeholders. Videos have none."""
     end = tokenizer.id_of(_CONTENT)
-    return [] if end is None else [*tokenizer.encode(_IMAGE).tolist(), end]
+    if end is None or media.moving:
+        return []
+    return [*tokenizer.encode(_IMAGE).tolist(), end]
 
 
 def render(
@@ -201,6 +203,13 @@ class _Calls:
         if id:
             return self._by_id.get(id, id)
         return self._rendered[number] if number < len(self._rendered) else ""
+
+
+def add_thought(document: Document) -> Document:
+    """Append the empty reasoning with which a reply begins in Kimi K2.5's format, with weight 0."""
+    tokenizer = document.tokenizer
+    markup = [tokenizer.id_of(name) for name in (_THINK, _END_THINK)]
+    return document.add_tokens((id for id in markup if id is not None), weight=0)
 
 
 def _content(tokenizer: Tokenizer, message: Message, calls: _Calls) -> Iterator[str | int | Media]:

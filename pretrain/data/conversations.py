@@ -28,7 +28,8 @@ _SENDERS = {
 _CALLS = ("function_call", "tool_call")
 # Keys of a record with media, by their kind.
 _MEDIA = {"image": ("image", "images"), "video": ("video", "videos")}
-_READ = tuple(key for keys in _MEDIA.values() for key in keys)
+READ_MEDIA = tuple(key for keys in _MEDIA.values() for key in keys)
+"""Keys of a record with images and videos."""
 # A line that a placeholder has for itself belongs to it. Qwen-VL's contain the name of a file.
 _PLACEHOLDER = re.compile(r"(?:<(image|video|audio)>|<img>([^<>]+)</img>)\n?")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -119,7 +120,7 @@ def layout_name(value: Mapping[str, Any], field: str) -> str:
     first = value[key][0] if value[key] else None
     if not (isinstance(first, dict) and first.get("from")):
         return "OpenAI"
-    return "LLaVA" if any(value.get(name) for name in _READ) else "ShareGPT"
+    return "LLaVA" if any(value.get(name) for name in READ_MEDIA) else "ShareGPT"
 
 
 def conversation_of(
@@ -138,10 +139,10 @@ def conversation_of(
     key = layout(value, _lists(value), field)
     if not key:
         return None
-    if lost := files.lost_field(value, [name for name in files.MEDIA if name not in _READ]):
+    if lost := files.lost_field(value, [name for name in files.MEDIA if name not in READ_MEDIA]):
         raise ValueError(f"its {lost!r} would be lost: conversations have images and videos only")
     listed = _alpaca(value) if key == _ALPACA[0] else value[key]
-    has_media = any(name in value for name in _READ)
+    has_media = any(name in value for name in READ_MEDIA)
     places = _Places(value, resolve)
     messages = tuple(
         _message(number, message, has_media, places) for number, message in enumerate(listed, 1)
@@ -360,10 +361,11 @@ def _references(value: Any, moving: bool) -> tuple[Reference, ...]:
     """
     if isinstance(value, list) and moving and value:
         return tuple(one for frame in value for one in _references(frame, False))
+    named = value
     if isinstance(value, dict):  # OpenAI's URL, or the image of a table
-        value = next((value[k] for k in ("url", "bytes", "path") if value.get(k) is not None), None)
-    if isinstance(value, str | bytes) and value:
-        return (value,)
+        named = next((value[k] for k in ("url", "bytes", "path") if value.get(k) is not None), None)
+    if isinstance(named, str | bytes) and named:
+        return (named,)
     raise ValueError(f"a medium is neither a file nor a URL: {str(value)[:60]}")
 
 

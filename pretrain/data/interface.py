@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pretrain.config import DataConfig
 from pretrain.data import packing, skipped
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.packing import Document, PackedSample
+from pretrain.data.packing import Document, PackedSample, Question
 from pretrain.data.skipped import Skip
 from pretrain.data.tokenizer import Tokenizer
 
@@ -77,6 +77,14 @@ class Data(ABC):
     def question(self, item: VisionItem) -> Document:
         """A document of the item's image alone, to be continued by its caption."""
         return Document(self.tokenizer).add_image(item, self.patch_size)
+
+    def questions(self, split: Split, count: int) -> list[Question]:
+        """Up to ``count`` questions about images: their captions, or replies in conversations."""
+        end = self.tokenizer.newline
+        return [
+            Question(self.question(item), item.caption, end, item.pixels[0])
+            for item in self.captioned_items(split, count)
+        ]
 
     def caption_documents(self, split: Split, count: int) -> tuple[list[Document], list[Document]]:
         """Captions after their own image, and the same captions after the image of another one.

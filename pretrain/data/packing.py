@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.media.patches import VisionItem, patchify
+from pretrain.data.media.pixels import Pixels
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.geometry import num_tokens
 
@@ -101,6 +102,23 @@ class Document:
         """Append the text in an image, ended by a newline."""
         tokens = [*self.tokenizer.encode(caption), self.tokenizer.newline]
         return self.add_tokens(tokens, category=Category.CAPTION)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A document with images that the model continues, and the right continuation.
+
+    Attributes:
+        prompt: the document.
+        answer: a short text.
+        end: the token that ends an answer.
+        picture: uint8 [height, width, 3], an image in the prompt.
+    """
+
+    prompt: Document
+    answer: str
+    end: int
+    picture: Pixels
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,18 @@ def is_list(type: pa.DataType) -> bool:
     return any(check(type) for check in checks)
 
 
+def can_name_media(type: pa.DataType) -> bool:
+    """Whether values of a column can be names or contents of images or videos, or lists of them."""
+    pyarrow = require_pyarrow()
+    if is_list(type):
+        return can_name_media(type.value_type)
+    checks = (
+        *(pyarrow.types.is_struct, pyarrow.types.is_null, pyarrow.types.is_binary),
+        *(pyarrow.types.is_large_binary, is_text),
+    )
+    return any(check(type) for check in checks)
+
+
 def described(found: pa.Schema) -> str:
     """Names and types of up to 20 columns, for messages."""
     columns = [f"{column.name[:40]} ({str(column.type)[:60]})" for column in found]

@@ -15,7 +15,7 @@ from pretrain.data.composer import Composer
 from pretrain.data.interface import SPLITS, Data, RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.mixture.stream import Sequences, Stream
-from pretrain.data.packing import Document, PackedSample
+from pretrain.data.packing import Document, PackedSample, Question
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.interface import Documents, Segment
 from pretrain.errors import PretrainError
@@ -169,6 +169,19 @@ class MixtureData(Data):
                 items.setdefault(item.caption, item)
         return list(items.values())
 
+    def questions(self, split: Split, count: int) -> list[Question]:
+        asked: list[Question] = []
+        chats = (one for source in self._documents for one in source.questions(split))
+        for question in chats:
+            if len(asked) == count:
+                break
+            reply = len(self.tokenizer.encode(question.answer)) + 1
+            if reply <= _CAPTION_ROOM <= self.config.seq_length - len(question.prompt):
+                asked.append(question)
+        # Sources of captions and of conversations have at least half of the questions each.
+        captions = super().questions(split, max(count // 2, count - len(asked)))
+        return [*asked[: count - len(captions)], *captions]
+
     def take_skipped(self) -> list[Skip]:
         skips = [self._skips.pop(0) for _ in range(len(self._skips))]  # a thread may be appending
         return skips + [skip for source in self._documents for skip in source.take_skipped()]
@@ -236,9 +249,9 @@ class MixtureData(Data):
         if not self.has_held_out:
             lines.append("nothing is held out: no evaluation (data.held_out, or a source's split)")
         elif any(documents.source.has_images for documents in self._documents) and (
-            len(self.captioned_items("held_out", 2)) < 2
+            len(self.questions("held_out", 2)) < 2
         ):
-            lines.append("fewer than 2 held-out captions: vision is not evaluated")
+            lines.append("fewer than 2 held-out captions or replies: vision is not evaluated")
         return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from pretrain.data.sources.interface import Source
 from pretrain.data.sources.megatron import MegatronSource
 from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
 from pretrain.data.sources.text import TextSource
-from pretrain.data.sources.vision_chat import VisionChatSource
+from pretrain.data.sources.vision_chat import ImageQuestionSource, VisionChatSource
 from pretrain.errors import PretrainError
 
 SOURCES: dict[str, type[Source]] = {
@@ -24,6 +24,7 @@ SOURCES: dict[str, type[Source]] = {
     "megatron": MegatronSource,
     "standard_library": StandardLibrarySource,
     "standard_library_chat": StandardLibraryChatSource,
+    "image_questions": ImageQuestionSource,
 }
 """Source types by the name that ``type`` has in ``data.sources``."""
 

@@ -110,6 +110,13 @@ class ConversationSource(FileSource[C]):
                 f"{self.setting}.field: {file} has {problem}; its columns are "
                 f"{tables.described(schema)}: set it to the column with lists of messages"
             )
+        for column in schema:
+            if column.name in conversations.READ_MEDIA and not tables.can_name_media(column.type):
+                raise PretrainError(
+                    f"{self.setting}.path: {file} has {column.name!r} of type {column.type}, "
+                    "neither names nor contents of images or videos: write these, or remove the "
+                    "column"
+                )
 
     def read(self, file: Path) -> Iterator[C | Skip]:
         """The conversations of a file.

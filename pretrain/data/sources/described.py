@@ -85,6 +85,11 @@ class DescribedSource(FileSource[R]):
     kind: ClassVar[str]
     """Beginning of the names of indexes."""
 
+    @property
+    def documents(self) -> "type[DescribedDocuments]":
+        """The class of the documents."""
+        return DescribedDocuments
+
     @abstractmethod
     def restore(self, name: str, described: Any) -> R:
         """The document of :meth:`Described.described`."""
@@ -129,7 +134,7 @@ class DescribedSource(FileSource[R]):
                 raise ValueError("descriptions are not what was written")
             film = json.loads((folder / "video").read_text())
             arrays = hashes, indexed, ends, lines, sizes
-            return DescribedDocuments(self, composer, *arrays, film, index=folder.name)
+            return self.documents(self, composer, *arrays, film, index=folder.name)
 
         documents, was_cached = cached(folder, build, load)
         if documents.video:  # the index may have been built where PyAV was installed
@@ -191,13 +196,18 @@ class DescribedDocuments(IndexedDocuments):
         record, shapes = self.describe(segment.number)
         media: Sequence[Pixels | Shape] = shapes
         try:
-            media = self._read(record, shapes) if pixels else shapes
+            media = self.read(record, shapes) if pixels else shapes
             document: Document = record.document(self.composer, media)
             return document
         except ValueError as error:
             return Skip(record.name, str(error))
 
-    def _read(self, record: Described, shapes: Sequence[Shape]) -> list[Pixels]:
+    def read(self, record: Described, shapes: Sequence[Shape]) -> list[Pixels]:
+        """Read and fit the images and videos of a document.
+
+        Raises:
+            ValueError: one cannot be read any more.
+        """
         pairs = zip(record.media, shapes, strict=True)
         return [self.composer.read(media, shape) for media, shape in pairs]
 

@@ -21,7 +21,7 @@ from pretrain.config import DataConfig
 from pretrain.data.composer import Composer
 from pretrain.data.interface import RankShare, Split
 from pretrain.data.media.patches import VisionItem
-from pretrain.data.packing import Document
+from pretrain.data.packing import Document, Question
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.order import Integers
 
@@ -175,6 +175,10 @@ class Documents(ABC):
 
     def pairs(self, split: Split) -> Iterator[VisionItem]:
         """Images with captions, and clips that are encoded in one piece."""
+        return iter(())
+
+    def questions(self, split: Split) -> Iterator[Question]:
+        """Questions about images in conversations."""
         return iter(())
 
     def token_counts(self, split: Split) -> tuple[int, int] | None:

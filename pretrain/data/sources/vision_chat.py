@@ -1,18 +1,30 @@
 """Sources of conversations with images and videos."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import DataConfig
-from pretrain.data.chat import Message, ToolCall, kind_of_image, render
+from pretrain.data.builtin import image_questions
+from pretrain.data.cache import cached, key_of
+from pretrain.data.chat import (
+    REPLY,
+    Message,
+    ToolCall,
+    add_header,
+    add_thought,
+    kind_of,
+    render,
+)
 from pretrain.data.composer import Composer
 from pretrain.data.conversation_media import MediaFinder
 from pretrain.data.conversations import Conversation, Resolve
+from pretrain.data.interface import Split
 from pretrain.data.media.frames import Media
 from pretrain.data.media.pixels import Pixels
-from pretrain.data.packing import Document
+from pretrain.data.packing import Document, Question
+from pretrain.data.skipped import Skip
 from pretrain.data.sources.chat import Chat, ConversationSource
 from pretrain.data.sources.described import (
     DescribedDocuments,
@@ -20,6 +32,7 @@ from pretrain.data.sources.described import (
     Shape,
     restore_media,
 )
+from pretrain.errors import PretrainError
 
 
 @dataclass(frozen=True)
@@ -54,18 +67,28 @@ class VisionChat(Chat):
     def size(self, composer: Composer, shapes: Sequence[Shape]) -> tuple[int, int]:
         of_media, placeholders = composer.size(shapes)
         of_media -= 2  # BOS and EOS, which composer.size includes
-        kind = len(kind_of_image(composer.tokenizer))
-        of_media += kind * sum(not media.moving for media in self.media)
+        of_media += sum(len(kind_of(composer.tokenizer, media)) for media in self.media)
         text = render(composer.tokenizer, *self.conversation, lambda *_: None)
         return len(text) + of_media, placeholders
 
     def document(self, composer: Composer, media: Sequence[Pixels | Shape]) -> Document:
-        rest, kind = iter(media), kind_of_image(composer.tokenizer)
+        rest = iter(media)
 
         def add(document: Document, medium: Media) -> None:
-            composer.add(document, next(rest), () if medium.moving else kind)
+            composer.add(document, next(rest), kind_of(composer.tokenizer, medium))
 
         return render(composer.tokenizer, *self.conversation, add)
+
+    def question(self) -> tuple["VisionChat", str] | None:
+        """The conversation up to its first reply, and that reply; None if the one has no image, or
+        the other one is more than a line of text."""
+        messages, tools = self.conversation
+        place = next(n for n, message in enumerate(messages) if message.role == REPLY)
+        before = VisionChat(self.name, Conversation(messages[:place], tools))
+        reply = messages[place]
+        if reply.calls or reply.reasoning or "\n" in reply.text or not before.media:
+            return None
+        return before, reply.text
 
 
 def _described(part: str | Media) -> Any:
@@ -74,6 +97,25 @@ def _described(part: str | Media) -> Any:
 
 def _restored(part: Any) -> str | Media:
     return part if isinstance(part, str) else restore_media(*part)
+
+
+class VisionChatDocuments(DescribedDocuments):
+    """Conversations, of which the index has descriptions."""
+
+    def questions(self, split: Split) -> Iterator[Question]:
+        for number in self.numbers[split]:
+            record, shapes = self.describe(number)
+            assert isinstance(record, VisionChat)
+            if (asked := record.question()) is None:
+                continue
+            before, answer = asked
+            try:
+                media = self.read(before, shapes[: len(before.media)])
+            except ValueError:
+                continue  # it is reported when a sequence contains it
+            prompt = add_header(before.document(self.composer, media), REPLY)
+            add_thought(prompt)
+            yield Question(prompt, answer, self.composer.tokenizer.im_end, media[0][0])
 
 
 class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionChat]):
@@ -93,6 +135,10 @@ class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionCha
 
         return MediaFinder(file, self.data.cache_dir, read_all, self._failed)
 
+    @property
+    def documents(self) -> type[DescribedDocuments]:
+        return VisionChatDocuments
+
     def restore(self, name: str, described: Any) -> VisionChat:
         return VisionChat.restore(name, described)
 
@@ -100,3 +146,25 @@ class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionCha
         composer.tokenizer.require_chat()
         self.check()
         return super().index(composer)
+
+
+class ImageQuestionSource(VisionChatSource):
+    """Questions about drawn words (:mod:`pretrain.data.builtin.image_questions`)."""
+
+    needs_path = False
+    location = "questions about drawn words"
+
+    def find(self) -> list[Path | Skip]:
+        split = self.config.split
+        if split == "hash":
+            raise PretrainError(
+                f"{self.setting}.split must be train or held_out for a source of image_questions, "
+                "which holds words out, not images"
+            )
+        key = key_of("image_questions", self.data.images, self.data.max_corpus_mb, split)
+        path, _ = cached(
+            Path(self.data.cache_dir) / f"image-questions-{key}",
+            lambda folder: image_questions.write(folder, self.data, split),
+            lambda folder: (folder / image_questions.FILE).resolve(strict=True),
+        )
+        return [path]

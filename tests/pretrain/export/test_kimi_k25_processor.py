@@ -9,6 +9,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from tokenizers import Tokenizer as Backend
 
 from pretrain.config import DataConfig
-from pretrain.data import Document
+from pretrain.data import Document, chat
 from pretrain.data.composer import Composer
+from pretrain.data.conversations import conversation_of
 from pretrain.data.media import frames, pixels
 from pretrain.data.media.frames import Media
+from pretrain.data.sources.vision_chat import VisionChat
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.export import chat_templates
 from pretrain.export.to_hf import export
 from tests.pretrain.data.media import test_pixels
 from tests.pretrain.data.media.test_video import film
@@ -93,6 +98,64 @@ def test_images_of_any_size_are_processed_as_in_training(
         found = processor(text=text, images=[image], return_tensors="pt")
         check_equal(found, documents_of(composer, "See ", picture(path), " it"))
         assert len(found["input_ids"][0]) <= CONTEXT
+
+    agree()
+
+
+KIMI_K25 = ("<|media_content|>", "<think>", "</think>")
+WORDS = st.text("abc <>.", max_size=6)
+
+
+@pytest.mark.parametrize("added", [(), KIMI_K25], ids=["K2", "K2.5"])
+def test_conversations_are_those_of_training(
+    processor: Any, composer: Composer, tmp_path: Path, added: tuple[str, ...]
+) -> None:
+    backend = Backend.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(list(added))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=processor.tokenizer.bos_token
+    )
+    ours = replace(composer, tokenizer=Tokenizer(Backend.from_str(backend.to_str())))
+    template = chat.template(ours.tokenizer, chat_templates.content(ours.tokenizer, is_chat=True))
+    chatting = type(processor)(processor.image_processor, theirs, template)
+    for number, size in enumerate([(28, 28), (40, 90), (14, 140)]):
+        noise(*size).save(tmp_path / f"{number}.png")
+    film = [str(tmp_path / "0.png")] * 5
+    parts = st.one_of(
+        WORDS.map(lambda text: {"type": "text", "text": text}),
+        st.integers(0, 2).map(
+            lambda number: {"type": "image", "image": str(tmp_path / f"{number}.png")}
+        ),
+        st.just({"type": "video", "video": film}),
+    )
+    turns = st.tuples(st.lists(parts, max_size=4), WORDS, st.one_of(st.none(), WORDS))
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(turns, min_size=1, max_size=2))
+    def agree(turns: list[tuple[list[dict[str, Any]], str, str | None]]) -> None:
+        messages = []
+        for asked, reply, reasoning in turns:
+            thought = {} if reasoning is None else {"reasoning_content": reasoning}
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": reply, **thought})
+        conversation = conversation_of(
+            {"messages": messages}, "messages", lambda names, moving: Media(tuple(names), moving)
+        )
+        assert conversation is not None
+        record = VisionChat("", conversation)
+        shapes = [frames.measure(media, 2) for media in record.media]
+        read = [ours.read(*pair) for pair in zip(record.media, shapes, strict=True)]
+        document = record.document(ours, read)
+        assert record.document(ours, shapes).tokens == document.tokens
+        placeholders = document.tokens.count(ours.tokenizer.media_pad)
+        assert record.size(ours, shapes) == (len(document), placeholders)
+        found = chatting.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        if document.grids:
+            check_equal(found, document)
+        else:
+            assert found["input_ids"][0].tolist() == document.tokens
 
     agree()
 
