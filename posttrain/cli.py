@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
+  python -m posttrain sft  configs/posttrain/modes.yaml
   python -m posttrain rl   configs/posttrain/read.yaml
   python -m posttrain rl   configs/posttrain/read.yaml steps=50 optimizer.name=adamw
   python -m posttrain swarm configs/posttrain/swarm.yaml
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
+        ("sft", "teach a model the modes of the chat format on text alone, or resume it"),
         ("rl", "reinforcement learning with outcome rewards, or resume it"),
         ("swarm", "agent swarm: a supervised start, then PARL, or resume it"),
         ("eval", "evaluate a run's trained model, or the one to start from, on held-out data"),
@@ -48,6 +50,13 @@ def _load(options: argparse.Namespace) -> "Config":
     from pretrain import config
 
     return config.load_as(Config, options.config, options.overrides)
+
+
+def _sft(options: argparse.Namespace) -> None:
+    settings = _load(options)
+    from posttrain import sft
+
+    sft.train(settings)
 
 
 def _rl(options: argparse.Namespace) -> None:
@@ -79,7 +88,7 @@ def _settings(_options: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "rl": _rl, "swarm": _swarm, "eval": _evaluate, "settings": _settings,
+    "sft": _sft, "rl": _rl, "swarm": _swarm, "eval": _evaluate, "settings": _settings,
 }  # fmt: skip
 
 

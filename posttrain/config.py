@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 from pretrain.config.rules import In, Settings, require
 from pretrain.config.schema import PathName, Positive, Share, Size, SizeOrZero, Steps, StepsOrZero
-
-Decay = Annotated[float, In("[0, 1]")]
+from pretrain.errors import PretrainError
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,75 @@ class OptimizerConfig(Settings):
 
 
 @dataclass(frozen=True)
+class SumsConfig(Settings):
+    """Sums of several numbers, with a working: a task of reasoning that a small model learns."""
+
+    min_operands: Annotated[int, In("[2, 64]")] = 2
+    max_operands: Annotated[int, In("[2, 64]")] = 4
+    largest: Annotated[int, In("[1, 1000000]")] = 9
+    """Largest operand."""
+    redundant_share: Share = 0.5
+    """Share of the demonstrations whose working repeats each of its steps."""
+
+    def _check(self) -> None:
+        require(
+            self.min_operands <= self.max_operands,
+            f"max_operands={self.max_operands} must be >= min_operands={self.min_operands}",
+        )
+
+
+@dataclass(frozen=True)
+class SftConfig(Settings):
+    """Supervised finetuning on text alone, which teaches the modes of the chat template."""
+
+    batch_size: Size = 32
+    """Rows of a step: conversations, and documents of pretraining."""
+    instant_share: Share = 0.25
+    """Share of conversations whose reply begins without reasoning."""
+    agent_share: Share = 0.25
+    """Share of conversations with tool calls. The others have reasoning."""
+    replay_share: Share = 0.5
+    """Share of rows that are documents of pretraining, against forgetting."""
+
+    def _check(self) -> None:
+        require(
+            self.instant_share + self.agent_share <= 1,
+            f"agent_share={self.agent_share} and instant_share={self.instant_share} must not "
+            "exceed 1 in sum",
+        )
+
+
+@dataclass(frozen=True)
+class ToggleConfig(Settings):
+    """Toggle: phases with and without a token budget (section 4.4.3).
+
+    The report publishes none of these values: the defaults are this project's choice.
+    """
+
+    mode: Literal["off", "toggle", "permanent"] = "off"
+    """permanent: the budget applies in every iteration, for comparison."""
+    period: Size = 10
+    """m: batches of rollouts of a phase."""
+    accuracy: Share = 0.6
+    """lambda: mean reward of a group from which its budget applies."""
+    percentile: Annotated[float, In("[0, 100]")] = 50.0
+    """rho: the budget is this percentile of the lengths of correct responses before training."""
+
+    def _check(self) -> None:
+        if self.mode == "off":
+            self._refuse_without_effect("mode=off", ["period", "accuracy", "percentile"])
+
+
+@dataclass(frozen=True)
 class RlConfig(Settings):
     """Reinforcement learning: rollouts, and the objective of Kimi K2.5 (eq. 1, section 4.4.2).
 
     The report publishes none of these values: the defaults are this project's choice.
     """
 
+    task: Literal["read", "sums"] = "read"
+    """read: transcribe images of the pretraining data, in the form of its documents. sums: with
+    reasoning, in the chat format."""
     prompts: Size = 8
     """Prompts of a batch of rollouts."""
     group_size: Annotated[int, In("[2, 1048576]")] = 8
@@ -54,11 +116,12 @@ class RlConfig(Settings):
     """beta: tokens whose probability has risen above this multiple give no policy gradient."""
     log_ratio_penalty: Annotated[float, In("[0, 1000]")] = 0.1
     """tau: weight of the squared log-ratio."""
-    images: Size = 2000
-    """Different training images that prompts are drawn from."""
+    problems: Size = 2000
+    """Different prompts: images or sums."""
     solved_share: Share | None = 0.2
-    """Share of these images that the model reads correctly at the start, by greedy decoding: there
+    """Share of the images that the model reads correctly at the start, by greedy decoding: there
     is little to learn from them. null: images as they come."""
+    toggle: ToggleConfig = field(default_factory=ToggleConfig)
 
     def _check(self) -> None:
         require(
@@ -66,6 +129,10 @@ class RlConfig(Settings):
             f"updates={self.updates} must divide prompts x group_size="
             f"{self.prompts * self.group_size}",
         )
+        if self.task == "sums":
+            self._refuse_without_effect("task=sums", ["solved_share"])
+        else:
+            self._refuse_without_effect("task=read", ["toggle"])
 
 
 @dataclass(frozen=True)
@@ -78,6 +145,10 @@ class EvaluationConfig(Settings):
     """Held-out images to transcribe by greedy decoding."""
     text_sequences: SizeOrZero = 64
     """Held-out sequences for the loss of text."""
+    problems: SizeOrZero = 100
+    """Held-out sums, for each mode of the chat format that the model knows."""
+    max_tokens: Size = 64
+    """Limit of a reply to a sum, in tokens."""
     batch_size: Size = 50
 
 
@@ -147,9 +218,23 @@ class Config(Settings):
     save_every: Size = 50
     """Steps between checkpoints, from which an interrupted run resumes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sums: SumsConfig = field(default_factory=SumsConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def require_effect(self, command: str) -> None:
+        """
+        Raises:
+            PretrainError: the sections of other commands are not at their defaults.
+        """
+        used = {"swarm": ("rl", "swarm")}.get(command, (command,))
+        for name, section in (("sft", self.sft), ("rl", self.rl), ("swarm", self.swarm)):
+            if name not in used and section != type(section)():
+                raise PretrainError(
+                    f"the section {name} has no effect in `posttrain {command}`: remove it"
+                )
 
     def _check(self) -> None:
         require(self.model != self.run_dir, f"run_dir={self.run_dir} must differ from model")

@@ -50,16 +50,21 @@ def pictures(data: Data, split: Split, count: int) -> list[Picture]:
         asked += max(1, count - len(found)) * 2
 
 
-def held_out_texts(data: Data, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The documents of text alone in the first held-out sequences of pretraining.
+def texts(data: Data, split: Split, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The documents of text alone in a sequence of pretraining.
 
     Yields:
         Tokens, int64 [s], and the weight of each as a label, float32 [s]; the first has none.
     """
-    for index in range(sequences if data.has_held_out else 0):
-        sample = data.sample("held_out", index)
-        for number in range(int(sample.documents.max()) + 1):
-            here = sample.documents == number
-            tokens, weights = sample.tokens[here], sample.weights[here]
-            if not (tokens == data.tokenizer.media_pad).any() and (weights > 0).any():
-                yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])
+    sample = data.sample(split, index)
+    for number in range(int(sample.documents.max()) + 1):
+        here = sample.documents == number
+        tokens, weights = sample.tokens[here], sample.weights[here]
+        if not (tokens == data.tokenizer.media_pad).any() and (weights > 0).any():
+            yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])
+
+
+def held_out_texts(data: Data, sequences: int) -> list[tuple[Tensor, Tensor]]:
+    """The documents of text alone in the first held-out sequences; see :func:`texts`."""
+    count = sequences if data.has_held_out else 0
+    return [text for index in range(count) for text in texts(data, "held_out", index)]

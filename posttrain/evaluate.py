@@ -13,7 +13,7 @@ from posttrain import metrics, modes
 from posttrain.config import Config, EvaluationConfig
 from posttrain.data import Picture, held_out_texts, open_pretraining_data, pictures
 from posttrain.model import TRAINED, Exported, load
-from posttrain.modes import Mode
+from posttrain.tasks import sum_task
 from pretrain.data import Data
 from pretrain.data.media.png import png_base64
 from pretrain.reading import Reading, listing, scores
@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     trained = Path(config.run_dir) / TRAINED
     exported = load(trained if trained.is_dir() else Path(config.model))
     data = open_pretraining_data(config.pretraining, exported.folder)
-    found, readings = held_out(exported, data, config.evaluation, modes.find(exported, "document"))
+    found, readings = held_out(exported, data, config)
     print(f"{exported.folder}: {' | '.join(metrics.cells(found)) or 'no data'}")
     if text := listing(readings):
         print(text)
@@ -38,39 +38,62 @@ def run(config: Config) -> None:
 
 @torch.no_grad()
 def held_out(
-    exported: Exported, data: Data, options: EvaluationConfig, mode: Mode
+    exported: Exported, data: Data, config: Config
 ) -> tuple[dict[str, float | None], list[Reading]]:
-    """The metrics of a model, and its transcriptions.
-
-    Args:
-        mode: how images are shown to the model.
-    """
-    model = exported.model
+    """The metrics of a model, and its transcriptions."""
+    model, options = exported.model, config.evaluation
     was_training = model.training
     model.eval()
     try:
         readings = []
         if exported.has_images and options.images:
-            found = pictures(data, "held_out", options.images)
-            readings = transcribe(exported, found, options, mode)
-        loss = text_loss(model, list(held_out_texts(data, options.text_sequences)), options)
+            readings = transcribe(exported, pictures(data, "held_out", options.images), options)
+        loss = text_loss(model, held_out_texts(data, options.text_sequences), options)
+        found = {"held_out_text_loss": loss, **scores(readings)}
+        if modes.has_chat_modes(exported) and options.problems:
+            for name in modes.CHAT_MODES:
+                found |= sums(exported, config, name)
     finally:
         model.train(was_training)
-    return {"held_out_text_loss": loss, **scores(readings)}, readings
+    return found, readings
 
 
 def transcribe(
-    exported: Exported, images: Sequence[Picture], options: EvaluationConfig, mode: Mode
+    exported: Exported, images: Sequence[Picture], options: EvaluationConfig
 ) -> list[Reading]:
-    """Transcribe images by greedy decoding."""
+    """Transcribe images by greedy decoding, in the form of pretraining's documents."""
+    mode = modes.find(exported, "document")
     texts = []
     for start in range(0, len(images), options.batch_size):
         batch = [[one.image] for one in images[start : start + options.batch_size]]
-        texts += modes.answer(exported, mode, [SHOWN] * len(batch), batch, _MAX_CAPTION_TOKENS)
+        texts += [
+            exported.tokenizer.decode(tokens).strip("\n")
+            for tokens in modes.answer(
+                exported, mode, [SHOWN] * len(batch), batch, _MAX_CAPTION_TOKENS
+            )
+        ]
     pngs = [_png(one) for one in images[:_MAX_PICTURES]] + [""] * (len(images) - _MAX_PICTURES)
     return [
         Reading(one.text, text, png) for one, text, png in zip(images, texts, pngs, strict=True)
     ]
+
+
+def sums(exported: Exported, config: Config, name: str) -> dict[str, float | None]:
+    """Share of held-out sums that a mode solves, and the mean length of its replies in tokens."""
+    options, mode = config.evaluation, modes.find(exported, name)
+    problems = [sum_task(config.sums, seed, held_out=True) for seed in range(options.problems)]
+    right, tokens = 0.0, 0
+    for start in range(0, len(problems), options.batch_size):
+        batch = problems[start : start + options.batch_size]
+        asked = [[{"role": "user", "content": task.question}] for task in batch]
+        replies = modes.answer(exported, mode, asked, [[]] * len(batch), options.max_tokens)
+        for task, reply in zip(batch, replies, strict=True):
+            right += task.reward(modes.final_answer(exported, reply), task.truth)
+            tokens += len(reply)
+    return {
+        f"{name}_accuracy": right / len(problems),
+        f"{name}_tokens": tokens / len(problems),
+    }
 
 
 def _png(picture: Picture) -> str:

@@ -10,6 +10,8 @@ from pretrain.metrics import Metric, Record, read_lines
 METRICS = {
     "loss": Metric("loss", ".4f", "loss"),
     "reward": Metric("reward", ".3f", "mean reward of the responses"),
+    "accuracy": Metric("correct", ".1%", "responses with the full reward"),
+    "has_budget": Metric("budget", ".0f", "whether the token budget of Toggle applies"),
     "reward_spread": Metric("spread", ".3f", "standard deviation of rewards in a group, mean"),
     "response_tokens": Metric("tokens", ".1f", "tokens of a response, mean"),
     "cut_off": Metric("cut off", ".1%", "responses that reach the token limit"),
@@ -22,11 +24,17 @@ METRICS = {
     "held_out_text_loss": OF_PRETRAINING["held_out_text_loss"],
     "exact_match": OF_PRETRAINING["exact_match"],
     "character_error_rate": OF_PRETRAINING["character_error_rate"],
+    "instant_accuracy": Metric("instant", ".1%", "held-out sums solved without reasoning"),
+    "instant_tokens": Metric("tokens", ".1f", "tokens of a reply without reasoning"),
+    "thinking_accuracy": Metric("thinking", ".1%", "held-out sums solved with reasoning"),
+    "thinking_tokens": Metric("tokens", ".1f", "tokens of a reply with reasoning"),
 }
 # Names in TRL's logs.
 _OF_TRL = {
     "loss": "loss",
     "reward": "reward",
+    "accuracy": "accuracy",
+    "has_budget": "has_budget",
     "reward_std": "reward_spread",
     "completions/mean_length": "response_tokens",
     "completions/clipped_ratio": "cut_off",
@@ -53,7 +61,10 @@ METRICS |= {
     for name, m in _SWARM.items()
 }
 _OF_TRL |= {name: name for name in _SWARM}
-HELD_OUT = ("held_out_text_loss", "exact_match", "character_error_rate")
+HELD_OUT = (
+    *("held_out_text_loss", "exact_match", "character_error_rate"),
+    *("instant_accuracy", "instant_tokens", "thinking_accuracy", "thinking_tokens"),
+)
 
 
 def from_trl(logs: Record) -> dict[str, float]:

@@ -74,6 +74,7 @@ def load(folder: Path) -> Exported:
     kind = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         model = kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True

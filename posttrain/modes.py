@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from posttrain.model import Exported
+from pretrain.data import chat
 from pretrain.errors import PretrainError
 from pretrain.export import chat_templates
 
@@ -29,12 +30,24 @@ class Mode(NamedTuple):
     ends: list[int]
 
 
+CHAT_MODES = ("instant", "thinking")
+"""Modes of the chat format: a reply begins without reasoning, or with it."""
+END_OF_THINKING = "</think>"
+
+
+def chat_template(exported: Exported) -> str:
+    """The template of the chat format, with the variable ``thinking``."""
+    tokenizer = exported.tokenizer
+    content = chat_templates.content(tokenizer if exported.has_images else None, is_chat=True)
+    return chat.template(tokenizer, content)
+
+
 def find(exported: Exported, name: str) -> Mode:
     """A mode of a model.
 
     Args:
-        name: ``document``: the prompt of pretraining, an image or a text that the model continues
-            up to the end of the line.
+        name: one of :data:`CHAT_MODES`; or ``document``, the prompt of pretraining: an image or a
+            text that the model continues up to the end of the line.
 
     Raises:
         PretrainError: the model's tokenizer lacks tokens of the mode.
@@ -43,7 +56,28 @@ def find(exported: Exported, name: str) -> Mode:
     if name == "document":
         template = chat_templates.document(tokenizer if exported.has_images else None)
         return Mode(name, template, {}, [tokenizer.newline, tokenizer.eos])
-    raise PretrainError(f"there is no mode {name!r}")
+    if not has_chat_modes(exported):
+        raise PretrainError(
+            f"{exported.folder} does not know the mode {name}, because its tokenizer has no "
+            f"{END_OF_THINKING}: run `python -m posttrain sft` first"
+        )
+    options = {"thinking": name == "thinking"}
+    return Mode(name, chat_template(exported), options, [tokenizer.im_end, tokenizer.eos])
+
+
+def has_chat_modes(exported: Exported) -> bool:
+    """Whether the tokenizer has the tokens of the chat format and of reasoning."""
+    tokenizer = exported.tokenizer
+    return bool(tokenizer.roles) and tokenizer.id_of(END_OF_THINKING) is not None
+
+
+def final_answer(exported: Exported, tokens: Sequence[int]) -> str:
+    """The text of a response after its reasoning; all of it if the reasoning has no end."""
+    text = exported.tokenizer.decode(tokens, skip_special_tokens=False)
+    text = text.rpartition(END_OF_THINKING)[2]
+    for special in ("<|im_end|>", exported.hf_tokenizer.eos_token):
+        text = text.removesuffix(special)
+    return text.strip()
 
 
 @torch.no_grad()
@@ -53,13 +87,15 @@ def answer(
     prompts: Sequence[Messages],
     images: Sequence[Sequence[Image.Image]],
     max_tokens: int,
-) -> list[str]:
-    """The responses to prompts by greedy decoding, without special tokens.
+    temperature: float = 0.0,
+) -> list[list[int]]:
+    """The tokens of the responses to prompts, with those that end them.
 
     Args:
         prompts: conversations; images are parts of their contents.
         images: those of each prompt, in order.
         max_tokens: limit of a response.
+        temperature: 0: greedy decoding.
     """
     tokenizer = exported.hf_tokenizer
     texts = [
@@ -74,16 +110,29 @@ def answer(
     ]
     shown = {"images": [list(some) for some in images]} if any(images) else {}
     inputs = exported.processor(
-        text=texts, padding=True, add_special_tokens=False, return_tensors="pt", **shown
+        text=texts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+        **shown,
     ).to(exported.model.device)
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     written = exported.model.generate(
         **inputs,
-        do_sample=False,
+        **sampling,
+        do_sample=temperature > 0,
         max_new_tokens=max_tokens,
         eos_token_id=mode.ends,
         pad_token_id=tokenizer.pad_token_id,
         # A generated image would have no features.
         suppress_tokens=[exported.tokenizer.media_pad] if exported.has_images else None,
     )
-    new = written[:, inputs["input_ids"].shape[1] :].tolist()
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip("\n") for tokens in new]
+    return [
+        _upto_end(row, mode.ends) for row in written[:, inputs["input_ids"].shape[1] :].tolist()
+    ]
+
+
+def _upto_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    first = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]

@@ -16,8 +16,17 @@ from pretrain.metrics import Record, run_name
 from pretrain.plots import draw_line
 
 _PLOTS = (
-    *("reward", "reward_spread", "response_tokens", "cut_off", "entropy", "out_of_range"),
-    *("logit_bound", "grad_norm", "lr", "loss", "held_out_text_loss", "character_error_rate"),
+    *(
+        "reward",
+        "accuracy",
+        "reward_spread",
+        "response_tokens",
+        "cut_off",
+        "entropy",
+        "out_of_range",
+    ),
+    *("logit_bound", "grad_norm", "lr", "loss", "held_out_text_loss"),
+    *("character_error_rate", "thinking_accuracy", "thinking_tokens"),
 )
 _MAX_BYTES = 1 << 20
 

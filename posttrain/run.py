@@ -14,7 +14,6 @@ from transformers import PrinterCallback, TrainerCallback
 from posttrain import evaluate, metrics, report
 from posttrain.config import Config
 from posttrain.model import TRAINED, Exported, save
-from posttrain.modes import Mode
 from pretrain.config import to_dict
 from pretrain.data import Data
 from pretrain.errors import PretrainError
@@ -40,7 +39,6 @@ class Run:
         config: its settings.
         exported: the model that is trained.
         data: the data of its pretraining.
-        mode: how the model is shown images in evaluations.
         termination: requests to end the process.
     """
 
@@ -48,7 +46,6 @@ class Run:
     config: Config
     exported: Exported
     data: Data
-    mode: Mode
     termination: Termination
     _metrics: AppendedFile = field(init=False)
 
@@ -82,9 +79,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the model; its transcriptions are for the report."""
-        found, readings = evaluate.held_out(
-            self.exported, self.data, self.config.evaluation, self.mode
-        )
+        found, readings = evaluate.held_out(self.exported, self.data, self.config)
         record = {"step": step, **found}
         self.write(record)
         name = "transcriptions.json" if step else "transcriptions_before.json"

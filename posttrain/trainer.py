@@ -34,23 +34,44 @@ def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Op
     )
 
 
-def arguments(config: Config, checkpoints: Path) -> GRPOConfig:
-    """Arguments of TRL's trainer for one process on a CPU.
+def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
+    """Arguments of transformers' trainer that all commands have.
 
     Args:
         checkpoints: folder of the checkpoints.
     """
-    rl, optimizer = config.rl, config.optimizer
-    return GRPOConfig(
-        output_dir=str(checkpoints),
-        max_steps=config.steps,
-        seed=config.seed,
-        learning_rate=optimizer.lr,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+    optimizer, gpu = config.optimizer, torch.cuda.is_available()
+    return {
+        "output_dir": str(checkpoints),
+        "max_steps": config.steps,
+        "seed": config.seed,
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
             optimizer.schedule, optimizer.schedule
         ),
-        warmup_steps=optimizer.warmup_steps,
-        max_grad_norm=optimizer.clip_grad_norm,
+        "warmup_steps": optimizer.warmup_steps,
+        "max_grad_norm": optimizer.clip_grad_norm,
+        "logging_steps": 1,
+        "save_steps": config.save_every,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+    }
+
+
+def arguments(config: Config, checkpoints: Path, **options: Any) -> GRPOConfig:
+    """Arguments of TRL's trainer.
+
+    Args:
+        options: other ones of ``GRPOConfig``.
+    """
+    rl = config.rl
+    return GRPOConfig(
+        **common_arguments(config, checkpoints),
         per_device_train_batch_size=rl.prompts * rl.group_size // rl.updates,
         steps_per_generation=rl.updates,
         gradient_accumulation_steps=1,
@@ -60,15 +81,9 @@ def arguments(config: Config, checkpoints: Path) -> GRPOConfig:
         loss_type="dapo",
         scale_rewards="none",
         beta=0.0,
-        logging_steps=1,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        # The ratio to another engine's log-probabilities is a part of the objective.
+        vllm_importance_sampling_correction=False,
+        **options,
     )
 
 

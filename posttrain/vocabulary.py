@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from posttrain import model
 from posttrain.model import Exported
 from pretrain.data.tokenizer import Tokenizer
@@ -41,10 +39,7 @@ def extend(
         content["added_tokens"].append(_added(number, name, special=name in special))
     rows = exported.model.get_input_embeddings().num_embeddings
     if known + len(missing) > rows:
-        verbosity = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()  # it explains the new rows' distribution
         exported.model.resize_token_embeddings(known + len(missing))
-        transformers.utils.logging.set_verbosity(verbosity)
     partial = out.with_name(f"{out.name}.new")
     model.save(exported, exported.model, partial, template)
     (partial / _TOKENIZER).write_text(json.dumps(content, ensure_ascii=False, indent=2))
@@ -52,6 +47,9 @@ def extend(
     _update(partial / "tokenizer_config.json", {"model_max_length": length})
     sizes = {"vocab_size": max(rows, known + len(missing)), "max_position_embeddings": length}
     _update(partial / "config.json", sizes, section="text_config")
+    if exported.has_images:
+        # The id of video placeholders is that of no token.
+        _update(partial / "config.json", {"video_token_id": sizes["vocab_size"]})
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return model.load(out)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from posttrain import model, modes
+from posttrain import model
 from posttrain.config import Config, SwarmConfig
 from posttrain.data import open_pretraining_data
 from posttrain.environment.chat import KimiChat
@@ -159,14 +159,14 @@ def train(config: Config) -> Path:
     Raises:
         PretrainError: the model, the data or a setting is unusable.
     """
+    config.require_effect("swarm")
     with locked(config, "swarm") as termination:
         _require_context(config.swarm)
         begun = _start(config)
         exported, frozen = model.load(begun), model.load(begun)
         frozen.model.requires_grad_(False)
         data = open_pretraining_data(config.pretraining, exported.folder)
-        mode = modes.find(exported, "document")
-        run = SwarmRun("swarm", config, exported, data, mode, termination)
+        run = SwarmRun("swarm", config, exported, data, termination)
         run.swarm = Swarm(config.swarm, config.rl.temperature, frozen)
         trainer = RlTrainer(
             rl=config.rl,

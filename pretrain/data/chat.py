@@ -27,6 +27,8 @@ _CALL, _ARGUMENTS, _END_CALL = (
     *("<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
     "<|tool_call_end|>",
 )
+MARKUP = (_THINK, _END_THINK, _CALLS, _END_CALLS, _CALL, _ARGUMENTS, _END_CALL)
+"""Tokens around reasoning and tool calls; without them, a tokenizer spells them."""
 _IMAGE, _CONTENT = "image", "<|media_content|>"
 KIND_OF_IMAGE = _IMAGE + _CONTENT
 """Follows the token that begins an image, in Kimi K2.5's format."""

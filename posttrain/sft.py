@@ -1,0 +1,145 @@
+"""Supervised finetuning on text alone: it teaches a model the modes of the chat format.
+
+Kimi K2.5's report calls it zero-vision SFT: text teaches the form of the answers, and images keep
+working. Documents of the pretraining are mixed in, so that little is forgotten.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from posttrain import model, modes, tasks, vocabulary
+from posttrain.config import Config
+from posttrain.data import open_pretraining_data, texts
+from posttrain.model import Exported
+from posttrain.run import Run, locked
+from posttrain.trainer import common_arguments, make_optimizer
+from pretrain.data import Data, chat
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+
+_EXTENDED = "extended"
+_IGNORED = -100
+
+
+def train(config: Config) -> Path:
+    """Finetune a model, or resume; returns the folder of the trained model.
+
+    Tokens of the modes that the tokenizer lacks are added to it, and rows to the embedding.
+
+    Raises:
+        PretrainError: the model, the data or a setting is unusable.
+    """
+    config.require_effect("sft")
+    with locked(config, "sft") as termination:
+        exported = _with_markup(config)
+        data = open_pretraining_data(config.pretraining, exported.folder)
+        run = Run("sft", config, exported, data, termination)
+        trainer = SftTrainer(
+            config,
+            model=exported.model,
+            args=TrainingArguments(
+                **common_arguments(config, run.checkpoints),
+                per_device_train_batch_size=config.sft.batch_size,
+                remove_unused_columns=False,
+            ),
+            train_dataset=Rows(config, exported.tokenizer, data, exported.max_length),
+            data_collator=_Collate(exported.tokenizer.pad),
+        )
+        return run.train(trainer, modes.chat_template(exported))
+
+
+def _with_markup(config: Config) -> Exported:
+    """The model to start from, with the tokens of the modes."""
+    out = Path(config.run_dir) / _EXTENDED
+    if out.is_dir():
+        return model.load(out)
+    exported = model.load(Path(config.model))
+    exported.tokenizer.require_chat()
+    torch.manual_seed(config.seed)  # of the new rows
+    return vocabulary.extend(exported, out, chat.MARKUP)
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Tokens and labels of each row, which are functions of the seed and the number of the row."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, data: Data, max_length: int) -> None:
+        self._config, self._tokenizer, self._data = config, tokenizer, data
+        self._max_length = max_length
+        longest = max(len(self._conversation(number)[0]) for number in range(200))
+        if longest > max_length:
+            raise PretrainError(
+                f"demonstrations of sums have up to {longest} tokens, and the model reads "
+                f"{max_length}: lower sums.max_operands"
+            )
+
+    def __len__(self) -> int:
+        return self._config.steps * self._config.sft.batch_size
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{self._config.seed} {number}")
+        if rng.random() < self._config.sft.replay_share:
+            return self._document(number)
+        tokens, labels = self._conversation(number)
+        return tokens[: self._max_length], labels[: self._max_length]
+
+    def _conversation(self, number: int) -> tuple[Tensor, Tensor]:
+        config = self._config
+        rng = random.Random(f"{config.seed} {number} mode")
+        others = 1 - config.sft.instant_share - config.sft.agent_share
+        shares = [config.sft.instant_share, config.sft.agent_share, others]
+        (mode,) = rng.choices(("instant", "agent", "thinking"), shares)
+        messages = tasks.demonstration(config.sums, rng.getrandbits(60), mode)
+        document = chat.render(self._tokenizer, messages)
+        return _labeled(torch.tensor(document.tokens), torch.tensor(document.weights))
+
+    def _document(self, number: int) -> tuple[Tensor, Tensor]:
+        found = self._texts(number)
+        tokens, weights = max(found, key=lambda text: len(text[0]))
+        return _labeled(tokens[: self._max_length], weights[: self._max_length])
+
+    def _texts(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        index = number
+        while not (found := list(texts(self._data, "train", index))):
+            index += len(self)  # a sequence of images alone
+        return found
+
+
+def _labeled(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens, tokens.masked_fill(weights == 0, _IGNORED)
+
+
+class _Collate:
+    def __init__(self, pad: int) -> None:
+        self._pad = pad
+
+    def __call__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        def padded(index: int, value: int) -> Tensor:
+            values = [row[index] for row in rows]
+            return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
+
+        labels = padded(1, _IGNORED)
+        lengths = torch.tensor([len(row[0]) for row in rows])
+        mask = torch.arange(labels.shape[1]) < lengths[:, None]
+        return {"input_ids": padded(0, self._pad), "attention_mask": mask.long(), "labels": labels}
+
+
+class SftTrainer(Trainer):  # type: ignore[misc]
+    """``Trainer`` with this project's optimizer."""
+
+    steps_per_rollout = 1
+
+    def __init__(self, config: Config, **arguments: Any) -> None:
+        self._options = config.optimizer
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer: Any = make_optimizer(model or self.model, self._options)
+        return self.optimizer

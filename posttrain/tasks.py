@@ -1,0 +1,59 @@
+"""Generated tasks of text, with demonstrations of their solutions."""
+
+import itertools
+import random
+
+from posttrain.config import SumsConfig
+from posttrain.environment.core import Task
+from posttrain.rewards.text import numeric_reward
+from pretrain.data.chat import REPLY, Message, ToolCall
+
+_REPETITIONS = 2
+
+
+def sum_task(config: SumsConfig, seed: int, *, held_out: bool = False) -> Task:
+    """The sum of a seed, such as ``3+9+4=``; held-out sums are never drawn for training.
+
+    A sum is held out if the remainder of its value, when its operands are read as the digits of a
+    number, is 0 by division by 7.
+    """
+    rng = random.Random(seed)
+    while True:
+        count = rng.randint(config.min_operands, config.max_operands)
+        operands = [rng.randint(0, config.largest) for _ in range(count)]
+        digits = 0
+        for operand in operands:
+            digits = digits * (config.largest + 1) + operand
+        if (digits % 7 == 0) == held_out:
+            break
+    question = "+".join(map(str, operands)) + "="
+    return Task(question, "reasoning", question, sum(operands), numeric_reward, data=operands)
+
+
+def working(task: Task, *, redundant: bool) -> str:
+    """The steps of a sum, such as ``3+9=12 12+4=16``; redundant ones each twice."""
+    steps = []
+    for total, operand in zip(itertools.accumulate(task.data[:-1]), task.data[1:], strict=True):
+        steps += [f"{total}+{operand}={total + operand}"] * (_REPETITIONS if redundant else 1)
+    return " ".join(steps)
+
+
+def demonstration(config: SumsConfig, seed: int, mode: str) -> list[Message]:
+    """A conversation about a sum in a mode: instant, thinking or agent.
+
+    In the mode agent, a tool adds the numbers.
+    """
+    task = sum_task(config, seed)
+    rng = random.Random(f"{seed} working")
+    asked, answer = Message("user", task.question), str(task.truth)
+    if mode == "agent":
+        call = ToolCall("add", f'{{"sum":"{task.question[:-1]}"}}')
+        return [
+            asked,
+            Message(REPLY, "", reasoning="", calls=(call,)),
+            Message("tool", answer),
+            Message(REPLY, answer, reasoning=""),
+        ]
+    redundant = rng.random() < config.redundant_share
+    reasoning = working(task, redundant=redundant) if mode == "thinking" else ""
+    return [asked, Message(REPLY, answer, reasoning=reasoning)]
