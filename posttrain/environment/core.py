@@ -8,7 +8,7 @@ import inspect
 import math
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from posttrain.environment.markup import parse_reply
@@ -122,18 +122,24 @@ class Environment:
         Returns:
             The messages of the prompt, and ``task`` and ``tools`` (declarations for the prompt).
         """
-        self.task = self._tasks(seed)
+        task = self.start(seed)
+        content: Any = task.question
+        if task.image is not None:
+            content = [
+                {"type": "image", "image": task.image},
+                {"type": "text", "text": task.question},
+            ]
+        info = {"task": task, "tools": self.toolset.schemas()}
+        return [{"role": "user", "content": content}], info
+
+    def start(self, seed: int) -> Task:
+        """Start the task of a seed, and return it with its diversified question."""
+        task = self._tasks(seed)
+        question = self._diversify(task.question, random.Random(seed))
+        self.task = replace(task, question=question)
         self.toolset = self._tools(self.task)
         self._turns, self._ended = 0, False
-        question = self._diversify(self.task.question, random.Random(seed))
-        content: Any = question
-        if self.task.image is not None:
-            content = [
-                {"type": "image", "image": self.task.image},
-                {"type": "text", "text": question},
-            ]
-        info = {"task": self.task, "tools": self.toolset.schemas()}
-        return [{"role": "user", "content": content}], info
+        return self.task
 
     async def step(self, action: str) -> Step:
         """Apply a reply of the model: run its calls, or judge it if it has none.
