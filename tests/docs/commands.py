@@ -8,6 +8,8 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import runner
+from posttrain import cli as posttrain_cli
+from posttrain.config import Config as PosttrainConfig
 from pretrain import cli, config
 from pretrain.plan import plan
 
@@ -24,6 +26,7 @@ NOT_EXECUTED = {
     ".venv/bin/python -m pytest": "runs the tests",
     "vllm serve": "is not installed here; `make serving` serves a model with it",
     "python -m sglang.launch_server": "is not installed here",
+    "python -m posttrain": "takes minutes; tests/posttrain runs the commands in small",
     "python -m benchmarks run": "takes minutes; tests/benchmarks runs the benchmarks in small",
     "torchrun --nproc-per-node 8 -m pretrain train configs/h200.yaml": "needs eight GPUs",
 }
@@ -93,6 +96,10 @@ def _check_module(module: str, arguments: list[str], processes: int | None) -> N
         options = cli._parse(arguments)
         if options.command == "train":
             plan(config.load(ROOT / options.config, options.overrides), processes, None)
+    elif module == "posttrain":
+        settings = posttrain_cli.parse(arguments)
+        if "config" in settings:
+            config.load_as(PosttrainConfig, str(ROOT / settings.config), settings.overrides)
     elif module == "benchmarks" and arguments:
         command, *rest = arguments
         assert command in ("list", "run", "table", "readme")
