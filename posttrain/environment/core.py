@@ -4,6 +4,7 @@ An environment is composed of four functions that can be exchanged: one that dra
 their tools, a judge, and one that diversifies prompts (arXiv 2602.02276, appendix D).
 """
 
+import asyncio
 import inspect
 import math
 import random
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from posttrain.environment.markup import parse_reply
 from posttrain.environment.tools import ToolResult, Toolset
+from posttrain.rewards.judges import TIMEOUT
 
 Ability = Literal["knowledge", "reasoning", "agentic"]
 """Domain of a task. Domains are abilities, not modalities: each has tasks of text and of images."""
@@ -99,6 +101,7 @@ class Environment:
         judge: see :data:`Judge`.
         diversify: see :data:`Diversify`.
         max_turns: replies of the model, the final one among them.
+        judge_timeout: seconds after which an asynchronous judge has failed.
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class Environment:
         judge: Judge = verified,
         diversify: Diversify = lambda question, _rng: question,
         max_turns: int = 8,
+        judge_timeout: float = TIMEOUT,
     ) -> None:
+        self._judge_timeout = judge_timeout
         self._tasks, self._tools = tasks, tools
         self._judge, self._diversify = judge, diversify
         self._max_turns = max_turns
@@ -169,7 +174,12 @@ class Environment:
         """Reward of an answer; nan, and the reason in ``failure``, if the judge fails."""
         try:
             result = self._judge(self.task, answer)
-            reward = await result if inspect.isawaitable(result) else result
+            if inspect.isawaitable(result):
+                reward = await asyncio.wait_for(result, self._judge_timeout)
+            else:
+                reward = result
+        except TimeoutError:
+            return math.nan, {"failure": f"judge: no reward within {self._judge_timeout:g} s"}
         except Exception as error:  # a judge is any code
             text = " ".join(str(error).split())
             return math.nan, {"failure": f"judge: {type(error).__name__}: {text}"}

@@ -42,7 +42,8 @@ class Tool:
     Attributes:
         function: its name, docstring and annotated parameters are those of the tool.
         per_turn: calls of a turn that are run; None for all.
-        timeout: seconds after which it has failed; None for a tool that is bounded otherwise.
+        timeout: seconds after which a coroutine has failed; None for one that is bounded otherwise.
+            A plain function cannot be interrupted.
     """
 
     function: Callable[..., str | Awaitable[str]]

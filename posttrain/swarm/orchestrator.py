@@ -225,7 +225,10 @@ def run_swarms(
         episode = await run_episode(
             environment, model(orchestrator), chat, seed=seed, context=limits.context
         )
-        stages, sub_episodes = tuple(environment.stages), tuple(environment.sub_episodes)
+        # A reply that the context cut off had no effect, and is a step nevertheless.
+        cut_off = [Stage()] * (episode.turns - len(environment.stages))
+        stages = (*environment.stages, *cut_off)
+        sub_episodes = tuple(environment.sub_episodes)
         return SwarmEpisode(environment.task, episode, stages, sub_episodes)
 
     return rollouts.run(*map(one, seeds))

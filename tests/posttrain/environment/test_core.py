@@ -144,6 +144,11 @@ async def good_judge(_task: Task, _answer: str) -> float:
     return 0.5
 
 
+async def slow_judge(_task: Task, _answer: str) -> float:
+    await asyncio.sleep(60)
+    return 1.0
+
+
 def bad_judge(_task: Task, _answer: str) -> float:
     raise RuntimeError("no server")
 
@@ -153,6 +158,7 @@ def bad_judge(_task: Task, _answer: str) -> float:
     [
         (good_judge, 0.5, None),
         (bad_judge, math.nan, "judge: RuntimeError: no server"),
+        (slow_judge, math.nan, "judge: no reward within 0.01 s"),
         (lambda _task, _answer: None, math.nan, "judge: no reward"),
         (lambda _task, _answer: math.nan, math.nan, "judge: a reward of nan"),
         (lambda _task, _answer: 1.5, math.nan, "judge: a reward of 1.5"),
@@ -160,7 +166,7 @@ def bad_judge(_task: Task, _answer: str) -> float:
 )
 def test_judges(judge: Any, reward: float, failure: str | None) -> None:
     async def run() -> None:
-        env = environment(judge=judge)
+        env = environment(judge=judge, judge_timeout=0.01)
         await env.reset(seed=2)
         step = await env.step("3")
         assert step.terminated

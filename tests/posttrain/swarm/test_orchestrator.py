@@ -227,6 +227,7 @@ def test_any_replies_end_within_the_limits(
         assert critical_steps(episode.stages) <= critical
         assert all(steps <= sub_steps for stage in episode.stages for steps in stage.sub_steps)
         trajectory = episode.episode.trajectory
+        assert len(episode.stages) == episode.episode.turns
         assert len(trajectory) <= max(context, len(trajectory.prompt))
         assert (episode.episode.answer is None) == (episode.episode.failure is not None)
 
