@@ -1,0 +1,138 @@
+"""Agent swarm: PARL, without its auxiliary rewards (λ = 0), and with rewards that never end.
+
+All variants start from the same supervised model, frozen copies of which are their sub-agents, and
+train on the same tasks. Runs are kept: those that are complete are not repeated, and interrupted
+ones resume.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.runner import ROOT, Result, markdown, positive_int
+from posttrain import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONFIG = "configs/posttrain/swarm.yaml"
+VARIANTS = {
+    "PARL": (),
+    "λ = 0": ("swarm.parallel_weight=0.0", "swarm.finish_weight=0.0"),
+    "λ not annealed": ("swarm.anneal_until=0.0",),
+}
+_NAMES = {"PARL": "parl", "λ = 0": "zero", "λ not annealed": "constant"}
+_COLUMNS = {
+    "wide_performance": "right, wide",
+    "deep_performance": "right, deep",
+    "critical_steps": "critical steps, wide",
+    "parallelism": "parallelism, wide",
+    "wide_sub_agents": "sub-agents, wide",
+    "deep_sub_agents": "sub-agents, deep",
+}
+_DIGITS = {"critical_steps": 1}
+# Changes of the configuration, and the number of seeds.
+FORMS: dict[str, tuple[tuple[str, ...], int]] = {
+    "full": ((), 3),
+    "quick": ((), 1),
+    "tiny": (
+        ("steps=2", "rl.prompts=2", "rl.group_size=2", "swarm.start_steps=2",
+         "swarm.evaluation_tasks=2", "swarm.reply_tokens=8", "evaluation.text_sequences=1"),
+        1,
+    ),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
+    parser.add_argument("--model", default="runs/laptop/hf", help="folder of the exported model")
+    parser.add_argument(
+        "--pretraining", default="configs/laptop.yaml", help="configuration of its pretraining"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/swarm"), help="folder of the runs, which are kept"
+    )
+
+
+def run(options: argparse.Namespace) -> Result:
+    settings, seeds = FORMS[options.form]
+    shared = [f"model={options.model}", f"pretraining={options.pretraining}", *settings]
+    runs: dict[str, list[Result]] = {name: [] for name in VARIANTS}
+    for seed in range(options.seed, options.seed + (options.seeds or seeds)):
+        started: Path | None = None
+        for name, changes in VARIANTS.items():
+            folder = options.runs / f"{_NAMES[name]}-{seed}"
+            if started and not (folder / "start").is_dir():
+                shutil.copytree(started / "start", folder / "start")
+            if not (folder / "hf").is_dir():
+                _train(folder, [*shared, f"seed={seed}", *changes])
+            started = started or folder
+            runs[name].append(summary(folder))
+    return {"variants": runs}
+
+
+def _train(folder: Path, settings: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "posttrain", "swarm", CONFIG, f"run_dir={folder}", *settings]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def summary(folder: Path) -> Result:
+    """The metrics of a run: those of its rollouts by step, and of held-out tasks at its ends."""
+    records = metrics.read(folder / "metrics.jsonl")
+    held_out = [r for r in records if "held_out_critical_steps" in r]
+    rollouts = [r for r in records if "critical_steps" in r]
+    return {
+        "steps": [record["step"] for record in rollouts],
+        "rollouts": {name: [record[name] for record in rollouts] for name in _COLUMNS},
+        "before": {name: held_out[0][f"held_out_{name}"] for name in _COLUMNS},
+        "after": {name: held_out[-1][f"held_out_{name}"] for name in _COLUMNS},
+    }
+
+
+# ---------------------------------------------------------------------- table and plot
+
+
+def _cell(runs: Sequence[Result], when: str, name: str) -> str:
+    values = [run[when][name] for run in runs]
+    digits = _DIGITS.get(name, 2)
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def table(result: Result) -> str:
+    variants: dict[str, list[Result]] = result["variants"]
+    first = next(iter(variants.values()))
+    rows = [["supervised start", *(_cell(first, "before", name) for name in _COLUMNS)]]
+    rows += [
+        [variant, *(_cell(runs, "after", name) for name in _COLUMNS)]
+        for variant, runs in variants.items()
+    ]
+    seeds = len(first)
+    return (
+        markdown(["", *_COLUMNS.values()], rows)
+        + f"\n\nHeld-out tasks, {seeds} seed{'s'[: seeds > 1]}"
+        + (" (mean ± standard deviation)." if seeds > 1 else ".")
+        + " Sub-agents of deep tasks are spurious."
+    )
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    figure.set_size_inches(12, 6)
+    axes: Any = figure.subplots(2, 3, sharex=True)
+    for axis, (name, title) in zip(axes.flat, _COLUMNS.items(), strict=True):
+        for number, (variant, runs) in enumerate(result["variants"].items()):
+            for index, run in enumerate(runs):
+                label = variant if index == 0 else None
+                values = run["rollouts"][name]
+                axis.plot(run["steps"], values, color=f"C{number}", lw=1, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend(fontsize=8)
