@@ -45,25 +45,26 @@ _OF_TRL = {
     "learning_rate": "lr",
 }
 # Of a swarm: means over the episodes of a rollout, and over held-out tasks.
-_SWARM = {
+SWARM = {
     "performance": Metric("performance", ".3f", "share of the records that are right"),
-    "wide_performance": Metric("wide", ".3f", "the same, of wide tasks"),
-    "deep_performance": Metric("deep", ".3f", "the same, of deep tasks"),
+    "wide_performance": Metric("wide", ".3f", "share of the records of wide tasks that are right"),
+    "deep_performance": Metric("deep", ".3f", "share of the records of deep tasks that are right"),
     "critical_steps": Metric("critical steps", ".1f", "critical steps of wide tasks"),
     "parallelism": Metric("parallelism", ".2f", "total over critical steps of wide tasks"),
     "wide_sub_agents": Metric("agents", ".2f", "sub-agents of a wide task"),
     "deep_sub_agents": Metric("spurious", ".2f", "sub-agents of a deep task"),
     "finished": Metric("finished", ".1%", "share of the sub-agents of wide tasks that answer"),
 }
-METRICS |= _SWARM
+METRICS |= SWARM
 METRICS |= {
     f"held_out_{name}": Metric(f"held-out {m.label}", m.format, f"held-out tasks: {m.description}")
-    for name, m in _SWARM.items()
+    for name, m in SWARM.items()
 }
-_OF_TRL |= {name: name for name in _SWARM}
+_OF_TRL |= {name: name for name in SWARM}
 HELD_OUT = (
     *("held_out_text_loss", "exact_match", "character_error_rate"),
     *("instant_accuracy", "instant_tokens", "thinking_accuracy", "thinking_tokens"),
+    *(f"held_out_{name}" for name in SWARM),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from posttrain import metrics
-from posttrain.metrics import HELD_OUT, METRICS
+from posttrain.metrics import HELD_OUT, METRICS, SWARM
 from pretrain import html_report, untrusted_files
 from pretrain.errors import PretrainError
 from pretrain.metrics import Record, run_name
@@ -27,6 +27,7 @@ _PLOTS = (
     ),
     *("logit_bound", "grad_norm", "lr", "loss", "held_out_text_loss"),
     *("character_error_rate", "thinking_accuracy", "thinking_tokens"),
+    *SWARM,
 )
 _MAX_BYTES = 1 << 20
 
@@ -45,6 +46,7 @@ def write(run_dir: Path) -> Path:
     except (OSError, ValueError, RecursionError):
         settings = {}
     evaluations = [record for record in records if HELD_OUT[0] in record]
+    shown = [name for name in _PLOTS if any(record.get(name) is not None for record in records)]
     out = run_dir / "report.html"
     page = html_report.page(
         run_name(run_dir),
@@ -53,7 +55,7 @@ def write(run_dir: Path) -> Path:
             "<h2>Held-out evaluation</h2>",
             _evaluations(evaluations),
             "<h2>Training</h2>",
-            f'<div class="plots">{"".join(_plot(records, name) for name in _PLOTS)}</div>',
+            f'<div class="plots">{"".join(_plot(records, name) for name in shown)}</div>',
             *html_report.transcription_table(
                 html_report.read_transcriptions(run_dir / "transcriptions.json")
             ),

@@ -1,5 +1,6 @@
 """The supervised start of a swarm: a model learns the syntax of the tools from text alone."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,9 +44,8 @@ def train(
     tokenizer = exported.tokenizer
     tokenizer.require_chat()
     words = vocabulary.long_words(tokenizer, _WORDS, _TOKENS_OF_A_WORD)
-    extended = vocabulary.extend(
-        exported, out.with_name("extended"), TOKENS, words, max_length=swarm.context
-    )
+    untrained = out.with_name("extended")
+    extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=swarm.context)
     tokenizer = extended.tokenizer
     optimizer = make_optimizer(extended.model, swarm.start)
     size, steps = swarm.start_batch, swarm.start_steps
@@ -64,6 +64,7 @@ def train(
             progress(step + 1)
     content = chat_templates.content(tokenizer if exported.has_images else None, is_chat=True)
     model.save(extended, extended.model, out, chat.template(tokenizer, content))
+    shutil.rmtree(untrained)
     return model.load(out)
 
 
