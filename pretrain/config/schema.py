@@ -325,21 +325,23 @@ class SourceConfig(Settings):
     """A source of data."""
 
     type: Name = "text"
-    """text: JSON lines or plain text (also .gz, .zst, .bz2, .xz), Parquet or Arrow. images: a
-    folder of images with captions, or JSONL of images, videos and text by file name. energon: a
+    """text: JSON lines or plain text (also .gz, .zst, .bz2, .xz), Parquet or Arrow. images:
+    images, videos and text in folders, JSON, tables, WebDataset or MDS shards. energon: a
     folder of WebDataset shards prepared for megatron-energon. standard_library: the built-in text.
     chat: conversations for supervised finetuning, in JSON lines, Parquet or Arrow; only the
     assistant's replies are learned. vision_chat: the same with images and videos.
     standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
     of Megatron's format (.bin and .idx), also those of `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
-    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for text and
-    chat also a URL; for megatron also the path of the files without .bin and .idx."""
+    """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for text,
+    images and chat also a URL; for megatron also the path of the files without .bin and .idx."""
     weight: Annotated[float, In("[0, 1e9]")] = 1.0
     """Share of tokens, relative to the other sources of text, or of images."""
     field: Name = "text"
     """Key of the text in each JSON object, or column of a table; for images, of the caption (also:
     `caption`); for conversations, of the list of messages (also: `messages`, `conversations`)."""
+    image_field: str = ""
+    """For images: key or column of the image or images, if several could be meant."""
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: hold out documents by a hash of their content; else: the split of all documents."""
     trust_code: bool = False

@@ -97,18 +97,18 @@ class Composer:
         return [(part.stop - part.start, height // side, width // side) for part in groups]
 
     def document(self, parts: Sequence[str | Pixels | tuple[int, int, int]]) -> Document:
-        """A document of text and images in order; the text of a pair is a caption.
+        """A document of text and images in order; a text after nothing but images is their caption.
 
         Args:
             parts: text, fitted pixels, and the (frames, height, width) before fitting of images and
                 clips whose patches are left out.
         """
         document = Document(self.tokenizer)
-        is_pair = as_pair(parts) is not None
+        captioned = is_captioned(parts)
         for part in parts:
             if not isinstance(part, str):
                 self.add(document, part)
-            elif is_pair:
+            elif captioned:
                 document.add_caption(part)
             else:
                 document.add_tokens(self.tokenizer.encode(part))
@@ -121,15 +121,22 @@ class Composer:
             parts: text, and the (frames, height, width) of images and clips before fitting.
         """
         length, placeholders = 2, 0
-        is_pair = as_pair(parts) is not None
+        captioned = is_captioned(parts)
         for part in parts:
             if isinstance(part, str):
-                length += len(self.tokenizer.encode(part)) + is_pair
+                length += len(self.tokenizer.encode(part)) + captioned
                 continue
             counts = [num_tokens(grid) for grid in self.grids(part)]
             length += sum(counts) + 2 * len(counts)
             placeholders += sum(counts)
         return length, placeholders
+
+
+def is_captioned(parts: Sequence[T | str]) -> bool:
+    """Whether a document consists of images or videos, and one text after them: their caption."""
+    *media, last = parts or [""]
+    captioned = media and isinstance(last, str)
+    return bool(captioned) and not any(isinstance(part, str) for part in media)
 
 
 def as_pair(parts: Sequence[T | str]) -> tuple[T, str] | None:

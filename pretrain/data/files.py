@@ -287,6 +287,16 @@ def open_file(path: Path) -> IO[bytes]:
     return file
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file is compressed in a way that :func:`open_file` decompresses.
+
+    Raises:
+        OSError, ValueError: as :func:`open_file`.
+    """
+    with open_file(path) as stream:
+        return isinstance(getattr(stream, "raw", None), _Decompressed)
+
+
 class _Decompressed(io.RawIOBase):
     """All frames of a compressed file as one stream; a truncated file is an error."""
 

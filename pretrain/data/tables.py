@@ -78,7 +78,7 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tu
     pyarrow = require_pyarrow()
     number = 0
     try:
-        for batch in _batches(path, columns):
+        for batch in batches(path, columns):
             for value in _objects(batch):
                 number += 1
                 name = f"{path}:{number}"
@@ -123,7 +123,7 @@ def schema(path: Path) -> pa.Schema:
 
             found = parquet.read_schema(path)
         else:
-            with _arrow_file(path) as (found, _):
+            with _arrow_file(path) as (found, *_):
                 pass
         _ = found.names  # one that is not UTF-8 is an error here instead of later
         return found
@@ -235,16 +235,37 @@ def likely_field(rows: Iterable[Mapping[str, Any]], names: Collection[str] = ())
 # ---------------------------------------------------------------------- batches of rows
 
 
-def _batches(path: Path, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
+def batches(path: Path, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
+    """Rows of a table, of a Parquet file about 16 MiB at once; not validated.
+
+    Args:
+        columns: as for :func:`read_rows`.
+
+    Raises:
+        OSError, ValueError, ArrowException: the file is damaged.
+    """
     if kind(path) == "Parquet":
         yield from _parquet_batches(path, columns)
-        return
-    with _arrow_file(path) as (found, batches):
+    else:
+        with mapped_batches(path, columns) as (_, found):
+            yield from found
+
+
+@contextlib.contextmanager
+def mapped_batches(
+    path: Path, columns: Collection[str] | None
+) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
+    """The address in memory of the first byte of an Arrow file, and its rows, whose values lie in
+    the same memory unless they are compressed; raises as :func:`batches`."""
+    with _arrow_file(path) as (found, address, stored):
         names = _present(found, columns)
-        for batch in batches:
-            selected = batch.select(names)
-            for start in range(0, len(selected), _BATCH_ROWS):
-                yield selected.slice(start, _BATCH_ROWS)
+        selected = (batch.select(names) for batch in stored)
+        pieces = (
+            batch.slice(start, _BATCH_ROWS)
+            for batch in selected
+            for start in range(0, len(batch), _BATCH_ROWS)
+        )
+        yield address, pieces
 
 
 def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
@@ -267,19 +288,20 @@ def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[pa
 
 
 @contextlib.contextmanager
-def _arrow_file(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """The schema and the batches of an Arrow file, which is mapped into memory."""
+def _arrow_file(path: Path) -> Iterator[tuple[pa.Schema, int, Iterator[pa.RecordBatch]]]:
+    """The schema, the address and the batches of an Arrow file, which is mapped into memory."""
     from pyarrow import ipc, memory_map
 
     with memory_map(str(path)) as file:
+        address = file.read_buffer(file.size()).address  # of the mapping: nothing is read
+        file.seek(0)
         if file.read(6) == b"ARROW1":
             reader = ipc.open_file(file)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-            yield reader.schema, batches
+            yield reader.schema, address, map(reader.get_batch, range(reader.num_record_batches))
         else:
             file.seek(0)
             stream = ipc.open_stream(file)
-            yield stream.schema, iter(stream)
+            yield stream.schema, address, iter(stream)
 
 
 def _present(found: pa.Schema, columns: Collection[str] | None) -> list[str]:

@@ -45,6 +45,10 @@ def source_types(config: DataConfig) -> list[type[Source]]:
         if bool(source.path) != source_type.needs_path:
             must = "given" if source_type.needs_path else "left out"
             raise PretrainError(f"{setting}.path must be {must} for a source of {source.type}")
+        if source.image_field and source_type is not ImageSource:
+            raise PretrainError(
+                f"{setting}.image_field applies to sources of type images, not {source.type}"
+            )
         if source.trust_code and not source_type.may_run_code:
             names = ", ".join(name for name in SOURCES if SOURCES[name].may_run_code)
             raise PretrainError(

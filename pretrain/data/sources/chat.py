@@ -12,13 +12,14 @@ import numpy.typing as npt
 from pretrain.data import conversations, files, remote, saved_datasets, tables
 from pretrain.data.chat import REPLY, Message, render
 from pretrain.data.composer import Composer
+from pretrain.data.content import content_hash
 from pretrain.data.conversations import Conversation, Resolve, no_media
 from pretrain.data.files import reason
 from pretrain.data.media.span import Place
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource, too_long
-from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.data.sources.interface import Segment
 from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.errors import PretrainError

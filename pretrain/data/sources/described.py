@@ -1,8 +1,9 @@
 """Sources whose documents have images: the index has their descriptions and sizes."""
 
+import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -13,8 +14,10 @@ import numpy.typing as npt
 from pretrain.data.cache import Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
+from pretrain.data.interface import Split
 from pretrain.data.media import frames, video
 from pretrain.data.media.frames import Media
+from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.media.span import Place, Span
 from pretrain.data.packing import Document
@@ -31,6 +34,7 @@ from pretrain.data.sources.indexed import (
 from pretrain.data.sources.interface import Segment
 from pretrain.data.sources.order import Integers
 from pretrain.data.sources.splits import Column
+from pretrain.model.geometry import MAX_FRAMES
 from pretrain.runtime.progress import counted
 
 Shape = tuple[int, int, int]
@@ -55,6 +59,10 @@ class Described(Protocol):
     @property
     def media(self) -> Sequence[Media]:
         """Its images and videos in reading order."""
+
+    @property
+    def pair(self) -> tuple[Media, str] | None:
+        """The image or video and its caption, if it consists of these two."""
 
     def described(self) -> Any:
         """Everything but the name, in values that JSON has."""
@@ -96,12 +104,17 @@ class DescribedSource(FileSource[R]):
 
     def media_files(self) -> Iterator[str]:
         """The files of all images and videos, even if they are missing."""
-        for record in self.records():
+        yield from self.files_named_by(self.records())
+
+    def files_named_by(self, records: Iterable[R | Skip]) -> Iterator[str]:
+        """The files of the images and videos of documents."""
+        for record in records:
             if not isinstance(record, Skip):
                 yield from (file_of(place) for media in record.media for place in media.paths)
 
     def index(self, composer: Composer) -> "DescribedDocuments":
-        """Load the index, or build it if it is missing. Only new and changed images are measured.
+        """Load the index, or build it if it is missing. Only new and changed images are measured,
+        and those that are ranges of files.
 
         Raises:
             PretrainError: more than ``data.max_corrupt`` documents are corrupt, the cache cannot be
@@ -114,6 +127,8 @@ class DescribedSource(FileSource[R]):
             lambda folder: write_lines(folder / "paths", dict.fromkeys(self.media_files())),
             lambda folder: list(read_lines(folder / "paths")),
         )
+        # For each file of an image, 300 bytes and some microseconds at every start: shards and
+        # tables have few files.
         stamps = {path: stamp(Path(path)) for path in paths}
         settings = (composer.patch_size, *composer.limits, composer.video_fps)
         name = self.index_name(self.kind, composer.tokenizer, *settings)
@@ -125,9 +140,9 @@ class DescribedSource(FileSource[R]):
 
         def load(folder: Path) -> DescribedDocuments:
             indexed = read_files(folder)
-            ends = np.load(folder / "ends.npy", mmap_mode="r")
-            hashes = np.load(folder / "hashes.npy", mmap_mode="r")
-            sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+            ends = map_array(folder / "ends", np.int64)
+            hashes = map_array(folder / "hashes", np.uint64)
+            sizes = map_array(folder / "sizes", np.int32).reshape(-1, 2)
             lines = map_array(folder / "lines", np.uint8)
             same = len(sizes) == len(ends) == len(hashes) == sum(f.documents for f in indexed)
             if not same or len(lines) != (ends[-1] if len(ends) else 0):
@@ -202,6 +217,16 @@ class DescribedDocuments(IndexedDocuments):
         except ValueError as error:
             return Skip(record.name, str(error))
 
+    def pairs(self, split: Split) -> Iterator[VisionItem]:
+        for number in self.numbers[split]:
+            record, shapes = self.describe(number)
+            if (pair := record.pair) and shapes[0][0] <= MAX_FRAMES:
+                try:
+                    pixels = self.composer.read(pair[0], shapes[0])
+                except ValueError:
+                    continue  # it is reported when a sequence contains it
+                yield VisionItem(pixels, pair[1])
+
     def read(self, record: Described, shapes: Sequence[Shape]) -> list[Pixels]:
         """Read and fit the images and videos of a document.
 
@@ -226,6 +251,8 @@ class _Sizes:
     measured: dict[Media, Measured] = field(default_factory=dict)
 
     def measure(self, media: Media) -> Shape:
+        if any(isinstance(place, Span) for place in media.paths):
+            return frames.measure(media, self.fps)  # nothing is kept: there may be 10^9 of them
         if media not in self.measured:
             stamps = tuple(self.stamps.get(file_of(place), ()) for place in media.paths)
             self.measured[media] = known = self.known.get(media, ((), ""))
@@ -242,9 +269,10 @@ class _Sizes:
 
 def _build(folder: Path, source: DescribedSource[Any], composer: Composer, sizes: _Sizes) -> None:
     skipped = Skipped(source.data.max_corrupt)
-    ends, hashes, token_counts = list[int](), list[int](), list[tuple[int, int]]()
-    film = ""
-    with (folder / "lines").open("wb") as file:
+    film, count = "", 0
+    with contextlib.ExitStack() as stack:
+        columns = ("lines", "ends", "hashes", "sizes")
+        lines, *others = (stack.enter_context((folder / name).open("wb")) for name in columns)
         for record in counted(source.records(), "indexing images"):
             if isinstance(record, Skip):
                 skipped.add([record])
@@ -255,21 +283,19 @@ def _build(folder: Path, source: DescribedSource[Any], composer: Composer, sizes
             except ValueError as error:
                 skipped.add([Skip(record.name, reason(error))])
                 continue
-            token_counts.append(size)
             names = (str(place) for media in record.media for place in media.paths)
             film = film or next(filter(video.is_video, names), "")
-            file.write(json.dumps([record.name, record.described(), shapes]).encode())
-            ends.append(file.tell())
-            hashes.append(record.hash)
-    np.save(folder / "sizes.npy", np.array(token_counts, np.int32).reshape(-1, 2))
+            lines.write(json.dumps([record.name, record.described(), shapes]).encode())
+            row = np.int64(lines.tell()), np.uint64(record.hash), np.array(size, np.int32)
+            for file, value in zip(others, row, strict=True):
+                file.write(value.tobytes())
+            count += 1
     (folder / "video").write_text(json.dumps(film))
     write_lines(
         folder / "measured",
         ([media.paths, media.moving, *known] for media, known in sizes.measured.items()),
     )
-    np.save(folder / "ends.npy", np.array(ends, np.int64))
-    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
-    write_files(folder, [IndexedFile("", (), len(ends), list(skipped))])
+    write_files(folder, [IndexedFile("", (), count, list(skipped))])
 
 
 def _read_measured(folder: Path) -> dict[Media, Measured]:

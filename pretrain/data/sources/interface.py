@@ -12,7 +12,6 @@ A source type is a subclass of :class:`Source` (or, for files, of
 :data:`pretrain.data.sources.SOURCES`.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -39,15 +38,7 @@ class Record(Protocol):
 
     @property
     def hash(self) -> int:
-        """64 bits of its content (:func:`content_hash`)."""
-
-
-def content_hash(*parts: str) -> int:
-    """64 bits of a document's content, which decide its split and identify it in fingerprints."""
-    # File names that are not UTF-8 contain surrogates.
-    content = "\0".join(parts).encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+        """64 bits of its content (:func:`pretrain.data.content.content_hash`)."""
 
 
 class Segment(NamedTuple):

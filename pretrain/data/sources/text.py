@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from pretrain.data import files, remote, saved_datasets, tables
 from pretrain.data.composer import Composer
+from pretrain.data.content import content_hash
 from pretrain.data.files import reason
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
 from pretrain.data.sources.indexed import FileSource, IndexedSource
-from pretrain.data.sources.interface import Segment, content_hash
+from pretrain.data.sources.interface import Segment
 from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.data.tokenizer import Tokenizer

@@ -43,6 +43,10 @@ class VisionChat(Chat):
     def media(self) -> Sequence[Media]:
         return self.conversation.media
 
+    @property
+    def pair(self) -> None:
+        return None
+
     def described(self) -> list[Any]:
         messages, tools = self.conversation
         listed = (m._asdict() | {"content": list(map(_described, m.parts))} for m in messages)

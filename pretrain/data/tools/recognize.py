@@ -12,6 +12,15 @@ from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
 from pretrain.data.skipped import Skip
+from pretrain.data.vision_text import archives, columns, mds, reading
+from pretrain.data.vision_text.layouts import (
+    Folder,
+    Names,
+    documents,
+    is_url,
+    layout_of,
+    media_keys,
+)
 from pretrain.errors import PretrainError
 
 Entry = dict[str, str]
@@ -21,9 +30,13 @@ _SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.
 # Beginnings of file names, as in repositories of data sets, and the split that each is for.
 _SPLITS = {"train": "train", **dict.fromkeys(("test", "validation", "valid", "val"), "held_out")}
 _SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.0-9]")
-# Keys of documents with images in reading order, by the name of the public data set.
-_INTERLEAVED = {"OBELICS": ("images", "texts"), "MMC4": ("image_info", "text_list")}
 _DEFAULT = {"field": "text"}
+# Names of a column of captions in public data sets, the most likely ones first.
+_CAPTIONS = (
+    *("text", "caption", "captions", "texts", "description", "alt_text", "alt", "prompt"),
+    *("sentences", "title", "label_text", "answer"),
+)
+_ORIGINS = re.compile(r".*(url|uri|path|sha256|md5|hash|key|id|license|status)", re.IGNORECASE)
 
 
 class Recognized(NamedTuple):
@@ -105,24 +118,80 @@ def _special_folder(root: Path) -> Recognized | None:
     """
     if (root / ".nv-meta").is_dir():
         return _found("shards for megatron-energon", "energon", root)
-    names = {path.name for path in itertools.islice(root.rglob("*"), 10_000) if path.is_file()}
-    if any(name.endswith(".mds") or name.endswith(".mds.zstd") for name in names):
-        raise _refused(root, "MosaicML's MDS", "convert it to Parquet or JSON lines")
+    paths = [path for path in itertools.islice(root.rglob("*"), 10_000) if path.is_file()]
+    names = {path.name for path in paths}
     if any(f"{name[:-4]}.bin" in names for name in names if name.endswith(".idx")):
         return _found("tokens in Megatron's format; set data.tokenizer", "megatron", root)
-    if any(name.endswith((".tar", ".tar.gz")) for name in names):
-        raise _refused(
-            *(root, "WebDataset shards without an index"),
-            f"run `energon prepare {root}`, then inspect it again",
-        )
-    images = [name for name in names if files.ends_with(Path(name), pixels.suffixes())]
-    described = {f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")} & names
-    if images and described:
-        advice = "write captions.jsonl of {image: …, caption: …}"
-        raise _refused(root, f"a folder of images with {described.pop()}", advice)
-    if images and not any(files.ends_with(Path(name), tables.SUFFIXES) for name in names):
+    paths = sorted(path for path in paths if not path.name.startswith("."))
+    images = [path for path in paths if files.ends_with(path, pixels.suffixes())]
+    kind = reading.kind_of(root, paths)
+    if kind == "metadata":
+        return _imagefolder(root, [path for path in paths if path.name in reading.METADATA])
+    if kind == "shards":
+        return _shards(root, [path for path in paths if archives.is_archive(path)])
+    if kind == "MDS":
+        return _mds(root, next(path for path in paths if files.ends_with(path, mds.SUFFIXES)))
+    if kind == "captions" or (kind == "images" and images):
+        captioned = kind == "captions" or any(reading.caption_of(path).exists() for path in images)
+        if not captioned:
+            advice = "write metadata.jsonl of {file_name: …, text: …}"
+            raise _refused(root, "a folder of images without captions", advice)
         return _found(f"{len(images):,} images with captions", "images", root)
     return None
+
+
+def _imagefolder(root: Path, described: Sequence[Path]) -> Recognized:
+    """A folder that metadata describe, with an entry for each split."""
+    entries = []
+    for file in described:
+        rows = [row for _, row in reading.read_records(file) if not isinstance(row, Skip)][
+            :_SAMPLED
+        ]
+        if not rows:
+            raise PretrainError(f"{file}: no records in it")
+        entries.append({"type": "images", "path": str(root)} | _pictured(file, rows)[1])
+    description = f"a folder of images with {described[0].name}"
+    names = [file.parent.name for file in described]
+    if len(names) < 2 or not all(map(reading.is_split, names)):
+        return Recognized(description, entries[:1])
+    splits = [
+        _of_split(entry, str(file.parent), file.parent.name)
+        for entry, file in zip(entries, described, strict=True)
+    ]
+    return Recognized(f"{description}; its splits: {', '.join(names)}", splits)
+
+
+def _shards(root: Path, shards: Sequence[Path]) -> Recognized:
+    """Shards for WebDataset.
+
+    Raises:
+        PretrainError: none of the first samples can be read.
+    """
+    plural = "s" * (len(shards) > 1)
+    found = _found(f"{len(shards):,} WebDataset shard{plural}", "images", root)
+    if shards[0].suffix.lower() != ".tar":
+        return found  # a compressed one would have to be unpacked
+    first = list(itertools.islice(archives.read_samples(shards[0], Names(), ""), _SAMPLED))
+    if all(isinstance(sample, Skip) for sample in first):
+        skip = next(sample for sample in first if isinstance(sample, Skip))
+        raise _refused(skip.name, "WebDataset shards", skip.reason)
+    return found
+
+
+def _mds(root: Path, shard: Path) -> Recognized:
+    """Shards of MosaicML.
+
+    Raises:
+        PretrainError: they have no images with captions.
+    """
+    if files.is_compressed(shard):
+        return _found("compressed MDS shards of MosaicML", "images", root)
+    try:
+        kinds = mds.kinds(shard, "")
+        entry = _columns(kinds, next((name for name, kind in kinds.items() if kind == "text"), ""))
+    except ValueError as error:
+        raise _refused(shard, "MosaicML's MDS", files.reason(error)) from error
+    return Recognized("MDS shards of MosaicML", [{"type": "images", "path": str(root)} | entry])
 
 
 def _found(description: str, type: str, path: Path) -> Recognized:
@@ -187,26 +256,79 @@ def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]
         PretrainError: the records are not read.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    for name, keys in _INTERLEAVED.items():
-        if all(key in names for key in keys):
-            raise _refused(file, f"{name}, documents with images in reading order", "")
     if chat := _chat(file, rows):
         return chat
-    if any(isinstance(row.get(key), dict) for row in rows for key in files.MEDIA):
-        raise _refused(file, "images in the records themselves", "write them as files")
-    if any(row.get(key) for row in rows for key in ("image", "video", "parts")):
-        field = next((name for name in ("text", "caption") if name in names), "")
-        field = field or tables.likely_field([_without(row) for row in rows])
-        entry = {"type": "images"} | ({"field": field} if field not in ("", "caption") else {})
-        return "images or videos by file name", entry
+    layout = layout_of(names)
+    if layout != "captions" or any(row.get(key) for row in rows for key in media_keys(row)):
+        return _pictured(file, rows)
+    if tables.kind(file) and columns.image_columns(columns.kinds_of(tables.schema(file)), Names()):
+        return _pictured(file, rows)
     if not (field := tables.likely_field(rows)):
         found = ", ".join(names) or "none"
         raise PretrainError(f"{file}: no text in its fields, which are {found}")
     return f"the text is probably {field!r}", {"type": "text", "field": field}
 
 
-def _without(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("image", "video", "parts")}
+def _pictured(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]:
+    """A description of records with images, and the settings that read them, without the path.
+
+    Raises:
+        PretrainError: they have no text, or their images are URLs.
+    """
+    layout = layout_of(list(dict.fromkeys(name for row in rows for name in row)))
+    entry = {"type": "images"}
+    if layout not in ("captions", "imagefolder"):
+        read = [made for row in rows for made in documents("", row, Folder(file.parent), Names())]
+        problem = next((made.reason for made in read if isinstance(made, Skip)), "")
+        if "a URL" in problem:
+            raise PretrainError(f"{file}: as in {layout}, but {problem}")
+        return f"documents as in {layout}", entry
+    if tables.kind(file):
+        kinds = columns.kinds_of(tables.schema(file))
+    else:
+        kinds = {name: _kind(value) for row in rows for name, value in row.items() if value}
+    named = [row[key] for row in rows for key in media_keys(row) if row[key]]
+    if any(is_url(name) for name in named):
+        advice = "download them, such as by img2dataset"
+        raise _refused(file, "images by URL", advice)
+    try:
+        return "images or videos with captions", entry | _columns(kinds, tables.likely_field(rows))
+    except ValueError as error:
+        raise PretrainError(f"{file}: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    """The kind of a value of JSON, as of a column."""
+    if isinstance(value, list):
+        return f"list of {_kind(value[0])}" if value else "list of nothing"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def _columns(kinds: columns.Kinds, longest: str) -> Entry:
+    """The settings that choose columns of images and captions.
+
+    Args:
+        longest: the column with the longest text.
+
+    Raises:
+        ValueError: there is no column of text.
+    """
+    images = columns.image_columns(kinds, Names())
+    texts = [
+        name
+        for name, kind in kinds.items()
+        if kind in ("text", "list of text") and name not in images
+    ]
+    lower = {name.lower(): name for name in texts}
+    usual = [lower[name] for name in _CAPTIONS if name in lower]
+    other = [name for name in (longest, *texts) if name in texts and not _ORIGINS.fullmatch(name)]
+    caption = next(iter([*usual, *other]), "")
+    if not caption:
+        raise ValueError(f"no captions in its fields, which are {', '.join(kinds)}")
+    entry = {"field": caption} if caption != "caption" else {}
+    if len(images) > 1:
+        entry["image_field"] = images[0]
+    return entry
 
 
 def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | None:

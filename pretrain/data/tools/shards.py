@@ -12,7 +12,9 @@ from pretrain.data.composer import as_pair
 from pretrain.data.media import frames
 from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.skipped import Skip
-from pretrain.data.sources.images import Mixed, find_images, read_images
+from pretrain.data.vision_text import reading
+from pretrain.data.vision_text.document import Mixed
+from pretrain.data.vision_text.layouts import Names
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import counted
 
@@ -74,8 +76,9 @@ def make_shards(
 
 def _pairs(folder: Path) -> Iterator[tuple[int, Path, str] | Skip]:
     """(hash, image, caption) of each pair whose image can be decoded, and the skipped files."""
-    for item in find_images(str(folder), str(folder)):
-        for record in [item] if isinstance(item, Skip) else read_images(item, "text"):
+    for item in reading.find(str(folder), str(folder)):
+        records = [item] if isinstance(item, Skip) else reading.read(item, Names(), "", str(folder))
+        for record in records:
             yield record if isinstance(record, Skip) else _pair(record)
 
 

@@ -327,7 +327,7 @@ def test_another_frame_rate_makes_another_index(tmp_path: Path) -> None:
     source = both(tmp_path)
     for fps, groups in ((2.0, {4, 1, 2}), (1.0, {3, 1}), (2.0, {4, 1, 2})):
         assert {grid[0] for grid in grids(opened(tmp_path, source, video_fps=fps))} == groups
-    assert len(list((tmp_path / "cache").glob("images-*"))) == 2
+    assert len(list((tmp_path / "cache").glob("vision-*"))) == 2
     state = opened(tmp_path, source).state_dict(2)
     with pytest.raises(PretrainError, match=r"data\.video_fps has changed"):
         opened(tmp_path, source, video_fps=1.0).load_state_dict([state])

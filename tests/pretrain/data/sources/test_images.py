@@ -37,7 +37,7 @@ def opened(folder: Path, **settings: object) -> MixtureData:
 def read(data: MixtureData) -> set[str]:
     """The names of all documents."""
     (documents,) = data._documents
-    return {documents.describe(int(number))[0] for number in documents.numbers["train"]}
+    return {documents.describe(int(number))[0].name for number in documents.numbers["train"]}
 
 
 def unusual_files(folder: Path) -> dict[str, str]:

@@ -18,12 +18,10 @@ import zstandard
 from pyarrow import feather, parquet
 
 from pretrain import cli
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.tools.recognize import configuration, recognize
+from pretrain.data.tools.recognize import recognize
 from pretrain.errors import PretrainError
-from tests.distributed import training
-from tests.distributed.launch import launch
 from tests.pretrain.data import make
+from tests.pretrain.data.tools import suggested
 
 TEXTS = [make.text(number) for number in range(40)]
 COLUMNS = {"id": [str(number) for number in range(40)], "body": TEXTS}
@@ -133,10 +131,8 @@ def array(rows: list[dict[str, Any]]) -> Callable[[Path], object]:
     return lambda path: path.write_text(json.dumps(rows, indent=1))
 
 
-# The name of the file or folder, how it is made, the description, and the entries.
-Layout = tuple[str, Callable[[Path], object], str, list[dict[str, str]]]
 TEXT = {"type": "text"}
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, tuple[str, Callable[[Path], object], str, list[dict[str, str]]]] = {
     "Parquet of pyarrow": (
         "a.parquet",
         lambda path: parquet.write_table(pa.table(COLUMNS), path),
@@ -257,36 +253,11 @@ LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def _train_each(folder: str, count: int) -> list[list[dict[str, Any]]]:
-    """A step with each configuration of the folder."""
-    metrics = []
-    for number in range(count):
-        (Path(folder) / f"{number}.yaml").replace(Path(folder) / "tiny.yaml")
-        metrics.append(training.train_and_read(folder, f"run_dir={folder}/run{number}"))
-    return metrics
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[Any]]]:
     """The suggested configuration of each layout, and the metrics of a step with it."""
-    folder = tmp_path_factory.mktemp("layouts")
-    Tokenizer.train(TEXTS, 400).save(folder / "tokenizer.json")
-    suggested = {}
-    for number, (name, (file, write, *_)) in enumerate(LAYOUTS.items()):
-        write(folder / file)
-        suggested[name] = configuration(str(folder / file))
-        settings = yaml.safe_load(training.TINY)
-        settings["data"] |= yaml.safe_load(suggested[name])["data"]
-        settings["data"] |= {"tokenizer": str(folder / "tokenizer.json"), "held_out": 0.1}
-        settings |= {"steps": 1, "global_batch_size": 2}
-        settings["evaluation"] |= {"sequences": 2}
-        settings["optimizer"] |= {"warmup_steps": 0, "decay_steps": 0}
-        (folder / f"{number}.yaml").write_text(yaml.safe_dump(settings))
-    (records,) = launch(_train_each, 1, str(folder), len(LAYOUTS))
-    return {
-        name: (text.replace(f"{folder}/", ""), steps)
-        for (name, text), steps in zip(suggested.items(), records, strict=True)
-    }
+    layouts = {name: suggested.Layout(*layout) for name, layout in LAYOUTS.items()}
+    return suggested.train(tmp_path_factory.mktemp("layouts"), layouts, TEXTS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -328,27 +299,11 @@ def write_folder(**files: bytes) -> Callable[[Path], object]:
     return write
 
 
-def picture(path: Path) -> None:
-    make.captioned_folder(path, 2)
-    (path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "a cat"}\n')
-
-
-IMAGE = {"bytes": b"\x89PNG", "path": "a.png"}
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "preferences": (
         "a.jsonl",
         lines({"prompt": "a", "chosen": OPENAI[0]["messages"], "rejected": []}),
         "a.jsonl: preference data",
-    ),
-    "OBELICS": ("a.jsonl", lines({"images": ["a"], "texts": [None]}), "OBELICS"),
-    "MMC4": ("a.jsonl", lines({"image_info": [{"a": 1}], "text_list": ["a"]}), "MMC4"),
-    "MDS": ("a", write_folder(index_json=b"{}", shard_mds=b"\0"), "MosaicML's MDS"),
-    "an imagefolder": ("a", picture, "a folder of images with metadata.jsonl"),
-    "tars": ("a", write_folder(a_tar=b"\0"), "without an index, .* run `energon prepare "),
-    "images in Parquet": (
-        "a.parquet",
-        lambda path: parquet.write_table(pa.table({"image": [IMAGE], "text": ["a"]}), path),
-        "images in the records",
     ),
     "CSV": ("a.csv", lambda path: path.write_text("a,b\n"), "CSV, which is not read"),
     "tool calls": (

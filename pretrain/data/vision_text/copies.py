@@ -1,0 +1,63 @@
+"""Copies in the cache of files whose images cannot be read in place: compressed ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.data import files
+from pretrain.data.cache import cached, key_of, stamp
+
+_BLOCK = 1 << 20
+
+
+def uncompressed(file: Path, cache_dir: str) -> Path:
+    """The path of a file's content: the file itself, or a copy that is made if it is compressed.
+
+    Raises:
+        files.UNREADABLE: the file cannot be read or is damaged.
+        PretrainError: the cache cannot be written.
+    """
+    if not files.is_compressed(file):
+        return file
+    return copied("unpacked", file, (), cache_dir, lambda target: _unpack(file, target))
+
+
+def copied(
+    kind: str, file: Path, settings: object, cache_dir: str, write: Callable[[Path], None]
+) -> Path:
+    """The path of a copy of a file, which is written if it is missing or the file has changed.
+
+    Args:
+        kind: beginning of its name in the cache.
+        settings: everything else that the copy depends on.
+        write: writes it to a path.
+
+    Raises:
+        PretrainError: the cache cannot be written; or an error of ``write``.
+    """
+    key = key_of(settings, stamps=[(str(file), stamp(file))])
+    # One process writes it, and others wait: it may be as large as all images.
+    path, _ = cached(
+        Path(cache_dir) / f"{kind}-{key}",
+        lambda folder: write(folder / "content"),
+        lambda folder: _existing(folder / "content"),
+        resumable=True,
+    )
+    return path
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    return path
+
+
+def _unpack(file: Path, target: Path) -> None:
+    with files.open_file(file) as source, target.open("wb") as out:
+        while True:
+            try:
+                block = source.read(_BLOCK)
+            except OSError as error:  # not of the cache
+                raise ValueError(files.reason(error)) from error
+            if not block:
+                return
+            out.write(block)
