@@ -95,6 +95,9 @@ class Workspace:
         table = pa.table({"text": [make.text(number) for number in range(20)]})
         pq.write_table(table, folder / "web.parquet")
         sources = [{"type": "text", "path": "web.parquet"}]
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
+        colours = [{"image": "cat.jpg", "conversations": said}]
+        (folder / "colours.json").write_text(json.dumps(colours))
         mine = {"base": "configs/laptop.yaml", "data": {"sources": sources}}
         (folder / "mine.yaml").write_text(json.dumps(mine))
         self.execute_once(["make", "train"])

@@ -1,4 +1,4 @@
-"""The blocks of the page about formats of text do what they show."""
+"""The blocks of the pages about formats of text and conversations do what they show."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,17 @@ import pytest
 
 from pretrain import cli
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "trainer" / "text_formats.md"
+PAGES = Path(__file__).parent.parent.parent / "docs" / "trainer"
 
 
-def test_the_blocks_write_a_table_and_inspect_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", ["text_formats.md", "conversations.md"])
+def test_the_first_blocks_write_a_file_and_inspect_it(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "sh", "yaml", "yaml"]
-    (_, code), (_, command), (_, output), _ = blocks
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
+    assert [language for language, _ in blocks[:3]] == ["python", "sh", "yaml"]
+    (_, code), (_, command), (_, output) = blocks[:3]
     exec(code, {})
     python, option, program, *arguments = command.split()
     assert (python, option, program) == ("python", "-m", "pretrain")

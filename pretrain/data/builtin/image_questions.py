@@ -20,8 +20,8 @@ from pretrain.data.chat import REPLY
 from pretrain.data.interface import SPLITS, Split
 
 FILE = "conversations.jsonl"
-COUNTS: dict[Split, int] = {"train": 8000, "held_out": 1000}
-"""Conversations of each split."""
+_PER_MB: dict[Split, int] = {"train": 1000, "held_out": 125}
+"""Conversations of each split for each 10^6 bytes of the text that words are from."""
 _PATCH = 14
 _QUESTIONS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Which word is it?", lambda word: word),
@@ -47,7 +47,7 @@ def write(folder: Path, config: DataConfig, split: Split) -> None:
     lines = [line for file in corpus for line in prose_lines(file)]
     texts = distinct_words(lines) if options.max_words == 1 else lines
     with (folder / FILE).open("w") as file:
-        for number in range(COUNTS[split]):
+        for number in range(int(_PER_MB[split] * config.max_corpus_mb)):
             rng = np.random.default_rng([SPLITS.index(split), number])
             word = _word(lines, texts, options, split, rng)
             pixels = drawing.draw(word, options, _PATCH, rng).pixels
