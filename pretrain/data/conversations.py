@@ -200,11 +200,18 @@ def _tools(value: Mapping[str, Any]) -> list[Any]:
 
 def _json_list(name: str, value: Any) -> list[Any]:
     """A list, also if it is in JSON, as in tables."""
-    if isinstance(value, str) and value.strip():
-        value = json.loads(value)
+    if isinstance(value, str):
+        value = _parsed(f"its {name!r}", value) if value.strip() else None
     if not isinstance(value or [], list) or not all(isinstance(one, dict) for one in value or ()):
         raise ValueError(f"its {name!r} is not a list of declarations")
     return list(value or [])
+
+
+def _parsed(what: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON") from error
 
 
 def _calls(number: int, fields: Mapping[str, Any]) -> tuple[ToolCall, ...]:
@@ -283,10 +290,7 @@ def _sender(number: int, sender: Any) -> str:
 def _sent_calls(number: int, value: Any) -> tuple[ToolCall, ...]:
     """The calls in a message of ShareGPT: an object or a list in JSON."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"the tool call in message {number} is not JSON") from error
+        value = _parsed(f"the tool call in message {number}", value)
     return tuple(_call(number, one) for one in (value if isinstance(value, list) else [value]))
 
 

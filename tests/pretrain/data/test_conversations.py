@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.chat import render
 from pretrain.data.conversations import UnsupportedLayoutError, conversation_of, layout_name
+from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from tests.pretrain.data import make
 
@@ -94,3 +95,43 @@ def test_layouts_have_names() -> None:
     assert layout_name({"conversations": SHARE}, "text") == "ShareGPT"
     assert layout_name({"instruction": "a", "output": "b"}, "text") == "Alpaca"
     assert layout_name({"text": "a"}, "messages") == ""
+
+
+KEYS = (
+    *("messages", "conversations", "role", "content", "from", "value", "type", "text", "image"),
+    *("images", "image_url", "url", "video", "videos", "tool_calls", "function", "name", "tools"),
+    *("arguments", "function_call", "reasoning_content", "system", "index", "weight", "base64"),
+    *("instruction", "output", "input", "history", "functions", "id", "tool_call_id"),
+)
+VALUES = (
+    *("user", "assistant", "human", "gpt", "function_call", "<image>", "<img>a</img>", "text"),
+    *("image", "video_url", "a.png", '{"name": "f"}', "[1]", "", "\ud800", "<think>a</think>b"),
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-1, 2), st.sampled_from(VALUES)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+described = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": values},
+    optional={"tool_calls": values, "reasoning_content": values, "name": values},
+)
+sent = st.fixed_dictionaries({"from": st.sampled_from(VALUES), "value": values})
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.fixed_dictionaries(
+        {"messages": st.one_of(values, st.lists(st.one_of(described, sent, values), max_size=4))},
+        optional={"images": values, "videos": values, "tools": values, "functions": values},
+    )
+)
+def test_any_record_is_a_conversation_or_an_error_of_one_line(value: dict[str, Any]) -> None:
+    try:
+        found = conversation_of(value, "text", lambda names, moving: Media(("",), moving))
+    except ValueError:
+        return
+    if found:
+        render(TOKENIZER, *found, lambda *_: None)
