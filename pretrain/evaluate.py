@@ -92,7 +92,7 @@ def transcribe(run: Run) -> list[Reading]:
     pictures = [png_base64(item.picture, _PICTURE_SIZE) for item in items[:_MAX_PICTURES]]
     pictures += [""] * (len(items) - len(pictures))
     return [
-        Reading(item.answer, text, picture)
+        Reading(item.answer, text, picture, item.text)
         for item, text, picture in zip(items, texts, pictures, strict=True)
     ]
 

@@ -194,7 +194,7 @@ def transcription_table(transcriptions: Sequence[Reading]) -> list[str]:
         return []
     rows = "\n".join(
         f"<tr{'' if reading.is_exact else ' class=wrong'}><td>{_picture(reading.picture)}</td>"
-        f"<td>{escape(reading.caption)}</td><td>{escape(reading.text)}</td></tr>"
+        f"<td>{escape(reading.expected)}</td><td>{escape(reading.text)}</td></tr>"
         for reading in transcriptions[:_MAX_READINGS]
     )
     more = len(transcriptions) > _MAX_READINGS

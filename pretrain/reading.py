@@ -1,4 +1,4 @@
-"""Scores of a model's transcriptions of text in images."""
+"""Scores of a model's transcriptions of text in images, and of its replies about images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,15 +13,22 @@ class Reading(NamedTuple):
     """A held-out image as the model reads it.
 
     Attributes:
-        caption: the text in the image.
-        text: the model's transcription.
+        caption: the text in the image, or the right reply.
+        text: the model's transcription, or its reply.
         picture: the image, or the first frame of a clip, as a PNG file in base64; empty for all but
             the first images.
+        question: the text of the message before a reply.
     """
 
     caption: str
     text: str
     picture: str = ""
+    question: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The question, if there is one, and the caption."""
+        return f"{self.question} {self.caption}".strip()
 
     @property
     def is_exact(self) -> bool:
@@ -64,8 +71,8 @@ def listing(readings: Sequence[Reading]) -> str:
     if not readings:
         return ""
     shown = readings[:_MAX_LISTED]
-    width = max(len(reading.caption) for reading in shown)
-    lines = [f"  {reading.caption:<{width}} | {reading.text}" for reading in shown]
+    width = max(len(reading.expected) for reading in shown)
+    lines = [f"  {reading.expected:<{width}} | {reading.text}" for reading in shown]
     title = f"held-out images: {summary(readings)}"
     return "\n".join([title, "  text in the image | transcription", *lines])
 

@@ -684,8 +684,9 @@ class EvaluationConfig(Settings):
     captions: Annotated[int, In("[2, 100000]")] = 256
     """Number of held-out images; each caption is scored with its image and with a wrong one."""
     transcriptions: Annotated[int, In("[0, 100000]")] = 8
-    """Number of held-out images that the model transcribes in every evaluation but that before the
-    first step. It writes at most 24 tokens: longer captions are never read exactly."""
+    """Number of held-out images that the model transcribes, or about which it replies, in every
+    evaluation but that before the first step. It writes at most 24 tokens: longer captions are
+    never read exactly, and longer replies are left out."""
 
 
 @dataclass(frozen=True)

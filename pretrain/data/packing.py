@@ -113,12 +113,14 @@ class Question:
         answer: a short text.
         end: the token that ends an answer.
         picture: uint8 [height, width, 3], an image in the prompt.
+        text: the text of the message before a reply; empty for captions.
     """
 
     prompt: Document
     answer: str
     end: int
     picture: Pixels
+    text: str = ""
 
 
 @dataclass(frozen=True)

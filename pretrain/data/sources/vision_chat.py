@@ -119,7 +119,8 @@ class VisionChatDocuments(DescribedDocuments):
                 continue  # it is reported when a sequence contains it
             prompt = add_header(before.document(self.composer, media), REPLY)
             add_thought(prompt)
-            yield Question(prompt, answer, self.composer.tokenizer.im_end, media[0][0])
+            text = before.conversation.messages[-1].text
+            yield Question(prompt, answer, self.composer.tokenizer.im_end, media[0][0], text)
 
 
 class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionChat]):
