@@ -3,24 +3,19 @@
 import contextlib
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from pretrain import generate
 from pretrain.checkpoint import storage
 from pretrain.data.chat import render
 from pretrain.data.conversations import conversation_of
-from pretrain.data.media.frames import Media
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.to_hf import export
 from tests.distributed import training
 from tests.distributed.launch import launch
-from tests.docs.commands import ROOT, blocks
 
 SHORT = (
     *("evaluation.every=100", "evaluation.captions=4", "evaluation.transcriptions=0"),
@@ -233,55 +228,3 @@ def test_transformers_renders_conversations_and_generates_learned_replies(
     answer = written[0, asked["input_ids"].shape[1] :]
     assert exported.decode(answer, skip_special_tokens=True) == reply
     assert answer[-1] == trained.im_end
-
-
-COLOURS = ("red", "green", "blue", "white")
-
-
-def answers(folder: str) -> list[str]:
-    """The replies to a question about each image, as `sample --chat --image` gives them."""
-    model = generate.load(Path(folder) / "vision")
-    images = [Media((f"{folder}/{name}.png",), moving=False) for name in COLOURS]
-    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "reply": True}
-    return ["".join(generate.sample(model, WHICH, [image], **options)) for image in images]
-
-
-WHICH = "How many letters?"
-
-
-def test_finetuning_on_images_is_reproduced_by_transformers(
-    folder: Path, pretrained: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    transformers = pytest.importorskip("transformers", minversion="5.23")
-    with (folder / "vision.jsonl").open("w") as file:
-        for name in COLOURS:
-            Image.new("RGB", (56, 28), name).save(folder / f"{name}.png")
-            asked = [{"type": "image", "image": f"{name}.png"}, {"type": "text", "text": WHICH}]
-            said = [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": str(len(name))},
-            ]
-            file.write(json.dumps({"messages": said}) + "\n")
-    path = f"path: {folder}/vision.jsonl"
-    entries = [f"{{type: vision_chat, {path}, split: {split}}}" for split in ("train", "held_out")]
-    settings = phase(folder, "vision", f"data.sources=[{', '.join(entries)}]", "steps=30")
-    sizes = ("global_batch_size=4", "micro_batch_size=4", "optimizer.lr=1e-2")
-    evaluated = ("evaluation.every=30", "evaluation.transcriptions=4")
-    run = training.train_and_read
-    records = launch(run, 1, *settings, *sizes, *evaluated)[0]
-    assert records[-1]["loss"] < 0.5 * records[1]["loss"]
-    (replies,) = launch(answers, 1, str(folder))
-    exact = [reply == str(len(name)) for name, reply in zip(COLOURS, replies, strict=True)]
-    assert records[-1]["exact_match"] == sum(exact) / 4
-
-    export(folder / "vision", folder / "runs" / "laptop_vision_sft" / "hf")
-    shutil.copy(folder / "red.png", folder / "cat.jpg")
-    monkeypatch.chdir(folder)
-    page = ROOT / "docs" / "trainer" / "conversations.md"
-    names: dict[str, Any] = {}
-    exec(blocks(page.read_text(), "python")[-1], names)
-    assert names["answers"][0]["generated_text"] == replies[0]
-    processor = transformers.AutoProcessor.from_pretrained(
-        "runs/laptop_vision_sft/hf", trust_remote_code=True
-    )
-    assert "<|im_middle|>" in processor.chat_template
