@@ -194,6 +194,9 @@ class SwarmConfig(Settings):
     start_steps: StepsOrZero = 500
     """Steps of the supervised start; 0: the model already has the tokens of the tools."""
     start_batch: Size = 16
+    """Demonstrations of a step."""
+    start_replay: SizeOrZero = 16
+    """Documents of the pretraining's text in a step, against forgetting it."""
     start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
     """Optimizer of the supervised start."""
     evaluation_tasks: SizeOrZero = 64

@@ -1,5 +1,6 @@
 """The supervised start of a swarm: a model learns the syntax of the tools from text alone."""
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain import model, vocabulary
 from posttrain.config import SwarmConfig
+from posttrain.data import texts
 from posttrain.environment.markup import TOKENS
 from posttrain.model import Exported
 from posttrain.swarm.demonstrations import Demonstrations
 from posttrain.trainer import make_optimizer
-from pretrain.data import chat
-from pretrain.data.packing import Document
+from pretrain.data import Data, chat
 from pretrain.export import chat_templates
 from pretrain.runtime.progress import Progress
 
@@ -27,18 +28,21 @@ _WORDS = (
     *("## Return of ", "created "),
 )
 _TOKENS_OF_A_WORD = 8
+# Tokens, and the weight of each as a label.
+Row = tuple[Tensor, Tensor]
 # Sequences of similar length share a forward pass.
 _MICRO_BATCHES = 2
 
 
 def train(
-    exported: Exported, demonstrations: Demonstrations, swarm: SwarmConfig, out: Path
-) -> Exported:
+    exported: Exported, demonstrations: Demonstrations, swarm: SwarmConfig, data: Data, out: Path
+) -> None:
     """Extend a model's vocabulary by the markup, train it on demonstrations, and write the export.
 
     An interrupted start begins again.
 
     Args:
+        data: of the pretraining; documents of text are mixed in, so that little is forgotten.
         out: folder of the trained export.
     """
     tokenizer = exported.tokenizer
@@ -48,12 +52,14 @@ def train(
     extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=swarm.context)
     tokenizer = extended.tokenizer
     optimizer = make_optimizer(extended.model, swarm.start)
+    replay = (row for index in itertools.count() for row in texts(data, "train", index))
     size, steps = swarm.start_batch, swarm.start_steps
     with Progress("learning the syntax of the tools", steps, "steps") as progress:
         for step in range(steps):
             seeds = range(step * size, (step + 1) * size)
             documents = [chat.render(tokenizer, demonstrations.conversation(s)) for s in seeds]
-            _backward(extended, documents)
+            rows = [(torch.tensor(d.tokens), torch.tensor(d.weights)) for d in documents]
+            _backward(extended, [*rows, *itertools.islice(replay, swarm.start_replay)])
             torch.nn.utils.clip_grad_norm_(extended.model.parameters(), swarm.start.clip_grad_norm)
             warm = min(1.0, (step + 1) / max(1, swarm.start.warmup_steps))
             decay = min(1.0, (steps - step) / (0.4 * steps))
@@ -65,24 +71,23 @@ def train(
     content = chat_templates.content(tokenizer if exported.has_images else None, is_chat=True)
     model.save(extended, extended.model, out, chat.template(tokenizer, content))
     shutil.rmtree(untrained)
-    return model.load(out)
 
 
-def _backward(exported: Exported, documents: Sequence[Document]) -> None:
+def _backward(exported: Exported, rows: Sequence[Row]) -> None:
     """Accumulate the gradient of the mean loss of all weighted tokens."""
-    ordered = sorted(documents, key=len)
-    total = sum(sum(document.weights) for document in documents)
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    total = sum(float(weights.sum()) for _, weights in rows)
     size = -(-len(ordered) // _MICRO_BATCHES)
     for start in range(0, len(ordered), size):
         loss = _loss(exported, ordered[start : start + size]) / total
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _loss(exported: Exported, documents: Sequence[Document]) -> Tensor:
+def _loss(exported: Exported, rows: Sequence[Row]) -> Tensor:
     """Sum of the weighted losses."""
-    tokens = pad_sequence([torch.tensor(d.tokens) for d in documents], batch_first=True)
-    weights = pad_sequence([torch.tensor(d.weights) for d in documents], batch_first=True)
-    lengths = torch.tensor([len(document) for document in documents])
+    tokens = pad_sequence([tokens for tokens, _ in rows], batch_first=True)
+    weights = pad_sequence([weights for _, weights in rows], batch_first=True)
+    lengths = torch.tensor([len(tokens) for tokens, _ in rows])
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
     device = exported.model.device
     logits = exported.model(

@@ -29,6 +29,7 @@ from posttrain.swarm.parl import Parl, critical_steps, finish_reward, parallelis
 from posttrain.swarm.sampling import Sampler
 from posttrain.swarm.tasks import LookUps, tools
 from posttrain.trainer import RlTrainer, arguments
+from pretrain.data import Data
 from pretrain.errors import PretrainError
 
 _START = "start"
@@ -162,10 +163,11 @@ def train(config: Config) -> Path:
     config.require_effect("swarm")
     with locked(config, "swarm") as termination:
         _require_context(config.swarm)
-        begun = _start(config)
+        # The text of the pretraining has the tokens of the pretraining.
+        data = open_pretraining_data(config.pretraining, Path(config.model))
+        begun = _start(config, data)
         exported, frozen = model.load(begun), model.load(begun)
         frozen.model.requires_grad_(False)
-        data = open_pretraining_data(config.pretraining, exported.folder)
         run = SwarmRun("swarm", config, exported, data, termination)
         run.swarm = Swarm(config.swarm, config.rl.temperature, frozen)
         trainer = RlTrainer(
@@ -181,7 +183,7 @@ def train(config: Config) -> Path:
         return run.train(trainer)
 
 
-def _start(config: Config) -> Path:
+def _start(config: Config, data: Data) -> Path:
     """The folder of the model with which training starts; it is trained unless it exists."""
     out = Path(config.run_dir) / _START
     if config.swarm.start_steps == 0:
@@ -191,7 +193,7 @@ def _start(config: Config) -> Path:
         demonstrations = Demonstrations(
             look_ups(swarm), swarm.serial_records, swarm.parallel_share, swarm.sub_agent_share
         )
-        start.train(model.load(Path(config.model)), demonstrations, swarm, out)
+        start.train(model.load(Path(config.model)), demonstrations, swarm, data, out)
     tokenizer = model.load(out).tokenizer
     missing = [name for name in TOKENS if tokenizer.id_of(name) is None]
     if missing:
