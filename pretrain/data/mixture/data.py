@@ -170,14 +170,8 @@ class MixtureData(Data):
         return list(items.values())
 
     def questions(self, split: Split, count: int) -> list[Question]:
-        asked: list[Question] = []
-        chats = (one for source in self._documents for one in source.questions(split))
-        for question in chats:
-            if len(asked) == count:
-                break
-            reply = len(self.tokenizer.encode(question.answer)) + 1
-            if reply <= _CAPTION_ROOM <= self.config.seq_length - len(question.prompt):
-                asked.append(question)
+        sources = (source.questions(split, _CAPTION_ROOM) for source in self._documents)
+        asked = list(itertools.islice(itertools.chain.from_iterable(sources), count))
         # Sources of captions and of conversations have at least half of the questions each.
         captions = super().questions(split, max(count // 2, count - len(asked)))
         return [*asked[: count - len(captions)], *captions]

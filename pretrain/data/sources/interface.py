@@ -168,8 +168,12 @@ class Documents(ABC):
         """Images with captions, and clips that are encoded in one piece."""
         return iter(())
 
-    def questions(self, split: Split) -> Iterator[Question]:
-        """Questions about images in conversations."""
+    def questions(self, split: Split, longest: int) -> Iterator[Question]:
+        """Questions about images in conversations.
+
+        Args:
+            longest: tokens of the longest reply, for which a sequence has room after the question.
+        """
         return iter(())
 
     def token_counts(self, split: Split) -> tuple[int, int] | None:

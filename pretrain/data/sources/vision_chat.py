@@ -1,5 +1,6 @@
 """Sources of conversations with images and videos."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from pretrain.data.sources.described import (
     restore_media,
 )
 from pretrain.errors import PretrainError
+
+# Conversations of which replies are looked at: few of them may be short.
+_MOST_ASKED = 10_000
 
 
 @dataclass(frozen=True)
@@ -106,21 +110,30 @@ def _restored(part: Any) -> str | Media:
 class VisionChatDocuments(DescribedDocuments):
     """Conversations, of which the index has descriptions."""
 
-    def questions(self, split: Split) -> Iterator[Question]:
-        for number in self.numbers[split]:
+    def questions(self, split: Split, longest: int) -> Iterator[Question]:
+        tokenizer = self.composer.tokenizer
+        for number in itertools.islice(self.numbers[split], _MOST_ASKED):
             record, shapes = self.describe(number)
             assert isinstance(record, VisionChat)
             if (asked := record.question()) is None:
                 continue
             before, answer = asked
+            del shapes[len(before.media) :]
+            size, _ = before.size(self.composer, shapes)
+            room = self.source.data.seq_length - size - len(_begin_reply(Document(tokenizer)))
+            if len(tokenizer.encode(answer)) >= longest or longest > room:
+                continue
             try:
-                media = self.read(before, shapes[: len(before.media)])
+                media = self.read(before, shapes)
             except ValueError:
                 continue  # it is reported when a sequence contains it
-            prompt = add_header(before.document(self.composer, media), REPLY)
-            add_thought(prompt)
+            prompt = _begin_reply(before.document(self.composer, media))
             text = before.conversation.messages[-1].text
-            yield Question(prompt, answer, self.composer.tokenizer.im_end, media[0][0], text)
+            yield Question(prompt, answer, tokenizer.im_end, media[0][0], text)
+
+
+def _begin_reply(document: Document) -> Document:
+    return add_thought(add_header(document, REPLY))
 
 
 class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionChat]):
