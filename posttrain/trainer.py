@@ -34,6 +34,11 @@ def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Op
     )
 
 
+def schedule_name(options: OptimizerConfig) -> str:
+    """The name of the learning rate's schedule in transformers."""
+    return {"constant": "constant_with_warmup"}.get(options.schedule, options.schedule)
+
+
 def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
     """Arguments of transformers' trainer that all commands have.
 
@@ -46,9 +51,7 @@ def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
         "max_steps": config.steps,
         "seed": config.seed,
         "learning_rate": optimizer.lr,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
-            optimizer.schedule, optimizer.schedule
-        ),
+        "lr_scheduler_type": schedule_name(optimizer),
         "warmup_steps": optimizer.warmup_steps,
         "max_grad_norm": optimizer.clip_grad_norm,
         "logging_steps": 1,

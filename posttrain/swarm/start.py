@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import get_scheduler
 
-from posttrain import model, vocabulary
-from posttrain.config import SwarmConfig
+from posttrain import model, modes, vocabulary
+from posttrain.config import Config
 from posttrain.data import texts
 from posttrain.environment.markup import TOKENS
 from posttrain.model import Exported
 from posttrain.swarm.demonstrations import Demonstrations
-from posttrain.trainer import make_optimizer
+from posttrain.trainer import make_optimizer, schedule_name
 from pretrain.data import Data, chat
-from pretrain.export import chat_templates
 from pretrain.runtime.progress import Progress
 
 # Words of the markup, for which a small vocabulary has many tokens.
@@ -35,52 +35,56 @@ _MICRO_BATCHES = 2
 
 
 def train(
-    exported: Exported, demonstrations: Demonstrations, swarm: SwarmConfig, data: Data, out: Path
+    config: Config, exported: Exported, demonstrations: Demonstrations, data: Data, out: Path
 ) -> None:
     """Extend a model's vocabulary by the markup, train it on demonstrations, and write the export.
 
     An interrupted start begins again.
 
     Args:
+        config: its ``swarm`` has the settings of the start.
         data: of the pretraining; documents of text are mixed in, so that little is forgotten.
         out: folder of the trained export.
     """
-    tokenizer = exported.tokenizer
-    tokenizer.require_chat()
-    words = vocabulary.long_words(tokenizer, _WORDS, _TOKENS_OF_A_WORD)
+    swarm = config.swarm
+    exported.tokenizer.require_chat()
+    torch.manual_seed(config.seed)  # of the new rows
+    words = vocabulary.long_words(exported.tokenizer, _WORDS, _TOKENS_OF_A_WORD)
     untrained = out.with_name("extended")
     extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=swarm.context)
     tokenizer = extended.tokenizer
     optimizer = make_optimizer(extended.model, swarm.start)
-    replay = (row for index in itertools.count() for row in texts(data, "train", index))
     size, steps = swarm.start_batch, swarm.start_steps
+    schedule = get_scheduler(schedule_name(swarm.start), optimizer, swarm.start.warmup_steps, steps)
+    replay = (row for index in itertools.count() for row in texts(data, "train", index))
+    first = config.seed * size * steps
     with Progress("learning the syntax of the tools", steps, "steps") as progress:
         for step in range(steps):
-            seeds = range(step * size, (step + 1) * size)
+            seeds = range(first + step * size, first + (step + 1) * size)
             documents = [chat.render(tokenizer, demonstrations.conversation(s)) for s in seeds]
             rows = [(torch.tensor(d.tokens), torch.tensor(d.weights)) for d in documents]
-            _backward(extended, [*rows, *itertools.islice(replay, swarm.start_replay)])
+            loss = _backward(extended, [*rows, *itertools.islice(replay, swarm.start_replay)])
             torch.nn.utils.clip_grad_norm_(extended.model.parameters(), swarm.start.clip_grad_norm)
-            warm = min(1.0, (step + 1) / max(1, swarm.start.warmup_steps))
-            decay = min(1.0, (steps - step) / (0.4 * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = swarm.start.lr * warm * decay
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
             progress(step + 1)
-    content = chat_templates.content(tokenizer if exported.has_images else None, is_chat=True)
-    model.save(extended, extended.model, out, chat.template(tokenizer, content))
+            if (step + 1) % config.log_every == 0:
+                print(f"supervised start: step {step + 1}/{steps} | loss {loss:.4f}", flush=True)
+    model.save(extended, extended.model, out, modes.chat_template(extended))
     shutil.rmtree(untrained)
 
 
-def _backward(exported: Exported, rows: Sequence[Row]) -> None:
-    """Accumulate the gradient of the mean loss of all weighted tokens."""
+def _backward(exported: Exported, rows: Sequence[Row]) -> float:
+    """Accumulate the gradient of the mean loss of all weighted tokens; returns the loss."""
     ordered = sorted(rows, key=lambda row: len(row[0]))
     total = sum(float(weights.sum()) for _, weights in rows)
-    size = -(-len(ordered) // _MICRO_BATCHES)
+    size, mean = -(-len(ordered) // _MICRO_BATCHES), 0.0
     for start in range(0, len(ordered), size):
         loss = _loss(exported, ordered[start : start + size]) / total
         loss.backward()  # type: ignore[no-untyped-call]
+        mean += float(loss.detach())
+    return mean
 
 
 def _loss(exported: Exported, rows: Sequence[Row]) -> Tensor:

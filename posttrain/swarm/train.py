@@ -168,6 +168,8 @@ def train(config: Config) -> Path:
         begun = _start(config, data)
         exported, frozen = model.load(begun), model.load(begun)
         frozen.model.requires_grad_(False)
+        # By which TRL recognizes replies that are complete.
+        exported.model.generation_config.eos_token_id = [exported.tokenizer.im_end]
         run = SwarmRun("swarm", config, exported, data, termination)
         run.swarm = Swarm(config.swarm, config.rl.temperature, frozen)
         trainer = RlTrainer(
@@ -193,7 +195,7 @@ def _start(config: Config, data: Data) -> Path:
         demonstrations = Demonstrations(
             look_ups(swarm), swarm.serial_records, swarm.parallel_share, swarm.sub_agent_share
         )
-        start.train(model.load(Path(config.model)), demonstrations, swarm, data, out)
+        start.train(config, model.load(Path(config.model)), demonstrations, data, out)
     tokenizer = model.load(out).tokenizer
     missing = [name for name in TOKENS if tokenizer.id_of(name) is None]
     if missing:
