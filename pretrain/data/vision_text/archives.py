@@ -97,6 +97,11 @@ def members(file: Path, plain: Path) -> Iterator[tuple[str, Span]]:
                 raise ValueError(f"it ends within {member.name}")
             span = Span(str(plain), member.offset_data, member.size, f"{file}:{member.name}")
             yield member.name, span
+        end = archive.offset
+    with plain.open("rb") as stream:  # tarfile takes damage after the first member for the end
+        stream.seek(end)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError("it is cut off or damaged")
 
 
 def _sample(name: str, sample: list[tuple[str, Span]], names: Names) -> Mixed:

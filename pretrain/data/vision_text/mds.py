@@ -53,6 +53,20 @@ def kinds(file: Path, cache_dir: str) -> dict[str, str]:
     return {column.name: known.get(column.encoding, column.encoding) for column in columns}
 
 
+def listed(index: Path) -> list[list[str]]:
+    """The names that each shard of an index may have: plain, and compressed if it is.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    try:
+        shards = json.loads(index.read_text())["shards"]
+        datas = [[shard.get("raw_data"), shard.get("zip_data")] for shard in shards]
+        return [[str(data["basename"]) for data in pair if data] for pair in datas]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"damaged: {reason(error)}") from error
+
+
 def read_rows(
     file: Path, columns: Collection[str], cache_dir: str
 ) -> Iterator[tuple[str, dict[str, Any] | Skip]]:

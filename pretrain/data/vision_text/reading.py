@@ -35,6 +35,8 @@ _LINES = files.with_compressed((".jsonl", ".ndjson"))
 _CAPTION_SUFFIX = ".txt"
 _SPLIT = re.compile(r"(train|test|valid|validation|val|dev)(ing)?", re.IGNORECASE)
 _SAMPLED = 5
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_NUMBERED = 10**6
 
 
 # ---------------------------------------------------------------------- finding
@@ -53,13 +55,34 @@ def find(path: str, setting: str) -> list[Path | Skip]:
     folder = Path(path)
     if folder.is_dir():
         return _in_folder(folder, setting)
-    items = files.find(path, setting, ("",), "files")
+    items = _numbered(path, setting) or files.find(path, setting, ("",), "files")
     for item in items:
         if isinstance(item, Path) and not _is_read(item):
             raise PretrainError(
                 f"{setting}.path: {item} is neither a folder nor a .jsonl file (or .jsonl.gz, "
                 ".jsonl.zst, .json), a table (.parquet, .arrow) or a shard (.tar, .mds)"
             )
+    return items
+
+
+def _numbered(path: str, setting: str) -> list[Path | Skip]:
+    """The files of a pattern such as ``{00000..00099}.tar``; empty if it is none.
+
+    Raises:
+        PretrainError: none of them exists, or there are too many.
+    """
+    begin, *groups = _RANGE.split(path)  # between the ranges, their first and last numbers
+    if not groups or Path(path).exists():
+        return []
+    names = [begin]
+    for first, last, text in zip(groups[::3], groups[1::3], groups[2::3], strict=True):
+        numbers = range(int(first), int(last) + 1)
+        if len(names) * len(numbers) > _MAX_NUMBERED:
+            raise PretrainError(f"{setting}.path: {path} has more than {_MAX_NUMBERED:,} files")
+        names = [f"{name}{n:0{len(first)}}{text}" for name in names for n in numbers]
+    items = [Path(n) if Path(n).is_file() else Skip(n, "does not exist") for n in names]
+    if not any(isinstance(item, Path) for item in items):
+        raise PretrainError(f"{setting}.path: no file matches {path}")
     return items
 
 
@@ -152,7 +175,23 @@ def _in_folder(folder: Path, setting: str) -> list[Path | Skip]:
         for item in items
         if isinstance(item, Skip) or not files.ends_with(item, media)
     ]
+    if kind == "MDS":
+        chosen += _missing(paths)
     return sorted(chosen, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def _missing(paths: Sequence[Path]) -> Iterator[Skip]:
+    """The shards of MDS that an index lists and that are not there."""
+    existing = set(paths)
+    for index in (path for path in paths if path.name == mds.INDEX):
+        try:
+            shards = mds.listed(index)
+        except ValueError as error:
+            yield Skip(str(index), reason(error))
+            continue
+        for shard in shards:
+            if not any(index.parent / name in existing for name in shard):
+                yield Skip(str(index.parent / shard[0]), f"listed in {mds.INDEX}, but missing")
 
 
 def _unnamed(described: Sequence[Path], paths: Sequence[Path]) -> Iterator[Skip]:
@@ -216,8 +255,9 @@ def companions(file: Path) -> list[Path]:
 
 
 def names_files(file: Path) -> bool:
-    """Whether records of a file may name images that are files; a shard contains its images."""
-    return not (archives.is_archive(file) or files.ends_with(file, mds.SUFFIXES))
+    """Whether the images of a file may be in other files; those of a shard are in it, or in its
+    copy."""
+    return not files.ends_with(file, (".tar", ".mds"))
 
 
 # ---------------------------------------------------------------------- reading

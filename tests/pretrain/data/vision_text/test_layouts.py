@@ -1,0 +1,422 @@
+"""Every layout gives the documents that its records mean, wherever the images are."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+from pyarrow import feather, ipc, parquet
+
+from pretrain.config import SourceConfig
+from pretrain.data.media import frames
+from pretrain.data.skipped import Skip
+from pretrain.data.vision_text.document import Mixed
+from pretrain.errors import PretrainError
+from tests.pretrain.data.make import picture
+from tests.pretrain.data.vision_text import make
+
+Entry = dict[str, str]
+
+
+def read(path: Path, **entry: str) -> list[Mixed | Skip]:
+    """Every document of a source, and what is left out."""
+    from pretrain.config import DataConfig
+    from pretrain.data.sources import find_sources
+
+    config = SourceConfig("images", str(path), **entry)  # type: ignore[arg-type]
+    cache = str(path.parent / "cache")
+    data = DataConfig(sources=(config,), max_corrupt=1000, cache_dir=cache)
+    (source,) = find_sources(data, seed=0)
+    return [*source.skips, *source.records()]  # type: ignore[attr-defined, list-item]
+
+
+def shown(document: Mixed | Skip) -> list[Any]:
+    """The parts of a document: text, or the pixels of the first frame."""
+    assert isinstance(document, Mixed), document
+    return [
+        part if isinstance(part, str) else next(frames.read(part, 1)) for part in document.parts
+    ]
+
+
+def pixels(number: int) -> Any:
+    return np.asarray(picture(number)[0])
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    return len(found) == len(expected) and all(
+        one == other if isinstance(other, str) else np.array_equal(one, other)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def arrow(path: Path, compression: str | None = None, stream: bool = False) -> None:
+    table = make.dataset().data.table
+    if not stream:
+        feather.write_feather(table, str(path), compression=compression or "uncompressed")
+        return
+    with ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def plain_mds(path: Path) -> None:
+    import zstandard
+
+    path.mkdir()
+    for shard in make.MDS.glob("*.mds.zstd"):
+        content = zstandard.ZstdDecompressor().stream_reader(shard.read_bytes()).read()
+        (path / shard.stem).write_bytes(content)
+
+
+def tar_of_pngs(path: Path, compress: bool = False) -> None:
+    with webdataset.TarWriter(str(path), compress=compress) as writer:
+        for number in range(make.COUNT):
+            caption = make.CAPTIONS[number]
+            writer.write({"__key__": f"a/{number:03}", "png": make.encoded(number), "txt": caption})
+
+
+CAPTIONED: dict[str, tuple[str, Callable[[Path], object], Entry]] = {
+    "metadata.jsonl": ("a", make.imagefolder, {}),
+    "Parquet": ("a.parquet", lambda path: make.dataset().to_parquet(path), {}),
+    "small row groups": (
+        "a.parquet", lambda path: make.dataset().to_parquet(path, batch_size=5), {},
+    ),
+    "a saved dataset": ("a", lambda path: make.dataset().save_to_disk(str(path)), {}),
+    "an Arrow stream": ("a.arrow", lambda path: arrow(path, stream=True), {}),
+    "an Arrow file": ("a.arrow", arrow, {}),
+    "a compressed Arrow file": ("a.feather", lambda path: arrow(path, "lz4"), {}),
+    "a shard": ("a.tar", tar_of_pngs, {}),
+    "a compressed shard": ("a.tar.gz", lambda path: tar_of_pngs(path, compress=True), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_images_and_captions_are_those_that_were_written(tmp_path: Path, name: str) -> None:
+    file, write, entry = CAPTIONED[name]
+    write(tmp_path / file)
+    documents = read(tmp_path / file, **entry)
+    documents = [one for one in documents if isinstance(one, Mixed) or one.corrupt]
+    assert len(documents) == make.COUNT
+    for number, document in enumerate(documents):
+        assert same(shown(document), [pixels(number), make.CAPTIONS[number]])
+    assert len({document.hash for document in documents}) == make.COUNT  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("write", [make.mds, plain_mds])
+def test_shards_of_mosaicml_are_read(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    write(tmp_path / "mds")
+    documents = [one for one in read(tmp_path / "mds") if isinstance(one, Mixed)]
+    assert [shown(one)[1] for one in documents] == make.CAPTIONS
+    assert [shown(one)[0].shape for one in documents] == [
+        pixels(number).shape for number in range(make.COUNT)
+    ]
+
+
+@pytest.mark.parametrize("write", [make.mmc4, make.mmc4_archived])
+def test_images_of_mmc4_precede_their_sentences(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    write(tmp_path / "mmc4")
+    documents = [one for one in read(tmp_path / "mmc4") if isinstance(one, Mixed)]
+    for number, document in enumerate(documents):
+        before = pixels((number - 1) % make.COUNT)
+        expected = [before, f"Sentence {number}.", pixels(number), "Another one. The last one."]
+        assert same(shown(document), expected)
+    assert len(documents) == make.COUNT
+
+
+@pytest.mark.parametrize("file", ["a.parquet", "lines"])
+def test_obelics_is_read_in_order(tmp_path: Path, file: str) -> None:
+    (make.obelics_parquet if file == "a.parquet" else make.obelics_lines)(tmp_path / file)
+    documents = [one for one in read(tmp_path / file) if isinstance(one, Mixed)]
+    rows = make.obelics_rows([pixels(number) for number in range(make.COUNT)])
+    assert len(documents) == make.COUNT - 1
+    for number, document in enumerate(documents):
+        texts, images = rows["texts"][number], rows["images"][number]
+        expected = [texts[0].strip(), images[1], texts[2].strip(), images[3]]
+        assert same(shown(document), expected)
+
+
+def test_several_images_have_one_caption(tmp_path: Path) -> None:
+    make.image_lists(tmp_path / "lists.parquet")
+    make.several_images(tmp_path / "folder")
+    for number, document in enumerate(read(tmp_path / "lists.parquet", field="summary")):
+        if number < make.COUNT:
+            expected = [pixels(number), pixels(number + 1), make.CAPTIONS[number]]
+            assert same(shown(document), expected)
+    (first, *_) = (one for one in read(tmp_path / "folder") if isinstance(one, Mixed))
+    assert same(shown(first), [pixels(0), pixels(1), make.CAPTIONS[1]])
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        images = {f"{n}.png": make.encoded(n) for n in range(3)}
+        writer.write({"__key__": "a", **images, "txt": "three"})
+    (document,) = read(tmp_path / "a.tar")
+    assert same(shown(document), [*map(pixels, range(3)), "three"])
+
+
+def test_each_of_several_captions_is_a_document(tmp_path: Path) -> None:
+    images, captions = [picture(0)[0], picture(1)[0]], [["a", "b"], ["c"]]
+    features = datasets.Features(
+        image=datasets.Image(), captions=datasets.List(datasets.Value("string"))
+    )
+    table = datasets.Dataset.from_dict({"image": images, "captions": captions}, features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    found = [shown(one) for one in read(tmp_path / "a.parquet", field="captions")]
+    expected = [[pixels(0), "a"], [pixels(0), "b"], [pixels(1), "c"]]
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_fields_choose_captions_and_images(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write(
+            {
+                "__key__": "a",
+                "png": make.encoded(0),
+                "mask.png": make.encoded(1),
+                "txt": "txt",
+                "json": {"caption": "caption", "alt": "alt"},
+            }
+        )
+    for entry, expected in (
+        ({}, [pixels(0), pixels(1), "txt"]),
+        ({"field": "alt"}, [pixels(0), pixels(1), "alt"]),
+        ({"image_field": "png"}, [pixels(0), "txt"]),
+        ({"field": "missing", "image_field": "mask.png"}, [pixels(1), "txt"]),
+    ):
+        (document,) = read(tmp_path / "a.tar", **entry)
+        expected = sorted(expected[:-1], key=lambda one: one.shape) + expected[-1:]
+        found = shown(document)
+        found = sorted(found[:-1], key=lambda one: one.shape) + found[-1:]
+        assert same(found, expected)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def table(path: Path, **columns: Any) -> Path:
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+IMAGE = {"bytes": make.encoded(0), "path": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "entry", "message"),
+    [
+        ({"image": [IMAGE]}, {}, "has no column 'text' of captions; its columns are image"),
+        (
+            {"image": [IMAGE], "summary": ["a"]},
+            {},
+            "has no column 'text' of captions; set field to 'summary', the likely one",
+        ),
+        (
+            {"image": [IMAGE], "text": [1], "body": ["a"]},
+            {},
+            "has 'text' of type int64, not text: set field to 'body'",
+        ),
+        ({"image": [5], "text": ["a"]}, {"image_field": "image"}, "type int64, not images"),
+        ({"image": [IMAGE], "text": ["a"]}, {"image_field": "b"}, "no column 'b' of images"),
+        (
+            {"left": [IMAGE], "right": [IMAGE], "text": ["a"]},
+            {},
+            "the images left, right: set image_field to one",
+        ),
+        ({"number": [5], "text": ["a"]}, {}, "has no column of images: set image_field"),
+    ],
+)
+def test_a_table_without_the_columns_stops_with_one_line(
+    tmp_path: Path, columns: dict[str, Any], entry: Entry, message: str
+) -> None:
+    path = table(tmp_path / "a.parquet", **columns)
+    with pytest.raises(PretrainError, match=message) as raised:
+        read(path, **entry)
+    assert "\n" not in str(raised.value) and str(raised.value).startswith("data.sources[0]: ")
+
+
+def test_a_schema_that_changes_stops_before_anything_is_read(tmp_path: Path) -> None:
+    from pretrain.config import DataConfig
+    from pretrain.data import open_data
+
+    (tmp_path / "a").mkdir()
+    table(tmp_path / "a" / "1.parquet", image=[IMAGE], text=["a"])
+    table(tmp_path / "a" / "2.parquet", image=[IMAGE], caption_of_it=["a"])
+    config = DataConfig(
+        cache_dir=str(tmp_path / "cache"),
+        sources=(SourceConfig("images", str(tmp_path / "a")),),
+        max_corpus_mb=0.1,
+    )
+    with pytest.raises(PretrainError, match=r"2\.parquet .*different columns are different source"):
+        open_data(config, 14, 0)
+
+
+def reasons(documents: list[Mixed | Skip]) -> list[str]:
+    return [one.reason for one in documents if isinstance(one, Skip)]
+
+
+def test_single_rows_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    rows = [
+        (IMAGE, "good"),
+        (None, "no image"),
+        (IMAGE, None),
+        (IMAGE, "  "),
+        ({"bytes": None, "path": "../a.png"}, "outside"),
+        ({"bytes": None, "path": "https://a.org/a.png"}, "elsewhere"),
+        ({"bytes": b"", "path": None}, "empty"),
+        (None, None),
+    ]
+    images, texts = zip(*rows, strict=True)
+    found = read(table(tmp_path / "a.parquet", image=list(images), text=list(texts)))
+    assert isinstance(found[0], Mixed) and len(found) == len(rows)
+    for reason, expected in zip(
+        reasons(found),
+        (
+            *("no image in it", "no caption in 'text' or 'caption'", "no caption"),
+            *("lies outside", "a URL, https://a.org/a.png: download it"),
+            *("neither an image, a video nor text", "an empty or damaged row"),
+        ),
+        strict=True,
+    ):
+        assert expected in reason
+
+
+def test_documents_without_their_images_are_skipped(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"images": ["a.png"], "texts": [None, "b"]},
+        {"images": ["a.png", None], "texts": [None, None]},
+        {"images": ["https://a.org/a.png", None], "texts": [None, "b"]},
+        {"images": [None, 5], "texts": ["b", None]},
+        {"text_list": ["a"], "image_info": [{"image_name": "a", "matched_text_index": 1}]},
+        {"text_list": ["a"], "image_info": [{"image_name": "a"}]},
+        {"text_list": ["a"], "image_info": "a"},
+        {"text_list": ["a"], "image_info": ["a"]},
+        {"file_name": "a.png", "image": "b.png", "text": "two images"},
+        {"image": ["a.png", "b.png"], "audio": "a.wav", "text": "a"},
+    ]
+    (tmp_path / "lines").mkdir()
+    make.jsonl(tmp_path / "lines" / "a.jsonl", rows)
+    found = read(tmp_path / "lines")
+    assert len(found) == len(rows) and all(isinstance(one, Skip) for one in found)
+    for reason, expected in zip(
+        reasons(found),
+        (
+            *("not lists of the same length", "no text in it", "a URL", "neither an image"),
+            *("no 'matched_text_index' below 1", "no 'matched_text_index'", "not lists"),
+            *("not an object", "'file_name' and 'image': set image_field", "'audio' would be lost"),
+        ),
+        strict=True,
+    ):
+        assert expected in reason
+
+
+def test_samples_of_shards_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        png = make.encoded(0)
+        for key, sample in {
+            "a": {"png": png},
+            "b": {"txt": b"no image", "cls": b"1"},
+            "c": {"png": png, "txt": b"\xe9"},
+            "d": {"png": png, "json": b"{"},
+            "e": {"png": png, "json": b'{"caption": 5}'},
+            "f": {"png": png, "txt": b"good"},
+        }.items():
+            writer.write({"__key__": key, **sample})
+    found = read(tmp_path / "a.tar")
+    assert [isinstance(one, Skip) for one in found] == [True] * 5 + [False]
+    for reason, expected in zip(
+        reasons(found),
+        ("no caption", "no image in it, only ", "not UTF-8", "Expecting", "no caption"),
+        strict=True,
+    ):
+        assert expected in reason
+
+
+CUT: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a shard": ("a.tar", tar_of_pngs),
+    "a compressed shard": ("a.tar.gz", lambda path: tar_of_pngs(path, compress=True)),
+    "Parquet": ("a.parquet", lambda path: make.dataset().to_parquet(path)),
+    "an Arrow stream": ("a.arrow", lambda path: arrow(path, stream=True)),
+    "MDS": ("shard.00000.mds", lambda path: (plain_mds(path.parent / "m"), shutil.copy(
+        path.parent / "m" / path.name, path))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7])
+def test_files_that_are_cut_off_are_listed(tmp_path: Path, name: str, share: float) -> None:
+    file, write = CUT[name]
+    write(tmp_path / file)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(share * len(content))] or b"\0")
+    found = []
+    try:
+        found = read(tmp_path / file)
+    except PretrainError as error:  # not recognized any more
+        assert "\n" not in str(error)
+        return
+    assert any(isinstance(one, Skip) and one.corrupt for one in found)
+    good = [one for one in found if isinstance(one, Mixed)]
+    for number, document in enumerate(good):
+        assert same(shown(document)[1:], [make.CAPTIONS[number]])
+
+
+def test_pickled_columns_are_not_loaded(tmp_path: Path) -> None:
+    plain_mds(tmp_path / "mds")
+    shard = tmp_path / "mds" / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes().replace(b'"str"', b'"pkl"', 1))
+    with pytest.raises(PretrainError, match="has 'caption' of type pkl, not text"):
+        read(shard)
+
+
+def test_names_in_archives_are_found_by_an_index(tmp_path: Path) -> None:
+    make.mmc4_archived(tmp_path / "mmc4")
+    first = [one for one in read(tmp_path / "mmc4") if isinstance(one, Mixed)]
+    (tmp_path / "mmc4" / "000.png").write_bytes(make.encoded(5))  # a file comes first
+    again = [one for one in read(tmp_path / "mmc4") if isinstance(one, Mixed)]
+    assert same(shown(first[0])[2:3], [pixels(0)]) and same(shown(again[0])[2:3], [pixels(5)])
+    assert all(
+        same(shown(one), shown(other))
+        for one, other in itertools.islice(zip(first[2:], again[2:], strict=True), 9)
+    )
+
+
+def test_metadata_in_csv_may_have_rows_of_another_length(tmp_path: Path) -> None:
+    make.pictures(tmp_path / "a", 2)
+    lines = ["file_name,text", '000.png,"a, b"', "001.png", "001.png,c,d"]
+    (tmp_path / "a" / "metadata.csv").write_text("\n".join(lines))
+    documents = read(tmp_path / "a")
+    assert [shown(one)[1] for one in documents if isinstance(one, Mixed)] == ["a, b"]
+    assert reasons(documents)[-2:] == ["has more or fewer values than the first line"] * 2
+
+
+def test_splits_of_an_imagefolder_are_not_mixed(tmp_path: Path) -> None:
+    make.imagefolder_splits(tmp_path / "a")
+    with pytest.raises(PretrainError, match="has the splits test, train: set it to one of them"):
+        read(tmp_path / "a")
+    assert json.dumps(reasons(read(tmp_path / "a" / "test", field="additional_feature"))) == "[]"
+
+
+def test_missing_shards_are_listed(tmp_path: Path) -> None:
+    make.mds(tmp_path / "mds")
+    (tmp_path / "mds" / "shard.00001.mds.zstd").unlink()
+    missing = [one for one in read(tmp_path / "mds") if isinstance(one, Skip) and one.corrupt]
+    assert [one.reason for one in missing] == ["listed in index.json, but missing"]
+    (tmp_path / "mds" / "index.json").write_text('{"shards": [5]}')
+    missing = [one for one in read(tmp_path / "mds") if isinstance(one, Skip) and one.corrupt]
+    assert len(missing) == 1 and missing[0].name.endswith("index.json")
+
+
+def test_patterns_of_numbers_are_expanded(tmp_path: Path) -> None:
+    make.img2dataset_shards(tmp_path / "shards")
+    found = read(tmp_path / "shards" / "{00000..00002}.tar")
+    assert len(found) == make.COUNT + 1
+    assert reasons(found) == ["does not exist"]
+    assert len(read(tmp_path / "shards" / "*.tar")) == make.COUNT
+    for pattern, message in (("{3..5}.tar", "no file matches"), ("{0..9999999}", "more than")):
+        with pytest.raises(PretrainError, match=message):
+            read(tmp_path / "shards" / pattern)
