@@ -17,6 +17,7 @@ from posttrain.environment.core import Task
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
 from posttrain.run import Run, locked
+from posttrain.shared_images import encode_once
 from posttrain.tasks import sum_task
 from posttrain.toggle import Toggle
 from posttrain.trainer import RlTrainer, arguments
@@ -46,6 +47,8 @@ def train(config: Config) -> Path:
             )
         exported.hf_tokenizer.chat_template = exported.processor.chat_template = mode.template
         exported.model.generation_config.eos_token_id = mode.ends
+        if exported.has_images:
+            encode_once(exported.model)
         trainer = RlTrainer(
             rl=config.rl,
             optimizer_options=config.optimizer,
