@@ -240,4 +240,9 @@ class Config(Settings):
                 )
 
     def _check(self) -> None:
+        for name in ("steps", "save_every"):
+            require(
+                getattr(self, name) % self.rl.updates == 0,
+                f"{name}={getattr(self, name)} must be a multiple of rl.updates={self.rl.updates}",
+            )
         require(self.model != self.run_dir, f"run_dir={self.run_dir} must differ from model")

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from posttrain import model, modes, tasks, vocabulary
 from posttrain.config import Config
 from posttrain.data import open_pretraining_data, texts
 from posttrain.model import Exported
 from posttrain.run import Run, locked
-from posttrain.trainer import common_arguments, make_optimizer
+from posttrain.trainer import OwnTrainer, common_arguments
 from pretrain.data import Data, chat
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -130,16 +130,9 @@ class _Collate:
         return {"input_ids": padded(0, self._pad), "attention_mask": mask.long(), "labels": labels}
 
 
-class SftTrainer(Trainer):  # type: ignore[misc]
+class SftTrainer(OwnTrainer):
     """``Trainer`` with this project's optimizer."""
 
-    steps_per_rollout = 1
-
     def __init__(self, config: Config, **arguments: Any) -> None:
-        self._options = config.optimizer
+        self.optimizer_options = config.optimizer
         super().__init__(**arguments)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer: Any = make_optimizer(model or self.model, self._options)
-        return self.optimizer

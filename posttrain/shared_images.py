@@ -20,7 +20,7 @@ def encode_once(model: nn.Module) -> None:
     ) -> Any:
         assert image_grid_thw is not None
         first, places = distinct(pixel_values, image_grid_thw)
-        images = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        images = torch.split(pixel_values, image_grid_thw.prod(-1).tolist())
         encoded = encode(torch.cat([images[i] for i in first]), image_grid_thw[first], **options)
         encoded.pooler_output = tuple(encoded.pooler_output[place] for place in places)
         return encoded
@@ -36,8 +36,9 @@ def distinct(pixels: Tensor, grids: Tensor) -> tuple[list[int], list[int]]:
         grids: [images, 3], frames, rows and columns of patches.
     """
     numbers: dict[tuple[Any, ...], int] = {}
-    first, places = [], []
-    images = pixels.cpu().split(grids.prod(-1).tolist())
+    first: list[int] = []
+    places: list[int] = []
+    images = torch.split(pixels.cpu(), grids.prod(-1).tolist())
     for index, (image, grid) in enumerate(zip(images, grids.tolist(), strict=True)):
         place = numbers.setdefault((*grid, image.numpy().tobytes()), len(numbers))
         if place == len(first):

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import GRPOConfig, GRPOTrainer
 
 import muonclip
@@ -90,7 +93,43 @@ def arguments(config: Config, checkpoints: Path, **options: Any) -> GRPOConfig:
     )
 
 
-class RlTrainer(GRPOTrainer):  # type: ignore[misc]
+class OwnTrainer(Trainer):  # type: ignore[misc]
+    """``Trainer`` with this project's optimizer, and checkpoints from which it resumes exactly.
+
+    transformers renames some weights of Kimi-K2.5 when it saves them, and does not load those from
+    a checkpoint: here their names stay.
+
+    Attributes:
+        optimizer_options: the optimizer.
+        steps_per_rollout: a checkpoint is only possible after a multiple of these steps.
+    """
+
+    optimizer_options: OptimizerConfig
+    steps_per_rollout = 1
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer: Any = make_optimizer(model or self.model, self.optimizer_options)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Clones: transformers makes some weights views of fused ones, or ties them.
+            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            save_file(weights, folder / SAFE_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+
+
+class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` with the objective of :mod:`posttrain.objective`.
 
     Rollouts, rewards, their groups and checkpoints are TRL's. The log-probabilities of the rollout
@@ -105,24 +144,14 @@ class RlTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(
         self, *, rl: RlConfig, optimizer_options: OptimizerConfig, **arguments: Any
     ) -> None:
-        self._rl, self._optimizer_options = rl, optimizer_options
+        self._rl, self.optimizer_options = rl, optimizer_options
+        self.steps_per_rollout = rl.updates  # a checkpoint between them would lose the rollouts
         super().__init__(**arguments)
-
-    @property
-    def steps_per_rollout(self) -> int:
-        """Steps of the optimizer for each batch of rollouts: a checkpoint between them would lose
-        the rollouts."""
-        return self._rl.updates
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if (bound := self.logit_bound()) is not None:
             logs["logit_bound"] = bound
         super().log(logs, start_time)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer: Any = make_optimizer(model or self.model, self._optimizer_options)
-        return self.optimizer
 
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]

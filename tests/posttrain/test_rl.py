@@ -1,0 +1,215 @@
+"""``posttrain sft``, ``rl`` and ``eval``, from an export to an export, in small."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain import cli, evaluate, metrics, model, modes, report, rl, sft
+from posttrain.config import Config
+from posttrain.run import Run
+from pretrain import config as configuration
+from pretrain import parallel
+from pretrain.data import chat
+from pretrain.errors import PretrainError
+from pretrain.export.from_hf import import_hf
+
+PRETRAINING = """\
+vision: {patch_size: 14}
+data:
+  max_corpus_mb: 0.1
+  seq_length: 64
+  images: {min_chars: 3, max_chars: 4, max_words: 1, wrapped_share: 0, clip_share: 0.1,
+    large_share: 0, min_font_size: 10, max_font_size: 12}
+"""
+SETTINGS = """\
+model: {export}
+pretraining: {folder}/pretraining.yaml
+run_dir: {folder}/run
+steps: 4
+save_every: 2
+log_every: 1
+optimizer: {{schedule: constant, warmup_steps: 0, lr: 1.0e-2}}
+evaluation: {{images: 4, text_sequences: 1, problems: 2, max_tokens: 4}}
+"""
+READ = (
+    "rl.prompts=2",
+    "rl.group_size=2",
+    "rl.max_tokens=3",
+    "rl.problems=4",
+    "rl.solved_share=0.0",
+)
+
+
+def settings(folder: Path, export: Path, *overrides: str) -> Config:
+    folder.mkdir(exist_ok=True)
+    cache = f"  cache_dir: {folder.parent}/cache\n"
+    (folder / "pretraining.yaml").write_text(PRETRAINING + cache)
+    (folder / "run.yaml").write_text(SETTINGS.format(export=export, folder=folder))
+    return configuration.load_as(Config, folder / "run.yaml", overrides)
+
+
+@pytest.fixture(autouse=True)
+def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plot takes half a second."""
+    monkeypatch.setattr(report, "_PLOTS", ("reward",))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return metrics.read(folder / "run" / "metrics.jsonl")
+
+
+def spread_reward(answer: str, _truth: str) -> float:
+    """A reward that differs between the random responses of an untrained model."""
+    return sum(answer.encode()) % 7 / 6
+
+
+def test_reading_is_trained_from_an_export_to_an_export(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained folder has the files and names of the first one, and can be imported; a run that
+    was interrupted ends with the same weights as one that was not."""
+    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    out = rl.train(settings(tmp_path / "whole", image_export, *READ))
+    before, after = weights(image_export), weights(out)
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before if "o_proj" in name)
+    assert {file.name for file in image_export.iterdir()} == {file.name for file in out.iterdir()}
+    found = records(tmp_path / "whole")
+    assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in found if "reward" in record] == [1, 3]
+    assert all(0 <= record["reward"] <= 1 for record in found if "reward" in record)
+    assert found[0]["held_out_text_loss"] != found[-1]["held_out_text_loss"]
+    assert "<svg" in (tmp_path / "whole" / "run" / "report.html").read_text()
+    import_hf(out, tmp_path / "imported")
+    parallel.stop()
+
+    cut = tmp_path / "cut"
+    rl.train(settings(cut, image_export, *READ, "steps=2"))
+    resumed = weights(rl.train(settings(cut, image_export, *READ)))
+    assert [record["step"] for record in records(cut)] == [0, 1, 2, 3, 4]
+    for name, tensor in after.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+def test_a_signal_saves_after_the_rollout_and_the_run_resumes(
+    text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also that sums are trained with budgets, after the finetuning that teaches the modes."""
+    common = (f"optimizer.name={name}", "evaluation.images=0", "sums.max_operands=2")
+    teaching = ("sft.batch_size=4", "sft.agent_share=0.0")  # replies with tools are too long
+    taught = sft.train(settings(tmp_path / "sft", text_export, *common, *teaching))
+    exported = model.load(taught)
+    assert all(exported.tokenizer.id_of(token) is not None for token in chat.MARKUP)
+    assert records(tmp_path / "sft")[-1]["thinking_tokens"] > 0
+    assert exported.hf_tokenizer.chat_template == modes.chat_template(exported)
+
+    sums = (
+        *("rl.task=sums", "rl.problems=4", "rl.max_tokens=3", "rl.prompts=2", "rl.group_size=2"),
+        *("rl.toggle.mode=toggle", "rl.toggle.period=1"),
+    )
+    chosen = settings(tmp_path / "rl", taught, *common, *sums)
+    write = Run.write
+
+    def stopping(run: Run, record: dict[str, Any]) -> None:
+        write(run, record)
+        if record["step"] == 1:
+            run.termination.signal = 15
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", stopping)
+        with pytest.raises(SystemExit) as ended:
+            rl.train(chosen)
+    assert ended.value.code == 128 + 15
+    budgets = json.loads((tmp_path / "rl" / "run" / "budgets.json").read_text())
+    assert len(budgets) == 4 and set(budgets.values()) <= {1.0, 2.0, 3.0}
+    rl.train(chosen)
+    found = records(tmp_path / "rl")
+    assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
+    assert [record["has_budget"] for record in found if "has_budget" in record] == [1, 0]
+
+
+def test_evaluation_of_the_command(
+    image_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(tmp_path / "eval", image_export)
+    assert cli.main(["eval", str(tmp_path / "eval" / "run.yaml")]) == 0
+    output = capsys.readouterr().out
+    assert "character error rate" in output and "text in the image" in output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rl.task=sums",), "does not know the mode thinking.*posttrain sft"),
+        (("rl.group_size=1",), "group_size must be in"),
+        (("rl.updates=3",), "updates=3 must divide"),
+        (("save_every=3",), "save_every=3 must be a multiple of rl.updates=2"),
+        (("rl.ratio_high=0.9",), "ratio_high must be in"),
+        (("sft.batch_size=8",), "the section sft has no effect"),
+        (("rl.toggle.period=3",), "period=3 has no effect with mode=off"),
+        (
+            ("optimizer.name=adamw", "optimizer.qk_clip_threshold=9"),
+            "has no effect with name=adamw",
+        ),
+        (("rl.prompts=50", "rl.problems=3", "rl.solved_share=null"), "fewer than"),
+        (("model=/nowhere",), "/nowhere"),
+        (("rl.rat=1",), "unknown configuration key 'rl.rat'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line(
+    image_export: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(PretrainError, match=message) as error:
+        rl.train(settings(tmp_path / "bad", image_export, *overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_another_run_is_refused(text_export: Path, tmp_path: Path) -> None:
+    with pytest.raises(PretrainError, match="needs a model with images"):
+        rl.train(settings(tmp_path / "run", text_export))
+    with pytest.raises(PretrainError, match="contains a run with another optimizer"):
+        rl.train(settings(tmp_path / "run", text_export, "optimizer.lr=0.5"))
+
+
+def test_rewards_out_of_range_end_the_run(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (float("nan"), 1.5):
+        monkeypatch.setattr(rl, "edit_distance_reward", lambda *_, value=value: value)
+        folder = tmp_path / str(value)
+        with pytest.raises(PretrainError, match=r"rewards must be in \[0, 1\]"):
+            rl.train(settings(folder, image_export, *READ, "evaluation.images=0"))
+
+
+def test_equal_images_are_encoded_once_with_the_same_result(image_export: Path) -> None:
+    from posttrain.shared_images import distinct, encode_once
+
+    exported = model.load(image_export)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(n, 3, 14, 14, generator=generator) for n in (4, 8))
+    pixels = torch.cat([one, other, one, one])
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 2, 2], [1, 2, 2]])
+    assert distinct(pixels, grids) == ([0, 1], [0, 1, 0, 0])
+    inner = exported.model.model
+    expected = torch.cat(list(inner.get_image_features(pixels, grids).pooler_output))
+    encode_once(exported.model)
+    found = torch.cat(list(inner.get_image_features(pixels, grids).pooler_output))
+    torch.testing.assert_close(found, expected)
+
+
+def test_evaluation_leaves_the_models_mode(image_export: Path, tmp_path: Path) -> None:
+    exported = model.load(image_export)
+    chosen = settings(tmp_path / "mode", image_export)
+    data = evaluate.open_pretraining_data(chosen.pretraining, exported.folder)
+    found, readings = evaluate.held_out(exported, data, chosen)
+    assert exported.model.training and len(readings) == 4
+    assert found["character_error_rate"] is not None
