@@ -1,4 +1,4 @@
-"""Each different image of a batch is encoded once: the responses of a group share theirs."""
+"""Each different image of a batch is encoded once, for all responses of a group."""
 
 from typing import Any
 
