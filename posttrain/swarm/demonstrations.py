@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.environment.core import Task
-from posttrain.swarm.tasks import SEPARATOR, LookUps
+from posttrain.swarm.tasks import SEPARATOR, VALUE, LookUps
 from pretrain.data.chat import Message, ToolCall
 
 AGENT = "a"
@@ -58,11 +58,11 @@ def alone(task: Task, names: Sequence[str], records: int | None = None) -> list[
     messages, found = [Message("user", SEPARATOR.join(names))], list[str]()
     for name in names[:records]:
         note, content = "".join(found[-1:]), name
-        while not content.isdigit():
+        while not content.startswith(VALUE):
             messages.append(_calls(("get", {"key": content}), content=note))
             note, content = "", task.data[content]
             messages.append(Message("tool", content, answered="functions.get:0"))
-        found.append(f"{name}={content}")
+        found.append(name + content)
     return [*messages, Message("assistant", SEPARATOR.join(found))]
 
 

@@ -1,8 +1,9 @@
 """Wide look-ups, which parallel agents answer sooner, and deep ones, which they do not.
 
 A task has records, each behind a chain of calls of ``get``: a name returns another name, and the
-last one a digit. A wide task has several records; its main agent has fewer critical steps than
-calls. A deep task has one record behind a longer chain. No question asks for parallelism.
+last one a value, such as ``=7``. A wide task has several records; its main agent has fewer critical
+steps than calls. A deep task has one record behind a longer chain. No question asks for
+parallelism.
 """
 
 import itertools
@@ -16,6 +17,8 @@ from posttrain.environment.tools import Tool, ToolError
 
 SEPARATOR = ","
 """Between the names of a question, and the records of an answer, such as ``a=1,b=2``."""
+VALUE = "="
+"""Begins a value, in a record and in an answer: the answer continues as the record did."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -54,7 +57,7 @@ class LookUps:
         chains = self._chains(rng, count, depth)
         table = {a: b for chain in chains for a, b in itertools.pairwise(chain)}
         question = SEPARATOR.join(chain[0] for chain in chains)
-        truth = [f"{chain[0]}={chain[-1]}" for chain in chains]
+        truth = [chain[0] + chain[-1] for chain in chains]
         return Task(f"{seed}", "agentic", question, truth, records_reward, data=table)
 
     def _chains(self, rng: random.Random, count: int, depth: int) -> list[list[str]]:
@@ -63,7 +66,8 @@ class LookUps:
             names.add("".join(rng.choices(_LETTERS, k=self.name_length)))
         ordered = rng.sample(sorted(names), count * depth)
         return [
-            [*ordered[i * depth : (i + 1) * depth], str(rng.randrange(10))] for i in range(count)
+            [*ordered[i * depth : (i + 1) * depth], f"{VALUE}{rng.randrange(10)}"]
+            for i in range(count)
         ]
 
 
