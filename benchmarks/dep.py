@@ -246,6 +246,7 @@ def _batches(
                 weights=torch.ones(1, length),
                 categories=torch.full((1, length), Category.TEXT, dtype=torch.uint8),
                 documents=torch.zeros(1, length, dtype=torch.int32),
+                sources=torch.zeros(1, length, dtype=torch.int16),
                 patches=torch.randint(256, (patches, 588), dtype=torch.uint8),
                 grids=shapes,
             )

@@ -198,6 +198,7 @@ def collate(
         weights=torch.stack([sample.weights for sample in samples]),
         categories=stack("categories"),
         documents=torch.stack([sample.documents for sample in samples]),
+        sources=torch.stack([sample.sources for sample in samples]),
         patches=to_device(patches if images else patches[:0], device),
         grids=grids if images else grids[:0],
         share=share,

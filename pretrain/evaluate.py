@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from pretrain.data.media.png import png_base64
 from pretrain.data.packing import Document, Question
 from pretrain.model.multimodal import MicroBatch
 from pretrain.reading import Reading, scores
-from pretrain.step import encode_images, run_backbone, run_schedule
+from pretrain.step import by_source, encode_images, run_backbone, run_schedule
 
 _MAX_CAPTION_TOKENS = 24
 # Pictures in the report, and their largest width and height.
@@ -22,56 +23,58 @@ _MAX_PICTURES = 48
 _PICTURE_SIZE = (448, 448)
 
 
-def held_out(run: Run) -> tuple[dict[str, float | None], list[Reading]]:
+def held_out(run: Run) -> tuple[dict[str, Any], list[Reading]]:
     """The held-out losses and how well the images are read, and the transcriptions."""
     readings = transcribe(run)
     return {**held_out_losses(run), **scores(readings)}, readings
 
 
-def held_out_losses(run: Run) -> dict[str, float | None]:
+def held_out_losses(run: Run) -> dict[str, Any]:
     """Held-out losses of text and captions, and of captions after their own or another image.
 
     A model that uses its images has a much lower caption loss after the right one
     (``right_caption_loss``) than after another caption's (``swapped_caption_loss``). A loss is None
-    if the data has no such labels.
+    if the data has no such labels. ``held_out_source_losses`` has the loss of each entry of
+    ``data.sources``.
     """
     run.train(False)
     options = run.config.evaluation
     length = run.config.data.seq_length
     count = options.sequences if run.data.has_held_out else 0
-    packed = _mean_losses(run, count, lambda indices: run.data.samples("held_out", indices))
+    sums = _loss_sums(run, count, lambda indices: run.data.samples("held_out", indices))
+    packed = objective.mean_losses(sums)
     right, swapped = run.data.caption_documents("held_out", options.captions)
 
     def caption_loss(documents: Sequence[Document]) -> float | None:
         samples = run.data.pack(documents, length)
-        return _mean_losses(run, len(samples), lambda indices: [samples[i] for i in indices])[
-            "caption_loss"
-        ]
+        sums = _loss_sums(run, len(samples), lambda indices: [samples[i] for i in indices])
+        return objective.mean_losses(sums)["caption_loss"]
 
     return {
         "held_out_loss": packed["loss"],
         "held_out_text_loss": packed["text_loss"],
         "held_out_caption_loss": packed["caption_loss"],
+        **by_source("held_out_source_losses", sums),
         "right_caption_loss": caption_loss(right),
         "swapped_caption_loss": caption_loss(swapped),
     }
 
 
 @torch.no_grad()
-def _mean_losses(
+def _loss_sums(
     run: Run, count: int, read: Callable[[Sequence[int]], Sequence[PackedSample]]
-) -> dict[str, float | None]:
-    """Mean losses over sequences that all ranks share; see :func:`pretrain.objective.mean_losses`.
+) -> Tensor:
+    """The :func:`pretrain.objective.loss_sums` of sequences that all ranks share.
 
     The same on every rank. Arguments are those of :func:`pretrain.batches.for_evaluation`.
     """
-    sums = objective.no_losses(run.context.device)
+    sums = objective.no_losses(run.context.device, len(run.config.data.sources))
     if count:
         micro_batches = batches.for_evaluation(count, read, run.config, run.context)
         features = encode_images(run, micro_batches)
         sums = run_backbone(run, micro_batches, features, forward_only=True)
         dist.all_reduce(sums)
-    return objective.mean_losses(sums)
+    return sums
 
 
 def transcribe(run: Run) -> list[Reading]:

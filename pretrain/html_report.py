@@ -90,7 +90,7 @@ def render(name: str, records: Records, starts: Records, transcriptions: Sequenc
         starts: records of starts.jsonl.
         transcriptions: those of held-out images.
     """
-    training = metrics.training_records(records)
+    training, held_out = metrics.training_records(records), metrics.held_out_records(records)
     config = starts[-1].get("config", {}) if starts else {}
     plots = (svg_plot(title, draw) for title, draw in report_plots(records, config))
     parts = [
@@ -100,9 +100,10 @@ def render(name: str, records: Records, starts: Records, transcriptions: Sequenc
         f'<div class="plots">{"".join(plots)}</div>'
         if training
         else "<p>No step has been recorded yet.</p>",
+        *_sources(training, held_out, config.get("data", {}).get("sources", ())),
         *_slow_ranks(training, config.get("faults", {}).get("straggler_ratio")),
         "<h2>Held-out evaluation</h2>",
-        _held_out(metrics.held_out_records(records)),
+        _held_out(held_out),
         *transcription_table(transcriptions),
         "<h2>Starts</h2>",
         _starts(starts),
@@ -158,6 +159,31 @@ def _summary(training: Records, steps: int | None) -> str:
     add("dropped_tokens", "", sum, training)
     cells = "".join(f"<div>{escape(label)}<b>{escape(value)}</b></div>" for label, value in entries)
     return f'<div class="summary">{cells}</div>'
+
+
+def _sources(training: Records, held_out: Records, sources: Sequence[Any]) -> list[str]:
+    """Tokens and losses of each source; empty with the built-in data, and before the first step.
+
+    Args:
+        sources: the entries of ``data.sources``.
+    """
+
+    def last(records: Records, name: str) -> list[Any]:
+        found: list[Any] = next((r[name] for r in reversed(records) if name in r), [])
+        return found + [None] * (len(sources) - len(found))
+
+    counts = [count or 0 for count in last(training, "source_tokens")]
+    columns = {"source_losses": training, "held_out_source_losses": held_out}
+    losses = {name: last(records, name) for name, records in columns.items()}
+    if not sum(counts):
+        return []
+    rows = []
+    for number, (entry, count) in enumerate(zip(sources, counts, strict=False)):
+        source = f"data.sources[{number}]: {entry.get('path') or entry.get('type', '')}"
+        cells = (formatted({name: losses[name][number]}, name) for name in columns)
+        rows.append((source, f"{count:,}", f"{count / sum(counts):.1%}", *cells))
+    header = ("source", "tokens", "share", "loss", "held-out loss")
+    return ["<h2>Sources</h2>", table(header, rows)]
 
 
 def _slow_ranks(training: Records, threshold: float | None) -> list[str]:

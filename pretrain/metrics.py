@@ -35,6 +35,9 @@ METRICS = {
     "loss": Metric("loss", ".3f", "loss, nats per token"),
     "text_loss": Metric("text", ".3f", "loss of text, nats per token"),
     "caption_loss": Metric("caption", ".3f", "loss of captions, nats per token"),
+    # By index in data.sources, if it is set; null: no label of the source. Tokens include images.
+    "source_losses": Metric("loss", ".3f", "loss by source, nats per token"),
+    "source_tokens": Metric("tokens", ",d", "tokens by source, since the start of the run"),
     "grad_norm": Metric("gradient norm", ".2f", "gradient norm before clipping"),
     "lr": Metric("learning rate", ".1e", "learning rate"),
     # The largest attention logit, before QK-Clip; per layer: null for the encoder without images.
@@ -78,6 +81,7 @@ METRICS = {
     "held_out_loss": Metric("held-out loss", ".3f", "held-out loss"),
     "held_out_text_loss": Metric("text", ".3f", "held-out loss of text"),
     "held_out_caption_loss": Metric("captions", ".3f", "held-out loss of captions"),
+    "held_out_source_losses": Metric("held-out loss", ".3f", "held-out loss by source"),
     "right_caption_loss": Metric("captions with the right image", ".3f", "loss with own image"),
     "swapped_caption_loss": Metric("captions with another image", ".3f", "loss with another image"),
     # Of transcriptions of held-out images by greedy decoding; not before the first step.

@@ -27,29 +27,38 @@ def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights).sum()
 
 
-def loss_sums(losses: Tensor, weights: Tensor, categories: Tensor) -> Tensor:
-    """Numerator and denominator of a micro-batch by category, for reports.
+def loss_sums(
+    losses: Tensor,
+    weights: Tensor,
+    categories: Tensor,
+    sources: Tensor | None = None,
+    num_sources: int = 0,
+) -> Tensor:
+    """Numerator and denominator of a micro-batch by category and by source, for reports.
 
     Args:
         losses, weights: see :func:`weighted_loss`.
         categories: [b, s] uint8, a :class:`Category` for each label.
+        sources: [b, s] int16, the index in ``data.sources`` of each label's source.
+        num_sources: number of sources.
 
     Returns:
-        [categories, 2] float64: the weighted sum of the losses, and the sum of the weights.
+        [categories + num_sources, 2] float64: the weighted sum of the losses, and the sum of the
+        weights.
     """
     weights = weights.double()
     weighted = losses.detach().double() * weights
+    groups = [categories == category for category in Category]
+    if sources is not None:
+        groups += [sources == source for source in range(num_sources)]
     return torch.stack(
-        [
-            torch.stack([(weighted * chosen).sum(), (weights * chosen).sum()])
-            for chosen in (categories == category for category in Category)
-        ]
+        [torch.stack([(weighted * group).sum(), (weights * group).sum()]) for group in groups]
     )
 
 
-def no_losses(device: torch.device | None = None) -> Tensor:
+def no_losses(device: torch.device | None = None, num_sources: int = 0) -> Tensor:
     """The :func:`loss_sums` of no labels."""
-    return torch.zeros(len(Category), 2, dtype=torch.float64, device=device)
+    return torch.zeros(len(Category) + num_sources, 2, dtype=torch.float64, device=device)
 
 
 def total_weight(sums: Tensor) -> Tensor:
@@ -58,7 +67,7 @@ def total_weight(sums: Tensor) -> Tensor:
     Args:
         sums: the :func:`loss_sums` of the global batch.
     """
-    total = sums[:, 1].sum()
+    total = sums[: len(Category), 1].sum()
     return total.where(total > 0, 1.0)
 
 
@@ -71,9 +80,18 @@ def mean_losses(sums: Tensor) -> dict[str, float | None]:
     Returns:
         Each mean, weighted; None where all weights are 0.
     """
-    rows = sums.tolist()
+    rows = sums[: len(Category)].tolist()
     means = {f"{c.name.lower()}_loss": _ratio(*rows[c]) for c in Category}
     return {"loss": _ratio(*map(sum, zip(*rows, strict=True))), **means}
+
+
+def source_losses(sums: Tensor) -> list[float | None]:
+    """Mean loss of each source, weighted; None where all weights are 0.
+
+    Args:
+        sums: summed :func:`loss_sums`.
+    """
+    return [_ratio(*row) for row in sums[len(Category) :].tolist()]
 
 
 def _ratio(losses: float, weights: float) -> float | None:

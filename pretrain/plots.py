@@ -116,6 +116,8 @@ def report_plots(records: Records, config: Mapping[str, Any]) -> list[Plot]:
 
     return [
         ("Loss, nats per token", partial(draw_losses, records=records)),
+        layers("source_losses", label="data.sources[{}]"),
+        layers("held_out_source_losses", label="data.sources[{}]"),
         _single(records, "grad_norm"),
         _single(records, "lr"),
         lines("Update RMS (sampled)", "update_rms_muon", "update_rms_adamw"),
@@ -190,7 +192,12 @@ def draw_line(
 
 
 def draw_layers(
-    axes: "Axes", records: Records, name: str, first_layer: int = 0, threshold: float | None = None
+    axes: "Axes",
+    records: Records,
+    name: str,
+    first_layer: int = 0,
+    threshold: float | None = None,
+    label: str = "layer {}",
 ) -> None:
     """A metric by layer: a line for each layer, or a heat map of many layers.
 
@@ -199,6 +206,7 @@ def draw_layers(
     Args:
         first_layer: number of the first layer that has the metric.
         threshold: drawn as a horizontal line.
+        label: of a line; also the name of the vertical axis of a heat map.
     """
     points = [(record["step"], record[name]) for record in records if record.get(name)]
     if not points:
@@ -218,7 +226,7 @@ def draw_layers(
     steps = [interval[0][0] for interval in intervals]
     if num_layers <= _MAX_LINES:
         for layer, values in enumerate(largest, first_layer):
-            axes.plot(steps, values, linewidth=1, label=f"layer {layer}")
+            axes.plot(steps, values, linewidth=1, label=label.format(layer))
         # A threshold far above the lines would only flatten them.
         if threshold is not None and any(v > threshold / 4 for layer in largest for v in layer):
             axes.axhline(threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
@@ -227,7 +235,7 @@ def draw_layers(
     last = first_layer + num_layers - 0.5
     extent = (steps[0], points[-1][0] + 1, last, first_layer - 0.5)
     image = axes.imshow(largest, aspect="auto", extent=extent, interpolation="nearest")
-    axes.set_ylabel("layer")
+    axes.set_ylabel(label.format("").strip())
     axes.figure.colorbar(image, ax=axes)
 
 

@@ -63,7 +63,8 @@ def train_step(
     # The backward pass updates the routers' biases, before the guard can judge the step.
     saved = [buffer.clone() for buffer in buffers]
 
-    losses = objective.mean_losses(forward_backward(run, micro_batches, plan))
+    sums = forward_backward(run, micro_batches, plan)
+    losses = objective.mean_losses(sums)
     norm = gradient_norm(run)
     factor = learning_rate_factor(run.config.optimizer, step, run.config.steps)
     fault = guard.judge(losses["loss"], norm.item())
@@ -83,6 +84,7 @@ def train_step(
     return {
         "step": step,
         **losses,
+        **by_source("source_losses", sums),
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
         **run.step_metrics.gather(micro_batches, clipped, moved),
@@ -94,6 +96,16 @@ def train_step(
         "empty_steps": guard.empty,
         "skipped_batches": guard.skipped_batches,
     }
+
+
+def by_source(name: str, sums: Tensor) -> dict[str, list[float | None]]:
+    """A metric of the mean loss of each source; none with the built-in data.
+
+    Args:
+        sums: the :func:`pretrain.objective.loss_sums` of all ranks.
+    """
+    losses = objective.source_losses(sums)
+    return {name: losses} if losses else {}
 
 
 def forward_backward(
@@ -216,13 +228,17 @@ def run_backbone(
         The :func:`pretrain.objective.loss_sums` of this rank's tokens. Zeros on all but one of the
         ranks that share them: the first tensor-parallel rank of the last pipeline stage.
     """
-    sums = objective.no_losses(run.context.device)
+    num_sources = len(run.config.data.sources)
+    sums = objective.no_losses(run.context.device, num_sources)
 
     def weighted_loss(batch: MicroBatch, losses: Tensor) -> Tensor:
         weights = to_device(batch.share.take(batch.weights, 1), losses.device)
         if run.context.tensor_rank == 0:
             categories = batch.share.take(batch.categories, 1)
-            sums.add_(objective.loss_sums(losses, weights, categories))
+            sources = None
+            if num_sources:
+                sources = to_device(batch.share.take(batch.sources, 1), losses.device)
+            sums.add_(objective.loss_sums(losses, weights, categories, sources, num_sources))
         return objective.weighted_loss(losses, weights)
 
     run_schedule(run, micro_batches, features, weighted_loss, forward_only=forward_only)

@@ -189,6 +189,8 @@ class StepMetrics:
         self._context, self._log_every = context, config.log_every
         self.expert_tokens, self._update_rms = expert_tokens, update_rms
         self._load_balancing = load_balancing
+        # int64 [sources], tokens of each source in all steps so far.
+        self.source_tokens = torch.zeros(len(config.data.sources), dtype=torch.int64)
         self._layer_sequences = config.global_batch_size * language.moe_layers
         self._tokens = config.global_batch_size * config.data.seq_length
         self._assignments = self._tokens * language.experts_per_token
@@ -243,14 +245,16 @@ class StepMetrics:
         if self._load_balancing is not None:
             balance = self._load_balancing.total
         local = torch.stack([heads_clipped, flops, balance])
-        sums = torch.cat([local, updates.flatten(), routed])
+        of_sources = self._local_source_tokens(micro_batches).to(local)
+        sums = torch.cat([local, updates.flatten(), routed, of_sources])
         dist.all_reduce(sums)
 
         *logits, memory = maxima.tolist()
         layers = self._num_layers[0]
         max_logits = [_rounded(value) for value in logits]
-        sizes = [3, updates.numel(), routed.numel()]
-        counts, squares, tokens = torch.split(sums.cpu(), sizes)
+        sizes = [3, updates.numel(), routed.numel(), of_sources.numel()]
+        counts, squares, tokens, of_sources = torch.split(sums.cpu(), sizes)
+        self.source_tokens += of_sources.long()
         (num_clipped, encoder_flops, balance), tokens = (
             counts.tolist(),
             tokens.view(self._moe_shape),
@@ -273,6 +277,7 @@ class StepMetrics:
             },
             "memory_gib": memory,
             "model_flops": FORWARD_AND_BACKWARD * model_flops,
+            **({"source_tokens": self.source_tokens.tolist()} if len(of_sources) else {}),
         }
 
     def _expert_metrics(self, tokens: Tensor, balance: float) -> dict[str, Any]:
@@ -311,6 +316,15 @@ class StepMetrics:
             return 0.0
         grids = torch.cat([batch.grids for batch in micro_batches])
         return float(self._encoder_cost.costs(grids).sum())
+
+    def _local_source_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """int64 [sources]: tokens of each source in this rank's sequences, each counted on one
+        rank."""
+        context, count = self._context, len(self.source_tokens)
+        if not count or not context.first_stage or context.tensor_rank or context.context_rank:
+            return torch.zeros(count, dtype=torch.int64)
+        sources = torch.cat([batch.sources.flatten() for batch in micro_batches])
+        return torch.bincount(sources[sources >= 0], minlength=count)
 
     def _local_routed_tokens(self) -> Tensor:
         """[layers with experts, experts] float64: tokens that this rank routed; zeros elsewhere."""

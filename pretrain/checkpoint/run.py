@@ -117,6 +117,7 @@ def save(run: Run, saver: Saver, guard: Guard, step: int) -> None:
         "config": to_dict(run.config),
         "data": _data_states(run, step + guard.skipped_batches),
         "faults": guard.state_dict(),
+        "source_tokens": run.step_metrics.source_tokens.tolist(),
         # Every update is one of all groups, so they have the same count.
         "updates": run.optimizer.param_groups[0]["updates"],
     }
@@ -369,6 +370,8 @@ def _load(run: Run, step: int | None) -> tuple[int, dict[str, Any]]:
     step, facts, state = call_on_all_ranks(lambda: _read(run, step))
     if state is not None:
         call_on_all_ranks(lambda: run.optimizer.load_named_state(state, run.parameters()))
+    if counts := facts.get("source_tokens"):
+        run.step_metrics.source_tokens = torch.tensor(counts, dtype=torch.int64)
     if "updates" in facts and not facts.get("weights_only", False):
         for group in run.optimizer.param_groups:
             group["updates"] = facts["updates"]

@@ -34,6 +34,7 @@ class Document:
         weights: for each token, its weight in the loss as the label of the token before it; 0: the
             model does not learn to predict it.
         categories: for each token, the :class:`Category` under which its loss is reported.
+        source: index in ``data.sources`` of the source that it comes from.
         patches, grids: of each image; see :func:`pretrain.data.media.patches.patchify`. There are
             no patches in a document that was read without pixels.
     """
@@ -42,6 +43,7 @@ class Document:
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     categories: list[int] = field(default_factory=list)
+    source: int = 0
     patches: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -133,6 +135,7 @@ class PackedSample:
         weights: float32 [s], the weight of each label in the loss.
         categories: uint8 [s], the :class:`Category` of each label.
         documents: int32 [s], the index in this sequence of each token's document.
+        sources: int16 [s], the index in ``data.sources`` of each token's source; -1: padding.
         patches: uint8 [P, 3 * patch * patch], of all images in order; none if the sequence was read
             without pixels.
         grids: int64 [n, 3], (frames, rows, columns) of each image, in patches.
@@ -144,6 +147,7 @@ class PackedSample:
     weights: Tensor
     categories: Tensor
     documents: Tensor
+    sources: Tensor
     patches: Tensor
     grids: Tensor
     left_out: tuple[tuple[int, int], ...] = ()
@@ -166,11 +170,13 @@ def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) 
     weights = np.zeros(length, dtype=np.float32)
     categories = np.zeros(length, dtype=np.uint8)
     indices = np.full(length, len(documents), dtype=np.int32)
+    sources = np.full(length, -1, dtype=np.int16)
     start = 0
     for index, document in enumerate(documents):
         end = start + len(document)
         tokens[start:end] = document.tokens
         indices[start:end] = index
+        sources[start:end] = document.source
         # A label is the next token, so the first token of a document is not a label.
         weights[start : end - 1] = document.weights[1:]
         categories[start : end - 1] = document.categories[1:]
@@ -186,6 +192,7 @@ def join(documents: Sequence[Document], length: int, patch_size: int, pad: int) 
         weights=torch.from_numpy(weights),
         categories=torch.from_numpy(categories),
         documents=torch.from_numpy(indices),
+        sources=torch.from_numpy(sources),
         patches=torch.cat([torch.empty(0, 3 * patch_size**2, dtype=torch.uint8), *images]),
         grids=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
     )

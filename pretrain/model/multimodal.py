@@ -29,6 +29,8 @@ class MicroBatch:
             (:mod:`pretrain.objective`).
         categories: [b, s] uint8, the category under which each label's loss is reported.
         documents: [b, s] int32 on the CPU, the document of each token, within which it attends.
+        sources: [b, s] int16 on the CPU, the index in ``data.sources`` of each token's source; -1:
+            padding.
         patches: [P, 3 * patch * patch] uint8, the patches of all images in order; none on a rank
             whose encoder does not read them.
         grids: [n, 3] int64, (frames, rows, columns) of each image, in patches; on the CPU, where
@@ -44,6 +46,7 @@ class MicroBatch:
     weights: Tensor
     categories: Tensor
     documents: Tensor
+    sources: Tensor
     patches: Tensor
     grids: Tensor
     share: SequenceShare = WHOLE_SEQUENCE

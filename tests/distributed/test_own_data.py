@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pretrain import html_report
 from pretrain.data.composer import Composer
 from tests.distributed import training
 from tests.distributed.launch import launch
@@ -50,6 +51,24 @@ def test_jsonl_and_images_resume_exactly_with_any_number_of_ranks(folder: Path) 
                 assert resumed == reference
             else:
                 assert resumed["loss"] == pytest.approx(reference["loss"], rel=1e-9)
+
+
+def test_tokens_and_losses_of_sources_do_not_depend_on_ranks_or_stops(folder: Path) -> None:
+    """The runs of the test above: at step 3, the second was resumed with another world size."""
+    whole, two = (training.comparable(folder / n / "metrics.jsonl") for n in ("whole", "two"))
+    for one, other in zip(whole[1:], two[1:], strict=True):
+        assert one["source_tokens"] == other["source_tokens"]
+        assert one["source_losses"] == pytest.approx(other["source_losses"], rel=1e-9)
+        text, pictures = one["source_tokens"]
+        assert pictures < text
+        assert 0.9 * one["step"] < (text + pictures) / one["tokens"] <= one["step"]
+    for one, other in ((whole[0], two[0]), (whole[6], two[6])):
+        name = "held_out_source_losses"
+        assert one[name] == pytest.approx(other[name], rel=1e-9) and None not in one[name]
+    page = html_report.write(folder / "two", folder / "two.html").read_text()
+    assert f"<td>data.sources[1]: {folder}/pictures</td>" in page
+    assert f"<td>{whole[6]['source_tokens'][0]:,}</td>" in page
+    assert "Held-out loss by source" in page
 
 
 def test_shards_resume_exactly_with_the_same_number_of_ranks_only(folder: Path) -> None:

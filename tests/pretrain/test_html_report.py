@@ -88,7 +88,8 @@ def test_report_covers_a_run_resumed_with_other_settings(tmp_path: Path, prepare
     records = read(tmp_path / "run" / "metrics.jsonl")
     recorded = {name for record in records for name in record}
     of_several_ranks = {"own_seconds", "slowest_ratio", "slowest_rank"}
-    assert recorded | of_several_ranks == {"step", *METRICS}
+    of_sources = {"source_tokens", "source_losses", "held_out_source_losses"}
+    assert recorded | of_several_ranks | of_sources == {"step", *METRICS}
     # Both starts, changed settings, configuration, versions, progress and transcriptions.
     assert "at step 0" in reader.text and "after step 3" in reader.text
     assert "steps=5" in reader.text and "qk_clip_threshold: 100.0" in reader.text

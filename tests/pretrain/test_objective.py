@@ -1,6 +1,7 @@
 """The objective is the weighted mean of the losses; weights 0 and 1 are a mask."""
 
 import math
+from random import Random
 
 import torch
 from hypothesis import given
@@ -8,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain.data import Category
-from pretrain.objective import loss_sums, mean_losses, no_losses, total_weight, weighted_loss
+from pretrain.objective import (
+    loss_sums,
+    mean_losses,
+    no_losses,
+    source_losses,
+    total_weight,
+    weighted_loss,
+)
 
 NOTHING = {"loss": None, "text_loss": None, "caption_loss": None}
 losses = st.floats(0, 100, width=32)
@@ -91,6 +99,21 @@ def test_labels_of_weight_0_contribute_nothing(made: tuple[Tensor, Tensor, Tenso
     assert torch.equal(nothing, no_losses())
     assert mean_losses(nothing) == NOTHING
     assert total_weight(nothing) == 1
+
+
+@given(fractions, st.integers(1, 4), st.randoms())
+def test_sources_change_no_other_sum(
+    made: tuple[Tensor, Tensor, Tensor], count: int, random: Random
+) -> None:
+    losses, weights, _ = made
+    sources = torch.tensor([[random.randrange(count) for _ in losses[0]]], dtype=torch.int16)
+    sums = loss_sums(*made, sources, count)
+    assert sums.shape == no_losses(num_sources=count).shape
+    assert mean_losses(sums) == mean_losses(loss_sums(*made))
+    assert total_weight(sums) == total_weight(loss_sums(*made))
+    for source, mean in enumerate(source_losses(sums)):
+        alone = loss_sums(losses, weights * (sources == source), torch.zeros_like(sources))
+        assert mean == mean_losses(alone)["text_loss"]
 
 
 def test_the_sums_of_micro_batches_add_up() -> None:

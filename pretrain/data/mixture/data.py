@@ -127,7 +127,10 @@ class MixtureData(Data):
         def read(segment: Segment) -> Document | Skip | None:
             if segment[:2] in left_out:
                 return None
-            return self._by_number[segment.source].document(segment, pixels=pixels)
+            document = self._by_number[segment.source].document(segment, pixels=pixels)
+            if isinstance(document, Document):
+                document.source = segment.source
+            return document
 
         with_images = [self._by_number[one.source].source.has_images for one in segments]
         if not pixels or sum(with_images) < 2:
