@@ -1,4 +1,4 @@
-"""The blocks of the pages about formats of text and conversations do what they show."""
+"""The blocks of the pages about formats of data do what they show."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from pretrain import cli
 PAGES = Path(__file__).parent.parent.parent / "docs" / "trainer"
 
 
-@pytest.mark.parametrize("page", ["text_formats.md", "conversations.md"])
+@pytest.mark.parametrize("page", ["text_formats.md", "vision_formats.md", "conversations.md"])
 def test_the_first_blocks_write_a_file_and_inspect_it(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

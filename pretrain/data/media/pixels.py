@@ -1,7 +1,7 @@
 """Decode image files to the picture that an image viewer shows.
 
 All readers of images use :func:`open_image`. Exports contain a copy of this file for their
-processor, so it imports only Pillow and NumPy.
+processor, so it imports only Pillow, its plugins and NumPy.
 
 - The first image of a file, or one frame of an animation, is rotated by its EXIF orientation.
 - Colours are converted to sRGB by the embedded ICC profile, or else by a PNG's gamma.
@@ -19,6 +19,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,8 @@ MAX_FILM_FRAMES = 10**6
 """Frames of the longest animation or video: more than fit any sequence."""
 MAX_FILM_PIXELS = 2**35
 """Pixels of all frames of an animation or video: an hour of 1920 x 1080 at 4 frames a second."""
+# Plugins, and the function that adds their formats unless importing them does.
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": ""}
 _RENDERED_BY_PROGRAMS = frozenset({"EPS", "WMF"})
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,9 +57,19 @@ _ROUNDING = 2
 _DISPLAY_GAMMA = 2.2
 
 
+@lru_cache(maxsize=1)
+def _load_plugins() -> None:
+    """Add the formats of Pillow's plugins that are installed."""
+    for name, register in _PLUGINS.items():
+        with suppress(ImportError):
+            plugin = import_module(name)
+            getattr(plugin, register, lambda: None)()
+
+
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Pillow's names of the formats that are read, those of installed plugins included."""
     Image.init()
+    _load_plugins()
     return tuple(name for name in Image.ID if name not in _RENDERED_BY_PROGRAMS)
 
 

@@ -82,8 +82,13 @@ def recognize(path: str) -> Recognized:
         if special := _special_folder(root):
             return special
     suffixes = _SUFFIXES if root.is_dir() else ("",)
-    items = saved_datasets.select(files.find(path, path, suffixes, "data"), root, path)
+    listed = reading.numbered(path, path) or files.find(path, path, suffixes, "data")
+    items = saved_datasets.select(listed, root, path)
     paths = [item for item in items if isinstance(item, Path)]
+    if archives.is_archive(paths[0]):
+        return _shards(path, paths)
+    if files.ends_with(paths[0], mds.SUFFIXES):
+        return _mds(path, paths[0])
     found = _of_files(path, paths)
     if root.is_dir() and (patterns := _splits_of_names(root, paths)):
         (entry,) = found.entries
@@ -161,7 +166,7 @@ def _imagefolder(root: Path, described: Sequence[Path]) -> Recognized:
     return Recognized(f"{description}; its splits: {', '.join(names)}", splits)
 
 
-def _shards(root: Path, shards: Sequence[Path]) -> Recognized:
+def _shards(root: Path | str, shards: Sequence[Path]) -> Recognized:
     """Shards for WebDataset.
 
     Raises:
@@ -178,7 +183,7 @@ def _shards(root: Path, shards: Sequence[Path]) -> Recognized:
     return found
 
 
-def _mds(root: Path, shard: Path) -> Recognized:
+def _mds(root: Path | str, shard: Path) -> Recognized:
     """Shards of MosaicML.
 
     Raises:
@@ -194,7 +199,7 @@ def _mds(root: Path, shard: Path) -> Recognized:
     return Recognized("MDS shards of MosaicML", [{"type": "images", "path": str(root)} | entry])
 
 
-def _found(description: str, type: str, path: Path) -> Recognized:
+def _found(description: str, type: str, path: Path | str) -> Recognized:
     return Recognized(description, [{"type": type, "path": str(path)}])
 
 

@@ -82,9 +82,8 @@ def image_columns(kinds: Kinds, names: Names) -> list[str]:
         return [field]
     named = [key for key in media_keys(kinds) if kinds[key] in _CAPTIONS]
     found = [key for key in kinds if kinds[key].endswith("image")]
-    stored = [key for key in kinds if kinds[key].endswith("bytes")]
-    usual = [key for key in stored if key.lower() in _NAMES]
-    return found or usual or (stored if len(stored) == 1 else []) or named
+    usual = [key for key in kinds if kinds[key].endswith("bytes") and key.lower() in _NAMES]
+    return found or usual or named
 
 
 def kinds_of(found: pa.Schema) -> dict[str, str]:

@@ -7,6 +7,7 @@ values. Images are read in place. Compressed shards are unpacked into the cache 
 
 import itertools
 import json
+import os
 import struct
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -107,9 +108,11 @@ def _header(stream: IO[bytes]) -> tuple[Any, list[_Column]]:
     """
     try:
         (count,) = struct.unpack("<I", stream.read(4))
+        if 4 * (count + 2) > os.fstat(stream.fileno()).st_size:
+            raise ValueError("its header is damaged")
         offsets = np.frombuffer(stream.read(4 * (count + 1)), "<u4").astype(np.int64)
         start = 4 * (count + 2)
-        if len(offsets) != count + 1 or not start <= offsets[0] <= start + _MAX_HEADER_BYTES:
+        if not start <= offsets[0] <= start + _MAX_HEADER_BYTES:
             raise ValueError("its header is damaged")
         about = json.loads(stream.read(int(offsets[0]) - start))
         lists = (about["column_names"], about["column_encodings"], about["column_sizes"])

@@ -55,7 +55,7 @@ def find(path: str, setting: str) -> list[Path | Skip]:
     folder = Path(path)
     if folder.is_dir():
         return _in_folder(folder, setting)
-    items = _numbered(path, setting) or files.find(path, setting, ("",), "files")
+    items = numbered(path, setting) or files.find(path, setting, ("",), "files")
     for item in items:
         if isinstance(item, Path) and not _is_read(item):
             raise PretrainError(
@@ -65,7 +65,7 @@ def find(path: str, setting: str) -> list[Path | Skip]:
     return items
 
 
-def _numbered(path: str, setting: str) -> list[Path | Skip]:
+def numbered(path: str, setting: str) -> list[Path | Skip]:
     """The files of a pattern such as ``{00000..00099}.tar``; empty if it is none.
 
     Raises:

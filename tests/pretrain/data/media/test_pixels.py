@@ -6,9 +6,11 @@ The expected pictures are computed with NumPy from the definitions of the format
 import io
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from pretrain.data.media import pixels
 from pretrain.data.media.frames import Media, measure
 from pretrain.data.media.pixels import MAX_PIXELS, decode, open_image
 
@@ -511,3 +514,15 @@ def test_animations_with_too_many_pixels_are_rejected_before_decoding(tmp_path: 
 def test_one_pixel_and_very_long_images_are_read(height: int, width: int) -> None:
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     assert np.array_equal(decode(file(Image.fromarray(values), "PNG")), values)
+
+
+def test_formats_of_installed_plugins_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another plugin is missing."""
+    added = []
+    plugin = ModuleType("pillow_heif")
+    plugin.register_heif_opener = lambda: added.append("HEIF")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    pixels._load_plugins.cache_clear()
+    assert "PNG" in pixels.formats() and "EPS" not in pixels.formats()
+    assert added == ["HEIF"]

@@ -1,10 +1,17 @@
 """From files with images as people have them to the suggested configuration, and to a step."""
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
 import pytest
+import webdataset
 import yaml
+from pyarrow import parquet
 
+from pretrain.data.tools.recognize import recognize
+from pretrain.errors import PretrainError
 from tests.pretrain.data.tools import suggested
 from tests.pretrain.data.tools.suggested import Layout
 from tests.pretrain.data.vision_text import make
@@ -98,3 +105,71 @@ def test_the_suggested_configuration_trains(
     assert yaml.safe_load(text) == {"data": {"sources": entries}}
     assert [step["step"] for step in steps] == [0, 1]
     assert steps[1]["loss"] > 0
+
+
+def test_shards_are_recognized_by_file_and_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make.img2dataset_shards(Path("shards"))
+    make.mds(Path("mds"))
+    for path in ("shards/00000.tar", "shards/*.tar", "shards/{00000..00001}.tar"):
+        found = recognize(path)
+        assert found.entries == [{"type": "images", "path": path}]
+        assert "WebDataset shard" in found.description
+    assert recognize("mds/shard.00000.mds.zstd").entries[0]["type"] == "images"
+
+
+def test_columns_are_suggested_by_name_and_type(tmp_path: Path) -> None:
+    image = {"bytes": make.encoded(0), "path": "a.png"}
+    rows: dict[str, Any] = {"left": [image], "right": [image], "sha256": ["ab" * 32], "alt": ["a"]}
+    parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
+    (entry,) = recognize(str(tmp_path / "a.parquet")).entries
+    assert (entry["field"], entry["image_field"]) == ("alt", "left")
+
+
+def refuse_urls(path: Path) -> None:
+    pd.DataFrame({"image": ["https://a.org/a.png"], "text": ["a"]}).to_parquet(path)
+
+
+def obelics_of_urls(path: Path) -> None:
+    rows = {"images": [["https://a.org/a.png", None]], "texts": [[None, "a"]]}
+    pd.DataFrame(rows).to_parquet(path)
+
+
+def classes(path: Path) -> None:
+    for name in ("cat", "dog"):
+        make.pictures(path / name, 2)
+
+
+def labelled(path: Path) -> None:
+    make.dataset().remove_columns("caption").to_parquet(path)
+
+
+def labelled_shards(path: Path) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "a", "png": make.encoded(0), "cls": 3})
+
+
+REFUSED = {
+    "images by URL": ("a.parquet", refuse_urls, "images by URL, .*img2dataset"),
+    "OBELICS by URL": ("a.parquet", obelics_of_urls, "OBELICS, but its image is a URL.*img2data"),
+    "folders of classes": ("a", classes, "images without captions, .* write metadata.jsonl"),
+    "a column of classes": ("a.parquet", labelled, "no captions in its fields"),
+    "shards of classes": ("a.tar", labelled_shards, "WebDataset shards, .*: no caption"),
+    "a damaged shard": ("a.tar", lambda path: path.write_bytes(b"\1" * 999), "a damaged archive"),
+    "a damaged shard of MosaicML": (
+        "a.mds",
+        lambda path: path.write_bytes(b"\1" * 999),
+        "MosaicML's MDS, .*its header is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layouts_without_captions_or_images_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    file, write, message = REFUSED[name]
+    write(tmp_path / file)
+    with pytest.raises(PretrainError, match=message) as raised:
+        recognize(str(tmp_path / file))
+    assert "\n" not in str(raised.value)
