@@ -202,6 +202,11 @@ class SwarmConfig(Settings):
     evaluation_tasks: SizeOrZero = 64
     """Held-out tasks of an evaluation."""
 
+    def _check(self) -> None:
+        if self.start_steps == 0:
+            names = ["start_batch", "start_replay", "start", "serial_records", "parallel_share"]
+            self._refuse_without_effect("start_steps=0", [*names, "sub_agent_share"])
+
 
 @dataclass(frozen=True)
 class Config(Settings):

@@ -21,7 +21,7 @@ TOKENS = (SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)
 THINK_END = "</think>"
 
 MAX_CALLS = 64
-"""Calls of a reply that are read: the first ones."""
+"""Calls of a reply that are read: the first ones. Further ones are one error."""
 MAX_ARGUMENT_CHARS = 1 << 16
 """Longer arguments are not read."""
 
@@ -95,8 +95,12 @@ def parse_reply(text: str) -> Reply:
         return Reply(_stripped(content), ())
     calls = calls.partition(SECTION_END)[0]
     pieces = calls.split(CALL_BEGIN, MAX_CALLS + 1)[1:]
-    parsed = tuple(_parse_call(piece) for piece in pieces[:MAX_CALLS])
-    return Reply(_stripped(content), parsed or (BadCall("", "the section has no call"),))
+    parsed: list[ToolCall | BadCall] = [_parse_call(piece) for piece in pieces[:MAX_CALLS]]
+    if not pieces:
+        parsed.append(BadCall("", "the section has no call"))
+    if len(pieces) > MAX_CALLS:
+        parsed.append(BadCall("", f"a reply can have {MAX_CALLS} calls"))
+    return Reply(_stripped(content), tuple(parsed))
 
 
 def _stripped(content: str) -> str:

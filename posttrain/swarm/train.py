@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from posttrain import model
-from posttrain.config import Config, SwarmConfig
+from posttrain.config import Config, RlConfig, SwarmConfig
 from posttrain.data import open_pretraining_data
 from posttrain.environment.chat import KimiChat
 from posttrain.environment.markup import TOKENS
@@ -63,7 +63,11 @@ class Swarm:
             swarm.wanted,
         )
         self.limits = Limits(
-            swarm.critical_steps, swarm.sub_steps, swarm.context, swarm.sub_context
+            swarm.critical_steps,
+            swarm.sub_steps,
+            swarm.context,
+            swarm.sub_context,
+            assignments=swarm.records + 2,  # some more than a task needs
         )
         self.chat = KimiChat(self.sub_agent.tokenizer, declare_tools=False)
         self._sub_sampler = self._sampler(self.sub_agent.model)
@@ -161,6 +165,7 @@ def train(config: Config) -> Path:
         PretrainError: the model, the data or a setting is unusable.
     """
     config.require_effect("swarm")
+    _require_effect(config.rl)
     with locked(config, "swarm") as termination:
         _require_context(config.swarm)
         # The text of the pretraining has the tokens of the pretraining.
@@ -204,6 +209,16 @@ def _start(config: Config, data: Data) -> Path:
             "a supervised start that adds them"
         )
     return out
+
+
+def _require_effect(rl: RlConfig) -> None:
+    """
+    Raises:
+        PretrainError: a setting of other tasks is not at its default.
+    """
+    for name in ("task", "max_tokens", "problems", "solved_share", "toggle"):
+        if getattr(rl, name) != getattr(RlConfig(), name):
+            raise PretrainError(f"rl.{name} has no effect in `posttrain swarm`: remove it")
 
 
 def _require_context(swarm: SwarmConfig) -> None:

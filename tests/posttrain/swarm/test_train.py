@@ -47,7 +47,9 @@ def test_from_an_export_to_an_export(text_export: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("swarm.start_steps=0", "lacks tokens of tool calls"),
+        ("rl.max_tokens=20", "rl.max_tokens has no effect"),
+        ("swarm.start_steps=0 swarm.start_batch=16", "lacks tokens of tool calls"),
+        ("swarm.start_steps=0", "start_batch=2 has no effect with start_steps=0"),
         ("swarm.records=14", "too few names"),
         ("swarm.context=34", "swarm.context=34: too short"),
     ],
@@ -56,5 +58,5 @@ def test_a_setting_that_cannot_work_is_one_line(
     text_export: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(PretrainError, match=message) as error:
-        train.train(settings(tmp_path, text_export, override))
+        train.train(settings(tmp_path, text_export, *override.split()))
     assert "\n" not in str(error.value)
