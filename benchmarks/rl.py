@@ -1,0 +1,177 @@
+"""Visual RL with MuonClip and AdamW, and RL of sums with Toggle, a permanent budget and none.
+
+Visual RL starts from the exported model itself, RL of sums from its supervised finetuning on text.
+Runs are kept: those that are complete are not repeated, and interrupted ones resume.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.runner import ROOT, Result, markdown, positive_int
+from posttrain import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Variant(NamedTuple):
+    """A run: the configuration, its changes, and the name of its folder."""
+
+    config: str
+    changes: tuple[str, ...]
+    folder: str
+
+
+READING = {
+    "MuonClip": Variant("read", (), "read-muonclip"),
+    "AdamW": Variant(
+        "read", ("optimizer.name=adamw", "optimizer.qk_clip_threshold=null"), "read-adamw"
+    ),
+}
+SUMS = {
+    "no budget": Variant("toggle", ("rl.toggle.mode=off",), "sums-off"),
+    "Toggle": Variant("toggle", (), "sums-toggle"),
+    "permanent budget": Variant("toggle", ("rl.toggle.mode=permanent",), "sums-permanent"),
+}
+_MODES = "modes"
+_READING_COLUMNS = {
+    "character_error_rate": ("character errors", ".1%"),
+    "exact_match": ("read exactly", ".1%"),
+    "held_out_text_loss": ("loss of text", ".3f"),
+}
+_SUMS_COLUMNS = {
+    "thinking_accuracy": ("sums solved", ".1%"),
+    "thinking_tokens": ("tokens of a reply", ".1f"),
+    "held_out_text_loss": ("loss of text", ".3f"),
+}
+_PLOTTED = ("reward", "character_error_rate", "thinking_accuracy", "response_tokens")
+# Changes of the configurations, and the number of seeds.
+FORMS: dict[str, tuple[tuple[str, ...], int]] = {
+    "full": ((), 3),
+    "quick": ((), 3),
+    "tiny": (("steps=2", "save_every=2", "evaluation.images=2", "evaluation.problems=2"), 1),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
+    parser.add_argument("--model", default="runs/laptop/hf", help="folder of the exported model")
+    parser.add_argument(
+        "--pretraining", default="configs/laptop.yaml", help="configuration of its pretraining"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/rl"), help="folder of the runs, which are kept"
+    )
+    parser.add_argument(
+        "--only", choices=("reading", "sums"), help="leave the other table out; default: both"
+    )
+
+
+def run(options: argparse.Namespace) -> Result:
+    settings, seeds = FORMS[options.form]
+    shared = [f"pretraining={options.pretraining}", *settings]
+    reading: dict[str, list[Result]] = {}
+    sums: dict[str, list[Result]] = {}
+    for seed in range(options.seed, options.seed + (options.seeds or seeds)):
+        seeded = [*shared, f"seed={seed}"]
+        if options.only != "sums":
+            _train_all(READING, options.model, seed, seeded, options.runs, reading)
+        if options.only != "reading":
+            taught = options.runs / f"{_MODES}-{seed}"
+            _train("sft", _MODES, taught, [*seeded, f"model={options.model}"])
+            _train_all(SUMS, str(taught / "hf"), seed, seeded, options.runs, sums)
+    return {"reading": reading, "sums": sums}
+
+
+def _train_all(
+    variants: dict[str, Variant],
+    model: str,
+    seed: int,
+    settings: Sequence[str],
+    runs: Path,
+    results: dict[str, list[Result]],
+) -> None:
+    for name, (config, changes, folder) in variants.items():
+        out = runs / f"{folder}-{seed}"
+        _train("rl", config, out, [*settings, f"model={model}", *changes])
+        results.setdefault(name, []).append(summary(out))
+
+
+def _train(command: str, config: str, folder: Path, settings: Sequence[str]) -> None:
+    if not (folder / "hf").is_dir():
+        file = f"configs/posttrain/{config}.yaml"
+        arguments = [command, file, f"run_dir={folder}", *settings]
+        subprocess.run([sys.executable, "-m", "posttrain", *arguments], cwd=ROOT, check=True)
+
+
+def summary(folder: Path) -> Result:
+    """The metrics of a run: some by step, and all of its evaluations at both ends."""
+    records = metrics.read(folder / "metrics.jsonl")
+    evaluations = [record for record in records if "held_out_text_loss" in record]
+    return {
+        "before": {name: evaluations[0].get(name) for name in metrics.HELD_OUT},
+        "after": {name: evaluations[-1].get(name) for name in metrics.HELD_OUT},
+        "curves": {
+            name: [[r["step"], r[name]] for r in records if r.get(name) is not None]
+            for name in _PLOTTED
+        },
+    }
+
+
+# ---------------------------------------------------------------------- table and plot
+
+
+def _cell(runs: Sequence[Result], when: str, name: str, form: str) -> str:
+    values = [run[when][name] for run in runs if run[when][name] is not None]
+    if not values:
+        return "-"
+    spread = f" ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else ""
+    return f"{format(np.mean(values), form)}{spread}"
+
+
+def _table(variants: dict[str, list[Result]], columns: dict[str, tuple[str, str]]) -> str:
+    def row(name: str, runs: Sequence[Result], when: str) -> list[str]:
+        return [name, *(_cell(runs, when, key, form) for key, (_, form) in columns.items())]
+
+    first = next(iter(variants.values()))
+    rows = [row("before", first, "before")]
+    rows += [row(name, runs, "after") for name, runs in variants.items()]
+    return markdown(["", *(title for title, _ in columns.values())], rows)
+
+
+def table(result: Result) -> str:
+    parts = [
+        f"{title}\n\n{_table(result[key], columns)}"
+        for key, title, columns in (
+            ("reading", "Visual RL:", _READING_COLUMNS),
+            ("sums", "RL of sums with reasoning:", _SUMS_COLUMNS),
+        )
+        if result[key]
+    ]
+    count = len(next(iter({**result["reading"], **result["sums"]}.values())))
+    spread = " (mean ± standard deviation)" if count > 1 else ""
+    return "\n\n".join([*parts, f"Held-out data, {count} seed{'s'[: count > 1]}{spread}."])
+
+
+def plot(result: Result, figure: "Figure") -> None:
+    figure.set_size_inches(12, 7)
+    axes: Any = figure.subplots(2, 2)
+    variants = {**result["reading"], **result["sums"]}
+    for axis, name in zip(axes.flat, _PLOTTED, strict=True):
+        for number, (variant, runs) in enumerate(variants.items()):
+            for index, run in enumerate(runs):
+                if points := run["curves"][name]:
+                    steps, values = zip(*points, strict=True)
+                    label = variant if index == 0 else None
+                    axis.plot(steps, values, color=f"C{number}", lw=1, label=label)
+        axis.set_title(metrics.METRICS[name].description, fontsize=9)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=8)
