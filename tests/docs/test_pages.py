@@ -29,7 +29,7 @@ PAGES = [
 # Pages whose Python does not run here, and why.
 NOT_RUN = {
     "finetuning.md": "tests/docs/test_finetuning.py runs it",
-    "conversations.md": "tests/docs/test_text_formats.py runs it",
+    "conversations.md": "test_text_formats.py and tests/pretrain/export/test_pipeline.py run it",
     "serving.md": "loads runs/laptop/hf; tests/pretrain/export make these calls",
 }
 # Pages for programs that torchrun starts.
