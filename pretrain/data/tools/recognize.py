@@ -36,6 +36,8 @@ _CAPTIONS = (
     *("text", "caption", "captions", "texts", "description", "alt_text", "alt", "prompt"),
     *("sentences", "title", "label_text", "answer"),
 )
+# Columns next to the URL of an image.
+_OF_IMAGES = {"width", "height", "original_width", "similarity", "clip_similarity_vitb32", "nsfw"}
 _ORIGINS = re.compile(r".*(url|uri|path|sha256|md5|hash|key|id|license|status)", re.IGNORECASE)
 
 
@@ -268,6 +270,9 @@ def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]
         return _pictured(file, rows)
     if tables.kind(file) and columns.image_columns(columns.kinds_of(tables.schema(file)), Names()):
         return _pictured(file, rows)
+    if "url" in (lower := {name.lower() for name in names}) and lower & _OF_IMAGES:
+        advice = "download them with img2dataset, and inspect its folder"
+        raise _refused(file, "captions with URLs of images, as in LAION", advice)
     if not (field := tables.likely_field(rows)):
         found = ", ".join(names) or "none"
         raise PretrainError(f"{file}: no text in its fields, which are {found}")
@@ -318,7 +323,8 @@ def _columns(kinds: columns.Kinds, longest: str) -> Entry:
     Raises:
         ValueError: there is no column of text.
     """
-    images = columns.image_columns(kinds, Names())
+    if not (images := columns.image_columns(kinds, Names())):
+        raise ValueError(f"no images in its columns, which are {', '.join(kinds)}")
     texts = [
         name
         for name, kind in kinds.items()

@@ -62,7 +62,7 @@ def read_samples(file: Path, names: Names, cache_dir: str) -> Iterator[Mixed | S
             name = f"{file}:{key}"
             try:
                 yield _sample(name, sample, names)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Skip(name, reason(error))
     except _ERRORS as error:
         after = f"cannot be read after {number:,} samples: " if number else "a damaged archive: "

@@ -198,7 +198,7 @@ def _unnamed(described: Sequence[Path], paths: Sequence[Path]) -> Iterator[Skip]
     """The images of a folder that the files which describe them do not name."""
     named = {os.path.normpath(f.parent / name) for f in described for name in _named_in(f)}
     for path in paths:
-        if files.ends_with(path, pixels.suffixes()) and os.path.normpath(path) not in named:
+        if _is_picture(path) and os.path.normpath(path) not in named:
             yield Skip(str(path), f"not named in {described[0].name}", corrupt=False)
 
 
@@ -228,9 +228,14 @@ def _images(folder: Path, items: Sequence[Path | Skip], setting: str) -> Iterato
             yield Skip(str(item), "neither an image nor a caption", corrupt=False)
 
 
+def _is_picture(file: Path) -> bool:
+    """Whether a file is an image by its suffix."""
+    return files.ends_with(file, pixels.suffixes())
+
+
 def _is_image(file: Path) -> bool:
     """Whether a file is an image: by its suffix, even if it is damaged, or by its content."""
-    if files.ends_with(file, pixels.suffixes()):
+    if _is_picture(file):
         return True
     if file.suffix.lower() == _CAPTION_SUFFIX or video.is_video(str(file)):
         return False
@@ -249,7 +254,7 @@ def caption_of(image: Path) -> Path:
 
 def companions(file: Path) -> list[Path]:
     """Other files that the documents of a file are read from, apart from single images."""
-    if names_files(file) and not files.ends_with(file, pixels.suffixes()):
+    if names_files(file) and not _is_picture(file):
         return archives.archives_of(file.parent)
     return [caption_of(file)]
 
@@ -274,7 +279,7 @@ def read(file: Path, names: Names, cache_dir: str, setting: str) -> Iterator[Mix
     if archives.is_archive(file):
         yield from archives.read_samples(file, names, cache_dir)
         return
-    if not _is_read(file):
+    if _is_picture(file) or not _is_read(file):
         yield _captioned(file)
         return
     try:
@@ -288,7 +293,7 @@ def read(file: Path, names: Names, cache_dir: str, setting: str) -> Iterator[Mix
                 if layout_of(row) in ("MMC4", "OBELICS"):
                     found = archives.open_archived(file.parent, cache_dir)
             yield from documents(name, row, found, names)
-    except ValueError as error:
+    except files.UNREADABLE as error:
         yield Skip(str(file), reason(error))
 
 
@@ -325,6 +330,8 @@ def check_columns(file: Path, names: Names, cache_dir: str, setting: str) -> Non
             wrong type; or the cache cannot be written.
     """
     with contextlib.suppress(*files.UNREADABLE):  # reading it will give the reason
+        if _is_picture(file):  # without opening it
+            return
         if files.ends_with(file, mds.SUFFIXES) or tables.kind(file):
             columns_of(file, names, cache_dir, setting)
 

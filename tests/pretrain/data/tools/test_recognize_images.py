@@ -132,6 +132,17 @@ def refuse_urls(path: Path) -> None:
     pd.DataFrame({"image": ["https://a.org/a.png"], "text": ["a"]}).to_parquet(path)
 
 
+def laion(path: Path) -> None:
+    columns = {"URL": ["https://a.org"], "TEXT": ["a"], "WIDTH": [9], "HEIGHT": [9]}
+    pd.DataFrame(columns).to_parquet(path)
+
+
+def text_mds(path: Path) -> None:
+    make.plain_mds(path)
+    shard = path / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes().replace(b'"jpeg"', b'"json"', 1))
+
+
 def obelics_of_urls(path: Path) -> None:
     rows = {"images": [["https://a.org/a.png", None]], "texts": [[None, "a"]]}
     pd.DataFrame(rows).to_parquet(path)
@@ -153,6 +164,8 @@ def labelled_shards(path: Path) -> None:
 
 REFUSED = {
     "images by URL": ("a.parquet", refuse_urls, "images by URL, .*img2dataset"),
+    "LAION": ("a.parquet", laion, "URLs of images, as in LAION, .*img2dataset"),
+    "MDS of text": ("a", text_mds, "MosaicML's MDS, which is not read: no images in its columns"),
     "OBELICS by URL": ("a.parquet", obelics_of_urls, "OBELICS, but its image is a URL.*img2data"),
     "folders of classes": ("a", classes, "images without captions, .* write metadata.jsonl"),
     "a column of classes": ("a.parquet", labelled, "no captions in its fields"),

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pandas as pd
 import webdataset
-from PIL import Image
+import zstandard
 
 from tests.pretrain.data.make import picture, text
 from tests.pretrain.data.media.test_video import film, greys
@@ -203,7 +202,10 @@ def mds(path: Path) -> None:
     shutil.copytree(MDS, path)
 
 
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture that no format compresses."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+def plain_mds(path: Path) -> None:
+    """The same shards, decompressed."""
+
+    path.mkdir()
+    for shard in MDS.glob("*.mds.zstd"):
+        content = zstandard.ZstdDecompressor().stream_reader(shard.read_bytes()).read()
+        (path / shard.stem).write_bytes(content)

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from pretrain.config import SourceConfig
@@ -65,15 +68,6 @@ def arrow(path: Path, compression: str | None = None, stream: bool = False) -> N
         writer.write_table(table, max_chunksize=7)
 
 
-def plain_mds(path: Path) -> None:
-    import zstandard
-
-    path.mkdir()
-    for shard in make.MDS.glob("*.mds.zstd"):
-        content = zstandard.ZstdDecompressor().stream_reader(shard.read_bytes()).read()
-        (path / shard.stem).write_bytes(content)
-
-
 def tar_of_pngs(path: Path, compress: bool = False) -> None:
     with webdataset.TarWriter(str(path), compress=compress) as writer:
         for number in range(make.COUNT):
@@ -108,7 +102,7 @@ def test_images_and_captions_are_those_that_were_written(tmp_path: Path, name: s
     assert len({document.hash for document in documents}) == make.COUNT  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("write", [make.mds, plain_mds])
+@pytest.mark.parametrize("write", [make.mds, make.plain_mds])
 def test_shards_of_mosaicml_are_read(tmp_path: Path, write: Callable[[Path], object]) -> None:
     write(tmp_path / "mds")
     documents = [one for one in read(tmp_path / "mds") if isinstance(one, Mixed)]
@@ -341,7 +335,7 @@ CUT: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a compressed shard": ("a.tar.gz", lambda path: tar_of_pngs(path, compress=True)),
     "Parquet": ("a.parquet", lambda path: make.dataset().to_parquet(path)),
     "an Arrow stream": ("a.arrow", lambda path: arrow(path, stream=True)),
-    "MDS": ("shard.00000.mds", lambda path: (plain_mds(path.parent / "m"), shutil.copy(
+    "MDS": ("shard.00000.mds", lambda path: (make.plain_mds(path.parent / "m"), shutil.copy(
         path.parent / "m" / path.name, path))),
 }  # fmt: skip
 
@@ -365,8 +359,30 @@ def test_files_that_are_cut_off_are_listed(tmp_path: Path, name: str, share: flo
         assert same(shown(document)[1:], [make.CAPTIONS[number]])
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(st.data())
+@pytest.mark.parametrize("name", CUT)
+def test_damage_never_ends_in_another_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    file, write = CUT[name]
+    write(folder / file)
+    content = bytearray((folder / file).read_bytes())
+    places = st.integers(0, 10**6)
+    changes = st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=9)
+    for place, value in data.draw(changes):
+        content[place % len(content)] = value
+    (folder / file).write_bytes(content)
+    with suppress(PretrainError):
+        for document in read(folder / file):
+            if isinstance(document, Mixed):
+                with suppress(ValueError):
+                    shown(document)
+
+
 def test_pickled_columns_are_not_loaded(tmp_path: Path) -> None:
-    plain_mds(tmp_path / "mds")
+    make.plain_mds(tmp_path / "mds")
     shard = tmp_path / "mds" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes().replace(b'"str"', b'"pkl"', 1))
     with pytest.raises(PretrainError, match="has 'caption' of type pkl, not text"):
