@@ -26,6 +26,7 @@ from pretrain.data.files import reason
 from pretrain.data.media import video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place, Span
+from pretrain.data.vision_text.layouts import Folder
 
 _DATA = re.compile(r"data:(?P<type>[^,;]*)(?:;[^,;]*)*?(?P<base64>;base64)?,", re.IGNORECASE)
 _URL = re.compile(r"https?://", re.IGNORECASE)
@@ -42,6 +43,7 @@ class MediaFinder:
 
     Args:
         file: the file of conversations; names of other files are relative to its folder.
+        field: the source's field, which determines what is read of the file.
         cache_dir: the cache.
         read_all: reads all conversations of the file, with another function that finds media.
         failed: the reasons why URLs could not be read, which are not tried again.
@@ -50,12 +52,13 @@ class MediaFinder:
     def __init__(
         self,
         file: Path,
+        field: str,
         cache_dir: str,
         read_all: Callable[[Resolve], None],
         failed: dict[str, str],
     ) -> None:
-        self._file, self._cache = file, Path(cache_dir)
-        self._read_all, self._failed = read_all, failed
+        self._file, self._folder, self._cache = file, Folder(file.parent), Path(cache_dir)
+        self._field, self._read_all, self._failed = field, read_all, failed
         self._copy: _Copy | None = None
 
     def __call__(self, references: Sequence[Reference], moving: bool) -> Media:
@@ -69,22 +72,11 @@ class MediaFinder:
         assert isinstance(reference, str)
         if _URL.match(reference):
             return str(self._downloaded(reference))
-        return self._inside(_FILE.sub("", reference))
-
-    def _inside(self, name: str) -> str:
-        root = self._file.parent
-        path = root / name
-        try:
-            inside = path.resolve().is_relative_to(root.resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # such as a cycle of links
-            raise ValueError(f"{name[:200]}: {reason(error)}") from error
-        if not inside:
-            raise ValueError(f"{name} lies outside {root}")
-        return str(path)
+        return self._folder.find(_FILE.sub("", reference))
 
     def _copied(self) -> "_Copy":
         """The copy of all media that are stored in the file, made if it is missing."""
-        key = key_of("media", stamps=[(str(self._file), stamp(self._file))])
+        key = key_of("media", self._field, stamps=[(str(self._file), stamp(self._file))])
         folder = self._cache / f"in-conversations-{key}"
 
         def build(unfinished: Path) -> None:

@@ -151,7 +151,7 @@ class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionCha
             for _ in self.read_with(file, resolve):
                 pass
 
-        return MediaFinder(file, self.data.cache_dir, read_all, self._failed)
+        return MediaFinder(file, self.config.field, self.data.cache_dir, read_all, self._failed)
 
     @property
     def documents(self) -> type[DescribedDocuments]:

@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,15 @@ def test_columns_of_images_are_read(folder: Path) -> None:
     others = (expected.sample("train", index).patches for index in range(12))
     assert found <= {tuple(p.flatten().tolist()) for patches in others for p in patches}
     assert "12 documents" in data.describe()
+
+
+def test_images_of_another_field_are_copied(folder: Path) -> None:
+    value = talk(seen(url_of(folder / NAMES[0])))
+    value["talk"] = talk(seen(url_of(folder / NAMES[1])))["messages"]
+    source = lines(folder, value)
+    first = opened(folder, source).sample("train", 0)
+    other = opened(folder, replace(source, field="talk")).sample("train", 0)
+    assert not torch.equal(first.patches, other.patches)
 
 
 def test_videos_are_groups_of_frames(folder: Path) -> None:
