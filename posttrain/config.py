@@ -14,7 +14,7 @@ class OptimizerConfig(Settings):
 
     name: Literal["muonclip", "adamw"] = "muonclip"
     """muonclip: Muon for matrices, AdamW for everything else, and QK-Clip. adamw: AdamW alone."""
-    lr: Positive = 1e-3
+    lr: Positive = 3e-4
     """Learning rate. Reinforcement learning needs a tenth to a hundredth of pretraining's."""
     weight_decay: Annotated[float, In("[0, 1000]")] = 0.0
     qk_clip_threshold: Positive = 100.0

@@ -26,6 +26,7 @@ from pretrain.errors import PretrainError
 
 _EXTENDED = "extended"
 _IGNORED = -100
+_TOKENS_OF_A_WORD = 8
 
 
 def train(config: Config) -> Path:
@@ -63,7 +64,8 @@ def _with_markup(config: Config) -> Exported:
     exported = model.load(Path(config.model))
     exported.tokenizer.require_chat()
     torch.manual_seed(config.seed)  # of the new rows
-    return vocabulary.extend(exported, out, chat.MARKUP)
+    words = vocabulary.long_words(exported.tokenizer, tasks.WORDS, _TOKENS_OF_A_WORD)
+    return vocabulary.extend(exported, out, chat.MARKUP, words)
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
@@ -96,7 +98,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         shares = [config.sft.instant_share, config.sft.agent_share, others]
         (mode,) = rng.choices(("instant", "agent", "thinking"), shares)
         messages = tasks.demonstration(config.sums, rng.getrandbits(60), mode)
-        document = chat.render(self._tokenizer, messages)
+        tools = tasks.TOOLS if mode == "agent" else ()
+        document = chat.render(self._tokenizer, messages, tools)
         return _labeled(torch.tensor(document.tokens), torch.tensor(document.weights))
 
     def _document(self, number: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,19 @@
 """Generated tasks of text, with demonstrations of their solutions."""
 
 import itertools
+import json
 import random
+from typing import Any
 
 from posttrain.config import SumsConfig
 from posttrain.environment.core import Task
 from posttrain.rewards.text import numeric_reward
 from pretrain.data.chat import REPLY, Message, ToolCall
 
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add"}}]
+"""The tools of the mode agent, as they are declared in its prompts."""
+WORDS = ("functions.add:", '{"sum":"', "## Return of ", json.dumps(TOOLS, separators=(",", ":")))
+"""Words of the markup, for which a small vocabulary has many tokens."""
 _REPETITIONS = 2
 
 
@@ -41,7 +47,7 @@ def working(task: Task, *, redundant: bool) -> str:
 def demonstration(config: SumsConfig, seed: int, mode: str) -> list[Message]:
     """A conversation about a sum in a mode: instant, thinking or agent.
 
-    In the mode agent, a tool adds the numbers.
+    In the mode agent, whose prompts declare :data:`TOOLS`, a tool adds the numbers.
     """
     task = sum_task(config, seed)
     rng = random.Random(f"{seed} working")
