@@ -23,6 +23,8 @@ TRAINED = "hf"
 _WEIGHTS = re.compile(r"^model.*\.safetensors(\.index\.json)?$")
 _CHAT_TEMPLATE = "chat_template.jinja"
 _MAX_FILE_SIZE = "5GB"
+# Otherwise transformers may ask on the terminal whether to run code from the folder.
+_TRUST_NOTHING = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass
@@ -77,12 +79,10 @@ def load(folder: Path) -> Exported:
     transformers.utils.logging.set_verbosity_error()
     try:
         model = kind.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder, dtype=torch.float32, use_safetensors=True, **_TRUST_NOTHING
         )
-        processor = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, padding_side="left"
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        processor = AutoTokenizer.from_pretrained(folder, padding_side="left", **_TRUST_NOTHING)
+    except Exception as error:  # transformers raises any for files that are not valid
         raise PretrainError(f"{folder} cannot be loaded: {one_line(str(error))[:300]}") from error
     if with_images:
         settings = files.required_json("preprocessor_config.json")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from posttrain import evaluate, model, modes
@@ -35,6 +36,7 @@ def train(config: Config) -> Path:
     """
     config.require_effect("rl")
     with locked(config, "rl") as termination:
+        torch.manual_seed(config.seed)  # of the responses that budgets are estimated from
         exported = model.load(Path(config.model))
         data = open_pretraining_data(config.pretraining, exported.folder)
         run = Run("rl", config, exported, data, termination)

@@ -1,0 +1,47 @@
+"""Loading and writing exported models."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain import model
+from pretrain.errors import PretrainError
+from tests.test_no_code_from_files import HF_FOLDERS, hf_folder
+
+
+def test_a_saved_model_is_the_loaded_one(image_export: Path, tmp_path: Path) -> None:
+    exported = model.load(image_export)
+    template = "{{ bos_token }}"
+    out = model.save(exported, exported.model, tmp_path / "out", template)
+    before, after = (load_file(f / "model.safetensors") for f in (image_export, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = model.load(out)
+    assert again.has_images and again.max_length == 64
+    assert again.hf_tokenizer.chat_template == template
+    model.save(again, again.model, out)  # over the folder it was loaded from
+
+
+@pytest.mark.parametrize("name", HF_FOLDERS)
+def test_no_code_of_a_folder_is_run(tmp_path: Path, name: str) -> None:
+    hf_folder(tmp_path / "hf")
+    HF_FOLDERS[name](tmp_path / "hf", tmp_path / "marker")
+    with suppress(PretrainError):
+        model.load(tmp_path / "hf")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_other_folders_are_one_line(text_export: Path, tmp_path: Path) -> None:
+    with pytest.raises(PretrainError, match="nothing"):
+        model.load(tmp_path / "nothing")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in text_export.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    (damaged / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(PretrainError, match="cannot be loaded") as error:
+        model.load(damaged)
+    assert "\n" not in str(error.value)
