@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import feather, ipc, parquet
 
 from pretrain.config import SourceConfig
@@ -23,6 +24,7 @@ from pretrain.data.skipped import Skip
 from pretrain.data.vision_text.document import Mixed
 from pretrain.errors import PretrainError
 from tests.pretrain.data.make import picture
+from tests.pretrain.data.media.test_video import film, greys
 from tests.pretrain.data.vision_text import make
 
 Entry = dict[str, str]
@@ -436,3 +438,29 @@ def test_patterns_of_numbers_are_expanded(tmp_path: Path) -> None:
     for pattern, message in (("{3..5}.tar", "no file matches"), ("{0..9999999}", "more than")):
         with pytest.raises(PretrainError, match=message):
             read(tmp_path / "shards" / pattern)
+
+
+def test_an_animation_is_its_first_frame_or_a_clip_under_the_key_video(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(np.full((28, 28, 3), level, np.uint8)) for level in (9, 200))
+    (tmp_path / "a").mkdir()
+    first.save(tmp_path / "a" / "a.gif", save_all=True, append_images=[second])
+    rows = [{"image": "a.gif", "text": "one"}, {"video": "a.gif", "text": "two"}]
+    make.jsonl(tmp_path / "a" / "captions.jsonl", rows)
+    stored = {"bytes": (tmp_path / "a" / "a.gif").read_bytes(), "path": "a.gif"}
+    table(tmp_path / "a.parquet", image=[stored], text=["one"])
+    table(tmp_path / "b.parquet", video=[stored], text=["two"])
+    for path in ("a", "a.parquet", "b.parquet"):
+        for document in read(tmp_path / path):
+            assert isinstance(document, Mixed)
+            count = len(list(frames.read(document.media[0], 1)))
+            assert count == {"one": 1, "two": 2}[document.text]
+
+
+@pytest.mark.parametrize("column", ["mp4", "clip"])
+def test_videos_in_tables_are_read(tmp_path: Path, column: str) -> None:
+    content = film(tmp_path / "a.mp4", greys(5), 10).read_bytes()
+    value = content if column == "mp4" else {"bytes": content, "path": "a.mp4"}
+    path = table(tmp_path / "a.parquet", **{column: [value]}, text=["a clip"])
+    (document,) = read(path)
+    assert isinstance(document, Mixed) and document.media[0].moving
+    assert frames.measure(document.media[0], 10)[0] == 5

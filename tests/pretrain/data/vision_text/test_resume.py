@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,16 @@ def test_nothing_is_stamped_or_kept_for_images_in_shards_and_tables(
     for index in (tmp_path / "cache").glob("vision-*"):
         assert json.loads((index / "measured").read_text()) == {"lines": 0}
     assert np.mean([documents.count("train") for documents in data._documents]) > 15
+
+
+def test_several_processes_open_new_data_at_once(folder: Path, tmp_path: Path) -> None:
+    """Copies and indexes are written to the cache alone; threads stand for processes, since files
+    are locked by descriptor."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    before = sorted((tmp_path / "data").rglob("*"))
+    names = ["a.parquet", "shards", "archived", "mds"]
+    with ThreadPoolExecutor(3) as pool:
+        opening = [pool.submit(opened, tmp_path, names) for _ in range(3)]
+    assert len({data.result().fingerprint for data in opening}) == 1
+    assert sorted((tmp_path / "data").rglob("*")) == before
+    assert not list((tmp_path / "cache").glob("unfinished-*"))
