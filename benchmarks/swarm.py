@@ -85,13 +85,13 @@ def _train(folder: Path, settings: Sequence[str]) -> None:
 def summary(folder: Path) -> Result:
     """The metrics of a run: those of its rollouts by step, and of held-out tasks at its ends."""
     records = metrics.read(folder / "metrics.jsonl")
-    held_out = [r for r in records if "held_out_critical_steps" in r]
-    rollouts = [r for r in records if "critical_steps" in r]
+    held_out = [r for r in records if any(f"held_out_{name}" in r for name in _COLUMNS)]
+    rollouts = [r for r in records if any(name in r for name in _COLUMNS)]
     return {
         "steps": [record["step"] for record in rollouts],
-        "rollouts": {name: [record[name] for record in rollouts] for name in _COLUMNS},
-        "before": {name: held_out[0][f"held_out_{name}"] for name in _COLUMNS},
-        "after": {name: held_out[-1][f"held_out_{name}"] for name in _COLUMNS},
+        "rollouts": {name: [record.get(name) for record in rollouts] for name in _COLUMNS},
+        "before": {name: held_out[0].get(f"held_out_{name}") for name in _COLUMNS},
+        "after": {name: held_out[-1].get(f"held_out_{name}") for name in _COLUMNS},
     }
 
 
@@ -99,7 +99,9 @@ def summary(folder: Path) -> Result:
 
 
 def _cell(runs: Sequence[Result], when: str, name: str) -> str:
-    values = [run[when][name] for run in runs]
+    values = [run[when][name] for run in runs if run[when][name] is not None]
+    if not values:
+        return ""
     digits = _DIGITS.get(name, 2)
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
@@ -129,7 +131,7 @@ def plot(result: Result, figure: "Figure") -> None:
         for number, (variant, runs) in enumerate(result["variants"].items()):
             for index, run in enumerate(runs):
                 label = variant if index == 0 else None
-                values = run["rollouts"][name]
+                values = np.array(run["rollouts"][name], dtype=float)  # gaps: no such task
                 axis.plot(run["steps"], values, color=f"C{number}", lw=1, label=label)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)

@@ -117,24 +117,21 @@ def look_ups(swarm: SwarmConfig) -> LookUps:
 
 
 def summary(episodes: Sequence[SwarmEpisode]) -> dict[str, float]:
-    """Means over episodes, by name; those of wide and deep tasks apart where they differ."""
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if values else 0.0
-
+    """Means over episodes, by name; a mean over no episode is left out."""
     wide = [e for e in episodes if len(e.task.truth) > 1]
     deep = [e for e in episodes if len(e.task.truth) == 1]
     with_agents = [e for e in wide if e.assigned]
-    return {
-        "performance": mean([e.episode.reward for e in episodes]),
-        "wide_performance": mean([e.episode.reward for e in wide]),
-        "deep_performance": mean([e.episode.reward for e in deep]),
-        "critical_steps": mean([critical_steps(e.stages) for e in wide]),
-        "parallelism": mean([parallelism(e.stages) for e in wide]),
-        "wide_sub_agents": mean([e.assigned for e in wide]),
-        "deep_sub_agents": mean([e.assigned for e in deep]),
-        "finished": mean([finish_reward(e.stages) for e in with_agents]),
+    values: dict[str, Sequence[float]] = {
+        "performance": [e.episode.reward for e in episodes],
+        "wide_performance": [e.episode.reward for e in wide],
+        "deep_performance": [e.episode.reward for e in deep],
+        "critical_steps": [critical_steps(e.stages) for e in wide],
+        "parallelism": [parallelism(e.stages) for e in wide],
+        "wide_sub_agents": [e.assigned for e in wide],
+        "deep_sub_agents": [e.assigned for e in deep],
+        "finished": [finish_reward(e.stages) for e in with_agents],
     }
+    return {name: sum(found) / len(found) for name, found in values.items() if found}
 
 
 class SwarmRun(Run):

@@ -7,8 +7,13 @@ import pytest
 
 from posttrain import model
 from posttrain.config import Config
+from posttrain.environment.episode import Episode
 from posttrain.environment.markup import TOKENS
+from posttrain.environment.trajectory import Trajectory
 from posttrain.swarm import train
+from posttrain.swarm.orchestrator import SwarmEpisode
+from posttrain.swarm.parl import Stage
+from posttrain.swarm.tasks import LookUps
 from pretrain import config
 from pretrain.errors import PretrainError
 
@@ -38,10 +43,17 @@ def test_from_an_export_to_an_export(text_export: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
-    rollouts = [record for record in records if "critical_steps" in record]
+    rollouts = [record for record in records if "performance" in record]
     assert [record["step"] for record in rollouts] == [1, 3]  # two steps for each
     assert all(0 <= record["performance"] <= 1 for record in rollouts)
-    assert [r["step"] for r in records if "held_out_parallelism" in r] == [0, 2, 4]
+    assert [r["step"] for r in records if "held_out_performance" in r] == [0, 2, 4]
+
+
+def test_a_mean_over_no_episode_is_left_out() -> None:
+    task = LookUps(deep_share=1).task(0)
+    episode = Episode(Trajectory([1]), 0.5, "", 1, None)
+    found = train.summary([SwarmEpisode(task, episode, (Stage(),), ())])
+    assert found == {"performance": 0.5, "deep_performance": 0.5, "deep_sub_agents": 0}
 
 
 @pytest.mark.parametrize(
