@@ -94,6 +94,8 @@ class Workspace:
         film(folder / "clip.mp4", greys(8), rate=4)
         table = pa.table({"text": [make.text(number) for number in range(20)]})
         pq.write_table(table, folder / "web.parquet")
+        box = {"bytes": (folder / "cat.jpg").read_bytes(), "path": "cat.jpg"}
+        pq.write_table(pa.table({"picture": [box], "text": ["a box"]}), folder / "boxes.parquet")
         sources = [{"type": "text", "path": "web.parquet"}]
         said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
         colours = [{"image": "cat.jpg", "conversations": said}]
