@@ -20,6 +20,9 @@ class OptimizerConfig(Settings):
     qk_clip_threshold: Positive = 100.0
     """QK-Clip's tau: the limit of each head's max logit."""
     clip_grad_norm: Positive = 1.0
+    frozen: tuple[str, ...] = ()
+    """Patterns (fnmatch) of parameters that are not trained, by their names in transformers. With
+    ["model.language_model.*", "lm_head.*"], visual RL leaves the model of text as it is."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after a linear warm-up: constant, or falling to 0 at the end of the run."""
     warmup_steps: StepsOrZero = 10

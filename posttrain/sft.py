@@ -19,7 +19,7 @@ from posttrain.config import Config
 from posttrain.data import open_pretraining_data, texts
 from posttrain.model import Exported
 from posttrain.run import Run, locked
-from posttrain.trainer import OwnTrainer, common_arguments
+from posttrain.trainer import OwnTrainer, common_arguments, freeze
 from pretrain.data import Data, chat
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
@@ -138,4 +138,5 @@ class SftTrainer(OwnTrainer):
 
     def __init__(self, config: Config, **arguments: Any) -> None:
         self.optimizer_options = config.optimizer
+        freeze(arguments["model"], config.optimizer.frozen)
         super().__init__(**arguments)

@@ -1,6 +1,7 @@
 """TRL's trainer with this project's objective and optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import muonclip
 from muonclip import MuonClip
 from posttrain import objective
 from posttrain.config import Config, OptimizerConfig, RlConfig
+from pretrain.errors import PretrainError
 
 _FORWARDED = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
@@ -23,10 +25,11 @@ _FORWARDED = (
 
 
 def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """MuonClip with QK-Clip, or AdamW, of a whole model."""
+    """MuonClip with QK-Clip, or AdamW, of all parameters of a model that are not frozen."""
     if options.name == "adamw":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95)
+            trained, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95)
         )
     return muonclip.for_model(
         model,
@@ -40,6 +43,22 @@ def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Op
 def schedule_name(options: OptimizerConfig) -> str:
     """The name of the learning rate's schedule in transformers."""
     return {"constant": "constant_with_warmup"}.get(options.schedule, options.schedule)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match one of the patterns (``fnmatch``).
+
+    Raises:
+        PretrainError: a pattern matches no parameter, or nothing is left to train.
+    """
+    for pattern in patterns:
+        matching = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not matching:
+            raise PretrainError(f"optimizer.frozen: no parameter matches {pattern!r}")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PretrainError("optimizer.frozen leaves no parameter to train: remove a pattern")
 
 
 def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
@@ -146,6 +165,7 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         self._rl, self.optimizer_options = rl, optimizer_options
         self.steps_per_rollout = rl.updates  # a checkpoint between them would lose the rollouts
+        freeze(arguments["model"], optimizer_options.frozen)
         super().__init__(**arguments)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

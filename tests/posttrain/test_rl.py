@@ -137,6 +137,20 @@ def test_a_signal_saves_after_the_rollout_and_the_run_resumes(
     assert [record["has_budget"] for record in found if "has_budget" in record] == [1, 0]
 
 
+def test_frozen_parameters_stay(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder of images alone is trained: the loss of text is exactly the same."""
+    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    frozen = "optimizer.frozen=[model.language_model.*, lm_head.*]"
+    out = rl.train(settings(tmp_path / "frozen", image_export, *READ, frozen, "steps=2"))
+    before, after = weights(image_export), weights(out)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vision_tower", "mm_projector"}
+    first, *_, last = records(tmp_path / "frozen")
+    assert first["held_out_text_loss"] == last["held_out_text_loss"]
+
+
 def test_evaluation_of_the_command(
     image_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +176,8 @@ def test_evaluation_of_the_command(
         ),
         (("rl.prompts=50", "rl.problems=3", "rl.solved_share=null"), "fewer than"),
         (("model=/nowhere",), "/nowhere"),
+        ((*READ, "optimizer.frozen=[encoder.*]"), "no parameter matches 'encoder"),
+        ((*READ, "optimizer.frozen=['*']"), "leaves no parameter to train"),
         (("rl.rat=1",), "unknown configuration key 'rl.rat'"),
     ],
 )
