@@ -61,6 +61,7 @@ class Simulated:
         config = SimpleNamespace(weight=self.weight)
         self.source = SimpleNamespace(seed=3, number=self.number, has_images=False, config=config)
         self.index = f"simulated-{self.documents}-{self.number}"
+        self.removed, self.removed_by = np.empty(0, np.int64), ""
 
     @property
     def hashes(self) -> npt.NDArray[np.uint64]:

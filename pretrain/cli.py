@@ -157,6 +157,9 @@ def _add_data_commands(commands: Any) -> None:
     inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
     inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences; default: 8")
     inspect.add_argument("--held-out", action="store_true", help="show the held-out split")
+    inspect.add_argument(
+        "--duplicates", action="store_true", help="compare all documents and report duplicates"
+    )
     text = "tokenize text before training, into files of Megatron's format; resumes after a kill"
     tokenize = _add(actions, "tokenize", text)
     _add_config(tokenize)

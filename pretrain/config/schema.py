@@ -376,6 +376,12 @@ class DataConfig(Settings):
     """A Hugging Face tokenizer.json or a tiktoken file; null: train one on the text."""
     held_out: Decay = 0.02
     """Share of the documents of ``sources`` that is held out."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Leave out duplicates among the documents of ``sources``. exact: the same text, and the same
+    content of images; near: also similar text (MinHash of five tokens each; needs datasketch). Of a
+    held-out and a training document, the one to train on is left out."""
+    duplicate_threshold: Annotated[float, In("[0.5, 0.99]")] = 0.8
+    """Jaccard similarity above which documents are near duplicates."""
     max_image_tokens: Tokens | None = None
     """Larger images are shrunk to about this many tokens; null: a quarter of seq_length."""
     video_fps: Annotated[float, In("[0.001, 1000]")] = 2.0
@@ -391,6 +397,12 @@ class DataConfig(Settings):
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
         )
+        require(
+            self.deduplicate == "none" or bool(self.sources),
+            f"deduplicate={self.deduplicate} has no effect without sources: leave it out",
+        )
+        if self.deduplicate != "near":
+            self._refuse_without_effect(f"deduplicate={self.deduplicate}", ["duplicate_threshold"])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pretrain.config import Config, DataConfig
 from pretrain.data.builtin.dataset import open_builtin
 from pretrain.data.cache import cached, key_of
 from pretrain.data.composer import Composer
+from pretrain.data.duplicates import without_duplicates
 from pretrain.data.interface import Data, RankShare
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
@@ -61,8 +62,8 @@ def open_data(
     sources = find_sources(config, seed)
     tokenizer = load_tokenizer(config, sources)
     composer = Composer.of(config, tokenizer, patch_size)
-    documents = [source.open(composer) for source in sources]
-    return MixtureData(config, seed, composer, documents, share or RankShare())
+    documents, found = without_duplicates([source.open(composer) for source in sources], config)
+    return MixtureData(config, seed, composer, documents, share or RankShare(), found)
 
 
 def load_tokenizer(config: DataConfig, sources: Sequence[Source]) -> Tokenizer:

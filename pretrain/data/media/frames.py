@@ -1,7 +1,8 @@
 """Image and video files as frames: their sizes without decoding, and their pixels."""
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -25,6 +26,21 @@ class Media:
 
     paths: tuple[Place, ...]
     moving: bool
+
+
+def digest(media: Iterable[Media]) -> bytes:
+    """A digest of the content of files; of one that cannot be read, its name counts."""
+    found = hashlib.blake2b()
+    for place in (place for one in media for place in one.paths):
+        try:
+            with open(place, "rb") if isinstance(place, str) else place.open() as file:
+                content = hashlib.blake2b()
+                while block := file.read(1 << 20):
+                    content.update(block)
+            found.update(content.digest())
+        except OSError:
+            found.update(str(place).encode("utf-8", "surrogatepass"))
+    return found.digest()
 
 
 def measure(media: Media, fps: float) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 from pretrain.config import DataConfig
 from pretrain.data import packing, skipped
 from pretrain.data.composer import Composer
+from pretrain.data.duplicates import Duplicates
 from pretrain.data.interface import SPLITS, Data, RankShare, Split
 from pretrain.data.media.patches import VisionItem
 from pretrain.data.mixture.stream import Sequences, Stream
@@ -35,6 +36,7 @@ class MixtureData(Data):
     Args:
         documents: the documents of each source.
         share: the sequences of each global batch that this rank reads.
+        duplicates: the duplicates that are left out; None: they were not looked for.
 
     Raises:
         PretrainError: more than ``data.max_corrupt`` documents are corrupt, or the sources do not
@@ -48,15 +50,17 @@ class MixtureData(Data):
         composer: Composer,
         documents: Sequence[Documents],
         share: RankShare,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self._skips_at_opening = [skip for source in documents for skip in source.skips]
+        self.duplicates = duplicates
         Skipped(config.max_corrupt).add(self._skips_at_opening)
         _check_together(config, documents)
         self.config, self.seed = config, seed
         self.tokenizer, self.patch_size = composer.tokenizer, composer.patch_size
         self._documents, self._share = list(documents), share
         self._by_number = {source.source.number: source for source in documents}
-        self._skips = list(self._skips_at_opening)
+        self._skips = [*self._skips_at_opening, *(duplicates.skips() if duplicates else ())]
         # If any source can only be read in order, every rank has a stream over its own share.
         self._one_pass = any(source.one_pass for source in documents)
         self._sequences: dict[Split, Sequences] = {}
@@ -81,6 +85,11 @@ class MixtureData(Data):
         share = self._share if self._reads_own_share(split) else RankShare()
         cursors = [source.cursor(split, share) for source in self._documents if source.count(split)]
         return Stream(cursors, self.config.seq_length, self.config.vision_share)
+
+    @property
+    def documents(self) -> Sequence[Documents]:
+        """The documents of each source."""
+        return self._documents
 
     @property
     def has_held_out(self) -> bool:
@@ -231,6 +240,7 @@ class MixtureData(Data):
                 f"{train:,} documents, {held_out:,} held out"
             )
         lines += [documents.note for documents in self._documents if documents.note]
+        lines += [self.duplicates.describe(skipped_file)] if self.duplicates else []
         skips = self._skips_at_opening
         if skips:
             corrupt = sum(skip.corrupt for skip in skips)

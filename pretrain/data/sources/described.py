@@ -197,6 +197,10 @@ class DescribedDocuments(IndexedDocuments):
     def name(self, number: int) -> str:
         return str(self._line(number)[0])
 
+    def content(self, number: int) -> bytes:
+        record, _ = self.describe(number)
+        return str(record.text).encode("utf-8", "surrogatepass") + frames.digest(record.media)
+
     def _line(self, number: int) -> list[Any]:
         start = int(self.ends[number - 1]) if number else 0
         line: list[Any] = json.loads(self.lines[start : self.ends[number]].tobytes())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data.cache import Stamp, key_of, stamp
@@ -187,6 +188,8 @@ class IndexedDocuments(Documents):
         index: name of the index in the cache, which changes with the documents.
         files: the indexed files in order.
         cached: whether the index existed, and no file has changed since it was made.
+        removed: int64, ascending, the documents that are left out as duplicates.
+        removed_by: digest of the search that found them; empty: none has been made.
     """
 
     source: IndexedSource[Any]
@@ -195,6 +198,8 @@ class IndexedDocuments(Documents):
     files: list[IndexedFile]
     index: str = field(kw_only=True)
     cached: bool = field(default=False, kw_only=True)
+    removed: Integers = field(default_factory=lambda: np.empty(0, np.int64), kw_only=True)
+    removed_by: str = field(default="", kw_only=True)
 
     @cached_property
     def splits(self) -> Splits:
@@ -210,6 +215,11 @@ class IndexedDocuments(Documents):
     def identity(self) -> Sequence[Column]:
         """Values of all documents, whose bytes identify them in the fingerprint."""
         return (self.hashes,)
+
+    @abstractmethod
+    def content(self, number: int) -> npt.NDArray[Any] | bytes:
+        """The content of a document, which equals that of its duplicates: its tokens, or a digest
+        of its text and its images."""
 
     def name(self, number: int) -> str:
         """The file of a document, and the line or element in it, for messages."""

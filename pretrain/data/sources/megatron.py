@@ -273,6 +273,12 @@ class MegatronDocuments(IndexedDocuments):
                 arrays.append(hashes)
         return arrays
 
+    def content(self, number: int) -> npt.NDArray[Any]:
+        place = int(self._pairs(np.array(number)))
+        pair = self.source.pairs[place]
+        tokens = pair.tokens[pair.extent(number - int(self._firsts[place]))]
+        return tokens[1:] if len(tokens) and tokens[0] == self.composer.tokenizer.bos else tokens
+
     def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
         """A range of a document, without the token with which every :class:`Document` begins."""
         place = int(self._pairs(np.array(segment.number)))

@@ -71,6 +71,8 @@ class Indexed(Protocol):
         index: name of the index; another one if the documents change.
         hashes: uint64 [n], a hash of the content of each document.
         whole: whether documents are never cut. Those that do not fit a sequence are then left out.
+        removed: int64, ascending, the documents that are left out as duplicates.
+        removed_by: digest of the search that found them; empty: none has been made.
     """
 
     @property
@@ -81,6 +83,12 @@ class Indexed(Protocol):
 
     @property
     def whole(self) -> bool: ...
+
+    @property
+    def removed(self) -> Integers: ...
+
+    @property
+    def removed_by(self) -> str: ...
 
     @property
     def identity(self) -> Sequence[Column]:
@@ -116,7 +124,8 @@ def open_splits(documents: Indexed, data: DataConfig, split: str) -> Splits:
     Raises:
         PretrainError: the cache cannot be written.
     """
-    key = key_of("splits", documents.index, data.held_out, split, data.seq_length)
+    search = [documents.removed_by] if documents.removed_by else []
+    key = key_of("splits", documents.index, data.held_out, split, data.seq_length, *search)
     folder = Path(data.cache_dir) / f"splits-{key}"
     splits, _ = cached(folder, lambda partial: _build(partial, documents, data, split), _load)
     return splits
@@ -140,7 +149,9 @@ def _build(folder: Path, documents: Indexed, data: DataConfig, split: str) -> No
             files[name].add(mask, start)
             sizes = documents.sizes_of(start + np.flatnonzero(mask))
             counts[name] += [values.sum() for values in sizes]
-        too_long.add(~(chosen["train"] | chosen["held_out"]), start)
+        left_out = ~(chosen["train"] | chosen["held_out"])
+        left_out[masks.removed(start)] = False
+        too_long.add(left_out, start)
     for listed in (*files.values(), too_long):
         listed.close()
     described: dict[str, Any] = {
@@ -148,6 +159,7 @@ def _build(folder: Path, documents: Indexed, data: DataConfig, split: str) -> No
         for name, listed in files.items()
     }
     described |= {"documents": count, "fingerprint": _digest(documents.identity)}
+    described |= {"removed": len(documents.removed)}
     (folder / "splits.json").write_text(json.dumps(described))
 
 
@@ -171,7 +183,13 @@ class _Masks:
             if self.documents.whole:
                 sizes, _ = self.documents.sizes_of(np.arange(start, start + len(part)))
                 usable = sizes <= self.data.seq_length
+            usable[self.removed(start)] = False
             yield start, {"train": usable & ~held_out, "held_out": usable & held_out}
+
+    def removed(self, start: int) -> Integers:
+        """The duplicates among a chunk that begins with the number ``start``, counted from it."""
+        first, after = np.searchsorted(self.documents.removed, (start, start + _CHUNK))
+        return self.documents.removed[first:after] - start
 
 
 class _Listed:
@@ -205,7 +223,8 @@ def _load(folder: Path) -> Splits:
             raise ValueError("splits are not what was written")
         numbers[name], counts[name] = Subset(count, listed, leaves_out), (tokens, placeholders)
     too_long = map_array(folder / "too_long", np.int64)
-    if len(too_long) != described["documents"] - sum(map(len, numbers.values())):
+    usable = described["documents"] - described.get("removed", 0)
+    if len(too_long) != usable - sum(map(len, numbers.values())):
         raise ValueError("splits are not what was written")
     return Splits(numbers, counts, too_long, str(described["fingerprint"]))
 

@@ -53,6 +53,9 @@ class TokenDocuments(IndexedDocuments):
         """The range of a document in :attr:`tokens` and in every other column."""
         return self.stored.extent(number)
 
+    def content(self, number: int) -> npt.NDArray[Any]:
+        return self.tokens[self.extent(number)]
+
     def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
         start, stop = self.stored.extents(numbers)
         return stop - start, np.zeros_like(numbers)

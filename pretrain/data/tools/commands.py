@@ -9,8 +9,9 @@ from pretrain import config
 from pretrain.data import data_config, files, open_data, skipped
 from pretrain.data.files import reason
 from pretrain.data.interface import Split
+from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
-from pretrain.data.tools import inspect
+from pretrain.data.tools import duplicates, inspect
 from pretrain.data.tools.recognize import configuration
 from pretrain.data.tools.shards import make_shards
 from pretrain.data.tools.tokenize import tokenize
@@ -28,10 +29,17 @@ def run(options: Namespace) -> None:
     if options.action == "inspect" and _is_data(options.config):
         if options.overrides:
             raise PretrainError(f"{options.overrides[0]}: {options.config} is no configuration")
+        if options.duplicates:
+            raise PretrainError(
+                "--duplicates compares the documents of a configuration: write the one that is "
+                f"printed for {options.config} into a file, and inspect that"
+            )
         print(configuration(options.config))
     elif options.action == "inspect":
         split: Split = "held_out" if options.held_out else "train"
-        inspect_data(options.config, options.overrides, options.out, options.count, split)
+        inspect_data(
+            options.config, options.overrides, options.out, options.count, split, options.duplicates
+        )
     elif options.action == "tokenize":
         for line in tokenize(config.load(options.config, options.overrides), options.workers):
             print(line, flush=True)
@@ -52,8 +60,16 @@ def _is_data(path: str) -> bool:
         return True
 
 
-def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: Split) -> None:
-    """Write an HTML page of the first ``count`` sequences of a configuration's data."""
+def inspect_data(
+    path: str,
+    overrides: list[str],
+    out: Path,
+    count: int,
+    split: Split,
+    show_duplicates: bool = False,
+) -> None:
+    """Write an HTML page of the first ``count`` sequences of a configuration's data, and print a
+    report on its duplicates."""
     if count < 1:
         raise PretrainError(f"--count must be > 0, not {count}")
     settings = config.load(path, overrides)
@@ -69,6 +85,11 @@ def inspect_data(path: str, overrides: list[str], out: Path, count: int, split: 
         raise PretrainError(f"cannot write {out}: {reason(error)}") from error
     _report(data.take_skipped(), skipped_file)
     print(f"{count} sequences of the {split} split: {out}")
+    if show_duplicates:
+        if not isinstance(data, MixtureData):
+            raise PretrainError("--duplicates: the built-in data has no data.sources to compare")
+        for line in duplicates.report(data):
+            print(line)
 
 
 def _make_shards(folder: Path, out: Path, per_shard: int, held_out: float) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pretrain.config import Config
 from pretrain.data import data_config
 from pretrain.data.composer import Composer
+from pretrain.data.duplicates import without_duplicates
 from pretrain.data.interface import SPLITS
 from pretrain.data.open import load_tokenizer
 from pretrain.data.sources import find_sources
 from pretrain.data.sources.indexed import IndexedSource
+from pretrain.data.sources.interface import Documents
 from pretrain.data.sources.tokens import TokenDocuments
 from pretrain.errors import PretrainError, one_line
 
@@ -21,7 +23,7 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
 
     Yields:
         a line for each source when it is finished, with its tokens and their files, and one more
-        if any documents were skipped.
+        if any documents were skipped; finally the number of duplicates, if they are left out.
 
     Raises:
         PretrainError: there is nothing to tokenize, too many documents are corrupt, or the cache
@@ -35,10 +37,14 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
     sources = find_sources(data, config.seed)
     tokenizer = load_tokenizer(data, sources)
     composer = Composer.of(data, tokenizer, config.vision.patch_size)
+    opened: list[Documents] = []
     for source in sources:
         if isinstance(source, IndexedSource):
             source.workers = workers
-        documents = None if source.has_images else source.open(composer)
+        # Duplicates are looked for among all documents.
+        skip = source.has_images and data.deduplicate == "none"
+        documents = None if skip else source.open(composer)
+        opened += [documents] if documents else []
         if not isinstance(documents, TokenDocuments):
             yield f"{source.setting}: {source.location}: no text to tokenize"
             continue
@@ -53,3 +59,6 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
                 f"{source.setting}: {len(skips):,} files and documents are skipped; the first: "
                 f"{one_line(name)} ({why})"
             )
+    _, duplicates = without_duplicates(opened, data)
+    if duplicates:
+        yield duplicates.summary()

@@ -1,6 +1,6 @@
 """Splits divide all documents that fit, are kept on disk, and are read a chunk at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Listed:
     tokens: Integers
     whole: bool
     index: str
+    removed: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    removed_by: str = ""
 
     @property
     def identity(self) -> tuple[npt.NDArray[Any], ...]:
@@ -36,7 +38,9 @@ class Listed:
 
 
 @given(
-    documents=st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 120)), max_size=60),
+    documents=st.lists(
+        st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 120), st.booleans()), max_size=60
+    ),
     whole=st.booleans(),
     held_out=st.sampled_from([0.0, 0.02, 0.5, 0.98]),
     split=st.sampled_from(["hash", "train", "held_out"]),
@@ -44,22 +48,24 @@ class Listed:
 )
 def test_splits_equal_their_definition(
     tmp_path_factory: pytest.TempPathFactory,
-    documents: list[tuple[int, int]],
+    documents: list[tuple[int, int, bool]],
     whole: bool,
     held_out: float,
     split: str,
     chunk: int,
 ) -> None:
-    hashes = np.array([hash for hash, _ in documents], np.uint64)
-    tokens = np.array([size for _, size in documents], np.int64)
-    listed = Listed(hashes, tokens, whole, "an index")
+    hashes = np.array([hash for hash, *_ in documents], np.uint64)
+    tokens = np.array([size for _, size, _ in documents], np.int64)
+    removed = np.flatnonzero([duplicate for *_, duplicate in documents])
+    listed = Listed(hashes, tokens, whole, "an index", removed, "a search")
     data = DataConfig(
         cache_dir=str(tmp_path_factory.mktemp("cache")), held_out=held_out, seq_length=LENGTH
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "_CHUNK", chunk)
         made, again = (open_splits(listed, data, split) for _ in range(2))
-    fits = [n for n, size in enumerate(tokens.tolist()) if size <= LENGTH or not whole]
+    left = sorted({*range(len(tokens))} - {*removed.tolist()})
+    fits = [n for n in left if tokens[n] <= LENGTH or not whole]
     below = held_out_below(data)
     expected = {
         "train": [n for n in fits if split == "train" or (split == "hash" and hashes[n] >= below)],
@@ -76,7 +82,7 @@ def test_splits_equal_their_definition(
             assert subset[np.arange(len(numbers))].tolist() == numbers
             counts = [int(values.sum()) for values in listed.sizes_of(np.array(numbers, np.int64))]
             assert list(found.token_counts[name]) == counts  # type: ignore[index]
-        assert found.too_long.tolist() == sorted({*range(len(tokens))} - {*fits})
+        assert found.too_long.tolist() == sorted({*left} - {*fits})
     assert made.fingerprint == again.fingerprint
 
 
