@@ -146,7 +146,7 @@ def _add_model_commands(commands: Any) -> None:
 
 
 def _add_data_commands(commands: Any) -> None:
-    data = commands.add_parser("data", help="inspect or tokenize data, or write shards")
+    data = commands.add_parser("data", help="inspect, tokenize or convert data")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = (
         "show packed sequences with their images, tokens and labels on one HTML page; or print the "
@@ -167,7 +167,23 @@ def _add_data_commands(commands: Any) -> None:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes; default: one for each processor core",
     )  # fmt: skip
-    text = "write a folder of images and captions as WebDataset shards for megatron-energon"
+    text = "write text as files of Megatron's format, or captioned images as WebDataset shards"
+    convert = _add(actions, "convert", text)
+    convert.add_argument("config", help="a YAML file; or data: a file, a folder or a pattern")
+    convert.add_argument("out", type=Path, help="a new folder")
+    convert.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changed settings")
+    convert.add_argument(
+        "--to", choices=["megatron", "shards"], required=True,
+        help="megatron: .bin and .idx; shards: .tar for megatron-energon",
+    )  # fmt: skip
+    convert.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="images; default: 1000"
+    )
+    convert.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes that tokenize; default: one for each processor core",
+    )  # fmt: skip
+    text = "the same as `convert --to shards`, for a folder of images and captions"
     shards = _add(actions, "make-shards", text)
     shards.add_argument("folder", type=Path, help="contains captions.jsonl, or a.txt for a.jpg")
     shards.add_argument("out", type=Path, help="a new folder")

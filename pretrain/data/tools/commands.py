@@ -2,7 +2,9 @@
 
 import glob
 import os
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain import config
@@ -12,6 +14,7 @@ from pretrain.data.interface import Split
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import duplicates, inspect
+from pretrain.data.tools.convert import to_megatron, to_shards
 from pretrain.data.tools.recognize import configuration
 from pretrain.data.tools.shards import make_shards
 from pretrain.data.tools.tokenize import tokenize
@@ -43,8 +46,24 @@ def run(options: Namespace) -> None:
     elif options.action == "tokenize":
         for line in tokenize(config.load(options.config, options.overrides), options.workers):
             print(line, flush=True)
+    elif options.action == "convert":
+        for line in _convert(options):
+            print(line, flush=True)
     else:
         _make_shards(options.folder, options.out, options.per_shard, options.held_out)
+
+
+def _convert(options: Namespace) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.config
+        if _is_data(path):
+            path = Path(folder) / "recognized.yaml"
+            path.write_text(configuration(options.config))
+        settings = config.load(path, options.overrides)
+        if options.to == "shards":
+            yield from to_shards(settings, options.out, options.per_shard)
+        else:
+            yield from to_megatron(settings, options.out, options.workers)
 
 
 def _is_data(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -11,6 +11,7 @@ from pretrain.config import DataConfig
 from pretrain.data.composer import as_pair
 from pretrain.data.media import frames
 from pretrain.data.media.pixels import open_image, suffixes
+from pretrain.data.media.span import Place
 from pretrain.data.skipped import Skip
 from pretrain.data.vision_text import reading
 from pretrain.data.vision_text.document import Mixed
@@ -48,41 +49,52 @@ def make_shards(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainError(f"{out} exists already: choose a new folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
+    return write(_records(folder), str(folder), out, per_shard, held_out)
+
+
+def write(
+    records: Iterable[Mixed | Skip], where: str, out: Path, per_shard: int, held_out: float
+) -> tuple[dict[str, int], list[Skip]]:
+    """Write records of an image and its caption; arguments and results of :func:`make_shards`.
+
+    Args:
+        where: the records' source, for messages.
+    """
     counts = dict.fromkeys(_PARTS.values(), 0)
     skips: list[Skip] = []
     suffixes_used: set[str] = set()
     writers = {part: _Writer(out, part, per_shard) for part in counts}
-    for pair in counted(_pairs(folder), "writing shards", "pairs"):
+    for record in counted(records, "writing shards", "pairs"):
+        pair = record if isinstance(record, Skip) else _pair(record)
         if isinstance(pair, Skip):
             skips.append(pair)
             continue
-        hash, path, caption = pair
+        hash, place, caption = pair
+        content = _content(place)
         part = _PARTS["held_out" if hash < int(held_out * 2**64) else "train"]
-        suffix = _suffix(path)
+        suffix = _suffix(str(place), content)
         suffixes_used.add(suffix)
         # Keys must be unique in a dataset.
-        writers[part].add(
-            f"{part}{counts[part]:09}", {suffix: path.read_bytes(), "txt": caption.encode()}
-        )
+        writers[part].add(f"{part}{counts[part]:09}", {suffix: content, "txt": caption.encode()})
         counts[part] += 1
     for writer in writers.values():
         writer.close()
     if not sum(counts.values()):
         first = f"; the first: {skips[0].name} ({skips[0].reason})" if skips else ""
-        raise PretrainError(f"{folder} has no image with a caption{first}")
+        raise PretrainError(f"{where} has no image with a caption{first}")
     _index(out, [part for part, count in counts.items() if count], sorted(suffixes_used))
     return counts, skips
 
 
-def _pairs(folder: Path) -> Iterator[tuple[int, Path, str] | Skip]:
-    """(hash, image, caption) of each pair whose image can be decoded, and the skipped files."""
+def _records(folder: Path) -> Iterator[Mixed | Skip]:
     for item in reading.find(str(folder), str(folder)):
-        records = [item] if isinstance(item, Skip) else reading.read(item, Names(), "", str(folder))
-        for record in records:
-            yield record if isinstance(record, Skip) else _pair(record)
+        yield from (
+            [item] if isinstance(item, Skip) else reading.read(item, Names(), "", str(folder))
+        )
 
 
-def _pair(record: Mixed) -> tuple[int, Path, str] | Skip:
+def _pair(record: Mixed) -> tuple[int, Place, str] | Skip:
+    """(hash, image, caption) of a pair whose image can be decoded."""
     pair = as_pair(record.parts)
     if pair is None or pair[0].moving:
         return Skip(record.name, "no image with a caption")
@@ -91,7 +103,12 @@ def _pair(record: Mixed) -> tuple[int, Path, str] | Skip:
         list(frames.read(media, DataConfig.video_fps))
     except ValueError as error:
         return Skip(record.name, str(error))
-    return record.hash, Path(str(media.paths[0])), caption
+    return record.hash, media.paths[0], caption
+
+
+def _content(place: Place) -> bytes:
+    with open(place, "rb") if isinstance(place, str) else place.open() as file:
+        return file.read()
 
 
 class _Writer:
@@ -120,11 +137,11 @@ class _Writer:
             self._tar.close()
 
 
-def _suffix(path: Path) -> str:
+def _suffix(name: str, content: bytes) -> str:
     """The suffix of an image in a shard, without the dot: its own if known, or its format's."""
-    if path.suffix.lower() in suffixes():
-        return path.suffix[1:].lower()
-    with open_image(path) as image:
+    if (suffix := Path(name).suffix.lower()) in suffixes():
+        return suffix[1:]
+    with open_image(content, name) as image:
         return image.suffix[1:]
 
 

@@ -1,0 +1,217 @@
+"""Write sources of data in the formats of other trainers: Megatron's tokens, energon's shards."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from pretrain.config import Config, DataConfig
+from pretrain.data import data_config, megatron_format, skipped
+from pretrain.data.composer import Composer
+from pretrain.data.duplicates import without_duplicates
+from pretrain.data.open import load_tokenizer
+from pretrain.data.skipped import Skip
+from pretrain.data.sources import find_sources
+from pretrain.data.sources.images import ImageSource
+from pretrain.data.sources.indexed import IndexedSource
+from pretrain.data.sources.interface import Source
+from pretrain.data.sources.megatron import MegatronSource
+from pretrain.data.sources.text import TextDocuments
+from pretrain.data.tools import shards
+from pretrain.errors import PretrainError
+from pretrain.runtime.progress import Progress
+
+# Tokens that are copied at once.
+_PIECE = 1 << 22
+
+
+def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
+    """Write the text of every source as ``out/source0.bin`` and ``.idx``, and the tokenizer.
+
+    Tokenizing continues after a kill, in ``data.cache_dir``; then the folder appears at once.
+    Duplicates are left out as ``data.deduplicate`` says.
+
+    Args:
+        out: a new folder.
+        workers: number of processes that tokenize.
+
+    Yields:
+        the number of documents and tokens, and the configuration that reads the result.
+
+    Raises:
+        PretrainError: the folder exists, a source is not text, or the data cannot be read or
+            written.
+    """
+    data, sources = _opened(config, out)
+    for source in sources:
+        if source.has_images or source.is_chat or isinstance(source, MegatronSource):
+            why = (
+                "has tokens already" if isinstance(source, MegatronSource) else "is not plain text"
+            )
+            raise PretrainError(
+                f"{source.setting}: {source.location} ({source.config.type}) {why}: only text is "
+                "converted to .bin and .idx; leave the source out"
+            )
+        if isinstance(source, IndexedSource):
+            source.workers = workers
+    tokenizer = load_tokenizer(data, sources)
+    composer = Composer.of(data, tokenizer, config.vision.patch_size)
+    documents, duplicates = without_duplicates([one.open(composer) for one in sources], data)
+    skips = [skip for one in documents for skip in one.skips]
+    skips += duplicates.skips() if duplicates else []
+    counts = []
+
+    def write(folder: Path) -> None:
+        tokenizer.save(folder / "tokenizer.json")
+        for one in documents:
+            assert isinstance(one, TextDocuments)
+            counts.append(_write_tokens(folder / f"source{one.source.number}", one))
+        if skips:
+            skipped.write(folder / skipped.FILE, skips)
+
+    _in_new_folder(out, write)
+    if duplicates:
+        yield duplicates.summary()
+    if skips:
+        yield f"{len(skips):,} skipped or left out: {out / skipped.FILE}"
+    for one, (count, tokens) in zip(documents, counts, strict=True):
+        yield f"{one.source.setting}: {count:,} documents, {tokens:,} tokens"
+    entries = [
+        _entry("megatron", out / f"source{one.source.number}", one.source) for one in documents
+    ]
+    yield _configuration(entries, {"tokenizer": str(out / "tokenizer.json")})
+
+
+def _write_tokens(prefix: Path, documents: TextDocuments) -> tuple[int, int]:
+    """Copy documents that are not duplicates; returns the number of documents and of tokens.
+
+    Needs 12 bytes of memory for each document.
+    """
+    removed, stored, count = documents.removed, documents.stored, len(documents.hashes)
+    starts, stops = np.append(0, removed + 1), np.append(removed, count)
+    runs = [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+    total = 0
+    with (
+        megatron_format.bin_path(prefix).open("wb") as file,
+        Progress(f"writing {prefix.name}", count) as progress,
+    ):
+        for start, stop in runs:
+            first, last = stored.extent(int(start)).start, stored.extent(int(stop) - 1).stop
+            for place in range(first, last, _PIECE):
+                file.write(stored.tokens[place : min(place + _PIECE, last)].tobytes())
+            total += last - first
+            progress(int(stop))
+
+    def kept(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate([values[:0], *(values[start:stop] for start, stop in runs)])
+
+    lengths = kept(stored.lengths)
+    index = megatron_format.idx_path(prefix)
+    megatron_format.write_index(index, lengths, stored.tokens.dtype)
+    kept(np.asarray(documents.hashes[:])).tofile(prefix.with_name(f"{prefix.name}.hashes"))
+    values = {"tokenizer": documents.composer.tokenizer.digest, "columns": ["tokens"]}
+    prefix.with_name(f"{prefix.name}.json").write_text(json.dumps(values))
+    return len(lengths), total
+
+
+def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
+    """Write the captioned images of every source as WebDataset shards for megatron-energon.
+
+    Args:
+        out: a new folder, which appears when all are written.
+        per_shard: images per shard.
+
+    Yields:
+        the number of images, and the configuration that reads the result.
+
+    Raises:
+        PretrainError: energon is not installed, the folder exists, or a source has no images with
+            captions.
+    """
+    from pretrain.data.sources.energon import require_energon
+
+    require_energon()
+    if per_shard < 1:
+        raise PretrainError(f"--per-shard must be > 0, not {per_shard}")
+    data, sources = _opened(config, out)
+    if data.deduplicate != "none":
+        raise PretrainError(
+            "data.deduplicate is not applied to shards: set it to none, and convert data without "
+            "duplicates"
+        )
+    for source in sources:
+        if not isinstance(source, ImageSource):
+            raise PretrainError(
+                f"{source.setting}: {source.location} ({source.config.type}) has no images with "
+                "captions: only sources of images are converted to shards; leave the source out"
+            )
+    found: list[tuple[dict[str, int], list[Skip]]] = []
+
+    def write(folder: Path) -> None:
+        records = (record for source in sources for record in _records(source))
+        where = ", ".join(source.location for source in sources)
+        result = shards.write(records, where, folder, per_shard, data.held_out)
+        found.append(result)
+        if result[1]:
+            skipped.write(folder / skipped.FILE, result[1])
+
+    _in_new_folder(out, write)
+    ((counts, skips),) = found
+    if skips:
+        name, why, _ = skips[0]
+        yield f"{len(skips):,} skipped: {out / skipped.FILE}; the first: {name} ({why})"
+    yield f"{counts['train']:,} images to train on and {counts['val']:,} held out"
+    yield _configuration([{"type": "energon", "path": str(out)}], {})
+
+
+def _records(source: Source) -> Iterator[Any]:
+    assert isinstance(source, ImageSource)
+    source.check()
+    yield from source.skips
+    yield from source.records()
+
+
+def _opened(config: Config, out: Path) -> tuple[DataConfig, Sequence[Source]]:
+    """The sources of a configuration, if the result can be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PretrainError(f"{out} exists already: choose a new folder for the result")
+    data = data_config(config)
+    if not data.sources:
+        raise PretrainError("data.sources is empty: the built-in data is not converted")
+    return data, find_sources(data, config.seed)
+
+
+def _in_new_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under a temporary name next to it, and rename it: it is never incomplete."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}-partial-"))
+        try:
+            partial.chmod(0o755)
+            write(partial)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise PretrainError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _entry(type: str, path: Path, source: Source) -> dict[str, Any]:
+    config = source.config
+    others = {"weight": config.weight, "split": config.split}
+    defaults = {"weight": 1.0, "split": "hash"}
+    kept = {name: value for name, value in others.items() if value != defaults[name]}
+    return {"type": type, "path": str(path), **kept}
+
+
+def _configuration(entries: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """YAML with the configuration that reads the result."""
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
+    lines = ["data:", *(f"  {name}: {value}" for name, value in settings.items()), "  sources:"]
+    return "\n".join([*lines, *(f"    - {yaml.safe_dump(e, **options).strip()}" for e in entries)])

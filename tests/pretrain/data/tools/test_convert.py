@@ -1,0 +1,142 @@
+"""Converted data has the documents, the splits and the images of the source that it came from."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import yaml
+from PIL import Image
+from pyarrow import parquet
+
+from pretrain import cli
+from pretrain.config import DataConfig, from_dict
+from pretrain.data import megatron_format, open_data
+from pretrain.data.mixture.data import MixtureData
+from tests.pretrain.data import make
+
+
+def convert(*arguments: object) -> int:
+    return cli.main(["data", "convert", *map(str, arguments)])
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """The lines before the configuration that is printed, and the configuration."""
+    lines, _, settings = capsys.readouterr().out.partition("data:\n")
+    return lines.splitlines(), f"data:\n{settings}"
+
+
+def opened(settings: dict[str, Any], folder: Path, **changes: Any) -> MixtureData:
+    values = settings["data"] | {"cache_dir": str(folder / "cache"), "seq_length": 128} | changes
+    config: DataConfig = from_dict({"data": values}).data
+    data = open_data(config, 14, 0)
+    assert isinstance(data, MixtureData)
+    return data
+
+
+def contents(data: MixtureData, split: Any) -> list[list[int]]:
+    (documents,) = data.documents
+    numbers = documents.numbers[split]  # type: ignore[attr-defined]
+    return [documents.content(number).tolist() for number in numbers]  # type: ignore[attr-defined]
+
+
+def test_text_keeps_its_documents_and_its_held_out_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make.jsonl(tmp_path / "text.jsonl", range(60))
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": make.text(n)}) + "\n" for n in (3, 7))
+    overrides = ("data.vocab_size=400", "data.held_out=0.2", f"data.cache_dir={tmp_path}/cache")
+    arguments = (tmp_path / "text.jsonl", tmp_path / "out", "--to", "megatron", *overrides)
+    assert convert(*arguments, "--workers=1", "data.deduplicate=exact") == 0
+    lines, settings = printed(capsys)
+    assert lines[0].startswith("2 of 62 documents (3.2%) are duplicates: 2 exact, 0 near")
+    assert lines[1].startswith("2 skipped or left out: ") and lines[2].endswith(" tokens")
+    made = opened(yaml.safe_load(settings), tmp_path, held_out=0.2)
+    source = {"data": {"sources": [{"path": str(tmp_path / "text.jsonl")}], "vocab_size": 400}}
+    original = opened(source, tmp_path, held_out=0.2, deduplicate="exact")
+    for split in ("train", "held_out"):
+        assert contents(made, split) == contents(original, split)
+    stored = megatron_format.IndexedTokens.open(tmp_path / "out" / "source0")
+    assert len(stored) == 60 and stored.tokens.dtype == np.uint16
+    assert convert(*arguments) == 1
+    assert "exists already: choose a new folder" in capsys.readouterr().err
+
+
+def test_megatron_core_reads_the_result(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    make.jsonl(tmp_path / "text.jsonl", range(30))
+    cache = f"data.cache_dir={tmp_path}/cache"
+    out = tmp_path / "out"
+    assert convert(tmp_path / "text.jsonl", out, "--to=megatron", "data.vocab_size=400", cache) == 0
+    theirs = IndexedDataset(str(out / "source0"))
+    ours = megatron_format.IndexedTokens.open(out / "source0")
+    assert len(theirs) == len(ours) == 30
+    for number in range(30):
+        assert np.array_equal(theirs[number], ours.tokens[ours.extent(number)])
+
+
+def test_images_in_a_table_become_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions, images = [], []
+    for number in range(8):
+        image, caption = make.picture(number)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        captions.append(caption)
+        images.append({"bytes": buffer.getvalue(), "path": f"{number}.png"})
+    images[2] = {"bytes": b"no image", "path": "2.png"}
+    parquet.write_table(
+        pyarrow.table({"image": images, "caption": captions}), tmp_path / "images.parquet"
+    )
+    cache = f"data.cache_dir={tmp_path}/cache"
+    arguments = (tmp_path / "images.parquet", tmp_path / "shards", "--to", "shards", cache)
+    assert convert(*arguments, "data.held_out=0", "--per-shard=4") == 0
+    lines, settings = printed(capsys)
+    assert lines[-2].startswith("1 skipped: ") and "2.png" in lines[-2]
+    assert lines[-1] == "7 images to train on and 0 held out"
+    assert len(list((tmp_path / "shards").glob("train-*.tar"))) == 2
+    make_tokenizer = {
+        "data": {"sources": [{"path": str(make.jsonl(tmp_path / "t.jsonl", range(9)))}]}
+    }
+    opened(make_tokenizer, tmp_path, vocab_size=400).tokenizer.save(tmp_path / "tokenizer.json")
+    data = opened(
+        yaml.safe_load(settings), tmp_path, tokenizer=str(tmp_path / "tokenizer.json"), held_out=0
+    )
+    seen = {data.tokenizer.decode(data.sample("train", n).tokens.tolist()) for n in range(8)}
+    found = {caption for caption in captions if any(caption in text for text in seen)}
+    assert found == {*captions} - {captions[2]}
+    assert Image.open(io.BytesIO(images[0]["bytes"])).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("text.jsonl", "new", "--to=shards"), "(text) has no images with captions: only sources"),
+        (("pictures", "new", "--to=megatron"), "(images) is not plain text: only text is"),
+        (("pictures", "new", "--to=shards", "--per-shard=0"), "--per-shard must be > 0, not 0"),
+        (("pictures", "new", "--to=shards", "data.deduplicate=exact"), "not applied to shards"),
+        (("nothing", "new", "--to=shards"), "nothing"),
+        (("empty.yaml", "new", "--to=megatron"), "data.sources is empty"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make.jsonl(Path("text.jsonl"), range(5))
+    make.captioned_folder(Path("pictures"), 4)
+    Path("empty.yaml").write_text("steps: 200\n")
+    assert convert(*arguments, "data.cache_dir=cache") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("new")]
