@@ -9,9 +9,10 @@ hashing); datasketch chooses the bands so that few pairs above the threshold are
 Held-out documents come first in the order of comparison: of a held-out and a training document,
 the one to train on is the duplicate.
 
-For each document, the search needs about 100 bytes of memory, and for near duplicates a signature of
-512 bytes in a temporary file in ``data.cache_dir``. The result, which remains, has 17 bytes for each
-duplicate. One process computes it (10^6 tokens in about a second); all ranks read it from the cache.
+For each document, the search needs about 100 bytes of memory, and for near duplicates a signature
+of 512 bytes in a temporary file in ``data.cache_dir``. The result, which remains, has 17 bytes for
+each duplicate. One process computes it (10^6 tokens in about a second), and all ranks read it from
+the cache.
 """
 
 import hashlib
@@ -240,8 +241,8 @@ def _find(
     comparable = np.zeros(len(order), np.bool_)
     contents = _Contents(documents, _firsts(documents), order)
     for place, content in enumerate(counted(contents, "looking for duplicates")):
-        tokens = content if isinstance(content, np.ndarray) else None
-        data = tokens.astype(np.int64).tobytes() if tokens is not None else content
+        tokens = None if isinstance(content, bytes) else content
+        data = content if isinstance(content, bytes) else content.astype(np.int64).tobytes()
         hashes[place] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         if signatures is not None and tokens is not None:
             comparable[place] = True
