@@ -64,6 +64,7 @@ WITH = {
     "data.images.max_font_size": ["data.images.min_font_size=4"],
     "optimizer.warmup_steps": ["optimizer.decay_steps=0", "steps=1000000000"],
     "optimizer.decay_steps": ["optimizer.warmup_steps=0", "steps=1000000000"],
+    "data.duplicate_threshold": ["data.sources=[{path: x}]", "data.deduplicate=near"],
     "faults.collective_seconds": ["faults.hang_seconds=0"],
     "parallel.interleave": ["parallel.pipeline=2"],
     "parallel.layout": ["parallel.pipeline=2"],
