@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   python -m pretrain train configs/laptop.yaml --processes 2
-  python -m pretrain train configs/laptop.yaml --processes 2 steps=50 optimizer.lr=1e-3
+  python -m pretrain train configs/laptop.yaml --processes 2 steps=1000 optimizer.lr=5e-3
   python -m pretrain eval  configs/laptop.yaml --processes 2
-  torchrun --nnodes 4 --nproc-per-node 8 … -m pretrain train configs/kimi_k25.yaml
+  torchrun --nnodes 64 --nproc-per-node 8 … -m pretrain train configs/kimi_k25.yaml
   python -m pretrain export RUN_DIR --to hf
   python -m pretrain import HF_DIR RUN_DIR
   python -m pretrain sample RUN_DIR --image FILE --prompt TEXT

@@ -7,21 +7,17 @@ import contextlib
 import io
 import json
 import os
-import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import __main__ as benchmarks
 from pretrain import cli, config
 from pretrain.metrics import read
 from tests.distributed.launch import launch
-from tests.docs.commands import ROOT, commands, is_executed, split_launcher
-from tests.docs.test_pages import PAGES, name_of
+from tests.docs.commands import ROOT, blocks, check, commands, is_executed, recipe, split_launcher
+from tests.docs.test_pages import NOT_RUN, PAGES, name_of
 from tests.pretrain.data import make
 from tests.pretrain.data.media.test_video import film, greys
 
@@ -50,7 +46,8 @@ def _main(folder: str, arguments: list[str]) -> tuple[int, str]:
 
 def _execute(words: list[str], folder: Path) -> None:
     """Execute a command in a folder, in small; a training does one step."""
-    module, arguments, processes = split_launcher(_recipe(words) if words[0] == "make" else words)
+    check(words, folder)  # as it is, with its sizes
+    module, arguments, processes = split_launcher(recipe(words) if words[0] == "make" else words)
     if module == "benchmarks":
         benchmarks.main(arguments)
         return
@@ -73,58 +70,41 @@ def _execute(words: list[str], folder: Path) -> None:
     assert all(status == 0 for status, _ in results), results
 
 
-def _recipe(words: list[str]) -> list[str]:
-    """The words of the command that make would run."""
-    old = ("--old-file=.venv/.ready-train", "--old-file=.venv/.ready")
-    line = subprocess.check_output(["make", "-n", *old, *words[1:]], cwd=ROOT, text=True)
-    return shlex.split(line)
-
-
-class Workspace:
-    """A folder with a run of one step and with the files that the commands name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._executed: set[str] = set()
-        (folder / "configs").symlink_to(ROOT / "configs")
-        shutil.copy(benchmarks.README, folder)
-        make.captioned_folder(folder / "pictures", 60)
-        image, _ = make.picture(0)
-        image.save(folder / "cat.jpg")
-        film(folder / "clip.mp4", greys(8), rate=4)
-        table = pa.table({"text": [make.text(number) for number in range(20)]})
-        pq.write_table(table, folder / "web.parquet")
-        box = {"bytes": (folder / "cat.jpg").read_bytes(), "path": "cat.jpg"}
-        pq.write_table(pa.table({"picture": [box], "text": ["a box"]}), folder / "boxes.parquet")
-        sources = [{"type": "text", "path": "web.parquet"}]
-        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
-        colours = [{"image": "cat.jpg", "conversations": said}]
-        (folder / "colours.json").write_text(json.dumps(colours))
-        mine = {"base": "configs/laptop.yaml", "data": {"sources": sources}}
-        (folder / "mine.yaml").write_text(json.dumps(mine))
-        self.execute_once(["make", "train"])
-        for name in ("another", "unclipped"):
-            shutil.copytree(folder / "runs" / "laptop", folder / "runs" / name)
-        (folder / "HF_DIR").symlink_to("runs/laptop/hf")
-
-    def execute_once(self, words: list[str]) -> None:
-        """Execute a command if it was not executed."""
-        command = shlex.join(words)
-        if command not in self._executed:
-            self._executed.add(command)
-            _execute(words, self.folder)
-
-
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("commands"))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one step, and with files that the commands name."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    shutil.copy(benchmarks.README, folder)
+    make.captioned_folder(folder / "pictures", 60)
+    image, _ = make.picture(0)
+    image.save(folder / "cat.jpg")
+    film(folder / "clip.mp4", greys(8), rate=4)
+    sources = [{"type": "text", "path": str(make.jsonl(folder / "web.jsonl", range(20)))}]
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
+    colours = [{"image": "cat.jpg", "conversations": said}]
+    (folder / "colours.json").write_text(json.dumps(colours))
+    mine = {"base": "configs/laptop.yaml", "data": {"sources": sources}}
+    (folder / "mine.yaml").write_text(json.dumps(mine))
+    (folder / "HF_DIR").symlink_to("runs/laptop/hf")
+    _execute(["make", "train"], folder)
+    shutil.copytree(folder / "runs" / "laptop", folder / "runs" / "another")
+    return folder
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_the_commands_of_a_page_run(
-    page: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other. A command that another page has, too, is executed once."""
-    monkeypatch.setattr(benchmarks, "README", workspace.folder / "README.md")
-    for words in filter(is_executed, commands(page.read_text())):
-        workspace.execute_once(words)
+    """One after the other, in a folder after `make train`, where the page's Python ran."""
+    folder = tmp_path / "folder"
+    shutil.copytree(trained, folder, symlinks=True, ignore=shutil.ignore_patterns(".cache"))
+    (folder / ".cache").symlink_to(trained / ".cache")
+    monkeypatch.setattr(benchmarks, "README", folder / "README.md")
+    monkeypatch.chdir(folder)
+    if page.name not in NOT_RUN:
+        for code in blocks(page.read_text(), "python"):
+            exec(code, {})
+    for words in commands(page.read_text()):
+        if is_executed(words) and words != ["make", "train"]:
+            _execute(words, folder)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import config
+from pretrain import cli, config
 from tests.docs.commands import (
     NOT_EXECUTED,
     ROOT,
@@ -78,11 +78,25 @@ def test_the_list_of_commands_that_are_not_executed_is_up_to_date() -> None:
         assert any(command.startswith(first) for command in found), first
 
 
-def test_targets_of_make_in_sentences_are_valid() -> None:
-    """Other commands in sentences may have placeholders."""
-    found = [words for page in PAGES for words in inline_commands(page.read_text(), "make")]
+def test_commands_of_sentences_are_valid() -> None:
+    for page in PAGES:
+        for words in inline_commands(page.read_text()):
+            check(words)
+
+
+def test_commands_in_the_comments_of_configurations_are_valid() -> None:
+    texts = [path.read_text().replace("\n# ", " ") for path in (ROOT / "configs").rglob("*.yaml")]
+    found = [words for text in texts for words in inline_commands(text)]
     assert found
     for words in found:
+        check(words)
+
+
+def test_examples_of_the_help_are_valid() -> None:
+    lines = [line.strip().replace("… ", "") for line in cli._EPILOG.splitlines()]
+    examples = [shlex.split(line) for line in lines if line.startswith(("python -m", "torchrun"))]
+    assert len(examples) > 5
+    for words in examples:
         check(words)
 
 
@@ -103,9 +117,9 @@ def test_json_is_valid(page: Path) -> None:
 def test_no_block_is_left_out() -> None:
     """``text`` is output or a listing, ``mermaid`` a diagram that tests/test_imports.py checks."""
     checked = ("python", "sh", "yaml", "json", "text", "mermaid")
-    for page in PAGES:
+    for page in [*PAGES, *ROOT.glob("*.md")]:
         text = page.read_text()
-        fences = sum(line.startswith("```") for line in text.splitlines())
+        fences = len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE))
         assert fences == 2 * sum(len(blocks(text, language)) for language in checked), page
     assert set(NOT_RUN) <= {page.name for page in PAGES}
 
@@ -113,7 +127,8 @@ def test_no_block_is_left_out() -> None:
 def links(page: Path) -> list[tuple[str, str]]:
     """(path, anchor) of every link to a file of the repository, outside code."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
-    return re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text)
+    sources = re.findall(r"""<(?:a|img)[^>]*(?:href|src)="([^"#:]*)()""", text)
+    return re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?[\s)]", text) + sources
 
 
 def anchors(page: Path) -> set[str]:
