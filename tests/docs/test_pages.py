@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain import cli as posttrain_cli
 from pretrain import cli, config
 from tests.docs.commands import (
     NOT_EXECUTED,
@@ -93,7 +94,8 @@ def test_commands_in_the_comments_of_configurations_are_valid() -> None:
 
 
 def test_examples_of_the_help_are_valid() -> None:
-    lines = [line.strip().replace("… ", "") for line in cli._EPILOG.splitlines()]
+    every = (cli._EPILOG + posttrain_cli._EPILOG).splitlines()
+    lines = [line.strip().replace("… ", "") for line in every]
     examples = [shlex.split(line) for line in lines if line.startswith(("python -m", "torchrun"))]
     assert len(examples) > 5
     for words in examples:
