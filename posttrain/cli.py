@@ -15,7 +15,7 @@ _EPILOG = """\
 examples:
   python -m posttrain sft  configs/posttrain/modes.yaml
   python -m posttrain rl   configs/posttrain/read.yaml
-  python -m posttrain rl   configs/posttrain/read.yaml steps=50 optimizer.name=adamw
+  python -m posttrain rl   configs/posttrain/read.yaml steps=50 optimizer.lr=1e-4
   python -m posttrain swarm configs/posttrain/swarm.yaml
   python -m posttrain eval configs/posttrain/read.yaml
 
