@@ -10,6 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import __main__ as benchmarks
@@ -80,7 +82,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image, _ = make.picture(0)
     image.save(folder / "cat.jpg")
     film(folder / "clip.mp4", greys(8), rate=4)
-    sources = [{"type": "text", "path": str(make.jsonl(folder / "web.jsonl", range(20)))}]
+    table = pa.table({"text": [make.text(number) for number in range(20)]})
+    pq.write_table(table, folder / "web.parquet")
+    sources = [{"type": "text", "path": "web.parquet"}]
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
     colours = [{"image": "cat.jpg", "conversations": said}]
     (folder / "colours.json").write_text(json.dumps(colours))
