@@ -31,7 +31,7 @@ from pretrain.data.sources.indexed import (
     write_files,
     write_lines,
 )
-from pretrain.data.sources.interface import Segment
+from pretrain.data.sources.interface import Record, Segment
 from pretrain.data.sources.order import Integers
 from pretrain.data.sources.splits import Column
 from pretrain.model.geometry import MAX_FRAMES
@@ -41,20 +41,8 @@ Shape = tuple[int, int, int]
 """(frames, height, width) of an image or video in pixels, before it is fitted."""
 
 
-class Described(Protocol):
+class Described(Record, Protocol):
     """A document with images and videos, before they are read."""
-
-    @property
-    def name(self) -> str:
-        """The file, and the line or element in it."""
-
-    @property
-    def text(self) -> str:
-        """All text in the document."""
-
-    @property
-    def hash(self) -> int:
-        """64 bits of its content."""
 
     @property
     def media(self) -> Sequence[Media]:
