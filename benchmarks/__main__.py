@@ -13,7 +13,7 @@ from benchmarks import runner
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 # Modules of this package that are not benchmarks.
-SUPPORT = {"__init__", "__main__", "optimizers", "runner", "training", "workloads"}
+SUPPORT = {"__init__", "__main__", "optimizers", "posttraining", "runner", "training", "workloads"}
 
 
 def names() -> list[str]:

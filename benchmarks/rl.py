@@ -5,15 +5,14 @@ Runs are kept: those that are complete are not repeated, and interrupted ones re
 """
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.runner import ROOT, Result, markdown, positive_int
+from benchmarks import posttraining
+from benchmarks.runner import Result, markdown
 from posttrain import metrics
 
 if TYPE_CHECKING:
@@ -60,14 +59,7 @@ FORMS: dict[str, tuple[tuple[str, ...], int]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
-    parser.add_argument("--model", default="runs/laptop/hf", help="folder of the exported model")
-    parser.add_argument(
-        "--pretraining", default="configs/laptop.yaml", help="configuration of its pretraining"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/rl"), help="folder of the runs, which are kept"
-    )
+    posttraining.add_arguments(parser, Path("runs/rl"))
     parser.add_argument(
         "--only", choices=("reading", "sums"), help="leave the other table out; default: both"
     )
@@ -84,7 +76,7 @@ def run(options: argparse.Namespace) -> Result:
             _train_all(READING, options.model, seed, seeded, options.runs, reading)
         if options.only != "reading":
             taught = options.runs / f"{_MODES}-{seed}"
-            _train("sft", _MODES, taught, [*seeded, f"model={options.model}"])
+            posttraining.train("sft", _MODES, taught, [*seeded, f"model={options.model}"])
             _train_all(SUMS, str(taught / "hf"), seed, seeded, options.runs, sums)
     return {"reading": reading, "sums": sums}
 
@@ -99,15 +91,8 @@ def _train_all(
 ) -> None:
     for name, (config, changes, folder) in variants.items():
         out = runs / f"{folder}-{seed}"
-        _train("rl", config, out, [*settings, f"model={model}", *changes])
+        posttraining.train("rl", config, out, [*settings, f"model={model}", *changes])
         results.setdefault(name, []).append(summary(out))
-
-
-def _train(command: str, config: str, folder: Path, settings: Sequence[str]) -> None:
-    if not (folder / "hf").is_dir():
-        file = f"configs/posttrain/{config}.yaml"
-        arguments = [command, file, f"run_dir={folder}", *settings]
-        subprocess.run([sys.executable, "-m", "posttrain", *arguments], cwd=ROOT, check=True)
 
 
 def summary(folder: Path) -> Result:

@@ -7,21 +7,19 @@ ones resume.
 
 import argparse
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.runner import ROOT, Result, markdown, positive_int
+from benchmarks import posttraining
+from benchmarks.runner import Result, markdown
 from posttrain import metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONFIG = "configs/posttrain/swarm.yaml"
 VARIANTS = {
     "PARL": (),
     "λ = 0": ("swarm.parallel_weight=0.0", "swarm.finish_weight=0.0"),
@@ -50,14 +48,7 @@ FORMS: dict[str, tuple[tuple[str, ...], int]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=positive_int, help="number of seeds; default: by the form")
-    parser.add_argument("--model", default="runs/laptop/hf", help="folder of the exported model")
-    parser.add_argument(
-        "--pretraining", default="configs/laptop.yaml", help="configuration of its pretraining"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/swarm"), help="folder of the runs, which are kept"
-    )
+    posttraining.add_arguments(parser, Path("runs/swarm"))
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -70,16 +61,10 @@ def run(options: argparse.Namespace) -> Result:
             folder = options.runs / f"{_NAMES[name]}-{seed}"
             if started and not (folder / "start").is_dir():
                 shutil.copytree(started / "start", folder / "start")
-            if not (folder / "hf").is_dir():
-                _train(folder, [*shared, f"seed={seed}", *changes])
+            posttraining.train("swarm", "swarm", folder, [*shared, f"seed={seed}", *changes])
             started = started or folder
             runs[name].append(summary(folder))
     return {"variants": runs}
-
-
-def _train(folder: Path, settings: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "posttrain", "swarm", CONFIG, f"run_dir={folder}", *settings]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def summary(folder: Path) -> Result:

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import rl
+from benchmarks.runner import ROOT
 from posttrain.config import Config
 from pretrain import config
 
@@ -47,5 +48,5 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
 def test_settings_are_valid(variant: rl.Variant) -> None:
     file = f"configs/posttrain/{variant.config}.yaml"
     for changes, _ in rl.FORMS.values():
-        loaded = config.load_as(Config, Path(rl.ROOT, file), [*variant.changes, *changes])
+        loaded = config.load_as(Config, Path(ROOT, file), [*variant.changes, *changes])
         loaded.require_effect("rl")
