@@ -342,12 +342,23 @@ class SourceConfig(Settings):
     `caption`); for conversations, of the list of messages (also: `messages`, `conversations`)."""
     image_field: str = ""
     """For images: key or column of the image or images, if several could be meant."""
+    media_urls: tuple[Name, ...] = ()
+    """For images and vision_chat: hosts from which images and videos are copied that records name
+    by URL, such as upload.wikimedia.org or '*.example.org'; '*': all. A pattern only allows public
+    addresses, as a record could name a service in your network."""
     split: Literal["hash", "train", "held_out"] = "hash"
     """hash: hold out documents by a hash of their content; else: the split of all documents."""
     trust_code: bool = False
     """For energon: run the Python code that the shards' dataset.yaml names (sample_loader,
     part_filter, classes and functions), and unpickle their content. This code can do anything
     that you can: enable it only for shards that you made, or whose code you have read."""
+
+    def _check(self) -> None:
+        for host in self.media_urls:
+            require(
+                not set("/:") & set(host),
+                f"media_urls must be names of hosts, such as example.org, not {host!r}",
+            )
 
 
 @dataclass(frozen=True)

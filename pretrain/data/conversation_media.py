@@ -1,16 +1,13 @@
 """The images and videos of conversations: files, ``data:`` URLs, values of tables, and URLs.
 
 Those that are stored in a file of conversations are copied into the cache once, one after the
-other, where they can be read at any time. Those at URLs are copied when they are first named.
+other, where they can be read at any time.
 """
 
 import base64
 import binascii
 import hashlib
-import http.client
-import os
 import re
-import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,15 +23,11 @@ from pretrain.data.files import reason
 from pretrain.data.media import video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place, Span
+from pretrain.data.remote import MediaDownloads, is_url
 from pretrain.data.vision_text.layouts import Folder
 
 _DATA = re.compile(r"data:(?P<type>[^,;]*)(?:;[^,;]*)*?(?P<base64>;base64)?,", re.IGNORECASE)
-_URL = re.compile(r"https?://", re.IGNORECASE)
 _FILE = re.compile(r"file://(localhost(?=/))?", re.IGNORECASE)
-# Limits of a file at a URL.
-_MAX_URL_BYTES = 256 << 20
-_SECONDS = 30
-_BLOCK = 1 << 20
 _DIGEST_BYTES = 16
 
 
@@ -46,7 +39,7 @@ class MediaFinder:
         field: the source's field, which determines what is read of the file.
         cache_dir: the cache.
         read_all: reads all conversations of the file, with another function that finds media.
-        failed: the reasons why URLs could not be read, which are not tried again.
+        downloads: copies those at URLs.
     """
 
     def __init__(
@@ -55,10 +48,10 @@ class MediaFinder:
         field: str,
         cache_dir: str,
         read_all: Callable[[Resolve], None],
-        failed: dict[str, str],
+        downloads: MediaDownloads,
     ) -> None:
         self._file, self._folder, self._cache = file, Folder(file.parent), Path(cache_dir)
-        self._field, self._read_all, self._failed = field, read_all, failed
+        self._field, self._read_all, self._downloads = field, read_all, downloads
         self._copy: _Copy | None = None
 
     def __call__(self, references: Sequence[Reference], moving: bool) -> Media:
@@ -70,9 +63,8 @@ class MediaFinder:
             self._copy = self._copy or self._copied()
             return self._copy.find(*stored)
         assert isinstance(reference, str)
-        if _URL.match(reference):
-            return str(self._downloaded(reference))
-        return self._folder.find(_FILE.sub("", reference))
+        name = _FILE.sub("", reference)
+        return self._downloads.find(name) if is_url(name) else self._folder.find(name)
 
     def _copied(self) -> "_Copy":
         """The copy of all media that are stored in the file, made if it is missing."""
@@ -85,21 +77,6 @@ class MediaFinder:
 
         copied, _ = cached(folder, build, partial(_Copy.open, self._file.name), resumable=True)
         return copied
-
-    def _downloaded(self, url: str) -> Path:
-        """The copy of a file at a URL, made if it is missing."""
-        digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        suffix = re.search(r"\.\w{1,5}$", re.split("[?#]", url)[0], re.ASCII)
-        name = digest + (suffix[0].lower() if suffix else "")
-        path = self._cache / "urls" / digest[:2] / name
-        if not path.exists() and url not in self._failed:
-            try:
-                _download(url, path)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self._failed[url] = f"{url[:200]} cannot be read: {reason(error)}"
-        if url in self._failed:
-            raise ValueError(self._failed[url])
-        return path
 
 
 class _Copy(NamedTuple):
@@ -199,30 +176,3 @@ def _suffix(content: bytes, type: str) -> str:
     if type.lower().startswith("video/") or re.match(rb"....ftyp|\x1a\x45\xdf\xa3", content, re.S):
         return video.SUFFIXES[0]
     return ""
-
-
-def _download(url: str, path: Path) -> None:
-    """Copy a file at a URL.
-
-    Raises:
-        OSError, HTTPException, ValueError: it cannot be read to its end.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (pretrain)"})
-    try:
-        with (
-            urllib.request.urlopen(request, timeout=_SECONDS) as source,
-            unfinished.open("wb") as out,
-        ):
-            size = 0
-            while block := source.read(_BLOCK):
-                size += len(block)
-                if size > _MAX_URL_BYTES:
-                    raise ValueError(f"larger than {_MAX_URL_BYTES >> 20} MiB")
-                out.write(block)
-            if size != int(source.headers.get("Content-Length", size)):
-                raise ValueError(f"it ends after {size} bytes")
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -54,6 +54,11 @@ def source_types(config: DataConfig) -> list[type[Source]]:
             raise PretrainError(
                 f"{setting}.trust_code applies to sources of type {names}, not {source.type}"
             )
+        if source.media_urls and not source_type.may_download:
+            names = ", ".join(name for name in SOURCES if SOURCES[name].may_download)
+            raise PretrainError(
+                f"{setting}.media_urls applies to sources of type {names}, not {source.type}"
+            )
         types.append(source_type)
     return types
 

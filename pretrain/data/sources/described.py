@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.config import DataConfig
 from pretrain.data.cache import Stamp, cached, key_of, map_array, siblings, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
@@ -21,6 +22,7 @@ from pretrain.data.media.patches import VisionItem
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.media.span import Place, Span
 from pretrain.data.packing import Document
+from pretrain.data.remote import MediaDownloads
 from pretrain.data.skipped import Skip, Skipped
 from pretrain.data.sources.indexed import (
     FileSource,
@@ -78,8 +80,16 @@ class DescribedSource(FileSource[R]):
     """A source of files whose documents name images and videos."""
 
     has_images = True
+    may_download = True
     kind: ClassVar[str]
     """Beginning of the names of indexes."""
+
+    def __init__(self, number: int, data: DataConfig, seed: int) -> None:
+        super().__init__(number, data, seed)
+        hosts = self.config.media_urls
+        self.downloads = MediaDownloads(hosts, data.cache_dir, self.setting)
+        if hosts:
+            self.key = key_of(self.key, hosts)
 
     @property
     def documents(self) -> "type[DescribedDocuments]":

@@ -34,7 +34,7 @@ class ImageSource(DescribedSource[Mixed]):
         return reading.find(path, self.setting)
 
     def read(self, file: Path) -> Iterator[Mixed | Skip]:
-        return reading.read(file, self.names, self.data.cache_dir, self.setting)
+        return reading.read(file, self.names, self.data.cache_dir, self.setting, self.downloads)
 
     def companions(self, paths: Sequence[Path]) -> Iterable[Path]:
         return itertools.chain.from_iterable(map(reading.companions, paths))

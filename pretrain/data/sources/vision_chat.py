@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import DataConfig
 from pretrain.data.builtin import image_questions
 from pretrain.data.cache import cached, key_of
 from pretrain.data.chat import (
@@ -142,16 +141,13 @@ class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionCha
     kind = "vision-chat"
     record = VisionChat
 
-    def __init__(self, number: int, data: DataConfig, seed: int) -> None:
-        self._failed: dict[str, str] = {}  # URLs
-        super().__init__(number, data, seed)
-
     def resolver(self, file: Path) -> Resolve:
         def read_all(resolve: Resolve) -> None:
             for _ in self.read_with(file, resolve):
                 pass
 
-        return MediaFinder(file, self.config.field, self.data.cache_dir, read_all, self._failed)
+        config, cache = self.config, self.data.cache_dir
+        return MediaFinder(file, config.field, cache, read_all, self.downloads)
 
     @property
     def documents(self) -> type[DescribedDocuments]:

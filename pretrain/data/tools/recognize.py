@@ -11,13 +11,13 @@ import yaml
 from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
+from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
 from pretrain.data.vision_text import archives, columns, mds, reading
 from pretrain.data.vision_text.layouts import (
     Folder,
     Names,
     documents,
-    is_url,
     layout_of,
     media_keys,
 )

@@ -23,6 +23,7 @@ from pretrain.data.files import reason
 from pretrain.data.media import video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place, Span
+from pretrain.data.remote import MediaDownloads, is_url
 from pretrain.data.skipped import Skip
 from pretrain.data.vision_text.document import Mixed
 
@@ -34,7 +35,6 @@ CAPTION = "caption"
 # Fields with media that documents do not have. A caption's image_url often names its origin.
 _LOST = ("audio", "audios", "input_audio")
 _FILE_NAME = re.compile(r"(.*_)?file_names?")
-_URL = re.compile(r"(https?|s3|gs|hf|ftp)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,15 @@ class Folder:
         return str(path)
 
 
-def is_url(name: Any) -> bool:
-    """Whether the name of an image is a URL."""
-    return isinstance(name, str) and bool(_URL.match(name))
+@dataclass(frozen=True)
+class WithUrls:
+    """Images at URLs, and others where ``files`` finds them."""
+
+    files: Files
+    downloads: MediaDownloads
+
+    def find(self, name: str) -> Place:
+        return self.downloads.find(name) if is_url(name) else self.files.find(name)
 
 
 def layout_of(keys: Collection[str]) -> Layout:

@@ -13,6 +13,7 @@ from pretrain.data import files, saved_datasets, tables
 from pretrain.data.files import reason
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
+from pretrain.data.remote import MediaDownloads
 from pretrain.data.skipped import Skip
 from pretrain.data.vision_text import archives, columns, mds
 from pretrain.data.vision_text.document import Mixed
@@ -20,6 +21,7 @@ from pretrain.data.vision_text.layouts import (
     Files,
     Folder,
     Names,
+    WithUrls,
     documents,
     layout_of,
     media_keys,
@@ -268,10 +270,15 @@ def names_files(file: Path) -> bool:
 # ---------------------------------------------------------------------- reading
 
 
-def read(file: Path, names: Names, cache_dir: str, setting: str) -> Iterator[Mixed | Skip]:
+def read(
+    file: Path, names: Names, cache_dir: str, setting: str, downloads: MediaDownloads | None = None
+) -> Iterator[Mixed | Skip]:
     """The documents of a file that :func:`find` found.
 
     In a folder of images without a file that describes them, the caption of ``a.jpg`` is ``a.txt``.
+
+    Args:
+        downloads: copies images at URLs; None: records that name them are skipped.
 
     Raises:
         PretrainError: a table lacks a column, or the cache cannot be written.
@@ -292,6 +299,7 @@ def read(file: Path, names: Names, cache_dir: str, setting: str) -> Iterator[Mix
                 found = Folder(file.parent)
                 if layout_of(row) in ("MMC4", "OBELICS"):
                     found = archives.open_archived(file.parent, cache_dir)
+                found = WithUrls(found, downloads) if downloads else found
             yield from documents(name, row, found, names)
     except files.UNREADABLE as error:
         yield Skip(str(file), reason(error))

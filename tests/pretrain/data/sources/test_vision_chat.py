@@ -186,6 +186,11 @@ BAD: dict[str, tuple[Any, str]] = {
         "message 2 is a reply with an image or video",
     ),
     "a URL": (talk(seen("http://127.0.0.1:9/a.png")), "http://127.0.0.1:9/a.png cannot be read: "),
+    "a host": (
+        talk(seen("http://a.org/a.png")),
+        "cannot be read: a.org is not in media_urls",
+    ),
+    "another URL": (talk(seen("s3://a/a.png")), "only URLs of http and https are copied"),
 }
 
 
@@ -193,7 +198,8 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_conversations_that_cannot_be_read_are_listed(folder: Path, name: str) -> None:
     value, reason = BAD[name]
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n")
-    data = opened(folder, lines(folder, talk(seen(NAMES[0])), value))
+    source = lines(folder, talk(seen(NAMES[0])), value)
+    data = opened(folder, replace(source, media_urls=("127.0.0.1",)))
     (skip,) = data.take_skipped()
     assert reason in skip.reason and skip.name == f"{folder}/chat.jsonl:2"
     assert skip.corrupt == (name != "a reply")
@@ -240,6 +246,10 @@ def server(folder: Path) -> Iterator[str]:
 def test_images_at_urls_are_copied_once(folder: Path, server: str) -> None:
     Handler.broken = "001.png"
     source = lines(folder, *(talk(seen(f"{server}/{number:03d}.png")) for number in range(3)))
+    with pytest.raises(PretrainError, match=r"^data.sources\[0\].media_urls: a record names http"):
+        opened(folder, source)
+    assert not Handler.sent
+    source = replace(source, media_urls=("127.0.0.1",))
     data = opened(folder, source)
     assert sorted(Handler.sent) == ["000.png", "001.png", "002.png"]
     (skip,) = data.take_skipped()
