@@ -8,6 +8,7 @@ from typing import Any
 from pretrain import metrics
 from pretrain.build import Run
 from pretrain.config import LanguageConfig, to_dict
+from pretrain.data import Data
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.model.kernels import choose_kernels
 from pretrain.reading import Reading, listing
@@ -26,7 +27,6 @@ def opening(run: Run, done: int) -> str:
     by_algorithm = "; ".join(run.assignment.splitlines()[-2:])
     dep = "on" if config.encoder_process.enabled else "off"
     sources = run.data.describe()
-    share = f"{config.data.vision_share:.0%} of them images"
     start = f"resuming after step {done}" if done else "starting at step 0"
     if not done and config.start_from:
         start += f" with the weights of {config.start_from}"
@@ -34,10 +34,21 @@ def opening(run: Run, done: int) -> str:
         f"{parameters:,} parameters on rank 0 of {run.context.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}, kernels {choose_kernels(config)}",
         f"{config.steps} steps of {tokens:,} tokens, "
-        f"{share if run.data.has_images else 'text only'}; "
+        f"{_images(run.data)}; "
         f"{start}; writing to {config.run_dir}",
     ]
     return "\n".join([*lines, *filter(None, [sources]), *_notes(config.language)])
+
+
+def _images(data: Data) -> str:
+    """The share of images among the tokens of a step."""
+    share = data.image_share
+    if not data.has_images:
+        return "text only"
+    if share is None:
+        return "some of them images"
+    filled = share != data.config.vision_share  # by images alone
+    return f"{share:.0%} of them images" + " (without padding)" * filled
 
 
 def _notes(language: LanguageConfig) -> list[str]:

@@ -74,6 +74,12 @@ class Data(ABC):
         """Whether the training split has images."""
         return True
 
+    @property
+    def image_share(self) -> float | None:
+        """Share of the tokens of the training split, without padding, that are image placeholders;
+        None if it is unknown before reading."""
+        return self.config.vision_share
+
     def question(self, item: VisionItem) -> Document:
         """A document of the item's image alone, to be continued by its caption."""
         return Document(self.tokenizer).add_image(item, self.patch_size)

@@ -99,6 +99,17 @@ class MixtureData(Data):
     def has_images(self) -> bool:
         return any(source.source.has_images and source.count("train") for source in self._documents)
 
+    @property
+    def image_share(self) -> float | None:
+        training = [documents for documents in self._documents if documents.count("train")]
+        if not all(documents.source.has_images for documents in training):
+            return self.config.vision_share if self.has_images else 0.0
+        # Without text, images fill the sequences.
+        counts = [documents.token_counts("train") for documents in training]
+        weights = [documents.source.config.weight for documents in training]
+        shares = [count[1] / count[0] for count in counts if count]
+        return float(np.average(shares, weights=weights)) if all(counts) else None
+
     def sample(self, split: Split, index: int) -> PackedSample:
         """Packed sequence number ``index``. Documents that turn out to be corrupt leave a gap."""
         (sample,) = self.samples(split, [index])

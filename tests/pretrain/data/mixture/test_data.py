@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,23 @@ def test_wrong_settings_are_named(
     with pytest.raises(PretrainError, match=message) as error:
         opened(tmp_path, SourceConfig(**source), **options)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_the_share_of_images_is_known_before_training(folder: Path) -> None:
+    text, pictures = both(folder)
+    (folder / "long").mkdir()
+    shutil.copy(next((folder / "pictures").glob("*.png")), folder / "long/a.png")
+    (folder / "long/a.txt").write_text(make.text(3)[:80])
+    long = SourceConfig("images", str(folder / "long"), weight=0.5)
+    assert opened(folder, text, pictures, vision_share=0.05).image_share == 0.05
+    assert opened(folder, text).image_share == 0
+    for sources in ([pictures], [pictures, long]):
+        data = opened(folder, *sources, vision_share=0.05)
+        stream = data._stream("train")
+        for _ in range(200):
+            stream.next()
+        taken = sum(cursor.taken for cursor in stream.cursors)
+        assert data.image_share == pytest.approx(stream.placeholders / taken, rel=0.03)
 
 
 def test_an_unreachable_vision_share_is_refused(folder: Path) -> None:
