@@ -24,6 +24,7 @@ from pretrain.runtime.command_line import print_error as _print_error
 
 if TYPE_CHECKING:
     from pretrain.config import Config
+    from pretrain.generate import Ask
 
 _EPILOG = """\
 examples:
@@ -128,6 +129,14 @@ def _add_model_commands(commands: Any) -> None:
     sample.add_argument(
         "--chat", action="store_true", help="reply to the prompt as a user's message"
     )
+    sample.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction,
+        help="with --chat: reason before the reply, or reply at once; default: the model chooses",
+    )  # fmt: skip
+    sample.add_argument(
+        "--tools", type=Path, metavar="FILE",
+        help="with --chat: a JSON list of the tools that the model may call, in OpenAI's format",
+    )  # fmt: skip
     # One list for both, in the order in which the model sees them.
     media: dict[str, Any] = {
         "dest": "media", "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"
@@ -283,6 +292,25 @@ def _import(options: argparse.Namespace) -> None:
     )
 
 
+def _ask(options: argparse.Namespace) -> "Ask | None":
+    """The reply that the options of ``sample`` ask for; None without ``--chat``."""
+    from pretrain.generate import Ask
+
+    if not options.chat:
+        if options.thinking is not None or options.tools:
+            raise PretrainError("--thinking, --no-thinking and --tools need --chat")
+        return None
+    if not options.tools:
+        return Ask(options.thinking)
+    try:
+        tools = json.loads(options.tools.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PretrainError(f"{options.tools} is not JSON: {error}") from error
+    if not isinstance(tools, list):
+        raise PretrainError(f"{options.tools} must contain a list of tools, not {tools!r:.60}")
+    return Ask(options.thinking, tools)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from pretrain import generate
     from pretrain.data.media.frames import Media
@@ -291,6 +319,7 @@ def _sample(options: argparse.Namespace) -> None:
     for path, moving in options.media:
         if not moving and is_video(path):
             raise PretrainError(f"{path} is a video: show it with --video")
+    ask = _ask(options)
     model = generate.load(options.run, options.step)
     for piece in generate.sample(
         model,
@@ -300,7 +329,7 @@ def _sample(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        reply=options.chat,
+        ask=ask,
     ):
         print(piece, end="", flush=True)
     print()

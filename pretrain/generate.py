@@ -6,7 +6,9 @@ model once, then each new token alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -27,6 +29,19 @@ from pretrain.model.language import build_language_model
 from pretrain.model.multimodal import merge_features
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The prompt as a user's message, to which the assistant replies.
+
+    Attributes:
+        thinking: whether the reply begins with reasoning; None: the model chooses.
+        tools: declarations of the tools that it may call, in OpenAI's format.
+    """
+
+    thinking: bool | None = None
+    tools: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def load(run_dir: Path, step: int | None = None) -> Model:
 
 
 def compose(
-    model: Model, prompt: str, media: Sequence[Media] = (), *, reply: bool = False
+    model: Model, prompt: str, media: Sequence[Media] = (), *, ask: Ask | None = None
 ) -> Document:
     """Build the document of images, videos and a prompt, in the form used in training.
 
@@ -84,14 +99,14 @@ def compose(
         model: the model that will read the document.
         prompt: text after the images and videos.
         media: images and videos.
-        reply: the document is the message of a user; the reply of the assistant follows.
+        ask: the document is the message of a user; the reply of the assistant follows.
 
     Raises:
         PretrainError: a file cannot be read, the document leaves no room for another token, or the
-            tokenizer has no tokens for images or for conversations.
+            tokenizer has no tokens for images, for conversations or for reasoning.
     """
     tokenizer, data = model.tokenizer, model.config.data
-    if reply:
+    if ask:
         tokenizer.require_chat()
     if media and tokenizer.media_pad < 0:
         raise PretrainError(
@@ -106,13 +121,13 @@ def compose(
             raise _too_long(min_length, data.seq_length)
 
         def add_media(document: Document, medium: Media) -> None:
-            kind = chat.kind_of(tokenizer, medium) if reply else ()
+            kind = chat.kind_of(tokenizer, medium) if ask else ()
             composer.add(document, composer.read(medium, shapes[medium]), kind)
 
-        if reply:
-            asked = Message("user", (*media, prompt))
-            document = chat.render(tokenizer, [asked], add_media=add_media)
-            return chat.add_header(document, chat.REPLY)
+        if ask:
+            message = Message("user", (*media, prompt))
+            document = chat.render(tokenizer, [message], ask.tools, add_media)
+            return chat.open_reply(document, ask.thinking)
         document = Document(tokenizer)
         for medium in media:
             add_media(document, medium)
@@ -208,7 +223,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    reply: bool = False,
+    ask: Ask | None = None,
 ) -> Iterator[str]:
     """Generate text after images, videos and a prompt.
 
@@ -222,10 +237,10 @@ def sample(
         temperature: see :func:`sample_token`.
         top_p: see :func:`sample_token`.
         seed: seed of the random generator.
-        reply: generate the reply to a user's message; see :func:`compose`.
+        ask: generate the reply to a user's message; see :func:`compose`.
 
     Yields:
-        The text in pieces of complete characters.
+        The text in pieces of complete characters; a reply as :func:`pretrain.data.chat.readable`.
 
     Raises:
         PretrainError: as in :func:`compose`, an option is out of range, or the sequence length
@@ -238,23 +253,26 @@ def sample(
     if max_tokens is not None and max_tokens < 1:
         raise PretrainError(f"--max-tokens must be >= 1, not {max_tokens}")
     max_length = model.config.data.seq_length
-    document = compose(model, prompt, media, reply=reply)
+    document = compose(model, prompt, media, ask=ask)
     room = max_length - len(document)
     if room < (max_tokens or 1):
         raise _too_long(len(document), max_length)
     generator = torch.Generator().manual_seed(seed)
     forward = CachedForward(model, document, max_length)
     generated: list[int] = []
+    decode = partial(chat.readable, model.tokenizer) if ask else model.tokenizer.decode
     yielded = ""
+    if ask and ask.thinking:
+        yield chat.THINK
     for _ in range(max_tokens or room):
         token = sample_token(forward.logits, temperature, top_p, generator)
-        if token == model.tokenizer.eos or (reply and token == model.tokenizer.im_end):
+        if token == model.tokenizer.eos or (ask and token == model.tokenizer.im_end):
             break
         generated.append(token)
-        text = model.tokenizer.decode(generated)
+        text = decode(generated)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text.removeprefix(yielded)
             yielded = text
         if len(document) + len(generated) < max_length:
             forward.add(token)
-    yield model.tokenizer.decode(generated).removeprefix(yielded)
+    yield decode(generated).removeprefix(yielded)

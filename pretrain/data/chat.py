@@ -5,6 +5,7 @@ every reply begins with its reasoning, even if it has none, and images with thei
 K2's format.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from pretrain.data import tokenizer as tokens
 from pretrain.data.media.frames import Media
 from pretrain.data.packing import Document
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
 
 REPLY = "assistant"
 # Kimi K2's template begins all messages but those of users and the assistant like a system message,
@@ -21,14 +23,19 @@ _TOKENS = {**{role: role for role in tokens.ROLES}, "developer": "system", "tool
 ROLES = tuple(_TOKENS)
 """Roles of messages."""
 _DECLARED = "tool_declare"
-_THINK, _END_THINK = "<think>", "</think>"
+THINK, _END_THINK = "<think>", "</think>"
 _CALLS, _END_CALLS = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 _CALL, _ARGUMENTS, _END_CALL = (
     *("<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
     "<|tool_call_end|>",
 )
-MARKUP = (_THINK, _END_THINK, _CALLS, _END_CALLS, _CALL, _ARGUMENTS, _END_CALL)
+MARKUP = (THINK, _END_THINK, _CALLS, _END_CALLS, _CALL, _ARGUMENTS, _END_CALL)
 """Tokens around reasoning and tool calls; without them, a tokenizer spells them."""
+# In text for people, such as ``functions.add:0({"a":1})``.
+_READABLE = {
+    **{THINK: THINK, _END_THINK: f"{_END_THINK}\n", _CALLS: "", _END_CALLS: ""},
+    **{_CALL: "", _ARGUMENTS: "(", _END_CALL: ")\n"},
+}
 _IMAGE, _CONTENT = "image", "<|media_content|>"
 KIND_OF_IMAGE = _IMAGE + _CONTENT
 """Follows the token that begins an image, in Kimi K2.5's format."""
@@ -207,11 +214,44 @@ class _Calls:
         return self._rendered[number] if number < len(self._rendered) else ""
 
 
-def add_thought(document: Document) -> Document:
-    """Append the empty reasoning with which a reply begins in Kimi K2.5's format, with weight 0."""
+def add_thought(document: Document, *, is_empty: bool = True) -> Document:
+    """Append the empty reasoning with which a reply begins in Kimi K2.5's format, with weight 0;
+    or, if it is not empty, the token that begins it."""
     tokenizer = document.tokenizer
-    markup = [tokenizer.id_of(name) for name in (_THINK, _END_THINK)]
+    names = (THINK, _END_THINK) if is_empty else (THINK,)
+    markup = [tokenizer.id_of(name) for name in names]
     return document.add_tokens((id for id in markup if id is not None), weight=0)
+
+
+def open_reply(document: Document, thinking: bool | None) -> Document:
+    """Append the header of a reply, with weight 0, and what the mode begins with.
+
+    Args:
+        thinking: begin with reasoning, or with empty reasoning; None: the model chooses. Like the
+            variable of :func:`template`.
+
+    Raises:
+        PretrainError: the tokenizer has no tokens for reasoning.
+    """
+    add_header(document, REPLY)
+    if thinking is None:
+        return document
+    if not always_thinks(document.tokenizer):
+        raise PretrainError(
+            f"{document.tokenizer.name} has no {THINK} and {_END_THINK}: leave --thinking and "
+            "--no-thinking out, or teach the model with `python -m posttrain sft`"
+        )
+    return add_thought(document, is_empty=not thinking)
+
+
+def readable(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A reply as text for people: with its reasoning, and tool calls like calls of functions."""
+    markup = {tokenizer.id_of(name): shown for name, shown in _READABLE.items()}
+    text = ""
+    for shown, group in itertools.groupby(ids, markup.get):
+        some = list(group)
+        text += tokenizer.decode(some) if shown is None else shown * len(some)
+    return text
 
 
 def _content(tokenizer: Tokenizer, message: Message, calls: _Calls) -> Iterator[str | int | Media]:
@@ -220,7 +260,7 @@ def _content(tokenizer: Tokenizer, message: Message, calls: _Calls) -> Iterator[
         return name if number is None else number
 
     if message.role == REPLY and (message.reasoning is not None or always_thinks(tokenizer)):
-        yield from (markup(_THINK), message.reasoning or "", markup(_END_THINK))
+        yield from (markup(THINK), message.reasoning or "", markup(_END_THINK))
     if message.role == "tool" and (call := calls.answered(message.answered)):
         yield f"{_RETURNED}{call}\n"
     yield from message.parts
@@ -249,7 +289,7 @@ def template(tokenizer: Tokenizer, content: str) -> str:
     unknown_role = f"the roles are {', '.join(ROLES)}, not "
     thinks = "message.reasoning_content is defined and message.reasoning_content is not none"
     reasoning = (
-        f"{{% if {'true' if always_thinks(tokenizer) else thinks} %}}{_THINK}"
+        f"{{% if {'true' if always_thinks(tokenizer) else thinks} %}}{THINK}"
         f"{{{{ message.reasoning_content or '' }}}}{_END_THINK}{{% endif %}}"
     )
     calls = (
@@ -282,6 +322,6 @@ def template(tokenizer: Tokenizer, content: str) -> str:
         f"{{% elif message.role == 'tool' %}}{result}{{% endif %}}"
         f"{content}{{% if message.tool_calls %}}{calls}{{% endif %}}<|im_end|>{{% endfor %}}"
         f"{{% if add_generation_prompt %}}<|im_{REPLY}|>{REPLY}<|im_middle|>"
-        f"{{% if thinking is defined and thinking is not none %}}{_THINK}"
+        f"{{% if thinking is defined and thinking is not none %}}{THINK}"
         f"{{% if not thinking %}}{_END_THINK}{{% endif %}}{{% endif %}}{{% endif %}}"
     )

@@ -231,6 +231,26 @@ def test_videos_given_as_images_are_refused_before_loading_the_model() -> None:
     assert status != 0 and "a.mp4 is a video: show it with --video" in errors
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--no-thinking",), "--thinking, --no-thinking and --tools need --chat"),
+        (("--tools", "{folder}/list.json"), "--thinking, --no-thinking and --tools need --chat"),
+        (("--chat", "--tools", "{folder}/broken.json"), "broken.json is not JSON"),
+        (("--chat", "--tools", "{folder}/object.json"), "must contain a list of tools, not {}"),
+        (("--chat", "--tools", "{folder}/missing.json"), "No such file"),
+    ],
+)
+def test_unusable_options_of_chats_are_refused_before_loading_the_model(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    for name, content in (("list", "[]"), ("broken", "["), ("object", "{}")):
+        (tmp_path / f"{name}.json").write_text(content)
+    given = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
+    status, errors = training.command("sample", "nowhere", *given)
+    assert status == 1 and message in errors and errors.count("\n") <= 1
+
+
 def test_runs_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has no checkpoint: train first"):
         generate.load(tmp_path)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from pretrain.data.chat import REPLY, render, template
+from pretrain.data.chat import REPLY, Message, ToolCall, open_reply, readable, render, template
 from pretrain.data.conversations import conversation_of
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 
 _KIMI_K25 = (
@@ -137,12 +138,31 @@ def test_a_reply_is_learned_with_its_reasoning_and_calls(kind: str) -> None:
     assert ours.decode(learned, skip_special_tokens=False) == "".join(replies)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize(("thinking", "start"), [(None, ""), (True, "<think>"), (False, None)])
-def test_the_template_begins_a_reply(thinking: bool | None, start: str | None) -> None:
-    _, theirs = TOKENIZERS["K2"]
+def test_a_reply_begins_as_in_the_template(
+    kind: str, thinking: bool | None, start: str | None
+) -> None:
+    ours, theirs = TOKENIZERS[kind]
     prompt = [{"role": "user", "content": "Hi"}]
-    text = theirs.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=False, thinking=thinking
-    )
+    options = {"add_generation_prompt": True, "thinking": thinking}
+    text = theirs.apply_chat_template(prompt, tokenize=False, **options)
     expected = "<think></think>" if start is None else start
     assert text.endswith(f"<|im_assistant|>assistant<|im_middle|>{expected}")
+    document = render(ours, [Message("user", "Hi")])
+    if thinking is not None and kind == "K2":
+        with pytest.raises(PretrainError, match="has no <think> and </think>: leave --thinking"):
+            open_reply(document, thinking)
+    else:
+        expected_ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert open_reply(document, thinking).tokens == expected_ids
+
+
+def test_replies_are_readable() -> None:
+    ours, _ = TOKENIZERS["K2.5"]
+    calls = (ToolCall("add", '{"a": 1}'), ToolCall("look", "{}"))
+    document = render(ours, [Message(REPLY, "Wait.", reasoning="I ask.", calls=calls)])
+    reply = document.tokens[document.tokens.index(ours.im_middle) + 1 :]
+    expected = '<think>I ask.</think>\nWait.functions.add:0({"a": 1})\nfunctions.look:1({})\n'
+    assert readable(ours, reply) == expected
+    assert all(expected.startswith(readable(ours, reply[:n])) for n in range(len(reply)))
