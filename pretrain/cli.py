@@ -162,7 +162,7 @@ def _add_data_commands(commands: Any) -> None:
         "configuration that reads a file or folder of data"
     )
     inspect = _add(actions, "inspect", text)
-    _add_config(inspect, "a YAML file; or data: a file, a folder or a pattern in quotes")
+    _add_config(inspect, "a YAML file; or data: a file, a folder, a pattern or a URL")
     inspect.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE")
     inspect.add_argument("--count", type=int, default=8, metavar="N", help="sequences; default: 8")
     inspect.add_argument("--held-out", action="store_true", help="show the held-out split")
@@ -178,7 +178,9 @@ def _add_data_commands(commands: Any) -> None:
     )  # fmt: skip
     text = "write text as files of Megatron's format, or captioned images as WebDataset shards"
     convert = _add(actions, "convert", text)
-    convert.add_argument("config", help="a YAML file; or data: a file, a folder or a pattern")
+    convert.add_argument(
+        "config", help="a YAML file; or data: a file, a folder, a pattern or a URL"
+    )
     convert.add_argument("out", type=Path, help="a new folder")
     convert.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changed settings")
     convert.add_argument(

@@ -97,20 +97,20 @@ def local_path(path: str, cache_dir: str, setting: str) -> str:
         folder = Path(cache_dir, f"remote-{key}")
         if not folder.is_dir():
             make_folder(folder, lambda partial: _copy(system, files, partial), resumable=True)
-    except PretrainError:
-        raise
     except Exception as error:  # each file system has its own
         raise unreadable(path, error, setting) from error
     return str(folder / files[0].name if len(files) == 1 else folder)
 
 
-def unreadable(url: str, error: Exception, setting: str) -> PretrainError:
+def unreadable(url: str, error: Exception, setting: str = "") -> PretrainError:
     """The error of a URL whose files are not found or cannot be read, with the fix.
 
     Args:
         error: an error of a file system.
         setting: the source's name in messages.
     """
+    if isinstance(error, PretrainError):
+        return error
     text = reason(error)
     scheme = url.partition("://")[0].lower()
     if isinstance(error, FileNotFoundError):
@@ -126,7 +126,8 @@ def unreadable(url: str, error: Exception, setting: str) -> PretrainError:
         fix = "pip install '.[remote]'"
     elif scheme in _LOGIN and (isinstance(error, PermissionError) or _DENIED.search(text)):
         fix = _LOGIN[scheme]
-    return PretrainError(f"{setting}.path: {what}" + (f": {fix}" if fix else ""))
+    where = f"{setting}.path: " if setting else ""
+    return PretrainError(where + what + (f": {fix}" if fix else ""))
 
 
 def listed(url: str) -> tuple[Any, list[Remote]]:
@@ -162,15 +163,16 @@ def listed(url: str) -> tuple[Any, list[Remote]]:
     base = os.path.commonpath([os.path.dirname(name) for name in files])
     return system, [
         Remote(
-            *(name, _relative(name, base), -1 if info.get("size") is None else int(info["size"])),
+            *(name, relative(name, base), -1 if info.get("size") is None else int(info["size"])),
             next((str(info[key]) for key in _VERSIONS if info.get(key)), ""),
         )
         for name, info in files.items()
     ]
 
 
-def _relative(name: str, base: str) -> PurePosixPath:
-    """
+def relative(name: str, base: str) -> PurePosixPath:
+    """The path of a file in a folder.
+
     Raises:
         ValueError: the path leads out of the copy.
     """

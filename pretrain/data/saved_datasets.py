@@ -10,7 +10,7 @@ from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
-_ABOUT = (STATE, SPLITS, "dataset_info.json")
+DESCRIBING = (STATE, SPLITS, "dataset_info.json")
 
 
 def select(items: Iterable[Path | Skip], root: Path, setting: str) -> list[Path | Skip]:
@@ -43,7 +43,7 @@ def select(items: Iterable[Path | Skip], root: Path, setting: str) -> list[Path 
             raise PretrainError(f"{setting}.path: {error}: save the dataset again") from error
         if current is None and not (item.name == SPLITS and splits(item.parent)):
             chosen.append(item)
-        elif item.name in _ABOUT:
+        elif item.name in DESCRIBING:
             chosen.append(Skip(str(item), "describes a saved dataset", corrupt=False))
         elif item.suffix != ".arrow" or item.name in (current or ()):
             chosen.append(item)

@@ -12,6 +12,7 @@ from pretrain.data import data_config, files, open_data, skipped
 from pretrain.data.files import reason
 from pretrain.data.interface import Split
 from pretrain.data.mixture.data import MixtureData
+from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import duplicates, inspect
 from pretrain.data.tools.convert import to_megatron, to_shards
@@ -69,10 +70,10 @@ def _convert(options: Namespace) -> Iterator[str]:
 def _is_data(path: str) -> bool:
     """Whether a path is that of data; a file of plain text without a usual suffix is a
     configuration, like every file that ends with .yaml."""
-    if path.lower().endswith((".yaml", ".yml")):
+    if path.lower().endswith((".yaml", ".yml")) and not is_url(path):
         return False
     if not os.path.isfile(path):
-        return os.path.isdir(path) or glob.has_magic(path)
+        return is_url(path) or os.path.isdir(path) or glob.has_magic(path)
     try:
         return files.ends_with(Path(path), files.PLAIN) or files.content(Path(path)) != "plain"
     except files.UNREADABLE:

@@ -3,18 +3,23 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import yaml
 
 from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
+from pretrain.data.media.span import Place
 from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
+from pretrain.data.tools.beginnings import beginnings
 from pretrain.data.vision_text import archives, columns, mds, reading
 from pretrain.data.vision_text.layouts import (
+    Files,
     Folder,
     Names,
     documents,
@@ -23,8 +28,10 @@ from pretrain.data.vision_text.layouts import (
 )
 from pretrain.errors import PretrainError
 
-Entry = dict[str, str]
+Entry = dict[str, Any]
 """Settings of an entry of ``data.sources``."""
+# Hosts that are suggested by name.
+_MOST_HOSTS = 3
 _SAMPLED = 20
 _SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.SUFFIXES)
 # Beginnings of file names, as in repositories of data sets, and the split that each is for.
@@ -54,12 +61,13 @@ class Recognized(NamedTuple):
 
 
 def configuration(path: str) -> str:
-    """YAML with the configuration that reads a file, a folder or a pattern; comments describe it.
+    """YAML with the configuration that reads a file, a folder, a pattern or a URL of them; comments
+    describe it.
 
     Raises:
         PretrainError: as :func:`recognize`.
     """
-    found = recognize(path)
+    found = _at_url(path) if is_url(path) else recognize(path)
     options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
     lines = [f"# {path}: {found.description}", "data:", "  sources:"]
     for entry in found.entries:
@@ -97,6 +105,28 @@ def recognize(path: str) -> Recognized:
         entries = [_of_split(entry, pattern, name) for name, pattern in patterns.items()]
         return Recognized(f"{found.description}; its splits: {', '.join(patterns)}", entries)
     return found
+
+
+def _at_url(url: str) -> Recognized:
+    """The format of the files at a URL, from their names and beginnings.
+
+    Raises:
+        PretrainError: nothing is found, or it is not read.
+    """
+    with beginnings(url) as read:
+        try:
+            found = recognize(read.path)
+        except PretrainError as error:
+            raise PretrainError(read.with_urls(str(error))) from error
+    if others := {entry["type"] for entry in found.entries} & {"energon", "megatron"}:
+        advice = f"copy it to this machine: a source of type {others.pop()} has no URL"
+        raise _refused(url, found.description, advice)
+    whole = {read.path: url}  # of a file, with the query of its URL
+    entries = [
+        entry | {"path": whole.get(entry["path"], read.with_urls(entry["path"]))}
+        for entry in found.entries
+    ]
+    return Recognized(read.with_urls(found.description), entries)
 
 
 def _of_split(entry: Entry, path: str, name: str) -> Entry:
@@ -283,28 +313,58 @@ def _pictured(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry
     """A description of records with images, and the settings that read them, without the path.
 
     Raises:
-        PretrainError: they have no text, or their images are URLs.
+        PretrainError: they have no text, or their images are at URLs that are not read.
     """
     layout = layout_of(list(dict.fromkeys(name for row in rows for name in row)))
-    entry = {"type": "images"}
+    entry: Entry = {"type": "images"}
     if layout not in ("captions", "imagefolder"):
-        read = [made for row in rows for made in documents("", row, Folder(file.parent), Names())]
-        problem = next((made.reason for made in read if isinstance(made, Skip)), "")
-        if "a URL" in problem:
-            raise PretrainError(f"{file}: as in {layout}, but {problem}")
-        return f"documents as in {layout}", entry
+        found = _Named(Folder(file.parent), [])
+        for row in rows:
+            list(documents("", row, found, Names()))
+        remark, hosts = _by_url(file, found.urls)
+        return f"documents as in {layout}{remark}", entry | hosts
     if tables.kind(file):
         kinds = columns.kinds_of(tables.schema(file))
     else:
         kinds = {name: _kind(value) for row in rows for name, value in row.items() if value}
-    named = [row[key] for row in rows for key in media_keys(row) if row[key]]
-    if any(is_url(name) for name in named):
-        advice = "download them, such as by img2dataset"
-        raise _refused(file, "images by URL", advice)
+    values = [row[key] for row in rows for key in media_keys(row)]
+    named = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    remark, hosts = _by_url(file, list(filter(is_url, named)))
     try:
-        return "images or videos with captions", entry | _columns(kinds, tables.likely_field(rows))
+        entry |= _columns(kinds, tables.likely_field(rows)) | hosts
     except ValueError as error:
         raise PretrainError(f"{file}: {error}") from error
+    return f"images or videos with captions{remark}", entry
+
+
+@dataclass
+class _Named:
+    """Files that records name, and the URLs among them, which are not read."""
+
+    files: Files
+    urls: list[str]
+
+    def find(self, name: str) -> Place:
+        if not is_url(name):
+            return self.files.find(name)
+        self.urls.append(name)
+        return name
+
+
+def _by_url(file: Path, urls: Sequence[str]) -> tuple[str, Entry]:
+    """A remark about URLs of images, and the setting that allows their hosts.
+
+    Raises:
+        PretrainError: they are not those of http.
+    """
+    if not urls:
+        return "", {}
+    parts = [urlsplit(url) for url in urls]
+    if any(part.scheme not in ("http", "https") for part in parts):
+        raise _refused(file, "images at URLs of other schemes than http", "download them")
+    hosts = sorted({part.hostname or "" for part in parts})
+    chosen = hosts if len(hosts) <= _MOST_HOSTS else ["*"]
+    return "; images are copied from the hosts in media_urls", {"media_urls": chosen}
 
 
 def _kind(value: Any) -> str:
@@ -349,14 +409,21 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
         PretrainError: the layout is not read, or none of the first conversations is.
     """
     entry: Entry = {}
-    name = problem = ""
+    name = problem = seen = ""
+    urls: list[str] = []
+
+    def named(references: Sequence[conversations.Reference], moving: bool) -> Media:
+        """An image or video, which is not looked for."""
+        urls.extend(filter(is_url, (re.sub("^file://", "", str(one)) for one in references)))
+        return Media(("",) * len(references), moving)
+
     for row in rows:
         field = _messages_field(row)
         try:
             found = conversations.layout_name(row, field)
             if not found:
                 return None
-            conversation = conversations.conversation_of(row, field, _named)
+            conversation = conversations.conversation_of(row, field, named)
         except conversations.UnsupportedLayoutError as error:
             raise PretrainError(f"{file}: {error}") from error
         except ValueError as error:
@@ -366,16 +433,13 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
         first = {"type": "chat"} | ({} if usual else {"field": field})
         name, entry = name or found, entry or first
         if conversation and conversation.media:
-            also = "" if found == "LLaVA" else ", with images or videos"
-            return f"conversations as in {found}{also}", first | {"type": "vision_chat"}
+            seen = "" if found == "LLaVA" else ", with images or videos"
+            entry = first | {"type": "vision_chat"}
+            name = found
     if not entry:
         raise PretrainError(f"{file}: conversations that are not read: {problem}")
-    return f"conversations as in {name}", entry
-
-
-def _named(references: Sequence[conversations.Reference], moving: bool) -> Media:
-    """An image or video, which is not looked for."""
-    return Media(("",) * len(references), moving)
+    remark, hosts = _by_url(file, urls)
+    return f"conversations as in {name}{seen}{remark}", entry | hosts
 
 
 def _messages_field(row: Mapping[str, Any]) -> str:

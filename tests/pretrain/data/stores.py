@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import logging
+import re
 import select
 import socket
 import socketserver
@@ -65,7 +66,7 @@ def s3(limit: "Limit") -> Iterator[Store]:
                 "AWS_EC2_METADATA_DISABLED": "true",
             }
             with variables(environment):
-                fsspec.filesystem("s3").mkdir(BUCKET)
+                fsspec.filesystem("s3").makedirs(BUCKET, exist_ok=True)  # shared by servers
                 yield Bucket(f"s3://{BUCKET}", "s3://no-such-bucket")
     finally:
         started.stop()
@@ -159,7 +160,7 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         if path.startswith(f"/{repository}/resolve/main/"):
             name = path.removeprefix(f"/{repository}/resolve/main/")
             content = self.hub.files.get(name)
-            return self._send(404 if content is None else 200, content or b"", name)
+            return self._send(404 if content is None else 200, content or b"")
         if path in (f"/api/{repository}", f"/api/{repository}/revision/main"):
             return self._json({"id": "someone/web", "sha": _oid(b""), "siblings": []})
         if path.startswith(f"/api/{repository}/tree/main"):
@@ -180,7 +181,7 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         return self._json([entry for entry in entries if entry["path"] in paths])
 
     def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), "json")
+        self._send(200, json.dumps(value).encode())
 
     def _refuse(self) -> None:
         self.send_response(404)
@@ -188,10 +189,17 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _send(self, status: int, content: bytes, name: str) -> None:
-        self.send_response(status)
+    def _send(self, status: int, content: bytes) -> None:
+        etag, size = _oid(content), len(content)
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
+            status, content = 206, content[first : last + 1]
+            self.send_response(status)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        else:
+            self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{_oid(content)}"')
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", _oid(b""))
         self.end_headers()
         if self.command != "HEAD":
@@ -210,9 +218,11 @@ def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Itera
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @dataclass
@@ -252,9 +262,11 @@ def limited(port: int, limit: Limit) -> Iterator[int]:
         proxy.daemon_threads, proxy.block_on_close = True, False
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
-        yield int(proxy.server_address[1])
-        proxy.shutdown()
-        thread.join()
+        try:
+            yield int(proxy.server_address[1])
+        finally:
+            proxy.shutdown()
+            thread.join()
 
 
 @contextlib.contextmanager

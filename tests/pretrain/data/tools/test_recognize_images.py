@@ -1,5 +1,7 @@
 """From files with images as people have them to the suggested configuration, and to a step."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +130,22 @@ def test_columns_are_suggested_by_name_and_type(tmp_path: Path) -> None:
     assert (entry["field"], entry["image_field"]) == ("alt", "left")
 
 
-def refuse_urls(path: Path) -> None:
-    pd.DataFrame({"image": ["https://a.org/a.png"], "text": ["a"]}).to_parquet(path)
+def foreign_urls(path: Path) -> None:
+    pd.DataFrame({"image": ["s3://a/a.png"], "text": ["a"]}).to_parquet(path)
+
+
+def urls(count: int) -> list[str]:
+    return [f"https://{number}.org/a.png" for number in range(count)]
+
+
+def captions_by_url(path: Path) -> None:
+    pd.DataFrame({"image": urls(2), "text": ["a", "b"]}).to_parquet(path)
+
+
+def chat_by_url(path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls(4)]
+    reply = {"role": "assistant", "content": "a"}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}, reply]}) + "\n")
 
 
 def laion(path: Path) -> None:
@@ -163,10 +179,9 @@ def labelled_shards(path: Path) -> None:
 
 
 REFUSED = {
-    "images by URL": ("a.parquet", refuse_urls, "images by URL, .*img2dataset"),
+    "images by URL": ("a.parquet", foreign_urls, "URLs of other schemes than http, .*download"),
     "LAION": ("a.parquet", laion, "URLs of images, as in LAION, .*img2dataset"),
     "MDS of text": ("a", text_mds, "MosaicML's MDS, which is not read: no images in its columns"),
-    "OBELICS by URL": ("a.parquet", obelics_of_urls, "OBELICS, but its image is a URL.*img2data"),
     "folders of classes": ("a", classes, "images without captions, .* write metadata.jsonl"),
     "a column of classes": ("a.parquet", labelled, "no captions in its fields"),
     "shards of classes": ("a.tar", labelled_shards, "WebDataset shards, .*: no caption"),
@@ -186,3 +201,21 @@ def test_layouts_without_captions_or_images_are_refused_by_name(tmp_path: Path, 
     with pytest.raises(PretrainError, match=message) as raised:
         recognize(str(tmp_path / file))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "write", "type", "hosts"),
+    [
+        ("a.parquet", captions_by_url, "images", ["0.org", "1.org"]),
+        ("a.parquet", obelics_of_urls, "images", ["a.org"]),
+        ("a.jsonl", chat_by_url, "vision_chat", ["*"]),
+    ],
+)
+def test_the_hosts_of_urls_are_suggested(
+    tmp_path: Path, file: str, write: Callable[[Path], None], type: str, hosts: list[str]
+) -> None:
+    write(tmp_path / file)
+    found = recognize(str(tmp_path / file))
+    expected = {"type": type, "path": str(tmp_path / file), "media_urls": hosts}
+    assert [{k: v for k, v in one.items() if k != "field"} for one in found.entries] == [expected]
+    assert "images are copied from the hosts in media_urls" in found.description
