@@ -121,6 +121,9 @@ class RlConfig(Settings):
     """tau: weight of the squared log-ratio."""
     problems: Size = 2000
     """Different prompts: images or sums."""
+    images: tuple[str, ...] = ()
+    """Changes of `pretraining` for the images to read, which are evaluated in addition to those of
+    pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no changes."""
     solved_share: Share | None = 0.2
     """Share of the images that the model reads correctly at the start, by greedy decoding: there
     is little to learn from them. null: images as they come."""
@@ -133,7 +136,7 @@ class RlConfig(Settings):
             f"{self.prompts * self.group_size}",
         )
         if self.task == "sums":
-            self._refuse_without_effect("task=sums", ["solved_share"])
+            self._refuse_without_effect("task=sums", ["images", "solved_share"])
         else:
             self._refuse_without_effect("task=read", ["toggle"])
 

@@ -1,6 +1,6 @@
 """The data of the pretraining: images to read, and held-out text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.config import Config
 from pretrain import config as configuration
 from pretrain.data import Data, open_data
 from pretrain.data.interface import Split
@@ -21,17 +22,26 @@ class Picture:
     text: str
 
 
-def open_pretraining_data(file: str, model: Path) -> Data:
+def open_pretraining_data(file: str, model: Path, changes: Sequence[str] = ()) -> Data:
     """Open the data of a pretraining configuration, with the tokenizer of an exported model.
 
     Its held-out split is the one that pretraining did not see.
 
+    Args:
+        changes: of the configuration, ``key.sub=value``.
+
     Raises:
         PretrainError: as :func:`pretrain.config.load` and :func:`pretrain.data.open_data`.
     """
-    config = configuration.load(file)
+    config = configuration.load(file, changes)
     data = replace(config.data, tokenizer=str(model / "tokenizer.json"))
     return open_data(data, config.vision.patch_size, config.seed)
+
+
+def open_images(config: Config, model: Path) -> Data | None:
+    """Open the data with the changes of ``rl.images``; None without changes."""
+    changes = config.rl.images
+    return open_pretraining_data(config.pretraining, model, changes) if changes else None
 
 
 def pictures(data: Data, split: Split, count: int) -> list[Picture]:

@@ -11,7 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain import metrics, modes
 from posttrain.config import Config, EvaluationConfig
-from posttrain.data import Picture, held_out_texts, open_pretraining_data, pictures
+from posttrain.data import (
+    Picture,
+    held_out_texts,
+    open_images,
+    open_pretraining_data,
+    pictures,
+)
 from posttrain.model import TRAINED, Exported, load
 from posttrain.tasks import sum_task
 from pretrain.data import Data
@@ -30,7 +36,8 @@ def run(config: Config) -> None:
     trained = Path(config.run_dir) / TRAINED
     exported = load(trained if trained.is_dir() else Path(config.model))
     data = open_pretraining_data(config.pretraining, exported.folder)
-    found, readings = held_out(exported, data, config)
+    images = open_images(config, exported.folder)
+    found, readings = held_out(exported, data, config, images)
     print(f"{exported.folder}: {' | '.join(metrics.cells(found)) or 'no data'}")
     if text := listing(readings):
         print(text)
@@ -38,9 +45,13 @@ def run(config: Config) -> None:
 
 @torch.no_grad()
 def held_out(
-    exported: Exported, data: Data, config: Config
+    exported: Exported, data: Data, config: Config, images: Data | None = None
 ) -> tuple[dict[str, float | None], list[Reading]]:
-    """The metrics of a model, and its transcriptions."""
+    """The metrics of a model, and its transcriptions.
+
+    Args:
+        images: data of the images of ``rl.images``, whose transcriptions are returned if given.
+    """
     model, options = exported.model, config.evaluation
     was_training = model.training
     model.eval()
@@ -50,6 +61,9 @@ def held_out(
             readings = transcribe(exported, pictures(data, "held_out", options.images), options)
         loss = text_loss(model, held_out_texts(data, options.text_sequences), options)
         found = {"held_out_text_loss": loss, **scores(readings)}
+        if images is not None and options.images:
+            readings = transcribe(exported, pictures(images, "held_out", options.images), options)
+            found |= {f"changed_{name}": value for name, value in scores(readings).items()}
         if modes.has_chat_modes(exported) and options.problems:
             for name in modes.CHAT_MODES:
                 found |= sums(exported, config, name)

@@ -24,6 +24,12 @@ METRICS = {
     "held_out_text_loss": OF_PRETRAINING["held_out_text_loss"],
     "exact_match": OF_PRETRAINING["exact_match"],
     "character_error_rate": OF_PRETRAINING["character_error_rate"],
+    "changed_exact_match": Metric(
+        "rl.images read exactly", ".1%", "held-out images of rl.images read exactly"
+    ),
+    "changed_character_error_rate": Metric(
+        "rl.images character error rate", ".1%", "character error rate on images of rl.images"
+    ),
     "instant_accuracy": Metric("instant", ".1%", "held-out sums solved without reasoning"),
     "instant_tokens": Metric("tokens", ".1f", "tokens of a reply without reasoning"),
     "thinking_accuracy": Metric("thinking", ".1%", "held-out sums solved with reasoning"),
@@ -63,6 +69,7 @@ METRICS |= {
 _OF_TRL |= {name: name for name in SWARM}
 HELD_OUT = (
     *("held_out_text_loss", "exact_match", "character_error_rate"),
+    *("changed_exact_match", "changed_character_error_rate"),
     *("instant_accuracy", "instant_tokens", "thinking_accuracy", "thinking_tokens"),
     *(f"held_out_{name}" for name in SWARM),
 )

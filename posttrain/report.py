@@ -26,7 +26,12 @@ _PLOTS = (
         "out_of_range",
     ),
     *("logit_bound", "grad_norm", "lr", "loss", "held_out_text_loss"),
-    *("character_error_rate", "thinking_accuracy", "thinking_tokens"),
+    *(
+        "character_error_rate",
+        "changed_character_error_rate",
+        "thinking_accuracy",
+        "thinking_tokens",
+    ),
     *SWARM,
 )
 _MAX_BYTES = 1 << 20

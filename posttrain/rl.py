@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from posttrain import evaluate, model, modes
 from posttrain.config import Config
-from posttrain.data import Picture, open_pretraining_data, pictures
+from posttrain.data import Picture, open_images, open_pretraining_data, pictures
 from posttrain.environment.core import Task
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
@@ -39,7 +39,8 @@ def train(config: Config) -> Path:
         torch.manual_seed(config.seed)  # of the responses that budgets are estimated from
         exported = model.load(Path(config.model))
         data = open_pretraining_data(config.pretraining, exported.folder)
-        run = Run("rl", config, exported, data, termination)
+        images = open_images(config, exported.folder)
+        run = Run("rl", config, exported, data, termination, images)
         mode = modes.find(exported, "document" if config.rl.task == "read" else "thinking")
         problems = _problems(run, mode)
         if len(problems) < config.rl.prompts:
@@ -93,10 +94,10 @@ def _problems(run: Run, mode: Mode) -> list[Task]:
 
 def _pictures(run: Run) -> list[Picture]:
     """The training images, most of them not solved yet."""
-    config, exported = run.config, run.exported
+    config, exported, data = run.config, run.exported, run.images or run.data
     count, share = config.rl.problems, config.rl.solved_share
     if share is None:
-        return pictures(run.data, "train", count)
+        return pictures(data, "train", count)
     solved: list[Picture] = []
     unsolved: list[Picture] = []
     wanted = round(count * (1 - share))
@@ -104,7 +105,7 @@ def _pictures(run: Run) -> list[Picture]:
     with Progress("choosing images that are not solved yet", wanted, "images") as progress:
         asked = 0
         while len(unsolved) < wanted:
-            found = pictures(run.data, "train", asked + count)
+            found = pictures(data, "train", asked + count)
             new = found[asked:]
             readings = evaluate.transcribe(exported, new, config.evaluation)
             for reading, picture in zip(readings, new, strict=True):

@@ -40,6 +40,7 @@ class Run:
         exported: the model that is trained.
         data: the data of its pretraining.
         termination: requests to end the process.
+        images: data of the images of ``rl.images``.
     """
 
     command: str
@@ -47,6 +48,7 @@ class Run:
     exported: Exported
     data: Data
     termination: Termination
+    images: Data | None = None
     _metrics: AppendedFile = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Evaluate the model; its transcriptions are for the report."""
-        found, readings = evaluate.held_out(self.exported, self.data, self.config)
+        found, readings = evaluate.held_out(self.exported, self.data, self.config, self.images)
         record = {"step": step, **found}
         self.write(record)
         name = "transcriptions.json" if step else "transcriptions_before.json"
@@ -159,21 +161,21 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, run: Run, trainer: Any) -> None:
         self._run, self._trainer = run, trainer
-        self._start = self._last = time.monotonic()
+        self._start = self._began = time.monotonic()
+        self._seconds = 0.0
         self._first: int | None = None
         self._rollout: dict[str, float] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
         if self._first is None:
-            self._first = state.global_step
-            self._start = self._last = time.monotonic()
+            self._first, self._start = state.global_step, self._began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "grad_norm" not in logs:  # such as the summary at the end
             return
         now, config = time.monotonic(), self._run.config
-        record = {"step": state.global_step, **metrics.from_trl(logs)}
-        record["seconds"], self._last = now - self._last, now
+        record = {"step": state.global_step, **metrics.from_trl(logs), "seconds": self._seconds}
         self._run.write(record)
         step, steps = state.global_step, config.steps
         # Steps after the first of a batch have no rollout.
@@ -187,9 +189,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, config = state.global_step, self._run.config
+        self._seconds = time.monotonic() - self._began  # this comes before the log
         if self._run.termination.signal and step % self._trainer.steps_per_rollout == 0:
             control.should_save = control.should_training_stop = True
         every = config.evaluation.every
         if every and step % every == 0 and step < config.steps:
             self._run.evaluate(step)
-            self._last = time.monotonic()

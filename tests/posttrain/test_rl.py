@@ -1,6 +1,7 @@
 """``posttrain sft``, ``rl`` and ``eval``, from an export to an export, in small."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,32 @@ def test_frozen_parameters_stay(
     assert first["held_out_text_loss"] == last["held_out_text_loss"]
 
 
+def test_other_images_than_those_of_pretraining_are_practised_and_evaluated(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are of another length, so that the source of each image is visible."""
+    practised: set[int] = set()
+
+    def noted(answer: str, truth: str) -> float:
+        practised.add(len(truth))
+        return spread_reward(answer, truth)
+
+    monkeypatch.setattr(rl, "edit_distance_reward", noted)
+    longer = "rl.images=[data.images.min_chars=6, data.images.max_chars=6]"
+    chosen = settings(tmp_path / "longer", image_export, *READ, longer, "steps=2")
+    out = rl.train(chosen)
+    assert practised == {6}
+    last = records(tmp_path / "longer")[-1]
+    assert last["changed_character_error_rate"] != last["character_error_rate"]
+    readings = json.loads((tmp_path / "longer" / "run" / "transcriptions.json").read_text())
+    assert {len(reading[0]) for reading in readings} == {6}
+
+    exported = model.load(out)
+    data = evaluate.open_pretraining_data(chosen.pretraining, exported.folder)
+    found, _ = evaluate.held_out(exported, data, chosen)
+    assert "changed_exact_match" not in found
+
+
 def test_evaluation_of_the_command(
     image_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +203,8 @@ def test_evaluation_of_the_command(
         ),
         (("rl.prompts=50", "rl.problems=3", "rl.solved_share=null"), "fewer than"),
         (("model=/nowhere",), "/nowhere"),
+        (("rl.images=[data.images.max_ink=3]",), "unknown configuration key 'data.images.max_ink'"),
+        (("rl.images=[large]",), "large"),
         ((*READ, "optimizer.frozen=[encoder.*]"), "no parameter matches 'encoder"),
         ((*READ, "optimizer.frozen=['*']"), "leaves no parameter to train"),
         (("rl.rat=1",), "unknown configuration key 'rl.rat'"),
@@ -220,6 +249,27 @@ def test_equal_images_are_encoded_once_with_the_same_result(image_export: Path) 
     encode_once(exported.model)
     found = torch.cat(list(inner.get_image_features(pixels, grids).pooler_output))
     torch.testing.assert_close(found, expected)
+
+
+def test_the_time_of_a_step_is_all_of_it_without_its_evaluation(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def slow_reward(answer: str, truth: str) -> float:
+        pass_time(1)
+        return spread_reward(answer, truth)
+
+    monkeypatch.setattr(rl, "edit_distance_reward", slow_reward)
+    monkeypatch.setattr(Run, "evaluate", lambda _run, _step: pass_time(60))
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    rl.train(settings(tmp_path / "timed", image_export, *READ, "evaluation.every=1", "steps=2"))
+    # The four responses of the batch are generated in the first of its two steps.
+    assert [record["seconds"] for record in records(tmp_path / "timed")] == [4, 0]
 
 
 def test_evaluation_leaves_the_models_mode(image_export: Path, tmp_path: Path) -> None:
