@@ -54,9 +54,10 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
             why = (
                 "has tokens already" if isinstance(source, MegatronSource) else "is not plain text"
             )
+            also = " (`data tokenize` prepares conversations)" if source.is_chat else ""
             raise PretrainError(
                 f"{source.setting}: {source.location} ({source.config.type}) {why}: only text is "
-                "converted to .bin and .idx; leave the source out"
+                f"converted to .bin and .idx; leave the source out{also}"
             )
         if isinstance(source, IndexedSource):
             source.workers = workers

@@ -119,6 +119,10 @@ def test_images_in_a_table_become_shards(
     [
         (("text.jsonl", "new", "--to=shards"), "(text) has no images with captions: only sources"),
         (("pictures", "new", "--to=megatron"), "(images) is not plain text: only text is"),
+        (
+            ("chat.jsonl", "new", "--to=megatron"),
+            "(chat) is not plain text: only text is",
+        ),
         (("pictures", "new", "--to=shards", "--per-shard=0"), "--per-shard must be > 0, not 0"),
         (("pictures", "new", "--to=shards", "data.deduplicate=exact"), "not applied to shards"),
         (("nothing", "new", "--to=shards"), "nothing"),
@@ -136,6 +140,8 @@ def test_errors_are_one_line_and_leave_nothing(
     make.jsonl(Path("text.jsonl"), range(5))
     make.captioned_folder(Path("pictures"), 4)
     Path("empty.yaml").write_text("steps: 200\n")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    Path("chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     assert convert(*arguments, "data.cache_dir=cache") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

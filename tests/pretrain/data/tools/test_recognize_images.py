@@ -181,7 +181,7 @@ def labelled_shards(path: Path) -> None:
 REFUSED = {
     "images by URL": ("a.parquet", foreign_urls, "URLs of other schemes than http, .*download"),
     "LAION": ("a.parquet", laion, "URLs of images, as in LAION, .*img2dataset"),
-    "MDS of text": ("a", text_mds, "MosaicML's MDS, which is not read: no images in its columns"),
+    "MDS of text": ("a", text_mds, "MosaicML's MDS, .*: it has no images, only .*: convert it to"),
     "folders of classes": ("a", classes, "images without captions, .* write metadata.jsonl"),
     "a column of classes": ("a.parquet", labelled, "no captions in its fields"),
     "shards of classes": ("a.tar", labelled_shards, "WebDataset shards, .*: no caption"),
