@@ -95,12 +95,17 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
         raise PretrainError(f"{setting}.path: {root} does not exist")
     paths = [item for item in items if isinstance(item, Path)]
     if not paths:
-        failed = [item for item in items if isinstance(item, Skip) and item.corrupt]
-        why = f" ({failed[0].name}: {failed[0].reason})" if failed else ""
-        raise PretrainError(f"{setting}.path: {nothing}{why}")
+        raise PretrainError(f"{setting}.path: {nothing}{_why_nothing(items)}")
     if not any(_size(path) for path in paths):
         raise PretrainError(f"{setting}.path: {paths[0]} is empty")
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def _why_nothing(items: Iterable[Path | Skip]) -> str:
+    """Why a folder or pattern has no files to read: the first that is damaged, or not supported."""
+    skips = [item for item in items if isinstance(item, Skip)]
+    causes = [skip for skip in skips if skip.corrupt or _foreign_suffix(Path(skip.name))]
+    return f" ({causes[0].name}: {causes[0].reason})" if causes else ""
 
 
 def find_json(
@@ -375,15 +380,27 @@ _FOREIGN = (
     _Foreign("a 7z archive", (".7z",), rb"7z\xbc\xaf\x27\x1c", "unpack it"),
     _Foreign("a RAR archive", (".rar",), rb"Rar!\x1a\x07", "unpack it"),
     _Foreign("LZ4", (".lz4",), rb"\x04\x22\x4d\x18", "decompress it"),
+    _Foreign("Brotli", (".br",), advice="decompress it"),
+    _Foreign("Snappy", (".snappy", ".sz"), rb"\xff\x06\0\0sNaPpY", "decompress it"),
+    _Foreign("LZW", (".z",), rb"\x1f\x9d", "decompress it"),
     _Foreign(
         "compressed twice", (), b"|".join(magic for magic, _ in _DECOMPRESSORS), "decompress it"
     ),
+    _Foreign("TFRecord", (".tfrecord", ".tfrecords")),
+    _Foreign("Avro", (".avro",), rb"Obj\x01", "convert it to Parquet"),
+    _Foreign("LMDB", (".mdb", ".lmdb")),
+    _Foreign("Lance", (".lance",), advice="convert it to Parquet"),
+    _Foreign("FFCV", (".beton",), advice="convert it to WebDataset shards or Parquet"),
+    _Foreign("RecordIO", (".rec",), advice="convert it to WebDataset shards or Parquet"),
+    _Foreign("MessagePack", (".msgpack",)),
     _Foreign("SQLite", (".sqlite",), rb"SQLite format 3\0"),
     _Foreign("HDF5", (".h5", ".hdf5"), rb"\x89HDF\r\n\x1a\n"),
     _Foreign("binary data", (".bin", ".idx"), advice="convert it to text or JSON lines"),
     _Foreign("pickled data", (".pkl", ".pickle", ".pt", ".pth"), rb"\x80[\x02-\x05][^\x80-\xff]"),
     _Foreign("an image", (), rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "use a source of images"),
 )
+# The end of a name such as a.tfrecord-00000-of-00004.
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 _BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "UTF-32LE",
     b"\0\0\xfe\xff": "UTF-32BE",
@@ -402,6 +419,7 @@ _SEPARATOR = re.compile(r"[\s,]*")
 
 def _foreign_suffix(path: Path) -> str:
     """The reason for not reading a file by its name; empty if the name is no reason."""
+    path = Path(_SHARD_NUMBER.sub("", path.name))
     for kind in _FOREIGN:
         if kind.suffixes and ends_with(path, with_compressed(kind.suffixes)):
             return f"{kind.name}, which is not read: {kind.advice}"

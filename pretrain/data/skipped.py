@@ -26,6 +26,10 @@ class Skip(NamedTuple):
     corrupt: bool = True
 
 
+class EmptyRecordError(ValueError):
+    """A record whose image or text is empty, such as of a failed download; it is not corrupt."""
+
+
 class Skipped:
     """The documents skipped so far, each counted once.
 

@@ -227,7 +227,7 @@ def likely_field(rows: Iterable[Mapping[str, Any]], names: Collection[str] = ())
         for name, value in row.items():
             if isinstance(value, str) and (name in lengths or not names):
                 lengths[name] = lengths.get(name, 0) + len(value)
-    lower = {name.lower(): name for name in lengths}
+    lower = {name.lower(): name for name in reversed(lengths)}  # the first one if case differs
     usual = next((lower[name] for name in _TEXT_NAMES if name in lower), "")
     return usual or max(lengths, key=lambda name: lengths[name], default="")
 

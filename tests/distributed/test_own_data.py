@@ -1,16 +1,20 @@
 """Runs on sources of data resume exactly with any number of ranks, and survive corrupt data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pretrain import html_report
+from pretrain.data import skipped
 from pretrain.data.composer import Composer
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.data import make
+from tests.pretrain.data.tools import test_recognize as texts
+from tests.pretrain.data.vision_text import make as layouts
 
 SHORT = (
     "evaluation.every=100",
@@ -69,6 +73,56 @@ def test_tokens_and_losses_of_sources_do_not_depend_on_ranks_or_stops(folder: Pa
     assert f"<td>data.sources[1]: {folder}/pictures</td>" in page
     assert f"<td>{whole[6]['source_tokens'][0]:,}</td>" in page
     assert "Held-out loss by source" in page
+
+
+def conversations(folder: Path) -> None:
+    """Conversations about images and videos in LLaVA's layout, and others with tools."""
+    texts.array(texts.LLAVA)(folder / "llava.json")
+    texts.films(texts.array(texts.FILMED))(folder / "filmed.json")
+    texts.lines(*texts.TOOLS, *texts.OPENAI)(folder / "chat.jsonl")
+
+
+EVERY_LAYOUT: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "obelics.parquet": ("images", layouts.obelics_parquet),
+    "mmc4": ("images", layouts.mmc4_archived),
+    "captioned.parquet": ("images", lambda path: layouts.dataset().to_parquet(path)),
+    "several.parquet": ("images", layouts.several_captions),
+    "saved": ("images", lambda path: layouts.dataset().save_to_disk(str(path))),
+    "metadata": ("images", layouts.imagefolder),
+    "mds": ("images", layouts.mds),
+    "img2dataset": ("images", layouts.img2dataset_shards),
+    "films": ("images", layouts.video_folder),
+    "llava.json": ("vision_chat", lambda path: conversations(path.parent)),
+    "filmed.json": ("vision_chat", lambda path: None),
+    "trl.parquet": ("vision_chat", texts.trl),
+    "chat.jsonl": ("chat", lambda path: None),
+    "web.parquet": ("text", texts.codecs),
+}
+
+
+def test_a_mixture_of_every_layout_resumes_exactly_with_any_number_of_ranks(folder: Path) -> None:
+    entries = []
+    for name, (kind, write) in EVERY_LAYOUT.items():
+        write(folder / name)
+        field = ", field: captions" if name == "several.parquet" else ""
+        entries.append(f"{{type: {kind}, path: {folder / name}{field}}}")
+    own = (sources(folder, *entries), training.EXACT, *SHORT, "data.vision_share=0.15")
+    own = (*own, "data.seq_length=512", "global_batch_size=4")
+    run = training.train_and_read
+    whole = launch(run, 1, str(folder), f"run_dir={folder}/mixed", "steps=6", *own)[0]
+    for ranks in (1, 2):
+        run_dir = f"run_dir={folder}/mixed{ranks}"
+        launch(run, ranks, str(folder), run_dir, "steps=3", *own)
+        parts = launch(run, ranks, str(folder), run_dir, "steps=6", *own)[0]
+        for resumed, reference in zip(parts[4:], whole[4:], strict=True):
+            assert resumed["source_tokens"] == reference["source_tokens"]
+            if ranks == 1:
+                assert resumed == reference
+            else:
+                assert resumed["loss"] == pytest.approx(reference["loss"], rel=1e-9)
+    before, after = whole[3]["source_tokens"], whole[6]["source_tokens"]
+    assert all(one < other for one, other in zip(before, after, strict=True))
+    assert not any(skip.corrupt for skip in skipped.read(folder / "mixed" / skipped.FILE))
 
 
 def test_shards_resume_exactly_with_the_same_number_of_ranks_only(folder: Path) -> None:

@@ -287,6 +287,9 @@ class MegatronDocuments(IndexedDocuments):
         tokens = pair.tokens[first + segment.start : first + segment.stop]
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
             return Skip(f"{pair.prefix}.bin: document {number}", "has tokens of another tokenizer")
+        if np.any(tokens == tokenizer.media_pad):
+            why = "has placeholders of images without the images"
+            return Skip(f"{pair.prefix}.bin: document {number}", why)
         if segment.start == 0 and len(tokens) and tokens[0] == tokenizer.bos != tokenizer.eos:
             tokens = tokens[1:]
         return Document(tokenizer).add_tokens(tokens)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from pretrain.data.skipped import Skip
 from pretrain.data.tools.beginnings import beginnings
 from pretrain.data.vision_text import archives, columns, mds, reading
 from pretrain.data.vision_text.layouts import (
+    SOUND,
     Files,
     Folder,
     Names,
@@ -46,6 +47,9 @@ _CAPTIONS = (
 # Columns next to the URL of an image.
 _OF_IMAGES = {"width", "height", "original_width", "similarity", "clip_similarity_vitb32", "nsfw"}
 _ORIGINS = re.compile(r".*(url|uri|path|sha256|md5|hash|key|id|license|status)", re.IGNORECASE)
+# Questions or instructions, and their answers.
+_ASKED = ("prompt", "instruction", "question")
+_ANSWERED = ("completion", "completions", "response", "responses", "answer", "answers")
 
 
 class Recognized(NamedTuple):
@@ -221,9 +225,9 @@ def _mds(root: Path | str, shard: Path) -> Recognized:
     Raises:
         PretrainError: they have no images with captions.
     """
-    if files.is_compressed(shard):
-        return _found("compressed MDS shards of MosaicML", "images", root)
     try:
+        if files.is_compressed(shard):
+            return _found("compressed MDS shards of MosaicML", "images", root)
         kinds = mds.kinds(shard, "")
         if not columns.image_columns(kinds, Names()):
             names = ", ".join(kinds)
@@ -299,6 +303,11 @@ def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if chat := _chat(file, rows):
         return chat
+    if {"images", "annotations"} <= set(names):
+        advice = "write a line for each image, {file_name: …, text: …}"
+        raise _refused(file, "annotations as in COCO", advice)
+    if any(files.lost_field(row, SOUND) for row in rows):
+        raise _refused(file, "sound", "set field to the text of each record to train on that alone")
     layout = layout_of(names)
     if layout != "captions" or any(row.get(key) for row in rows for key in media_keys(row)):
         return _pictured(file, rows)
@@ -310,6 +319,7 @@ def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]
     if not (field := tables.likely_field(rows)):
         found = ", ".join(names) or "none"
         raise PretrainError(f"{file}: no text in its fields, which are {found}")
+    _refuse_answers(file, field, names)
     return f"the text is probably {field!r}", {"type": "text", "field": field}
 
 
@@ -338,6 +348,7 @@ def _pictured(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry
         entry |= _columns(kinds, tables.likely_field(rows)) | hosts
     except ValueError as error:
         raise PretrainError(f"{file}: {error}") from error
+    _refuse_answers(file, entry.get("field", ""), kinds)
     return f"images or videos with captions{remark}", entry
 
 
@@ -371,6 +382,20 @@ def _by_url(file: Path, urls: Sequence[str]) -> tuple[str, Entry]:
     return "; images are copied from the hosts in media_urls", {"media_urls": chosen}
 
 
+def _refuse_answers(file: Path, field: str, names: Iterable[str]) -> None:
+    """
+    Raises:
+        PretrainError: the field has the questions or the answers alone of records with both.
+    """
+    lower = {name.lower(): name for name in names}
+    asked, answered = (
+        next((lower[name] for name in known if name in lower), "") for known in (_ASKED, _ANSWERED)
+    )
+    if asked and answered and field in (asked, answered):
+        advice = "write them as instruction and output, or as messages; field: NAME would read one"
+        raise _refused(file, f"{asked!r} with its reply in {answered!r}", advice)
+
+
 def _kind(value: Any) -> str:
     """The kind of a value of JSON, as of a column."""
     if isinstance(value, list):
@@ -388,7 +413,8 @@ def _columns(kinds: columns.Kinds, longest: str) -> Entry:
         ValueError: there is no column of text.
     """
     if not (images := columns.image_columns(kinds, Names())):
-        raise ValueError(f"no images in its columns, which are {', '.join(kinds)}")
+        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(f"no images in its columns, which are {listed}")
     texts = [
         name
         for name, kind in kinds.items()
@@ -426,7 +452,7 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
         try:
             found = conversations.layout_name(row, field)
             if not found:
-                return None
+                continue
             conversation = conversations.conversation_of(row, field, named)
         except conversations.UnsupportedLayoutError as error:
             raise PretrainError(f"{file}: {error}") from error
@@ -441,7 +467,9 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
             entry = first | {"type": "vision_chat"}
             name = found
     if not entry:
-        raise PretrainError(f"{file}: conversations that are not read: {problem}")
+        if problem:
+            raise PretrainError(f"{file}: conversations that are not read: {problem}")
+        return None
     remark, hosts = _by_url(file, urls)
     return f"conversations as in {name}{seen}{remark}", entry | hosts
 

@@ -24,7 +24,7 @@ from pretrain.data.files import MAX_DOCUMENT_BYTES, reason
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place, Span
-from pretrain.data.skipped import Skip
+from pretrain.data.skipped import EmptyRecordError, Skip
 from pretrain.data.vision_text.copies import uncompressed
 from pretrain.data.vision_text.document import Mixed
 from pretrain.data.vision_text.layouts import CAPTION, Folder, Names
@@ -63,7 +63,7 @@ def read_samples(file: Path, names: Names, cache_dir: str) -> Iterator[Mixed | S
             try:
                 yield _sample(name, sample, names)
             except (ValueError, RecursionError) as error:
-                yield Skip(name, reason(error))
+                yield Skip(name, reason(error), corrupt=not isinstance(error, EmptyRecordError))
     except _ERRORS as error:
         after = f"cannot be read after {number:,} samples: " if number else "a damaged archive: "
         yield Skip(str(file), after + reason(error))
@@ -133,7 +133,9 @@ def _caption(sample: list[tuple[str, Span]], field: str) -> str:
         caption = _read(own[text])
     else:
         caption = described.get(CAPTION)
-    if not isinstance(caption, str) or not caption.strip():
+    if isinstance(caption, str) and not caption.strip():
+        raise EmptyRecordError("its caption is empty")
+    if not isinstance(caption, str):
         raise ValueError(f"no caption: neither .txt nor {field!r} or {CAPTION!r} in .json")
     if not files.is_unicode(caption):
         raise ValueError("half a surrogate pair in its text")

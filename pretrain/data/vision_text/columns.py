@@ -19,7 +19,7 @@ from pretrain.data.files import UNREADABLE, reason
 from pretrain.data.media.span import Span
 from pretrain.data.skipped import Skip
 from pretrain.data.vision_text.copies import copied
-from pretrain.data.vision_text.layouts import CAPTION, Names, layout_of, media_keys
+from pretrain.data.vision_text.layouts import CAPTION, SOUND, Names, layout_of, media_keys
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,11 @@ def image_columns(kinds: Kinds, names: Names) -> list[str]:
 
 def kinds_of(found: pa.Schema) -> dict[str, str]:
     """The kinds of a table's columns."""
-    return {column.name: _kind(column.type) for column in found}
+    # Sound is stored in columns of the same type as images.
+    return {
+        column.name: "audio" if column.name.lower() in SOUND else _kind(column.type)
+        for column in found
+    }
 
 
 def _kind(type: pa.DataType) -> str:

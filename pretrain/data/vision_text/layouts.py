@@ -24,7 +24,7 @@ from pretrain.data.media import video
 from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place, Span
 from pretrain.data.remote import MediaDownloads, is_url
-from pretrain.data.skipped import Skip
+from pretrain.data.skipped import EmptyRecordError, Skip
 from pretrain.data.vision_text.document import Mixed
 
 Layout = Literal["captions", "imagefolder", "parts", "OBELICS", "MMC4"]
@@ -32,9 +32,12 @@ Row = Mapping[str, Any]
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
 CAPTION = "caption"
-# Fields with media that documents do not have. A caption's image_url often names its origin.
-_LOST = ("audio", "audios", "input_audio")
+SOUND = ("audio", "audios", "input_audio")
+"""Fields and columns with sound, which documents do not have. (A caption's image_url is often the
+origin of its image.)"""
 _FILE_NAME = re.compile(r"(.*_)?file_names?")
+# Too long for the name of a file.
+_BASE64 = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]{256,}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Folder:
         if is_url(name):
             raise ValueError(
                 f"its image is a URL, {name[:200]}: download it, such as by img2dataset"
+            )
+        if _BASE64.fullmatch(name):
+            raise ValueError(
+                f"its image is in base64, {name[:20]}…: store its bytes in Parquet, as `datasets`"
             )
         path = self.root / name
         try:
@@ -115,7 +122,7 @@ def documents(name: str, row: Row, found: Files, names: Names) -> Iterator[Mixed
     made: list[tuple[str | Media, ...]]
     try:
         layout = layout_of(row)
-        lost = (*_LOST, *MEDIA_KEYS) if layout == "parts" else _LOST
+        lost = (*SOUND, *MEDIA_KEYS) if layout == "parts" else SOUND
         if key := files.lost_field(row, lost):
             raise ValueError(f"its {key!r} would be lost: name it in 'parts'")
         if layout in ("captions", "imagefolder"):
@@ -130,7 +137,7 @@ def documents(name: str, row: Row, found: Files, names: Names) -> Iterator[Mixed
             if not all(files.is_unicode(part) for part in parts if isinstance(part, str)):
                 raise ValueError("half a surrogate pair in its text")
     except ValueError as error:
-        yield Skip(name, reason(error))
+        yield Skip(name, reason(error), corrupt=not isinstance(error, EmptyRecordError))
         return
     yield from (Mixed(name, parts) for parts in made)
 
@@ -165,7 +172,7 @@ def _media_of(row: Row, found: Files, names: Names) -> list[Media]:
     if len(filled) > 1:
         raise ValueError(f"has {' and '.join(map(repr, filled))}: set image_field to one of them")
     if not filled:
-        raise ValueError("no image in it")
+        raise EmptyRecordError("no image in it") if keys else ValueError("no image in it")
     (key,) = filled
     value = row[key]
     if key == "video" and isinstance(value, list):  # the frames of one
@@ -207,7 +214,11 @@ def _captions(row: Row, field: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     if not captions or len(captions) < len(texts):
-        raise ValueError(f"no caption in {field!r} or {CAPTION!r}")
+        is_empty = all(
+            text is None or (isinstance(text, str) and not text.strip()) for text in texts
+        )
+        failed = EmptyRecordError if is_empty and row.keys() & {field, CAPTION} else ValueError
+        raise failed(f"no caption in {field!r} or {CAPTION!r}")
     return list(dict.fromkeys(captions))
 
 

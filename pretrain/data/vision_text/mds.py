@@ -22,9 +22,13 @@ from pretrain.data.skipped import Skip
 from pretrain.data.vision_text.copies import uncompressed
 
 INDEX = "index.json"
-SUFFIXES = files.with_compressed((".mds",))
+# Compressions that MDSWriter offers and that are not read.
+_COMPRESSED = {".br": "Brotli", ".snappy": "Snappy"}
+SUFFIXES = (*files.with_compressed((".mds",)), *(f".mds{suffix}" for suffix in _COMPRESSED))
 _MAX_HEADER_BYTES = 1 << 20
 _IMAGES = ("jpeg", "png", "bytes")
+# Lists of images, and the bytes before their number.
+_LISTS = {"list[jpeg]": 4, "list[png]": 4, "jpeg_array": 0, "jpegarray": 0}
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str": files.decode,
     "json": json.loads,
@@ -48,9 +52,10 @@ def kinds(file: Path, cache_dir: str) -> dict[str, str]:
         files.UNREADABLE: the shard is damaged.
         PretrainError: the cache cannot be written.
     """
-    with uncompressed(file, cache_dir).open("rb") as stream:
+    with _plain(file, cache_dir).open("rb") as stream:
         _, columns = _header(stream)
     known = {"str": "text", "jpeg": "image", "png": "image", "bytes": "bytes"}
+    known |= dict.fromkeys(_LISTS, "list of image")
     return {column.name: known.get(column.encoding, column.encoding) for column in columns}
 
 
@@ -81,7 +86,7 @@ def read_rows(
     """
     number = 0
     try:
-        plain = uncompressed(file, cache_dir)
+        plain = _plain(file, cache_dir)
         with plain.open("rb") as stream:
             offsets, described = _header(stream)
             if int(offsets[-1]) > plain.stat().st_size or np.any(np.diff(offsets) < 0):
@@ -98,6 +103,18 @@ def read_rows(
     else:
         if not number:
             yield str(file), Skip(str(file), "no samples in it", corrupt=False)
+
+
+def _plain(file: Path, cache_dir: str) -> Path:
+    """The path of a shard's content.
+
+    Raises:
+        files.UNREADABLE: the shard is damaged, or compressed in a way that is not read.
+        PretrainError: the cache cannot be written.
+    """
+    if name := _COMPRESSED.get(file.suffix.lower()):
+        raise ValueError(f"compressed with {name}: write it again with compression='zstd'")
+    return uncompressed(file, cache_dir)
 
 
 def _header(stream: IO[bytes]) -> tuple[Any, list[_Column]]:
@@ -148,9 +165,32 @@ def _row(
 def _value(stream: IO[bytes], sample: Span, column: _Column, start: int, size: int) -> Any:
     if column.encoding in _IMAGES:
         return Span(sample.file, start, size, f"{sample.name}.{column.name}") if size else None
+    if column.encoding in _LISTS:
+        return list(_listed_images(stream, sample, column, start, size))
     if column.encoding not in _DECODERS:  # pickled data would run code
         raise ValueError(f"{column.name!r} is stored as {column.encoding}, which is not read")
     if size > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{column.name!r} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB")
     stream.seek(start)
     return _DECODERS[column.encoding](stream.read(size))
+
+
+def _listed_images(
+    stream: IO[bytes], sample: Span, column: _Column, start: int, size: int
+) -> Iterator[Span]:
+    """The images of a list: their number and their sizes (uint32) precede them."""
+    try:
+        place = start + _LISTS[column.encoding]
+        stream.seek(place)
+        (count,) = struct.unpack("<I", stream.read(4))
+        if 4 * count > size:
+            raise ValueError(f"{column.name!r} is damaged")
+        sizes = struct.unpack(f"<{count}I", stream.read(4 * count))
+    except struct.error as error:
+        raise ValueError(f"{column.name!r} is damaged") from error
+    place += 4 * (count + 1)
+    if place + sum(sizes) > start + size:
+        raise ValueError(f"{column.name!r} is damaged")
+    for number, each in enumerate(sizes, 1):
+        yield Span(sample.file, place, each, f"{sample.name}.{column.name}[{number}]")
+        place += each

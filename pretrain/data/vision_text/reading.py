@@ -395,5 +395,5 @@ def _captioned(image: Path) -> Mixed | Skip:
     except files.UNREADABLE as error:
         return Skip(str(caption), reason(error))
     if not text:
-        return Skip(str(caption), "no text in it")
+        return Skip(str(caption), "no text in it", corrupt=False)
     return Mixed(str(image), (Media((str(image),), moving=False), text))

@@ -100,6 +100,16 @@ def test_a_token_that_begins_a_document_is_not_repeated(tmp_path: Path) -> None:
     )
 
 
+def test_documents_with_placeholders_of_images_are_skipped(tmp_path: Path) -> None:
+    good, end = texts(range(9)), TOKENIZER.eos
+    built(tmp_path / "a", [*good, [[*good[0][0], TOKENIZER.media_pad]]], end)
+    data = opened(tmp_path, tmp_path / "a")
+    for index in range(40):
+        assert TOKENIZER.media_pad not in data.sample("train", index).tokens
+    (skip,) = set(data.take_skipped())
+    assert skip.name.endswith("a.bin: document 9") and "placeholders of images" in skip.reason
+
+
 def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     built(tmp_path / "a", texts(range(40)), TOKENIZER.eos)
     data = opened(tmp_path, tmp_path / "a", held_out=0.2)

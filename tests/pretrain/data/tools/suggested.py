@@ -53,6 +53,7 @@ def train(
         settings = yaml.safe_load(training.TINY)
         settings["data"] |= yaml.safe_load(suggested[name])["data"]
         settings["data"] |= {"tokenizer": str(folder / "tokenizer.json"), "held_out": 0.1}
+        settings["data"]["seq_length"] = 512
         settings |= {"steps": 1, "global_batch_size": 2}
         settings["evaluation"] |= {"sequences": 2}
         settings["optimizer"] |= {"warmup_steps": 0, "decay_steps": 0}

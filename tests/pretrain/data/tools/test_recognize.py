@@ -2,25 +2,32 @@
 
 import base64
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
+import sqlite3
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 import zstandard
-from pyarrow import feather, parquet
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from pyarrow import feather, ipc, orc, parquet
 
 from pretrain import cli
 from pretrain.data.tools.recognize import recognize
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
+from tests.pretrain.data.media.test_video import film, greys
 from tests.pretrain.data.tools import suggested
 
 TEXTS = [make.text(number) for number in range(40)]
@@ -63,6 +70,72 @@ FACTORY = [
 ]
 
 
+FILMS = [f"films/{number}.mp4" for number in range(6)]
+FILMED = [
+    {
+        "video": name,
+        "conversations": [
+            {"from": "human", "value": "<video>\nWhat happens?"},
+            {"from": "gpt", "value": name},
+        ],
+    }
+    for name in FILMS
+]
+FILMED_PARTS = [
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": name}},
+                    {"type": "text", "text": "What happens?"},
+                ],
+            },
+            {"role": "assistant", "content": name},
+        ]
+    }
+    for name in FILMS
+]
+WEATHER = {"name": "weather", "parameters": {"type": "object"}}
+TOOLS = [
+    {
+        "tools": [{"type": "function", "function": WEATHER}],
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": [{"type": "text", "text": "Use the tools."}]},
+            {"role": "user", "content": f"Is it raining in town {number}?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": "I look it up.",
+                "tool_calls": [
+                    {
+                        "id": "a",
+                        "function": {"name": "weather", "arguments": f'{{"town": {number}}}'},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": "a", "content": "rain"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+    }
+    for number in range(12)
+]
+SHARED_TOOLS = [
+    {
+        "system": "Be brief.",
+        "tools": json.dumps([WEATHER]),
+        "conversations": [
+            {"from": "human", "value": f"Is it raining in town {number}?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {}}'},
+            {"from": "observation", "value": "rain"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    }
+    for number in range(12)
+]
+
+
 def seen(part: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
     """Conversations in OpenAI's format about pictures, each in a part of a content."""
     text = {"type": "text", "text": "What is it?"}
@@ -102,6 +175,50 @@ def trl(path: Path) -> None:
     ]
     both = dataset(rows).cast_column("images", datasets.Sequence(datasets.Image()))
     both.to_parquet(path) if path.suffix else both.save_to_disk(str(path))
+
+
+def megatron(path: Path) -> None:
+    """Tokens in the format of megatron-core, which its builder writes."""
+    path.mkdir()
+    builder = IndexedDatasetBuilder(f"{path}/a.bin", np.uint16)
+    for number in range(40):
+        builder.add_item(torch.arange(100, 109 + number))
+        builder.end_document()
+    builder.finalize(f"{path}/a.idx")
+
+
+def plain_texts(path: Path) -> None:
+    path.mkdir()
+    for number, text in enumerate(TEXTS):
+        (path / f"{number}.md").write_text(text)
+    (path / "packed.txt.xz").write_bytes(lzma.compress(TEXTS[0].encode()))
+
+
+def arrow_stream(path: Path) -> None:
+    table = pa.table(COLUMNS)
+    with ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=9)
+
+
+def codecs(path: Path) -> None:
+    """Columns that Parquet compresses itself, each in another way."""
+    columns = {name: TEXTS for name in ("text", "gzip", "snappy", "lz4", "zstd", "none")}
+    columns |= {"brotli": TEXTS}
+    compression = {name: name for name in columns} | {"text": "brotli"}
+    parquet.write_table(pa.table(columns), path, compression=compression)
+
+
+def films(write: Callable[[Path], object]) -> Callable[[Path], object]:
+    """With videos, of which every other one has pixels that are not square."""
+
+    def both(path: Path) -> None:
+        (path.parent / "films").mkdir(exist_ok=True)
+        for number in range(len(FILMS)):
+            aspect = Fraction(4, 3) if number % 2 else None
+            film(path.parent / FILMS[number], greys(5), 10, aspect=aspect)
+        write(path)
+
+    return both
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -246,6 +363,42 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], object], str, list[dict[str, str]
         "a file of Arrow, 2 columns; conversations as in OpenAI, with images or videos",
         [{"type": "vision_chat"}],
     ),
+    "LLaVA with videos": (
+        "filmed.json", films(array(FILMED)),
+        "a file of JSON arrays; conversations as in LLaVA", [{"type": "vision_chat"}],
+    ),
+    "OpenAI with videos": (
+        "films.jsonl", films(lines(*FILMED_PARTS)),
+        "a file of JSON lines; conversations as in OpenAI, with images or videos",
+        [{"type": "vision_chat"}],
+    ),
+    "turns of the system, the developer and tools": (
+        "tools.jsonl", lines(*TOOLS), "a file of JSON lines; conversations as in OpenAI",
+        [{"type": "chat"}],
+    ),
+    "ShareGPT with tools": (
+        "shared_tools.json", array(SHARED_TOOLS),
+        "a file of JSON arrays; conversations as in ShareGPT", [{"type": "chat"}],
+    ),
+    "plain text": (
+        "plain", plain_texts, "41 files of plain text", [TEXT]
+    ),
+    "an Arrow stream": (
+        "a.arrow", arrow_stream, "a file of Arrow, 2 columns; the text is probably 'body'",
+        [{**TEXT, "field": "body"}],
+    ),
+    "codecs of Parquet": (
+        "codecs.parquet", codecs, "a file of Parquet, 7 columns; the text is probably 'text'",
+        [TEXT],
+    ),
+    "a compressed array": (
+        "packed.json.bz2", lambda path: path.write_bytes(bz2.compress(json.dumps(ROWS).encode())),
+        "a file of JSON arrays; the text is probably 'text'", [TEXT],
+    ),
+    "tokens of Megatron": (
+        "tokens", megatron, "tokens in Megatron's format; set data.tokenizer",
+        [{"type": "megatron"}],
+    ),
     "another field": (
         "talk.jsonl", lines(*({"talk": one["messages"]} for one in OPENAI)),
         "a file of JSON lines; conversations as in OpenAI", [{"type": "chat", "field": "talk"}],
@@ -290,6 +443,15 @@ def test_the_command_prints_the_configuration(
     assert capsys.readouterr().err == "error: steps=3: web is no configuration\n"
 
 
+def test_single_records_do_not_change_the_format(tmp_path: Path) -> None:
+    lines({"text": "No messages."}, OPENAI[0], {"messages": "none"}, OPENAI[1])(
+        tmp_path / "a.jsonl"
+    )
+    assert recognize(str(tmp_path / "a.jsonl")).entries[0]["type"] == "chat"
+    lines({"text": "a"}, {"Text": "a longer text"})(tmp_path / "b.jsonl")
+    assert recognize(str(tmp_path / "b.jsonl")).entries[0]["field"] == "text"
+
+
 def write_folder(**files: bytes) -> Callable[[Path], object]:
     def write(path: Path) -> None:
         path.mkdir()
@@ -299,7 +461,47 @@ def write_folder(**files: bytes) -> Callable[[Path], object]:
     return write
 
 
+def raw(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def lmdb(path: Path) -> None:
+    path.mkdir()
+    (path / "data.mdb").write_bytes(bytes(4096))
+
+
+def sqlite(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("create table a (text)")
+        connection.commit()
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "preferences in Parquet": (
+        "a.parquet",
+        lambda path: dataset([{"prompt": "a", "chosen": "b", "rejected": "c"}]).to_parquet(path),
+        "a.parquet: preference data",
+    ),
+    "prompts with completions": (
+        "a.jsonl",
+        lines({"prompt": "a", "completion": "b"}),
+        "'prompt' with its reply in 'completion', which is not read: write them as instruction",
+    ),
+    "ratings of completions": (
+        "a.parquet",
+        lambda path: dataset([{"prompt": "a", "completion": "b", "label": True}]).to_parquet(path),
+        "'prompt' with its reply in 'completion'",
+    ),
+    "sound": ("a.jsonl", lines({"audio": "a.wav", "text": "a"}), "sound, which is not read"),
+    "ORC": ("a.orc", lambda path: orc.write_table(pa.table(COLUMNS), path), "ORC, .*to Parquet"),
+    "NumPy": ("a.npz", lambda path: np.savez(path, a=np.arange(9)), "NumPy, which is not read"),
+    "SQLite": ("a.db", sqlite, "SQLite, which is not read"),
+    "pickled data": ("a.pt", lambda path: torch.save({}, path), "pickled data|a ZIP archive"),
+    "Brotli": ("a.jsonl.br", raw(b"\x8b\x0e\x80"), "Brotli, which is not read: decompress it"),
+    "LZ4": ("a.jsonl.lz4", raw(b"\x04\x22\x4d\x18"), "LZ4, which is not read: decompress it"),
+    "TFRecord": ("a.tfrecord-00000-of-00002", raw(bytes(20)), "TFRecord, which is not read"),
+    "Avro": ("a.avro", raw(b"Obj\x01\x04\x14"), "Avro, which is not read"),
+    "LMDB": ("a", lmdb, r"has no data in it \(.*data.mdb: LMDB, which is not read"),
     "preferences": (
         "a.jsonl",
         lines({"prompt": "a", "chosen": OPENAI[0]["messages"], "rejected": []}),

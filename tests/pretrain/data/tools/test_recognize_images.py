@@ -33,6 +33,27 @@ LAYOUTS = {
             {**IMAGES, "path": "splits/train", "field": "additional_feature", "split": "train"},
         ],
     ),
+    "images and text files": Layout(
+        "captioned", make.captioned, "24 images with captions", [IMAGES]
+    ),
+    "formats of Pillow": Layout(
+        "formats", make.pillow_formats, "a folder of images with metadata.jsonl", [IMAGES]
+    ),
+    "videos, also with pixels that are not square": Layout(
+        "films", make.video_folder, "a folder of images with metadata.jsonl", [IMAGES]
+    ),
+    "several captions": Layout(
+        "captions.parquet",
+        make.several_captions,
+        f"a file of Parquet, 2 columns; {CAPTIONED}",
+        [{**IMAGES, "field": "captions"}],
+    ),
+    "a compressed shard": Layout(
+        "packed.tar.gz", make.compressed_shard, "1 WebDataset shard", [IMAGES]
+    ),
+    "shards with an index": Layout(
+        "energon", make.energon_shards, "shards for megatron-energon", [{"type": "energon"}]
+    ),
     "several images for a text": Layout(
         "several", make.several_images, "a folder of images with metadata.parquet", [IMAGES]
     ),
@@ -87,6 +108,7 @@ LAYOUTS = {
         "archived", make.mmc4_archived, "a file of JSON lines; documents as in MMC4", [IMAGES]
     ),
     "MDS": Layout("mds", make.mds, "compressed MDS shards of MosaicML", [IMAGES]),
+    "MDS, not compressed": Layout("plain_mds", make.plain_mds, "MDS shards of MosaicML", [IMAGES]),
 }
 
 
@@ -106,7 +128,8 @@ def test_the_suggested_configuration_trains(
     entries = [{"path": layout.file} | entry for entry in layout.entries]
     assert yaml.safe_load(text) == {"data": {"sources": entries}}
     assert [step["step"] for step in steps] == [0, 1]
-    assert steps[1]["loss"] > 0
+    interleaved = "documents as in" in layout.description
+    assert steps[1]["text_loss" if interleaved else "caption_loss"] > 0
 
 
 def test_shards_are_recognized_by_file_and_pattern(
@@ -173,12 +196,39 @@ def labelled(path: Path) -> None:
     make.dataset().remove_columns("caption").to_parquet(path)
 
 
+def sound(path: Path) -> None:
+    stored = {"bytes": b"RIFF", "path": "a.wav"}  # as datasets.Audio stores it
+    parquet.write_table(pa.table({"audio": [stored], "text": ["a"]}), path)
+
+
+def coco(path: Path) -> None:
+    annotations = [{"image_id": 1, "caption": "a"}]
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+
+
+def brotli_mds(path: Path) -> None:
+    """As MDSWriter names it with compression="br"; the index is that of such a folder."""
+    path.mkdir()
+    (path / "shard.00000.mds.br").write_bytes(b"\x0b\x02\x80hello\x03")
+    shard = {"raw_data": {"basename": "shard.00000.mds"}, "compression": "br", "format": "mds"}
+    (path / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
+
+
 def labelled_shards(path: Path) -> None:
     with webdataset.TarWriter(str(path)) as writer:
         writer.write({"__key__": "a", "png": make.encoded(0), "cls": 3})
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "sound": ("a.parquet", sound, "sound, which is not read: set field to the text"),
+    "COCO": ("a.json", coco, "annotations as in COCO, which is not read: write a line for each"),
+    "MDS with Brotli": ("a", brotli_mds, "MDS, .*: compressed with Brotli: write it again with"),
+    "answers about images": (
+        "a.jsonl",
+        lambda path: make.jsonl(path, [{"image": "a.png", "question": "b", "answer": "c"}]),
+        "'question' with its reply in 'answer', .*: write them as instruction and output",
+    ),
     "images by URL": ("a.parquet", foreign_urls, "URLs of other schemes than http, .*download"),
     "LAION": ("a.parquet", laion, "URLs of images, as in LAION, .*img2dataset"),
     "MDS of text": ("a", text_mds, "MosaicML's MDS, .*: it has no images, only .*: convert it to"),

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ import pandas as pd
 import webdataset
 import zstandard
 
-from tests.pretrain.data.make import picture, text
+from pretrain import cli
+from tests.pretrain.data.make import captioned_folder, picture, text
 from tests.pretrain.data.media.test_video import film, greys
 
 COUNT = 24
 CAPTIONS = [picture(number)[1] for number in range(COUNT)]
 MDS = Path(__file__).parent / "mds"
-"""Shards that MDSWriter of mosaicml-streaming 0.13.0 wrote: 24 pictures and captions."""
+"""Shards that MDSWriter of mosaicml-streaming 0.13.0 wrote: 24 pictures and captions. (It requires
+an older version of transformers than the trainer.)"""
+MDS_LISTS = MDS.with_name("mds_lists")
+"""The same, with two pictures for each caption, in columns `list[png]` and `jpeg_array`."""
+PILLOW_FORMATS = {
+    **{"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"},
+    **{"avif": "AVIF", "jp2": "JPEG2000", "ppm": "PPM", "tga": "TGA", "pcx": "PCX", "sgi": "SGI"},
+    **{"ico": "ICO", "dds": "DDS", "dib": "DIB", "qoi": "QOI", "im": "IM"},
+}
+"""Formats that Pillow writes and reads, by suffix."""
 
 
 def encoded(number: int, format: str = "PNG") -> bytes:
@@ -59,6 +70,55 @@ def imagefolder(path: Path) -> None:
         path / "metadata.jsonl",
         [{"file_name": n, "text": t} for n, t in zip(names, CAPTIONS, strict=True)],
     )
+
+
+def captioned(path: Path) -> None:
+    """An image and a text file of the same name for each document."""
+    captioned_folder(path, COUNT)
+
+
+def pillow_formats(path: Path) -> None:
+    """An imagefolder of images in all formats."""
+    path.mkdir()
+    rows = []
+    for number, (suffix, format) in enumerate(PILLOW_FORMATS.items()):
+        picture(number)[0].save(path / f"{number}.{suffix}", format)
+        rows.append({"file_name": f"{number}.{suffix}", "text": CAPTIONS[number]})
+    jsonl(path / "metadata.jsonl", rows)
+
+
+def several_captions(path: Path) -> None:
+    features = datasets.Features(
+        image=datasets.Image(), captions=datasets.List(datasets.Value("string"))
+    )
+    rows = {
+        "image": [picture(number)[0] for number in range(COUNT)],
+        "captions": [[caption, f"{caption} again"] for caption in CAPTIONS],
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def compressed_shard(path: Path) -> None:
+    with webdataset.TarWriter(str(path), compress=True) as writer:
+        for number in range(COUNT):
+            sample = {"__key__": str(number), "png": encoded(number), "txt": CAPTIONS[number]}
+            writer.write(sample)
+
+
+def energon_shards(path: Path) -> None:
+    captioned_folder(path.parent / "captioned", COUNT)
+    assert cli.main(["data", "make-shards", str(path.parent / "captioned"), str(path)]) == 0
+
+
+def video_folder(path: Path) -> None:
+    """An imagefolder of videos, of which every other one has pixels that are not square."""
+    path.mkdir()
+    rows = []
+    for number in range(6):
+        aspect = Fraction(4, 3) if number % 2 else None
+        film(path / f"{number}.mp4", greys(5 + number), 10, aspect=aspect)
+        rows.append({"file_name": f"{number}.mp4", "text": CAPTIONS[number]})
+    jsonl(path / "metadata.jsonl", rows)
 
 
 def imagefolder_splits(path: Path) -> None:
@@ -200,6 +260,10 @@ def jsonl_folder(path: Path) -> None:
 
 def mds(path: Path) -> None:
     shutil.copytree(MDS, path)
+
+
+def mds_of_lists(path: Path) -> None:
+    shutil.copytree(MDS_LISTS, path)
 
 
 def plain_mds(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every layout gives the documents that its records mean, wherever the images are."""
 
+import base64
 import itertools
 import json
 import shutil
@@ -112,6 +113,19 @@ def test_shards_of_mosaicml_are_read(tmp_path: Path, write: Callable[[Path], obj
     assert [shown(one)[0].shape for one in documents] == [
         pixels(number).shape for number in range(make.COUNT)
     ]
+
+
+@pytest.mark.parametrize("field", ["images", "scans"])
+def test_lists_of_images_in_shards_of_mosaicml_are_read(tmp_path: Path, field: str) -> None:
+    make.mds_of_lists(tmp_path / "mds")
+    found = read(tmp_path / "mds", image_field=field)
+    documents = [one for one in found if isinstance(one, Mixed)]
+    assert [shown(one)[-1] for one in documents] == make.CAPTIONS[:6]
+    for number, document in enumerate(documents):
+        sizes = [part.shape for part in shown(document)[:-1]]
+        assert sizes == [pixels(number).shape, pixels(number + 1).shape]
+    if field == "images":
+        assert same(shown(documents[0])[:2], [pixels(0), pixels(1)])
 
 
 @pytest.mark.parametrize("write", [make.mmc4, make.mmc4_archived])
@@ -269,6 +283,11 @@ def test_single_rows_are_skipped_with_the_reason(tmp_path: Path) -> None:
     images, texts = zip(*rows, strict=True)
     found = read(table(tmp_path / "a.parquet", image=list(images), text=list(texts)))
     assert isinstance(found[0], Mixed) and len(found) == len(rows)
+    # Failed downloads and images without a caption are usual in what img2dataset writes.
+    empty = [
+        one.name.rpartition(":")[2] for one in found if isinstance(one, Skip) and not one.corrupt
+    ]
+    assert empty == ["2", "3", "4"]
     for reason, expected in zip(
         reasons(found),
         (
@@ -293,6 +312,7 @@ def test_documents_without_their_images_are_skipped(tmp_path: Path) -> None:
         {"text_list": ["a"], "image_info": ["a"]},
         {"file_name": "a.png", "image": "b.png", "text": "two images"},
         {"image": ["a.png", "b.png"], "audio": "a.wav", "text": "a"},
+        {"image": base64.b64encode(bytes(300)).decode(), "text": "a"},
     ]
     (tmp_path / "lines").mkdir()
     make.jsonl(tmp_path / "lines" / "a.jsonl", rows)
@@ -304,6 +324,7 @@ def test_documents_without_their_images_are_skipped(tmp_path: Path) -> None:
             *("not lists of the same length", "no text in it", "only URLs of", "neither an image"),
             *("no 'matched_text_index' below 1", "no 'matched_text_index'", "not lists"),
             *("not an object", "'file_name' and 'image': set image_field", "'audio' would be lost"),
+            "its image is in base64, AAAAAAAAAAAAAAAAAAAA…: store its bytes in Parquet",
         ),
         strict=True,
     ):

@@ -68,7 +68,8 @@ LAYOUTS: dict[str, tuple[Write, dict[str, Any]]] = {
 
 def settings(path: Path, **entry: Any) -> DataConfig:
     source = SourceConfig("images", str(path), **entry)
-    return DataConfig(sources=(source,), cache_dir=str(path.parent / "cache"), seq_length=256)
+    cache = str(path.parent / "cache")
+    return DataConfig(sources=(source,), cache_dir=cache, seq_length=256, held_out=0.0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
