@@ -230,7 +230,7 @@ def _mds(root: Path | str, shard: Path) -> Recognized:
             return _found("compressed MDS shards of MosaicML", "images", root)
         kinds = mds.kinds(shard, "")
         if not columns.image_columns(kinds, Names()):
-            names = ", ".join(kinds)
+            names = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
             advice = f"it has no images, only {names}: convert it to Parquet or JSON lines"
             raise _refused(shard, "MosaicML's MDS", advice)
         entry = _columns(kinds, next((name for name, kind in kinds.items() if kind == "text"), ""))
