@@ -42,8 +42,15 @@ class SumsConfig(Settings):
     """Largest operand."""
     redundant_share: Share = 0.5
     """Share of the demonstrations whose working repeats each of its steps."""
+    skipping_share: Share = 0.0
+    """Share of the demonstrations whose working is one step with all numbers: short, but harder."""
 
     def _check(self) -> None:
+        require(
+            self.redundant_share + self.skipping_share <= 1,
+            f"redundant_share={self.redundant_share} and skipping_share={self.skipping_share} must "
+            "not exceed 1 in sum",
+        )
         require(
             self.min_operands <= self.max_operands,
             f"max_operands={self.max_operands} must be >= min_operands={self.min_operands}",

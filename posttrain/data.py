@@ -22,19 +22,24 @@ class Picture:
     text: str
 
 
-def open_pretraining_data(file: str, model: Path, changes: Sequence[str] = ()) -> Data:
+def open_pretraining_data(
+    file: str, model: Path, changes: Sequence[str] = (), *, text_alone: bool = False
+) -> Data:
     """Open the data of a pretraining configuration, with the tokenizer of an exported model.
 
     Its held-out split is the one that pretraining did not see.
 
     Args:
         changes: of the configuration, ``key.sub=value``.
+        text_alone: leave the images of the built-in data out, which take most of the time.
 
     Raises:
         PretrainError: as :func:`pretrain.config.load` and :func:`pretrain.data.open_data`.
     """
     config = configuration.load(file, changes)
     data = replace(config.data, tokenizer=str(model / "tokenizer.json"))
+    if text_alone and not data.sources:
+        data = replace(data, vision_share=0)
     return open_data(data, config.vision.patch_size, config.seed)
 
 

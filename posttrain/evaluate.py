@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -93,21 +94,30 @@ def transcribe(
 
 
 def sums(exported: Exported, config: Config, name: str) -> dict[str, float | None]:
-    """Share of held-out sums that a mode solves, and the mean length of its replies in tokens."""
+    """Share of held-out sums that a mode solves, and the mean length of its replies in tokens.
+
+    Also of the shortest and the longest sums, if their numbers of operands differ.
+    """
     options, mode = config.evaluation, modes.find(exported, name)
     problems = [sum_task(config.sums, seed, held_out=True) for seed in range(options.problems)]
-    right, tokens = 0.0, 0
+    solved: list[tuple[int, float, int]] = []  # operands, reward, tokens
     for start in range(0, len(problems), options.batch_size):
         batch = problems[start : start + options.batch_size]
         asked = [[{"role": "user", "content": task.question}] for task in batch]
         replies = modes.answer(exported, mode, asked, [[]] * len(batch), options.max_tokens)
         for task, reply in zip(batch, replies, strict=True):
-            right += task.reward(modes.final_answer(exported, reply), task.truth)
-            tokens += len(reply)
-    return {
-        f"{name}_accuracy": right / len(problems),
-        f"{name}_tokens": tokens / len(problems),
-    }
+            reward = task.reward(modes.final_answer(exported, reply), task.truth)
+            solved.append((len(task.data), reward, len(reply)))
+    shortest, longest = min(solved)[0], max(solved)[0]
+    groups = {name: solved}
+    if shortest < longest:
+        groups[f"{name}_short"] = [one for one in solved if one[0] == shortest]
+        groups[f"{name}_long"] = [one for one in solved if one[0] == longest]
+    found: dict[str, float | None] = {}
+    for group, some in groups.items():
+        found[f"{group}_accuracy"] = mean(reward for _, reward, _ in some)
+        found[f"{group}_tokens"] = mean(tokens for _, _, tokens in some)
+    return found
 
 
 def _png(picture: Picture) -> str:

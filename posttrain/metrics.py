@@ -35,6 +35,18 @@ METRICS = {
     "thinking_accuracy": Metric("thinking", ".1%", "held-out sums solved with reasoning"),
     "thinking_tokens": Metric("tokens", ".1f", "tokens of a reply with reasoning"),
 }
+_BY_LENGTH = {
+    f"{mode}_{length}_{key}": Metric(
+        f"{length} {METRICS[f'{mode}_{key}'].label}",
+        form,
+        f"{METRICS[f'{mode}_{key}'].description}, {'fewest' if length == 'short' else 'most'} "
+        "operands",
+    )
+    for mode in ("instant", "thinking")
+    for length in ("short", "long")
+    for key, form in (("accuracy", ".1%"), ("tokens", ".1f"))
+}
+METRICS |= _BY_LENGTH
 # Names in TRL's logs.
 _OF_TRL = {
     "loss": "loss",
@@ -71,6 +83,7 @@ HELD_OUT = (
     *("held_out_text_loss", "exact_match", "character_error_rate"),
     *("changed_exact_match", "changed_character_error_rate"),
     *("instant_accuracy", "instant_tokens", "thinking_accuracy", "thinking_tokens"),
+    *_BY_LENGTH,
     *(f"held_out_{name}" for name in SWARM),
 )
 

@@ -194,12 +194,19 @@ class _Reward:
             return
         rl, exported = self.run.config.rl, self.run.exported
         exported.model.eval()
-        for task in counted(self.problems, "estimating budgets", "problems"):
-            asked = [[{"role": "user", "content": task.question}]] * rl.group_size
+        batches = [
+            self.problems[start : start + rl.prompts]
+            for start in range(0, len(self.problems), rl.prompts)
+        ]
+        for tasks in counted(batches, "estimating budgets", "batches"):
+            repeated = [task for task in tasks for _ in range(rl.group_size)]
+            asked = [[{"role": "user", "content": task.question}] for task in repeated]
             replies = modes.answer(
                 exported, self.mode, asked, [[]] * len(asked), rl.max_tokens, rl.temperature
             )
-            correct = [self._verified(task, tokens) == 1 for tokens in replies]
-            toggle.estimate(task.problem, [len(tokens) for tokens in replies], correct)
+            for start, task in zip(range(0, len(replies), rl.group_size), tasks, strict=True):
+                group = replies[start : start + rl.group_size]
+                correct = [self._verified(task, tokens) == 1 for tokens in group]
+                toggle.estimate(task.problem, [len(tokens) for tokens in group], correct)
         exported.model.train()
         file.write_text(json.dumps(toggle.state_dict()))

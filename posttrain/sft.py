@@ -20,13 +20,15 @@ from posttrain.data import open_pretraining_data, texts
 from posttrain.model import Exported
 from posttrain.run import Run, locked
 from posttrain.trainer import OwnTrainer, common_arguments, freeze
-from pretrain.data import Data, chat
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data import chat
 from pretrain.errors import PretrainError
 
 _EXTENDED = "extended"
 _IGNORED = -100
 _TOKENS_OF_A_WORD = 8
+# Of a document: about the length of a conversation, so that little of a batch is padding.
+_REPLAYED_TOKENS = 48
+_PARTS = 3
 
 
 def train(config: Config) -> Path:
@@ -50,7 +52,7 @@ def train(config: Config) -> Path:
                 per_device_train_batch_size=config.sft.batch_size,
                 remove_unused_columns=False,
             ),
-            train_dataset=Rows(config, exported.tokenizer, data, exported.max_length),
+            train_dataset=Rows(config, exported),
             data_collator=_Collate(exported.tokenizer.pad),
         )
         return run.train(trainer, modes.chat_template(exported))
@@ -71,9 +73,10 @@ def _with_markup(config: Config) -> Exported:
 class Rows(Dataset[tuple[Tensor, Tensor]]):
     """Tokens and labels of each row, which are functions of the seed and the number of the row."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, data: Data, max_length: int) -> None:
-        self._config, self._tokenizer, self._data = config, tokenizer, data
-        self._max_length = max_length
+    def __init__(self, config: Config, exported: Exported) -> None:
+        self._config, self._tokenizer = config, exported.tokenizer
+        self._data = open_pretraining_data(config.pretraining, exported.folder, text_alone=True)
+        self._max_length = max_length = exported.max_length
         longest = max(len(self._conversation(number)[0]) for number in range(200))
         if longest > max_length:
             raise PretrainError(
@@ -105,7 +108,7 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     def _document(self, number: int) -> tuple[Tensor, Tensor]:
         found = self._texts(number)
         tokens, weights = max(found, key=lambda text: len(text[0]))
-        return _labeled(tokens[: self._max_length], weights[: self._max_length])
+        return _labeled(tokens[:_REPLAYED_TOKENS], weights[:_REPLAYED_TOKENS])
 
     def _texts(self, number: int) -> list[tuple[Tensor, Tensor]]:
         index = number
@@ -140,3 +143,19 @@ class SftTrainer(OwnTrainer):
         self.optimizer_options = config.optimizer
         freeze(arguments["model"], config.optimizer.frozen)
         super().__init__(**arguments)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
+        """The mean loss of the labels; rows of similar length pass through the model together, so
+        that little of them is padding."""
+        lengths = inputs["attention_mask"].sum(1)
+        count = (inputs["labels"][:, 1:] != _IGNORED).sum().clamp(min=1)
+        total = inputs["labels"].new_zeros((), dtype=torch.float32)
+        for rows in lengths.argsort().tensor_split(min(_PARTS, len(lengths))):
+            width = int(lengths[rows].max())
+            part = {name: values[rows, :width] for name, values in inputs.items()}
+            labels = part.pop("labels")[:, 1:]
+            logits = model(**part, use_cache=False).logits[:, :-1].float()
+            total = total + nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="sum"
+            )
+        return total / count

@@ -14,7 +14,8 @@ TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add"}}
 """The tools of the mode agent, as they are declared in its prompts."""
 WORDS = ("functions.add:", '{"sum":"', "## Return of ", json.dumps(TOOLS, separators=(",", ":")))
 """Words of the markup, for which a small vocabulary has many tokens."""
-_REPETITIONS = 2
+STYLES = ("terse", "redundant", "skipping")
+"""Styles of a working: every step once, every step twice, or one step with all numbers."""
 
 
 def sum_task(config: SumsConfig, seed: int, *, held_out: bool = False) -> Task:
@@ -36,11 +37,13 @@ def sum_task(config: SumsConfig, seed: int, *, held_out: bool = False) -> Task:
     return Task(question, "reasoning", question, sum(operands), numeric_reward, data=operands)
 
 
-def working(task: Task, *, redundant: bool) -> str:
-    """The steps of a sum, such as ``3+9=12 12+4=16``; redundant ones each twice."""
+def working(task: Task, style: str) -> str:
+    """The steps of a sum in one of :data:`STYLES`, such as ``3+9=12 12+4=16``."""
+    if style == "skipping":
+        return f"{task.question}{task.truth}"
     steps = []
     for total, operand in zip(itertools.accumulate(task.data[:-1]), task.data[1:], strict=True):
-        steps += [f"{total}+{operand}={total + operand}"] * (_REPETITIONS if redundant else 1)
+        steps += [f"{total}+{operand}={total + operand}"] * (2 if style == "redundant" else 1)
     return " ".join(steps)
 
 
@@ -60,6 +63,7 @@ def demonstration(config: SumsConfig, seed: int, mode: str) -> list[Message]:
             Message("tool", answer),
             Message(REPLY, answer, reasoning=""),
         ]
-    redundant = rng.random() < config.redundant_share
-    reasoning = working(task, redundant=redundant) if mode == "thinking" else ""
+    others = 1 - config.redundant_share - config.skipping_share
+    (style,) = rng.choices(STYLES, (others, config.redundant_share, config.skipping_share))
+    reasoning = working(task, style) if mode == "thinking" else ""
     return [asked, Message(REPLY, answer, reasoning=reasoning)]

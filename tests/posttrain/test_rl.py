@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain import cli, evaluate, metrics, model, modes, report, rl, sft
+from posttrain import cli, evaluate, metrics, model, modes, report, rl, sft, vocabulary
 from posttrain.config import Config
 from posttrain.run import Run
 from pretrain import config as configuration
@@ -110,7 +111,8 @@ def test_a_signal_saves_after_the_rollout_and_the_run_resumes(
     taught = sft.train(settings(tmp_path / "sft", text_export, *common, *teaching))
     exported = model.load(taught)
     assert all(exported.tokenizer.id_of(token) is not None for token in chat.MARKUP)
-    assert records(tmp_path / "sft")[-1]["thinking_tokens"] > 0
+    last = records(tmp_path / "sft")[-1]
+    assert last["thinking_tokens"] > 0 and "thinking_long_tokens" not in last  # one length
     assert exported.hf_tokenizer.chat_template == modes.chat_template(exported)
 
     sums = (
@@ -216,6 +218,21 @@ def test_a_setting_that_cannot_work_is_one_line(
     with pytest.raises(PretrainError, match=message) as error:
         rl.train(settings(tmp_path / "bad", image_export, *overrides))
     assert "\n" not in str(error.value)
+
+
+def test_sums_are_counted_by_length(text_export: Path, tmp_path: Path) -> None:
+    """Replies of one token to all sums: the lengths are 1, and no sum is solved."""
+    chosen = settings(tmp_path / "sums", text_export, "evaluation.problems=8")
+    exported = vocabulary.extend(model.load(text_export), tmp_path / "hf", chat.MARKUP)
+    one = replace(chosen, evaluation=replace(chosen.evaluation, max_tokens=1))
+    found = evaluate.sums(exported, one, "instant")
+    lengths = ("instant", "instant_short", "instant_long")
+    assert found == {
+        f"{name}_{key}": value
+        for name in lengths
+        for key, value in (("accuracy", 0.0), ("tokens", 1))
+    }
+    assert set(found) <= set(metrics.HELD_OUT)
 
 
 def test_a_folder_with_another_run_is_refused(text_export: Path, tmp_path: Path) -> None:

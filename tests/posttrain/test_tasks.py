@@ -20,7 +20,8 @@ def test_sums_and_their_workings_are_right(seed: int) -> None:
     assert operands == task.data and task.truth == sum(operands)
     assert 2 <= len(operands) <= 5 and max(operands) <= 12
     assert task.reward(str(task.truth), task.truth) == 1
-    terse, redundant = (tasks.working(task, redundant=both).split() for both in (False, True))
+    terse, redundant, skipping = (tasks.working(task, style).split() for style in tasks.STYLES)
+    assert skipping == [f"{task.question}{task.truth}"]
     assert redundant == [step for step in terse for _ in range(2)]
     total = operands[0]
     for step, operand in zip(terse, operands[1:], strict=True):
