@@ -1,6 +1,7 @@
 """Visual RL with MuonClip and AdamW, and RL of sums with Toggle, a permanent budget and none.
 
-Visual RL starts from the exported model itself, RL of sums from its supervised finetuning on text.
+Visual RL starts from the exported model itself, RL of sums from its supervised finetuning on text,
+which is the same for all seeds.
 Runs are kept: those that are complete are not repeated, and interrupted ones resume.
 """
 
@@ -33,8 +34,13 @@ READING = {
         "read", ("optimizer.name=adamw", "optimizer.qk_clip_threshold=null"), "read-adamw"
     ),
 }
+# The settings of a budget are those of the configuration, or else their defaults.
+_WITHOUT_BUDGET = (
+    "rl.toggle.mode=off",
+    *(f"rl.toggle.{name}=null" for name in ("period", "accuracy", "percentile")),
+)
 SUMS = {
-    "no budget": Variant("toggle", ("rl.toggle.mode=off",), "sums-off"),
+    "no budget": Variant("toggle", _WITHOUT_BUDGET, "sums-off"),
     "Toggle": Variant("toggle", (), "sums-toggle"),
     "permanent budget": Variant("toggle", ("rl.toggle.mode=permanent",), "sums-permanent"),
 }
@@ -44,12 +50,23 @@ _READING_COLUMNS = {
     "exact_match": ("read exactly", ".1%"),
     "held_out_text_loss": ("loss of text", ".3f"),
 }
+_MODES_COLUMNS = {
+    "thinking_accuracy": ("sums solved, thinking", ".1%"),
+    "instant_accuracy": ("at once", ".1%"),
+    "held_out_text_loss": ("loss of text", ".3f"),
+    "character_error_rate": ("character errors", ".1%"),
+    "exact_match": ("read exactly", ".1%"),
+}
 _SUMS_COLUMNS = {
     "thinking_accuracy": ("sums solved", ".1%"),
-    "thinking_tokens": ("tokens of a reply", ".1f"),
+    "thinking_tokens": ("tokens", ".1f"),
+    "thinking_short_accuracy": ("shortest sums", ".1%"),
+    "thinking_short_tokens": ("tokens", ".1f"),
+    "thinking_long_accuracy": ("longest sums", ".1%"),
+    "thinking_long_tokens": ("tokens", ".1f"),
     "held_out_text_loss": ("loss of text", ".3f"),
 }
-_PLOTTED = ("reward", "character_error_rate", "thinking_accuracy", "response_tokens")
+_PLOTTED = ("reward", "character_error_rate", "accuracy", "response_tokens")
 # Changes of the configurations, and the number of seeds.
 FORMS: dict[str, tuple[tuple[str, ...], int]] = {
     "full": ((), 3),
@@ -70,15 +87,18 @@ def run(options: argparse.Namespace) -> Result:
     shared = [f"pretraining={options.pretraining}", *settings]
     reading: dict[str, list[Result]] = {}
     sums: dict[str, list[Result]] = {}
+    taught = options.runs / _MODES
+    if options.only != "reading":
+        seeded = [*shared, f"seed={options.seed}", f"model={options.model}"]
+        posttraining.train("sft", _MODES, taught, seeded)
     for seed in range(options.seed, options.seed + (options.seeds or seeds)):
         seeded = [*shared, f"seed={seed}"]
         if options.only != "sums":
             _train_all(READING, options.model, seed, seeded, options.runs, reading)
         if options.only != "reading":
-            taught = options.runs / f"{_MODES}-{seed}"
-            posttraining.train("sft", _MODES, taught, [*seeded, f"model={options.model}"])
             _train_all(SUMS, str(taught / "hf"), seed, seeded, options.runs, sums)
-    return {"reading": reading, "sums": sums}
+    modes = {"after": [summary(taught)]} if sums else {}
+    return {"reading": reading, "modes": modes, "sums": sums}
 
 
 def _train_all(
@@ -135,9 +155,10 @@ def table(result: Result) -> str:
         f"{title}\n\n{_table(result[key], columns)}"
         for key, title, columns in (
             ("reading", "Visual RL:", _READING_COLUMNS),
+            ("modes", "Supervised finetuning on text alone:", _MODES_COLUMNS),
             ("sums", "RL of sums with reasoning:", _SUMS_COLUMNS),
         )
-        if result[key]
+        if result.get(key)
     ]
     count = len(next(iter({**result["reading"], **result["sums"]}.values())))
     spread = " (mean ± standard deviation)" if count > 1 else ""

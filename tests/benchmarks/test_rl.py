@@ -26,8 +26,8 @@ def complete_run(folder: Path, errors: float) -> None:
 
 
 def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
+    complete_run(tmp_path / "modes", 0.25)
     for seed in (0, 1):
-        (tmp_path / f"modes-{seed}" / "hf").mkdir(parents=True)
         for number, variant in enumerate([*rl.READING.values(), *rl.SUMS.values()]):
             complete_run(tmp_path / f"{variant.folder}-{seed}", (number + 2 * seed) / 10)
     options = argparse.Namespace(
@@ -38,7 +38,8 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
     table = rl.table(result)
     assert "| before | 50.0% ± 0.0% | 25.0% ± 0.0% | 2.500 ± 0.000 |" in table
     assert "| AdamW | 20.0% ± 14.1% |" in table
-    assert "| Toggle | 50.0% ± 0.0% | - | 2.500 ± 0.000 |" in table
+    assert "| after | 50.0% | - | 2.500 | 25.0% | 25.0% |" in table
+    assert "| Toggle | 50.0% ± 0.0% | - | - | - | - | - | 2.500 ± 0.000 |" in table
     figure = Figure()
     rl.plot(result, figure)
     assert len(figure.axes) == 4
