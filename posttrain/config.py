@@ -172,53 +172,56 @@ class SwarmConfig(Settings):
     The report publishes none of these values: the defaults are this project's choice.
     """
 
-    records: Size = 6
+    records: Size = 8
     """n: records of a wide task."""
-    depth: Size = 2
+    depth: Size = 1
     """h: calls for each record. An orchestrator without sub-agents needs n x h steps and one."""
-    deep: Size = 3
-    """Calls for the single record of a deep task, where sub-agents are of no use."""
+    deep: Annotated[int, In("[2, 1048576]")] = 6
+    """Most calls for the single record of a deep task, which has two or more of them; sub-agents
+    are of no use there."""
     deep_share: Share = 0.3
     """Share of deep tasks."""
-    critical_steps: Size = 11
+    critical_steps: Size = 10
     """Limit of the critical steps of an episode."""
-    sub_steps: Size = 4
-    """Limit of the replies of a sub-agent."""
-    context: Size = 640
+    sub_steps: Size = 5
+    """Limit of the replies of a sub-agent, too few for the deepest tasks."""
+    context: Size = 320
     """Limit of an orchestrator's trajectory, in tokens."""
-    sub_context: Size = 192
+    sub_context: Size = 144
     """Limit of a sub-agent's trajectory, in tokens."""
-    reply_tokens: Size = 128
+    reply_tokens: Size = 96
     """Limit of a reply, in tokens."""
-    parallel_weight: Annotated[float, In("[0, 1000]")] = 0.3
+    parallel_weight: Annotated[float, In("[0, 1000]")] = 1.5
     """lambda1 at the start: weight of the reward of assigning tasks to sub-agents."""
-    finish_weight: Annotated[float, In("[0, 1000]")] = 0.2
+    finish_weight: Annotated[float, In("[0, 1000]")] = 0.3
     """lambda2 at the start: weight of the share of sub-agents that answer."""
-    anneal_until: Annotated[float, In("[0, 1]")] = 0.6
+    anneal_until: Annotated[float, In("[0, 1]")] = 0.5
     """Share of the steps after which both weights are 0; 0: they stay constant."""
     wanted: Size = 4
     """Assigned tasks from which the first of these rewards is complete."""
-    serial_records: Size = 4
-    """Records that an orchestrator of the demonstrations looks up if it has no sub-agents."""
-    parallel_share: Share = 0.4
-    """Share of the demonstrations of wide tasks with sub-agents."""
+    parallel_share: Share = 0.25
+    """Share of the orchestrators' demonstrations with sub-agents."""
+    assign_more: Share = 0.65
+    """Probability that such a demonstration assigns one more record; it leaves out the others. At
+    the start, orchestrators with sub-agents thus find fewer records than those that work alone."""
     sub_agent_share: Share = 0.4
     """Share of the demonstrations of sub-agents."""
-    start_steps: StepsOrZero = 500
+    start_steps: StepsOrZero = 300
     """Steps of the supervised start; 0: the model already has the tokens of the tools."""
     start_batch: Size = 16
     """Demonstrations of a step."""
-    start_replay: SizeOrZero = 16
+    start_replay: SizeOrZero = 2
     """Documents of the pretraining's text in a step, against forgetting it."""
-    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
+    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=6e-3))
     """Optimizer of the supervised start."""
-    evaluation_tasks: SizeOrZero = 64
+    evaluation_tasks: SizeOrZero = 32
     """Held-out tasks of an evaluation."""
 
     def _check(self) -> None:
         if self.start_steps == 0:
-            names = ["start_batch", "start_replay", "start", "serial_records", "parallel_share"]
-            self._refuse_without_effect("start_steps=0", [*names, "sub_agent_share"])
+            names = ["start_batch", "start_replay", "start", "parallel_share"]
+            names += ["assign_more", "sub_agent_share"]
+            self._refuse_without_effect("start_steps=0", names)
 
 
 @dataclass(frozen=True)

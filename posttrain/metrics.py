@@ -71,6 +71,8 @@ SWARM = {
     "parallelism": Metric("parallelism", ".2f", "total over critical steps of wide tasks"),
     "wide_sub_agents": Metric("agents", ".2f", "sub-agents of a wide task"),
     "deep_sub_agents": Metric("spurious", ".2f", "sub-agents of a deep task"),
+    "alone_performance": Metric("alone", ".3f", "wide, of orchestrators that assign nothing"),
+    "assigning_performance": Metric("assigning", ".3f", "wide, of orchestrators that assign tasks"),
     "finished": Metric("finished", ".1%", "share of the sub-agents of wide tasks that answer"),
 }
 METRICS |= SWARM

@@ -15,6 +15,8 @@ from pretrain.data.chat import Message, ToolCall
 
 AGENT = "a"
 """Name of the sub-agent in demonstrations."""
+SYSTEM_PROMPT = "search"
+"""Its system prompt, which distinguishes the question of a deep task from that of a sub-agent."""
 
 
 @dataclass(frozen=True)
@@ -23,40 +25,43 @@ class Demonstrations:
 
     Attributes:
         look_ups: the tasks.
-        serial_records: records of a wide task that an orchestrator looks up alone before it
-            answers, as far as its steps suffice.
-        parallel_share: share of the demonstrations of wide tasks with sub-agents; of deep tasks, a
-            third of it.
+        parallel_share: share of the demonstrations of orchestrators with sub-agents, among the
+            tasks whose chains are short enough for sub-agents.
+        assign_more: probability that such a demonstration assigns one more name.
+        sub_steps: limit of the replies of a sub-agent.
         sub_agent_share: share of the demonstrations of a sub-agent.
     """
 
     look_ups: LookUps
-    serial_records: int
-    parallel_share: float = 0.3
+    parallel_share: float = 0.25
+    assign_more: float = 0.65
+    sub_steps: int = 5
     sub_agent_share: float = 0.4
 
     def conversation(self, seed: int) -> list[Message]:
         """The conversation of a seed."""
-        rng = random.Random(seed)
+        rng = random.Random(f"{seed} conversation")  # not the numbers that the task is drawn from
         task = self.look_ups.task(seed)
         names = task.question.split(SEPARATOR)
         if rng.random() < self.sub_agent_share:
-            return alone(task, [rng.choice(names)])
-        share = self.parallel_share if len(names) > 1 else self.parallel_share / 3
-        if rng.random() < share:
-            return parallel(task)
-        return alone(task, names, self.serial_records)
+            return sub_agent(task, rng.choice(names))
+        calls = len(task.data) // len(names)
+        if calls >= self.sub_steps or rng.random() >= self.parallel_share:
+            return alone(task, names)
+        count = 1
+        while count < len(names) and rng.random() < self.assign_more:
+            count += 1
+        return parallel(task, count)
 
 
-def alone(task: Task, names: Sequence[str], records: int | None = None) -> list[Message]:
+def alone(task: Task, names: Sequence[str]) -> list[Message]:
     """An agent that follows the chain of each name, with a note of each record that it finds.
 
     Args:
         names: the question.
-        records: number of names that it looks up; default: all.
     """
     messages, found = [Message("user", SEPARATOR.join(names))], list[str]()
-    for name in names[:records]:
+    for name in names:
         note, content = "".join(found[-1:]), name
         while not content.startswith(VALUE):
             messages.append(_calls(("get", {"key": content}), content=note))
@@ -66,19 +71,28 @@ def alone(task: Task, names: Sequence[str], records: int | None = None) -> list[
     return [*messages, Message("assistant", SEPARATOR.join(found))]
 
 
-def parallel(task: Task) -> list[Message]:
-    """An orchestrator that assigns each name to a sub-agent, all in one turn."""
-    names = task.question.split(SEPARATOR)
-    create = ("create_subagent", {"name": AGENT, "system_prompt": ""})
+def sub_agent(task: Task, name: str) -> list[Message]:
+    """A sub-agent that looks up a name."""
+    return [Message("system", SYSTEM_PROMPT), *alone(task, [name])]
+
+
+def parallel(task: Task, count: int | None = None) -> list[Message]:
+    """An orchestrator that assigns each name to a sub-agent, all in one turn.
+
+    Args:
+        count: of the names, the first ones that it assigns; default: all.
+    """
+    names, truth = task.question.split(SEPARATOR)[:count], task.truth[:count]
+    create = ("create_subagent", {"name": AGENT, "system_prompt": SYSTEM_PROMPT})
     assigned = [("assign_task", {"agent": AGENT, "prompt": name}) for name in names]
-    results = [f"created {AGENT}", *task.truth]
+    results = [f"created {AGENT}", *truth]
     ids = ["functions.create_subagent:0"]
     ids += [f"functions.assign_task:{index}" for index in range(1, 1 + len(names))]
     return [
         Message("user", task.question),
         _calls(create, *assigned),
         *(Message("tool", text, answered=id) for id, text in zip(ids, results, strict=True)),
-        Message("assistant", SEPARATOR.join(task.truth)),
+        Message("assistant", SEPARATOR.join(truth)),
     ]
 
 

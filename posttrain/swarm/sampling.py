@@ -31,10 +31,10 @@ class Sampler:
         suppressed: Sequence[int] = (),
         temperature: float = 1.0,
         max_tokens: int = 128,
-        batch_size: int = 64,
+        batch_size: int = 128,
     ) -> None:
         self._model, self._end, self._pad = model, end, pad
-        self._suppressed = list(suppressed) or None
+        self._suppressed = list(suppressed)
         self._temperature, self._max_tokens = temperature, max_tokens
         self._batch_size = batch_size
 
@@ -54,37 +54,45 @@ class Sampler:
 
     @torch.no_grad()
     def _sample(self, prompts: list[list[int]]) -> list[Sample]:
-        length = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (length - len(p)) + p for p in prompts])
+        """Sample with a cache of keys and values, from which replies that have ended are dropped:
+        a long reply does not cost the time of all."""
+        length, device = max(map(len, prompts)), self._model.device
+        ids = torch.tensor([[self._pad] * (length - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-        device = self._model.device
-        output = self._model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=self._max_tokens,
-            do_sample=True,
-            temperature=self._temperature,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=self._end,
-            pad_token_id=self._pad,
-            suppress_tokens=self._suppressed,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = output.sequences[:, length:].cpu()
-        logprobs = torch.stack(
-            [self._logprobs(*pair) for pair in zip(output.logits, new.T, strict=True)], 1
-        )
-        return [
-            self._until_end(*pair) for pair in zip(new.tolist(), logprobs.tolist(), strict=True)
-        ]
+        mask = mask.to(device)
+        samples = [Sample([], []) for _ in prompts]
+        running, cache = list(range(len(prompts))), None  # of replies without an end
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        for _ in range(self._max_tokens):
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.cache
+            tokens, logprobs = self._choose(output.logits[:, -1])
+            for index, token, logprob in zip(
+                running, tokens.tolist(), logprobs.tolist(), strict=True
+            ):
+                samples[index].tokens.append(token)
+                samples[index].logprobs.append(logprob)
+            left = (tokens != self._end).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            if len(left) < len(running):
+                running = [running[row] for row in left.tolist()]
+                cache.batch_select_indices(left)
+            ids, mask, positions = tokens[left, None], mask[left], positions[left, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(left), 1)], 1)
+        return samples
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Log-probability of one token of each reply, [batch]."""
-        distribution = (logits.float() / self._temperature).log_softmax(-1).cpu()
-        return distribution.gather(1, tokens[:, None])[:, 0]
-
-    def _until_end(self, tokens: list[int], logprobs: list[float]) -> Sample:
-        count = tokens.index(self._end) + 1 if self._end in tokens else len(tokens)
-        return Sample(tokens[:count], logprobs[:count])
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A token for each reply, and its log-probability among all tokens, [batch] each."""
+        distribution = (logits.float() / self._temperature).log_softmax(-1)
+        probabilities = distribution.exp()
+        probabilities[:, self._suppressed] = 0
+        tokens = probabilities.multinomial(1)
+        return tokens[:, 0], distribution.gather(1, tokens)[:, 0]

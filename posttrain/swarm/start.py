@@ -16,18 +16,20 @@ from posttrain.config import Config
 from posttrain.data import texts
 from posttrain.environment.markup import TOKENS
 from posttrain.model import Exported
-from posttrain.swarm.demonstrations import Demonstrations
+from posttrain.swarm.demonstrations import AGENT, SYSTEM_PROMPT, Demonstrations
 from posttrain.trainer import make_optimizer, schedule_name
 from pretrain.data import Data, chat
 from pretrain.runtime.progress import Progress
 
 # Words of the markup, for which a small vocabulary has many tokens.
 _WORDS = (
-    *("functions.get:", "functions.create_subagent:", "functions.assign_task:", '{"key":"'),
-    *('{"name":"', '","system_prompt":"', '{"agent":"', '","prompt":"', '"}'),
-    *("## Return of ", "created "),
+    *("functions.get:0", "functions.create_subagent:0", "functions.assign_task:", '{"key":"'),
+    *('{"name":"', '","system_prompt":"', f'{{"agent":"{AGENT}","prompt":"', '"}'),
+    *("## Return of functions.get:0\n", "## Return of functions.create_subagent:0\n"),
+    *("## Return of functions.assign_task:", "created ", "user", "assistant", "tool"),
+    *("system", SYSTEM_PROMPT),
 )
-_TOKENS_OF_A_WORD = 8
+_TOKENS_OF_A_WORD = 1
 # Tokens, and the weight of each as a label.
 Row = tuple[Tensor, Tensor]
 # Sequences of similar length share a forward pass.

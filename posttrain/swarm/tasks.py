@@ -29,21 +29,23 @@ class LookUps:
     Attributes:
         records: of a wide task (n).
         depth: calls for each of its records (h).
-        deep: calls for the record of a deep task.
+        deep: most calls for the record of a deep task, which has two or more.
         deep_share: share of deep tasks.
         name_length: letters of a name.
     """
 
-    records: int = 6
-    depth: int = 2
-    deep: int = 3
+    records: int = 8
+    depth: int = 1
+    deep: int = 6
     deep_share: float = 0.3
     name_length: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("records", "depth", "deep", "name_length"):
+        for name in ("records", "depth", "name_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"swarm.{name}={getattr(self, name)}: must be at least 1")
+        if self.deep < 2:
+            raise ValueError(f"swarm.deep={self.deep}: must be at least 2")
         if not 0 <= self.deep_share <= 1:
             raise ValueError(f"swarm.deep_share={self.deep_share}: must be in [0, 1]")
         if max(self.records * self.depth, self.deep) > 26**self.name_length // 2:
@@ -53,7 +55,7 @@ class LookUps:
         """The task of a seed."""
         rng = random.Random(seed)
         is_deep = rng.random() < self.deep_share
-        count, depth = (1, self.deep) if is_deep else (self.records, self.depth)
+        count, depth = (1, rng.randint(2, self.deep)) if is_deep else (self.records, self.depth)
         chains = self._chains(rng, count, depth)
         table = {a: b for chain in chains for a, b in itertools.pairwise(chain)}
         question = SEPARATOR.join(chain[0] for chain in chains)

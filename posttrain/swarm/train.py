@@ -120,7 +120,7 @@ def summary(episodes: Sequence[SwarmEpisode]) -> dict[str, float]:
     """Means over episodes, by name; a mean over no episode is left out."""
     wide = [e for e in episodes if len(e.task.truth) > 1]
     deep = [e for e in episodes if len(e.task.truth) == 1]
-    with_agents = [e for e in wide if e.assigned]
+    alone, assigning = [e for e in wide if not e.assigned], [e for e in wide if e.assigned]
     values: dict[str, Sequence[float]] = {
         "performance": [e.episode.reward for e in episodes],
         "wide_performance": [e.episode.reward for e in wide],
@@ -129,7 +129,9 @@ def summary(episodes: Sequence[SwarmEpisode]) -> dict[str, float]:
         "parallelism": [parallelism(e.stages) for e in wide],
         "wide_sub_agents": [e.assigned for e in wide],
         "deep_sub_agents": [e.assigned for e in deep],
-        "finished": [finish_reward(e.stages) for e in with_agents],
+        "alone_performance": [e.episode.reward for e in alone],
+        "assigning_performance": [e.episode.reward for e in assigning],
+        "finished": [finish_reward(e.stages) for e in assigning],
     }
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 
@@ -195,7 +197,11 @@ def _start(config: Config, data: Data) -> Path:
     elif not out.is_dir():
         swarm = config.swarm
         demonstrations = Demonstrations(
-            look_ups(swarm), swarm.serial_records, swarm.parallel_share, swarm.sub_agent_share
+            look_ups(swarm),
+            swarm.parallel_share,
+            swarm.assign_more,
+            swarm.sub_steps,
+            swarm.sub_agent_share,
         )
         start.train(config, model.load(Path(config.model)), demonstrations, data, out)
     tokenizer = model.load(out).tokenizer

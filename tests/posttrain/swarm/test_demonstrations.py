@@ -1,5 +1,6 @@
 """Demonstrations are conversations that the environment would have had."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from posttrain.environment.chat import KimiChat
 from posttrain.environment.rollouts import Sample
-from posttrain.swarm.demonstrations import Demonstrations, alone, parallel
+from posttrain.swarm.demonstrations import Demonstrations, alone, parallel, sub_agent
 from posttrain.swarm.orchestrator import Limits, run_swarms
 from posttrain.swarm.tasks import SEPARATOR, LookUps, tools
 from pretrain.data import chat
@@ -44,7 +45,7 @@ def test_a_demonstration_is_an_episode(seed: int, kind: str) -> None:
     names = task.question.split(SEPARATOR)
     conversation = parallel(task) if kind == "parallel" else alone(task, names)
     main = chat.render(TOKENIZER, conversation)
-    sub = [chat.render(TOKENIZER, alone(task, [name])) for name in names]
+    sub = [chat.render(TOKENIZER, sub_agent(task, name)) for name in names]
     (episode,) = run_swarms(
         *(LOOK_UPS.task, tools, [seed]),
         orchestrator=Player([main]),
@@ -61,22 +62,49 @@ def test_a_demonstration_is_an_episode(seed: int, kind: str) -> None:
 
 @given(st.integers(0, 10_000))
 def test_conversations(seed: int) -> None:
-    demonstrations = Demonstrations(LOOK_UPS, serial_records=2)
+    demonstrations = Demonstrations(LOOK_UPS)
     conversation = demonstrations.conversation(seed)
     assert conversation == demonstrations.conversation(seed)
-    assert conversation[0].role == "user"
     assert conversation[-1].role == "assistant" and not conversation[-1].calls
-    records = str(conversation[-1].content).split(SEPARATOR)
-    assert {*records} <= {*LOOK_UPS.task(seed).truth}
+    task, answer = LOOK_UPS.task(seed), str(conversation[-1].content).split(SEPARATOR)
+    if conversation[0].role == "system":
+        assert len(answer) == 1 and answer[0] in task.truth
+    elif is_parallel(conversation):
+        assert answer == task.truth[: len(answer)]
+    else:
+        assert answer == task.truth
 
 
-def test_shares() -> None:
-    def is_parallel(conversation: list[Message]) -> bool:
-        return any(call.name == "assign_task" for m in conversation for call in m.calls)
+def is_parallel(conversation: Sequence[Message]) -> bool:
+    return any(call.name == "assign_task" for m in conversation for call in m.calls)
 
+
+@pytest.mark.parametrize("deep_share", [0.0, 1.0])
+def test_shares(deep_share: float) -> None:
+    look_ups = LookUps(records=3, deep=4, deep_share=deep_share)
     for share in (0.0, 1.0):
-        demonstrations = Demonstrations(
-            LookUps(deep_share=0), 2, parallel_share=share, sub_agent_share=0
-        )
+        demonstrations = Demonstrations(look_ups, parallel_share=share, sub_agent_share=0)
         found = [is_parallel(demonstrations.conversation(seed)) for seed in range(5)]
         assert found == [bool(share)] * 5
+
+
+def test_shares_are_those_of_each_kind_of_task() -> None:
+    demonstrations = Demonstrations(LookUps(deep=4, deep_share=0.5), 0.5, 0.5, sub_agent_share=0.5)
+    kinds = Counter(
+        (len(LookUps(deep=4, deep_share=0.5).task(seed).truth) > 1, c[0].role, is_parallel(c))
+        for seed in range(800)
+        if (c := demonstrations.conversation(seed))
+    )
+    for is_wide in (False, True):
+        assert 160 < kinds[is_wide, "system", False] < 240
+        assert 70 < kinds[is_wide, "user", True] < 130
+        assert 70 < kinds[is_wide, "user", False] < 130
+
+
+def test_demonstrated_sub_agents_can_finish() -> None:
+    demonstrations = Demonstrations(
+        LookUps(deep_share=1), parallel_share=1, sub_steps=3, sub_agent_share=0
+    )
+    for seed in range(20):
+        calls = len(demonstrations.look_ups.task(seed).data)
+        assert is_parallel(demonstrations.conversation(seed)) == (calls < 3)
