@@ -46,7 +46,9 @@ SUMS = {
 }
 _MODES = "modes"
 _READING_COLUMNS = {
-    "character_error_rate": ("character errors", ".1%"),
+    "changed_character_error_rate": ("rl.images: character errors", ".1%"),
+    "changed_exact_match": ("read exactly", ".1%"),
+    "character_error_rate": ("pretraining's images: character errors", ".1%"),
     "exact_match": ("read exactly", ".1%"),
     "held_out_text_loss": ("loss of text", ".3f"),
 }
@@ -66,7 +68,7 @@ _SUMS_COLUMNS = {
     "thinking_long_tokens": ("tokens", ".1f"),
     "held_out_text_loss": ("loss of text", ".3f"),
 }
-_PLOTTED = ("reward", "character_error_rate", "accuracy", "response_tokens")
+_PLOTTED = ("reward", "accuracy", "response_tokens")
 # Changes of the configurations, and the number of seeds.
 FORMS: dict[str, tuple[tuple[str, ...], int]] = {
     "full": ((), 3),
@@ -166,18 +168,22 @@ def table(result: Result) -> str:
 
 
 def plot(result: Result, figure: "Figure") -> None:
-    figure.set_size_inches(12, 7)
-    axes: Any = figure.subplots(2, 2)
     variants = {**result["reading"], **result["sums"]}
-    for axis, name in zip(axes.flat, _PLOTTED, strict=True):
+    plotted = [
+        name
+        for name in _PLOTTED
+        if any(run["curves"].get(name) for runs in variants.values() for run in runs)
+    ]
+    figure.set_size_inches(4.5 * len(plotted), 3.5)
+    axes: Any = figure.subplots(1, len(plotted), squeeze=False)
+    for axis, name in zip(axes.flat, plotted, strict=True):
         for number, (variant, runs) in enumerate(variants.items()):
             for index, run in enumerate(runs):
-                if points := run["curves"][name]:
+                if points := run["curves"].get(name):
                     steps, values = zip(*points, strict=True)
                     label = variant if index == 0 else None
                     axis.plot(steps, values, color=f"C{number}", lw=1, label=label)
         axis.set_title(metrics.METRICS[name].description, fontsize=9)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
