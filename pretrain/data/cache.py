@@ -133,8 +133,14 @@ def _unfinished(folder: Path) -> Iterator[Path]:
     parent = folder.with_name(f"unfinished-{folder.name}")
     with contextlib.ExitStack() as stack:
         while True:
-            parent.mkdir(exist_ok=True)
-            file = stack.enter_context((parent / "lock").open("w"))
+            try:
+                parent.mkdir(exist_ok=True)
+                file = stack.enter_context((parent / "lock").open("w"))
+            except (FileExistsError, FileNotFoundError):
+                # Another process may have removed the folder since.
+                if parent.is_file() or not folder.parent.is_dir():
+                    raise
+                continue
             try:
                 _lock(file, folder)
             except OSError:  # the file system has no locks

@@ -4,10 +4,12 @@ import fcntl
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.data import cache
+from pretrain.errors import PretrainError
 
 
 def test_a_lock_that_was_removed_is_taken_again(
@@ -33,3 +35,31 @@ def test_a_lock_that_was_removed_is_taken_again(
     cache.make_folder(folder, build, resumable=True)
     assert removed.is_set() and (folder / "content").read_text() == "made"
     assert [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("moment", ["while it is made", "after it was made"])
+def test_a_folder_that_another_process_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder = tmp_path / "result"
+    mkdir, removed = Path.mkdir, False
+
+    def raced(path: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal removed
+        if path.name != "unfinished-result" or removed:
+            return mkdir(path, *arguments, **options)
+        removed = True
+        if moment == "while it is made":
+            raise FileExistsError(str(path))
+        mkdir(path, *arguments, **options)
+        path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    cache.make_folder(folder, lambda partial: (partial / "file").touch(), resumable=True)
+    assert removed and (folder / "file").is_file()
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "unfinished-result").touch()
+    with pytest.raises(PretrainError, match="cannot write the cache"):
+        cache.make_folder(tmp_path / "result", lambda _: None, resumable=True)
