@@ -154,7 +154,9 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         partial.mkdir(exist_ok=True)
         yield partial
         for other in _abandoned(parent):
-            shutil.rmtree(other, ignore_errors=True)
+            # Renamed first: another process could enter a folder while its files are removed.
+            with contextlib.suppress(OSError), _temporary(folder.parent) as removed:
+                os.rename(other, removed / other.name)
 
 
 def _abandoned(unfinished: Path) -> Iterator[Path]:
@@ -164,7 +166,8 @@ def _abandoned(unfinished: Path) -> Iterator[Path]:
     for other in unfinished.parent.glob(f"{name}-*"):
         with contextlib.suppress(OSError), (other / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a process continues it
-            yield other
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(other / "lock")):
+                yield other
 
 
 def _lock(file: IO[str], folder: Path) -> None:

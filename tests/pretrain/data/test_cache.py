@@ -63,3 +63,26 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "unfinished-result").touch()
     with pytest.raises(PretrainError, match="cannot write the cache"):
         cache.make_folder(tmp_path / "result", lambda _: None, resumable=True)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_no_process_can_enter_a_folder_that_is_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    """It would find ``result`` in it, and then not: 'File exists'."""
+    removed: list[Path] = []
+    rmtree = shutil.rmtree
+
+    def noted(path: Path, **options: Any) -> None:
+        removed.append(Path(path))
+        rmtree(path, **options)
+
+    folder, earlier = tmp_path / "text-digest-new", tmp_path / "unfinished-text-digest-old"
+    earlier.mkdir()
+    (earlier / "lock").touch()
+    if made:
+        folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    cache.make_folder(folder, lambda partial: (partial / "file").touch(), resumable=True)
+    assert removed and not any(path.name.startswith("unfinished-") for path in removed)
+    assert [*tmp_path.iterdir()] == [folder]

@@ -50,6 +50,10 @@ def test_a_url_is_recognized_as_its_copy(s3: stores.Store, tmp_path: Path, layou
     key = str(list(LAYOUTS).index(layout))
     put(s3, tmp_path / file, f"{key}/{file}")
     expected = configuration(str(tmp_path / file)).replace(str(tmp_path), f"{s3.root}/{key}")
+    if "type: megatron" in expected or "type: energon" in expected:
+        with pytest.raises(PretrainError, match="has no URL"):
+            configuration(f"{s3.root}/{key}/{file}")
+        return
     found = configuration(f"{s3.root}/{key}/{file}")
     assert found.splitlines()[0] == expected.splitlines()[0]
     assert yaml.safe_load(found) == yaml.safe_load(expected)
