@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from posttrain import metrics, modes
 from posttrain.config import Config, EvaluationConfig
@@ -19,6 +17,7 @@ from posttrain.data import (
     open_pretraining_data,
     pictures,
 )
+from posttrain.losses import Row, weighted_loss
 from posttrain.model import TRAINED, Exported, load
 from posttrain.tasks import sum_task
 from pretrain.data import Data
@@ -124,9 +123,7 @@ def _png(picture: Picture) -> str:
     return png_base64(np.asarray(picture.image), _PICTURE_SIZE)
 
 
-def text_loss(
-    model: Any, texts: Sequence[tuple[Tensor, Tensor]], options: EvaluationConfig
-) -> float | None:
+def text_loss(model: Any, texts: Sequence[Row], options: EvaluationConfig) -> float | None:
     """Mean cross-entropy of labels by weight, in nats per token; None without any.
 
     Each document is read alone, from its first token.
@@ -135,17 +132,6 @@ def text_loss(
     ordered = sorted(texts, key=lambda one: len(one[0]))
     for start in range(0, len(ordered), options.batch_size):
         batch = ordered[start : start + options.batch_size]
-        tokens = pad_sequence([tokens for tokens, _ in batch], batch_first=True)
-        weights = pad_sequence([weights for _, weights in batch], batch_first=True)
-        lengths = torch.tensor([len(tokens) for tokens, _ in batch])
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-        device = model.device
-        logits = model(
-            input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False
-        ).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), tokens[:, 1:].to(device), reduction="none"
-        ).cpu()
-        total += float((losses * weights[:, 1:]).sum())
-        count += float(weights.sum())
+        total += float(weighted_loss(model, batch))
+        count += sum(float(weights.sum()) for _, weights in batch)
     return total / count if count else None

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from posttrain import model, modes, vocabulary
 from posttrain.config import Config
 from posttrain.data import texts
 from posttrain.environment.markup import TOKENS
+from posttrain.losses import Row, weighted_loss
 from posttrain.model import Exported
 from posttrain.swarm.demonstrations import AGENT, SYSTEM_PROMPT, Demonstrations
 from posttrain.trainer import make_optimizer, schedule_name
@@ -30,8 +28,6 @@ _WORDS = (
     *("system", SYSTEM_PROMPT),
 )
 _TOKENS_OF_A_WORD = 1
-# Tokens, and the weight of each as a label.
-Row = tuple[Tensor, Tensor]
 # Sequences of similar length share a forward pass.
 _MICRO_BATCHES = 2
 
@@ -83,22 +79,7 @@ def _backward(exported: Exported, rows: Sequence[Row]) -> float:
     total = sum(float(weights.sum()) for _, weights in rows)
     size, mean = -(-len(ordered) // _MICRO_BATCHES), 0.0
     for start in range(0, len(ordered), size):
-        loss = _loss(exported, ordered[start : start + size]) / total
+        loss = weighted_loss(exported.model, ordered[start : start + size]) / total
         loss.backward()  # type: ignore[no-untyped-call]
         mean += float(loss.detach())
     return mean
-
-
-def _loss(exported: Exported, rows: Sequence[Row]) -> Tensor:
-    """Sum of the weighted losses."""
-    tokens = pad_sequence([tokens for tokens, _ in rows], batch_first=True)
-    weights = pad_sequence([weights for _, weights in rows], batch_first=True)
-    lengths = torch.tensor([len(tokens) for tokens, _ in rows])
-    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-    device = exported.model.device
-    logits = exported.model(
-        input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False
-    ).logits
-    labels = tokens[:, 1:].to(device)
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
-    return (losses * weights[:, 1:].to(device)).sum()
