@@ -4,7 +4,6 @@ Two torchrun agents on this machine are the two nodes; Slurm's commands are repl
 """
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import yaml
 
 from pretrain.metrics import read
 from tests.distributed import training
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "docs" / "examples" / "slurm.sh"
@@ -51,13 +51,6 @@ def run(command: Sequence[str | Path], commands: Path, environment: Mapping[str,
         command, env={**os.environ, **paths, **environment}, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def check_run(folder: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from posttrain.environment.core import Step
 from posttrain.environment.for_openenv import OpenEnvEnvironment
 from posttrain.environment.markup import render_calls
+from tests.ports import free_port
 
 SERVER = """\
 import sys, uvicorn
@@ -176,9 +177,7 @@ def test_a_failing_server_ends_the_task(fails: int, raises: bool) -> None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)])
     for _ in range(600):
         with socket.socket() as probe:

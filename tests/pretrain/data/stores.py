@@ -19,6 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import fsspec
 import pytest
 
+from tests.ports import free_port
+
 BUCKET = "bucket"
 
 
@@ -76,7 +78,7 @@ def s3(limit: "Limit") -> Iterator[Store]:
 def gs(limit: "Limit") -> Iterator[Store]:
     from gcp_storage_emulator.server import create_server
 
-    port = _free_port()
+    port = free_port()
     started = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
     started.start()
     try:
@@ -285,8 +287,3 @@ def forget() -> None:
     for protocol in ("s3", "gs"):
         with contextlib.suppress(ImportError, ValueError):
             fsspec.get_filesystem_class(protocol).clear_instance_cache()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

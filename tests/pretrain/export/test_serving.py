@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -26,6 +25,7 @@ from PIL import Image
 
 from pretrain.export.to_hf import export
 from tests.distributed.launch import launch
+from tests.ports import free_port
 from tests.pretrain.saved_run import Read, make_served
 
 PYTHON = Path(os.environ.get("SERVING_PYTHON", ".venv-serving/bin/python")).absolute()
@@ -57,9 +57,7 @@ def server(
     out = export(
         run_folder / "served", folder / request.param, text_only=request.param == "hf-text"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
