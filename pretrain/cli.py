@@ -176,7 +176,9 @@ def _add_data_commands(commands: Any) -> None:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes; default: one for each processor core",
     )  # fmt: skip
-    text = "write text as files of Megatron's format, or captioned images as WebDataset shards"
+    text = (
+        "write text or conversations as Megatron's files, or captioned images as WebDataset shards"
+    )
     convert = _add(actions, "convert", text)
     convert.add_argument(
         "config", help="a YAML file; or data: a file, a folder, a pattern or a URL"

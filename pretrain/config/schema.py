@@ -331,7 +331,8 @@ class SourceConfig(Settings):
     chat: conversations for supervised finetuning, in JSON lines, Parquet or Arrow; only the
     assistant's replies are learned. vision_chat: the same with images and videos.
     standard_library_chat: questions and answers from the built-in text. megatron: tokens in files
-    of Megatron's format (.bin and .idx), also those of `data tokenize`."""
+    of Megatron's format (.bin and .idx), also those of `data tokenize`. megatron_chat:
+    conversations in such files, from `data convert` or `data tokenize`."""
     path: Annotated[str, PathRule(optional=True)] = ""
     """A file, a folder (with its subfolders) or a pattern such as data/*.jsonl.gz; for text,
     images and chat also a URL; for megatron also the path of the files without .bin and .idx."""

@@ -43,6 +43,16 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.idx")
 
 
+DESCRIPTION, HASHES = "json", "hashes"
+"""Files that ``pretrain data`` writes next to a pair: its tokenizer and its columns, and a hash of
+each document."""
+
+
+def column_path(prefix: Path, name: str) -> Path:
+    """A file next to a pair, such as one with another value of each token."""
+    return prefix.with_name(f"{prefix.name}.{name}")
+
+
 @dataclass(frozen=True, eq=False)
 class IndexedTokens:
     """Documents in a pair of files, which are mapped into memory.

@@ -9,7 +9,7 @@ from pretrain.data.sources.chat import ChatSource
 from pretrain.data.sources.energon import EnergonSource
 from pretrain.data.sources.images import ImageSource
 from pretrain.data.sources.interface import Source
-from pretrain.data.sources.megatron import MegatronSource
+from pretrain.data.sources.megatron import MegatronChatSource, MegatronSource
 from pretrain.data.sources.standard_library import StandardLibraryChatSource, StandardLibrarySource
 from pretrain.data.sources.text import TextSource
 from pretrain.data.sources.vision_chat import ImageQuestionSource, VisionChatSource
@@ -22,6 +22,7 @@ SOURCES: dict[str, type[Source]] = {
     "images": ImageSource,
     "energon": EnergonSource,
     "megatron": MegatronSource,
+    "megatron_chat": MegatronChatSource,
     "standard_library": StandardLibrarySource,
     "standard_library_chat": StandardLibraryChatSource,
     "image_questions": ImageQuestionSource,

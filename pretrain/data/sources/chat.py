@@ -24,6 +24,8 @@ from pretrain.data.sources.parts import Encoded
 from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.errors import PretrainError
 
+COLUMNS: dict[str, npt.DTypeLike] = {"weights": np.float32, "categories": np.uint8}
+"""What an index has for each token, next to the tokens."""
 # Part of the name of an index. Raise it when conversations are rendered differently.
 _FORMAT = 2
 _KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
@@ -221,6 +223,6 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
             else:
                 yield record.hash, (document.tokens, document.weights, document.categories)
 
-    columns = {"tokens": tokenizer.dtype, "weights": np.float32, "categories": np.uint8}
+    columns = {"tokens": tokenizer.dtype, **COLUMNS}
     name = source.index_name("chat", tokenizer, length, _FORMAT)
     return index_tokens(source, composer, name, columns, ChatDocuments, encode)

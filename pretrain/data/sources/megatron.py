@@ -1,12 +1,12 @@
-"""Tokens in Megatron's files: written by its tools or by ``pretrain data tokenize``."""
+"""Tokens in Megatron's files: written by its tools or by ``pretrain data``."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,17 @@ from pretrain.data import files
 from pretrain.data.cache import key_of, map_array, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.files import reason
-from pretrain.data.megatron_format import IndexedTokens, bin_path, idx_path
+from pretrain.data.megatron_format import (
+    DESCRIPTION,
+    HASHES,
+    IndexedTokens,
+    bin_path,
+    column_path,
+    idx_path,
+)
 from pretrain.data.packing import Document
 from pretrain.data.skipped import Skip
+from pretrain.data.sources import chat
 from pretrain.data.sources.indexed import IndexedDocuments, IndexedSource
 from pretrain.data.sources.interface import Segment
 from pretrain.data.sources.order import Integers, Words, mixed
@@ -35,19 +43,25 @@ _ENOUGH = 32
 # All documents may well end with one of these, such as files of code with a newline.
 _TEXT_ENDS = ("\n", " ", ".", "}", ")", ">", "。")
 
+D = TypeVar("D", bound="MegatronDocuments")
+
 
 class MegatronSource(IndexedSource[Any]):
     """Pairs of files, ``PREFIX.bin`` and ``PREFIX.idx``.
 
     Attributes:
+        columns: what the files have for each token, next to the tokens.
         pairs: the files, mapped into memory.
     """
+
+    columns: ClassVar[Mapping[str, npt.DTypeLike]] = {}
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:
         super().__init__(number, data, seed)
         prefixes = _prefixes(self.config.path, self.setting)
-        of_each = (bin_path, idx_path, _description_path, _hashes_path)
-        paths = [path(prefix) for prefix in prefixes for path in of_each]
+        names = [*map(bin_path, prefixes), *map(idx_path, prefixes)]
+        others = (DESCRIPTION, HASHES, *self.columns)
+        paths = names + [column_path(prefix, name) for prefix in prefixes for name in others]
         self.key = key_of(self.config.type, stamps=[(str(path), stamp(path)) for path in paths])
         self.files = ()
         try:
@@ -64,30 +78,49 @@ class MegatronSource(IndexedSource[Any]):
         )
 
     def index(self, composer: Composer) -> "MegatronDocuments":
+        return self._index(composer, MegatronDocuments)
+
+    def _index(self, composer: Composer, make: type[D]) -> D:
         described = [_description(pair.prefix) for pair in self.pairs]
         note = ""
         for pair, description in zip(self.pairs, described, strict=True):
             if description:
                 self._check_description(pair, description, composer.tokenizer)
             else:
-                note = self._check_tokens(pair, composer.tokenizer) or note
+                note = self.check_tokens(pair, composer.tokenizer) or note
         hashes = _Hashes.of(self.pairs)
         index = f"megatron-{self.key}"
-        return MegatronDocuments(self, composer, hashes, [], index=index, note=note)
+        values = [[self._column(pair, name) for name in self.columns] for pair in self.pairs]
+        return make(self, composer, hashes, [], values, index=index, note=note)
+
+    def _column(self, pair: IndexedTokens, name: str) -> npt.NDArray[Any]:
+        path = column_path(pair.prefix, name)
+        try:
+            values = map_array(path, self.columns[name])
+            if len(values) != len(pair.tokens):
+                raise ValueError(f"{len(values):,} values for {len(pair.tokens):,} tokens")
+        except (OSError, ValueError) as error:
+            raise PretrainError(
+                f"{self.setting}.path: {path}: {reason(error)}: copy the files again, or convert "
+                "the conversations again"
+            ) from error
+        return values
 
     def _check_description(
         self, pair: IndexedTokens, description: dict[str, Any], tokenizer: Tokenizer
     ) -> None:
-        """Check a file of ``pretrain data tokenize``."""
-        if description["columns"] != ["tokens"]:
+        """Check a file of ``pretrain data``."""
+        if description["columns"] != ["tokens", *self.columns]:
+            found, type = "text", "megatron"
+            if not self.columns:
+                found, type = "conversations, of which some tokens are not learned", "megatron_chat"
             raise PretrainError(
-                f"{self.setting}.path: {pair.prefix}.bin has conversations, of which some tokens "
-                "are not learned: name their text in a source with type: chat"
+                f"{self.setting}.type: {pair.prefix}.bin has {found}: set it to {type}"
             )
         if description["tokenizer"] != tokenizer.digest:
             raise self._other_tokenizer(pair, "was made with another tokenizer", tokenizer)
 
-    def _check_tokens(self, pair: IndexedTokens, tokenizer: Tokenizer) -> str:
+    def check_tokens(self, pair: IndexedTokens, tokenizer: Tokenizer) -> str:
         """Check a sample of the tokens, which do not name their tokenizer; returns a note."""
         documents = [tokens for tokens in _sample(pair) if len(tokens)]
         if not documents:
@@ -122,6 +155,23 @@ class MegatronSource(IndexedSource[Any]):
         )
 
 
+class MegatronChatSource(MegatronSource):
+    """Conversations as ``pretrain data`` writes them, with a weight of each token."""
+
+    is_chat = True
+    columns = chat.COLUMNS
+
+    def index(self, composer: Composer) -> "MegatronChatDocuments":
+        composer.tokenizer.require_chat()
+        return self._index(composer, MegatronChatDocuments)
+
+    def check_tokens(self, pair: IndexedTokens, tokenizer: Tokenizer) -> NoReturn:
+        raise PretrainError(
+            f"{self.setting}.path: {pair.prefix}.bin is not of `data convert` or `data tokenize`, "
+            "which say what of a conversation is learned: convert the conversations again"
+        )
+
+
 def _prefixes(path: str, setting: str) -> list[Path]:
     """The files of a source without their suffixes, sorted.
 
@@ -151,22 +201,20 @@ def _prefixes(path: str, setting: str) -> list[Path]:
     return prefixes
 
 
-def _description_path(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.json")
-
-
-def _hashes_path(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.hashes")
-
-
 def _description(prefix: Path) -> dict[str, Any] | None:
-    """The description that ``pretrain data tokenize`` writes; None of other files."""
+    """The description that ``pretrain data`` writes; None of other files."""
     try:
-        description = json.loads(_description_path(prefix).read_text())
+        description = json.loads(column_path(prefix, DESCRIPTION).read_text())
     except (OSError, ValueError):
         return None
     known = isinstance(description, dict) and {"tokenizer", "columns"} <= set(description)
     return description if known else None
+
+
+def has_conversations(prefix: Path) -> bool:
+    """Whether ``pretrain data`` wrote conversations as a pair of files."""
+    description = _description(prefix)
+    return description is not None and description["columns"] != ["tokens"]
 
 
 def _sample(pair: IndexedTokens) -> Iterator[npt.NDArray[Any]]:
@@ -216,7 +264,7 @@ class _Hashes:
 
 def _content_hashes(pair: IndexedTokens) -> Words | int:
     """The hashes of a pair's documents, or a number that depends on the pair's content."""
-    path = _hashes_path(pair.prefix)
+    path = column_path(pair.prefix, HASHES)
     whole = path.exists() and path.stat().st_size == np.dtype(np.uint64).itemsize * len(pair)
     if whole and _description(pair.prefix):
         return map_array(path, np.uint64)
@@ -232,12 +280,14 @@ class MegatronDocuments(IndexedDocuments):
 
     Attributes:
         hashes: documents with small ones are held out.
+        values: for each pair, its columns.
         note: a remark for the user.
     """
 
     whole: ClassVar[bool] = False
     source: MegatronSource
     hashes: _Hashes
+    values: Sequence[Sequence[npt.NDArray[Any]]]
     note: str = field(kw_only=True, default="")
 
     @cached_property
@@ -247,6 +297,11 @@ class MegatronDocuments(IndexedDocuments):
     def _pairs(self, numbers: Integers) -> Integers:
         """The pair of each document."""
         return np.searchsorted(self._firsts, numbers, side="right") - 1
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The pair of a document, and its number in it."""
+        pair = int(self._pairs(np.array(number)))
+        return pair, number - int(self._firsts[pair])
 
     def sizes_of(self, numbers: Integers) -> tuple[Integers, Integers]:
         sizes, pairs = np.zeros_like(numbers), self._pairs(numbers)
@@ -274,15 +329,15 @@ class MegatronDocuments(IndexedDocuments):
         return arrays
 
     def content(self, number: int) -> npt.NDArray[Any]:
-        place = int(self._pairs(np.array(number)))
+        place, inside = self._place(number)
         pair = self.source.pairs[place]
-        tokens = pair.tokens[pair.extent(number - int(self._firsts[place]))]
+        tokens = pair.tokens[pair.extent(inside)]
         return tokens[1:] if len(tokens) and tokens[0] == self.composer.tokenizer.bos else tokens
 
     def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
         """A range of a document, without the token with which every :class:`Document` begins."""
-        place = int(self._pairs(np.array(segment.number)))
-        pair, number = self.source.pairs[place], segment.number - int(self._firsts[place])
+        place, number = self._place(segment.number)
+        pair = self.source.pairs[place]
         tokenizer, first = self.composer.tokenizer, pair.extent(number).start
         tokens = pair.tokens[first + segment.start : first + segment.stop]
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
@@ -293,3 +348,25 @@ class MegatronDocuments(IndexedDocuments):
         if segment.start == 0 and len(tokens) and tokens[0] == tokenizer.bos != tokenizer.eos:
             tokens = tokens[1:]
         return Document(tokenizer).add_tokens(tokens)
+
+
+@dataclass(frozen=True)
+class MegatronChatDocuments(MegatronDocuments):
+    """Conversations, which are never cut."""
+
+    whole: ClassVar[bool] = True
+
+    def content(self, number: int) -> npt.NDArray[Any]:
+        place, inside = self._place(number)
+        pair = self.source.pairs[place]
+        return pair.tokens[pair.extent(inside)]
+
+    def document(self, segment: Segment, *, pixels: bool = True) -> Document | Skip:
+        found = super().document(segment, pixels=pixels)
+        if isinstance(found, Skip):
+            return found
+        place, number = self._place(segment.number)
+        pair = self.source.pairs[place]
+        extent = pair.extent(number)
+        columns = (pair.tokens, *self.values[place])
+        return Document(found.tokenizer, *(column[extent].tolist() for column in columns))

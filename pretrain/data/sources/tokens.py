@@ -93,7 +93,11 @@ def index_tokens(
     def load(folder: Path) -> D:
         files, stored = read_files(folder), IndexedTokens.open(folder / PREFIX)
         hashes = map_array(folder / HASHES, np.uint64)
-        others = {c: map_array(folder / _file(c), columns[c]) for c in columns if c != PREFIX}
+        others = {
+            name: map_array(megatron_format.column_path(folder / PREFIX, name), dtype)
+            for name, dtype in columns.items()
+            if name != PREFIX
+        }
         if not len(stored) == len(hashes) == sum(file.documents for file in files):
             raise ValueError("documents are not what was written")
         if any(len(values) != len(stored.tokens) for values in others.values()):
@@ -123,7 +127,9 @@ def index_tokens(
 
 
 def _file(column: str) -> str:
-    return f"{column}.bin" if column == PREFIX else f"{PREFIX}.{column}"
+    prefix = Path(PREFIX)
+    path = megatron_format.bin_path(prefix)
+    return (path if column == PREFIX else megatron_format.column_path(prefix, column)).name
 
 
 def _tokenize(

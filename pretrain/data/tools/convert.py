@@ -17,12 +17,12 @@ from pretrain.data.composer import Composer
 from pretrain.data.duplicates import without_duplicates
 from pretrain.data.open import load_tokenizer
 from pretrain.data.skipped import Skip
-from pretrain.data.sources import find_sources
+from pretrain.data.sources import chat, find_sources
 from pretrain.data.sources.images import ImageSource
 from pretrain.data.sources.indexed import IndexedSource
 from pretrain.data.sources.interface import Source
 from pretrain.data.sources.megatron import MegatronSource
-from pretrain.data.sources.text import TextDocuments
+from pretrain.data.sources.tokens import TokenDocuments
 from pretrain.data.tools import shards
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress
@@ -34,7 +34,8 @@ _PIECE = 1 << 22
 def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
     """Write the text of every source as ``out/source0.bin`` and ``.idx``, and the tokenizer.
 
-    Tokenizing continues after a kill, in ``data.cache_dir``; then the folder appears at once.
+    For conversations, two more files have the weight and the category of each token. Tokenizing
+    continues after a kill, in ``data.cache_dir``; then the folder appears at once.
     Duplicates are left out as ``data.deduplicate`` says.
 
     Args:
@@ -45,19 +46,16 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
         the number of documents and tokens, and the configuration that reads the result.
 
     Raises:
-        PretrainError: the folder exists, a source is not text, or the data cannot be read or
-            written.
+        PretrainError: the folder exists, a source has images or tokens, or the data cannot be read
+            or written.
     """
     data, sources = _opened(config, out)
     for source in sources:
-        if source.has_images or source.is_chat or isinstance(source, MegatronSource):
-            why = (
-                "has tokens already" if isinstance(source, MegatronSource) else "is not plain text"
-            )
-            also = " (`data tokenize` prepares conversations)" if source.is_chat else ""
+        if source.has_images or isinstance(source, MegatronSource):
+            why = "has images" if source.has_images else "has tokens already"
             raise PretrainError(
-                f"{source.setting}: {source.location} ({source.config.type}) {why}: only text is "
-                f"converted to .bin and .idx; leave the source out{also}"
+                f"{source.setting}: {source.location} ({source.config.type}) {why}: only text and "
+                "conversations without images are converted to .bin and .idx; leave the source out"
             )
         if isinstance(source, IndexedSource):
             source.workers = workers
@@ -71,7 +69,7 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
     def write(folder: Path) -> None:
         tokenizer.save(folder / "tokenizer.json")
         for one in documents:
-            assert isinstance(one, TextDocuments)
+            assert isinstance(one, TokenDocuments)
             counts.append(_write_tokens(folder / f"source{one.source.number}", one))
         if skips:
             skipped.write(folder / skipped.FILE, skips)
@@ -84,12 +82,17 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
     for one, (count, tokens) in zip(documents, counts, strict=True):
         yield f"{one.source.setting}: {count:,} documents, {tokens:,} tokens"
     entries = [
-        _entry("megatron", out / f"source{one.source.number}", one.source) for one in documents
+        _entry(
+            "megatron_chat" if one.source.is_chat else "megatron",
+            out / f"source{one.source.number}",
+            one.source,
+        )
+        for one in documents
     ]
     yield _configuration(entries, {"tokenizer": str(out / "tokenizer.json")})
 
 
-def _write_tokens(prefix: Path, documents: TextDocuments) -> tuple[int, int]:
+def _write_tokens(prefix: Path, documents: TokenDocuments) -> tuple[int, int]:
     """Copy documents that are not duplicates; returns the number of documents and of tokens.
 
     Needs 12 bytes of memory for each document.
@@ -97,27 +100,33 @@ def _write_tokens(prefix: Path, documents: TextDocuments) -> tuple[int, int]:
     removed, stored, count = documents.removed, documents.stored, len(documents.hashes)
     starts, stops = np.append(0, removed + 1), np.append(removed, count)
     runs = [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
-    total = 0
-    with (
-        megatron_format.bin_path(prefix).open("wb") as file,
-        Progress(f"writing {prefix.name}", count) as progress,
-    ):
-        for start, stop in runs:
-            first, last = stored.extent(int(start)).start, stored.extent(int(stop) - 1).stop
-            for place in range(first, last, _PIECE):
-                file.write(stored.tokens[place : min(place + _PIECE, last)].tobytes())
-            total += last - first
-            progress(int(stop))
+    extents = [
+        (stored.extent(int(start)).start, stored.extent(int(stop) - 1).stop) for start, stop in runs
+    ]
+    names = list(chat.COLUMNS) if documents.source.is_chat else []
+    columns = {megatron_format.bin_path(prefix): stored.tokens}
+    columns |= {megatron_format.column_path(prefix, n): getattr(documents, n) for n in names}
+    total = sum(last - first for first, last in extents)
+    with Progress(f"writing {prefix.name}", total * len(columns)) as progress:
+        done = 0
+        for path, values in columns.items():
+            with path.open("wb") as file:
+                for first, last in extents:
+                    for place in range(first, last, _PIECE):
+                        piece = values[place : min(place + _PIECE, last)]
+                        file.write(piece.tobytes())
+                        done += len(piece)
+                        progress(done)
 
     def kept(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.concatenate([values[:0], *(values[start:stop] for start, stop in runs)])
 
-    lengths = kept(stored.lengths)
-    index = megatron_format.idx_path(prefix)
-    megatron_format.write_index(index, lengths, stored.tokens.dtype)
-    kept(np.asarray(documents.hashes[:])).tofile(prefix.with_name(f"{prefix.name}.hashes"))
-    values = {"tokenizer": documents.composer.tokenizer.digest, "columns": ["tokens"]}
-    prefix.with_name(f"{prefix.name}.json").write_text(json.dumps(values))
+    lengths, hashes = kept(stored.lengths), kept(np.asarray(documents.hashes[:]))
+    megatron_format.write_index(megatron_format.idx_path(prefix), lengths, stored.tokens.dtype)
+    hashes.tofile(megatron_format.column_path(prefix, megatron_format.HASHES))
+    description = megatron_format.column_path(prefix, megatron_format.DESCRIPTION)
+    described = {"tokenizer": documents.composer.tokenizer.digest, "columns": ["tokens", *names]}
+    description.write_text(json.dumps(described))
     return len(lengths), total
 
 

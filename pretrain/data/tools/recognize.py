@@ -16,6 +16,7 @@ from pretrain.data.media.frames import Media
 from pretrain.data.media.span import Place
 from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
+from pretrain.data.sources import megatron
 from pretrain.data.tools.beginnings import beginnings
 from pretrain.data.vision_text import archives, columns, mds, reading
 from pretrain.data.vision_text.layouts import (
@@ -162,7 +163,7 @@ def _special_folder(root: Path) -> Recognized | None:
     paths = [path for path in itertools.islice(root.rglob("*"), 10_000) if path.is_file()]
     names = {path.name for path in paths}
     if any(f"{name[:-4]}.bin" in names for name in names if name.endswith(".idx")):
-        return _found("tokens in Megatron's format; set data.tokenizer", "megatron", root)
+        return _tokens(root, paths)
     paths = sorted(path for path in paths if not path.name.startswith("."))
     images = [path for path in paths if files.ends_with(path, pixels.suffixes())]
     kind = reading.kind_of(root, paths)
@@ -179,6 +180,16 @@ def _special_folder(root: Path) -> Recognized | None:
             raise _refused(root, "a folder of images without captions", advice)
         return _found(f"{len(images):,} images with captions", "images", root)
     return None
+
+
+def _tokens(root: Path, paths: Sequence[Path]) -> Recognized:
+    prefixes = sorted(path.with_suffix("") for path in paths if path.suffix == ".idx")
+    types = ["megatron_chat" if megatron.has_conversations(one) else "megatron" for one in prefixes]
+    found = _found("tokens in Megatron's format; set data.tokenizer", types[0], root)
+    if len({*types}) == 1:
+        return found
+    entries = [{"type": t, "path": str(one)} for t, one in zip(types, prefixes, strict=True)]
+    return Recognized(found.description, entries)
 
 
 def _imagefolder(root: Path, described: Sequence[Path]) -> Recognized:

@@ -210,7 +210,7 @@ def test_hashes_that_arrive_later_decide_the_split(tokenized: Path, tmp_path: Pa
 
 
 def test_conversations_are_refused(tokenized: Path) -> None:
-    with pytest.raises(PretrainError, match=r"has conversations, .* type: chat"):
+    with pytest.raises(PretrainError, match=r"has conversations, .* set it to megatron_chat"):
         opened(tokenized, tokenized / "moved" / "chat")
 
 

@@ -16,6 +16,8 @@ from pretrain import cli
 from pretrain.config import DataConfig, from_dict
 from pretrain.data import megatron_format, open_data
 from pretrain.data.mixture.data import MixtureData
+from pretrain.data.tools.recognize import configuration
+from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 
 
@@ -64,6 +66,88 @@ def test_text_keeps_its_documents_and_its_held_out_ones(
     assert len(stored) == 60 and stored.tokens.dtype == np.uint16
     assert convert(*arguments) == 1
     assert "exists already: choose a new folder" in capsys.readouterr().err
+
+
+def chats(path: Path, count: int) -> Path:
+    """Conversations of one to three replies, of which some are not learned; one is very long."""
+    with path.open("w") as file:
+        for number in range(count):
+            messages: list[dict[str, Any]] = []
+            for turn in range(number % 3 + 1):
+                length = 500 if number == 5 else number % 4 + 1
+                reply = f"It is {number + turn}. " * length
+                messages.append({"role": "user", "content": f"What is {number} and {turn}?"})
+                messages.append({"role": "assistant", "content": reply, "weight": turn % 2})
+            messages.append({"role": "assistant", "content": f"Bye, {number}."})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def test_conversations_and_text_keep_every_sequence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens, weights and categories are those of a run without conversion, which may continue with
+    the result; `data inspect` names it."""
+    chats(tmp_path / "chat.jsonl", 60)
+    make.jsonl(tmp_path / "text.jsonl", range(60))
+    sources = [{"type": kind, "path": f"{tmp_path}/{kind}.jsonl"} for kind in ("chat", "text")]
+    settings = {"data": {"sources": sources, "vocab_size": 400, "held_out": 0.2, "seq_length": 256}}
+    settings["data"]["cache_dir"] = f"{tmp_path}/cache"
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(settings))
+    assert convert(tmp_path / "both.yaml", tmp_path / "out", "--to=megatron", "--workers=1") == 0
+    lines, converted = printed(capsys)
+    assert lines[0].startswith("1 skipped or left out")
+    assert lines[1].startswith("data.sources[0]: 59 documents")
+    assert [one["type"] for one in yaml.safe_load(converted)["data"]["sources"]] == [
+        "megatron_chat",
+        "megatron",
+    ]
+    made = opened(yaml.safe_load(converted), tmp_path, held_out=0.2, seq_length=256)
+    original = opened(settings, tmp_path, seq_length=256)
+    assert made.fingerprint == original.fingerprint
+    seen = set()
+    for split in ("train", "held_out"):
+        for index in range(30):
+            mine, theirs = made.sample(split, index), original.sample(split, index)
+            for name in ("tokens", "labels", "weights", "categories", "documents", "sources"):
+                assert getattr(mine, name).equal(getattr(theirs, name))
+            seen |= set(mine.weights.tolist())
+    assert seen == {0.0, 1.0}
+    made.load_state_dict([original.state_dict(2)])
+    assert yaml.safe_load(configuration(str(tmp_path / "out")))["data"] == {
+        "sources": yaml.safe_load(converted)["data"]["sources"]
+    }
+    with pytest.raises(PretrainError, match=r"source1\.bin has text: set it to megatron$"):
+        opened(_only(converted, 1, "megatron_chat"), tmp_path)
+    with pytest.raises(PretrainError, match=r"source0\.bin has conv.*: set it to megatron_chat$"):
+        opened(_only(converted, 0, "megatron"), tmp_path)
+
+
+def _only(settings: str, number: int, type: str) -> dict[str, Any]:
+    """One source of a configuration, as another type."""
+    data = yaml.safe_load(settings)["data"]
+    return {"data": data | {"sources": [data["sources"][number] | {"type": type}]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.unlink(), r"source0\.weights.*: copy the files again"),
+        (lambda weights: weights.write_bytes(weights.read_bytes()[:-4]), r"values for .* tokens"),
+        (lambda weights: weights.write_bytes(weights.read_bytes()[:-1]), r"source0\.weights.*copy"),
+        (lambda weights: weights.with_suffix(".json").unlink(), r"say what of a conversation is"),
+    ],
+)
+def test_damaged_conversations_are_refused(
+    tmp_path: Path, change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats(tmp_path / "chat.jsonl", 5)
+    settings = ("data.vocab_size=400", f"data.cache_dir={tmp_path}/cache", "--workers=1")
+    assert convert(tmp_path / "chat.jsonl", tmp_path / "out", "--to=megatron", *settings) == 0
+    _, converted = printed(capsys)
+    change(tmp_path / "out" / "source0.weights")
+    with pytest.raises(PretrainError, match=message):
+        opened(yaml.safe_load(converted), tmp_path)
 
 
 def test_megatron_core_reads_the_result(tmp_path: Path) -> None:
@@ -118,11 +202,8 @@ def test_images_in_a_table_become_shards(
     ("arguments", "message"),
     [
         (("text.jsonl", "new", "--to=shards"), "(text) has no images with captions: only sources"),
-        (("pictures", "new", "--to=megatron"), "(images) is not plain text: only text is"),
-        (
-            ("chat.jsonl", "new", "--to=megatron"),
-            "(chat) is not plain text: only text is",
-        ),
+        (("pictures", "new", "--to=megatron"), "(images) has images: only text and conversations"),
+        (("tokens.yaml", "new", "--to=megatron"), "(megatron) has tokens already: only text and"),
         (("pictures", "new", "--to=shards", "--per-shard=0"), "--per-shard must be > 0, not 0"),
         (("pictures", "new", "--to=shards", "data.deduplicate=exact"), "not applied to shards"),
         (("nothing", "new", "--to=shards"), "nothing"),
@@ -140,8 +221,9 @@ def test_errors_are_one_line_and_leave_nothing(
     make.jsonl(Path("text.jsonl"), range(5))
     make.captioned_folder(Path("pictures"), 4)
     Path("empty.yaml").write_text("steps: 200\n")
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    Path("chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert convert("text.jsonl", "tokens", "--to=megatron", "data.cache_dir=cache") == 0
+    settings = capsys.readouterr().out.partition("data:\n")
+    Path("tokens.yaml").write_text("".join(settings[1:]))
     assert convert(*arguments, "data.cache_dir=cache") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
