@@ -28,21 +28,29 @@ class Variant(NamedTuple):
     folder: str
 
 
+_OPTIMIZERS = {
+    "MuonClip": (),
+    "AdamW": ("optimizer.name=adamw", "optimizer.qk_clip_threshold=null"),
+}
 READING = {
-    "MuonClip": Variant("read", (), "read-muonclip"),
-    "AdamW": Variant(
-        "read", ("optimizer.name=adamw", "optimizer.qk_clip_threshold=null"), "read-adamw"
-    ),
+    name: Variant("read", changes, f"read-{name.lower()}") for name, changes in _OPTIMIZERS.items()
 }
 # The settings of a budget are those of the configuration, or else their defaults.
 _WITHOUT_BUDGET = (
     "rl.toggle.mode=off",
     *(f"rl.toggle.{name}=null" for name in ("period", "accuracy", "percentile")),
 )
+_BUDGETS: dict[str, tuple[str, ...]] = {
+    "no budget": _WITHOUT_BUDGET,
+    "Toggle": (),
+    "permanent budget": ("rl.toggle.mode=permanent",),
+}
 SUMS = {
-    "no budget": Variant("toggle", _WITHOUT_BUDGET, "sums-off"),
-    "Toggle": Variant("toggle", (), "sums-toggle"),
-    "permanent budget": Variant("toggle", ("rl.toggle.mode=permanent",), "sums-permanent"),
+    f"{budget}, {name}": Variant(
+        "toggle", (*changes, *optimizer), f"sums-{budget.split()[0].lower()}-{name.lower()}"
+    )
+    for name, optimizer in _OPTIMIZERS.items()
+    for budget, changes in _BUDGETS.items()
 }
 _MODES = "modes"
 _READING_COLUMNS = {

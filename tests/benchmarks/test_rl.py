@@ -41,7 +41,7 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
     assert f"| before | {changed} | 50.0% ± 0.0% | 25.0% ± 0.0% | 2.500 ± 0.000 |" in table
     assert f"| AdamW | {changed} | 20.0% ± 14.1% |" in table
     assert "| after | 50.0% | - | 2.500 | 25.0% | 25.0% |" in table
-    assert "| Toggle | 50.0% ± 0.0% | - | - | - | - | - | 2.500 ± 0.000 |" in table
+    assert "| Toggle, MuonClip | 50.0% ± 0.0% | - | - | - | - | - | 2.500 ± 0.000 |" in table
     figure = Figure()
     rl.plot(result, figure)
     assert len(figure.axes) == 1, "of the plotted metrics, the runs have rewards alone"
