@@ -231,7 +231,7 @@ def _construct(cls: type[S], arguments: dict[str, Any], prefix: str) -> S:
 
 def _convert(value: Any, expected: Any, key: str) -> Any:
     """Return ``value`` as the type ``expected``, without loss, or raise an error about ``key``."""
-    if isinstance(expected, type) and issubclass(expected, Settings):
+    if rules.is_section(expected):
         return _build(expected, value, f"{key}.")
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Annotated:
@@ -249,8 +249,9 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
         if len(args) == len(value):
             return tuple(_convert(item, arg, key) for item, arg in zip(value, args, strict=True))
     elif origin is dict and isinstance(value, Mapping):
+        kind = args[1] if rules.is_section(args[1]) else Option
         return {
-            str(name): _convert(option, Option, f"{key}.{name}")
+            str(name): _convert(option, kind, f"{key}.{name}")
             for name, option in value.items()
             if option is not None
         }
@@ -281,6 +282,11 @@ def _expand_paths(settings: S, prefix: str) -> S:
                 _expand_paths(item, f"{key}[{i}].") if isinstance(item, Settings) else item
                 for i, item in enumerate(value)
             )
+        elif isinstance(value, dict):
+            value = {
+                item: _expand_paths(one, f"{key}.{item}.") if isinstance(one, Settings) else one
+                for item, one in value.items()
+            }
         elif isinstance(value, str) and isinstance(rules.rule_of(hint), PathRule):
             value = _expand(value, key)
         expanded[name] = value

@@ -170,20 +170,25 @@ def describe(cls: type[Any], prefix: str = "") -> Iterator[str]:
     hints, meanings = field_types(cls), _field_docstrings(cls)
     for field in fields(cls):
         hint, name = hints[field.name], f"{prefix}{field.name}"
-        if _is_section(hint):
+        if is_section(hint):
             yield from describe(hint, f"{name}.")
         else:
             meaning = meanings.get(field.name) or field.metadata.get("meaning", "")
             meaning = " ".join(meaning.split())
             allowed = _allowed(hint)
-            default = {} if hint == Options else field.default
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            sections = [element for element in typing.get_args(hint) if is_section(element)]
+            if sections and isinstance(default, dict):
+                default = {element: {} for element in default}  # with the defaults that follow
             line = f"{name}={default!r}  {meaning}".rstrip()
             yield f"{line}  ({allowed})" if allowed else line
-            for element in filter(_is_section, typing.get_args(hint)):  # of a list of sections
-                yield from describe(element, f"{name}[].")
+            for element in sections:  # of a list or a mapping
+                mapping = typing.get_origin(hint) is dict
+                yield from describe(element, f"{name}.NAME." if mapping else f"{name}[].")
 
 
-def _is_section(hint: Any) -> bool:
+def is_section(hint: Any) -> bool:
+    """Whether a type is a section of a configuration."""
     return isinstance(hint, type) and issubclass(hint, Settings)
 
 

@@ -1,6 +1,7 @@
 """Reading a configuration: values arrive unchanged, and each error is one line with its cause."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import config
+from pretrain.config.rules import Settings
+from pretrain.config.schema import PathName, Positive
 from pretrain.errors import PretrainError
 
 YARN = (
@@ -217,3 +220,38 @@ def test_a_second_section_of_a_file_is_refused_with_its_line(tmp_path: Path) -> 
     path.write_text("optimizer: {lr: 1}\nsteps: 300\noptimizer: {momentum: 0.5}\n")
     with pytest.raises(PretrainError, match="line 3: 'optimizer' is given twice: merge the two"):
         config.load(path)
+
+
+@dataclass(frozen=True)
+class Part(Settings):
+    weight: Positive = 1.0
+    file: PathName = "a"
+
+
+@dataclass(frozen=True)
+class Whole(Settings):
+    """A section with a mapping of sections."""
+
+    parts: dict[str, Part] = field(default_factory=lambda: {"first": Part()})
+
+
+def test_a_mapping_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "there")
+    path = tmp_path / "whole.yaml"
+    path.write_text("parts: {one: {weight: 2}, two: {file: $PLACE/b}, three: {}}")
+    assert config.load_as(Whole, path, ["parts.one.file=c", "parts.three=null"]).parts == {
+        "one": Part(2.0, "c"),
+        "two": Part(1.0, "there/b"),
+    }
+    for override, message in (
+        ("parts.one.weight=0", r"^parts\.one\.weight must be in"),
+        ("parts.one=3", r"^parts\.one must be a mapping, not 3$"),
+        ("parts.one.height=0", r"^unknown configuration key 'parts\.one\.height'"),
+    ):
+        with pytest.raises(PretrainError, match=message):
+            config.load_as(Whole, path, [override])
+    (tmp_path / "empty.yaml").write_text("")
+    assert config.load_as(Whole, tmp_path / "empty.yaml").parts == {"first": Part()}
+    lines = list(config.describe(Whole))
+    assert lines[0] == "parts={'first': {}}"
+    assert lines[1].startswith("parts.NAME.weight=1.0")
