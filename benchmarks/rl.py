@@ -37,13 +37,13 @@ READING = {
 }
 # The settings of a budget are those of the configuration, or else their defaults.
 _WITHOUT_BUDGET = (
-    "rl.toggle.mode=off",
-    *(f"rl.toggle.{name}=null" for name in ("period", "accuracy", "percentile")),
+    "rl.tasks.sums.toggle.mode=off",
+    *(f"rl.tasks.sums.toggle.{name}=null" for name in ("period", "accuracy", "percentile")),
 )
 _BUDGETS: dict[str, tuple[str, ...]] = {
     "no budget": _WITHOUT_BUDGET,
     "Toggle": (),
-    "permanent budget": ("rl.toggle.mode=permanent",),
+    "permanent budget": ("rl.tasks.sums.toggle.mode=permanent",),
 }
 SUMS = {
     f"{budget}, {name}": Variant(
@@ -54,7 +54,7 @@ SUMS = {
 }
 _MODES = "modes"
 _READING_COLUMNS = {
-    "changed_character_error_rate": ("rl.images: character errors", ".1%"),
+    "changed_character_error_rate": ("changed images: character errors", ".1%"),
     "changed_exact_match": ("read exactly", ".1%"),
     "character_error_rate": ("pretraining's images: character errors", ".1%"),
     "exact_match": ("read exactly", ".1%"),

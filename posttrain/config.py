@@ -1,7 +1,7 @@
 """The settings of a post-training run, with their meaning, defaults and allowed values."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pretrain.config.rules import In, Settings, require
 from pretrain.config.schema import PathName, Positive, Share, Size, SizeOrZero, Steps, StepsOrZero
@@ -99,6 +99,39 @@ class ToggleConfig(Settings):
             self._refuse_without_effect("mode=off", ["period", "accuracy", "percentile"])
 
 
+TaskName = Literal[
+    *("read", "sums"),
+    *("look_up", "transcribe", "add", "sort", "reverse", "count_shapes"),
+]
+"""The tasks of reinforcement learning. read: images of the pretraining data, in the form of its
+documents. The others are in the chat format, with reasoning: the sums of the section ``sums``, and
+tasks of :mod:`posttrain.environment.abilities`."""
+TASK_NAMES: tuple[str, ...] = get_args(TaskName)
+
+
+@dataclass(frozen=True)
+class RlTaskConfig(Settings):
+    """A task of reinforcement learning.
+
+    The report publishes none of these values: the defaults are this project's choice.
+    """
+
+    share: Positive = 1.0
+    """Share of the prompts of a batch, relative to the other tasks."""
+    problems: Size = 2000
+    """Different prompts."""
+    max_tokens: Size = 16
+    """Limit of a response, in tokens."""
+    images: tuple[str, ...] = ()
+    """Of read: changes of `pretraining` for the images to read, which are evaluated in addition to
+    those of pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no
+    changes."""
+    solved_share: Share | None = 0.2
+    """Of read: share of the images that the model reads correctly at the start, by greedy decoding:
+    there is little to learn from them. null: images as they come."""
+    toggle: ToggleConfig = field(default_factory=ToggleConfig)
+
+
 @dataclass(frozen=True)
 class RlConfig(Settings):
     """Reinforcement learning: rollouts, and the objective of Kimi K2.5 (eq. 1, section 4.4.2).
@@ -106,9 +139,9 @@ class RlConfig(Settings):
     The report publishes none of these values: the defaults are this project's choice.
     """
 
-    task: Literal["read", "sums"] = "read"
-    """read: transcribe images of the pretraining data, in the form of its documents. sums: with
-    reasoning, in the chat format."""
+    tasks: dict[str, RlTaskConfig] = field(default_factory=lambda: {"read": RlTaskConfig()})
+    """The tasks that the policy is trained on together: read, sums, look_up, transcribe, add, sort,
+    reverse or count_shapes, each with its settings."""
     prompts: Size = 8
     """Prompts of a batch of rollouts."""
     group_size: Annotated[int, In("[2, 1048576]")] = 8
@@ -117,8 +150,6 @@ class RlConfig(Settings):
     """Steps of the optimizer for each batch of rollouts, each with its part of the responses. With
     1, every ratio is 1: then ratio_low, ratio_high and log_ratio_penalty have no effect."""
     temperature: Annotated[float, In("(0, 100]")] = 1.0
-    max_tokens: Size = 16
-    """Limit of a response, in tokens."""
     ratio_low: Annotated[float, In("(0, 1)")] = 0.8
     """alpha: tokens whose probability has fallen below this multiple of the rollout's give no
     policy gradient."""
@@ -126,15 +157,6 @@ class RlConfig(Settings):
     """beta: tokens whose probability has risen above this multiple give no policy gradient."""
     log_ratio_penalty: Annotated[float, In("[0, 1000]")] = 0.1
     """tau: weight of the squared log-ratio."""
-    problems: Size = 2000
-    """Different prompts: images or sums."""
-    images: tuple[str, ...] = ()
-    """Changes of `pretraining` for the images to read, which are evaluated in addition to those of
-    pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no changes."""
-    solved_share: Share | None = 0.2
-    """Share of the images that the model reads correctly at the start, by greedy decoding: there
-    is little to learn from them. null: images as they come."""
-    toggle: ToggleConfig = field(default_factory=ToggleConfig)
 
     def _check(self) -> None:
         require(
@@ -142,10 +164,16 @@ class RlConfig(Settings):
             f"updates={self.updates} must divide prompts x group_size="
             f"{self.prompts * self.group_size}",
         )
-        if self.task == "sums":
-            self._refuse_without_effect("task=sums", ["images", "solved_share"])
-        else:
-            self._refuse_without_effect("task=read", ["toggle"])
+        require(bool(self.tasks), "tasks must contain a task")
+        for name, task in self.tasks.items():
+            known = ", ".join(TASK_NAMES)
+            require(name in TASK_NAMES, f"tasks.{name} is no task: the tasks are {known}")
+            for setting in ("images", "solved_share") if name != "read" else ():
+                value = getattr(task, setting)
+                require(
+                    value is None or value == getattr(RlTaskConfig(), setting),
+                    f"tasks.{name}.{setting}={value} has no effect: it is a setting of read",
+                )
 
 
 @dataclass(frozen=True)
@@ -159,7 +187,8 @@ class EvaluationConfig(Settings):
     text_sequences: SizeOrZero = 64
     """Held-out sequences for the loss of text."""
     problems: SizeOrZero = 100
-    """Held-out sums, for each mode of the chat format that the model knows."""
+    """Held-out sums, for each mode of the chat format that the model knows, and problems of each
+    other task of `rl.tasks`."""
     max_tokens: Size = 64
     """Limit of a reply to a sum, in tokens."""
     batch_size: Size = 50
@@ -247,6 +276,11 @@ class Config(Settings):
     rl: RlConfig = field(default_factory=RlConfig)
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def changed_images(self) -> tuple[str, ...]:
+        """Changes of ``pretraining`` for the images of the task read."""
+        return self.rl.tasks["read"].images if "read" in self.rl.tasks else ()
 
     def require_effect(self, command: str) -> None:
         """

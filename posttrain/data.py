@@ -44,8 +44,8 @@ def open_pretraining_data(
 
 
 def open_images(config: Config, model: Path) -> Data | None:
-    """Open the data with the changes of ``rl.images``; None without changes."""
-    changes = config.rl.images
+    """Open the data with the changes of ``rl.tasks.read.images``; None without changes."""
+    changes = config.changed_images
     return open_pretraining_data(config.pretraining, model, changes) if changes else None
 
 

@@ -1,6 +1,6 @@
-"""Evaluation of a model on held-out data: transcriptions of images, and the loss of text."""
+"""Evaluation of a model on held-out data: images, tasks, and the loss of text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,9 +17,10 @@ from posttrain.data import (
     open_pretraining_data,
     pictures,
 )
+from posttrain.environment.core import Task
 from posttrain.losses import Row, weighted_loss
 from posttrain.model import TRAINED, Exported, load
-from posttrain.tasks import sum_task
+from posttrain.tasks import OF_IMAGES, generated_task
 from pretrain.data import Data
 from pretrain.data.media.png import png_base64
 from pretrain.reading import Reading, listing, scores
@@ -50,7 +51,8 @@ def held_out(
     """The metrics of a model, and its transcriptions.
 
     Args:
-        images: data of the images of ``rl.images``, whose transcriptions are returned if given.
+        images: data of the images of ``rl.tasks.read.images``, whose transcriptions are returned if
+            given.
     """
     model, options = exported.model, config.evaluation
     was_training = model.training
@@ -67,6 +69,9 @@ def held_out(
         if modes.has_chat_modes(exported) and options.problems:
             for name in modes.CHAT_MODES:
                 found |= sums(exported, config, name)
+            for name in config.rl.tasks:
+                if name not in ("read", "sums"):
+                    found |= generated(exported, config, name)
     finally:
         model.train(was_training)
     return found, readings
@@ -98,15 +103,10 @@ def sums(exported: Exported, config: Config, name: str) -> dict[str, float | Non
     Also of the shortest and the longest sums, if their numbers of operands differ.
     """
     options, mode = config.evaluation, modes.find(exported, name)
-    problems = [sum_task(config.sums, seed, held_out=True) for seed in range(options.problems)]
-    solved: list[tuple[int, float, int]] = []  # operands, reward, tokens
-    for start in range(0, len(problems), options.batch_size):
-        batch = problems[start : start + options.batch_size]
-        asked = [[{"role": "user", "content": task.question}] for task in batch]
-        replies = modes.answer(exported, mode, asked, [[]] * len(batch), options.max_tokens)
-        for task, reply in zip(batch, replies, strict=True):
-            reward = task.reward(modes.final_answer(exported, reply), task.truth)
-            solved.append((len(task.data), reward, len(reply)))
+    solved = [  # operands, reward, tokens
+        (len(task.data), _reward(exported, task, reply), len(reply))
+        for task, reply in _replies(exported, config, "sums", mode, options.max_tokens)
+    ]
     shortest, longest = min(solved)[0], max(solved)[0]
     groups = {name: solved}
     if shortest < longest:
@@ -117,6 +117,34 @@ def sums(exported: Exported, config: Config, name: str) -> dict[str, float | Non
         found[f"{group}_accuracy"] = mean(reward for _, reward, _ in some)
         found[f"{group}_tokens"] = mean(tokens for _, _, tokens in some)
     return found
+
+
+def generated(exported: Exported, config: Config, name: str) -> dict[str, float | None]:
+    """Mean reward of the replies to held-out problems of a task, and the share of full rewards."""
+    if name in OF_IMAGES and not exported.has_images:
+        return {}
+    mode, limit = modes.find(exported, "thinking"), config.rl.tasks[name].max_tokens
+    replies = _replies(exported, config, name, mode, limit)
+    rewards = [_reward(exported, task, reply) for task, reply in replies]
+    return {
+        f"held_out_{name}_reward": mean(rewards),
+        f"held_out_{name}_accuracy": mean(reward == 1 for reward in rewards),
+    }
+
+
+def _replies(
+    exported: Exported, config: Config, name: str, mode: modes.Mode, max_tokens: int
+) -> Iterator[tuple[Task, list[int]]]:
+    """Held-out problems of a task, and the replies of greedy decoding."""
+    count, size = config.evaluation.problems, config.evaluation.batch_size
+    tasks = [generated_task(name, config.sums, seed, held_out=True) for seed in range(count)]
+    for start in range(0, count, size):
+        batch = tasks[start : start + size]
+        yield from zip(batch, modes.answer_tasks(exported, mode, batch, max_tokens), strict=True)
+
+
+def _reward(exported: Exported, task: Task, reply: Sequence[int]) -> float:
+    return task.reward(modes.final_answer(exported, reply), task.truth)
 
 
 def _png(picture: Picture) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from posttrain.config import TASK_NAMES
 from pretrain.metrics import METRICS as OF_PRETRAINING
 from pretrain.metrics import Metric, Record, read_lines
 
@@ -25,10 +26,12 @@ METRICS = {
     "exact_match": OF_PRETRAINING["exact_match"],
     "character_error_rate": OF_PRETRAINING["character_error_rate"],
     "changed_exact_match": Metric(
-        "rl.images read exactly", ".1%", "held-out images of rl.images read exactly"
+        "changed images read exactly", ".1%", "held-out images of rl.tasks.read.images read exactly"
     ),
     "changed_character_error_rate": Metric(
-        "rl.images character error rate", ".1%", "character error rate on images of rl.images"
+        "changed images character error rate",
+        ".1%",
+        "character error rate on images of rl.tasks.read.images",
     ),
     "instant_accuracy": Metric("instant", ".1%", "held-out sums solved without reasoning"),
     "instant_tokens": Metric("tokens", ".1f", "tokens of a reply without reasoning"),
@@ -47,6 +50,25 @@ _BY_LENGTH = {
     for key, form in (("accuracy", ".1%"), ("tokens", ".1f"))
 }
 METRICS |= _BY_LENGTH
+# Of each task of a run with several.
+BY_TASK = {
+    f"{task}_{key}": Metric(
+        f"{task} {METRICS[key].label}", METRICS[key].format, f"{task}: {METRICS[key].description}"
+    )
+    for task in TASK_NAMES
+    for key in ("reward", "accuracy", "response_tokens", "cut_off", "has_budget")
+}
+_HELD_OUT_TASKS = {
+    f"held_out_{task}_{key}": Metric(
+        f"held-out {BY_TASK[f'{task}_{key}'].label}",
+        BY_TASK[f"{task}_{key}"].format,
+        f"held-out problems of {BY_TASK[f'{task}_{key}'].description}",
+    )
+    for task in TASK_NAMES
+    if task not in ("read", "sums")  # which have their own metrics
+    for key in ("reward", "accuracy")
+}
+METRICS |= BY_TASK | _HELD_OUT_TASKS
 # Names in TRL's logs.
 _OF_TRL = {
     "loss": "loss",
@@ -56,6 +78,8 @@ _OF_TRL = {
     "reward_std": "reward_spread",
     "completions/mean_length": "response_tokens",
     "completions/clipped_ratio": "cut_off",
+    "response_tokens": "response_tokens",  # in place of the mean of the means of tasks
+    "cut_off": "cut_off",
     "entropy": "entropy",
     "out_of_range": "out_of_range",
     "logit_bound": "logit_bound",
@@ -80,12 +104,13 @@ METRICS |= {
     f"held_out_{name}": Metric(f"held-out {m.label}", m.format, f"held-out tasks: {m.description}")
     for name, m in SWARM.items()
 }
-_OF_TRL |= {name: name for name in SWARM}
+_OF_TRL |= {name: name for name in (*SWARM, *BY_TASK)}
 HELD_OUT = (
     *("held_out_text_loss", "exact_match", "character_error_rate"),
     *("changed_exact_match", "changed_character_error_rate"),
     *("instant_accuracy", "instant_tokens", "thinking_accuracy", "thinking_tokens"),
     *_BY_LENGTH,
+    *_HELD_OUT_TASKS,
     *(f"held_out_{name}" for name in SWARM),
 )
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from posttrain.environment.core import Task
 from posttrain.model import Exported
 from pretrain.data import chat
 from pretrain.errors import PretrainError
@@ -131,6 +132,22 @@ def answer(
     return [
         _upto_end(row, mode.ends) for row in written[:, inputs["input_ids"].shape[1] :].tolist()
     ]
+
+
+def answer_tasks(
+    exported: Exported, mode: Mode, tasks: Sequence[Task], max_tokens: int, temperature: float = 0.0
+) -> list[list[int]]:
+    """The tokens of the responses to tasks; see :func:`answer`."""
+    images = [[] if task.image is None else [task.image] for task in tasks]
+    asked = [
+        [{"role": "user", "content": [{"type": "image"} for _ in shown] + [_text(task.question)]}]
+        for task, shown in zip(tasks, images, strict=True)
+    ]
+    return answer(exported, mode, asked, images, max_tokens, temperature)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _upto_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

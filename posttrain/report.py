@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from posttrain import metrics
+from posttrain.config import TASK_NAMES
 from posttrain.metrics import HELD_OUT, METRICS, SWARM
 from pretrain import html_report, untrusted_files
 from pretrain.errors import PretrainError
@@ -32,6 +33,7 @@ _PLOTS = (
         "thinking_accuracy",
         "thinking_tokens",
     ),
+    *(f"{task}_{key}" for task in TASK_NAMES for key in ("reward", "accuracy", "response_tokens")),
     *SWARM,
 )
 _MAX_BYTES = 1 << 20

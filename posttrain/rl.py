@@ -1,31 +1,56 @@
-"""Reinforcement learning with outcome rewards, from an exported model to an exported model."""
+"""Reinforcement learning with outcome rewards, from an exported model to an exported model.
+
+One policy is trained on several tasks of text and of images together: domains are abilities, not
+modalities (arXiv 2602.02276, section 4.4).
+"""
 
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
-from posttrain import evaluate, model, modes
-from posttrain.config import Config
+from posttrain import evaluate, model, modes, tasks
+from posttrain.config import Config, RlTaskConfig
 from posttrain.data import Picture, open_images, open_pretraining_data, pictures
 from posttrain.environment.core import Task
 from posttrain.modes import Mode
+from posttrain.prompts import PromptSampler
 from posttrain.rewards.text import edit_distance_reward
 from posttrain.run import Run, locked
 from posttrain.shared_images import encode_once
-from posttrain.tasks import sum_task
 from posttrain.toggle import Toggle
-from posttrain.trainer import RlTrainer, arguments
+from posttrain.trainer import Asked, RlTrainer, arguments
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress, counted
 
 _BUDGETS = "budgets.json"
+
+
+@dataclass
+class Practice:
+    """A task of the training.
+
+    Attributes:
+        name: of the task, a key of ``rl.tasks``.
+        options: its settings.
+        mode: in which the model is asked.
+        problems: in a fixed order.
+        toggle: its budgets; None without.
+    """
+
+    name: str
+    options: RlTaskConfig
+    mode: Mode
+    problems: list[Task]
+    toggle: Toggle | None = None
 
 
 def train(config: Config) -> Path:
@@ -41,61 +66,104 @@ def train(config: Config) -> Path:
         data = open_pretraining_data(config.pretraining, exported.folder)
         images = open_images(config, exported.folder)
         run = Run("rl", config, exported, data, termination, images)
-        mode = modes.find(exported, "document" if config.rl.task == "read" else "thinking")
-        problems = _problems(run, mode)
-        if len(problems) < config.rl.prompts:
-            raise PretrainError(
-                f"{config.pretraining} has {len(problems)} problems for training, fewer than "
-                f"rl.prompts={config.rl.prompts}: lower it, or add images"
-            )
-        exported.hf_tokenizer.chat_template = exported.processor.chat_template = mode.template
-        exported.model.generation_config.eos_token_id = mode.ends
+        practices = [_practice(run, name) for name in config.rl.tasks]
+        _require_enough(config, practices)
+        _set_budgets(run, practices)
+        exported.hf_tokenizer.chat_template = practices[0].mode.template
+        exported.processor.chat_template = practices[0].mode.template
+        exported.model.generation_config.eos_token_id = sorted(
+            {end for practice in practices for end in practice.mode.ends}
+        )
         if exported.has_images:
             encode_once(exported.model)
+        rl = config.rl
         trainer = RlTrainer(
-            rl=config.rl,
+            rl=rl,
             optimizer_options=config.optimizer,
+            asked={one.name: Asked(one.mode, one.options.max_tokens) for one in practices},
+            prompts=PromptSampler(
+                [len(practice.problems) for practice in practices],
+                [practice.options.share for practice in practices],
+                prompts=rl.prompts,
+                group_size=rl.group_size,
+                updates=rl.updates,
+                batches=config.steps // rl.updates,
+                seed=config.seed,
+            ),
             model=exported.model,
             processing_class=exported.processor,
-            reward_funcs=[_Reward(run, mode, problems)],
-            args=arguments(config, run.checkpoints, chat_template_kwargs=mode.options),
-            train_dataset=_dataset(problems),
+            reward_funcs=[_Reward(run, {practice.name: practice for practice in practices})],
+            args=arguments(config, run.checkpoints),
+            train_dataset=_dataset(practices),
         )
         return run.train(trainer)
 
 
-def _dataset(problems: Sequence[Task]) -> Dataset:
-    """A row for each problem; ``number`` is its place among them."""
+def _dataset(practices: Sequence[Practice]) -> Dataset:
+    """A row for each problem; ``number`` is its place among those of its task."""
+    problems = [task for practice in practices for task in practice.problems]
     columns: dict[str, list[Any]] = {
-        "prompt": [[{"role": "user", "content": problem.question}] for problem in problems],
-        "number": list(range(len(problems))),
+        "prompt": [[{"role": "user", "content": task.question}] for task in problems],
+        "task": [practice.name for practice in practices for _ in practice.problems],
+        "number": [number for practice in practices for number in range(len(practice.problems))],
     }
-    if problems[0].image is not None:
-        columns["images"] = [[problem.image] for problem in problems]
-    return Dataset.from_dict(columns)
+    message = {"role": Value("string"), "content": Value("string")}
+    features = {"prompt": List(message), "task": Value("string"), "number": Value("int64")}
+    if any(task.image is not None for task in problems):
+        columns["images"] = [[] if task.image is None else [task.image] for task in problems]
+        features["images"] = List(Image())
+    return Dataset.from_dict(columns, features=Features(features))
 
 
-def _problems(run: Run, mode: Mode) -> list[Task]:
-    """The problems of the training, in a fixed order."""
-    config = run.config
-    if config.rl.task == "sums":
-        tasks = (sum_task(config.sums, seed) for seed in range(config.rl.problems))
-        return list({task.problem: task for task in tasks}.values())
-    if not run.exported.has_images:
+def _require_enough(config: Config, practices: Sequence[Practice]) -> None:
+    """
+    Raises:
+        PretrainError: a task has fewer problems than prompts in a batch.
+    """
+    shares = [practice.options.share for practice in practices]
+    most = [math.ceil(config.rl.prompts * share / math.fsum(shares)) for share in shares]
+    for practice, needed in zip(practices, most, strict=True):
+        if len(practice.problems) < needed:
+            where = f"{config.pretraining} has" if practice.name == "read" else "there are"
+            raise PretrainError(
+                f"{where} {len(practice.problems)} problems of {practice.name} for training, fewer "
+                f"than its {needed} prompts of a batch: lower rl.prompts, or add problems"
+            )
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+def _practice(run: Run, name: str) -> Practice:
+    """A task with its problems.
+
+    Raises:
+        PretrainError: the model lacks tokens that the task needs, or images.
+    """
+    config, exported = run.config, run.exported
+    options = config.rl.tasks[name]
+    mode = modes.find(exported, "document" if name == "read" else "thinking")
+    if name in ("read", *tasks.OF_IMAGES) and not exported.has_images:
         raise PretrainError(
-            f"rl.task=read needs a model with images, and {config.model} has none: export it "
+            f"rl.tasks.{name} needs a model with images, and {config.model} has none: export it "
             "without --text-only"
         )
-    return [
-        Task(str(number), "knowledge", "", one.text, edit_distance_reward, image=one.image)
-        for number, one in enumerate(_pictures(run))
-    ]
+    if name == "read":
+        found = [
+            Task(str(number), "knowledge", "", one.text, edit_distance_reward, image=one.image)
+            for number, one in enumerate(_pictures(run, options))
+        ]
+    else:
+        seeds = range(options.problems)
+        generated = (tasks.generated_task(name, config.sums, seed) for seed in seeds)
+        found = list({task.problem: task for task in generated}.values())
+    return Practice(name, options, mode, found)
 
 
-def _pictures(run: Run) -> list[Picture]:
+def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
     """The training images, most of them not solved yet."""
     config, exported, data = run.config, run.exported, run.images or run.data
-    count, share = config.rl.problems, config.rl.solved_share
+    count, share = options.problems, options.solved_share
     if share is None:
         return pictures(data, "train", count)
     solved: list[Picture] = []
@@ -122,91 +190,124 @@ def _pictures(run: Run) -> list[Picture]:
     return chosen
 
 
+# ---------------------------------------------------------------------- rewards
+
+
+def _verified(run: Run, task: Task, tokens: Sequence[int]) -> float:
+    """The reward of a response.
+
+    Raises:
+        PretrainError: it is not finite, or outside [0, 1].
+    """
+    answer = modes.final_answer(run.exported, tokens)
+    reward = task.reward(answer, task.truth)
+    if not (math.isfinite(reward) and 0 <= reward <= 1):
+        raise PretrainError(f"the reward of {answer!r:.60} is {reward}: rewards must be in [0, 1]")
+    return reward
+
+
 @dataclass
 class _Reward:
     """The rewards of responses, as TRL calls a reward function."""
 
     run: Run
-    mode: Mode
-    problems: Sequence[Task]
+    practices: Mapping[str, Practice]
     __name__: str = "reward"
-
-    def __post_init__(self) -> None:
-        options = self.run.config.rl.toggle
-        self._toggle: Toggle | None = None
-        if options.mode != "off":
-            self._toggle = Toggle(
-                self.run.config.rl.max_tokens,
-                options.mode,
-                options.period,
-                options.accuracy,
-                options.percentile,
-            )
-            self._set_budgets(self._toggle)
 
     def __call__(
         self,
         completion_ids: Sequence[Sequence[int]],
+        task: Sequence[str],
         number: Sequence[int],
         trainer_state: Any,
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
-        tasks = [self.problems[index] for index in number]
-        pairs = list(zip(tasks, completion_ids, strict=True))
-        rewards = [self._verified(task, tokens) for task, tokens in pairs]
-        log_metric("accuracy", sum(reward == 1 for reward in rewards) / len(rewards))
-        if self._toggle is None:
-            return rewards
         rl = self.run.config.rl
-        iteration, k = trainer_state.global_step // rl.updates, rl.group_size
-        log_metric("has_budget", float(self._toggle.has_budget(iteration)))
-        return [
-            reward
-            for start in range(0, len(rewards), k)
-            for reward in self._toggle.rewards(
-                iteration,
-                tasks[start].problem,
-                rewards[start : start + k],
-                [len(tokens) for tokens in completion_ids[start : start + k]],
+        iteration = trainer_state.global_step // rl.updates
+        rewards: list[float] = []
+        responses: dict[str, list[dict[str, float]]] = {}  # their metrics, by task
+        for start in range(0, len(task), rl.group_size):
+            practice = self.practices[task[start]]
+            problem = practice.problems[number[start]]
+            group = completion_ids[start : start + rl.group_size]
+            verified = [_verified(self.run, problem, tokens) for tokens in group]
+            given, phase = verified, {}
+            if toggle := practice.toggle:
+                lengths = [len(tokens) for tokens in group]
+                given = toggle.rewards(iteration, problem.problem, verified, lengths)
+                phase = {"has_budget": float(toggle.has_budget(iteration))}
+            rewards += given
+            responses.setdefault(practice.name, []).extend(
+                {
+                    "reward": reward,
+                    "accuracy": float(before == 1),
+                    "response_tokens": float(len(tokens)),
+                    "cut_off": float(tokens[-1] not in practice.mode.ends),
+                    **phase,
+                }
+                for reward, before, tokens in zip(given, verified, group, strict=True)
             )
-        ]
+        _log(log_metric, "", [one for some in responses.values() for one in some])
+        if len(self.practices) > 1:
+            for name, some in responses.items():
+                _log(log_metric, f"{name}_", some)
+        return rewards
 
-    def _verified(self, task: Task, tokens: Sequence[int]) -> float:
-        """The reward of a response.
 
-        Raises:
-            PretrainError: it is not finite, or outside [0, 1].
-        """
-        answer = modes.final_answer(self.run.exported, tokens)
-        reward = task.reward(answer, task.truth)
-        if not (math.isfinite(reward) and 0 <= reward <= 1):
-            raise PretrainError(
-                f"the reward of {answer!r:.60} is {reward}: rewards must be in [0, 1]"
-            )
-        return reward
+def _log(
+    log_metric: Callable[[str, float], None], prefix: str, responses: Sequence[dict[str, float]]
+) -> None:
+    """Log the mean of each metric over the responses that have it."""
+    values = defaultdict(list)
+    for response in responses:
+        for name, value in response.items():
+            values[name].append(value)
+    for name, found in values.items():
+        if prefix or name != "reward":  # TRL logs the mean over all tasks
+            log_metric(f"{prefix}{name}", mean(found))
 
-    def _set_budgets(self, toggle: Toggle) -> None:
-        """Estimate the budget of each problem with the model before training, or read it."""
-        file = self.run.folder / _BUDGETS
-        if self.run.newest_checkpoint() and file.is_file():
-            toggle.load_state_dict(json.loads(file.read_text()))
-            return
-        rl, exported = self.run.config.rl, self.run.exported
-        exported.model.eval()
-        batches = [
-            self.problems[start : start + rl.prompts]
-            for start in range(0, len(self.problems), rl.prompts)
-        ]
-        for tasks in counted(batches, "estimating budgets", "batches"):
-            repeated = [task for task in tasks for _ in range(rl.group_size)]
-            asked = [[{"role": "user", "content": task.question}] for task in repeated]
-            replies = modes.answer(
-                exported, self.mode, asked, [[]] * len(asked), rl.max_tokens, rl.temperature
-            )
-            for start, task in zip(range(0, len(replies), rl.group_size), tasks, strict=True):
-                group = replies[start : start + rl.group_size]
-                correct = [self._verified(task, tokens) == 1 for tokens in group]
-                toggle.estimate(task.problem, [len(tokens) for tokens in group], correct)
-        exported.model.train()
-        file.write_text(json.dumps(toggle.state_dict()))
+
+def _set_budgets(run: Run, practices: Sequence[Practice]) -> None:
+    """Estimate the budgets of each task with Toggle, with the model before training, or read them
+    if the run resumes."""
+    file = run.folder / _BUDGETS
+    state = {}
+    if run.newest_checkpoint() and file.is_file():
+        state = json.loads(file.read_text())
+    for practice in practices:
+        options = practice.options.toggle
+        if options.mode == "off":
+            continue
+        practice.toggle = Toggle(
+            practice.options.max_tokens,
+            options.mode,
+            options.period,
+            options.accuracy,
+            options.percentile,
+        )
+        if practice.name in state:
+            practice.toggle.load_state_dict(state[practice.name])
+        else:
+            _estimate(run, practice, practice.toggle)
+            state[practice.name] = practice.toggle.state_dict()
+    if state:
+        file.write_text(json.dumps(state))
+
+
+def _estimate(run: Run, practice: Practice, toggle: Toggle) -> None:
+    rl, exported, problems = run.config.rl, run.exported, practice.problems
+    exported.model.eval()
+    batches = [
+        problems[start : start + rl.prompts] for start in range(0, len(problems), rl.prompts)
+    ]
+    for batch in counted(batches, f"estimating budgets of {practice.name}", "batches"):
+        repeated = [task for task in batch for _ in range(rl.group_size)]
+        replies = modes.answer_tasks(
+            exported, practice.mode, repeated, practice.options.max_tokens, rl.temperature
+        )
+        for start, task in zip(range(0, len(replies), rl.group_size), batch, strict=True):
+            group = replies[start : start + rl.group_size]
+            correct = [_verified(run, task, tokens) == 1 for tokens in group]
+            toggle.estimate(task.problem, [len(tokens) for tokens in group], correct)
+    exported.model.train()

@@ -40,7 +40,7 @@ class Run:
         exported: the model that is trained.
         data: the data of its pretraining.
         termination: requests to end the process.
-        images: data of the images of ``rl.images``.
+        images: data of the images of ``rl.tasks.read.images``.
     """
 
     command: str

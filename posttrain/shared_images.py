@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 
 def encode_once(model: nn.Module) -> None:
-    """Let a Kimi-K2.5 of transformers encode equal images of a batch once.
+    """Let a Kimi-K2.5 of transformers encode equal images of a batch once, and accept no images.
 
     With K responses to a prompt, the encoder and its gradient cost a K-th. Results are the same but
-    for the order in which gradients are summed.
+    for the order in which gradients are summed. TRL passes a part of a batch that has only prompts
+    of text an empty tensor of images.
     """
     inner: Any = model.model
     encode = inner.get_image_features
@@ -26,6 +27,16 @@ def encode_once(model: nn.Module) -> None:
         return encoded
 
     inner.get_image_features = get_image_features
+    model.register_forward_pre_hook(_without_empty_images, with_kwargs=True)
+
+
+def _without_empty_images(
+    _model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    pixels = named.get("pixel_values")
+    if pixels is not None and len(pixels) == 0:
+        named = {**named, "pixel_values": None, "image_grid_thw": None}
+    return arguments, named
 
 
 def distinct(pixels: Tensor, grids: Tensor) -> tuple[list[int], list[int]]:

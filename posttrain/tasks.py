@@ -3,9 +3,11 @@
 import itertools
 import json
 import random
+import zlib
 from typing import Any
 
 from posttrain.config import SumsConfig
+from posttrain.environment import abilities
 from posttrain.environment.core import Task
 from posttrain.rewards.text import numeric_reward
 from pretrain.data.chat import REPLY, Message, ToolCall
@@ -14,6 +16,8 @@ TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add"}}
 """The tools of the mode agent, as they are declared in its prompts."""
 WORDS = ("functions.add:", '{"sum":"', "## Return of ", json.dumps(TOOLS, separators=(",", ":")))
 """Words of the markup, for which a small vocabulary has many tokens."""
+OF_IMAGES = ("transcribe", "count_shapes")
+"""Tasks of :func:`generated_task` with images."""
 STYLES = ("terse", "redundant", "skipping")
 """Styles of a working: every step once, every step twice, or one step with all numbers."""
 
@@ -35,6 +39,21 @@ def sum_task(config: SumsConfig, seed: int, *, held_out: bool = False) -> Task:
             break
     question = "+".join(map(str, operands)) + "="
     return Task(question, "reasoning", question, sum(operands), numeric_reward, data=operands)
+
+
+def generated_task(name: str, config: SumsConfig, seed: int, *, held_out: bool = False) -> Task:
+    """The task of a seed: a sum, or one of :mod:`posttrain.environment.abilities`.
+
+    Held-out problems are never drawn for training. Of other tasks than sums, those are held out
+    whose names have a checksum that 7 divides.
+    """
+    if name == "sums":
+        return sum_task(config, seed, held_out=held_out)
+    rng = random.Random(seed)
+    while True:
+        task = abilities.TASKS[name](rng)
+        if (zlib.crc32(task.problem.encode()) % 7 == 0) == held_out:
+            return task
 
 
 def working(task: Task, style: str) -> str:

@@ -1,9 +1,10 @@
 """TRL's trainer with this project's objective and optimizer."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ import muonclip
 from muonclip import MuonClip
 from posttrain import objective
 from posttrain.config import Config, OptimizerConfig, RlConfig
+from posttrain.modes import Mode
+from posttrain.prompts import PromptSampler
 from pretrain.errors import PretrainError
 
 _FORWARDED = (
@@ -88,12 +91,8 @@ def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
     }
 
 
-def arguments(config: Config, checkpoints: Path, **options: Any) -> GRPOConfig:
-    """Arguments of TRL's trainer.
-
-    Args:
-        options: other ones of ``GRPOConfig``.
-    """
+def arguments(config: Config, checkpoints: Path) -> GRPOConfig:
+    """Arguments of TRL's trainer."""
     rl = config.rl
     return GRPOConfig(
         **common_arguments(config, checkpoints),
@@ -101,14 +100,13 @@ def arguments(config: Config, checkpoints: Path, **options: Any) -> GRPOConfig:
         steps_per_generation=rl.updates,
         gradient_accumulation_steps=1,
         num_generations=rl.group_size,
-        max_completion_length=rl.max_tokens,
+        max_completion_length=max(task.max_tokens for task in rl.tasks.values()),
         temperature=rl.temperature,
         loss_type="dapo",
         scale_rewards="none",
         beta=0.0,
         # The ratio to another engine's log-probabilities is a part of the objective.
         vllm_importance_sampling_correction=False,
-        **options,
     )
 
 
@@ -148,6 +146,18 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
             self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
 
+class Asked(NamedTuple):
+    """How the responses to the prompts of a task are generated.
+
+    Attributes:
+        mode: chat template, and the tokens that end a response.
+        max_tokens: limit of a response.
+    """
+
+    mode: Mode
+    max_tokens: int
+
+
 class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` with the objective of :mod:`posttrain.objective`.
 
@@ -157,16 +167,62 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     Args:
         rl: constants of the objective.
         optimizer_options: the optimizer.
+        asked: for each name in the column ``task`` of the dataset, how responses are generated;
+            empty: all as TRL does.
+        prompts: the rows of each batch; None: all rows in a random order.
         arguments: of ``GRPOTrainer``.
     """
 
     def __init__(
-        self, *, rl: RlConfig, optimizer_options: OptimizerConfig, **arguments: Any
+        self,
+        *,
+        rl: RlConfig,
+        optimizer_options: OptimizerConfig,
+        asked: Mapping[str, Asked] | None = None,
+        prompts: PromptSampler | None = None,
+        **arguments: Any,
     ) -> None:
         self._rl, self.optimizer_options = rl, optimizer_options
+        self._asked, self._prompts = asked or {}, prompts
+        self._tasks: list[str] = []  # of the prompts of a batch
         self.steps_per_rollout = rl.updates  # a checkpoint between them would lose the rollouts
         freeze(arguments["model"], optimizer_options.frozen)
         super().__init__(**arguments)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return self._prompts or super()._get_train_sampler(dataset)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._asked:
+            self._tasks = [row["task"] for row in inputs]
+        return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Generate the responses of each task in its mode; returns what TRL's method returns."""
+        if not self._asked:
+            return super()._generate(prompts)  # type: ignore[no-any-return]
+        ids: list[Any] = [None] * len(prompts)
+        completion_ids, completions, logprobs = ids.copy(), ids.copy(), ids.copy()
+        recorded = False
+        for name in dict.fromkeys(self._tasks):
+            places = [place for place, task in enumerate(self._tasks) if task == name]
+            self._ask(self._asked[name])
+            found = super()._generate([prompts[place] for place in places])
+            for index, place in enumerate(places):
+                ids[place], completion_ids[place] = found[0][index], found[1][index]
+                completions[place] = found[3][index]
+                if found[4] is not None:  # recorded by another engine
+                    logprobs[place], recorded = found[4][index], True
+        return ids, completion_ids, None, completions, logprobs if recorded else None, {}, None, []
+
+    def _ask(self, asked: Asked) -> None:
+        """Let TRL generate in the mode of a task."""
+        self.chat_template, self.chat_template_kwargs = asked.mode.template, asked.mode.options
+        self.eos_token_ids = asked.mode.ends
+        if not self.use_vllm:  # there, the largest limit applies to all tasks
+            self.generation_config = copy.deepcopy(self.generation_config)
+            self.generation_config.eos_token_id = asked.mode.ends
+            self.generation_config.max_new_tokens = asked.max_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if (bound := self.logit_bound()) is not None:

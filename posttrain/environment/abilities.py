@@ -7,6 +7,7 @@ records with a tool is agentic, from a name in the question or in an image.
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ def count_shapes(rng: random.Random) -> Task:
     """Reasoning: the number of circles in an image of circles and squares."""
     kinds = [rng.choice(("circle", "square")) for _ in range(rng.randint(1, 2 * _COLUMNS))]
     count = kinds.count("circle")
-    return _task("reasoning", "circles:", count, counting_reward, image=_shapes(kinds, rng))
+    task = _task("reasoning", "circles:", count, counting_reward, image=_shapes(kinds, rng))
+    return replace(task, problem=f"circles:{'-'.join(kinds)}")
 
 
 def follow(rng: random.Random) -> Task:

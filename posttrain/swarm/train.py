@@ -217,11 +217,10 @@ def _start(config: Config, data: Data) -> Path:
 def _require_effect(rl: RlConfig) -> None:
     """
     Raises:
-        PretrainError: a setting of other tasks is not at its default.
+        PretrainError: other tasks than the swarm's are set.
     """
-    for name in ("task", "max_tokens", "problems", "solved_share", "toggle"):
-        if getattr(rl, name) != getattr(RlConfig(), name):
-            raise PretrainError(f"rl.{name} has no effect in `posttrain swarm`: remove it")
+    if rl.tasks != RlConfig().tasks:
+        raise PretrainError("rl.tasks has no effect in `posttrain swarm`: remove it")
 
 
 def _require_context(swarm: SwarmConfig) -> None:

@@ -40,9 +40,7 @@ evaluation: {{images: 4, text_sequences: 1, problems: 2, max_tokens: 4}}
 READ = (
     "rl.prompts=2",
     "rl.group_size=2",
-    "rl.max_tokens=3",
-    "rl.problems=4",
-    "rl.solved_share=0.0",
+    "rl.tasks.read={max_tokens: 3, problems: 4, solved_share: 0.0}",
 )
 
 
@@ -116,8 +114,8 @@ def test_a_signal_saves_after_the_rollout_and_the_run_resumes(
     assert exported.hf_tokenizer.chat_template == modes.chat_template(exported)
 
     sums = (
-        *("rl.task=sums", "rl.problems=4", "rl.max_tokens=3", "rl.prompts=2", "rl.group_size=2"),
-        *("rl.toggle.mode=toggle", "rl.toggle.period=1"),
+        *("rl.tasks.sums={problems: 4, max_tokens: 3}", "rl.prompts=2", "rl.group_size=2"),
+        *("rl.tasks.sums.toggle.mode=toggle", "rl.tasks.sums.toggle.period=1"),
     )
     chosen = settings(tmp_path / "rl", taught, *common, *sums)
     write = Run.write
@@ -133,11 +131,63 @@ def test_a_signal_saves_after_the_rollout_and_the_run_resumes(
             rl.train(chosen)
     assert ended.value.code == 128 + 15
     budgets = json.loads((tmp_path / "rl" / "run" / "budgets.json").read_text())
-    assert len(budgets) == 4 and set(budgets.values()) <= {1.0, 2.0, 3.0}
+    assert len(budgets["sums"]) == 4 and set(budgets["sums"].values()) <= {1.0, 2.0, 3.0}
     rl.train(chosen)
     found = records(tmp_path / "rl")
     assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
     assert [record["has_budget"] for record in found if "has_budget" in record] == [1, 0]
+
+
+JOINT = (
+    "rl.tasks.read={share: 1, problems: 6, max_tokens: 3, solved_share: null}",
+    "rl.tasks.sums={share: 2, problems: 6, max_tokens: 5, toggle: {mode: toggle, period: 1}}",
+    "rl.tasks.count_shapes={share: 1, problems: 6, max_tokens: 4}",
+    "rl.tasks.sort={share: 0.5, problems: 6, max_tokens: 4}",
+    *("rl.prompts=4", "rl.group_size=2", "sums.max_operands=2"),
+)
+
+
+def test_tasks_of_text_and_images_are_trained_together(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every task has its own prompts, limit, reward and metrics; an interrupted run ends with the
+    same weights as one that was not."""
+    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    start = vocabulary.extend(model.load(image_export), tmp_path / "hf", chat.MARKUP).folder
+    after = weights(rl.train(settings(tmp_path / "whole", start, *JOINT)))
+    found = records(tmp_path / "whole")
+    assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
+    rollouts = [record for record in found if "reward" in record]
+    limits = {"read": 3, "sums": 5, "count_shapes": 4, "sort": 4}
+    for task, limit in limits.items():
+        of_task = [record for record in rollouts if f"{task}_reward" in record]
+        assert of_task or task == "sort"  # whose share is less than a prompt
+        for record in of_task:
+            assert 0 < record[f"{task}_response_tokens"] <= limit
+            assert 0 <= record[f"{task}_reward"] <= 1
+    assert [record["sums_has_budget"] for record in rollouts] == [1, 0]
+    for when in (found[0], found[-1]):
+        assert 0 <= when["held_out_sort_accuracy"] <= when["held_out_sort_reward"] <= 1
+        assert when["held_out_count_shapes_reward"] is not None
+        assert when["thinking_accuracy"] is not None and when["exact_match"] is not None
+    budgets = json.loads((tmp_path / "whole" / "run" / "budgets.json").read_text())
+    assert set(budgets) == {"sums"} and set(budgets["sums"].values()) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+
+    cut = tmp_path / "cut"
+    rl.train(settings(cut, start, *JOINT, "steps=2"))
+    resumed = weights(rl.train(settings(cut, start, *JOINT)))
+    for name, tensor in after.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_part_of_a_batch_may_have_no_images(image_export: Path, tmp_path: Path) -> None:
+    """One group of responses to each task: one of the two updates can be without images."""
+    start = vocabulary.extend(model.load(image_export), tmp_path / "hf", chat.MARKUP).folder
+    few = ("rl.tasks.read={problems: 2, max_tokens: 3, solved_share: null}", "rl.updates=4")
+    sums = ("rl.tasks.sums={share: 3, problems: 6, max_tokens: 3}", "steps=8", "save_every=8")
+    sizes = ("rl.prompts=4", "rl.group_size=2", "evaluation.images=0", "evaluation.problems=0")
+    rl.train(settings(tmp_path / "few", start, *few, *sums, *sizes))
+    assert len([r for r in records(tmp_path / "few") if "read_reward" in r]) == 2
 
 
 def test_frozen_parameters_stay(
@@ -165,7 +215,7 @@ def test_other_images_than_those_of_pretraining_are_practised_and_evaluated(
         return spread_reward(answer, truth)
 
     monkeypatch.setattr(rl, "edit_distance_reward", noted)
-    longer = "rl.images=[data.images.min_chars=6, data.images.max_chars=6]"
+    longer = "rl.tasks.read.images=[data.images.min_chars=6, data.images.max_chars=6]"
     chosen = settings(tmp_path / "longer", image_export, *READ, longer, "steps=2")
     out = rl.train(chosen)
     assert practised == {6}
@@ -192,24 +242,35 @@ def test_evaluation_of_the_command(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("rl.task=sums",), "does not know the mode thinking.*posttrain sft"),
+        (("rl.tasks.sums={}",), "does not know the mode thinking.*posttrain sft"),
         (("rl.group_size=1",), "group_size must be in"),
         (("rl.updates=3",), "updates=3 must divide"),
         (("save_every=3",), "save_every=3 must be a multiple of rl.updates=2"),
         (("rl.ratio_high=0.9",), "ratio_high must be in"),
         (("sft.batch_size=8",), "the section sft has no effect"),
-        (("rl.toggle.period=3",), "period=3 has no effect with mode=off"),
+        (("rl.tasks.read.toggle.period=3",), "period=3 has no effect with mode=off"),
         (
             ("optimizer.name=adamw", "optimizer.qk_clip_threshold=9"),
             "has no effect with name=adamw",
         ),
-        (("rl.prompts=50", "rl.problems=3", "rl.solved_share=null"), "fewer than"),
+        (("rl.prompts=50", "rl.tasks.read={problems: 3, solved_share: null}"), "fewer than"),
         (("model=/nowhere",), "/nowhere"),
-        (("rl.images=[data.images.max_ink=3]",), "unknown configuration key 'data.images.max_ink'"),
-        (("rl.images=[large]",), "large"),
+        (
+            ("rl.tasks.read.images=[data.images.max_ink=3]",),
+            "unknown configuration key 'data.images.max_ink'",
+        ),
+        (("rl.tasks.read.images=[large]",), "large"),
         ((*READ, "optimizer.frozen=[encoder.*]"), "no parameter matches 'encoder"),
         ((*READ, "optimizer.frozen=['*']"), "leaves no parameter to train"),
         (("rl.rat=1",), "unknown configuration key 'rl.rat'"),
+        (("rl.tasks.write={}",), "rl.tasks.write is no task: the tasks are read, sums"),
+        (("rl.tasks={}",), "rl.tasks must contain a task"),
+        (("rl.tasks.read.share=0",), "rl.tasks.read.share must be in"),
+        (("rl.tasks.read.share=-1",), "rl.tasks.read.share must be in"),
+        (("rl.tasks.read.shared=1",), "unknown configuration key 'rl.tasks.read.shared'"),
+        (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
+        (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
+        (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_line(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain import tasks
-from posttrain.config import SumsConfig
+from posttrain.config import TASK_NAMES, SumsConfig
 
 CONFIG = SumsConfig(min_operands=2, max_operands=5, largest=12)
 seeds = st.integers(0, 1 << 40)
@@ -34,6 +34,15 @@ def test_sums_and_their_workings_are_right(seed: int) -> None:
 def test_held_out_sums_are_others(one: int, other: int) -> None:
     training = tasks.sum_task(CONFIG, one).problem
     assert training != tasks.sum_task(CONFIG, other, held_out=True).problem
+
+
+@given(st.sampled_from([name for name in TASK_NAMES if name != "read"]), seeds, seeds)
+def test_held_out_problems_are_others(name: str, one: int, other: int) -> None:
+    training = tasks.generated_task(name, CONFIG, one)
+    held_out = tasks.generated_task(name, CONFIG, other, held_out=True)
+    assert training.problem != held_out.problem
+    assert training == tasks.generated_task(name, CONFIG, one) or training.image is not None
+    assert (training.image is not None) == (name in tasks.OF_IMAGES)
 
 
 @pytest.mark.parametrize("mode", ["instant", "thinking", "agent"])

@@ -59,7 +59,7 @@ def test_a_mean_over_no_episode_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rl.max_tokens=20", "rl.max_tokens has no effect"),
+        ("rl.tasks.read.max_tokens=20", "rl.tasks has no effect"),
         ("swarm.start_steps=0 swarm.start_batch=16", "lacks tokens of tool calls"),
         ("swarm.start_steps=0", "start_batch=2 has no effect with start_steps=0"),
         ("swarm.records=14", "too few names"),
