@@ -101,7 +101,7 @@ class ToggleConfig(Settings):
 
 TaskName = Literal[
     *("read", "sums"),
-    *("look_up", "transcribe", "add", "sort", "reverse", "count_shapes"),
+    *("look_up", "transcribe", "add", "sort", "reverse", "count_shapes", "follow"),
 ]
 """The tasks of reinforcement learning. read: images of the pretraining data, in the form of its
 documents. The others are in the chat format, with reasoning: the sums of the section ``sums``, and
@@ -121,7 +121,7 @@ class RlTaskConfig(Settings):
     problems: Size = 2000
     """Different prompts."""
     max_tokens: Size = 16
-    """Limit of a response, in tokens."""
+    """Limit of a response, in tokens; of follow, with the results of its calls of a tool."""
     images: tuple[str, ...] = ()
     """Of read: changes of `pretraining` for the images to read, which are evaluated in addition to
     those of pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no
@@ -141,7 +141,7 @@ class RlConfig(Settings):
 
     tasks: dict[str, RlTaskConfig] = field(default_factory=lambda: {"read": RlTaskConfig()})
     """The tasks that the policy is trained on together: read, sums, look_up, transcribe, add, sort,
-    reverse or count_shapes, each with its settings."""
+    reverse, count_shapes or follow, each with its settings."""
     prompts: Size = 8
     """Prompts of a batch of rollouts."""
     group_size: Annotated[int, In("[2, 1048576]")] = 8
@@ -168,6 +168,10 @@ class RlConfig(Settings):
         for name, task in self.tasks.items():
             known = ", ".join(TASK_NAMES)
             require(name in TASK_NAMES, f"tasks.{name} is no task: the tasks are {known}")
+            require(
+                name != "follow" or task.toggle.mode == "off",
+                "tasks.follow.toggle has no effect: budgets are of single replies",
+            )
             for setting in ("images", "solved_share") if name != "read" else ():
                 value = getattr(task, setting)
                 require(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import metrics, modes
+from posttrain import agentic, metrics, modes
 from posttrain.config import Config, EvaluationConfig
 from posttrain.data import (
     Picture,
@@ -20,7 +20,7 @@ from posttrain.data import (
 from posttrain.environment.core import Task
 from posttrain.losses import Row, weighted_loss
 from posttrain.model import TRAINED, Exported, load
-from posttrain.tasks import OF_IMAGES, generated_task
+from posttrain.tasks import AGENTIC, OF_IMAGES, generated_task
 from pretrain.data import Data
 from pretrain.data.media.png import png_base64
 from pretrain.reading import Reading, listing, scores
@@ -123,9 +123,21 @@ def generated(exported: Exported, config: Config, name: str) -> dict[str, float 
     """Mean reward of the replies to held-out problems of a task, and the share of full rewards."""
     if name in OF_IMAGES and not exported.has_images:
         return {}
-    mode, limit = modes.find(exported, "thinking"), config.rl.tasks[name].max_tokens
-    replies = _replies(exported, config, name, mode, limit)
-    rewards = [_reward(exported, task, reply) for task, reply in replies]
+    limit = config.rl.tasks[name].max_tokens
+    if name in AGENTIC:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # every evaluation samples alike, and leaves the training's state
+            episodes = agentic.play(
+                exported,
+                exported.model,
+                _held_out(config, name),
+                max_tokens=limit,
+                temperature=config.rl.temperature,
+            )
+        rewards = [episode.reward for episode in episodes]
+    else:
+        replies = _replies(exported, config, name, modes.find(exported, "thinking"), limit)
+        rewards = [_reward(exported, task, reply) for task, reply in replies]
     return {
         f"held_out_{name}_reward": mean(rewards),
         f"held_out_{name}_accuracy": mean(reward == 1 for reward in rewards),
@@ -136,11 +148,15 @@ def _replies(
     exported: Exported, config: Config, name: str, mode: modes.Mode, max_tokens: int
 ) -> Iterator[tuple[Task, list[int]]]:
     """Held-out problems of a task, and the replies of greedy decoding."""
-    count, size = config.evaluation.problems, config.evaluation.batch_size
-    tasks = [generated_task(name, config.sums, seed, held_out=True) for seed in range(count)]
-    for start in range(0, count, size):
+    tasks, size = _held_out(config, name), config.evaluation.batch_size
+    for start in range(0, len(tasks), size):
         batch = tasks[start : start + size]
         yield from zip(batch, modes.answer_tasks(exported, mode, batch, max_tokens), strict=True)
+
+
+def _held_out(config: Config, name: str) -> list[Task]:
+    seeds = range(config.evaluation.problems)
+    return [generated_task(name, config.sums, seed, held_out=True) for seed in seeds]
 
 
 def _reward(exported: Exported, task: Task, reply: Sequence[int]) -> float:

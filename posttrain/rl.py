@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from posttrain import evaluate, model, modes, tasks
+from posttrain import agentic, evaluate, model, modes, tasks
 from posttrain.config import Config, RlTaskConfig
 from posttrain.data import Picture, open_images, open_pretraining_data, pictures
 from posttrain.environment.core import Task
+from posttrain.environment.episode import Episode
 from posttrain.modes import Mode
 from posttrain.prompts import PromptSampler
 from posttrain.rewards.text import edit_distance_reward
@@ -80,7 +81,7 @@ def train(config: Config) -> Path:
         trainer = RlTrainer(
             rl=rl,
             optimizer_options=config.optimizer,
-            asked={one.name: Asked(one.mode, one.options.max_tokens) for one in practices},
+            asked={practice.name: _asked(run, practice) for practice in practices},
             prompts=PromptSampler(
                 [len(practice.problems) for practice in practices],
                 [practice.options.share for practice in practices],
@@ -97,6 +98,20 @@ def train(config: Config) -> Path:
             train_dataset=_dataset(practices),
         )
         return run.train(trainer)
+
+
+def _asked(run: Run, practice: Practice) -> Asked:
+    def play(trained: Any, numbers: Sequence[int]) -> list[Episode]:
+        return agentic.play(
+            run.exported,
+            trained,
+            [practice.problems[number] for number in numbers],
+            max_tokens=practice.options.max_tokens,
+            temperature=run.config.rl.temperature,
+        )
+
+    has_tools = practice.name in tasks.AGENTIC
+    return Asked(practice.mode, practice.options.max_tokens, play if has_tools else None)
 
 
 def _dataset(practices: Sequence[Practice]) -> Dataset:
@@ -219,6 +234,7 @@ class _Reward:
         completion_ids: Sequence[Sequence[int]],
         task: Sequence[str],
         number: Sequence[int],
+        episode_reward: Sequence[float | None],
         trainer_state: Any,
         log_metric: Callable[[str, float], None],
         **_: Any,
@@ -231,7 +247,10 @@ class _Reward:
             practice = self.practices[task[start]]
             problem = practice.problems[number[start]]
             group = completion_ids[start : start + rl.group_size]
-            verified = [_verified(self.run, problem, tokens) for tokens in group]
+            verified = [
+                _verified(self.run, problem, tokens) if played is None else played
+                for tokens, played in zip(group, episode_reward[start:], strict=False)
+            ]
             given, phase = verified, {}
             if toggle := practice.toggle:
                 lengths = [len(tokens) for tokens in group]

@@ -18,6 +18,8 @@ WORDS = ("functions.add:", '{"sum":"', "## Return of ", json.dumps(TOOLS, separa
 """Words of the markup, for which a small vocabulary has many tokens."""
 OF_IMAGES = ("transcribe", "count_shapes")
 """Tasks of :func:`generated_task` with images."""
+AGENTIC = ("follow",)
+"""Tasks of :func:`generated_task` with tools."""
 STYLES = ("terse", "redundant", "skipping")
 """Styles of a working: every step once, every step twice, or one step with all numbers."""
 

@@ -1,7 +1,7 @@
 """TRL's trainer with this project's objective and optimizer."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import muonclip
 from muonclip import MuonClip
 from posttrain import objective
 from posttrain.config import Config, OptimizerConfig, RlConfig
+from posttrain.environment.episode import Episode
 from posttrain.modes import Mode
 from posttrain.prompts import PromptSampler
 from pretrain.errors import PretrainError
@@ -152,10 +153,50 @@ class Asked(NamedTuple):
     Attributes:
         mode: chat template, and the tokens that end a response.
         max_tokens: limit of a response.
+        play: for an agentic task, runs an episode for each of the given numbers of its problems
+            with a model; None: one reply answers a prompt.
     """
 
     mode: Mode
     max_tokens: int
+    play: Callable[[Any, Sequence[int]], list[Episode]] | None = None
+
+
+class _Response(NamedTuple):
+    """A response as TRL's trainer needs it.
+
+    Attributes:
+        prompt_ids, completion_ids: [prompt], [n].
+        mask: 1 for tokens of the model, 0 for observations, [n].
+        text: a conversation, for TRL's logs.
+        logprobs: as another engine recorded them, [n]; None: to be computed.
+        episode_reward: of an agentic task; None: of its answer.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    mask: list[int]
+    text: Any
+    logprobs: list[float] | None
+    episode_reward: float | None
+
+
+def _responses(generated: tuple[Any, ...]) -> list[_Response]:
+    """The responses that TRL's method returned."""
+    prompt_ids, completion_ids, _, texts, logprobs, *_ = generated
+    return [
+        _Response(prompt, tokens, [1] * len(tokens), text, recorded, None)
+        for prompt, tokens, text, recorded in zip(
+            prompt_ids, completion_ids, texts, logprobs or [None] * len(texts), strict=True
+        )
+    ]
+
+
+def _of_episode(episode: Episode) -> _Response:
+    played = episode.trajectory
+    text = [{"role": "assistant", "content": episode.answer or ""}]
+    # The trainer computes the log-probabilities of all tasks, as those of one reply.
+    return _Response(played.prompt, played.completion, played.mask, text, None, episode.reward)
 
 
 class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
@@ -184,7 +225,7 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         self._rl, self.optimizer_options = rl, optimizer_options
         self._asked, self._prompts = asked or {}, prompts
-        self._tasks: list[str] = []  # of the prompts of a batch
+        self._rows: list[dict[str, Any]] = []  # of the prompts of a batch
         self.steps_per_rollout = rl.updates  # a checkpoint between them would lose the rollouts
         freeze(arguments["model"], optimizer_options.frozen)
         super().__init__(**arguments)
@@ -193,27 +234,30 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
         return self._prompts or super()._get_train_sampler(dataset)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._asked:
-            self._tasks = [row["task"] for row in inputs]
+        self._rows = inputs
         return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Generate the responses of each task in its mode; returns what TRL's method returns."""
         if not self._asked:
             return super()._generate(prompts)  # type: ignore[no-any-return]
-        ids: list[Any] = [None] * len(prompts)
-        completion_ids, completions, logprobs = ids.copy(), ids.copy(), ids.copy()
-        recorded = False
-        for name in dict.fromkeys(self._tasks):
-            places = [place for place, task in enumerate(self._tasks) if task == name]
-            self._ask(self._asked[name])
-            found = super()._generate([prompts[place] for place in places])
-            for index, place in enumerate(places):
-                ids[place], completion_ids[place] = found[0][index], found[1][index]
-                completions[place] = found[3][index]
-                if found[4] is not None:  # recorded by another engine
-                    logprobs[place], recorded = found[4][index], True
-        return ids, completion_ids, None, completions, logprobs if recorded else None, {}, None, []
+        found: list[Any] = [None] * len(prompts)
+        for name in dict.fromkeys(row["task"] for row in self._rows):
+            places = [place for place, row in enumerate(self._rows) if row["task"] == name]
+            asked = self._asked[name]
+            if asked.play is None:
+                self._ask(asked)
+                responses = _responses(super()._generate([prompts[place] for place in places]))
+            else:
+                numbers = [self._rows[place]["number"] for place in places]
+                responses = [_of_episode(one) for one in asked.play(self.model, numbers)]
+            for place, response in zip(places, responses, strict=True):
+                found[place] = response
+        columns = map(list, zip(*found, strict=True))
+        prompt_ids, completion_ids, masks, texts, logprobs, rewards = columns
+        recorded = None if None in logprobs else logprobs
+        extra = {"episode_reward": rewards}
+        return prompt_ids, completion_ids, masks, texts, recorded, extra, None, []
 
     def _ask(self, asked: Asked) -> None:
         """Let TRL generate in the mode of a task."""

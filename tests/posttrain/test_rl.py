@@ -143,6 +143,7 @@ JOINT = (
     "rl.tasks.sums={share: 2, problems: 6, max_tokens: 5, toggle: {mode: toggle, period: 1}}",
     "rl.tasks.count_shapes={share: 1, problems: 6, max_tokens: 4}",
     "rl.tasks.sort={share: 0.5, problems: 6, max_tokens: 4}",
+    "rl.tasks.follow={share: 1, problems: 6, max_tokens: 9}",
     *("rl.prompts=4", "rl.group_size=2", "sums.max_operands=2"),
 )
 
@@ -158,7 +159,7 @@ def test_tasks_of_text_and_images_are_trained_together(
     found = records(tmp_path / "whole")
     assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
     rollouts = [record for record in found if "reward" in record]
-    limits = {"read": 3, "sums": 5, "count_shapes": 4, "sort": 4}
+    limits = {"read": 3, "sums": 5, "count_shapes": 4, "sort": 4, "follow": 9}
     for task, limit in limits.items():
         of_task = [record for record in rollouts if f"{task}_reward" in record]
         assert of_task or task == "sort"  # whose share is less than a prompt
@@ -269,6 +270,7 @@ def test_evaluation_of_the_command(
         (("rl.tasks.read.share=-1",), "rl.tasks.read.share must be in"),
         (("rl.tasks.read.shared=1",), "unknown configuration key 'rl.tasks.read.shared'"),
         (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
+        (("rl.tasks.follow.toggle.mode=toggle",), "rl.tasks.follow.toggle has no effect"),
         (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
         (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
     ],
