@@ -1,7 +1,7 @@
 """The settings of a post-training run, with their meaning, defaults and allowed values."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pretrain.config.rules import In, Settings, require
 from pretrain.config.schema import PathName, Positive, Share, Size, SizeOrZero, Steps, StepsOrZero
@@ -99,14 +99,13 @@ class ToggleConfig(Settings):
             self._refuse_without_effect("mode=off", ["period", "accuracy", "percentile"])
 
 
-TaskName = Literal[
+TASK_NAMES = (
     *("read", "sums"),
     *("look_up", "transcribe", "add", "sort", "reverse", "count_shapes", "follow"),
-]
+)
 """The tasks of reinforcement learning. read: images of the pretraining data, in the form of its
 documents. The others are in the chat format, with reasoning: the sums of the section ``sums``, and
 tasks of :mod:`posttrain.environment.abilities`."""
-TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True)

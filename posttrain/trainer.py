@@ -1,6 +1,5 @@
 """TRL's trainer with this project's objective and optimizer."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -231,7 +230,7 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
         super().__init__(**arguments)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return self._prompts or super()._get_train_sampler(dataset)
+        return super()._get_train_sampler(dataset) if self._prompts is None else self._prompts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
@@ -264,7 +263,6 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
         self.chat_template, self.chat_template_kwargs = asked.mode.template, asked.mode.options
         self.eos_token_ids = asked.mode.ends
         if not self.use_vllm:  # there, the largest limit applies to all tasks
-            self.generation_config = copy.deepcopy(self.generation_config)
             self.generation_config.eos_token_id = asked.mode.ends
             self.generation_config.max_new_tokens = asked.max_tokens
 
