@@ -9,7 +9,7 @@ from posttrain.environment.core import Environment, Task
 from posttrain.environment.episode import Episode, run_episode
 from posttrain.environment.rollouts import Rollouts, Sample
 from posttrain.model import Exported
-from posttrain.swarm.sampling import Sampler
+from posttrain.sampling import Sampler
 
 
 def play(

@@ -147,7 +147,7 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
 
 
 class Asked(NamedTuple):
-    """How the responses to the prompts of a task are generated.
+    """The way in which responses to the prompts of a task are generated.
 
     Attributes:
         mode: chat template, and the tokens that end a response.
@@ -207,7 +207,7 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
     Args:
         rl: constants of the objective.
         optimizer_options: the optimizer.
-        asked: for each name in the column ``task`` of the dataset, how responses are generated;
+        asked: for each name in the column ``task`` of the dataset, the way to generate responses;
             empty: all as TRL does.
         prompts: the rows of each batch; None: all rows in a random order.
         arguments: of ``GRPOTrainer``.

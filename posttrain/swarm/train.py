@@ -22,11 +22,11 @@ from posttrain.environment.rollouts import Generate
 from posttrain.environment.trajectory import for_trl
 from posttrain.model import Exported
 from posttrain.run import Run, locked
+from posttrain.sampling import Sampler
 from posttrain.swarm import start
 from posttrain.swarm.demonstrations import Demonstrations
 from posttrain.swarm.orchestrator import Limits, SwarmEpisode, run_swarms
 from posttrain.swarm.parl import Parl, critical_steps, finish_reward, parallelism
-from posttrain.swarm.sampling import Sampler
 from posttrain.swarm.tasks import LookUps, tools
 from posttrain.trainer import RlTrainer, arguments
 from pretrain.data import Data

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain import model
-from posttrain.swarm.sampling import Sampler
+from posttrain.sampling import Sampler
 
 PROMPTS = [[1, 40, 41], [1, 50], [1, 60, 61, 62, 63]]
 
