@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain import cli, evaluate, metrics, model, modes, report, rl, sft, vocabulary
+from posttrain import cli, evaluate, metrics, model, modes, practice, report, rl, sft, vocabulary
 from posttrain.config import Config
 from posttrain.run import Run
 from pretrain import config as configuration
@@ -76,7 +76,7 @@ def test_reading_is_trained_from_an_export_to_an_export(
 ) -> None:
     """The trained folder has the files and names of the first one, and can be imported; a run that
     was interrupted ends with the same weights as one that was not."""
-    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    monkeypatch.setattr(practice, "edit_distance_reward", spread_reward)
     out = rl.train(settings(tmp_path / "whole", image_export, *READ))
     before, after = weights(image_export), weights(out)
     assert before.keys() == after.keys()
@@ -153,7 +153,7 @@ def test_tasks_of_text_and_images_are_trained_together(
 ) -> None:
     """Every task has its own prompts, limit, reward and metrics; an interrupted run ends with the
     same weights as one that was not."""
-    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    monkeypatch.setattr(practice, "edit_distance_reward", spread_reward)
     start = vocabulary.extend(model.load(image_export), tmp_path / "hf", chat.MARKUP).folder
     after = weights(rl.train(settings(tmp_path / "whole", start, *JOINT)))
     found = records(tmp_path / "whole")
@@ -195,7 +195,7 @@ def test_frozen_parameters_stay(
     image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The encoder of images alone is trained: the loss of text is exactly the same."""
-    monkeypatch.setattr(rl, "edit_distance_reward", spread_reward)
+    monkeypatch.setattr(practice, "edit_distance_reward", spread_reward)
     frozen = "optimizer.frozen=[model.language_model.*, lm_head.*]"
     out = rl.train(settings(tmp_path / "frozen", image_export, *READ, frozen, "steps=2"))
     before, after = weights(image_export), weights(out)
@@ -215,7 +215,7 @@ def test_other_images_than_those_of_pretraining_are_practised_and_evaluated(
         practised.add(len(truth))
         return spread_reward(answer, truth)
 
-    monkeypatch.setattr(rl, "edit_distance_reward", noted)
+    monkeypatch.setattr(practice, "edit_distance_reward", noted)
     longer = "rl.tasks.read.images=[data.images.min_chars=6, data.images.max_chars=6]"
     chosen = settings(tmp_path / "longer", image_export, *READ, longer, "steps=2")
     out = rl.train(chosen)
@@ -309,7 +309,7 @@ def test_rewards_out_of_range_end_the_run(
     image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in (float("nan"), 1.5):
-        monkeypatch.setattr(rl, "edit_distance_reward", lambda *_, value=value: value)
+        monkeypatch.setattr(practice, "edit_distance_reward", lambda *_, value=value: value)
         folder = tmp_path / str(value)
         with pytest.raises(PretrainError, match=r"rewards must be in \[0, 1\]"):
             rl.train(settings(folder, image_export, *READ, "evaluation.images=0"))
@@ -344,7 +344,7 @@ def test_the_time_of_a_step_is_all_of_it_without_its_evaluation(
         pass_time(1)
         return spread_reward(answer, truth)
 
-    monkeypatch.setattr(rl, "edit_distance_reward", slow_reward)
+    monkeypatch.setattr(practice, "edit_distance_reward", slow_reward)
     monkeypatch.setattr(Run, "evaluate", lambda _run, _step: pass_time(60))
     monkeypatch.setattr(time, "monotonic", lambda: now)
     rl.train(settings(tmp_path / "timed", image_export, *READ, "evaluation.every=1", "steps=2"))

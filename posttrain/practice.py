@@ -1,0 +1,169 @@
+"""The tasks of reinforcement learning: their problems, rewards and token budgets."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain import evaluate, modes, tasks
+from posttrain.config import Config, RlTaskConfig
+from posttrain.data import Picture, pictures
+from posttrain.environment.core import Task
+from posttrain.modes import Mode
+from posttrain.rewards.text import edit_distance_reward
+from posttrain.run import Run
+from posttrain.toggle import Toggle
+from pretrain.errors import PretrainError
+from pretrain.runtime.progress import Progress, counted
+
+_BUDGETS = "budgets.json"
+
+
+@dataclass
+class Practice:
+    """A task of the training.
+
+    Attributes:
+        name: of the task, a key of ``rl.tasks``.
+        options: its settings.
+        mode: in which the model is asked.
+        problems: in a fixed order.
+        toggle: its budgets; None without.
+    """
+
+    name: str
+    options: RlTaskConfig
+    mode: Mode
+    problems: list[Task]
+    toggle: Toggle | None = None
+
+
+def require_enough(config: Config, practices: Sequence[Practice]) -> None:
+    """
+    Raises:
+        PretrainError: a task has fewer problems than prompts in a batch.
+    """
+    shares = [practice.options.share for practice in practices]
+    most = [math.ceil(config.rl.prompts * share / math.fsum(shares)) for share in shares]
+    for practice, needed in zip(practices, most, strict=True):
+        if len(practice.problems) < needed:
+            where = f"{config.pretraining} has" if practice.name == "read" else "there are"
+            raise PretrainError(
+                f"{where} {len(practice.problems)} problems of {practice.name} for training, fewer "
+                f"than its {needed} prompts of a batch: lower rl.prompts, or add problems"
+            )
+
+
+def prepare(run: Run, name: str) -> Practice:
+    """A task with its problems.
+
+    Raises:
+        PretrainError: the model lacks tokens that the task needs, or images.
+    """
+    config, exported = run.config, run.exported
+    options = config.rl.tasks[name]
+    mode = modes.find(exported, "document" if name == "read" else "thinking")
+    if name in ("read", *tasks.OF_IMAGES) and not exported.has_images:
+        raise PretrainError(
+            f"rl.tasks.{name} needs a model with images, and {config.model} has none: export it "
+            "without --text-only"
+        )
+    if name == "read":
+        found = [
+            Task(str(number), "knowledge", "", one.text, edit_distance_reward, image=one.image)
+            for number, one in enumerate(_pictures(run, options))
+        ]
+    else:
+        seeds = range(options.problems)
+        generated = (tasks.generated_task(name, config.sums, seed) for seed in seeds)
+        found = list({task.problem: task for task in generated}.values())
+    return Practice(name, options, mode, found)
+
+
+def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
+    """The training images, most of them not solved yet."""
+    config, exported, data = run.config, run.exported, run.images or run.data
+    count, share = options.problems, options.solved_share
+    if share is None:
+        return pictures(data, "train", count)
+    solved: list[Picture] = []
+    unsolved: list[Picture] = []
+    wanted = round(count * (1 - share))
+    exported.model.eval()
+    with Progress("choosing images that are not solved yet", wanted, "images") as progress:
+        asked = 0
+        while len(unsolved) < wanted:
+            found = pictures(data, "train", asked + count)
+            new = found[asked:]
+            readings = evaluate.transcribe(exported, new, config.evaluation)
+            for reading, picture in zip(readings, new, strict=True):
+                (solved if reading.is_exact else unsolved).append(picture)
+            progress(len(unsolved))
+            if len(found) < asked + count:
+                break  # there are no more
+            asked = len(found)
+    exported.model.train()
+    unsolved = unsolved[:wanted]
+    others = round(len(unsolved) * share / (1 - share)) if share < 1 else count
+    chosen = unsolved + solved[:others]
+    random.Random(config.seed).shuffle(chosen)
+    return chosen
+
+
+def verified(run: Run, task: Task, tokens: Sequence[int]) -> float:
+    """The reward of a response.
+
+    Raises:
+        PretrainError: it is not finite, or outside [0, 1].
+    """
+    answer = modes.final_answer(run.exported, tokens)
+    reward = task.reward(answer, task.truth)
+    if not (math.isfinite(reward) and 0 <= reward <= 1):
+        raise PretrainError(f"the reward of {answer!r:.60} is {reward}: rewards must be in [0, 1]")
+    return reward
+
+
+def set_budgets(run: Run, practices: Sequence[Practice]) -> None:
+    """Estimate the budgets of each task with Toggle, with the model before training, or read them
+    if the run resumes."""
+    file = run.folder / _BUDGETS
+    state = {}
+    if run.newest_checkpoint() and file.is_file():
+        state = json.loads(file.read_text())
+    for practice in practices:
+        options = practice.options.toggle
+        if options.mode == "off":
+            continue
+        practice.toggle = Toggle(
+            practice.options.max_tokens,
+            options.mode,
+            options.period,
+            options.accuracy,
+            options.percentile,
+        )
+        if practice.name in state:
+            practice.toggle.load_state_dict(state[practice.name])
+        else:
+            _estimate(run, practice, practice.toggle)
+            state[practice.name] = practice.toggle.state_dict()
+    if state:
+        file.write_text(json.dumps(state))
+
+
+def _estimate(run: Run, practice: Practice, toggle: Toggle) -> None:
+    rl, exported, problems = run.config.rl, run.exported, practice.problems
+    exported.model.eval()
+    batches = [
+        problems[start : start + rl.prompts] for start in range(0, len(problems), rl.prompts)
+    ]
+    for batch in counted(batches, f"estimating budgets of {practice.name}", "batches"):
+        repeated = [task for task in batch for _ in range(rl.group_size)]
+        replies = modes.answer_tasks(
+            exported, practice.mode, repeated, practice.options.max_tokens, rl.temperature
+        )
+        for start, task in zip(range(0, len(replies), rl.group_size), batch, strict=True):
+            group = replies[start : start + rl.group_size]
+            correct = [verified(run, task, tokens) == 1 for tokens in group]
+            toggle.estimate(task.problem, [len(tokens) for tokens in group], correct)
+    exported.model.train()
