@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from posttrain import cli as posttrain_cli
+from posttrain.config import Config as PosttrainConfig
 from pretrain import cli, config
 from tests.docs.commands import (
     NOT_EXECUTED,
@@ -105,9 +106,10 @@ def test_examples_of_the_help_are_valid() -> None:
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=name_of)
 def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
+    kind = PosttrainConfig if page.parent.name == "posttraining" else config.Config
     for block in blocks(page.read_text(), "yaml"):
         (tmp_path / "page.yaml").write_text(block)
-        config.load(tmp_path / "page.yaml", [])
+        config.load_as(kind, tmp_path / "page.yaml")
 
 
 @pytest.mark.parametrize("page", with_blocks("json"), ids=name_of)
