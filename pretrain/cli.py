@@ -186,12 +186,14 @@ def _add_data_commands(commands: Any) -> None:
     convert.add_argument("out", type=Path, help="a new folder")
     convert.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changed settings")
     convert.add_argument(
-        "--to", choices=["megatron", "shards"], required=True,
-        help="megatron: .bin and .idx; shards: .tar for megatron-energon",
+        "--to", choices=["megatron", "shards", "parquet"], required=True,
+        help="megatron: .bin and .idx of text and conversations; shards: .tar of captioned images, "
+        "for megatron-energon; parquet: any documents, with their images",
     )  # fmt: skip
     convert.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="images; default: 1000"
-    )
+        "--per-shard", type=int, default=1000, metavar="N",
+        help="documents in a shard or in a file of Parquet; default: 1000",
+    )  # fmt: skip
     convert.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes that tokenize; default: one for each processor core",

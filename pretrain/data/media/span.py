@@ -38,6 +38,16 @@ Place = str | Span
 """Where an image or a video is: the path of a file, or a range of one."""
 
 
+def content(place: Place) -> bytes:
+    """The bytes of an image or a video.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(place, "rb") if isinstance(place, str) else place.open() as file:
+        return file.read()
+
+
 class _Range(io.RawIOBase):
     """A range of a file."""
 

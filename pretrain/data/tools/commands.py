@@ -15,7 +15,7 @@ from pretrain.data.mixture.data import MixtureData
 from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
 from pretrain.data.tools import duplicates, inspect
-from pretrain.data.tools.convert import to_megatron, to_shards
+from pretrain.data.tools.convert import to_megatron, to_parquet, to_shards
 from pretrain.data.tools.recognize import configuration
 from pretrain.data.tools.shards import make_shards
 from pretrain.data.tools.tokenize import tokenize
@@ -63,6 +63,8 @@ def _convert(options: Namespace) -> Iterator[str]:
         settings = config.load(path, options.overrides)
         if options.to == "shards":
             yield from to_shards(settings, options.out, options.per_shard)
+        elif options.to == "parquet":
+            yield from to_parquet(settings, options.out, options.per_shard)
         else:
             yield from to_megatron(settings, options.out, options.workers)
 

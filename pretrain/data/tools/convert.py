@@ -1,4 +1,4 @@
-"""Write sources of data in the formats of other trainers: Megatron's tokens, energon's shards."""
+"""Write sources of data in other formats: Megatron's tokens, energon's shards, Parquet."""
 
 import json
 import shutil
@@ -15,15 +15,17 @@ from pretrain.config import Config, DataConfig
 from pretrain.data import data_config, megatron_format, skipped
 from pretrain.data.composer import Composer
 from pretrain.data.duplicates import without_duplicates
+from pretrain.data.interface import SPLITS, Split
 from pretrain.data.open import load_tokenizer
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import chat, find_sources
 from pretrain.data.sources.images import ImageSource
 from pretrain.data.sources.indexed import IndexedSource
-from pretrain.data.sources.interface import Source
+from pretrain.data.sources.interface import Record, Source
 from pretrain.data.sources.megatron import MegatronSource
+from pretrain.data.sources.splits import held_out_below
 from pretrain.data.sources.tokens import TokenDocuments
-from pretrain.data.tools import shards
+from pretrain.data.tools import parquet, shards
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress
 
@@ -147,14 +149,8 @@ def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
     from pretrain.data.sources.energon import require_energon
 
     require_energon()
-    if per_shard < 1:
-        raise PretrainError(f"--per-shard must be > 0, not {per_shard}")
     data, sources = _opened(config, out)
-    if data.deduplicate != "none":
-        raise PretrainError(
-            "data.deduplicate is not applied to shards: set it to none, and convert data without "
-            "duplicates"
-        )
+    _check_records(data, per_shard)
     for source in sources:
         if not isinstance(source, ImageSource):
             raise PretrainError(
@@ -173,15 +169,99 @@ def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
 
     _in_new_folder(out, write)
     ((counts, skips),) = found
-    if skips:
-        name, why, _ = skips[0]
-        yield f"{len(skips):,} skipped: {out / skipped.FILE}; the first: {name} ({why})"
+    yield from _skipped(skips, out)
     yield f"{counts['train']:,} images to train on and {counts['val']:,} held out"
     yield _configuration([{"type": "energon", "path": str(out)}], {})
 
 
+def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
+    """Write the documents and conversations of every source as ``out/source0/train-00000.parquet``.
+
+    Images and videos are in the files. Held-out documents are in separate files.
+
+    Args:
+        out: a new folder, which appears when all are written.
+        per_shard: documents per file.
+
+    Yields:
+        the number of documents, and the configuration that reads the result.
+
+    Raises:
+        PretrainError: the folder exists, a source has tokens instead of documents, or the data
+            cannot be read or written.
+    """
+    data, sources = _opened(config, out)
+    _check_records(data, per_shard)
+    for source in sources:
+        if isinstance(source, MegatronSource) or not isinstance(source, IndexedSource):
+            raise PretrainError(
+                f"{source.setting}: {source.location} ({source.config.type}) is not converted to "
+                "Parquet, only text, images and conversations are: leave the source out"
+            )
+    below = held_out_below(data)
+    entries: list[dict[str, Any]] = []
+    lines: list[str] = []
+    skips: list[Skip] = []
+
+    def write(folder: Path) -> None:
+        for source in sources:
+            assert isinstance(source, IndexedSource)
+            split = source.config.split
+
+            def split_of(record: Record, split: str = split) -> Split:
+                if split == "hash":
+                    return "held_out" if record.hash < below else "train"
+                return "held_out" if split == "held_out" else "train"
+
+            name = f"source{source.number}"
+            type, counts, left_out = parquet.write(
+                _records(source), folder / name, per_shard, split_of
+            )
+            if not sum(counts.values()):
+                first = (
+                    f"; the first: {left_out[0].name} ({left_out[0].reason})" if left_out else ""
+                )
+                raise PretrainError(f"{source.setting}: nothing in {source.location}{first}")
+            skips.extend(left_out)
+            lines.append(
+                f"{source.setting}: {counts['train']:,} documents to train on and "
+                f"{counts['held_out']:,} held out"
+            )
+            for part in SPLITS:
+                if counts[part]:
+                    files = out / name / f"{part}-*.parquet"
+                    entries.append(_entry(type, files, source) | {"split": part})
+        if skips:
+            skipped.write(folder / skipped.FILE, skips)
+
+    _in_new_folder(out, write)
+    yield from _skipped(skips, out)
+    yield from lines
+    yield _configuration(entries, {})
+
+
+def _check_records(data: DataConfig, per_shard: int) -> None:
+    """
+    Raises:
+        PretrainError: an option does not apply to the conversion of records.
+    """
+    if per_shard < 1:
+        raise PretrainError(f"--per-shard must be > 0, not {per_shard}")
+    if data.deduplicate != "none":
+        raise PretrainError(
+            "data.deduplicate is applied by `--to megatron` alone: set it to none, and convert "
+            "data without duplicates"
+        )
+
+
+def _skipped(skips: Sequence[Skip], out: Path) -> Iterator[str]:
+    if skips:
+        name, why, _ = skips[0]
+        yield f"{len(skips):,} skipped: {out / skipped.FILE}; the first: {name} ({why})"
+
+
 def _records(source: Source) -> Iterator[Any]:
-    assert isinstance(source, ImageSource)
+    assert isinstance(source, IndexedSource)
     source.check()
     yield from source.skips
     yield from source.records()

@@ -9,7 +9,7 @@ import yaml
 
 from pretrain.config import DataConfig
 from pretrain.data.composer import as_pair
-from pretrain.data.media import frames
+from pretrain.data.media import frames, span
 from pretrain.data.media.pixels import open_image, suffixes
 from pretrain.data.media.span import Place
 from pretrain.data.skipped import Skip
@@ -70,7 +70,7 @@ def write(
             skips.append(pair)
             continue
         hash, place, caption = pair
-        content = _content(place)
+        content = span.content(place)
         part = _PARTS["held_out" if hash < int(held_out * 2**64) else "train"]
         suffix = _suffix(str(place), content)
         suffixes_used.add(suffix)
@@ -104,11 +104,6 @@ def _pair(record: Mixed) -> tuple[int, Place, str] | Skip:
     except ValueError as error:
         return Skip(record.name, str(error))
     return record.hash, media.paths[0], caption
-
-
-def _content(place: Place) -> bytes:
-    with open(place, "rb") if isinstance(place, str) else place.open() as file:
-        return file.read()
 
 
 class _Writer:

@@ -34,8 +34,8 @@ _NAMES = (
     *("image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff"),
     *("picture", "photo", "image_bytes", "img_bytes", "image_data", "video", "videos", "mp4"),
 )
-# Bytes of the largest row.
-_MAX_ROW_BYTES = 2**28
+MAX_ROW_BYTES = 2**28
+"""Bytes of the largest row."""
 # The reason why a copy ends early, in a file next to it.
 _DAMAGE = "damage"
 
@@ -174,8 +174,8 @@ def _validated(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, str]]:
     pyarrow = tables.require_pyarrow()
     try:
         batch.validate(full=True)
-        large = len(batch) == 1 and batch.nbytes > _MAX_ROW_BYTES
-        yield batch, f"larger than {_MAX_ROW_BYTES >> 20} MiB" if large else ""
+        large = len(batch) == 1 and batch.nbytes > MAX_ROW_BYTES
+        yield batch, f"larger than {MAX_ROW_BYTES >> 20} MiB" if large else ""
     except pyarrow.ArrowInvalid as error:
         if len(batch) == 1:
             yield batch, f"damaged: {reason(error)}"

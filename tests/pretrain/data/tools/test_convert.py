@@ -1,7 +1,10 @@
 """Converted data has the documents, the splits and the images of the source that it came from."""
 
+import contextlib
 import io
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import numpy as np
 import pyarrow
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
@@ -16,9 +21,15 @@ from pretrain import cli
 from pretrain.config import DataConfig, from_dict
 from pretrain.data import megatron_format, open_data
 from pretrain.data.mixture.data import MixtureData
+from pretrain.data.packing import Document
+from pretrain.data.sources.indexed import IndexedDocuments
+from pretrain.data.sources.interface import Segment
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tools.recognize import configuration
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
+
+TOKENIZER = Tokenizer.train([make.text(number) for number in range(9)], 400)
 
 
 def convert(*arguments: object) -> int:
@@ -91,9 +102,9 @@ def test_conversations_and_text_keep_every_sequence(
     chats(tmp_path / "chat.jsonl", 60)
     make.jsonl(tmp_path / "text.jsonl", range(60))
     sources = [{"type": kind, "path": f"{tmp_path}/{kind}.jsonl"} for kind in ("chat", "text")]
-    settings = {"data": {"sources": sources, "vocab_size": 400, "held_out": 0.2, "seq_length": 256}}
-    settings["data"]["cache_dir"] = f"{tmp_path}/cache"
-    (tmp_path / "both.yaml").write_text(yaml.safe_dump(settings))
+    config = {"data": {"sources": sources, "vocab_size": 400, "held_out": 0.2, "seq_length": 256}}
+    config["data"]["cache_dir"] = f"{tmp_path}/cache"
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(config))
     assert convert(tmp_path / "both.yaml", tmp_path / "out", "--to=megatron", "--workers=1") == 0
     lines, converted = printed(capsys)
     assert lines[0].startswith("1 skipped or left out")
@@ -103,7 +114,7 @@ def test_conversations_and_text_keep_every_sequence(
         "megatron",
     ]
     made = opened(yaml.safe_load(converted), tmp_path, held_out=0.2, seq_length=256)
-    original = opened(settings, tmp_path, seq_length=256)
+    original = opened(config, tmp_path, seq_length=256)
     assert made.fingerprint == original.fingerprint
     seen = set()
     for split in ("train", "held_out"):
@@ -198,6 +209,95 @@ def test_images_in_a_table_become_shards(
     assert Image.open(io.BytesIO(images[0]["bytes"])).format == "PNG"
 
 
+PICTURES = [Image.new("RGB", (28 * n, 28), (20 * n, 99, 0)) for n in range(1, 9)]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def asked(number: int) -> dict[str, Any]:
+    """A conversation with up to two images, a tool call and reasoning; its text has what looks like
+    a placeholder."""
+    names = [f"{(number + n) % 8}.png" for n in range(number % 3)]
+    content = [{"type": "image", "image": name} for name in names]
+    return {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [*content, {"type": "text", "text": f"<image>? {number}"}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "I look." if number % 2 else None,
+                "tool_calls": [{"id": "a", "function": {"name": "look", "arguments": "{}"}}],
+            },
+            {"role": "tool", "content": "seen", "tool_call_id": "a"},
+            {"role": "assistant", "content": "Wait.", "weight": number % 2},
+            {"role": "assistant", "content": f"It is {number}."},
+        ],
+        "tools": [TOOL],
+    }
+
+
+def documents(number: int) -> dict[str, Any]:
+    """A document of images, a video of three frames and text in reading order."""
+    frames = [f"{(number + n) % 8}.png" for n in (0, 0, 0)]
+    parts: list[Any] = [{"text": f"first {number}"}, {"image": f"{number % 8}.png"}]
+    parts += [{"text": "then"}, {"video": frames}] if number % 2 else []
+    return {"parts": [*parts, {"text": make.text(number)}]}
+
+
+def read_all(data: MixtureData, split: Any) -> list[list[Any]]:
+    """Every document: its tokens, their weights, and its images."""
+    found = []
+    for place, one in enumerate(data.documents):
+        assert isinstance(one, IndexedDocuments)
+        sizes, _ = one.sizes_of(np.array([*one.numbers[split]], np.int64))
+        for number, size in zip(one.numbers[split], sizes.tolist(), strict=True):
+            document = one.document(Segment(place, int(number), 0, size))
+            assert isinstance(document, Document)
+            patches = [patch.tolist() for patch in document.patches]
+            found.append([document.tokens, document.weights, document.categories, patches])
+    return sorted(found, key=repr)
+
+
+@settings(deadline=None, max_examples=4)
+@given(st.data())
+def test_parquet_has_the_same_documents(drawn: st.DataObject) -> None:
+    """Text, conversations with and without images, and documents of images, each with its split."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, picture in enumerate(PICTURES):
+            picture.save(folder / f"{number}.png")
+        count = drawn.draw(st.integers(8, 30))
+        records: dict[str, Callable[[int], dict[str, Any]]] = {
+            "text": lambda number: {"text": make.text(number)},
+            "chat": lambda number: asked(3 * number),
+            "vision_chat": asked,
+            "images": documents,
+        }
+        sources = []
+        for kind in records:
+            path = folder / f"{kind}.jsonl"
+            path.write_text("".join(json.dumps(records[kind](n)) + "\n" for n in range(count)))
+            split = drawn.draw(st.sampled_from(["hash", "hash", "train"]))
+            sources.append({"type": kind, "path": str(path), "split": split})
+        TOKENIZER.save(folder / "tokenizer.json")
+        shared = {"held_out": 0.3, "seq_length": 512, "tokenizer": str(folder / "tokenizer.json")}
+        shared |= {"cache_dir": str(folder / "cache"), "vision_share": 0.001}
+        config = {"data": {"sources": sources, **shared}}
+        (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            per_file = f"--per-shard={drawn.draw(st.integers(3, 40))}"
+            assert convert(folder / "mine.yaml", folder / "out", "--to=parquet", per_file) == 0
+        lines, _, converted = output.getvalue().partition("data:\n")
+        assert "skipped" not in lines
+        original = opened(config, folder, **shared)
+        made = opened(yaml.safe_load(f"data:\n{converted}"), folder, **shared)
+        theirs = {split: read_all(original, split) for split in ("train", "held_out")}
+        assert sum(map(len, theirs.values())) == 4 * count
+        for split, expected in theirs.items():
+            assert read_all(made, split) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -205,9 +305,15 @@ def test_images_in_a_table_become_shards(
         (("pictures", "new", "--to=megatron"), "(images) has images: only text and conversations"),
         (("tokens.yaml", "new", "--to=megatron"), "(megatron) has tokens already: only text and"),
         (("pictures", "new", "--to=shards", "--per-shard=0"), "--per-shard must be > 0, not 0"),
-        (("pictures", "new", "--to=shards", "data.deduplicate=exact"), "not applied to shards"),
+        (
+            ("pictures", "new", "--to=shards", "data.deduplicate=exact"),
+            "applied by `--to megatron`",
+        ),
         (("nothing", "new", "--to=shards"), "nothing"),
         (("empty.yaml", "new", "--to=megatron"), "data.sources is empty"),
+        (("tokens.yaml", "new", "--to=parquet"), "(megatron) is not converted to Parquet, only"),
+        (("text.jsonl", "new", "--to=parquet", "--per-shard=0"), "--per-shard must be > 0, not 0"),
+        (("text.jsonl", "new", "--to=parquet", "data.deduplicate=exact"), "`--to megatron` alone"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
