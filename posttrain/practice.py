@@ -10,6 +10,7 @@ from posttrain import evaluate, modes, tasks
 from posttrain.config import Config, RlTaskConfig
 from posttrain.data import Picture, pictures
 from posttrain.environment.core import Task
+from posttrain.environment.markup import TOKENS
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
 from posttrain.run import Run
@@ -68,6 +69,12 @@ def prepare(run: Run, name: str) -> Practice:
         raise PretrainError(
             f"rl.tasks.{name} needs a model with images, and {config.model} has none: export it "
             "without --text-only"
+        )
+    missing = [token for token in TOKENS if exported.tokenizer.id_of(token) is None]
+    if name in tasks.AGENTIC and missing:
+        raise PretrainError(
+            f"rl.tasks.{name} needs tokens of tool calls, and {config.model} lacks "
+            f"{', '.join(missing)}: run `python -m posttrain sft` first"
         )
     if name == "read":
         found = [

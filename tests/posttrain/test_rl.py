@@ -181,6 +181,13 @@ def test_tasks_of_text_and_images_are_trained_together(
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_an_agentic_task_needs_the_tokens_of_tool_calls(text_export: Path, tmp_path: Path) -> None:
+    thinking = ("<think>", modes.END_OF_THINKING)
+    start = vocabulary.extend(model.load(text_export), tmp_path / "hf", thinking).folder
+    with pytest.raises(PretrainError, match=r"lacks .*tool_call_begin.*: run .*posttrain sft"):
+        rl.train(settings(tmp_path / "bad", start, "rl.tasks.follow={}"))
+
+
 def test_a_part_of_a_batch_may_have_no_images(image_export: Path, tmp_path: Path) -> None:
     """One group of responses to each task: one of the two updates can be without images."""
     start = vocabulary.extend(model.load(image_export), tmp_path / "hf", chat.MARKUP).folder
