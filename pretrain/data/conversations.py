@@ -14,8 +14,20 @@ from pretrain.data.media.frames import Media
 LISTS = ("messages", "conversations")
 """Usual keys of a list of messages, in order of preference."""
 _ALPACA = ("instruction", "output")
-PREFERENCE = ("chosen", "rejected")
-FIELDS = (*LISTS, *_ALPACA, *PREFERENCE, "input", "history", "system", "tools", "functions")
+_COMPLETED = ("prompt", "completion")
+# Keys of preference data: if a record has all of an entry, its replies are not those to learn.
+_PREFERENCES = (
+    *(("chosen", "rejected"), ("preferred_output", "non_preferred_output")),
+    *(("rejected_response",), ("rejected_messages",), ("kto_tag",)),
+    *(("response_j", "response_k"), ("response_0", "response_1"), ("response_a", "response_b")),
+    ("conversation_a", "conversation_b"),
+)
+_LABEL = "label"
+_SYSTEM = ("system", "system_prompt")
+FIELDS = (
+    *(*LISTS, *_ALPACA, *_COMPLETED, *_SYSTEM, *dict.fromkeys(sum(_PREFERENCES, ())), _LABEL),
+    *("input", "history", "tools", "functions"),
+)
 """Keys of a record that this module reads, in addition to the field of a source and to media."""
 # Senders of ShareGPT, also as in data sets made from it.
 _SENDERS = {
@@ -35,6 +47,8 @@ _PLACEHOLDER = re.compile(r"(?:<(image|video|audio)>|<img>([^<>]+)</img>)\n?")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _REASONED = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _LOST_FROM_MESSAGE = (*files.MEDIA, "tools", "prefix", "refusal")
+# Keys of a reply that say whether it is in the loss.
+_LEARNED = ("weight", "train", "loss")
 
 Reference = str | bytes
 """The name, URL (also ``data:``) or content of a file."""
@@ -82,7 +96,8 @@ def no_media(references: Sequence[Reference], moving: bool) -> Media:
 
 
 def layout(names: Collection[str], lists: Collection[str], field: str) -> str:
-    """The key of the messages; ``instruction`` in Alpaca's layout; empty if there is neither.
+    """The key of the messages; ``instruction`` in Alpaca's layout; ``prompt`` if they are divided
+    into a prompt and its completion; empty if there is none.
 
     Args:
         names: keys of a record, or columns of a table.
@@ -93,11 +108,18 @@ def layout(names: Collection[str], lists: Collection[str], field: str) -> str:
         UnsupportedLayoutError: preference data.
         ValueError: the messages are not a list.
     """
-    if field not in lists and all(name in names for name in PREFERENCE):
+    if field not in lists and (keys := preference(names)):
+        listed = " and ".join(map(repr, keys))
+        fix = "to finetune on the better replies, write them as messages"
+        if keys[0] == "chosen":
+            fix = "to finetune on the chosen conversations, set the source's field to chosen"
+        elif len(keys) == 1:
+            fix = "to finetune on its conversations, remove the key"
         raise UnsupportedLayoutError(
-            "preference data ('chosen' and 'rejected'), on which this trainer does not train; to "
-            "finetune on the chosen conversations, set the source's field to chosen"
+            f"preference data ({listed}), on which this trainer does not train; {fix}"
         )
+    if field not in lists and all(name in lists for name in _COMPLETED):
+        return _COMPLETED[0]
     keys = (field, *LISTS)
     if key := next((key for key in keys if key in lists), ""):
         return key
@@ -106,6 +128,16 @@ def layout(names: Collection[str], lists: Collection[str], field: str) -> str:
     if key := next((key for key in keys if key in names), ""):
         raise ValueError(f"no list of messages in {key!r}")
     return ""
+
+
+def preference(names: Collection[str]) -> tuple[str, ...]:
+    """The keys that make a record one of preferences; empty if there are none."""
+    return next((keys for keys in _PREFERENCES if all(key in names for key in keys)), ())
+
+
+def is_completed(value: Mapping[str, Any]) -> bool:
+    """Whether the messages of a record are divided into a prompt and its completion."""
+    return all(isinstance(value.get(name), list) for name in _COMPLETED)
 
 
 def layout_name(value: Mapping[str, Any], field: str) -> str:
@@ -117,6 +149,8 @@ def layout_name(value: Mapping[str, Any], field: str) -> str:
     key = layout(value, _lists(value), field)
     if key in ("", _ALPACA[0]):
         return "Alpaca" if key else ""
+    if key == _COMPLETED[0] and is_completed(value):
+        return "prompts and completions"
     first = value[key][0] if value[key] else None
     if not (isinstance(first, dict) and first.get("from")):
         return "OpenAI"
@@ -141,20 +175,41 @@ def conversation_of(
         return None
     if lost := files.lost_field(value, [name for name in files.MEDIA if name not in READ_MEDIA]):
         raise ValueError(f"its {lost!r} would be lost: conversations have images and videos only")
-    listed = _alpaca(value) if key == _ALPACA[0] else value[key]
+    if isinstance(value.get(_LABEL), bool):
+        raise UnsupportedLayoutError(
+            f"preference data ({_LABEL!r} is true for replies that are wanted, as in KTO), on "
+            "which this trainer does not train; remove the key to finetune on all replies"
+        )
+    if key == _ALPACA[0]:
+        listed = _alpaca(value)
+    elif key == _COMPLETED[0] and is_completed(value):
+        listed = [*map(_not_learned, value[key]), *value[_COMPLETED[1]]]
+    else:
+        listed = value[key]
     has_media = any(name in value for name in READ_MEDIA)
     places = _Places(value, resolve)
     messages = tuple(
         _message(number, message, has_media, places) for number, message in enumerate(listed, 1)
     )
     places.require_all_used()
-    if system := value.get("system"):
+    if given := [key for key in _SYSTEM if value.get(key)]:
+        key, system = given[0], value[given[0]]
+        if len(given) > 1 and system != value[given[1]]:
+            raise ValueError(f"it has {' and '.join(map(repr, given))}")
         if messages and messages[0].role == "system":
-            raise ValueError("it has a 'system' and a message of the system")
+            raise ValueError(f"it has a {key!r} and a message of the system")
         if not isinstance(system, str) or not files.is_unicode(system):
-            raise ValueError("its 'system' is not a text")
+            raise ValueError(f"its {key!r} is not a text")
         messages = (Message("system", system), *messages)
-    return Conversation(messages, tuple(_tools(value)))
+    tools = tuple(_tools(value))
+    if not files.is_unicode(json.dumps(tools, ensure_ascii=False)):
+        raise ValueError("half a surrogate pair in its tools")
+    return Conversation(messages, tools)
+
+
+def _not_learned(message: Any) -> Any:
+    """A message of a prompt: its replies are not in the loss."""
+    return {**message, _LEARNED[0]: 0} if isinstance(message, dict) else message
 
 
 def _lists(value: Mapping[str, Any]) -> list[str]:
@@ -217,6 +272,8 @@ def _parsed(what: str, text: str) -> Any:
 def _calls(number: int, fields: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     """The tool calls of a message; the older ``function_call`` is one."""
     listed = fields.get("tool_calls") or []
+    if isinstance(listed, str):  # as in tables
+        listed = _parsed(f"the text of the 'tool_calls' of message {number}", listed)
     if not isinstance(listed, list):
         raise ValueError(f"the 'tool_calls' of message {number} are not a list")
     if function := fields.get("function_call"):
@@ -233,9 +290,10 @@ def _call(number: int, value: Any) -> ToolCall:
     arguments = function.get("arguments", function.get("parameters", {}))
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    if not files.is_unicode(name + arguments):
+    id = str(call.get("id") or "")
+    if not files.is_unicode(name + arguments + id):
         raise ValueError(f"half a surrogate pair in a tool call of message {number}")
-    return ToolCall(name, arguments, str(call.get("id") or ""))
+    return ToolCall(name, arguments, id)
 
 
 # ---------------------------------------------------------------------- messages
@@ -254,6 +312,11 @@ def _message(number: int, message: Any, has_media: bool, places: "_Places") -> M
         role, content, searched = _sender(number, sender), fields.get("value"), True
         if sender in _CALLS:
             content, calls = "", _sent_calls(number, content)
+    if content is None and "parts" in fields:
+        raise UnsupportedLayoutError(
+            "a conversation in Gemini's layout ('parts' in place of 'content'), which is not read: "
+            "write it as messages of role and content"
+        )
     role = "tool" if role == "function" else role
     if role not in ROLES:
         raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
@@ -269,15 +332,29 @@ def _message(number: int, message: Any, has_media: bool, places: "_Places") -> M
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"message {number} is a reply with an image or video")
         parts, reasoning = _reasoned(number, "".join(map(str, parts)), reasoning)
+    name, answered = (str(fields.get(key) or "") for key in ("name", "tool_call_id"))
+    if not files.is_unicode(name + answered):
+        raise ValueError(
+            f"half a surrogate pair in the 'name' or 'tool_call_id' of message {number}"
+        )
     return Message(
         role,
         _joined([part if isinstance(part, str) else places.find(part) for part in parts]),
-        name=str(fields.get("name") or ""),
+        name=name,
         reasoning=reasoning,
         calls=calls,
-        answered=str(fields.get("tool_call_id") or ""),
-        learned=not any(fields.get(name) in (0, False) for name in ("weight", "train")),
+        answered=answered,
+        learned=role != REPLY or _is_learned(number, fields),
     )
+
+
+def _is_learned(number: int, fields: Mapping[str, Any]) -> bool:
+    """Whether a reply is in the loss."""
+    given = {key: fields[key] for key in _LEARNED if fields.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1) or isinstance(value, str):
+            raise ValueError(f"the {key!r} of message {number} is {value!r:.40}, neither 0 nor 1")
+    return all(given.values())
 
 
 def _sender(number: int, sender: Any) -> str:

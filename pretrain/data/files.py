@@ -54,6 +54,13 @@ def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
 
 
 _JSON = with_compressed(JSON_LINES)
+_PLAIN = with_compressed(PLAIN)
+# Names of files about a data set, as in repositories.
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|datasheet"
+    r"|data(set)?_?card|(md|sha)\d+(sums?)?|checksums?)[-_.].*",
+    re.IGNORECASE,
+)
 
 
 def is_json(path: Path) -> bool:
@@ -74,7 +81,7 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
     Args:
         path: a file, a folder or a pattern. A folder is searched at any depth and through links for
             files with one of the suffixes; hidden files and folders are left out.
-        setting: the source's name in messages.
+        setting: the source's name in messages; empty if there is no source.
         kinds: description of the suffixes for messages.
 
     Raises:
@@ -86,19 +93,43 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
         nothing = f"the folder {root} has no {kinds} in it"
     elif root.exists():
         if not root.is_file():
-            raise PretrainError(f"{setting}.path: {root} is neither a file nor a folder")
+            raise PretrainError(f"{path_of(setting)}{root} is neither a file nor a folder")
         items, nothing = [root], ""
     elif glob.has_magic(path):
         items = list(_matches(Path(path)))
         nothing = f"no file matches {path}"
     else:
-        raise PretrainError(f"{setting}.path: {root} does not exist")
+        raise PretrainError(f"{path_of(setting)}{root} does not exist")
+    if not root.is_file():
+        items = without_descriptions(items)
     paths = [item for item in items if isinstance(item, Path)]
     if not paths:
-        raise PretrainError(f"{setting}.path: {nothing}{_why_nothing(items)}")
+        raise PretrainError(f"{path_of(setting)}{nothing}{_why_nothing(items)}")
     if not any(_size(path) for path in paths):
-        raise PretrainError(f"{setting}.path: {paths[0]} is empty")
+        raise PretrainError(f"{path_of(setting)}{paths[0]} is empty")
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def path_of(setting: str) -> str:
+    """The beginning of a message about the path of a source, which may have no name."""
+    return f"{setting}.path: " if setting else ""
+
+
+def without_descriptions(items: Sequence[Path | Skip]) -> list[Path | Skip]:
+    """The files of a folder without those that are about the others: a README, a license or
+    checksums next to JSON or tables. (Next to plain text, they may be documents, too.)"""
+    about = {item for item in items if isinstance(item, Path) and is_about(item)}
+    data = {item for item in items if isinstance(item, Path)} - about
+    if all(ends_with(path, _PLAIN) for path in data):
+        return list(items)
+    why = "describes the other files"
+    return [Skip(str(item), why, corrupt=False) if item in about else item for item in items]
+
+
+def is_about(path: Path) -> bool:
+    """Whether a file's name is that of a text about a data set, such as README.md."""
+    plain = ends_with(path, _PLAIN) and _ABOUT.fullmatch(path.name)
+    return bool(plain) or path.name == "dataset_infos.json"
 
 
 def _why_nothing(items: Iterable[Path | Skip]) -> str:
@@ -633,7 +664,7 @@ def lost_field(value: Mapping[str, Any], names: Sequence[str]) -> str:
     return next((name for name in names if value.get(name) not in _EMPTY), "")
 
 
-def no_field(value: dict[str, Any], field: str) -> str:
+def no_field(value: Mapping[str, Any], field: str) -> str:
     """The reason for skipping a record without a field."""
     keys = ", ".join(str(key)[:40] for key in list(value)[:20])
     return f"has no field {field!r}, only {keys or 'none'}: set the source's field"

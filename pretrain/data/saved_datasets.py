@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from pretrain.data.files import reason
+from pretrain.data.files import path_of, reason
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError
 
@@ -34,13 +34,13 @@ def select(items: Iterable[Path | Skip], root: Path, setting: str) -> list[Path 
         if item.parent != root and root in item.parents and (names := splits(item.parent.parent)):
             folder = item.parent.parent
             raise PretrainError(
-                f"{setting}.path: {folder} is a saved dataset with the splits {', '.join(names)}: "
-                f"set it to one of them, such as {folder / names[0]}"
+                f"{path_of(setting)}{folder} is a saved dataset with the splits "
+                f"{', '.join(names)}: set it to one of them, such as {folder / names[0]}"
             )
         try:
             current = files(item.parent)
         except ValueError as error:
-            raise PretrainError(f"{setting}.path: {error}: save the dataset again") from error
+            raise PretrainError(f"{path_of(setting)}{error}: save the dataset again") from error
         if current is None and not (item.name == SPLITS and splits(item.parent)):
             chosen.append(item)
         elif item.name in DESCRIBING:

@@ -33,9 +33,15 @@ _BATCH_ROWS = 1024
 # Bytes of a column that are read from a Parquet file at once.
 _BUFFER_BYTES = 1 << 20
 # Names of a text column in public data sets, the most likely ones first.
-_TEXT_NAMES = (
+TEXT_NAMES = (
     *("text", "content", "raw_content", "body", "document", "article", "passage", "markdown"),
     *("code", "story", "contents", "page_content", "abstract", "sentence"),
+)
+# Names of values that are about a document, and not its text.
+_ABOUT = re.compile(
+    r"(.*[_-])?(ids?|uuid|guid|urls?|uri|link|href|path|file(_?name)?|(sha|md)\d+|hash|key|date|time"
+    r"|timestamp|created(_at)?|license|status|source|domain|lang(uage)?|split|model|label|score)",
+    re.IGNORECASE,
 )
 _SAMPLED_ROWS = 20
 
@@ -149,7 +155,8 @@ def require_column(path: Path, setting: str, field: str) -> None:
     except UNREADABLE:
         return  # reading the file will give the reason
     types = [column.type for column in found if column.name == field]
-    if len(types) == 1 and is_text(types[0]):
+    is_empty = [require_pyarrow().types.is_null(type) for type in types]  # no row has a value
+    if len(types) == 1 and (is_text(types[0]) or is_empty[0]):
         return
     problem = f"has no column {field!r}"
     if types:
@@ -183,13 +190,21 @@ def is_list(type: pa.DataType) -> bool:
     return any(check(type) for check in checks)
 
 
+def has_lists(type: pa.DataType) -> bool:
+    """Whether values of a column are lists in JSON: also those of a fixed size, or no values."""
+    types = require_pyarrow().types
+    return is_list(type) or bool(types.is_fixed_size_list(type) or types.is_null(type))
+
+
 def can_name_media(type: pa.DataType) -> bool:
     """Whether values of a column can be names or contents of images or videos, or lists of them."""
     pyarrow = require_pyarrow()
-    if is_list(type):
+    if pyarrow.types.is_null(type):
+        return True
+    if has_lists(type):
         return can_name_media(type.value_type)
     checks = (
-        *(pyarrow.types.is_struct, pyarrow.types.is_null, pyarrow.types.is_binary),
+        *(pyarrow.types.is_struct, pyarrow.types.is_binary),
         *(pyarrow.types.is_large_binary, is_text),
     )
     return any(check(type) for check in checks)
@@ -202,6 +217,11 @@ def described(found: pa.Schema) -> str:
     return ", ".join([*columns[:20], *more]) or "none"
 
 
+def text_columns(path: Path) -> list[str]:
+    """The columns of a table that are text; raises as :func:`schema`."""
+    return [column.name for column in schema(path) if is_text(column.type)]
+
+
 def likely_text(path: Path) -> str:
     """The column that is probably a table's text: by its name, or the longest in the first rows.
 
@@ -211,25 +231,39 @@ def likely_text(path: Path) -> str:
     Raises:
         ValueError, OSError: the file is damaged.
     """
-    names = [column.name for column in schema(path) if is_text(column.type)]
+    names = text_columns(path)
     rows = [value for _, value in itertools.islice(read_rows(path, names), _SAMPLED_ROWS)]
     return likely_field([row for row in rows if isinstance(row, Mapping)], names)
 
 
 def likely_field(rows: Iterable[Mapping[str, Any]], names: Collection[str] = ()) -> str:
-    """The key that is probably the text of objects; an empty string if no value is a string.
+    """The key that is probably the text of objects: one of the usual names, or the one with the
+    longest values of several words, which identifiers, URLs and the like are not; or the only one.
+    An empty string if there is none.
 
     Args:
         names: keys to choose from; default: all whose values are strings.
     """
     lengths: dict[str, int] = dict.fromkeys(names, 0)
+    is_prose: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
             if isinstance(value, str) and (name in lengths or not names):
                 lengths[name] = lengths.get(name, 0) + len(value)
+                is_prose[name] = is_prose.get(name, False) or _is_prose(value)
     lower = {name.lower(): name for name in reversed(lengths)}  # the first one if case differs
-    usual = next((lower[name] for name in _TEXT_NAMES if name in lower), "")
-    return usual or max(lengths, key=lambda name: lengths[name], default="")
+    if usual := next((lower[name] for name in TEXT_NAMES if name in lower), ""):
+        return usual
+    written = [name for name in lengths if is_prose.get(name, False)]
+    other = [name for name in lengths if not _ABOUT.fullmatch(name)]
+    both = [name for name in written if name in other]
+    alone = other if len(lengths) == 1 else []
+    return max(both or written or alone, key=lambda name: lengths[name], default="")
+
+
+def _is_prose(value: str) -> bool:
+    """Whether a value is of several words, or of another alphabet."""
+    return len(value.split()) > 1 or not value.isascii()
 
 
 # ---------------------------------------------------------------------- batches of rows

@@ -1,7 +1,7 @@
 """Sources of conversations: JSON lines, and tables (Parquet and Arrow)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from pretrain.errors import PretrainError
 COLUMNS: dict[str, npt.DTypeLike] = {"weights": np.float32, "categories": np.uint8}
 """What an index has for each token, next to the tokens."""
 # Part of the name of an index. Raise it when conversations are rendered differently.
-_FORMAT = 2
+_FORMAT = 3
 _KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
 
 
@@ -99,7 +99,7 @@ class ConversationSource(FileSource[C]):
             schema = tables.schema(file)
         except files.UNREADABLE:
             return  # reading the file will give the reason
-        lists = [column.name for column in schema if tables.is_list(column.type)]
+        lists = [column.name for column in schema if tables.has_lists(column.type)]
         try:
             found = conversations.layout(schema.names, lists, self.config.field)
         except conversations.UnsupportedLayoutError as error:
@@ -143,7 +143,7 @@ class ConversationSource(FileSource[C]):
                 continue
             try:
                 record = _without_nulls(value) if is_table else value
-                found = _conversation(name, record, field, resolve)
+                found = read_conversation(name, record, field, resolve)
                 yield found if isinstance(found, Skip) else self.record(name, found)
             except conversations.UnsupportedLayoutError as error:
                 raise PretrainError(f"{self.setting}.path: {name} is {error}") from error
@@ -158,10 +158,11 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _conversation(
-    name: str, value: dict[str, Any], field: str, resolve: Resolve
+def read_conversation(
+    name: str, value: Mapping[str, Any], field: str, resolve: Resolve
 ) -> Conversation | Skip:
-    """
+    """The conversation in a record, or the reason why it is left out.
+
     Raises:
         ValueError: as :func:`conversations.conversation_of`.
     """

@@ -1,7 +1,9 @@
 """Recognize the format of data, and write the configuration that reads it."""
 
 import itertools
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,12 @@ from pretrain.data.media.span import Place
 from pretrain.data.remote import is_url
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import megatron
+from pretrain.data.sources.chat import read_conversation
+from pretrain.data.tools import split_names
 from pretrain.data.tools.beginnings import beginnings
 from pretrain.data.vision_text import archives, columns, mds, reading
 from pretrain.data.vision_text.layouts import (
+    CAPTION,
     SOUND,
     Files,
     Folder,
@@ -28,7 +33,7 @@ from pretrain.data.vision_text.layouts import (
     layout_of,
     media_keys,
 )
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 Entry = dict[str, Any]
 """Settings of an entry of ``data.sources``."""
@@ -36,9 +41,7 @@ Entry = dict[str, Any]
 _MOST_HOSTS = 3
 _SAMPLED = 20
 _SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.SUFFIXES)
-# Beginnings of file names, as in repositories of data sets, and the split that each is for.
-_SPLITS = {"train": "train", **dict.fromkeys(("test", "validation", "valid", "val"), "held_out")}
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.0-9]")
+_DESCRIBING = (*files.with_compressed(files.JSON_LINES), *tables.SUFFIXES, ".csv", ".tsv")
 _DEFAULT = {"field": "text"}
 # Names of a column of captions in public data sets, the most likely ones first.
 _CAPTIONS = (
@@ -49,8 +52,17 @@ _CAPTIONS = (
 _OF_IMAGES = {"width", "height", "original_width", "similarity", "clip_similarity_vitb32", "nsfw"}
 _ORIGINS = re.compile(r".*(url|uri|path|sha256|md5|hash|key|id|license|status)", re.IGNORECASE)
 # Questions or instructions, and their answers.
-_ASKED = ("prompt", "instruction", "question")
-_ANSWERED = ("completion", "completions", "response", "responses", "answer", "answers")
+_ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
+_ANSWERED = (
+    *("completion", "completions", "response", "responses", "answer", "answers", "reply"),
+    *("solution", "output"),
+)
+# Keys of messages that are not in conversations.
+_APART = (("role", "content"), ("role", "parent_id"), ("from", "value"))
+_NUMBER = re.compile(r"\s*[-+]?[\d.,]+\s*")
+# Files that are compared with the first one, and that are named in a message.
+_MOST_COMPARED = 8
+_MOST_NAMED = 3
 
 
 class Recognized(NamedTuple):
@@ -72,9 +84,14 @@ def configuration(path: str) -> str:
     Raises:
         PretrainError: as :func:`recognize`.
     """
+    if not files.is_unicode(path):
+        raise PretrainError(
+            f"{one_line(path)}: its name is not UTF-8, so that no configuration can contain it: "
+            "rename it"
+        )
     found = _at_url(path) if is_url(path) else recognize(path)
     options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
-    lines = [f"# {path}: {found.description}", "data:", "  sources:"]
+    lines = [f"# {one_line(path)}: {one_line(found.description)}", "data:", "  sources:"]
     for entry in found.entries:
         used = {name: value for name, value in entry.items() if _DEFAULT.get(name) != value}
         lines.append(f"    - {yaml.safe_dump(used, **options).strip()}")
@@ -97,18 +114,21 @@ def recognize(path: str) -> Recognized:
         if special := _special_folder(root):
             return special
     suffixes = _SUFFIXES if root.is_dir() else ("",)
-    listed = reading.numbered(path, path) or files.find(path, path, suffixes, "data")
-    items = saved_datasets.select(listed, root, path)
+    listed = reading.numbered(path, "") or files.find(path, "", suffixes, "data")
+    items = saved_datasets.select(listed, root, "")
     paths = [item for item in items if isinstance(item, Path)]
     if archives.is_archive(paths[0]):
         return _shards(path, paths)
     if files.ends_with(paths[0], mds.SUFFIXES):
         return _mds(path, paths[0])
     found = _of_files(path, paths)
-    if root.is_dir() and (patterns := _splits_of_names(root, paths)):
-        (entry,) = found.entries
-        entries = [_of_split(entry, pattern, name) for name, pattern in patterns.items()]
-        return Recognized(f"{found.description}; its splits: {', '.join(patterns)}", entries)
+    if root.is_dir():
+        return _with_splits(found, root, paths)
+    common = Path(os.path.commonpath([file.parent for file in paths]))
+    if splits := split_names.find(common, paths)[0]:
+        advice = f"inspect {common} for a configuration of each"
+        named = ", ".join(dict.fromkeys(split.name for split in splits))
+        return found._replace(description=f"{found.description}; its splits: {named}; {advice}")
     return found
 
 
@@ -135,18 +155,29 @@ def _at_url(url: str) -> Recognized:
 
 
 def _of_split(entry: Entry, path: str, name: str) -> Entry:
-    split = next((_SPLITS[known] for known in _SPLITS if name.startswith(known)), "hash")
+    known = split_names.SPLITS
+    split = next((known[begin] for begin in known if name.startswith(begin)), "hash")
     return {**entry, "path": path} | ({"split": split} if split != "hash" else {})
 
 
-def _splits_of_names(root: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """Patterns of the files of each split, by its name, if file names begin with several."""
-    begins = [_SPLIT_NAME.match(path.name) for path in paths]
-    names = dict.fromkeys(begin[1] for begin in begins if begin)
-    folders = {path.parent for path in paths}
-    if len(names) < 2 or not all(begins) or len(folders) > 1:
-        return {}
-    return {name: str(folders.copy().pop() / f"{name}[-_.0-9]*") for name in names}
+def _with_splits(
+    found: Recognized, root: Path, paths: Sequence[Path], *, in_names: bool = True
+) -> Recognized:
+    """An entry for each split of a folder's files; ``found`` if it has none."""
+    splits, others = split_names.find(root, paths, in_names=in_names)
+    if not splits:
+        return found
+    (entry,) = found.entries
+    named = ", ".join(dict.fromkeys(split.name for split in splits))
+    rest = f"; in none of them: {_listed(others)}" if others else ""
+    entries = [_of_split(entry, split.path, split.name) for split in splits]
+    return Recognized(f"{found.description}; its splits: {named}{rest}", entries)
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    """The names of some files."""
+    more = f" and {len(paths) - _MOST_NAMED:,} more" if len(paths) > _MOST_NAMED else ""
+    return ", ".join(str(path.name) for path in paths[:_MOST_NAMED]) + more
 
 
 # ---------------------------------------------------------------------- folders
@@ -170,15 +201,20 @@ def _special_folder(root: Path) -> Recognized | None:
     if kind == "metadata":
         return _imagefolder(root, [path for path in paths if path.name in reading.METADATA])
     if kind == "shards":
-        return _shards(root, [path for path in paths if archives.is_archive(path)])
+        shards = [path for path in paths if archives.is_archive(path)]
+        return _with_splits(_shards(root, shards), root, shards)
     if kind == "MDS":
-        return _mds(root, next(path for path in paths if files.ends_with(path, mds.SUFFIXES)))
+        shards = [path for path in paths if files.ends_with(path, mds.SUFFIXES)]
+        return _with_splits(_mds(root, shards[0]), root, shards, in_names=False)
     if kind == "captions" or (kind == "images" and images):
         captioned = kind == "captions" or any(reading.caption_of(path).exists() for path in images)
         if not captioned:
             advice = "write metadata.jsonl of {file_name: …, text: …}"
+            if other := [path for path in paths if files.ends_with(path, _DESCRIBING)]:
+                advice = f"inspect a file that describes them ({_listed(other)}), or {advice}"
             raise _refused(root, "a folder of images without captions", advice)
-        return _found(f"{len(images):,} images with captions", "images", root)
+        found = _found(f"{len(images):,} images with captions", "images", root)
+        return found if kind == "captions" else _with_splits(found, root, images, in_names=False)
     return None
 
 
@@ -196,11 +232,7 @@ def _imagefolder(root: Path, described: Sequence[Path]) -> Recognized:
     """A folder that metadata describe, with an entry for each split."""
     entries = []
     for file in described:
-        rows = [row for _, row in reading.read_records(file) if not isinstance(row, Skip)][
-            :_SAMPLED
-        ]
-        if not rows:
-            raise PretrainError(f"{file}: no records in it")
+        rows = list(_rows(file, reading.read_records(file)))
         entries.append({"type": "images", "path": str(root)} | _pictured(file, rows)[1])
     description = f"a folder of images with {described[0].name}"
     names = [file.parent.name for file in described]
@@ -221,8 +253,11 @@ def _shards(root: Path | str, shards: Sequence[Path]) -> Recognized:
     """
     plural = "s" * (len(shards) > 1)
     found = _found(f"{len(shards):,} WebDataset shard{plural}", "images", root)
-    if shards[0].suffix.lower() != ".tar":
-        return found  # a compressed one would have to be unpacked
+    try:
+        if files.is_compressed(shards[0]):  # whatever its name says: it would have to be unpacked
+            return found
+    except files.UNREADABLE as error:
+        raise _refused(shards[0], "WebDataset shards", files.reason(error)) from error
     first = list(itertools.islice(archives.read_samples(shards[0], Names(), ""), _SAMPLED))
     if all(isinstance(sample, Skip) for sample in first):
         skip = next(sample for sample in first if isinstance(sample, Skip))
@@ -278,23 +313,43 @@ def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
         return Recognized(f"{count} of plain text", [{"type": "text", "path": path}])
     names = {"lines": "JSON lines", "array": "JSON arrays"}
     width = f", {columns} column{'s' * (columns > 1)}" if columns else ""
-    rows = list(_rows(first))
-    description, entry = _of_rows(first, rows)
+    description, entry = _of_file(first)
     return Recognized(
-        f"{count} of {names.get(format, format)}{width}; {description}",
+        f"{count} of {names.get(format, format)}{width}; {description}"
+        f"{_with_other_layouts(entry, first, paths)}",
         [{"type": entry["type"], "path": path} | entry],
     )
 
 
-def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The first records of a file.
+def _of_file(file: Path) -> tuple[str, Entry]:
+    """:func:`_of_rows` of a file's first records."""
+    return _of_rows(file, list(_rows(file, tables.read_objects(file))))
+
+
+def _with_other_layouts(entry: Entry, first: Path, paths: Sequence[Path]) -> str:
+    """A remark about files that the settings of the first do not read."""
+    others = [file for file in paths if file != first and file.stat().st_size]
+    for file in others[:: -(-len(others) // _MOST_COMPARED) or 1]:
+        try:
+            if not tables.kind(file) and files.content(file) == "plain":
+                continue
+            description, other = _of_file(file)
+        except (*files.UNREADABLE, PretrainError):
+            continue  # it is listed when the source is read
+        if {**other, "media_urls": 0} != {**entry, "media_urls": 0}:
+            return f"; other files differ, such as {file.name}: {description}"
+    return ""
+
+
+def _rows(file: Path, records: Iterable[tuple[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The first of a file's records.
 
     Raises:
         PretrainError: none of the first records can be read.
     """
     first: Skip | None = None
     found = False
-    for _, value in itertools.islice(tables.read_objects(file), _SAMPLED):
+    for _, value in itertools.islice(records, _SAMPLED):
         if isinstance(value, Skip):
             first = first or value
         else:
@@ -327,40 +382,106 @@ def _of_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]
     if "url" in (lower := {name.lower() for name in names}) and lower & _OF_IMAGES:
         advice = "download them with img2dataset, and inspect its folder"
         raise _refused(file, "captions with URLs of images, as in LAION", advice)
-    if not (field := tables.likely_field(rows)):
+    if key := _image_key(names, rows):
+        return _pictured(file, rows, key)
+    if apart := next((keys for keys in _APART if lower.issuperset(keys)), ()):
+        advice = "write a line for each conversation, {messages: […]}"
+        raise _refused(file, f"single messages ({' and '.join(map(repr, apart))})", advice)
+    texts = tables.text_columns(file) if tables.kind(file) else names
+    field = tables.likely_field({key: row.get(key) for key in texts} for row in rows)
+    _refuse_answers(file, field, names, tables.TEXT_NAMES)
+    if not field:
         found = ", ".join(names) or "none"
         raise PretrainError(f"{file}: no text in its fields, which are {found}")
-    _refuse_answers(file, field, names)
     return f"the text is probably {field!r}", {"type": "text", "field": field}
 
 
-def _pictured(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry]:
+def _image_key(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The key of images that are stored in other files, if it is none of the usual ones; an empty
+    string if there is none."""
+    for key in names:
+        values = [row[key] for row in rows if row.get(key)]
+        named = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        is_media = key in files.MEDIA and key not in SOUND
+        if named and all(isinstance(one, str) and (is_media or _is_image(one)) for one in named):
+            return key
+    return ""
+
+
+def _is_image(name: str) -> bool:
+    """Whether a text is the name of an image or a video, and not a URL."""
+    if is_url(name) or "\n" in name:
+        return False
+    return files.ends_with(Path(name), pixels.suffixes()) or video.is_video(name)
+
+
+def _pictured(file: Path, rows: Sequence[Mapping[str, Any]], key: str = "") -> tuple[str, Entry]:
     """A description of records with images, and the settings that read them, without the path.
 
+    Args:
+        key: of the images; default: the usual ones.
+
     Raises:
-        PretrainError: they have no text, or their images are at URLs that are not read.
+        PretrainError: they have no text, their images are at URLs that are not read, or none of
+            them can be read.
     """
     layout = layout_of(list(dict.fromkeys(name for row in rows for name in row)))
     entry: Entry = {"type": "images"}
-    if layout not in ("captions", "imagefolder"):
-        found = _Named(Folder(file.parent), [])
-        for row in rows:
-            list(documents("", row, found, Names()))
-        remark, hosts = _by_url(file, found.urls)
+    if layout == "OBELICS" and any(_is_turn(text) for row in rows for text in row["texts"] or ()):
+        advice = "write its 'texts' as messages, with a placeholder for each image"
+        raise _refused(file, "questions about images, as in the Cauldron", advice)
+    if not key and layout not in ("captions", "imagefolder"):
+        remark, hosts = _by_url(file, _urls(file, rows, Names()))
         return f"documents as in {layout}{remark}", entry | hosts
-    if tables.kind(file):
-        kinds = columns.kinds_of(tables.schema(file))
-    else:
-        kinds = {name: _kind(value) for row in rows for name, value in row.items() if value}
-    values = [row[key] for row in rows for key in media_keys(row)]
-    named = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    remark, hosts = _by_url(file, list(filter(is_url, named)))
+    kinds = _kinds(file, rows)
     try:
-        entry |= _columns(kinds, tables.likely_field(rows)) | hosts
+        entry |= _columns(kinds, tables.likely_field(rows), key)
     except ValueError as error:
         raise PretrainError(f"{file}: {error}") from error
-    _refuse_answers(file, entry.get("field", ""), kinds)
-    return f"images or videos with captions{remark}", entry
+    if not key and not tables.kind(file) and not any(_has_several(row) for row in rows):
+        entry.pop("image_field", None)
+    field = entry.get("field", CAPTION)
+    _refuse_answers(file, field, kinds, (*tables.TEXT_NAMES, *_CAPTIONS))
+    urls = _urls(file, rows, Names(entry.get("field", Names().field), entry.get("image_field", "")))
+    remark, hosts = _by_url(file, urls)
+    return f"images or videos with captions{remark}", entry | hosts
+
+
+def _is_turn(text: Any) -> bool:
+    """Whether an entry of `texts` is a question with its answer."""
+    return isinstance(text, Mapping) and {"user", "assistant"} <= text.keys()
+
+
+def _has_several(row: Mapping[str, Any]) -> bool:
+    """Whether a record has images under several of the usual keys."""
+    return sum(bool(row[key]) for key in media_keys(row)) > 1
+
+
+def _kinds(file: Path, rows: Sequence[Mapping[str, Any]]) -> columns.Kinds:
+    """The kind of each column of a table; of other records, that of most values."""
+    if tables.kind(file):
+        return columns.kinds_of(tables.schema(file))
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value:
+                is_number = file.suffix.lower() == ".csv" and _NUMBER.fullmatch(value)
+                counts.setdefault(name, Counter())["number" if is_number else _kind(value)] += 1
+    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
+
+
+def _urls(file: Path, rows: Sequence[Mapping[str, Any]], names: Names) -> list[str]:
+    """The URLs of images in records.
+
+    Raises:
+        PretrainError: no record can be read.
+    """
+    found = _Named(Folder(file.parent), [])
+    made = [one for row in rows for one in documents("", row, found, names)]
+    skips = [one for one in made if isinstance(one, Skip)]
+    if len(skips) == len(made) and not tables.kind(file):  # images in tables are not rows' values
+        raise PretrainError(f"{file}: images and text that are not read: {skips[0].reason}")
+    return found.urls
 
 
 @dataclass
@@ -393,16 +514,19 @@ def _by_url(file: Path, urls: Sequence[str]) -> tuple[str, Entry]:
     return "; images are copied from the hosts in media_urls", {"media_urls": chosen}
 
 
-def _refuse_answers(file: Path, field: str, names: Iterable[str]) -> None:
+def _refuse_answers(file: Path, field: str, names: Iterable[str], usual: Sequence[str]) -> None:
     """
+    Args:
+        usual: names of fields that may be read of records with questions and answers.
+
     Raises:
-        PretrainError: the field has the questions or the answers alone of records with both.
+        PretrainError: the field would lose the questions or the answers of records with both.
     """
     lower = {name.lower(): name for name in names}
     asked, answered = (
         next((lower[name] for name in known if name in lower), "") for known in (_ASKED, _ANSWERED)
     )
-    if asked and answered and field in (asked, answered):
+    if asked and answered and (field in (asked, answered) or field.lower() not in usual):
         advice = "write them as instruction and output, or as messages; field: NAME would read one"
         raise _refused(file, f"{asked!r} with its reply in {answered!r}", advice)
 
@@ -414,16 +538,17 @@ def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
-def _columns(kinds: columns.Kinds, longest: str) -> Entry:
+def _columns(kinds: columns.Kinds, longest: str, key: str = "") -> Entry:
     """The settings that choose columns of images and captions.
 
     Args:
         longest: the column with the longest text.
+        key: the column of images; default: the usual ones.
 
     Raises:
         ValueError: there is no column of text.
     """
-    if not (images := columns.image_columns(kinds, Names())):
+    if not (images := columns.image_columns(kinds, Names(image_field=key))):
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise ValueError(f"no images in its columns, which are {listed}")
     texts = [
@@ -438,7 +563,7 @@ def _columns(kinds: columns.Kinds, longest: str) -> Entry:
     if not caption:
         raise ValueError(f"no captions in its fields, which are {', '.join(kinds)}")
     entry = {"field": caption} if caption != "caption" else {}
-    if len(images) > 1:
+    if key or len(images) > 1:
         entry["image_field"] = images[0]
     return entry
 
@@ -464,16 +589,19 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
             found = conversations.layout_name(row, field)
             if not found:
                 continue
-            conversation = conversations.conversation_of(row, field, named)
+            conversation = read_conversation("", row, field, named)
         except conversations.UnsupportedLayoutError as error:
             raise PretrainError(f"{file}: {error}") from error
         except ValueError as error:
             problem = problem or files.reason(error)
             continue
-        usual = field in conversations.LISTS or found == "Alpaca"
+        if isinstance(conversation, Skip):
+            problem = problem or conversation.reason
+            continue
+        usual = field in conversations.LISTS or found not in ("OpenAI", "ShareGPT", "LLaVA")
         first = {"type": "chat"} | ({} if usual else {"field": field})
         name, entry = name or found, entry or first
-        if conversation and conversation.media:
+        if conversation.media:
             seen = "" if found == "LLaVA" else ", with images or videos"
             entry = first | {"type": "vision_chat"}
             name = found
@@ -482,17 +610,15 @@ def _chat(file: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Entry] | 
             raise PretrainError(f"{file}: conversations that are not read: {problem}")
         return None
     remark, hosts = _by_url(file, urls)
-    return f"conversations as in {name}{seen}{remark}", entry | hosts
+    like = f"in {name}" if name in ("OpenAI", "ShareGPT", "LLaVA", "Alpaca") else name
+    return f"conversations as {like}{seen}{remark}", entry | hosts
 
 
 def _messages_field(row: Mapping[str, Any]) -> str:
     """The key of a record's messages; one of the usual names if it has none."""
     lists = [name for name, value in row.items() if _is_messages(value)]
-    names = [
-        *conversations.LISTS,
-        *(name for name in lists if name not in conversations.PREFERENCE),
-    ]
-    if all(name in row for name in conversations.PREFERENCE):
+    names = [*conversations.LISTS, *lists]
+    if conversations.preference(row) or conversations.is_completed(row):
         return ""  # it may contain the chosen messages once more
     return next((name for name in names if name in lists), names[0])
 

@@ -28,7 +28,7 @@ Kinds = Mapping[str, str]
 """The kind of each column: `text`, `image` ({bytes, path}), `bytes`, a list of one of these, or
 another type."""
 _IMAGES = ("image", "list of image", "bytes", "list of bytes")
-_CAPTIONS = ("text", "list of text")
+_CAPTIONS = ("text", "list of text", "null")  # null: no row has a value
 # Names of columns of bytes that are images.
 _NAMES = (
     *("image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff"),
@@ -80,7 +80,8 @@ def image_columns(kinds: Kinds, names: Names) -> list[str]:
         if kinds[field] not in (*_IMAGES, *_CAPTIONS):
             raise ValueError(f"has {field!r} of type {kinds[field]}, not images")
         return [field]
-    named = [key for key in media_keys(kinds) if kinds[key] in _CAPTIONS]
+    keys = [key for key in media_keys(kinds) if kinds[key] in _CAPTIONS]
+    named = [key for key in keys if kinds[key] != "null"] or keys
     found = [key for key in kinds if kinds[key].endswith("image")]
     usual = [key for key in kinds if kinds[key].endswith("bytes") and key.lower() in _NAMES]
     return found or usual or named

@@ -80,11 +80,12 @@ def numbered(path: str, setting: str) -> list[Path | Skip]:
     for first, last, text in zip(groups[::3], groups[1::3], groups[2::3], strict=True):
         numbers = range(int(first), int(last) + 1)
         if len(names) * len(numbers) > _MAX_NUMBERED:
-            raise PretrainError(f"{setting}.path: {path} has more than {_MAX_NUMBERED:,} files")
+            where = files.path_of(setting)
+            raise PretrainError(f"{where}{path} has more than {_MAX_NUMBERED:,} files")
         names = [f"{name}{n:0{len(first)}}{text}" for name in names for n in numbers]
     items = [Path(n) if Path(n).is_file() else Skip(n, "does not exist") for n in names]
     if not any(isinstance(item, Path) for item in items):
-        raise PretrainError(f"{setting}.path: no file matches {path}")
+        raise PretrainError(f"{files.path_of(setting)}no file matches {path}")
     return items
 
 
@@ -225,7 +226,8 @@ def _images(folder: Path, items: Sequence[Path | Skip], setting: str) -> Iterato
         elif video.is_video(str(item)):
             yield Skip(str(item), f"a video: name it in {CAPTIONS}", corrupt=False)
         elif item.suffix.lower() == _CAPTION_SUFFIX:
-            yield Skip(str(item), "a caption without an image of its name")
+            why = "a caption without an image of its name"
+            yield Skip(str(item), why, corrupt=not files.is_about(item))
         else:
             yield Skip(str(item), "neither an image nor a caption", corrupt=False)
 

@@ -1,5 +1,8 @@
 """A conversation gives the same tokens in every layout, as Kimi's template renders it."""
 
+import copy
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from tests.pretrain.data import make
 
 TOKENIZER = Tokenizer.train([make.text(number) for number in range(9)], 400)
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=9)
+ROLES = ("user", "assistant")
 turns = st.lists(st.tuples(words, words), min_size=1, max_size=3)
 
 
@@ -74,6 +78,26 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "DPO": ({"prompt": "a", "chosen": REPLY, "rejected": REPLY}, "^preference data"),
     "pairs": ({"chosen": "a", "rejected": "b"}, "^preference data"),
     "with messages": ({"chosen": REPLY, "rejected": REPLY, "messages": REPLY}, "^preference data"),
+    "KTO": ({"messages": REPLY, "label": False}, "^preference data .* as in KTO"),
+    "KTO with completions": (
+        {"prompt": REPLY[:1], "completion": REPLY[1:], "label": True},
+        "^preference data",
+    ),
+    "KTO of LLaMA-Factory": ({"conversations": SHARE, "kto_tag": True}, "remove the key$"),
+    "DPO of ms-swift": ({"messages": REPLY, "rejected_response": "c"}, "^preference data"),
+    "DPO of OpenAI": (
+        {"input": {}, "preferred_output": REPLY[1:], "non_preferred_output": REPLY[1:]},
+        "^preference data",
+    ),
+    "compared conversations": (
+        {"conversation_a": REPLY, "conversation_b": REPLY, "winner": "a"},
+        "^preference data",
+    ),
+    "compared replies": ({"prompt": "a", "response_0": "b", "response_1": "c"}, "^preference data"),
+    "Gemini": (
+        {"messages": [{"role": "user", "parts": [{"text": "a"}]}]},
+        "Gemini's layout .*: write it",
+    ),
     "LLaVA": ({"image": "a.jpg", "conversations": SHARE}, "set the source's type to vision_chat"),
 }
 
@@ -88,6 +112,87 @@ def test_unsupported_layouts_are_named(name: str) -> None:
 def test_one_side_of_preferences_can_be_chosen() -> None:
     value = {"chosen": REPLY, "rejected": REPLY[:1]}
     assert tokens(value, "chosen") == tokens({"messages": REPLY})
+
+
+@given(turns, turns)
+def test_prompts_and_completions_are_conversations(
+    before: list[tuple[str, str]], after: list[tuple[str, str]]
+) -> None:
+    """As TRL has them: replies of the prompt are not learned."""
+    prompt, completion = (
+        [{"role": r, "content": c} for pair in part for r, c in zip(ROLES, pair, strict=True)]
+        for part in (before, after)
+    )
+    value = {"prompt": prompt, "completion": completion}
+    assert layout_name(value, "text") == "prompts and completions"
+    assert tokens(value) == tokens({"messages": prompt + completion})
+    messages, _ = conversation_of(value, "text") or ((), ())
+    learned = [message.learned for message in messages if message.role == "assistant"]
+    assert learned == [False] * len(before) + [True] * len(after)
+
+
+def test_a_system_prompt_is_a_message_of_the_system() -> None:
+    expected = tokens({"messages": REPLY, "system": "s"})
+    assert tokens({"messages": REPLY, "system_prompt": "s"}) == expected
+    assert tokens({"messages": REPLY, "system_prompt": "s", "system": "s"}) == expected
+    with pytest.raises(ValueError, match="it has 'system' and 'system_prompt'"):
+        tokens({"messages": REPLY, "system_prompt": "s", "system": "t"})
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+def test_replies_are_learned_or_not(key: str) -> None:
+    def learned(value: object) -> bool:
+        found = conversation_of({"messages": [REPLY[0], REPLY[1] | {key: value}]}, "text")
+        assert found is not None
+        return found.messages[1].learned
+
+    assert not learned(0) and not learned(False)
+    assert learned(1) and learned(True) and learned(None)
+    for other in (0.5, "0", "false", [1]):
+        with pytest.raises(ValueError, match=f"the '{key}' of message 2 is .*, neither 0 nor 1"):
+            learned(other)
+
+
+def test_tool_calls_may_be_json() -> None:
+    calls = [{"id": "a", "function": {"name": "f", "arguments": '{"b": 1}'}}]
+    values = [
+        {"messages": [REPLY[0], {"role": "assistant", "content": None, "tool_calls": one}]}
+        for one in (calls, json.dumps(calls))
+    ]
+    assert tokens(values[0]) == tokens(values[1])
+
+
+CALLED: dict[str, Any] = {
+    "system": "s",
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d"}}],
+    "messages": [
+        {"role": "user", "name": "n", "content": [{"type": "text", "text": "a"}]},
+        {
+            **{"role": "assistant", "content": "b", "reasoning_content": "c"},
+            "tool_calls": [{"id": "i", "function": {"name": "f", "arguments": {"x": "y"}}}],
+        },
+        {"role": "tool", "tool_call_id": "i", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ],
+}
+
+
+def texts_of(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every string in a value."""
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(one, str):
+            yield value, key
+        elif isinstance(one, dict | list):
+            yield from texts_of(one)
+
+
+@pytest.mark.parametrize("number", range(len(list(texts_of(CALLED)))))
+def test_half_a_surrogate_pair_anywhere_is_an_error_of_the_record(number: int) -> None:
+    value = copy.deepcopy(CALLED)
+    container, key = list(texts_of(value))[number]
+    container[key] += "\ud800"
+    with pytest.raises(ValueError):
+        conversation_of(value, "text")
 
 
 def test_layouts_have_names() -> None:

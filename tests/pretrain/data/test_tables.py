@@ -113,7 +113,7 @@ COLUMNS: dict[str, tuple[Any, str]] = {
         {"text": [b"A text."]},
         r"has 'text' of type binary, not text; .*: there is no",
     ),
-    "nothing": ({"text": [None]}, r"has 'text' of type null, not text; "),
+    "a number": ({"text": [1]}, r"has 'text' of type int64, not text; "),
 }
 
 
@@ -129,6 +129,37 @@ def test_a_table_without_the_column_ends_with_one_line(
     with pytest.raises(PretrainError, match=message) as raised:
         read(tmp_path)
     assert str(raised.value).startswith("data.sources[0].field: ") and "\n" not in str(raised.value)
+
+
+def test_rows_of_a_column_without_values_are_listed(tmp_path: Path) -> None:
+    """Pandas writes a column of nothing but nulls of the type null."""
+    pd.DataFrame({"text": ["a", None]}).to_parquet(tmp_path / "a.parquet")
+    pd.DataFrame({"text": [None, None]}).to_parquet(tmp_path / "b.parquet")
+    first, *others = make.records(SourceConfig("text", str(tmp_path)))
+    assert not isinstance(first, Skip) and first.text == "a"
+    assert [skip.reason for skip in others if isinstance(skip, Skip)] == [
+        "has no text in its field 'text'"
+    ] * 3
+
+
+words = st.text("abcdefgh ", min_size=3).filter(lambda text: len(text.split()) > 1)
+
+
+@given(
+    st.lists(st.tuples(words, st.uuids(), st.dates()), min_size=1, max_size=4),
+    st.sampled_from(["quote", "summary", "lyrics"]),
+    st.permutations(["id", "url", "created_at", "title_hash"]),
+)
+def test_identifiers_are_not_taken_for_the_text(
+    rows: list[tuple[str, object, object]], field: str, about: list[str]
+) -> None:
+    long = "0123456789" * 40
+    values = [
+        dict.fromkeys(about, f"{uuid}{long}") | {field: text, "date": f"{date} 00:00:00 {long}"}
+        for text, uuid, date in rows
+    ]
+    assert tables.likely_field(values) == field
+    assert tables.likely_field([{key: row[key] for key in about} for row in values]) == ""
 
 
 def test_repeated_columns_are_refused(tmp_path: Path) -> None:

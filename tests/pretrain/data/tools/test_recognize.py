@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import lzma
+import os
 import sqlite3
 from collections.abc import Callable
 from fractions import Fraction
@@ -24,7 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from pyarrow import feather, ipc, orc, parquet
 
 from pretrain import cli
-from pretrain.data.tools.recognize import recognize
+from pretrain.data.tools.recognize import configuration, recognize
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
 from tests.pretrain.data.media.test_video import film, greys
@@ -399,6 +400,14 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], object], str, list[dict[str, str]
         "tokens", megatron, "tokens in Megatron's format; set data.tokenizer",
         [{"type": "megatron"}],
     ),
+    "prompts and completions": (
+        "trl.jsonl",
+        lines(*(
+            {"prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in OPENAI
+        )),
+        "a file of JSON lines; conversations as prompts and completions",
+        [{"type": "chat"}],
+    ),
     "another field": (
         "talk.jsonl", lines(*({"talk": one["messages"]} for one in OPENAI)),
         "a file of JSON lines; conversations as in OpenAI", [{"type": "chat", "field": "talk"}],
@@ -514,6 +523,30 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "conversations that are not read: the tool call in message 1 is not JSON",
     ),
     "numbers": ("a.jsonl", lines({"a": 1}), "no text in its fields, which are a"),
+    "instructions with context": (
+        "a.jsonl",
+        lines({"instruction": "a", "context": "a long text", "response": "b"}),
+        "'instruction' with its reply in 'response'",
+    ),
+    "queries": ("a.jsonl", lines({"query": "a b", "response": "b"}), "'query' with its reply in"),
+    "KTO": ("a.jsonl", lines({**OPENAI[0], "label": True}), "preference data .* as in KTO"),
+    "Gemini": (
+        "a.jsonl",
+        lines({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}),
+        "a conversation in Gemini's layout",
+    ),
+    "single messages": ("a.jsonl", lines(*OPENAI[0]["messages"]), "single messages .*a line for"),
+    "trees of messages": (
+        "a.jsonl",
+        lines({"parent_id": None, "role": "prompter", "text": "a b"}),
+        "single messages",
+    ),
+    "conversations without replies": (
+        "a.jsonl",
+        lines({"messages": [{"role": "user", "content": "a"}]}),
+        "conversations that are not read: no reply of the assistant",
+    ),
+    "identifiers": ("a.jsonl", lines({"id": "abc", "url": "a.org", "data": ["a"]}), "no text in"),
     "nothing": ("a", write_folder(), "has no data"),
 }
 
@@ -525,6 +558,29 @@ def test_unsupported_layouts_are_refused_by_name(tmp_path: Path, name: str) -> N
     with pytest.raises(PretrainError, match=message) as raised:
         recognize(str(tmp_path / file))
     assert "\n" not in str(raised.value)
+
+
+def test_other_layouts_of_a_folder_are_named(tmp_path: Path) -> None:
+    for name, row in {"a": {"text": "a b"}, "b": {"text": "c"}, "c": {"body": "d e"}}.items():
+        lines(row)(tmp_path / f"{name}.jsonl")
+    found = recognize(str(tmp_path))
+    assert found.entries == [{"type": "text", "path": str(tmp_path), "field": "text"}]
+    assert found.description.endswith(
+        "; other files differ, such as c.jsonl: the text is probably 'body'"
+    )
+    (tmp_path / "c.jsonl").unlink()
+    assert "differ" not in recognize(str(tmp_path)).description
+
+
+def test_names_that_a_configuration_cannot_contain(tmp_path: Path) -> None:
+    lines({"text": "a"})(tmp_path / "a\nb.jsonl")
+    text = configuration(f"{tmp_path}/a\nb.jsonl")
+    assert text.startswith(f"# {tmp_path}/a b.jsonl: ")
+    assert yaml.safe_load(text)["data"]["sources"][0]["path"] == f"{tmp_path}/a\nb.jsonl"
+    path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")
+    lines({"text": "a"})(Path(path))
+    with pytest.raises(PretrainError, match=r"caf\\udce9.jsonl: its name is not UTF-8.*rename it"):
+        configuration(path)
 
 
 def test_formats_of_the_trainer_are_recognized(tmp_path: Path) -> None:

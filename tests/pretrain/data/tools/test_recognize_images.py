@@ -153,6 +153,39 @@ def test_columns_are_suggested_by_name_and_type(tmp_path: Path) -> None:
     assert (entry["field"], entry["image_field"]) == ("alt", "left")
 
 
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
+def test_a_compressed_shard_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make.compressed_shard(tmp_path / "a.tar.gz")
+    (tmp_path / "a.tar.gz").rename(name)
+    assert recognize(name).entries == [{"type": "images", "path": name}]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("key", ["img", "image_path", "filename", "picture"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_names_of_images_are_recognized_under_any_key(
+    tmp_path: Path, key: str, suffix: str
+) -> None:
+    rows = [{"caption": "a cat", key: "pictures/a.PNG"}, {"caption": "a dog", key: "b.jpg"}]
+    path = tmp_path / f"a{suffix}"
+    make.jsonl(path, rows) if suffix == ".jsonl" else pd.DataFrame(rows).to_parquet(path)
+    (entry,) = recognize(str(path)).entries
+    assert entry == {"type": "images", "path": str(path), "image_field": key}
+
+
+def test_single_values_do_not_change_the_kind_of_a_key(tmp_path: Path) -> None:
+    rows = [{"image": value, "caption": "a"} for value in ("a.png", "b.png", 5, ["c.png"])]
+    make.jsonl(tmp_path / "a.jsonl", rows)
+    assert recognize(str(tmp_path / "a.jsonl")).entries[0]["type"] == "images"
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_names": ["a.png", "b.png"], "text": "b"}]
+    make.pictures(tmp_path / "folder", 1)
+    make.jsonl(tmp_path / "folder" / "metadata.jsonl", rows)
+    assert "image_field" not in recognize(str(tmp_path / "folder")).entries[0]
+
+
 def foreign_urls(path: Path) -> None:
     pd.DataFrame({"image": ["s3://a/a.png"], "text": ["a"]}).to_parquet(path)
 
@@ -220,7 +253,31 @@ def labelled_shards(path: Path) -> None:
         writer.write({"__key__": "a", "png": make.encoded(0), "cls": 3})
 
 
+def cauldron(path: Path) -> None:
+    stored = [{"bytes": make.encoded(0), "path": None}]
+    rows = {"images": [stored], "texts": [[{"user": "a", "assistant": "b", "source": "c"}]]}
+    parquet.write_table(pa.table(rows), path)
+
+
+def named_elsewhere(path: Path) -> None:
+    make.pictures(path, 1)
+    make.jsonl(path / "llava.json", [{"image": "0.png", "conversations": []}])
+
+
+def csv_of_classes(path: Path) -> None:
+    make.pictures(path, 1)
+    (path / "metadata.csv").write_text("file_name,label\n000.png,1\n")
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "the Cauldron": ("a.parquet", cauldron, "as in the Cauldron, which is not read: write its"),
+    "described elsewhere": ("a", named_elsewhere, r"inspect a file that .* \(llava.json\), or"),
+    "metadata of classes": ("a", csv_of_classes, "no captions in its fields, which are file_name"),
+    "images in base64": (
+        "a.jsonl",
+        lambda path: make.jsonl(path, [{"image": "abcd" * 99, "text": "a"}]),
+        "images and text that are not read: its image is in base64",
+    ),
     "sound": ("a.parquet", sound, "sound, which is not read: set field to the text"),
     "COCO": ("a.json", coco, "annotations as in COCO, which is not read: write a line for each"),
     "MDS with Brotli": ("a", brotli_mds, "MDS, .*: compressed with Brotli: write it again with"),
