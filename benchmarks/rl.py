@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=("reading", "sums"), help="leave the other table out; default: both"
     )
+    parser.add_argument(
+        "--optimizers",
+        choices=_OPTIMIZERS,
+        nargs="+",
+        default=list(_OPTIMIZERS),
+        help="of the runs",
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -104,11 +111,17 @@ def run(options: argparse.Namespace) -> Result:
     for seed in range(options.seed, options.seed + (options.seeds or seeds)):
         seeded = [*shared, f"seed={seed}"]
         if options.only != "sums":
-            _train_all(READING, options.model, seed, seeded, options.runs, reading)
+            variants = _of_optimizers(READING, options.optimizers)
+            _train_all(variants, options.model, seed, seeded, options.runs, reading)
         if options.only != "reading":
-            _train_all(SUMS, str(taught / "hf"), seed, seeded, options.runs, sums)
+            variants = _of_optimizers(SUMS, options.optimizers)
+            _train_all(variants, str(taught / "hf"), seed, seeded, options.runs, sums)
     modes = {"after": [summary(taught)]} if sums else {}
     return {"reading": reading, "modes": modes, "sums": sums}
+
+
+def _of_optimizers(variants: dict[str, Variant], names: Sequence[str]) -> dict[str, Variant]:
+    return {name: one for name, one in variants.items() if name.endswith(tuple(names))}
 
 
 def _train_all(

@@ -32,8 +32,9 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
         for number, variant in enumerate([*rl.READING.values(), *rl.SUMS.values()]):
             complete_run(tmp_path / f"{variant.folder}-{seed}", (number + 2 * seed) / 10)
     options = argparse.Namespace(
-        form="quick", seeds=2, seed=0, model="none", pretraining="none", runs=tmp_path, only=None
-    )
+        form="quick", seeds=2, seed=0, model="none", pretraining="none", runs=tmp_path, only=None,
+        optimizers=["MuonClip", "AdamW"],
+    )  # fmt: skip
     result = rl.run(options)
     assert result["reading"]["AdamW"][1]["curves"]["reward"] == [[1, 0.5], [2, 0.75]]
     table = rl.table(result)
@@ -42,6 +43,10 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
     assert f"| AdamW | {changed} | 20.0% ± 14.1% |" in table
     assert "| after | 50.0% | - | 2.500 | 25.0% | 25.0% |" in table
     assert "| Toggle, MuonClip | 50.0% ± 0.0% | - | - | - | - | - | 2.500 ± 0.000 |" in table
+    options.optimizers = ["MuonClip"]
+    alone = rl.run(options)
+    assert list(alone["reading"]) == ["MuonClip"]
+    assert list(alone["sums"]) == [name for name in rl.SUMS if name.endswith("MuonClip")]
     figure = Figure()
     rl.plot(result, figure)
     assert len(figure.axes) == 1, "of the plotted metrics, the runs have rewards alone"
