@@ -96,7 +96,7 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
             raise PretrainError(f"{path_of(setting)}{root} is neither a file nor a folder")
         items, nothing = [root], ""
     elif glob.has_magic(path):
-        items = list(_matches(Path(path)))
+        items = list(matches(Path(path)))
         nothing = f"no file matches {path}"
     else:
         raise PretrainError(f"{path_of(setting)}{root} does not exist")
@@ -234,7 +234,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
     return "neither a file nor a folder"
 
 
-def _matches(pattern: Path) -> Iterator[Path | Skip]:
+def matches(pattern: Path) -> Iterator[Path | Skip]:
     """Every file that a pattern matches, and every match that cannot be read.
 
     Like :func:`glob.glob`, but cycles of links end, and errors are reported.

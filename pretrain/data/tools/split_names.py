@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data import files
-from pretrain.errors import PretrainError
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -84,8 +83,5 @@ def _joined(root: Path, groups: dict[Split, set[Path]]) -> Iterable[tuple[Split,
 def _matched(path: str, paths: Sequence[Path]) -> Iterable[Path]:
     if Path(path).is_dir():
         return (each for each in paths if Path(path) in each.parents)
-    try:
-        matched = set(files.find(path, "", ("",), "files"))
-        return (each for each in paths if each in matched)
-    except PretrainError:
-        return ()
+    matched = set(files.matches(Path(path)))
+    return (each for each in paths if each in matched)

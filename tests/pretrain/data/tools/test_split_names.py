@@ -53,6 +53,15 @@ def test_every_file_is_in_its_split_once(
         assert any(purpose == split for name, purpose in split_names.SPLITS.items() if name in path)
 
 
+def test_files_may_be_empty(tmp_path: Path) -> None:
+    """As those at a URL are, of which only the first is read."""
+    for name in ("data/train-0.jsonl", "data/test-0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "data" / "test-0.jsonl").write_text(json.dumps({"text": "a"}))
+    assert [entry["split"] for entry in recognize(str(tmp_path)).entries] == ["held_out", "train"]
+
+
 def test_other_files_are_named(tmp_path: Path) -> None:
     for name in ("train", "test", "more"):
         make.jsonl(tmp_path / f"{name}.jsonl", range(2))
