@@ -444,6 +444,9 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 _OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*+(?:"\s*(?::|\Z)|\Z)')
 _ARRAY = re.compile(rb'\[\s*\{\s*"')
 _SECOND_OBJECT = re.compile(rb"[^\n]*\n\s*\{")
+# What determines where a JSON value ends, and bytes that are not UTF-8 in a text.
+_MARK = re.compile(r'\\.|["{}\[\],]', re.DOTALL)
+_UNDECODED = re.compile("[\udc80-\udcff]")
 # Between the elements of an array.
 _SEPARATOR = re.compile(r"[\s,]*")
 
@@ -530,10 +533,14 @@ def decode(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte 0x{text[error.start]:02x} at {error.start}): convert it "
-            "(iconv -f LATIN1 -t UTF-8, if that is its encoding)"
-        ) from error
+        raise ValueError(_not_utf8(text[error.start], f" at {error.start}")) from error
+
+
+def _not_utf8(byte: int, place: str = "") -> str:
+    return (
+        f"not UTF-8 (byte 0x{byte:02x}{place}): convert it (iconv -f LATIN1 -t UTF-8, if that is "
+        "its encoding)"
+    )
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
@@ -591,12 +598,12 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """(number, value or error) of every element of an array.
 
     Raises:
-        ValueError: the array is damaged, or an element is too large.
+        ValueError: the array ends within an element, or after its end there is more.
     """
-    decoder = _Decoder()
-    reader = io.TextIOWrapper(stream, "utf-8-sig")
+    decoder, number, step = _Decoder(), 1, _HEAD
+    reader = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
     buffer = reader.read(_HEAD)
-    place, step, number = buffer.index("[") + 1, _HEAD, 1
+    place = buffer.index("[") + 1
     while True:
         if separator := _SEPARATOR.match(buffer, place):
             place = separator.end()
@@ -604,20 +611,72 @@ def _elements(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
             if buffer[place + 1 :].strip() or reader.read(_HEAD).strip():
                 raise ValueError("there is more after the end of the array")
             return
+        value: Any
         try:
-            value, place = decoder.decode_from(buffer, place)
-        except RecursionError as error:
-            raise ValueError(reason(error)) from error
-        except ValueError as error:
+            value, end = decoder.decode_from(buffer, place)
+        except (ValueError, RecursionError) as error:
+            value, end = ValueError(f"not JSON: {reason(error)}"), _End().find(buffer, place)
+            if isinstance(error, RecursionError):
+                value = error
+        size = (len(buffer) if end < 0 else end) - place
+        if size > MAX_DOCUMENT_BYTES:
+            value = ValueError(_too_large())
+            buffer, end = _passed(reader, buffer, place)
+        elif end in (-1, len(buffer)) and (more := reader.read(step)):
             # The element may be incomplete: read more, twice as much each time.
-            if not (more := reader.read(step)):
-                raise ValueError(f"not JSON: {reason(error)}") from error
-            if len(buffer) - place > MAX_DOCUMENT_BYTES:
-                raise ValueError(f"element {number} is {_too_large()} or not JSON") from error
             buffer, place, step = buffer[place:] + more, 0, 2 * step
             continue
+        elif end in (-1, place):
+            raise ValueError(reason(value))
+        elif undecoded := _UNDECODED.search(buffer, place, end):
+            value = ValueError(_not_utf8(ord(undecoded[0]) & 0xFF))
         yield number, value
-        number, step = number + 1, _HEAD
+        number, place, step = number + 1, end, _HEAD
+
+
+def _passed(reader: io.TextIOWrapper, buffer: str, place: int) -> tuple[str, int]:
+    """The text in which the value that begins at ``place`` ends, and its end in it.
+
+    Raises:
+        ValueError: its end is not found.
+    """
+    value, passed = _End(), 0
+    while (end := value.find(buffer, place)) < 0:
+        buffer, place = reader.read(_HEAD), 0
+        passed += len(buffer)
+        if not buffer or passed > _MAX_PASSED_BYTES:
+            raise ValueError(f"the end of an element that is {_too_large()} is not found")
+    return buffer, end
+
+
+class _End:
+    """Finds the end of a JSON value, which need not be valid, in pieces of a text."""
+
+    def __init__(self) -> None:
+        self._depth, self._quoted, self._escaped = 0, False, False
+
+    def find(self, text: str, start: int) -> int:
+        """The place after the value in the next piece; -1 if it does not end there."""
+        start += self._escaped
+        for match in _MARK.finditer(text, start):
+            mark = match[0]
+            if self._quoted:
+                self._quoted = mark != '"'
+                if not self._quoted and not self._depth:
+                    return match.end()
+            elif mark == '"':
+                self._quoted = True
+            elif mark in "{[":
+                self._depth += 1
+            elif not self._depth and mark in "}],":
+                return match.start()  # a value such as a number, or none
+            elif mark in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return match.end()
+        piece = text[start:]
+        self._escaped = (len(piece) - len(piece.rstrip("\\"))) % 2 == 1
+        return -1
 
 
 class _Decoder:
@@ -641,6 +700,7 @@ class _Decoder:
             ValueError: it is not JSON, or an object repeats a key.
             RecursionError: it is nested too deeply.
         """
+        self._repeated = None  # that of a text that was not JSON
         try:
             return self._checked(self._decoder.decode(text))
         except ValueError as error:
@@ -648,11 +708,12 @@ class _Decoder:
 
     def decode_from(self, text: str, place: int) -> tuple[Any, int]:
         """The value that begins at ``place``, and its end; raises as :meth:`decode`."""
+        self._repeated = None
         value, end = self._decoder.raw_decode(text, place)
         return self._checked(value), end
 
     def _checked(self, value: Any) -> Any:
-        repeated, self._repeated = self._repeated, None
+        repeated = self._repeated
         return value if repeated is None else ValueError(f"the key {repeated!r} is repeated")
 
 

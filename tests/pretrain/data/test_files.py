@@ -75,6 +75,52 @@ def test_an_array_of_objects_is_read_element_by_element(
     assert skip.reason.startswith("cannot be read after element 29: not JSON")
 
 
+texts = st.text(st.sampled_from('ab\\"{}[],: té😀'), max_size=30)
+damaged = st.sampled_from(
+    [
+        *(b'{"text": nope}', b'{"text": "a\tb"}', b'{"a" "b"}', b"{,}", b'{"text": "caf\xe9"}'),
+        *(b'{"text": "a", "text": "b"}', b'{"a": {"b": 1, "b": 2}, c}', b"[" * 400 + b"]" * 400),
+        *(b'{"text": ' + b"1" * 5000 + b"}", b"[[" * 60000 + b"]]" * 60000),
+        *(b'{"text": "' + b"long " * 200 + b'"}', b'{"text": "' + b'\\"' * 500 + b'"}'),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.one_of(texts, damaged), max_size=6), st.integers(1, 70), st.booleans())
+def test_damaged_elements_and_lines_are_listed_and_others_are_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    elements: list[str | bytes],
+    head: int,
+    is_array: bool,
+) -> None:
+    """Also if they are too large, and wherever a part of the file that is read at once ends."""
+    written = [
+        one
+        if isinstance(one, bytes)
+        else json.dumps({"text": f"{one}."}, ensure_ascii=False).encode()
+        for one in ["first", *elements]
+    ]
+    path = tmp_path_factory.mktemp("damaged") / ("a.json" if is_array else "a.jsonl")
+    path.write_bytes(b"[" + b",\n".join(written) + b"]" if is_array else b"\n".join(written))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_HEAD", max(head, len('[{"text": "first."}')))
+        patch.setattr(files, "MAX_DOCUMENT_BYTES", 900)
+        found, skips = read(path)
+    assert found == [f"{one}." for one in ["first", *elements] if isinstance(one, str)]
+    bad = [number for number, one in enumerate(elements, 2) if isinstance(one, bytes)]
+    assert [skip.name for skip in skips] == [
+        f"{path}[{n}]" if is_array else f"{path}:{n}" for n in bad
+    ]
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}}, 1]', '[{"text": "a"}, "', '[{"text": "a"}'])
+def test_what_follows_a_damaged_array_is_listed(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    texts, (skip,) = read(tmp_path / "a.json")
+    assert texts == ["a"] and skip.reason.startswith("cannot be read after element 1: ")
+
+
 def tar() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
