@@ -59,17 +59,21 @@ def kind(path: Path) -> str:
     return next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
 
 
-def read_objects(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
+def read_objects(
+    path: Path, columns: Collection[str] | None = None, max_row_bytes: int | None = None
+) -> Iterator[tuple[str, Any]]:
     """:func:`read_rows` of a table, and the objects of any other file (:mod:`.files`)."""
     try:
         table = kind(path)
     except OSError as error:
         yield str(path), Skip(str(path), reason(error))
         return
-    yield from read_rows(path, columns) if table else files.read_objects(path)
+    yield from read_rows(path, columns, max_row_bytes) if table else files.read_objects(path)
 
 
-def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    path: Path, columns: Collection[str] | None = None, max_row_bytes: int | None = None
+) -> Iterator[tuple[str, Any]]:
     """(name, object) of every row of a table; the name is the file and the number of the row.
 
     A :class:`Skip` takes the place of a row that cannot be read, of the rest of a damaged file, or
@@ -77,15 +81,16 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[tu
 
     Args:
         columns: names of the columns to read, if the table has them; default: all.
+        max_row_bytes: larger rows are skipped; default: the limit of a document of text.
 
     Raises:
         PretrainError: pyarrow is not installed.
     """
     pyarrow = require_pyarrow()
-    number = 0
+    number, limit = 0, max_row_bytes or MAX_DOCUMENT_BYTES
     try:
         for batch in batches(path, columns):
-            for value in _objects(batch):
+            for value in _objects(batch, limit):
                 number += 1
                 name = f"{path}:{number}"
                 yield name, Skip(name, value) if isinstance(value, str) else value
@@ -353,7 +358,7 @@ def _rows_at_once(size: int, rows: int) -> int:
     return min(max(1, _BATCH_BYTES // average), _BATCH_ROWS)
 
 
-def _objects(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+def _objects(batch: pa.RecordBatch, limit: int) -> Iterator[dict[str, Any] | str]:
     """Each row as an object, or the reason why it cannot be read."""
     pyarrow = require_pyarrow()
     try:
@@ -363,13 +368,13 @@ def _objects(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
             yield f"damaged: {reason(error)}"
             return
         for number in range(len(batch)):
-            yield from _objects(batch.slice(number, 1))
+            yield from _objects(batch.slice(number, 1), limit)
         return
-    if batch.nbytes <= MAX_DOCUMENT_BYTES:
+    if batch.nbytes <= (limit if len(batch) == 1 else MAX_DOCUMENT_BYTES):
         yield from batch.to_pylist()
     elif len(batch) == 1:
-        yield f"larger than {MAX_DOCUMENT_BYTES >> 20} MiB"
+        yield f"larger than {limit >> 20} MiB"
     else:
         half = len(batch) // 2
-        yield from _objects(batch.slice(0, half))
-        yield from _objects(batch.slice(half))
+        yield from _objects(batch.slice(0, half), limit)
+        yield from _objects(batch.slice(half), limit)

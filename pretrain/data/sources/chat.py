@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,8 @@ class ConversationSource(FileSource[C]):
 
     is_chat = True
     record: type[C]
+    max_row_bytes: ClassVar[int] = files.MAX_DOCUMENT_BYTES
+    """Larger rows of tables are skipped."""
 
     def resolver(self, file: Path) -> Resolve:
         """Finds the images and videos that a file names."""
@@ -137,7 +139,7 @@ class ConversationSource(FileSource[C]):
         field = self.config.field
         is_table = file.exists() and bool(tables.kind(file))
         names = (field, *conversations.FIELDS, *files.MEDIA)
-        for name, value in tables.read_objects(file, names):
+        for name, value in tables.read_objects(file, names, self.max_row_bytes):
             if isinstance(value, Skip):
                 yield value
                 continue

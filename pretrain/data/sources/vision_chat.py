@@ -32,6 +32,7 @@ from pretrain.data.sources.described import (
     Shape,
     restore_media,
 )
+from pretrain.data.vision_text import columns
 from pretrain.errors import PretrainError
 
 # Conversations of which replies are looked at: few of them may be short.
@@ -140,6 +141,7 @@ class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionCha
 
     kind = "vision-chat"
     record = VisionChat
+    max_row_bytes = columns.MAX_ROW_BYTES  # with the content of images
 
     def resolver(self, file: Path) -> Resolve:
         def read_all(resolve: Resolve) -> None:

@@ -1,5 +1,6 @@
 """Copies in the cache of files whose images cannot be read in place: compressed ones."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,11 +53,16 @@ def _existing(path: Path) -> Path:
 
 
 def _unpack(file: Path, target: Path) -> None:
+    """Decompress a file up to the place where it is damaged, if it is. What is read of the copy
+    says that its end is missing."""
     with files.open_file(file) as source, target.open("wb") as out:
+        assert isinstance(source, io.BufferedReader)
         while True:
             try:
-                block = source.read(_BLOCK)
-            except OSError as error:  # not of the cache
+                block = source.read1(_BLOCK)
+            except files.UNREADABLE as error:  # not of the cache
+                if out.tell():
+                    return
                 raise ValueError(files.reason(error)) from error
             if not block:
                 return

@@ -17,7 +17,7 @@ import torch
 from pyarrow import parquet
 
 from pretrain.config import DataConfig, SourceConfig
-from pretrain.data import open_data
+from pretrain.data import files, open_data
 from pretrain.data.chat import REPLY
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.packing import PackedSample
@@ -142,6 +142,15 @@ def test_columns_of_images_are_read(folder: Path) -> None:
     others = (expected.sample("train", index).patches for index in range(12))
     assert found <= {tuple(p.flatten().tolist()) for patches in others for p in patches}
     assert "12 documents" in data.describe()
+
+
+def test_rows_with_large_images_are_read(folder: Path) -> None:
+    """Images have a larger limit than text."""
+    content = (folder / NAMES[0]).read_bytes() + bytes(files.MAX_DOCUMENT_BYTES)
+    row = {**talk("<image>Hi"), "images": [content]}
+    parquet.write_table(pa.Table.from_pylist([row]), folder / "a.parquet")
+    (found,) = make.records(SourceConfig("vision_chat", str(folder / "a.parquet")))
+    assert isinstance(found, Chat) and len(found.conversation.media) == 1
 
 
 def test_images_of_another_field_are_copied(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Every layout gives the documents that its records mean, wherever the images are."""
 
 import base64
+import gzip
 import itertools
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -438,6 +441,24 @@ def test_splits_of_an_imagefolder_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has the splits test, train: set it to one of them"):
         read(tmp_path / "a")
     assert json.dumps(reasons(read(tmp_path / "a" / "test", field="additional_feature"))) == "[]"
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst", "xz"])
+def test_the_beginning_of_a_compressed_shard_that_is_cut_off_is_read(
+    tmp_path: Path, packed: str
+) -> None:
+    rng = np.random.default_rng(0)
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(8):
+            sample = {"png": make.encoded(number), "txt": f"{number}", "bin": rng.bytes(1 << 18)}
+            writer.write({"__key__": f"{number}", **sample})
+    compress = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress}[packed]
+    content = compress((tmp_path / "a.tar").read_bytes())
+    (tmp_path / f"b.tar.{packed}").write_bytes(content[: len(content) * 2 // 3])
+    *found, skip = read(tmp_path / f"b.tar.{packed}")
+    texts = [one.text for one in found if isinstance(one, Mixed)]
+    assert texts == [str(number) for number in range(len(found))] and len(texts) > 2
+    assert isinstance(skip, Skip) and skip.reason.startswith("cannot be read after ")
 
 
 def test_missing_shards_are_listed(tmp_path: Path) -> None:
