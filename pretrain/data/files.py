@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 import zstandard
 
+from pretrain.data import skipped
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError, one_line
 
@@ -127,9 +128,9 @@ def without_descriptions(items: Sequence[Path | Skip]) -> list[Path | Skip]:
 
 
 def is_about(path: Path) -> bool:
-    """Whether a file's name is that of a text about a data set, such as README.md."""
+    """Whether a file's name is that of a file about a data set, such as README.md."""
     plain = ends_with(path, _PLAIN) and _ABOUT.fullmatch(path.name)
-    return bool(plain) or path.name == "dataset_infos.json"
+    return bool(plain) or path.name in ("dataset_infos.json", skipped.FILE)
 
 
 def _why_nothing(items: Iterable[Path | Skip]) -> str:

@@ -121,9 +121,11 @@ def recognize(path: str) -> Recognized:
         return _shards(path, paths)
     if files.ends_with(paths[0], mds.SUFFIXES):
         return _mds(path, paths[0])
-    found = _of_files(path, paths)
     if root.is_dir():
-        return _with_splits(found, root, paths)
+        others = split_names.find(root, paths)[1]
+        in_splits = [file for file in paths if file not in set(others)]
+        return _with_splits(_of_files(path, in_splits), root, paths)
+    found = _of_files(path, paths)
     common = Path(os.path.commonpath([file.parent for file in paths]))
     if splits := split_names.find(common, paths)[0]:
         advice = f"inspect {common} for a configuration of each"
@@ -297,8 +299,13 @@ def _refused(path: Path | str, format: str, advice: str) -> PretrainError:
 
 
 def _of_files(path: str, paths: Sequence[Path]) -> Recognized:
-    """The format of files, of which the first is read."""
-    first = next((file for file in paths if file.stat().st_size), paths[0])
+    """The format of files: that of the first one of the suffix with the most bytes."""
+    sizes: Counter[str] = Counter()
+    for file in paths:
+        sizes[file.suffix.lower()] += file.stat().st_size
+    most = max(sizes, key=lambda suffix: sizes[suffix])
+    same = [file for file in paths if file.suffix.lower() == most]
+    first = next((file for file in same if file.stat().st_size), same[0])
     count = "a file" if len(paths) == 1 else f"{len(paths):,} files"
     if files.ends_with(first, pixels.suffixes()) or video.is_video(str(first)):
         raise _refused(first, "an image or a video", "inspect the folder with its captions")

@@ -72,6 +72,21 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     assert f"its splits: test, train; inspect {tmp_path} for a configuration" in found.description
 
 
+def test_files_in_no_split_do_not_decide_the_format(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        make.jsonl(tmp_path / "data" / f"{name}.jsonl", range(2), field="body")
+    make.jsonl(tmp_path / "about.jsonl", range(9), field="reason")
+    assert [entry["field"] for entry in recognize(str(tmp_path)).entries] == ["body", "body"]
+    (tmp_path / "data" / "test.jsonl").unlink()
+    (tmp_path / "about.jsonl").rename(tmp_path / "about.json")
+    make.jsonl(tmp_path / "data" / "train.jsonl", range(99), field="body")
+    found = recognize(str(tmp_path))
+    assert [entry["field"] for entry in found.entries] == ["body"], "most bytes"
+    assert "other files differ, such as about.json: the text is probably 'reason'" in (
+        found.description
+    )
+
+
 def test_folders_of_captioned_images_are_splits(tmp_path: Path) -> None:
     make.captioned_folder(tmp_path / "train", 2)
     make.captioned_folder(tmp_path / "val", 1)
@@ -85,7 +100,7 @@ def test_folders_of_captioned_images_are_splits(tmp_path: Path) -> None:
 
 def test_a_readme_next_to_data_is_not_data(tmp_path: Path) -> None:
     make.jsonl(tmp_path / "data" / "a.jsonl", range(2))
-    about = ("README.md", "LICENSE.txt", "sha256sums.txt", "dataset_infos.json")
+    about = ("README.md", "LICENSE.txt", "sha256sums.txt", "dataset_infos.json", "skipped.jsonl")
     for name in about:
         (tmp_path / name).write_text("{}")
     assert recognize(str(tmp_path)).description.startswith("a file of JSON lines")
