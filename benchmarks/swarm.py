@@ -37,8 +37,8 @@ _COLUMNS = {
 _DIGITS = {"critical_steps": 1}
 # Changes of the configuration, and the number of seeds.
 FORMS: dict[str, tuple[tuple[str, ...], int]] = {
-    "full": ((), 3),
-    "quick": ((), 1),
+    "full": ((), 5),
+    "quick": ((), 3),
     "tiny": (
         ("steps=2", "rl.prompts=2", "rl.group_size=2", "swarm.start_steps=2",
          "swarm.evaluation_tasks=2", "swarm.reply_tokens=8", "evaluation.text_sequences=1"),

@@ -223,28 +223,31 @@ class SwarmConfig(Settings):
     """Limit of a sub-agent's trajectory, in tokens."""
     reply_tokens: Size = 96
     """Limit of a reply, in tokens."""
-    parallel_weight: Annotated[float, In("[0, 1000]")] = 1.5
+    parallel_weight: Annotated[float, In("[0, 1000]")] = 4.0
     """lambda1 at the start: weight of the reward of assigning tasks to sub-agents."""
     finish_weight: Annotated[float, In("[0, 1000]")] = 0.3
     """lambda2 at the start: weight of the share of sub-agents that answer."""
     anneal_until: Annotated[float, In("[0, 1]")] = 0.5
     """Share of the steps after which both weights are 0; 0: they stay constant."""
-    wanted: Size = 4
+    wanted: Size = 8
     """Assigned tasks from which the first of these rewards is complete."""
     parallel_share: Share = 0.25
-    """Share of the orchestrators' demonstrations with sub-agents."""
-    assign_more: Share = 0.65
+    """Share of the orchestrators' other demonstrations with sub-agents."""
+    assign_more: Share = 0.75
     """Probability that such a demonstration assigns one more record; it leaves out the others. At
     the start, orchestrators with sub-agents thus find fewer records than those that work alone."""
+    answer_share: Share = 0.4
+    """Share of the orchestrators' demonstrations that assign all records and from which only the
+    answer is learned: how results are combined, but not the decision to assign."""
     sub_agent_share: Share = 0.4
     """Share of the demonstrations of sub-agents."""
-    start_steps: StepsOrZero = 300
+    start_steps: StepsOrZero = 500
     """Steps of the supervised start; 0: the model already has the tokens of the tools."""
     start_batch: Size = 16
     """Demonstrations of a step."""
     start_replay: SizeOrZero = 2
     """Documents of the pretraining's text in a step, against forgetting it."""
-    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=6e-3))
+    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
     """Optimizer of the supervised start."""
     evaluation_tasks: SizeOrZero = 32
     """Held-out tasks of an evaluation."""
@@ -252,7 +255,7 @@ class SwarmConfig(Settings):
     def _check(self) -> None:
         if self.start_steps == 0:
             names = ["start_batch", "start_replay", "start", "parallel_share"]
-            names += ["assign_more", "sub_agent_share"]
+            names += ["assign_more", "answer_share", "sub_agent_share"]
             self._refuse_without_effect("start_steps=0", names)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.environment.core import Task
-from posttrain.swarm.tasks import SEPARATOR, VALUE, LookUps
+from posttrain.swarm.tasks import SEPARATOR, LookUps
 from pretrain.data.chat import Message, ToolCall
 
 AGENT = "a"
@@ -28,13 +28,17 @@ class Demonstrations:
         parallel_share: share of the demonstrations of orchestrators with sub-agents, among the
             tasks whose chains are short enough for sub-agents.
         assign_more: probability that such a demonstration assigns one more name.
+        answer_share: share of the demonstrations of orchestrators, among the same tasks, that
+            assign all names and from which only the answer is learned: how results are combined,
+            but not the decision to assign.
         sub_steps: limit of the replies of a sub-agent.
         sub_agent_share: share of the demonstrations of a sub-agent.
     """
 
     look_ups: LookUps
     parallel_share: float = 0.25
-    assign_more: float = 0.65
+    assign_more: float = 0.75
+    answer_share: float = 0.4
     sub_steps: int = 5
     sub_agent_share: float = 0.4
 
@@ -46,7 +50,11 @@ class Demonstrations:
         if rng.random() < self.sub_agent_share:
             return sub_agent(task, rng.choice(names))
         calls = len(task.data) // len(names)
-        if calls >= self.sub_steps or rng.random() >= self.parallel_share:
+        if calls >= self.sub_steps:
+            return alone(task, names)
+        if rng.random() < self.answer_share:
+            return parallel(task, learn_assignments=False)
+        if rng.random() >= self.parallel_share:
             return alone(task, names)
         count = 1
         while count < len(names) and rng.random() < self.assign_more:
@@ -63,7 +71,7 @@ def alone(task: Task, names: Sequence[str]) -> list[Message]:
     messages, found = [Message("user", SEPARATOR.join(names))], list[str]()
     for name in names:
         note, content = "".join(found[-1:]), name
-        while not content.startswith(VALUE):
+        while content in task.data:
             messages.append(_calls(("get", {"key": content}), content=note))
             note, content = "", task.data[content]
             messages.append(Message("tool", content, answered="functions.get:0"))
@@ -76,11 +84,14 @@ def sub_agent(task: Task, name: str) -> list[Message]:
     return [Message("system", SYSTEM_PROMPT), *alone(task, [name])]
 
 
-def parallel(task: Task, count: int | None = None) -> list[Message]:
+def parallel(
+    task: Task, count: int | None = None, *, learn_assignments: bool = True
+) -> list[Message]:
     """An orchestrator that assigns each name to a sub-agent, all in one turn.
 
     Args:
         count: of the names, the first ones that it assigns; default: all.
+        learn_assignments: whether that turn is in the loss, or the answer alone.
     """
     names, truth = task.question.split(SEPARATOR)[:count], task.truth[:count]
     create = ("create_subagent", {"name": AGENT, "system_prompt": SYSTEM_PROMPT})
@@ -90,7 +101,7 @@ def parallel(task: Task, count: int | None = None) -> list[Message]:
     ids += [f"functions.assign_task:{index}" for index in range(1, 1 + len(names))]
     return [
         Message("user", task.question),
-        _calls(create, *assigned),
+        _calls(create, *assigned)._replace(learned=learn_assignments),
         *(Message("tool", text, answered=id) for id, text in zip(ids, results, strict=True)),
         Message("assistant", SEPARATOR.join(truth)),
     ]

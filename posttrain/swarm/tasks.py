@@ -1,7 +1,7 @@
 """Wide look-ups, which parallel agents answer sooner, and deep ones, which they do not.
 
 A task has records, each behind a chain of calls of ``get``: a name returns another name, and the
-last one a value, such as ``=7``. A wide task has several records; its main agent has fewer critical
+last one a digit. A wide task has several records; its main agent has fewer critical
 steps than calls. A deep task has one record behind a longer chain. No question asks for
 parallelism.
 """
@@ -16,9 +16,7 @@ from posttrain.environment.core import Task
 from posttrain.environment.tools import Tool, ToolError
 
 SEPARATOR = ","
-"""Between the names of a question, and the records of an answer, such as ``a=1,b=2``."""
-VALUE = "="
-"""Begins a value, in a record and in an answer: the answer continues as the record did."""
+"""Between the names of a question, and the records of an answer, such as ``a1,b2``."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -68,7 +66,7 @@ class LookUps:
             names.add("".join(rng.choices(_LETTERS, k=self.name_length)))
         ordered = rng.sample(sorted(names), count * depth)
         return [
-            [*ordered[i * depth : (i + 1) * depth], f"{VALUE}{rng.randrange(10)}"]
+            [*ordered[i * depth : (i + 1) * depth], f"{rng.randrange(10)}"]
             for i in range(count)
         ]
 
@@ -77,7 +75,7 @@ def records_reward(answer: str, truth: Sequence[str]) -> float:
     """Share of the records that an answer has right, in any order; extra ones count as wrong.
 
     Args:
-        truth: different records, such as ``a=1``.
+        truth: different records, such as ``a1``.
     """
     given = answer.split(SEPARATOR)
     return len({*given} & {*truth}) / max(len(given), len(truth))

@@ -200,6 +200,7 @@ def _start(config: Config, data: Data) -> Path:
             look_ups(swarm),
             swarm.parallel_share,
             swarm.assign_more,
+            swarm.answer_share,
             swarm.sub_steps,
             swarm.sub_agent_share,
         )

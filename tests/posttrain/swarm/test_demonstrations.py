@@ -79,17 +79,33 @@ def is_parallel(conversation: Sequence[Message]) -> bool:
     return any(call.name == "assign_task" for m in conversation for call in m.calls)
 
 
+@given(st.integers(0, 10_000))
+def test_answers_are_learned_without_the_decision_to_assign(seed: int) -> None:
+    look_ups = LookUps(records=3, deep_share=0)
+    demonstrations = Demonstrations(look_ups, answer_share=1, sub_agent_share=0)
+    conversation = demonstrations.conversation(seed)
+    assert is_parallel(conversation)
+    document = chat.render(TOKENIZER, conversation)
+    learned = [t for t, w in zip(document.tokens, document.weights, strict=True) if w]
+    answer = SEPARATOR.join(look_ups.task(seed).truth)
+    assert TOKENIZER.decode(learned, skip_special_tokens=True) == answer
+
+
 @pytest.mark.parametrize("deep_share", [0.0, 1.0])
 def test_shares(deep_share: float) -> None:
     look_ups = LookUps(records=3, deep=4, deep_share=deep_share)
     for share in (0.0, 1.0):
-        demonstrations = Demonstrations(look_ups, parallel_share=share, sub_agent_share=0)
+        demonstrations = Demonstrations(
+            look_ups, parallel_share=share, answer_share=0, sub_agent_share=0
+        )
         found = [is_parallel(demonstrations.conversation(seed)) for seed in range(5)]
         assert found == [bool(share)] * 5
 
 
 def test_shares_are_those_of_each_kind_of_task() -> None:
-    demonstrations = Demonstrations(LookUps(deep=4, deep_share=0.5), 0.5, 0.5, sub_agent_share=0.5)
+    demonstrations = Demonstrations(
+        LookUps(deep=4, deep_share=0.5), 0.5, 0.5, answer_share=0, sub_agent_share=0.5
+    )
     kinds = Counter(
         (len(LookUps(deep=4, deep_share=0.5).task(seed).truth) > 1, c[0].role, is_parallel(c))
         for seed in range(800)
@@ -103,7 +119,7 @@ def test_shares_are_those_of_each_kind_of_task() -> None:
 
 def test_demonstrated_sub_agents_can_finish() -> None:
     demonstrations = Demonstrations(
-        LookUps(deep_share=1), parallel_share=1, sub_steps=3, sub_agent_share=0
+        LookUps(deep_share=1), parallel_share=1, answer_share=0, sub_steps=3, sub_agent_share=0
     )
     for seed in range(20):
         calls = len(demonstrations.look_ups.task(seed).data)

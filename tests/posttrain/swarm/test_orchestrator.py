@@ -63,7 +63,7 @@ def get(key: str) -> str:
 def follow(text: str) -> str:
     """A sub-agent that follows a chain to its digit."""
     last = (results_of(text) or [question_of(text)])[-1]
-    return f"{question_of(text)}{last}" if last[:1] == "=" else get(last)
+    return f"{question_of(text)}{last}" if last.isdigit() else get(last)
 
 
 def parallel(text: str) -> str:
@@ -78,12 +78,12 @@ def parallel(text: str) -> str:
 
 def serial(text: str) -> str:
     """An orchestrator that does everything itself."""
-    digits = [result for result in results_of(text) if result[:1] == "="]
+    digits = [result for result in results_of(text) if result.isdigit()]
     names = question_of(text).split(",")
     if len(digits) == len(names):
         return ",".join(n + d for n, d in zip(names, digits, strict=True))
-    last = (results_of(text) or ["="])[-1]
-    return get(names[len(digits)] if last[:1] == "=" else last)
+    last = (results_of(text) or ["0"])[-1]
+    return get(names[len(digits)] if last.isdigit() else last)
 
 
 def swarm(
