@@ -223,7 +223,7 @@ class SwarmConfig(Settings):
     """Limit of a sub-agent's trajectory, in tokens."""
     reply_tokens: Size = 96
     """Limit of a reply, in tokens."""
-    parallel_weight: Annotated[float, In("[0, 1000]")] = 4.0
+    parallel_weight: Annotated[float, In("[0, 1000]")] = 3.0
     """lambda1 at the start: weight of the reward of assigning tasks to sub-agents."""
     finish_weight: Annotated[float, In("[0, 1000]")] = 0.3
     """lambda2 at the start: weight of the share of sub-agents that answer."""
