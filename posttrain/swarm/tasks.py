@@ -66,8 +66,7 @@ class LookUps:
             names.add("".join(rng.choices(_LETTERS, k=self.name_length)))
         ordered = rng.sample(sorted(names), count * depth)
         return [
-            [*ordered[i * depth : (i + 1) * depth], f"{rng.randrange(10)}"]
-            for i in range(count)
+            [*ordered[i * depth : (i + 1) * depth], f"{rng.randrange(10)}"] for i in range(count)
         ]
 
 
