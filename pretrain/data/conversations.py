@@ -300,24 +300,27 @@ def _call(number: int, value: Any) -> ToolCall:
 
 
 def _message(number: int, message: Any, has_media: bool, places: "_Places") -> Message:
-    """A message of OpenAI (role, content) or of ShareGPT (from, value).
+    """A message of OpenAI (role, content) or of ShareGPT (from, value); also with the other key of
+    its text, or with senders of ShareGPT as roles.
 
     Args:
         has_media: whether the record has a key of media, to which placeholders in a text refer.
     """
     fields = message if isinstance(message, dict) else {}
-    role, content, calls = fields.get("role"), fields.get("content"), _calls(number, fields)
+    role, calls = fields.get("role"), _calls(number, fields)
+    content = fields["content"] if "content" in fields else fields.get("value")
     searched = has_media
     if role is None and (sender := fields.get("from")) is not None:
-        role, content, searched = _sender(number, sender), fields.get("value"), True
-        if sender in _CALLS:
+        role, content, searched = _sender(number, sender), fields.get("value", content), True
+        if sender.lower() in _CALLS:
             content, calls = "", _sent_calls(number, content)
+    elif isinstance(role, str) and role not in ROLES and role not in _CALLS:
+        role = _SENDERS.get(role.lower(), role)
     if content is None and "parts" in fields:
         raise UnsupportedLayoutError(
             "a conversation in Gemini's layout ('parts' in place of 'content'), which is not read: "
             "write it as messages of role and content"
         )
-    role = "tool" if role == "function" else role
     if role not in ROLES:
         raise ValueError(f"message {number} is of role {role!r:.40}, none of {', '.join(ROLES)}")
     if lost := files.lost_field(fields, _LOST_FROM_MESSAGE):
@@ -358,10 +361,10 @@ def _is_learned(number: int, fields: Mapping[str, Any]) -> bool:
 
 
 def _sender(number: int, sender: Any) -> str:
-    if not isinstance(sender, str) or sender not in _SENDERS:
+    if not isinstance(sender, str) or sender.lower() not in _SENDERS:
         known = ", ".join(_SENDERS)
         raise ValueError(f"message {number} is from {sender!r:.40}, none of {known}")
-    return _SENDERS[sender]
+    return _SENDERS[sender.lower()]
 
 
 def _sent_calls(number: int, value: Any) -> tuple[ToolCall, ...]:

@@ -26,8 +26,8 @@ from pretrain.errors import PretrainError
 
 COLUMNS: dict[str, npt.DTypeLike] = {"weights": np.float32, "categories": np.uint8}
 """What an index has for each token, next to the tokens."""
-# Part of the name of an index. Raise it when conversations are rendered differently.
-_FORMAT = 3
+FORMAT = 3
+"""Part of the name of an index. Raise it when conversations are read or rendered differently."""
 _KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"
 
 
@@ -227,5 +227,5 @@ def index_chats(source: IndexedSource[Chat], composer: Composer) -> ChatDocument
                 yield record.hash, (document.tokens, document.weights, document.categories)
 
     columns = {"tokens": tokenizer.dtype, **COLUMNS}
-    name = source.index_name("chat", tokenizer, length, _FORMAT)
+    name = source.index_name("chat", tokenizer, length, FORMAT)
     return index_tokens(source, composer, name, columns, ChatDocuments, encode)

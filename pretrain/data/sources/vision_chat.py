@@ -25,7 +25,7 @@ from pretrain.data.media.frames import Media
 from pretrain.data.media.pixels import Pixels
 from pretrain.data.packing import Document, Question
 from pretrain.data.skipped import Skip
-from pretrain.data.sources.chat import Chat, ConversationSource
+from pretrain.data.sources.chat import FORMAT, Chat, ConversationSource
 from pretrain.data.sources.described import (
     DescribedDocuments,
     DescribedSource,
@@ -139,7 +139,7 @@ def _begin_reply(document: Document) -> Document:
 class VisionChatSource(ConversationSource[VisionChat], DescribedSource[VisionChat]):
     """Conversations with images and videos; see :mod:`pretrain.data.conversations`."""
 
-    kind = "vision-chat"
+    kind = f"vision-chat-{FORMAT}"
     record = VisionChat
     max_row_bytes = columns.MAX_ROW_BYTES  # with the content of images
 

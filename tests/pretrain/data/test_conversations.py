@@ -131,6 +131,22 @@ def test_prompts_and_completions_are_conversations(
     assert learned == [False] * len(before) + [True] * len(after)
 
 
+@pytest.mark.parametrize("text", ["content", "value"])
+@pytest.mark.parametrize("sender", ["role", "from"])
+@pytest.mark.parametrize("names", [("user", "assistant"), ("human", "gpt"), ("Human", "GPT")])
+def test_keys_and_senders_may_be_of_another_layout(
+    sender: str, text: str, names: tuple[str, str]
+) -> None:
+    values = [{sender: name, text: said} for name, said in zip(names, "ab", strict=True)]
+    assert tokens({"messages": values}) == tokens({"messages": REPLY})
+    call = {"from": "Function_Call", "value": '{"name": "f"}'}
+    found = conversation_of({"messages": [values[0], call]}, "text")
+    assert found is not None and found.messages[1].calls[0].name == "f"
+    values[0][sender] = "narrator"
+    with pytest.raises(ValueError, match=r"message 1 is (of role|from) 'narrator'"):
+        tokens({"messages": values})
+
+
 def test_a_system_prompt_is_a_message_of_the_system() -> None:
     expected = tokens({"messages": REPLY, "system": "s"})
     assert tokens({"messages": REPLY, "system_prompt": "s"}) == expected
