@@ -311,6 +311,9 @@ class ImageConfig(Settings):
     """Share of images whose text is wrapped to several lines."""
     clip_share: Share = 0.1
     """Share of items that are clips of 2 to 4 frames."""
+    min_contrast: Annotated[float, In("(0, 1]")] = 1.0
+    """The difference between the colours of letters and background is multiplied by a random number
+    between this and 1: below about 0.3, letters are faint."""
 
     def _check(self) -> None:
         for name in ("chars", "font_size"):

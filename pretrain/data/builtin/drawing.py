@@ -88,6 +88,8 @@ def draw(text: str, config: ImageConfig, patch_size: int, rng: np.random.Generat
     )
 
     ink, paper = _colours(rng)
+    if config.min_contrast < 1:  # otherwise no number is drawn: the images are those of before
+        ink = paper + rng.uniform(config.min_contrast, 1) * (ink - paper)
     is_clip = rng.random() < config.clip_share
     frames = []
     for _ in range(int(rng.integers(2, MAX_FRAMES + 1)) if is_clip else 1):

@@ -1,5 +1,6 @@
 """Drawn images show their caption, fit the encoder, and are reproducible."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def test_text_is_drawn_with_contrast() -> None:
     for seed in range(50):
         pixels = drawing.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0]
         assert np.ptp(pixels[..., 0].astype(int)) > 60 or np.ptp(pixels[..., 2].astype(int)) > 60
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32), st.floats(0.1, 0.9))
+def test_letters_are_as_faint_as_wanted_and_otherwise_the_same(seed: int, least: float) -> None:
+    """Same shapes in fainter ink: the brightest and the darkest pixels are nearer to each other."""
+    plain = ImageConfig(clip_share=0, wrapped_share=0, large_share=0)
+    usual = drawing.draw("Wm", plain, 14, np.random.default_rng(seed)).pixels[0].astype(int)
+    options = replace(plain, min_contrast=least)
+    faint = drawing.draw("Wm", options, 14, np.random.default_rng(seed)).pixels[0].astype(int)
+    assert faint.shape == usual.shape
+    # Noise of 8 is added to each, and 8 is kept free at both ends of the range.
+    contrast, before = np.ptp(faint, axis=(0, 1)), np.ptp(usual, axis=(0, 1))
+    assert np.all(contrast <= before + 32)
+    assert np.all(contrast >= least * (before - 48) - 1)
 
 
 def test_pixels_do_not_depend_on_the_fonts_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
