@@ -1,11 +1,11 @@
 """Documents that cannot be used: they are counted, limited, and listed in the run's folder."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 FILE = "skipped.jsonl"
 T = TypeVar("T")
@@ -28,6 +28,15 @@ class Skip(NamedTuple):
 
 class EmptyRecordError(ValueError):
     """A record whose image or text is empty, such as of a failed download; it is not corrupt."""
+
+
+def first(skips: Sequence[Skip]) -> str:
+    """The first document that was skipped, corrupt ones before others, for the end of a message;
+    empty if there is none."""
+    if not skips:
+        return ""
+    found = next((skip for skip in skips if skip.corrupt), skips[0])
+    return f"; the first: {one_line(found.name)} ({found.reason})"
 
 
 class Skipped:

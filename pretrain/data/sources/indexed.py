@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import DataConfig
+from pretrain.data import skipped
 from pretrain.data.cache import Stamp, key_of, stamp
 from pretrain.data.composer import Composer
 from pretrain.data.interface import SPLITS, RankShare, Split
@@ -100,9 +101,7 @@ class IndexedSource(Source, Generic[R]):
     def open(self, composer: Composer) -> "IndexedDocuments":
         documents = self.index(composer)
         if not any(documents.token_counts(split)[0] for split in SPLITS):
-            skips = documents.skips
-            first = next((skip for skip in skips if skip.corrupt), skips[0] if skips else None)
-            why = f"; the first: {first.name} ({first.reason})" if first else ""
+            why = skipped.first(documents.skips)
             raise PretrainError(
                 f"{self.setting}.path: none of the documents in {self.location} can be used{why}"
             )

@@ -218,10 +218,8 @@ def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
                 _records(source), folder / name, per_shard, split_of
             )
             if not sum(counts.values()):
-                first = (
-                    f"; the first: {left_out[0].name} ({left_out[0].reason})" if left_out else ""
-                )
-                raise PretrainError(f"{source.setting}: nothing in {source.location}{first}")
+                why = skipped.first(left_out)
+                raise PretrainError(f"{source.setting}: nothing in {source.location}{why}")
             skips.extend(left_out)
             lines.append(
                 f"{source.setting}: {counts['train']:,} documents to train on and "
@@ -256,8 +254,7 @@ def _check_records(data: DataConfig, per_shard: int) -> None:
 
 def _skipped(skips: Sequence[Skip], out: Path) -> Iterator[str]:
     if skips:
-        name, why, _ = skips[0]
-        yield f"{len(skips):,} skipped: {out / skipped.FILE}; the first: {name} ({why})"
+        yield f"{len(skips):,} skipped: {out / skipped.FILE}{skipped.first(skips)}"
 
 
 def _records(source: Source) -> Iterator[Any]:

@@ -224,4 +224,4 @@ def _file(place: Place) -> dict[str, Any]:
 _TEXT = _Kind("text", _text_schema, _of_text)
 _DOCUMENTS = _Kind("images", _parts_schema, _of_document, MAX_ROW_BYTES)
 _CHAT = _Kind("chat", _messages_schema, _of_conversation)
-_VISION_CHAT = _Kind("vision_chat", _messages_schema, _of_conversation)
+_VISION_CHAT = _Kind("vision_chat", _messages_schema, _of_conversation, MAX_ROW_BYTES)

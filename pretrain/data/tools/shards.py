@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from pretrain.config import DataConfig
+from pretrain.data import skipped
 from pretrain.data.composer import as_pair
 from pretrain.data.media import frames, span
 from pretrain.data.media.pixels import open_image, suffixes
@@ -21,6 +22,7 @@ from pretrain.runtime.progress import counted
 
 # Energon's names of the splits.
 _PARTS = {"train": "train", "held_out": "val"}
+_NO_PAIR = "not one image with a caption: `data convert --to parquet` writes any document"
 _SAMPLE_TYPE = {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
 
 
@@ -80,8 +82,7 @@ def write(
     for writer in writers.values():
         writer.close()
     if not sum(counts.values()):
-        first = f"; the first: {skips[0].name} ({skips[0].reason})" if skips else ""
-        raise PretrainError(f"{where} has no image with a caption{first}")
+        raise PretrainError(f"{where} has no image with a caption{skipped.first(skips)}")
     _index(out, [part for part, count in counts.items() if count], sorted(suffixes_used))
     return counts, skips
 
@@ -97,7 +98,7 @@ def _pair(record: Mixed) -> tuple[int, Place, str] | Skip:
     """(hash, image, caption) of a pair whose image can be decoded."""
     pair = as_pair(record.parts)
     if pair is None or pair[0].moving:
-        return Skip(record.name, "no image with a caption")
+        return Skip(record.name, _NO_PAIR)
     media, caption = pair
     try:
         list(frames.read(media, DataConfig.video_fps))

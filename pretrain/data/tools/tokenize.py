@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pretrain.config import Config
-from pretrain.data import data_config
+from pretrain.data import data_config, skipped
 from pretrain.data.composer import Composer
 from pretrain.data.duplicates import without_duplicates
 from pretrain.data.interface import SPLITS
@@ -12,7 +12,7 @@ from pretrain.data.sources import find_sources
 from pretrain.data.sources.indexed import IndexedSource
 from pretrain.data.sources.interface import Documents
 from pretrain.data.sources.tokens import TokenDocuments
-from pretrain.errors import PretrainError, one_line
+from pretrain.errors import PretrainError
 
 
 def tokenize(config: Config, workers: int) -> Iterator[str]:
@@ -54,11 +54,8 @@ def tokenize(config: Config, workers: int) -> Iterator[str]:
             f"{len(documents.tokens):,} tokens: {documents.stored.prefix}.bin"
         )
         if skips := documents.skips:
-            name, why, _ = next((skip for skip in skips if skip.corrupt), skips[0])
-            yield (
-                f"{source.setting}: {len(skips):,} files and documents are skipped; the first: "
-                f"{one_line(name)} ({why})"
-            )
+            first = skipped.first(skips)
+            yield f"{source.setting}: {len(skips):,} files and documents are skipped{first}"
     _, duplicates = without_duplicates(opened, data)
     if duplicates:
         yield duplicates.summary()

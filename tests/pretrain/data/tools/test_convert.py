@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -309,6 +310,10 @@ def test_parquet_has_the_same_documents(drawn: st.DataObject) -> None:
             ("pictures", "new", "--to=shards", "data.deduplicate=exact"),
             "applied by `--to megatron`",
         ),
+        (
+            ("parts.jsonl", "new", "--to=shards"),
+            "parts.jsonl:1 (not one image with a caption: `data",
+        ),
         (("nothing", "new", "--to=shards"), "nothing"),
         (("empty.yaml", "new", "--to=megatron"), "data.sources is empty"),
         (("tokens.yaml", "new", "--to=parquet"), "(megatron) is not converted to Parquet, only"),
@@ -328,6 +333,8 @@ def test_errors_are_one_line_and_leave_nothing(
     make.captioned_folder(Path("pictures"), 4)
     Path("empty.yaml").write_text("steps: 200\n")
     assert convert("text.jsonl", "tokens", "--to=megatron", "data.cache_dir=cache") == 0
+    parts = [{"image": f"pictures/{name}"} for name in sorted(os.listdir("pictures"))[:2]]
+    Path("parts.jsonl").write_text(json.dumps({"parts": [*parts, {"text": "two"}]}) + "\n")
     settings = capsys.readouterr().out.partition("data:\n")
     Path("tokens.yaml").write_text("".join(settings[1:]))
     assert convert(*arguments, "data.cache_dir=cache") == 1
