@@ -32,15 +32,7 @@ def play(
     """
     tokenizer, rollouts = exported.tokenizer, Rollouts()
     chat = KimiChat(tokenizer, declare_tools=False)
-    sampler = Sampler(
-        model,
-        end=tokenizer.im_end,
-        pad=tokenizer.pad,
-        # A generated image would have no features.
-        suppressed=[tokenizer.media_pad] if exported.has_images else [],
-        temperature=temperature,
-        max_tokens=max_tokens,
-    )
+    sampler = Sampler.of_chat(model, tokenizer, temperature=temperature, max_tokens=max_tokens)
 
     async def reply(prompt: list[int]) -> Sample:
         return await rollouts.generate(sampler, prompt)

@@ -120,14 +120,14 @@ class RlTaskConfig(Settings):
     problems: Size = 2000
     """Different prompts."""
     max_tokens: Size = 16
-    """Limit of a response, in tokens; of follow, with the results of its calls of a tool."""
+    """Limit of a response, in tokens; for the task follow, the results of its tool calls count."""
     images: tuple[str, ...] = ()
-    """Of read: changes of `pretraining` for the images to read, which are evaluated in addition to
+    """Changes of `pretraining` for the images of the task read. They are evaluated in addition to
     those of pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no
     changes."""
     solved_share: Share | None = 0.2
-    """Of read: share of the images that the model reads correctly at the start, by greedy decoding:
-    there is little to learn from them. null: images as they come."""
+    """Share of the images of the task read that the model reads correctly at the start, by greedy
+    decoding: there is little to learn from them. null: images as they come."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
 
 

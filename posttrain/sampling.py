@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from posttrain.environment.rollouts import Sample
+from pretrain.data.tokenizer import Tokenizer
 
 
 class Sampler:
@@ -37,6 +38,21 @@ class Sampler:
         self._suppressed = list(suppressed)
         self._temperature, self._max_tokens = temperature, max_tokens
         self._batch_size = batch_size
+
+    @classmethod
+    def of_chat(
+        cls, model: Any, tokenizer: Tokenizer, *, temperature: float, max_tokens: int
+    ) -> "Sampler":
+        """A sampler of messages in the chat format; arguments as above."""
+        return cls(
+            model,
+            end=tokenizer.im_end,
+            pad=tokenizer.pad,
+            # A generated image would have no features.
+            suppressed=[tokenizer.media_pad] if tokenizer.media_pad >= 0 else [],
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
 
     def __call__(self, prompts: list[list[int]]) -> list[Sample]:
         was_training = self._model.training

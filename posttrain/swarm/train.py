@@ -83,13 +83,9 @@ class Swarm:
         )
 
     def _sampler(self, trained: Any) -> Generate:
-        tokenizer = self.sub_agent.tokenizer
-        return Sampler(
+        return Sampler.of_chat(
             trained,
-            end=tokenizer.im_end,
-            pad=tokenizer.pad,
-            # A generated image would have no features.
-            suppressed=[tokenizer.media_pad] if tokenizer.media_pad >= 0 else [],
+            self.sub_agent.tokenizer,
             temperature=self.temperature,
             max_tokens=self.settings.reply_tokens,
         )

@@ -19,10 +19,11 @@ EXPORTED: Any = SimpleNamespace(tokenizer=TOKENIZER, has_images=False, folder=Pa
 
 
 class Scripted:
-    """Follows the chain of records to its end; the arguments are those of ``Sampler``."""
+    """Follows the chain of records to its end; stands for ``Sampler``."""
 
-    def __init__(self, _model: Any, **_: Any) -> None:
-        pass
+    @classmethod
+    def of_chat(cls, *_: Any, **__: Any) -> "Scripted":
+        return cls()
 
     def __call__(self, prompts: list[list[int]]) -> list[Sample]:
         samples = []

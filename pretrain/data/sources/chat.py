@@ -25,7 +25,7 @@ from pretrain.data.sources.tokens import TokenDocuments, index_tokens
 from pretrain.errors import PretrainError
 
 COLUMNS: dict[str, npt.DTypeLike] = {"weights": np.float32, "categories": np.uint8}
-"""What an index has for each token, next to the tokens."""
+"""Columns of an index besides its tokens, with their dtypes."""
 FORMAT = 3
 """Part of the name of an index. Raise it when conversations are read or rendered differently."""
 _KINDS = "files of conversations (.jsonl, .json; .gz, .zst, .bz2 or .xz; .parquet, .arrow)"

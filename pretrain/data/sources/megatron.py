@@ -50,7 +50,7 @@ class MegatronSource(IndexedSource[Any]):
     """Pairs of files, ``PREFIX.bin`` and ``PREFIX.idx``.
 
     Attributes:
-        columns: what the files have for each token, next to the tokens.
+        columns: columns of the files besides the tokens, with their dtypes.
         pairs: the files, mapped into memory.
     """
 
