@@ -1,6 +1,7 @@
 """The settings of a post-training run, with their meaning, defaults and allowed values."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pretrain.config.rules import In, Settings, require
@@ -125,7 +126,7 @@ class RlTaskConfig(Settings):
     """Changes of `pretraining` for the images of the task read. They are evaluated in addition to
     those of pretraining. With ["data.images.max_font_size=30"], letters are larger. Empty: no
     changes."""
-    solved_share: Share | None = 0.2
+    solved_share: Annotated[float, In("[0, 1)")] | None = 0.2
     """Share of the images of the task read that the model reads correctly at the start, by greedy
     decoding: there is little to learn from them. null: images as they come."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
@@ -288,10 +289,11 @@ class Config(Settings):
         """Changes of ``pretraining`` for the images of the task read."""
         return self.rl.tasks["read"].images if "read" in self.rl.tasks else ()
 
-    def require_effect(self, command: str) -> None:
+    def require_fit(self, command: str) -> None:
         """
         Raises:
-            PretrainError: the sections of other commands are not at their defaults.
+            PretrainError: the sections of other commands are not at their defaults, or steps do not
+                fit the batches of rollouts.
         """
         used = {"swarm": ("rl", "swarm")}.get(command, (command,))
         for name, section in (("sft", self.sft), ("rl", self.rl), ("swarm", self.swarm)):
@@ -299,11 +301,13 @@ class Config(Settings):
                 raise PretrainError(
                     f"the section {name} has no effect in `posttrain {command}`: remove it"
                 )
+        for name in ("steps", "save_every") if "rl" in used else ():
+            if getattr(self, name) % self.rl.updates:
+                raise PretrainError(
+                    f"{name}={getattr(self, name)} must be a multiple of "
+                    f"rl.updates={self.rl.updates}"
+                )
 
     def _check(self) -> None:
-        for name in ("steps", "save_every"):
-            require(
-                getattr(self, name) % self.rl.updates == 0,
-                f"{name}={getattr(self, name)} must be a multiple of rl.updates={self.rl.updates}",
-            )
-        require(self.model != self.run_dir, f"run_dir={self.run_dir} must differ from model")
+        is_same = Path(self.model).resolve() == Path(self.run_dir).resolve()
+        require(not is_same, f"run_dir={self.run_dir} must differ from model")

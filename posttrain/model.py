@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -107,9 +110,10 @@ def save(exported: Exported, model: nn.Module, out: Path, template: str | None =
     """
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size=_MAX_FILE_SIZE)  # type: ignore[operator]
-    if exported.has_images:
-        _publish_names(partial)
+    with writing(f"the model {out}"):
+        model.save_pretrained(partial, max_shard_size=_MAX_FILE_SIZE)  # type: ignore[operator]
+        if exported.has_images:
+            _publish_names(partial)
     for file in exported.folder.iterdir():
         if file.is_file() and not _WEIGHTS.match(file.name):
             shutil.copyfile(file, partial / file.name)
@@ -118,6 +122,21 @@ def save(exported: Exported, model: nn.Module, out: Path, template: str | None =
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Context in which weights are written.
+
+    Raises:
+        PretrainError: they cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises a RuntimeError
+        raise PretrainError(
+            f"cannot write {what}: {one_line(str(error))[:200]}; earlier checkpoints are unchanged"
+        ) from error
 
 
 def _publish_names(folder: Path) -> None:

@@ -13,7 +13,7 @@ from posttrain.environment.core import Task
 from posttrain.environment.markup import TOKENS
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
-from posttrain.run import Run
+from posttrain.run import Run, replace_text
 from posttrain.toggle import Toggle
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress, counted
@@ -96,7 +96,7 @@ def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
         return pictures(data, "train", count)
     solved: list[Picture] = []
     unsolved: list[Picture] = []
-    wanted = round(count * (1 - share))
+    wanted = max(1, round(count * (1 - share)))
     exported.model.eval()
     with Progress("choosing images that are not solved yet", wanted, "images") as progress:
         asked = 0
@@ -112,8 +112,7 @@ def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
             asked = len(found)
     exported.model.train()
     unsolved = unsolved[:wanted]
-    others = round(len(unsolved) * share / (1 - share)) if share < 1 else count
-    chosen = unsolved + solved[:others]
+    chosen = unsolved + solved[: round(len(unsolved) * share / (1 - share))]
     random.Random(config.seed).shuffle(chosen)
     return chosen
 
@@ -137,7 +136,13 @@ def set_budgets(run: Run, practices: Sequence[Practice]) -> None:
     file = run.folder / _BUDGETS
     state = {}
     if run.newest_checkpoint() and file.is_file():
-        state = json.loads(file.read_text())
+        try:
+            state = json.loads(file.read_text())
+        except ValueError as error:
+            raise PretrainError(
+                f"{file} is damaged: remove it, and budgets are estimated again, with the model "
+                "before training"
+            ) from error
     for practice in practices:
         options = practice.options.toggle
         if options.mode == "off":
@@ -154,8 +159,7 @@ def set_budgets(run: Run, practices: Sequence[Practice]) -> None:
         else:
             _estimate(run, practice, practice.toggle)
             state[practice.name] = practice.toggle.state_dict()
-    if state:
-        file.write_text(json.dumps(state))
+            replace_text(file, json.dumps(state))
 
 
 def _estimate(run: Run, practice: Practice, toggle: Toggle) -> None:

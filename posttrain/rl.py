@@ -31,7 +31,7 @@ def train(config: Config) -> Path:
     Raises:
         PretrainError: the model, the data or a setting is unusable.
     """
-    config.require_effect("rl")
+    config.require_fit("rl")
     with locked(config, "rl") as termination:
         torch.manual_seed(config.seed)  # of the responses that budgets are estimated from
         exported = model.load(Path(config.model))

@@ -26,6 +26,8 @@ from pretrain.runtime.stopping import Termination
 
 _CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
+# Of this package's runs, and of pretraining's.
+_RESULTS = ("metrics.jsonl", _CHECKPOINTS, TRAINED, "extended", "start")
 # Settings that may change when a run resumes.
 _FREE = ("steps", "log_every", "save_every", "evaluation")
 
@@ -68,7 +70,7 @@ class Run:
             (int(match[1]), path)
             for path in self.checkpoints.glob("checkpoint-*")
             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-            and (path / "trainer_state.json").is_file()
+            and _is_json(path / "trainer_state.json")
         ]
         return max(found)[1] if found else None
 
@@ -132,28 +134,56 @@ def locked(config: Config, command: str) -> Iterator[Termination]:
     """
     folder = Path(config.run_dir)
     with RunLock(folder), stopping.on_signals() as termination:
-        _require_same(folder / _CONFIG, {"command": command, **to_dict(config)})  # type: ignore[arg-type]
+        _require_same(folder, {"command": command, **to_dict(config)})  # type: ignore[arg-type]
         yield termination
 
 
-def _require_same(file: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a run, or compare them with those that it was started with."""
+def _require_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run, or compare them with those that it was started with.
+
+    A run that ended before its first result may be started with others.
+    """
+    file = folder / _CONFIG
     settings = json.loads(json.dumps(settings))
+    has_results = any(_has_content(folder / name) for name in _RESULTS)
     try:
         started = json.loads(file.read_text())
     except FileNotFoundError:
-        started = settings
+        started = {} if has_results else settings
     except ValueError as error:
         raise PretrainError(f"{file} is damaged: remove the folder, or choose another") from error
+    if not isinstance(started, dict) or "command" not in started:
+        raise PretrainError(
+            f"{folder} contains something else than a run of posttrain: choose another run_dir"
+        )
     changed = [
         name for name in settings if name not in _FREE and started.get(name) != settings[name]
     ]
-    if changed:
+    if changed and has_results:
         raise PretrainError(
-            f"{file.parent} contains a run with another {', '.join(changed)}: choose another "
-            "run_dir, or remove that folder"
+            f"{folder} contains a run with another {', '.join(changed)}: choose another run_dir, "
+            "or remove that folder"
         )
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    replace_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file, completely or not at all: a full disk does not damage an earlier one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

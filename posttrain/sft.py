@@ -39,7 +39,7 @@ def train(config: Config) -> Path:
     Raises:
         PretrainError: the model, the data or a setting is unusable.
     """
-    config.require_effect("sft")
+    config.require_fit("sft")
     with locked(config, "sft") as termination:
         exported = _with_markup(config)
         data = open_pretraining_data(config.pretraining, exported.folder)

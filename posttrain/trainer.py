@@ -1,6 +1,8 @@
 """TRL's trainer with this project's objective and optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +16,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 import muonclip
 from muonclip import MuonClip
+from posttrain import model as model_files
 from posttrain import objective
 from posttrain.config import Config, OptimizerConfig, RlConfig
 from posttrain.environment.episode import Episode
 from posttrain.modes import Mode
 from posttrain.prompts import PromptSampler
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, one_line
 
 _FORWARDED = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
@@ -43,12 +46,27 @@ def make_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Op
     )
 
 
+def require_finite(norm: Tensor | float, where: str, setting: str) -> None:
+    """
+    Args:
+        norm: of the gradient.
+        setting: the learning rate's.
+
+    Raises:
+        PretrainError: the norm is not finite.
+    """
+    if not math.isfinite(norm):
+        raise PretrainError(
+            f"the gradient of {where} is not finite: lower {setting}; checkpoints are unchanged"
+        )
+
+
 def schedule_name(options: OptimizerConfig) -> str:
     """The name of the learning rate's schedule in transformers."""
     return {"constant": "constant_with_warmup"}.get(options.schedule, options.schedule)
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+def freeze(model: nn.Module, patterns: Sequence[str], setting: str = "optimizer.frozen") -> None:
     """Freeze the parameters whose names match one of the patterns (``fnmatch``).
 
     Raises:
@@ -57,11 +75,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matching = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
         if not matching:
-            raise PretrainError(f"optimizer.frozen: no parameter matches {pattern!r}")
+            raise PretrainError(f"{setting}: no parameter matches {pattern!r}")
         for parameter in matching:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PretrainError("optimizer.frozen leaves no parameter to train: remove a pattern")
+        raise PretrainError(f"{setting} leaves no parameter to train: remove a pattern")
 
 
 def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
@@ -139,11 +157,46 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             save_file(weights, folder / SAFE_WEIGHTS_NAME)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        require_finite(norm, f"step {self.state.global_step + 1}", "optimizer.lr")
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with model_files.writing(f"the checkpoint of step {self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        with _readable(resume_from_checkpoint):
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+                self.model.load_state_dict(weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Context in which a checkpoint is read.
+
+    Raises:
+        PretrainError: it is damaged.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors, torch and pickle raise any
+        raise PretrainError(
+            f"{checkpoint} cannot be read: {one_line(str(error))[:200]}; remove it, and the run "
+            "resumes from the one before"
+        ) from error
 
 
 class Asked(NamedTuple):

@@ -15,7 +15,7 @@ from posttrain.environment.markup import TOKENS
 from posttrain.losses import Row, weighted_loss
 from posttrain.model import Exported
 from posttrain.swarm.demonstrations import AGENT, SYSTEM_PROMPT, Demonstrations
-from posttrain.trainer import make_optimizer, schedule_name
+from posttrain.trainer import freeze, make_optimizer, require_finite, schedule_name
 from pretrain.data import Data, chat
 from pretrain.runtime.progress import Progress
 
@@ -51,6 +51,7 @@ def train(
     untrained = out.with_name("extended")
     extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=swarm.context)
     tokenizer = extended.tokenizer
+    freeze(extended.model, swarm.start.frozen, "swarm.start.frozen")
     optimizer = make_optimizer(extended.model, swarm.start)
     size, steps = swarm.start_batch, swarm.start_steps
     schedule = get_scheduler(schedule_name(swarm.start), optimizer, swarm.start.warmup_steps, steps)
@@ -62,7 +63,9 @@ def train(
             documents = [chat.render(tokenizer, demonstrations.conversation(s)) for s in seeds]
             rows = [(torch.tensor(d.tokens), torch.tensor(d.weights)) for d in documents]
             loss = _backward(extended, [*rows, *itertools.islice(replay, swarm.start_replay)])
-            torch.nn.utils.clip_grad_norm_(extended.model.parameters(), swarm.start.clip_grad_norm)
+            parameters, limit = extended.model.parameters(), swarm.start.clip_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            require_finite(norm, f"step {step + 1} of the supervised start", "swarm.start.lr")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -159,7 +159,7 @@ def train(config: Config) -> Path:
     Raises:
         PretrainError: the model, the data or a setting is unusable.
     """
-    config.require_effect("swarm")
+    config.require_fit("swarm")
     _require_effect(config.rl)
     with locked(config, "swarm") as termination:
         _require_context(config.swarm)

@@ -57,4 +57,4 @@ def test_settings_are_valid(variant: rl.Variant) -> None:
     file = f"configs/posttrain/{variant.config}.yaml"
     for changes, _ in rl.FORMS.values():
         loaded = config.load_as(Config, Path(ROOT, file), [*variant.changes, *changes])
-        loaded.require_effect("rl")
+        loaded.require_fit("rl")

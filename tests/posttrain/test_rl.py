@@ -1,6 +1,7 @@
 """``posttrain sft``, ``rl`` and ``eval``, from an export to an export, in small."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from posttrain import cli, evaluate, metrics, model, modes, practice, report, rl, sft, vocabulary
+from posttrain import (
+    cli,
+    evaluate,
+    metrics,
+    model,
+    modes,
+    practice,
+    report,
+    rl,
+    sft,
+    trainer,
+    vocabulary,
+)
 from posttrain.config import Config
 from posttrain.run import Run
 from pretrain import config as configuration
@@ -279,6 +293,7 @@ def test_evaluation_of_the_command(
         (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
         (("rl.tasks.follow.toggle.mode=toggle",), "rl.tasks.follow.toggle has no effect"),
         (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
+        (("rl.tasks.read.solved_share=1",), r"solved_share must be in \[0, 1\)"),
         (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
     ],
 )
@@ -306,10 +321,88 @@ def test_sums_are_counted_by_length(text_export: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_run_is_refused(text_export: Path, tmp_path: Path) -> None:
-    with pytest.raises(PretrainError, match="needs a model with images"):
-        rl.train(settings(tmp_path / "run", text_export))
+    """But a run that ended before its first result may be started with other settings."""
+    for learning_rate in (0.1, 0.2):
+        with pytest.raises(PretrainError, match="needs a model with images"):
+            rl.train(settings(tmp_path, text_export, f"optimizer.lr={learning_rate}"))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(PretrainError, match="contains a run with another optimizer"):
-        rl.train(settings(tmp_path / "run", text_export, "optimizer.lr=0.5"))
+        rl.train(settings(tmp_path, text_export, "optimizer.lr=0.5"))
+
+
+def copied(export: Path, folder: Path) -> str:
+    return str(shutil.copytree(export, folder))
+
+
+@pytest.mark.parametrize("name", ["run", "run/hf", "run/"])
+def test_the_model_to_start_from_is_not_overwritten(
+    text_export: Path, tmp_path: Path, name: str
+) -> None:
+    """Its folder, or the one that pretraining exported it into, is no run."""
+    copied(text_export, tmp_path / name)
+    with pytest.raises(PretrainError, match=r"must differ from model|something else than a run"):
+        rl.train(settings(tmp_path, text_export, f"model={tmp_path}/{name}"))
+    with pytest.raises(PretrainError, match="something else than a run"):
+        rl.train(settings(tmp_path, text_export))
+    for file in text_export.iterdir():
+        assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_steps_of_finetuning_have_no_batches_of_rollouts(text_export: Path, tmp_path: Path) -> None:
+    settings(tmp_path, text_export, "steps=3", "save_every=1").require_fit("sft")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_checkpoint_is_one_line(image_export: Path, tmp_path: Path, name: str) -> None:
+    """After its removal, the run resumes from the one before; a state that was not completely
+    written is no checkpoint."""
+    nothing = (*READ, "evaluation={images: 0, text_sequences: 0, problems: 0}")
+    rl.train(settings(tmp_path, image_export, *nothing))
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    (newest / name).write_bytes((newest / name).read_bytes()[:20])
+    with pytest.raises(PretrainError, match=r"checkpoint-4 cannot be read.*remove it") as error:
+        rl.train(settings(tmp_path, image_export, *nothing))
+    assert "\n" not in str(error.value)
+    (newest / "trainer_state.json").write_text("{")
+    rl.train(settings(tmp_path, image_export, *nothing))
+    assert [record["step"] for record in records(tmp_path)][-2:] == [3, 4]
+
+
+def test_a_full_disk_is_one_line(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint before is kept, and the run resumes from it."""
+    nothing = (*READ, "evaluation={images: 0, text_sequences: 0, problems: 0}")
+    rl.train(settings(tmp_path, image_export, *nothing, "steps=2"))
+
+    def save(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_file", save)
+        with pytest.raises(PretrainError, match="cannot write the checkpoint of step 4: I/O error"):
+            rl.train(settings(tmp_path, image_export, *nothing))
+        patch.setattr(model, "save_file", save)
+        with pytest.raises(PretrainError, match=r"cannot write the model .*: I/O error"):
+            rl.train(settings(tmp_path, image_export, *nothing, "steps=2"))
+    rl.train(settings(tmp_path, image_export, *nothing))
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+def test_a_gradient_that_is_not_finite_is_one_line(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def infinite(loss: torch.Tensor, *_: Any) -> torch.Tensor:
+        return loss.sum() * float("inf")
+
+    monkeypatch.setattr(trainer.objective, "mean_over_tokens", infinite)
+    with pytest.raises(
+        PretrainError, match=r"gradient of step 1 is not finite: lower optimizer\.lr"
+    ):
+        rl.train(
+            settings(tmp_path, image_export, *READ, f"optimizer.name={name}", "evaluation.images=0")
+        )
 
 
 def test_rewards_out_of_range_end_the_run(

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from posttrain import model
 from posttrain.config import Config
 from posttrain.environment.episode import Episode
 from posttrain.environment.markup import TOKENS
 from posttrain.environment.trajectory import Trajectory
-from posttrain.swarm import train
+from posttrain.losses import weighted_loss
+from posttrain.swarm import start, train
 from posttrain.swarm.orchestrator import SwarmEpisode
 from posttrain.swarm.parl import Stage
 from posttrain.swarm.tasks import LookUps
@@ -63,6 +66,7 @@ def test_a_mean_over_no_episode_is_left_out() -> None:
         ("swarm.start_steps=0 swarm.start_batch=16", "lacks tokens of tool calls"),
         ("swarm.start_steps=0", "start_batch=2 has no effect with start_steps=0"),
         ("swarm.records=14", "too few names"),
+        ("swarm.start.frozen=['*']", "swarm.start.frozen leaves no parameter to train"),
         ("swarm.context=34", "swarm.context=34: too short"),
     ],
 )
@@ -72,3 +76,15 @@ def test_a_setting_that_cannot_work_is_one_line(
     with pytest.raises(PretrainError, match=message) as error:
         train.train(settings(tmp_path, text_export, *override.split()))
     assert "\n" not in str(error.value)
+
+
+def test_a_gradient_of_the_start_that_is_not_finite_is_one_line(
+    text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(*arguments: Any) -> torch.Tensor:
+        return weighted_loss(*arguments) * float("inf")
+
+    monkeypatch.setattr(start, "weighted_loss", infinite)
+    message = r"step 1 of the supervised start is not finite: lower swarm\.start\.lr"
+    with pytest.raises(PretrainError, match=message):
+        train.train(settings(tmp_path, text_export))
