@@ -49,7 +49,10 @@ def _load(options: argparse.Namespace) -> "Config":
     from posttrain.config import Config
     from pretrain import config
 
-    return config.load_as(Config, options.config, options.overrides)
+    settings = config.load_as(Config, options.config, options.overrides)
+    if options.command != "eval":
+        settings.require_fit(options.command)  # before imports that take seconds
+    return settings
 
 
 def _sft(options: argparse.Namespace) -> None:

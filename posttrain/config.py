@@ -292,7 +292,7 @@ class Config(Settings):
     def require_fit(self, command: str) -> None:
         """
         Raises:
-            PretrainError: the sections of other commands are not at their defaults, or steps do not
+            PretrainError: settings of other commands are not at their defaults, or steps do not
                 fit the batches of rollouts.
         """
         used = {"swarm": ("rl", "swarm")}.get(command, (command,))
@@ -301,6 +301,8 @@ class Config(Settings):
                 raise PretrainError(
                     f"the section {name} has no effect in `posttrain {command}`: remove it"
                 )
+        if command == "swarm" and self.rl.tasks != RlConfig().tasks:
+            raise PretrainError("rl.tasks has no effect in `posttrain swarm`: remove it")
         for name in ("steps", "save_every") if "rl" in used else ():
             if getattr(self, name) % self.rl.updates:
                 raise PretrainError(

@@ -1,5 +1,6 @@
 """The data of the pretraining: images to read, and held-out text."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,9 @@ from posttrain.config import Config
 from pretrain import config as configuration
 from pretrain.data import Data, open_data
 from pretrain.data.interface import Split
+from pretrain.errors import PretrainError
+
+_MAX_WITHOUT_TEXT = 1000
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,31 @@ def texts(data: Data, split: Split, index: int) -> Iterator[tuple[Tensor, Tensor
         tokens, weights = sample.tokens[here], sample.weights[here]
         if not (tokens == data.tokenizer.media_pad).any() and (weights > 0).any():
             yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])
+
+
+def replayed(
+    data: Data, setting: str, start: int = 0, stride: int = 1
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The documents of text alone in the training sequences ``start``, ``start + stride``, …
+
+    The iterator has no end. It skips sequences without such a document; see :func:`texts`.
+
+    Args:
+        setting: that disables the replay, for the message.
+
+    Raises:
+        PretrainError: a thousand sequences in a row have none.
+    """
+    missing = 0
+    for index in itertools.count(start, stride):
+        if found := list(texts(data, "train", index)):
+            missing = 0
+            yield found
+        elif (missing := missing + 1) == _MAX_WITHOUT_TEXT:
+            raise PretrainError(
+                f"{missing} sequences of the pretraining data have no document of text alone to "
+                f"replay: add one to its data.sources, or set {setting}=0"
+            )
 
 
 def held_out_texts(data: Data, sequences: int) -> list[tuple[Tensor, Tensor]]:

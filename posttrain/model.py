@@ -92,8 +92,20 @@ def load(folder: Path) -> Exported:
         processor = KimiProcessor(
             KimiImageProcessor(settings["media_proc_cfg"]), processor, processor.chat_template
         )
+    require_finite_weights(model, f"in {folder}", "choose another model")
     model.train()
     return Exported(folder, model, processor, tokenizer)
+
+
+def require_finite_weights(model: nn.Module, where: str, remedy: str) -> None:
+    """
+    Raises:
+        PretrainError: a weight is not finite; the message begins with ``where`` and ends with
+            ``remedy``.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise PretrainError(f"{where}, {name} is not finite: {remedy}")
 
 
 def save(exported: Exported, model: nn.Module, out: Path, template: str | None = None) -> Path:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from posttrain.environment.core import Task
 from posttrain.model import Exported
+from posttrain.sampling import finite_probabilities
 from pretrain.data import chat
 from pretrain.errors import PretrainError
 from pretrain.export import chat_templates
@@ -119,16 +120,17 @@ def answer(
         **shown,
     ).to(exported.model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    written = exported.model.generate(
-        **inputs,
-        **sampling,
-        do_sample=temperature > 0,
-        max_new_tokens=max_tokens,
-        eos_token_id=mode.ends,
-        pad_token_id=tokenizer.pad_token_id,
-        # A generated image would have no features.
-        suppress_tokens=[exported.tokenizer.media_pad] if exported.has_images else None,
-    )
+    with finite_probabilities():
+        written = exported.model.generate(
+            **inputs,
+            **sampling,
+            do_sample=temperature > 0,
+            max_new_tokens=max_tokens,
+            eos_token_id=mode.ends,
+            pad_token_id=tokenizer.pad_token_id,
+            # A generated image would have no features.
+            suppress_tokens=[exported.tokenizer.media_pad] if exported.has_images else None,
+        )
     return [
         _upto_end(row, mode.ends) for row in written[:, inputs["input_ids"].shape[1] :].tolist()
     ]

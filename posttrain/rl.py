@@ -115,6 +115,7 @@ class _Reward:
         task: Sequence[str],
         number: Sequence[int],
         episode_reward: Sequence[float | None],
+        cut_off: Sequence[bool],
         trainer_state: Any,
         log_metric: Callable[[str, float], None],
         **_: Any,
@@ -142,10 +143,12 @@ class _Reward:
                     "reward": reward,
                     "accuracy": float(before == 1),
                     "response_tokens": float(len(tokens)),
-                    "cut_off": float(tokens[-1] not in practice.mode.ends),
+                    "cut_off": float(was_cut),
                     **phase,
                 }
-                for reward, before, tokens in zip(given, earned, group, strict=True)
+                for reward, before, tokens, was_cut in zip(
+                    given, earned, group, cut_off[start : start + rl.group_size], strict=True
+                )
             )
         _log(log_metric, "", [one for some in responses.values() for one in some])
         if len(self.practices) > 1:

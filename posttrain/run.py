@@ -27,7 +27,7 @@ from pretrain.runtime.stopping import Termination
 _CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 # Of this package's runs, and of pretraining's.
-_RESULTS = ("metrics.jsonl", _CHECKPOINTS, TRAINED, "extended", "start")
+_RESULTS = ("metrics.jsonl", _CHECKPOINTS, TRAINED, "start")
 # Settings that may change when a run resumes.
 _FREE = ("steps", "log_every", "save_every", "evaluation")
 

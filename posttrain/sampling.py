@@ -1,6 +1,7 @@
 """A model of transformers as the function that rollouts call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,25 @@ from torch import Tensor
 
 from posttrain.environment.rollouts import Sample
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import PretrainError
+
+
+@contextmanager
+def finite_probabilities() -> Iterator[None]:
+    """Context in which tokens are sampled from a model.
+
+    Raises:
+        PretrainError: a probability is not finite.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # torch.multinomial's message
+            raise
+        raise PretrainError(
+            "the probabilities of the model's tokens are not finite: lower optimizer.lr; "
+            "checkpoints are unchanged"
+        ) from error
 
 
 class Sampler:
@@ -110,5 +130,6 @@ class Sampler:
         distribution = (logits.float() / self._temperature).log_softmax(-1)
         probabilities = distribution.exp()
         probabilities[:, self._suppressed] = 0
-        tokens = probabilities.multinomial(1)
+        with finite_probabilities():
+            tokens = probabilities.multinomial(1)
         return tokens[:, 0], distribution.gather(1, tokens)[:, 0]

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from posttrain import model, modes, tasks, vocabulary
 from posttrain.config import Config
-from posttrain.data import open_pretraining_data, texts
+from posttrain.data import open_pretraining_data, replayed
 from posttrain.model import Exported
 from posttrain.run import Run, locked
 from posttrain.trainer import OwnTrainer, common_arguments, freeze
@@ -60,14 +60,11 @@ def train(config: Config) -> Path:
 
 def _with_markup(config: Config) -> Exported:
     """The model to start from, with the tokens of the modes."""
-    out = Path(config.run_dir) / _EXTENDED
-    if out.is_dir():
-        return model.load(out)
     exported = model.load(Path(config.model))
     exported.tokenizer.require_chat()
     torch.manual_seed(config.seed)  # of the new rows
     words = vocabulary.long_words(exported.tokenizer, tasks.WORDS, _TOKENS_OF_A_WORD)
-    return vocabulary.extend(exported, out, chat.MARKUP, words)
+    return vocabulary.extend(exported, Path(config.run_dir) / _EXTENDED, chat.MARKUP, words)
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
@@ -83,6 +80,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
                 f"demonstrations of sums have up to {longest} tokens, and the model reads "
                 f"{max_length}: lower sums.max_operands"
             )
+        if config.sft.replay_share:
+            self._document(0)  # there is one, or this raises
 
     def __len__(self) -> int:
         return self._config.steps * self._config.sft.batch_size
@@ -106,15 +105,9 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return _labeled(torch.tensor(document.tokens), torch.tensor(document.weights))
 
     def _document(self, number: int) -> tuple[Tensor, Tensor]:
-        found = self._texts(number)
+        found = next(replayed(self._data, "sft.replay_share", number, len(self)))
         tokens, weights = max(found, key=lambda text: len(text[0]))
         return _labeled(tokens[:_REPLAYED_TOKENS], weights[:_REPLAYED_TOKENS])
-
-    def _texts(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        index = number
-        while not (found := list(texts(self._data, "train", index))):
-            index += len(self)  # a sequence of images alone
-        return found
 
 
 def _labeled(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

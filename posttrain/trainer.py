@@ -1,7 +1,7 @@
 """TRL's trainer with this project's objective and optimizer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from posttrain.config import Config, OptimizerConfig, RlConfig
 from posttrain.environment.episode import Episode
 from posttrain.modes import Mode
 from posttrain.prompts import PromptSampler
+from posttrain.sampling import finite_probabilities
 from pretrain.errors import PretrainError, one_line
 
 _FORWARDED = (
@@ -153,6 +154,9 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
+            where = f"after step {self.state.global_step}"
+            remedy = "lower optimizer.lr; earlier checkpoints are unchanged"
+            model_files.require_finite_weights(self.model, where, remedy)
             # Clones: transformers makes some weights views of fused ones, or ties them.
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             save_file(weights, folder / SAFE_WEIGHTS_NAME)
@@ -223,6 +227,7 @@ class _Response(NamedTuple):
         text: a conversation, for TRL's logs.
         logprobs: as another engine recorded them, [n]; None: to be computed.
         episode_reward: of an agentic task; None: of its answer.
+        cut_off: whether the limit of tokens ended it.
     """
 
     prompt_ids: list[int]
@@ -231,24 +236,35 @@ class _Response(NamedTuple):
     text: Any
     logprobs: list[float] | None
     episode_reward: float | None
+    cut_off: bool
 
 
-def _responses(generated: tuple[Any, ...]) -> list[_Response]:
-    """The responses that TRL's method returned."""
+def _responses(generated: tuple[Any, ...], ends: Collection[int]) -> list[_Response]:
+    """The responses that TRL's method returned; ``ends`` are the tokens that end one."""
     prompt_ids, completion_ids, _, texts, logprobs, *_ = generated
     return [
-        _Response(prompt, tokens, [1] * len(tokens), text, recorded, None)
+        _Response(
+            *(prompt, tokens, [1] * len(tokens), text),
+            logprobs=recorded,
+            episode_reward=None,
+            cut_off=tokens[-1] not in ends,
+        )
         for prompt, tokens, text, recorded in zip(
             prompt_ids, completion_ids, texts, logprobs or [None] * len(texts), strict=True
         )
     ]
 
 
-def _of_episode(episode: Episode) -> _Response:
+def _of_episode(episode: Episode, ends: Collection[int]) -> _Response:
     played = episode.trajectory
     text = [{"role": "assistant", "content": episode.answer or ""}]
     # The trainer computes the log-probabilities of all tasks, as those of one reply.
-    return _Response(played.prompt, played.completion, played.mask, text, None, episode.reward)
+    return _Response(
+        *(played.prompt, played.completion, played.mask, text),
+        logprobs=None,
+        episode_reward=episode.reward,
+        cut_off=episode.is_cut_off(ends),
+    )
 
 
 class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
@@ -299,16 +315,19 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
             asked = self._asked[name]
             if asked.play is None:
                 self._ask(asked)
-                responses = _responses(super()._generate([prompts[place] for place in places]))
+                with finite_probabilities():
+                    generated = super()._generate([prompts[place] for place in places])
+                responses = _responses(generated, asked.mode.ends)
             else:
                 numbers = [self._rows[place]["number"] for place in places]
-                responses = [_of_episode(one) for one in asked.play(self.model, numbers)]
+                episodes = asked.play(self.model, numbers)
+                responses = [_of_episode(episode, asked.mode.ends) for episode in episodes]
             for place, response in zip(places, responses, strict=True):
                 found[place] = response
         columns = map(list, zip(*found, strict=True))
-        prompt_ids, completion_ids, masks, texts, logprobs, rewards = columns
+        prompt_ids, completion_ids, masks, texts, logprobs, rewards, cut_off = columns
         recorded = None if None in logprobs else logprobs
-        extra = {"episode_reward": rewards}
+        extra = {"episode_reward": rewards, "cut_off": cut_off}
         return prompt_ids, completion_ids, masks, texts, recorded, extra, None, []
 
     def _ask(self, asked: Asked) -> None:

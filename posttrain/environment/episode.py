@@ -1,6 +1,6 @@
 """An episode: a model and an environment take turns, as tokens."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from posttrain.environment.chat import Chat
@@ -22,6 +22,7 @@ class Episode:
         answer: the final answer; None without one.
         turns: replies of the model.
         failure: the reason without an answer or a reward; None with both.
+        out_of_context: whether its context was too short for a reply or an observation.
     """
 
     trajectory: Trajectory
@@ -29,6 +30,16 @@ class Episode:
     answer: str | None
     turns: int
     failure: str | None
+    out_of_context: bool = False
+
+    def is_cut_off(self, ends: Collection[int]) -> bool:
+        """Whether a limit of tokens ended it.
+
+        Args:
+            ends: ids that end a reply.
+        """
+        tokens = self.trajectory.completion
+        return self.out_of_context or not tokens or tokens[-1] not in ends
 
 
 async def run_episode(
@@ -59,4 +70,4 @@ async def run_episode(
             break
         trajectory.add_observation(observation)
     failure = f"no answer within {context} tokens"
-    return Episode(trajectory, 0.0, None, turns, failure)
+    return Episode(trajectory, 0.0, None, turns, failure, out_of_context=True)

@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from posttrain import model, modes, vocabulary
 from posttrain.config import Config
-from posttrain.data import texts
+from posttrain.data import replayed
 from posttrain.environment.markup import TOKENS
 from posttrain.losses import Row, weighted_loss
 from posttrain.model import Exported
@@ -55,7 +55,7 @@ def train(
     optimizer = make_optimizer(extended.model, swarm.start)
     size, steps = swarm.start_batch, swarm.start_steps
     schedule = get_scheduler(schedule_name(swarm.start), optimizer, swarm.start.warmup_steps, steps)
-    replay = (row for index in itertools.count() for row in texts(data, "train", index))
+    replay = itertools.chain.from_iterable(replayed(data, "swarm.start_replay"))
     first = config.seed * size * steps
     with Progress("learning the syntax of the tools", steps, "steps") as progress:
         for step in range(steps):
@@ -72,6 +72,9 @@ def train(
             progress(step + 1)
             if (step + 1) % config.log_every == 0:
                 print(f"supervised start: step {step + 1}/{steps} | loss {loss:.4f}", flush=True)
+    model.require_finite_weights(
+        extended.model, "after the supervised start", "lower swarm.start.lr"
+    )
     model.save(extended, extended.model, out, modes.chat_template(extended))
     shutil.rmtree(untrained)
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from posttrain import model
-from posttrain.config import Config, RlConfig, SwarmConfig
+from posttrain.config import Config, SwarmConfig
 from posttrain.data import open_pretraining_data
 from posttrain.environment.chat import KimiChat
 from posttrain.environment.markup import TOKENS
@@ -95,7 +95,10 @@ class Swarm:
         episodes = self.run(trainer.model, [prompt[-1]["seed"] for prompt in prompts])
         progress = trainer.state.global_step / trainer.state.max_steps
         rewards = [self.parl.reward(e.episode.reward, e.stages, progress) for e in episodes]
-        for name, value in summary(episodes).items():
+        # TRL's own takes an episode whose last observation did not fit for a complete one.
+        ends = [self.sub_agent.tokenizer.im_end]
+        cut_off = sum(e.episode.is_cut_off(ends) for e in episodes) / len(episodes)
+        for name, value in {"cut_off": cut_off, **summary(episodes)}.items():
             trainer.record(name, torch.tensor(value, device=trainer.accelerator.device))
         return {**for_trl([e.episode.trajectory for e in episodes]), "swarm_reward": rewards}
 
@@ -160,7 +163,6 @@ def train(config: Config) -> Path:
         PretrainError: the model, the data or a setting is unusable.
     """
     config.require_fit("swarm")
-    _require_effect(config.rl)
     with locked(config, "swarm") as termination:
         _require_context(config.swarm)
         # The text of the pretraining has the tokens of the pretraining.
@@ -209,15 +211,6 @@ def _start(config: Config, data: Data) -> Path:
             "a supervised start that adds them"
         )
     return out
-
-
-def _require_effect(rl: RlConfig) -> None:
-    """
-    Raises:
-        PretrainError: other tasks than the swarm's are set.
-    """
-    if rl.tasks != RlConfig().tasks:
-        raise PretrainError("rl.tasks has no effect in `posttrain swarm`: remove it")
 
 
 def _require_context(swarm: SwarmConfig) -> None:

@@ -50,5 +50,7 @@ def test_episodes(monkeypatch: pytest.MonkeyPatch, limit: int, reward: float) ->
         assert len(trajectory.completion) == len(trajectory.mask)
         of_model = [t for t, own in zip(trajectory.completion, trajectory.mask, strict=True) if own]
         assert "## Return of" not in TOKENIZER.decode(of_model)
+        # At 40 tokens, the observation after the first call does not fit: that call has an end.
+        assert episode.is_cut_off([TOKENIZER.im_end]) == (not reward)
         if reward:
             assert episode.answer == task.truth and episode.turns == 1 + len(task.data)

@@ -1,11 +1,12 @@
 """Loading and writing exported models."""
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from posttrain import model
 from pretrain.errors import PretrainError
@@ -45,3 +46,13 @@ def test_other_folders_are_one_line(text_export: Path, tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="cannot be loaded") as error:
         model.load(damaged)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused(text_export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(text_export, tmp_path / "hf")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(PretrainError, match=r"model\.norm\.weight is not finite"):
+        model.load(folder)

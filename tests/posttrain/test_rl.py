@@ -348,6 +348,19 @@ def test_the_model_to_start_from_is_not_overwritten(
         assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_start_of_finetuning_that_failed_leaves_its_settings_free(
+    text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although its tokens were added already."""
+    few = ("steps=1", "sums.max_operands=2", "sft.agent_share=0.0", "sft.batch_size=2")
+    nothing = "evaluation={images: 0, text_sequences: 0, problems: 0}"
+    with monkeypatch.context() as patch:
+        patch.setattr("posttrain.data.texts", lambda *_: [])
+        with pytest.raises(PretrainError, match=r"no document of text .*sft\.replay_share=0"):
+            sft.train(settings(tmp_path, text_export, *few, nothing))
+        sft.train(settings(tmp_path, text_export, *few, nothing, "sft.replay_share=0"))
+
+
 def test_steps_of_finetuning_have_no_batches_of_rollouts(text_export: Path, tmp_path: Path) -> None:
     settings(tmp_path, text_export, "steps=3", "save_every=1").require_fit("sft")
 
@@ -403,6 +416,25 @@ def test_a_gradient_that_is_not_finite_is_one_line(
         rl.train(
             settings(tmp_path, image_export, *READ, f"optimizer.name={name}", "evaluation.images=0")
         )
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exploding(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.fill_(float("inf"))
+
+    monkeypatch.setattr(trainer, "make_optimizer", lambda model, _: Exploding(model.parameters()))
+    few = ("steps=1", "sums.max_operands=2", "sft.agent_share=0.0", "evaluation.images=0")
+    chosen = settings(tmp_path, text_export, *few)
+    with pytest.raises(PretrainError, match=r"after step 1, .* is not finite: lower optimizer\.lr"):
+        sft.train(chosen)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json"))
+    assert not (tmp_path / "run" / "hf").exists()
 
 
 def test_rewards_out_of_range_end_the_run(

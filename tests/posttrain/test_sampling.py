@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import model
+from posttrain import model, modes
+from posttrain.modes import Mode
 from posttrain.sampling import Sampler
+from pretrain.errors import PretrainError
 
 PROMPTS = [[1, 40, 41], [1, 50], [1, 60, 61, 62, 63]]
 
@@ -42,3 +44,19 @@ def test_log_probabilities_are_those_of_the_model(text_export: Path, temperature
     # Replies that ended, and replies at the limit.
     assert {tokens[-1] == 100 for tokens, _ in samples} == {True, False}
     assert {len(tokens) for tokens, _ in samples} > {40}
+
+
+def test_probabilities_that_are_not_finite_are_one_line(text_export: Path) -> None:
+    """In samples of this class, and in those of transformers."""
+    exported = model.load(text_export)
+    with torch.no_grad():
+        exported.model.lm_head.weight[0] = float("inf")
+    sampler = Sampler(exported.model, end=100, pad=exported.tokenizer.pad)
+    mode = Mode("plain", "{{ messages[0].content }}", {}, [100])
+    asked: list[modes.Messages] = [[{"role": "user", "content": "some text"}]]
+    message = r"not finite: lower optimizer\.lr"
+    with pytest.raises(PretrainError, match=message):
+        sampler(PROMPTS)
+    with pytest.raises(PretrainError, match=message):
+        modes.answer(exported, mode, asked, [[]], 4, temperature=1.0)
+    assert exported.model.training
