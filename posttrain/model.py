@@ -1,6 +1,7 @@
 """Exported models: loading one with its processor, and writing the trained one as an export."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ class Exported:
 def load(folder: Path) -> Exported:
     """Load a folder that ``python -m pretrain export`` or a post-training run wrote.
 
-    No code in the folder is run: its processor is the one of this project.
+    The model is on this process's GPU if there is one. No code in the folder is run: its processor
+    is the one of this project.
 
     Raises:
         PretrainError: the folder is not such an export, or is damaged.
@@ -93,7 +95,7 @@ def load(folder: Path) -> Exported:
             KimiImageProcessor(settings["media_proc_cfg"]), processor, processor.chat_template
         )
     require_finite_weights(model, f"in {folder}", "choose another model")
-    model.train()
+    model.train().to(_device())
     return Exported(folder, model, processor, tokenizer)
 
 
@@ -106,6 +108,13 @@ def require_finite_weights(model: nn.Module, where: str, remedy: str) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise PretrainError(f"{where}, {name} is not finite: {remedy}")
+
+
+def _device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def save(exported: Exported, model: nn.Module, out: Path, template: str | None = None) -> Path:
