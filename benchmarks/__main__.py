@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks import runner
+from pretrain.runtime import without_transformer_engine
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -28,6 +29,7 @@ def summary(name: str) -> str:
 
 
 def benchmark(name: str) -> runner.Benchmark:
+    without_transformer_engine.hide_if_unusable()
     return cast(runner.Benchmark, importlib.import_module(f"benchmarks.{name}"))
 
 

@@ -118,6 +118,9 @@ def layers_that_fit(form: str, device_bytes: float) -> int:
 
 
 def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, file: str) -> None:
+    from pretrain.runtime import without_transformer_engine
+
+    without_transformer_engine.hide_if_unusable()
     from pretrain import batches, parallel
     from pretrain.build import build
     from pretrain.runtime.machine import peak_memory_gib

@@ -244,7 +244,7 @@ def _load_training(options: argparse.Namespace) -> "Config":
     settings = config.load(options.config, options.overrides)
     if os.environ.get("RANK", "0") == "0":
         print(f"{options.command} {options.config}: loading Megatron", flush=True)
-    without_transformer_engine.hide_if_broken()
+    without_transformer_engine.hide_if_unusable()
     return settings
 
 
@@ -405,7 +405,7 @@ def _run(command: _Command, options: argparse.Namespace) -> int:
     """Run a command in this process and return the exit status."""
     try:
         if command not in _LOADING_LATER:
-            without_transformer_engine.hide_if_broken()
+            without_transformer_engine.hide_if_unusable()
         return command(options) or 0
     except PretrainError as error:
         # All ranks have the same error, and rank 0 prints it.

@@ -9,6 +9,7 @@ import importlib
 import sys
 from importlib import util
 
+from pretrain.runtime import without_cuda
 from pretrain.runtime.patches import Patches
 
 _NAME = "transformer_engine"
@@ -18,22 +19,25 @@ import_error: str | None = None
 """The reason why an installed Transformer Engine cannot be imported, on one line."""
 
 
-def hide_if_broken() -> None:
-    """Treat a Transformer Engine that cannot be imported as missing, for the whole process.
+def hide_if_unusable() -> None:
+    """Treat a Transformer Engine that cannot be used as missing, for the whole process.
 
-    To be called before megatron-core is imported, which otherwise fails, too. Usual reasons are
-    another version of torch or of CUDA, or a missing library.
+    To be called before megatron-core is imported, which otherwise fails, too, or calls CUDA on a
+    machine without a GPU. Usual reasons why it cannot be imported are another version of torch or
+    of CUDA, or a missing library.
     """
     global import_error
-    if util.find_spec(_NAME) is None:
+    if sys.modules.get(_NAME, ...) is None or util.find_spec(_NAME) is None:
         return
-    try:
-        importlib.import_module(f"{_NAME}.pytorch")
-    except Exception as error:  # it raises errors of many types
-        import_error = (str(error).splitlines() or [type(error).__name__])[0]
-        for name in [name for name in sys.modules if name.startswith(f"{_NAME}.")]:
-            del sys.modules[name]
-        sys.modules[_NAME] = None  # type: ignore[assignment]
+    if without_cuda.USE_CUDA:
+        try:
+            importlib.import_module(f"{_NAME}.pytorch")
+            return
+        except Exception as error:  # it raises errors of many types
+            import_error = (str(error).splitlines() or [type(error).__name__])[0]
+    for name in [name for name in sys.modules if name.startswith(f"{_NAME}.")]:
+        del sys.modules[name]
+    sys.modules[_NAME] = None  # type: ignore[assignment]
 
 
 def enable() -> None:

@@ -79,9 +79,17 @@ def test_repairs_are_made_where_needed_and_reverted() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", ["ImportError('no libcudart.so')", "RuntimeError('no libcudart.so')", "OSError(2)"]
+    ("device", "error"),
+    [
+        ("gpu", "ImportError('no libcudart.so')"),
+        ("gpu", "RuntimeError('no libcudart.so')"),
+        ("gpu", "OSError(2)"),
+        ("cpu", "SystemExit('was imported, and calls CUDA')"),
+    ],
 )
-def test_a_broken_transformer_engine_is_like_a_missing_one(tmp_path: Path, error: str) -> None:
+def test_an_unusable_transformer_engine_is_like_a_missing_one(
+    tmp_path: Path, device: str, error: str
+) -> None:
     """Importing megatron-core would end in a traceback, whichever kernels are chosen."""
     package = tmp_path / "transformer_engine"
     for name in ("__init__.py", "pytorch/__init__.py"):
@@ -89,24 +97,25 @@ def test_a_broken_transformer_engine_is_like_a_missing_one(tmp_path: Path, error
         (package / name).write_text(f"raise {error}" if "pytorch" in name else "")
     program = """
 import sys
-from pretrain.runtime import without_transformer_engine
-without_transformer_engine.hide_if_broken()
+from pretrain.runtime import without_cuda, without_transformer_engine
+without_cuda.USE_CUDA = sys.argv[1] == "gpu"
+without_transformer_engine.hide_if_unusable()
+without_transformer_engine.hide_if_unusable()
 from pretrain.config import Config
 from pretrain.model.kernels import choose_kernels, transformer_engine_problem
-from pretrain.runtime import without_cuda
-without_cuda.USE_CUDA = True
 assert choose_kernels(Config()) == "torch"
 print(transformer_engine_problem(Config()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, device],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     reason = "2" if "OSError" in error else "no libcudart.so"
-    assert f"it cannot be imported ({reason})" in done.stdout
+    expected = f"it cannot be imported ({reason})" if device == "gpu" else "it needs a GPU"
+    assert expected in done.stdout
 
 
 def test_nothing_is_repaired_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
