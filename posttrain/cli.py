@@ -1,7 +1,9 @@
 """The command line: ``python -m posttrain COMMAND …``."""
 
 import argparse
+import io
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -108,6 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line on stderr. Other errors are raised.
     """
     options = parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not support all characters of transcriptions.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # TRL uses a name that transformers deprecates, and warns of functions that may change.
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message=r"You are using 'rollout_func'")
     try:
         _COMMANDS[options.command](options)
     except (PretrainError, OSError, UnicodeError, MemoryError) as error:

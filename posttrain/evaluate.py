@@ -59,11 +59,12 @@ def held_out(
     model.eval()
     try:
         readings = []
-        if exported.has_images and options.images:
+        reads_images = exported.has_images and options.images > 0
+        if reads_images:
             readings = transcribe(exported, pictures(data, "held_out", options.images), options)
         loss = text_loss(model, held_out_texts(data, options.text_sequences), options)
         found = {"held_out_text_loss": loss, **scores(readings)}
-        if images is not None and options.images:
+        if images is not None and reads_images:
             readings = transcribe(exported, pictures(images, "held_out", options.images), options)
             found |= {f"changed_{name}": value for name, value in scores(readings).items()}
         if modes.has_chat_modes(exported) and options.problems:

@@ -67,12 +67,11 @@ class Run:
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the Trainer writes its state last."""
         found = [
-            (int(match[1]), path)
+            path
             for path in self.checkpoints.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-            and _is_json(path / "trainer_state.json")
+            if re.fullmatch(r"checkpoint-\d+", path.name) and _is_json(path / "trainer_state.json")
         ]
-        return max(found)[1] if found else None
+        return max(found, key=_step_of, default=None)
 
     def write(self, record: Record) -> None:
         """Append a record to metrics.jsonl."""
@@ -101,9 +100,15 @@ class Run:
             The folder of the trained model.
 
         Raises:
+            PretrainError: the run has more steps already.
             SystemExit: a signal ended the training, after a checkpoint.
         """
         resumed = self.newest_checkpoint()
+        if resumed and _step_of(resumed) > self.config.steps:
+            raise PretrainError(
+                f"{resumed} has more than steps={self.config.steps}: raise steps, or choose "
+                "another run_dir"
+            )
         self.say(f"resuming from {resumed}" if resumed else f"starting from {self.config.model}")
         if resumed is None:
             self.evaluate(0)
@@ -123,6 +128,11 @@ class Run:
         out = save(self.exported, self.exported.model, self.folder / TRAINED, template)
         self.say(f"wrote {out} and {report.write(self.folder)}")
         return out
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def common_arguments(config: Config, checkpoints: Path) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "bf16": False,
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,

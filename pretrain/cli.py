@@ -121,7 +121,11 @@ def _add_model_commands(commands: Any) -> None:
     importing.add_argument("source", type=Path, help="a folder with config.json and safetensors")
     importing.add_argument("run", type=Path, help="the new run's folder (run_dir)")
     importing.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings for the run's config.yaml"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key.sub=value",
+        help="settings for the run's config.yaml",
     )
     sample = _add(commands, "sample", "generate text after images, videos and a prompt")
     sample.add_argument("run", type=Path, help="the run's folder (run_dir)")
@@ -184,7 +188,9 @@ def _add_data_commands(commands: Any) -> None:
         "config", help="a YAML file; or data: a file, a folder, a pattern or a URL"
     )
     convert.add_argument("out", type=Path, help="a new folder")
-    convert.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changed settings")
+    convert.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="changed settings"
+    )
     convert.add_argument(
         "--to", choices=["megatron", "shards", "parquet"], required=True,
         help="megatron: .bin and .idx of text and conversations; shards: .tar of captioned images, "

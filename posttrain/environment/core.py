@@ -178,13 +178,14 @@ class Environment:
                 reward = await asyncio.wait_for(result, self._judge_timeout)
             else:
                 reward = result
+            if reward is None:
+                return math.nan, {"failure": "judge: no reward"}
+            if not 0 <= reward <= 1:  # true for nan
+                failure = f"judge: a reward of {reward}, which is not in [0, 1]"
+                return math.nan, {"failure": failure}
+            return float(reward), {}
         except TimeoutError:
             return math.nan, {"failure": f"judge: no reward within {self._judge_timeout:g} s"}
         except Exception as error:  # a judge is any code
             text = " ".join(str(error).split())
             return math.nan, {"failure": f"judge: {type(error).__name__}: {text}"}
-        if reward is None:
-            return math.nan, {"failure": "judge: no reward"}
-        if not 0 <= reward <= 1:  # true for nan
-            return math.nan, {"failure": f"judge: a reward of {reward}, which is not in [0, 1]"}
-        return float(reward), {}

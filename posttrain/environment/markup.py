@@ -120,6 +120,7 @@ def _parse_call(piece: str) -> ToolCall | BadCall:
         return BadCall(id, f"the arguments have more than {MAX_ARGUMENT_CHARS} characters")
     try:
         values = json.loads(arguments, parse_constant=_reject)
+        json.dumps(values, ensure_ascii=False).encode()  # fails if "\ud800" has no second half
     except (ValueError, RecursionError):
         return BadCall(id, "the arguments are not JSON")
     if not isinstance(values, dict):

@@ -142,6 +142,7 @@ class Toolset:
             content, failed = await self._run(call, count), False
         except ToolError as error:
             content, failed = f"error: {error}", True
+        content = content.encode(errors="replace").decode()  # surrogates, such as in file names
         return ToolResult(call.id, content[: self._max_result_chars], failed)
 
     async def _run(self, call: ToolCall | BadCall, count: int) -> str:

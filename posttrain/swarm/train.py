@@ -143,6 +143,8 @@ class SwarmRun(Run):
     def evaluate(self, step: int) -> dict[str, Any]:
         record = super().evaluate(step)
         count = self.config.swarm.evaluation_tasks
+        if count == 0:
+            return record
         seeds = range(_HELD_OUT_SEEDS, _HELD_OUT_SEEDS + count)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # every evaluation samples alike, and leaves the training's state

@@ -22,7 +22,11 @@ def add_config(command: argparse.ArgumentParser, text: str) -> None:
     """
     command.add_argument("config", help=text)
     command.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that change the file's"
+        "overrides",
+        nargs="*",
+        default=[],  # or argparse lists them as required
+        metavar="key.sub=value",
+        help="settings that change the file's",
     )
 
 
@@ -34,7 +38,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         unknown = [text for text in others if text.startswith("-") or "=" not in text]
         if unknown or "overrides" not in options:
             parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
-        options.overrides += others
+        options.overrides = [*options.overrides, *others]
     return options
 
 

@@ -261,6 +261,31 @@ def test_evaluation_of_the_command(
     assert "character error rate" in output and "text in the image" in output
 
 
+def test_evaluation_of_a_model_without_images(
+    text_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(tmp_path, text_export)
+    faint = "rl.tasks.read.images=[data.images.min_contrast=0.2]"
+    assert cli.main(["eval", str(tmp_path / "run.yaml"), faint]) == 0
+    output = capsys.readouterr().out
+    assert "text" in output and "character error rate" not in output
+
+
+def test_settings_of_other_commands_are_refused_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(tmp_path, tmp_path / "nothing")
+    assert cli.main(["swarm", str(tmp_path / "run.yaml"), "rl.tasks.sums={}"]) == 1
+    assert "rl.tasks has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "rl", "swarm", "eval"])
+def test_a_missing_configuration_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command])
+    assert capsys.readouterr().err.endswith("arguments are required: config\n")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -378,6 +403,8 @@ def test_a_damaged_checkpoint_is_one_line(image_export: Path, tmp_path: Path, na
     assert "\n" not in str(error.value)
     (newest / "trainer_state.json").write_text("{")
     rl.train(settings(tmp_path, image_export, *nothing))
+    with pytest.raises(PretrainError, match="checkpoint-4 has more than steps=2"):
+        rl.train(settings(tmp_path, image_export, *nothing, "steps=2"))
     assert [record["step"] for record in records(tmp_path)][-2:] == [3, 4]
 
 

@@ -50,6 +50,7 @@ def test_results_and_errors_are_observations() -> None:
     assert call("add", first=1, second=2).content == "3"
     assert call("later", text="ab", times=2).content == "abab"
     assert call("later", text="a" * 100).content == "a" * 20
+    assert call("later", text="a\ud800").content == "a?"  # no tokenizer encodes it
     assert call("sleep", seconds=0).content == "late"
 
 
@@ -162,6 +163,8 @@ def bad_judge(_task: Task, _answer: str) -> float:
         (lambda _task, _answer: None, math.nan, "judge: no reward"),
         (lambda _task, _answer: math.nan, math.nan, "judge: a reward of nan"),
         (lambda _task, _answer: 1.5, math.nan, "judge: a reward of 1.5"),
+        (lambda _task, _answer: "good", math.nan, "judge: TypeError"),
+        (lambda _task, _answer: [1.0], math.nan, "judge: TypeError"),
     ],
 )
 def test_judges(judge: Any, reward: float, failure: str | None) -> None:

@@ -73,6 +73,7 @@ def one(call: str, end: str = SECTION_END) -> Reply:
             )
             for text, reason in (
                 *(("{", "not JSON"), ("[1]", "not a JSON object"), ("[" * 50_000, "not JSON")),
+                ('{"a": ["\\ud800"]}', "not JSON"),
                 *(('{"a": NaN}', "not JSON"), ('{"a": ' + "1" * 5000 + "}", "not JSON")),
                 ("x" * 70_000, "more than 65536 characters"),
             )

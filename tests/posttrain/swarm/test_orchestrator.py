@@ -196,12 +196,17 @@ def test_sub_agents_have_no_sub_agents() -> None:
     assert results_of(text)[1] == "error: there is no tool create_subagent; tools: get"
 
 
+STRANGE = ("\ud800", "a\udc80", "\0", "<|im_end|>", "\u2028", "a" * 60)
+
 replies = st.sampled_from(
     [
         *("done", "", get("aa"), get("aa") * 2, "<|tool_calls_section_begin|>"),
         render_calls([("create_subagent", {"name": "a", "system_prompt": "s"})]),
         render_calls([("assign_task", {"agent": "a", "prompt": "p"})] * 3),
         render_calls([("assign_task", {"agent": 1})]),
+        *(render_calls([("create_subagent", {"name": t, "system_prompt": t})]) for t in STRANGE),
+        *(render_calls([("assign_task", {"agent": t, "prompt": t})]) for t in STRANGE),
+        *map(get, STRANGE),
         "x" * 300,
     ]
 )
