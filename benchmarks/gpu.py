@@ -133,12 +133,14 @@ def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, fil
             device_bytes = torch.cuda.get_device_properties(0).total_memory
             overrides.append(f"language.num_layers={layers_that_fit(form, device_bytes)}")
         settings = settings_of(form, length, f"kernels={kernels}", *overrides)
+        print(f"{kernels}, {length:,} tokens: reading the data", flush=True)
         context, data = set_up(settings)
+        micro_batches = [batches.for_step(settings, context, data, step) for step in (1, 2)]
+        print(f"building {settings.language.num_layers} layers", flush=True)
         trained = build(settings, context, data)
         run = training.without_metrics(trained)
         observed = _observers(run)
         variants = {WITH: run, WITHOUT: replace(run, clips=[])}
-        micro_batches = [batches.for_step(settings, context, data, step) for step in (1, 2)]
         optimizer_s: list[float] = []
         steps_done = 0
 
@@ -155,6 +157,7 @@ def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, fil
                 module.observer = observer if name == WITH else None
 
         steps = {name: step_of(name) for name in variants}
+        print("compiling, and timing steps", flush=True)
         seconds = runner.interleave(
             steps, rounds=rounds, warmup=2, before=observe, device=context.device
         )

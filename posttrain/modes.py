@@ -8,7 +8,7 @@ from PIL import Image
 
 from posttrain.environment.core import Task
 from posttrain.model import Exported
-from posttrain.sampling import finite_probabilities
+from posttrain.sampling import finite_logits
 from pretrain.data import chat
 from pretrain.errors import PretrainError
 from pretrain.export import chat_templates
@@ -120,7 +120,7 @@ def answer(
         **shown,
     ).to(exported.model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with finite_probabilities():
+    with finite_logits(exported.model):
         written = exported.model.generate(
             **inputs,
             **sampling,

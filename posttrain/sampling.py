@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.environment.rollouts import Sample
 from pretrain.data.tokenizer import Tokenizer
@@ -13,21 +13,27 @@ from pretrain.errors import PretrainError
 
 
 @contextmanager
-def finite_probabilities() -> Iterator[None]:
-    """Context in which tokens are sampled from a model.
+def finite_logits(model: nn.Module) -> Iterator[None]:
+    """Context in which a model's forward passes are for sampling.
+
+    Without it, sampling ends in an error of torch, on a GPU in one after which CUDA cannot be used.
 
     Raises:
-        PretrainError: a probability is not finite.
+        PretrainError: a logit of the last token is not finite.
     """
+
+    def check(_model: nn.Module, _arguments: Any, output: Any) -> None:
+        if not output.logits[:, -1].isfinite().all():
+            raise PretrainError(
+                "the logits of the model's next tokens are not finite: lower optimizer.lr; "
+                "checkpoints are unchanged"
+            )
+
+    handle = model.register_forward_hook(check)
     try:
         yield
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):  # torch.multinomial's message
-            raise
-        raise PretrainError(
-            "the probabilities of the model's tokens are not finite: lower optimizer.lr; "
-            "checkpoints are unchanged"
-        ) from error
+    finally:
+        handle.remove()
 
 
 class Sampler:
@@ -83,7 +89,9 @@ class Sampler:
             samples: dict[int, Sample] = {}
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                samples |= zip(batch, self._sample([prompts[i] for i in batch]), strict=True)
+                with finite_logits(self._model):
+                    found = self._sample([prompts[i] for i in batch])
+                samples |= zip(batch, found, strict=True)
         finally:
             self._model.train(was_training)
         return [samples[index] for index in range(len(prompts))]
@@ -130,6 +138,5 @@ class Sampler:
         distribution = (logits.float() / self._temperature).log_softmax(-1)
         probabilities = distribution.exp()
         probabilities[:, self._suppressed] = 0
-        with finite_probabilities():
-            tokens = probabilities.multinomial(1)
+        tokens = probabilities.multinomial(1)
         return tokens[:, 0], distribution.gather(1, tokens)[:, 0]

@@ -22,7 +22,7 @@ from posttrain.config import Config, OptimizerConfig, RlConfig
 from posttrain.environment.episode import Episode
 from posttrain.modes import Mode
 from posttrain.prompts import PromptSampler
-from posttrain.sampling import finite_probabilities
+from posttrain.sampling import finite_logits
 from pretrain.errors import PretrainError, one_line
 
 _FORWARDED = (
@@ -315,7 +315,7 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
             asked = self._asked[name]
             if asked.play is None:
                 self._ask(asked)
-                with finite_probabilities():
+                with finite_logits(self.model):
                     generated = super()._generate([prompts[place] for place in places])
                 responses = _responses(generated, asked.mode.ends)
             else:

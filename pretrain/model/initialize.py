@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +16,10 @@ from pretrain.model.weights import Weight
 # Layers that write into the residual stream: drawn smaller, as in GPT-2, so that its variance does
 # not grow with depth.
 _RESIDUAL_OUTPUTS = (".linear_proj.weight", ".linear_fc2.weight", ".o_proj.weight", ".fc2.weight")
+# Tensors drawn at a time; a generator uses one core.
+_MAX_THREADS = 8
 
 
-@torch.no_grad()
 def initialize(
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, Weight],
@@ -33,15 +37,32 @@ def initialize(
     Args:
         weights: entry of each tensor in the catalogue.
     """
-    residual_std = config.language.init_std / math.sqrt(2 * config.language.num_layers)
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            is_gain = name.endswith("weight")
-            tensor.fill_(1.0 if is_gain else 0.0)
-            continue
-        digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        std = residual_std if name.endswith(_RESIDUAL_OUTPUTS) else config.language.init_std
-        whole = torch.empty(weights[name].shape).normal_(0.0, std, generator=generator)
-        blocks = weights[name].blocks(config.parallel, tensor_rank)
-        tensor.copy_(torch.cat([whole[block.slices] for block in blocks]))
+    cores = os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, min(_MAX_THREADS, cores // processes))) as pool:
+        draw = partial(_draw, weights=weights, config=config, tensor_rank=tensor_rank)
+        for _ in pool.map(draw, tensors.keys(), tensors.values()):
+            pass
+
+
+@torch.no_grad()  # of this thread
+def _draw(
+    name: str,
+    tensor: Tensor,
+    *,
+    weights: Mapping[str, Weight],
+    config: Config,
+    tensor_rank: int,
+) -> None:
+    """Fill a tensor as described above."""
+    if tensor.ndim < 2:
+        tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+        return
+    digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    std = config.language.init_std
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * config.language.num_layers)
+    whole = torch.empty(weights[name].shape).normal_(0.0, std, generator=generator)
+    blocks = weights[name].blocks(config.parallel, tensor_rank)
+    tensor.copy_(torch.cat([whole[block.slices] for block in blocks]))

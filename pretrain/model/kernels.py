@@ -1,5 +1,6 @@
 """The kernels that the language model computes with, chosen by ``Config.kernels``."""
 
+import functools
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def transformer_engine_problem(config: Config) -> str | None:
     """The reason why Transformer Engine cannot be used, and the remedy; None if it can."""
     if config.parallel.context > 1:
         return configuration_problem(config)
-    return _machine_problem() or configuration_problem(config)
+    return _machine_problem() or configuration_problem(config) or _attention_problem(config)
 
 
 def _machine_problem() -> str | None:
@@ -83,8 +84,7 @@ def configuration_problem(config: Config) -> str | None:
     language = config.language
     if language.attention == "mla":
         heads = {
-            "qk_nope_head_dim + qk_rope_head_dim": language.qk_nope_head_dim
-            + language.qk_rope_head_dim,
+            "qk_nope_head_dim + qk_rope_head_dim": language.query_key_dim,
             "v_head_dim": language.v_head_dim,
         }
     else:
@@ -96,3 +96,51 @@ def configuration_problem(config: Config) -> str | None:
                 f"{_MAX_HEAD} channels, and language has {name} = {size}"
             )
     return None
+
+
+def _attention_problem(config: Config) -> str | None:
+    """The reason why attention with max logits fails on this machine; None if it does not.
+
+    Whether it works depends on the versions of Transformer Engine and of cuDNN, so it is tried.
+    """
+    error = attention_error(config.language.query_key_dim, config.language.value_dim)
+    if error is None:
+        return None
+    return (
+        f"its attention returns no max logits here ({error}): from version 2.14 on it needs cuDNN "
+        "9.21 or later; install one of them that fits"
+    )
+
+
+@functools.cache
+def attention_error(query_key_dim: int, value_dim: int) -> str | None:
+    """The error of a forward and a backward pass over packed documents with max logits, if any.
+
+    Args:
+        query_key_dim, value_dim: channels of a head.
+    """
+    import transformer_engine.pytorch as te
+
+    heads, length, device = 2, 128, torch.device("cuda", torch.cuda.current_device())
+    ends = torch.tensor([0, length], dtype=torch.int32, device=device)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            attention = te.DotProductAttention(
+                heads, (query_key_dim, value_dim), qkv_format="thd",
+                attn_mask_type="padding_causal", attention_dropout=0.0, return_max_logit=True,
+            )  # fmt: skip
+            query, key, value = (
+                torch.ones(length, heads, width, dtype=torch.bfloat16, device=device)
+                for width in (query_key_dim, query_key_dim, value_dim)
+            )
+            for tensor in (query, key, value):
+                tensor.requires_grad_()
+            context, max_logits = attention(
+                query, key, value, cu_seqlens_q=ends, cu_seqlens_kv=ends,
+                max_seqlen_q=length, max_seqlen_kv=length,
+            )  # fmt: skip
+            context.sum().backward()
+            torch.cuda.synchronize()
+            return None if max_logits.isfinite().all() else "they are not finite"
+    except Exception as error:  # of cuDNN, or of its selection
+        return (str(error).splitlines() or [type(error).__name__])[0]

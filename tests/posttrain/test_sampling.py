@@ -37,7 +37,8 @@ def test_log_probabilities_are_those_of_the_model(text_export: Path, temperature
         assert 100 not in tokens[:-1]
         assert not {*tokens} & {*suppressed}
         with torch.no_grad():
-            logits = exported.model(input_ids=torch.tensor([prompt + tokens])).logits[0]
+            ids = torch.tensor([prompt + tokens], device=exported.model.device)
+            logits = exported.model(input_ids=ids).logits[0].cpu()
         expected = (logits.float() / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
         chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), chosen, rtol=0, atol=1e-5)

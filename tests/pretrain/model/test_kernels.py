@@ -12,6 +12,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 
 from pretrain.config import Config, LanguageConfig, ParallelConfig
 from pretrain.errors import PretrainError
+from pretrain.model import kernels
 from pretrain.model.kernels import choose_kernels, transformer_engine_problem
 from pretrain.runtime import without_cuda
 
@@ -27,6 +28,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(utils, "is_te_min_version", lambda _version: True)
     monkeypatch.setattr(utils, "get_te_version", lambda: "2.9.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "attention_error", lambda *_dims: None)
     return monkeypatch
 
 
@@ -61,6 +63,9 @@ def test_an_unsuitable_configuration_is_refused(
 
 
 def test_an_unsuitable_machine_is_refused(engine: pytest.MonkeyPatch) -> None:
+    engine.setattr(kernels, "attention_error", lambda *dims: f"no graph for {dims}")
+    problem = transformer_engine_problem(SUITABLE) or ""
+    assert "no max logits here (no graph for (48, 32))" in problem
     engine.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "compute capability 8.0" in (transformer_engine_problem(SUITABLE) or "")
     engine.setattr(utils, "is_te_min_version", lambda _version: False)
