@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.errors import PretrainError
-from pretrain.runtime import command_line
+from pretrain.runtime import command_line, output, stopping
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -116,12 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TRL uses a name that transformers deprecates, and warns of functions that may change.
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message=r"You are using 'rollout_func'")
-    try:
-        _COMMANDS[options.command](options)
-    except (PretrainError, OSError, UnicodeError, MemoryError) as error:
-        command_line.print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with output.durable(), stopping.on_signals():  # from here on: imports may catch Ctrl-C
+        try:
+            _COMMANDS[options.command](options)
+        except (PretrainError, OSError, UnicodeError, MemoryError) as error:
+            command_line.print_error(error)
+            return 1
     return 0

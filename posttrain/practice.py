@@ -60,7 +60,7 @@ def prepare(run: Run, name: str) -> Practice:
     """A task with its problems.
 
     Raises:
-        PretrainError: the model lacks tokens that the task needs, or images.
+        PretrainError: the model lacks tokens that the task needs, or images, or reads fewer tokens.
     """
     config, exported = run.config, run.exported
     options = config.rl.tasks[name]
@@ -69,6 +69,11 @@ def prepare(run: Run, name: str) -> Practice:
         raise PretrainError(
             f"rl.tasks.{name} needs a model with images, and {config.model} has none: export it "
             "without --text-only"
+        )
+    if options.max_tokens >= exported.max_length:
+        raise PretrainError(
+            f"rl.tasks.{name}.max_tokens={options.max_tokens} must be less than the "
+            f"{exported.max_length} tokens that {config.model} reads, prompt and response"
         )
     missing = [token for token in TOKENS if exported.tokenizer.id_of(token) is None]
     if name in tasks.AGENTIC and missing:

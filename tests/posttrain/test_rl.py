@@ -271,21 +271,6 @@ def test_evaluation_of_a_model_without_images(
     assert "text" in output and "character error rate" not in output
 
 
-def test_settings_of_other_commands_are_refused_before_the_model_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings(tmp_path, tmp_path / "nothing")
-    assert cli.main(["swarm", str(tmp_path / "run.yaml"), "rl.tasks.sums={}"]) == 1
-    assert "rl.tasks has no effect" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["sft", "rl", "swarm", "eval"])
-def test_a_missing_configuration_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([command])
-    assert capsys.readouterr().err.endswith("arguments are required: config\n")
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -318,6 +303,7 @@ def test_a_missing_configuration_is_named(command: str, capsys: pytest.CaptureFi
         (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
         (("rl.tasks.follow.toggle.mode=toggle",), "rl.tasks.follow.toggle has no effect"),
         (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
+        (("rl.tasks.read.max_tokens=64",), "must be less than the 64 tokens"),
         (("rl.tasks.read.solved_share=1",), r"solved_share must be in \[0, 1\)"),
         (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
     ],
