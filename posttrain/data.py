@@ -83,10 +83,8 @@ def texts(data: Data, split: Split, index: int) -> Iterator[tuple[Tensor, Tensor
             yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])
 
 
-def replayed(
-    data: Data, setting: str, start: int = 0, stride: int = 1
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The documents of text alone in the training sequences ``start``, ``start + stride``, …
+def replayed(data: Data, setting: str, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The documents of text alone in the training sequences from ``start`` on.
 
     The iterator has no end. It skips sequences without such a document; see :func:`texts`.
 
@@ -97,7 +95,7 @@ def replayed(
         PretrainError: a thousand sequences in a row have none.
     """
     missing = 0
-    for index in itertools.count(start, stride):
+    for index in itertools.count(start):
         if found := list(texts(data, "train", index)):
             missing = 0
             yield found

@@ -26,6 +26,7 @@ TRAINED = "hf"
 """Folder of the trained model in the folder of a run."""
 _WEIGHTS = re.compile(r"^model.*\.safetensors(\.index\.json)?$")
 _CHAT_TEMPLATE = "chat_template.jinja"
+_PROCESSOR = "preprocessor_config.json"
 _MAX_FILE_SIZE = "5GB"
 # Otherwise transformers may ask on the terminal whether to run code from the folder.
 _TRUST_NOTHING = {"trust_remote_code": False, "local_files_only": True}
@@ -90,13 +91,25 @@ def load(folder: Path) -> Exported:
     except Exception as error:  # transformers raises any for files that are not valid
         raise PretrainError(f"{folder} cannot be loaded: {one_line(str(error))[:300]}") from error
     if with_images:
-        settings = files.required_json("preprocessor_config.json")
-        processor = KimiProcessor(
-            KimiImageProcessor(settings["media_proc_cfg"]), processor, processor.chat_template
-        )
+        processor = KimiProcessor(_image_processor(files), processor, processor.chat_template)
     require_finite_weights(model, f"in {folder}", "choose another model")
     model.train().to(_device())
     return Exported(folder, model, processor, tokenizer)
+
+
+def _image_processor(files: HfFolder) -> KimiImageProcessor:
+    """
+    Raises:
+        PretrainError: its settings are missing or invalid.
+    """
+    settings = files.required_json(_PROCESSOR)
+    try:
+        return KimiImageProcessor(settings["media_proc_cfg"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PretrainError(
+            f"{files.path / _PROCESSOR} has no valid media_proc_cfg: "
+            f"{type(error).__name__}: {one_line(str(error))[:200]}"
+        ) from error
 
 
 def require_finite_weights(model: nn.Module, where: str, remedy: str) -> None:

@@ -105,7 +105,7 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return _labeled(torch.tensor(document.tokens), torch.tensor(document.weights))
 
     def _document(self, number: int) -> tuple[Tensor, Tensor]:
-        found = next(replayed(self._data, "sft.replay_share", number, len(self)))
+        found = next(replayed(self._data, "sft.replay_share", number))
         tokens, weights = max(found, key=lambda text: len(text[0]))
         return _labeled(tokens[:_REPLAYED_TOKENS], weights[:_REPLAYED_TOKENS])
 

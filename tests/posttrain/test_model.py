@@ -48,6 +48,19 @@ def test_other_folders_are_one_line(text_export: Path, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"media_proc_cfg": {}}', '{"media_proc_cfg": {"patch_size": "x"}}', "[]"]
+)
+def test_settings_of_images_that_cannot_be_read_are_one_line(
+    image_export: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(image_export, tmp_path / "hf")
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(PretrainError, match=r"preprocessor_config\.json") as error:
+        model.load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_weights_that_are_not_finite_are_refused(text_export: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(text_export, tmp_path / "hf")
     file = folder / "model.safetensors"
