@@ -40,8 +40,8 @@ def symmetric_product(
     commute. If it pays (see ``choose_backend``), only the lower triangle is computed and then
     mirrored, by an operator that ``torch.compile`` does not look into. Differentiable.
 
-    On CUDA the first call for a shape times the kernel's tilings and waits for the device; later
-    calls do not wait, and may be captured in a CUDA graph. If the first call is captured, the
+    On CUDA the first call for a shape times the kernel and the whole product, and waits; later
+    calls do not, and may be captured in a CUDA graph. If the first call is captured, the
     kernel uses its default tiling.
 
     Args:

@@ -5,7 +5,7 @@
 # mypy: disable-error-code="untyped-decorator, no-any-unimported"
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muonclip.kernels.support import allows_tf32
+from muonclip.kernels.symmetric_product import dense
 
 
 class Tiling(NamedTuple):
@@ -36,7 +37,10 @@ TILINGS = (
     Tiling(128, 64, 64, num_warps=4, num_stages=4),
     Tiling(64, 64, 64, num_warps=4, num_stages=4),
 )
-_tuned: dict[tuple[object, ...], Tiling] = {}
+# None: the whole product by cuBLAS. On an H100 that is faster for some sizes, such as 2048.
+Choice: TypeAlias = Tiling | None
+_CHOICES: tuple[Choice, ...] = (*TILINGS, None)
+_tuned: dict[tuple[object, ...], Choice] = {}
 
 
 def symmetric_product_triton(
@@ -47,48 +51,57 @@ def symmetric_product_triton(
     beta: float,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """As ``symmetric_product``, for float32 and smaller; ``tiling`` is chosen by timing."""
-    batch, n, k = a.shape
-    out = a.new_empty(batch, n, n)
-    summand = out if c is None or beta == 0 else c  # out is not read
+    """As ``symmetric_product``, for float32 and smaller.
 
-    def launch(tiling: Tiling) -> None:
-        tile_rows = triton.cdiv(n, tiling.rows)
-        programs = batch * tile_rows * (tile_rows + 1) // 2 * (tiling.rows // tiling.columns)
+    Without ``tiling``, the fastest one is chosen by timing, or the whole product if it is faster.
+    """
+    batch, n, k = a.shape
+
+    def product(choice: Choice) -> Tensor:
+        if choice is None:
+            return dense(a, b, None if beta == 0 else c, alpha, beta)
+        out = a.new_empty(batch, n, n)
+        summand = out if c is None or beta == 0 else c  # out is not read
+        tile_rows = triton.cdiv(n, choice.rows)
+        programs = batch * tile_rows * (tile_rows + 1) // 2 * (choice.rows // choice.columns)
         _kernel[(programs,)](
             a, b, summand, out, n, k, alpha, beta,
             *a.stride(), *b.stride(), *summand.stride(),
             ADD=summand is not out,
             PRECISION="tf32" if allows_tf32() else "ieee",
-            ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth,
+            num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
+        return out
 
     with torch.cuda.device_of(a):
-        if tiling is None:
-            # Everything that affects the speed; loads run along contiguous dimensions.
-            unit = tuple(stride == 1 for x in (a, b, summand) for stride in x.stride()[1:])
-            key = (a.device, a.dtype, a.shape, unit, summand is out)
-            tiling = _tuned.get(key) or _tune(key, launch)
-        launch(tiling)
-    return out
+        if tiling is not None:
+            return product(tiling)
+        # Everything that affects the speed; loads run along contiguous dimensions.
+        summand = None if c is None or beta == 0 else c
+        factors = (a, b) if summand is None else (a, b, summand)
+        unit = tuple(stride == 1 for x in factors for stride in x.stride()[1:])
+        key = (a.device, a.dtype, a.shape, unit)
+        if key not in _tuned:
+            return product(_tune(key, product))
+        return product(_tuned[key])
 
 
-def _tune(key: tuple[object, ...], launch: Callable[[Tiling], None]) -> Tiling:
-    """The fastest tiling, measured once; the default while a CUDA graph is being captured."""
+def _tune(key: tuple[object, ...], product: Callable[[Choice], Tensor]) -> Choice:
+    """The fastest choice, measured once; the default while a CUDA graph is being captured."""
     if torch.cuda.is_current_stream_capturing():
         return TILINGS[0]
 
-    def milliseconds(tiling: Tiling) -> float:
+    def milliseconds(choice: Choice) -> float:
         try:
             median: float = triton.testing.do_bench(
-                lambda: launch(tiling), warmup=10, rep=40, return_mode="median"
+                lambda: product(choice), warmup=10, rep=40, return_mode="median"
             )
         except triton.OutOfResources:  # more shared memory than this GPU has
             return float("inf")
         return median
 
-    return _tuned.setdefault(key, min(TILINGS, key=milliseconds))
+    return _tuned.setdefault(key, min(_CHOICES, key=milliseconds))
 
 
 @triton.jit

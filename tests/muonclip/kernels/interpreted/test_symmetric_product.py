@@ -120,16 +120,21 @@ def test_beta_zero_and_no_columns() -> None:
     assert torch.equal(symmetric_product_triton(a[..., :0], a[..., :0], c, 1.0, 3.0, SMALL), 3 * c)
 
 
-def test_tuning_remembers_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One timing per shape; a tiling that does not fit the GPU is passed over."""
-    times = iter([3.0, None, 1.0, *[2.0] * 2 * len(TILINGS)])
+@pytest.mark.parametrize("fastest", [TILINGS[2], None])
+def test_tuning_remembers_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, fastest: Tiling | None
+) -> None:
+    """One timing per shape; the whole product is a choice, and a tiling that does not fit the GPU
+    is passed over."""
+    times = {choice: 2.0 for choice in module._CHOICES} | {TILINGS[0]: 3.0, fastest: 1.0}
+    timed = [*module._CHOICES, *module._CHOICES]
 
     def do_bench(launch, **options: object) -> float:  # type: ignore[no-untyped-def]
         launch()
-        milliseconds = next(times)
-        if milliseconds is None:
+        choice = timed.pop(0)
+        if choice == TILINGS[1]:
             raise triton.OutOfResources(200_000, 100_000, "shared memory")
-        return milliseconds
+        return times[choice]
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -139,9 +144,13 @@ def test_tuning_remembers_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
         check_symmetric_product(
             symmetric_product_triton(a, a, None, 1.0, 0.0), a, a, None, 1.0, 0.0
         )
-    assert list(module._tuned.values()) == [TILINGS[2]]
-    symmetric_product_triton(a, a, a @ a.mT, 1.0, 1.0)  # another kernel: timed again
-    assert len(module._tuned) == 2
+    assert list(module._tuned.values()) == [fastest]
+    gram = a @ a.mT
+    for _ in range(2):  # another kernel: timed again
+        check_symmetric_product(
+            symmetric_product_triton(a, a, gram, 1.0, 1.0), a, a, gram, 1.0, 1.0
+        )
+    assert list(module._tuned.values()) == [fastest] * 2
 
 
 def test_no_timing_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
