@@ -23,6 +23,8 @@ PY312 := .venv-py312
 train: $(VENV)/.ready-train
 	$(BIN)/python -m pretrain train $(CONFIG) --processes $(PROCESSES) $(ARGS)
 
+# On CPUs, also on a machine with a GPU: the tests of parts that need one are run by `make gpu`.
+test: export CUDA_VISIBLE_DEVICES =
 test: $(VENV)/.ready lint docs
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -35,6 +37,7 @@ test-py312:
 # On a machine with an NVIDIA GPU: its tests, then the figures of benchmarks/README.md.
 gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+	$(BIN)/python -m pytest tests/posttrain $(ARGS)
 	$(BIN)/python -m benchmarks run gpu
 	$(BIN)/python -m benchmarks readme
 
