@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
@@ -107,16 +108,6 @@ def choose_backend(a: Tensor) -> Backend:
 
 def _blocks_from(dtype: torch.dtype) -> dict[int, int]:
     return _BLOCKS_FROM_IN_16_BITS if dtype.itemsize == 2 else _BLOCKS_FROM
-
-
-def dense(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
-) -> Tensor:
-    """The whole product."""
-    if c is not None:
-        return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha, out=out)
-    product = torch.bmm(a, b.mT, out=out)
-    return product if alpha == 1 else torch.mul(product, alpha, out=out)
 
 
 def blocked(

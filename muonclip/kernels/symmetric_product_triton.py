@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32
-from muonclip.kernels.symmetric_product import dense
 
 
 class Tiling(NamedTuple):

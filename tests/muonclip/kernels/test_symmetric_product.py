@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 
 from muonclip.kernels import symmetric_product as module
 from muonclip.kernels.support import allows_tf32, has_triton
-from muonclip.kernels.symmetric_product import blocked, choose_backend, dense, symmetric_product
+from muonclip.kernels.dense_product import dense
+from muonclip.kernels.symmetric_product import blocked, choose_backend, symmetric_product
 from tests.muonclip.kernels.reference import check_symmetric_product, symmetric_factors
 
 LARGE = 520  # enough rows for the blocked backend, and no multiple of its blocks
