@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from muonclip.kernels import symmetric_product as module
-from muonclip.kernels.support import allows_tf32, has_triton
 from muonclip.kernels.dense_product import dense
+from muonclip.kernels.support import allows_tf32, has_triton
 from muonclip.kernels.symmetric_product import blocked, choose_backend, symmetric_product
 from tests.muonclip.kernels.reference import check_symmetric_product, symmetric_factors
 
