@@ -63,7 +63,8 @@ def max_logits(
     return partial.amax((1, 2))
 
 
-@triton.jit
+# Numbers that differ between calls, which the kernel would be compiled again for.
+@triton.jit(do_not_specialize=["batches", "heads_per_group", "queries", "keys"])
 def _kernel(
     query, key, partial, bound, threshold, scale,
     batches, heads_per_group, queries, keys, dim,
