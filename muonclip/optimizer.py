@@ -155,7 +155,9 @@ class MuonClip(Optimizer):
             does not have the opposite sign, as ``weight_decay_mode`` for Muon.
         maximize: ascend instead of descend.
         process_group: ranks that have copies of the plain tensors and have reduced their gradients
-            (DDP); each then orthogonalizes a share of the matrices. Default: each does all.
+            (DDP); each then orthogonalizes a share of the matrices. Default: each does all. Give it
+            on GPUs, where each process chooses kernels by timing: copies that are computed by
+            different kernels drift apart by rounding.
         shardings: a ``Sharding`` for each plain tensor that is a shard of a larger one.
         shard_state: store the state of a parameter of which several ranks have a copy, or the same
             shard, only once: momentum and master copy of a matrix on the rank that orthogonalizes

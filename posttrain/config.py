@@ -311,5 +311,8 @@ class Config(Settings):
                 )
 
     def _check(self) -> None:
-        is_same = Path(self.model).resolve() == Path(self.run_dir).resolve()
-        require(not is_same, f"run_dir={self.run_dir} must differ from model")
+        model, run_dir = Path(self.model).resolve(), Path(self.run_dir).resolve()
+        require(
+            run_dir not in (model, *model.parents),
+            f"run_dir={self.run_dir} must differ from model, and must not contain it",
+        )

@@ -83,8 +83,10 @@ def texts(data: Data, split: Split, index: int) -> Iterator[tuple[Tensor, Tensor
             yield tokens, torch.cat([weights.new_zeros(1), weights[:-1]])
 
 
-def replayed(data: Data, setting: str, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The documents of text alone in the training sequences from ``start`` on.
+def replayed(
+    data: Data, setting: str, start: int = 0, stride: int = 1
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The documents of text alone in every ``stride``-th training sequence from ``start`` on.
 
     The iterator has no end. It skips sequences without such a document; see :func:`texts`.
 
@@ -95,7 +97,7 @@ def replayed(data: Data, setting: str, start: int = 0) -> Iterator[list[tuple[Te
         PretrainError: a thousand sequences in a row have none.
     """
     missing = 0
-    for index in itertools.count(start):
+    for index in itertools.count(start, stride):
         if found := list(texts(data, "train", index)):
             missing = 0
             yield found

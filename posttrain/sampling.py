@@ -25,8 +25,8 @@ def finite_logits(model: nn.Module) -> Iterator[None]:
     def check(_model: nn.Module, _arguments: Any, output: Any) -> None:
         if not output.logits[:, -1].isfinite().all():
             raise PretrainError(
-                "the logits of the model's next tokens are not finite: lower optimizer.lr; "
-                "checkpoints are unchanged"
+                "the model's logits are not finite: if it was being trained, start again with a "
+                "lower optimizer.lr, in another run_dir"
             )
 
     handle = model.register_forward_hook(check)

@@ -105,7 +105,9 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return _labeled(torch.tensor(document.tokens), torch.tensor(document.weights))
 
     def _document(self, number: int) -> tuple[Tensor, Tensor]:
-        found = next(replayed(self._data, "sft.replay_share", number))
+        # With this stride, two rows of a batch never have the same document.
+        stride = self._config.sft.batch_size
+        found = next(replayed(self._data, "sft.replay_share", number, stride))
         tokens, weights = max(found, key=lambda text: len(text[0]))
         return _labeled(tokens[:_REPLAYED_TOKENS], weights[:_REPLAYED_TOKENS])
 

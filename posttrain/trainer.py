@@ -58,7 +58,8 @@ def require_finite(norm: Tensor | float, where: str, setting: str) -> None:
     """
     if not math.isfinite(norm):
         raise PretrainError(
-            f"the gradient of {where} is not finite: lower {setting}; checkpoints are unchanged"
+            f"the gradient of {where} is not finite: start again with a lower {setting}, in "
+            "another run_dir"
         )
 
 
@@ -155,7 +156,7 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             where = f"after step {self.state.global_step}"
-            remedy = "lower optimizer.lr; earlier checkpoints are unchanged"
+            remedy = "start again with a lower optimizer.lr, in another run_dir"
             model_files.require_finite_weights(self.model, where, remedy)
             # Clones: transformers makes some weights views of fused ones, or ties them.
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -180,10 +181,16 @@ class OwnTrainer(Trainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
+            # If one of them is missing, transformers starts with new ones.
+            if checkpoint is not None and not self.is_fsdp_enabled:
+                _require_files(checkpoint, "optimizer.pt", "scheduler.pt")
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
+            if checkpoint is not None:
+                rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+                _require_files(checkpoint, f"rng_state{rank}.pth")
             super()._load_rng_state(checkpoint)
 
 
@@ -192,15 +199,25 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     """Context in which a checkpoint is read.
 
     Raises:
-        PretrainError: it is damaged.
+        PretrainError: it is damaged, or cannot be read now.
     """
     try:
         yield
+    except (PretrainError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # safetensors, torch and pickle raise any
+        reason = f"{checkpoint} cannot be read: {one_line(str(error))[:200]}"
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise PretrainError(reason) from error
         raise PretrainError(
-            f"{checkpoint} cannot be read: {one_line(str(error))[:200]}; remove it, and the run "
-            "resumes from the one before"
+            f"{reason}; if it is damaged, remove it: the run resumes from an earlier one, if any"
         ) from error
+
+
+def _require_files(checkpoint: str, *names: str) -> None:
+    for name in names:
+        if not Path(checkpoint, name).is_file():
+            raise FileNotFoundError(f"{name} is missing")
 
 
 class Asked(NamedTuple):

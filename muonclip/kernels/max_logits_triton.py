@@ -63,8 +63,8 @@ def max_logits(
     return partial.amax((1, 2))
 
 
-# Numbers that differ between calls, which the kernel would be compiled again for.
-@triton.jit(do_not_specialize=["batches", "heads_per_group", "queries", "keys"])
+# These vary between micro-batches; specialization would compile the kernel again.
+@triton.jit(do_not_specialize=["batches", "queries", "keys"])
 def _kernel(
     query, key, partial, bound, threshold, scale,
     batches, heads_per_group, queries, keys, dim,

@@ -41,9 +41,10 @@ def symmetric_product(
     commute. If it pays (see ``choose_backend``), only the lower triangle is computed and then
     mirrored, by an operator that ``torch.compile`` does not look into. Differentiable.
 
-    On CUDA the first call for a shape times the kernel and the whole product, and waits; later
-    calls do not, and may be captured in a CUDA graph. If the first call is captured, the
-    kernel uses its default tiling.
+    On CUDA the first call for a shape times the kernel and the whole product, and waits for the
+    device; later calls do neither, and may be captured in a CUDA graph. If the first call is
+    captured, or with ``torch.use_deterministic_algorithms``, nothing is timed and the kernel uses
+    its default tiling.
 
     Args:
         a: [batch, n, k], floating; any strides.

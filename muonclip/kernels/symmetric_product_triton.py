@@ -88,8 +88,13 @@ def symmetric_product_triton(
 
 
 def _tune(key: tuple[object, ...], product: Callable[[Choice], Tensor]) -> Choice:
-    """The fastest choice, measured once; the default while a CUDA graph is being captured."""
-    if torch.cuda.is_current_stream_capturing():
+    """The fastest choice, measured once.
+
+    The default while a CUDA graph is being captured, and with deterministic algorithms: the bits
+    of a product depend on the choice, which another process may make differently.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic or torch.cuda.is_current_stream_capturing():
         return TILINGS[0]
 
     def milliseconds(choice: Choice) -> float:

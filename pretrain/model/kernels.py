@@ -107,8 +107,8 @@ def _attention_problem(config: Config) -> str | None:
     if error is None:
         return None
     return (
-        f"its attention returns no max logits here ({error}): from version 2.14 on it needs cuDNN "
-        "9.21 or later; install one of them that fits"
+        f"its attention with max logits fails on this machine ({error}): versions from 2.14 on "
+        "need cuDNN 9.21 or later; with an older one, install version 2.12"
     )
 
 
@@ -142,5 +142,7 @@ def attention_error(query_key_dim: int, value_dim: int) -> str | None:
             context.sum().backward()
             torch.cuda.synchronize()
             return None if max_logits.isfinite().all() else "they are not finite"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of cuDNN, or of its selection
         return (str(error).splitlines() or [type(error).__name__])[0]

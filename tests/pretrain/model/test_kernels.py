@@ -65,7 +65,7 @@ def test_an_unsuitable_configuration_is_refused(
 def test_an_unsuitable_machine_is_refused(engine: pytest.MonkeyPatch) -> None:
     engine.setattr(kernels, "attention_error", lambda *dims: f"no graph for {dims}")
     problem = transformer_engine_problem(SUITABLE) or ""
-    assert "no max logits here (no graph for (48, 32))" in problem
+    assert "fails on this machine (no graph for (48, 32))" in problem
     engine.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "compute capability 8.0" in (transformer_engine_problem(SUITABLE) or "")
     engine.setattr(utils, "is_te_min_version", lambda _version: False)
