@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import runner, training
+from pretrain.errors import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,7 +192,7 @@ def _measure(form: str, kernels: str, length: int, rounds: int, folder: str, fil
         result = measured()
     except Exception as error:  # so that the other settings are still measured
         traceback.print_exc()
-        result = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        result = {"error": first_line(error)}
     parallel.stop()
     Path(file).write_text(json.dumps(result))
 

@@ -21,3 +21,8 @@ def one_line(text: str) -> str:
         else character.encode("unicode_escape", "backslashreplace").decode("ascii")
         for character in " ".join(text.split())
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.config import ParallelConfig
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, first_line
 from pretrain.model.context_parallel import SequenceShare
 from pretrain.runtime import without_cuda, without_transformer_engine
 from pretrain.runtime.allocator import keep_freed_memory
@@ -136,7 +136,7 @@ def join(timeout: timedelta = _NO_TIMEOUT) -> None:
     except (RuntimeError, ValueError, OSError) as error:  # torch's errors are RuntimeErrors
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
         rank_name = os.environ.get("RANK", "0")
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         failure = PretrainError(
             f"rank {rank_name} cannot join the other processes at {where} ({reason}): check that "
             "all of them were started, and that no other job uses the port"

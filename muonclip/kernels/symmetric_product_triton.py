@@ -56,12 +56,14 @@ def symmetric_product_triton(
     Without ``tiling``, the fastest one is chosen by timing, or the whole product if it is faster.
     """
     batch, n, k = a.shape
+    if beta == 0:
+        c = None
 
     def product(choice: Choice) -> Tensor:
         if choice is None:
-            return dense(a, b, None if beta == 0 else c, alpha, beta)
+            return dense(a, b, c, alpha, beta)
         out = a.new_empty(batch, n, n)
-        summand = out if c is None or beta == 0 else c  # out is not read
+        summand = out if c is None else c  # out is not read
         tile_rows = triton.cdiv(n, choice.rows)
         programs = batch * tile_rows * (tile_rows + 1) // 2 * (choice.rows // choice.columns)
         _kernel[(programs,)](
@@ -78,13 +80,10 @@ def symmetric_product_triton(
         if tiling is not None:
             return product(tiling)
         # Everything that affects the speed; loads run along contiguous dimensions.
-        summand = None if c is None or beta == 0 else c
-        factors = (a, b) if summand is None else (a, b, summand)
-        unit = tuple(stride == 1 for x in factors for stride in x.stride()[1:])
+        operands = (a, b) if c is None else (a, b, c)
+        unit = tuple(stride == 1 for x in operands for stride in x.stride()[1:])
         key = (a.device, a.dtype, a.shape, unit)
-        if key not in _tuned:
-            return product(_tune(key, product))
-        return product(_tuned[key])
+        return product(_tuned[key] if key in _tuned else _tune(key, product))
 
 
 def _tune(key: tuple[object, ...], product: Callable[[Choice], Tensor]) -> Choice:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from muonclip.max_logits import Buffer
 from pretrain.config import Config
+from pretrain.errors import first_line
 from pretrain.model import flex
 from pretrain.model.context_parallel import SequenceShare, gather_sequence
 from pretrain.model.packed_documents import PackedDocuments
@@ -163,7 +164,7 @@ def flex_problem(device: torch.device, dtype: torch.dtype, widths: tuple[int, in
     try:
         _compile_flex(device, dtype, widths)
     except Exception as error:  # of any compiler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return f"it cannot be compiled for heads of {widths[0]} and {widths[1]} channels ({reason})"
     return None
 

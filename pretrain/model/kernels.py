@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from pretrain.config import Config
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, first_line
 from pretrain.runtime import without_cuda, without_transformer_engine
 
 Kernels = Literal["torch", "transformer_engine"]
@@ -145,4 +145,4 @@ def attention_error(query_key_dim: int, value_dim: int) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of cuDNN, or of its selection
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)

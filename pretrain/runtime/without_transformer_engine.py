@@ -9,6 +9,7 @@ import importlib
 import sys
 from importlib import util
 
+from pretrain.errors import first_line
 from pretrain.runtime import without_cuda
 from pretrain.runtime.patches import Patches
 
@@ -34,7 +35,7 @@ def hide_if_unusable() -> None:
             importlib.import_module(f"{_NAME}.pytorch")
             return
         except Exception as error:  # it raises errors of many types
-            import_error = (str(error).splitlines() or [type(error).__name__])[0]
+            import_error = first_line(error)
     for name in [name for name in sys.modules if name.startswith(f"{_NAME}.")]:
         del sys.modules[name]
     sys.modules[_NAME] = None  # type: ignore[assignment]
