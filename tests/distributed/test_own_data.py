@@ -13,6 +13,7 @@ from pretrain.data.composer import Composer
 from tests.distributed import training
 from tests.distributed.launch import launch
 from tests.pretrain.data import make
+from tests.pretrain.data.sources import test_megatron as megatron
 from tests.pretrain.data.tools import test_recognize as texts
 from tests.pretrain.data.vision_text import make as layouts
 
@@ -234,3 +235,35 @@ def test_wrong_settings_are_reported_once(folder: Path, override: str, message: 
     (status, line), other = outcomes
     assert (status, other) == (1, (1, ""))
     assert message in line
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda prefix: Path(f"{prefix}.idx").unlink(), "a.bin exists, but a.idx does not: "),
+        (lambda prefix: _cut(Path(f"{prefix}.bin")), "a.bin has "),
+        (lambda prefix: _cut(Path(f"{prefix}.idx")), "a.idx has "),
+        (lambda prefix: megatron.built(prefix, [[[10**4]]]), "token 10000"),
+    ],
+    ids=["missing", "cut tokens", "cut index", "another vocabulary"],
+)
+def test_unusable_token_files_are_reported_once(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    """One line in all, on one of the ranks; the others only end."""
+    megatron.TOKENIZER.save(tmp_path / "tokenizer.json")
+    damage(megatron.built(tmp_path / "a", megatron.texts(range(9))))
+    overrides = (
+        f"data.cache_dir={tmp_path}/cache",
+        f"data.tokenizer={tmp_path}/tokenizer.json",
+        f"data.sources=[{{type: megatron, path: {tmp_path}/a}}]",
+    )
+    (status, line), other = launch(
+        training.command, 2, "train", str(folder / "tiny.yaml"), *overrides
+    )
+    assert (status, other) == (1, (1, ""))
+    assert message in line and line.strip().count("\n") == 0

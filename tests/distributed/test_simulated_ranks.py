@@ -148,7 +148,8 @@ class Sizes(NamedTuple):
     """Bytes of a simulated step on a rank.
 
     Attributes:
-        received, owned: of its shards, and of the whole matrices that it orthogonalizes.
+        received, owned: of its shards, and of what it receives of the whole matrices that it
+            orthogonalizes.
         most, total: of the buffers of the exchange: at most at once, and in total.
     """
 
@@ -221,7 +222,9 @@ def simulate(
         with torch.no_grad(), counted:
             plan.step(params, None)
     received = 2 * sum(local_tensor(p).numel() for p, _ in placed)
-    owned = 2 * sum(math.prod(u.shape) for w in plan._work for u in w._exchange.owned)
+    # An owner receives updates in bfloat16, or gradients in float32 where it keeps the momentum.
+    itemsize = 4 if options.get("shard_state") else 2
+    owned = itemsize * sum(math.prod(u.shape) for w in plan._work for u in w._exchange.owned)
     assert counted.most <= 1.1 * (received + owned)
     return Sizes(received, owned, counted.most, counted.total)
 
@@ -231,21 +234,25 @@ def simulate_sharded(
     parts: int,
     group: dist.ProcessGroup,
     monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> Sizes:
     """``simulate`` with matrices that megatron-core splits."""
-    placed = [sharded(weight, parts, group) for weight in weights]
-    return simulate(weights, placed, group, monkeypatch, shardings=dict(placed))
+    dtype = torch.bfloat16 if options.get("master_weights") else torch.float32
+    placed = [sharded(weight, parts, group, dtype) for weight in weights]
+    return simulate(weights, placed, group, monkeypatch, shardings=dict(placed), **options)
 
 
+@pytest.mark.parametrize("shard_state", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     "group", [(128, 0), (128, 127), (4096, 0), (4096, 4095)], indirect=True, ids=str
 )
 def test_buffers_have_the_size_of_what_a_rank_sends_and_receives(
-    group: dist.ProcessGroup, parts: int, monkeypatch: pytest.MonkeyPatch
+    group: dist.ProcessGroup, parts: int, shard_state: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first rank owns the largest matrix, the last one none."""
-    sizes = simulate_sharded(dense(), parts, group, monkeypatch)
+    options = {"shard_state": shard_state, "master_weights": shard_state}
+    sizes = simulate_sharded(dense(), parts, group, monkeypatch, **options)
     assert (sizes.owned > 0) == (group.rank() == 0)
     if not sizes.owned:
         assert sizes.total <= 1.1 * sizes.received
