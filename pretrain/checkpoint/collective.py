@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from pretrain.errors import first_line
+
 T = TypeVar("T")
 
 
@@ -51,4 +53,4 @@ def _outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return action(), None
     except Exception as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
+        return None, first_line(error)

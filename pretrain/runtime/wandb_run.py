@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import WandbConfig
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, first_line
 
 
 def open_run(config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) -> Any:
@@ -47,6 +47,6 @@ def open_run(config: WandbConfig, run_dir: Path, settings: Mapping[str, Any]) ->
         )
     except Exception as error:  # network, login or version: the remedy is the same
         raise PretrainError(
-            f"Weights & Biases cannot start ({str(error).splitlines()[0]}): set "
+            f"Weights & Biases cannot start ({first_line(error)}): set "
             "wandb.mode=offline, or wandb.enabled=false"
         ) from error
