@@ -63,13 +63,16 @@ def prefetch(
     steps: Iterable[int],
     skipped_samples: "SkippedSamples",
     plan_images: Callable[[list[MicroBatch], str | None], ImagePlan],
+    *,
+    in_background: bool = True,
 ) -> Generator[tuple[int, list[MicroBatch], ImagePlan | None]]:
-    """Yield each step with its micro-batches and the plan of their images, if it is valid; a thread
-    prepares the next step meanwhile. Close it before the process groups are destroyed.
+    """Yield each step with its micro-batches and the plan of their images, if it is valid.
+
+    Close it before the process groups are destroyed.
 
     Args:
-        plan_images: called by that thread on every rank, with the micro-batches, or none and an
-            error.
+        plan_images: called on every rank, with the micro-batches, or none and an error.
+        in_background: whether a thread prepares the next step while this one is computed.
 
     Raises:
         PretrainError: some rank cannot read its data; the same on every rank.
@@ -109,7 +112,11 @@ def prefetch(
         for step in steps:
             ready = (pending[0], *result(*pending)) if pending else None
             # Started after the previous call has ended: all ranks plan steps in the same order.
-            pending = step, background.start(partial(prepare, step), "data")
+            if in_background:
+                pending = step, background.start(partial(prepare, step), "data")
+            else:
+                pending = step, Future()
+                pending[1].set_result(prepare(step))
             if ready:
                 yield ready
         if pending:

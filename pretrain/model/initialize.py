@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.model.weights import Weight
+from pretrain.runtime.machine import cores_per_process
 
 # Layers that write into the residual stream: drawn smaller, as in GPT-2, so that its variance does
 # not grow with depth.
@@ -37,9 +37,7 @@ def initialize(
     Args:
         weights: entry of each tensor in the catalogue.
     """
-    cores = os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with ThreadPoolExecutor(max(1, min(_MAX_THREADS, cores // processes))) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, cores_per_process())) as pool:
         draw = partial(_draw, weights=weights, config=config, tensor_rank=tensor_rank)
         for _ in pool.map(draw, tensors.keys(), tensors.values()):
             pass

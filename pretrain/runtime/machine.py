@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
@@ -27,6 +28,15 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def cores_per_process() -> int:
+    """Cores of this machine that each process of the launcher may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: those that a container or taskset allows
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def peak_memory_gib(device: torch.device) -> float:

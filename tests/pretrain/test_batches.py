@@ -42,9 +42,12 @@ class Together:
             st.integers(0, RANKS - 1), st.sampled_from(STEPS), st.integers(0, 2), st.integers(0, 4)
         ),
         max_size=8,
-    )
+    ),
+    st.lists(st.booleans(), min_size=RANKS, max_size=RANKS),
 )
-def test_reading_again_may_fail_again(failures: set[tuple[int, int, int, int]]) -> None:
+def test_reading_again_may_fail_again(
+    failures: set[tuple[int, int, int, int]], in_background: list[bool]
+) -> None:
     """Documents fail by (rank, step, reading, number), such as on a file system with outages."""
     readings: dict[tuple[int, int], int] = {}
 
@@ -61,8 +64,9 @@ def test_reading_again_may_fail_again(failures: set[tuple[int, int, int, int]]) 
     def run(rank: Any) -> None:
         none: Any = None
         for step, (batch,), plan in batches.prefetch(
-            none, rank, none, STEPS, together.rank(rank), lambda made, error: none or "plan"
-        ):
+            none, rank, none, STEPS, together.rank(rank), lambda made, error: none or "plan",
+            in_background=in_background[rank],
+        ):  # fmt: skip
             read[rank, step] = set(batch.left_out), plan
 
     with pytest.MonkeyPatch.context() as patch:
