@@ -100,6 +100,19 @@ def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
     assert two[-1]["loss"] < two[1]["loss"] - 0.5
 
 
+def test_a_thread_prepares_the_same_batches(folder: Path) -> None:
+    """The thread plans the encoder's work by collectives, during those of the step."""
+    settings = ("parallel.expert=2", "steps=10", "optimizer.decay_steps=0")
+    alone, thread = (
+        launch(
+            training.train_and_prefetch, 2, in_background, str(folder),
+            f"run_dir={folder}/background-{in_background}", *settings,
+        )[0]
+        for in_background in (False, True)
+    )  # fmt: skip
+    assert thread == alone
+
+
 # Ten steps with the optimizer's shared work, QK-Clip, evaluation and transcription.
 SHORT = (*EXACT_FOUR, "steps=10", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
 

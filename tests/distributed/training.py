@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -123,6 +124,12 @@ def train_and_read(folder: str, *overrides: str) -> list[dict[str, Any]]:
     settings = tiny(folder, *overrides)
     train(settings)
     return comparable(Path(settings.run_dir) / "metrics.jsonl")
+
+
+def train_and_prefetch(in_background: bool, folder: str, *overrides: str) -> list[dict[str, Any]]:
+    """:func:`train_and_read`, whose batches a thread prepares, or the steps themselves."""
+    with mock.patch("pretrain.train._prefetches_in_background", return_value=in_background):
+        return train_and_read(folder, *overrides)
 
 
 def local_tensors(run: Run) -> dict[str, Tensor]:
