@@ -22,12 +22,13 @@ head_node=${nodes%%$'\n'*}  # not by head, which may end scontrol and thus, with
 export OMP_NUM_THREADS=8
 # torchrun's rendezvous store outlives a restart: the ranks need a new one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Seconds to save a checkpoint after SIGTERM. Before torch 2.12, they are always 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
 
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --max-restarts 3 \
-    --shutdown-timeout 270 \
     --rdzv-backend c10d \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "$head_node:29500" \

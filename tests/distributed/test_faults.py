@@ -190,11 +190,16 @@ def _start(
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", *launcher),
-            *("--max-restarts", str(restarts), "--shutdown-timeout", str(patience)),
+            *("--max-restarts", str(restarts)),
             *("-m", "pretrain", "train", str(folder / "tiny.yaml"), *BRIEF),
             *(f"data.cache_dir={folder}/cache", f"run_dir={folder / run_dir}", *overrides),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience),  # before torch 2.12, 30 seconds
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -110,6 +110,8 @@ def test_the_parts_of_the_kubernetes_job_fit_together() -> None:
     assert int(arguments["nnodes"]) == job["parallelism"]
     assert int(arguments["nproc-per-node"]) == container()["resources"]["limits"]["nvidia.com/gpu"]
     assert arguments["rdzv-endpoint"].startswith(f"{name}-0.{pod['subdomain']}:")
-    assert int(arguments["shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+    environment = {variable["name"]: variable["value"] for variable in container()["env"]}
+    patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert patience < pod["terminationGracePeriodSeconds"]
     mounts = {mount["name"] for mount in container()["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
