@@ -25,8 +25,9 @@ def duration(seconds: float) -> str:
 def sparkline(values: Sequence[float]) -> str:
     """Values as a row of blocks, from the lowest block for the minimum to a full one."""
     low, high = min(values, default=0.0), max(values, default=0.0)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+    span = high - low if high > low else 1.0
+    # Divided, because the reciprocal of a tiny span would be infinite.
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in values)
 
 
 def fitting(parts: Sequence[str], width: int, gap: str = "  ") -> str:

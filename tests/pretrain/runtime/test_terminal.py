@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pretrain.runtime.footer import RELEASE
@@ -200,6 +200,7 @@ def test_progress_is_reported_in_lines_without_a_terminal(
 
 
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+@example(values=[5e-324, 0.0])
 def test_sparkline_has_one_block_per_value_in_the_order_of_the_values(
     values: list[float],
 ) -> None:
