@@ -337,15 +337,13 @@ def orthogonalize_updates(
     states = [_split_state(param) for param in params]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
     by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    for index, stacks in enumerate(matrices):
-        options = params[index].group
+    options_of = {id(param.group): _options_of_updates(param.group) for param in params}
+    for index, (param, stacks) in enumerate(zip(params, matrices, strict=True)):
+        neuron_dtypes = tuple(state.dtype for state in param.neurons.values())
         for position, stack in enumerate(stacks):
             kind = (
-                stack.shape[-2:], params[index].ns_dtype, stack.device,
-                repr(options["ns_coefficients"]), options["ns_steps"], options["eps"],
-                options["adjust_lr"], options["update_rms"], options["variant"],
-                *(options[name] for name in variant_of(options).options),
-                *(state.dtype for state in params[index].neurons.values()),
+                stack.shape[-2:], param.ns_dtype, stack.device, neuron_dtypes,
+                options_of[id(param.group)],
             )  # fmt: skip
             by_kind[kind].append((index, position))
     for (shape, dtype, *_), positions in by_kind.items():
@@ -376,11 +374,19 @@ def orthogonalize_updates(
     ]
 
 
+def _options_of_updates(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options that a matrix's update depends on; hashable."""
+    names = ("ns_steps", "eps", "adjust_lr", "update_rms", "variant", *variant_of(group).options)
+    return repr(group["ns_coefficients"]), *(group[name] for name in names)
+
+
 def _split_state(param: MuonParam) -> list[dict[str, Tensor]]:
     """The state of the variant for each block of matrices, [b, n, 1] by name."""
+    count = 1 if param.layout.blocks is None else len(param.layout.blocks)
+    if not param.neurons:
+        return [{} for _ in range(count)]
     layout = param.layout.of_neurons
     by_name = {name: layout.split(value) for name, value in param.neurons.items()}
-    count = 1 if layout.blocks is None else len(layout.blocks)
     return [{name: parts[block] for name, parts in by_name.items()} for block in range(count)]
 
 

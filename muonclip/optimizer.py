@@ -1,6 +1,7 @@
 """The MuonClip optimizer: Muon for matrices, AdamW for everything else."""
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -1475,8 +1476,7 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
     """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0."""
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        if norms.isfinite().all():
+        if all(math.isfinite(norm) for norm in torch._foreach_norm(gradients)):
             return torch.zeros((), dtype=torch.float32, device="cpu")
         bad = any(not g.isfinite().all() for g in gradients)
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
