@@ -15,7 +15,6 @@ from muonclip.kernels.matrix_polynomial import (
     Workspace,
     apply,
     as_matrix,
-    fits_cache,
     multiply_,
     polynomial,
     product,
@@ -113,6 +112,9 @@ _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 # On a CPU, matrices with a smaller side are faster in float32: twice at 32, single or in batches.
 # Measured with oneDNN, EPYC with AVX512-BF16.
 BFLOAT16_FROM = 64
+# The most rows and, in all, elements of matrices of which calls take most of the time, with at most
+# twice as many columns. Measured on EPYC.
+_FEW_ROWS, _FEW_ELEMENTS = 64, 2**15
 
 
 def default_ns_dtype(
@@ -239,7 +241,8 @@ def orthogonalize(
     # Not rounded to ``dtype`` yet, whose range may be too small before the normalization.
     wide = torch.promote_types(matrices.dtype, working_dtype(dtype))
     x = matrices.detach().to(wide, copy=True).reshape(-1, *matrices.shape[-2:])
-    return orthogonalize_(x, schedule, eps=eps, dtype=dtype, form=form).view(matrices.shape)
+    result = orthogonalize_(x, schedule, eps=eps, dtype=dtype, form=form)
+    return result.contiguous().view(matrices.shape)
 
 
 def orthogonalize_(
@@ -270,17 +273,22 @@ def orthogonalize_(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = x.contiguous()
-    is_small = max(x.shape[-2:]) <= 2 * SMALL_SIDE and x.size(-2) <= SMALL_SIDE
-    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2)
-    if form == "gram" or (
-        form == "auto" and is_long and not is_small and x.dtype != torch.bfloat16
-    ):
-        x = apply(partial(_gram_form, schedule=schedule, scale=scale), x)
-    elif is_small and fits_cache(x):
+    if form != "gram" and _takes_calls(x):
         x = _small_form(x, schedule, scale)
-    else:
-        x = apply(partial(_direct_form, schedule=schedule, scale=scale), x)
+        return x.mT if tall else x
+    # Small matrices take time for calls, of which the direct form has fewer.
+    is_small = max(x.shape[-2:]) <= 2 * SMALL_SIDE and x.size(-2) <= SMALL_SIDE
+    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2) and not is_small
+    use_gram = form == "gram" or (form == "auto" and is_long and x.dtype != torch.bfloat16)
+    iterate = _gram_form if use_gram else _direct_form
+    x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
+
+
+def _takes_calls(x: Tensor) -> bool:
+    """Whether the products of [b, n, m] are so small that calls take most of the time."""
+    sides = x.size(-2) <= _FEW_ROWS and x.size(-1) <= 2 * _FEW_ROWS
+    return sides and x.numel() <= _FEW_ELEMENTS
 
 
 def _normalize_(x: Tensor, eps: float) -> Tensor:
@@ -330,11 +338,12 @@ def _direct_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale
 
 
 def _small_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
-    """:func:`_direct_form` in the fewest calls, which take longer than small products."""
+    """The same as :func:`_direct_form`, in as few calls as possible."""
     for number, (a, b, c) in enumerate(schedule, start=1):
         factor = scale if number == len(schedule) else 1.0
         gram = torch.bmm(x, x.mT)
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # With alpha=0, baddbmm is wrong in bfloat16 on CPUs that have instructions for it.
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram.mul_(b)
         x = torch.baddbmm(x, p, x, beta=factor * a, alpha=factor)
     return x
 

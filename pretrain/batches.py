@@ -115,8 +115,9 @@ def prefetch(
             if in_background:
                 pending = step, background.start(partial(prepare, step), "data")
             else:
-                pending = step, Future()
-                pending[1].set_result(prepare(step))
+                made_now: Future[_Prepared] = Future()
+                made_now.set_result(prepare(step))
+                pending = step, made_now
             if ready:
                 yield ready
         if pending:

@@ -188,7 +188,8 @@ def plan_images(
 
     Args:
         error: the reason why this rank has no micro-batches, if any.
-        ahead: the caller is not the thread that trains; see :meth:`EncoderProcess.plan`.
+        ahead: the step may be a later one than that of other ranks; see
+            :meth:`EncoderProcess.plan`.
 
     Raises:
         PretrainError: see :func:`encode_images`; on the ranks that share their images.

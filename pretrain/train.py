@@ -152,7 +152,7 @@ def _prefetches_in_background(config: Config, device: torch.device) -> bool:
     """Whether a thread prepares the next batch during a step.
 
     The built-in data is drawn without waiting for anything. Where all cores compute the step, a
-    thread that draws it interrupts them: a step of benchmarks/trainer.yaml takes 3 to 5% longer.
+    thread that draws it interrupts them, and the step takes longer.
     """
     has_idle_core = device.type != "cpu" or cores_per_process() > torch.get_num_threads()
     return has_idle_core or bool(config.data.sources)

@@ -10,7 +10,7 @@ from torch import Tensor
 from muonclip.kernels.symmetric_product import unchecked_product
 
 # Up to this side, calls take longer than the arithmetic.
-SMALL_SIDE = 64
+SMALL_SIDE = 32
 
 # Bytes of the matrices processed at a time on a CPU; at least one matrix.
 _CACHE_BYTES = 2**19
@@ -30,11 +30,6 @@ class Workspace:
     polynomial: Tensor | None = None
     total: Tensor | None = None
     square: Tensor | None = None
-
-
-def fits_cache(x: Tensor) -> bool:
-    """Whether the matrices [b, n, m] are processed at once; always true on accelerators."""
-    return x.device.type != "cpu" or x.numel() * x.itemsize <= _CACHE_BYTES
 
 
 def apply(function: Callable[[Tensor, Workspace], Tensor], x: Tensor) -> Tensor:

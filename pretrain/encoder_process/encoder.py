@@ -134,7 +134,7 @@ class _Encoder:
 
         Args:
             micro_batches, image_error, feature_ranks: see :meth:`EncoderProcess.encode`.
-            ahead: communicate over ``planning_group``, in a thread that does nothing else with it.
+            ahead: communicate over ``planning_group``, as another rank may be in an earlier step.
 
         Raises:
             PretrainError: see :meth:`EncoderProcess.encode`.

@@ -31,12 +31,14 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def cores_per_process() -> int:
-    """Cores of this machine that each process of the launcher may use, at least 1."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: those that a container or taskset allows
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Cores of this machine for each process of the launcher, at least 1.
+
+    An equal share, or the cores that the process is bound to if they are fewer.
+    """
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return min(share, len(os.sched_getaffinity(0)))
+    return share
 
 
 def peak_memory_gib(device: torch.device) -> float:

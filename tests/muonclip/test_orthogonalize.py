@@ -19,6 +19,12 @@ def matrix_with(singular_values: Tensor, n: int, m: int) -> tuple[Tensor, Tensor
     return left @ singular_values.diag() @ right.mT, left, right
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (2, 32, 64), (300, 200), (2, 3, 200, 100)], ids=str)
+def test_results_are_contiguous(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert orthogonalize(torch.randn(shape), dtype=dtype).is_contiguous()
+
+
 @pytest.mark.parametrize(("n", "m"), [(24, 24), (16, 40), (40, 16)])
 def test_keeps_singular_vectors_and_brings_values_near_one(n: int, m: int) -> None:
     """The quintic takes normalised values in [1e-3, 1] to between 0.47 and 1.20."""

@@ -77,6 +77,29 @@ def test_newton_schulz_is_exact_to_rounding(
     step, is all the error there is.
     """
     assume((form, dtype) != ("gram", torch.bfloat16))  # refused
+    _check_rounding(name, kind, n, m, form, dtype, exponent, seed)
+
+
+@pytest.mark.parametrize("name", sorted(COEFFICIENTS))
+@pytest.mark.parametrize("dtype", sorted(UNIT, key=str), ids=str)
+@pytest.mark.parametrize("shape", [(16, 16), (32, 64), (64, 128), (128, 64), (65, 128)], ids=str)
+def test_every_polynomial_is_exact_on_both_sides_of_the_size_limits(
+    name: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Among them are cubic ones, without a product that all others have."""
+    _check_rounding(name, KINDS[0], *shape, "auto", dtype, 0, 0)
+
+
+def _check_rounding(
+    name: str,
+    kind: str,
+    n: int,
+    m: int,
+    form: str,
+    dtype: torch.dtype,
+    exponent: int,
+    seed: int,
+) -> None:
     matrix = matrix_of(kind, n, m, seed) * 10.0**exponent
     steps = steps_of(name)
     result = orthogonalize(

@@ -1,6 +1,7 @@
 """Ranks with the same sequences agree which documents they leave out."""
 
 import threading
+import time
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -82,3 +83,20 @@ def test_reading_again_may_fail_again(
         assert plan == (None if left_out else "plan")
         first = {(0, n) for _, s, reading, n in failures if s == step and reading == 0}
         assert first <= left_out
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_an_error_while_a_batch_is_prepared_ends_the_run_at_once(
+    monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    """Such as one of the collective in which the ranks plan, when another rank has ended."""
+
+    def plan(made: Any, error: Any) -> Any:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(batches, "for_step", lambda *_: [])
+    none: Any = None
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        list(batches.prefetch(none, none, none, STEPS, none, plan, in_background=in_background))
+    assert time.monotonic() - start < batches._END_SECONDS

@@ -13,6 +13,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def _allow(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
 
@@ -27,12 +28,20 @@ def test_processes_share_the_cores(
     assert cores_per_process() == expected
 
 
+def test_a_process_that_is_bound_to_cores_has_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    _allow(monkeypatch, 96, 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert cores_per_process() == 12
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3}, raising=False)
+    assert cores_per_process() == 2
+
+
 def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     _allow(monkeypatch, 6, 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert cores_per_process() == 6
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert cores_per_process() == os.cpu_count()
+    assert cores_per_process() == 6
 
 
 def _config(*overrides: str) -> Config:
