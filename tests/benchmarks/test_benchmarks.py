@@ -97,6 +97,7 @@ def leaves(value: object) -> list[object]:
         "optimizer_memory",
         "optimizer_step",
         "overhead",
+        "revisions",
         "save_plan",
         "scaling",
         "stability",
