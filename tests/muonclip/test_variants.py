@@ -360,7 +360,6 @@ def test_cautious_decay_of_adamw(seed: int, maximize: bool, dtype: torch.dtype) 
         mask = update * before >= 0
         expected = before - lr * (update + decay * torch.where(mask, before, 0))
         assert torch.allclose(cautious, expected, rtol=1e-5, atol=1e-6)
-        assert mask.any()
 
 
 def test_adamws_decay_mode_is_its_own() -> None:
