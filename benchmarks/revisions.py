@@ -5,7 +5,6 @@ machine with other load changes its speed from minute to minute: compare the run
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.runner import ROOT, Result, markdown, positive_int, quartiles
+from pretrain.metrics import read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,13 +111,9 @@ def _train(tree: Path, processes: int, overrides: list[str]) -> None:
 
 def _tokens_per_second(run_dir: Path, skipped: int) -> float:
     """The median over the steps of a run."""
-    # Read by key, as the format was another one in earlier versions.
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read(run_dir / "metrics.jsonl")
     return statistics.median(
-        float(record["tokens_per_second"])
-        for record in records
-        if record.get("step", 0) > skipped and "tokens_per_second" in record
+        float(record["tokens_per_second"]) for record in records if record["step"] > skipped
     )
 
 

@@ -337,7 +337,8 @@ def orthogonalize_updates(
     states = [_split_state(param) for param in params]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
     by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    options_of = {id(param.group): _options_of_updates(param.group) for param in params}
+    groups = {id(param.group): param.group for param in params}
+    options_of = {key: _options_of_updates(group) for key, group in groups.items()}
     for index, (param, stacks) in enumerate(zip(params, matrices, strict=True)):
         neuron_dtypes = tuple(state.dtype for state in param.neurons.values())
         for position, stack in enumerate(stacks):

@@ -88,16 +88,16 @@ def prefetch(
         # An error of a plan is one of all its ranks, which then plan again when they encode.
         with contextlib.suppress(PretrainError):
             plan = plan_images(made, str(failure) if failure else None)
-        return _Prepared(made, plan, failure)
+        return _Prepared(step, made, plan, failure)
 
-    def result(step: int, future: Future[_Prepared]) -> tuple[list[MicroBatch], ImagePlan | None]:
-        made, plan, failure = future.result()
+    def result(prepared: _Prepared) -> tuple[int, list[MicroBatch], ImagePlan | None]:
+        step, made, plan, failure = prepared
         agreed: set[tuple[int, int]] = set()
         while True:
             local = {document for batch in made for document in batch.left_out}
             agreed |= skipped_samples.synchronize(failure, local - agreed)
             if not skipped_samples.found:
-                return made, plan
+                return step, made, plan
             plan = None
             # A rank that reads no pixels learns of damaged images from the ranks that do. What is
             # read again may fail again, so the ranks compare until nothing new is found.
@@ -107,29 +107,28 @@ def prefetch(
                 except Exception as error:
                     failure = error
 
-    pending: tuple[int, Future[_Prepared]] | None = None
+    pending: Future[_Prepared] | None = None
     try:
         for step in steps:
-            ready = (pending[0], *result(*pending)) if pending else None
+            if not in_background:
+                yield result(prepare(step))
+                continue
+            ready = result(pending.result()) if pending else None
             # Started after the previous call has ended: all ranks plan steps in the same order.
-            if in_background:
-                pending = step, background.start(partial(prepare, step), "data")
-            else:
-                made_now: Future[_Prepared] = Future()
-                made_now.set_result(prepare(step))
-                pending = step, made_now
+            pending = background.start(partial(prepare, step), "data")
             if ready:
                 yield ready
         if pending:
-            yield pending[0], *result(*pending)
+            yield result(pending.result())
     finally:
         if pending:  # do not destroy its process group meanwhile, unless a rank does not answer
-            wait([pending[1]], _END_SECONDS)
+            wait([pending], _END_SECONDS)
 
 
 class _Prepared(NamedTuple):
     """Micro-batches of a step and the plan of their images, or why there are none."""
 
+    step: int
     micro_batches: list[MicroBatch]
     plan: ImagePlan | None
     failure: Exception | None

@@ -80,6 +80,10 @@ def container() -> Any:
     return only
 
 
+def environment() -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in container()["env"]}
+
+
 def test_kubernetes(tmp_path: Path, prepared: Path, commands: Path) -> None:
     replaced = {
         "--nproc-per-node=8": "--nproc-per-node=1",
@@ -87,11 +91,10 @@ def test_kubernetes(tmp_path: Path, prepared: Path, commands: Path) -> None:
     }
     command = [replaced.pop(argument, argument) for argument in container()["command"]]
     assert not replaced and command[-2:] == ["configs/h200.yaml", "run_dir=/runs/h200"]
-    environment = {variable["name"]: variable["value"] for variable in container()["env"]}
     run(
         ["srun", "--kill-on-bad-exit=1", *command[:-2], *settings(tmp_path, prepared)],
         commands,
-        environment,
+        environment(),
     )
     check_run(tmp_path)
 
@@ -110,8 +113,7 @@ def test_the_parts_of_the_kubernetes_job_fit_together() -> None:
     assert int(arguments["nnodes"]) == job["parallelism"]
     assert int(arguments["nproc-per-node"]) == container()["resources"]["limits"]["nvidia.com/gpu"]
     assert arguments["rdzv-endpoint"].startswith(f"{name}-0.{pod['subdomain']}:")
-    environment = {variable["name"]: variable["value"] for variable in container()["env"]}
-    patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    patience = int(environment()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert patience < pod["terminationGracePeriodSeconds"]
     mounts = {mount["name"] for mount in container()["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}

@@ -77,7 +77,7 @@ def test_newton_schulz_is_exact_to_rounding(
     step, is all the error there is.
     """
     assume((form, dtype) != ("gram", torch.bfloat16))  # refused
-    _check_rounding(name, kind, n, m, form, dtype, exponent, seed)
+    _check_rounding(matrix_of(kind, n, m, seed) * 10.0**exponent, name, form, dtype)
 
 
 @pytest.mark.parametrize("name", sorted(COEFFICIENTS))
@@ -87,20 +87,10 @@ def test_every_polynomial_is_exact_on_both_sides_of_the_size_limits(
     name: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     """Among them are cubic ones, without a product that all others have."""
-    _check_rounding(name, KINDS[0], *shape, "auto", dtype, 0, 0)
+    _check_rounding(matrix_of("random", *shape, seed=0), name, "auto", dtype)
 
 
-def _check_rounding(
-    name: str,
-    kind: str,
-    n: int,
-    m: int,
-    form: str,
-    dtype: torch.dtype,
-    exponent: int,
-    seed: int,
-) -> None:
-    matrix = matrix_of(kind, n, m, seed) * 10.0**exponent
+def _check_rounding(matrix: Tensor, name: str, form: str, dtype: torch.dtype) -> None:
     steps = steps_of(name)
     result = orthogonalize(
         matrix.float() if dtype != torch.float64 else matrix,
@@ -114,7 +104,9 @@ def _check_rounding(
         coefficients=name,  # type: ignore[arg-type]
         steps=steps,
     )
-    size = math.sqrt(min(n, m))  # of the result, whose singular values are at most about 1.3
+    size = math.sqrt(
+        min(matrix.shape)
+    )  # of the result, whose singular values are at most about 1.3
     error = UNIT[dtype] * (2 * steepest_slope(name, steps) + 8 * steps * size)
     if form != "direct":  # see test_forms_are_about_as_exact
         error *= 20
