@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from muonclip.kernels.blocked_product import Matrices
 from muonclip.kernels.matrix_polynomial import (
     SMALL_SIDE,
     Polynomial,
@@ -327,7 +328,9 @@ def _power_of_two(x: Tensor) -> Tensor:
     return power.clamp_(min=torch.finfo(x.dtype).tiny)
 
 
-def _direct_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:
+def _direct_form(
+    x: Matrices, memory: Workspace, schedule: Sequence[Triple], scale: float
+) -> Matrices:
     """Step [b, n, m] by x <- (a + b xxᵀ + c (xxᵀ)²) x; ``x`` is overwritten."""
     for number, (a, b, c) in enumerate(schedule, start=1):
         gram = unchecked_product(x, x, out=memory.gram)
@@ -348,13 +351,15 @@ def _small_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
     return x
 
 
-def _gram_form(x: Tensor, memory: Workspace, schedule: Sequence[Triple], scale: float) -> Tensor:
+def _gram_form(
+    x: Matrices, memory: Workspace, schedule: Sequence[Triple], scale: float
+) -> Matrices:
     """The same map, as one polynomial in the Gram matrix applied to [b, n, m].
 
     A step multiplies x by p = a + b r + c r², with r = xxᵀ; r becomes p r p, and the product of
     all p is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
-    parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
+    parts = _between_restarts(schedule, _GRAM_GROWTH[x.tensor.dtype])
     for part in parts:
         r = unchecked_product(x, x, out=memory.gram)
         p = polynomial(r, *part[0], out=memory.polynomial)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from muonclip.kernels.blocked_product import Matrices, new_squares
 from muonclip.kernels.symmetric_product import unchecked_product
 
 # Up to this side, calls take longer than the arithmetic.
@@ -25,31 +26,33 @@ class Workspace:
         gram, polynomial, total, square: [b, n, n], or None to allocate each result.
     """
 
-    spare: Tensor
-    gram: Tensor | None = None
-    polynomial: Tensor | None = None
-    total: Tensor | None = None
-    square: Tensor | None = None
+    spare: Matrices
+    gram: Matrices | None = None
+    polynomial: Matrices | None = None
+    total: Matrices | None = None
+    square: Matrices | None = None
 
 
-def apply(function: Callable[[Tensor, Workspace], Tensor], x: Tensor) -> Tensor:
+def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Tensor:
     """Apply a function that overwrites its argument to each matrix of [b, n, m].
 
     On a CPU, in place, on as many matrices at a time as a core's cache holds, and in the same
     memory for all: fresh memory and a cold cache cost a fifth of the time of small ones.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return function(x, Workspace(torch.empty_like(x)))
+        return function(Matrices(x), Workspace(Matrices(torch.empty_like(x)))).tensor
     matrix_bytes = max(1, x.size(1) * x.size(2) * x.itemsize)
-    count = min(len(x), max(1, _CACHE_BYTES // matrix_bytes))
-    spare = torch.empty_like(x[:count])
-    squares = x.new_empty(4, count, x.size(1), x.size(1))
-    for start in range(0, len(x), max(1, count)):
-        matrices = x[start : start + count]
-        size = len(matrices)
-        result = function(matrices, Workspace(spare[:size], *squares[:, :size]))
-        if result is not matrices:
-            matrices.copy_(result)
+    count = max(1, _CACHE_BYTES // matrix_bytes)
+    memory: Workspace | None = None
+    for start in range(0, len(x), count):
+        part = x[start : start + count]
+        if memory is None or memory.spare.tensor.shape != part.shape:
+            memory = Workspace(Matrices(torch.empty_like(part)), *new_squares(part, 4))
+        spare = memory.spare
+        result = function(Matrices(part), memory)
+        if result is spare:
+            part.copy_(spare.tensor)
+        memory.spare = spare
     return x
 
 
@@ -57,10 +60,10 @@ class Polynomial(NamedTuple):
     """The symmetric matrix ``constant`` * identity + ``matrix``, [b, n, n]."""
 
     constant: float
-    matrix: Tensor
+    matrix: Matrices
 
 
-def polynomial(r: Tensor, a: float, b: float, c: float, out: Tensor | None) -> Polynomial:
+def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) -> Polynomial:
     """a + b r + c r², for symmetric ``r``.
 
     In 16 bits, adding the identity would round once more, which doubles the error of the whole: it
@@ -68,35 +71,47 @@ def polynomial(r: Tensor, a: float, b: float, c: float, out: Tensor | None) -> P
     the addition takes longer. Otherwise it is in ``matrix``, and saves the products a pass over
     what they multiply.
     """
-    if c == 0:
-        matrix = torch.mul(r, b, out=out)
-    else:
+    values = r.tensor
+    if c:
         matrix = unchecked_product(r, r, c=r, alpha=c, beta=b, out=out)
-    if r.dtype in (torch.bfloat16, torch.float16) or r.size(1) <= SMALL_SIDE:
+    elif out is None:
+        matrix = Matrices(values * b)
+    else:
+        torch.mul(values, b, out=out.tensor)
+        matrix = out
+    if values.dtype in (torch.bfloat16, torch.float16) or values.size(1) <= SMALL_SIDE:
         return Polynomial(a, matrix)
-    matrix.diagonal(dim1=-2, dim2=-1).add_(a)
+    matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(a)
     return Polynomial(0.0, matrix)
 
 
-def as_matrix(p: Polynomial, out: Tensor | None) -> Tensor:
+def as_matrix(p: Polynomial, out: Matrices | None) -> Matrices:
     """A copy of the polynomial as one matrix."""
-    matrix = p.matrix.clone() if out is None else out.copy_(p.matrix)
+    if out is None:
+        matrix = Matrices(p.matrix.tensor.clone())
+    else:
+        out.tensor.copy_(p.matrix.tensor)
+        matrix = out
     if p.constant:
-        matrix.diagonal(dim1=-2, dim2=-1).add_(p.constant)
+        matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(p.constant)
     return matrix
 
 
-def product(s: Tensor, p: Polynomial, out: Tensor | None) -> Tensor:
+def product(s: Matrices, p: Polynomial, out: Matrices | None) -> Matrices:
     """s p, for a matrix ``s`` that commutes with ``p``: symmetric."""
     if p.constant:
         return unchecked_product(s, p.matrix, c=s, beta=p.constant, out=out)
     return unchecked_product(s, p.matrix, out=out)
 
 
-def multiply_(p: Polynomial, x: Tensor, factor: float, out: Tensor) -> Tensor:
+def multiply_(p: Polynomial, x: Matrices, factor: float, out: Matrices) -> Matrices:
     """factor * p x, written into ``out``; ``p`` is overwritten."""
+    matrix, values = p.matrix.tensor, x.tensor
     if p.constant:
-        return torch.baddbmm(x, p.matrix, x, beta=factor * p.constant, alpha=factor, out=out)
-    if factor != 1:
-        p.matrix.mul_(factor)
-    return torch.bmm(p.matrix, x, out=out)
+        beta = factor * p.constant
+        torch.baddbmm(values, matrix, values, beta=beta, alpha=factor, out=out.tensor)
+    else:
+        if factor != 1:
+            matrix.mul_(factor)
+        torch.bmm(matrix, values, out=out.tensor)
+    return out

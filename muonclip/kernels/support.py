@@ -5,12 +5,14 @@ import importlib.util
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+_T = TypeVar("_T")
 
-def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
+
+def _constant(question: Callable[[], _T]) -> Callable[[], _T]:
     """Let ``torch.compile`` treat the result as a constant, because it cannot trace the function.
 
     This is ``torch.compiler.assume_constant_result`` without importing torch._dynamo, which takes
@@ -41,6 +43,12 @@ def allows_tf32() -> bool:
     """Whether torch may round float32 factors to tf32 in CUDA products."""
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
+
+
+@_constant
+def cpu_threads() -> int:
+    """The threads of torch's operators on a CPU."""
+    return torch.get_num_threads()
 
 
 @_constant

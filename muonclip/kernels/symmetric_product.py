@@ -5,19 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from muonclip.kernels.blocked_product import Matrices, blocked_product, pays_by_blocks
 from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
 
 Backend = Literal["dense", "blocked", "triton"]
-
-# Side length -> blocks of rows that pay from there on. Two blocks need 3/4 of the work, four 5/8,
-# eight 9/16, but small products are less efficient. Measured with MKL, EPYC and Xeon; in 16 bits
-# with oneDNN, EPYC.
-_BLOCKS_FROM = {256: 2, 384: 4, 1024: 8}
-_BLOCKS_FROM_IN_16_BITS = {512: 4, 1024: 8}
-
-# Smaller matrices are multiplied as a whole everywhere.
-_LEAST_SIDE = min(_BLOCKS_FROM)
 
 # Half the tiles take half the time only if all tiles are more than one wave over the GPU's
 # multiprocessors (108 on an A100, 132 on an H100): the least number. Reasoned, not measured.
@@ -62,27 +54,33 @@ def symmetric_product(
         ValueError: if shapes, dtypes or devices disagree, or ``beta`` is not 0 without ``c``.
     """
     _check(a, b, c, beta)
-    return unchecked_product(a, b, c, alpha, beta, out)
+    left = Matrices(a)
+    right = left if b is a else Matrices(b)
+    summand, result = (None if x is None else Matrices(x) for x in (c, out))
+    return unchecked_product(left, right, summand, alpha, beta, result).tensor
 
 
 def unchecked_product(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
+    a: Matrices,
+    b: Matrices,
+    c: Matrices | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
-    out: Tensor | None = None,
-) -> Tensor:
+    out: Matrices | None = None,
+) -> Matrices:
     """:func:`symmetric_product` without a check of the arguments, which takes longer than a small
     product."""
-    if out is not None and (a.device.type != "cpu" or torch.compiler.is_compiling()):
+    if out is not None and (a.tensor.device.type != "cpu" or torch.compiler.is_compiling()):
         out = None
-    if a.size(1) < _LEAST_SIDE or choose_backend(a) == "dense":
-        return dense(a, b, c, alpha, beta, out)
-    if out is not None:  # calling a custom operator takes longer than a small product
-        return blocked(a, b, c, alpha, beta, out)
-    product: Tensor = _operator(a, b, c, alpha, beta)  # by device: blocked or triton
-    return product
+    summand = None if c is None else c.tensor
+    if choose_backend(a.tensor) == "dense":
+        memory = None if out is None else out.tensor
+        product = dense(a.tensor, b.tensor, summand, alpha, beta, memory)
+    elif out is None:  # calling a custom operator takes longer than a small product
+        product = _operator(a.tensor, b.tensor, summand, alpha, beta)  # by device
+    else:
+        blocked_product(a, b, c, alpha, beta, out)
+    return Matrices(product) if out is None else out
 
 
 def choose_backend(a: Tensor) -> Backend:
@@ -95,7 +93,7 @@ def choose_backend(a: Tensor) -> Backend:
     batch, n, _ = a.shape
     if a.numel() == 0:
         return "dense"
-    if a.device.type == "cpu" and n >= min(_blocks_from(a.dtype)):
+    if a.device.type == "cpu" and pays_by_blocks(n, a.dtype):
         return "blocked"
     if a.device.type == "cuda" and n >= _TRITON_FROM:
         rows = -(-n // _TRITON_TILE)
@@ -107,36 +105,12 @@ def choose_backend(a: Tensor) -> Backend:
     return "dense"
 
 
-def _blocks_from(dtype: torch.dtype) -> dict[int, int]:
-    return _BLOCKS_FROM_IN_16_BITS if dtype.itemsize == 2 else _BLOCKS_FROM
-
-
-def blocked(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
-) -> Tensor:
+def blocked(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
     """The blocks of rows up to the diagonal, each mirrored into the columns above it."""
-    n = a.size(1)
-    if out is None:
-        out = a.new_empty(a.size(0), n, n)
-    counts = _blocks_from(a.dtype)
-    blocks = max([2, *(count for least, count in counts.items() if n >= least)])
-    size = -(-n // blocks)
-    # One matrix at a time: of a part of a batch, torch copies 16-bit factors, slower than it
-    # multiplies them.
-    for i in range(a.size(0)):
-        result = out[i]
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            rows, columns = a[i, start:stop], b[i, :stop].mT
-            block = result[start:stop, :stop]  # written in place: nothing is copied
-            if c is None:
-                torch.addmm(block, rows, columns, beta=0, alpha=alpha, out=block)
-            else:
-                summand = c[i, start:stop, :stop]
-                torch.addmm(summand, rows, columns, beta=beta, alpha=alpha, out=block)
-            if start:
-                result[:start, start:stop] = block[:, :start].mT
-    return out
+    result = a.new_empty(a.size(0), a.size(1), a.size(1))
+    summand = None if c is None else Matrices(c)
+    blocked_product(Matrices(a), Matrices(b), summand, alpha, beta, Matrices(result))
+    return result
 
 
 def triton(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:

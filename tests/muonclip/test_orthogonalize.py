@@ -1,5 +1,9 @@
 """Newton-Schulz compared with an independent singular value decomposition in float64."""
 
+import importlib
+from typing import Literal
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +12,10 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muonclip import orthogonalize, update_scale
-from muonclip.orthogonalize import coefficient_steps
+from muonclip.kernels import blocked_product, matrix_polynomial
+from muonclip.orthogonalize import CoefficientName, coefficient_steps
+
+module = importlib.import_module("muonclip.orthogonalize")  # the function has its name
 
 
 def matrix_with(singular_values: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +81,50 @@ def test_batch_equals_one_by_one(batch: list[int], n: int, m: int, seed: int) ->
     alone = [orthogonalize(one, dtype=torch.float64) for one in matrices.reshape(-1, n, m)]
     assert together.shape == matrices.shape
     assert torch.allclose(together.reshape(-1, n, m), torch.stack(alone), atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 7),
+    at_once=st.integers(1, 4),
+    rows=st.integers(8, 40),
+    n=st.integers(2, 90),
+    m=st.integers(2, 90),
+    form=st.sampled_from(["direct", "gram"]),
+    coefficients=st.sampled_from(["quintic", "cubic", "polar_express"]),
+    steps=st.integers(1, 7),
+    seed=st.integers(0, 2**16),
+)
+def test_blocks_and_shared_memory_do_not_change_the_result(
+    batch: int,
+    at_once: int,
+    rows: int,
+    n: int,
+    m: int,
+    form: Literal["direct", "gram"],
+    coefficients: CoefficientName,
+    steps: int,
+    seed: int,
+) -> None:
+    """Also blocks and parts of a batch that are smaller than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(batch, n, m, generator=generator, dtype=torch.float64)
+    expected = []
+    for matrix in matrices:
+        x = matrix / matrix.norm()
+        for a, b, c in coefficient_steps(coefficients, steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        expected.append(x)
+    with (
+        mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows),
+        mock.patch.object(matrix_polynomial, "_CACHE_BYTES", at_once * n * m * 8),
+        mock.patch.object(module, "_FEW_ELEMENTS", 0),
+    ):
+        result = orthogonalize(
+            matrices, coefficients=coefficients, steps=steps, dtype=torch.float64, form=form
+        )
+    assert torch.allclose(result, torch.stack(expected), atol=1e-9)
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,5 +1,7 @@
 """The symmetric product without a GPU: each backend, the rule that picks it, the operator."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from muonclip.kernels import blocked_product
 from muonclip.kernels import symmetric_product as module
 from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
@@ -16,11 +19,18 @@ from tests.muonclip.kernels.reference import check_symmetric_product, symmetric_
 LARGE = 520  # enough rows for the blocked backend, and no multiple of its blocks
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes that pay depend on the threads."""
+    monkeypatch.setattr(blocked_product, "cpu_threads", lambda: 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 3),
     n=st.integers(1, 70),
     k=st.integers(1, 40),
+    rows=st.integers(8, 80),
     gram=st.booleans(),
     transposed=st.booleans(),
     with_c=st.booleans(),
@@ -33,6 +43,7 @@ def test_backends_against_float64(
     batch: int,
     n: int,
     k: int,
+    rows: int,
     gram: bool,
     transposed: bool,
     with_c: bool,
@@ -47,13 +58,14 @@ def test_backends_against_float64(
     c = torch.randn(batch, n, n, generator=generator, dtype=torch.float64)
     c = (c + c.mT).to(dtype) if with_c else None
     beta = beta if with_c else 0.0
-    for backend in (dense, blocked):
-        result = backend(a, b, c, alpha, beta)
-        check_symmetric_product(result, a, b, c, alpha, beta)
+    with mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows):
+        for backend in (dense, blocked):
+            result = backend(a, b, c, alpha, beta)
+            check_symmetric_product(result, a, b, c, alpha, beta)
 
 
 def test_above_the_threshold_blocks_agree_with_the_whole_product() -> None:
-    """Through the public name, with each number of blocks, and in memory that is given."""
+    """Through the public name, with several numbers of blocks, and in memory that is given."""
     torch.manual_seed(0)
     for n in (257, LARGE, 1030):
         a, c = torch.randn(1, n, 24), torch.randn(1, n, n)
@@ -95,8 +107,11 @@ def backend_of(
 
 def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend for each shape, dtype and device."""
-    assert backend_of(1, 255, torch.float32, "cpu") == "dense"
-    assert backend_of(1, 256, torch.float32, "cpu") == "blocked"
+    for threads, least in (1, 160), (2, 512):
+        monkeypatch.setattr(blocked_product, "cpu_threads", lambda threads=threads: threads)
+        assert backend_of(1, least - 1, torch.float32, "cpu") == "dense"
+        assert backend_of(1, least, torch.float32, "cpu") == "blocked"
+        assert backend_of(1, 255, torch.bfloat16, "cpu") == "dense"
     assert backend_of(0, 512, torch.float32, "cpu") == "dense"
     assert backend_of(1, 512, torch.float32, "meta") == "dense"
     assert backend_of(1, 4096) == "dense"  # no GPU here
