@@ -68,11 +68,13 @@ def run(options: argparse.Namespace) -> Result:
 
     if options.baseline in absent:
         raise SystemExit(f"--baseline {options.baseline}: {absent[options.baseline]}")
+    shapes = {(shape[-2], shape[-1]) for load in loads for shape in load.matrices}
+    arithmetic = {c.name: c.arithmetic_on(options.device, shapes) for c in present}
     result: Result = {
         "baseline": options.baseline,
         "optimizers": {
             c.name: {
-                "arithmetic": c.arithmetic_on(options.device),
+                "arithmetic": " and ".join(arithmetic[c.name]),
                 "coefficients": c.coefficients,
                 "version": c.version(),
                 "update_error": errors.get(c.name),
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> Result:
             dtype: matmul_peak(
                 getattr(torch, dtype), options.device, PEAK_SIZE[options.form], options.clock
             )
-            for dtype in sorted({c.arithmetic_on(options.device) for c in present} - {""})
+            for dtype in sorted({dtype for dtypes in arithmetic.values() for dtype in dtypes})
         },
         "workloads": {},
     }
@@ -94,10 +96,10 @@ def run(options: argparse.Namespace) -> Result:
         timed = [c for c in present if c.stacks or not load.stacked or c.name == options.baseline]
         times = summarize(_time(load, timed, rounds, options), options.baseline)
         for name, row in times.items():
-            arithmetic = result["optimizers"][name]["arithmetic"]
-            if arithmetic:
+            if arithmetic[name]:
                 row["flops_per_s"] = load.flops() / row["median_s"]
-                row["share_of_peak"] = row["flops_per_s"] / result["matmul_peak_flops"][arithmetic]
+                peak = max(result["matmul_peak_flops"][dtype] for dtype in arithmetic[name])
+                row["share_of_peak"] = row["flops_per_s"] / peak
         result["workloads"][load.name] = {
             "title": str(load), "newton_schulz_flops": load.flops(), "times": times
         }  # fmt: skip
@@ -175,8 +177,8 @@ def update_error(candidate: Candidate, device: torch.device, seed: int = 0) -> f
     conventions for their scale differ.
 
     Returns:
-        The larger relative Frobenius distance: about 1e-6 in float32 and 1e-2 in bfloat16. An
-        error above 0.1 means a different algorithm.
+        The larger relative Frobenius distance: about 1e-6 in float32, 1e-3 in float16 and 1e-2 in
+        bfloat16. An error above 0.1 means a different algorithm.
     """
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0

@@ -77,10 +77,13 @@ class Candidate:
             else f"the installed package {name!r} is a different one"
         )
 
-    def arithmetic_on(self, device: torch.device) -> str:
+    def arithmetic_on(self, device: torch.device, shapes: Iterable[tuple[int, int]]) -> list[str]:
+        """Dtypes of Newton-Schulz for matrices of these shapes; none if it is not Muon."""
         if self.arithmetic == "auto":
-            return str(default_ns_dtype(device, torch.float32)).removeprefix("torch.")
-        return (device.type == "cuda" and self.cuda_arithmetic) or self.arithmetic
+            chosen = {default_ns_dtype(device, torch.float32, [shape]) for shape in shapes}
+            return sorted(str(dtype).removeprefix("torch.") for dtype in chosen)
+        name = (device.type == "cuda" and self.cuda_arithmetic) or self.arithmetic
+        return [name] if name else []
 
     def version(self) -> str | None:
         """Version of the package; "source" if it is importable without being installed."""

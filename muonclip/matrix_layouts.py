@@ -144,8 +144,8 @@ class MatrixLayout:
         """
         return shape[0] if len(shape) == 3 and not self.flatten and self.view is None else 1
 
-    def smaller_side(self, shape: Sequence[int]) -> int:
-        """The smaller side of the matrices in a parameter of this shape; the largest, if several.
+    def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """[n, m] of the matrices of each block of a parameter.
 
         Args:
             shape: of the whole parameter.
@@ -155,9 +155,10 @@ class MatrixLayout:
         rows, columns = (shape if self.view is None else self.view)[-2:]
         if self.transposed:
             rows, columns = columns, rows
-        if self.blocks is not None:
-            rows = max(self.blocks) * (1 if self.separate else self.repeats)
-        return min(rows, columns)
+        if self.blocks is None:
+            return [(rows, columns)]
+        repeats = 1 if self.separate else self.repeats
+        return [(block * repeats, columns) for block in self.blocks]
 
     def input_dims(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The dimensions of a parameter along which it has the inputs of a neuron (matrix row).
@@ -182,6 +183,14 @@ class MatrixLayout:
         if self.transposed:
             return tuple(range(ends.index(stack), ends.index(rows)))
         return tuple(range(ends.index(rows), len(shape)))
+
+    def has_input_dims(self, shape: Sequence[int]) -> bool:
+        """Whether ``input_dims`` of a parameter of this shape exist."""
+        try:
+            self.input_dims(shape)
+        except ValueError:
+            return False
+        return True
 
     @property
     def of_neurons(self) -> "MatrixLayout":

@@ -1,5 +1,6 @@
 """Muon's step for parameters, or for the shards of them that a rank stores."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,18 @@ class MuonParam(NamedTuple):
         if self.momentum_buffer.dtype == torch.float64:  # no other dtype has its range
             return torch.float64
         return working_dtype(self.ns_dtype)
+
+    @property
+    def unit(self) -> float:
+        """Divisor of orthogonalized updates until they are applied: a power of two.
+
+        In float16 it is about ``update_rms``, which could otherwise leave its range.
+        """
+        group = self.group
+        if self.ns_dtype != torch.float16 or group["adjust_lr"] != "match_rms_adamw":
+            return 1.0
+        _, exponent = math.frexp(group["update_rms"])
+        return math.ldexp(1.0, exponent - 1)
 
     def narrow(self, start: int, length: int, first: int) -> "MuonParam":
         """The same for some slices of the local tensors.
@@ -331,7 +344,7 @@ def orthogonalize_updates(
         found_inf: as for ``step_local``.
 
     Returns:
-        The same shapes, in the dtype of Newton-Schulz.
+        The same shapes, in the dtype of Newton-Schulz, divided by ``MuonParam.unit``.
     """
     matrices = [param.layout.split(update) for param, update in zip(params, updates, strict=True)]
     states = [_split_state(param) for param in params]
@@ -352,6 +365,7 @@ def orthogonalize_updates(
         options = params[positions[0][0]].group
         variant = variant_of(options)
         scale = update_scale(shape, options["adjust_lr"], options["update_rms"])
+        scale /= params[positions[0][0]].unit
         results = orthogonalize_(
             _concatenate(stacks),
             coefficient_steps(options["ns_coefficients"], options["ns_steps"]),
@@ -456,6 +470,7 @@ def apply_updates(
             lr=lr,
             weight_decay=0.0 if options["weight_decay_mode"] == "l2" else options["weight_decay"],
             mode=options["weight_decay_mode"],
+            unit=members[0].unit,
         )
         write_back(
             [
@@ -474,10 +489,10 @@ def _read_weights(param: MuonParam) -> Tensor:
 
 
 def _by_group(params: Sequence[MuonParam]) -> list[list[int]]:
-    """Indices of the parameters of each group and dtype."""
+    """Indices of the parameters of each group, dtype and unit."""
     indices: dict[Any, list[int]] = defaultdict(list)
     for index, param in enumerate(params):
-        key = (id(param.group), param.to_update.dtype, param.momentum_buffer.dtype)
+        key = (id(param.group), param.to_update.dtype, param.momentum_buffer.dtype, param.unit)
         indices[key].append(index)
     return list(indices.values())
 

@@ -109,9 +109,11 @@ class MuonClip(Optimizer):
         nesterov: use Nesterov momentum.
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
-        ns_dtype: dtype of Newton-Schulz; default: bfloat16 on accelerators and on CPUs with
-            instructions for it (AVX512-BF16, AMX, ARM), float32 on others, and on a CPU for float64
-            parameters and matrices with a side below 64. Ranks that share parameters agree; give it
+        ns_dtype: dtype of Newton-Schulz; default: on NVIDIA and AMD GPUs float16 for matrices of
+            aspect ratio 1.5 or more that are not small, in the Gram form; else bfloat16 on
+            accelerators and on CPUs with instructions for it (AVX512-BF16, AMX, ARM); float32 on
+            other CPUs, and on a CPU for float64 parameters and matrices with a side below 64. The
+            matrices of a parameter have one dtype. Ranks that share parameters agree; give it
             where ranks with copies of a parameter do not share it (DDP without ``process_group``)
             and have other processors, or for the same arithmetic when a run resumes on another
             processor.
@@ -665,8 +667,8 @@ class MuonClip(Optimizer):
         device = self.devices.of_step(local_tensor(param))
         if device.type == "cpu" and self._avoids_bfloat16:
             return torch.float32
-        side = (group["layout"] or WHOLE).smaller_side(self._whole_shape(param))
-        return default_ns_dtype(device, param.dtype, side)
+        shapes = (group["layout"] or WHOLE).matrix_shapes(self._whole_shape(param))
+        return default_ns_dtype(device, param.dtype, shapes)
 
     def _state_of(
         self, param: Tensor, group: dict[str, Any], *, steps: bool = True

@@ -119,23 +119,37 @@ _FEW_ROWS, _FEW_ELEMENTS = 64, 2**15
 
 
 def default_ns_dtype(
-    device: torch.device, dtype: torch.dtype, side: int = BFLOAT16_FROM
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]
 ) -> torch.dtype:
-    """bfloat16 on accelerators, and on a CPU that has instructions for it; otherwise float32.
+    """float16 on NVIDIA and AMD GPUs for matrices that take the Gram form; otherwise bfloat16 on
+    accelerators and on a CPU that has instructions for it, and float32 on other CPUs.
 
-    On a CPU it is float32 for float64 matrices, of which one wants more digits than speed, and for
-    small matrices, which bfloat16 makes slower.
+    In the Gram form, float16 does less work than bfloat16, which is too coarse for it, and is ten
+    times as exact on matrices of low rank; float64 matrices are in bfloat16. On a CPU the default
+    is float32 for these, of which one wants more digits than speed, and for small matrices, which
+    bfloat16 makes slower.
 
     Args:
         device: of the matrices.
         dtype: of the matrices.
-        side: their smaller side; default: they are not small.
+        shapes: [n, m] of each, at least one, for all of which the dtype is chosen: that of the
+            largest counts on a CPU, and on a GPU all must prefer the Gram form.
     """
-    if device.type == "cpu" and (
-        dtype == torch.float64 or side < BFLOAT16_FROM or not has_bfloat16_products()
-    ):
-        return torch.float32
-    return torch.bfloat16
+    if device.type == "cpu":
+        is_small = max(min(shape) for shape in shapes) < BFLOAT16_FROM
+        if dtype == torch.float64 or is_small or not has_bfloat16_products():
+            return torch.float32
+        return torch.bfloat16
+    takes_gram = device.type == "cuda" and all(prefers_gram(n, m) for n, m in shapes)
+    return torch.float16 if takes_gram and dtype != torch.float64 else torch.bfloat16
+
+
+def prefers_gram(n: int, m: int, count: int = 1) -> bool:
+    """Whether ``"auto"`` is the Gram form for matrices [count, n, m], in dtypes that allow it."""
+    short, long = sorted((n, m))
+    # Small matrices take time for calls, of which the direct form has fewer.
+    is_small = short <= SMALL_SIDE and long <= 2 * SMALL_SIDE
+    return long >= _GRAM_ASPECT * short and not is_small and not _takes_calls(count, short, long)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -207,9 +221,10 @@ def orthogonalize(
         eps: guard against 0/0, in [0, 1): least Frobenius norm to divide by, relative to a matrix's
             largest entry. The result does not depend on the scale of a matrix.
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
-            bfloat16 on accelerators and on CPUs with instructions for it (AVX512-BF16, AMX, ARM),
-            float32 on others, with ``form="gram"``, and on a CPU for float64 matrices and for those
-            with a side below 64.
+            on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are not
+            small; else bfloat16 on accelerators and on CPUs with instructions for it (AVX512-BF16,
+            AMX, ARM); float32 on other CPUs, on a CPU for float64 matrices and for those with a
+            side below 64, and with ``form="gram"`` in place of bfloat16.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
@@ -225,8 +240,9 @@ def orthogonalize(
             f"got {matrices.dtype} of shape {tuple(matrices.shape)}"
         )
     if dtype is None:
-        dtype = default_ns_dtype(matrices.device, matrices.dtype, min(matrices.shape[-2:]))
-        if form == "gram":
+        shape = (matrices.size(-2), matrices.size(-1))
+        dtype = default_ns_dtype(matrices.device, matrices.dtype, [shape])
+        if form == "gram" and dtype == torch.bfloat16:
             dtype = torch.float32
     if dtype not in NS_DTYPES:
         raise ValueError(f"dtype must be one of {NS_DTYPES}, got {dtype}")
@@ -274,22 +290,21 @@ def orthogonalize_(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = x.contiguous()
-    if form != "gram" and _takes_calls(x):
+    count, n, m = x.shape
+    if form != "gram" and _takes_calls(count, n, m):
         x = _small_form(x, schedule, scale)
         return x.mT if tall else x
-    # Small matrices take time for calls, of which the direct form has fewer.
-    is_small = max(x.shape[-2:]) <= 2 * SMALL_SIDE and x.size(-2) <= SMALL_SIDE
-    is_long = x.size(-1) >= _GRAM_ASPECT * x.size(-2) and not is_small
-    use_gram = form == "gram" or (form == "auto" and is_long and x.dtype != torch.bfloat16)
+    may_use_gram = form == "auto" and dtype != torch.bfloat16
+    use_gram = form == "gram" or (may_use_gram and prefers_gram(n, m, count))
     iterate = _gram_form if use_gram else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
 
 
-def _takes_calls(x: Tensor) -> bool:
-    """Whether the products of [b, n, m] are so small that calls take most of the time."""
-    sides = x.size(-2) <= _FEW_ROWS and x.size(-1) <= 2 * _FEW_ROWS
-    return sides and x.numel() <= _FEW_ELEMENTS
+def _takes_calls(count: int, n: int, m: int) -> bool:
+    """Whether the products of [count, n, m], n <= m, are so small that calls take most of the
+    time."""
+    return n <= _FEW_ROWS and m <= 2 * _FEW_ROWS and count * n * m <= _FEW_ELEMENTS
 
 
 def _normalize_(x: Tensor, eps: float) -> Tensor:

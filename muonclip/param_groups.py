@@ -473,8 +473,10 @@ def describe_assignment(
         total[0] += 1
         total[1] += item.parameter.numel()
         if algorithm == "muon":
-            side = (item.layout or WHOLE).smaller_side(item.parameter.shape)
-            chosen = ns_dtype or default_ns_dtype(item.parameter.device, item.parameter.dtype, side)
+            shapes = (item.layout or WHOLE).matrix_shapes(item.parameter.shape)
+            chosen = ns_dtype or default_ns_dtype(
+                item.parameter.device, item.parameter.dtype, shapes
+            )
             ns_dtypes.add(str(chosen).removeprefix("torch."))
     rows += [
         (f"{name} ({count} times)" if count > 1 else name, shape, algorithm, reason)

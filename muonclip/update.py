@@ -64,8 +64,9 @@ def decay_and_apply(
     lr: Scalar,
     weight_decay: float,
     mode: WeightDecayMode,
+    unit: float = 1.0,
 ) -> None:
-    """W <- W - lr * (update + weight decay), in place.
+    """W <- W - lr * (unit * update + weight decay), in place.
 
     ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
     if update and weight do not have opposite signs, otherwise nothing (Chen et al., arXiv
@@ -89,7 +90,7 @@ def decay_and_apply(
         # torch.distributed.checkpoint to create the state of a new optimizer.
         factor = 1 - weight_decay * (lr if mode == "decoupled" else lr != 0)
         torch._foreach_mul_(params, factor)
-    _add_scaled(params, updates, -lr)
+    _add_scaled(params, updates, -lr * unit)
 
 
 def _add_scaled(params: list[Tensor], tensors: list[Tensor], scale: Scalar) -> None:

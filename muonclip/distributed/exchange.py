@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from muonclip.distributed.plan import (
     segments,
     split_results,
 )
+from muonclip.distributed.scaled_float16 import decode_, encode, message_size
 from muonclip.distributed.sharding import Copies, TensorShard
 
 # A rank receives at most this many elements of results at a time, or those of one unit.
@@ -47,9 +49,11 @@ class BucketExchange:
     Args:
         bucket: the units.
         group: the ranks.
-        dtype: of the shards on their way. They are normalized by the norm of their whole matrix,
-            which only the owner knows, and need this dtype's range until then.
+        dtype: of the shards. They are normalized by the norm of their whole matrix, which only the
+            owner knows, and need this dtype's range until then.
         device: of the tensors.
+        scaled: send float32 shards as scaled float16 (see ``scaled_float16``): the dimensions along
+            which elements share a scale, by the index of a unit. None: in ``dtype``.
 
     Attributes:
         owned: the units that this rank orthogonalizes.
@@ -62,6 +66,7 @@ class BucketExchange:
         group: dist.ProcessGroup,
         dtype: torch.dtype,
         device: torch.device,
+        scaled: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
         self.group, self.dtype, self.device = group, dtype, device
         self.rank, nodes = dist.get_rank(group), nodes_of(group)
@@ -82,9 +87,10 @@ class BucketExchange:
         sent = set(self._outgoing)
         self.unsent = [unit for unit, _ in bucket if unit.is_on(self.rank) and unit not in sent]
         self._owners_have_all = all(unit.is_whole_on(owner) for unit, owner in bucket)
+        self._scaled = None if self._owners_have_all else scaled
         ranks = range(dist.get_world_size(group))
-        self._sent = [_elements(to_owner.get(rank, ()), self.rank) for rank in ranks]
-        self._to_receive = [_elements(from_sender.get(rank, ()), rank) for rank in ranks]
+        self._sent = [self._elements(to_owner.get(rank, ()), self.rank) for rank in ranks]
+        self._to_receive = [self._elements(from_sender.get(rank, ()), rank) for rank in ranks]
         self._received: Tensor | None = None
         self._work: Any = None
 
@@ -94,11 +100,16 @@ class BucketExchange:
         Args:
             shards_of: returns this rank's shard of each of some units.
         """
-        self._send(_flat(shards_of(self._outgoing), self.dtype, self.device))
+        if self._scaled is None:
+            self._send(_flat(shards_of(self._outgoing), self.dtype, self.device))
+        else:
+            dims = [self._scaled[unit.index] for unit in self._outgoing]
+            self._send(encode(shards_of(self._outgoing), dims, self.device))
 
     def send_zeros(self) -> None:
         """Send zeros in place of the shards, which need not exist."""
-        self._send(torch.zeros(sum(self._sent), dtype=self.dtype, device=self.device))
+        dtype = self.dtype if self._scaled is None else torch.float16
+        self._send(torch.zeros(sum(self._sent), dtype=dtype, device=self.device))
 
     def _send(self, packed: Tensor) -> None:
         if self._owners_have_all:
@@ -111,13 +122,45 @@ class BucketExchange:
         """Wait for the units that this rank owns: each whole, in the order of ``owned``."""
         _wait(self._work)
         assert self._received is not None
+        received, self._work, self._received = self._received, None, None
         shards = [unit.shard_of(rank) for unit, rank in self._incoming]
-        parts = self._received.split_with_sizes([shard.numel for shard in shards])
-        self._work = self._received = None
+        if self._scaled is not None:
+            return self._decoded(received, shards, self._scaled)
+        parts = received.split_with_sizes([shard.numel for shard in shards])
         pieces: dict[WorkUnit, list[tuple[TensorShard, Tensor]]] = {}
         for (unit, _), shard, part in zip(self._incoming, shards, parts, strict=True):
             pieces.setdefault(unit, []).append((shard, part))
         return [_assemble(unit, pieces.pop(unit)) for unit in self.owned]
+
+    def _decoded(
+        self,
+        received: Tensor,
+        shards: Sequence[TensorShard],
+        scaled: Mapping[int, tuple[int, ...]],
+    ) -> list[Tensor]:
+        """The units of a message of scaled float16: 4 bytes for each of their elements.
+
+        Each shard is decoded into its place. Until then, there are 2 more bytes for what was
+        received. In memory, the units follow one another, and need not be copied again for
+        Newton-Schulz.
+        """
+        sizes = [prod(unit.shape) for unit in self.owned]
+        flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        parts = zip(self.owned, flat.split_with_sizes(sizes), strict=True)
+        whole = {unit: part.view(unit.shape) for unit, part in parts}
+        targets = [
+            whole[unit][shard.slices]
+            for (unit, _), shard in zip(self._incoming, shards, strict=True)
+        ]
+        decode_(received, targets, [scaled[unit.index] for unit, _ in self._incoming])
+        return list(whole.values())
+
+    def _elements(self, units: Sequence[WorkUnit], rank: int) -> int:
+        """Number of elements in the message of a rank's shards of units."""
+        shards = [(unit.index, unit.shard_of(rank)) for unit in units]
+        if self._scaled is None:
+            return sum(shard.numel for _, shard in shards)
+        return sum(message_size(shard.sizes, self._scaled[index]) for index, shard in shards)
 
 
 class ResultExchange:
@@ -368,8 +411,3 @@ def _all_to_all(
 def _wait(work: Any) -> None:
     if work is not None:
         work.wait()
-
-
-def _elements(units: Sequence[WorkUnit], rank: int) -> int:
-    """Number of elements in a rank's shards of units."""
-    return sum(unit.shard_of(rank).numel for unit in units)

@@ -141,14 +141,11 @@ class DistributedMuon:
             group = groups_by_id[kind.group]
             size = dist.get_world_size(group)
             unit_owners = given[kind] if kind in given else balance.assign(units[kind], group)
-            shards = {index: found[index].local for index in by_kind[kind]}
+            of_params = {index: (found[index], listed[index]) for index in by_kind[kind]}
+            variant = _VariantWork if kind.state else _Work
+            work = _OwnersWork if kind.is_sharded else variant
             for bucket in make_buckets(units[kind], unit_owners, BUCKET_ELEMENTS * size):
-                if kind.state and not kind.is_sharded:
-                    of_params = {index: (found[index], listed[index]) for index in by_kind[kind]}
-                    self._work.append(_VariantWork(bucket, group, kind, of_params))
-                    continue
-                work = _OwnersWork if kind.is_sharded else _Work
-                self._work.append(work(bucket, group, kind, shards))
+                self._work.append(work(bucket, group, kind, of_params))
 
     def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
         """Update the parameters. A collective call of all ranks that share any of them."""
@@ -225,6 +222,7 @@ class _Kind(NamedTuple):
     is_sharded: bool
     has_master: bool
     send_dtype: torch.dtype
+    is_scaled: bool  # sent as scaled float16
     return_dtype: torch.dtype
     update_dtype: torch.dtype
     ns_dtype: torch.dtype
@@ -242,6 +240,7 @@ class _Kind(NamedTuple):
             has_master,
             # Updates, or gradients for an owner that keeps the momentum.
             param.gradient.dtype if param.is_sharded else param.update_dtype,
+            not param.is_sharded and is_sent_scaled(param),
             # Updates, or weights of an owner that keeps the master copy.
             param.local.dtype if has_master else param.ns_dtype,
             param.update_dtype,
@@ -259,7 +258,7 @@ class _Work:
     Args:
         bucket: the units and their owners.
         group, kind: of their parameters.
-        shards: this rank's shard of each parameter, by its index in the step.
+        params: the sharding of each parameter, and the parameter, by its index in the step.
 
     Attributes:
         returns: the exchanges by which results return, and what applies them.
@@ -270,10 +269,14 @@ class _Work:
         bucket: Bucket,
         group: dist.ProcessGroup,
         kind: _Kind,
-        shards: Mapping[int, TensorShard],
+        params: Mapping[int, tuple[Sharding, SharedParam]],
     ) -> None:
-        self._kind, self._shards = kind, shards
-        self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device)
+        self._kind = kind
+        self._shards = {index: sharding.local for index, (sharding, _) in params.items()}
+        scaled = None
+        if kind.is_scaled:  # rows of matrices: several in one scale could differ in size
+            scaled = {i: param.layout.input_dims(param.shape) for i, (_, param) in params.items()}
+        self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device, scaled)
         self._exchanges = [self._exchange]
         results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
         self.returns: list[tuple[_Apply, ResultExchange]] = [(self.apply, r) for r in results]
@@ -340,8 +343,7 @@ class _VariantWork(_Work):
     """The units of one bucket, and the state of their variant, which travels to owners and back.
 
     Args:
-        bucket, group, kind: as for ``_Work``.
-        params: the sharding of each parameter, and the parameter, by its index in the step.
+        bucket, group, kind, params: as for ``_Work``.
     """
 
     def __init__(
@@ -351,7 +353,7 @@ class _VariantWork(_Work):
         kind: _Kind,
         params: Mapping[int, tuple[Sharding, SharedParam]],
     ) -> None:
-        super().__init__(bucket, group, kind, {i: s.local for i, (s, _) in params.items()})
+        super().__init__(bucket, group, kind, params)
         dims = {i: param.layout.input_dims(param.shape) for i, (_, param) in params.items()}
         self._first = {i: s.reduced(dims[i]).local.offsets[0] for i, (s, _) in params.items()}
         self._states: dict[str, BucketExchange] = {}
@@ -420,9 +422,9 @@ class _OwnersWork(_Work):
         bucket: Bucket,
         group: dist.ProcessGroup,
         kind: _Kind,
-        shards: Mapping[int, TensorShard],
+        params: Mapping[int, tuple[Sharding, SharedParam]],
     ) -> None:
-        super().__init__(bucket, group, kind, shards)
+        super().__init__(bucket, group, kind, params)
         self._weights: BucketExchange | None = None
         if kind.has_master:  # owners compare it with the weights, which others may have written to
             dtype = kind.weight_dtype
@@ -461,6 +463,16 @@ class _OwnersWork(_Work):
             local = self._shard_of(unit, params[unit.index]).local
             # In a step that is skipped, an owner that could not take it has sent zeros.
             local.copy_(weights if found_inf is None else weights.where(found_inf == 0, local))
+
+
+def is_sent_scaled(param: MuonParam) -> bool:
+    """Whether the update of a parameter travels to owners as scaled float16.
+
+    Newton-Schulz in float16 needs no more bits, but an update has float32's range until the norm of
+    the whole matrix is known.
+    """
+    needs_range = param.ns_dtype == torch.float16 and param.update_dtype == torch.float32
+    return needs_range and param.layout.has_input_dims(param.shape)
 
 
 def _in_batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:

@@ -436,8 +436,8 @@ class OptimizerConfig(Settings):
     momentum: Decay = 0.95
     ns_steps: Annotated[int, In("[1, 100]")] = 5
     ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision of Newton-Schulz; auto: bfloat16 on accelerators and on CPUs with instructions for
-    it, float32 on others."""
+    """Precision of Newton-Schulz; auto: float16 on NVIDIA GPUs for matrices of aspect ratio 1.5 or
+    more, else bfloat16 on accelerators and on CPUs with instructions for it, float32 on others."""
     adamw_beta1: Decay = 0.9
     adamw_beta2: Decay = 0.95
     shard_state: bool | None = None

@@ -1,7 +1,7 @@
 """Messages and memory of the optimizer's step on an accelerator.
 
 Owners, buckets and messages are made by the functions of :mod:`muonclip.distributed`, and tensors
-are counted as :mod:`muonclip.muon` makes them, in bfloat16 Newton-Schulz steps.
+are counted as :mod:`muonclip.muon` makes them.
 """
 
 from collections import Counter
@@ -22,8 +22,11 @@ from muonclip.distributed.plan import (
     segments,
     split_results,
 )
+from muonclip.distributed.scaled_float16 import message_size
+from muonclip.distributed.sharding import TensorShard
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE
+from muonclip.orthogonalize import prefers_gram
 from pretrain.config import Config
 from pretrain.model.weights import Weight
 from pretrain.plan.itemsize import FLOAT32, ITEMSIZE
@@ -32,6 +35,7 @@ from pretrain.plan.shared_matrices import (
     SharedMatrices,
     copies_of,
     has_sharded_state,
+    ns_dtype,
     numel,
     stage_size,
 )
@@ -43,8 +47,9 @@ class Sizes(NamedTuple):
     Attributes:
         gradient: of a gradient or update on its way to an owner.
         weight: of a weight on its way to an owner; 0 if it has no master copy.
-        update: of the update that an owner orthogonalizes, and of the result.
-        result: of a result on its way back.
+        update: of the update that is orthogonalized.
+        result: of the orthogonalized update.
+        returned: of a result on its way back.
         has_sharded_state: whether the owner updates momentum and master copy.
     """
 
@@ -52,45 +57,40 @@ class Sizes(NamedTuple):
     weight: int
     update: int
     result: int
+    returned: int
     has_sharded_state: bool
 
     @classmethod
-    def of(cls, config: Config, has_sharded_state: bool) -> "Sizes":
-        dtype, weight = config.optimizer.ns_dtype, ITEMSIZE[config.precision]
-        update = ITEMSIZE["bfloat16" if dtype == "auto" else dtype]  # auto, on an accelerator
-        if not has_sharded_state:
-            return cls(update, 0, update, update, False)
+    def of(cls, config: Config, dtype: str, has_sharded_state: bool) -> "Sizes":
+        """Those of matrices with Newton-Schulz in ``dtype``."""
+        weight, result = ITEMSIZE[config.precision], ITEMSIZE[dtype]
+        update = FLOAT32 if dtype == "float16" else result
+        if not has_sharded_state:  # travels in 16 bits, see ``muonclip.distributed.scaled_float16``
+            return cls(result, 0, update, result, result, False)
         has_master = weight != FLOAT32
-        return cls(
-            FLOAT32, weight if has_master else 0, update, weight if has_master else update, True
-        )
+        returned = weight if has_master else result
+        return cls(FLOAT32, weight if has_master else 0, update, result, returned, True)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the exponents of scaled float16 travel to owners, too."""
+        return self.gradient < self.update
 
 
 def sent_by_owners(config: Config, ranks: Ranks, shared: Iterable[SharedMatrices]) -> float:
     """Bytes of matrices that a rank of a stage sends in a step, on average."""
     sent = 0
     for matrices in shared:
-        sizes = Sizes.of(config, matrices.has_sharded_state)
-        for bucket in _buckets(matrices):
-            sent += _sent_to_owners(bucket) * (sizes.gradient + sizes.weight)
-            for message in split_results(bucket, RESULT_ELEMENTS):
-                sent += _sent_back(message) * sizes.result
+        for work in (_Work(config, matrices, bucket) for bucket in _buckets(matrices)):
+            sent += work.sent_to_owners() * (work.sizes.gradient + work.sizes.weight)
+            for message in work.messages:
+                sent += _sent_back(message) * work.sizes.returned
     return sent / stage_size(ranks)
 
 
 def _buckets(matrices: SharedMatrices) -> list[Bucket]:
     elements = BUCKET_ELEMENTS * len(matrices.places)
     return make_buckets(matrices.units, matrices.owners, elements)
-
-
-def _sent_to_owners(bucket: Bucket) -> int:
-    """Elements of the shards that owners do not have themselves."""
-    return sum(
-        shard.numel
-        for unit, owner in bucket
-        for number, shard in enumerate(unit.shards)
-        if shard is not None and unit.copies.set_of[owner] != number
-    )
 
 
 def _sent_back(message: Bucket) -> int:
@@ -144,7 +144,7 @@ class _Work:
 
     def __init__(self, config: Config, matrices: SharedMatrices, bucket: Bucket) -> None:
         self.matrices, self.bucket = matrices, bucket
-        self.sizes = Sizes.of(config, matrices.has_sharded_state)
+        self.sizes = Sizes.of(config, matrices.ns_dtype, matrices.has_sharded_state)
         self.owned_elements: Counter[int] = Counter()
         for unit, owner in bucket:
             self.owned_elements[owner] += numel(unit)
@@ -165,35 +165,61 @@ class _Work:
         return all(unit.is_whole_on(owner) for unit, owner in self.bucket)
 
     @cached_property
-    def _outgoing(self) -> dict[int, list[tuple[WorkUnit, int]]]:
-        """(unit, elements) of the shards that each rank sends, also to itself."""
+    def _outgoing(self) -> dict[int, list[tuple[WorkUnit, TensorShard]]]:
+        """The shards that each rank sends, also to itself."""
         nodes = [0] * len(self.matrices.places)
-        sent: dict[int, list[tuple[WorkUnit, int]]] = {}
+        sent: dict[int, list[tuple[WorkUnit, TensorShard]]] = {}
         for unit, owner in self.bucket:
             for shard, holders in unit.held:
                 sender = nearest(holders, owner, nodes)
-                sent.setdefault(sender, []).append((unit, shard.numel))
+                sent.setdefault(sender, []).append((unit, shard))
         return sent
+
+    def _message_size(self, unit: WorkUnit, shard: TensorShard) -> int:
+        """Elements of a message to an owner that is not this rank."""
+        if not self.sizes.is_scaled:
+            return shard.numel
+        return message_size(shard.sizes, self.layouts[unit].input_dims(unit.shape))
+
+    def sent_to_owners(self) -> int:
+        """Elements in messages that owners do not send themselves."""
+        return sum(
+            self._message_size(unit, shard)
+            for unit, owner in self.bucket
+            for number, shard in enumerate(unit.shards)
+            if shard is not None and unit.copies.set_of[owner] != number
+        )
 
     def travelling(self, rank: int) -> int:
         """Shards on their way to owners."""
         outgoing = self._outgoing.get(rank, [])
         size = self.sizes.gradient + self.sizes.weight
-        elements = sum(count for _, count in outgoing)
         if not self.owners_have_all:
-            elements += self.owned_elements[rank]
-        elif self.sizes.has_sharded_state and len(outgoing) == 1:
+            elements = sum(self._message_size(unit, shard) for unit, shard in outgoing)
+            elements += sum(
+                self._message_size(unit, shard)
+                for unit, owner in self.bucket
+                if owner == rank
+                for shard, _ in unit.held
+            )
+            return elements * size
+        if self.sizes.has_sharded_state and len(outgoing) == 1:
             return 0  # the gradient and the weights themselves
-        return elements * size
+        if self.sizes.is_scaled:  # only what is sent
+            size = self.sizes.update
+        return sum(shard.numel for _, shard in outgoing) * size
 
     def sending(self, rank: int) -> int:
         """Temporary tensors while shards are sent; with sharded state, none."""
         if self.sizes.has_sharded_state:
             return 0
-        return _pre_orthogonalizing(
-            [(self.layouts[unit], count) for unit, count in self._outgoing.get(rank, [])],
-            self.sizes.update,
+        outgoing = self._outgoing.get(rank, [])
+        temporary = _pre_orthogonalizing(
+            [(self.layouts[unit], shard.numel) for unit, shard in outgoing], self.sizes.update
         )
+        if self.sizes.is_scaled and not self.owners_have_all:  # the updates before they are scaled
+            temporary += sum(shard.numel for _, shard in outgoing) * self.sizes.update
+        return temporary
 
     def orthogonalizing(self, rank: int) -> int:
         """Tensors while units are orthogonalized, at most."""
@@ -202,23 +228,25 @@ class _Work:
             return 0
         sizes, elements = self.sizes, self.owned_elements[rank]
         kinds = [(self.layouts[unit], numel(unit)) for unit in units]
-        products = _orthogonalizing([(self.layouts[u], u.shape) for u in units], sizes.update)
-        held = elements * (sizes.gradient + sizes.weight)
+        shapes = [(self.layouts[unit], unit.shape) for unit in units]
+        products = _orthogonalizing(shapes, self.matrices.ns_dtype)
+        flat = elements * sizes.update
         if not sizes.has_sharded_state:
-            return held + products
+            return flat + products
+        held = elements * (sizes.gradient + sizes.weight)
         if len(units) == 1 and self.owners_have_all:
             held = 0
-        flat = elements * sizes.update
         most = max(flat + _pre_orthogonalizing(kinds, sizes.update), flat + products)
         if sizes.weight:
             refreshing = max(map(numel, units)) * (sizes.weight + 1 + FLOAT32)
-            applying = flat + 2 * FLOAT32 * max(_by_layout(kinds).values())
+            results = elements * sizes.result
+            applying = results + 2 * FLOAT32 * max(_by_layout(kinds).values())
             most = max(most, refreshing, applying)
         return held + most
 
     def results(self, rank: int) -> int:
         """Results of the units that a rank owns."""
-        return self.owned_elements[rank] * self.sizes.result
+        return self.owned_elements[rank] * self.sizes.returned
 
     def message_buffers(self, message: Bucket, rank: int) -> tuple[int, int, int]:
         """Bytes that a rank packs for a message of results, receives of it, and then gathers."""
@@ -227,7 +255,7 @@ class _Work:
         own = copies.set_of[rank]
         cut = Cut.of(list(segments(message, own))[-1][2], len(copies.sets[own]))
         # Parts that no other rank has a copy of are received where they stay.
-        size = self.sizes.result
+        size = self.sizes.returned
         return packed * size, cut.part * size, cut.gathered * size
 
     def applying(self, message: Bucket, rank: int) -> int:
@@ -288,13 +316,13 @@ def _pre_orthogonalizing(kinds: Sequence[tuple[MatrixLayout, int]], update: int)
     return FLOAT32 * (elements.total() + wide)
 
 
-def _orthogonalizing(units: Sequence[tuple[MatrixLayout, tuple[int, ...]]], update: int) -> int:
+def _orthogonalizing(units: Sequence[tuple[MatrixLayout, tuple[int, ...]]], dtype: str) -> int:
     """Bytes of results and temporary tensors of Newton-Schulz steps, apart from their input.
 
-    Matrices of one shape are orthogonalized together, with three symmetric products at a time. Then
-    those that are fused are joined.
+    Matrices of one shape are orthogonalized together, with three symmetric products at a time, or
+    five in the Gram form. Then those that are fused are joined.
     """
-    elements = squares = joined = 0
+    elements = joined = 0
     by_shape: Counter[tuple[int, int]] = Counter()
     for layout, shape in units:
         matrices = [tuple(m.shape) for m in layout.split(torch.empty(shape, device="meta"))]
@@ -306,26 +334,31 @@ def _orthogonalizing(units: Sequence[tuple[MatrixLayout, tuple[int, ...]]], upda
     before = 0
     for (rows, columns), count in by_shape.items():
         before += count * rows * columns
-        squares = 3 * count * min(rows, columns) ** 2
-        most = max(most, before + squares)
-    return max(most, elements + joined) * update
+        uses_gram = dtype != "bfloat16" and prefers_gram(rows, columns, count)
+        squares = (5 if uses_gram else 3) * count * min(rows, columns) ** 2
+        # The input is in float32, and rounded.
+        rounded = count * rows * columns if dtype == "float16" else 0
+        most = max(most, before + rounded + squares)
+    return max(most, elements + joined) * ITEMSIZE[dtype]
 
 
 def _alone(config: Config, ranks: Ranks, weights: Iterable[Weight]) -> int:
     """Bytes of temporary tensors for matrices that a rank has alone, batch by batch."""
-    update = Sizes.of(config, False).update
-    alone = [
-        weight
-        for weight in weights
-        if weight.optimizer == "muon"
-        and copies_of(config, ranks, weight) * weight.shards(config.parallel) == 1
-    ]
-    if not alone:
-        return 0
-    total = sum(ranks.tensors(weight) * weight.numel for weight in alone)
-    elements = max(min(total, BATCH_ELEMENTS_ELSEWHERE), *(weight.numel for weight in alone))
-    wide = FLOAT32 if update < FLOAT32 else 0
-    return elements * max(update + FLOAT32 + wide, 3 * update, update + 2 * FLOAT32)
+    by_dtype: dict[str, list[Weight]] = {}
+    for weight in weights:
+        shares = copies_of(config, ranks, weight) * weight.shards(config.parallel) > 1
+        if weight.optimizer == "muon" and not shares:
+            by_dtype.setdefault(ns_dtype(config, weight), []).append(weight)
+    most = 0
+    for dtype, alone in by_dtype.items():
+        sizes = Sizes.of(config, dtype, False)
+        total = sum(ranks.tensors(weight) * weight.numel for weight in alone)
+        elements = max(min(total, BATCH_ELEMENTS_ELSEWHERE), *(weight.numel for weight in alone))
+        wide = FLOAT32 if sizes.update < FLOAT32 else 0
+        update, result = sizes.update, sizes.result
+        size = max(update + FLOAT32 + wide, update + 2 * result, result + 2 * FLOAT32)
+        most = max(most, elements * size)
+    return most
 
 
 def _refreshed(config: Config, ranks: Ranks, weights: Iterable[Weight]) -> int:

@@ -5,21 +5,24 @@ Made by the functions of :mod:`muonclip.distributed` that make those of a traini
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import compress
+from itertools import product
 from math import prod
 from typing import NamedTuple
+
+import torch
 
 from muonclip.distributed.muon import work_on
 from muonclip.distributed.plan import WorkUnit, assign_owners, make_units
 from muonclip.distributed.sharding import Copies, TensorShard
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
+from muonclip.orthogonalize import default_ns_dtype
 from pretrain.config import Config
 from pretrain.model.weights import Weight
 from pretrain.plan.ranks import Ranks
 
 
 class SharedMatrices(NamedTuple):
-    """Matrices that a group of ranks share, of one kind.
+    """Matrices that a group of ranks share, and that travel together.
 
     Attributes:
         places: the ranks, by their numbers within the pipeline stage, in megatron-core's order.
@@ -27,6 +30,7 @@ class SharedMatrices(NamedTuple):
         owners: of each unit, by its number in ``places``.
         layouts: of each unit's parameter.
         has_sharded_state: whether owners keep the state.
+        ns_dtype: of Newton-Schulz.
     """
 
     places: Sequence[int]
@@ -34,6 +38,7 @@ class SharedMatrices(NamedTuple):
     owners: list[int]
     layouts: list[MatrixLayout]
     has_sharded_state: bool
+    ns_dtype: str
 
 
 def stage_size(ranks: Ranks) -> int:
@@ -46,6 +51,15 @@ def copies_of(config: Config, ranks: Ranks, weight: Weight) -> int:
     of_expert = ranks.expert_data * ranks.expert_tensor
     size = stage_size(ranks) if weight.expert is None else of_expert
     return size // weight.shards(config.parallel)
+
+
+def ns_dtype(config: Config, weight: Weight) -> str:
+    """The dtype of Newton-Schulz for a weight, on an NVIDIA GPU."""
+    if config.optimizer.ns_dtype != "auto":
+        return config.optimizer.ns_dtype
+    shapes = (weight.layout(config.parallel) or WHOLE).matrix_shapes(weight.shape)
+    chosen = default_ns_dtype(torch.device("cuda"), torch.float32, shapes)
+    return str(chosen).removeprefix("torch.")
 
 
 def has_sharded_state(config: Config, ranks: Ranks, weight: Weight) -> bool:
@@ -66,7 +80,7 @@ def shared_matrices(
         is_updated: whether a step updates a weight. Others have owners, too.
     """
     families = _families(config, ranks, weights)
-    found: dict[tuple[int, int, bool], SharedMatrices] = {}
+    found: dict[tuple[int, int, bool, str], SharedMatrices] = {}
     loads, step_loads = [0.0] * stage_size(ranks), [0.0] * stage_size(ranks)
     for sharded in (True, False):  # owners of state are fixed when other matrices are assigned
         balanced = loads if sharded else step_loads
@@ -74,23 +88,29 @@ def shared_matrices(
             chosen = [w for w in members if has_sharded_state(config, ranks, w) == sharded]
             if not sharded:
                 chosen = list(filter(is_updated, chosen))
+            dtypes = [ns_dtype(config, weight) for weight in chosen]
             layouts = [weight.layout(config.parallel) or WHOLE for weight in chosen]
             units = _units(config, chosen, layouts, len(groups[0]))
-            is_in_step = [is_updated(chosen[unit.index]) for unit in units]
-            for number, places in enumerate(groups):
-                owners = assign_owners(units, [0] * len(places), [balanced[p] for p in places])
-                for unit, owner, is_moved in zip(units, owners, is_in_step, strict=True):
+            # A step divides the work of one dtype after that of another.
+            together = [{*dtypes}] if sharded else [{dtype} for dtype in sorted({*dtypes})]
+            for (number, places), of_dtypes in product(enumerate(groups), together):
+                assigned = [unit for unit in units if dtypes[unit.index] in of_dtypes]
+                owners = assign_owners(assigned, [0] * len(places), [balanced[p] for p in places])
+                for unit, owner in zip(assigned, owners, strict=True):
                     balanced[places[owner]] += unit.cost
-                    if sharded and is_moved:
+                    if not is_updated(chosen[unit.index]):
+                        continue
+                    if sharded:
                         step_loads[places[owner]] += unit.cost
-                found[family, number, sharded] = SharedMatrices(
-                    places,
-                    list(compress(units, is_in_step)),
-                    list(compress(owners, is_in_step)),
-                    [layouts[unit.index] for unit in compress(units, is_in_step)],
-                    sharded,
-                )
-    return [found[key] for key in sorted(found) if found[key].units]
+                    dtype = dtypes[unit.index]
+                    matrices = found.setdefault(
+                        (family, number, sharded, dtype),
+                        SharedMatrices(places, [], [], [], sharded, dtype),
+                    )
+                    matrices.units.append(unit)
+                    matrices.owners.append(owner)
+                    matrices.layouts.append(layouts[unit.index])
+    return [found[key] for key in sorted(found)]
 
 
 def _families(

@@ -245,6 +245,8 @@ def test_activations_and_temporary_tensors_are_what_is_alive_at_most(folder: Pat
         assert planned == pytest.approx(peak, rel=0.2), variation
 
 
+# Updates travel to owners as scaled float16.
+SCALED = ("optimizer.ns_dtype=float16", "optimizer.shard_state=false")
 INTERLEAVED = ("parallel.pipeline=2", "parallel.interleave=2", "language.num_layers=5")
 
 
@@ -256,6 +258,8 @@ INTERLEAVED = ("parallel.pipeline=2", "parallel.interleave=2", "language.num_lay
         (2, (*INTERLEAVED, "parallel.layout=[0,1,4,0]")),
         (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")),
         (4, ("parallel.tensor=2",)),
+        (4, ("parallel.tensor=2", *SCALED)),
+        (2, SCALED),
         (1, training.SHAPES["dense"]),
         (2, ("parallel.tensor=2", *training.SHAPES["queries without LoRA"])),
         (2, ("parallel.tensor=2", *training.SHAPES["normalized softmax, no shared expert"])),

@@ -25,6 +25,7 @@ from muonclip.distributed.muon import DistributedMuon
 from muonclip.distributed.owners import StateOwners
 from muonclip.distributed.sharding import Sharding, TensorShard, local_tensor
 from muonclip.muon import MuonParam
+from muonclip.orthogonalize import default_ns_dtype
 from pretrain import config
 from pretrain.model.weights import Weight
 from pretrain.plan.muon_step import step_buffers
@@ -176,7 +177,7 @@ def planned_step(
         }
         for number, (w, (p, _)) in enumerate(zip(weights, placed, strict=True))
     ]
-    optimizer = MuonClip(groups, ns_dtype=torch.bfloat16, **options)
+    optimizer = MuonClip(groups, **{"ns_dtype": torch.bfloat16, **options})
     for parameter, _ in placed:
         if parameter.dtype != torch.float32:
             parameter.grad_dtype = torch.float32
@@ -222,8 +223,11 @@ def simulate(
         with torch.no_grad(), counted:
             plan.step(params, None)
     received = 2 * sum(local_tensor(p).numel() for p, _ in placed)
-    # An owner receives updates in bfloat16, or gradients in float32 where it keeps the momentum.
+    # An owner receives updates in 16 bits, or gradients in float32 where it keeps the momentum. It
+    # decodes scaled float16 in float32.
     itemsize = 4 if options.get("shard_state") else 2
+    if options.get("ns_dtype") == torch.float16:
+        itemsize += 4
     owned = itemsize * sum(math.prod(u.shape) for w in plan._work for u in w._exchange.owned)
     assert counted.most <= 1.1 * (received + owned)
     return Sizes(received, owned, counted.most, counted.total)
@@ -242,33 +246,49 @@ def simulate_sharded(
     return simulate(weights, placed, group, monkeypatch, shardings=dict(placed), **options)
 
 
-@pytest.mark.parametrize("shard_state", [False, True])
+@pytest.mark.parametrize(
+    ("shard_state", "ns_dtype"),
+    [(False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     "group", [(128, 0), (128, 127), (4096, 0), (4096, 4095)], indirect=True, ids=str
 )
 def test_buffers_have_the_size_of_what_a_rank_sends_and_receives(
-    group: dist.ProcessGroup, parts: int, shard_state: bool, monkeypatch: pytest.MonkeyPatch
+    group: dist.ProcessGroup,
+    parts: int,
+    shard_state: bool,
+    ns_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first rank owns the largest matrix, the last one none."""
-    options = {"shard_state": shard_state, "master_weights": shard_state}
+    options = {"shard_state": shard_state, "master_weights": shard_state, "ns_dtype": ns_dtype}
     sizes = simulate_sharded(dense(), parts, group, monkeypatch, **options)
     assert (sizes.owned > 0) == (group.rank() == 0)
     if not sizes.owned:
         assert sizes.total <= 1.1 * sizes.received
 
 
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float16", "auto"])
 @pytest.mark.parametrize("shard_state", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("group", [(128, 0), (4096, 0)], indirect=True, ids=str)
 def test_the_plan_has_the_memory_of_the_step(
-    group: dist.ProcessGroup, parts: int, shard_state: bool, monkeypatch: pytest.MonkeyPatch
+    group: dist.ProcessGroup,
+    parts: int,
+    shard_state: bool,
+    ns_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rank that owns most, with all tensors that a step on an accelerator allocates."""
+    if ns_dtype == "auto":
+        choose_as_on_a_gpu(monkeypatch)
     weights = dense()
     dtype = torch.bfloat16 if shard_state else torch.float32
     placed = [sharded(weight, parts, group, dtype) for weight in weights]
     options = {"shard_state": shard_state, "master_weights": shard_state}
+    options["ns_dtype"] = None if ns_dtype == "auto" else getattr(torch, ns_dtype)
     step, params = planned_step(
         weights, placed, group, monkeypatch, shardings=dict(placed), **options
     )
@@ -280,6 +300,7 @@ def test_the_plan_has_the_memory_of_the_step(
         [
             *(f"parallel.tensor={parts}", f"optimizer.shard_state={shard_state}".lower()),
             f"precision={'bfloat16' if shard_state else 'float32'}",
+            f"optimizer.ns_dtype={ns_dtype}",
         ],
     )
     ranks = ranks_of(settings, group.size() * KIMI.parallel.pipeline)
@@ -307,16 +328,17 @@ def test_buffers_of_copies(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyP
     simulate(weights, placed, group, monkeypatch, process_group=group)
 
 
+@pytest.mark.parametrize("ns_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "group", [(128, 0), (128, 127), (4096, 0), (4096, 4095)], indirect=True, ids=str
 )
 def test_buffers_of_fully_sharded_matrices(
-    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+    group: dist.ProcessGroup, ns_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An owner receives whole matrices and returns them; others send and receive shards."""
     weights = dense()
     placed = [fully_sharded(weight, group) for weight in weights]
-    simulate(weights, placed, group, monkeypatch)
+    simulate(weights, placed, group, monkeypatch, ns_dtype=ns_dtype)
 
 
 @pytest.mark.parametrize("group", [(4096, 0)], indirect=True, ids=str)
@@ -335,6 +357,15 @@ def test_no_rank_sends_a_list_of_all_ranks(
     connected = ConnectedRanks([group])
     assert 0 < sum(sent) < 100
     assert connected.largest(torch.ones(1)) == 1
+
+
+def choose_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let parameters without a device have the dtypes of Newton-Schulz of those on a GPU."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(
+        "muonclip.optimizer.default_ns_dtype",
+        lambda _, dtype, shapes: default_ns_dtype(cuda, dtype, shapes),
+    )
 
 
 def counting(counted: Allocated, function: Any, is_counting: bool) -> Any:

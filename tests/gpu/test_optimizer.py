@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muonclip import MuonClip, param_groups
+from muonclip import MuonClip, orthogonalize, param_groups, reference
+from muonclip.distributed.scaled_float16 import decode_, encode
 from tests.gpu.devices import DEVICES
 
 
@@ -65,6 +66,36 @@ def test_a_captured_step_equals_an_eager_one(device: str, dtype: torch.dtype) ->
     replayed = trained(device, captured=True, dtype=dtype)
     for ours, expected in zip(replayed, eager, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@DEVICES
+@pytest.mark.parametrize(("n", "m"), [(256, 1024), (1536, 512), (512, 512), (32, 64)])
+def test_the_default_arithmetic_has_its_rounding_error(device: str, n: int, m: int) -> None:
+    """On a GPU float16 for rectangular matrices that are not small, otherwise bfloat16."""
+    matrix = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
+    dtype = None
+    if device == "cpu":
+        dtype = torch.float16 if max(n, m) > 512 else torch.bfloat16
+    result = orthogonalize(matrix.to(device), dtype=dtype).cpu()
+    assert result.dtype == (torch.float16 if max(n, m) > 512 else torch.bfloat16)
+    exact = reference.orthogonalize(matrix)
+    error = (result.double() - exact).norm() / exact.norm()
+    assert error < (1e-2 if result.dtype == torch.float16 else 3e-2)
+
+
+@DEVICES
+def test_messages_in_scaled_float16_have_the_bits_of_a_cpu(device: str) -> None:
+    """Also of denormal numbers, which a device must not set to zero."""
+    scales = torch.tensor([1e-44, 1e-39, 1e-30, 0.0, 1.0, 1e30, 1e38])[:, None]
+    sent = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)).clamp(-2, 2) * scales
+    received = []
+    for place in ("cpu", device):
+        message = encode([sent.to(place)], [(1,)], torch.device(place))
+        target = torch.empty(7, 16, device=place)
+        decode_(message, [target], [(1,)])
+        received += [message.cpu(), target.cpu()]
+    assert torch.equal(received[0], received[2]) and torch.equal(received[1], received[3])
+    assert torch.allclose(received[1], sent, rtol=2**-11, atol=0)
 
 
 def offloaded(

@@ -165,5 +165,5 @@ def test_the_matrices_of_a_layout_count(
     (param,) = optimizer._muon_params(optimizer._work())
     assert param.ns_dtype == dtype
     matrices = (layout or MatrixLayout()).split(p.detach())
-    side = (layout or MatrixLayout()).smaller_side(shape)
-    assert side == max(min(matrix.shape[-2:]) for matrix in matrices)
+    shapes = (layout or MatrixLayout()).matrix_shapes(shape)
+    assert shapes == [tuple(matrix.shape[-2:]) for matrix in matrices]

@@ -279,16 +279,19 @@ def test_sharded_state_of_kimi_k25_shrinks_with_the_number_of_ranks(
 
 
 def test_the_memory_of_the_optimizers_step_does_not_grow_with_the_ranks() -> None:
-    """The first stage of Kimi K2.5, whose dense MLP of 0.49 GiB has one owner."""
+    """The first stage of Kimi K2.5, whose dense MLP of 0.49 GiB has one owner.
+
+    In bfloat16 it would be 0.5 to 0.7 GiB less: in float16, updates are in float32 until they are
+    rounded, and the Gram form has more intermediate results.
+    """
     loaded = config.load(KIMI)
     needed = [
         step_memory(loaded, ranks_of(loaded, processes), images_per_step(loaded))[0]
         for processes in (512, 2048, 8192)
     ]
     sizes = [memory["optimizer step"] / 2**30 for memory in needed]
-    assert (
-        3 > sizes[0] >= sizes[1] >= sizes[2] > 2
-    )  # with few ranks, owners have other matrices too
+    # With few ranks, owners have other matrices too.
+    assert 3.2 > sizes[0] >= sizes[1] >= sizes[2] > 2
 
 
 @settings(max_examples=25, deadline=None)
