@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muonclip import MatrixLayout, MuonClip
 from muonclip.distributed.scaled_float16 import decode_, encode, message_size
+from muonclip.orthogonalize import default_ns_dtype
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import random, whole
 from tests.distributed.test_plan import Sent
@@ -170,12 +171,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": HALF,
     "NorMuon": {**HALF, "variant": "normuon"},
     "large": {**HALF, "update_rms": 1e6},
+    "default on a GPU": {},  # some travel in bfloat16
     "int8": {**HALF, "momentum_dtype": torch.int8},
 }
 PLACEMENTS = {1: [("S0",)], 2: [("S0",), ("S1",)], 4: [("S0",), ("R", "S0"), ("S0", "S1")]}
 
 
 def all_changes(cases: list[tuple[str, ...]]) -> dict[Any, dict[str, Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        cuda = torch.device("cuda")
+        patch.setattr(
+            "muonclip.optimizer.default_ns_dtype",
+            lambda _, dtype, shapes: default_ns_dtype(cuda, dtype, shapes),
+        )
+        return _all_changes(cases)
+
+
+def _all_changes(cases: list[tuple[str, ...]]) -> dict[Any, dict[str, Tensor]]:
     return {
         (placements, name): changes(placements, **options)
         for placements in cases
@@ -198,7 +210,8 @@ def test_sharded_steps_equal_those_of_one_process(world_size: int) -> None:
                 blocks = zip(layout.split(ours), layout.split(theirs), strict=True)
                 for block, expected in blocks:
                     difference = (block - expected).norm(dim=(-2, -1))
-                    limit = 4 * torch.finfo(torch.float16).eps * expected.norm(dim=(-2, -1))
+                    eps = torch.finfo(torch.float16 if OPTIONS[name] else torch.bfloat16).eps
+                    limit = 4 * eps * expected.norm(dim=(-2, -1))
                     assert (difference <= limit).all(), (placements, name, key)
 
 
