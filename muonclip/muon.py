@@ -23,6 +23,7 @@ from muonclip.quantization import dequantize, quantize_
 from muonclip.remainders import join
 from muonclip.update import (
     Scalar,
+    cast,
     decay_and_apply,
     look_ahead_,
     update_momentum,
@@ -346,37 +347,40 @@ def orthogonalize_updates(
     Returns:
         The same shapes, in the dtype of Newton-Schulz, divided by ``MuonParam.unit``.
     """
-    matrices = [param.layout.split(update) for param, update in zip(params, updates, strict=True)]
-    states = [_split_state(param) for param in params]
+    layouts = [param.layout for param in params]
+    matrices = [layout.split(update) for layout, update in zip(layouts, updates, strict=True)]
+    states = [_split_state(param) if param.neurons else [] for param in params]
     # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
     by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     groups = {id(param.group): param.group for param in params}
     options_of = {key: _options_of_updates(group) for key, group in groups.items()}
+    schedules = {
+        key: coefficient_steps(group["ns_coefficients"], group["ns_steps"])
+        for key, group in groups.items()
+    }
     for index, (param, stacks) in enumerate(zip(params, matrices, strict=True)):
         neuron_dtypes = tuple(state.dtype for state in param.neurons.values())
+        options = options_of[id(param.group)]
         for position, stack in enumerate(stacks):
-            kind = (
-                stack.shape[-2:], param.ns_dtype, stack.device, neuron_dtypes,
-                options_of[id(param.group)],
-            )  # fmt: skip
+            kind = stack.shape[-2:], param.ns_dtype, stack.device, neuron_dtypes, options
             by_kind[kind].append((index, position))
     for (shape, dtype, *_), positions in by_kind.items():
         stacks = [matrices[index][position] for index, position in positions]
-        options = params[positions[0][0]].group
-        variant = variant_of(options)
-        scale = update_scale(shape, options["adjust_lr"], options["update_rms"])
+        group = params[positions[0][0]].group
+        variant = variant_of(group)
+        scale = update_scale(shape, group["adjust_lr"], group["update_rms"])
         scale /= params[positions[0][0]].unit
         results = orthogonalize_(
             _concatenate(stacks),
-            coefficient_steps(options["ns_coefficients"], options["ns_steps"]),
-            eps=options["eps"],
+            schedules[id(group)],
+            eps=group["eps"],
             dtype=dtype,
             scale=scale if variant.factor is None else 1.0,
         )
         sizes = [stack.size(0) for stack in stacks]
         if variant.factor is not None:
             blocks = [states[index][position] for index, position in positions]
-            results.mul_(_variant_factor(results, blocks, sizes, options) * scale)
+            results.mul_(_variant_factor(results, blocks, sizes, group) * scale)
         for (index, position), result in zip(
             positions, results.split_with_sizes(sizes), strict=True
         ):
@@ -384,8 +388,8 @@ def orthogonalize_updates(
     for param, blocks in zip(params, states, strict=True):
         _store_state(param, blocks, found_inf)
     return [
-        param.layout.join(stacks, update.shape)
-        for param, stacks, update in zip(params, matrices, updates, strict=True)
+        layout.join(stacks, update.shape)
+        for layout, stacks, update in zip(layouts, matrices, updates, strict=True)
     ]
 
 
@@ -398,8 +402,6 @@ def _options_of_updates(group: Mapping[str, Any]) -> tuple[Any, ...]:
 def _split_state(param: MuonParam) -> list[dict[str, Tensor]]:
     """The state of the variant for each block of matrices, [b, n, 1] by name."""
     count = 1 if param.layout.blocks is None else len(param.layout.blocks)
-    if not param.neurons:
-        return [{} for _ in range(count)]
     layout = param.layout.of_neurons
     by_name = {name: layout.split(value) for name, value in param.neurons.items()}
     return [{name: parts[block] for name, parts in by_name.items()} for block in range(count)]
@@ -485,7 +487,7 @@ def _read_weights(param: MuonParam) -> Tensor:
     """The weights in float32, or wider; the tensor to update itself if it is."""
     if param.remainder is not None:
         return join(param.local, param.remainder)
-    return param.to_update.to(torch.promote_types(param.to_update.dtype, torch.float32))
+    return cast(param.to_update, torch.promote_types(param.to_update.dtype, torch.float32))
 
 
 def _by_group(params: Sequence[MuonParam]) -> list[list[int]]:

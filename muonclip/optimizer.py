@@ -899,10 +899,13 @@ class MuonClip(Optimizer):
         gradients = self._local_gradients() if error is None else {}
         device = next(iter(gradients), self._device())
         changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
-        found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        if not ignore:
-            for tensors in gradients.values():
-                found_inf = torch.maximum(found_inf, _any_nonfinite(tensors).to(device))
+        found = [] if ignore else [_any_nonfinite(by).to(device) for by in gradients.values()]
+        if len(found) == 1:
+            (found_inf,) = found
+        else:
+            found_inf = torch.zeros((), dtype=torch.float32, device=device)
+            for flag in found:
+                found_inf = torch.maximum(found_inf, flag)
         if self._connected is not None:
             has_error, plan = error is not None, self._plan
             is_unplanned = not has_error and (

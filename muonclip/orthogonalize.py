@@ -321,7 +321,8 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         # Reading the result costs nothing on a CPU, and scaling is rarely necessary.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
-        if norm.amin() > 1e-15 and norm.amax() < 1e15:
+        least, largest = norm.aminmax()
+        if least.item() > 1e-15 and largest.item() < 1e15:
             return x.div_(norm.to(x.dtype))
     largest = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=True, dtype=accumulate)
     power = _power_of_two(largest)
