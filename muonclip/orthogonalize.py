@@ -116,6 +116,8 @@ BFLOAT16_FROM = 64
 # The most rows and, in all, elements of matrices of which calls take most of the time, with at most
 # twice as many columns. Measured on EPYC.
 _FEW_ROWS, _FEW_ELEMENTS = 64, 2**15
+# The elements of a matrix from which on a copy takes longer than a call.
+_LARGE_COPY = 2**14
 
 
 def default_ns_dtype(
@@ -289,7 +291,7 @@ def orthogonalize_(
     x = _normalize_(x, eps).to(dtype)
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
-        x = x.contiguous()
+        x = _contiguous(x)
     count, n, m = x.shape
     if form != "gram" and _takes_calls(count, n, m):
         x = _small_form(x, schedule, scale)
@@ -299,6 +301,17 @@ def orthogonalize_(
     iterate = _gram_form if use_gram else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """[b, n, m] in the order of memory."""
+    if x.is_contiguous() or x.size(1) * x.size(2) < _LARGE_COPY or torch.compiler.is_compiling():
+        return x.contiguous()
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # torch transposes one matrix block by block, but several element by element: twice as slow.
+    for target, source in zip(result, x, strict=True):
+        target.copy_(source)
+    return result
 
 
 def _takes_calls(count: int, n: int, m: int) -> bool:
