@@ -148,7 +148,7 @@ def default_ns_dtype(
 
 def prefers_gram(n: int, m: int, count: int = 1) -> bool:
     """Whether ``"auto"`` is the Gram form for matrices [count, n, m], in dtypes that allow it."""
-    short, long = sorted((n, m))
+    short, long = min(n, m), max(n, m)
     # Small matrices take time for calls, of which the direct form has fewer.
     is_small = short <= SMALL_SIDE and long <= 2 * SMALL_SIDE
     return long >= _GRAM_ASPECT * short and not is_small and not _takes_calls(count, short, long)
@@ -256,6 +256,8 @@ def orthogonalize(
             "is stepped on: use float16 or float32, or form='auto'"
         )
     schedule = coefficient_steps(coefficients, steps)
+    if matrices.numel() == 0:
+        return matrices.new_empty(matrices.shape, dtype=dtype)
 
     # Not rounded to ``dtype`` yet, whose range may be too small before the normalization.
     wide = torch.promote_types(matrices.dtype, working_dtype(dtype))

@@ -419,6 +419,15 @@ class TestCompiled:
         for form in ("direct", "gram"):
             assert torch.allclose(compiled(x, form=form), orthogonalize(x, form=form), atol=1e-4)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_newton_schulz_is_one_graph_for_all_shapes(self, dtype: torch.dtype) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True, dynamic=True)
+        for shape in ((70, 140), (70, 150), (141, 70), (2, 141, 70)):
+            x = torch.randn(shape)
+            expected = orthogonalize(x, dtype=dtype)
+            assert torch.allclose(compiled(x, dtype=dtype), expected, atol=2e-2)
+
 
 def test_layouts_survive_torch_load_in_safe_mode() -> None:
     layout = MatrixLayout((2, 4), repeats=2, separate=True)

@@ -13,7 +13,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muonclip import orthogonalize, update_scale
 from muonclip.kernels import blocked_product, matrix_polynomial
-from muonclip.orthogonalize import CoefficientName, coefficient_steps
+from muonclip.orthogonalize import CoefficientName, Form, coefficient_steps
 
 module = importlib.import_module("muonclip.orthogonalize")  # the function has its name
 
@@ -161,8 +161,12 @@ def test_zero_stays_zero_and_input_is_untouched(dtype: torch.dtype) -> None:
     assert result[1].isfinite().all()
 
 
-def test_empty_batch() -> None:
-    assert orthogonalize(torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 4), (4, 0), (0, 0), (2, 0, 3, 4), (2, 3, 0)])
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_without_elements(shape: tuple[int, ...], form: Form) -> None:
+    result = orthogonalize(torch.zeros(shape), form=form, dtype=torch.float16)
+    assert result.shape == shape
+    assert result.dtype == torch.float16
 
 
 @pytest.mark.parametrize(
