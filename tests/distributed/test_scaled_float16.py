@@ -117,6 +117,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], MatrixLayout | None]] = {
     "view": ((24, 5, 8), MatrixLayout(view=(24, 40))),
     # No dimensions are those of the inputs: travels in float32.
     "other view": ((12, 80), MatrixLayout(view=(24, 40))),
+    "column": ((8, 12), MatrixLayout(view=(96, 1))),
 }
 
 
