@@ -12,6 +12,7 @@ from muonclip.kernels.support import cpu_threads
 # with one thread and with two.
 _LEAST_ROWS, _MOST_ROWS, _BLOCKS = 64, 128, 8
 _LEAST_SIDE = 160  # of a matrix
+_LEAST_ELEMENTS = 384**2  # of a matrix in 16 bits
 
 # Rows of a power of two of bytes apart compete for the same lines of a cache: a copy between rows
 # and columns of such a matrix is up to five times slower.
@@ -26,9 +27,10 @@ def block_rows(n: int, dtype: torch.dtype) -> int:
     return min(max(_LEAST_ROWS, -(-n // _BLOCKS)), _MOST_ROWS)
 
 
-def pays_by_blocks(n: int, dtype: torch.dtype) -> bool:
-    """Whether a symmetric product [n, n] takes less time by blocks than as a whole."""
-    return n >= max(_LEAST_SIDE, 2 * block_rows(n, dtype))
+def pays_by_blocks(n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether a symmetric product of [n, k] takes less time by blocks than as a whole."""
+    is_large = dtype.itemsize > 2 or n * k >= _LEAST_ELEMENTS
+    return is_large and n >= max(_LEAST_SIDE, 2 * block_rows(n, dtype))
 
 
 class Matrices:

@@ -90,10 +90,10 @@ def choose_backend(a: Tensor) -> Backend:
     installed) for matrices large enough, ``"dense"`` for all others. Triton is for tensor cores:
     bfloat16, float16, and float32 where torch allows tf32.
     """
-    batch, n, _ = a.shape
+    batch, n, k = a.shape
     if a.numel() == 0:
         return "dense"
-    if a.device.type == "cpu" and pays_by_blocks(n, a.dtype):
+    if a.device.type == "cpu" and pays_by_blocks(n, k, a.dtype):
         return "blocked"
     if a.device.type == "cuda" and n >= _TRITON_FROM:
         rows = -(-n // _TRITON_TILE)

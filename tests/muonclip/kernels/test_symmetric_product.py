@@ -111,7 +111,8 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blocked_product, "cpu_threads", lambda threads=threads: threads)
         assert backend_of(1, least - 1, torch.float32, "cpu") == "dense"
         assert backend_of(1, least, torch.float32, "cpu") == "blocked"
-        assert backend_of(1, 255, torch.bfloat16, "cpu") == "dense"
+        assert backend_of(1, 383, torch.bfloat16, "cpu") == "dense"
+    assert backend_of(1, 512, torch.bfloat16, "cpu") == "blocked"
     assert backend_of(0, 512, torch.float32, "cpu") == "dense"
     assert backend_of(1, 512, torch.float32, "meta") == "dense"
     assert backend_of(1, 4096) == "dense"  # no GPU here
