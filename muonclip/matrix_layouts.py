@@ -185,12 +185,14 @@ class MatrixLayout:
         return tuple(range(ends.index(rows), len(shape)))
 
     def has_input_dims(self, shape: Sequence[int]) -> bool:
-        """Whether ``input_dims`` of a parameter of this shape exist."""
+        """Whether a parameter of this shape has dimensions of inputs.
+
+        It has none if ``view`` joins them with outputs, or adds the one of a matrix [n, 1].
+        """
         try:
-            self.input_dims(shape)
+            return bool(self.input_dims(shape))
         except ValueError:
             return False
-        return True
 
     @property
     def of_neurons(self) -> "MatrixLayout":

@@ -30,7 +30,7 @@ from muonclip.distributed.plan import (
     segments,
     split_results,
 )
-from muonclip.distributed.scaled_float16 import decode_, encode, message_size
+from muonclip.distributed.scaled_float16 import decode_, encode, message_size, split_flat
 from muonclip.distributed.sharding import Copies, TensorShard
 
 # A rank receives at most this many elements of results at a time, or those of one unit.
@@ -144,10 +144,9 @@ class BucketExchange:
         received. In memory, the units follow one another, and need not be copied again for
         Newton-Schulz.
         """
-        sizes = [prod(unit.shape) for unit in self.owned]
-        flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-        parts = zip(self.owned, flat.split_with_sizes(sizes), strict=True)
-        whole = {unit: part.view(unit.shape) for unit, part in parts}
+        shapes = [unit.shape for unit in self.owned]
+        flat = torch.empty(sum(map(prod, shapes)), dtype=self.dtype, device=self.device)
+        whole = dict(zip(self.owned, split_flat(flat, shapes), strict=True))
         targets = [
             whole[unit][shard.slices]
             for (unit, _), shard in zip(self._incoming, shards, strict=True)

@@ -472,10 +472,7 @@ def is_sent_scaled(param: MuonParam) -> bool:
     the whole matrix is known.
     """
     needs_range = param.ns_dtype == torch.float16 and param.update_dtype == torch.float32
-    layout, shape = param.layout, param.shape
-    if not needs_range or not layout.has_input_dims(shape):
-        return False
-    return bool(layout.input_dims(shape))  # none for a matrix [n, 1] that is stored without the 1
+    return needs_range and param.layout.has_input_dims(param.shape)
 
 
 def _in_batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:

@@ -61,9 +61,9 @@ def encode(
     factors = _power_of_two(_LARGEST - exponents)
     values, scales = _values_and_scales(message, shapes, dims)
     of_scales = [scale.shape for scale in scales]
-    for tensor, factor, part in zip(tensors, _split(factors, of_scales), values, strict=True):
+    for tensor, factor, part in zip(tensors, split_flat(factors, of_scales), values, strict=True):
         torch.mul(tensor, factor, out=part)
-    torch._foreach_copy_(scales, _split(exponents, of_scales))
+    torch._foreach_copy_(scales, split_flat(exponents, of_scales))
     return message
 
 
@@ -79,7 +79,7 @@ def decode_(message: Tensor, targets: Sequence[Tensor], dims: Sequence[tuple[int
         return
     values, scales = _values_and_scales(message, [target.shape for target in targets], dims)
     exponents = torch.cat([scale.view(-1) for scale in scales]).to(torch.int32)
-    factors = _split(_power_of_two(exponents - _LARGEST), [scale.shape for scale in scales])
+    factors = split_flat(_power_of_two(exponents - _LARGEST), [scale.shape for scale in scales])
     for part, factor, target in zip(values, factors, targets, strict=True):
         torch.mul(part, factor, out=target)
 
@@ -89,11 +89,11 @@ def _values_and_scales(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The parts of a message of tensors of these shapes."""
     pairs = zip(shapes, map(reduced_shape, shapes, dims), strict=True)
-    parts = _split(message, [shape for pair in pairs for shape in pair])
+    parts = split_flat(message, [shape for pair in pairs for shape in pair])
     return parts[::2], parts[1::2]
 
 
-def _split(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+def split_flat(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """A flat tensor in parts of these shapes."""
     parts = flat.split_with_sizes([prod(shape) for shape in shapes])
     return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]

@@ -49,26 +49,27 @@ class Matrices:
     @cached_property
     def rows(self) -> list[Tensor]:
         """The blocks of rows of each matrix, [rows, k]."""
-        return [matrix[start:stop] for matrix, start, stop in self._blocks()]
+        return [matrix[start:stop] for matrix, start, stop in self._blocks]
 
     @cached_property
     def columns(self) -> list[Tensor]:
         """For each block, the rows up to its last one as columns, [k, stop]."""
-        return [matrix[:stop].mT for matrix, _, stop in self._blocks()]
+        return [matrix[:stop].mT for matrix, _, stop in self._blocks]
 
     @cached_property
     def lower(self) -> list[Tensor]:
         """For each block of square matrices, its part up to the diagonal, [rows, stop]."""
-        return [matrix[start:stop, :stop] for matrix, start, stop in self._blocks()]
+        return [matrix[start:stop, :stop] for matrix, start, stop in self._blocks]
 
     @cached_property
     def mirrored(self) -> list[tuple[Tensor, Tensor] | None]:
         """For each block of square matrices, the columns above it, and what they must equal."""
         return [
             (matrix[:start, start:stop], matrix[start:stop, :start].mT) if start else None
-            for matrix, start, stop in self._blocks()
+            for matrix, start, stop in self._blocks
         ]
 
+    @cached_property
     def _blocks(self) -> list[tuple[Tensor, int, int]]:
         """Each block of each matrix: the matrix, the block's first row, and the row behind it."""
         n = self.tensor.size(1)
