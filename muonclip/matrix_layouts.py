@@ -217,7 +217,7 @@ class MatrixLayout:
             x = x.reshape(self.view)
         if self.transposed:
             x = x.mT
-        x = x.reshape(-1, *x.shape[-2:])
+        x = x.unsqueeze(0) if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
         if self.blocks is None:
             return [x]
         x = x.reshape(x.size(0), self.repeats, -1, x.size(-1))
@@ -243,7 +243,8 @@ class MatrixLayout:
             x = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)).flatten(1, 2)
         if self.transposed:
             x = x.mT
-        return x.reshape(tuple(shape))
+        # A matrix as it is, because reshape takes three times as long.
+        return x.squeeze(0) if x.shape[1:] == shape else x.reshape(tuple(shape))
 
     def __str__(self) -> str:
         words = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.offload import copy_back, fetch, streamed
 from muonclip.orthogonalize import (
+    Triple,
     coefficient_steps,
     orthogonalize_,
     update_scale,
@@ -139,28 +140,69 @@ class MuonParam(NamedTuple):
         )
 
 
-def step_local(params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+class LocalMuon:
     """Muon's step for parameters that this rank has whole.
 
-    Args:
-        params: with a gradient.
-        found_inf: 1 if a gradient is not finite, and nothing must change; None if all are finite.
+    It keeps how it divides them while the parameters of its steps stay alike: for small matrices,
+    to divide them takes as long as a part of Newton-Schulz.
     """
-    batches = _batches(params)
-    if not params or params[0].compute is None:
-        for batch in batches:
-            _step_batch(batch, found_inf)
-        return
-    for given, batch in streamed(batches, _fetch, params[0].compute):
-        _refresh(batch)
-        _step_batch(batch, found_inf)
-        _copy_back(given, batch)
-        del batch  # before a third one is copied
+
+    def __init__(self) -> None:
+        self._described: Any = None
+        self._batches: list[_Batch] = []
+
+    def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        """Update the parameters.
+
+        Args:
+            params: with a gradient.
+            found_inf: 1 if a gradient is not finite, and nothing must change; None if all are
+                finite.
+        """
+        if not params:
+            return
+        described = _describe(params)
+        if described != self._described:
+            self._described, self._batches = described, list(_batches(params))
+        batches, compute = self._batches, params[0].compute
+        if compute is None:
+            for batch in batches:
+                _step_batch(batch.members(params), found_inf, batch.arrangement)
+            return
+        members = (batch.members(params) for batch in batches)
+        arrangements = iter([batch.arrangement for batch in batches])
+        for given, moved in streamed(members, _fetch, compute):
+            _refresh(moved)
+            _step_batch(moved, found_inf, next(arrangements))
+            _copy_back(given, moved)
+            del moved  # before a third one is copied
 
 
-def _step_batch(batch: Sequence[MuonParam], found_inf: Tensor | None) -> None:
-    updates = pre_orthogonalize(batch, found_inf)
-    apply_updates(batch, orthogonalize_updates(batch, updates, found_inf), found_inf)
+def _step_batch(
+    batch: Sequence[MuonParam], found_inf: Tensor | None, arrangement: "Arrangement"
+) -> None:
+    updates = pre_orthogonalize(batch, found_inf, arrangement)
+    updates = orthogonalize_updates(batch, updates, found_inf, arrangement)
+    apply_updates(batch, updates, found_inf, arrangement)
+
+
+def _describe(params: Sequence[MuonParam]) -> Any:
+    """Everything that batches and arrangements of these parameters depend on."""
+    groups = {id(param.group): param.group for param in params}
+    return (
+        [(key, group["layout"], _options_of_updates(group)) for key, group in groups.items()],
+        [
+            (
+                id(p.group), p.shape, p.local.shape, p.device, p.to_update.dtype,
+                p.momentum_buffer.dtype, p.ns_dtype, _neuron_dtypes(p),
+            )
+            for p in params
+        ],
+    )  # fmt: skip
+
+
+def _neuron_dtypes(param: MuonParam) -> tuple[torch.dtype, ...]:
+    return tuple(state.dtype for state in param.neurons.values()) if param.neurons else ()
 
 
 _STATE = ("momentum_buffer", "momentum_scale")
@@ -231,46 +273,133 @@ def _copy_back(params: Sequence[MuonParam], moved: Sequence[MuonParam]) -> None:
                 copy_back(target, source)
 
 
-def _batches(params: Sequence[MuonParam]) -> Iterator[list[MuonParam]]:
+class _Part(NamedTuple):
+    """A parameter, or some slices of a large stack, in a batch."""
+
+    number: int  # of the parameter in the step
+    start: int = 0
+    length: int | None = None  # all of them
+
+
+class Arrangement:
+    """The division of a batch of parameters into groups and kinds, made at its first use."""
+
+    def __init__(self) -> None:
+        self._groups: list[list[int]] | None = None
+        self._kinds: list[_Kind] | None = None
+
+    def groups(self, params: Sequence[MuonParam]) -> list[list[int]]:
+        """Indices of the parameters of each group, dtype and unit."""
+        if self._groups is None:
+            indices: dict[Any, list[int]] = defaultdict(list)
+            for index, param in enumerate(params):
+                dtypes = param.to_update.dtype, param.momentum_buffer.dtype
+                indices[id(param.group), param.unit, dtypes].append(index)
+            self._groups = list(indices.values())
+        return self._groups
+
+    def kinds(
+        self, params: Sequence[MuonParam], matrices: Sequence[Sequence[Tensor]]
+    ) -> "list[_Kind]":
+        """The matrices that go through Newton-Schulz together, whichever parameters they are in.
+
+        Args:
+            params: the parameters.
+            matrices: [b, n, m] of each, block by block.
+        """
+        if self._kinds is None:
+            groups = {id(param.group): param.group for param in params}
+            options = {key: _options_of_updates(group) for key, group in groups.items()}
+            by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+            for index, (param, stacks) in enumerate(zip(params, matrices, strict=True)):
+                common = param.ns_dtype, _neuron_dtypes(param), options[id(param.group)]
+                for position, stack in enumerate(stacks):
+                    by_kind[stack.shape[-2:], stack.device, common].append((index, position))
+            self._kinds = []
+            for (shape, *_), positions in by_kind.items():
+                param = params[positions[0][0]]
+                group = param.group
+                scale = update_scale(shape, group["adjust_lr"], group["update_rms"]) / param.unit
+                sizes = [matrices[index][position].size(0) for index, position in positions]
+                schedule = coefficient_steps(group["ns_coefficients"], group["ns_steps"])
+                self._kinds.append(_Kind(positions, sizes, schedule, scale))
+        return self._kinds
+
+
+class _Kind(NamedTuple):
+    """Matrices of a batch that have one shape, dtype and options.
+
+    Attributes:
+        positions: the index of the parameter of each stack, and of its block there.
+        sizes: number of matrices of each stack.
+        schedule: of Newton-Schulz.
+        scale: factor on the results.
+    """
+
+    positions: list[tuple[int, int]]
+    sizes: list[int]
+    schedule: list[Triple]
+    scale: float
+
+
+class _Batch(NamedTuple):
+    """Parts of parameters of one device and update dtype."""
+
+    parts: list[_Part]
+    arrangement: Arrangement
+
+    def members(self, params: Sequence[MuonParam]) -> list[MuonParam]:
+        return [
+            params[number] if length is None else params[number].narrow(start, length, start)
+            for number, start, length in self.parts
+        ]
+
+
+def _batches(params: Sequence[MuonParam]) -> Iterator[_Batch]:
     """Batches of one device and dtype, equal shapes next to each other; large stacks are split."""
     by_kind = defaultdict(list)
-    for param in params:
+    for number, param in enumerate(params):
         if param.local.numel():
-            by_kind[param.device, param.update_dtype, param.shape[-2:]].append(param)
-    batch: list[MuonParam] = []
+            by_kind[param.device, param.update_dtype, param.shape[-2:]].append(number)
+    parts: list[_Part] = []
     elements, batch_kind = 0, None
-    for (device, dtype, _), members in by_kind.items():
+    for (device, dtype, _), numbers in by_kind.items():
         limit = _BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_ELSEWHERE)
-        for param in members:
-            for part in _split_stack(param, limit):
-                size = part.local.numel()
-                if batch and (elements + size > limit or batch_kind != (device, dtype)):
-                    yield batch
-                    batch, elements = [], 0
+        for number in numbers:
+            for part, size in _split_stack(params[number], number, limit):
+                if parts and (elements + size > limit or batch_kind != (device, dtype)):
+                    yield _Batch(parts, Arrangement())
+                    parts, elements = [], 0
                 batch_kind = device, dtype
-                batch.append(part)
+                parts.append(part)
                 elements += size
-    if batch:
-        yield batch
+    if parts:
+        yield _Batch(parts, Arrangement())
 
 
-def _split_stack(param: MuonParam, elements: int) -> Iterator[MuonParam]:
-    """Split a stack of matrices into parts of about this many elements."""
-    length = param.local.size(0)
-    step = max(1, elements * length // param.local.numel())
+def _split_stack(param: MuonParam, number: int, elements: int) -> Iterator[tuple[_Part, int]]:
+    """Split a stack of matrices into parts of about this many elements, each with their number."""
+    length, total = param.local.size(0), param.local.numel()
+    step = max(1, elements * length // total)
     if step >= length or param.num_slices == 1:
-        yield param
+        yield _Part(number), total
         return
     for start in range(0, length, step):
-        yield param.narrow(start, min(step, length - start), start)
+        slices = min(step, length - start)
+        yield _Part(number, start, slices), slices * (total // length)
 
 
-def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> list[Tensor]:
+def pre_orthogonalize(
+    params: Sequence[MuonParam],
+    found_inf: Tensor | None,
+    arrangement: Arrangement | None = None,
+) -> list[Tensor]:
     """Update the momentum and return the updates to orthogonalize.
 
     Args:
         params: of one device and update dtype.
-        found_inf: as for ``step_local``.
+        found_inf: as for ``LocalMuon.step``.
+        arrangement: of the parameters, if there is one already.
 
     Returns:
         New tensors, consecutive in memory, in the update dtype.
@@ -280,11 +409,12 @@ def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> 
     sizes = [param.local.numel() for param in params]
     flat = torch.empty(sum(sizes), dtype=params[0].update_dtype, device=params[0].device)
     updates = [
-        part.view(param.local.shape)
+        part.view_as(param.local)  # view(shape) takes three times as long
         for part, param in zip(flat.split_with_sizes(sizes), params, strict=True)
     ]
-    gradients, momenta = update_momenta(params, found_inf)
-    for indices in _by_group(params):
+    arrangement = arrangement or Arrangement()
+    gradients, momenta = update_momenta(params, found_inf, arrangement)
+    for indices in arrangement.groups(params):
         group = params[indices[0]].group
         look_ahead_(
             [updates[index] for index in indices],
@@ -297,7 +427,9 @@ def pre_orthogonalize(params: Sequence[MuonParam], found_inf: Tensor | None) -> 
 
 
 def update_momenta(
-    params: Sequence[MuonParam], found_inf: Tensor | None
+    params: Sequence[MuonParam],
+    found_inf: Tensor | None,
+    arrangement: Arrangement | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Update the momentum.
 
@@ -312,7 +444,7 @@ def update_momenta(
             torch.where(found_inf == 0, gradient.to(momentum.dtype), momentum)
             for gradient, momentum in zip(gradients, momenta, strict=True)
         ]
-    for indices in _by_group(params):
+    for indices in (arrangement or Arrangement()).groups(params):
         update_momentum(
             [momenta[index] for index in indices],
             [gradients[index] for index in indices],
@@ -333,7 +465,10 @@ def _read_momentum(param: MuonParam) -> Tensor:
 
 
 def orthogonalize_updates(
-    params: Sequence[MuonParam], updates: Sequence[Tensor], found_inf: Tensor | None
+    params: Sequence[MuonParam],
+    updates: Sequence[Tensor],
+    found_inf: Tensor | None,
+    arrangement: Arrangement | None = None,
 ) -> list[Tensor]:
     """Orthogonalize and scale every matrix of the model in these updates.
 
@@ -342,7 +477,8 @@ def orthogonalize_updates(
             variants is updated.
         updates: [n, m], [E, n, m] or as the layout says, each whole (stacks: any slices), in the
             working dtype of Newton-Schulz. Overwritten.
-        found_inf: as for ``step_local``.
+        found_inf: as for ``LocalMuon.step``.
+        arrangement: of the parameters, if there is one already.
 
     Returns:
         The same shapes, in the dtype of Newton-Schulz, divided by ``MuonParam.unit``.
@@ -350,43 +486,27 @@ def orthogonalize_updates(
     layouts = [param.layout for param in params]
     matrices = [layout.split(update) for layout, update in zip(layouts, updates, strict=True)]
     states = [_split_state(param) if param.neurons else [] for param in params]
-    # Matrices of one shape go through Newton-Schulz together, whichever parameters they are in.
-    by_kind: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    groups = {id(param.group): param.group for param in params}
-    options_of = {key: _options_of_updates(group) for key, group in groups.items()}
-    schedules = {
-        key: coefficient_steps(group["ns_coefficients"], group["ns_steps"])
-        for key, group in groups.items()
-    }
-    for index, (param, stacks) in enumerate(zip(params, matrices, strict=True)):
-        neuron_dtypes = tuple(state.dtype for state in param.neurons.values())
-        options = options_of[id(param.group)]
-        for position, stack in enumerate(stacks):
-            kind = stack.shape[-2:], param.ns_dtype, stack.device, neuron_dtypes, options
-            by_kind[kind].append((index, position))
-    for (shape, dtype, *_), positions in by_kind.items():
-        stacks = [matrices[index][position] for index, position in positions]
-        group = params[positions[0][0]].group
+    for kind in (arrangement or Arrangement()).kinds(params, matrices):
+        stacks = [matrices[index][position] for index, position in kind.positions]
+        param = params[kind.positions[0][0]]
+        group = param.group
         variant = variant_of(group)
-        scale = update_scale(shape, group["adjust_lr"], group["update_rms"])
-        scale /= params[positions[0][0]].unit
         results = orthogonalize_(
             _concatenate(stacks),
-            schedules[id(group)],
+            kind.schedule,
             eps=group["eps"],
-            dtype=dtype,
-            scale=scale if variant.factor is None else 1.0,
+            dtype=param.ns_dtype,
+            scale=kind.scale if variant.factor is None else 1.0,
         )
-        sizes = [stack.size(0) for stack in stacks]
         if variant.factor is not None:
-            blocks = [states[index][position] for index, position in positions]
-            results.mul_(_variant_factor(results, blocks, sizes, group) * scale)
-        for (index, position), result in zip(
-            positions, results.split_with_sizes(sizes), strict=True
-        ):
-            matrices[index][position] = result
+            blocks = [states[index][position] for index, position in kind.positions]
+            results.mul_(_variant_factor(results, blocks, kind.sizes, group) * kind.scale)
+        parts = results.split_with_sizes(kind.sizes) if len(stacks) > 1 else (results,)
+        for (index, position), part in zip(kind.positions, parts, strict=True):
+            matrices[index][position] = part
     for param, blocks in zip(params, states, strict=True):
-        _store_state(param, blocks, found_inf)
+        if blocks:
+            _store_state(param, blocks, found_inf)
     return [
         layout.join(stacks, update.shape)
         for layout, stacks, update in zip(layouts, matrices, updates, strict=True)
@@ -455,10 +575,13 @@ def _concatenate(stacks: Sequence[Tensor]) -> Tensor:
 
 
 def apply_updates(
-    params: Sequence[MuonParam], updates: Sequence[Tensor], found_inf: Tensor | None
+    params: Sequence[MuonParam],
+    updates: Sequence[Tensor],
+    found_inf: Tensor | None,
+    arrangement: Arrangement | None = None,
 ) -> None:
     """Decay the weights, add the updates, and round the results into the parameters."""
-    for indices in _by_group(params):
+    for indices in (arrangement or Arrangement()).groups(params):
         members = [params[index] for index in indices]
         options = members[0].group
         lr: Scalar = options["lr"]
@@ -478,6 +601,7 @@ def apply_updates(
             [
                 Result(result, param.local, param.remainder, param.seed)
                 for param, result in zip(members, wide, strict=True)
+                if result is not param.local
             ],
             stochastic=options["stochastic_rounding"],
         )
@@ -488,15 +612,6 @@ def _read_weights(param: MuonParam) -> Tensor:
     if param.remainder is not None:
         return join(param.local, param.remainder)
     return cast(param.to_update, torch.promote_types(param.to_update.dtype, torch.float32))
-
-
-def _by_group(params: Sequence[MuonParam]) -> list[list[int]]:
-    """Indices of the parameters of each group, dtype and unit."""
-    indices: dict[Any, list[int]] = defaultdict(list)
-    for index, param in enumerate(params):
-        key = (id(param.group), param.to_update.dtype, param.momentum_buffer.dtype, param.unit)
-        indices[key].append(index)
-    return list(indices.values())
 
 
 def momentum_now(group: Mapping[str, Any]) -> float:

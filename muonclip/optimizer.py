@@ -36,7 +36,7 @@ from muonclip.distributed.sharding import (
 from muonclip.kernels.support import has_bfloat16_products
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
-from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, MuonParam, step_local
+from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, LocalMuon, MuonParam
 from muonclip.offload import Devices, copy_back, fetch
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.other_names import canonical
@@ -299,6 +299,7 @@ class MuonClip(Optimizer):
         self._groups: list[dist.ProcessGroup] = []
         self._connected: ConnectedRanks | None = None
         self._plan: _Plan | None = None
+        self._local_muon = LocalMuon()
         self._avoids_bfloat16 = False
         self._owners: StateOwners | None = None
 
@@ -435,12 +436,12 @@ class MuonClip(Optimizer):
             self._attend()
             return loss
         self._step_muon(muon, work, found_inf)
-        for group, params in work:
+        for group, params, gradients in work:
             if group["algorithm"] == "adamw":
-                self._step_adamw(group, params, found_inf)
+                self._step_adamw(group, params, gradients, found_inf)
         if self._owners is not None:
             self._owners.gather(self._sharded_adamw(work), found_inf)
-        self.devices.finish(local_tensor(param) for _, params in work for param in params)
+        self.devices.finish(local_tensor(p) for _, params, _ in work for p in params)
         return loss
 
     @property
@@ -456,7 +457,7 @@ class MuonClip(Optimizer):
 
     def _step_muon(self, params: list[MuonParam], work: "_Work", found_inf: Tensor | None) -> None:
         if self._connected is None:
-            step_local(params, found_inf)
+            self._local_muon.step(params, found_inf)
             return
         if self._plan is None:
             self._plan = self._make_plan(params, work)
@@ -467,9 +468,9 @@ class MuonClip(Optimizer):
         assert self._connected is not None
         owners = self._owners
         others = [
-            self._shared_param(p, group)
-            for group, members in work
-            for p in self._sharded_adamw([(group, members)])
+            self._shared_param(p, of_group.group)
+            for of_group in work
+            for p in self._sharded_adamw([of_group])
         ]
         muon = DistributedMuon(
             params,
@@ -485,14 +486,18 @@ class MuonClip(Optimizer):
         return _Plan(muon, adamw, self._signature(work))
 
     def _step_adamw(
-        self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        found_inf: Tensor | None,
     ) -> None:
         batch: list[_AdamWEntry] = []
         elements = 0
         copies = []
-        for number, param in enumerate(params):
+        for number, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
             state = self._state_of(param, group)
-            parts = self._adamw_parts(param, state)
+            parts = self._adamw_parts(param, gradient, state)
             if not parts:
                 # Parameters without elements here count, too: a checkpoint keeps one rank's step.
                 state["step"] += 1 if found_inf is None else 1 - found_inf
@@ -548,10 +553,12 @@ class MuonClip(Optimizer):
         for given, copied in fetched:
             copy_back(given, copied)
 
-    def _adamw_parts(self, param: Tensor, state: dict[str, Any]) -> "list[_AdamWPart]":
+    def _adamw_parts(
+        self, param: Tensor, gradient: Tensor, state: dict[str, Any]
+    ) -> "list[_AdamWPart]":
         """This rank's parts of a parameter of AdamW: its local tensor, or with sharded state the
         ranges of it that this rank updates."""
-        local, gradient = local_tensor(param), local_gradient(param)
+        local = local_tensor(param)
         moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
         if self._layout_of(param) is None:
             if not local.numel():
@@ -590,14 +597,12 @@ class MuonClip(Optimizer):
     # ------------------------------------------------------------------ parameters and their state
 
     def _work(self) -> "_Work":
-        """Each group that has parameters with a gradient, and these parameters."""
+        """Each group that has parameters with a gradient, with these."""
         work = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for param in params:
-                local_gradient(param)  # raises an error if it is of no use
             if params:
-                work.append((group, params))
+                work.append(_GroupWork(group, params, [local_gradient(p) for p in params]))
         return work
 
     def _signature(self, work: "_Work") -> list[tuple[Any, ...]]:
@@ -608,7 +613,7 @@ class MuonClip(Optimizer):
                 self._momentum_dtype(p, group), group["ns_dtype"], needs_master(group, p),
                 group["variant"],
             )
-            for group, params in work
+            for group, params, _ in work
             for p in params
             if group["algorithm"] == "muon" or self._layout_of(p) is not None
         ]  # fmt: skip
@@ -621,7 +626,7 @@ class MuonClip(Optimizer):
         """AdamW's parameters with sharded state."""
         return [
             param
-            for group, params in work
+            for group, params, _ in work
             if group["algorithm"] == "adamw"
             for param in params
             if self._layout_of(param) is not None
@@ -629,18 +634,20 @@ class MuonClip(Optimizer):
 
     def _muon_params(self, work: "_Work") -> list[MuonParam]:
         muon: list[MuonParam] = []
-        for group, params in work:
+        for group, params, gradients in work:
             if group["algorithm"] == "muon":
-                muon += [self._muon_param(p, group, len(muon) + i) for i, p in enumerate(params)]
+                for param, gradient in zip(params, gradients, strict=True):
+                    muon.append(self._muon_param(param, gradient, group, len(muon)))
         return muon
 
-    def _muon_param(self, param: Tensor, group: dict[str, Any], number: int) -> MuonParam:
+    def _muon_param(
+        self, param: Tensor, gradient: Tensor, group: dict[str, Any], number: int
+    ) -> MuonParam:
         state = self._state_of(param, group)
         local = local_tensor(param)
         is_sharded = self._layout_of(param) is not None
         master = state.get("master") if is_sharded else None
         to_update = local if is_sharded else self._tensor_to_update(local, state)
-        gradient = local_gradient(param)
         if group["maximize"]:
             gradient = -gradient
         # The owner of a sharded master copy adds the decay itself.
@@ -737,6 +744,8 @@ class MuonClip(Optimizer):
 
     def _state_device(self, name: str, local: Tensor) -> torch.device:
         """The device of an entry of a parameter's state."""
+        if not self.devices.are_given:
+            return local.device
         # A step is one number, which torch's fused AdamW reads where it computes, and state of
         # neurons is small.
         is_small = name == "step" or name in neuron_state()
@@ -846,7 +855,7 @@ class MuonClip(Optimizer):
         """Warn at the first step of devices that are those of the parameters."""
         if not (work and self.devices.are_given) or any(g["updates"] for g in self.param_groups):
             return
-        devices = {local_tensor(param).device for _, params in work for param in params}
+        devices = {local_tensor(p).device for _, params, _ in work for p in params}
         if not any(self.devices.differ_from(device) for device in devices):
             warnings.warn(
                 "MuonClip's state_device and compute_device have no effect: parameters, state and "
@@ -896,7 +905,11 @@ class MuonClip(Optimizer):
         message = None if error is None else str(error)
         if ignore and is_update and self._connected is None:
             return _Flags(None, message)
-        gradients = self._local_gradients() if error is None else {}
+        gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for of_group in work:
+            for gradient in of_group.gradients:
+                if gradient.numel():
+                    gradients[gradient.device].append(gradient)
         device = next(iter(gradients), self._device())
         changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
         found = [] if ignore else [_any_nonfinite(by).to(device) for by in gradients.values()]
@@ -972,15 +985,6 @@ class MuonClip(Optimizer):
         if any(others) or (found_inf and self._raises):
             error = self._pending.error
             warnings.warn(_PENDING + (f": {error}" if error else ""), stacklevel=4)
-
-    def _local_gradients(self) -> dict[torch.device, list[Tensor]]:
-        """This rank's parts of all gradients, by device."""
-        by_device = defaultdict(list)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and (gradient := local_gradient(p)).numel():
-                    by_device[gradient.device].append(gradient)
-        return by_device
 
     def _device(self) -> torch.device:
         """The device of the parameters, or that of the process group on a rank without any."""
@@ -1481,7 +1485,7 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
     """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0."""
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
-        if all(math.isfinite(norm) for norm in torch._foreach_norm(gradients)):
+        if all(math.isfinite(norm.item()) for norm in torch._foreach_norm(gradients)):
             return torch.zeros((), dtype=torch.float32, device="cpu")
         bad = any(not g.isfinite().all() for g in gradients)
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
@@ -1489,8 +1493,15 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
     return torch.stack([norm.float() for norm in largest]).isfinite().logical_not().any().float()
 
 
-# Groups that have parameters with a gradient, and these parameters.
-_Work = list[tuple[dict[str, Any], list[Tensor]]]
+class _GroupWork(NamedTuple):
+    """A group that has parameters with a gradient, these parameters, and local gradients."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    gradients: list[Tensor]
+
+
+_Work = list[_GroupWork]
 
 
 class _AdamWPart(NamedTuple):

@@ -374,14 +374,17 @@ def check_changed_parameter(
 def check_gradients(group: Mapping[str, Any], capturing: bool) -> None:
     """Raise for a sparse gradient and, while a CUDA graph is captured, for a missing one."""
     for index, p in enumerate(group["params"]):
-        if p.grad is not None and p.grad.layout != torch.strided:
+        gradient = p.grad
+        if gradient is None:
+            if capturing and p.requires_grad:
+                raise RuntimeError(
+                    f"{label(group, index)} has no gradient while a CUDA graph is captured: the "
+                    "graph would never update it, whatever gradient it gets later. Run backward "
+                    "before the capture, with gradients kept (zero_grad(set_to_none=False)), or "
+                    "leave it out"
+                )
+        elif gradient.layout != torch.strided:
             raise RuntimeError(
                 f"{label(group, index)} has a sparse gradient; MuonClip needs dense ones "
                 "(nn.Embedding(sparse=False))"
-            )
-        if capturing and p.requires_grad and p.grad is None:
-            raise RuntimeError(
-                f"{label(group, index)} has no gradient while a CUDA graph is captured: the graph "
-                "would never update it, whatever gradient it gets later. Run backward before the "
-                "capture, with gradients kept (zero_grad(set_to_none=False)), or leave it out"
             )

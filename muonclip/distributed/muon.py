@@ -39,12 +39,12 @@ from muonclip.distributed.sharding import Sharding, TensorShard, local_shard
 from muonclip.labels import label_of
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import (
+    LocalMuon,
     MuonParam,
     apply_updates,
     orthogonalize_updates,
     pre_orthogonalize,
     state_on_device,
-    step_local,
     update_momenta,
     weights_on_device,
 )
@@ -108,6 +108,7 @@ class DistributedMuon:
         listed += others
         found = all_shardings(listed, groups, connected, process_group, shardings)
         self._local: list[int] = []  # indices of the parameters that need no other rank
+        self._local_muon = LocalMuon()
         by_kind: dict[_Kind, list[int]] = defaultdict(list)
         for index, param in enumerate(params):
             sharding = found.get(index)
@@ -151,7 +152,7 @@ class DistributedMuon:
         """Update the parameters. A collective call of all ranks that share any of them."""
         if self._work:
             self._work[0].send(params, found_inf)
-        step_local([params[index] for index in self._local], found_inf)
+        self._local_muon.step([params[index] for index in self._local], found_inf)
         for apply, results in arrivals(self._results(params, found_inf)):
             apply(results, params, found_inf)
 

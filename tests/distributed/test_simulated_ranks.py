@@ -194,8 +194,7 @@ def planned_step(
         owners = {param: optimizer._owners.owners(param) for param, _ in placed}
     for members in optimizer.param_groups:
         members["updates"] = 1
-    work = [(members, members["params"]) for members in optimizer.param_groups]
-    params = optimizer._muon_params(work)
+    params = optimizer._muon_params(optimizer._work())
     plan = DistributedMuon(
         params, [group], connected, optimizer.process_group, optimizer.shardings, owners, []
     )

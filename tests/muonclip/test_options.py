@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from muonclip import MatrixLayout, MuonClip, orthogonalize
-from muonclip.muon import step_local
+from muonclip.muon import LocalMuon
 from muonclip.precision import round_stochastically
 from muonclip.update import decay_and_apply
 
@@ -394,7 +394,7 @@ class TestOnAnAccelerator:
             p.grad = torch.full((4, 6), torch.nan) if flag else torch.ones(4, 6)
             with torch.no_grad():
                 muon_params = optimizer._muon_params(optimizer._work())
-                step_local(muon_params, found_inf=torch.tensor(flag))
+                LocalMuon().step(muon_params, found_inf=torch.tensor(flag))
             same = torch.equal(p, before[0]) and torch.equal(buffer, before[1])
             assert same == bool(flag)
             assert p.isfinite().all()
