@@ -140,71 +140,6 @@ class MuonParam(NamedTuple):
         )
 
 
-class LocalMuon:
-    """Muon's step for parameters that this rank has whole.
-
-    It keeps how it divides them while the parameters of its steps stay alike: for small matrices,
-    to divide them takes as long as a part of Newton-Schulz.
-    """
-
-    def __init__(self) -> None:
-        self._described: Any = None
-        self._batches: list[_Batch] = []
-
-    def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
-        """Update the parameters.
-
-        Args:
-            params: with a gradient.
-            found_inf: 1 if a gradient is not finite, and nothing must change; None if all are
-                finite.
-        """
-        if not params:
-            return
-        described = _describe(params)
-        if described != self._described:
-            self._described, self._batches = described, list(_batches(params))
-        batches, compute = self._batches, params[0].compute
-        if compute is None:
-            for batch in batches:
-                _step_batch(batch.members(params), found_inf, batch.arrangement)
-            return
-        members = (batch.members(params) for batch in batches)
-        arrangements = iter([batch.arrangement for batch in batches])
-        for given, moved in streamed(members, _fetch, compute):
-            _refresh(moved)
-            _step_batch(moved, found_inf, next(arrangements))
-            _copy_back(given, moved)
-            del moved  # before a third one is copied
-
-
-def _step_batch(
-    batch: Sequence[MuonParam], found_inf: Tensor | None, arrangement: "Arrangement"
-) -> None:
-    updates = pre_orthogonalize(batch, found_inf, arrangement)
-    updates = orthogonalize_updates(batch, updates, found_inf, arrangement)
-    apply_updates(batch, updates, found_inf, arrangement)
-
-
-def _describe(params: Sequence[MuonParam]) -> Any:
-    """Everything that batches and arrangements of these parameters depend on."""
-    groups = {id(param.group): param.group for param in params}
-    return (
-        [(key, group["layout"], _options_of_updates(group)) for key, group in groups.items()],
-        [
-            (
-                id(p.group), p.shape, p.local.shape, p.device, p.to_update.dtype,
-                p.momentum_buffer.dtype, p.ns_dtype, _neuron_dtypes(p),
-            )
-            for p in params
-        ],
-    )  # fmt: skip
-
-
-def _neuron_dtypes(param: MuonParam) -> tuple[torch.dtype, ...]:
-    return tuple(state.dtype for state in param.neurons.values()) if param.neurons else ()
-
-
 _STATE = ("momentum_buffer", "momentum_scale")
 _WEIGHTS = ("local", "to_update", "remainder")
 
@@ -273,14 +208,6 @@ def _copy_back(params: Sequence[MuonParam], moved: Sequence[MuonParam]) -> None:
                 copy_back(target, source)
 
 
-class _Part(NamedTuple):
-    """A parameter, or some slices of a large stack, in a batch."""
-
-    number: int  # of the parameter in the step
-    start: int = 0
-    length: int | None = None  # all of them
-
-
 class Arrangement:
     """The division of a batch of parameters into groups and kinds, made at its first use."""
 
@@ -342,51 +269,8 @@ class _Kind(NamedTuple):
     scale: float
 
 
-class _Batch(NamedTuple):
-    """Parts of parameters of one device and update dtype."""
-
-    parts: list[_Part]
-    arrangement: Arrangement
-
-    def members(self, params: Sequence[MuonParam]) -> list[MuonParam]:
-        return [
-            params[number] if length is None else params[number].narrow(start, length, start)
-            for number, start, length in self.parts
-        ]
-
-
-def _batches(params: Sequence[MuonParam]) -> Iterator[_Batch]:
-    """Batches of one device and dtype, equal shapes next to each other; large stacks are split."""
-    by_kind = defaultdict(list)
-    for number, param in enumerate(params):
-        if param.local.numel():
-            by_kind[param.device, param.update_dtype, param.shape[-2:]].append(number)
-    parts: list[_Part] = []
-    elements, batch_kind = 0, None
-    for (device, dtype, _), numbers in by_kind.items():
-        limit = _BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_ELSEWHERE)
-        for number in numbers:
-            for part, size in _split_stack(params[number], number, limit):
-                if parts and (elements + size > limit or batch_kind != (device, dtype)):
-                    yield _Batch(parts, Arrangement())
-                    parts, elements = [], 0
-                batch_kind = device, dtype
-                parts.append(part)
-                elements += size
-    if parts:
-        yield _Batch(parts, Arrangement())
-
-
-def _split_stack(param: MuonParam, number: int, elements: int) -> Iterator[tuple[_Part, int]]:
-    """Split a stack of matrices into parts of about this many elements, each with their number."""
-    length, total = param.local.size(0), param.local.numel()
-    step = max(1, elements * length // total)
-    if step >= length or param.num_slices == 1:
-        yield _Part(number), total
-        return
-    for start in range(0, length, step):
-        slices = min(step, length - start)
-        yield _Part(number, start, slices), slices * (total // length)
+def _neuron_dtypes(param: MuonParam) -> tuple[torch.dtype, ...]:
+    return tuple(state.dtype for state in param.neurons.values()) if param.neurons else ()
 
 
 def pre_orthogonalize(
@@ -621,3 +505,119 @@ def momentum_now(group: Mapping[str, Any]) -> float:
     start: float = group["momentum_warmup_start"]
     momentum: float = group["momentum"]
     return momentum if progress == 1 else start + (momentum - start) * progress
+
+
+class LocalMuon:
+    """Muon's step for parameters that this rank has whole.
+
+    Their division into batches is kept while they stay alike: for small matrices it takes as long
+    as a step of Newton-Schulz.
+    """
+
+    def __init__(self) -> None:
+        self._described: Any = None
+        self._batches: list[_Batch] = []
+
+    def step(self, params: Sequence[MuonParam], found_inf: Tensor | None) -> None:
+        """Update the parameters.
+
+        Args:
+            params: with a gradient.
+            found_inf: 1 if a gradient is not finite, and nothing must change; None if all are
+                finite.
+        """
+        if not params:
+            return
+        described = _describe(params)
+        if described != self._described:
+            self._described, self._batches = described, list(_batches(params))
+        batches, compute = self._batches, params[0].compute
+        if compute is None:
+            for batch in batches:
+                _step_batch(batch.members(params), found_inf, batch.arrangement)
+            return
+        members = (batch.members(params) for batch in batches)
+        arrangements = iter([batch.arrangement for batch in batches])
+        for given, moved in streamed(members, _fetch, compute):
+            _refresh(moved)
+            _step_batch(moved, found_inf, next(arrangements))
+            _copy_back(given, moved)
+            del moved  # before a third one is copied
+
+
+class _Part(NamedTuple):
+    """A parameter, or some slices of a large stack, in a batch."""
+
+    number: int  # of the parameter in the step
+    start: int = 0
+    length: int | None = None  # all of them
+
+
+class _Batch(NamedTuple):
+    """Parts of parameters of one device and update dtype."""
+
+    parts: list[_Part]
+    arrangement: Arrangement
+
+    def members(self, params: Sequence[MuonParam]) -> list[MuonParam]:
+        return [
+            params[number] if length is None else params[number].narrow(start, length, start)
+            for number, start, length in self.parts
+        ]
+
+
+def _batches(params: Sequence[MuonParam]) -> Iterator[_Batch]:
+    """Batches of one device and dtype, equal shapes next to each other; large stacks are split."""
+    by_kind = defaultdict(list)
+    for number, param in enumerate(params):
+        if param.local.numel():
+            by_kind[param.device, param.update_dtype, param.shape[-2:]].append(number)
+    parts: list[_Part] = []
+    elements, batch_kind = 0, None
+    for (device, dtype, _), numbers in by_kind.items():
+        limit = _BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_ELSEWHERE)
+        for number in numbers:
+            for part, size in _split_stack(params[number], number, limit):
+                if parts and (elements + size > limit or batch_kind != (device, dtype)):
+                    yield _Batch(parts, Arrangement())
+                    parts, elements = [], 0
+                batch_kind = device, dtype
+                parts.append(part)
+                elements += size
+    if parts:
+        yield _Batch(parts, Arrangement())
+
+
+def _split_stack(param: MuonParam, number: int, elements: int) -> Iterator[tuple[_Part, int]]:
+    """Split a stack of matrices into parts of about this many elements, each with their number."""
+    length, total = param.local.size(0), param.local.numel()
+    step = max(1, elements * length // total)
+    if step >= length or param.num_slices == 1:
+        yield _Part(number), total
+        return
+    for start in range(0, length, step):
+        slices = min(step, length - start)
+        yield _Part(number, start, slices), slices * (total // length)
+
+
+def _step_batch(
+    batch: Sequence[MuonParam], found_inf: Tensor | None, arrangement: Arrangement
+) -> None:
+    updates = pre_orthogonalize(batch, found_inf, arrangement)
+    updates = orthogonalize_updates(batch, updates, found_inf, arrangement)
+    apply_updates(batch, updates, found_inf, arrangement)
+
+
+def _describe(params: Sequence[MuonParam]) -> Any:
+    """Everything that batches and arrangements of these parameters depend on."""
+    groups = {id(param.group): param.group for param in params}
+    return (
+        [(key, group["layout"], _options_of_updates(group)) for key, group in groups.items()],
+        [
+            (
+                id(p.group), p.shape, p.local.shape, p.device, p.to_update.dtype,
+                p.momentum_buffer.dtype, p.ns_dtype, _neuron_dtypes(p),
+            )
+            for p in params
+        ],
+    )  # fmt: skip

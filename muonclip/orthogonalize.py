@@ -22,6 +22,7 @@ from muonclip.kernels.matrix_polynomial import (
 )
 from muonclip.kernels.support import has_bfloat16_products
 from muonclip.kernels.symmetric_product import unchecked_product
+from muonclip.update import cast
 
 Triple: TypeAlias = tuple[float, float, float]
 CoefficientName = Literal["quintic", "you", "polar_express", "cans", "deepseek_v4", "cubic"]
@@ -291,7 +292,7 @@ def orthogonalize_(
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
-    x = _normalize_(x, eps).to(dtype)
+    x = cast(_normalize_(x, eps), dtype)
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = _contiguous(x)
@@ -337,9 +338,8 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         # Reading the result costs nothing on a CPU, and scaling is rarely necessary.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
-        least, largest = norm.aminmax()
-        if least.item() > 1e-15 and largest.item() < 1e15:
-            return x.div_(norm.to(x.dtype))
+        if all(1e-15 < value < 1e15 for ((value,),) in norm.tolist()):
+            return x.div_(cast(norm, x.dtype))
     largest = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=True, dtype=accumulate)
     power = _power_of_two(largest)
     norm = torch.linalg.vector_norm(
