@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDS = {"full": 10, "quick": 3, "tiny": 2}
+# Steps with fewer FLOPs take milliseconds, and are timed in more rounds.
+SHORT, ROUNDS_OF_SHORT = 1e9, 20
 # Size of the square matrix product that measures the peak of the device.
 PEAK_SIZE = {"full": 8192, "quick": 2048, "tiny": 64}
 
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         type=positive_int,
-        help="timed steps per optimizer; default: depends on the form",
+        help="timed steps per optimizer (20 times as many of a small model); default: depends on "
+        "the form",
     )
 
 
@@ -92,6 +95,8 @@ def run(options: argparse.Namespace) -> Result:
     }
     for load in loads:
         rounds = ROUNDS[options.form] if options.rounds is None else options.rounds
+        if load.flops() < SHORT and options.form != "tiny":
+            rounds *= ROUNDS_OF_SHORT
         # Optimizers without support for stacks are timed on the same experts as separate matrices.
         timed = [c for c in present if c.stacks or not load.stacked or c.name == options.baseline]
         times = summarize(_time(load, timed, rounds, options), options.baseline)

@@ -114,6 +114,7 @@ def workloads(form: str) -> list[Workload]:
             mixture(1, 512, 256, 64, 2048, stacked=False),
             mixture(1, 512, 256, 64, 2048, stacked=True),
             kimi_k2(1, 24, 8, 2048),
+            dense(4, 48, 128, 256, "small"),
         ]
     return [
         dense(1, 32, 64, 64, "dense"),
