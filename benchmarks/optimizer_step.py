@@ -71,13 +71,14 @@ def run(options: argparse.Namespace) -> Result:
 
     if options.baseline in absent:
         raise SystemExit(f"--baseline {options.baseline}: {absent[options.baseline]}")
-    shapes = {(shape[-2], shape[-1]) for load in loads for shape in load.matrices}
-    arithmetic = {c.name: c.arithmetic_on(options.device, shapes) for c in present}
+    arithmetic = {load.name: _arithmetic(load, present, options.device) for load in loads}
+    dtypes = {
+        dtype for by_name in arithmetic.values() for found in by_name.values() for dtype in found
+    }
     result: Result = {
         "baseline": options.baseline,
         "optimizers": {
             c.name: {
-                "arithmetic": " and ".join(arithmetic[c.name]),
                 "coefficients": c.coefficients,
                 "version": c.version(),
                 "update_error": errors.get(c.name),
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> Result:
             dtype: matmul_peak(
                 getattr(torch, dtype), options.device, PEAK_SIZE[options.form], options.clock
             )
-            for dtype in sorted({dtype for dtypes in arithmetic.values() for dtype in dtypes})
+            for dtype in sorted(dtypes)
         },
         "workloads": {},
     }
@@ -101,15 +102,25 @@ def run(options: argparse.Namespace) -> Result:
         timed = [c for c in present if c.stacks or not load.stacked or c.name == options.baseline]
         times = summarize(_time(load, timed, rounds, options), options.baseline)
         for name, row in times.items():
-            if arithmetic[name]:
+            found = arithmetic[load.name][name]
+            row["arithmetic"] = " and ".join(found)
+            if found:
                 row["flops_per_s"] = load.flops() / row["median_s"]
-                peak = max(result["matmul_peak_flops"][dtype] for dtype in arithmetic[name])
+                peak = max(result["matmul_peak_flops"][dtype] for dtype in found)
                 row["share_of_peak"] = row["flops_per_s"] / peak
         result["workloads"][load.name] = {
             "title": str(load), "newton_schulz_flops": load.flops(), "times": times
         }  # fmt: skip
         print(f"timed {load.name}: {rounds} rounds of {len(timed)} optimizers", flush=True)
     return result
+
+
+def _arithmetic(
+    load: Workload, present: Sequence[Candidate], device: torch.device
+) -> dict[str, list[str]]:
+    """Dtypes of each optimizer's Newton-Schulz for these matrices."""
+    shapes = {(shape[-2], shape[-1]) for shape in load.matrices}
+    return {candidate.name: candidate.arithmetic_on(device, shapes) for candidate in present}
 
 
 def _time(
@@ -242,7 +253,7 @@ def table(result: Result) -> str:
             rows.append([
                 f"**{name}**" if name == "MuonClip" else name,
                 about["version"] or "",
-                about["arithmetic"],
+                row["arithmetic"],
                 _milliseconds(row["median_s"]),
                 f"{_milliseconds(low)} to {_milliseconds(high)}",
                 f"{row['speedup']:.2f}",
