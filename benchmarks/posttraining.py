@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.runner import ROOT, positive_int
 
 
@@ -31,3 +33,17 @@ def train(command: str, config: str, folder: Path, settings: Sequence[str]) -> N
         file = f"configs/posttrain/{config}.yaml"
         arguments = [command, file, f"run_dir={folder}", *settings]
         subprocess.run([sys.executable, "-m", "posttrain", *arguments], cwd=ROOT, check=True)
+
+
+def mean_and_spread(values: Sequence[float | None], form: str) -> str:
+    """The mean and sample standard deviation of the runs that have a value, for a table.
+
+    Args:
+        values: of each run.
+        form: format of a number, such as ``".2f"``.
+    """
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    spread = f" ± {format(np.std(found, ddof=1), form)}" if len(found) > 1 else ""
+    return f"{format(np.mean(found), form)}{spread}"

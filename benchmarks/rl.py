@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from benchmarks import posttraining
 from benchmarks.runner import Result, markdown
 from posttrain import metrics
@@ -155,17 +153,13 @@ def summary(folder: Path) -> Result:
 # ---------------------------------------------------------------------- table and plot
 
 
-def _cell(runs: Sequence[Result], when: str, name: str, form: str) -> str:
-    values = [run[when][name] for run in runs if run[when][name] is not None]
-    if not values:
-        return "-"
-    spread = f" ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else ""
-    return f"{format(np.mean(values), form)}{spread}"
-
-
 def _table(variants: dict[str, list[Result]], columns: dict[str, tuple[str, str]]) -> str:
     def row(name: str, runs: Sequence[Result], when: str) -> list[str]:
-        return [name, *(_cell(runs, when, key, form) for key, (_, form) in columns.items())]
+        cells = [
+            posttraining.mean_and_spread([run[when][key] for run in runs], form)
+            for key, (_, form) in columns.items()
+        ]
+        return [name, *cells]
 
     first = next(iter(variants.values()))
     rows = [row("before", first, "before")]

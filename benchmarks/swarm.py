@@ -34,7 +34,7 @@ _COLUMNS = {
     "wide_sub_agents": "sub-agents, wide",
     "deep_sub_agents": "sub-agents, deep",
 }
-_DIGITS = {"critical_steps": 1}
+_NUMBER_FORMAT = {"critical_steps": ".1f"}
 # Changes of the configuration, and the number of seeds.
 FORMS: dict[str, tuple[tuple[str, ...], int]] = {
     "full": ((), 5),
@@ -83,23 +83,21 @@ def summary(folder: Path) -> Result:
 # ---------------------------------------------------------------------- table and plot
 
 
-def _cell(runs: Sequence[Result], when: str, name: str) -> str:
-    values = [run[when][name] for run in runs if run[when][name] is not None]
-    if not values:
-        return ""
-    digits = _DIGITS.get(name, 2)
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+def _row(label: str, runs: Sequence[Result], when: str) -> list[str]:
+    cells = [
+        posttraining.mean_and_spread(
+            [run[when][name] for run in runs], _NUMBER_FORMAT.get(name, ".2f")
+        )
+        for name in _COLUMNS
+    ]
+    return [label, *cells]
 
 
 def table(result: Result) -> str:
     variants: dict[str, list[Result]] = result["variants"]
     first = next(iter(variants.values()))
-    rows = [["supervised start", *(_cell(first, "before", name) for name in _COLUMNS)]]
-    rows += [
-        [variant, *(_cell(runs, "after", name) for name in _COLUMNS)]
-        for variant, runs in variants.items()
-    ]
+    rows = [_row("supervised start", first, "before")]
+    rows += [_row(variant, runs, "after") for variant, runs in variants.items()]
     seeds = len(first)
     return (
         markdown(["", *_COLUMNS.values()], rows)

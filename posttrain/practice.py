@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from posttrain import evaluate, modes, tasks
 from posttrain.config import Config, RlTaskConfig
@@ -137,34 +138,53 @@ def verified(run: Run, task: Task, tokens: Sequence[int]) -> float:
 
 def set_budgets(run: Run, practices: Sequence[Practice]) -> None:
     """Estimate the budgets of each task with Toggle, with the model before training, or read them
-    if the run resumes."""
-    file = run.folder / _BUDGETS
-    state = {}
-    if run.newest_checkpoint() and file.is_file():
-        try:
-            state = json.loads(file.read_text())
-        except ValueError as error:
-            raise PretrainError(
-                f"{file} is damaged: remove it, and budgets are estimated again, with the model "
-                "before training"
-            ) from error
+    if the run resumes.
+
+    Raises:
+        PretrainError: the stored budgets cannot be used.
+    """
     for practice in practices:
         options = practice.options.toggle
-        if options.mode == "off":
-            continue
-        practice.toggle = Toggle(
-            practice.options.max_tokens,
-            options.mode,
-            options.period,
-            options.accuracy,
-            options.percentile,
-        )
-        if practice.name in state:
-            practice.toggle.load_state_dict(state[practice.name])
-        else:
+        if options.mode != "off":
+            practice.toggle = Toggle(
+                practice.options.max_tokens,
+                options.mode,
+                options.period,
+                options.accuracy,
+                options.percentile,
+            )
+    file = run.folder / _BUDGETS
+    resumes = bool(run.newest_checkpoint()) and file.is_file()
+    state = read_budgets(file, practices) if resumes else {}
+    for practice in practices:
+        if practice.toggle is not None and practice.name not in state:
             _estimate(run, practice, practice.toggle)
             state[practice.name] = practice.toggle.state_dict()
             replace_text(file, json.dumps(state))
+
+
+def read_budgets(file: Path, practices: Sequence[Practice]) -> dict[str, dict[str, float]]:
+    """Read stored budgets into the tasks with Toggle that have some.
+
+    Returns:
+        The budget of each problem, by the task's name.
+
+    Raises:
+        PretrainError: the file cannot be used.
+    """
+    try:
+        state: dict[str, dict[str, float]] = json.loads(file.read_text())
+        if not isinstance(state, dict):
+            raise ValueError("it must have the budgets of each task by its name")
+        for practice in practices:
+            if practice.toggle is not None and practice.name in state:
+                practice.toggle.load_state_dict(state[practice.name])
+    except ValueError as error:
+        raise PretrainError(
+            f"{file} cannot be used ({error}): remove it, and budgets are estimated again, with "
+            "the model before training"
+        ) from error
+    return state
 
 
 def _estimate(run: Run, practice: Practice, toggle: Toggle) -> None:

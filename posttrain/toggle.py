@@ -129,8 +129,10 @@ class Toggle:
         """Resume with the budgets of a checkpoint.
 
         Raises:
-            ValueError: a budget is not a positive number.
+            ValueError: a budget is not a number from 0 to the limit of tokens.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"budgets must be given by problem, got {state!r:.80}")
         for problem, budget in state.items():
             if not (isinstance(budget, int | float) and 0 <= budget <= self.token_limit):
                 raise ValueError(

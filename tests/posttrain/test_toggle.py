@@ -2,13 +2,20 @@
 
 import json
 import math
+import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.config import RlTaskConfig
+from posttrain.modes import Mode
+from posttrain.practice import Practice, read_budgets
 from posttrain.toggle import Toggle, estimate_budget, gate, has_budget
+from pretrain.errors import PretrainError
 
 rewards = st.floats(0, 1)
 group = st.lists(st.tuples(rewards, st.integers(1, 100)), min_size=1, max_size=8)
@@ -90,3 +97,25 @@ def test_bad_values_are_errors() -> None:
     for budget in (math.nan, -1, limit + 1, "x"):
         with pytest.raises(ValueError, match="the budget of 'p'"):
             Toggle(limit).load_state_dict({"p": budget})  # type: ignore[dict-item]
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+)
+
+
+@given(content=st.text() | st.builds(json.dumps, JSON | st.fixed_dictionaries({"sums": JSON})))
+def test_stored_budgets_are_read_or_refused(content: str) -> None:
+    """A file that was edited or cut short names itself and the way out."""
+    practice = Practice("sums", RlTaskConfig(), Mode("instant", "", {}, []), [], Toggle(limit))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "budgets.json"
+        file.write_text(content, encoding="utf-8")
+        try:
+            state = read_budgets(file, [practice])
+        except PretrainError as error:
+            assert re.search(r"budgets\.json cannot be used \(.*\): remove it", str(error), re.S)
+            return
+    assert practice.toggle is not None
+    assert practice.toggle.state_dict() == state.get("sums", {})
