@@ -301,6 +301,7 @@ class MuonClip(Optimizer):
         self._plan: _Plan | None = None
         self._local_muon = LocalMuon()
         self._avoids_bfloat16 = False
+        self._ns_dtypes: dict[Any, torch.dtype] = {}  # defaults by device, dtype, layout and shape
         self._owners: StateOwners | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -672,10 +673,14 @@ class MuonClip(Optimizer):
 
     def _default_ns_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         device = self.devices.of_step(local_tensor(param))
-        if device.type == "cpu" and self._avoids_bfloat16:
-            return torch.float32
-        shapes = (group["layout"] or WHOLE).matrix_shapes(self._whole_shape(param))
-        return default_ns_dtype(device, param.dtype, shapes)
+        key = device, param.dtype, group["layout"], self._whole_shape(param)
+        if key not in self._ns_dtypes:
+            if device.type == "cpu" and self._avoids_bfloat16:
+                self._ns_dtypes[key] = torch.float32
+            else:
+                shapes = (group["layout"] or WHOLE).matrix_shapes(key[-1])
+                self._ns_dtypes[key] = default_ns_dtype(device, param.dtype, shapes)
+        return self._ns_dtypes[key]
 
     def _state_of(
         self, param: Tensor, group: dict[str, Any], *, steps: bool = True
@@ -876,6 +881,7 @@ class MuonClip(Optimizer):
         connected = ConnectedRanks(groups) if groups else None
         if connected is not None:  # processors may differ, but not what ranks send each other
             self._avoids_bfloat16 = connected.any(not has_bfloat16_products())
+            self._ns_dtypes.clear()
         if self.shard_state and connected is not None:
             if self._owners is None:
                 self._owners = StateOwners(self.process_group, self.shardings)
@@ -910,9 +916,12 @@ class MuonClip(Optimizer):
             for gradient in of_group.gradients:
                 if gradient.numel():
                     gradients[gradient.device].append(gradient)
-        device = next(iter(gradients), self._device())
+        device = next(iter(gradients)) if gradients else self._device()
         changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
-        found = [] if ignore else [_any_nonfinite(by).to(device) for by in gradients.values()]
+        flags_by_device = [] if ignore else [_any_nonfinite(by) for by in gradients.values()]
+        found = [flag.to(device) for flag in flags_by_device if flag is not None]
+        if not found and self._connected is None:
+            return _Flags(None, message, only_creates_state=not changes)
         if len(found) == 1:
             (found_inf,) = found
         else:
@@ -1481,12 +1490,13 @@ def _is_capturing() -> bool:
         return False
 
 
-def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
-    """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0."""
+def _any_nonfinite(gradients: list[Tensor]) -> Tensor | None:
+    """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0, or None
+    if the host has read that all are finite."""
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
         if all(math.isfinite(norm.item()) for norm in torch._foreach_norm(gradients)):
-            return torch.zeros((), dtype=torch.float32, device="cpu")
+            return None
         bad = any(not g.isfinite().all() for g in gradients)
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")
     largest = torch._foreach_norm(gradients, float("inf"))

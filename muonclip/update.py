@@ -83,7 +83,7 @@ def decay_and_apply(
         lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
     params = list(params)
     updates = [
-        u if _adds_as_it_is(u, p, lr) else cast(u, p.dtype)
+        u if u.dtype == p.dtype or _adds_as_it_is(u, p, lr) else u.to(p.dtype)
         for u, p in zip(updates, params, strict=True)
     ]
     if weight_decay and mode == "cautious":
