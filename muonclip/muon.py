@@ -242,14 +242,15 @@ class Arrangement:
                 common = param.ns_dtype, _neuron_dtypes(param), options[id(param.group)]
                 for position, stack in enumerate(stacks):
                     by_kind[stack.shape[-2:], stack.device, common].append((index, position))
-            self._kinds = []
+            kinds = []
             for (shape, *_), positions in by_kind.items():
                 param = params[positions[0][0]]
                 group = param.group
                 scale = update_scale(shape, group["adjust_lr"], group["update_rms"]) / param.unit
                 sizes = [matrices[index][position].size(0) for index, position in positions]
                 schedule = coefficient_steps(group["ns_coefficients"], group["ns_steps"])
-                self._kinds.append(_Kind(positions, sizes, schedule, scale))
+                kinds.append(_Kind(positions, sizes, schedule, scale))
+            self._kinds = kinds
         return self._kinds
 
 

@@ -338,7 +338,8 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         # Reading the result costs nothing on a CPU, and scaling is rarely necessary.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
-        if all(1e-15 < value < 1e15 for ((value,),) in norm.tolist()):
+        least, largest = norm.aminmax()
+        if least.item() > 1e-15 and largest.item() < 1e15:
             return x.div_(cast(norm, x.dtype))
     largest = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=True, dtype=accumulate)
     power = _power_of_two(largest)

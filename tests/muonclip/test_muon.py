@@ -93,3 +93,25 @@ def test_gradients_are_not_kept() -> None:
     optimizer.step()
     optimizer.zero_grad()
     assert gradient() is None
+
+
+def test_a_step_after_an_error_divides_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The division that the error interrupts is not used."""
+
+    def interrupted(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    results = []
+    for keeps in (True, False):
+        p = nn.Parameter(torch.ones(4, 6))
+        optimizer = MuonClip([{"params": [p], "algorithm": "muon"}], weight_decay=0.0)
+        p.grad = torch.ones(4, 6)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(muon, "update_scale", interrupted)
+            optimizer.step()
+        if not keeps:
+            optimizer._local_muon = muon.LocalMuon()
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.ones(4, 6))
