@@ -88,6 +88,8 @@ def adamw_step(
             found_inf=found_inf if fused else None,
         )
         for row, dense in pairs:
+            if dense is row:
+                continue
             for name in ("param", "average", "square", "step"):
                 old, new = getattr(row, name), getattr(dense, name)
                 if new is not old:
@@ -107,7 +109,10 @@ def _dense(row: AdamWParam) -> AdamWParam:
     """The row with dense tensors of the same strides and dtype, copied where needed."""
     param = row.param
     dtype = torch.promote_types(param.dtype, row.average.dtype)
-    strides = param.stride() if _is_dense(param) else None
+    strides = param.stride() if param.is_contiguous() or _is_dense(param) else None
+    tensors = row[:4]
+    if all(tensor.dtype == dtype and tensor.stride() == strides for tensor in tensors):
+        return row
 
     def fit(tensor: Tensor) -> Tensor:
         if tensor.dtype == dtype and tensor.stride() == strides:
@@ -117,13 +122,8 @@ def _dense(row: AdamWParam) -> AdamWParam:
         copy = torch.empty_strided(param.shape, strides, dtype=dtype, device=param.device)
         return copy.copy_(tensor)
 
-    return AdamWParam(
-        param=fit(param),
-        gradient=fit(row.gradient),
-        average=fit(row.average),
-        square=fit(row.square),
-        step=row.step,
-    )
+    param, gradient, average, square = map(fit, tensors)
+    return AdamWParam(param, gradient, average, square, row.step)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -109,7 +109,7 @@ def _device(option: str, value: Any) -> torch.device | None:
 
 def fetch(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device: a copy, or the tensor itself if it is there."""
-    return tensor.to(device, non_blocking=True)
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def copy_back(target: Tensor, source: Tensor) -> None:
