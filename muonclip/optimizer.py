@@ -1495,7 +1495,8 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor | None:
     if the host has read that all are finite."""
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
-        if all(math.isfinite(norm.item()) for norm in torch._foreach_norm(gradients)):
+        # torch.compile warns of norm.item().
+        if all(math.isfinite(norm) for norm in torch._foreach_norm(gradients)):
             return None
         bad = any(not g.isfinite().all() for g in gradients)
         return torch.tensor(float(bad), dtype=torch.float32, device="cpu")

@@ -401,7 +401,7 @@ class TestOnAnAccelerator:
 
 
 class TestCompiled:
-    def test_a_compiled_step_equals_an_eager_step(self) -> None:
+    def test_a_compiled_step_equals_an_eager_step(self, caplog: pytest.LogCaptureFixture) -> None:
         ours, theirs = make((4, 6), (3, 4, 6), (6,)), make((4, 6), (3, 4, 6), (6,))
         first, second = MuonClip(ours, lr=0.05), MuonClip(theirs, lr=0.05)
         compiled = torch.compile(first.step, backend="aot_eager")
@@ -412,6 +412,7 @@ class TestCompiled:
             second.step()
         for a, b in zip(ours, theirs, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+        assert "Graph break" not in caplog.text
 
     def test_newton_schulz_is_one_graph(self) -> None:
         compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
