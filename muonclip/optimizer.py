@@ -33,7 +33,7 @@ from muonclip.distributed.sharding import (
     place_like,
     reduced_shape,
 )
-from muonclip.kernels.support import has_bfloat16_products
+from muonclip.kernels.support import has_bfloat16_products, untraced
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, LocalMuon, MuonParam
@@ -423,13 +423,13 @@ class MuonClip(Optimizer):
         found_inf = flags.found_inf
         if found_inf is not None and is_free_to_read(found_inf.device):
             if found_inf:
-                self.skipped_steps = self.skipped_steps + 1
+                self._count_skipped(1)
                 if self._raises:
                     raise RuntimeError(self._describe_nonfinite())
                 return loss
             found_inf = None
         if found_inf is not None:
-            self.skipped_steps = self.skipped_steps + found_inf  # the host does not wait for it
+            self._count_skipped(found_inf)
         muon = self._muon_params(work if flags.takes_part else [])
         for group in self.param_groups:
             group["updates"] += 1
@@ -444,6 +444,10 @@ class MuonClip(Optimizer):
             self._owners.gather(self._sharded_adamw(work), found_inf)
         self.devices.finish(local_tensor(p) for _, params, _ in work for p in params)
         return loss
+
+    @untraced  # see _connect
+    def _count_skipped(self, number: int | Tensor) -> None:
+        self.skipped_steps = self.skipped_steps + number  # the host does not wait for a tensor
 
     @property
     def _raises(self) -> bool:
@@ -871,6 +875,7 @@ class MuonClip(Optimizer):
 
     # ------------------------------------------------------------------ agreement of the ranks
 
+    @untraced  # before torch 2.13, a compiled step cannot set attributes of an optimizer
     def _connect(self) -> None:
         """Find the ranks that share parameters, and assign owners to the state.
 
@@ -918,8 +923,10 @@ class MuonClip(Optimizer):
                     gradients[gradient.device].append(gradient)
         device = next(iter(gradients)) if gradients else self._device()
         changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
-        flags_by_device = [] if ignore else [_any_nonfinite(by) for by in gradients.values()]
-        found = [flag.to(device) for flag in flags_by_device if flag is not None]
+        found = []
+        for by in () if ignore else gradients.values():
+            if (flag := _any_nonfinite(by)) is not None:
+                found.append(flag.to(device))
         if not found and self._connected is None:
             return _Flags(None, message, only_creates_state=not changes)
         if len(found) == 1:

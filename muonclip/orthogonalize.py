@@ -393,7 +393,7 @@ def _gram_form(
     all p is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
     parts = _between_restarts(schedule, _GRAM_GROWTH[x.tensor.dtype])
-    for part in parts:
+    for number, part in enumerate(parts, start=1):
         r = unchecked_product(x, x, out=memory.gram)
         p = polynomial(r, *part[0], out=memory.polynomial)
         q = as_matrix(p, out=memory.total)
@@ -404,7 +404,7 @@ def _gram_form(
             q, memory.square = product(q, p, out=memory.square), q
         if memory.total is not None:  # it may have been exchanged with ``square``
             memory.total = q
-        factor = scale if part is parts[-1] else 1.0
+        factor = scale if number == len(parts) else 1.0
         x, memory.spare = multiply_(Polynomial(0.0, q), x, factor, out=memory.spare), x
     return x
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 
@@ -20,6 +21,15 @@ def _constant(question: Callable[[], _T]) -> Callable[[], _T]:
     """
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
+
+
+def untraced(function: _F) -> _F:
+    """Let ``torch.compile`` call a function instead of tracing it.
+
+    This is ``torch.compiler.disable`` without importing torch._dynamo, which takes seconds.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 @_constant

@@ -414,6 +414,18 @@ class TestCompiled:
             assert torch.allclose(a, b, atol=1e-5)
         assert "Graph break" not in caplog.text
 
+    def test_a_compiled_step_counts_steps_that_it_skips(self) -> None:
+        params = make((4, 6), (6,))
+        optimizer = MuonClip(params, nonfinite="skip")
+        compiled = torch.compile(optimizer.step, backend="aot_eager")
+        for number in range(4):
+            give_grads(params, number)
+            if number % 2:
+                params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+            compiled()
+        assert optimizer.skipped_steps == 2
+        assert all(p.isfinite().all() for p in params)
+
     def test_newton_schulz_is_one_graph(self) -> None:
         compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
         x = torch.randn(2, 8, 24)
