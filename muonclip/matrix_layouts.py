@@ -243,8 +243,7 @@ class MatrixLayout:
             x = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)).flatten(1, 2)
         if self.transposed:
             x = x.mT
-        # A matrix as it is, because reshape takes three times as long.
-        return x.squeeze(0) if x.shape[1:] == shape else x.reshape(tuple(shape))
+        return x.reshape(tuple(shape))
 
     def __str__(self) -> str:
         words = []

@@ -511,8 +511,8 @@ def momentum_now(group: Mapping[str, Any]) -> float:
 class LocalMuon:
     """Muon's step for parameters that this rank has whole.
 
-    Their division into batches is kept while they stay alike: for small matrices it takes as long
-    as a step of Newton-Schulz.
+    The division into batches is kept until shapes, dtypes or options change: for small matrices it
+    would be up to a fifth of a step.
     """
 
     def __init__(self) -> None:
