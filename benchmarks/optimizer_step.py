@@ -1,6 +1,7 @@
 """Time of one optimizer step: MuonClip, torch.optim.Muon, AdamW and other implementations."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def _arithmetic(
     load: Workload, present: Sequence[Candidate], device: torch.device
 ) -> dict[str, list[str]]:
     """Dtypes of each optimizer's Newton-Schulz for these matrices."""
-    shapes = {(shape[-2], shape[-1]) for shape in load.matrices}
+    shapes = {(math.prod(stack), n, m) for *stack, n, m in load.matrices}
     return {candidate.name: candidate.arithmetic_on(device, shapes) for candidate in present}
 
 

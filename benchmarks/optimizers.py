@@ -77,8 +77,10 @@ class Candidate:
             else f"the installed package {name!r} is a different one"
         )
 
-    def arithmetic_on(self, device: torch.device, shapes: Iterable[tuple[int, int]]) -> list[str]:
-        """Dtypes of Newton-Schulz for matrices of these shapes; none if it is not Muon."""
+    def arithmetic_on(
+        self, device: torch.device, shapes: Iterable[tuple[int, int, int]]
+    ) -> list[str]:
+        """Dtypes of Newton-Schulz for parameters [b, n, m]; none if it is not Muon."""
         if self.arithmetic == "auto":
             chosen = {default_ns_dtype(device, torch.float32, [shape]) for shape in shapes}
             return sorted(str(dtype).removeprefix("torch.") for dtype in chosen)

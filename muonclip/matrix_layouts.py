@@ -144,21 +144,23 @@ class MatrixLayout:
         """
         return shape[0] if len(shape) == 3 and not self.flatten and self.view is None else 1
 
-    def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
-        """[n, m] of the matrices of each block of a parameter.
+    def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        """[b, n, m] of each block of a parameter, as ``split`` returns them.
 
         Args:
             shape: of the whole parameter.
         """
         if self.flatten:
             shape = (shape[0], prod(shape[1:]))
-        rows, columns = (shape if self.view is None else self.view)[-2:]
+        *stack, rows, columns = shape if self.view is None else self.view
         if self.transposed:
             rows, columns = columns, rows
+        count = prod(stack)
         if self.blocks is None:
-            return [(rows, columns)]
-        repeats = 1 if self.separate else self.repeats
-        return [(block * repeats, columns) for block in self.blocks]
+            return [(count, rows, columns)]
+        if self.separate:
+            return [(count * self.repeats, block, columns) for block in self.blocks]
+        return [(count, block * self.repeats, columns) for block in self.blocks]
 
     def input_dims(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The dimensions of a parameter along which it has the inputs of a neuron (matrix row).

@@ -112,11 +112,11 @@ class MuonClip(Optimizer):
         ns_dtype: dtype of Newton-Schulz; default: on NVIDIA and AMD GPUs float16 for matrices of
             aspect ratio 1.5 or more that are not small, in the Gram form; else bfloat16 on
             accelerators and on CPUs with instructions for it (AVX512-BF16, AMX, ARM); float32 on
-            other CPUs, and on a CPU for float64 parameters and matrices with a side below 64. The
-            matrices of a parameter have one dtype. Ranks that share parameters agree; give it
-            where ranks with copies of a parameter do not share it (DDP without ``process_group``)
-            and have other processors, or for the same arithmetic when a run resumes on another
-            processor.
+            other CPUs, and on a CPU for float64 parameters, matrices with a side below 64 and
+            parameters of one matrix with a side below 91. The matrices of a parameter have one
+            dtype. Ranks that share parameters agree; give it where ranks with copies of a parameter
+            do not share it (DDP without ``process_group``) and have other processors, or for the
+            same arithmetic when a run resumes on another processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's

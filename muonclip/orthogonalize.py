@@ -113,8 +113,11 @@ _GRAM_GROWTH = {torch.float16: 80, torch.float32: 160, torch.float64: 160}
 
 
 # On a CPU, matrices with a smaller side are faster in float32: twice at 32, single or in batches.
-# Measured with oneDNN, EPYC with AVX512-BF16.
-BFLOAT16_FROM = 64
+# So are few larger ones, whose calls take longer in bfloat16 than what it saves: a single one up to
+# 112 rows (2.5 times at 64), while 16 of 64 to 112 rows take half to three quarters of the time of
+# float32. Parameters with fewer elements of Gram matrices are in float32; this limit, 90 rows, is
+# between the two. Measured with oneDNN, EPYC with AVX512-BF16.
+BFLOAT16_FROM, BFLOAT16_GRAM_ELEMENTS = 64, 2**13
 # The most rows and, in all, elements of matrices of which calls take most of the time, with at most
 # twice as many columns. Measured on EPYC.
 _FEW_ROWS, _FEW_ELEMENTS = 64, 2**15
@@ -123,7 +126,7 @@ _LARGE_COPY = 2**14
 
 
 def default_ns_dtype(
-    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]
 ) -> torch.dtype:
     """float16 on NVIDIA and AMD GPUs for matrices that take the Gram form; otherwise bfloat16 on
     accelerators and on a CPU that has instructions for it, and float32 on other CPUs.
@@ -136,15 +139,15 @@ def default_ns_dtype(
     Args:
         device: of the matrices.
         dtype: of the matrices.
-        shapes: [n, m] of each, at least one, for all of which the dtype is chosen: that of the
-            largest counts on a CPU, and on a GPU all must prefer the Gram form.
+        shapes: [b, n, m] of b matrices, at least one, for all of which the dtype is chosen: on a
+            CPU the large ones must have enough work, and on a GPU all must prefer the Gram form.
     """
     if device.type == "cpu":
-        is_small = max(min(shape) for shape in shapes) < BFLOAT16_FROM
-        if dtype == torch.float64 or is_small or not has_bfloat16_products():
-            return torch.float32
-        return torch.bfloat16
-    takes_gram = device.type == "cuda" and all(prefers_gram(n, m) for n, m in shapes)
+        sides = [(b, min(n, m)) for b, n, m in shapes if min(n, m) >= BFLOAT16_FROM]
+        is_large = sum(b * side**2 for b, side in sides) >= BFLOAT16_GRAM_ELEMENTS
+        takes_bfloat16 = is_large and dtype != torch.float64 and has_bfloat16_products()
+        return torch.bfloat16 if takes_bfloat16 else torch.float32
+    takes_gram = device.type == "cuda" and all(prefers_gram(n, m) for _, n, m in shapes)
     return torch.float16 if takes_gram and dtype != torch.float64 else torch.bfloat16
 
 
@@ -227,8 +230,9 @@ def orthogonalize(
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
             on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are not
             small; else bfloat16 on accelerators and on CPUs with instructions for it (AVX512-BF16,
-            AMX, ARM); float32 on other CPUs, on a CPU for float64 matrices and for those with a
-            side below 64, and with ``form="gram"`` in place of bfloat16.
+            AMX, ARM); float32 on other CPUs, on a CPU for float64 matrices, for those with a side
+            below 64 and for a single one with a side below 91, and with ``form="gram"`` in place
+            of bfloat16.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
@@ -244,8 +248,9 @@ def orthogonalize(
             f"got {matrices.dtype} of shape {tuple(matrices.shape)}"
         )
     if dtype is None:
-        shape = (matrices.size(-2), matrices.size(-1))
-        dtype = default_ns_dtype(matrices.device, matrices.dtype, [shape])
+        *batch, n, m = matrices.shape
+        shapes = [(math.prod(batch), n, m)]
+        dtype = default_ns_dtype(matrices.device, matrices.dtype, shapes)
         if form == "gram" and dtype == torch.bfloat16:
             dtype = torch.float32
     if dtype not in NS_DTYPES:

@@ -61,9 +61,10 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 def test_the_default_on_a_gpu_follows_the_shapes(
     shapes: list[tuple[int, int]], dtype: torch.dtype, expected: torch.dtype
 ) -> None:
-    assert default_ns_dtype(CUDA, dtype, shapes) == expected
-    assert default_ns_dtype(torch.device("mps"), dtype, shapes) == BRAIN
-    assert default_ns_dtype(torch.device("cpu"), dtype, shapes) == torch.float32
+    single = [(1, n, m) for n, m in shapes]
+    assert default_ns_dtype(CUDA, dtype, single) == expected
+    assert default_ns_dtype(torch.device("mps"), dtype, single) == BRAIN
+    assert default_ns_dtype(torch.device("cpu"), dtype, single) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_one_predicate_decides_on_dtype_and_form(
         patch.setattr(import_module("muonclip.orthogonalize"), "_gram_form", record)
         orthogonalize(random(count, n, m), dtype=dtype)
     assert bool(used) == (dtype != BRAIN and prefers_gram(n, m, count))
-    assert prefers_gram(n, m) == (default_ns_dtype(CUDA, torch.float32, [(n, m)]) == HALF)
+    assert prefers_gram(n, m) == (default_ns_dtype(CUDA, torch.float32, [(1, n, m)]) == HALF)
     assert prefers_gram(n, m) == prefers_gram(m, n)
 
 
