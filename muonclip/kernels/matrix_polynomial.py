@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from muonclip.kernels.blocked_product import Matrices, new_squares
+from muonclip.kernels.blocked_product import Matrices, new_squares, pays_by_blocks
 from muonclip.kernels.symmetric_product import unchecked_product
 
 # Up to this side, calls take longer than the arithmetic.
@@ -31,6 +31,17 @@ class Workspace:
     polynomial: Matrices | None = None
     total: Matrices | None = None
     square: Matrices | None = None
+
+
+def is_one_pass(x: Tensor) -> bool:
+    """Whether ``apply`` has one pass over [b, n, m] on a CPU, without symmetric products.
+
+    To use memory again and views of blocks then saves nothing.
+    """
+    _, n, m = x.shape
+    is_small = x.device.type == "cpu" and x.numel() * x.itemsize <= _CACHE_BYTES
+    in_blocks = pays_by_blocks(n, n, x.dtype) or pays_by_blocks(n, m, x.dtype)
+    return is_small and not in_blocks and not torch.compiler.is_compiling()
 
 
 def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Tensor:

@@ -137,7 +137,11 @@ def test_one_predicate_decides_on_dtype_and_form(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("muonclip.orthogonalize"), "_gram_form", record)
         orthogonalize(random(count, n, m), dtype=dtype)
-    assert bool(used) == (dtype != BRAIN and prefers_gram(n, m, count))
+        assert bool(used) == (dtype != BRAIN and prefers_gram(n, m, count, on_cpu=True))
+        used.clear()
+        with FakeTensorMode():  # which cannot copy a tall matrix
+            orthogonalize(torch.empty(count, min(n, m), max(n, m), device="cuda"), dtype=dtype)
+        assert bool(used) == (dtype != BRAIN and prefers_gram(n, m, count))
     assert prefers_gram(n, m) == (default_ns_dtype(CUDA, torch.float32, [(1, n, m)]) == HALF)
     assert prefers_gram(n, m) == prefers_gram(m, n)
 
