@@ -16,7 +16,8 @@ from muonclip.kernels.matrix_polynomial import (
     Workspace,
     apply,
     as_matrix,
-    is_one_pass,
+    has_no_blocks,
+    in_passes,
     multiply_,
     polynomial,
     product,
@@ -311,8 +312,8 @@ def orthogonalize_(
     may_use_gram = form == "auto" and dtype != torch.bfloat16
     on_cpu = x.device.type == "cpu"
     use_gram = form == "gram" or (may_use_gram and prefers_gram(n, m, count, on_cpu=on_cpu))
-    if not use_gram and (_takes_calls(count, n, m) or is_one_pass(x)):
-        x = _small_form(x, schedule, scale)
+    if not use_gram and (_takes_calls(count, n, m) or has_no_blocks(x)):
+        x = in_passes(partial(_dense_form, schedule=schedule, scale=scale), x)
         return x.mT if tall else x
     iterate = _gram_form if use_gram else _direct_form
     x = apply(partial(iterate, schedule=schedule, scale=scale), x)
@@ -385,8 +386,8 @@ def _direct_form(
     return x
 
 
-def _small_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
-    """The same as :func:`_direct_form`, in as few calls as possible."""
+def _dense_form(x: Tensor, schedule: Sequence[Triple], scale: float) -> Tensor:
+    """The same as :func:`_direct_form`, in as few calls as possible, without symmetric products."""
     for number, (a, b, c) in enumerate(schedule, start=1):
         factor = scale if number == len(schedule) else 1.0
         gram = torch.bmm(x, x.mT)
