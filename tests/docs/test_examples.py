@@ -30,7 +30,8 @@ def losses_in(output: str) -> list[float]:
 def run(processes: int, script: str, *arguments: object) -> list[float]:
     """The losses that an example prints under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(EXAMPLES / script), *map(str, arguments)]
+    command += ["--nproc-per-node", str(processes), str(ROOT / "tests" / "docs" / "run_example.py")]
+    command += [str(EXAMPLES / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
