@@ -1,6 +1,6 @@
 """Polynomials of symmetric matrices and their products, in memory that a CPU uses again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,17 +46,20 @@ def in_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Returns:
         The results, which may overwrite ``x``.
     """
-    count = _matrices_of_a_pass(x)
-    if count >= len(x) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(x)
-    for start in range(0, len(x), count):
-        part = x[start : start + count]
+    if len(x) == 1 or x.nbytes <= _CACHE_BYTES:
+        return function(x)
+    for part in _passes(x):
         part.copy_(function(part))
     return x
 
 
-def _matrices_of_a_pass(x: Tensor) -> int:
-    return max(1, _CACHE_BYTES // max(1, x.size(1) * x.size(2) * x.itemsize))
+def _passes(x: Tensor) -> Iterator[Tensor]:
+    """Parts of [b, n, m] that a core's cache holds; at least one matrix each."""
+    count = max(1, _CACHE_BYTES // max(1, x.size(1) * x.size(2) * x.itemsize))
+    for start in range(0, len(x), count):
+        yield x[start : start + count]
 
 
 def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Tensor:
@@ -69,10 +72,8 @@ def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Ten
         x = x.contiguous()  # torch.compile supports no other memory for results
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(Matrices(x), Workspace(Matrices(torch.empty_like(x)))).tensor
-    count = _matrices_of_a_pass(x)
     memory: Workspace | None = None
-    for start in range(0, len(x), count):
-        part = x[start : start + count]
+    for part in _passes(x):
         if memory is None or memory.spare.tensor.shape != part.shape:
             memory = Workspace(Matrices(torch.empty_like(part)), *new_squares(part, 4))
         spare = memory.spare

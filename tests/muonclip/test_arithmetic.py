@@ -81,6 +81,7 @@ def test_the_default_follows_the_processor(
     assert orthogonalize(matrix.bfloat16()).dtype == dtype
     assert orthogonalize(matrix.double()).dtype == torch.float32
     assert orthogonalize(matrix, form="gram").dtype == torch.float32
+    assert orthogonalize(random(90, 93)).dtype == torch.float32
     text = describe_assignment(assign_parameters(nn.Linear(91, 93)))
     assert f"Newton-Schulz in {str(dtype).removeprefix('torch.')}" in text
     text = describe_assignment(assign_parameters(nn.Linear(90, 93)))
