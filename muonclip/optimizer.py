@@ -33,7 +33,7 @@ from muonclip.distributed.sharding import (
     place_like,
     reduced_shape,
 )
-from muonclip.kernels.support import has_bfloat16_products, untraced
+from muonclip.kernels.support import prefers_bfloat16, untraced
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, LocalMuon, MuonParam
@@ -111,12 +111,13 @@ class MuonClip(Optimizer):
         ns_steps: Newton-Schulz steps.
         ns_dtype: dtype of Newton-Schulz; default: on NVIDIA and AMD GPUs float16 for matrices of
             aspect ratio 1.5 or more that are not small, in the Gram form; else bfloat16 on
-            accelerators and on CPUs with instructions for it (AVX512-BF16, AMX, ARM); float32 on
-            other CPUs, and on a CPU for float64 parameters, matrices with a side below 64 and
-            parameters of one matrix with a side below 91. The matrices of a parameter have one
-            dtype. Ranks that share parameters agree; give it where ranks with copies of a parameter
-            do not share it (DDP without ``process_group``) and have other processors, or for the
-            same arithmetic when a run resumes on another processor.
+            accelerators and on CPUs that multiply faster in it (those with AMX; with other
+            instructions for bfloat16 it is measured once in a process); float32 on other CPUs, and
+            on a CPU for float64 parameters, matrices with a side below 64 and parameters of one
+            matrix with a side below 91. The matrices of a parameter have one dtype. Ranks that
+            share parameters agree; give it where ranks with copies of a parameter do not share it
+            (DDP without ``process_group``) and have other processors, or for the same arithmetic
+            when a run resumes on another processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's
@@ -885,7 +886,7 @@ class MuonClip(Optimizer):
         groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
         connected = ConnectedRanks(groups) if groups else None
         if connected is not None:  # processors may differ, but not what ranks send each other
-            self._avoids_bfloat16 = connected.any(not has_bfloat16_products())
+            self._avoids_bfloat16 = connected.any(not prefers_bfloat16())
             self._ns_dtypes.clear()
         if self.shard_state and connected is not None:
             if self._owners is None:

@@ -22,7 +22,7 @@ from muonclip.kernels.matrix_polynomial import (
     polynomial,
     product,
 )
-from muonclip.kernels.support import has_bfloat16_products
+from muonclip.kernels.support import prefers_bfloat16
 from muonclip.kernels.symmetric_product import unchecked_product
 from muonclip.update import cast
 
@@ -134,7 +134,7 @@ def default_ns_dtype(
     device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]
 ) -> torch.dtype:
     """float16 on NVIDIA and AMD GPUs for matrices that take the Gram form; otherwise bfloat16 on
-    accelerators and on a CPU that has instructions for it, and float32 on other CPUs.
+    accelerators and on a CPU that multiplies faster in it, and float32 on other CPUs.
 
     In the Gram form, float16 does less work than bfloat16, which is too coarse for it, and is ten
     times as exact on matrices of low rank; float64 matrices are in bfloat16. On a CPU the default
@@ -150,7 +150,7 @@ def default_ns_dtype(
     if device.type == "cpu":
         sides = [(b, min(n, m)) for b, n, m in shapes if min(n, m) >= BFLOAT16_FROM]
         is_large = sum(b * side**2 for b, side in sides) >= BFLOAT16_GRAM_ELEMENTS
-        takes_bfloat16 = is_large and dtype != torch.float64 and has_bfloat16_products()
+        takes_bfloat16 = is_large and dtype != torch.float64 and prefers_bfloat16()
         return torch.bfloat16 if takes_bfloat16 else torch.float32
     takes_gram = device.type == "cuda" and all(prefers_gram(n, m) for _, n, m in shapes)
     return torch.float16 if takes_gram and dtype != torch.float64 else torch.bfloat16
@@ -236,10 +236,10 @@ def orthogonalize(
             largest entry. The result does not depend on the scale of a matrix.
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
             on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are not
-            small; else bfloat16 on accelerators and on CPUs with instructions for it (AVX512-BF16,
-            AMX, ARM); float32 on other CPUs, on a CPU for float64 matrices, for those with a side
-            below 64 and for a single one with a side below 91, and with ``form="gram"`` in place
-            of bfloat16.
+            small; else bfloat16 on accelerators and on CPUs that multiply faster in it (those with
+            AMX; with other instructions for bfloat16 it is measured once in a process); float32 on
+            other CPUs, on a CPU for float64 matrices, for those with a side below 64 and for a
+            single one with a side below 91, and with ``form="gram"`` in place of bfloat16.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:

@@ -29,7 +29,7 @@ def newton_schulz_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ``launch.py`` does the same; tests that run programs give them ``ns_dtype``.
     """
-    monkeypatch.setattr(support, "_has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(support, "_prefers_bfloat16", lambda: False)
 
 
 @pytest.fixture(autouse=True)

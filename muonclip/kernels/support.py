@@ -2,8 +2,11 @@
 
 import functools
 import importlib.util
+import math
 import platform
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +14,11 @@ import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
+
+# bfloat16 must be worth its rounding. Known processors are far from this: 0.5, or 2 and more.
+_LEAST_SPEEDUP = 1.25
+# A product of a size at which instructions take the time, for each thread, and its repetitions.
+_TIMED_SIDE, _TIMED_ROUNDS = 256, 8
 
 
 def _constant(question: Callable[[], _T]) -> Callable[[], _T]:
@@ -62,30 +70,60 @@ def cpu_threads() -> int:
 
 
 @_constant
-def has_bfloat16_products() -> bool:
-    """Whether the CPU multiplies matrices in bfloat16 by own instructions, faster than in float32.
+def prefers_bfloat16() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 faster than in float32.
 
-    These are AVX512-BF16, AMX or those of ARM, and torch uses them by oneDNN. A measurement is not
-    necessary: products with them are at least twice as fast, and without them never faster.
+    It needs instructions for that, which torch uses by oneDNN. With AMX it is faster. With
+    AVX512-BF16 or those of ARM it depends on the processor (twice as fast on AMD's Zen 4, half as
+    fast on an Intel Xeon whose AMX is hidden) and is measured, once in a process, in 10 to 50 ms.
     """
-    return _has_bfloat16_products()
+    return _prefers_bfloat16()
 
 
 @functools.cache
-def _has_bfloat16_products() -> bool:
+def _prefers_bfloat16() -> bool:
     if not (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         # False too where ONEDNN_MAX_CPU_ISA excludes AVX-512.
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
         return False
-    if platform.machine().lower() in ("arm64", "aarch64"):
+    if _has_instructions("_is_amx_tile_supported"):
         return True
+    is_arm = platform.machine().lower() in ("arm64", "aarch64")
     # On others oneDNN also supports it where it converts to float32 in each product.
-    return any(
-        getattr(torch.cpu, name, lambda: False)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return (is_arm or _has_instructions("_is_avx512_bf16_supported")) and (
+        _bfloat16_speedup() >= _LEAST_SPEEDUP
     )
+
+
+def _has_instructions(question: str) -> bool:
+    """Ask a function of ``torch.cpu``, which not all versions have."""
+    return bool(getattr(torch.cpu, question, lambda: False)())
+
+
+def _bfloat16_speedup() -> float:
+    """The time of a matrix product in float32 divided by that in bfloat16, on this CPU.
+
+    In a thread of its own, whose autocast, default device and modes of torch are the defaults.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_time_products).result()
+
+
+def _time_products() -> float:
+    # Ones, because random numbers would change the random state.
+    float32 = torch.ones(_TIMED_SIDE * cpu_threads(), _TIMED_SIDE, device="cpu")
+    factors = [float32, float32.bfloat16()]
+    # Each the shortest of several: other load makes some of them longer.
+    shortest = [math.inf, math.inf]
+    with full_float32_products(float32.device):
+        for _ in range(_TIMED_ROUNDS):
+            for kind, rows in enumerate(factors):
+                start = time.perf_counter()
+                rows @ rows[:_TIMED_SIDE]
+                shortest[kind] = min(shortest[kind], time.perf_counter() - start)
+    return shortest[0] / shortest[1]
 
 
 @contextmanager

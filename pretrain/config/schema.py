@@ -437,7 +437,7 @@ class OptimizerConfig(Settings):
     ns_steps: Annotated[int, In("[1, 100]")] = 5
     ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of Newton-Schulz; auto: float16 on NVIDIA GPUs for matrices of aspect ratio 1.5 or
-    more, else bfloat16 on accelerators and on CPUs with instructions for it, float32 on others."""
+    more, else bfloat16 on accelerators and on CPUs that multiply faster in it, or float32."""
     adamw_beta1: Decay = 0.9
     adamw_beta2: Decay = 0.95
     shard_state: bool | None = None

@@ -27,7 +27,7 @@ def _rank_main(
 
     from muonclip.kernels import support
 
-    support._has_bfloat16_products = lambda: False  # type: ignore[assignment]  # as in conftest.py
+    support._prefers_bfloat16 = lambda: False  # type: ignore[assignment]  # as in conftest.py
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     dist.init_process_group(

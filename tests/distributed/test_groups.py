@@ -425,7 +425,7 @@ def step_on_own_processor(with_products: list[bool]) -> tuple[torch.Tensor, torc
     from muonclip.kernels import support
 
     has_products = with_products[dist.get_rank()]
-    support._has_bfloat16_products = lambda: has_products  # type: ignore[assignment]
+    support._prefers_bfloat16 = lambda: has_products  # type: ignore[assignment]
     params = [nn.Parameter(torch.zeros(96, 112)), nn.Parameter(torch.zeros(12, 4))]
     groups = [{"params": params, "algorithm": "muon"}]
     optimizer = MuonClip(groups, process_group=dist.group.WORLD, nonfinite="ignore")

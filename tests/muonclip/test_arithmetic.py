@@ -1,6 +1,7 @@
 """The arithmetic of Newton-Schulz that MuonClip chooses for a processor."""
 
 import platform
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from muonclip import (
     MatrixLayout,
@@ -22,7 +25,7 @@ from muonclip import (
 from muonclip.kernels import support
 from muonclip.orthogonalize import default_ns_dtype
 
-detect = support._has_bfloat16_products.__wrapped__  # before a fixture replaces it
+detect = support._prefers_bfloat16.__wrapped__  # before a fixture replaces it
 # Both choices: whether the processor has bfloat16 products, and the dtype.
 CHOICES = [(False, torch.float32), (True, torch.bfloat16)]
 # Roundings of a relative 2^-24 or 2^-9, which five steps, and the Gram form, magnify.
@@ -32,7 +35,7 @@ SHAPES = [(32, 32), (64, 192), (96, 96), (96, 192), (112, 92), (520, 540)]
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, has_products: bool) -> None:
-    monkeypatch.setattr(support, "_has_bfloat16_products", lambda: has_products)
+    monkeypatch.setattr(support, "_prefers_bfloat16", lambda: has_products)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,26 +43,43 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("machine", "functions", "onednn", "expected"),
+    ("machine", "functions", "onednn", "speedup", "expected"),
     [
-        ("x86_64", {"_is_avx512_bf16_supported": True}, True, True),
-        ("x86_64", {"_is_amx_tile_supported": True}, True, True),
-        ("AMD64", {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True, True),
+        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 2.3, True),
+        # Intel's, where a virtual machine hides AMX.
+        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 0.6, False),
+        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 1.1, False),
+        ("aarch64", {}, True, 2.0, True),
+        ("aarch64", {}, True, 0.9, False),
+        # Nothing is measured where the instructions decide.
+        ("x86_64", {"_is_amx_tile_supported": True}, True, None, True),
+        (
+            "AMD64",
+            {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": True},
+            True,
+            None,
+            True,
+        ),
         # AVX-512 and AVX2 without bfloat16: oneDNN converts to float32.
-        ("x86_64", {"_is_avx512_bf16_supported": False}, True, False),
-        ("x86_64", {}, True, False),  # a version of torch without these functions
-        ("x86_64", {"_is_avx512_bf16_supported": True}, False, False),
-        ("aarch64", {}, True, True),
-        ("arm64", {}, False, False),
+        ("x86_64", {"_is_avx512_bf16_supported": False}, True, None, False),
+        ("x86_64", {}, True, None, False),  # a version of torch without these functions
+        ("x86_64", {"_is_avx512_bf16_supported": True}, False, None, False),
+        ("arm64", {}, False, None, False),
     ],
 )
-def test_instructions_are_recognized(
+def test_the_processor_is_recognized(
     monkeypatch: pytest.MonkeyPatch,
     machine: str,
     functions: dict[str, bool],
     onednn: bool,
+    speedup: float | None,
     expected: bool,
 ) -> None:
+    def measure() -> float:
+        assert speedup is not None, "measured"
+        return speedup
+
+    monkeypatch.setattr(support, "_bfloat16_speedup", measure)
     known = {name: (lambda value=value: value) for name, value in functions.items()}
     monkeypatch.setattr(torch, "cpu", SimpleNamespace(**known))
     monkeypatch.setattr(platform, "machine", lambda: machine)
@@ -69,6 +89,36 @@ def test_instructions_are_recognized(
     assert detect() is expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert detect() is False
+
+
+def test_products_are_timed_whatever_modes_of_torch_are_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Autocast would multiply float32 in bfloat16, and fake tensors nothing at all."""
+    timed = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            raise AssertionError("a mode of the caller is on")
+
+    def products() -> float:
+        x = torch.ones(4, 4)
+        timed.append((type(x), x.device.type, (x @ x).dtype, torch.is_inference_mode_enabled()))
+        return time_products()
+
+    time_products = support._time_products
+    monkeypatch.setattr(support, "_time_products", products)
+    state = torch.get_rng_state()
+    modes = FakeTensorMode(), torch.device("meta"), torch.autocast("cpu"), torch.inference_mode()
+    with ExitStack() as stack:
+        for mode in (*modes, Calls()):
+            stack.enter_context(mode)
+        speedup = support._bfloat16_speedup()
+    assert 0 < speedup < 1000
+    assert timed == [(torch.Tensor, "cpu", torch.float32, False)]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("has_products", "dtype"), CHOICES)
