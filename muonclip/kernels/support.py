@@ -105,7 +105,7 @@ def _has_instructions(question: str) -> bool:
 def _bfloat16_speedup() -> float:
     """The time of a matrix product in float32 divided by that in bfloat16, on this CPU.
 
-    In a thread of its own, whose autocast, default device and modes of torch are the defaults.
+    In a separate thread, which has the default modes of torch: no autocast, no fake tensors.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_time_products).result()
