@@ -115,9 +115,9 @@ class MuonClip(Optimizer):
             instructions for bfloat16 it is measured once in a process); float32 on other CPUs, and
             on a CPU for float64 parameters, matrices with a side below 64 and parameters of one
             matrix with a side below 91. The matrices of a parameter have one dtype. Ranks that
-            share parameters agree; give it where ranks with copies of a parameter do not share it
-            (DDP without ``process_group``) and have other processors, or for the same arithmetic
-            when a run resumes on another processor.
+            share parameters agree; give it for CPUs where ranks with copies of a parameter do not
+            share it (DDP without ``process_group``), because they choose separately, and for the
+            same arithmetic when a run resumes on another processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's

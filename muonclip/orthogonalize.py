@@ -302,6 +302,10 @@ def orthogonalize_(
     Returns:
         [b, n, m]; it may share memory with ``matrices``.
     """
+    device = matrices.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # it would multiply in another dtype
+            return orthogonalize_(matrices, schedule, eps=eps, dtype=dtype, form=form, scale=scale)
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
     x = cast(_normalize_(x, eps), dtype)

@@ -4,9 +4,9 @@ import functools
 import importlib.util
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -75,7 +75,7 @@ def prefers_bfloat16() -> bool:
 
     It needs instructions for that, which torch uses by oneDNN. With AMX it is faster. With
     AVX512-BF16 or those of ARM it depends on the processor (twice as fast on AMD's Zen 4, half as
-    fast on an Intel Xeon whose AMX is hidden) and is measured, once in a process, in 10 to 50 ms.
+    fast on an Intel Xeon whose AMX is hidden) and is measured, once in a process, in tens of ms.
     """
     return _prefers_bfloat16()
 
@@ -107,22 +107,28 @@ def _bfloat16_speedup() -> float:
 
     In a separate thread, which has the default modes of torch: no autocast, no fake tensors.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_time_products).result()
+    speedup: list[float] = []
+    thread = threading.Thread(target=lambda: speedup.append(_time_products()))
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is ending, and starts no thread
+        return _time_products()
+    thread.join()
+    return speedup[0]
 
 
 def _time_products() -> float:
     # Ones, because random numbers would change the random state.
-    float32 = torch.ones(_TIMED_SIDE * cpu_threads(), _TIMED_SIDE, device="cpu")
+    rows = _TIMED_SIDE * cpu_threads()
+    float32 = torch.ones(rows, _TIMED_SIDE, dtype=torch.float32, device="cpu")
     factors = [float32, float32.bfloat16()]
     # Each the shortest of several: other load makes some of them longer.
     shortest = [math.inf, math.inf]
-    with full_float32_products(float32.device):
-        for _ in range(_TIMED_ROUNDS):
-            for kind, rows in enumerate(factors):
-                start = time.perf_counter()
-                rows @ rows[:_TIMED_SIDE]
-                shortest[kind] = min(shortest[kind], time.perf_counter() - start)
+    for _ in range(_TIMED_ROUNDS):
+        for kind, factor in enumerate(factors):
+            start = time.perf_counter()
+            factor @ factor[:_TIMED_SIDE]
+            shortest[kind] = min(shortest[kind], time.perf_counter() - start)
     return shortest[0] / shortest[1]
 
 

@@ -1,13 +1,15 @@
 """The arithmetic of Newton-Schulz that MuonClip chooses for a processor."""
 
 import platform
+import subprocess
+import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,6 +121,75 @@ def test_products_are_timed_whatever_modes_of_torch_are_on(
     assert 0 < speedup < 1000
     assert timed == [(torch.Tensor, "cpu", torch.float32, False)]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_products_are_timed_in_float32_whatever_the_default_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    created, ones = [], torch.ones
+
+    def recorded(*shape: int, **options: Any) -> torch.Tensor:
+        created.append(ones(*shape, **options))
+        return created[-1]
+
+    monkeypatch.setattr(torch, "ones", recorded)
+    torch.set_default_dtype(torch.float64)
+    try:
+        support._bfloat16_speedup()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [x.dtype for x in created] == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    "late", ["threading.Thread(target=in_a_thread).start()", "atexit.register(first_use)"]
+)
+def test_products_are_timed_after_the_main_thread_has_ended(late: str) -> None:
+    script = f"""
+import atexit, threading
+from muonclip.kernels import support
+
+def first_use():
+    print(support._bfloat16_speedup() > 0)
+
+def in_a_thread():
+    threading.main_thread().join()
+    first_use()
+
+{late}
+"""
+    run = [sys.executable, "-c", script]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@given(
+    st.sampled_from([(), (1,), (4,), (40,)]),
+    st.integers(1, 130),
+    st.integers(1, 130),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from(["auto", "direct", "gram"]),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=40, deadline=None)
+def test_autocast_has_no_effect(
+    batch: tuple[int, ...], n: int, m: int, dtype: torch.dtype, form: Any, autocast: torch.dtype
+) -> None:
+    """It would multiply float32 matrices in 16 bits."""
+    form = "direct" if dtype == torch.bfloat16 else form
+    matrices = random(*batch, n, m)
+    expected = orthogonalize(matrices, dtype=dtype, form=form)
+    with torch.autocast("cpu", dtype=autocast):
+        result = orthogonalize(matrices, dtype=dtype, form=form)
+    assert result.dtype == dtype
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_autocast_has_no_effect_on_a_step(shape: tuple[int, ...], variant: str) -> None:
+    expected = update(shape, None, variant=variant)
+    with torch.autocast("cpu"):
+        assert torch.equal(update(shape, None, variant=variant), expected)
 
 
 @pytest.mark.parametrize(("has_products", "dtype"), CHOICES)
