@@ -148,4 +148,7 @@ def full_float32_products(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.matmul.fp32_precision = precision
+        # That of torch.backends, if it is the same: torch does not tell whether it was set here.
+        backend.matmul.fp32_precision = "none"
+        if backend.matmul.fp32_precision != precision:
+            backend.matmul.fp32_precision = precision

@@ -361,6 +361,23 @@ def test_products_do_not_depend_on_the_matmul_precision(allowed: str) -> None:
     assert torch.allclose(result.double(), reference(query, query, 0.125), rtol=1e-5)
 
 
+def test_a_precision_that_is_inherited_stays_so() -> None:
+    """A later change of ``torch.backends.fp32_precision`` must still have an effect."""
+    query, matmul = torch.randn(1, 1, 4, 8), torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    try:
+        torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
+        max_logits(query, query)
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+        matmul.fp32_precision = "bf16"
+        max_logits(query, query)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.fp32_precision, matmul.fp32_precision = before
+
+
 def test_products_that_overflow_float16_are_computed() -> None:
     query = torch.full((1, 1, 1, 64), 200.0, dtype=torch.float16)
     assert max_logits(query, query, scale=1.0).tolist() == [64 * 200.0**2]
