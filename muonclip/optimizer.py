@@ -886,7 +886,10 @@ class MuonClip(Optimizer):
         groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
         connected = ConnectedRanks(groups) if groups else None
         if connected is not None:  # processors may differ, but not what ranks send each other
-            self._avoids_bfloat16 = connected.any(not prefers_bfloat16())
+            devices = {self.devices.of_step(local_tensor(p)).type for p, _ in members} or {"cpu"}
+            # Nothing is measured for other devices; parameters that move to a CPU are in float32.
+            avoids = "cpu" not in devices or not prefers_bfloat16()
+            self._avoids_bfloat16 = connected.any(avoids)
             self._ns_dtypes.clear()
         if self.shard_state and connected is not None:
             if self._owners is None:

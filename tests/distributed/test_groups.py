@@ -448,6 +448,24 @@ def test_ranks_on_different_processors_agree_about_arithmetic() -> None:
     assert not torch.equal(bfloat16[0][0], float32[0][0])
 
 
+def connect_parameters_elsewhere() -> bool:
+    from muonclip.kernels import support
+
+    def measure() -> bool:
+        raise AssertionError("measured")
+
+    support._prefers_bfloat16 = measure  # type: ignore[assignment]
+    params = [nn.Parameter(torch.zeros(96, 112, device="meta"))]
+    groups = [{"params": params, "algorithm": "muon"}]
+    optimizer = MuonClip(groups, process_group=dist.group.WORLD)
+    optimizer._connect()
+    return optimizer._avoids_bfloat16
+
+
+def test_the_processor_is_not_measured_for_parameters_on_other_devices() -> None:
+    assert launch(connect_parameters_elsewhere, 2) == [True, True]
+
+
 def find_copies_that_some_ranks_remember() -> float:
     """Ranks 0 and 2, and 1 and 3, have copies; one of each pair knows a group of them."""
     for ranks in ([0, 2], [1, 3]):
