@@ -34,17 +34,19 @@ def pays_by_blocks(n: int, k: int, dtype: torch.dtype) -> bool:
 
 
 class Matrices:
-    """Matrices [b, n, k], and views of their blocks of rows.
+    """Matrices [b, n, k], and views of their blocks of rows and diagonals.
 
     To create the views takes as long as a small product. They are created when first used, and
     serve all products of the matrices.
 
     Args:
         tensor: [b, n, k]. Views are used on a CPU only.
+        is_symmetric: whether every matrix is, up to rounding.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, is_symmetric: bool = False) -> None:
         self.tensor = tensor
+        self.is_symmetric = is_symmetric
 
     @cached_property
     def rows(self) -> list[Tensor]:
@@ -53,7 +55,13 @@ class Matrices:
 
     @cached_property
     def columns(self) -> list[Tensor]:
-        """For each block, the rows up to its last one as columns, [k, stop]."""
+        """For each block, the rows up to its last one as columns, [k, stop].
+
+        MKL multiplies by the columns of a symmetric matrix 13 to 28% faster than by its rows, which
+        it transposes; in 16 bits oneDNN multiplies, and takes the same time.
+        """
+        if self.is_symmetric and self.tensor.dtype.itemsize > 2:
+            return [matrix[:, :stop] for matrix, _, stop in self._blocks]
         return [matrix[:stop].mT for matrix, _, stop in self._blocks]
 
     @cached_property
@@ -68,6 +76,11 @@ class Matrices:
             (matrix[:start, start:stop], matrix[start:stop, :start].mT) if start else None
             for matrix, start, stop in self._blocks
         ]
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """The diagonal of each square matrix, [b, n]."""
+        return self.tensor.diagonal(dim1=-2, dim2=-1)
 
     @cached_property
     def _blocks(self) -> list[tuple[Tensor, int, int]]:
@@ -87,7 +100,7 @@ def new_squares(like: Tensor, count: int) -> list[Matrices]:
     line = _CACHE_LINE // like.itemsize
     padding = 0 if n * like.itemsize % _AVOIDED_STRIDE else line
     squares = like.new_empty(count, batch, n, n + padding)
-    return [Matrices(square) for square in squares[..., :n]]
+    return [Matrices(square, is_symmetric=True) for square in squares[..., :n]]
 
 
 def blocked_product(

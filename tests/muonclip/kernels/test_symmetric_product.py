@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from muonclip.kernels import blocked_product
 from muonclip.kernels import symmetric_product as module
+from muonclip.kernels.blocked_product import new_squares
 from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
 from muonclip.kernels.symmetric_product import blocked, choose_backend, symmetric_product
@@ -62,6 +63,31 @@ def test_backends_against_float64(
         for backend in (dense, blocked):
             result = backend(a, b, c, alpha, beta)
             check_symmetric_product(result, a, b, c, alpha, beta)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    n=st.integers(1, 70),
+    rows=st.integers(8, 80),
+    with_c=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_products_of_symmetric_matrices(
+    batch: int, n: int, rows: int, with_c: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """Known symmetric factors, whose columns are multiplied in place of their rows."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = symmetric_factors(generator, (batch, n, n), gram=False, transposed=False)
+    with mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows):
+        a, b, c, out = new_squares(torch.empty(batch, n, 1, dtype=dtype), 4)
+        for target, values in zip((a, b, c), (*factors, factors[0]), strict=True):
+            target.tensor.copy_((values + values.mT) / 2)
+        summand, beta = (c, 0.75) if with_c else (None, 0.0)
+        blocked_product.blocked_product(a, b, summand, -2.5, beta, out)
+    expected = None if summand is None else summand.tensor
+    check_symmetric_product(out.tensor, a.tensor, b.tensor, expected, -2.5, beta)
 
 
 def test_above_the_threshold_blocks_agree_with_the_whole_product() -> None:
