@@ -75,7 +75,8 @@ def unchecked_product(
     summand = None if c is None else c.tensor
     if choose_backend(a.tensor) == "dense":
         memory = None if out is None else out.tensor
-        product = dense(a.tensor, b.tensor, summand, alpha, beta, memory)
+        right = b.tensor.mT if b.is_symmetric else b.tensor
+        product = dense(a.tensor, right, summand, alpha, beta, memory)
     elif out is None:  # calling a custom operator takes longer than a small product
         product = _operator(a.tensor, b.tensor, summand, alpha, beta)  # by device
     else:
