@@ -1,5 +1,6 @@
 """Fixtures and settings for the tests of all folders."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from muonclip.kernels import support
 # A busy machine is slow without being wrong.
 settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slow")
+
+# Ranks have one thread (see ``launch.py``), and sums depend on the number of threads.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
 
 
 @pytest.fixture(scope="session")
