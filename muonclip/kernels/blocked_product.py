@@ -34,7 +34,7 @@ def pays_by_blocks(n: int, k: int, dtype: torch.dtype) -> bool:
 
 
 class Matrices:
-    """Matrices [b, n, k], and views of their blocks of rows and diagonals.
+    """Matrices [b, n, k], and views of their blocks of rows.
 
     To create the views takes as long as a small product. They are created when first used, and
     serve all products of the matrices.
@@ -74,11 +74,6 @@ class Matrices:
             (matrix[:start, start:stop], matrix[start:stop, :start].mT) if start else None
             for matrix, start, stop in self._blocks
         ]
-
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """The diagonal of each square matrix, [b, n]."""
-        return self.tensor.diagonal(dim1=-2, dim2=-1)
 
     @cached_property
     def _blocks(self) -> list[tuple[Tensor, int, int]]:

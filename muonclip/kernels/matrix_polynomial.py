@@ -109,7 +109,7 @@ def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) 
         matrix = out
     if values.dtype in (torch.bfloat16, torch.float16) or values.size(1) <= SMALL_SIDE:
         return Polynomial(a, matrix)
-    matrix.diagonal.add_(a)
+    matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(a)
     return Polynomial(0.0, matrix)
 
 
@@ -121,7 +121,7 @@ def as_matrix(p: Polynomial, out: Matrices | None) -> Matrices:
         out.tensor.copy_(p.matrix.tensor)
         matrix = out
     if p.constant:
-        matrix.diagonal.add_(p.constant)
+        matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(p.constant)
     return matrix
 
 
