@@ -295,6 +295,7 @@ class MuonClip(Optimizer):
         self._is_constructed = False
         self._warned_of_shapes = False
         self._known_shapes: list[tuple[Tensor, torch.Size]] = []
+        self._known_options: list[dict[str, Any]] = []
         self._pending: _PendingFlags | None = None
         self._is_changed = True  # parameters were added or replaced since ranks were connected
         self._groups: list[dist.ProcessGroup] = []
@@ -352,6 +353,7 @@ class MuonClip(Optimizer):
             for option in validation.RESOLVED:
                 del group[option]
         self._remember_shapes()
+        self._known_options = self._options()
 
     def _adamw_options(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's options by the names that schedulers know: beta1 is the momentum."""
@@ -617,7 +619,7 @@ class MuonClip(Optimizer):
             (
                 id(p), p.dtype, p.device, p.grad.dtype if p.grad is not None else None,
                 self._momentum_dtype(p, group), group["ns_dtype"], needs_master(group, p),
-                group["variant"],
+                group["variant"], group["layout"],
             )
             for group, params, _ in work
             for p in params
@@ -835,6 +837,11 @@ class MuonClip(Optimizer):
         for group in self.param_groups:
             validation.check_resolved_options(group, self.defaults)
             validation.check_gradients(group, capturing)
+            lr = group["lr"]  # may be different in every step
+            if not (isinstance(lr, Tensor) or 0 <= lr < math.inf):
+                validation.check_at_least_zero("lr", lr)
+        if self._options() != self._known_options:
+            self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
         if len(params) == len(self._known_shapes) and all(
             p is known and p.shape == shape
@@ -848,6 +855,30 @@ class MuonClip(Optimizer):
                     group, index, shapes.get(p), self._whole_shape(p)
                 )
         self._remember_shapes()
+
+    def _options(self) -> list[dict[str, Any]]:
+        """The options of each group, except the learning rate."""
+        names = self.defaults.keys() - validation.RESOLVED.keys() - {"lr"} | {"algorithm"}
+        return [{name: group.get(name) for name in names} for group in self.param_groups]
+
+    @untraced  # see _connect
+    def _check_changed_options(self) -> None:
+        """Raise for an option of a group that was set to a value that it cannot have."""
+        options = self._options()
+        for group, now, before in zip(self.param_groups, options, self._known_options, strict=True):
+            if now == before:
+                continue
+            validation.check_changed_options(
+                group, before, self.defaults, is_sharded=self.shard_state
+            )
+            if all(now[option] == before[option] for option in ("layout", "variant")):
+                continue
+            for index, p in enumerate(group["params"]):
+                shape = self._whole_shape(p)
+                validation.check_changed_parameter(group, index, None, shape)
+                if neuron_state() & self.state.get(p, {}).keys():
+                    validation.check_changed_layout(group, index, shape, before["layout"])
+        self._known_options = options
 
     def _warn_without_gradients(self) -> None:
         """Warn of a first step without gradients: there may never be one."""
@@ -1465,6 +1496,7 @@ class MuonClip(Optimizer):
             self._reset()
             self._is_constructed = True
             self._remember_shapes()
+        self._known_options = self._options()
         for param, entries in self.state.items():  # a copied parameter does not have the attribute
             set_master(param, entries, entries.get("master"))
 

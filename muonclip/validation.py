@@ -31,6 +31,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "master_weights": (False, True, "remainder"),
     "ns_dtype": (None, *NS_DTYPES),
     "momentum_dtype": (None, torch.int8, torch.bfloat16, torch.float32, torch.float64),
+    **dict.fromkeys(("nesterov", "maximize", "stochastic_rounding", "capturable"), (False, True)),
 }
 
 
@@ -48,24 +49,11 @@ class Entry(NamedTuple):
 def check_options(values: Mapping[str, Any]) -> None:
     """Raise for an option out of range, naming it."""
     capturable = values["capturable"]
-    for option in (
-        "lr", "weight_decay", "eps", "update_rms", "adamw_lr", "adamw_eps", "adamw_weight_decay"
-    ):  # fmt: skip
-        value = values[option]
-        if value is None and option in ("adamw_lr", "adamw_weight_decay"):
-            continue
-        if option in ("lr", "adamw_lr") and isinstance(value, Tensor):
-            if value.numel() != 1 or not value.is_floating_point():
-                raise TypeError(
-                    f"{option} must be a number or a floating-point tensor of one element, got "
-                    f"{value.dtype} of shape {tuple(value.shape)}"
-                )
-            if value.device.type != "cpu" or type(value) is not Tensor:
-                continue  # reading it would wait for a device
-            value = value.item()
-        _number(option, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{option} must be at least 0 and finite, got {value}")
+    for option in ("lr", "weight_decay", "eps", "update_rms", "adamw_eps"):
+        check_at_least_zero(option, values[option])
+    for option in ("adamw_lr", "adamw_weight_decay"):
+        if values[option] is not None:
+            check_at_least_zero(option, values[option])
     if values["update_rms"] == 0:
         raise ValueError(
             "update_rms=0 would leave every matrix as it is: it is the RMS of the updates; use "
@@ -117,6 +105,22 @@ def check_options(values: Mapping[str, Any]) -> None:
                     f"capturable=True cannot be joined with {option}={values[option]!r}"
                     + (": use 'skip' or 'ignore'" if option == "nonfinite" else "")
                 )
+
+
+def check_at_least_zero(option: str, value: Any) -> None:
+    """Raise unless an option is finite and not negative; learning rates may be tensors."""
+    if isinstance(value, Tensor) and option in ("lr", "adamw_lr"):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(
+                f"{option} must be a number or a floating-point tensor of one element, got "
+                f"{value.dtype} of shape {tuple(value.shape)}"
+            )
+        if value.device.type != "cpu" or type(value) is not Tensor:
+            return  # reading it would wait for a device
+        value = value.item()
+    _number(option, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{option} must be at least 0 and finite, got {value}")
 
 
 def choices(option: str) -> tuple[Any, ...]:
@@ -346,6 +350,51 @@ def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]
                 f"{option} has no effect on a group of the optimizer: set {effective} of the "
                 "groups whose algorithm is 'adamw'"
             )
+
+
+def check_changed_options(
+    group: Options, before: Options, defaults: Options, *, is_sharded: bool
+) -> None:
+    """Raise for an option that was set in a group to a value that it cannot have there.
+
+    Args:
+        group: the optimizer's group.
+        before: the options that it had when they were last checked.
+        defaults: the constructor's options.
+        is_sharded: the optimizer's ``shard_state``.
+    """
+    check_options({**defaults, **group})
+    fixed = ["algorithm"]
+    if group["updates"]:
+        fixed.append("momentum_dtype")  # the momentum has it already
+    if is_sharded or group["algorithm"] == "adamw":
+        fixed.append("layout")
+    for option in fixed:
+        if group[option] != before[option]:
+            raise ValueError(
+                f"{option} of a group was changed from {before[option]} to {group[option]}, which "
+                "needs another optimizer: construct one, and load the state into it"
+            )
+    changed = {name: group[name] for name, value in before.items() if group[name] != value}
+    check_group_variant(changed, group, defaults)
+
+
+def check_changed_layout(
+    group: Options, index: int, shape: tuple[int, ...], before: MatrixLayout | None
+) -> None:
+    """Raise for a layout whose outputs are not those that a parameter has state for.
+
+    Args:
+        group, index: the group of the parameter, and its position there.
+        shape: of the whole parameter.
+        before: the layout that its group had.
+    """
+    old, new = before or WHOLE, group["layout"] or WHOLE
+    if old.input_dims(shape) != new.input_dims(shape):
+        raise ValueError(
+            f"{label(group, index)} has state of a variant for each output of "
+            f"its layout ({old}), but the layout was changed ({new}): give it to the constructor"
+        )
 
 
 def check_changed_parameter(

@@ -226,6 +226,31 @@ def train_in_buckets() -> Outcome:
     return train(MANY, process_group=dist.group.WORLD)
 
 
+def train_with_changing_layouts(process_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Stacks, which ranks share, and kernels of convolutions, which they do not."""
+    shapes = (6, 4, 5), (3, 4, 4), (12, 8, 2)
+    params = [nn.Parameter(random(shape, *shape, dtype=torch.float64)) for shape in shapes]
+    groups = [{"params": params, "algorithm": "muon"}]
+    optimizer = MuonClip(groups, process_group=process_group, **EXACT)
+    layouts = (None, MatrixLayout(flatten=True), None, MatrixLayout(transposed=True))
+    for step, layout in enumerate(layouts):
+        optimizer.param_groups[0]["layout"] = layout
+        for number, p in enumerate(params):
+            p.grad = random(p.shape, step, number, dtype=torch.float64)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def train_groups_with_changing_layouts() -> list[Tensor]:
+    return train_with_changing_layouts(dist.group.WORLD)
+
+
+def test_layouts_that_change_between_steps() -> None:
+    """The ranks divide the work again."""
+    for weights in launch(train_groups_with_changing_layouts, 4):
+        assert close(weights, train_with_changing_layouts())
+
+
 MANY = Case((*(Spec((4 + i % 3, 5)) for i in range(17)), Spec((9, 4, 5))))
 
 

@@ -62,7 +62,7 @@ def train(steps: list[Any], *, keeps: bool) -> list[torch.Tensor]:
                     if p in optimizer.state:
                         state = optimizer.state[p]
                         state[name] = state[name].to(value)
-            else:
+            elif name != "normuon_beta2" or group["variant"] == "normuon":  # otherwise refused
                 group[name] = value
         for p, is_present in zip(params, present, strict=True):
             gradient = torch.randn(p.shape, generator=generator)

@@ -1,0 +1,137 @@
+"""Options that are set in ``param_groups`` between steps are checked as the constructor's are."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from muonclip import MatrixLayout, MuonClip
+
+BAD: list[tuple[str, Any]] = [
+    ("lr", -1.0),
+    ("lr", float("nan")),
+    ("lr", float("inf")),
+    ("weight_decay", -0.1),
+    ("weight_decay", float("nan")),
+    ("momentum", 1.0),
+    ("momentum", "high"),
+    ("eps", -1.0),
+    ("ns_steps", 0),
+    ("ns_coefficients", "nope"),
+    ("ns_dtype", "float8"),
+    ("adjust_lr", "nope"),
+    ("update_rms", 0.0),
+    ("weight_decay_mode", "nope"),
+    ("adamw_weight_decay_mode", "nope"),
+    ("variant", "nope"),
+    ("momentum_warmup_steps", -1),
+    ("momentum_dtype", torch.int16),
+    ("momentum_dtype", torch.bfloat16),  # in the middle of a run
+    ("stochastic_rounding", "no"),
+    ("maximize", "no"),
+    ("nesterov", "no"),
+    ("nonfinite", "nope"),
+    ("adamw_eps", -1.0),
+    ("algorithm", "nope"),
+]
+BAD_FOR_MUON = [
+    ("algorithm", "adamw"),
+    ("layout", "transposed"),
+    ("layout", MatrixLayout((4, 5))),
+    ("normuon_beta2", 0.5),  # has no effect without the variant
+]
+BAD_FOR_ADAMW = [
+    ("algorithm", "muon"),
+    ("layout", MatrixLayout(transposed=True)),
+    ("variant", "normuon"),
+]
+
+
+def trained(**options: Any) -> tuple[MuonClip, list[nn.Parameter]]:
+    """An optimizer after one step: a group of Muon, and one of AdamW."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 6))]
+    groups = [
+        {"params": [params[0]], "algorithm": "muon"},
+        {"params": [params[1]], "algorithm": "adamw"},
+    ]
+    optimizer = MuonClip(groups, lr=0.1, **options)
+    step(optimizer, params)
+    return optimizer, params
+
+
+def step(optimizer: MuonClip, params: list[nn.Parameter]) -> None:
+    for p in params:
+        p.grad = torch.linspace(-1, 2, p.numel()).view_as(p) ** 3
+    optimizer.step()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@given(data=st.data())
+def test_a_bad_value_is_named_and_changes_nothing(number: int, data: st.DataObject) -> None:
+    """The next step with the value from before is as if there had been no other."""
+    option, value = data.draw(st.sampled_from(BAD + (BAD_FOR_ADAMW if number else BAD_FOR_MUON)))
+    optimizer, params = trained()
+    undisturbed, expected = trained()
+    group = optimizer.param_groups[number]
+    before, saved = group[option], copy.deepcopy(optimizer.state_dict())
+    group[option] = value
+    with pytest.raises((ValueError, TypeError), match=option):
+        step(optimizer, params)
+    group[option] = before
+    now = optimizer.state_dict()
+    assert now["param_groups"] == saved["param_groups"]
+    for key, entries in saved["state"].items():
+        assert all(torch.equal(entry, now["state"][key][name]) for name, entry in entries.items())
+    step(optimizer, params)
+    step(undisturbed, expected)
+    assert all(map(torch.equal, params, expected))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group: group.update(layout=MatrixLayout(transposed=True)),
+        lambda group: group.update(layout=MatrixLayout(flatten=True), variant="muon"),
+    ],
+)
+def test_a_layout_with_other_outputs_than_the_state_of_a_variant_is_refused(
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(8, 6, 2))]
+    groups = [{"params": params, "algorithm": "muon", "variant": "normuon"}]
+    optimizer = MuonClip(groups)
+    step(optimizer, params)
+    change(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="number 0 of the muon group has state of a variant"):
+        step(optimizer, params)
+
+
+def test_other_matrices_of_the_same_outputs() -> None:
+    """A layout may change in the middle of a run: then it equals that of a new optimizer."""
+    heads = MatrixLayout.per_head(8, 2)
+    optimizer, params = trained()
+    optimizer.param_groups[0]["layout"] = heads
+    step(optimizer, params)
+
+    other, expected = trained()
+    groups = [{**group, "params": list(group["params"])} for group in other.param_groups]
+    groups[0]["layout"] = heads
+    new = MuonClip(groups, lr=0.1)
+    new.load_state_dict(other.state_dict())
+    step(new, expected)
+    assert all(map(torch.equal, params, expected))
+
+
+def test_a_loaded_dtype_of_the_momentum_is_no_change() -> None:
+    optimizer, _ = trained(momentum_dtype=torch.bfloat16)
+    other, others = trained()
+    other.load_state_dict(optimizer.state_dict())
+    step(other, others)
+    assert other.state[others[0]]["momentum_buffer"].dtype == torch.bfloat16
