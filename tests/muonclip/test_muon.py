@@ -62,8 +62,10 @@ def train(steps: list[Any], *, keeps: bool) -> list[torch.Tensor]:
                     if p in optimizer.state:
                         state = optimizer.state[p]
                         state[name] = state[name].to(value)
-            elif name != "normuon_beta2" or group["variant"] == "normuon":  # otherwise refused
+            else:
                 group[name] = value
+            if group["variant"] == "muon":  # for which another value would be refused
+                group["normuon_beta2"] = optimizer.defaults["normuon_beta2"]
         for p, is_present in zip(params, present, strict=True):
             gradient = torch.randn(p.shape, generator=generator)
             p.grad = gradient if is_present else None
