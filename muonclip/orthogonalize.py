@@ -352,7 +352,8 @@ def _normalize_(x: Tensor, eps: float) -> Tensor:
     """
     dims = (-2, -1)
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+    is_readable = type(x) is Tensor and not torch.compiler.is_compiling()  # unlike a fake tensor
+    if x.device.type == "cpu" and x.numel() and is_readable:
         # Reading the result costs nothing on a CPU, and scaling is rarely necessary.
         norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=accumulate)
         least, largest = norm.aminmax()

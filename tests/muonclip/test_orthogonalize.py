@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muonclip import orthogonalize, update_scale
@@ -212,3 +213,11 @@ def test_matched_update_has_adamw_root_mean_square() -> None:
     for shape in [(32, 256), (256, 32), (128, 128)]:
         update = orthogonalize(torch.randn(shape), dtype=torch.float32) * update_scale(shape)
         assert 0.15 < update.square().mean().sqrt() < 0.25
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (3, 40, 256), (520, 520)])
+def test_shapes_without_data(shape: tuple[int, ...]) -> None:
+    """Fake tensors, with which tools estimate memory."""
+    with FakeTensorMode():
+        result = orthogonalize(torch.empty(shape), dtype=torch.float32)
+    assert result.shape == shape
