@@ -183,7 +183,9 @@ class MuonClip(Optimizer):
     name: see ``muonclip.other_names``.
 
     Each option above ``process_group`` may be set per group, and overrides the constructor's;
-    ``capturable`` and ``nonfinite`` must be the same in all groups.
+    ``capturable`` and ``nonfinite`` must be the same in all groups. Options in ``param_groups`` may
+    change between steps, except ``algorithm`` and, after the first step, ``momentum_dtype``; the
+    next step checks them.
 
     Attributes:
         skipped_steps: number of steps skipped because of a non-finite gradient, or because ranks
@@ -399,8 +401,9 @@ class MuonClip(Optimizer):
         Raises:
             RuntimeError: if a gradient is sparse, or not finite (see ``nonfinite``); nothing is
                 updated then.
-            ValueError: on all ranks, if ranks that share parameters have gradients of different
-                ones.
+            ValueError, TypeError: if an option was set in ``param_groups`` to a value that it
+                cannot have; nothing is updated then. On all ranks, if ranks that share parameters
+                have gradients of different ones.
         """
         loss = None
         if closure is not None:
