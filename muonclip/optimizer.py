@@ -321,6 +321,7 @@ class MuonClip(Optimizer):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r:.80}")
         options = canonical({**self.defaults, **param_group})
         validation.check_options(options)
+        validation.check_common_options([*self.param_groups, options])
         if "updates" not in param_group:  # a group that has been in an optimizer has all options
             validation.check_group_variant(param_group, options, self.defaults)
         if options.get("algorithm") is None:
@@ -868,6 +869,7 @@ class MuonClip(Optimizer):
     def _check_changed_options(self) -> None:
         """Raise for an option of a group that was set to a value that it cannot have."""
         options = self._options()
+        validation.check_common_options(self.param_groups)
         for group, now, before in zip(self.param_groups, options, self._known_options, strict=True):
             if now == before:
                 continue

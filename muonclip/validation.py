@@ -352,6 +352,17 @@ def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]
             )
 
 
+def check_common_options(groups: Sequence[Options]) -> None:
+    """Raise for an option of the whole step that differs between groups."""
+    for option in ("nonfinite", "capturable"):
+        for group in groups[1:]:
+            if group[option] != groups[0][option]:
+                raise ValueError(
+                    f"{option} must be the same in all groups, got {groups[0][option]!r} and "
+                    f"{group[option]!r}: give it to the constructor"
+                )
+
+
 def check_changed_options(
     group: Options, before: Options, defaults: Options, *, is_sharded: bool
 ) -> None:

@@ -36,6 +36,8 @@ BAD: list[tuple[str, Any]] = [
     ("maximize", "no"),
     ("nesterov", "no"),
     ("nonfinite", "nope"),
+    ("nonfinite", "skip"),  # in one of two groups
+    ("capturable", True),
     ("adamw_eps", -1.0),
     ("algorithm", "nope"),
 ]
@@ -127,6 +129,24 @@ def test_other_matrices_of_the_same_outputs() -> None:
     new.load_state_dict(other.state_dict())
     step(new, expected)
     assert all(map(torch.equal, params, expected))
+
+
+@pytest.mark.parametrize("option", ["nonfinite", "capturable"])
+def test_options_of_the_whole_step_are_the_same_in_all_groups(option: str) -> None:
+    values = {"nonfinite": ("raise", "ignore"), "capturable": (False, True)}[option]
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2, 3))], "nonfinite": "skip", option: value}
+        for value in values
+    ]
+    with pytest.raises(ValueError, match=f"{option} must be the same in all groups"):
+        MuonClip(groups)
+
+    optimizer, params = trained()
+    for group in optimizer.param_groups:
+        group["nonfinite"] = "skip"
+    params[0].grad = torch.full_like(params[0], torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
 
 
 def test_a_loaded_dtype_of_the_momentum_is_no_change() -> None:
