@@ -297,7 +297,7 @@ class MuonClip(Optimizer):
         self._is_constructed = False
         self._warned_of_shapes = False
         self._known_shapes: list[tuple[Tensor, torch.Size]] = []
-        self._known_options: list[dict[str, Any]] = []
+        self._known_options: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of each group
         self._pending: _PendingFlags | None = None
         self._is_changed = True  # parameters were added or replaced since ranks were connected
         self._groups: list[dist.ProcessGroup] = []
@@ -356,7 +356,10 @@ class MuonClip(Optimizer):
             for option in validation.RESOLVED:
                 del group[option]
         self._remember_shapes()
-        self._known_options = self._options()
+        added = len(by_algorithm)
+        self._known_options += zip(
+            self.param_groups[-added:], self._options()[-added:], strict=True
+        )
 
     def _adamw_options(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's options by the names that schedulers know: beta1 is the momentum."""
@@ -844,7 +847,7 @@ class MuonClip(Optimizer):
             lr = group["lr"]  # may be different in every step
             if not (isinstance(lr, Tensor) or 0 <= lr < math.inf):
                 validation.check_at_least_zero("lr", lr)
-        if self._options() != self._known_options:
+        if self._options() != [options for _, options in self._known_options]:
             self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
         if len(params) == len(self._known_shapes) and all(
@@ -868,22 +871,22 @@ class MuonClip(Optimizer):
     @untraced  # see _connect
     def _check_changed_options(self) -> None:
         """Raise for an option of a group that was set to a value that it cannot have."""
-        options = self._options()
         validation.check_common_options(self.param_groups)
-        for group, now, before in zip(self.param_groups, options, self._known_options, strict=True):
-            if now == before:
-                continue
+        known = {id(group): options for group, options in self._known_options}
+        now = list(zip(self.param_groups, self._options(), strict=True))
+        for group, options in now:
+            before = known.get(id(group), options)  # a group may have been put in the list
             validation.check_changed_options(
                 group, before, self.defaults, is_sharded=self.shard_state
             )
-            if all(now[option] == before[option] for option in ("layout", "variant")):
+            if all(options[option] == before[option] for option in ("layout", "variant")):
                 continue
             for index, p in enumerate(group["params"]):
                 shape = self._whole_shape(p)
                 validation.check_changed_parameter(group, index, None, shape)
                 if neuron_state() & self.state.get(p, {}).keys():
                     validation.check_changed_layout(group, index, shape, before["layout"])
-        self._known_options = options
+        self._known_options = now
 
     def _warn_without_gradients(self) -> None:
         """Warn of a first step without gradients: there may never be one."""
@@ -1501,7 +1504,7 @@ class MuonClip(Optimizer):
             self._reset()
             self._is_constructed = True
             self._remember_shapes()
-        self._known_options = self._options()
+        self._known_options = list(zip(self.param_groups, self._options(), strict=True))
         for param, entries in self.state.items():  # a copied parameter does not have the attribute
             set_master(param, entries, entries.get("master"))
 

@@ -149,6 +149,20 @@ def test_options_of_the_whole_step_are_the_same_in_all_groups(option: str) -> No
     assert optimizer.skipped_steps == 1
 
 
+def test_groups_that_are_removed_and_added() -> None:
+    """Options are those of the group, wherever it is in the list."""
+    optimizer, params = trained()
+    (muon, _) = optimizer.param_groups
+    del optimizer.param_groups[0]
+    step(optimizer, params)
+    optimizer.add_param_group(muon)
+    step(optimizer, params)
+    optimizer.param_groups[-1]["algorithm"] = "adamw"
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))], "algorithm": "muon"})
+    with pytest.raises(ValueError, match="algorithm of a group was changed from muon to adamw"):
+        step(optimizer, params)
+
+
 def test_a_loaded_dtype_of_the_momentum_is_no_change() -> None:
     optimizer, _ = trained(momentum_dtype=torch.bfloat16)
     other, others = trained()
