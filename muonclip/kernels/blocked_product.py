@@ -41,8 +41,8 @@ class Matrices:
 
     Args:
         tensor: [b, n, k]. Views are used on a CPU only.
-        is_symmetric: whether every matrix is, up to rounding. A product then has its columns as a
-            factor instead of its rows, which MKL would transpose in up to 28% of the time. (oneDNN,
+        is_symmetric: whether every matrix is symmetric, up to rounding. Products then use its
+            columns in place of its transposed rows, with which MKL takes up to 28% longer. (oneDNN,
             which multiplies 16-bit matrices, takes the same time for both.)
     """
 

@@ -14,7 +14,12 @@ from muonclip.kernels import symmetric_product as module
 from muonclip.kernels.blocked_product import new_squares
 from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
-from muonclip.kernels.symmetric_product import blocked, choose_backend, symmetric_product
+from muonclip.kernels.symmetric_product import (
+    blocked,
+    choose_backend,
+    symmetric_product,
+    unchecked_product,
+)
 from tests.muonclip.kernels.reference import check_symmetric_product, symmetric_factors
 
 LARGE = 520  # enough rows for the blocked backend, and no multiple of its blocks
@@ -68,24 +73,35 @@ def test_backends_against_float64(
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    n=st.integers(1, 70),
+    n=st.integers(1, 70) | st.sampled_from([128, 256]),  # whose rows are padded
     rows=st.integers(8, 80),
     with_c=st.booleans(),
+    is_blocked=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**16),
 )
 def test_products_of_symmetric_matrices(
-    batch: int, n: int, rows: int, with_c: bool, dtype: torch.dtype, seed: int
+    batch: int,
+    n: int,
+    rows: int,
+    with_c: bool,
+    is_blocked: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Known symmetric factors, whose columns are multiplied in place of their rows."""
     generator = torch.Generator().manual_seed(seed)
     factors = symmetric_factors(generator, (batch, n, n), gram=False, transposed=False)
-    with mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows):
+    backend = "blocked" if is_blocked else "dense"
+    with (
+        mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows),
+        mock.patch.object(module, "choose_backend", lambda a: backend),
+    ):
         a, b, c, out = new_squares(torch.empty(batch, n, 1, dtype=dtype), 4)
         for target, values in zip((a, b, c), (*factors, factors[0]), strict=True):
             target.tensor.copy_((values + values.mT) / 2)
         summand, beta = (c, 0.75) if with_c else (None, 0.0)
-        blocked_product.blocked_product(a, b, summand, -2.5, beta, out)
+        assert unchecked_product(a, b, summand, -2.5, beta, out) is out
     expected = None if summand is None else summand.tensor
     check_symmetric_product(out.tensor, a.tensor, b.tensor, expected, -2.5, beta)
 
