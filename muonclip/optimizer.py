@@ -844,8 +844,9 @@ class MuonClip(Optimizer):
         for group in self.param_groups:
             validation.check_resolved_options(group, self.defaults)
             validation.check_gradients(group, capturing)
-            lr = group["lr"]  # may be different in every step
-            if not (isinstance(lr, Tensor) or 0 <= lr < math.inf):
+            lr = group["lr"]
+            # A schedule may end below zero by a rounding error.
+            if not (isinstance(lr, Tensor) or -1e-12 < lr < math.inf):
                 validation.check_at_least_zero("lr", lr)
         if self._options() != [options for _, options in self._known_options]:
             self._check_changed_options()

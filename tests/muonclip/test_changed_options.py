@@ -149,6 +149,16 @@ def test_options_of_the_whole_step_are_the_same_in_all_groups(option: str) -> No
     assert optimizer.skipped_steps == 1
 
 
+def test_a_schedule_may_end_below_zero_by_a_rounding_error() -> None:
+    optimizer, params = trained(weight_decay=0.0)
+    before = [p.detach().clone() for p in params]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3 - 0.1 * 3
+        assert group["lr"] < 0
+    step(optimizer, params)
+    assert all(torch.allclose(p, old, atol=1e-15) for p, old in zip(params, before, strict=True))
+
+
 def test_groups_that_are_removed_and_added() -> None:
     """Options are those of the group, wherever it is in the list."""
     optimizer, params = trained()
