@@ -42,8 +42,8 @@ class Matrices:
     Args:
         tensor: [b, n, k]. Views are used on a CPU only.
         is_symmetric: whether every matrix is symmetric, up to rounding. Products then use its
-            columns in place of its transposed rows, with which MKL is up to 28% slower. (oneDNN, which
-            multiplies 16-bit matrices, is equally fast with both.)
+            columns in place of its transposed rows, with which MKL is up to 28% slower. (oneDNN,
+            which multiplies 16-bit matrices, is equally fast with both.)
     """
 
     def __init__(self, tensor: Tensor, *, is_symmetric: bool = False) -> None:
