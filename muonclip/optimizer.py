@@ -297,7 +297,7 @@ class MuonClip(Optimizer):
         self._is_constructed = False
         self._warned_of_shapes = False
         self._known_shapes: list[tuple[Tensor, torch.Size]] = []
-        self._known_options: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of each group
+        self._known_options: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._pending: _PendingFlags | None = None
         self._is_changed = True  # parameters were added or replaced since ranks were connected
         self._groups: list[dist.ProcessGroup] = []
@@ -356,10 +356,7 @@ class MuonClip(Optimizer):
             for option in validation.RESOLVED:
                 del group[option]
         self._remember_shapes()
-        added = len(by_algorithm)
-        self._known_options += zip(
-            self.param_groups[-added:], self._options()[-added:], strict=True
-        )
+        self._known_options += self._options()[-len(by_algorithm) :]
 
     def _adamw_options(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's options by the names that schedulers know: beta1 is the momentum."""
@@ -848,7 +845,7 @@ class MuonClip(Optimizer):
             # A schedule may end below zero by a rounding error.
             if not (isinstance(lr, Tensor) or -1e-12 < lr < math.inf):
                 validation.check_at_least_zero("lr", lr)
-        if self._options() != [options for _, options in self._known_options]:
+        if [now for _, now in self._options()] != [before for _, before in self._known_options]:
             self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
         if len(params) == len(self._known_shapes) and all(
@@ -864,17 +861,17 @@ class MuonClip(Optimizer):
                 )
         self._remember_shapes()
 
-    def _options(self) -> list[dict[str, Any]]:
-        """The options of each group, except the learning rate."""
+    def _options(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each group, and its options except the learning rate."""
         names = self.defaults.keys() - validation.RESOLVED.keys() - {"lr"} | {"algorithm"}
-        return [{name: group.get(name) for name in names} for group in self.param_groups]
+        return [(group, {name: group.get(name) for name in names}) for group in self.param_groups]
 
     @untraced  # see _connect
     def _check_changed_options(self) -> None:
         """Raise for an option of a group that was set to a value that it cannot have."""
         validation.check_common_options(self.param_groups)
         known = {id(group): options for group, options in self._known_options}
-        now = list(zip(self.param_groups, self._options(), strict=True))
+        now = self._options()
         for group, options in now:
             before = known.get(id(group), options)  # a group may have been put in the list
             validation.check_changed_options(
@@ -1505,7 +1502,7 @@ class MuonClip(Optimizer):
             self._reset()
             self._is_constructed = True
             self._remember_shapes()
-        self._known_options = list(zip(self.param_groups, self._options(), strict=True))
+        self._known_options = self._options()
         for param, entries in self.state.items():  # a copied parameter does not have the attribute
             set_master(param, entries, entries.get("master"))
 
