@@ -183,9 +183,9 @@ class MuonClip(Optimizer):
     name: see ``muonclip.other_names``.
 
     Each option above ``process_group`` may be set per group, and overrides the constructor's;
-    ``capturable`` and ``nonfinite`` must be the same in all groups. Options in ``param_groups`` may
-    change between steps, except ``algorithm`` and, after the first step, ``momentum_dtype``; the
-    next step checks them.
+    ``nonfinite`` must be the same in all groups. Options in ``param_groups`` may change between
+    steps, except ``algorithm`` and, after the first step, ``momentum_dtype``; the next step checks
+    them.
 
     Attributes:
         skipped_steps: number of steps skipped because of a non-finite gradient, or because ranks
@@ -324,6 +324,8 @@ class MuonClip(Optimizer):
         validation.check_common_options([*self.param_groups, options])
         if "updates" not in param_group:  # a group that has been in an optimizer has all options
             validation.check_group_variant(param_group, options, self.defaults)
+            if options["capturable"]:
+                validation.check_capture(options)
         if options.get("algorithm") is None:
             validation.check_may_split()
         params, names = options.pop("params"), options.pop("param_names", None)
@@ -841,10 +843,11 @@ class MuonClip(Optimizer):
         for group in self.param_groups:
             validation.check_resolved_options(group, self.defaults)
             validation.check_gradients(group, capturing)
-            lr = group["lr"]
-            # A schedule may end below zero by a rounding error.
-            if not (isinstance(lr, Tensor) or -1e-12 < lr < math.inf):
-                validation.check_at_least_zero("lr", lr)
+            if capturing:
+                validation.check_capture(group)
+            # torch.compile would leave the graph to read a tensor.
+            if not (isinstance(group["lr"], Tensor) and torch.compiler.is_compiling()):
+                validation.check_at_least_zero("lr", group["lr"])
         if [now for _, now in self._options()] != [before for _, before in self._known_options]:
             self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -862,8 +865,13 @@ class MuonClip(Optimizer):
         self._remember_shapes()
 
     def _options(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each group, and its options except the learning rate."""
-        names = self.defaults.keys() - validation.RESOLVED.keys() - {"lr"} | {"algorithm"}
+        """Each group, and its options that a step checks if they changed.
+
+        Learning rates change in most steps. ``capturable`` is set by torch.compile in groups on
+        GPUs, and in what it traces for other groups.
+        """
+        unchecked = {"lr", "capturable"}
+        names = self.defaults.keys() - validation.RESOLVED.keys() - unchecked | {"algorithm"}
         return [(group, {name: group.get(name) for name in names}) for group in self.param_groups]
 
     @untraced  # see _connect
@@ -1144,12 +1152,13 @@ class MuonClip(Optimizer):
         If both sides have names, parameters are matched by name, whatever the order of parameters
         and groups; a group takes the options of the saved group that most of its parameters were
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
-        and dtype that this optimizer keeps them in. Layouts and names are not loaded: they belong
-        to the model. Neither is ``momentum_dtype`` if either side has int8: the momentum is
-        converted, with a warning. Nor are variants: state of the group's variant that is missing
-        starts at zero, and state of another one is left out, with a warning. Where the saved layout
-        has the rows of the same matrices in another order, as Megatron's gate and up at another
-        number of tensor-parallel ranks, the state is rearranged, with a warning.
+        and dtype that this optimizer keeps them in. Layouts, names and ``capturable`` are not
+        loaded: they belong to the model and this process. Neither is ``momentum_dtype`` if either
+        side has int8: the momentum is converted, with a warning. Nor are variants: state of the
+        group's variant that is missing starts at zero, and state of another one is left out, with a
+        warning. Where the saved layout has the rows of the same matrices in another order, as
+        Megatron's gate and up at another number of tensor-parallel ranks, the state is rearranged,
+        with a warning.
 
         With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
         or of an optimizer without ``shard_state``), and all ranks call it together. So must the
@@ -1210,7 +1219,7 @@ class MuonClip(Optimizer):
             How the momentum is converted to or from int8; empty if it is not.
         """
         saved |= {name: group[name] for name in group.keys() - saved.keys() - _NOT_OPTIONS}
-        saved |= {"layout": group["layout"], "variant": group["variant"]}
+        saved |= {option: group[option] for option in ("layout", "variant", "capturable")}
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved[option], str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])

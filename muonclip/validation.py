@@ -34,6 +34,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("nesterov", "maximize", "stochastic_rounding", "capturable"), (False, True)),
 }
 
+# A schedule may end below zero by this much.
+_ROUNDING_OF_SCHEDULES = -1e-12
+
 
 class Entry(NamedTuple):
     """A parameter to add to a group; ``label`` identifies it in errors."""
@@ -48,7 +51,6 @@ class Entry(NamedTuple):
 
 def check_options(values: Mapping[str, Any]) -> None:
     """Raise for an option out of range, naming it."""
-    capturable = values["capturable"]
     for option in ("lr", "weight_decay", "eps", "update_rms", "adamw_eps"):
         check_at_least_zero(option, values[option])
     for option in ("adamw_lr", "adamw_weight_decay"):
@@ -93,23 +95,26 @@ def check_options(values: Mapping[str, Any]) -> None:
         raise TypeError(f"layout must be a MatrixLayout, got {values['layout']!r:.80}")
     if values["master_weights"] and values["stochastic_rounding"]:
         raise ValueError("master_weights and stochastic_rounding exclude each other: choose one")
-    if capturable:
-        # A captured step repeats the numbers it was captured with.
-        for option, wrong in (
-            ("momentum_warmup_steps", warmup > 0),
-            ("stochastic_rounding", values["stochastic_rounding"]),
-            ("nonfinite", values["nonfinite"] == "raise"),
-        ):
-            if wrong:
-                raise ValueError(
-                    f"capturable=True cannot be joined with {option}={values[option]!r}"
-                    + (": use 'skip' or 'ignore'" if option == "nonfinite" else "")
-                )
+
+
+def check_capture(options: Options) -> None:
+    """Raise for an option that a captured step would not follow: it repeats its numbers."""
+    for option, wrong in (
+        ("momentum_warmup_steps", options["momentum_warmup_steps"] > 0),
+        ("stochastic_rounding", options["stochastic_rounding"]),
+        ("nonfinite", options["nonfinite"] == "raise"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{option}={options[option]!r} cannot be captured in a CUDA graph (capturable=True)"
+                + (": use 'skip' or 'ignore'" if option == "nonfinite" else "")
+            )
 
 
 def check_at_least_zero(option: str, value: Any) -> None:
     """Raise unless an option is finite and not negative; learning rates may be tensors."""
-    if isinstance(value, Tensor) and option in ("lr", "adamw_lr"):
+    is_lr = option in ("lr", "adamw_lr")
+    if is_lr and isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise TypeError(
                 f"{option} must be a number or a floating-point tensor of one element, got "
@@ -119,7 +124,8 @@ def check_at_least_zero(option: str, value: Any) -> None:
             return  # reading it would wait for a device
         value = value.item()
     _number(option, value)
-    if not 0 <= value < math.inf:
+    lowest = _ROUNDING_OF_SCHEDULES if is_lr else 0.0
+    if not lowest <= value < math.inf:
         raise ValueError(f"{option} must be at least 0 and finite, got {value}")
 
 
@@ -354,13 +360,12 @@ def check_resolved_options(group: Mapping[str, Any], defaults: Mapping[str, Any]
 
 def check_common_options(groups: Sequence[Options]) -> None:
     """Raise for an option of the whole step that differs between groups."""
-    for option in ("nonfinite", "capturable"):
-        for group in groups[1:]:
-            if group[option] != groups[0][option]:
-                raise ValueError(
-                    f"{option} must be the same in all groups, got {groups[0][option]!r} and "
-                    f"{group[option]!r}: give it to the constructor"
-                )
+    for group in groups[1:]:
+        if group["nonfinite"] != groups[0]["nonfinite"]:
+            raise ValueError(
+                f"nonfinite must be the same in all groups, got {groups[0]['nonfinite']!r} and "
+                f"{group['nonfinite']!r}: give it to the constructor"
+            )
 
 
 def check_changed_options(

@@ -69,6 +69,30 @@ def test_a_captured_step_equals_an_eager_one(device: str, dtype: torch.dtype) ->
 
 
 @DEVICES
+def test_a_compiled_step_has_the_default_options(device: str) -> None:
+    """torch.compile makes groups of parameters on GPUs ``capturable``, which 'raise' excludes."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            nn.Parameter(torch.randn(shape, generator=generator).to(device))
+            for shape in ((64, 64), (64, 256), (64,))
+        ]
+        optimizer = MuonClip([{"params": params}], ns_dtype=torch.float32)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            step()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        results.append([p.detach() for p in params])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@DEVICES
 @pytest.mark.parametrize(("n", "m"), [(256, 1024), (1536, 512), (512, 512), (32, 64)])
 def test_the_default_arithmetic_has_its_rounding_error(device: str, n: int, m: int) -> None:
     """On a GPU float16 for rectangular matrices that are not small, otherwise bfloat16."""

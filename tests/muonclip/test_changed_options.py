@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from muonclip import MatrixLayout, MuonClip
+from muonclip.kernels.support import untraced
 
 BAD: list[tuple[str, Any]] = [
     ("lr", -1.0),
     ("lr", float("nan")),
     ("lr", float("inf")),
+    ("lr", torch.tensor(float("nan"))),
+    ("lr", torch.tensor([0.1, 0.2])),
     ("weight_decay", -0.1),
     ("weight_decay", float("nan")),
     ("momentum", 1.0),
@@ -37,7 +40,6 @@ BAD: list[tuple[str, Any]] = [
     ("nesterov", "no"),
     ("nonfinite", "nope"),
     ("nonfinite", "skip"),  # in one of two groups
-    ("capturable", True),
     ("adamw_eps", -1.0),
     ("algorithm", "nope"),
 ]
@@ -131,14 +133,12 @@ def test_other_matrices_of_the_same_outputs() -> None:
     assert all(map(torch.equal, params, expected))
 
 
-@pytest.mark.parametrize("option", ["nonfinite", "capturable"])
-def test_options_of_the_whole_step_are_the_same_in_all_groups(option: str) -> None:
-    values = {"nonfinite": ("raise", "ignore"), "capturable": (False, True)}[option]
+def test_nonfinite_is_the_same_in_all_groups() -> None:
     groups = [
-        {"params": [nn.Parameter(torch.ones(2, 3))], "nonfinite": "skip", option: value}
-        for value in values
+        {"params": [nn.Parameter(torch.ones(2, 3))], "nonfinite": value}
+        for value in ("raise", "ignore")
     ]
-    with pytest.raises(ValueError, match=f"{option} must be the same in all groups"):
+    with pytest.raises(ValueError, match="nonfinite must be the same in all groups"):
         MuonClip(groups)
 
     optimizer, params = trained()
@@ -149,11 +149,54 @@ def test_options_of_the_whole_step_are_the_same_in_all_groups(option: str) -> No
     assert optimizer.skipped_steps == 1
 
 
-def test_a_schedule_may_end_below_zero_by_a_rounding_error() -> None:
+def test_capturable_may_be_set_by_torch_compile() -> None:
+    """It sets it in the groups of parameters on GPUs, whatever ``nonfinite`` is."""
+    optimizer, params = trained()
+    expected, others = trained()
+    optimizer.param_groups[0]["capturable"] = True
+    for each in (optimizer, expected):
+        each.param_groups[0]["weight_decay"] = 0.5  # options are checked
+    step(optimizer, params)
+    step(expected, others)
+    assert all(map(torch.equal, params, others))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))], "algorithm": "muon"})
+
+    fresh, _ = trained()
+    saved = optimizer.state_dict()
+    fresh.load_state_dict({**saved, "param_groups": saved["param_groups"][:2]})
+    assert not any(group["capturable"] for group in fresh.param_groups)
+
+
+def test_a_compiled_step_checks_options_only_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = []
+    check = MuonClip._check_changed_options
+
+    @untraced
+    def counted(optimizer: MuonClip) -> None:
+        checks.append(optimizer)
+        check(optimizer)
+
+    monkeypatch.setattr(MuonClip, "_check_changed_options", counted)
+    torch._dynamo.reset()
+    optimizer, params = trained()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for weight_decay, times in ((0.1, 0), (0.2, 1), (0.2, 1)):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+        for p in params:
+            p.grad = torch.ones_like(p)
+        compiled()
+        assert len(checks) == times
+
+
+@pytest.mark.parametrize("form", [float, lambda lr: torch.tensor(lr, dtype=torch.float64)])
+def test_a_schedule_may_end_below_zero_by_a_rounding_error(form: Callable[[float], Any]) -> None:
     optimizer, params = trained(weight_decay=0.0)
     before = [p.detach().clone() for p in params]
     for group in optimizer.param_groups:
-        group["lr"] = 0.3 - 0.1 * 3
+        group["lr"] = form(0.3 - 0.1 * 3)
         assert group["lr"] < 0
     step(optimizer, params)
     assert all(torch.allclose(p, old, atol=1e-15) for p, old in zip(params, before, strict=True))
