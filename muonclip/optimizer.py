@@ -33,7 +33,7 @@ from muonclip.distributed.sharding import (
     place_like,
     reduced_shape,
 )
-from muonclip.kernels.support import prefers_bfloat16, untraced
+from muonclip.kernels.support import prefers_bfloat16
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, LocalMuon, MuonParam
@@ -63,6 +63,12 @@ if TYPE_CHECKING:
 NonFinite = Literal["raise", "skip", "ignore"]
 
 _NOT_OPTIONS = {"params", "param_names"}
+
+# Like torch.compiler.disable, without importing torch._dynamo, which takes seconds, until the first
+# call. In a trace, attributes of an optimizer that are set to tensors are lost.
+_untraced = torch._compile._disable_dynamo
+# The caller of ``step``, seen from an untraced method that it calls, in levels of the stack.
+_STEP_CALLER = 7
 
 
 class MuonClip(Optimizer):
@@ -412,6 +418,18 @@ class MuonClip(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        work, flags = self._begin()
+        if flags.is_done:
+            return loss
+        if self._connected is None and not self.devices.are_given:
+            self._update(work, flags)
+        else:
+            self._update_untraced(work, flags, torch.compiler.is_compiling())
+        return loss
+
+    @_untraced
+    def _begin(self) -> "tuple[_Work, _Flags]":
+        """Check the step, and agree on it with the ranks that must take it together."""
         self._read_pending()
         work: _Work = []
         error: Exception | None = None
@@ -428,23 +446,29 @@ class MuonClip(Optimizer):
             raise error or RuntimeError(_refused(flags.error))
         if flags.only_creates_state:
             self._complete_state()
-            return loss
+            return work, flags._replace(is_done=True)
         found_inf = flags.found_inf
-        if found_inf is not None and is_free_to_read(found_inf.device):
-            if found_inf:
-                self._count_skipped(1)
-                if self._raises:
-                    raise RuntimeError(self._describe_nonfinite())
-                return loss
-            found_inf = None
-        if found_inf is not None:
-            self._count_skipped(found_inf)
+        if found_inf is None:
+            return work, flags
+        if not is_free_to_read(found_inf.device):
+            self.skipped_steps = self.skipped_steps + found_inf  # the host does not wait for it
+            return work, flags
+        if not found_inf:
+            return work, flags._replace(found_inf=None)
+        self.skipped_steps += 1
+        if self._raises:
+            raise RuntimeError(self._describe_nonfinite())
+        return work, flags._replace(is_done=True)
+
+    def _update(self, work: "_Work", flags: "_Flags") -> None:
+        """Update the parameters, or let other ranks see that this one cannot."""
+        found_inf = flags.found_inf
         muon = self._muon_params(work if flags.takes_part else [])
         for group in self.param_groups:
             group["updates"] += 1
         if not flags.takes_part:
             self._attend()
-            return loss
+            return
         self._step_muon(muon, work, found_inf)
         for group, params, gradients in work:
             if group["algorithm"] == "adamw":
@@ -452,11 +476,13 @@ class MuonClip(Optimizer):
         if self._owners is not None:
             self._owners.gather(self._sharded_adamw(work), found_inf)
         self.devices.finish(local_tensor(p) for _, params, _ in work for p in params)
-        return loss
 
-    @untraced  # see _connect
-    def _count_skipped(self, number: int | Tensor) -> None:
-        self.skipped_steps = self.skipped_steps + number  # the host does not wait for a tensor
+    @_untraced
+    def _update_untraced(self, work: "_Work", flags: "_Flags", is_compiled: bool) -> None:
+        """The same outside torch.compile, which cannot trace messages between ranks."""
+        if is_compiled:
+            warnings.warn(_NOT_COMPILED, stacklevel=_STEP_CALLER)
+        self._update(work, flags)
 
     @property
     def _raises(self) -> bool:
@@ -845,9 +871,7 @@ class MuonClip(Optimizer):
             validation.check_gradients(group, capturing)
             if capturing:
                 validation.check_capture(group)
-            # torch.compile would leave the graph to read a tensor.
-            if not (isinstance(group["lr"], Tensor) and torch.compiler.is_compiling()):
-                validation.check_at_least_zero("lr", group["lr"])
+            validation.check_at_least_zero("lr", group["lr"])
         if [now for _, now in self._options()] != [before for _, before in self._known_options]:
             self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -867,14 +891,13 @@ class MuonClip(Optimizer):
     def _options(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Each group, and its options that a step checks if they changed.
 
-        Learning rates change in most steps. ``capturable`` is set by torch.compile in groups on
-        GPUs, and in what it traces for other groups.
+        Learning rates change in most steps, and torch.compile sets ``capturable`` in groups on
+        GPUs.
         """
         unchecked = {"lr", "capturable"}
         names = self.defaults.keys() - validation.RESOLVED.keys() - unchecked | {"algorithm"}
         return [(group, {name: group.get(name) for name in names}) for group in self.param_groups]
 
-    @untraced  # see _connect
     def _check_changed_options(self) -> None:
         """Raise for an option of a group that was set to a value that it cannot have."""
         validation.check_common_options(self.param_groups)
@@ -903,7 +926,7 @@ class MuonClip(Optimizer):
             "MuonClip's first step finds no gradient of any of its parameters and changes nothing. "
             "If the model was wrapped or sharded after constructing the optimizer, it has the old "
             "parameters: construct it afterwards",
-            stacklevel=5,
+            stacklevel=_STEP_CALLER + 1,
         )
 
     def _warn_of_devices(self, work: "_Work") -> None:
@@ -916,12 +939,11 @@ class MuonClip(Optimizer):
                 "MuonClip's state_device and compute_device have no effect: parameters, state and "
                 f"computations are all on {' and '.join(sorted(map(str, devices)))}. Leave them "
                 "out, or give compute_device an accelerator",
-                stacklevel=5,
+                stacklevel=_STEP_CALLER + 1,
             )
 
     # ------------------------------------------------------------------ agreement of the ranks
 
-    @untraced  # before torch 2.13, a compiled step cannot set attributes of an optimizer
     def _connect(self) -> None:
         """Find the ranks that share parameters, and assign owners to the state.
 
@@ -945,7 +967,7 @@ class MuonClip(Optimizer):
             warnings.warn(
                 "shard_state=True has no effect: no ranks have copies of these parameters. Pass "
                 "process_group, the ranks of DDP, or leave shard_state out",
-                stacklevel=6,
+                stacklevel=_STEP_CALLER + 2,
             )
         self._groups, self._connected, self._plan = groups, connected, None
         self._is_changed = False
@@ -1040,7 +1062,7 @@ class MuonClip(Optimizer):
                 f"was updated. {_ADVICE}"
             )
         if any_changed or any_unplanned:
-            warnings.warn(_REPLANNED, stacklevel=5)
+            warnings.warn(_REPLANNED, stacklevel=_STEP_CALLER + 1)
 
     def _warn_of_pending(self) -> None:
         """Warn that the last step was skipped, which may be the last of all."""
@@ -1605,12 +1627,14 @@ class _Flags(NamedTuple):
             zero. ``torch.distributed.checkpoint.state_dict`` takes such a step to create the state
             of a new optimizer, and it must not count.
         takes_part: False on a rank that cannot take the step as planned, which others do not know.
+        is_done: whether nothing is left to do, as the host knows that the step changes nothing.
     """
 
     found_inf: Tensor | None
     error: str | None
     only_creates_state: bool = False
     takes_part: bool = True
+    is_done: bool = False
 
 
 class _Plan(NamedTuple):
@@ -1642,6 +1666,11 @@ _REPLANNED = (
     "MuonClip skipped the step before on all ranks, because some of them had gradients of other "
     "parameters than before, or new parameters. If that was a surprise, look for parameters that "
     "some ranks do not use"
+)
+
+_NOT_COMPILED = (
+    "torch.compile has no effect on a step of MuonClip that exchanges data between ranks, or with "
+    "state_device or compute_device: call optimizer.step itself"
 )
 
 _PENDING = (

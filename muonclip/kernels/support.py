@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 # bfloat16 must be worth its rounding. Known processors are far from this: 0.5, or 2 and more.
@@ -29,15 +28,6 @@ def _constant(question: Callable[[], _T]) -> Callable[[], _T]:
     """
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
-
-
-def untraced(function: _F) -> _F:
-    """Let ``torch.compile`` call a function instead of tracing it.
-
-    This is ``torch.compiler.disable`` without importing torch._dynamo, which takes seconds.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 @_constant

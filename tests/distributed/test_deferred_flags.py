@@ -7,7 +7,7 @@ them had to wait.
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,8 @@ def run(
     layout: tuple[Case, Place, dict[str, Any]],
     steps: tuple[int, ...],
     disturb: Disturb = no_disturbance,
+    *,
+    is_compiled: bool = False,
     **options: Any,
 ) -> tuple[list[Tensor], list[str], int]:
     """Train with a disturbance in step 2, in which nothing may change if it is deferred.
@@ -139,6 +141,10 @@ def run(
     """
     case, place, others = layout
     params, optimizer = build(case, place, **others, **options)
+    take_step: Callable[[], Any] = optimizer.step
+    if is_compiled:
+        torch._dynamo.reset()
+        take_step = torch.compile(optimizer.step, backend="eager")
     found = []
     for step in steps:
         give_gradients(case, params, step, place)
@@ -148,7 +154,7 @@ def run(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                optimizer.step()
+                take_step()
             except (RuntimeError, ValueError) as error:
                 found.append(f"{step}: {error}")
         found += own_warnings(step, caught)
@@ -333,6 +339,52 @@ def test_ranks_that_keep_disagreeing_are_refused_together() -> None:
             assert [m[0] for m in messages] == ["3", "3", "4"], messages
             errors = [m for m in messages if different in m]
             assert len(errors) == 2, messages
+
+
+COMPILED = (  # name of a layout, whether it is as on an accelerator, options
+    ("alone", True, {}),
+    ("alone", True, {"nonfinite": "skip"}),
+    ("sharded masters", True, {"nonfinite": "skip"}),
+    ("FSDP2", True, {}),
+)
+
+
+def compile_steps() -> list[bool]:
+    """Whether compiled steps do what steps do, past one that all ranks skip."""
+    by_name = {"alone": (Case(SHAPES), keep, {}), **layouts()}
+    found = []
+    for name, waits, options in COMPILED:
+        with reading_waits() if waits else nullcontext():
+            ours, theirs = (
+                run(by_name[name], (0, 1, 2, 3), has_nan, is_compiled=is_compiled, **options)
+                for is_compiled in (True, False)
+            )
+        found.append(all(map(torch.allclose, ours[0], theirs[0])) and ours[1:] == theirs[1:])
+    return found
+
+
+def test_compiled_steps_raise_skip_and_count_as_others() -> None:
+    """On an accelerator and among ranks, too."""
+    for found in launch(compile_steps, 2):
+        assert found == [True] * len(COMPILED)
+
+
+def warn_of_compiling() -> list[int]:
+    found = []
+    for case, place, options in layouts().values():
+        params, optimizer = build(case, place, **options)
+        give_gradients(case, params, 0, place)
+        torch._dynamo.reset()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.compile(optimizer.step, backend="eager")()
+        found.append(sum("torch.compile has no effect" in str(w.message) for w in caught))
+    return found
+
+
+def test_compiling_a_step_among_ranks_has_no_effect_and_says_so() -> None:
+    for found in launch(warn_of_compiling, 2):
+        assert found == [1] * 5
 
 
 def count_reads() -> dict[str, tuple[list[str], Any]]:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from muonclip import MatrixLayout, MuonClip
-from muonclip.kernels.support import untraced
 
 BAD: list[tuple[str, Any]] = [
     ("lr", -1.0),
@@ -173,7 +172,6 @@ def test_a_compiled_step_checks_options_only_when_they_change(
     checks = []
     check = MuonClip._check_changed_options
 
-    @untraced
     def counted(optimizer: MuonClip) -> None:
         checks.append(optimizer)
         check(optimizer)
