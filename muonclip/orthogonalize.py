@@ -177,11 +177,12 @@ def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
     Args:
         coefficients: a name in ``COEFFICIENTS``; three numbers for every step; or a sequence of
             such triples, one for each step, the last of which repeats.
-        steps: number of steps, at least 1.
+        steps: number of steps, at least 1, and at least the number of triples; of the names, only
+            ``"deepseek_v4"`` needs all of its 9 (its source takes 10).
 
     Raises:
-        ValueError: for an unknown name, something that is not triples of finite numbers, or
-            ``steps`` below 1.
+        ValueError: for an unknown name, something that is not triples of finite numbers, or too few
+            steps.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
@@ -200,6 +201,13 @@ def coefficient_steps(coefficients: Coefficients, steps: int) -> list[Triple]:
                 f"got {coefficients!r}"
             )
         table = [(float(row[0]), float(row[1]), float(row[2])) for row in rows]
+    # Of the other names, any number of first steps makes sense.
+    needs_all = not isinstance(coefficients, str) or coefficients == "deepseek_v4"
+    if steps < len(table) and needs_all:
+        raise ValueError(
+            f"steps must be at least {len(table)}, the number of triples of the coefficients "
+            f"{coefficients!r}, got {steps}: the last ones would have no effect"
+        )
     return [table[min(step, len(table) - 1)] for step in range(steps)]
 
 

@@ -14,7 +14,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muonclip import orthogonalize, update_scale
 from muonclip.kernels import blocked_product, matrix_polynomial
-from muonclip.orthogonalize import CoefficientName, Form, coefficient_steps
+from muonclip.orthogonalize import COEFFICIENTS, CoefficientName, Form, coefficient_steps
 
 module = importlib.import_module("muonclip.orthogonalize")  # the function has its name
 
@@ -193,6 +193,26 @@ def test_coefficients_repeat_the_last_triple() -> None:
     assert coefficient_steps("quintic", 3) == [(3.4445, -4.7750, 2.0315)] * 3
     assert coefficient_steps([1, 2, 3], 2) == [(1, 2, 3)] * 2
     assert coefficient_steps([(1, 2, 3), (4, 5, 6)], 3) == [(1, 2, 3), (4, 5, 6), (4, 5, 6)]
+
+
+@given(
+    triples=st.lists(st.tuples(*[st.floats(-9, 9)] * 3), min_size=1, max_size=9),
+    steps=st.integers(1, 9),
+)
+def test_every_triple_has_an_effect(triples: list[tuple[float, ...]], steps: int) -> None:
+    if steps >= len(triples):
+        assert coefficient_steps(triples, steps)[: len(triples)] == triples
+        return
+    with pytest.raises(ValueError, match=f"steps must be at least {len(triples)}"):
+        coefficient_steps(triples, steps)
+
+
+def test_coefficients_of_a_name_that_differ_from_those_of_others() -> None:
+    """With fewer steps, ``deepseek_v4`` would be ``quintic``."""
+    schedules = {tuple(coefficient_steps(name, 9)) for name in COEFFICIENTS}
+    assert len(schedules) == len(COEFFICIENTS)
+    with pytest.raises(ValueError, match="steps must be at least 9"):
+        coefficient_steps("deepseek_v4", 8)
 
 
 def test_update_scale() -> None:

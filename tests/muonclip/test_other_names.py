@@ -85,7 +85,7 @@ def test_aliases_are_accepted_by_option_and_by_group() -> None:
     for option, aliases in ALIASES.items():
         for theirs, ours in aliases.items():
             weight = nn.Parameter(torch.zeros(2, 2))
-            changed: dict[str, Any] = {option: theirs}
+            changed: dict[str, Any] = {option: theirs, "ns_steps": 10}  # for every coefficient
             optimizer = MuonClip([("weight", weight)], **changed)
             assert optimizer.param_groups[0][option] == ours
             optimizer = MuonClip([{"params": [("weight", weight)], **changed}])

@@ -164,6 +164,7 @@ def test_steps_match_the_papers(
         momentum=momentum,
         nesterov=nesterov,
         ns_coefficients=name,  # type: ignore[arg-type]
+        ns_steps=steps_of(name),
         ns_dtype=torch.float64,
     )
     weight, buffer = start, torch.zeros_like(start)
@@ -179,5 +180,6 @@ def test_steps_match_the_papers(
             momentum=momentum,
             nesterov=nesterov,
             coefficients=name,  # type: ignore[arg-type]
+            steps=steps_of(name),
         )
     assert torch.allclose(parameter, weight, atol=1e-8, rtol=1e-8)
