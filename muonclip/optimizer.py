@@ -42,6 +42,8 @@ from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.other_names import canonical
 from muonclip.precision import (
     Result,
+    drop_master,
+    get_master,
     keeps_remainder,
     moment_dtype,
     needs_master,
@@ -363,6 +365,8 @@ class MuonClip(Optimizer):
             super().add_param_group(group)
             for option in validation.RESOLVED:
                 del group[option]
+        for entry in entries:
+            drop_master(entry.param)
         self._remember_shapes()
         self._known_options += self._options()[-len(by_algorithm) :]
 
@@ -762,6 +766,9 @@ class MuonClip(Optimizer):
                 set_master(param, state, self._owners.collect(shared, wide))
         elif not master_needed and "master" in state:  # the model was converted
             set_master(param, state, None)
+        elif master_needed and get_master(param) is not state["master"]:
+            # The parameter was converted, or another optimizer had it since.
+            set_master(param, state, state["master"])
         if state.keys() <= {"master"}:
             dtype = moment_dtype(group, param)
 

@@ -44,9 +44,17 @@ def rounds_stochastically(group: Mapping[str, Any], param: Tensor) -> bool:
     return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
 
 
+# Attribute of a parameter: its dtype when MuonClip attached a master copy to it.
+_DTYPE_WITH_MASTER = "_main_param_for"
+
+
 def get_master(param: Tensor) -> Tensor | None:
-    """The master copy attached to a parameter by ``MuonClip`` or by a Megatron optimizer."""
-    return getattr(param, "main_param", None)
+    """The master copy attached to a parameter by ``MuonClip`` or by a Megatron optimizer.
+
+    None if the parameter has been converted since ``MuonClip`` attached one.
+    """
+    is_current = getattr(param, _DTYPE_WITH_MASTER, param.dtype) == param.dtype
+    return getattr(param, "main_param", None) if is_current else None
 
 
 def set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> None:
@@ -58,8 +66,16 @@ def set_master(param: Tensor, state: dict[str, Any], master: Tensor | None) -> N
     if master is not None:
         state["master"] = master
         setattr(param, "main_param", master)  # noqa: B010 (for mypy)
-    elif "master" in state and get_master(param) is state.pop("master"):
-        delattr(param, "main_param")
+        setattr(param, _DTYPE_WITH_MASTER, param.dtype)
+    elif "master" in state and getattr(param, "main_param", None) is state.pop("master"):
+        drop_master(param)
+
+
+def drop_master(param: Tensor) -> None:
+    """Detach the master copy of an optimizer that does not train the parameter any longer."""
+    if hasattr(param, _DTYPE_WITH_MASTER):  # unlike Megatron's
+        vars(param).pop("main_param", None)
+        delattr(param, _DTYPE_WITH_MASTER)
 
 
 def refresh_master(master: Tensor, param: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Master copies adopt weights that are written between steps."""
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,50 @@ def test_a_converted_model_loses_or_gains_its_masters() -> None:
     for p in model.parameters():
         assert p.main_param is optimizer.state[p]["master"]
         assert torch.equal(p.float(), optimizer.state[p]["master"])
+
+
+@pytest.mark.parametrize("form", [True, "remainder"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("next_form", [False, True, "remainder"])
+def test_masters_of_an_earlier_optimizer_are_not_scaled(
+    form: Any, dtype: torch.dtype, is_saved: bool, next_form: Any
+) -> None:
+    """They stay attached to the parameters, also in a saved model: training continues as with
+    parameters that had none."""
+    if dtype != torch.bfloat16 and next_form == "remainder":
+        next_form = True
+    model = build()
+    first = optimizer_of(model, master_weights=form)
+    train(model, first, 2)
+    if is_saved:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        model = torch.load(file, weights_only=False)
+    other = build()
+    other.load_state_dict(model.state_dict())
+    for each in (model, other):
+        each.to(dtype)
+        layout = AttentionLayout.separate(each[0], each[2], num_heads=2, num_kv_groups=1)
+        clip = QKClip({"a": layout}, threshold=1.0)
+        optimizer = optimizer_of(each, master_weights=next_form)
+        for step in range(3):
+            clip.observe("a", torch.tensor([3.0, 0.5]))
+            train(each, optimizer, 1, seed=step)
+            clip.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert hasattr(p, "main_param") == (bool(next_form) and dtype != torch.float32)
+
+
+def test_an_earlier_optimizer_that_steps_again_has_its_masters_back() -> None:
+    model = build()
+    first = optimizer_of(model)
+    train(model, first, 1)
+    optimizer_of(model, master_weights=False)
+    train(model, first, 1)
+    assert all(p.main_param is first.state[p]["master"] for p in model.parameters())
 
 
 def test_a_copied_optimizer_has_separate_masters() -> None:
