@@ -41,6 +41,7 @@ from muonclip.offload import Devices, copy_back, fetch
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.other_names import canonical
 from muonclip.precision import (
+    PRECISION,
     Result,
     drop_master,
     get_master,
@@ -1182,12 +1183,12 @@ class MuonClip(Optimizer):
         and groups; a group takes the options of the saved group that most of its parameters were
         in. Otherwise they are matched by order. Moments and master copies are copied to the device
         and dtype that this optimizer keeps them in. Layouts, names and ``capturable`` are not
-        loaded: they belong to the model and this process. Neither is ``momentum_dtype`` if either
-        side has int8: the momentum is converted, with a warning. Nor are variants: state of the
-        group's variant that is missing starts at zero, and state of another one is left out, with a
-        warning. Where the saved layout has the rows of the same matrices in another order, as
-        Megatron's gate and up at another number of tensor-parallel ranks, the state is rearranged,
-        with a warning.
+        loaded: they belong to the model and this process. Neither are ``momentum_dtype``,
+        ``master_weights`` and ``stochastic_rounding``: the state is converted, with a warning. Nor
+        are variants: state of the group's variant that is missing starts at zero, and state of
+        another one is left out, with a warning. Where the saved layout has the rows of the same
+        matrices in another order, as Megatron's gate and up at another number of tensor-parallel
+        ranks, the state is rearranged, with a warning.
 
         With ``shard_state``, each rank copies its parts of whole tensors (of ``full_state_dict``,
         or of an optimizer without ``shard_state``), and all ranks call it together. So must the
@@ -1217,8 +1218,7 @@ class MuonClip(Optimizer):
         def match(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             matched.update(saved_state.match(optimizer.param_groups, state_dict, fit))
             for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
-                if difference := self._complete_options(saved, group):
-                    converted.add(difference)
+                converted.update(self._complete_options(saved, group))
             return matched
 
         # As the last pre-hook, so that it sees what the user's own pre-hooks made of the state.
@@ -1239,33 +1239,31 @@ class MuonClip(Optimizer):
             warnings.warn(_CONVERTED.format("; ".join(sorted(converted))), stacklevel=2)
         _warn_of_differences(differences)
 
-    def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> str:
+    def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> set[str]:
         """Convert the options of a saved group to those of this optimizer's group, and check them.
 
         An option that the saved group does not have keeps its value.
 
         Returns:
-            How the momentum is converted to or from int8; empty if it is not.
+            The options of precision that differ, and so convert the state.
         """
         saved |= {name: group[name] for name in group.keys() - saved.keys() - _NOT_OPTIONS}
         saved |= {option: group[option] for option in ("layout", "variant", "capturable")}
         for option in ("ns_dtype", "momentum_dtype"):
             if isinstance(saved[option], str):  # as "torch.float32"
                 saved[option] = getattr(torch, saved[option].removeprefix("torch."), saved[option])
-        before, now = saved["momentum_dtype"], group["momentum_dtype"]
-        is_converted = (before == torch.int8) != (now == torch.int8)
-        if is_converted:
-            saved["momentum_dtype"] = now
-        if saved["master_weights"]:  # as they are stored here
-            form = True if self.shard_state else saved["master_weights"]
-            saved["master_weights"] = group["master_weights"] or form
         try:
             validation.check_options({**self.defaults, **saved})
         except (TypeError, ValueError) as error:
             raise ValueError(f"the saved state has an option out of range: {error}") from None
-        if not (is_converted and group["algorithm"] == "muon" and group["params"]):
-            return ""
-        return f"momentum_dtype={before}, and this optimizer has momentum_dtype={now}"
+        before = {option: saved[option] for option in PRECISION}
+        saved |= {option: group[option] for option in PRECISION}
+        return {
+            f"{option}={before[option]}, and this optimizer has {option}={group[option]}"
+            for option, effect in PRECISION.items()
+            if before[option] != group[option]
+            and any(effect(group | before, p) != effect(group, p) for p in group["params"])
+        }
 
     def _copy_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
@@ -1695,8 +1693,8 @@ _REARRANGED = (
 )
 
 _CONVERTED = (
-    "the loaded state has {}: the momentum was converted. To keep the saved dtype, give it to the "
-    "constructor"
+    "the loaded state has {}: the state was converted. To continue as it was saved, give the saved "
+    "value to the constructor"
 )
 
 

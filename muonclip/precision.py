@@ -1,6 +1,7 @@
 """Precision of parameters and state: dtypes, float32 master copies and stochastic rounding."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,14 @@ def rounds_stochastically(group: Mapping[str, Any], param: Tensor) -> bool:
     return bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16
 
 
+# The options of precision, each with its effect on a parameter.
+PRECISION = MappingProxyType(
+    {
+        "momentum_dtype": moment_dtype,
+        "master_weights": needs_master,
+        "stochastic_rounding": rounds_stochastically,
+    }
+)
 # Attribute of a parameter: its dtype when MuonClip attached a master copy to it.
 _DTYPE_WITH_MASTER = "_main_param_for"
 

@@ -212,11 +212,3 @@ def test_groups_that_are_removed_and_added() -> None:
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))], "algorithm": "muon"})
     with pytest.raises(ValueError, match="algorithm of a group was changed from muon to adamw"):
         step(optimizer, params)
-
-
-def test_a_loaded_dtype_of_the_momentum_is_no_change() -> None:
-    optimizer, _ = trained(momentum_dtype=torch.bfloat16)
-    other, others = trained()
-    other.load_state_dict(optimizer.state_dict())
-    step(other, others)
-    assert other.state[others[0]]["momentum_buffer"].dtype == torch.bfloat16

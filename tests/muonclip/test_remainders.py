@@ -249,7 +249,7 @@ def test_remainders_load_into_sharded_state_as_whole_masters() -> None:
     params, optimizer = make("remainder")
     train(params, optimizer, range(2))
     with pytest.warns(UserWarning, match="shard_state=True has no effect"):
-        others, other = make(False, shard_state=True)
+        others, other = make(True, shard_state=True)
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["master_weights"] is True
     for param, trained in zip(others, params, strict=True):

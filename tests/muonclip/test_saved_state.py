@@ -1,6 +1,7 @@
 """State dicts are matched by name in any order, with numbers of any type."""
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from muonclip import MuonClip
 from muonclip.optimizer import _PendingFlags
+from muonclip.precision import PRECISION
 
 # Two of each shape, so that a match by order would go unnoticed.
 SHAPES = {"q": (4, 4), "k": (4, 4), "v": (3, 5), "up": (3, 5), "g": (4,), "b": (4,), "s": ()}
@@ -248,6 +250,54 @@ def test_an_option_out_of_range_is_refused() -> None:
     saved["param_groups"][0] = {**saved["param_groups"][0], "momentum_dtype": "torch.float16"}
     with pytest.raises(ValueError, match="saved state has an option out of range: momentum_dtype"):
         optimizer.load_state_dict(saved)
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"master_weights": True},
+    {"master_weights": "remainder"},
+    {"stochastic_rounding": True},
+    {"momentum_dtype": torch.float32},
+    {"momentum_dtype": torch.bfloat16, "master_weights": True},
+    {"momentum_dtype": torch.int8},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("after", FORMS)
+@pytest.mark.parametrize("before", FORMS)
+def test_options_of_precision_are_those_of_the_optimizer_that_loads(
+    before: dict[str, Any], after: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Its memory was planned with them. The state is converted, with a warning if it differs."""
+
+    def trained(options: dict[str, Any]) -> tuple[dict[str, nn.Parameter], MuonClip]:
+        params = {name: nn.Parameter(p.detach().to(dtype)) for name, p in parameters().items()}
+        optimizer = MuonClip(params.items(), **options)
+        train(optimizer, params)
+        return params, optimizer
+
+    def kept(optimizer: MuonClip) -> list[dict[str, torch.dtype]]:
+        """The dtypes of the state."""
+        states = optimizer.state.values()
+        return [{name: value.dtype for name, value in entries.items()} for entries in states]
+
+    params, saving = trained(before)
+    others, loading = trained(after)
+    expected, saved = kept(loading), copy.deepcopy(saving.state_dict())
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loading.load_state_dict(saved)
+    is_announced = any("and this optimizer has" in str(w.message) for w in caught)
+    assert is_announced or kept(saving) == expected
+    for group in loading.param_groups:
+        assert {option: group[option] for option in after} == after
+        assert not any(group[option] for option in PRECISION.keys() - after.keys())
+    train(loading, others)
+    assert kept(loading) == expected
 
 
 def test_steps_that_are_numbers_are_loaded_under_another_default_device() -> None:
