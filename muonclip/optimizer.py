@@ -55,7 +55,7 @@ from muonclip.precision import (
 )
 from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
-from muonclip.update import AdamWDecayMode, WeightDecayMode, is_free_to_read, may_be_nonzero
+from muonclip.update import AdamWDecayMode, WeightDecayMode, cast, is_free_to_read, may_be_nonzero
 from muonclip.variants import VariantName, neuron_state, variant_of
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ class MuonClip(Optimizer):
         validation.check_options(options)
         validation.check_common_options([*self.param_groups, options])
         if "updates" not in param_group:  # a group that has been in an optimizer has all options
-            validation.check_group_variant(param_group, options, self.defaults)
+            validation.check_group(canonical(param_group), options, self.defaults)
             if options["capturable"]:
                 validation.check_capture(options)
         if options.get("algorithm") is None:
@@ -879,7 +879,10 @@ class MuonClip(Optimizer):
             validation.check_gradients(group, capturing)
             if capturing:
                 validation.check_capture(group)
-            validation.check_at_least_zero("lr", group["lr"])
+            lr = group["lr"]
+            validation.check_at_least_zero("lr", lr)
+            if isinstance(lr, Tensor) and lr.ndim:
+                group["lr"] = lr.reshape(())
         if [now for _, now in self._options()] != [before for _, before in self._known_options]:
             self._check_changed_options()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -1378,11 +1381,11 @@ class MuonClip(Optimizer):
             if value.state_layout is layout:
                 return value
             value = value.full_tensor()
-            if layout is None and is_dtensor(param):
-                return place_like(param, value, dims)
         elif layout is not None and is_dtensor(value):
             value = value.full_tensor()
         is_whole = tuple(value.shape) == reduced_shape(shape, dims)
+        if layout is None and is_whole and is_dtensor(param) and not is_dtensor(value):
+            return place_like(param, value, dims)
         if layout is not None and is_whole:
             return layout.select(value)
         if layout is not None and tuple(value.shape) == reduced_shape(param.shape, dims):
@@ -1455,7 +1458,8 @@ class MuonClip(Optimizer):
             ``step``, ``exp_avg`` and ``exp_avg_sq`` (AdamW); and ``master``, if the parameter has a
             master copy. Empty for a parameter without state. With ``shard_state``, tensors of a
             parameter of which several ranks have copies are ``ShardedState``: ``pieces()`` yields
-            what this rank stores.
+            what this rank stores. Tensors of a plain tensor with a ``Sharding`` are this rank's
+            shard, if no other rank has it: save them under another name on each rank.
         """
         self._warn_of_pending()
         return {
@@ -1468,7 +1472,9 @@ class MuonClip(Optimizer):
         state: Mapping[str, Mapping[str, Tensor]],
         named_parameters: Iterable[tuple[str, Tensor]],
     ) -> None:
-        """Replace the state of each named parameter by the given tensors, without copying them.
+        """Replace the state of each named parameter by the given tensors.
+
+        They are not copied, unless this optimizer keeps them in another dtype.
 
         A parameter without entries is left without state, as before its first gradient. ``master``
         alone attaches a master copy; the other state of the parameter will start at zero. So will
@@ -1496,9 +1502,14 @@ class MuonClip(Optimizer):
             set_master(param, self.state.pop(param, {}), None)
         for name, entries in checked.items():
             group = groups[params[name]]
-            if "momentum_buffer" in entries and moment_dtype(group, params[name]) == torch.int8:
-                momentum = self._as_int8(params[name], group, entries["momentum_buffer"])
-                entries["momentum_buffer"] = momentum
+            dtype = moment_dtype(group, params[name])
+            for key in {"momentum_buffer", "exp_avg", "exp_avg_sq", "master"} & entries.keys():
+                if key == "master":
+                    entries[key] = cast(entries[key], torch.float32)
+                elif dtype == torch.int8:
+                    entries[key] = self._as_int8(params[name], group, entries[key])
+                else:
+                    entries[key] = cast(entries[key], dtype)
             self.state[params[name]] = entries
             set_master(params[name], entries, entries.get("master"))
         self._forget_plan()

@@ -15,13 +15,12 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     """The dtype of a parameter's momentum (Muon) or moments (AdamW)."""
-    muon = group["algorithm"] == "muon"
-    if muon and group["momentum_dtype"] is not None:
+    if group["algorithm"] == "muon" and group["momentum_dtype"] is not None:
         dtype: torch.dtype = group["momentum_dtype"]
         return dtype
     wide = needs_master(group, param) or rounds_stochastically(group, param)
-    # A running average of float16 gradients, a tenth of their size at first, would vanish.
-    wide = wide or (muon and param.dtype == torch.float16)
+    # Running averages of float16 gradients, a tenth of their size at first, would vanish.
+    wide = wide or param.dtype == torch.float16
     return torch.float32 if wide else param.dtype
 
 

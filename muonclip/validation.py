@@ -23,6 +23,21 @@ RESOLVED = {
     "adamw_weight_decay": "weight_decay",
     "adamw_betas": "momentum (beta1) and adamw_beta2",
 }
+# Options of the constructor that no group has, and options of other optimizers' groups.
+_OF_ALL_GROUPS = frozenset(
+    ("process_group", "shardings", "shard_state", "qk_clip", "state_device", "compute_device")
+)
+_ELSEWHERE = {"betas": "adamw_betas", "use_muon": "algorithm='muon' or algorithm='adamw'"}
+_OF_ADAMW = (*RESOLVED, "adamw_eps", "adamw_weight_decay_mode")
+# By algorithm: the options that only the other one reads.
+_READ_BY_OTHERS = {
+    "muon": _OF_ADAMW,
+    "adamw": (
+        "nesterov", "ns_coefficients", "ns_steps", "ns_dtype", "eps", "adjust_lr", "update_rms",
+        "weight_decay_mode", "momentum_warmup_steps", "momentum_warmup_start", "momentum_dtype",
+        "layout",
+    ),
+}  # fmt: skip
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "adjust_lr": get_args(AdjustLR),
     "weight_decay_mode": get_args(WeightDecayMode),
@@ -176,11 +191,40 @@ def check_variants(defaults: Options, groups: Sequence[Options], initial: Option
     _check_is_read(defaults, [defaults, *groups], initial)
 
 
+def check_group(given: Options, group: Options, defaults: Options) -> None:
+    """Raise for an option that is given for a new group and has no effect on it.
+
+    Args:
+        given: the options that were given for the group.
+        group: all its options.
+        defaults: the constructor's options.
+    """
+    for option in _OF_ALL_GROUPS & given.keys():
+        raise ValueError(
+            f"{option} has no effect on a group: it is of the whole optimizer. Give it to the "
+            "constructor"
+        )
+    for option, ours in _ELSEWHERE.items():
+        if option in given:
+            raise ValueError(f"MuonClip's groups have no option {option}: give them {ours}")
+    algorithm = group.get("algorithm")
+    if algorithm in _READ_BY_OTHERS:
+        for option in _READ_BY_OTHERS[algorithm]:
+            if option in given and given[option] != defaults[option]:
+                advice = f"adamw_{option}"
+                raise ValueError(
+                    f"{option}={given[option]!r:.80} has no effect on a group whose algorithm is "
+                    f"{algorithm!r}: "
+                    + (f"set {advice}" if advice in _OF_ADAMW else "leave it out")
+                )
+    check_group_variant(given, group, defaults)
+
+
 def check_group_variant(given: Options, group: Options, defaults: Options) -> None:
     """Raise for a variant of AdamW, or for an option that the group's variant does not read.
 
     Args:
-        given: the options that were given for the group.
+        given: the options that were given for the group, or changed.
         group: all its options.
         defaults: the constructor's options.
     """

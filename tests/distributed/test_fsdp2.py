@@ -421,6 +421,32 @@ def test_masters_of_low_precision_shards_equal_one_process() -> None:
             assert torch.equal(weight, ours.bfloat16())
 
 
+def load_whole_tensors() -> None:
+    """State of ``full_state_dict`` loads into FSDP2, whoever saved it."""
+    mesh = init_device_mesh("cpu", (2,))
+    rows = cases_for(2)["rows"]
+    for options in ({}, {"variant": "normuon"}, {"momentum_dtype": torch.int8}):
+        case = replace(rows, options={**rows.options, **options})
+        params, optimizer = build(case, placing(mesh))
+        give_gradients(case, params, 0, placing(mesh))
+        optimizer.step()
+        saved = optimizer.full_state_dict(rank=None)
+        others, other = build(case, placing(mesh))
+        for ours, theirs in zip(others, params, strict=True):
+            ours.data.copy_(theirs.data)
+        other.load_state_dict(saved)
+        for each in ((params, optimizer), (others, other)):
+            give_gradients(case, each[0], 1, placing(mesh))
+            each[1].step()
+        for ours, theirs in zip(others, params, strict=True):
+            tolerance = 0.02 if "momentum_dtype" in options else 0
+            assert torch.allclose(whole(ours), whole(theirs), rtol=0, atol=tolerance)
+
+
+def test_whole_tensors_load_into_shards() -> None:
+    launch(load_whole_tensors, 2)
+
+
 def load_weights_between_steps() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6)).bfloat16()

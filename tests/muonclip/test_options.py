@@ -442,6 +442,61 @@ class TestCompiled:
             assert torch.allclose(compiled(x, dtype=dtype), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"state_device": "cpu"}, "state_device has no effect on a group"),
+        ({"shard_state": True}, "shard_state has no effect on a group"),
+        ({"betas": (0.8, 0.9), "algorithm": "adamw"}, "no option betas: give them adamw_betas"),
+        ({"use_muon": False}, "no option use_muon: give them algorithm='muon' or"),
+        ({"eps": 1e-6, "algorithm": "adamw"}, "eps=1e-06 has no effect .*: set adamw_eps"),
+        ({"ns_steps": 6, "algorithm": "adamw"}, "ns_steps=6 has no effect .*: leave it out"),
+        ({"adamw_lr": 0.1, "algorithm": "muon"}, "adamw_lr=0.1 has no effect .*: leave it out"),
+        ({"adamw_eps": 0.1, "algorithm": "muon"}, "adamw_eps=0.1 has no effect"),
+    ],
+)
+def test_options_without_effect_on_a_new_group_are_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    (p,) = make((4, 6))
+    optimizer = MuonClip([("q", nn.Parameter(torch.ones(2, 3)))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [("w", p)], **given})
+    with pytest.raises(ValueError, match=message):
+        MuonClip([{"params": [("w", p)], **given}])
+    # Options that other libraries keep in groups, and those of the constructor.
+    group = {"params": [("w", p)], "name": "all", "lr_scale": 0.5, "algorithm": "adamw"}
+    optimizer.add_param_group({**group, "ns_steps": 5})
+
+
+def test_first_moments_of_float16_are_wide_enough_for_adamw() -> None:
+    """The squares of ordinary gradients are below the range of float16."""
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        (p,) = make((4,), dtype=dtype)
+        optimizer = MuonClip([{"params": [p], "algorithm": "adamw"}], lr=1e-2)
+        before = p.detach().clone()
+        for size in (3e-4, 3e-4, 1e-5):
+            p.grad = torch.full((4,), size, dtype=dtype)
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
+        results.append((p - before).float())
+    assert torch.allclose(results[0], results[1], atol=5e-3)
+
+
+def test_a_tensor_of_one_element_may_replace_the_learning_rate() -> None:
+    ours, theirs = make((4, 6), (6,)), make((4, 6), (6,))
+    first, second = MuonClip(ours, lr=0.1), MuonClip(theirs, lr=0.1)
+    for group in first.param_groups:
+        group["lr"] = torch.tensor([0.2])
+    for group in second.param_groups:
+        group["lr"] = 0.2
+    for params, optimizer in ((ours, first), (theirs, second)):
+        give_grads(params)
+        optimizer.step()
+    assert all(map(torch.allclose, ours, theirs))
+
+
 def test_layouts_survive_torch_load_in_safe_mode() -> None:
     layout = MatrixLayout((2, 4), repeats=2, separate=True)
     params = make((12, 5))

@@ -298,6 +298,9 @@ def test_options_of_precision_are_those_of_the_optimizer_that_loads(
         assert not any(group[option] for option in PRECISION.keys() - after.keys())
     train(loading, others)
     assert kept(loading) == expected
+    loading.load_named_state(copy.deepcopy(saving.named_state(params.items())), others.items())
+    train(loading, others)
+    assert kept(loading) == expected
 
 
 def test_steps_that_are_numbers_are_loaded_under_another_default_device() -> None:
