@@ -5,7 +5,7 @@ that exactly the logits follow, so that a wrong guess raises an error and never 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ def check_layout(
 ) -> bool:
     """Check that the logits follow when the rows of a layout are scaled.
 
+    The module runs twice with the same random numbers, and training continues with those that it
+    would have drawn without the trial.
+
     Args:
         name: the layer, for messages.
         layout: the layout to test.
@@ -53,12 +56,14 @@ def check_layout(
     scaled = _scaled_parameters(module, plan, gamma)
     if scaled is None:
         return True
-    before = run()
+    device = plan.tensors[0].tensor.device
+    with _forked_random_state(device):  # DoRA and LoRA may have dropout
+        before = run()
     if before.query.size(1) != layout.num_heads:
         return False  # ``observe_attention`` raises the error
     if before.query.numel() == 0 or before.key.numel() == 0:
         return False
-    with _replaced(scaled):
+    with _forked_random_state(device), _replaced(scaled):
         after = run()
     expected = _some_logits(before) * gamma.to(before.query.device)[:, None, None]
     error = (_some_logits(after) - expected).abs().amax((-2, -1))
@@ -100,6 +105,12 @@ def _scaled_parameters(
         value = x.tensor * x.local_factors(factors).to(x.tensor.dtype)
         scaled.append((*owners[id(x.tensor)], nn.Parameter(value, requires_grad=False)))
     return scaled
+
+
+def _forked_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restores the random number generators of the CPU and of a device at the end."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)
 
 
 @contextmanager

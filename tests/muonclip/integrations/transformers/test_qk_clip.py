@@ -887,6 +887,24 @@ class TestTrial:
         for name, parameter in model.named_parameters():
             assert parameter is before[name] and torch.equal(parameter, values[name])
 
+    def test_the_trial_draws_no_random_numbers(self) -> None:
+        """Training with dropout in an adapter equals training without QK-Clip."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], lora_dropout=0.5)
+        losses: list[list[Tensor]] = []
+        for is_watched in (False, True):
+            model = peft.get_peft_model(make_model("separate"), config)
+            model.train().requires_grad_(True)
+            torch.manual_seed(1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at the start, where dropout has no effect
+                    nn.init.normal_(parameter)
+            if is_watched:
+                clip = qk_clip(model)
+            losses.append([forward(model, batch(), "sdpa").loss.detach() for _ in range(3)])
+        assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+        assert all(x.isfinite().all() for x in clip.step().upper_bounds.values())
+
 
 def test_errors_of_watch() -> None:
     model = make_model("separate")
