@@ -905,6 +905,37 @@ class TestTrial:
         assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
         assert all(x.isfinite().all() for x in clip.step().upper_bounds.values())
 
+    @pytest.mark.parametrize("part", ["embed_tokens", "layers.0.self_attn.v_proj"])
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    def test_numbers_that_are_not_finite_are_no_verdict(self, part: str, number: float) -> None:
+        """Nor do they count for the clip. A later batch is tested."""
+        model = make_model("separate")
+        weight: Any = model.get_submodule(f"model.{part}").weight
+        healthy = weight.detach().clone()
+        clip = qk_clip(model, threshold=1e-3)
+        with torch.no_grad():
+            weight[batch()["input_ids"][0, 0] if part == "embed_tokens" else 0] = number
+        forward(model, batch(), "sdpa")
+        with torch.no_grad():
+            weight.copy_(healthy)
+        forward(model, batch(), "sdpa")
+        assert clip.step().num_clipped == 8
+
+    def test_a_wrong_layout_is_refused_after_a_batch_that_is_not_finite(self) -> None:
+        model = make_model("separate")
+        embedding: Any = model.get_submodule("model.embed_tokens")
+        projection = model.get_submodule("model.layers.0.self_attn.q_proj")
+        projection.register_forward_hook(lambda *args: F.rms_norm(args[2], (24,)))
+        healthy = embedding.weight.detach().clone()
+        qk_clip(model)
+        with torch.no_grad():
+            embedding.weight.fill_(math.nan)
+        forward(model, batch(), "sdpa")
+        with torch.no_grad():
+            embedding.weight.copy_(healthy)
+        with pytest.raises(ValueError, match="when the rows"):
+            forward(model, batch(), "sdpa")
+
 
 def test_errors_of_watch() -> None:
     model = make_model("separate")
