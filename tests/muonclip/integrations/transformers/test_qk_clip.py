@@ -936,6 +936,18 @@ class TestTrial:
         with pytest.raises(ValueError, match="when the rows"):
             forward(model, batch(), "sdpa")
 
+    @pytest.mark.parametrize("computed", [False, True])
+    def test_functional_call_runs_a_watched_model(self, computed: bool) -> None:
+        """With tensors that are not parameters, or are computed from others."""
+        model = make_model("separate")
+        clip = qk_clip(model, threshold=1e-3)
+        tensors = {
+            name: p * 1.0 if computed else p.detach().clone().requires_grad_()
+            for name, p in model.named_parameters()
+        }
+        torch.func.functional_call(model, tensors, (), batch())
+        assert clip.step().num_clipped == 8
+
 
 def test_errors_of_watch() -> None:
     model = make_model("separate")
