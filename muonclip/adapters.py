@@ -65,9 +65,9 @@ def base_layer(module: nn.Module) -> nn.Module:
 def effective(module: nn.Module) -> Effective:
     """The tensors that presently determine the rows of a layer's output.
 
-    Exact for a plain layer (weight, bias), DoRA (magnitude, bias), IA3 (its vector), and LoRA over
-    a trained weight (weight, bias, B). LoRA over a frozen weight cannot be scaled: gamma (W + sBA)
-    equals W + sB'A for some B' only if A spans the rows of W.
+    Exact for a plain layer (weight, bias), DoRA without dropout (magnitude, bias), IA3 (its
+    vector), and LoRA over a trained weight (weight, bias, B). LoRA over a frozen weight cannot be
+    scaled: gamma (W + sBA) equals W + sB'A for some B' only if A spans the rows of W.
     """
     module = active_module(module)
     if module._modules.get("base_layer") is None:
@@ -106,7 +106,11 @@ def effective(module: nn.Module) -> Effective:
         if [type(v).__name__ for v in variants] == ["DoraLinearVariant"] and not base.adapter:
             magnitude = tuner.lora_magnitude_vector[active[0]].weight
             biases = [t for t in base.tensors if t.is_bias]
-            return Effective([RowTensor(magnitude, 0), *biases], "DoRA", others, base.obstacle)
+            obstacle = base.obstacle
+            if getattr(tuner.lora_dropout[active[0]], "p", 0):
+                # PEFT computes W x + (m / n - 1) W d(x) + m / n · s B A d(x) with dropout d.
+                obstacle = "DoRA's output follows its magnitudes only with lora_dropout=0"
+            return Effective([RowTensor(magnitude, 0), *biases], "DoRA", others, obstacle)
     kind = type(tuner).__module__.split(".")[-2:][0] + " adapter"
     return Effective(base.tensors, kind, others, f"the rows of its {kind} cannot be scaled exactly")
 

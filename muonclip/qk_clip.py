@@ -166,8 +166,8 @@ class QKClip:
     layers that its optimizer does not train. If only the query or only the key is trained, it takes
     the whole factor if that is exact: the query always, the key if it has a single query head. All
     other layers are skipped and reported, by a warning and in ``ClipResult.skipped``. Under PEFT's
-    adapters the effective weights are scaled: DoRA and IA3 through their vectors; LoRA over a
-    frozen weight cannot be scaled exactly and is refused.
+    adapters the effective weights are scaled: DoRA (without dropout) and IA3 through their vectors;
+    LoRA over a frozen weight cannot be scaled exactly and is refused.
 
     A copy of a model that refers to its clip (``copy.deepcopy``, ``torch.save``) gets a separate
     clip, which scales the weights of the copy. It is not attached to an optimizer and has no hooks.

@@ -360,7 +360,8 @@ def _scaled_sides(
         raise ValueError(
             f"layer {name!r} is trained, but QK-Clip cannot scale its logits exactly ({reason}). "
             "Train its query and key projections whole (modules_to_save in PEFT) or with DoRA "
-            "(use_dora=True), or leave the layer out (exclude; qk_clip_exclude of for_model)"
+            "(use_dora=True, lora_dropout=0), or leave the layer out (exclude; qk_clip_exclude of "
+            "for_model)"
         )
     return "none", reason
 

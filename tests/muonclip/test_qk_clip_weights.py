@@ -277,6 +277,8 @@ def lora(**options: Any) -> Any:
         ({"target_modules": ["q_proj"]}, False),  # the frozen key cannot take the factor
         ({"use_dora": True}, True),  # the frozen bias is not scaled by the magnitude
         ({"init_lora_weights": "pissa"}, False),
+        # The frozen weight multiplies the input without dropout, too, and the magnitude does not.
+        ({"use_dora": True, "lora_dropout": 0.1}, False),
     ],
 )
 def test_lora_over_a_frozen_weight_is_refused(options: dict[str, Any], bias: bool) -> None:

@@ -62,7 +62,7 @@ def check_layout(
     if scaled is None:
         return True
     device = plan.tensors[0].tensor.device
-    with _forked_random_state(device):  # DoRA and LoRA may have dropout
+    with _forked_random_state(device):  # LoRA may have dropout
         before = run()
     if before.query.size(1) != layout.num_heads:
         return False  # ``observe_attention`` raises the error
