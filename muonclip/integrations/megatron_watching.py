@@ -63,9 +63,9 @@ def core_attention(name: str, module: nn.Module) -> nn.Module:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _observe(core: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _observe(core: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
     """Observe the logits that the core will compute from these arguments."""
-    if (observer := _watched.observer(core)) is None:
+    if kwargs is None or (observer := _watched.observer(core)) is None:
         return
     name, clip = observer
     given = inspect.signature(core.forward).bind(*args, **kwargs).arguments

@@ -165,9 +165,11 @@ def _projection(module: nn.MultiheadAttention, weight: str) -> WeightAndBias:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _observe(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _observe(
+    module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> None:
     """Observe the logits that the forward pass will compute from these arguments."""
-    if (observer := _watched.observer(module)) is None:
+    if kwargs is None or (observer := _watched.observer(module)) is None:
         return
     name, clip = observer
     call = _SIGNATURE.bind(module, *args, **kwargs)

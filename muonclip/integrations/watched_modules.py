@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from muonclip.hooks import Handle
 from muonclip.qk_clip import QKClip
@@ -44,9 +45,23 @@ def with_pre_hook(hook: Callable[..., None]) -> Callable[[str, nn.Module], Watch
     """A function that watches a module by a hook before its forward pass, with its arguments."""
 
     def make(name: str, module: nn.Module) -> Watched:
-        return Watched(name, [module.register_forward_pre_hook(hook, with_kwargs=True).remove])
+        return Watched(name, [add_pre_hook(module, hook).remove])
 
     return make
+
+
+def add_pre_hook(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Call a hook before the forward pass of a module, once.
+
+    The copy of a watched module (``copy.deepcopy``, ``torch.load``) has its hooks, which do nothing
+    until the copy is watched, too. If an earlier hook removes this one while the module is called,
+    torch still calls it, without keyword arguments.
+    """
+    hooks = module._forward_pre_hooks
+    for key in [key for key, other in hooks.items() if other is hook]:
+        del hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class _Owner:

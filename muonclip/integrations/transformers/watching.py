@@ -13,7 +13,12 @@ from muonclip.hooks import Handle
 from muonclip.integrations.transformers.attention import attention_layouts
 from muonclip.integrations.transformers.masks import logit_inputs
 from muonclip.integrations.transformers.trial import AttentionInputs, check_layout
-from muonclip.integrations.watched_modules import Watched, WatchedModules, select_layers
+from muonclip.integrations.watched_modules import (
+    Watched,
+    WatchedModules,
+    add_pre_hook,
+    select_layers,
+)
 from muonclip.qk_clip import QKClip
 
 
@@ -93,7 +98,7 @@ class _Layer(Watched):
     """A watched attention module."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        trial = module.register_forward_pre_hook(_check_layout, with_kwargs=True)
+        trial = add_pre_hook(module, _check_layout)
         self.end_trial = trial.remove
         self.in_trial = False
         super().__init__(name, [trial.remove])
@@ -120,9 +125,9 @@ class _Layer(Watched):
         )
 
 
-def _check_layout(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _check_layout(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     """Test the layout in the first forward pass in training."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or kwargs is None:
         return
     layer = _watched.get(module)
     clip = None if layer is None else layer.clip()

@@ -168,6 +168,37 @@ def test_a_copy_is_not_watched_and_its_clip_does_not_change_the_original(
     assert observed(clip)
 
 
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, spawned, saved])
+def test_a_copy_made_before_the_first_forward_pass_is_watched_once(
+    kind: Kind, make_copy: Callable[[Any], Any]
+) -> None:
+    """The hooks that were copied with it do not run."""
+    model = kind.make()
+    original = kind.integration.qk_clip(model)
+    twin = make_copy(model)
+    before = state_of(twin)
+    clip = kind.integration.qk_clip(twin)
+    watched = state_of(twin)
+    assert [x[2:] for x in watched] == [x[2:] for x in before]
+    passes = []
+    clip.observe_attention = lambda name, *args, **kwargs: passes.append(name)
+    for _ in range(2):
+        kind.loss(twin)
+    assert passes == [*clip.layouts] * 2
+    kind.loss(model)
+    assert observed(original)
+
+
+def test_a_hook_may_remove_the_clip_during_a_forward_pass(kind: Kind) -> None:
+    model = kind.make()
+    modules = dict(model.named_modules())
+    layer: Any = modules[next(iter(kind.integration.attention_layouts(model)))]
+    layer.register_forward_pre_hook(lambda *_: clip.remove())
+    clip = kind.integration.qk_clip(model)
+    kind.loss(model)
+    assert not observed(clip)
+
+
 def test_an_average_of_weights_is_not_watched(kind: Kind) -> None:
     model = kind.make()
     clip = kind.integration.qk_clip(model)
