@@ -460,11 +460,18 @@ class QKClip:
         """Undo every ``watch`` and ``attach`` of this clip. They can be repeated later."""
         self._deactivate("it was removed")
 
-    def _deactivate(self, reason: str) -> None:
-        """``remove``, with the reason that ``step`` gives in its warning from now on."""
+    def _deactivate(self, reason: str, *, detach: bool = True) -> None:
+        """``remove``, with the reason that ``step`` gives in its warning from now on.
+
+        Without ``detach`` the clip stays attached, so that the steps of its optimizer warn, too.
+        """
+        kept: list[Handle] = []
+        if not detach:
+            kept = [h for h in self._handles if isinstance(h, _Attachment)]
         for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            if handle not in kept:
+                handle.remove()
+        self._handles = kept
         self._inactive = self._inactive or reason
 
     def register_step_post_hook(self, hook: Callable[[ClipResult], None]) -> RemovableHandle:
@@ -628,7 +635,8 @@ class _Attachment(Handle):
         super().__init__([partial(self._forget, optimizer), restore, *(h.remove for h in hooks)])
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self.clip._checked_plan()  # raises errors before the step changes anything
+        if not self.clip._inactive:
+            self.clip._checked_plan()  # raises errors before the step changes anything
         self._skipped_before = getattr(optimizer, "skipped_steps", None)
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

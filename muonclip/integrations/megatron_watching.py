@@ -26,7 +26,8 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
     """Let ``clip`` observe the queries and keys of every forward pass in training.
 
     Under tensor parallelism they are those of the local heads. Recomputed forward passes are
-    observed once. If another clip watches one of the layers, that clip is removed.
+    observed once. If another clip watches one of the layers, that clip ends, and its next step
+    warns.
 
     Args:
         model: the model whose submodules the clip's layers name.

@@ -112,13 +112,13 @@ class WatchedModules(Generic[W]):
     def watch(self, modules: Mapping[str, nn.Module], clip: QKClip) -> Handle:
         """Watch modules until the returned handle or the clip is removed.
 
-        If another clip watches one of them, that clip is removed as a whole.
+        If another clip watches one of them, that clip ends as a whole, and its next step warns.
         """
         for module in modules.values():
             if (previous := self._table.get(module)) is not None:
                 other = previous.clip()
                 if other is not None and other is not clip:
-                    other._deactivate("a newer QKClip watches the same model")
+                    other._deactivate("a newer QKClip watches the same model", detach=False)
                 self._end(previous, ref(module))
         self._when_used()
         undo = []

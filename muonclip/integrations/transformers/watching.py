@@ -74,8 +74,8 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
 
     The model may be compiled before or after. This call clears the caches of torch's compiler
     (``torch.compiler.reset``), because compiled code does not run hooks that are added later. If
-    another clip watches one of the layers, that clip is removed. Copies of the model are not
-    watched.
+    another clip watches one of the layers, that clip ends, and its next step warns. Copies of the
+    model are not watched.
 
     Args:
         model: the model whose submodules the clip's layers name.

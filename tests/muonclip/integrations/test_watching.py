@@ -90,6 +90,32 @@ def test_a_newer_clip_replaces_an_older_one(kind: Kind) -> None:
         old.step()
 
 
+def test_an_older_optimizer_warns_once_that_its_clip_does_nothing(kind: Kind) -> None:
+    model = kind.make()
+    older, newer = (
+        MuonClip(param_groups(model), 0.0, qk_clip=kind.integration.qk_clip(model, threshold=1e-3))
+        for _ in range(2)
+    )
+    kind.loss(model).backward()
+    with no_warnings():
+        newer.step()
+    assert newer.qk_clip is not None and int(newer.qk_clip.result.num_clipped) == 4
+    weights = copy.deepcopy(dict(model.named_parameters()))
+    kind.loss(model).backward()
+    with pytest.warns(UserWarning, match="does nothing: a newer QKClip watches the same model"):
+        older.step()
+    with no_warnings():
+        older.step()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert older.qk_clip is not None and older.qk_clip is not newer.qk_clip
+    kind.integration.watch(model, older.qk_clip)
+    kind.loss(model).backward()
+    with no_warnings():
+        older.step()
+    assert older.qk_clip.result.max_logits.keys() == newer.qk_clip.result.max_logits.keys()
+    assert all(bool(x.isfinite().all()) for x in older.qk_clip.result.upper_bounds.values())
+
+
 def test_watching_again_with_the_same_clip_changes_nothing(kind: Kind) -> None:
     model = kind.make()
     clip = kind.integration.qk_clip(model)
