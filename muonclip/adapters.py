@@ -46,13 +46,48 @@ class Effective(NamedTuple):
 
 def active_module(module: nn.Module) -> nn.Module:
     """The module that PEFT's ``modules_to_save`` wrapper runs; any other module itself."""
+    run = _run_by_wrapper(module)
+    return module if run is None else active_module(run[1])
+
+
+def active_adapters(module: nn.Module) -> tuple[str, ...]:
+    """The names of PEFT's adapters that presently determine a layer's output.
+
+    They distinguish forward passes that run other parameters of the layer. The parameters
+    themselves do not, because FSDP2 replaces them for the forward pass.
+    """
+    run = _run_by_wrapper(module)
+    if run is not None:
+        name, inner = run
+        return (name, *active_adapters(inner))
+    layer = module._modules.get("base_layer")
+    return () if layer is None else (*_active_in_tuner(module), *active_adapters(layer))
+
+
+def _run_by_wrapper(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The adapter and the module that a ``modules_to_save`` wrapper runs, "" for the original.
+
+    None for any other module.
+    """
     original = module._modules.get("original_module")
     copies = module._modules.get("modules_to_save")
     if original is None or not isinstance(copies, nn.ModuleDict):
-        return module
+        return None
     wrapper: Any = module
     names = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in copies]
-    return active_module(copies[names[0]] if names else original)
+    return (names[0], copies[names[0]]) if names else ("", original)
+
+
+def _active_in_tuner(tuner: Any) -> list[str]:
+    """The active adapters of one of PEFT's layers that adapt it."""
+    if getattr(tuner, "disable_adapters", False):
+        return []
+    names = tuple(getattr(tuner, "adapter_layer_names", ()))
+    return [
+        adapter
+        for adapter in getattr(tuner, "active_adapters", ())
+        if any(adapter in (getattr(tuner, name, None) or ()) for name in names)
+    ]
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -79,11 +114,7 @@ def effective(module: nn.Module) -> Effective:
     if getattr(tuner, "merged", False):
         return base._replace(obstacle="an adapter is merged into its weight: unmerge it")
     names = tuple(getattr(tuner, "adapter_layer_names", ()))
-    active = [
-        adapter
-        for adapter in getattr(tuner, "active_adapters", ())
-        if any(adapter in (getattr(tuner, name, None) or ()) for name in names)
-    ]
+    active = _active_in_tuner(tuner)
     if not active:
         return base
     others = tuple(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from muonclip.adapters import (
     Effective,
     RowTensor,
+    active_adapters,
     active_module,
     effective,
     of_tensors,
@@ -100,6 +101,11 @@ class HeadRows:
             return effective(projection)
         return of_tensors(*_weight_and_bias(projection))
 
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of PEFT's adapters that presently determine these rows."""
+        projection = _read(self.projection)
+        return active_adapters(projection) if isinstance(projection, nn.Module) else ()
+
     def rows_in(self, tensor: RowTensor) -> tuple[int, Tensor, int]:
         """The dimension of a tensor's rows, the rows of each head, and the number of all rows."""
         if tensor.is_bias:
@@ -155,6 +161,11 @@ class AttentionLayout:
     def num_kv_groups(self) -> int:
         """Key heads in these weights."""
         return self.key.rows.size(0)
+
+    def active_adapters(self) -> tuple[tuple[str, ...], ...]:
+        """The names of PEFT's adapters that presently determine queries and keys."""
+        parts = (self.query, self.key, self.query_rope)
+        return tuple(part.active_adapters() for part in parts if part is not None)
 
     @classmethod
     def separate(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -167,7 +167,9 @@ class QKClip:
     the whole factor if that is exact: the query always, the key if it has a single query head. All
     other layers are skipped and reported, by a warning and in ``ClipResult.skipped``. Under PEFT's
     adapters the effective weights are scaled: DoRA (without dropout) and IA3 through their vectors;
-    LoRA over a frozen weight cannot be scaled exactly and is refused.
+    LoRA over a frozen weight cannot be scaled exactly and is refused. Only forward passes with the
+    adapters that are active when ``step`` is called count: passes with adapters disabled or
+    switched (the reference model of DPO) run other weights than those to scale.
 
     A copy of a model that refers to its clip (``copy.deepcopy``, ``torch.save``) gets a separate
     clip, which scales the weights of the copy. It is not attached to an optimizer and has no hooks.
@@ -378,7 +380,9 @@ class QKClip:
             skipped |= _not_trained_by(optimizer, plan)
         locate_master_shards(plan.tensors, self.process_group, self._device)
         self._warn_skipped(skipped)
-        maxima = self._combine_ranks(self._maxima.total(self._device))
+        adapters = {name: layout.active_adapters() for name, layout in self.layouts.items()}
+        self._log.select(adapters)
+        maxima = self._combine_ranks(self._total_maxima(adapters))
         _, bounds, unbiased = maxima
         if isinstance(clip, Tensor) and clip.device.type == "cpu":
             clip = bool(clip)
@@ -499,13 +503,14 @@ class QKClip:
     def _record(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
         if self._ignores_forwards:
             return
-        self._log.observed.add(name)
+        adapters = self.layouts[name].active_adapters()
+        self._log.passes.setdefault(name, set()).add(adapters)
         values = torch.stack([largest, bounds, unbiased]).detach()
-        self._maxima.update(self._heads[name], values, self._device)
+        self._maxima.update(adapters, self._heads[name], values, self._device)
 
-    def _note_unobserved(self, name: str, mode: str) -> None:
-        """Record that a layer ran in a mode that is not observed, for the warning of ``step``."""
-        self._log.unobserved_modes[name] = mode
+    def _note_eval_mode(self, name: str) -> None:
+        """Record that a layer ran in eval mode, which is not observed, for ``step``'s warning."""
+        self._log.unobserved_modes[name] = "in eval mode"
 
     def _track_backward(self, *tensors: Tensor) -> None:
         """Call ``_note_backward`` when a backward pass reaches one of these tensors."""
@@ -525,7 +530,18 @@ class QKClip:
         Called by ``zero_grad`` of an attached optimizer. Logits without a backward pass so far are
         kept, because a loop may call ``zero_grad`` between its forward and backward passes.
         """
-        self._maxima.discard_graded(self._device)
+        self._maxima.discard_graded()
+
+    def _total_maxima(self, adapters: "Mapping[str, _Adapters]") -> Tensor:
+        """The maxima of the forward passes that ran the weights to scale, [3, heads].
+
+        Only those with the adapters that are active now: scaling an adapter does not change the
+        logits of a reference model that is the same model without it.
+        """
+        totals = {x: self._maxima.total(x, self._device) for x in set(adapters.values())}
+        if len(totals) == 1:
+            return next(iter(totals.values()))
+        return torch.cat([totals[adapters[n]][:, heads] for n, heads in self._heads.items()], 1)
 
     def _combine_ranks(self, maxima: Tensor) -> Tensor:
         """The maxima over all ranks that have copies or shards of the weights."""
@@ -591,7 +607,10 @@ class QKClip:
             modes = sorted({mode for n, mode in self._log.unobserved_modes.items() if n in missing})
             cause = "no forward pass of the watched model reached it"
             if modes:
-                cause = f"it ran in {' and '.join(modes)} only; call model.train() before training"
+                remedy = "call model.train() before training"
+                if modes == [_OTHER_ADAPTERS]:
+                    remedy = "activate those that are trained before the step"
+                cause = f"it ran {' and '.join(modes)} only; {remedy}"
             warnings.warn(
                 f"QK-Clip did not observe {_enumerate(missing)} before this step and cannot clip "
                 f"there: {cause}",
@@ -656,11 +675,16 @@ class _Attachment(Handle):
             optimizer.__dict__.pop(_ATTACHMENTS, None)
 
 
+# The active adapters of a layer's query, key and rotary query.
+_Adapters: TypeAlias = tuple[tuple[str, ...], ...]
+
+
 class _Maxima:
     """The maxima of all forward passes since the last step, for the heads of all layers.
 
     float32 [3, heads]: largest logits, upper bounds on them, and largest unbiased logits, which
-    determine gamma. One tensor, so that combining ranks takes one collective.
+    determine gamma. One tensor, so that combining ranks takes one collective; one for each
+    combination of active adapters, because a step scales only those that are active then.
 
     Maxima of forward passes whose gradients have been computed are kept separately, because
     ``zero_grad`` discards those gradients if ``GradScaler`` skips a step.
@@ -668,56 +692,65 @@ class _Maxima:
 
     def __init__(self, num_heads: int) -> None:
         self._num_heads = num_heads
-        self.reset("meta")  # allocated in the first forward pass, where the model then is
+        # Allocated in the first forward pass, where the model then is.
+        self._recent: dict[_Adapters, Tensor] = {}
+        self._graded: dict[_Adapters, Tensor] = {}
+        self.backward_ran = False
 
     def empty(self, device: torch.device | str) -> Tensor:
         """The maxima of no forward pass."""
         return torch.full((3, self._num_heads), -math.inf, dtype=torch.float32, device=device)
 
-    def reset(self, device: torch.device | str) -> None:
+    def reset(self, device: torch.device) -> None:
         """Forget all forward passes."""
-        self._recent, self._graded = self.empty(device), self.empty(device)
+        known = self._recent.keys() | self._graded.keys()
+        self._recent = {adapters: self.empty(device) for adapters in known}
+        self._graded = {}
         self.backward_ran = False
 
-    def update(self, heads: slice, values: Tensor, device: torch.device) -> None:
+    def update(
+        self, adapters: _Adapters, heads: slice, values: Tensor, device: torch.device
+    ) -> None:
         """Take the maximum with the values of a forward pass, [3, heads of the layer].
 
         Changes ``values``. Entries that are not finite do not count.
         """
-        self._move(device)
         self._separate_graded()
-        recent = self._recent[:, heads]
+        known = self._recent.get(adapters)
+        maxima = self.empty(device) if known is None else known.to(device)  # the model may move
+        self._recent[adapters] = maxima
+        recent = maxima[:, heads]
         values = values.to(recent)
         values[2].masked_fill_(~values[0].isfinite(), -math.inf)
         torch.maximum(recent, values.where(values.isfinite(), -math.inf), out=recent)
 
-    def discard_graded(self, device: torch.device) -> None:
+    def discard_graded(self) -> None:
         """Forget the forward passes whose gradients have been computed."""
-        self._move(device)
         self._separate_graded()
-        self._graded = torch.full_like(self._graded, -math.inf)
+        self._graded.clear()
 
-    def total(self, device: torch.device) -> Tensor:
-        """The maxima of all forward passes."""
-        self._move(device)
-        return torch.maximum(self._recent, self._graded)
+    def total(self, adapters: _Adapters, device: torch.device) -> Tensor:
+        """The maxima of all forward passes with these adapters."""
+        total = self.empty(device)
+        for maxima in (self._recent, self._graded):
+            if adapters in maxima:
+                total = torch.maximum(total, maxima[adapters].to(device))
+        return total
 
     def _separate_graded(self) -> None:
         if self.backward_ran:
-            self._graded = torch.maximum(self._graded, self._recent)
-            self._recent = torch.full_like(self._recent, -math.inf)
+            for adapters, recent in self._recent.items():
+                graded = self._graded.get(adapters)
+                if graded is not None:
+                    recent = torch.maximum(recent, graded.to(recent.device))
+                self._graded[adapters] = recent
+            self._recent.clear()
             self.backward_ran = False
-
-    def _move(self, device: torch.device) -> None:
-        """Follow a model that was moved to another device."""
-        if self._recent.is_meta:
-            self._recent, self._graded = self.empty(device), self.empty(device)
-        elif self._recent.device != device:
-            self._recent, self._graded = self._recent.to(device), self._graded.to(device)
 
 
 # A layer may be left out of some steps by chance (layer drop, batches without images).
 _STEPS_BEFORE_A_LAYER_IS_MISSED = 3
+_OTHER_ADAPTERS = "with other adapters"
 
 
 class _ObservationLog:
@@ -730,14 +763,22 @@ class _ObservationLog:
         self.start_step()
 
     def start_step(self) -> None:
-        self.observed: set[str] = set()  # since the last step
+        self.passes: dict[str, set[_Adapters]] = {}  # since the last step, by active adapters
+        self.observed: set[str] = set()  # layers with passes that count, after ``select``
         self.unobserved_modes: dict[str, str] = {}  # layer -> mode in which it ran instead
+
+    def select(self, adapters: Mapping[str, _Adapters]) -> None:
+        """Let only those forward passes count that ran with each layer's given adapters."""
+        self.observed = {name for name, used in self.passes.items() if adapters[name] in used}
+        for name in self.passes.keys() - self.observed:
+            self.unobserved_modes[name] = _OTHER_ADAPTERS
 
     def missing_layers(self, skipped: Mapping[str, str]) -> list[str]:
         """Layers to report at the end of a step, except skipped and reported ones.
 
-        All unobserved layers if some ran in eval mode and none was observed; otherwise layers that
-        never were: at once if this step observed none, after a few steps if it observed others.
+        All unobserved layers if some ran in another mode and none was observed; otherwise layers
+        that never were: at once if this step observed none, after a few steps if it observed
+        others.
         """
         self._steps += 1
         self.ever_observed |= self.observed

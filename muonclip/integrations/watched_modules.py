@@ -36,7 +36,7 @@ class Watched:
             clip._note_backward()
             return None
         if not module.training:
-            clip._note_unobserved(self.name, "eval mode")
+            clip._note_eval_mode(self.name)
             return None
         return clip
 

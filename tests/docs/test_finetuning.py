@@ -14,7 +14,7 @@ def test_the_examples_run() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     names: dict[str, Any] = {}
-    full, lora = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    full, lora, dora = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     exec(compile(full, str(GUIDE), "exec"), names)
     assert names["optimizer"].qk_clip.result is not None
     exec(compile(lora, str(GUIDE), "exec"), names)
@@ -25,3 +25,6 @@ def test_the_examples_run() -> None:
     assert all("lora_" in name for name in algorithms)
     trained = [p for n, p in names["model"].named_parameters() if "lora_B" in n]
     assert all(torch.count_nonzero(p) for p in trained)
+    exec(compile(dora, str(GUIDE), "exec"), names)
+    bounds = names["optimizer"].qk_clip.result.upper_bounds
+    assert len(bounds) == 2 and all(bound.isfinite().all() for bound in bounds.values())

@@ -391,6 +391,101 @@ def test_dora_and_modules_to_save_are_scaled(options: dict[str, Any]) -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
+def run_reference(model: Any, reference: str) -> None:
+    """The pass of DPO that computes the log-probabilities of the reference model."""
+    with torch.no_grad():
+        if reference == "disabled adapter":
+            with model.disable_adapter():
+                KINDS["transformers"].loss(model)
+        elif reference == "another adapter":
+            model.set_adapter("reference")
+            KINDS["transformers"].loss(model)
+            model.set_adapter("default")
+
+
+@pytest.mark.parametrize("order", ["before", "after", "after the backward pass"])
+@pytest.mark.parametrize("reference", ["disabled adapter", "another adapter"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "k_proj"]},
+    ],
+)
+def test_forward_passes_of_a_reference_do_not_count(
+    options: dict[str, Any], reference: str, order: str
+) -> None:
+    """With one that has larger logits, training is the same as without it."""
+    peft = pytest.importorskip("peft")
+    targets = {"target_modules": ["q_proj", "k_proj"]}
+    trained = []
+    for present in ("", reference):
+        model = peft_model(**options)
+        model.add_adapter("reference", peft.LoraConfig(**{"r": 3, **targets, **options}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "q_proj" in name and not name.endswith("lora_A.default.weight"):
+                    parameter.mul_(2 if ".default" in name else 100)
+        clip = hf.qk_clip(model, threshold=1e-3)
+        optimizer = MuonClip(param_groups(model), lr=1e-3)
+        clip.attach(optimizer)
+        for _ in range(3):
+            run_reference(model, present if order == "before" else "")
+            loss = KINDS["transformers"].loss(model)
+            run_reference(model, present if order == "after" else "")
+            loss.backward()
+            run_reference(model, present if order == "after the backward pass" else "")
+            optimizer.step()
+            optimizer.zero_grad()
+            assert int(clip.result.num_clipped) > 0
+        trained.append([p.detach() for n, p in model.named_parameters() if ".default" in n])
+    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+
+
+def test_each_adapter_is_clipped_in_its_steps() -> None:
+    """Two adapters that are trained in turn."""
+    peft = pytest.importorskip("peft")
+    model = peft_model(use_dora=True)
+    targets = {"target_modules": ["q_proj", "k_proj"]}
+    model.add_adapter("second", peft.LoraConfig(r=2, use_dora=True, **targets))
+    clip = hf.qk_clip(model, threshold=1e-9)
+    for adapter, other in [("default", "second"), ("second", "default")] * 2:
+        model.set_adapter(adapter)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        KINDS["transformers"].loss(model)
+        assert int(clip.step().num_clipped) > 0
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert changed and all(f".{adapter}." in n and f".{other}." not in n for n in changed)
+
+
+def test_a_step_with_other_adapters_than_the_forward_passes_is_reported() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft_model(use_dora=True)
+    targets = {"target_modules": ["q_proj", "k_proj"]}
+    model.add_adapter("second", peft.LoraConfig(r=2, use_dora=True, **targets))
+    clip = hf.qk_clip(model, threshold=1e-9)
+    KINDS["transformers"].loss(model)
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="it ran with other adapters only; activate those"):
+        assert int(clip.step().num_clipped) == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_same_weights_count_without_gradients(kind: Kind, reentrant: bool) -> None:
+    """A pass of the weights to scale counts, as the first one of reentrant checkpointing."""
+    model = kind.make()
+    clip = kind.integration.qk_clip(model, threshold=1e-3)
+    if reentrant:
+        x = torch.ones((), requires_grad=True)
+        torch.utils.checkpoint.checkpoint(
+            lambda x: kind.loss(model) * x, x, use_reentrant=True
+        ).backward()
+    else:
+        with torch.no_grad():
+            kind.loss(model)
+    assert int(clip.step().num_clipped) == 4
+
+
 def test_lora_added_after_the_clip_is_refused() -> None:
     peft = pytest.importorskip("peft")
     model = llama()
