@@ -47,7 +47,7 @@ def qk_clip(
         process_group: as in ``QKClip``.
 
     Raises:
-        ValueError: if there is no ``nn.MultiheadAttention``, or one with ``add_bias_kv``.
+        ValueError: if there is no ``nn.MultiheadAttention``, and as ``attention_layouts``.
     """
     layouts = attention_layouts(model)
     if not layouts:
@@ -68,7 +68,7 @@ def attention_layouts(model: nn.Module) -> dict[str, AttentionLayout]:
 
     Raises:
         ValueError: for a layer with ``add_bias_kv``, whose keys do not all come from a projection,
-            and for a layer that PEFT trains.
+            for a layer that PEFT trains, and for a subclass whose ``forward`` has other arguments.
     """
     return {
         name: attention_layout(name, module) for name, module in attention_modules(model).items()
@@ -101,6 +101,7 @@ def attention_layout(name: str, module: nn.Module) -> AttentionLayout:
             f"{name} trains an adapter of PEFT over an nn.MultiheadAttention: QK-Clip cannot "
             "scale its logits exactly"
         )
+    _check_forward(name, module)
     if module.bias_k is not None:
         raise ValueError(
             f"{name}: add_bias_kv adds a key without a projection, which QK-Clip would not scale "
@@ -121,6 +122,25 @@ def attention_layout(name: str, module: nn.Module) -> AttentionLayout:
         HeadRows(query, rows, bias_rows=rows),
         HeadRows(key, rows, bias_rows=rows + module.embed_dim),
     )
+
+
+def _check_forward(name: str, module: nn.MultiheadAttention) -> None:
+    """Check that a subclass has torch's arguments, or the first ones of them, or passes on all.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    own = inspect.signature(type(module).forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [parameter.name for parameter in own if parameter.kind not in variadic]
+    usual = list(_SIGNATURE.parameters)
+    passes_on = len(names) < len(own)
+    if names != usual[: len(names)] or ("value" not in names and not passes_on):
+        raise ValueError(
+            f"{name}: the forward of {type(module).__name__} has other arguments than that of "
+            "nn.MultiheadAttention, so its queries and keys are not known: declare its "
+            "AttentionLayout, and let it call QKClip.observe_attention"
+        )
 
 
 def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None) -> Handle:
@@ -147,7 +167,7 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
 
     Raises:
         ValueError: if a layer is not in the clip, or is not an ``nn.MultiheadAttention`` of the
-            model.
+            model with torch's arguments.
     """
     modules = select_layers(model, clip, layers)
     for name, module in modules.items():
@@ -156,6 +176,7 @@ def watch(model: nn.Module, clip: QKClip, *, layers: Iterable[str] | None = None
                 f"the clip's layer {name!r} is a {type(module).__name__}, not an "
                 "nn.MultiheadAttention: choose with layers"
             )
+        _check_forward(name, module)
     return _watched.watch(modules, clip)
 
 

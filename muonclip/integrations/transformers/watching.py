@@ -120,8 +120,8 @@ class _Layer(Watched):
             self.in_trial = False
         raise ValueError(
             f"layer {self.name!r} did not ask transformers' registry for its attention function "
-            "and cannot be watched: choose another attn_implementation, or leave it out with "
-            "exclude"
+            "and cannot be watched: choose another attn_implementation, or leave it out (exclude; "
+            "qk_clip_exclude of for_model)"
         )
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from muonclip import MuonClip, QKClip, param_groups
+from muonclip import AttentionLayout, MuonClip, QKClip, for_model, param_groups
 from muonclip.integrations.torch_attention import attention_layouts, qk_clip, watch
 
 EMBED, HEADS, BATCH, QUERIES, KEYS = 12, 3, 2, 5, 7
@@ -252,6 +252,57 @@ def test_unsupported_modules_are_refused() -> None:
         watch(nn.ModuleList([module]), clip)
     with pytest.raises(ValueError, match="the clip has no layer 'other'"):
         watch(module, clip, layers=["other"])
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
+
+
+class Rotary(nn.MultiheadAttention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, angles: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(query, key, value)
+
+
+class Passing(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Short(nn.MultiheadAttention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(query, key, value, need_weights=False)
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, Rotary])
+def test_a_forward_with_other_arguments_is_refused(kind: type[nn.MultiheadAttention]) -> None:
+    """for_model warns and trains without a clip there."""
+    model = nn.ModuleDict({"attention": kind(EMBED, HEADS)})
+    with pytest.raises(ValueError, match=f"attention: the forward of {kind.__name__} has other"):
+        qk_clip(model)
+    layout = AttentionLayout.fused(model["attention"].in_proj_weight, num_heads=HEADS)
+    clip = QKClip({"attention": layout})
+    with pytest.raises(ValueError, match=f"attention: the forward of {kind.__name__} has other"):
+        watch(model, clip)
+    with pytest.warns(
+        UserWarning, match=f"cannot limit .*attention: .*the forward of {kind.__name__}"
+    ):
+        optimizer = for_model(model, report=None)
+    x = torch.randn(QUERIES, BATCH, EMBED)
+    model["attention"](x, *([x, x, x] if kind is Rotary else []))[0].sum().backward()
+    optimizer.step()
+    assert optimizer.qk_clip is None
+
+
+@pytest.mark.parametrize("kind", [Passing, Short])
+def test_a_subclass_with_torchs_arguments_is_observed(kind: type[nn.MultiheadAttention]) -> None:
+    module, x = attention(), torch.randn(QUERIES, BATCH, EMBED).double()
+    expected = largest_of_weights(module, x, x, x)
+    module.__class__ = kind
+    clip = qk_clip(module, exact=True)
+    module(x, x, x)
+    observed = clip.step().max_logits[""].double()
+    assert torch.allclose(observed, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_importing_needs_torch_only() -> None:
