@@ -72,7 +72,10 @@ def _observe(core: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = Non
     given = inspect.signature(core.forward).bind(*args, **kwargs).arguments
     query, key = given["query"], given["key"]
     if given.get("packed_seq_params") is not None or query.dim() != 4:
-        raise ValueError(f"layer {name!r} attends within packed sequences: {_REMEDY}")
+        raise ValueError(
+            f"layer {name!r} attends within packed sequences: {_REMEDY} "
+            "(qk_clip_exclude of for_model)"
+        )
     clip._track_backward(query, key)
     mask, causal = _mask(core, given, query.size(0), key.size(0))
     softmax = getattr(core, "scale_mask_softmax", None)
