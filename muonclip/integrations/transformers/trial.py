@@ -116,9 +116,10 @@ def _scaled_parameters(
 
 
 def _forked_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Restores the random number generators of the CPU and of a device at the end."""
-    devices = [] if device.type == "cpu" else [device]
-    return torch.random.fork_rng(devices, device_type=device.type)
+    """Restores the random number generators of the CPU and of a GPU at the end."""
+    if device.type not in ("cuda", "xpu"):  # the generators of others have another interface
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 @contextmanager
