@@ -120,7 +120,7 @@ def planned(ranks: SimulatedRanks, rank: int) -> tuple[Share, Part, float]:
     start = time.process_time()
     share = storage.share_of(tensors_of(run, state), ranks.world)
     by_file, entries = storage.files_of(share, rank)
-    part = Part(dict.fromkeys(by_file, _DIGEST), entries, share.expected, share.written)
+    part = storage.part_of(share, dict.fromkeys(by_file, _DIGEST), entries)
     return share, part, time.process_time() - start
 
 

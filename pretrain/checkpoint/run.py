@@ -222,15 +222,19 @@ def _local_shard(run: Run, weight: Weight, local: Tensor) -> storage.LocalShard:
 
 def _copy(run: Run, weight: Weight) -> Copy:
     """Position of this rank among those with the same shard of a weight."""
-    context, count = run.context, weight.copies(run.config.parallel, run.context.world_size)
+    context, parallel = run.context, run.config.parallel
+    count = weight.copies(parallel, context.world_size)
     if weight.layer is None:
         return Copy("all ranks", context.rank, count)
-    if weight.expert is not None:
-        return Copy("experts", context.expert_data_rank, count)
-    replica = context.data_rank * context.context_size + context.context_rank
-    if weight.split:
-        return Copy("shards", replica, count)
-    return Copy("whole", replica * context.tensor_size + context.tensor_rank, count)
+    if weight.expert is None:
+        kind, ranks = "shards", parallel.tensor
+        replica = context.data_rank * context.context_size + context.context_rank
+    else:
+        kind, ranks = "shards of experts", parallel.expert_tensor
+        replica = context.expert_data_rank
+    if weight.shards(parallel) == ranks:
+        return Copy(kind, replica, count)
+    return Copy(f"whole {kind}", replica * ranks + context.tensor_rank, count)
 
 
 def tokenizer_file(run_dir: Path) -> Path:

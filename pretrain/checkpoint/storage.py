@@ -139,11 +139,15 @@ class Part(NamedTuple):
     Attributes:
         files: SHA-256 of its files, by name.
         tensors: its blocks by tensor, as JSON.
+        elements: number of elements in its blocks of each tensor, by a random number for the name.
+        sizes: number of elements of each of these tensors as a whole.
         expected, written: see :class:`Share`.
     """
 
     files: dict[str, str]
     tensors: str
+    elements: dict[int, int]
+    sizes: dict[int, int]
     expected: int
     written: int
 
@@ -171,7 +175,7 @@ def write(
 ) -> Path:
     """Write a checkpoint; every rank calls this with its own share.
 
-    Rank 0 receives from every rank the names of its files and its part of the manifest, some 100
+    Rank 0 receives from every rank the names of its files and its part of the manifest, some 150
     bytes for each block, and joins them without reading them. This grows with the number of blocks
     of the whole model, and by some 100 bytes for each rank.
 
@@ -249,7 +253,16 @@ def write_part(folder: Path, share: Share) -> Part:
     """Write this rank's files."""
     by_file, entries = files_of(share, dist.get_rank())
     files = {name: tensor_files.write(folder / name, by_file[name]) for name in by_file}
-    return Part(files, entries, share.expected, share.written)
+    return part_of(share, files, entries)
+
+
+def part_of(share: Share, files: dict[str, str], entries: str) -> Part:
+    """The part of a rank, given the SHA-256 of its files, and its blocks by tensor as JSON."""
+    elements: dict[int, int] = defaultdict(int)
+    for block in share.blocks:
+        elements[_random_number(block.name)] += block.values.numel()
+    sizes = {_random_number(name): prod(shape) for name, shape in share.shapes.items()}
+    return Part(files, entries, dict(elements), sizes, share.expected, share.written)
 
 
 def write_manifest(
@@ -262,13 +275,20 @@ def write_manifest(
 
     Raises:
         OSError: it cannot be written.
-        ValueError: some blocks were not written once.
+        ValueError: some blocks were not written once, so :meth:`Checkpoint.open` would refuse them.
     """
     if sum(part.expected for part in parts) != sum(part.written for part in parts):
         raise ValueError(
             "ranks that have copies or parts of the same tensors list different ones (are all of "
             "them running the same version of the program?)"
         )
+    stored: dict[int, int] = defaultdict(int)
+    for part in parts:
+        for number, elements in part.elements.items():
+            stored[number] += elements
+    if stored != {number: size for part in parts for number, size in part.sizes.items()}:
+        for name, entry in _joined(json.loads(part.tensors) for part in parts).items():
+            _check_filled(name, entry)
     files = {name: digest for part in parts for name, digest in part.files.items()}
     start = json.dumps({"step": step, "facts": dict(facts), "files": files})
     # Not parsed: with a trillion parameters these are tens of MiB.
@@ -437,8 +457,13 @@ class Checkpoint:
             manifest = json.loads(untrusted_files.read_bytes(path / _MANIFEST, _MAX_MANIFEST_BYTES))
             files = {_file_name(name): str(digest) for name, digest in manifest["files"].items()}
             entries = _joined(manifest["tensors"])
-            tensors = {name: _stored(entry, files) for name, entry in entries.items()}
+            tensors = {name: _stored(name, entry, files) for name, entry in entries.items()}
             return cls(path, int(manifest["step"]), dict(manifest["facts"]), files, tensors)
+        except _NotFilledError as error:
+            raise PretrainError(
+                f"the checkpoint {path} cannot be loaded: {error}. Other tensors in it may be "
+                f"whole: move it out of {path.parent} to resume from the checkpoint before it"
+            ) from error
         # The file may contain JSON of any shape and depth.
         except (
             OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError
@@ -518,7 +543,7 @@ def _file_name(name: str) -> str:
 
 
 def _joined(parts: Any) -> dict[str, dict[str, Any]]:
-    """The entries of all ranks; those of older checkpoints are joined already."""
+    """The entries of all ranks by tensor; those of older checkpoints are joined already."""
     if isinstance(parts, dict):
         return parts
     tensors: dict[str, dict[str, Any]] = {}
@@ -531,7 +556,18 @@ def _joined(parts: Any) -> dict[str, dict[str, Any]]:
     return tensors
 
 
-def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:
+class _NotFilledError(ValueError):
+    """The blocks of a tensor have more or fewer elements than the tensor."""
+
+
+def _check_filled(name: str, entry: dict[str, Any]) -> None:
+    """Raise _NotFilledError unless the blocks in a tensor's entry have as many elements as it."""
+    stored, expected = sum(prod(size) for _, _, size in entry["blocks"]), prod(entry["shape"])
+    if stored != expected:
+        raise _NotFilledError(f"{name!r:.200} has {stored:,} elements in it, not {expected:,}")
+
+
+def _stored(name: str, entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:
     """Parse a tensor's entry of a manifest; its blocks must lie within the tensor and fill it."""
     shape = torch.Size(entry["shape"])
     blocks = [
@@ -544,8 +580,7 @@ def _stored(entry: dict[str, Any], files: Mapping[str, str]) -> StoredTensor:
         for first, length, whole in zip(offsets, size, shape, strict=True):
             if not 0 <= first <= first + length <= whole:
                 raise ValueError(f"a block {offsets} of {size} is not within {tuple(shape)}")
-    if sum(prod(size) for _, _, size in blocks) != prod(shape):
-        raise ValueError("blocks do not fill their tensor")
+    _check_filled(name, entry)
     return StoredTensor(tensor_files.DTYPES_BY_NAME[entry["dtype"]], shape, blocks)
 
 

@@ -113,10 +113,11 @@ class Weight(NamedTuple):
         """Return the number of ranks with the same tensor, or the same shard of it."""
         if self.layer is None:
             return world_size
-        if self.expert is not None:
-            return parallel.expert_data_size(world_size)
-        replicas = parallel.data_size(world_size) * parallel.context
-        return replicas * (1 if self.split else parallel.tensor)
+        if self.expert is None:
+            replicas, ranks = parallel.data_size(world_size) * parallel.context, parallel.tensor
+        else:
+            replicas, ranks = parallel.expert_data_size(world_size), parallel.expert_tensor
+        return replicas * (1 if self.split else ranks)
 
 
 _COLUMNS = Split(0)  # megatron-core's ColumnParallelLinear and VocabParallelEmbedding

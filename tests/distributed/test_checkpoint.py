@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muonclip.variants import VARIANTS
 from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.checkpoint import storage
@@ -273,6 +274,19 @@ def _save_parts_with_a_gap(folder: str) -> str:
     return _refusal(folder, {"state": parts}, 1)
 
 
+def _save_a_tensor_twice(folder: str) -> str:
+    """A tensor of all ranks, each of which takes itself for the only one."""
+    return _refusal(folder, {"twice": torch.ones(2, 3)}, 1)
+
+
+def test_a_tensor_that_would_be_stored_twice_is_refused(tmp_path: Path) -> None:
+    """Before the checkpoint, which could not be opened, replaces the one before it."""
+    launch(_save, 2, str(tmp_path), [1])
+    first, second = launch(_save_a_tensor_twice, 2, str(tmp_path))
+    assert first == second and "'twice' has 12 elements in it, not 6" in first
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("save", [_save_different_lists, _save_parts_with_a_gap])
 def test_ranks_that_disagree_stop_with_one_line(tmp_path: Path, save: Callable[[str], str]) -> None:
     """About copies or parts, and before the checkpoint replaces the one before it."""
@@ -280,6 +294,53 @@ def test_ranks_that_disagree_stop_with_one_line(tmp_path: Path, save: Callable[[
     first, second = launch(save, 2, str(tmp_path))
     assert first == second and "list different ones" in first and "\n" not in first
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+# Every kind of state of the optimizer.
+STATES = [
+    (f"optimizer.variant={variant}", *options)
+    for variant in VARIANTS
+    for options in (
+        ("optimizer.shard_state=true",),
+        ("optimizer.shard_state=false",),
+        ("optimizer.momentum_dtype=int8", "precision=bfloat16"),
+    )
+]
+
+
+def _differences_after_a_restart(folder: str, *layout: str) -> list[tuple[int, str]]:
+    """(number in STATES, tensor) of the tensors on this rank that a restart does not restore."""
+    context, data = set_up(training.tiny(folder, *layout))
+    different = []
+    for number, options in enumerate(STATES):
+        run_dir = f"run_dir={folder}/{'-'.join(layout)}-{number}"
+        config = training.tiny(folder, *layout, *options, run_dir)
+        run, resumed = build(config, context, data), build(config, context, data)
+        train_step(run, batches.for_step(config, context, data, 1), 1)
+        with checkpoint.saver(run) as saver:
+            checkpoint.save(run, saver, Guard(config.faults), 1)
+        checkpoint.restore(resumed)
+        restored = training.local_tensors(resumed)
+        for name, tensor in training.local_tensors(run).items():
+            if not torch.equal(tensor, restored[name]):
+                different.append((number, name))
+    return different
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, ("parallel.tensor=2",)),
+        (2, ("parallel.tensor=2", "parallel.expert=2")),
+        (2, ("parallel.pipeline=2",)),
+        (4, ("parallel.tensor=2",)),
+    ],
+)
+def test_every_state_of_the_optimizer_is_restored_in_every_layout(
+    folder: Path, world_size: int, layout: tuple[str, ...]
+) -> None:
+    ranks = launch(_differences_after_a_restart, world_size, str(folder), *layout)
+    assert ranks == [[]] * world_size
 
 
 def _restart(folder: str, *overrides: str) -> dict[str, Any]:

@@ -141,6 +141,13 @@ def test_the_catalogue_lists_the_tensors_of_the_model(
     }
     ranks: list[Rank] = launch(build_and_describe, world_size, str(folder), *SHAPE, *overrides)
     copies = Counter((name, t.blocks) for rank in ranks for name, t in rank.tensors.items())
+    neuron_copies = Counter(
+        (name, tuple(weights[name].of_neurons.blocks(settings.parallel, rank.tensor_rank)))
+        for rank in ranks
+        for name in rank.tensors
+    )
+    for (name, _), count in neuron_copies.items():
+        assert weights[name].of_neurons.copies(settings.parallel, world_size) == count, name
     sizes: Counter[str] = Counter()
     for name, blocks in copies:
         sizes[name] += sum(block.numel for block in blocks)
