@@ -83,7 +83,8 @@ def values_of(section: Any) -> dict[str, Any]:
 
 
 def check(section: Any) -> None:
-    """Refuse values that MuonClip does not allow, by constructing one, and options without effect.
+    """Refuse values that MuonClip does not allow, by constructing one, those that always lead to
+    NaN, and options without effect.
 
     Raises:
         ValueError: begins with the name of the setting.
@@ -96,6 +97,12 @@ def check(section: Any) -> None:
         MuonClip(groups, **values_of(section))
     except TypeError as error:
         raise ValueError(str(error)) from error
+    if section.adamw_eps == 0:
+        # MuonClip and torch's AdamW accept it.
+        raise ValueError(
+            "adamw_eps=0 must be above 0: the update of an entry without a gradient, such as the "
+            "embedding of a token that has not occurred yet, would be 0/0"
+        )
     defaults = {name: parameter.default for name, parameter in signature().items()}
     for name, (whole, effective) in _PARTS.items():
         value = getattr(section, whole)

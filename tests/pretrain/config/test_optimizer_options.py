@@ -101,6 +101,7 @@ def test_triples_can_be_given(tmp_path: Path) -> None:
         ("optimizer.adjust_lr=spectrl", "optimizer.adjust_lr must be one of 'match_rms_adamw'"),
         ("optimizer.momentum_dtype=float16", "optimizer.momentum_dtype must be one of"),
         ("optimizer.adamw_eps=-1", "optimizer.adamw_eps must be at least 0"),
+        ("optimizer.adamw_eps=0", "optimizer.adamw_eps=0 must be above 0"),
         ("optimizer.ns_coefficients=[1, 2]", "optimizer.ns_coefficients must be three finite"),
         ("optimizer.momentum_warmup_start=0.5", "has no effect with momentum_warmup_steps=0"),
         ("{optimizer: {adjust_lr: none, update_rms: 0.3}}", "has no effect with adjust_lr=none"),
