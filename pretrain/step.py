@@ -7,7 +7,7 @@ encoder runs backward, after another forward on images whose activations did not
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from pretrain.model.flex import to_device
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import max_over_ranks, raise_on_all_ranks
 from pretrain.runtime import apex
-from pretrain.runtime.faults import Fault, Guard, RollBack
+from pretrain.runtime.faults import Action, Fault, Guard, RollBack
 
 # Called with a micro-batch and the output of the model's last layer; returns the scalar to
 # differentiate.
@@ -351,24 +351,66 @@ def _skip_update(run: Run) -> tuple[Tensor, list[ClipResult]]:
 
 
 def _stop(run: Run, step: int, loss: float | None, fault: Fault) -> None:
-    """Report why the run stops; name the parameters whose gradients are not finite.
+    """Report why the run stops; name the weights or gradients that are not finite.
 
     Raises:
         PretrainError: always; the same on every rank.
     """
     skipped = f", after {fault.skipped} steps skipped in a row" if fault.skipped else ""
     advice = (
-        f"nothing was updated{skipped}. Lower optimizer.lr, or look at the data of this step; the "
-        "last checkpoint is intact"
+        f"nothing was updated{skipped}. Lower optimizer.lr, or look at the data of this step, and "
+        "start again: the run continues from its newest checkpoint if it has one"
     )
     if fault.kind == "spike":
         raise PretrainError(f"{fault.reason}, at step {step}; {advice}")
-    local = [n for n, p in run.parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, local)
-    names = sorted({name for names in gathered for name in names})
-    if names:
-        cause = f"gradient of {names[0]} (and {len(names) - 1} other parameters)"
+    gradients = {name: p.grad for name, p in run.parameters() if p.grad is not None}
+    if weights := _not_finite(run.named_tensors):
+        cause = f"weight {_first_of(weights)}"
+    elif names := _not_finite(gradients):
+        cause = f"gradient of {_first_of(names)}"
     else:
         cause = "norm of the gradient" if math.isfinite(loss or 0.0) else "loss"
     raise PretrainError(f"the {cause} is not finite at step {step} (loss {loss}); {advice}")
+
+
+def check_weights(run: Run, step: int, action: Action) -> None:
+    """Check that the weights are finite after step ``step``, before they are saved.
+
+    The guard sees a step before its update; later steps notice weights that are not finite by
+    their loss, but a checkpoint of such weights must not replace those of finite ones. All ranks
+    call this together. It waits for the device.
+
+    Args:
+        action: reaction to weights that are not finite. To skip the step is too late: the run
+            stops.
+
+    Raises:
+        PretrainError: some weight is not finite; the same on every rank.
+        RollBack: the same, if ``action`` is ``roll_back``.
+    """
+    tensors = [
+        x.detach() for x in run.named_tensors.values() if x.is_floating_point() and x.numel()
+    ]
+    # The largest absolute value: unlike the 2-norm, it does not overflow for finite weights.
+    largest = nn.utils.get_total_norm(tensors, math.inf)
+    if max_over_ranks(not largest.isfinite()) == [0]:
+        return
+    reason = f"the weight {_first_of(_not_finite(run.named_tensors))} is not finite"
+    if action == "roll_back":
+        raise RollBack(reason)
+    raise PretrainError(
+        f"{reason} after step {step}, which is not saved: lower optimizer.lr, and start again; the "
+        "run continues from its newest checkpoint if it has one"
+    )
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with an entry that is not finite, of all ranks."""
+    local = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, local)
+    return sorted({name for names in gathered for name in names})
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} (and {len(names) - 1} others)" if len(names) > 1 else names[0]

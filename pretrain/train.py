@@ -31,7 +31,7 @@ from pretrain.runtime.run_lock import RunLock
 from pretrain.runtime.stopping import Termination
 from pretrain.runtime.stragglers import StepClock
 from pretrain.runtime.terminal import held_out_line
-from pretrain.step import plan_images, train_step
+from pretrain.step import check_weights, plan_images, train_step
 
 
 def train(config: Config) -> None:
@@ -96,8 +96,12 @@ def _train(
             step = number - guard.skipped_batches
             watchdog.beat(f"step {step}")
             profiler.before(step)
+            is_last = step == config.steps
+            saves = is_last or step % config.checkpoint.every == 0
             try:
                 metrics = train_step(run, micro_batches, step, guard, plan)
+                if saves:
+                    check_weights(run, step, config.faults.non_finite)
             except RollBack as why:
                 to = checkpoint.roll_back(run, saver, guard, step, why)
                 writer.say(
@@ -115,7 +119,6 @@ def _train(
             metrics |= comparison
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
             metrics["mfu"] = metrics["model_flops"] / seconds / run.step_metrics.peak_flops
-            is_last = step == config.steps
             if is_last or step % config.evaluation.every == 0:
                 watchdog.beat(f"the evaluation after step {step}")
                 scores, readings = held_out(run)
@@ -127,7 +130,9 @@ def _train(
 
             watchdog.beat(f"the checkpoint of step {step}")
             signal = _agree_on_end(config, step, saver, run_lock, termination)
-            if is_last or signal or step % config.checkpoint.every == 0:
+            if signal and not saves:
+                check_weights(run, step, "stop")
+            if saves or signal:
                 checkpoint.save(run, saver, guard, step)
             if is_last:
                 break

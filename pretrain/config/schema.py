@@ -655,7 +655,8 @@ class FaultConfig(Settings):
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
     """For a non-finite loss or gradient. stop: end the run with an error; skip: skip the update;
-    roll_back: restore the newest checkpoint and continue with the data after this step's."""
+    roll_back: restore the newest checkpoint and continue with the data after this step's. Also for
+    non-finite weights, which are never saved; skip then stops, since the update is done."""
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
     """The same for a loss far above the previous ones."""
     spike_window: Annotated[int, In("[4, 100000]")] = 64

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pretrain import batches, checkpoint, startup, step, train
 from pretrain.build import build
 from pretrain.checkpoint import storage
+from pretrain.errors import PretrainError
 from pretrain.evaluate import held_out_losses
 from pretrain.metrics import read
 from pretrain.model.multimodal import MicroBatch
@@ -183,6 +184,90 @@ def test_a_rolled_back_run_continues_after_the_bad_data(folder: Path) -> None:
     assert [r["loss"] for r in resumed[1:]] == [r["loss"] for r in back[1:]]
 
 
+def _spoil_weights(numbers: Sequence[int], every_time: bool) -> None:
+    """Make a weight of an expert of rank 1 infinite in the update of these steps of this process.
+
+    Args:
+        every_time: also when a step is computed again.
+    """
+    update, spoilt = step._update, set()
+
+    def spoilt_update(run: Any, norm: Any, factor: float, number: int) -> Any:
+        outcome = update(run, norm, factor, number)
+        if number in numbers and (every_time or number not in spoilt) and dist.get_rank() == 1:
+            spoilt.add(number)
+            name = max(n for n in run.named_tensors if "local_experts" in n)
+            run.named_tensors[name].data.view(-1)[-1] = torch.inf
+        return outcome
+
+    step._update = spoilt_update
+
+
+def _train_with_spoilt_weights(
+    folder: str, name: str, numbers: Sequence[int], every_time: bool, *overrides: str
+) -> tuple[str, list[int], bool]:
+    """The error of a run, its checkpoints, and whether the newest one has finite weights."""
+    _spoil_weights(numbers, every_time)
+    settings = training.tiny(folder, *BRIEF, f"run_dir={folder}/{name}", *overrides)
+    error = ""
+    try:
+        train.train(settings)
+    except PretrainError as caught:
+        error = str(caught)
+    saved = Path(settings.run_dir) / "checkpoints"
+    steps = storage.steps(saved)
+    if not steps:
+        return error, steps, True
+    newest = storage.Checkpoint.open(storage.path_of(saved, steps[-1]))
+    tensors = {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in newest.tensors.items()
+        if name.startswith("model.")
+    }
+    newest.load(tensors)
+    return error, steps, all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("action", ["stop", "skip", "roll_back"])
+@pytest.mark.parametrize(
+    ("number", "options", "saved"),
+    [
+        (4, ("steps=6", "checkpoint.every=2", "checkpoint.keep=1"), [2]),
+        (3, ("steps=3", "checkpoint.every=2"), [2]),  # the last step
+        (1, ("steps=1", "optimizer.warmup_steps=0"), []),
+        # The loss of the next step, which is to be saved, is not finite.
+        (3, ("steps=6", "checkpoint.every=2"), [2]),
+    ],
+    ids=["saved step", "last step", "only step", "step before"],
+)
+def test_weights_that_are_not_finite_are_never_saved(
+    folder: Path,
+    number: int,
+    options: Sequence[str],
+    saved: list[int],
+    action: str,
+) -> None:
+    """On any rank; the run ends with the same line on all of them."""
+    name = "-".join((action, *options, str(number)))
+    overrides = (*options, f"faults.non_finite={action}", "faults.max_in_a_row=2")
+    first, second = launch(
+        _train_with_spoilt_weights, 2, str(folder), name, (number,), True, *overrides
+    )
+    assert first == second
+    error, steps, finite = first
+    assert (steps, finite) == (saved, True)
+    assert ("local_experts" in error and "not finite" in error) or "rolled back to step 2" in error
+    assert "intact" not in error and "\n" not in error
+
+
+def test_a_run_rolls_back_from_weights_that_are_not_finite(folder: Path) -> None:
+    overrides = ("steps=6", "checkpoint.every=2", "faults.non_finite=roll_back")
+    outcome = launch(
+        _train_with_spoilt_weights, 2, str(folder), "mended", (4, 6), False, *overrides
+    )[0]
+    assert outcome == ("", [4, 6], True)
+
+
 def _start(
     folder: Path, run_dir: str, *overrides: str, restarts: int = 0, patience: int = 20
 ) -> "subprocess.Popen[str]":
@@ -255,8 +340,15 @@ def test_torchrun_restarts_after_a_kill_and_sigterm_saves(folder: Path) -> None:
     assert launch(training.train_and_read, 2, *settings, f"run_dir={folder}/killed")[0] == calm
 
 
-def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
-    """Rank 0 receives SIGTERM during the third step; the exit status and the saved steps."""
+def _ended_by_sigterm(
+    folder: str, spoilt: Sequence[int] = ()
+) -> tuple[int | str | None, list[int]]:
+    """Rank 0 receives SIGTERM during the third step; the exit status and the saved steps.
+
+    Args:
+        spoilt: steps whose update makes a weight infinite; the status is then an error's message.
+    """
+    _spoil_weights(spoilt, every_time=True)
     forward_backward = step.forward_backward
     calls = []
 
@@ -267,11 +359,13 @@ def _ended_by_sigterm(folder: str) -> tuple[int | str | None, list[int]]:
         return forward_backward(run, micro_batches, plan)
 
     step.forward_backward = interrupted
-    settings = training.tiny(folder, *BRIEF, "steps=20", f"run_dir={folder}/ended")
+    run_dir = Path(folder, f"ended-{len(spoilt)}")
+    settings = training.tiny(folder, *BRIEF, "steps=20", f"run_dir={run_dir}")
     try:
         train.train(settings)
-    except SystemExit as end:
-        return end.code, storage.steps(Path(folder) / "ended" / "checkpoints")
+    except (SystemExit, PretrainError) as end:
+        code = end.code if isinstance(end, SystemExit) else str(end)
+        return code, storage.steps(run_dir / "checkpoints")
     return "went on", []
 
 
@@ -279,6 +373,12 @@ def test_sigterm_on_one_rank_ends_all_ranks_after_the_step(
     folder: Path,
 ) -> None:
     assert launch(_ended_by_sigterm, 2, str(folder)) == [(143, [3])] * 2
+
+
+def test_a_signal_does_not_save_weights_that_are_not_finite(folder: Path) -> None:
+    for reason, saved in launch(_ended_by_sigterm, 2, str(folder), (3,)):
+        assert "is not finite after step 3, which is not saved" in str(reason)
+        assert saved == []
 
 
 def _hang(folder: str, where: str) -> None:
