@@ -101,8 +101,19 @@ def _checksum(path: Path) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in ``folder``, in ascending order."""
+    """The steps of the complete checkpoints in ``folder``, in ascending order.
+
+    Raises:
+        PretrainError: ``folder`` is a file, or a link to a folder that does not exist, such as one
+            on a disk that is not mounted.
+    """
     if not folder.is_dir():
+        if os.path.lexists(folder):
+            kind = "a link to nothing" if folder.is_symlink() else "not a folder"
+            raise PretrainError(
+                f"{folder} is {kind}: mount the disk or restore the folder with the checkpoints, "
+                "or remove it to train without them"
+            )
         return []
     matches = (_FOLDER.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)

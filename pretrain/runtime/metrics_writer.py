@@ -1,6 +1,7 @@
 """Writing the metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -122,7 +123,8 @@ class MetricsWriter:
         run_dir: folder of the run; created if it does not exist.
         steps: length of the run.
         done: last finished step. Records of later steps are removed, because these steps are
-            computed again.
+            computed again; if it is 0, their file is renamed instead, because the checkpoints of
+            these steps may be missing by mistake.
         log_every: steps between progress lines.
         enabled: whether this is the main rank.
         wandb: opens a ``wandb.Run``; None: Weights & Biases is not used.
@@ -147,7 +149,10 @@ class MetricsWriter:
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read(self.path) if record["step"] <= done] if done else []
+        records = read(self.path)
+        kept = [record for record in records if record["step"] <= done] if done else []
+        if not done and records and records[-1]["step"] > 0:
+            self._set_aside(records[-1]["step"])
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.rename(self.path)
@@ -155,6 +160,16 @@ class MetricsWriter:
         self._board = TensorBoardFile(run_dir / "tensorboard", done + 1)
         self._wandb = wandb() if wandb is not None else None
         self._terminal = Terminal(steps, done, log_every, activity)
+
+    def _set_aside(self, last: int) -> None:
+        """Rename a metrics.jsonl with records up to step ``last``, to a name that is free."""
+        names = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        self.path.rename(aside)
+        warn(
+            f"{self.path} has metrics up to step {last}, but the run has no checkpoint and starts "
+            f"at step 0: they are now in {aside}"
+        )
 
     def begin(self, assignment: str, start: Mapping[str, Any]) -> None:
         """Write parameters.txt and append a line to starts.jsonl.

@@ -6,6 +6,7 @@ Everything goes through the command line, as a user would, with two processes.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,31 @@ def test_a_folder_without_a_checkpoint_is_refused(folder: Path) -> None:
     line = error_line(folder, f"run_dir={folder}/foreign")
     assert f"{stray} is not a checkpoint of this program" in line
     assert (stray / "weights.bin").read_bytes() == b"not ours"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: path.symlink_to(path.parent / "unmounted"),
+            "checkpoints is a link to nothing",
+        ),
+        (Path.touch, "checkpoints is not a folder"),
+    ],
+    ids=["link", "file"],
+)
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+    folder: Path, request: pytest.FixtureRequest, make: Callable[[Path], None], message: str
+) -> None:
+    """The run neither starts over nor changes its metrics."""
+    run_dir = folder / request.node.callspec.id
+    run_dir.mkdir()
+    make(run_dir / "checkpoints")
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text('{"step": 5}\n')
+    assert message in error_line(folder, f"run_dir={run_dir}")
+    assert message in error_line(folder, f"run_dir={run_dir}", command="eval")
+    assert metrics.read_text() == '{"step": 5}\n'
 
 
 def test_evaluating_an_untrained_run_is_refused(folder: Path) -> None:

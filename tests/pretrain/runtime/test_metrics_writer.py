@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.metrics import scalars
+from pretrain.metrics import read, scalars
 from pretrain.runtime.metrics_writer import AppendedFile, MetricsWriter
 
 STEP = {
@@ -66,3 +66,22 @@ def test_records_refused_by_a_full_disk_are_written_once_there_is_room(
     assert len(warnings) == 2
     assert "metrics.jsonl (File too large); training continues" in warnings[0]
     assert "metrics.jsonl is written again" in warnings[1]
+
+
+def test_metrics_without_their_checkpoint_are_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of step 0 alone are replaced."""
+    path = tmp_path / "metrics.jsonl"
+    for last in (0, 7, 8, 0):
+        out = MetricsWriter(tmp_path, steps=9, done=0, log_every=10, enabled=True)
+        out.write({"step": 0})
+        if last:
+            out.write({"step": last, **STEP})
+        out.close()
+    assert [record["step"] for record in read(path)] == [0]
+    assert [read(tmp_path / f"metrics.jsonl.{n}")[-1]["step"] for n in (1, 2)] == [7, 8]
+    assert not (tmp_path / "metrics.jsonl.3").exists()
+    first, second = (x for x in capsys.readouterr().err.splitlines() if "no checkpoint" in x)
+    assert f"{path} has metrics up to step 7" in first and f"now in {path}.1" in first
+    assert f"now in {path}.2" in second
