@@ -28,7 +28,13 @@ from pretrain.runtime.faults import Guard, RollBack
 # Settings that determine the model and its data, and may not change when a run is resumed.
 _MODEL = ("language", "vision")
 _FIXED = ("seed", "global_batch_size", "precision", *_MODEL, "data")
-_FIXED_EXCEPT = ("data.cache_dir", "data.max_corrupt")
+# Limits, and what decides only how fast the same data is read.
+_FIXED_EXCEPT = (
+    "data.cache_dir",
+    "data.decode_workers",
+    "data.max_corrupt",
+    "data.max_untokenized_mb",
+)
 # Settings that may differ from the run in start_from: those of learning and of positions.
 _MODEL_EXCEPT = (
     "language.init_std",
@@ -516,6 +522,8 @@ def _check_settings(
 def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of the settings in some sections, without the paths of sources.
 
+    Each setting of each source has an entry.
+
     The files of the data may have moved; that they are the same files is checked when the position
     in them is restored.
     """
@@ -524,6 +532,10 @@ def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tu
             yield section, values[section]
             continue
         for name, value in values[section].items():
-            if name == "sources":
-                value = [{k: v for k, v in source.items() if k != "path"} for source in value]
-            yield f"{section}.{name}", value
+            key = f"{section}.{name}"
+            if name != "sources":
+                yield key, value
+                continue
+            yield key, f"a list of {len(value)}"
+            for index, source in enumerate(value):
+                yield from ((f"{key}[{index}].{k}", v) for k, v in source.items() if k != "path")

@@ -1,5 +1,6 @@
 """A run starts with exactly the weights of another one, in either precision."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.checkpoint import run as checkpoint_run
 from pretrain.checkpoint.imported import ImportedSettings
-from pretrain.config import Config, to_dict
+from pretrain.config import Config, DataConfig, SourceConfig, from_dict, rules, to_dict
 from pretrain.errors import PretrainError
 from pretrain.startup import set_up
 from pretrain.step import train_step
@@ -88,11 +89,21 @@ def test_a_bfloat16_run_uses_float32_weights_as_master_weights(
     assert begun.states == ({"master"}, FRESH | {"master"})
 
 
-def check_settings(before: dict[str, Any]) -> None:
-    """Compare a checkpoint's settings with the defaults."""
+def check_settings(
+    before: dict[str, Any],
+    now: Config | None = None,
+    sections: tuple[str, ...] = ("seed", "language"),
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Compare a checkpoint's settings with a configuration, by default with the defaults."""
+    before = json.loads(json.dumps(before))  # as in a manifest
     checkpoint_run._check_settings(
-        "it has", before, Config(), sections=("seed", "language"), ignored=(), remedy="change it"
+        "it has", before, now or Config(), sections=sections, ignored=ignored, remedy="change it"
     )
+
+
+def with_data(**data: Any) -> Config:
+    return from_dict({"data": data})
 
 
 def test_a_checkpoint_without_a_newer_setting_has_its_default() -> None:
@@ -113,3 +124,64 @@ def test_a_checkpoint_without_a_newer_setting_has_its_default() -> None:
 def test_a_setting_that_differs_or_is_unknown_is_named(language: Any, message: str) -> None:
     with pytest.raises(PretrainError, match=re.escape(message)):
         check_settings({"language": language})
+
+
+# Values other than the defaults, of settings that do not change the data and of those that do.
+MAY_DIFFER = {
+    "cache_dir": "elsewhere",
+    "decode_workers": 9,
+    "max_corrupt": 7,
+    "max_untokenized_mb": 0.5,
+}
+FIXED: dict[str, Any] = {
+    "images": {"clip_share": 0.5},
+    "sources": [{"path": "x"}, {"path": "y"}, {"path": "z"}],
+    "deduplicate": "exact",
+    "tokenizer": "tokenizer.json",
+    "vision_share": 0.05,
+    "held_out": 0.5,
+    "seq_length": 64,
+    "vocab_size": 300,
+    "max_corpus_mb": 0.5,
+    "max_image_tokens": 9,
+    "video_fps": 1.0,
+    "duplicate_threshold": 0.6,
+}
+
+
+@pytest.mark.parametrize("name", rules.field_types(DataConfig))
+def test_a_resumed_run_has_the_same_data_and_may_read_it_faster(name: str) -> None:
+    base: dict[str, Any] = {"sources": [{"path": "x"}, {"path": "y"}]}
+    if name == "duplicate_threshold":
+        base["deduplicate"] = "near"
+    before, now = with_data(**base), with_data(**{**base, name: {**MAY_DIFFER, **FIXED}[name]})
+    assert before != now
+    fixed, free = checkpoint_run._FIXED, checkpoint_run._FIXED_EXCEPT
+    if name in MAY_DIFFER:
+        check_settings(to_dict(before), now, fixed, free)
+        return
+    with pytest.raises(PretrainError, match=rf"^it has data\.{name}="):
+        check_settings(to_dict(before), now, fixed, free)
+
+
+@pytest.mark.parametrize("name", rules.field_types(SourceConfig))
+def test_a_source_that_differs_is_named_with_its_setting(name: str) -> None:
+    other = {"path": "moved", "type": "chat", "weight": 2.0, "field": "x", "image_field": "x",
+             "media_urls": ["example.org"], "split": "train", "trust_code": True}[name]  # fmt: skip
+    second = {"path": "y", name: other}
+    before = with_data(sources=[{"path": "x"}, {"path": "y"}])
+    now = with_data(sources=[{"path": "x"}, second])
+    if name == "path":  # the fingerprint of the files is compared instead
+        check_settings(to_dict(before), now, ("data",))
+        return
+    value = getattr(before.data.sources[1], name)
+    value, other = list(value) if isinstance(value, tuple) else value, other
+    with pytest.raises(PretrainError) as error:
+        check_settings(to_dict(before), now, ("data",))
+    assert str(error.value) == f"it has data.sources[1].{name}={value}, not {other}: change it"
+
+
+def test_another_number_of_sources_is_named() -> None:
+    before = with_data(sources=[{"path": "x"}])
+    with pytest.raises(PretrainError, match="=a list of 1, not a list of 0: change it"):
+        check_settings(to_dict(before), sections=("data",))
