@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import PretrainError
+from pretrain.errors import LostRankError, PretrainError
 from pretrain.runtime import command_line, output, stopping, without_transformer_engine
 from pretrain.runtime.command_line import add_command as _add
 from pretrain.runtime.command_line import print_error as _print_error
@@ -413,6 +413,9 @@ def _run(command: _Command, options: argparse.Namespace) -> int:
         if command not in _LOADING_LATER:
             without_transformer_engine.hide_if_unusable()
         return command(options) or 0
+    except LostRankError as error:
+        _print_error(error)
+        return 1
     except PretrainError as error:
         # All ranks have the same error, and rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":

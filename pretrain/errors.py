@@ -9,6 +9,11 @@ class PretrainError(Exception):
     """
 
 
+class LostRankError(PretrainError):
+    """Another rank has ended or does not answer. Ranks that lose it have different messages, and
+    the command line prints those of all."""
+
+
 def one_line(text: str) -> str:
     """Convert a text to one printable line.
 

@@ -21,7 +21,7 @@ from pretrain.parallel import ParallelContext
 from pretrain.plots import save_curves
 from pretrain.reading import Reading, listing
 from pretrain.runtime import stopping, stragglers
-from pretrain.runtime.faults import Guard, RollBack, Watchdog
+from pretrain.runtime.faults import Guard, RollBack, Watchdog, naming_lost_ranks
 from pretrain.runtime.machine import cores_per_process
 from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
@@ -39,12 +39,16 @@ def train(config: Config) -> None:
 
     Raises:
         PretrainError: an error that the user can resolve; the same on all ranks.
+        LostRankError: another rank has ended or does not answer.
         SystemExit: after SIGTERM, SIGINT or SIGHUP, with status 128 + the signal's number. The
             current step has been finished and saved.
     """
     with stopping.on_signals() as termination:
         context = startup.join(config)
-        with startup.lock(config, context) as run_lock:
+        with (
+            naming_lost_ranks(Path(config.run_dir), context.rank, "the start of the run"),
+            startup.lock(config, context) as run_lock,
+        ):
             data = startup.prepare_data(config, context)
             with startup.watch(config, context) as watchdog:
                 _train(config, context, data, watchdog, termination, run_lock)
@@ -220,8 +224,14 @@ def evaluate(config: Config) -> None:
     Raises:
         PretrainError: there is no checkpoint, or it cannot be loaded.
     """
-    context, data = startup.set_up(config)
-    run = build(config, context, data)
+    context = startup.join(config)
+    with naming_lost_ranks(Path(config.run_dir), context.rank, "the evaluation"):
+        _evaluate(config, context)
+    parallel.stop()
+
+
+def _evaluate(config: Config, context: ParallelContext) -> None:
+    run = build(config, context, startup.prepare_data(config, context))
     step = checkpoint.restore(run)
     if not storage.steps(checkpoint.folder(run)):
         raise PretrainError(f"{config.run_dir} has no checkpoint to evaluate: train first")
@@ -230,4 +240,3 @@ def evaluate(config: Config) -> None:
     if context.is_main:
         print(held_out_line({"step": step, **scores}))
         print(listing(readings))
-    parallel.stop()

@@ -1,4 +1,4 @@
-"""Faults during training: bad steps, late collectives and hung ranks.
+"""Faults during training: bad steps, late collectives, and ranks that hang or have ended.
 
 All decisions depend on numbers that were reduced over all ranks, so all ranks decide the same.
 """
@@ -7,18 +7,21 @@ import contextlib
 import faulthandler
 import math
 import os
+import re
 import statistics
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+import torch.distributed as dist
+
 from pretrain.config import FaultConfig
-from pretrain.errors import PretrainError, one_line
+from pretrain.errors import LostRankError, PretrainError, one_line
 from pretrain.runtime import live, without_cuda
 
 # ---------------------------------------------------------------------- bad steps
@@ -193,9 +196,10 @@ class Watchdog:
     after ``faults.collective_seconds``: over gloo by an exception in :meth:`__exit__`'s context,
     over NCCL by aborting the process. A hang elsewhere, such as a file system that does not answer,
     is noticed after ``faults.hang_seconds``. In every case each rank that still runs writes its
-    stacks to ``stacks-rank<r>.txt`` in the run's folder and, except after NCCL's abort, to stderr,
-    and the first of them names the ranks that wrote nothing. All end with status 1 or by SIGABRT,
-    and torchrun ends or restarts the job.
+    stacks to ``stacks-rank<r>.txt`` in the run's folder and, after ``faults.hang_seconds``, to
+    stderr, and the first of them names the ranks that wrote nothing. All end with status 1 or by
+    SIGABRT, and torchrun ends or restarts the job. A rank that loses the connection to one that has
+    ended also writes its stack.
 
     Args:
         seconds: time without :meth:`beat` after which the process ends; 0: never.
@@ -236,11 +240,14 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._on_abort:
             faulthandler.disable()
-        if late := error is not None and is_time_limit(error):
-            self._report_late_collective(error)
-        self._file.close()
-        if not late:
+        if error is None or not is_lost_connection(error):
+            self._file.close()
             self._path(self._rank).unlink(missing_ok=True)
+            return
+        try:
+            self._report_lost_rank(error)
+        finally:
+            self._file.close()
 
     def beat(self, activity: str) -> None:
         """Report progress, and name the activity that begins."""
@@ -256,7 +263,7 @@ class Watchdog:
         return self._activity
 
     def _path(self, rank: int) -> Path:
-        return self._run_dir / f"stacks-rank{rank}.txt"
+        return _stacks_file(self._run_dir, rank)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
@@ -281,17 +288,25 @@ class Watchdog:
         print(stacks, end="", file=sys.stderr, flush=True)
         self._name_silent_ranks()
 
-    def _report_late_collective(self, error: BaseException) -> None:
-        """Report the time limit of a collective; the exception's traceback is printed later."""
-        message = (
-            f"rank {self._rank} (process {os.getpid()}) waited for other ranks longer than "
-            f"faults.collective_seconds in {self._activity}: {one_line(str(error))}\n"
-        )
-        with contextlib.suppress(OSError):  # a full disk must not hide the exception
-            self._write(message)
-            self._file.writelines(traceback.format_exception(error))
-            self._file.flush()
-        self._name_silent_ranks()
+    def _report_lost_rank(self, error: BaseException) -> None:
+        """Write the stack of an error, and name it in one line.
+
+        Raises:
+            LostRankError: unless the stack cannot be written and must be printed.
+        """
+        late = is_time_limit(error)
+        if late:
+            message = (
+                f"rank {self._rank} (process {os.getpid()}) waited for other ranks longer than "
+                f"faults.collective_seconds in {self._activity}: {one_line(str(error))}\n"
+            )
+            with contextlib.suppress(OSError):  # a full disk must not hide the exception
+                self._write(message)
+        try:
+            raise_lost_rank(error, self._run_dir, self._rank, self._activity)
+        finally:
+            if late:
+                self._name_silent_ranks()
 
     def _write(self, message: str) -> None:
         print(message, end="", file=sys.stderr, flush=True)
@@ -315,6 +330,75 @@ class Watchdog:
             return False
 
 
+# ---------------------------------------------------------------------- lost ranks
+
+_LOST = re.compile(
+    r"connection (was likely )?(closed|reset|refused|aborted)|broken pipe|socket closed"
+    r"|timed out|timeout|ncclRemoteError|remote process (has )?exit",
+    re.IGNORECASE,
+)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether gloo, NCCL or the store raised this because another rank has ended or is late.
+
+    gloo has no type for its errors, so they are recognized by their texts.
+    """
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    text = str(error)
+    from_library = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in text.lower()
+    )
+    return from_library and _LOST.search(text) is not None
+
+
 def is_time_limit(error: BaseException) -> bool:
     """Whether gloo raised this because a collective exceeded its time limit."""
-    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+    return is_lost_connection(error) and "timed out" in str(error).lower()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(run_dir: Path, rank: int, activity: str) -> Iterator[None]:
+    """Context in which the loss of another rank is an error of one line.
+
+    The stack is written to ``stacks-rank<r>.txt`` in the run's folder.
+
+    Args:
+        activity: what the run is doing.
+
+    Raises:
+        LostRankError: another rank has ended or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise_lost_rank(error, run_dir, rank, activity)
+        raise
+
+
+def raise_lost_rank(error: BaseException, run_dir: Path, rank: int, activity: str) -> None:
+    """Append the stack of an error of :func:`is_lost_connection` to a file, and raise one line.
+
+    Other errors, and those whose stack cannot be written, are left to the caller to raise.
+
+    Raises:
+        LostRankError: names the activity and the file.
+    """
+    if not is_lost_connection(error):
+        return
+    file = _stacks_file(run_dir, rank)
+    try:
+        with file.open("a") as stacks:
+            stacks.writelines(traceback.format_exception(error))
+    except OSError:
+        return
+    what = "waits too long for" if is_time_limit(error) else "lost the connection to"
+    raise LostRankError(
+        f"rank {rank} {what} another rank in {activity}: see that rank's error; the stack of rank "
+        f"{rank} is in {file}"
+    ) from error
+
+
+def _stacks_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / f"stacks-rank{rank}.txt"

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -432,5 +433,22 @@ def test_a_hanging_rank_is_named_and_others_write_stacks(
     assert run.returncode != 0
     assert "rank 0 (process " in stderr and message in stderr
     assert "no sign of life from rank 1" in stderr
+    assert "[rank0]" not in stderr  # a traceback
     # Which collective it waits in depends on where rank 1 was stopped: not only steps have some.
     assert "in _train\n" in (folder / name / "stacks-rank0.txt").read_text()
+
+
+def test_a_rank_that_loses_another_prints_one_line_and_writes_its_stack(folder: Path) -> None:
+    run = _start(folder, "lost", "steps=5000")
+    _reach(run, folder / "lost" / "metrics.jsonl", 2)
+    _rank(run, 1).send_signal(signal.SIGKILL)
+    stderr = _end(run)
+    assert run.returncode != 0
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    stacks = folder / "lost" / "stacks-rank0.txt"
+    assert re.fullmatch(
+        f"error: rank 0 lost the connection to another rank in .*: see that rank's error; "
+        f"the stack of rank 0 is in {stacks}",
+        line,
+    )
+    assert "[rank0]" not in stderr and "in _train\n" in stacks.read_text()

@@ -1,21 +1,24 @@
-"""Bad steps are detected, also after resuming, and hung ranks end."""
+"""Bad steps are detected, also after resuming, and hung or lost ranks end a run."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import FaultConfig
-from pretrain.errors import PretrainError
+from pretrain.errors import LostRankError, PretrainError
 from pretrain.runtime import faults, without_cuda
-from pretrain.runtime.faults import Guard, Watchdog, is_spike
+from pretrain.runtime.faults import Guard, Watchdog, is_spike, naming_lost_ranks
 
 LOSSES = st.lists(st.floats(0.5, 12), min_size=4, max_size=64)
 
@@ -182,3 +185,56 @@ def test_collectives_time_out_before_the_watchdog(
 def test_a_watchdog_that_would_end_collectives_is_refused(hang: float, collective: float) -> None:
     with pytest.raises(ValueError, match="collective_seconds"):
         FaultConfig(hang_seconds=hang, collective_seconds=collective)
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] "
+LOST = [
+    RuntimeError(GLOO + "Read error [127.0.0.1]:3985: Connection reset by peer. This is typically"),
+    RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:24276"),
+    RuntimeError(GLOO + "writev [127.0.0.1]:24276: Broken pipe"),
+    RuntimeError(GLOO + "Timed out waiting 8000ms for recv operation to complete"),
+    dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+    dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0"),
+    dist.DistBackendError("NCCL error in: a.cpp:1, remote process exited or there was a network "
+                          "error\nncclRemoteError: A call failed possibly due to"),
+]  # fmt: skip
+BUGS = [
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+    RuntimeError("the worker's connection timed out"),  # not of a process group
+    RuntimeError(GLOO + "op.preamble.length <= op.nbytes. 8 vs 4"),  # ranks disagree about a size
+    dist.DistBackendError("NCCL error in: a.cpp:1, unhandled cuda error"),
+    ConnectionResetError("Connection reset by peer"),
+    ValueError(GLOO + "Connection reset by peer"),
+]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("error", LOST + BUGS, ids=lambda error: str(error)[-24:])
+def test_only_the_loss_of_another_rank_is_one_line(
+    tmp_path: Path, error: Exception, watched: bool
+) -> None:
+    stacks, lost = tmp_path / "stacks-rank1.txt", error in LOST
+    with pytest.raises(LostRankError if lost else type(error)) as raised:  # noqa: SIM117
+        with contextlib.ExitStack() as stack:
+            if watched:
+                watchdog = stack.enter_context(Watchdog(0, 1, 2, tmp_path))
+                watchdog._GRACE_SECONDS = 0.0  # type: ignore[misc]
+                watchdog.beat("step 7")
+            else:
+                stack.enter_context(naming_lost_ranks(tmp_path, 1, "step 7"))
+            raise error
+    assert stacks.exists() == lost
+    if not lost:
+        assert raised.value is error
+        return
+    message = str(raised.value)
+    assert re.match(r"rank 1 (lost|waits too long for) .* in step 7: see that rank's", message)
+    assert message.endswith(str(stacks)) and "\n" not in message
+    written = stacks.read_text()
+    assert f'File "{__file__}"' in written and str(error) in written
+
+
+def test_the_stack_of_a_lost_rank_is_raised_if_it_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as raised, naming_lost_ranks(tmp_path / "no", 0, "step 1"):
+        raise LOST[0]
+    assert raised.value is LOST[0]
