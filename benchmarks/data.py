@@ -209,7 +209,8 @@ def _memory(options: argparse.Namespace) -> list[Result]:
 
 
 def _open(simulated: Simulated, folder: str) -> Splits:
-    data = DataConfig(cache_dir=folder, held_out=HELD_OUT, seq_length=LENGTH)
+    sources = (SourceConfig(path="simulated"),)  # not read
+    data = DataConfig(cache_dir=folder, held_out=HELD_OUT, seq_length=LENGTH, sources=sources)
     return open_splits(simulated, data, "hash")
 
 

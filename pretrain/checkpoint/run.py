@@ -18,7 +18,7 @@ from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.checkpoint.local_tier import LocalTier
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Checkpoint, Copy
-from pretrain.config import Config, from_dict, merge, to_dict
+from pretrain.config import Config, drop_without_effect, from_dict, merge, to_dict
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.weights import Weight
@@ -78,8 +78,9 @@ def _open(run_dir: Path, step: int | None = None) -> Checkpoint:
     )
 
 
-def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with, unchecked.
+def _config_values(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The configuration that a checkpoint was made with, unchecked, without settings that have no
+    effect: they were not always refused.
 
     Raises:
         PretrainError: the manifest has none.
@@ -89,7 +90,7 @@ def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
         raise PretrainError(
             f"the checkpoint {checkpoint.path} has no configuration in its manifest.json"
         )
-    return values
+    return drop_without_effect(values)
 
 
 def folder(run: Run) -> Path:

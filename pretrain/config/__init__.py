@@ -5,6 +5,7 @@ and allowed values. A file contains the settings that differ from the defaults, 
 that it names as its ``base``; ``key.sub=value`` on the command line takes precedence.
 """
 
+from pretrain.config.loading import drop_without_effect as drop_without_effect
 from pretrain.config.loading import escape_path as escape_path
 from pretrain.config.loading import from_dict as from_dict
 from pretrain.config.loading import load as load

@@ -15,7 +15,7 @@ import yaml
 
 from pretrain import untrusted_files
 from pretrain.config import rules, yaml_core
-from pretrain.config.rules import PathRule, Settings
+from pretrain.config.rules import PathRule, Settings, WithoutEffectError
 from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
 
@@ -191,6 +191,33 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         SettingError: a key is unknown, or a value is invalid.
     """
     return _build(Config, values, "")
+
+
+def drop_without_effect(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Plain values without the settings that have no effect with the others.
+
+    A configuration with such a setting is refused; that of an earlier run may have it, and means
+    the same without it. Other errors are left to :func:`from_dict`.
+    """
+    while True:
+        try:
+            _build(Config, values, "")
+        except SettingError as error:
+            if isinstance(error.__cause__, WithoutEffectError):
+                values = _without(values, error.key)
+                continue
+        return values
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Nested values without the one of a dotted name."""
+    name, _, rest = key.partition(".")
+    changed = dict(values)
+    if rest:
+        changed[name] = _without(changed[name], rest)
+    else:
+        del changed[name]
+    return changed
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from muonclip import MuonClip, validation
-from pretrain.config.rules import is_union
+from pretrain.config.rules import WithoutEffectError, is_union, require
 
 C = TypeVar("C", bound=type[Any])
 
@@ -108,9 +108,15 @@ def check(section: Any) -> None:
         value = getattr(section, whole)
         has_effect = bool(value) if effective is None else value in effective
         if getattr(section, name) != defaults[name] and not has_effect:
-            raise ValueError(
+            raise WithoutEffectError(
                 f"{name}={getattr(section, name)} has no effect with {whole}={value}: leave it out"
             )
+    start, momentum = section.momentum_warmup_start, section.momentum
+    require(
+        section.momentum_warmup_steps == 0 or start <= momentum,
+        f"momentum_warmup_start={start} is more than momentum={momentum}, to which it rises: lower "
+        "it",
+    )
 
 
 def _setting_type(name: str, annotation: Any) -> Any:

@@ -83,6 +83,10 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class WithoutEffectError(ValueError):
+    """A setting that is neither at its default nor null has no effect with the other settings."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base class of the sections of a configuration; a field's type contains its allowed values.
@@ -114,17 +118,29 @@ class Settings:
 
     def _refuse_without_effect(self, choice: str, names: Iterable[str]) -> None:
         """Refuse settings that are neither at their defaults nor null, if a choice disables
-        them."""
+        them.
+
+        Raises:
+            WithoutEffectError: names the first of them.
+        """
         defaults = {
             f.name: f.default if f.default_factory is MISSING else f.default_factory()
             for f in fields(self)
         }
         for name in names:
             value = getattr(self, name)
-            require(
-                value is None or value == defaults[name],
-                f"{name}={shortened(value)} has no effect with {choice}: leave it out, or set null",
-            )
+            if value is not None and value != defaults[name]:
+                raise WithoutEffectError(
+                    f"{name}={shortened(value)} has no effect with {choice}: leave it out, or set "
+                    "null"
+                )
+
+    def _refuse_others(self, name: str) -> None:
+        """Refuse all other settings of the section, if the value of this one disables them."""
+        value = getattr(self, name)
+        text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+        others = [field.name for field in fields(self) if field.name != name]
+        self._refuse_without_effect(f"{name}={text}", others)
 
 
 def type_name(expected: Any) -> str:

@@ -51,6 +51,8 @@ class RopeScalingConfig(Settings):
     """Attention logits are multiplied by m(mscale_all_dim) squared."""
 
     def _check(self) -> None:
+        if self.factor == 1:
+            self._refuse_others("factor")
         require(
             self.factor == 1 or self.original_max_position_embeddings is not None,
             f"original_max_position_embeddings must be given with factor={self.factor}: the "
@@ -365,6 +367,12 @@ class SourceConfig(Settings):
             )
 
 
+# The others are also those of the built-in data, or of the images that `sample` reads.
+_SOURCES_ONLY = (
+    "max_untokenized_mb", "held_out", "deduplicate", "decode_workers", "max_corrupt",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """The data: the built-in text and drawn images, or other sources."""
@@ -412,10 +420,8 @@ class DataConfig(Settings):
             not self.sources or any(source.weight > 0 for source in self.sources),
             "sources must have a weight above 0: all are 0",
         )
-        require(
-            self.deduplicate == "none" or bool(self.sources),
-            f"deduplicate={self.deduplicate} has no effect without sources: leave it out",
-        )
+        if not self.sources:
+            self._refuse_without_effect("sources=[]", _SOURCES_ONLY)
         if self.deduplicate != "near":
             self._refuse_without_effect(f"deduplicate={self.deduplicate}", ["duplicate_threshold"])
 
@@ -458,6 +464,8 @@ class OptimizerConfig(Settings):
 
     def _check(self) -> None:
         optimizer_options.check(self)
+        if self.decay_steps == 0:
+            self._refuse_without_effect("decay_steps=0", ["final_lr_fraction"])
 
     def muonclip_options(self) -> dict[str, Any]:
         """The keyword arguments of ``MuonClip``, without those that follow from other sections."""
@@ -579,6 +587,13 @@ class RecomputeConfig(Settings):
             self.granularity != "selective" or len(self.modules) > 0,
             "modules must name at least one module, or granularity must be none",
         )
+        without_effect = {
+            "none": ("method", "num_layers", "modules"),
+            "selective": ("method", "num_layers"),
+            "full": ("modules",),
+        }
+        choice = f"granularity={self.granularity}"
+        self._refuse_without_effect(choice, without_effect[self.granularity])
 
 
 # Default limit of ranks that share their images.
@@ -619,8 +634,7 @@ class EncoderProcessConfig(Settings):
         if not self.recompute:
             self._refuse_without_effect("recompute=false", ["activation_memory_gib"])
         if not self.enabled:
-            names = ("activation_memory_gib", "group_size")
-            self._refuse_without_effect("enabled=false", names)
+            self._refuse_others("enabled")
 
 
 @dataclass(frozen=True)
@@ -682,6 +696,11 @@ class FaultConfig(Settings):
     ratios."""
 
     def _check(self) -> None:
+        if self.spike == "ignore":
+            self._refuse_without_effect("spike=ignore", ["spike_window", "spike_deviations"])
+        if not {self.non_finite, self.spike} & {"skip", "roll_back"}:
+            choice = f"non_finite={self.non_finite} and spike={self.spike}"
+            self._refuse_without_effect(choice, ["max_in_a_row"])
         limit = self.collective_seconds
         if limit is None or limit == 0:
             return
@@ -726,6 +745,10 @@ class WandbConfig(Settings):
     mode: Literal["offline", "online"] = "offline"
     """offline: write to run_dir/wandb, for ``wandb sync``. online: needs ``wandb login``."""
     project: Name = "pretrain"
+
+    def _check(self) -> None:
+        if not self.enabled:
+            self._refuse_others("enabled")
 
 
 @dataclass(frozen=True)

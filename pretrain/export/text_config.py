@@ -374,5 +374,7 @@ def _scaling(rope: Section, *, scaled: bool) -> RopeScalingConfig:
     original = rope.count("original_max_position_embeddings")
     numbers = {"factor": rope.number("factor", low=1.0)}
     numbers |= {key: rope.number(key, value, low=0.0) for key, value in defaults.items()}
+    if numbers["factor"] == 1:  # not scaled, whatever the others are
+        return RopeScalingConfig()
     scaling = {**numbers, "original_max_position_embeddings": original}
     return rope.build(RopeScalingConfig, scaling, {})

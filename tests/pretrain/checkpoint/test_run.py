@@ -13,6 +13,7 @@ from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.checkpoint import run as checkpoint_run
 from pretrain.checkpoint.imported import ImportedSettings
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config import Config, DataConfig, SourceConfig, from_dict, rules, to_dict
 from pretrain.errors import PretrainError
 from pretrain.startup import set_up
@@ -185,3 +186,14 @@ def test_another_number_of_sources_is_named() -> None:
     before = with_data(sources=[{"path": "x"}])
     with pytest.raises(PretrainError, match="=a list of 1, not a list of 0: change it"):
         check_settings(to_dict(before), sections=("data",))
+
+
+def test_a_setting_without_effect_does_not_keep_an_earlier_run_from_resuming(
+    tmp_path: Path,
+) -> None:
+    values = to_dict(Config())
+    values["data"]["held_out"], values["wandb"]["project"] = 0.5, "x"
+    checkpoint = Checkpoint(tmp_path, 1, {"config": values}, {}, {})
+    found = checkpoint_run._config_values(checkpoint)
+    assert from_dict(found) == Config()
+    check_settings(dict(found), sections=checkpoint_run._FIXED)

@@ -172,7 +172,7 @@ def test_merging_is_idempotent_and_an_empty_change_is_neutral(
 
 OVERRIDES = st.lists(
     st.tuples(
-        st.sampled_from(["seed", "log_every", "language.rope_scaling.beta_slow", "optimizer.lr"]),
+        st.sampled_from(["seed", "log_every", "data.images.max_words", "optimizer.lr"]),
         st.integers(1, 9),
     ),
     max_size=4,

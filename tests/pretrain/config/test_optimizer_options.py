@@ -104,6 +104,10 @@ def test_triples_can_be_given(tmp_path: Path) -> None:
         ("optimizer.adamw_eps=0", "optimizer.adamw_eps=0 must be above 0"),
         ("optimizer.ns_coefficients=[1, 2]", "optimizer.ns_coefficients must be three finite"),
         ("optimizer.momentum_warmup_start=0.5", "has no effect with momentum_warmup_steps=0"),
+        (
+            "{optimizer: {momentum: 0.5, momentum_warmup_steps: 9}}",
+            "optimizer.momentum_warmup_start=0.85 is more than momentum=0.5, to which it rises",
+        ),
         ("{optimizer: {adjust_lr: none, update_rms: 0.3}}", "has no effect with adjust_lr=none"),
         ("optimizer.master_weights=true", "'optimizer.master_weights' is not a setting: with prec"),
         ("optimizer.qk_clip=true", "'optimizer.qk_clip' is not a setting: set qk_clip_threshold"),

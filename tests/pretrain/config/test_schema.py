@@ -1,6 +1,7 @@
 """Every setting has an allowed range that is checked, described and complete."""
 
 import math
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ def settings(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 INTERVALS = {key: hint for key, hint in settings(Config) if isinstance(rules.rule_of(hint), In)}
 PATHS = [key for key, hint in settings(Config) if isinstance(rules.rule_of(hint), PathRule)]
+YARN = [
+    "language.rope_scaling.factor=2",
+    "language.rope_scaling.original_max_position_embeddings=256",
+]
+SOURCE = ["data.sources=[{path: x}]"]
 # Other settings that a boundary value needs.
 WITH = {
     "steps": ["optimizer.warmup_steps=0", "optimizer.decay_steps=0"],
@@ -53,9 +59,14 @@ WITH = {
         "language.experts_per_token=2",
     ],
     "language.experts_per_token": ["language.num_experts=1048576"],
-    "language.rope_scaling.factor": ["language.rope_scaling.original_max_position_embeddings=256"],
-    "language.rope_scaling.beta_fast": ["language.rope_scaling.beta_slow=1e-6"],
-    "language.rope_scaling.beta_slow": ["language.rope_scaling.beta_fast=1e6"],
+    "language.rope_scaling.factor": YARN[1:],
+    "language.rope_scaling.original_max_position_embeddings": [
+        *("language.rope_scaling.factor=1e6", "data.seq_length=64"),
+    ],
+    "language.rope_scaling.beta_fast": [*YARN, "language.rope_scaling.beta_slow=1e-6"],
+    "language.rope_scaling.beta_slow": [*YARN, "language.rope_scaling.beta_fast=1e6"],
+    "language.rope_scaling.mscale": YARN,
+    "language.rope_scaling.mscale_all_dim": YARN,
     "vision.num_heads": ["vision.hidden_size=1048576"],
     "vision.hidden_size": ["vision.num_heads=1"],
     "data.images.min_chars": ["data.images.max_chars=200"],
@@ -64,7 +75,13 @@ WITH = {
     "data.images.max_font_size": ["data.images.min_font_size=4"],
     "optimizer.warmup_steps": ["optimizer.decay_steps=0", "steps=1000000000"],
     "optimizer.decay_steps": ["optimizer.warmup_steps=0", "steps=1000000000"],
-    "data.duplicate_threshold": ["data.sources=[{path: x}]", "data.deduplicate=near"],
+    "data.duplicate_threshold": [*SOURCE, "data.deduplicate=near"],
+    **{f"data.{name}": SOURCE for name in
+       ("max_untokenized_mb", "held_out", "decode_workers", "max_corrupt")},
+    "recompute.num_layers": ["recompute.granularity=full", "recompute.method=block"],
+    "faults.spike_window": ["faults.spike=stop"],
+    "faults.spike_deviations": ["faults.spike=stop"],
+    "faults.max_in_a_row": ["faults.non_finite=roll_back"],
     "faults.collective_seconds": ["faults.hang_seconds=0"],
     "parallel.interleave": ["parallel.pipeline=2"],
     "parallel.layout": ["parallel.pipeline=2"],
@@ -97,7 +114,9 @@ def boundaries(key: str) -> list[float]:
 @pytest.mark.parametrize("key", INTERVALS)
 def test_boundary_values_load_and_can_be_planned(key: str, empty: Path) -> None:
     for value in boundaries(key):
-        loaded = config.load(empty, [*WITH.get(key, []), override(key, value)])
+        is_off = (key, value) == ("language.rope_scaling.factor", 1)
+        others = [] if is_off else WITH.get(key, [])
+        loaded = config.load(empty, [*others, override(key, value)])
         if max(loaded.language.num_layers, loaded.vision.num_layers) < 10000:  # takes seconds
             try:
                 plan(loaded)
@@ -338,3 +357,74 @@ def test_null_is_the_default_wherever_it_is_allowed(empty: Path) -> None:
             for name in key.split("."):
                 section = section[name]
             assert section is None, key
+
+
+# Settings that turn others off, and a value of each that has no effect then.
+ROPE, DEP, FAULTS = "language.rope_scaling", "encoder_process", "faults"
+WITHOUT_EFFECT: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): (
+        *(f"{ROPE}.original_max_position_embeddings=256", f"{ROPE}.beta_fast=9"),
+        *(f"{ROPE}.beta_slow=2", f"{ROPE}.mscale=2", f"{ROPE}.mscale_all_dim=0.5"),
+        *("data.held_out=0.5", "data.decode_workers=2", "data.max_untokenized_mb=1"),
+        *("data.max_corrupt=1", "data.deduplicate=exact", "recompute.method=block"),
+        *("recompute.num_layers=2", "recompute.modules=[mlp]", f"{FAULTS}.spike_window=9"),
+        *(f"{FAULTS}.spike_deviations=2", f"{FAULTS}.max_in_a_row=2", "wandb.project=x"),
+        *("wandb.mode=online", "data.duplicate_threshold=0.9"),
+    ),
+    ("recompute.granularity=selective",): ("recompute.method=block", "recompute.num_layers=2"),
+    ("recompute.granularity=full",): ("recompute.modules=[mlp]",),
+    (f"{FAULTS}.spike=stop",): (f"{FAULTS}.max_in_a_row=2",),
+    (f"{DEP}.enabled=false",): (
+        *(f"{DEP}.spread=round_robin", f"{DEP}.cost=measured", f"{DEP}.max_patches=99"),
+        *(f"{DEP}.recompute=false", f"{DEP}.activation_memory_gib=1", f"{DEP}.group_size=2"),
+        f"{DEP}.max_patches_per_rank=99",
+    ),
+    (f"{DEP}.recompute=false",): (f"{DEP}.activation_memory_gib=1",),
+    ("optimizer.decay_steps=0",): ("optimizer.final_lr_fraction=0.5",),
+    ("optimizer.adjust_lr=none",): ("optimizer.update_rms=0.5",),
+}
+EACH = [(choice, one) for choice, settings in WITHOUT_EFFECT.items() for one in settings]
+
+
+@pytest.mark.parametrize(("choice", "setting"), EACH)
+def test_a_setting_without_effect_is_refused_unless_it_has_its_default(
+    choice: tuple[str, ...], setting: str, empty: Path
+) -> None:
+    key, _, _ = setting.partition("=")
+    with pytest.raises(PretrainError, match=rf"^{re.escape(key)}=\S+ has no effect with ") as error:
+        config.load(empty, [*choice, setting])
+    assert "\n" not in str(error.value)
+    without = config.load(empty, choice)
+    default: Any = config.to_dict(Config())
+    for name in key.split("."):
+        default = default[name]
+    values = config.with_overrides({}, [*choice, f"{key}=null"])
+    assert config.load(empty, [*choice, f"{key}=null"]) == without
+    assert config.from_dict(config.merge(values, nested(key, default))) == without
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
+
+
+@given(chosen=st.lists(st.sampled_from(EACH), max_size=6), data=st.data())
+def test_settings_without_effect_are_dropped_from_those_of_an_earlier_run(
+    chosen: list[tuple[tuple[str, ...], str]], data: st.DataObject
+) -> None:
+    """The rest loads, and settings with an effect keep their values."""
+    choices = [text for choice, _ in chosen for text in choice]
+    settings = [setting for _, setting in chosen]
+    values = config.with_overrides({"seed": 7}, data.draw(st.permutations(choices + settings)))
+    kept = config.drop_without_effect(values)
+    loaded = config.from_dict(kept)
+    assert loaded.seed == 7 and config.drop_without_effect(kept) == kept
+    if not choices:
+        assert loaded == config.from_dict({"seed": 7})
+
+
+def test_other_errors_in_the_settings_of_an_earlier_run_remain() -> None:
+    values = {"wandb": {"project": "x"}, "data": {"window": 3}}
+    with pytest.raises(PretrainError, match=r"data\.window"):
+        config.from_dict(config.drop_without_effect(values))

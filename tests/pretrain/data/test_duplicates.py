@@ -171,7 +171,7 @@ def test_images_with_the_same_content_and_caption_are_duplicates(tmp_path: Path)
 def test_settings_that_have_no_effect_are_refused() -> None:
     with pytest.raises(ValueError, match=r"duplicate_threshold=0\.9 has no effect"):
         DataConfig(sources=(SourceConfig(path="a"),), duplicate_threshold=0.9)
-    with pytest.raises(ValueError, match="deduplicate=near has no effect without sources"):
+    with pytest.raises(ValueError, match=r"deduplicate='near' has no effect with sources=\[\]"):
         DataConfig(deduplicate="near")
 
 

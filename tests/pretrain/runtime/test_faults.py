@@ -68,7 +68,7 @@ def test_steps_are_skipped_up_to_the_limit() -> None:
 
 def test_steps_without_labels_are_always_skipped() -> None:
     for action in ("stop", "skip", "roll_back"):
-        guard = Guard(FaultConfig(non_finite=action, spike=action, spike_window=4, max_in_a_row=1))
+        guard = Guard(FaultConfig(non_finite=action, spike=action, spike_window=4))
         for _ in range(9):
             fault = guard.judge(None, math.nan)
             assert fault is not None and (fault.kind, fault.action) == ("empty", "skip")

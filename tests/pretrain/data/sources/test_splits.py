@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, SourceConfig
 from pretrain.data.sources import splits
 from pretrain.data.sources.order import Integers
 from pretrain.data.sources.splits import held_out_below, open_splits
 
 LENGTH = 100
+SOURCES = (SourceConfig(path="not read"),)  # held_out is refused without sources
 
 
 @dataclass
@@ -59,7 +60,10 @@ def test_splits_equal_their_definition(
     removed = np.flatnonzero([duplicate for *_, duplicate in documents])
     listed = Listed(hashes, tokens, whole, "an index", removed, "a search")
     data = DataConfig(
-        cache_dir=str(tmp_path_factory.mktemp("cache")), held_out=held_out, seq_length=LENGTH
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+        held_out=held_out,
+        seq_length=LENGTH,
+        sources=SOURCES,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "_CHUNK", chunk)
@@ -89,7 +93,7 @@ def test_splits_equal_their_definition(
 def test_splits_are_made_once_for_each_setting(tmp_path: Path) -> None:
     hashes = np.arange(1000, dtype=np.uint64) << np.uint64(54)
     listed = Listed(hashes, np.ones(1000, np.int64), True, "an index")
-    data = DataConfig(cache_dir=str(tmp_path), held_out=0.1, seq_length=LENGTH)
+    data = DataConfig(cache_dir=str(tmp_path), held_out=0.1, seq_length=LENGTH, sources=SOURCES)
     made = open_splits(listed, data, "hash")
     # Nearly all documents are in this split: the file has those that are not.
     assert made.numbers["train"].leaves_out and len(made.numbers["train"].listed) < 150
