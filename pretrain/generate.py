@@ -243,8 +243,8 @@ def sample(
         The text in pieces of complete characters; a reply as :func:`pretrain.data.chat.readable`.
 
     Raises:
-        PretrainError: as in :func:`compose`, an option is out of range, or the sequence length
-            leaves too few tokens.
+        PretrainError: as in :func:`compose`, an option is out of range, the sequence length
+            leaves too few tokens, or the model's logits are not finite.
     """
     if temperature < 0:
         raise PretrainError(f"--temperature must be >= 0, not {temperature}")
@@ -265,6 +265,12 @@ def sample(
     if ask and ask.thinking:
         yield chat.THINK
     for _ in range(max_tokens or room):
+        if not forward.logits.isfinite().all():
+            raise PretrainError(
+                "the model's logits are not finite, so no token can be drawn: its weights are "
+                "damaged by a diverged training; give an earlier checkpoint with --step, or train "
+                "again with a lower optimizer.lr"
+            )
         token = sample_token(forward.logits, temperature, top_p, generator)
         if token == model.tokenizer.eos or (ask and token == model.tokenizer.im_end):
             break

@@ -37,7 +37,7 @@ class Generated(NamedTuple):
         document: a video, an image and the prompt as the model reads them.
         commands: exit status, output and errors of the command line: with an image, and with a
             video and an image.
-        errors: messages about documents that are too long and options out of range.
+        errors: messages about documents that are too long, options out of range, and NaN weights.
         unreadable: messages about unreadable images by file name.
     """
 
@@ -117,6 +117,8 @@ def generate_all(folder: str, image: str) -> Generated:
         for name in ("missing.png", "broken.png", "half.png", "folder.png")
     }
     document = generate.compose(model, PROMPT, media)
+    model.language.output_layer.weight.data[7] = torch.nan
+    errors += [_error(model, PROMPT, temperature=value) for value in (0.0, 1.0)]
     parallel.stop()
     commands = []
     video = ["--video", str(path.with_name("film.mp4"))]
@@ -185,7 +187,9 @@ def test_videos_are_composed_as_in_training(generated: Generated) -> None:
 
 
 def test_long_documents_and_options_out_of_range_are_refused(generated: Generated) -> None:
-    too_long, too_many, temperature, top_p, long_video = generated.errors
+    too_long, too_many, temperature, top_p, long_video, *not_finite = generated.errors
+    assert all("the model's logits are not finite" in error for error in not_finite)
+    assert len(not_finite) == 2
     assert "tokens, which leaves 0 of the 96 of this model's sequences" in too_long
     assert "fewer --max-tokens" in too_many
     assert (
