@@ -73,8 +73,8 @@ def check_options(values: Mapping[str, Any]) -> None:
             check_at_least_zero(option, values[option])
     if values["update_rms"] == 0:
         raise ValueError(
-            "update_rms=0 would leave every matrix as it is: it is the RMS of the updates; use "
-            "lr=0.0 to train nothing"
+            "update_rms=0 would leave every matrix as it is: it is the RMS of the updates; "
+            "choose a number above 0"
         )
     betas = values["adamw_betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
