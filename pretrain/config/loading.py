@@ -26,6 +26,22 @@ Layer = tuple[Path | None, dict[str, Any]]
 
 _MAX_BYTES = 1 << 20
 
+# Sections with more settings are not listed in an error.
+_MAX_LISTED = 12
+# Names of settings in other programs and in config.json, which do not look like ours.
+_SYNONYMS = {
+    "learning_rate": "lr", "max_lr": "lr", "beta1": "adamw_beta1", "beta2": "adamw_beta2",
+    "max_grad_norm": "clip_grad_norm", "clip_grad": "clip_grad_norm", "wd": "weight_decay",
+    "max_steps": "steps", "train_iters": "steps", "batch_size": "global_batch_size",
+    "logging_steps": "log_every", "output_dir": "run_dir", "dtype": "precision",
+    "seq_len": "seq_length", "max_length": "seq_length", "context_length": "seq_length",
+    "rope_theta": "rope_base", "rms_norm_eps": "norm_eps", "initializer_range": "init_std",
+    "intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads",
+    "n_routed_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
+    "routed_scaling_factor": "router_scaling", "first_k_dense_replace": "dense_layers",
+    "save_steps": "every", "interval": "every",
+}  # fmt: skip
+
 # A value in a mapping of options.
 Option = bool | int | float | str | tuple[bool | int | float | str, ...]
 
@@ -238,14 +254,25 @@ def _build(cls: type[S], values: Any, prefix: str) -> S:
         if name not in types:
             if reason := cls.not_settings().get(str(name)):
                 raise SettingError(key, f"{rules.shortened(key)} is not a setting: {reason}")
-            similar = difflib.get_close_matches(str(name), list(types), n=1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(types)}"
+            hint = _hint(str(name), list(types))
             raise SettingError(key, f"unknown configuration key {rules.shortened(key)}: {hint}")
         if value is not None:
             arguments[name] = _convert(value, types[name], key)
         elif rules.is_optional(types[name]):  # null is a value, which need not be the default
             arguments[name] = None
     return _construct(cls, arguments, prefix)
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """Suggest settings of a section for a name that it does not have."""
+    synonym = _SYNONYMS.get(name)
+    similar = [synonym] if synonym in known else difflib.get_close_matches(name, known, n=1)
+    if similar:
+        return f"did you mean {similar[0]!r}?"
+    if len(known) <= _MAX_LISTED:
+        return f"known keys: {', '.join(known)}"
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return f"the nearest keys are {', '.join(nearest)}"
 
 
 def _construct(cls: type[S], arguments: dict[str, Any], prefix: str) -> S:

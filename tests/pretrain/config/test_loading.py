@@ -88,6 +88,9 @@ SHAPES = (
     [
         (["optimiser.lr=1"], "unknown configuration key 'optimiser': did you mean 'optimizer'?"),
         (["optimizer.lrr=1"], "unknown configuration key 'optimizer.lrr': did you mean 'lr'?"),
+        (["optimizer.learning_rate=1"], "key 'optimizer.learning_rate': did you mean 'lr'?"),
+        (["language.rope_theta=1"], "key 'language.rope_theta': did you mean 'rope_base'?"),
+        (["wandb.zzz=1"], "key 'wandb.zzz': known keys: enabled, mode, project"),
         (["megatron=[1]"], "megatron must be a mapping of names to values, not [1]"),
         (["ddp.a.b=1"], "ddp.a must be bool or int or float or str or a list of bool or int or"),
         (["steps=many"], "steps must be int, not 'many'"),

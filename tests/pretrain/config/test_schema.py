@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import config
-from pretrain.config import rules, yaml_core
+from pretrain.config import loading, rules, yaml_core
 from pretrain.config.rules import In, PathRule, Settings
 from pretrain.config.schema import Config
 from pretrain.errors import PretrainError
@@ -428,3 +428,18 @@ def test_other_errors_in_the_settings_of_an_earlier_run_remain() -> None:
     values = {"wandb": {"project": "x"}, "data": {"window": 3}}
     with pytest.raises(PretrainError, match=r"data\.window"):
         config.from_dict(config.drop_without_effect(values))
+
+
+@given(st.sampled_from(sorted({**loading._SYNONYMS, "zzz": "", "x" * 300: ""})))
+def test_an_unknown_key_suggests_few_settings_of_its_section(name: str) -> None:
+    sections = [Config, config.LanguageConfig, config.OptimizerConfig, config.DataConfig]
+    names = {key.rpartition(".")[2] for key, _ in settings(Config)}
+    assert loading._SYNONYMS.get(name, "lr") in names
+    for section in sections:
+        with pytest.raises(PretrainError, match=r"^unknown configuration key ") as error:
+            loading._build(section, {name: 1}, "")
+        suggested = str(error.value).rpartition(": ")[2]
+        synonym = loading._SYNONYMS.get(name)
+        if synonym in rules.field_types(section):
+            assert suggested == f"did you mean {synonym!r}?"
+        assert suggested.count(",") < loading._MAX_LISTED and "\n" not in suggested
