@@ -73,9 +73,47 @@ def _open(run_dir: Path, step: int | None = None) -> Checkpoint:
         raise PretrainError(
             f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
         )
-    return Checkpoint.open(
-        storage.path_of(run_dir / "checkpoints", steps[-1] if step is None else step)
-    )
+    return _opened(run_dir / "checkpoints", steps[-1] if step is None else step)
+
+
+def _opened(folder: Path, step: int) -> Checkpoint:
+    """Open the checkpoint of a step, and check the parts of its manifest that this module reads.
+
+    Raises:
+        PretrainError: it is not a checkpoint, of another step, or a fact has another type.
+    """
+    checkpoint = Checkpoint.open(storage.path_of(folder, step))
+    wrong = next((f"facts.{n}" for n, v in checkpoint.facts.items() if not _is_fact(n, v)), None)
+    if checkpoint.step != step:
+        wrong = f"step={checkpoint.step}"
+    if wrong:
+        raise PretrainError(
+            f"{checkpoint.path} is damaged: its manifest.json has a wrong {wrong}: remove that "
+            "folder to resume from the checkpoint before it, or start a new run_dir"
+        )
+    return checkpoint
+
+
+def _is_fact(name: str, value: Any) -> bool:
+    """Whether a fact has the type that :func:`save` writes."""
+    if name == "updates":
+        return _is_count(value)
+    if name == "source_tokens":
+        return isinstance(value, list) and all(map(_is_count, value))
+    if name == "data":
+        return isinstance(value, list) and all(isinstance(state, dict) for state in value)
+    if name == "faults":
+        return isinstance(value, dict) and all(
+            isinstance(entry, list) and all(type(loss) in (int, float) for loss in entry)
+            if key == "losses"
+            else _is_count(entry)
+            for key, entry in value.items()
+        )
+    return name != "weights_only" or isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _config_values(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -401,7 +439,7 @@ def _read(run: Run, step: int | None) -> tuple[int, dict[str, Any], _State | Non
     if step is None:
         start_from = run.config.start_from
         return 0, {}, None if start_from is None else _start_from(run, Path(start_from))
-    checkpoint = Checkpoint.open(storage.path_of(folder(run), step))
+    checkpoint = _opened(folder(run), step)
     _verify(run, checkpoint)
     weights_only = checkpoint.facts.get("weights_only", False)
     _check_settings(

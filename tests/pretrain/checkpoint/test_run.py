@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pretrain import batches, checkpoint, parallel
 from pretrain.build import build
 from pretrain.checkpoint import run as checkpoint_run
+from pretrain.checkpoint import storage
 from pretrain.checkpoint.imported import ImportedSettings
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config import Config, DataConfig, SourceConfig, from_dict, rules, to_dict
@@ -20,7 +23,7 @@ from pretrain.startup import set_up
 from pretrain.step import train_step
 from tests.distributed import training
 from tests.distributed.launch import launch
-from tests.pretrain.saved_run import SHAPE, Made
+from tests.pretrain.saved_run import SHAPE, STEP, Made
 
 
 class Begun(NamedTuple):
@@ -197,3 +200,38 @@ def test_a_setting_without_effect_does_not_keep_an_earlier_run_from_resuming(
     found = checkpoint_run._config_values(checkpoint)
     assert from_dict(found) == Config()
     check_settings(dict(found), sections=checkpoint_run._FIXED)
+
+
+WRONG: dict[str, Any] = {
+    "updates": st.sampled_from(["x", -1, 1.5, True, None, 1 << 63, []]),
+    "source_tokens": st.sampled_from(["x", 3, [1, "x"], [-1], [0.5], {}]),
+    "data": st.sampled_from(["x", {}, [3], [None]]),
+    "faults": st.sampled_from(["x", [], {"losses": 3}, {"losses": ["x"]}, {"skipped": -1}]),
+    "weights_only": st.sampled_from(["x", 1, None, []]),
+    "config": st.sampled_from(["x", 1, None, []]),
+    "step": st.sampled_from([-3, 8, 6, 1 << 70, 7.5e9]),
+}
+
+
+@given(name=st.sampled_from(sorted(WRONG)), data=st.data())
+def test_a_manifest_with_a_wrong_fact_or_step_is_damaged(
+    made: Made, run_folder: Path, tmp_path_factory: pytest.TempPathFactory, name: str, data: Any
+) -> None:
+    source = storage.path_of(run_folder / "run" / "checkpoints", STEP)
+    run_dir = tmp_path_factory.mktemp("damaged")
+    path = storage.path_of(run_dir / "checkpoints", STEP)
+    path.mkdir(parents=True)
+    for file in source.iterdir():
+        (path / file.name).symlink_to(file)
+    manifest = path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.unlink()
+    manifest.write_text(json.dumps(values))
+    assert checkpoint_run._open(run_dir).step == STEP
+    value = data.draw(WRONG[name])
+    (values if name == "step" else values["facts"])[name] = value
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(PretrainError) as error:
+        checkpoint.find(run_dir)
+    message = str(error.value)
+    assert str(path) in message and name in message and "\n" not in message
