@@ -127,7 +127,8 @@ def effective(module: nn.Module) -> Effective:
         vectors = [tuner.ia3_l[adapter] for adapter in active]
         vector = next((v for v in vectors if v.requires_grad), None)
         return base if vector is None else Effective([RowTensor(vector, 0)], "IA3")
-    if "lora_A" in names and "lora_B" in names:
+    # AdaLoRA's factors are parameters without a module.
+    if "lora_A" in names and isinstance(getattr(tuner, "lora_B", None), nn.ModuleDict):
         variants = [getattr(tuner, "lora_variant", {}).get(adapter) for adapter in active]
         if not any(variants) and all(adapter in tuner.lora_B for adapter in active):
             ups = [tuner.lora_B[adapter] for adapter in active]

@@ -327,9 +327,12 @@ def _adapters_without_rule(model: nn.Module) -> set[Tensor]:
     """
     found: set[Tensor] = set()
     for module in model.modules():
-        for name in getattr(module, "adapter_layer_names", ()):
+        names = getattr(module, "adapter_layer_names", ())
+        # AdaLoRA's factors are of a singular value decomposition, with the values in lora_E.
+        kept = {"modules_to_save"} if "lora_E" in names else {*_LORA, "modules_to_save"}
+        for name in names:
             adapter = getattr(module, name, None)
-            if isinstance(adapter, nn.Module) and name not in {*_LORA, "modules_to_save"}:
+            if isinstance(adapter, nn.Module) and name not in kept:
                 found.update(adapter.parameters())
     return found
 

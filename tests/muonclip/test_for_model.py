@@ -313,6 +313,20 @@ def test_other_adapters_go_to_adamw() -> None:
     assert {a for n, a in found.items() if "modules_to_save" in n} == {"muon"}
 
 
+def test_adalora_goes_to_adamw_and_is_not_clipped() -> None:
+    """Its factors are of a singular value decomposition."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(init_r=4, target_modules=["q_proj", "o_proj"], total_step=10)
+    model = peft.get_peft_model(llama(), config).train()
+    with pytest.warns(UserWarning, match="the rows of its adalora adapter cannot be"):
+        optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is None
+    found = algorithms(optimizer)
+    assert {name.split("lora_")[1][0] for name in found} == set("ABE")
+    assert set(found.values()) == {"adamw"}
+    train(model, optimizer)
+
+
 @pytest.mark.parametrize("frozen", [["q_proj"], ["q_proj", "k_proj"]])
 def test_a_trained_side_that_cannot_be_clipped_is_warned_of(frozen: list[str]) -> None:
     """Keys alone let the logits grow; frozen queries and keys do not."""
