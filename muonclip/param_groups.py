@@ -424,14 +424,15 @@ def group_assignments(
     """The groups of ``param_groups`` for parameters that are assigned already.
 
     Args:
-        decay_vectors: False: vectors and numbers (biases, gains) are in separate groups, with
-            ``weight_decay=0.0``.
+        decay_vectors: False: vectors and numbers are in separate groups, with
+            ``weight_decay=0.0``, as are biases and gains of more dimensions (of experts, of
+            positions).
     """
     groups: dict[tuple[Algorithm, MatrixLayout | None, bool], dict[str, Any]] = {}
     for item in assignments:
         if item.algorithm is None:
             continue
-        is_decayed = decay_vectors or item.parameter.dim() > 1
+        is_decayed = decay_vectors or not _adds_or_scales(item)
         key = (item.algorithm, item.layout, is_decayed)
         if key not in groups:
             groups[key] = {
@@ -443,6 +444,17 @@ def group_assignments(
             }
         groups[key]["params"].append((item.name, item.parameter))
     return list(groups.values())
+
+
+def _adds_or_scales(item: Assignment) -> bool:
+    """Whether a parameter is a bias, a gain or another vector, of one dimension or more."""
+    if item.parameter.dim() < 2 or item.reason in ("bias", "gain", "norm"):
+        return True
+    # By name too: T5's biases of positions are an embedding, and a pattern may be the reason.
+    owner_and_leaf = _unwrapped(item.name.split("."))[-2:]
+    return item.algorithm == "adamw" and any(
+        "bias" in _words(part) or "norm" in part for part in owner_and_leaf
+    )
 
 
 def describe_assignment(

@@ -90,23 +90,39 @@ def test_the_settings_are_those_of_the_trainer(tmp_path: Path) -> None:
     assert {(group["momentum"], group["adamw_beta2"]) for group in adamw} == {(0.9, 0.97)}
 
 
-def test_weight_decay_leaves_out_what_the_trainer_leaves_out(tmp_path: Path) -> None:
-    """Against the Trainer's own rule, for a model with biases."""
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
-    model = transformers.GPT2LMHeadModel(config)
+SMALL = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Biases of linear layers, of experts [E, n], of positions (a table, an embedding); gains by head.
+DECAYED: dict[str, dict[str, Any]] = {
+    "GPT2Config": {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 8},
+    "GptOssConfig": SMALL
+    | {"head_dim": 4, "intermediate_size": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "SwinConfig": {"embed_dim": 8, "depths": [1], "num_heads": [2], "image_size": 16},
+    "T5Config": {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
+    | {"num_heads": 2},
+    "CohereConfig": SMALL | {"intermediate_size": 8, "use_qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("kind", DECAYED)
+def test_weight_decay_leaves_out_what_the_trainer_leaves_out(tmp_path: Path, kind: str) -> None:
+    """Against the Trainer's own rule, for models with biases and gains of several dimensions."""
+    config = getattr(transformers, kind)(**DECAYED[kind])
+    model = transformers.AutoModel.from_config(config)
     arguments = transformers.TrainingArguments(
         str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True
     )
     factory, options = for_trainer(arguments, report=None)
     decayed = {
         name
-        for group in factory(model, **options).param_groups
+        for adamw in ([], ["*"])
+        for group in factory(model, **options, adamw=adamw).param_groups
         for name in group["param_names"]
         if group["weight_decay"]
     }
     theirs = transformers.Trainer(model, arguments).get_decay_parameter_names(model)
-    # It has a name for each use of tied weights.
-    assert decayed == {name for name, _ in model.named_parameters() if name in theirs}
+    # It has a name for each use of tied weights, and decays the sinks of gpt-oss (vectors).
+    names = {name for name, _ in model.named_parameters() if not name.endswith(".sinks")}
+    assert decayed == names & set(theirs)
 
 
 def test_adapters_of_peft_are_trained_alone(tmp_path: Path) -> None:
