@@ -3,6 +3,7 @@
 PEFT's modules are recognized by their attributes; PEFT is not imported.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,27 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module if inner is None else base_layer(inner)
 
 
+def inner_layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers inside all of PEFT's adapters and wrappers: the original one and its copies.
+
+    Args:
+        module: a layer, or a wrapper of one.
+        name: of the module; the layers' names continue it.
+    """
+    children = module._modules
+    copies = children.get("modules_to_save")
+    if isinstance(copies, nn.ModuleDict) and "original_module" in children:
+        wrapped = {f"modules_to_save.{key}": copy for key, copy in copies.items()}
+        wrapped["original_module"] = module.get_submodule("original_module")
+    elif (inner := children.get("base_layer")) is not None:
+        wrapped = {"base_layer": inner}
+    else:
+        yield name, module
+        return
+    for key, layer in wrapped.items():
+        yield from inner_layers(layer, f"{name}.{key}")
+
+
 def effective(module: nn.Module) -> Effective:
     """The tensors that presently determine the rows of a layer's output.
 
@@ -156,6 +178,17 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             "or (weight, bias)"
         )
     return weight, bias if isinstance(bias, Tensor) and bias.numel() else None
+
+
+def layer_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight, before a quantization packed it."""
+    weight = weight_and_bias(module)[0]
+    rows, columns = (getattr(module, name, None) for name in ("out_features", "in_features"))
+    # 4-bit weights of bitsandbytes are a column of integers, or of another type for FSDP.
+    is_packed = not weight.is_floating_point() or (1 in weight.shape and not weight.requires_grad)
+    if is_packed and isinstance(rows, int) and isinstance(columns, int):
+        return rows, columns
+    return tuple(weight.shape)
 
 
 def _plain(module: nn.Module) -> Effective:

@@ -14,7 +14,9 @@ from muonclip.adapters import (
     RowTensor,
     active_adapters,
     active_module,
+    base_layer,
     effective,
+    layer_shape,
     of_tensors,
     weight_and_bias,
 )
@@ -48,7 +50,7 @@ class HeadRows:
         dim: 0 for a weight [rows, columns], as in ``nn.Linear``, and for a norm's gain [rows]; 1
             for a weight stored as [columns, rows].
         bias_rows: int64 [heads, r], indices along the bias. Default: ``rows``.
-        num_rows: number of rows of the weight.
+        num_rows: number of rows of the weight; of a quantized layer, of its outputs.
         num_bias_rows: number of rows of the bias; ``num_rows`` without a bias.
 
     Raises:
@@ -63,10 +65,11 @@ class HeadRows:
     num_bias_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        weight, bias = _weight_and_bias(self.projection)
-        if not 0 <= self.dim < weight.ndim:
-            raise ValueError(f"dim must be one of the weight's {weight.ndim}, got {self.dim}")
-        _check_rows("rows", self.rows, weight.size(self.dim))
+        shape, bias = _shape(self.projection), self.bias
+        if not 0 <= self.dim < len(shape):
+            raise ValueError(f"dim must be one of the weight's {len(shape)}, got {self.dim}")
+        num_rows = shape[self.dim]
+        _check_rows("rows", self.rows, num_rows)
         if self.bias_rows is not None:
             if bias is None:
                 raise ValueError("bias_rows is given, but the projection has no bias")
@@ -75,13 +78,13 @@ class HeadRows:
                 raise ValueError(
                     f"bias_rows has {self.bias_rows.size(0)} heads, rows has {self.rows.size(0)}"
                 )
-        elif bias is not None and (bias.ndim == 0 or bias.size(0) != weight.size(self.dim)):
+        elif bias is not None and (bias.ndim == 0 or bias.size(0) != num_rows):
             raise ValueError(
-                f"bias must be [{weight.size(self.dim)}], one entry per row of the weight, "
+                f"bias must be [{num_rows}], one entry per row of the weight, "
                 f"got {tuple(bias.shape)}"
             )
-        object.__setattr__(self, "num_rows", weight.size(self.dim))
-        object.__setattr__(self, "num_bias_rows", self.num_rows if bias is None else bias.size(0))
+        object.__setattr__(self, "num_rows", num_rows)
+        object.__setattr__(self, "num_bias_rows", num_rows if bias is None else bias.size(0))
 
     @property
     def weight(self) -> Tensor:
@@ -292,7 +295,7 @@ class AttentionLayout:
             ("query", query, nope_dim + rope_dim, "nope_dim + rope_dim"),
             ("kv_up", kv_up, nope_dim + v_dim, "nope_dim + v_dim"),
         ):
-            rows = _weight_and_bias(projection)[0].size(0)
+            rows = _shape(projection)[0]
             if rows != num_heads * per_head:
                 raise ValueError(
                     f"{name} has {rows} rows, but num_heads * ({terms}) is {num_heads * per_head}"
@@ -320,6 +323,14 @@ def _weight_and_bias(projection: Projection) -> WeightAndBias:
     return weight_and_bias(active_module(projection))
 
 
+def _shape(projection: Projection) -> tuple[int, ...]:
+    """The shape of the weight, also of a quantized layer."""
+    projection = _read(projection)
+    if isinstance(projection, nn.Module):
+        return layer_shape(base_layer(projection))
+    return tuple(_weight_and_bias(projection)[0].shape)
+
+
 def _is_plain_function(projection: Projection) -> bool:
     """Whether a copy of the function would read the weights of the original model."""
     if isinstance(projection, partial):
@@ -338,10 +349,10 @@ def _refuse_copy() -> WeightAndBias:
 
 def _all_rows(name: str, projection: Projection, heads: int, dim: int = 0) -> Tensor:
     """The indices of all rows of a weight, [heads, rows per head]."""
-    weight = _weight_and_bias(projection)[0]
-    if not 0 <= dim < weight.ndim:
-        raise ValueError(f"dim must be one of the {weight.ndim} of {name}, got {dim}")
-    rows = weight.size(dim)
+    shape = _shape(projection)
+    if not 0 <= dim < len(shape):
+        raise ValueError(f"dim must be one of the {len(shape)} of {name}, got {dim}")
+    rows = shape[dim]
     if heads < 1 or rows == 0 or rows % heads:
         raise ValueError(f"{name} has {rows} rows, which cannot be split into {heads} heads")
     return torch.arange(rows, device="cpu").view(heads, -1)

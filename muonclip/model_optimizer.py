@@ -335,16 +335,26 @@ def _matrix_layouts(
     found: dict[str, MatrixLayout] = {}
     for path, part in _parts_of(model, _TRANSFORMERS):
         patterns = [pattern.removeprefix(_join(path, "")) for pattern in given]
-        named = transformers.matrix_layouts(part, per_head=per_head, exclude=patterns)
+        try:
+            named = transformers.matrix_layouts(part, per_head=per_head, exclude=patterns)
+        except transformers.UnknownMatricesError as error:
+            raise ValueError(
+                f"{_join(path, error.problem)}. Give its layout, e.g. layouts="
+                f"{{{_join(path, error.name)!r}: MatrixLayout()}}, which leaves it whole"
+            ) from None
         found |= {_join(path, name): layout for name, layout in named.items()}
     for path, part in _parts_of(model, _MEGATRON):
         named = megatron_core.matrix_layouts(part, per_head=per_head)
         found |= {_join(path, name): layout for name, layout in named.items()}
     if per_head and not found:
-        raise ValueError(
-            f"per_head=True has no effect, because {type(model).__name__} contains no model of "
-            "transformers or megatron-core: give the layouts of its heads (MatrixLayout.per_head)"
+        is_known = any(any(_parts_of(model, base)) for base in (_TRANSFORMERS, _MEGATRON))
+        reason = (
+            "trains no queries, keys or values: leave it out"
+            if is_known
+            else "contains no model of transformers or megatron-core: give the layouts of its "
+            "heads (MatrixLayout.per_head)"
         )
+        raise ValueError(f"per_head=True has no effect, because {type(model).__name__} {reason}")
     for name, layout in found.items():
         layouts.setdefault(name, layout)
     return layouts

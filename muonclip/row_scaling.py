@@ -311,13 +311,14 @@ def _read_side(name: str, rows_and_factors: Sequence[tuple[HeadRows, int]]) -> _
         effective = head_rows.effective()
         for row in effective.tensors:
             dim, rows, num_rows = head_rows.rows_in(row)
-            if row.tensor.ndim <= dim or row.tensor.size(dim) != num_rows:
+            is_frozen = effective.is_frozen(row.tensor)
+            # A frozen tensor is not scaled, and may be packed by a quantization.
+            if not is_frozen and (row.tensor.ndim <= dim or row.tensor.size(dim) != num_rows):
                 raise ValueError(
                     f"layer {name!r}: a weight now has shape {tuple(row.tensor.shape)}, but its "
                     f"layout has {num_rows} rows: make the layout of the model as it is trained, "
                     "and shard with fully_shard (FSDP2), whose DTensors keep their shape"
                 )
-            is_frozen = effective.is_frozen(row.tensor)
             tensors.append(_HeadRows(row.tensor, dim, rows, first_factor, is_frozen))
             is_trained |= not is_frozen
         is_trained |= any(p.requires_grad for p in effective.others)

@@ -161,6 +161,10 @@ def test_heads_are_orthogonalized_separately_on_request() -> None:
     assert layouts["model.layers.0.self_attn.q_proj.weight"] == MatrixLayout.per_head(24, 4)
     with pytest.raises(ValueError, match="per_head=True has no effect"):
         for_model(nn.Linear(4, 4), per_head=True, qk_clip_threshold=None)
+    model = llama().requires_grad_(False)
+    model.lm_head.requires_grad_(True)  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="no effect, because LlamaForCausalLM trains no queries"):
+        for_model(model, per_head=True)
 
 
 class Custom(nn.Module):
@@ -291,14 +295,124 @@ def test_quantized_layers_are_left_alone_and_their_lora_is_trained() -> None:
     assert {a for n, a in found.items() if "lora_up" in n} == {"adamw"}
 
 
-def test_dora_is_clipped_through_its_magnitudes() -> None:
+class Linear4bit(nn.Linear):
+    """A layer with the storage of bitsandbytes: a frozen column of packed weights."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.unpacked = layer.weight.detach()
+        self.weight = nn.Parameter(
+            torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.unpacked)
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """The model, whose linear layers except for adapters and the head are in 4 bits."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lora" not in name and "head" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Linear4bit(module))
+    return model
+
+
+MLA = SMALL | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+MLA |= {"qk_rope_head_dim": 2, "qk_nope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 2}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Phi3", "DeepseekV3", "Qwen3"])
+def test_quantized_layers_of_every_structure_are_left_alone(kind: str) -> None:
+    options = MLA if kind == "DeepseekV3" else SMALL | {"pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = quantized(transformers.AutoModelForCausalLM.from_config(config)).train()
+    model.requires_grad_(False)
+    norms = {name for name, _ in model.named_parameters() if "layernorm.weight" in name}
+    for name in norms:
+        model.get_parameter(name).requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer = for_model(model, report=None)
+        for_model(model, qk_clip_threshold=None, report=None)
+    assert algorithms(optimizer) == dict.fromkeys(norms, "adamw")
+    assert optimizer.qk_clip is None
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lora_over_frozen_weights_is_not_clipped(packed: bool) -> None:
+    """The reason is the same for quantized weights."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(llama(), config).train()
+    if packed:
+        quantized(model)
+    reason = "query: it is trained through LoRA over a frozen weight.*key: its weights are frozen"
+    with pytest.warns(UserWarning, match=reason):
+        optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is None
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["Llama", "Phi3"])
+def test_dora_is_clipped_through_its_magnitudes(
+    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**SMALL, pad_token_id=0)
+    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "qkv_proj"], use_dora=True)
+    model = peft.get_peft_model(model, config).train()
+    if packed:
+        quantized(model)
+        monkeypatch.setattr(
+            peft.tuners.lora.dora, "dequantize_module_weight", lambda layer: layer.unpacked
+        )
     optimizer = for_model(model, 0.01, qk_clip_threshold=0.01, report=None)
     train(model, optimizer)
     assert optimizer.qk_clip is not None and optimizer.qk_clip.result is not None
     assert optimizer.qk_clip.result.num_clipped > 0
+
+
+def test_copies_that_peft_trains_are_split_as_the_model_is() -> None:
+    peft = pytest.importorskip("peft")
+    config = transformers.Phi3Config(**SMALL, pad_token_id=0)
+    model = peft.get_peft_model(
+        transformers.Phi3ForCausalLM(config),
+        peft.LoraConfig(
+            r=2, target_modules=["o_proj"], modules_to_save=["qkv_proj", "gate_up_proj"]
+        ),
+    ).train()
+    expected = {
+        False: {MatrixLayout((24, 12, 12)), MatrixLayout((32, 32)), None},
+        True: {MatrixLayout.per_head(48, 8), MatrixLayout((32, 32)), None},
+    }
+    for per_head, layouts in expected.items():
+        optimizer = for_model(model, per_head=per_head, report=None)
+        assert {group["layout"] for group in optimizer.param_groups} == layouts
+        assert optimizer.qk_clip is not None and len(optimizer.qk_clip.layouts) == 2
+        train(model, optimizer)
+
+
+def test_unknown_fused_layers_need_a_layout_if_they_are_trained() -> None:
+    model = llama()
+    layer: Any = model.model.layers[1]  # type: ignore[union-attr, index]
+    layer.attn_qkv = nn.Linear(24, 100)
+    name = "model.layers.1.attn_qkv.weight"
+    with pytest.raises(ValueError, match=r"matrices that it fuses .* layouts=") as error:
+        for_model(model, report=None)
+    assert f"{{'{name}': MatrixLayout()}}" in str(error.value)
+    assert "exclude" not in str(error.value)
+    assert algorithms(for_model(model, layouts={name: MatrixLayout()}, report=None))[name] == "muon"
+    larger = nn.ModuleDict({"part": model})
+    with pytest.raises(ValueError, match=rf"^part\.{name} of .*layouts={{'part\.{name}'"):
+        for_model(larger, report=None)
+    layer.attn_qkv.requires_grad_(False)
+    assert name not in algorithms(for_model(model, report=None))
 
 
 def test_other_adapters_go_to_adamw() -> None:

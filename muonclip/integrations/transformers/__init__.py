@@ -17,10 +17,11 @@ from muonclip.integrations.transformers.attention import (
     attention_layouts,
     attention_modules,
 )
-from muonclip.integrations.transformers.matrices import matrix_layouts
+from muonclip.integrations.transformers.matrices import UnknownMatricesError, matrix_layouts
 from muonclip.integrations.transformers.watching import qk_clip, watch
 
 __all__ = [
+    "UnknownMatricesError",
     "attention_layout",
     "attention_layouts",
     "attention_modules",

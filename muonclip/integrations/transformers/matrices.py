@@ -6,10 +6,11 @@ modules or their configurations state. transformers itself is never imported.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from muonclip.adapters import base_layer, inner_layers
 from muonclip.integrations.transformers import structure
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 
@@ -30,7 +31,8 @@ def matrix_layouts(
     - weights stored as [inputs, outputs]: ``Conv1D``, and experts of gpt-oss, Llama 4, DBRX.
 
     All other parameters are one matrix or a stack of experts and need no layout. ``param_groups``
-    handles torch's own modules.
+    handles torch's own modules. Frozen parameters are left out; copies and layers inside PEFT's
+    wrappers are those of the module that contains the wrapper.
 
     Args:
         model: any module that contains models of transformers.
@@ -43,37 +45,76 @@ def matrix_layouts(
         Parameter name -> its layout.
 
     Raises:
-        ValueError: for an unknown fused layer, for sizes that contradict the module's, and with
-            ``per_head`` for an attention without a known head size.
+        UnknownMatricesError: a ``ValueError``, for an unknown trained fused layer, for sizes that
+            contradict the module's, and with ``per_head`` for an attention without a known head
+            size.
     """
     layouts = {}
+    seen: set[str] = set()
     for path, module in model.named_modules():
-        for leaf, weight in _matrices(module):
-            name = f"{path}.{leaf}" if path else leaf
-            if structure.is_excluded(name, exclude):
+        for matrix in _matrices(module):
+            name = f"{path}.{matrix.name}" if path else matrix.name
+            # PEFT's wrappers come after the module that contains them and knows their matrices.
+            if name in seen or structure.is_excluded(name, exclude):
                 continue
+            seen.add(name)
             try:
-                layout = _layout(module, leaf, weight, per_head)
-                layout.check(weight.shape)
+                layout = _layout(module, matrix, per_head)
+                layout.check(matrix.weight.shape)
             except ValueError as error:
-                raise ValueError(
-                    f"{name} of {type(module).__name__}: {error}. Declare its MatrixLayout, or "
-                    f"leave it as it is with exclude={name!r}"
-                ) from None
+                raise UnknownMatricesError(name, type(module).__name__, str(error)) from None
             if layout != WHOLE:
                 layouts[name] = layout
     return layouts
 
 
-def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Matrices and stacks among a module's parameters, and the weights of its linear children."""
+class UnknownMatricesError(ValueError):
+    """The matrices that a parameter stores are not known.
+
+    Attributes:
+        name: of the parameter.
+        problem: without a remedy.
+    """
+
+    def __init__(self, name: str, module: str, reason: str) -> None:
+        self.name, self.problem = name, f"{name} of {module}: {reason}"
+        super().__init__(
+            f"{self.problem}. Declare its MatrixLayout, or leave it as it is with exclude={name!r}"
+        )
+
+
+class _Matrix(NamedTuple):
+    """A trained matrix, or stack of matrices, of a module.
+
+    Attributes:
+        name: of the parameter in the module.
+        child: the linear child of the module to which it belongs; empty for a parameter of the
+            module itself.
+        weight: the parameter.
+    """
+
+    name: str
+    child: str
+    weight: Tensor
+
+
+def _matrices(module: nn.Module) -> Iterator[_Matrix]:
+    """Matrices and stacks among a module's parameters, and the weights of its linear children.
+
+    Frozen ones are left out: they may be quantized. PEFT wraps a child, or trains a copy of it.
+    """
     for name, parameter in module.named_parameters(recurse=False):
-        if name != "weight" and parameter.ndim in (2, 3):
-            yield name, parameter
-    for name, child in module.named_children():
-        weight = child._parameters.get("weight")
-        if weight is not None and weight.ndim in (2, 3) and not _is_torch_module(child):
-            yield f"{name}.weight", weight
+        if name != "weight" and _is_matrix(parameter):
+            yield _Matrix(name, "", parameter)
+    for child, outer in module.named_children():
+        for name, layer in inner_layers(outer, child):
+            weight = layer._parameters.get("weight")
+            if weight is not None and _is_matrix(weight) and not _is_torch_module(layer):
+                yield _Matrix(f"{name}.weight", child, weight)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.ndim in (2, 3)
 
 
 def _is_torch_module(module: nn.Module) -> bool:
@@ -81,11 +122,11 @@ def _is_torch_module(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Embedding | nn.LayerNorm)
 
 
-def _layout(module: nn.Module, leaf: str, weight: Tensor, per_head: bool) -> MatrixLayout:
-    child = leaf.removesuffix(".weight")
-    if child == leaf:
-        return _direct_parameter(module, leaf, weight, per_head)
-    layer = module.get_submodule(child)
+def _layout(module: nn.Module, matrix: _Matrix, per_head: bool) -> MatrixLayout:
+    child = matrix.child
+    if not child:
+        return _direct_parameter(module, matrix.name, matrix.weight, per_head)
+    layer = base_layer(module.get_submodule(child))
     rows, _ = structure.linear_shape(layer)
     for rule in (_mla, _recurrent, _fused_attention, _separate_attention, _gated, _grouped):
         layout = rule(module, child, rows, per_head)
@@ -238,7 +279,7 @@ def _gated(module: nn.Module, child: str, rows: int, per_head: bool) -> MatrixLa
 
 def _grouped(module: nn.Module, child: str, rows: int, per_head: bool) -> MatrixLayout | None:
     """A linear layer of groups with separate inputs (DeepSeek-V4)."""
-    layer = module.get_submodule(child)
+    layer = base_layer(module.get_submodule(child))
     if not type(layer).__name__.endswith("GroupedLinear"):
         return None
     groups = structure.number(layer, ("n_groups",))
@@ -282,9 +323,12 @@ def _direct_parameter(module: Any, name: str, weight: Tensor, per_head: bool) ->
 
 
 def _is_linear(module: nn.Module, child: str) -> bool:
-    layer = module._modules.get(child)
-    weight = None if layer is None else layer._parameters.get("weight")
-    return weight is not None and weight.ndim in (2, 3) and not _is_torch_module(layer)  # type: ignore[arg-type]
+    outer = module._modules.get(child)
+    if outer is None:
+        return False
+    layer = base_layer(outer)
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.ndim in (2, 3) and not _is_torch_module(layer)
 
 
 def _nonzero(*blocks: int) -> tuple[int, ...]:

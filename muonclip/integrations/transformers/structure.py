@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from muonclip.adapters import base_layer
+from muonclip.adapters import base_layer, layer_shape
 
 # Separate linear layers for query, key and value.
 SEPARATE = (
@@ -96,8 +96,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer, or of the linear layer inside PEFT's adapters."""
-    weight: Any = base_layer(layer).weight
-    rows, columns = weight.shape[-2:]
+    rows, columns = layer_shape(base_layer(layer))[-2:]
     return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 

@@ -839,6 +839,65 @@ def test_storage_that_shapes_do_not_reveal() -> None:
     }
 
 
+# ---------------------------------------------------------------------- adapters, frozen layers
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("case", [*FUSED, *STEPS])
+def test_wrapped_layers_have_the_layouts_of_the_model(case: str, per_head: bool) -> None:
+    """Copies that PEFT trains (modules_to_save), and weights inside its adapters."""
+    peft = pytest.importorskip("peft")
+    if case in FUSED:
+        model = make_attention(case)
+    else:
+        kind, options, _, _ = STEPS[case]
+        model = make(kind, **options)
+    expected = matrix_layouts(model, per_head=per_head)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
+    }
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        adapted = nn.Module()
+        adapted.base_layer, adapted.lora_A = layer, nn.ModuleDict({"default": nn.Linear(4, 2)})
+        wrapper = peft.utils.ModulesToSaveWrapper(adapted, "default")
+        setattr(model.get_submodule(parent), child, wrapper)
+    model.requires_grad_(True)
+    found = matrix_layouts(model, per_head=per_head)
+    for wrapping in ("original_module", "modules_to_save.default"):
+        other = {"original_module", "modules_to_save"} - {wrapping.split(".")[0]}
+        assert expected == {
+            name.replace(f".{wrapping}.base_layer", ""): layout
+            for name, layout in found.items()
+            if other.isdisjoint(name.split("."))
+        }
+    assert expected.keys() == set(
+        re.sub(r"\.(original_module|modules_to_save\.default)\.base_layer", "", name)
+        for name in found
+    )
+
+
+def test_frozen_layers_have_no_layout() -> None:
+    """They may be unknown, or packed by a quantization: nothing is done to them."""
+    model = make("Phi3", **GQA).requires_grad_(False)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    packed = torch.zeros(attention.qkv_proj.weight.numel() // 2, 1, dtype=torch.uint8)
+    attention.qkv_proj.weight = nn.Parameter(packed, requires_grad=False)
+    attention.qkv_and_more = nn.Linear(8, 40).requires_grad_(False)
+    assert matrix_layouts(model) == matrix_layouts(model, per_head=True) == {}
+    mlp.gate_up_proj.requires_grad_(True)
+    # Its partner's shape is that of a matrix, whatever its storage.
+    down = mlp.down_proj.weight
+    mlp.down_proj.weight = nn.Parameter(
+        torch.zeros(down.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+    )
+    assert matrix_layouts(model) == {
+        "model.layers.0.mlp.gate_up_proj.weight": MatrixLayout((FFN, FFN))
+    }
+
+
 # ---------------------------------------------------------------------- what is not known
 
 
