@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from muonclip.adapters import root
 from muonclip.attention_layouts import AttentionLayout, NormalizedAttentionError
 from muonclip.hooks import Handle
 from muonclip.matrix_layouts import MatrixLayout
@@ -29,10 +30,17 @@ _NO_ATTENTION = (
     "attention_layouts and let the layers call optimizer.qk_clip.observe_attention, or set "
     "qk_clip_threshold=None"
 )
+_UNKNOWN = "its attention is not known, so that its logits are not observed"
 _ROUNDED = (
     "trained parameters are in {}, which rounds small updates away: set master_weights=True{}, or "
     "master_weights=False to accept it"
 )
+_UNKNOWN_ATTENTION = (
+    "QK-Clip cannot limit the logits of {}: {}. Give the AttentionLayout of each as "
+    "attention_layouts and let the layers call optimizer.qk_clip.observe_attention. To "
+    "accept it, name them in qk_clip_exclude, or set qk_clip_threshold=None"
+)
+_EXCLUDED = "it matches qk_clip_exclude"
 _NOT_CLIPPED = "QK-Clip cannot limit the logits of {}: {}. Set qk_clip_threshold=None to accept it"
 
 
@@ -88,8 +96,8 @@ def for_model(
         effect.
 
     Warns:
-        UserWarning: if trained attention cannot be clipped, no attention is found, or parameters of
-            16 bits would lose small updates; it names the remedy.
+        UserWarning: if trained attention cannot be clipped or is not known, or parameters of 16
+            bits would lose small updates; it names the remedy.
 
     Raises:
         TypeError, ValueError: for anything but a module, a model without trainable parameters, a
@@ -263,20 +271,25 @@ class _Attention:
         patterns = [exclude] if isinstance(exclude, str) else list(exclude)
         modules = {library: library.modules(self._model) for library in _libraries()}
         names = [name for found in modules.values() for name in found]
+        unknown = self._unknown()
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatchcase(name, pattern) for name in names + unknown):
                 raise ValueError(
                     f"qk_clip_exclude: the pattern {pattern!r} matches no attention layer "
-                    f"(layers: {', '.join(group_names(names)) or 'none'})"
+                    f"(layers: {', '.join(group_names(names + unknown)) or 'none'})"
                 )
+
+        def is_excluded(name: str) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
         obstacles: dict[str, str] = {}
         for library, found in modules.items():
             watched = []
             for name, module in found.items():
                 if name in self.layouts:
                     continue
-                if any(fnmatchcase(name, pattern) for pattern in patterns):
-                    self.not_clipped[name] = "it matches qk_clip_exclude"
+                if is_excluded(name):
+                    self.not_clipped[name] = _EXCLUDED
                 elif not any(p.requires_grad for p in module.parameters()):
                     self.not_clipped[name] = "it is frozen"
                 elif self._add(library, name, module, obstacles):
@@ -286,8 +299,31 @@ class _Attention:
         for reason in dict.fromkeys(obstacles.values()):
             layers = [name for name in obstacles if obstacles[name] == reason]
             self.warnings.append(_NOT_CLIPPED.format(", ".join(group_names(layers)), reason))
-        if not names and not self.layouts:
+        self.not_clipped |= {n: _EXCLUDED if is_excluded(n) else _UNKNOWN for n in unknown}
+        layers = [name for name in unknown if not is_excluded(name)]
+        if not names and not self.layouts and (layers or not unknown):
             self.warnings.append(_NO_ATTENTION.format(type(self._model).__name__))
+        elif layers:
+            self.warnings.append(
+                _UNKNOWN_ATTENTION.format(", ".join(group_names(layers)), _UNKNOWN)
+            )
+
+    def _unknown(self) -> list[str]:
+        """Modules whose attention is not known and has no given layout."""
+        from muonclip.integrations import transformers
+
+        declared = {
+            root(row.tensor)
+            for layout in self.layouts.values()
+            if isinstance(layout, AttentionLayout)  # others are refused by QKClip
+            for side in (layout.query, layout.key)
+            for row in side.effective().tensors
+        }
+        return [
+            name
+            for name, module in transformers.unobserved_modules(self._model).items()
+            if declared.isdisjoint(module.parameters())
+        ]
 
     def _add(
         self, library: _Library, name: str, module: nn.Module, obstacles: dict[str, str]

@@ -196,6 +196,40 @@ def test_attention_that_is_not_recognized_is_reported_or_declared() -> None:
     assert optimizer.qk_clip.result.num_clipped == 2
 
 
+def test_unknown_attention_next_to_known_attention_is_reported() -> None:
+    """Text layers of GIT do not call transformers' registry, the layers of its images do."""
+    small = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    model = transformers.GitForCausalLM(transformers.GitConfig(**small, vision_config=vision))
+    unknown = [f"git.encoder.layer.{index}.attention.self" for index in range(2)]
+    message = r"limit the logits of git.encoder.layer.\*.attention.self \(2 layers\): its attention"
+    with pytest.warns(UserWarning, match=message):
+        optimizer = for_model(model, report=None)
+    assert optimizer.report is not None and optimizer.qk_clip is not None
+    assert list(optimizer.report.not_clipped) == unknown
+    assert len(optimizer.report.clipped) == 2
+    text = model.git.encoder.layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer = for_model(model, qk_clip_exclude="git.encoder.*", report=None)
+        assert optimizer.report is not None
+        reasons = dict.fromkeys(unknown, "it matches qk_clip_exclude")
+        assert optimizer.report.not_clipped == reasons
+        layouts = {
+            f"text {index}": AttentionLayout.separate(
+                layer.attention.self.query, layer.attention.self.key, num_heads=4
+            )
+            for index, layer in enumerate(text)
+        }
+        optimizer = for_model(model, attention_layouts=layouts, report=None)
+        assert optimizer.report is not None and optimizer.report.not_clipped == {}
+        for layer in text:
+            for projection in (layer.attention.self.query, layer.attention.self.key):
+                projection.requires_grad_(False)
+        optimizer = for_model(model, report=None)
+        assert optimizer.report is not None and optimizer.report.not_clipped == {}
+
+
 def test_frozen_attention_is_left_alone() -> None:
     model = llama()
     for name, parameter in model.named_parameters():

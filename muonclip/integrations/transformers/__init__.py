@@ -16,6 +16,7 @@ from muonclip.integrations.transformers.attention import (
     attention_layout,
     attention_layouts,
     attention_modules,
+    unobserved_modules,
 )
 from muonclip.integrations.transformers.matrices import UnknownMatricesError, matrix_layouts
 from muonclip.integrations.transformers.watching import qk_clip, watch
@@ -27,5 +28,6 @@ __all__ = [
     "attention_modules",
     "matrix_layouts",
     "qk_clip",
+    "unobserved_modules",
     "watch",
 ]

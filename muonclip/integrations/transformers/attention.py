@@ -51,6 +51,46 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _uses_registry(module)}
 
 
+def unobserved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that train queries and keys and whose attention is not observed.
+
+    They have projections to queries and keys by their names, but neither call transformers'
+    registry of attention functions, nor contain or belong to a module that does, or an
+    ``nn.MultiheadAttention``. Linear attention is left out: its logits have no softmax.
+    """
+    observed = {
+        name
+        for name, module in model.named_modules()
+        if _uses_registry(module) or isinstance(module, nn.MultiheadAttention)
+    }
+    around = {name[:end] for name in observed for end in _ends(name)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _trains_queries_and_keys(module)
+        and name not in around
+        and not any(name[:end] in observed for end in _ends(name))
+    }
+
+
+def _ends(name: str) -> list[int]:
+    """The ends of the names, within this dotted name, of the module and those around it."""
+    return [0, *(i for i, letter in enumerate(name) if letter == "."), len(name)]
+
+
+def _trains_queries_and_keys(module: nn.Module) -> bool:
+    """Whether a module has linear layers for queries and keys by name, at least one trained."""
+    if any(word in type(module).__name__ for word in structure.WITHOUT_SOFTMAX):
+        return False
+    separate = [names[:2] for names in structure.SEPARATE]
+    fused = [(name,) for name in structure.FUSED + structure.FUSED_BY_GROUP]
+    for names in [*separate, *fused]:
+        layers = [module._modules.get(name) for name in names]  # getattr would look into wrappers
+        if all(layers) and any(p.requires_grad for x in layers if x for p in x.parameters()):
+            return True
+    return False
+
+
 def _uses_registry(module: nn.Module) -> bool:
     """Whether the module's forward gets its function from transformers' attention registry."""
     for cls in type(module).__mro__:

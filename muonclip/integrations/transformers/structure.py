@@ -29,6 +29,8 @@ SEPARATE = (
 FUSED = ("qkv_proj", "qkv", "Wqkv", "c_attn", "att_proj", "qkv_linear")
 # One layer; rows: per head (or key group) its queries, its key and its value.
 FUSED_BY_GROUP = ("query_key_value",)
+# Words in the class names of attention without a softmax, whose logits need no limit.
+WITHOUT_SOFTMAX = ("Linear", "Lightning", "Delta")
 # Norms of the projected queries and keys.
 NORMS = (
     ("q_norm", "k_norm"),

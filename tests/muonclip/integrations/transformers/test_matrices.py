@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from muonclip import MatrixLayout, MuonClip, assign_parameters, param_groups
-from muonclip.integrations.transformers import matrix_layouts
+from muonclip.integrations.transformers import (
+    attention_modules,
+    matrix_layouts,
+    unobserved_modules,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -837,6 +841,33 @@ def test_storage_that_shapes_do_not_reveal() -> None:
         "v1": MatrixLayout((FFN,), 3, separate=True),
         "w2": MatrixLayout(transposed=True, view=(3, FFN, HIDDEN)),
     }
+
+
+# ---------------------------------------------------------------------- attention by name
+
+
+@pytest.mark.parametrize("case", [*FUSED, *STEPS])
+def test_attention_calls_the_registry_or_is_found_by_its_names(case: str) -> None:
+    if case in FUSED:
+        model = make_attention(case)
+    else:
+        kind, options, _, _ = STEPS[case]
+        model = make(kind, **options)
+    assert bool(attention_modules(model)) != bool(unobserved_modules(model))
+    assert unobserved_modules(model.requires_grad_(False)) == {}
+
+
+def test_linear_attention_is_not_found_by_its_names() -> None:
+    """It has no softmax."""
+    models = transformers.models
+    with torch.device("meta"):
+        lightning = models.minimax.modeling_minimax.MiniMaxLightningAttention(
+            transformers.MiniMaxConfig(**GQA), 0
+        )
+        delta = models.olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet(
+            transformers.OlmoHybridConfig(**GQA | {"num_hidden_layers": 4}), 0
+        )
+    assert unobserved_modules(nn.ModuleList([lightning, delta])) == {}
 
 
 # ---------------------------------------------------------------------- adapters, frozen layers
