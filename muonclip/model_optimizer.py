@@ -337,7 +337,7 @@ class _Attention:
             return False
         except ValueError as error:
             # Without its name, so that layers with the same obstacle are reported together.
-            text = str(error).replace(f"layer {name!r}", "it").replace(name, "it")
+            text = _without_name(str(error), name)
             obstacles[name] = text.replace("with exclude", "with qk_clip_exclude")
             return False
         if name not in skipped:
@@ -394,6 +394,16 @@ def _matrix_layouts(
     for name, layout in found.items():
         layouts.setdefault(name, layout)
     return layouts
+
+
+def _without_name(message: str, layer: str) -> str:
+    """A message about a layer, without the name at its beginning."""
+    for name in (f"layer {layer!r}", layer):
+        if message.startswith(f"{name}: "):
+            return message.removeprefix(f"{name}: ")
+        if message.startswith(f"{name} "):
+            return "it" + message.removeprefix(name)
+    return message
 
 
 def _parts_of(

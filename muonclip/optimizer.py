@@ -281,6 +281,12 @@ class MuonClip(Optimizer):
         validation.check_process_group(process_group)
         if qk_clip is not None and not isinstance(qk_clip, QKClip):
             raise TypeError(f"qk_clip must be a QKClip, got {type(qk_clip).__name__}")
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params must be parameters or groups, got the model {type(params).__name__}: give "
+                "model.named_parameters(), or muonclip.param_groups(model), or let "
+                "muonclip.for_model(model) make the optimizer"
+            )
         self.process_group = process_group
         self.shardings = dict(shardings or {})
         self.shard_state = shard_state

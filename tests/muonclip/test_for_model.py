@@ -522,6 +522,25 @@ def test_arguments_of_another_type_are_refused(options: dict[str, Any], message:
         for_model(llama(), **{"report": None, **options})
 
 
+def test_a_model_instead_of_parameters_is_refused() -> None:
+    message = r"^params must be .* got the model Linear: give model.named_parameters\(\)"
+    with pytest.raises(TypeError, match=message) as error:
+        MuonClip(nn.Linear(4, 4))  # type: ignore[arg-type]
+    assert "param_groups(model)" in str(error.value) and "for_model(model)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a", "layer", "it", "attention", "adds"])
+def test_the_names_of_layers_do_not_change_the_words_of_a_warning(name: str) -> None:
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2, add_bias_kv=True)})
+    with pytest.warns(UserWarning) as caught:
+        for_model(model, report=None)
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith(
+        f"QK-Clip cannot limit the logits of {name}: add_bias_kv adds a key without a projection, "
+        "which QK-Clip would not scale with the others: build the layer with add_bias_kv=False"
+    )
+
+
 def test_what_is_not_a_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, got generator: give it"):
         for_model(llama().parameters())  # type: ignore[arg-type]
