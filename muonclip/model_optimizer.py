@@ -1,6 +1,7 @@
 """``for_model``: parameter groups, layouts, optimizer and QK-Clip of a model in one call."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +40,10 @@ _UNKNOWN_ATTENTION = (
     "QK-Clip cannot limit the logits of {}: {}. Give the AttentionLayout of each as "
     "attention_layouts and let the layers call optimizer.qk_clip.observe_attention. To "
     "accept it, name them in qk_clip_exclude, or set qk_clip_threshold=None"
+)
+_SHARED = (
+    "its query or key weights are shared with other layers, whose logits a clip would scale too "
+    "(name all but one of them in qk_clip_exclude to clip that one)"
 )
 _EXCLUDED = "it matches qk_clip_exclude"
 _NOT_CLIPPED = "QK-Clip cannot limit the logits of {}: {}. Set qk_clip_threshold=None to accept it"
@@ -261,6 +266,12 @@ class _Attention:
         self.not_clipped: dict[str, str] = {}
         self.warnings: list[str] = []
         self._watched: list[tuple[_Library, list[str]]] = []
+        # Query and key tensors of each layer.
+        self._tensors = {
+            name: _tensors(layout)
+            for name, layout in given.items()
+            if isinstance(layout, AttentionLayout)  # others are refused by QKClip
+        }
 
     def find(self, exclude: str | Sequence[str]) -> None:
         """Sort the model's layers into those to clip and the others.
@@ -295,6 +306,9 @@ class _Attention:
                 elif self._add(library, name, module, obstacles):
                     watched.append(name)
             self._watched.append((library, watched))
+        for name in self._sharing_layers():
+            del self.layouts[name]
+            obstacles[name] = _SHARED
         self.not_clipped |= obstacles
         for reason in dict.fromkeys(obstacles.values()):
             layers = [name for name in obstacles if obstacles[name] == reason]
@@ -308,17 +322,21 @@ class _Attention:
                 _UNKNOWN_ATTENTION.format(", ".join(group_names(layers)), _UNKNOWN)
             )
 
+    def _sharing_layers(self) -> list[str]:
+        """The found layers that share a weight with another layer, found or given."""
+        counts = Counter(tensor for tensors in self._tensors.values() for tensor in tensors)
+        found = {name for _, watched in self._watched for name in watched}
+        return [
+            name
+            for name in self.layouts
+            if name in found and any(counts[tensor] > 1 for tensor in self._tensors[name])
+        ]
+
     def _unknown(self) -> list[str]:
         """Modules whose attention is not known and has no given layout."""
         from muonclip.integrations import transformers
 
-        declared = {
-            root(row.tensor)
-            for layout in self.layouts.values()
-            if isinstance(layout, AttentionLayout)  # others are refused by QKClip
-            for side in (layout.query, layout.key)
-            for row in side.effective().tensors
-        }
+        declared = set[Tensor]().union(*self._tensors.values())
         return [
             name
             for name, module in transformers.unobserved_modules(self._model).items()
@@ -331,7 +349,7 @@ class _Attention:
         """Whether a layer is to be clipped; otherwise the reason is recorded."""
         try:
             layout = library.layout(name, module)
-            skipped = ScalingPlan({name: layout}).skipped
+            plan = ScalingPlan({name: layout})
         except NormalizedAttentionError:
             self.not_clipped[name] = _NORMALIZED
             return False
@@ -340,12 +358,13 @@ class _Attention:
             text = _without_name(str(error), name)
             obstacles[name] = text.replace("with exclude", "with qk_clip_exclude")
             return False
-        if name not in skipped:
+        if name not in plan.skipped:
             self.layouts[name] = layout
-        elif skipped[name] == FROZEN:
-            self.not_clipped[name] = skipped[name]
+            self._tensors[name] = {root(x.tensor) for x in plan.tensors}
+        elif plan.skipped[name] == FROZEN:
+            self.not_clipped[name] = FROZEN
         else:  # a trained side lets the logits grow
-            obstacles[name] = skipped[name]
+            obstacles[name] = plan.skipped[name]
         return name in self.layouts
 
     def make_clip(
@@ -356,9 +375,15 @@ class _Attention:
             return None
         clip = QKClip(self.layouts, threshold=threshold, process_group=process_group)
         for library, names in self._watched:
-            if names:
-                library.watch(self._model, clip, layers=names)
+            if layers := [name for name in names if name in self.layouts]:
+                library.watch(self._model, clip, layers=layers)
         return clip
+
+
+def _tensors(layout: AttentionLayout) -> set[Tensor]:
+    """The tensors that determine queries and keys, trained or not."""
+    rows = (row for side in (layout.query, layout.key) for row in side.effective().tensors)
+    return {root(row.tensor) for row in rows}
 
 
 def _matrix_layouts(

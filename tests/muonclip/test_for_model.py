@@ -230,6 +230,58 @@ def test_unknown_attention_next_to_known_attention_is_reported() -> None:
         assert optimizer.report is not None and optimizer.report.not_clipped == {}
 
 
+def shared(model: nn.Module, *projections: str, as_parameter: bool = False) -> nn.Module:
+    """The model, whose first two layers share weights of their attention."""
+    first, second = (layer.self_attn for layer in model.model.layers[:2])  # type: ignore[union-attr, index]
+    for projection in projections:
+        if as_parameter:
+            getattr(second, projection).weight = getattr(first, projection).weight
+        else:
+            setattr(second, projection, getattr(first, projection))
+    return model
+
+
+@pytest.mark.parametrize("as_parameter", [False, True])
+@pytest.mark.parametrize("projections", [["q_proj"], ["k_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_layers_that_share_weights_are_reported(projections: list[str], as_parameter: bool) -> None:
+    """A factor for the logits of one would scale those of the other; the rest is clipped."""
+    config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 3})
+    model = shared(transformers.LlamaForCausalLM(config), *projections, as_parameter=as_parameter)
+    names = [f"model.layers.{index}.self_attn" for index in range(3)]
+    with pytest.warns(UserWarning, match=r"\(2 layers\): its query or key weights are shared"):
+        optimizer = for_model(model.train(), 0.01, qk_clip_threshold=1e-3, report=None)
+    assert optimizer.report is not None and optimizer.qk_clip is not None
+    assert list(optimizer.report.not_clipped) == names[:2]
+    assert list(optimizer.qk_clip.layouts) == names[2:]
+    train(model, optimizer)
+    assert optimizer.qk_clip.result is not None and optimizer.qk_clip.result.num_clipped > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer = for_model(model, qk_clip_exclude=names[0], report=None)
+        assert optimizer.qk_clip is not None and list(optimizer.qk_clip.layouts) == names[1:]
+        for_model(model, qk_clip_threshold=None, report=None)
+    # One layout for both, which the caller observes.
+    attention: Any = model.get_submodule(names[0])
+    layouts = {
+        "shared": AttentionLayout.separate(
+            attention.q_proj, attention.k_proj, num_heads=4, num_kv_groups=2
+        )
+    }
+    with pytest.warns(UserWarning, match="its query or key weights are shared"):
+        optimizer = for_model(model, attention_layouts=layouts, report=None)
+    assert optimizer.qk_clip is not None
+    assert list(optimizer.qk_clip.layouts) == ["shared", names[2]]
+
+
+def test_layers_that_share_a_frozen_weight_are_clipped_by_the_other_side() -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    model = shared(transformers.LlamaForCausalLM(config), "k_proj")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("k_proj" not in name)
+    optimizer = for_model(model, report=None)
+    assert optimizer.qk_clip is not None and len(optimizer.qk_clip.layouts) == 2
+
+
 def test_frozen_attention_is_left_alone() -> None:
     model = llama()
     for name, parameter in model.named_parameters():
