@@ -1,5 +1,6 @@
 """The weight rows of each attention head's query and key: MHA, GQA, MLA; fused or separate."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,14 @@ class NormalizedAttentionError(ValueError):
     """Queries and keys are normalized after their projection, so that QK-Clip has no effect.
 
     The norm undoes any scaling of the projection, and bounds the logits.
+
+    Attributes:
+        bound: of the absolute logits, with the present gains; NaN if it is not known.
     """
+
+    def __init__(self, message: str, bound: float = math.nan) -> None:
+        super().__init__(message)
+        self.bound = bound
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """``for_model``: parameter groups, layouts, optimizer and QK-Clip of a model in one call."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
 _TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
 _MEGATRON = ("megatron.core.transformer.module", "MegatronModule")
-_NORMALIZED = "its queries and keys are normalized, which bounds the logits and undoes any clip"
+_NORMALIZED = "its queries and keys are normalized, which bounds the logits{} and undoes any clip"
+_HIGH_BOUND = (
+    "the norms of queries and keys bound the logits of {} only by {:.3g}, above qk_clip_threshold, "
+    "and QK-Clip cannot scale their heads. To accept it, name them in qk_clip_exclude, or set "
+    "qk_clip_threshold to the bound or None"
+)
 _NO_ATTENTION = (
     "QK-Clip found no attention layer in {}: give the AttentionLayout of each as "
     "attention_layouts and let the layers call optimizer.qk_clip.observe_attention, or set "
@@ -74,8 +80,8 @@ def for_model(
     by structure. With megatron-core it is a collective call, after its parallel state is
     initialized; give each parameter its ``main_grad`` as ``grad`` before each step.
     Attention whose queries and keys are normalized (Qwen3, Gemma 3) has bounded logits and is not
-    clipped. Construct the optimizer after adapters are added (PEFT) and parameters are sharded
-    (FSDP2); DDP and ``torch.compile`` may wrap the model before or after.
+    clipped; the report has the bound. Construct the optimizer after adapters are added (PEFT) and
+    parameters are sharded (FSDP2); DDP and ``torch.compile`` may wrap the model before or after.
 
     Args:
         model: its trainable parameters are optimized; frozen and quantized ones are left alone.
@@ -101,8 +107,9 @@ def for_model(
         effect.
 
     Warns:
-        UserWarning: if trained attention cannot be clipped or is not known, or parameters of 16
-            bits would lose small updates; it names the remedy.
+        UserWarning: if trained attention cannot be clipped or is not known, norms do not bound its
+            logits by the threshold, or parameters of 16 bits would lose small updates; it names the
+            remedy.
 
     Raises:
         TypeError, ValueError: for anything but a module, a model without trainable parameters, a
@@ -130,7 +137,7 @@ def for_model(
     attention = _Attention(model, attention_layouts or {})
     clip = None
     if qk_clip_threshold is not None:
-        attention.find(qk_clip_exclude)
+        attention.find(qk_clip_exclude, qk_clip_threshold)
         group = options.get("process_group") if parallel is None else parallel.same_heads
         clip = attention.make_clip(qk_clip_threshold, group)
     groups = group_assignments(assignments, decay_vectors=decay_vectors)
@@ -266,6 +273,7 @@ class _Attention:
         self.not_clipped: dict[str, str] = {}
         self.warnings: list[str] = []
         self._watched: list[tuple[_Library, list[str]]] = []
+        self._bounds: dict[str, float] = {}  # of the logits of normalized layers
         # Query and key tensors of each layer.
         self._tensors = {
             name: _tensors(layout)
@@ -273,7 +281,7 @@ class _Attention:
             if isinstance(layout, AttentionLayout)  # others are refused by QKClip
         }
 
-    def find(self, exclude: str | Sequence[str]) -> None:
+    def find(self, exclude: str | Sequence[str], threshold: float) -> None:
         """Sort the model's layers into those to clip and the others.
 
         Raises:
@@ -306,6 +314,7 @@ class _Attention:
                 elif self._add(library, name, module, obstacles):
                     watched.append(name)
             self._watched.append((library, watched))
+        self._note_normalized(threshold)
         for name in self._sharing_layers():
             del self.layouts[name]
             obstacles[name] = _SHARED
@@ -321,6 +330,17 @@ class _Attention:
             self.warnings.append(
                 _UNKNOWN_ATTENTION.format(", ".join(group_names(layers)), _UNKNOWN)
             )
+
+    def _note_normalized(self, threshold: float) -> None:
+        """Record the layers whose norms bound the logits, and the largest bound if it is known."""
+        largest = max((x for x in self._bounds.values() if not math.isnan(x)), default=math.nan)
+        known = (
+            "" if math.isnan(largest) else f" (to {largest:.3g} at most, with the present gains)"
+        )
+        self.not_clipped |= dict.fromkeys(self._bounds, _NORMALIZED.format(known))
+        high = [name for name, bound in self._bounds.items() if bound > threshold]
+        if high:
+            self.warnings.append(_HIGH_BOUND.format(", ".join(group_names(high)), largest))
 
     def _sharing_layers(self) -> list[str]:
         """The found layers that share a weight with another layer, found or given."""
@@ -350,8 +370,8 @@ class _Attention:
         try:
             layout = library.layout(name, module)
             plan = ScalingPlan({name: layout})
-        except NormalizedAttentionError:
-            self.not_clipped[name] = _NORMALIZED
+        except NormalizedAttentionError as error:
+            self._bounds[name] = error.bound
             return False
         except ValueError as error:
             # Without its name, so that layers with the same obstacle are reported together.

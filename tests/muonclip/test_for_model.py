@@ -93,6 +93,36 @@ def test_normalized_attention_is_not_clipped() -> None:
     train(model, optimizer)
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma3Text"])
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_the_bound_of_normalized_attention_is_compared_with_the_threshold(
+    kind: str, gain: float
+) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = SMALL | {"head_dim": 6, "query_pre_attn_scalar": 6}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                parameter.fill_(gain if kind == "Qwen3" else gain - 1)  # Gemma's add one
+    bound = 6**0.5 * gain**2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = for_model(model, report=None)
+    assert optimizer.report is not None
+    (reason,) = set(optimizer.report.not_clipped.values())
+    assert f"bounds the logits (to {bound:.3g} at most, with the present gains)" in reason
+    messages = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(messages) == (bound > 100)
+    if messages:
+        assert f"self_attn (2 layers) only by {bound:.3g}, above qk_clip_threshold" in messages[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            for_model(model, qk_clip_exclude="*.self_attn", report=None)
+            for_model(model, qk_clip_threshold=1.01 * bound, report=None)
+
+
 class Vision2Text(nn.Module):
     """A vision tower of transformers, torch's attention and a language model with fused layers."""
 

@@ -207,20 +207,21 @@ def _gains_per_head(
     sizes = [gain.numel() if isinstance(gain, Tensor) else 0 for gain in gains]
     if sizes == [heads * head_dim, groups * head_dim]:
         return norms
-    bound = ""
+    bound = math.nan
     if sizes == [head_dim, head_dim] and all(type(gain) is nn.Parameter for gain in gains):
         # Before its gain, a normalized vector is at most √d long.
         query_gain, key_gain = (_largest_gain(norm, head_dim) for norm in norms)
-        largest = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
-        bound = f", here to {largest:.3g} (d · scale · largest gains)"
+        bound = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
     raise _normalized(name, bound)
 
 
-def _normalized(name: str, bound: str = "") -> NormalizedAttentionError:
+def _normalized(name: str, bound: float = math.nan) -> NormalizedAttentionError:
+    here = "" if math.isnan(bound) else f", here to {bound:.3g} (d · scale · largest gains)"
     return NormalizedAttentionError(
         f"{name} normalizes queries and keys after their projection, with one gain for all heads: "
         "QK-Clip cannot scale a single head there and does not need to, because the norm bounds "
-        f'the logits{bound}. Leave such layers out: exclude="{name}", or a pattern of their names'
+        f'the logits{here}. Leave such layers out: exclude="{name}", or a pattern of their names',
+        bound,
     )
 
 
