@@ -247,7 +247,7 @@ def assign_parameters(
     for pattern, layout in layouts.items():
         if not isinstance(layout, MatrixLayout):
             raise TypeError(f"layouts: {pattern!r} needs a MatrixLayout, got {layout!r}")
-    heads, adapters = _output_embeddings(model), _adapters_without_rule(model)
+    heads, adapters = _output_embeddings(model), _adapters_for_adamw(model)
 
     every_name = {name for names in owners.values() for name, _ in names}
     matches = {}
@@ -283,7 +283,7 @@ def assign_parameters(
             if any(module in heads for _, module in names):
                 choices.append(("adamw", "output head"))
             if parameter in adapters:
-                choices.append(("adamw", "adapter other than LoRA"))
+                choices.append(("adamw", adapters[parameter]))
             algorithm, reason = min(choices, key=lambda choice: choice[0] == "muon")
         found: MatrixLayout | None = None
         if algorithm == "muon":
@@ -320,12 +320,13 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _adapters_without_rule(model: nn.Module) -> set[Tensor]:
-    """The parameters of PEFT's adapters other than LoRA, which are not factors of an update.
+def _adapters_for_adamw(model: nn.Module) -> dict[Tensor, str]:
+    """The parameters of PEFT's adapters that are not one factor of an update, with the reason.
 
-    Some are vectors or rotations that are stored as matrices (OFT, VB-LoRA).
+    Some are vectors or rotations that are stored as matrices (OFT, VB-LoRA). LoRA of a stack of
+    experts (``target_parameters``) has the columns of all experts alternately in one B.
     """
-    found: set[Tensor] = set()
+    found: dict[Tensor, str] = {}
     for module in model.modules():
         names = getattr(module, "adapter_layer_names", ())
         # AdaLoRA's factors are of a singular value decomposition, with the values in lora_E.
@@ -333,7 +334,10 @@ def _adapters_without_rule(model: nn.Module) -> set[Tensor]:
         for name in names:
             adapter = getattr(module, name, None)
             if isinstance(adapter, nn.Module) and name not in kept:
-                found.update(adapter.parameters())
+                found |= dict.fromkeys(adapter.parameters(), "adapter other than LoRA")
+        experts, factors = getattr(module, "num_experts", 1), getattr(module, "lora_B", None)
+        if "lora_B" in kept.intersection(names) and experts > 1 and isinstance(factors, nn.Module):
+            found |= dict.fromkeys(factors.parameters(), "LoRA's B of several experts")
     return found
 
 

@@ -543,6 +543,26 @@ def test_other_adapters_go_to_adamw() -> None:
     assert {a for n, a in found.items() if "modules_to_save" in n} == {"muon"}
 
 
+def test_lora_of_a_stack_of_experts_goes_to_adamw() -> None:
+    """Its B has the columns of all experts; of a single matrix it is a factor as any other."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=[*experts, "o_proj.weight"]
+    )
+    model = peft.get_peft_model(transformers.MixtralForCausalLM(config), lora).train()
+    optimizer = for_model(model, qk_clip_threshold=None, report=None)
+    assert optimizer.report is not None
+    b = {n: choice for n, choice in optimizer.report.assignments.items() if "lora_B" in n}
+    reasons = {choice for name, choice in b.items() if "experts" in name}
+    assert reasons == {("adamw", "LoRA's B of several experts")}
+    assert {choice[0] for name, choice in b.items() if "experts" not in name} == {"muon"}
+    assert sum("experts" in name for name in b) == sum("self_attn" in name for name in b) == 4
+    train(model, optimizer)
+
+
 def test_adalora_goes_to_adamw_and_is_not_clipped() -> None:
     """Its factors are of a singular value decomposition."""
     peft = pytest.importorskip("peft")
