@@ -422,7 +422,7 @@ def test_masters_of_low_precision_shards_equal_one_process() -> None:
 
 
 def load_whole_tensors() -> None:
-    """State of ``full_state_dict`` loads into FSDP2, whoever saved it."""
+    """State of ``full_state_dict`` loads into FSDP2, saved with it or not."""
     mesh = init_device_mesh("cpu", (2,))
     rows = cases_for(2)["rows"]
     for options in ({}, {"variant": "normuon"}, {"momentum_dtype": torch.int8}):
