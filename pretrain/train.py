@@ -133,7 +133,7 @@ def _train(
                 writer.say(slow)
 
             watchdog.beat(f"the checkpoint of step {step}")
-            signal = _agree_on_end(config, step, saver, run_lock, termination)
+            signal = _agree_on_end(config, step, saver, run_lock, writer, termination)
             if signal and not saves:
                 check_weights(run, step, "stop")
             if saves or signal:
@@ -182,6 +182,7 @@ def _agree_on_end(
     step: int,
     saver: Saver,
     run_lock: RunLock | None,
+    writer: MetricsWriter,
     termination: Termination,
 ) -> int:
     """Exchange reasons to end the run early; the result is the same on all ranks.
@@ -190,11 +191,17 @@ def _agree_on_end(
         The number of a received signal; 0: none.
 
     Raises:
-        PretrainError: a checkpoint could not be written, or another job has taken the run's folder.
+        PretrainError: a checkpoint could not be written, another job has taken the run's folder, or
+            it was deleted.
     """
-    save_failed, lock_lost, signal = parallel.max_over_ranks(
-        saver.failed(), run_lock is not None and run_lock.lost, termination.signal
+    save_failed, lock_lost, deleted, signal = parallel.max_over_ranks(
+        saver.failed(), run_lock is not None and run_lock.lost, writer.deleted, termination.signal
     )
+    if deleted:
+        raise PretrainError(
+            f"{writer.path} was deleted during the run: it ends at step {step}, without saving; "
+            "start it again, which continues from its newest checkpoint if there is one"
+        )
     if lock_lost:
         raise PretrainError(
             f"another job has taken run_dir={config.run_dir} since its run.lock was deleted: "

@@ -171,6 +171,20 @@ class MetricsWriter:
             f"at step 0: they are now in {aside}"
         )
 
+    @property
+    def deleted(self) -> bool:
+        """Whether metrics.jsonl was deleted, with the run's folder or alone; what is written to the
+        open file is then lost."""
+        if not self._enabled:
+            return False
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # an unavailable disk must not stop the run
+            pass
+        return False
+
     def begin(self, assignment: str, start: Mapping[str, Any]) -> None:
         """Write parameters.txt and append a line to starts.jsonl.
 

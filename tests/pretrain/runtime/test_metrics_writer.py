@@ -2,6 +2,7 @@
 
 import math
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,19 @@ def test_metrics_without_their_checkpoint_are_renamed(
     first, second = (x for x in capsys.readouterr().err.splitlines() if "no checkpoint" in x)
     assert f"{path} has metrics up to step 7" in first and f"now in {path}.1" in first
     assert f"now in {path}.2" in second
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_deleted_run_folder_is_noticed_by_the_rank_that_writes(
+    tmp_path: Path, enabled: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    out = MetricsWriter(run_dir, steps=2, done=0, log_every=10, enabled=enabled)
+    out.write({"step": 1, **STEP})
+    assert not out.deleted
+    if enabled:
+        shutil.rmtree(run_dir)
+    (run_dir / "checkpoints").mkdir(parents=True)  # as a save does
+    out.write({"step": 2, **STEP})
+    assert out.deleted == enabled
+    out.close()
