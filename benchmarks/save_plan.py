@@ -78,7 +78,6 @@ class SimulatedRanks:
             context_size=1,
             expert_data_rank=expert_data_rank,
             tensor_rank=tensor_rank,
-            tensor_size=ranks.tensor,
         )
         run = SimpleNamespace(config=config, context=context, named_tensors=named, weights=weights)
         return cast(Run, run)

@@ -43,7 +43,7 @@ class ParallelContext:
         context_rank, context_size: share of each sequence.
         expert_rank: share of the experts.
         expert_data_rank: position among the ranks with the same experts.
-        tensor_rank, tensor_size: shard of each tensor-parallel weight.
+        tensor_rank: shard of each tensor-parallel weight.
         first_stage: whether this rank is in the first pipeline stage, which reads the images.
         device: the device of its tensors.
         patient_group: all ranks over gloo, without a time limit: for the start of a run, and then
@@ -59,7 +59,6 @@ class ParallelContext:
     expert_rank: int
     expert_data_rank: int
     tensor_rank: int
-    tensor_size: int
     first_stage: bool
     device: torch.device
     patient_group: dist.ProcessGroup | None = None
@@ -197,7 +196,6 @@ def start(parallel: ParallelConfig, seed: int, collective_seconds: float = 0.0) 
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         device=torch.device("cuda", torch.cuda.current_device())
         if without_cuda.USE_CUDA
