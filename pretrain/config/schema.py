@@ -634,7 +634,11 @@ class EncoderProcessConfig(Settings):
         if not self.recompute:
             self._refuse_without_effect("recompute=false", ["activation_memory_gib"])
         if not self.enabled:
-            self._refuse_others("enabled")
+            # Others may be in the file of a model, whose runs are compared with enabled=false.
+            names = (
+                "spread", "cost", "activation_memory_gib", "max_patches_per_rank", "group_size"
+            )  # fmt: skip
+            self._refuse_without_effect("enabled=false", names)
 
 
 @dataclass(frozen=True)

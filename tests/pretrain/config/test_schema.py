@@ -375,15 +375,22 @@ WITHOUT_EFFECT: dict[tuple[str, ...], tuple[str, ...]] = {
     ("recompute.granularity=full",): ("recompute.modules=[mlp]",),
     (f"{FAULTS}.spike=stop",): (f"{FAULTS}.max_in_a_row=2",),
     (f"{DEP}.enabled=false",): (
-        *(f"{DEP}.spread=round_robin", f"{DEP}.cost=measured", f"{DEP}.max_patches=99"),
-        *(f"{DEP}.recompute=false", f"{DEP}.activation_memory_gib=1", f"{DEP}.group_size=2"),
-        f"{DEP}.max_patches_per_rank=99",
+        *(f"{DEP}.spread=round_robin", f"{DEP}.cost=measured", f"{DEP}.group_size=2"),
+        *(f"{DEP}.activation_memory_gib=1", f"{DEP}.max_patches_per_rank=99"),
     ),
     (f"{DEP}.recompute=false",): (f"{DEP}.activation_memory_gib=1",),
     ("optimizer.decay_steps=0",): ("optimizer.final_lr_fraction=0.5",),
     ("optimizer.adjust_lr=none",): ("optimizer.update_rms=0.5",),
 }
 EACH = [(choice, one) for choice, settings in WITHOUT_EFFECT.items() for one in settings]
+
+
+@pytest.mark.parametrize(
+    "file", (Path(__file__).parents[3] / "configs").glob("*.yaml"), ids=lambda file: file.stem
+)
+def test_the_encoder_process_can_be_disabled_for_any_file(file: Path) -> None:
+    """As the documentation does, to compare runs."""
+    assert not config.load(file, ["encoder_process.enabled=false"]).encoder_process.enabled
 
 
 @pytest.mark.parametrize(("choice", "setting"), EACH)
