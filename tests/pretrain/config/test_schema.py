@@ -385,9 +385,10 @@ WITHOUT_EFFECT: dict[tuple[str, ...], tuple[str, ...]] = {
 EACH = [(choice, one) for choice, settings in WITHOUT_EFFECT.items() for one in settings]
 
 
-@pytest.mark.parametrize(
-    "file", (Path(__file__).parents[3] / "configs").glob("*.yaml"), ids=lambda file: file.stem
-)
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_the_encoder_process_can_be_disabled_for_any_file(file: Path) -> None:
     """As the documentation does, to compare runs."""
     assert not config.load(file, ["encoder_process.enabled=false"]).encoder_process.enabled
