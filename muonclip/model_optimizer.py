@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -287,6 +288,8 @@ class _Attention:
         Raises:
             ValueError: for a pattern of ``exclude`` that matches no layer.
         """
+        from muonclip.integrations.transformers import structure
+
         patterns = [exclude] if isinstance(exclude, str) else list(exclude)
         modules = {library: library.modules(self._model) for library in _libraries()}
         names = [name for found in modules.values() for name in found]
@@ -298,9 +301,7 @@ class _Attention:
                     f"(layers: {', '.join(group_names(names + unknown)) or 'none'})"
                 )
 
-        def is_excluded(name: str) -> bool:
-            return any(fnmatchcase(name, pattern) for pattern in patterns)
-
+        is_excluded = partial(structure.is_excluded, exclude=patterns)
         obstacles: dict[str, str] = {}
         for library, found in modules.items():
             watched = []

@@ -1584,8 +1584,6 @@ def _saved_layout(value: Any) -> MatrixLayout | None:
 
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    if torch.compiler.is_compiling():
-        return False
     try:
         return bool(torch.cuda.is_current_stream_capturing())
     except RuntimeError:  # a build without CUDA

@@ -339,8 +339,13 @@ def test_every_default_dtype_works(kind: Kind, dtype: torch.dtype) -> None:
 def peft_model(**options: Any) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    targets = {"target_modules": ["q_proj", "k_proj"]}
-    return peft.get_peft_model(llama(), peft.LoraConfig(**{"r": 2, **targets, **options})).train()
+    return peft.get_peft_model(llama(), lora_config(**options)).train()
+
+
+def lora_config(**options: Any) -> Any:
+    """The configuration of an adapter of queries and keys."""
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "k_proj"], **options})
 
 
 def logits(model: Any) -> Tensor:
@@ -416,12 +421,10 @@ def test_forward_passes_of_a_reference_do_not_count(
     options: dict[str, Any], reference: str, order: str
 ) -> None:
     """With one that has larger logits, training is the same as without it."""
-    peft = pytest.importorskip("peft")
-    targets = {"target_modules": ["q_proj", "k_proj"]}
     trained = []
     for present in ("", reference):
         model = peft_model(**options)
-        model.add_adapter("reference", peft.LoraConfig(**{"r": 3, **targets, **options}))
+        model.add_adapter("reference", lora_config(**{"r": 3, **options}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "q_proj" in name and not name.endswith("lora_A.default.weight"):
@@ -444,10 +447,8 @@ def test_forward_passes_of_a_reference_do_not_count(
 
 def test_each_adapter_is_clipped_in_its_steps() -> None:
     """Two adapters that are trained in turn."""
-    peft = pytest.importorskip("peft")
     model = peft_model(use_dora=True)
-    targets = {"target_modules": ["q_proj", "k_proj"]}
-    model.add_adapter("second", peft.LoraConfig(r=2, use_dora=True, **targets))
+    model.add_adapter("second", lora_config(use_dora=True))
     clip = hf.qk_clip(model, threshold=1e-9)
     for adapter, other in [("default", "second"), ("second", "default")] * 2:
         model.set_adapter(adapter)
@@ -459,10 +460,8 @@ def test_each_adapter_is_clipped_in_its_steps() -> None:
 
 
 def test_a_step_with_other_adapters_than_the_forward_passes_is_reported() -> None:
-    peft = pytest.importorskip("peft")
     model = peft_model(use_dora=True)
-    targets = {"target_modules": ["q_proj", "k_proj"]}
-    model.add_adapter("second", peft.LoraConfig(r=2, use_dora=True, **targets))
+    model.add_adapter("second", lora_config(use_dora=True))
     clip = hf.qk_clip(model, threshold=1e-9)
     KINDS["transformers"].loss(model)
     model.set_adapter("second")
