@@ -84,12 +84,24 @@ def load(folder: Path) -> Exported:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        model = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **_TRUST_NOTHING
+        model, loaded = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_TRUST_NOTHING,
         )
         processor = AutoTokenizer.from_pretrained(folder, padding_side="left", **_TRUST_NOTHING)
     except Exception as error:  # transformers raises any for files that are not valid
         raise PretrainError(f"{folder} cannot be loaded: {one_line(str(error))[:300]}") from error
+    # Otherwise transformers initializes weights at random, and sampling has no end and no padding.
+    missing = [f"the weight {name}" for name in sorted(loaded["missing_keys"])]
+    missing += [name for name in ("eos_token", "pad_token") if getattr(processor, name) is None]
+    if missing:
+        raise PretrainError(
+            f"{folder} lacks {', '.join(missing[:3])}{', …' if missing[3:] else ''}: its files are "
+            "incomplete or do not belong together; export the model again"
+        )
     if with_images:
         processor = KimiProcessor(_image_processor(files), processor, processor.chat_template)
     require_finite_weights(model, f"in {folder}", "choose another model")

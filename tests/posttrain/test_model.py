@@ -48,6 +48,21 @@ def test_other_folders_are_one_line(text_export: Path, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_an_incomplete_folder_is_one_line(text_export: Path, tmp_path: Path) -> None:
+    """transformers would initialize missing weights at random, and know no special tokens."""
+    folder = shutil.copytree(text_export, tmp_path / "weights")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PretrainError, match=r"lacks the weight model\.norm\.weight"):
+        model.load(folder)
+    folder = shutil.copytree(text_export, tmp_path / "tokens")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(PretrainError, match="lacks eos_token") as error:
+        model.load(folder)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "content", ["{}", '{"media_proc_cfg": {}}', '{"media_proc_cfg": {"patch_size": "x"}}', "[]"]
 )
