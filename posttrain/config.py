@@ -34,6 +34,14 @@ class OptimizerConfig(Settings):
 
 
 @dataclass(frozen=True)
+class StartOptimizerConfig(OptimizerConfig):
+    """The optimizer of a swarm's supervised start."""
+
+    lr: Positive = 1e-2
+    """Learning rate."""
+
+
+@dataclass(frozen=True)
 class SumsConfig(Settings):
     """Sums of several numbers, with a working: a task of reasoning that a small model learns."""
 
@@ -248,7 +256,7 @@ class SwarmConfig(Settings):
     """Demonstrations of a step."""
     start_replay: SizeOrZero = 2
     """Documents of the pretraining's text in a step, against forgetting it."""
-    start: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
+    start: StartOptimizerConfig = field(default_factory=StartOptimizerConfig)
     """Optimizer of the supervised start."""
     evaluation_tasks: SizeOrZero = 32
     """Held-out tasks of an evaluation."""

@@ -7,7 +7,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 
@@ -226,9 +226,11 @@ def _allowed(hint: Any) -> str:
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:
     """The docstrings of a dataclass's fields by name; Python does not store them."""
+    base = cls.__base__
+    inherited = _field_docstrings(base) if base is not None and is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    return {
+    return inherited | {
         target.target.id: note.value.value
         for target, note in itertools.pairwise(body.body)
         if isinstance(target, ast.AnnAssign)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from posttrain import cli
+from posttrain.config import Config
+from pretrain import config as configuration
 
 # A command that catches everything, as imports and libraries may.
 BUSY = """
@@ -53,3 +55,16 @@ def test_a_missing_configuration_is_named(command: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="2"):
         cli.main([command])
     assert capsys.readouterr().err.endswith("arguments are required: config\n")
+
+
+def test_a_section_that_is_changed_in_part_keeps_its_other_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the supervised start's optimizer are not those of reinforcement learning."""
+    assert cli.main(["settings"]) == 0
+    lines = capsys.readouterr().out
+    assert "\noptimizer.lr=0.0003  " in lines and "\nswarm.start.lr=0.01  " in lines
+    assert "\nswarm.start.frozen=()  Patterns" in lines  # the meaning of an inherited setting
+    (tmp_path / "run.yaml").write_text("swarm: {start: {warmup_steps: 3}}\n")
+    start = configuration.load_as(Config, tmp_path / "run.yaml").swarm.start
+    assert (start.lr, start.warmup_steps) == (0.01, 3)
