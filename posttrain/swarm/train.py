@@ -90,7 +90,7 @@ class Swarm:
             max_tokens=self.settings.reply_tokens,
         )
 
-    def rollout(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
+    def rollout(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         """The ``rollout_func`` of TRL: one orchestrator for each prompt."""
         episodes = self.run(trainer.model, [prompt[-1]["seed"] for prompt in prompts])
         progress = trainer.state.global_step / trainer.state.max_steps
@@ -100,7 +100,10 @@ class Swarm:
         cut_off = sum(e.episode.is_cut_off(ends) for e in episodes) / len(episodes)
         for name, value in {"cut_off": cut_off, **summary(episodes)}.items():
             trainer.record(name, torch.tensor(value, device=trainer.accelerator.device))
-        return {**for_trl([e.episode.trajectory for e in episodes]), "swarm_reward": rewards}
+        rollout = for_trl([e.episode.trajectory for e in episodes])
+        # The trainer computes the log-probabilities: those of the sampler differ by rounding, from
+        # which Muon makes a whole step if no group of a batch has different rewards.
+        return {**rollout, "logprobs": None, "swarm_reward": rewards}
 
 
 def look_ups(swarm: SwarmConfig) -> LookUps:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from posttrain import model
+from posttrain import metrics, model
 from posttrain.config import Config
 from posttrain.environment.episode import Episode
 from posttrain.environment.markup import TOKENS
@@ -50,6 +51,17 @@ def test_from_an_export_to_an_export(text_export: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in rollouts] == [1, 3]  # two steps for each
     assert all(0 <= record["performance"] <= 1 for record in rollouts)
     assert [r["step"] for r in records if "held_out_performance" in r] == [0, 2, 4]
+
+
+def test_without_different_rewards_nothing_is_learned(text_export: Path, tmp_path: Path) -> None:
+    """In groups of equal rewards, every ratio is exactly 1: no weight is moved by rounding."""
+    folder = tmp_path / "run"
+    equal = ("swarm.parallel_weight=0", "swarm.finish_weight=0", "rl.group_size=4")
+    out = train.train(settings(tmp_path, text_export, *equal))
+    rewards = [r for r in metrics.read(folder / "metrics.jsonl") if "reward_spread" in r]
+    assert [record["reward_spread"] for record in rewards] == [0, 0]
+    before, after = (load_file(f / "model.safetensors") for f in (folder / "start", out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_mean_over_no_episode_is_left_out() -> None:
