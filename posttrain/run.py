@@ -212,6 +212,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self._first, self._start = state.global_step, self._began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        state.log_history.clear()  # each checkpoint would contain all of it
         if not logs or "grad_norm" not in logs:  # such as the summary at the end
             return
         now, config = time.monotonic(), self._run.config

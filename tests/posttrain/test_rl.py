@@ -100,6 +100,8 @@ def test_reading_is_trained_from_an_export_to_an_export(
     assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
     assert [record["step"] for record in found if "reward" in record] == [1, 3]
     assert all(0 <= record["reward"] <= 1 for record in found if "reward" in record)
+    state = tmp_path / "whole" / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    assert len(json.loads(state.read_text())["log_history"]) <= 1  # it does not grow with the steps
     assert found[0]["held_out_text_loss"] != found[-1]["held_out_text_loss"]
     assert "<svg" in (tmp_path / "whole" / "run" / "report.html").read_text()
     import_hf(out, tmp_path / "imported")
