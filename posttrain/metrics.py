@@ -75,7 +75,7 @@ _OF_TRL = {
     "reward": "reward",
     "accuracy": "accuracy",
     "has_budget": "has_budget",
-    "reward_std": "reward_spread",
+    "reward_spread": "reward_spread",
     "completions/mean_length": "response_tokens",
     "completions/clipped_ratio": "cut_off",
     "response_tokens": "response_tokens",  # in place of the mean of the means of tasks

@@ -320,7 +320,10 @@ class RlTrainer(OwnTrainer, GRPOTrainer):  # type: ignore[misc]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
+        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        groups = scored["advantages"].view(-1, self._rl.group_size)
+        self.record("reward_spread", groups.std(1).mean())  # TRL's is that of the whole batch
+        return scored
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Generate the responses of each task in its mode; returns what TRL's method returns."""

@@ -214,6 +214,19 @@ def test_a_part_of_a_batch_may_have_no_images(image_export: Path, tmp_path: Path
     assert len([r for r in records(tmp_path / "few") if "read_reward" in r]) == 2
 
 
+def test_the_spread_of_rewards_is_within_groups(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Problems of different difficulty have none if the responses to each have equal rewards."""
+    monkeypatch.setattr(practice, "edit_distance_reward", lambda _answer, truth: len(truth) / 10)
+    chosen = settings(tmp_path / "equal", image_export, *READ, "rl.prompts=4", "steps=2")
+    rl.train(chosen)
+    assert records(tmp_path / "equal")[1]["reward_spread"] == 0
+    monkeypatch.setattr(practice, "edit_distance_reward", spread_reward)
+    rl.train(settings(tmp_path / "spread", image_export, *READ, "steps=2"))
+    assert records(tmp_path / "spread")[1]["reward_spread"] > 0
+
+
 def test_frozen_parameters_stay(
     image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
