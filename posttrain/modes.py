@@ -35,6 +35,7 @@ class Mode(NamedTuple):
 CHAT_MODES = ("instant", "thinking")
 """Modes of the chat format: a reply begins without reasoning, or with it."""
 END_OF_THINKING = "</think>"
+_BATCH = 256
 
 
 def chat_template(exported: Exported) -> str:
@@ -99,26 +100,7 @@ def answer(
         max_tokens: limit of a response.
         temperature: 0: greedy decoding.
     """
-    tokenizer = exported.hf_tokenizer
-    texts = [
-        tokenizer.apply_chat_template(
-            prompt,
-            chat_template=mode.template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **mode.options,
-        )
-        for prompt in prompts
-    ]
-    shown = {"images": [list(some) for some in images]} if any(images) else {}
-    inputs = exported.processor(
-        text=texts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-        **shown,
-    ).to(exported.model.device)
+    inputs = _inputs(exported, mode, prompts, images).to(exported.model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     with finite_logits(exported.model):
         written = exported.model.generate(
@@ -127,7 +109,7 @@ def answer(
             do_sample=temperature > 0,
             max_new_tokens=max_tokens,
             eos_token_id=mode.ends,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=exported.hf_tokenizer.pad_token_id,
             # A generated image would have no features.
             suppress_tokens=[exported.tokenizer.media_pad] if exported.has_images else None,
         )
@@ -140,12 +122,52 @@ def answer_tasks(
     exported: Exported, mode: Mode, tasks: Sequence[Task], max_tokens: int, temperature: float = 0.0
 ) -> list[list[int]]:
     """The tokens of the responses to tasks; see :func:`answer`."""
+    return answer(exported, mode, *_asked(tasks), max_tokens, temperature)
+
+
+def longest_prompt(exported: Exported, mode: Mode, tasks: Sequence[Task]) -> int:
+    """Tokens of the longest prompt of tasks; 0 without tasks."""
+    batches = (tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH))
+    inputs = (_inputs(exported, mode, *_asked(batch)) for batch in batches)
+    return max((one["input_ids"].shape[1] for one in inputs), default=0)
+
+
+def _asked(tasks: Sequence[Task]) -> tuple[list[Messages], list[list[Image.Image]]]:
+    """The conversation about each task, and its images."""
     images = [[] if task.image is None else [task.image] for task in tasks]
     asked = [
         [{"role": "user", "content": [{"type": "image"} for _ in shown] + [_text(task.question)]}]
         for task, shown in zip(tasks, images, strict=True)
     ]
-    return answer(exported, mode, asked, images, max_tokens, temperature)
+    return asked, images
+
+
+def _inputs(
+    exported: Exported,
+    mode: Mode,
+    prompts: Sequence[Messages],
+    images: Sequence[Sequence[Image.Image]],
+) -> Any:
+    """The model's inputs, padded on the left; arguments as of :func:`answer`."""
+    texts = [
+        exported.hf_tokenizer.apply_chat_template(
+            prompt,
+            chat_template=mode.template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **mode.options,
+        )
+        for prompt in prompts
+    ]
+    shown = {"images": [list(some) for some in images]} if any(images) else {}
+    return exported.processor(
+        text=texts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+        **shown,
+    )
 
 
 def _text(text: str) -> dict[str, str]:

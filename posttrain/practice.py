@@ -71,11 +71,6 @@ def prepare(run: Run, name: str) -> Practice:
             f"rl.tasks.{name} needs a model with images, and {config.model} has none: export it "
             "without --text-only"
         )
-    if options.max_tokens >= exported.max_length:
-        raise PretrainError(
-            f"rl.tasks.{name}.max_tokens={options.max_tokens} must be less than the "
-            f"{exported.max_length} tokens that {config.model} reads, prompt and response"
-        )
     missing = [token for token in TOKENS if exported.tokenizer.id_of(token) is None]
     if name in tasks.AGENTIC and missing:
         raise PretrainError(
@@ -91,6 +86,13 @@ def prepare(run: Run, name: str) -> Practice:
         seeds = range(options.problems)
         generated = (tasks.generated_task(name, config.sums, seed) for seed in seeds)
         found = list({task.problem: task for task in generated}.values())
+    room = exported.max_length - modes.longest_prompt(exported, mode, found)
+    if options.max_tokens > room:
+        raise PretrainError(
+            f"rl.tasks.{name}.max_tokens={options.max_tokens}: {config.model} reads "
+            f"{exported.max_length} tokens, which leave {max(0, room)} for the response to the "
+            "longest prompt"
+        )
     return Practice(name, options, mode, found)
 
 

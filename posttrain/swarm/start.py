@@ -49,7 +49,8 @@ def train(
     torch.manual_seed(config.seed)  # of the new rows
     words = vocabulary.long_words(exported.tokenizer, _WORDS, _TOKENS_OF_A_WORD)
     untrained = out.with_name("extended")
-    extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=swarm.context)
+    longest = max(swarm.context, swarm.sub_context)
+    extended = vocabulary.extend(exported, untrained, TOKENS, words, max_length=longest)
     tokenizer = extended.tokenizer
     freeze(extended.model, swarm.start.frozen, "swarm.start.frozen")
     optimizer = make_optimizer(extended.model, swarm.start)

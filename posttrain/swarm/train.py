@@ -208,13 +208,19 @@ def _start(config: Config, data: Data) -> Path:
             swarm.sub_agent_share,
         )
         start.train(config, model.load(Path(config.model)), demonstrations, data, out)
-    tokenizer = model.load(out).tokenizer
-    missing = [name for name in TOKENS if tokenizer.id_of(name) is None]
+    exported = model.load(out)
+    missing = [name for name in TOKENS if exported.tokenizer.id_of(name) is None]
     if missing:
         raise PretrainError(
             f"{out} lacks tokens of tool calls ({', '.join(missing)}): set swarm.start_steps, for "
             "a supervised start that adds them"
         )
+    for name in ("context", "sub_context"):
+        if getattr(config.swarm, name) > exported.max_length:
+            raise PretrainError(
+                f"swarm.{name}={getattr(config.swarm, name)} exceeds the {exported.max_length} "
+                f"tokens that {out} reads: lower it"
+            )
     return out
 
 

@@ -204,6 +204,13 @@ def test_an_agentic_task_needs_the_tokens_of_tool_calls(text_export: Path, tmp_p
         rl.train(settings(tmp_path / "bad", start, "rl.tasks.follow={}"))
 
 
+def test_a_prompt_that_leaves_no_room_is_one_line(text_export: Path, tmp_path: Path) -> None:
+    start = vocabulary.extend(model.load(text_export), tmp_path / "hf", chat.MARKUP).folder
+    long = ("sums.min_operands=64", "sums.max_operands=64", "rl.tasks.sums={problems: 8}")
+    with pytest.raises(PretrainError, match=r"sums\.max_tokens=16: .* leave 0 for the response"):
+        rl.train(settings(tmp_path / "long", start, *long))
+
+
 def test_a_part_of_a_batch_may_have_no_images(image_export: Path, tmp_path: Path) -> None:
     """One group of responses to each task: one of the two updates can be without images."""
     start = vocabulary.extend(model.load(image_export), tmp_path / "hf", chat.MARKUP).folder
@@ -316,7 +323,7 @@ def test_evaluation_of_a_model_without_images(
         (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
         (("rl.tasks.follow.toggle.mode=toggle",), "rl.tasks.follow.toggle has no effect"),
         (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
-        (("rl.tasks.read.max_tokens=64",), "must be less than the 64 tokens"),
+        (("rl.tasks.read={max_tokens: 60, problems: 8}",), "reads 64 tokens, which leave [1-9]"),
         (("rl.tasks.read.solved_share=1",), r"solved_share must be in \[0, 1\)"),
         (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
     ],

@@ -90,6 +90,17 @@ def test_a_setting_that_cannot_work_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_contexts_fit_the_model(text_export: Path, tmp_path: Path) -> None:
+    """The supervised start extends a model to them; without it, the model has a limit."""
+    longer = ("steps=2", "swarm.sub_context=130")
+    trained = model.load(train.train(settings(tmp_path, text_export, *longer)))
+    assert trained.max_length == 130
+    (tmp_path / "other").mkdir()
+    nothing = ("swarm.start_steps=0", "swarm.start_batch=16", "swarm.context=131")
+    with pytest.raises(PretrainError, match=r"swarm\.context=131 exceeds the 130 tokens"):
+        train.train(settings(tmp_path / "other", trained.folder, *nothing))
+
+
 def test_a_gradient_of_the_start_that_is_not_finite_is_one_line(
     text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
