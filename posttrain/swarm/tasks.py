@@ -46,8 +46,12 @@ class LookUps:
             raise ValueError(f"swarm.deep={self.deep}: must be at least 2")
         if not 0 <= self.deep_share <= 1:
             raise ValueError(f"swarm.deep_share={self.deep_share}: must be in [0, 1]")
-        if max(self.records * self.depth, self.deep) > 26**self.name_length // 2:
-            raise ValueError(f"swarm.name_length={self.name_length}: too few names for the records")
+        most, names = max(self.records * self.depth, self.deep), 26**self.name_length // 2
+        if most > names:
+            raise ValueError(
+                f"swarm.records={self.records} x swarm.depth={self.depth} and swarm.deep="
+                f"{self.deep} must not exceed the {names} names of {self.name_length} letters"
+            )
 
     def task(self, seed: int) -> Task:
         """The task of a seed."""

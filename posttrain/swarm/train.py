@@ -110,7 +110,7 @@ def look_ups(swarm: SwarmConfig) -> LookUps:
     """The tasks of a configuration.
 
     Raises:
-        PretrainError: there are too few names for them.
+        PretrainError: there are too few names for their records.
     """
     try:
         return LookUps(swarm.records, swarm.depth, swarm.deep, swarm.deep_share)

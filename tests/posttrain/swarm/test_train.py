@@ -77,7 +77,7 @@ def test_a_mean_over_no_episode_is_left_out() -> None:
         ("rl.tasks.read.max_tokens=20", "rl.tasks has no effect"),
         ("swarm.start_steps=0 swarm.start_batch=16", "lacks tokens of tool calls"),
         ("swarm.start_steps=0", "start_batch=2 has no effect with start_steps=0"),
-        ("swarm.records=14", "too few names"),
+        ("swarm.records=14", "swarm.records=14 x swarm.depth=1 .* must not exceed the 13 names"),
         ("swarm.start.frozen=['*']", "swarm.start.frozen leaves no parameter to train"),
         ("swarm.context=34", "swarm.context=34: too short"),
     ],
