@@ -50,6 +50,8 @@ def train(config: Config) -> Path:
             args=TrainingArguments(
                 **common_arguments(config, run.checkpoints),
                 per_device_train_batch_size=config.sft.batch_size,
+                # Rows are random already. In this order, they do not depend on the number of steps.
+                train_sampling_strategy="sequential",
                 remove_unused_columns=False,
             ),
             train_dataset=Rows(config, exported),
@@ -78,7 +80,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         if longest > max_length:
             raise PretrainError(
                 f"demonstrations of sums have up to {longest} tokens, and the model reads "
-                f"{max_length}: lower sums.max_operands"
+                f"{max_length}: lower sums.max_operands or sums.largest, or set sft.agent_share=0 "
+                "to leave out those with tool calls, which are the longest"
             )
         if config.sft.replay_share:
             self._document(0)  # there is one, or this raises

@@ -418,6 +418,24 @@ def test_a_start_of_finetuning_that_failed_leaves_its_settings_free(
         sft.train(settings(tmp_path, text_export, *few, nothing, "sft.replay_share=0"))
 
 
+def test_finetuning_with_more_steps_continues_with_the_same_rows(
+    text_export: Path, tmp_path: Path
+) -> None:
+    few = ("sums.max_operands=2", "sft.agent_share=0.0", "sft.batch_size=2")
+    nothing = "evaluation={images: 0, text_sequences: 0, problems: 0}"
+    whole = weights(sft.train(settings(tmp_path / "whole", text_export, *few, nothing)))
+    sft.train(settings(tmp_path / "more", text_export, *few, nothing, "steps=2"))
+    more = weights(sft.train(settings(tmp_path / "more", text_export, *few, nothing)))
+    assert all(torch.equal(whole[name], more[name]) for name in whole)
+
+
+def test_demonstrations_that_do_not_fit_are_one_line(text_export: Path, tmp_path: Path) -> None:
+    """Two numbers are the least: those with tools can only be left out."""
+    message = r"up to \d+ tokens, and the model reads 64: .*set sft\.agent_share=0"
+    with pytest.raises(PretrainError, match=message):
+        sft.train(settings(tmp_path, text_export, "sums.max_operands=2"))
+
+
 def test_steps_of_finetuning_have_no_batches_of_rollouts(text_export: Path, tmp_path: Path) -> None:
     settings(tmp_path, text_export, "steps=3", "save_every=1").require_fit("sft")
 
