@@ -105,7 +105,7 @@ def sums(exported: Exported, config: Config, name: str) -> dict[str, float | Non
     """
     options, mode = config.evaluation, modes.find(exported, name)
     solved = [  # operands, reward, tokens
-        (len(task.data), _reward(exported, task, reply), len(reply))
+        (len(task.data), _reward(exported, mode, task, reply), len(reply))
         for task, reply in _replies(exported, config, "sums", mode, options.max_tokens)
     ]
     shortest, longest = min(solved)[0], max(solved)[0]
@@ -137,8 +137,9 @@ def generated(exported: Exported, config: Config, name: str) -> dict[str, float 
             )
         rewards = [episode.reward for episode in episodes]
     else:
-        replies = _replies(exported, config, name, modes.find(exported, "thinking"), limit)
-        rewards = [_reward(exported, task, reply) for task, reply in replies]
+        mode = modes.find(exported, "thinking")
+        replies = _replies(exported, config, name, mode, limit)
+        rewards = [_reward(exported, mode, task, reply) for task, reply in replies]
     return {
         f"held_out_{name}_reward": mean(rewards),
         f"held_out_{name}_accuracy": mean(reward == 1 for reward in rewards),
@@ -160,8 +161,8 @@ def _held_out(config: Config, name: str) -> list[Task]:
     return [generated_task(name, config.sums, seed, held_out=True) for seed in seeds]
 
 
-def _reward(exported: Exported, task: Task, reply: Sequence[int]) -> float:
-    return task.reward(modes.final_answer(exported, reply), task.truth)
+def _reward(exported: Exported, mode: modes.Mode, task: Task, reply: Sequence[int]) -> float:
+    return task.reward(modes.final_answer(exported, mode, reply), task.truth)
 
 
 def _png(picture: Picture) -> str:

@@ -74,10 +74,11 @@ def has_chat_modes(exported: Exported) -> bool:
     return bool(tokenizer.roles) and tokenizer.id_of(END_OF_THINKING) is not None
 
 
-def final_answer(exported: Exported, tokens: Sequence[int]) -> str:
-    """The text of a response after its reasoning; all of it if the reasoning has no end."""
+def final_answer(exported: Exported, mode: Mode, tokens: Sequence[int]) -> str:
+    """The text of a response after its reasoning; none if that has no end."""
     text = exported.tokenizer.decode(tokens, skip_special_tokens=False)
-    text = text.rpartition(END_OF_THINKING)[2]
+    _, ended, answer = text.rpartition(END_OF_THINKING)
+    text = answer if ended or not mode.options.get("thinking") else ""
     for special in ("<|im_end|>", exported.hf_tokenizer.eos_token):
         text = text.removesuffix(special)
     return text.strip()

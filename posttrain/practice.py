@@ -125,13 +125,13 @@ def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
     return chosen
 
 
-def verified(run: Run, task: Task, tokens: Sequence[int]) -> float:
+def verified(run: Run, mode: Mode, task: Task, tokens: Sequence[int]) -> float:
     """The reward of a response.
 
     Raises:
         PretrainError: it is not finite, or outside [0, 1].
     """
-    answer = modes.final_answer(run.exported, tokens)
+    answer = modes.final_answer(run.exported, mode, tokens)
     reward = task.reward(answer, task.truth)
     if not (math.isfinite(reward) and 0 <= reward <= 1):
         raise PretrainError(f"the reward of {answer!r:.60} is {reward}: rewards must be in [0, 1]")
@@ -202,6 +202,6 @@ def _estimate(run: Run, practice: Practice, toggle: Toggle) -> None:
         )
         for start, task in zip(range(0, len(replies), rl.group_size), batch, strict=True):
             group = replies[start : start + rl.group_size]
-            correct = [verified(run, task, tokens) == 1 for tokens in group]
+            correct = [verified(run, practice.mode, task, tokens) == 1 for tokens in group]
             toggle.estimate(task.problem, [len(tokens) for tokens in group], correct)
     exported.model.train()

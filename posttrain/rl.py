@@ -129,7 +129,7 @@ class _Reward:
             problem = practice.problems[number[start]]
             group = completion_ids[start : start + rl.group_size]
             earned = [
-                verified(self.run, problem, tokens) if played is None else played
+                verified(self.run, practice.mode, problem, tokens) if played is None else played
                 for tokens, played in zip(group, episode_reward[start:], strict=False)
             ]
             given, phase = earned, {}

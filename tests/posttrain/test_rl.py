@@ -336,6 +336,20 @@ def test_a_setting_that_cannot_work_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_reasoning_without_an_end_is_no_answer(text_export: Path, tmp_path: Path) -> None:
+    """Although it may contain the result: a server would return an empty message."""
+    exported = vocabulary.extend(model.load(text_export), tmp_path / "hf", chat.MARKUP)
+    tokenizer = exported.tokenizer
+    steps, answer = tokenizer.encode("1+2=3").tolist(), tokenizer.encode("3").tolist()
+    end = [tokenizer.id_of(modes.END_OF_THINKING)]
+    thinking, instant = (modes.find(exported, name) for name in ("thinking", "instant"))
+    assert modes.final_answer(exported, thinking, [*steps, tokenizer.im_end]) == ""
+    assert modes.final_answer(exported, thinking, steps + end + answer) == "3"
+    assert modes.final_answer(exported, instant, [*answer, tokenizer.im_end]) == "3"
+    document = modes.find(exported, "document")
+    assert modes.final_answer(exported, document, [*answer, tokenizer.newline]) == "3"
+
+
 def test_sums_are_counted_by_length(text_export: Path, tmp_path: Path) -> None:
     """Replies of one token to all sums: the lengths are 1, and no sum is solved."""
     chosen = settings(tmp_path / "sums", text_export, "evaluation.problems=8")
