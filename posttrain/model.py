@@ -160,28 +160,30 @@ def save(exported: Exported, model: nn.Module, out: Path, template: str | None =
         model.save_pretrained(partial, max_shard_size=_MAX_FILE_SIZE)  # type: ignore[operator]
         if exported.has_images:
             _publish_names(partial)
-    for file in exported.folder.iterdir():
-        if file.is_file() and not _WEIGHTS.match(file.name):
-            shutil.copyfile(file, partial / file.name)
-    if template is not None:
-        _write_template(partial, template)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+        for file in exported.folder.iterdir():
+            if file.is_file() and not _WEIGHTS.match(file.name):
+                shutil.copyfile(file, partial / file.name)
+        if template is not None:
+            _write_template(partial, template)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
     return out
 
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Context in which weights are written.
+    """Context in which a file or a folder of a run is written.
 
     Raises:
-        PretrainError: they cannot be written.
+        PretrainError: it cannot be written.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else None
         raise PretrainError(
-            f"cannot write {what}: {one_line(str(error))[:200]}; earlier checkpoints are unchanged"
+            f"cannot write {what}: {one_line(reason or str(error))[:200]}; earlier checkpoints are "
+            "unchanged"
         ) from error
 
 

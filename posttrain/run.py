@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from posttrain import evaluate, metrics, report
 from posttrain.config import Config
-from posttrain.model import TRAINED, Exported, save
+from posttrain.model import TRAINED, Exported, save, writing
 from pretrain.config import to_dict
 from pretrain.data import Data
 from pretrain.errors import PretrainError
@@ -77,6 +77,18 @@ class Run:
         """Append a record to metrics.jsonl."""
         self._metrics.append(json.dumps(record).encode() + b"\n")
 
+    def require_metrics(self, step: int) -> None:
+        """
+        Raises:
+            PretrainError: metrics.jsonl was deleted, alone or with the folder.
+        """
+        if self._metrics.deleted:
+            raise PretrainError(
+                f"{self.folder}/metrics.jsonl was deleted during the run: it ends after step "
+                f"{step}, without saving; start it again, which continues from its newest "
+                "checkpoint if there is one"
+            )
+
     def say(self, text: str) -> None:
         print(text, flush=True)
 
@@ -86,7 +98,7 @@ class Run:
         record = {"step": step, **found}
         self.write(record)
         name = "transcriptions.json" if step else "transcriptions_before.json"
-        (self.folder / name).write_text(json.dumps(readings))
+        replace_text(self.folder / name, json.dumps(readings))
         self.say(f"held out after step {step}: {' | '.join(metrics.cells(found)) or 'no data'}")
         return record
 
@@ -126,7 +138,8 @@ class Run:
             raise SystemExit(stopping.status(number))
         self.evaluate(self.config.steps)
         out = save(self.exported, self.exported.model, self.folder / TRAINED, template)
-        self.say(f"wrote {out} and {report.write(self.folder)}")
+        with writing(f"the report of {self.folder}"):
+            self.say(f"wrote {out} and {report.write(self.folder)}")
         return out
 
 
@@ -190,10 +203,15 @@ def _is_json(file: Path) -> bool:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file, completely or not at all: a full disk does not damage an earlier one."""
+    """Write a file, completely or not at all: a full disk does not damage an earlier one.
+
+    Raises:
+        PretrainError: it cannot be written.
+    """
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)
+    with writing(str(file)):
+        partial.write_text(text)
+        partial.replace(file)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -231,6 +249,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, config = state.global_step, self._run.config
         self._seconds = time.monotonic() - self._began  # this comes before the log
+        self._run.require_metrics(step)
         if self._run.termination.signal and step % self._trainer.steps_per_rollout == 0:
             control.should_save = control.should_training_stop = True
         every = config.evaluation.every

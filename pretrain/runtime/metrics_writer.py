@@ -44,6 +44,17 @@ class AppendedFile:
         self._waiting: deque[bytes] = deque(maxlen=self._MAX_WAITING)
         self._warned = False
 
+    @property
+    def deleted(self) -> bool:
+        """Whether the file was deleted; what is written to the open one is then lost."""
+        try:
+            self._path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # an unavailable disk must not stop the run
+            pass
+        return False
+
     def append(self, record: bytes) -> None:
         """Write the waiting records and this one; keep those that cannot be written."""
         self._waiting.append(record)
@@ -173,17 +184,8 @@ class MetricsWriter:
 
     @property
     def deleted(self) -> bool:
-        """Whether metrics.jsonl was deleted, with the run's folder or alone; what is written to the
-        open file is then lost."""
-        if not self._enabled:
-            return False
-        try:
-            self.path.stat()
-        except FileNotFoundError:
-            return True
-        except OSError:  # an unavailable disk must not stop the run
-            pass
-        return False
+        """Whether metrics.jsonl was deleted, with the run's folder or alone."""
+        return self._enabled and self._file.deleted
 
     def begin(self, assignment: str, start: Mapping[str, Any]) -> None:
         """Write parameters.txt and append a line to starts.jsonl.

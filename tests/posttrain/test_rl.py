@@ -1,5 +1,6 @@
 """``posttrain sft``, ``rl`` and ``eval``, from an export to an export, in small."""
 
+import errno
 import json
 import shutil
 import time
@@ -497,6 +498,39 @@ def test_a_full_disk_is_one_line(
             rl.train(settings(tmp_path, image_export, *nothing, "steps=2"))
     rl.train(settings(tmp_path, image_export, *nothing))
     assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["config.json", "transcriptions_before.json", "report.html"])
+def test_a_file_that_cannot_be_written_is_named(
+    text_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An error of a full disk has no name of a file."""
+    write_text = Path.write_text
+
+    def full(file: Path, *arguments: Any, **options: Any) -> int:
+        if file.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(file, *arguments, **options)
+
+    few = ("steps=1", "sums.max_operands=2", "sft.agent_share=0.0", "sft.batch_size=2")
+    nothing = "evaluation={images: 0, text_sequences: 0, problems: 0}"
+    chosen = settings(tmp_path, text_export, *few, nothing)
+    monkeypatch.setattr(Path, "write_text", full)
+    message = r"cannot write .*(run|run/\w+\.json): No space left on device"
+    with pytest.raises(PretrainError, match=message):
+        sft.train(chosen)
+
+
+def test_a_run_whose_folder_is_deleted_ends(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(answer: str, truth: str) -> float:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return spread_reward(answer, truth)
+
+    monkeypatch.setattr(practice, "edit_distance_reward", delete)
+    with pytest.raises(PretrainError, match=r"metrics\.jsonl was deleted .* ends after step 1"):
+        rl.train(settings(tmp_path, image_export, *READ, "evaluation.images=0"))
 
 
 @pytest.mark.parametrize("name", ["muonclip", "adamw"])
