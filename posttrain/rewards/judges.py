@@ -97,5 +97,10 @@ def with_rubrics(verified: float, graded: float | None, weight: float) -> float:
     """Verified reward and a judge's: (1 - weight) · verified + weight · graded, in [0, 1].
 
     The judge comes on top of a verified reward; without a grade, the verified reward alone counts.
+
+    Raises:
+        ValueError: ``weight`` is not in [0, 1].
     """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight={weight}: must be in [0, 1]")
     return verified if graded is None else (1 - weight) * verified + weight * graded

@@ -49,6 +49,9 @@ def test_without_a_score_there_is_no_reward() -> None:
     assert graded([math.inf]).reward is None
     assert with_rubrics(0.25, None, 0.5) == 0.25
     assert with_rubrics(0.25, 0.75, 0.5) == 0.5
+    for weight in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="weight"):
+            with_rubrics(0.25, 0.75, weight)
 
 
 def test_a_judge_that_hangs_is_cancelled() -> None:
