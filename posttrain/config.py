@@ -127,7 +127,7 @@ class RlTaskConfig(Settings):
     share: Positive = 1.0
     """Share of the prompts of a batch, relative to the other tasks."""
     problems: Size = 2000
-    """Different prompts."""
+    """Problems that are drawn; equal ones count once. Of the task read: different images."""
     max_tokens: Size = 16
     """Limit of a response, in tokens; for the task follow, the results of its tool calls count."""
     images: tuple[str, ...] = ()
@@ -308,6 +308,13 @@ class Config(Settings):
             if name not in used and section != type(section)():
                 raise PretrainError(
                     f"the section {name} has no effect in `posttrain {command}`: remove it"
+                )
+        for name in ("redundant_share", "skipping_share") if command != "sft" else ():
+            value = getattr(self.sums, name)
+            if value != getattr(SumsConfig(), name):
+                raise PretrainError(
+                    f"sums.{name}={value} has no effect in `posttrain {command}`, which has no "
+                    "demonstrations of sums: remove it"
                 )
         if command == "swarm" and self.rl.tasks != RlConfig().tasks:
             raise PretrainError("rl.tasks has no effect in `posttrain swarm`: remove it")

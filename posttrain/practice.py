@@ -20,6 +20,7 @@ from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress, counted
 
 _BUDGETS = "budgets.json"
+_SEARCHED = 16  # images that a model reads for each one asked for: it may solve nearly all
 
 
 @dataclass
@@ -50,10 +51,14 @@ def require_enough(config: Config, practices: Sequence[Practice]) -> None:
     most = [math.ceil(config.rl.prompts * share / math.fsum(shares)) for share in shares]
     for practice, needed in zip(practices, most, strict=True):
         if len(practice.problems) < needed:
+            name = f"rl.tasks.{practice.name}"
             where = f"{config.pretraining} has" if practice.name == "read" else "there are"
+            more = f"raise {name}.problems"
+            if practice.name == "read":
+                more += f", set {name}.solved_share=null, or add images"
             raise PretrainError(
-                f"{where} {len(practice.problems)} problems of {practice.name} for training, fewer "
-                f"than its {needed} prompts of a batch: lower rl.prompts, or add problems"
+                f"{where} {len(practice.problems)} different problems of {practice.name} for "
+                f"training, fewer than its {needed} prompts of a batch: lower rl.prompts, or {more}"
             )
 
 
@@ -108,16 +113,17 @@ def _pictures(run: Run, options: RlTaskConfig) -> list[Picture]:
     exported.model.eval()
     with Progress("choosing images that are not solved yet", wanted, "images") as progress:
         asked = 0
-        while len(unsolved) < wanted:
-            found = pictures(data, "train", asked + count)
+        while len(unsolved) < wanted and asked < _SEARCHED * count:
+            limit = max(count, 2 * asked)
+            found = pictures(data, "train", limit)
             new = found[asked:]
             readings = evaluate.transcribe(exported, new, config.evaluation)
             for reading, picture in zip(readings, new, strict=True):
                 (solved if reading.is_exact else unsolved).append(picture)
             progress(len(unsolved))
-            if len(found) < asked + count:
+            if len(found) < limit:
                 break  # there are no more
-            asked = len(found)
+            asked = limit
     exported.model.train()
     unsolved = unsolved[:wanted]
     chosen = unsolved + solved[: round(len(unsolved) * share / (1 - share))]

@@ -4,17 +4,20 @@ import errno
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from posttrain import (
     cli,
+    data,
     evaluate,
     metrics,
     model,
@@ -33,6 +36,7 @@ from pretrain import parallel
 from pretrain.data import chat
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
+from pretrain.reading import Reading
 
 PRETRAINING = """\
 vision: {patch_size: 14}
@@ -273,6 +277,27 @@ def test_other_images_than_those_of_pretraining_are_practised_and_evaluated(
     assert "changed_exact_match" not in found
 
 
+def test_a_model_that_reads_all_images_is_one_line(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although there are always more of them."""
+    seen: list[int] = []
+
+    def endless(_data: Any, _split: str, count: int) -> list[data.Picture]:
+        seen.append(count)
+        return [data.Picture(Image.new("RGB", (28, 28)), "a")] * count
+
+    def read(_exported: Any, images: Sequence[data.Picture], _options: Any) -> list[Reading]:
+        return [Reading(one.text, one.text, "") for one in images]
+
+    monkeypatch.setattr(practice, "pictures", endless)
+    monkeypatch.setattr(evaluate, "transcribe", read)
+    chosen = settings(tmp_path, image_export, *READ, "rl.tasks.read.solved_share=0.5")
+    with pytest.raises(PretrainError, match=r"has 0 different problems .*solved_share=null"):
+        rl.train(chosen)
+    assert seen == [4, 8, 16, 32, 64]
+
+
 def test_evaluation_of_the_command(
     image_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,7 +331,11 @@ def test_evaluation_of_a_model_without_images(
             ("optimizer.name=adamw", "optimizer.qk_clip_threshold=9"),
             "has no effect with name=adamw",
         ),
-        (("rl.prompts=50", "rl.tasks.read={problems: 3, solved_share: null}"), "fewer than"),
+        (
+            ("rl.prompts=50", "rl.tasks.read={problems: 3, solved_share: null}"),
+            r"3 different problems .* fewer than .* or raise rl\.tasks\.read\.problems",
+        ),
+        (("sums.redundant_share=0.1",), "redundant_share=0.1 has no effect in `posttrain rl`"),
         (("model=/nowhere",), "/nowhere"),
         (
             ("rl.tasks.read.images=[data.images.max_ink=3]",),
