@@ -12,7 +12,7 @@ METRICS = {
     "loss": Metric("loss", ".4f", "loss"),
     "reward": Metric("reward", ".3f", "mean reward of the responses"),
     "accuracy": Metric("correct", ".1%", "responses with the full reward"),
-    "has_budget": Metric("budget", ".0f", "whether the token budget of Toggle applies"),
+    "has_budget": Metric("budget", ".0%", "responses to which a token budget of Toggle applies"),
     "reward_spread": Metric("spread", ".3f", "standard deviation of rewards in a group, mean"),
     "response_tokens": Metric("tokens", ".1f", "tokens of a response, mean"),
     "cut_off": Metric("cut off", ".1%", "responses that reach the token limit"),

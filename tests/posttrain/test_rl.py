@@ -366,6 +366,14 @@ def test_a_setting_that_cannot_work_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_budget_of_one_of_two_tasks_is_half() -> None:
+    """The mean over two tasks of which one has no budget at the moment is not shown as none."""
+    assert metrics.cells({"has_budget": 0.5, "sums_has_budget": 1.0}) == [
+        "budget 50%",
+        "sums budget 100%",
+    ]
+
+
 def test_reasoning_without_an_end_is_no_answer(text_export: Path, tmp_path: Path) -> None:
     """Although it may contain the result: a server would return an empty message."""
     exported = vocabulary.extend(model.load(text_export), tmp_path / "hf", chat.MARKUP)
