@@ -102,8 +102,8 @@ def compose(
         ask: the document is the message of a user; the reply of the assistant follows.
 
     Raises:
-        PretrainError: a file cannot be read, the document leaves no room for another token, or the
-            tokenizer has no tokens for images, for conversations or for reasoning.
+        PretrainError: a file or the prompt cannot be read, the document leaves no room for another
+            token, or the tokenizer has no tokens for images, for conversations or for reasoning.
     """
     tokenizer, data = model.tokenizer, model.config.data
     if ask:
@@ -119,6 +119,7 @@ def compose(
         min_length, _ = composer.size([shapes[medium] for medium in media])
         if min_length > data.seq_length:
             raise _too_long(min_length, data.seq_length)
+        prompt.encode()  # a command line that is not UTF-8 has surrogates in place of its bytes
 
         def add_media(document: Document, medium: Media) -> None:
             kind = chat.kind_of(tokenizer, medium) if ask else ()
@@ -131,9 +132,11 @@ def compose(
         document = Document(tokenizer)
         for medium in media:
             add_media(document, medium)
+        return document.add_tokens(tokenizer.encode(prompt))
+    except UnicodeEncodeError as error:
+        raise PretrainError("the prompt is not UTF-8: give it in that encoding") from error
     except ValueError as error:
         raise PretrainError(f"cannot be read: {' '.join(str(error).split())}") from error
-    return document.add_tokens(tokenizer.encode(prompt))
 
 
 def _too_long(length: int, max_length: int) -> PretrainError:
@@ -206,9 +209,8 @@ def sample_token(
     """
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits.double().cpu() / temperature, -1).sort(
-        descending=True
-    )
+    below = logits.double().cpu() - logits.max().double().cpu()  # divided, it is never infinity
+    probabilities, order = torch.softmax(below / temperature, -1).sort(descending=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -246,12 +248,14 @@ def sample(
         PretrainError: as in :func:`compose`, an option is out of range, the sequence length
             leaves too few tokens, or the model's logits are not finite.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise PretrainError(f"--temperature must be >= 0, not {temperature}")
     if not 0 < top_p <= 1:
         raise PretrainError(f"--top-p must be in (0, 1], not {top_p}")
     if max_tokens is not None and max_tokens < 1:
         raise PretrainError(f"--max-tokens must be >= 1, not {max_tokens}")
+    if not 0 <= seed < 2**64:
+        raise PretrainError(f"--seed must be in [0, 2^64), not {seed}")
     max_length = model.config.data.seq_length
     document = compose(model, prompt, media, ask=ask)
     room = max_length - len(document)

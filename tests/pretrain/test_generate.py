@@ -111,6 +111,9 @@ def generate_all(folder: str, image: str) -> Generated:
         _error(model, "word", temperature=-1.0),
         _error(model, "word", top_p=0.0),
         _error(model, "", [Media((str(path.with_name("long.mp4")),), moving=True)]),
+        _error(model, "word", temperature=float("nan")),
+        _error(model, "word", seed=2**64),
+        _error(model, "word \udcff"),
     ]
     unreadable = {
         name: _error(model, "", [image_of(path.with_name(name))])
@@ -187,7 +190,8 @@ def test_videos_are_composed_as_in_training(generated: Generated) -> None:
 
 
 def test_long_documents_and_options_out_of_range_are_refused(generated: Generated) -> None:
-    too_long, too_many, temperature, top_p, long_video, *not_finite = generated.errors
+    too_long, too_many, temperature, top_p, long_video, *others = generated.errors
+    no_number, seed, not_utf_8, *not_finite = others
     assert all("the model's logits are not finite" in error for error in not_finite)
     assert len(not_finite) == 2
     assert "tokens, which leaves 0 of the 96 of this model's sequences" in too_long
@@ -197,6 +201,9 @@ def test_long_documents_and_options_out_of_range_are_refused(generated: Generate
     )
     assert temperature == "--temperature must be >= 0, not -1.0"
     assert top_p == "--top-p must be in (0, 1], not 0.0"
+    assert no_number == "--temperature must be >= 0, not nan"
+    assert seed == f"--seed must be in [0, 2^64), not {2**64}"
+    assert not_utf_8 == "the prompt is not UTF-8: give it in that encoding"
 
 
 def test_top_p_samples_from_the_most_probable_tokens() -> None:
@@ -213,6 +220,7 @@ def test_top_p_samples_from_the_most_probable_tokens() -> None:
         assert set(draws) == tokens
     hot = [generate.sample_token(logits, 100.0, 1.0, generator) for _ in range(400)]
     assert hot.count(2) > 60
+    assert {generate.sample_token(logits, 1e-320, 1.0, generator) for _ in range(9)} == {1}
 
 
 def test_unreadable_images_are_named(generated: Generated, run_folder: Path) -> None:
