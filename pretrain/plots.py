@@ -58,7 +58,7 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
         run_dirs: folders of the runs. Their names are the titles of the lines, or their paths if
             names are equal.
         names: metrics with one number for a step.
-        path: the image, in the format of its ending.
+        path: the image, in the format of its ending; without one, .png is added.
 
     Returns:
         The image's path.
@@ -69,6 +69,7 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
     titles = [run_name(run_dir) for run_dir in run_dirs]
     if len(set(titles)) < len(titles):
         titles = list(map(str, run_dirs))
@@ -76,7 +77,7 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
     figure = Figure(figsize=(1 + 6 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for title, (records, _) in runs.items():
-            draw_line(axes, records, name, title)
+            draw_line(axes, records, name, _verbatim(title))
         if name not in METRICS or not axes.has_data():
             raise PretrainError(f"none of the runs has a metric {name} with one number for a step")
         if name == "max_logit":
@@ -90,6 +91,12 @@ def compare(run_dirs: Sequence[Path], names: Sequence[str], path: Path) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise PretrainError(f"cannot write {path}: {reason}") from error
     return path
+
+
+def _verbatim(title: str) -> str:
+    """A label that matplotlib draws as the title: it leaves out labels that begin with an
+    underscore, and reads text between dollar signs as a formula."""
+    return (" " * title.startswith("_") + title).replace("$", r"\$")
 
 
 def _draw_thresholds(axes: "Axes", starts: Records) -> None:

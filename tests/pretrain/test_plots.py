@@ -1,9 +1,11 @@
 """Metrics of several runs in one image; bad arguments are one line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.axes
 import pytest
 from PIL import Image
@@ -49,6 +51,21 @@ def test_runs_of_the_same_name_in_other_folders_are_all_drawn(
     runs = [Path(made(tmp_path / folder, "run", 2.0, [1, 2])) for folder in ("one", "other")]
     plots.compare(runs, ["max_logit"], tmp_path / "both.png")
     assert titles == list(map(str, runs))
+
+
+def test_names_of_runs_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """They are neither read as formulas nor left out of the legend."""
+    names = [r"a$\frac$b", r"c\$d", "_private"]
+    runs = [Path(made(tmp_path, name, 1e6, [1, 2])) for name in names]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        image = plots.compare(runs, ["max_logit"], tmp_path / "all.svg").read_text()
+    texts = [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", image)]
+    assert texts[-len(names) :] == names
+
+
+def test_an_image_without_an_ending_is_a_png_file(tmp_path: Path) -> None:
+    run = Path(made(tmp_path, "run", 2.0, [1, 2]))
+    assert Image.open(plots.compare([run], ["max_logit"], tmp_path / "one")).format == "PNG"
 
 
 @pytest.mark.parametrize(
