@@ -379,8 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # megatron-core warns about every optional package that is not installed,
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    # calls a collective by a name that newer versions of torch deprecate,
-    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated")
+    # calls collectives by names that newer versions of torch deprecate,
+    collectives = "(all_gather_into|reduce_scatter)_tensor"
+    warnings.filterwarnings("ignore", message=rf".*{collectives}.* is deprecated")
     # and asks users of its GPTModel to migrate to another model.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     training = options.command in ("train", "eval")

@@ -2,10 +2,13 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pretrain import cli, config
 from pretrain.data.tokenizer import Tokenizer
@@ -109,3 +112,14 @@ def test_file_names_that_are_not_utf_8_are_shown_escaped(
     out, _ = capsys.readouterr()
     assert "b\\udce9.txt (not UTF-8 (byte 0xe9 at 0)" in out
     assert "caf\\udce9" in Path("inspect.html").read_text(encoding="utf-8")
+
+
+def test_collectives_of_megatron_core_cause_no_warning() -> None:
+    """torch has given them other names, and warns about those that megatron-core calls."""
+    with warnings.catch_warnings(record=True) as caught:
+        assert cli.main(["settings"]) == 0
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for collective in (dist.all_gather_into_tensor, dist.reduce_scatter_tensor):
+            collective(torch.empty(2), torch.ones(2))
+        dist.destroy_process_group()
+    assert not caught
