@@ -69,7 +69,10 @@ def main(arguments: list[str]) -> None:
         if not files:
             parser.error(f"no stored result of {options.name}: run it first")
         for file in files:
-            print(runner.table(benchmark(options.name), file))
+            try:
+                print(runner.table(benchmark(options.name), file))
+            except (OSError, ValueError, KeyError, TypeError):
+                parser.error(f"{file} is not a stored result of {options.name}")
     elif options.command == "readme":
         README.write_text(with_tables(README.read_text()))
     else:

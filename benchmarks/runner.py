@@ -76,7 +76,8 @@ def positive_float(text: str) -> float:
 
 
 def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the shared options and those of the benchmark; set the threads and the seed."""
+    """Parse the shared options and those of the benchmark; make the folder of the results, and set
+    the threads and the seed."""
     parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", allow_abbrev=False)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -109,6 +110,13 @@ def parse(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> argparse
         parser.error("--device cuda: torch finds no GPU on this machine; use --device cpu")
     if options.clock == "cpu" and (options.device.type != "cpu" or options.threads != 1):
         parser.error("--clock cpu needs --device cpu and --threads 1")
+    # Before the measurement, which may take hours: it could not be stored at its end.
+    if not re.fullmatch(r"[\w.-]*", options.tag):
+        parser.error(f"--tag is part of a file's name: use letters and digits, not {options.tag}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: cannot make the folder {options.out}: {error.strerror}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -136,7 +144,6 @@ def run(name: str, benchmark: Benchmark, arguments: Sequence[str]) -> Path:
         "machine": machine(options.device),
         "result": result,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     tag = f"-{options.tag}" if options.tag else ""
     file: Path = options.out / f"{name}-{options.form}-{options.device.type}{tag}.json"
     file.write_text(dumps(stored))

@@ -158,6 +158,18 @@ def test_each_benchmark_is_listed_on_one_line(capsys: pytest.CaptureFixture[str]
     assert all(len(line.split()) > 4 for line in lines)
 
 
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"benchmark": "dep"}'])
+def test_tables_of_other_files_are_refused(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit):
+        command.main(["table", "stability", str(file)])
+    assert f"{file} is not a stored result of stability" in capsys.readouterr().err
+
+
 def test_timing_is_interleaved_and_rounds_rotate_the_order() -> None:
     called: list[str] = []
     steps = {name: (lambda name=name: called.append(name)) for name in "abc"}
@@ -273,6 +285,8 @@ def test_invalid_rates_are_refused(value: str, capsys: pytest.CaptureFixture[str
             "--clock cpu needs --device cpu and --threads 1",
         ),
         (["--quick", "--tiny"], "not allowed with"),
+        (["--tag", "a/b"], "--tag is part of a file's name: use letters and digits, not a/b"),
+        (["--out", __file__], f"cannot make the folder {__file__}: File exists"),
         (["--only", "nosuch", "--tiny"], "nosuch"),
         (["--workloads", "nosuch", "--tiny"], "nosuch not among dense, moe, moe_stacked"),
     ],
