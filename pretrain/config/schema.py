@@ -633,6 +633,8 @@ class EncoderProcessConfig(Settings):
     def _check(self) -> None:
         if not self.recompute:
             self._refuse_without_effect("recompute=false", ["activation_memory_gib"])
+        if self.spread == "round_robin":
+            self._refuse_without_effect("spread=round_robin", ["max_patches_per_rank"])
         if not self.enabled:
             # Others may be in the file of a model, whose runs are compared with enabled=false.
             names = (

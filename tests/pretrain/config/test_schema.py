@@ -374,6 +374,7 @@ WITHOUT_EFFECT: dict[tuple[str, ...], tuple[str, ...]] = {
     ("recompute.granularity=selective",): ("recompute.method=block", "recompute.num_layers=2"),
     ("recompute.granularity=full",): ("recompute.modules=[mlp]",),
     (f"{FAULTS}.spike=stop",): (f"{FAULTS}.max_in_a_row=2",),
+    (f"{DEP}.spread=round_robin",): (f"{DEP}.max_patches_per_rank=99",),
     (f"{DEP}.enabled=false",): (
         *(f"{DEP}.spread=round_robin", f"{DEP}.cost=measured", f"{DEP}.group_size=2"),
         *(f"{DEP}.activation_memory_gib=1", f"{DEP}.max_patches_per_rank=99"),
