@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import VisionConfig
+from pretrain.errors import PretrainError
 from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import Grid, num_features, observers_disabled
@@ -127,21 +128,26 @@ def measured_cost(
         max_patches: most patches in one forward and backward, which bounds the memory.
 
     Raises:
-        RuntimeError: on all ranks, if the tower cannot run or the cache is damaged.
+        PretrainError: on all ranks, if the cache is damaged or cannot be written.
+        RuntimeError: on all ranks, if the tower cannot run.
     """
     outcome: list[Any] = [None]
     error = None
     if dist.get_rank(group) == 0:
         try:
-            outcome = [dataclasses.asdict(_measure(tower, cache, seconds, max_patches))]
+            outcome = [_measure(tower, cache, seconds, max_patches)]
+        except PretrainError as caught:
+            outcome = [caught]
         except Exception as caught:
-            error, outcome = caught, [f"{type(caught).__name__}: {caught}"]
+            error, reason = caught, f"{type(caught).__name__}: {caught}"
+            outcome = [
+                RuntimeError(f"the first rank cannot measure the vision encoder's cost: {reason}")
+            ]
     dist.broadcast_object_list(outcome, group=group, group_src=0)
-    if isinstance(outcome[0], str):
-        raise RuntimeError(
-            f"the first rank cannot measure the vision encoder's cost: {outcome[0]}"
-        ) from error
-    return CostModel(**outcome[0])
+    result = outcome[0]
+    if isinstance(result, CostModel):
+        return result
+    raise result from error
 
 
 def _measure(tower: VisionTower, cache: Path | None, seconds: float, max_patches: int) -> CostModel:
@@ -160,16 +166,21 @@ def _measure(tower: VisionTower, cache: Path | None, seconds: float, max_patches
         try:
             stored = json.loads(cache.read_text())
             stored_setting, model = stored["setting"], CostModel(**stored["model"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{cache} has no measured cost model: delete it") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PretrainError(f"{cache} has no measured cost model: delete it") from error
         if stored_setting == setting:
             return model
     flops = analytic_cost(tower.encoder.config, weight.shape[0])
     model = fit_cost(flops, time_packs(tower, seconds=seconds, max_patches=max_patches))
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
         stored = {"setting": setting, "model": dataclasses.asdict(model)}
-        cache.write_text(json.dumps(stored, indent=1) + "\n")
+        partial = cache.with_suffix(".partial")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(stored, indent=1) + "\n")
+            partial.rename(cache)  # a killed run leaves no half file
+        except OSError as error:
+            raise PretrainError(f"cannot write {cache}: {error.strerror}") from error
     return model
 
 

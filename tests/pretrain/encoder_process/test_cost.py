@@ -22,6 +22,7 @@ from pretrain.encoder_process.cost import (
     time_packs,
     transfer_bytes,
 )
+from pretrain.errors import PretrainError
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import VisionAttention
 from tests.distributed.launch import launch
@@ -217,18 +218,21 @@ def test_all_ranks_get_the_first_ranks_model_and_reuse_the_cache(tmp_path: Path)
 
 
 def _damaged(cache: Path) -> str:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(PretrainError) as caught:
         _measured(cache)
     return str(caught.value)
 
 
-def test_errors_name_a_damaged_cache(tmp_path: Path) -> None:
+def test_errors_name_a_cache_that_is_damaged_or_cannot_be_written(tmp_path: Path) -> None:
     cache = tmp_path / "cost.json"
     for text in ("{", "[]", '{"setting": {}, "model": {"seconds": 1}}'):
         cache.write_text(text)
         first, second = launch(_damaged, 2, cache)
         assert first == second
         assert "cost.json has no measured cost model: delete it" in first
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "cost.json"
+    assert launch(_damaged, 2, below) == [f"cannot write {below}: File exists"] * 2
 
 
 def _tower_fails_on_first_rank() -> str:
