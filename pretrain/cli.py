@@ -318,7 +318,7 @@ def _ask(options: argparse.Namespace) -> "Ask | None":
         tools = json.loads(options.tools.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PretrainError(f"{options.tools} is not JSON: {error}") from error
-    if not isinstance(tools, list):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise PretrainError(f"{options.tools} must contain a list of tools, not {tools!r:.60}")
     return Ask(options.thinking, tools)
 

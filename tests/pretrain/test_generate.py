@@ -250,13 +250,15 @@ def test_videos_given_as_images_are_refused_before_loading_the_model() -> None:
         (("--tools", "{folder}/list.json"), "--thinking, --no-thinking and --tools need --chat"),
         (("--chat", "--tools", "{folder}/broken.json"), "broken.json is not JSON"),
         (("--chat", "--tools", "{folder}/object.json"), "must contain a list of tools, not {}"),
+        (("--chat", "--tools", "{folder}/names.json"), "must contain a list of tools, not ['f']"),
         (("--chat", "--tools", "{folder}/missing.json"), "No such file"),
     ],
 )
 def test_unusable_options_of_chats_are_refused_before_loading_the_model(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    for name, content in (("list", "[]"), ("broken", "["), ("object", "{}")):
+    contents = {"list": "[]", "broken": "[", "object": "{}", "names": '["f"]'}
+    for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(content)
     given = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
     status, errors = training.command("sample", "nowhere", *given)
