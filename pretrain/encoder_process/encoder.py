@@ -49,6 +49,7 @@ class ImagePlan:
         balance: largest load of a rank over the mean load.
         balance_lower_bound: lower bound of ``balance`` for these images.
         oversized: number of items above the mean load.
+        mean_load: the mean load of a rank.
     """
 
     grids: Tensor
@@ -59,6 +60,7 @@ class ImagePlan:
     balance: float
     balance_lower_bound: float
     oversized: int
+    mean_load: float
 
 
 class _Encoder:
@@ -83,7 +85,7 @@ class _Encoder:
             do not limit them. Default: 1 GiB.
 
     Attributes:
-        balance, balance_lower_bound, oversized: those of the last :meth:`encode`'s plan.
+        balance, balance_lower_bound, oversized, mean_load: those of the last :meth:`encode`'s plan.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class _Encoder:
             activation_memory = self.config.activation_memory_gib * 2**30
         self.activation_memory = activation_memory if self.config.recompute else math.inf
         self.balance = self.balance_lower_bound = 1.0
-        self.oversized = 0
+        self.oversized, self.mean_load = 0, 0.0
         self._stage1: _Stage1 | None = None
         reducing = self.group if num_groups == 1 else dist.group.WORLD
         self._reduction = GradientReduction(tower, reducing)
@@ -169,11 +171,12 @@ class _Encoder:
             balance(loads, encoders, self._num_ranks),
             balance_lower_bound(loads, self._num_ranks),
             len(oversized(loads, self._num_ranks)),
+            int(loads.sum()) / self._num_ranks,
         )
 
     def _record_balance(self, plan: ImagePlan) -> None:
         self.balance, self.oversized = plan.balance, plan.oversized
-        self.balance_lower_bound = plan.balance_lower_bound
+        self.balance_lower_bound, self.mean_load = plan.balance_lower_bound, plan.mean_load
 
     @property
     def _reads_images(self) -> bool:

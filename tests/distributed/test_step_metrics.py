@@ -66,6 +66,18 @@ def test_metrics_do_not_depend_on_the_distribution(
         assert rank["metrics"] == ranks[0]["metrics"]
 
 
+def test_the_balance_of_the_encoder_is_that_of_all_groups(folder: Path) -> None:
+    """Alone in its group, a rank encodes its own images, as without the encoder process."""
+    settings = (str(folder), training.EXACT, "encoder_process.enabled=false")
+    expected = launch(training.first_step, 2, *settings)[0]["metrics"]
+    settings = (str(folder), training.EXACT, "encoder_process.group_size=1")
+    first, second = (rank["metrics"] for rank in launch(training.first_step, 2, *settings))
+    assert first == second
+    assert expected["encoder_balance"] > 1.001
+    assert first["encoder_balance"] == pytest.approx(expected["encoder_balance"])
+    assert first["encoder_least_balance"] == pytest.approx(first["encoder_balance"])
+
+
 @pytest.mark.parametrize("other", ["expert", "context"])
 def test_clipped_heads_are_counted_once(folder: Path, other: str) -> None:
     # Two data- or context-parallel ranks clip the same heads; two tensor-parallel ranks have
