@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -478,9 +479,9 @@ def content(path: Path) -> Literal["lines", "array", "plain"]:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             raise ValueError(f"{encoding}, not UTF-8: convert it (iconv -f {encoding} -t UTF-8)")
-    if b"\0" in head:
-        raise ValueError(_BINARY)
     start = head.removeprefix(_UTF8_MARK).lstrip()
+    if b"\0" in head and not (_OBJECT.match(start) or _ARRAY.match(start)):
+        raise ValueError(_BINARY)  # in JSON, only the line or element is damaged
     first, newline, rest = start.partition(b"\n")
     by_line = ends_with(path, with_compressed(JSON_LINES[:-1]))
     cut_off = not newline and len(head) == _HEAD
@@ -690,8 +691,8 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            self._repeated = next(key for key in value if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            self._repeated = next(key for key, count in counts.items() if count > 1)
         return value
 
     def decode(self, text: str) -> Any:
@@ -716,6 +717,18 @@ class _Decoder:
     def _checked(self, value: Any) -> Any:
         repeated = self._repeated
         return value if repeated is None else ValueError(f"the key {repeated!r} is repeated")
+
+
+def from_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError, RecursionError: as :meth:`_Decoder.decode`, also for a repeated key.
+    """
+    value = _Decoder().decode(text)
+    if isinstance(value, ValueError):
+        raise value
+    return value
 
 
 # ---------------------------------------------------------------------- fields of JSON objects

@@ -82,6 +82,7 @@ damaged = st.sampled_from(
         *(b'{"text": "a", "text": "b"}', b'{"a": {"b": 1, "b": 2}, c}', b"[" * 400 + b"]" * 400),
         *(b'{"text": ' + b"1" * 5000 + b"}", b"[[" * 60000 + b"]]" * 60000),
         *(b'{"text": "' + b"long " * 200 + b'"}', b'{"text": "' + b'\\"' * 500 + b'"}'),
+        *(b"\0\0\0", b'{"text": "\0"}'),
     ]
 )
 
@@ -226,6 +227,13 @@ def test_a_bad_line_skips_only_that_line(tmp_path: Path) -> None:
     for number, (skip, reason) in enumerate(zip(skips, reasons, strict=True), 1):
         assert skip.name == f"{path}:{2 * number - (number > len(BAD_LINES))}"
         assert skip.reason.startswith(reason) and len(skip.reason) < 400
+
+
+def test_repeated_keys_are_found_in_linear_time() -> None:
+    """A quadratic search would need minutes."""
+    pairs = [*(f'"{number}": 0' for number in range(200_000)), '"199999": 0']
+    with pytest.raises(ValueError, match="the key '199999' is repeated"):
+        files.from_json(f"{{{', '.join(pairs)}}}")
 
 
 def test_endless_lines_are_skipped_in_bounded_memory(
