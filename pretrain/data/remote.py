@@ -17,12 +17,12 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pretrain.data.cache import key_of, make_folder
+from pretrain.data.cache import cached, key_of
 from pretrain.data.files import reason
 from pretrain.errors import PretrainError
 
@@ -94,9 +94,12 @@ def local_path(path: str, cache_dir: str, setting: str) -> str:
     try:
         system, files = listed(path)
         key = key_of("remote", *((f.path, str(f.name), f.size, f.version) for f in files))
-        folder = Path(cache_dir, f"remote-{key}")
-        if not folder.is_dir():
-            make_folder(folder, lambda partial: _copy(system, files, partial), resumable=True)
+        folder, _ = cached(
+            Path(cache_dir, f"remote-{key}"),
+            lambda partial: _copy(system, files, partial),
+            lambda copy: _whole(copy, files),
+            resumable=True,
+        )
     except Exception as error:  # each file system has its own
         raise unreadable(path, error, setting) from error
     return str(folder / files[0].name if len(files) == 1 else folder)
@@ -182,6 +185,19 @@ def relative(name: str, base: str) -> PurePosixPath:
     if not path.parts or ".." in path.parts:
         raise ValueError(f"the name {name!r} is not allowed")
     return path
+
+
+def _whole(copy: Path, files: Iterable[Remote]) -> Path:
+    """The folder of a copy.
+
+    Raises:
+        OSError, ValueError: a file is missing, or has another size.
+    """
+    for file in files:
+        size = (copy / file.name).stat().st_size
+        if size != file.size >= 0:
+            raise ValueError(f"{file.name} has {size} bytes instead of {file.size}")
+    return copy
 
 
 def _copy(system: Any, files: list[Remote], folder: Path) -> None:

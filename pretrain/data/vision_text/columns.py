@@ -257,12 +257,19 @@ def _copy(file: Path, columns: list[str], target: Path) -> None:
                 batch = None
                 if writer is None:
                     raise ValueError(reason(error)) from error
+            if writer is None:
+                schema = batch.schema if batch is not None else _chosen(file, columns)
+                writer = stack.enter_context(ipc.new_stream(str(target), schema))
             if batch is None:
                 return
-            if writer is None:
-                writer = stack.enter_context(ipc.new_stream(str(target), batch.schema))
             for part, damage in _validated(batch):
                 writer.write_batch(part if not damage else _nulls(part))
+
+
+def _chosen(file: Path, columns: list[str]) -> pa.Schema:
+    """The schema of a table's columns, for a copy of one without rows."""
+    pyarrow = tables.require_pyarrow()
+    return pyarrow.schema([column for column in tables.schema(file) if column.name in columns])
 
 
 def _nulls(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -8,6 +8,7 @@ from pretrain.data import files
 from pretrain.data.cache import cached, key_of, stamp
 
 _BLOCK = 1 << 20
+_CONTENT, _SIZE = "content", "size"
 
 
 def uncompressed(file: Path, cache_dir: str) -> Path:
@@ -36,19 +37,19 @@ def copied(
         PretrainError: the cache cannot be written; or an error of ``write``.
     """
     key = key_of(settings, stamps=[(str(file), stamp(file))])
+
+    def build(folder: Path) -> None:
+        write(folder / _CONTENT)
+        (folder / _SIZE).write_text(str((folder / _CONTENT).stat().st_size))
+
     # One process writes it, and others wait: it may be as large as all images.
-    path, _ = cached(
-        Path(cache_dir) / f"{kind}-{key}",
-        lambda folder: write(folder / "content"),
-        lambda folder: _existing(folder / "content"),
-        resumable=True,
-    )
-    return path
+    return cached(Path(cache_dir) / f"{kind}-{key}", build, _load, resumable=True)[0]
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
+def _load(folder: Path) -> Path:
+    path = folder / _CONTENT
+    if path.stat().st_size != int((folder / _SIZE).read_text()):
+        raise ValueError(f"{path.name} is not what was written")
     return path
 
 

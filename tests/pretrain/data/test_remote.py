@@ -5,8 +5,9 @@ Media that records name are copied only from hosts that are allowed."""
 import functools
 import http.server
 import ipaddress
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,6 +80,16 @@ def test_a_file_and_a_folder_are_copied_once(server: tuple[str, Path], tmp_path:
     sent = Handler.sent.count("1.parquet")
     assert texts(f"{address}/", tmp_path) == TEXTS
     assert Handler.sent.count("1.parquet") == sent
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 9), Path.unlink])
+def test_a_copy_that_has_lost_content_is_made_again(
+    server: tuple[str, Path], tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    address, _ = server
+    assert texts(f"{address}/", tmp_path) == TEXTS
+    damage(next((tmp_path / "cache").rglob("1.parquet")))
+    assert texts(f"{address}/", tmp_path) == TEXTS
 
 
 def test_a_changed_file_is_copied_again(server: tuple[str, Path], tmp_path: Path) -> None:
