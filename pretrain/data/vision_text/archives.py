@@ -4,10 +4,10 @@ Images are read in place, so a shard needs no index but the one that every sourc
 the cache. Compressed archives are unpacked into the cache once.
 """
 
-import json
 import re
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,8 +57,8 @@ def read_samples(file: Path, names: Names, cache_dir: str) -> Iterator[Mixed | S
         plain = uncompressed(file, cache_dir)
         parts = ((match[1], match[2].lower(), span) for match, span in _named(file, plain))
         for key, group in groupby(parts, lambda part: part[0]):
-            number += 1
             sample = [(suffix, span) for _, suffix, span in group]
+            number += 1
             name = f"{file}:{key}"
             try:
                 yield _sample(name, sample, names)
@@ -102,9 +102,13 @@ def members(file: Path, plain: Path) -> Iterator[tuple[str, Span]]:
         stream.seek(end)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError("it is cut off or damaged")
+        if stream.read(2 * tarfile.RECORDSIZE).strip(b"\0"):  # such as of `cat a.tar b.tar`
+            raise ValueError("there is more after its end, such as another archive: unpack it")
 
 
 def _sample(name: str, sample: list[tuple[str, Span]], names: Names) -> Mixed:
+    if repeated := [one for one, count in Counter(one for one, _ in sample).items() if count > 1]:
+        raise ValueError(f"its .{repeated[0]} is repeated")
     media = [span for suffix, span in sample if _is_media(f".{suffix}")]
     if names.image_field:
         media = [span for suffix, span in sample if suffix == names.image_field.lower()]
@@ -121,8 +125,8 @@ def _is_media(suffix: str) -> bool:
 
 
 def _caption(sample: list[tuple[str, Span]], field: str) -> str:
-    own = dict(reversed(sample))
-    described: Any = json.loads(_read(own["json"])) if "json" in own else {}
+    own = dict(sample)
+    described: Any = files.from_json(_read(own["json"])) if "json" in own else {}
     described = described if isinstance(described, dict) else {}
     text = next(
         (key for key in (field.lower(), *_TEXT) if key in own and not _is_media(f".{key}")), ""

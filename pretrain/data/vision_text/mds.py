@@ -31,7 +31,7 @@ _IMAGES = ("jpeg", "png", "bytes")
 _LISTS = {"list[jpeg]": 4, "list[png]": 4, "jpeg_array": 0, "jpegarray": 0}
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str": files.decode,
-    "json": json.loads,
+    "json": lambda value: files.from_json(files.decode(value)),
     "str_int": lambda value: int(value.decode()),
     "str_float": lambda value: float(value.decode()),
     "int": lambda value: int.from_bytes(value, "little", signed=True),

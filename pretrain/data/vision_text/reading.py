@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pretrain.data import files, saved_datasets, tables
 from pretrain.data.files import reason
@@ -83,6 +83,7 @@ def numbered(path: str, setting: str) -> list[Path | Skip]:
             where = files.path_of(setting)
             raise PretrainError(f"{where}{path} has more than {_MAX_NUMBERED:,} files")
         names = [f"{name}{n:0{len(first)}}{text}" for name in names for n in numbers]
+    names = list(dict.fromkeys(names))  # {1..11}{1..11} has 111 twice
     items = [Path(n) if Path(n).is_file() else Skip(n, "does not exist") for n in names]
     if not any(isinstance(item, Path) for item in items):
         raise PretrainError(f"{files.path_of(setting)}no file matches {path}")
@@ -375,17 +376,47 @@ def _is_table(file: Path) -> bool:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
+    """Rows of CSV, with the names in the first row."""
     number = 1
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            for row in csv.DictReader(stream):
-                number += 1
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            rows = _csv_values(stream)
+            names = next(rows, [])
+            if isinstance(names, ValueError):
+                raise names
+            if repeated := next((name for name in names if name and names.count(name) > 1), ""):
+                raise ValueError(f"the column {repeated!r} is repeated")
+            for number, row in enumerate(rows, 2):
                 name = f"{file}:{number}"
-                missing = None in row or None in row.values()
-                why = "has more or fewer values than the first line"
-                yield name, Skip(name, why) if missing else row
-    except (*files.UNREADABLE, csv.Error) as error:
+                if isinstance(row, ValueError):
+                    yield name, Skip(name, reason(row))
+                elif len(row) != len(names):
+                    yield name, Skip(name, "has more or fewer values than the first line")
+                else:
+                    yield name, dict(zip(names, row, strict=True))
+    except files.UNREADABLE as error:
         yield str(file), Skip(str(file), f"cannot be read after line {number}: {reason(error)}")
+    else:
+        if number == 1:
+            yield str(file), Skip(str(file), "no rows in it", corrupt=False)
+
+
+def _csv_values(stream: IO[str]) -> Iterator[list[str] | ValueError]:
+    """The values of each row, or the error for which it cannot be read; the next row follows."""
+    csv.field_size_limit(files.MAX_DOCUMENT_BYTES)
+    rows = csv.reader(stream, strict=True)  # a quote without its end would hide other rows
+    while True:
+        try:
+            if row := next(rows):
+                for value in row:
+                    files.decode(value.encode(errors="surrogateescape"))
+                yield row
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield ValueError(f"not CSV: {reason(error)}")
+        except ValueError as error:
+            yield error
 
 
 def _captioned(image: Path) -> Mixed | Skip:

@@ -2,10 +2,13 @@
 
 import base64
 import gzip
+import io
 import itertools
 import json
 import lzma
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -343,17 +346,63 @@ def test_samples_of_shards_are_skipped_with_the_reason(tmp_path: Path) -> None:
             "c": {"png": png, "txt": b"\xe9"},
             "d": {"png": png, "json": b"{"},
             "e": {"png": png, "json": b'{"caption": 5}'},
-            "f": {"png": png, "txt": b"good"},
+            "f": {"png": png, "json": b'{"caption": "a", "caption": "b"}'},
+            "g": {"png": png, "txt": b"good"},
         }.items():
             writer.write({"__key__": key, **sample})
     found = read(tmp_path / "a.tar")
-    assert [isinstance(one, Skip) for one in found] == [True] * 5 + [False]
+    assert [isinstance(one, Skip) for one in found] == [True] * 6 + [False]
+    json_errors = ("not JSON: Expecting", "no caption", "the key 'caption' is repeated")
     for reason, expected in zip(
         reasons(found),
-        ("no caption", "no image in it, only ", "not UTF-8", "Expecting", "no caption"),
+        ("no caption", "no image in it, only ", "not UTF-8", *json_errors),
         strict=True,
     ):
         assert expected in reason
+
+
+def test_files_with_the_same_name_in_a_sample_are_not_chosen_from(tmp_path: Path) -> None:
+    png = make.encoded(0)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in [("a.png", png), ("a.txt", b"one"), ("a.txt", b"two"), ("b.png", png),
+                              ("b.txt", b"b")]:  # fmt: skip
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    skip, document = read(tmp_path / "a.tar")
+    assert isinstance(skip, Skip) and skip.reason == "its .txt is repeated"
+    assert isinstance(document, Mixed) and document.text == "b"
+
+
+def test_an_archive_after_the_end_of_another_is_listed(tmp_path: Path) -> None:
+    """`cat a.tar b.tar` has a second archive, which tar ignores, too."""
+    tar_of_pngs(tmp_path / "a.tar")
+    assert not reasons(read(tmp_path / "a.tar"))
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(2 * content)
+    assert "there is more after its end" in reasons(read(tmp_path / "b.tar"))[-1]
+    (tmp_path / "b.tar").write_bytes(content + bytes(1 << 20))  # padding
+    assert not reasons(read(tmp_path / "b.tar"))
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.parquet"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_copy_that_is_cut_off_is_made_again(tmp_path: Path, name: str, share: float) -> None:
+    file, write, _ = CAPTIONED["a compressed shard" if name == "a.tar.gz" else "Parquet"]
+    write(tmp_path / file)
+    found = list(map(shown, read(tmp_path / file)))
+    (copy,) = (tmp_path / "cache").rglob("content")
+    os.truncate(copy, int(copy.stat().st_size * share))
+    again = list(map(shown, read(tmp_path / file)))
+    assert all(itertools.starmap(same, zip(found, again, strict=True)))
+
+
+def test_a_table_without_rows_does_not_affect_others(tmp_path: Path) -> None:
+    make.dataset().to_parquet(tmp_path / "a.parquet")
+    table = parquet.read_table(tmp_path / "a.parquet")
+    parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    found = read(tmp_path)
+    assert len(found) == make.COUNT + 1 and reasons(found) == ["no rows in it"]
 
 
 CUT: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -427,6 +476,13 @@ def test_names_in_archives_are_found_by_an_index(tmp_path: Path) -> None:
     )
 
 
+BAD_ROWS = {
+    "too short": (b"000.png", "has more or fewer values"),
+    "Latin-1": (b"000.png,caf\xe9", "not UTF-8 (byte 0xe9"),
+    "a quote that ends early": (b'000.png,"a" cat', "not CSV: "),
+}
+
+
 def test_metadata_in_csv_may_have_rows_of_another_length(tmp_path: Path) -> None:
     make.pictures(tmp_path / "a", 2)
     lines = ["file_name,text", '000.png,"a, b"', "001.png", "001.png,c,d"]
@@ -434,6 +490,38 @@ def test_metadata_in_csv_may_have_rows_of_another_length(tmp_path: Path) -> None
     documents = read(tmp_path / "a")
     assert [shown(one)[1] for one in documents if isinstance(one, Mixed)] == ["a, b"]
     assert reasons(documents)[-2:] == ["has more or fewer values than the first line"] * 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(st.sampled_from(["good", *BAD_ROWS]), max_size=8))
+def test_a_bad_row_of_csv_skips_only_that_row(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("csv")
+    good = b'000.png,"%d\n""%d"""'
+    lines = [BAD_ROWS[row][0] if row in BAD_ROWS else good % (n, n) for n, row in enumerate(rows)]
+    (folder / "metadata.csv").write_bytes(b"\n".join([b"file_name,text", *lines]))
+    make.pictures(folder, 1)
+    documents = read(folder)
+    texts = [document.text for document in documents if isinstance(document, Mixed)]
+    assert texts == [f'{n}\n"{n}"' for n, row in enumerate(rows) if row == "good"]
+    skips = [one for one in documents if isinstance(one, Skip) and "metadata.csv" in one.name]
+    bad = [(f":{n}", BAD_ROWS[row][1]) for n, row in enumerate(rows, 2) if row in BAD_ROWS]
+    for skip, (place, why) in zip(skips, bad if rows else [("", "no rows in it")], strict=True):
+        assert skip.name == f"{folder}/metadata.csv{place}"
+        assert skip.reason.startswith(why)
+
+
+def test_metadata_in_csv_have_no_value_that_would_be_lost(tmp_path: Path) -> None:
+    make.pictures(tmp_path, 1)
+    long = "long " * 40_000  # longer than csv's own limit
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,,\n000.png,{long},,\n")
+    (document,) = read(tmp_path)
+    assert isinstance(document, Mixed) and document.text == long.strip()
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n000.png,first,second\n")
+    assert "the column 'text' is repeated" in reasons(read(tmp_path))[-1]
+    (tmp_path / "metadata.csv").write_text('file_name,text\n000.png,"no end\n001.png,other\n')
+    assert reasons(read(tmp_path))[-1] == "not CSV: unexpected end of data"
 
 
 def test_splits_of_an_imagefolder_are_not_mixed(tmp_path: Path) -> None:
@@ -469,6 +557,15 @@ def test_missing_shards_are_listed(tmp_path: Path) -> None:
     (tmp_path / "mds" / "index.json").write_text('{"shards": [5]}')
     missing = [one for one in read(tmp_path / "mds") if isinstance(one, Skip) and one.corrupt]
     assert len(missing) == 1 and missing[0].name.endswith("index.json")
+
+
+def test_a_file_that_a_pattern_of_numbers_names_twice_is_read_once(tmp_path: Path) -> None:
+    make.pictures(tmp_path, 1)
+    for number in (111, 12):
+        make.jsonl(tmp_path / f"{number}.jsonl", [{"image": "000.png", "caption": f"{number}"}])
+    found = read(tmp_path / "{1..11}{1..11}.jsonl")
+    texts = [document.text for document in found if isinstance(document, Mixed)]
+    assert sorted(texts) == ["111", "12"]
 
 
 def test_patterns_of_numbers_are_expanded(tmp_path: Path) -> None:
