@@ -59,8 +59,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _write_text(dumper: _Dumper, text: str) -> ScalarNode:
-    # In other styles PyYAML writes these line breaks as they are, and reads them as spaces.
-    style = '"' if re.search("[\\x85\\u2028\\u2029]", text) else None
+    # In other styles PyYAML writes line breaks as they are, and reads some of them as spaces.
+    style = '"' if re.search("[\n\\x85\\u2028\\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -105,6 +105,13 @@ def explain(error: yaml.YAMLError) -> str:
 def dump(values: Any) -> str:
     """Write plain values as YAML, in their order, such that :func:`read` returns the same."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_line(values: Any) -> str:
+    """:func:`dump` in one line."""
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1 << 30}
+    line: str = yaml.dump(values, Dumper=_Dumper, default_flow_style=True, **options)
+    return line.strip()
 
 
 def _value(node: Node) -> Any:

@@ -1,15 +1,13 @@
 """Write sources of data in other formats: Megatron's tokens, energon's shards, Parquet."""
 
+import glob
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from pretrain.config import Config, DataConfig
 from pretrain.data import data_config, megatron_format, skipped
@@ -26,6 +24,7 @@ from pretrain.data.sources.megatron import MegatronSource
 from pretrain.data.sources.splits import held_out_below
 from pretrain.data.sources.tokens import TokenDocuments
 from pretrain.data.tools import parquet, shards
+from pretrain.data.tools.recognize import yaml_of
 from pretrain.errors import PretrainError
 from pretrain.runtime.progress import Progress
 
@@ -76,7 +75,7 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
         if skips:
             skipped.write(folder / skipped.FILE, skips)
 
-    _in_new_folder(out, write)
+    shards.in_new_folder(out, write)
     if duplicates:
         yield duplicates.summary()
     if skips:
@@ -91,7 +90,7 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
         )
         for one in documents
     ]
-    yield _configuration(entries, {"tokenizer": str(out / "tokenizer.json")})
+    yield yaml_of(entries, str(out / "tokenizer.json"))
 
 
 def _write_tokens(prefix: Path, documents: TokenDocuments) -> tuple[int, int]:
@@ -167,11 +166,11 @@ def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
         if result[1]:
             skipped.write(folder / skipped.FILE, result[1])
 
-    _in_new_folder(out, write)
+    shards.in_new_folder(out, write)
     ((counts, skips),) = found
     yield from _skipped(skips, out)
     yield f"{counts['train']:,} images to train on and {counts['val']:,} held out"
-    yield _configuration([{"type": "energon", "path": str(out)}], {})
+    yield yaml_of([{"type": "energon", "path": str(out)}])
 
 
 def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
@@ -227,15 +226,15 @@ def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
             )
             for part in SPLITS:
                 if counts[part]:
-                    files = out / name / f"{part}-*.parquet"
+                    files = Path(glob.escape(str(out / name)), f"{part}-*.parquet")
                     entries.append(_entry(type, files, source) | {"split": part})
         if skips:
             skipped.write(folder / skipped.FILE, skips)
 
-    _in_new_folder(out, write)
+    shards.in_new_folder(out, write)
     yield from _skipped(skips, out)
     yield from lines
-    yield _configuration(entries, {})
+    yield yaml_of(entries)
 
 
 def _check_records(data: DataConfig, per_shard: int) -> None:
@@ -274,31 +273,9 @@ def _opened(config: Config, out: Path) -> tuple[DataConfig, Sequence[Source]]:
     return data, find_sources(data, config.seed)
 
 
-def _in_new_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name next to it, and rename it: it is never incomplete."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}-partial-"))
-        try:
-            partial.chmod(0o755)
-            write(partial)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise PretrainError(f"cannot write {out}: {error.strerror or error}") from error
-
-
 def _entry(type: str, path: Path, source: Source) -> dict[str, Any]:
     config = source.config
     others = {"weight": config.weight, "split": config.split}
     defaults = {"weight": 1.0, "split": "hash"}
     kept = {name: value for name, value in others.items() if value != defaults[name]}
     return {"type": type, "path": str(path), **kept}
-
-
-def _configuration(entries: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """YAML with the configuration that reads the result."""
-    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
-    lines = ["data:", *(f"  {name}: {value}" for name, value in settings.items()), "  sources:"]
-    return "\n".join([*lines, *(f"    - {yaml.safe_dump(e, **options).strip()}" for e in entries)])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import yaml
-
+from pretrain.config import escape_path
+from pretrain.config.yaml_core import dump_line
 from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
@@ -90,11 +90,18 @@ def configuration(path: str) -> str:
             "rename it"
         )
     found = _at_url(path) if is_url(path) else recognize(path)
-    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6}
-    lines = [f"# {one_line(path)}: {one_line(found.description)}", "data:", "  sources:"]
-    for entry in found.entries:
+    return f"# {one_line(path)}: {one_line(found.description)}\n{yaml_of(found.entries)}"
+
+
+def yaml_of(entries: Iterable[Entry], tokenizer: str = "") -> str:
+    """The configuration of sources, and of their tokenizer if it is given."""
+    lines = ["data:"]
+    if tokenizer:
+        lines.append(f"  {dump_line({'tokenizer': escape_path(tokenizer)})[1:-1]}")
+    lines.append("  sources:")
+    for entry in entries:
         used = {name: value for name, value in entry.items() if _DEFAULT.get(name) != value}
-        lines.append(f"    - {yaml.safe_dump(used, **options).strip()}")
+        lines.append(f"    - {dump_line(used | {'path': escape_path(used['path'])})}")
     return "\n".join(lines)
 
 

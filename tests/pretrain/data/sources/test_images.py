@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pretrain import cli
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.data import open_data, skipped
 from pretrain.data.mixture.data import MixtureData
+from pretrain.data.tools import shards as shards_tool
 from pretrain.data.tools.shards import make_shards
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -179,6 +181,26 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(PretrainError, match=r"sources\[0\].path: the folder \S* has no images"):
         opened(tmp_path)
+
+
+def test_shards_appear_when_all_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job cannot write into the same folder, and nothing is left of a failure."""
+    pytest.importorskip("megatron.energon")
+    pictures, out = make.captioned_folder(tmp_path / "pictures", 2), tmp_path / "shards"
+    index = shards_tool._index
+
+    def other_job(*arguments: Any) -> None:
+        assert not out.exists()
+        monkeypatch.setattr(shards_tool, "_index", index)
+        shards_tool.make_shards(pictures, out)
+        index(*arguments)
+
+    monkeypatch.setattr(shards_tool, "_index", other_job)
+    with pytest.raises(PretrainError, match=r"cannot write .*shards: Directory not empty"):
+        shards_tool.make_shards(pictures, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "shards"}
 
 
 def test_make_shards_lists_all_skipped_files(

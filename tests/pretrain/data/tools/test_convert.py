@@ -19,7 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from pretrain import cli
-from pretrain.config import DataConfig, from_dict
+from pretrain.config import DataConfig, from_dict, load
 from pretrain.data import megatron_format, open_data
 from pretrain.data.mixture.data import MixtureData
 from pretrain.data.packing import Document
@@ -78,6 +78,25 @@ def test_text_keeps_its_documents_and_its_held_out_ones(
     assert len(stored) == 60 and stored.tokens.dtype == np.uint16
     assert convert(*arguments) == 1
     assert "exists already: choose a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["megatron", "parquet"])
+@pytest.mark.parametrize("name", ["$HOME", "a$", "~x", "[a] *", "a: b #c", "a\nb", "é, {b}", "'\""])
+def test_the_configuration_reads_folders_of_any_name(
+    tmp_path: Path,
+    name: str,
+    to: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name, "in").mkdir(parents=True)
+    make.jsonl(Path(name, "in", "a.jsonl"), range(9))
+    overrides = ("data.vocab_size=400", "data.cache_dir=cache", "data.held_out=0")
+    assert convert(f"{name}/in", f"{name}/out", "--to", to, *overrides, "--workers=1") == 0
+    Path("made.yaml").write_text(printed(capsys)[1])
+    data = open_data(load("made.yaml", ["data.cache_dir=cache", "data.held_out=0"]).data, 14, 0)
+    assert isinstance(data, MixtureData) and data.documents[0].count("train") == 9
 
 
 def chats(path: Path, count: int) -> Path:
