@@ -1,6 +1,7 @@
 """Documents that cannot be used: they are counted, limited, and listed in the run's folder."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -92,16 +93,18 @@ def within_limit(records: Iterable[T], limit: int) -> Iterator[T]:
 def write(path: Path, skips: Iterable[Skip]) -> None:
     """Append documents to the list of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(skip._asdict()) + "\n" for skip in skips)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+            file.write(b"\n")  # after a line that was cut short by a kill
+        file.writelines(json.dumps(skip._asdict()).encode() + b"\n" for skip in skips)
 
 
 def read(path: Path) -> list[Skip]:
     """Read the list of a run; empty if there is no such file."""
     skips = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             skips.append(Skip(**json.loads(line)))
         except (ValueError, TypeError):  # cut short by a kill
-            break
+            continue
     return skips

@@ -169,6 +169,7 @@ def require_column(path: Path, setting: str, field: str) -> None:
         problem = repeated if len(types) > 1 else f"has {field!r} of type {types[0]}, not text"
     likely = likely_text(path)
     fix = f"set it to {likely!r}, the likely one" if likely else "there is no column of text"
+    fix = "rename all but one of them" if len(types) > 1 else fix
     raise PretrainError(
         f"{setting}.field: {path} {problem}; its columns are {described(found)}: {fix}; files with "
         "different columns are different sources"
