@@ -374,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line on stderr. Other errors are raised.
     """
     options = _parse(arguments)
+    output.open_closed()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may contain bytes that are not UTF-8, and a terminal may not support Unicode.
         sys.stdout.reconfigure(errors="backslashreplace")

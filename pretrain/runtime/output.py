@@ -55,7 +55,7 @@ def warn(text: str) -> None:
 @contextlib.contextmanager
 def durable() -> Iterator[None]:
     """Context in which standard output and error may be closed at any time, also at exit."""
-    _open_closed()
+    open_closed()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Durable, streams)
     try:
@@ -69,7 +69,7 @@ def durable() -> Iterator[None]:
                 discard(stream)
 
 
-def _open_closed() -> None:
+def open_closed() -> None:
     """Redirect streams that were closed before the start to the null device.
 
     For these, Python sets None, and the next opened files would get their descriptors.

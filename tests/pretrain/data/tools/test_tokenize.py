@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -141,6 +142,18 @@ def test_the_refusal_has_the_arguments_of_the_run(
 
 
 # ---------------------------------------------------------------------- interruptions
+
+
+def test_closed_outputs_do_not_matter(
+    folder: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "pretrain", *arguments(folder, tmp_path / "cache")]
+    ended = subprocess.run(
+        ["bash", "-c", '"$@" --workers=2 >&- 2>&-', "", *command],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0
+    assert content(tmp_path / "cache") == expected
 
 
 def _killed_after(seconds: float, command: list[str]) -> bool:
