@@ -1,11 +1,8 @@
-import signal
 import sys
 
 from posttrain.cli import main
+from pretrain.runtime import stopping
 
 if __name__ == "__main__":
-    try:
+    with stopping.without_traceback():
         sys.exit(main())
-    finally:
-        # The work is done: Ctrl-C while the interpreter ends would leave a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import LostRankError, PretrainError
-from pretrain.runtime import command_line, output, stopping, without_transformer_engine
+from pretrain.runtime import command_line, output, stopping
 from pretrain.runtime.command_line import add_command as _add
 from pretrain.runtime.command_line import print_error as _print_error
 
@@ -250,7 +250,7 @@ def _load_training(options: argparse.Namespace) -> "Config":
     settings = config.load(options.config, options.overrides)
     if os.environ.get("RANK", "0") == "0":
         print(f"{options.command} {options.config}: loading Megatron", flush=True)
-    without_transformer_engine.hide_if_unusable()
+    _prepare_megatron()
     return settings
 
 
@@ -404,16 +404,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             output.discard(sys.stdout)
             return stopping.status(signal.SIGPIPE)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return stopping.status(signal.SIGINT)
+
+
+def _prepare_megatron() -> None:
+    # Importing torch takes seconds, in which Ctrl-C must not leave a traceback.
+    from pretrain.runtime import without_transformer_engine
+
+    without_transformer_engine.hide_if_unusable()
 
 
 def _run(command: _Command, options: argparse.Namespace) -> int:
     """Run a command in this process and return the exit status."""
     try:
         if command not in _LOADING_LATER:
-            without_transformer_engine.hide_if_unusable()
+            _prepare_megatron()
         return command(options) or 0
     except LostRankError as error:
         _print_error(error)

@@ -119,6 +119,33 @@ def on_signals() -> Iterator[Termination]:
 
 
 @contextlib.contextmanager
+def without_traceback() -> Iterator[None]:
+    """Context for a whole program, which Ctrl-C then ends without a traceback.
+
+    During an import, it ends at once: libraries catch the exception while they are imported, and
+    fail with another one later.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if "importlib._bootstrap" in frame.f_code.co_filename:
+                _write_to_stderr("interrupted\n")
+                _exit(number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _write_to_stderr("interrupted\n")
+        raise SystemExit(status(signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the interpreter ends
+
+
+@contextlib.contextmanager
 def end_with_launcher(seconds: float = 1.0) -> Iterator[None]:
     """Context in which this process ends when torchrun ends, even if torchrun was killed.
 

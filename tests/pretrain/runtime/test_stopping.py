@@ -92,6 +92,37 @@ def test_ctrl_c_forwarded_by_torchrun_does_not_count_as_the_second() -> None:
     assert (process.returncode, stdout) == (130, "saved\n")
 
 
+# A library that catches the exception, and then lacks what its users need.
+CATCHES = """
+import contextlib, os, signal, time
+
+with contextlib.suppress(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+WORKS = """
+import os, signal, time
+from pretrain.runtime import stopping
+
+with stopping.without_traceback():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-m", "pretrain", "plan", "configs/laptop.yaml"], ["-c", WORKS]]
+)
+def test_ctrl_c_leaves_no_traceback(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "torch.py").write_text(CATCHES)
+    ended = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
 def test_ignored_signals_stay_ignored() -> None:
     """For example SIGHUP under nohup."""
     process = subprocess.Popen(
