@@ -286,6 +286,21 @@ def test_long_words_are_split_for_tokenizer_training(tmp_path: Path) -> None:
     assert max(map(len, pieces)) == 1000
 
 
+@pytest.mark.parametrize("where", ["corpus/cache", "corpus/a/b", "corpus", "linked/cache"])
+def test_a_cache_among_the_data_is_refused(tmp_path: Path, where: str) -> None:
+    """Its files would be read, and every start would find others."""
+    (tmp_path / "corpus").mkdir()
+    make.jsonl(tmp_path / "corpus" / "a.jsonl", range(3))
+    (tmp_path / "linked").symlink_to("corpus")
+    source = SourceConfig("text", str(tmp_path / "corpus"))
+    with pytest.raises(
+        PretrainError, match=r"^data\.cache_dir=\S+ is in \S+/corpus, the folder of "
+    ):
+        opened(tmp_path, source, where=where)
+    for apart in ("corpus/.cache/text", "corpus2", "."):
+        assert opened(tmp_path, source, where=apart).documents[0].count("train") == 3
+
+
 def test_a_cache_that_cannot_be_repaired_is_named(tmp_path: Path) -> None:
     def load(folder: Path) -> None:
         raise ValueError("not what was written")
