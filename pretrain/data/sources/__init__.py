@@ -4,7 +4,9 @@ To add a type, subclass :class:`~pretrain.data.sources.interface.Source` or, for
 :class:`~pretrain.data.sources.indexed.FileSource`, and enter it in :data:`SOURCES`.
 """
 
-from pretrain.config import DataConfig
+from collections.abc import Callable
+
+from pretrain.config import DataConfig, SourceConfig
 from pretrain.data.sources.chat import ChatSource
 from pretrain.data.sources.energon import EnergonSource
 from pretrain.data.sources.images import ImageSource
@@ -28,6 +30,13 @@ SOURCES: dict[str, type[Source]] = {
     "image_questions": ImageQuestionSource,
 }
 """Source types by the name that ``type`` has in ``data.sources``."""
+# Settings of an entry that some types do not read.
+_APPLIES: dict[str, Callable[[type[Source]], bool]] = {
+    "field": lambda source: source.reads_field,
+    "image_field": lambda source: source is ImageSource,
+    "trust_code": lambda source: source.may_run_code,
+    "media_urls": lambda source: source.may_download,
+}
 
 
 def source_types(config: DataConfig) -> list[type[Source]]:
@@ -46,20 +55,13 @@ def source_types(config: DataConfig) -> list[type[Source]]:
         if bool(source.path) != source_type.needs_path:
             must = "given" if source_type.needs_path else "left out"
             raise PretrainError(f"{setting}.path must be {must} for a source of {source.type}")
-        if source.image_field and source_type is not ImageSource:
-            raise PretrainError(
-                f"{setting}.image_field applies to sources of type images, not {source.type}"
-            )
-        if source.trust_code and not source_type.may_run_code:
-            names = ", ".join(name for name in SOURCES if SOURCES[name].may_run_code)
-            raise PretrainError(
-                f"{setting}.trust_code applies to sources of type {names}, not {source.type}"
-            )
-        if source.media_urls and not source_type.may_download:
-            names = ", ".join(name for name in SOURCES if SOURCES[name].may_download)
-            raise PretrainError(
-                f"{setting}.media_urls applies to sources of type {names}, not {source.type}"
-            )
+        for name, applies in _APPLIES.items():
+            is_set = getattr(source, name) != getattr(SourceConfig, name)
+            if is_set and not applies(source_type):
+                names = ", ".join(other for other in SOURCES if applies(SOURCES[other]))
+                raise PretrainError(
+                    f"{setting}.{name} applies to sources of type {names}, not {source.type}"
+                )
         types.append(source_type)
     return types
 

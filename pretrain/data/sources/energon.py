@@ -282,6 +282,7 @@ class EnergonSource(Source):
     """A folder of WebDataset shards that is prepared for megatron-energon."""
 
     has_images = True
+    reads_field = False
     may_run_code = True
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:

@@ -64,6 +64,7 @@ class Source(ABC):
 
     Attributes:
         needs_path: whether ``path`` must be set; if not, it must be left out.
+        reads_field: whether ``field`` applies.
         may_run_code: whether ``trust_code`` applies.
         may_download: whether ``media_urls`` applies.
         has_images: whether documents can contain images. They are mixed by ``data.vision_share``.
@@ -81,6 +82,7 @@ class Source(ABC):
     """
 
     needs_path: ClassVar[bool] = True
+    reads_field: ClassVar[bool] = True
     may_run_code: ClassVar[bool] = False
     may_download: ClassVar[bool] = False
     has_images: ClassVar[bool] = False

@@ -54,6 +54,7 @@ class MegatronSource(IndexedSource[Any]):
         pairs: the files, mapped into memory.
     """
 
+    reads_field = False
     columns: ClassVar[Mapping[str, npt.DTypeLike]] = {}
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:

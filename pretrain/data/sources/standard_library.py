@@ -18,6 +18,7 @@ class _Corpus(IndexedSource[R]):
     """Documents that are made of the standard library's files."""
 
     needs_path = False
+    reads_field = False
     location = "the standard library"
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:

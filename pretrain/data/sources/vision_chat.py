@@ -168,6 +168,7 @@ class ImageQuestionSource(VisionChatSource):
     """Questions about drawn words (:mod:`pretrain.data.builtin.image_questions`)."""
 
     needs_path = False
+    reads_field = False
     location = "questions about drawn words"
 
     def find(self) -> list[Path | Skip]:

@@ -126,6 +126,20 @@ def test_a_new_source_type_is_trained_on(folder: Path) -> None:
             {"type": "csv", "path": "a", "trust_code": True},
             r"\.trust_code applies to sources of type energon, not csv$",
         ),
+        *(
+            (
+                {"type": type, "path": path, "field": "body"},
+                rf"\.field applies to sources of type text, .*, csv, not {type}$",
+            )
+            for type, path in [
+                ("energon", "a"),
+                ("megatron", "a"),
+                ("megatron_chat", "a"),
+                ("standard_library", ""),
+                ("standard_library_chat", ""),
+                ("image_questions", ""),
+            ]
+        ),
     ],
 )
 def test_settings_that_do_not_apply_to_a_type_are_refused(
