@@ -111,14 +111,14 @@ def kind_of(folder: Path, items: Sequence[Path]) -> Kind:
     if any(item.name in METADATA for item in items):
         return "metadata"
     lines = [item for item in items if files.ends_with(item, _LINES)]
-    if lines and _names_media(lines[0]):
+    if any(map(_names_media, lines)):
         return "lines"
     if any(map(archives.is_archive, items)):
         return "shards"
     if any(files.ends_with(item, mds.SUFFIXES) for item in items):
         return "MDS"
     stored = [item for item in items if files.ends_with(item, tables.SUFFIXES)]
-    if stored and _has_images(stored[0]):
+    if any(map(_has_images, stored)):
         return "tables"
     return "images"
 
@@ -154,6 +154,11 @@ def _in_folder(folder: Path, setting: str) -> list[Path | Skip]:
         return [folder / CAPTIONS, *_unnamed([folder / CAPTIONS], paths)]
     if kind == "metadata":
         described = sorted(item for item in paths if item.name in METADATA)
+        for one, other in itertools.pairwise(described):
+            if one.parent == other.parent:
+                raise PretrainError(
+                    f"{setting}.path: {one} and {other.name} describe the same images: remove one"
+                )
         names = [item.parent.name for item in described]
         if len(names) > 1 and all(map(is_split, names)):
             raise PretrainError(
@@ -171,9 +176,9 @@ def _in_folder(folder: Path, setting: str) -> list[Path | Skip]:
         "MDS": mds.SUFFIXES,
         "tables": tables.SUFFIXES,
     }[kind]
-    media = (*pixels.suffixes(), *video.SUFFIXES, *archives.SUFFIXES) if kind == "lines" else ()
+    media = (*pixels.suffixes(), *video.SUFFIXES) if kind == "lines" else ()
     chosen = [
-        Skip(str(item), f"not one of the {kind}", corrupt=False)
+        Skip(str(item), _not_chosen(item, kind), corrupt=False)
         if isinstance(item, Path) and not files.ends_with(item, suffixes)
         else item
         for item in items
@@ -182,6 +187,12 @@ def _in_folder(folder: Path, setting: str) -> list[Path | Skip]:
     if kind == "MDS":
         chosen += _missing(paths)
     return sorted(chosen, key=lambda item: item.name if isinstance(item, Skip) else str(item))
+
+
+def _not_chosen(file: Path, kind: Kind) -> str:
+    if kind == "lines" and archives.is_archive(file):
+        return "only images that the lines name are read from it"
+    return f"not one of the {kind}"
 
 
 def _missing(paths: Sequence[Path]) -> Iterator[Skip]:

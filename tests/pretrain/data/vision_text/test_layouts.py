@@ -524,6 +524,27 @@ def test_metadata_in_csv_have_no_value_that_would_be_lost(tmp_path: Path) -> Non
     assert reasons(read(tmp_path))[-1] == "not CSV: unexpected end of data"
 
 
+def test_two_descriptions_of_a_folder_are_not_both_read(tmp_path: Path) -> None:
+    (name,) = make.pictures(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},a\n")
+    make.jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "a"}])
+    with pytest.raises(PretrainError, match=r"metadata\.csv and metadata\.jsonl describe the same"):
+        read(tmp_path)
+
+
+def test_any_file_that_names_images_decides_how_a_folder_is_read(tmp_path: Path) -> None:
+    (name,) = make.pictures(tmp_path, 1)
+    make.jsonl(tmp_path / "a.jsonl", [{"note": "x"}])
+    make.jsonl(tmp_path / "b.jsonl", [{"image": name, "caption": "a picture"}])
+    tar_of_pngs(tmp_path / "c.tar")
+    document, *skips = sorted(read(tmp_path), key=lambda one: isinstance(one, Skip))
+    assert isinstance(document, Mixed) and document.text == "a picture"
+    assert set(reasons(skips)) == {
+        "no image in it",
+        "only images that the lines name are read from it",
+    }
+
+
 def test_splits_of_an_imagefolder_are_not_mixed(tmp_path: Path) -> None:
     make.imagefolder_splits(tmp_path / "a")
     with pytest.raises(PretrainError, match="has the splits test, train: set it to one of them"):
