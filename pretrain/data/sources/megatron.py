@@ -68,9 +68,12 @@ class MegatronSource(IndexedSource[Any]):
         try:
             self.pairs = [IndexedTokens.open(prefix) for prefix in prefixes]
         except (OSError, ValueError) as error:
-            raise PretrainError(
-                f"{self.setting}.path: {reason(error)}: copy the files again, or make them again"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> PretrainError:
+        return PretrainError(
+            f"{self.setting}.path: {reason(error)}: copy the files again, or make them again"
+        )
 
     def records(self) -> NoReturn:
         raise PretrainError(
@@ -89,7 +92,10 @@ class MegatronSource(IndexedSource[Any]):
                 self._check_description(pair, description, composer.tokenizer)
             else:
                 note = self.check_tokens(pair, composer.tokenizer) or note
-        hashes = _Hashes.of(self.pairs)
+        try:
+            hashes = _Hashes.of(self.pairs)
+        except ValueError as error:
+            raise self._damaged(error) from error
         index = f"megatron-{self.key}"
         values = [[self._column(pair, name) for name in self.columns] for pair in self.pairs]
         return make(self, composer, hashes, [], values, index=index, note=note)
@@ -264,10 +270,17 @@ class _Hashes:
 
 
 def _content_hashes(pair: IndexedTokens) -> Words | int:
-    """The hashes of a pair's documents, or a number that depends on the pair's content."""
+    """The hashes of a pair's documents, or a number that depends on the pair's content.
+
+    Raises:
+        ValueError: there are not as many hashes as documents. With numbers in their place, others
+            would be held out.
+    """
     path = column_path(pair.prefix, HASHES)
-    whole = path.exists() and path.stat().st_size == np.dtype(np.uint64).itemsize * len(pair)
-    if whole and _description(pair.prefix):
+    if path.exists() and _description(pair.prefix):
+        size, expected = path.stat().st_size, np.dtype(np.uint64).itemsize * len(pair)
+        if size != expected:
+            raise ValueError(f"{path} has {size:,} bytes instead of {expected:,}")
         return map_array(path, np.uint64)
     digest = hashlib.blake2b(digest_size=8)
     for array in (pair.lengths[:: max(1, len(pair) // _SAMPLED_TOKENS)], *_sample(pair)):

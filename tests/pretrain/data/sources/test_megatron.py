@@ -186,11 +186,13 @@ def test_another_tokenizer_is_refused(tokenized: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3, 16, 395, 401])
-def test_hashes_of_another_size_are_not_used(tokenized: Path, tmp_path: Path, size: int) -> None:
+def test_hashes_of_another_size_are_refused(tokenized: Path, tmp_path: Path, size: int) -> None:
+    """Without a word, other documents would be held out."""
     shutil.copytree(tokenized / "moved" / "text", tmp_path / "data")
     hashes = tmp_path / "data" / "tokens.hashes"
     hashes.write_bytes(hashes.read_bytes()[:size].ljust(size, b"x"))
-    assert len(tokens_of(opened(tmp_path, tmp_path / "data"))) == 50
+    with pytest.raises(PretrainError, match=rf"hashes has {size} bytes instead of 400: copy"):
+        opened(tmp_path, tmp_path / "data")
 
 
 def test_hashes_that_arrive_later_decide_the_split(tokenized: Path, tmp_path: Path) -> None:
