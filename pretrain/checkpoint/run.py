@@ -309,14 +309,19 @@ def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
         tokenizer.save(partial)
         if not path.exists():
             partial.rename(path)
-        elif Tokenizer.load(path).digest != tokenizer.digest:
-            raise PretrainError(
-                f"{path} differs from the data's tokenizer: train with the data that the run was "
-                "started with, or choose another run_dir"
-            )
+        else:
+            _require_same_tokenizer(tokenizer, path)
         partial.unlink(missing_ok=True)
     except OSError as error:
         raise PretrainError(f"cannot write {path}: {error}") from error
+
+
+def _require_same_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    if Tokenizer.load(path).digest != tokenizer.digest:
+        raise PretrainError(
+            f"{path} differs from the data's tokenizer, which is another one if the data have "
+            "changed: train with the data that the run was started with, or choose another run_dir"
+        )
 
 
 def keep_tokenizer(run: Run) -> None:
@@ -450,6 +455,9 @@ def _read(run: Run, step: int | None) -> tuple[int, dict[str, Any], _State | Non
         ignored=_MODEL_EXCEPT if weights_only else _FIXED_EXCEPT,
         remedy="set it back to continue, or choose another run_dir to start a new run",
     )
+    own_tokenizer = Path(run.config.run_dir, "tokenizer.json")
+    if own_tokenizer.exists():  # before its number of tokens makes this another model
+        _require_same_tokenizer(run.data.tokenizer, own_tokenizer)
     if weights_only:
         state = _load_weights(run, checkpoint)
     else:

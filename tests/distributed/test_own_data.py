@@ -145,6 +145,19 @@ def test_shards_resume_exactly_with_the_same_number_of_ranks_only(folder: Path) 
     )
 
 
+def test_data_that_change_the_tokenizer_are_named(folder: Path, tmp_path: Path) -> None:
+    """Another number of tokens would make the checkpoint one of another model."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "abc " * 99}) + "\n")
+    own = (f"data.sources=[{{path: {text}}}]", *SHORT, f"run_dir={tmp_path}/run")
+    launch(training.train_and_read, 1, str(folder), "steps=2", *own)
+    text.write_text(json.dumps({"text": "abcdefghijklmnop " * 99}) + "\n")
+    config = (str(folder / "tiny.yaml"), f"data.cache_dir={tmp_path}/cache", *own)
+    for command in ("train", "eval"):
+        ((status, line),) = launch(training.command, 1, command, *config, "steps=4")
+        assert status == 1 and "run/tokenizer.json differs from the data's tokenizer" in line
+
+
 def test_training_on_text_alone_tests_no_captions(folder: Path) -> None:
     own = (sources(folder), "steps=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=0")
     records = launch(
