@@ -1,5 +1,6 @@
 """Fixtures and settings for the tests of all folders."""
 
+import gc
 import os
 import signal
 import sys
@@ -54,6 +55,12 @@ def pytest_configure() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector of every test the objects of all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
