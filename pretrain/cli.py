@@ -5,6 +5,7 @@ Commands that train start a process for each GPU (``--processes``), or are start
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,16 +232,32 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     settings = _load_training(options)
-    from pretrain import train
+    with _without_garbage():
+        from pretrain import train
 
     train.train(settings)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     settings = _load_training(options)
-    from pretrain import train
+    with _without_garbage():
+        from pretrain import train
 
     train.evaluate(settings)
+
+
+@contextlib.contextmanager
+def _without_garbage() -> Iterator[None]:
+    """Context of imports, whose million objects stay: no garbage collection looks at them.
+
+    Saves a second while importing megatron-core, and a third of one in each full collection.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def _load_training(options: argparse.Namespace) -> "Config":

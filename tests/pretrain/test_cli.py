@@ -1,5 +1,6 @@
 """Every command answers bad input with one line on stderr and a status above 0."""
 
+import gc
 import json
 import os
 import warnings
@@ -123,3 +124,12 @@ def test_collectives_of_megatron_core_cause_no_warning() -> None:
             collective(torch.empty(2), torch.ones(2))
         dist.destroy_process_group()
     assert not caught
+
+
+def test_imports_are_not_searched_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    with cli._without_garbage():
+        assert not gc.isenabled()
+        imported = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() - before >= len(imported)
