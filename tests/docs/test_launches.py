@@ -57,6 +57,7 @@ def check_run(folder: Path) -> None:
     assert [record["step"] for record in read(folder / "run" / "metrics.jsonl")] == [0, 1, 2]
     (start,) = (folder / "run" / "starts.jsonl").read_text().splitlines()
     assert '"processes": 2' in start
+    assert (folder / "run" / "curves.png").exists()
 
 
 def settings(folder: Path, prepared: Path) -> list[str]:
