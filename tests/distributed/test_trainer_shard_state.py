@@ -89,11 +89,11 @@ def compare_and_move(folder: str, name: str, layout: Sequence[str]) -> dict[str,
 
 
 class Long(NamedTuple):
-    """A run of twenty steps, or its second half.
+    """A run of ten steps, or its second half.
 
     Attributes:
         name: of its folder.
-        source: the run whose checkpoint of step 10 it starts from; None: it starts from nothing.
+        source: the run whose checkpoint of step 5 it starts from; None: it starts from nothing.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Long(NamedTuple):
 def train_long(
     folder: str, layout: Sequence[str], runs: Sequence[Long]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train each of ``runs``, saving after steps 10 and 20; the metrics of their steps.
+    """Train each of ``runs``, saving after steps 5 and 10; the metrics of their steps.
 
     The last step also has the bytes of the state and of the update's buffers on this rank.
     """
@@ -122,18 +122,18 @@ def train_long(
         done = 0
         if source is not None:
             if here.is_main:
-                saved = storage.path_of(Path(folder, source, "checkpoints"), 10)
-                shutil.copytree(saved, storage.path_of(checkpoint.folder(run), 10))
+                saved = storage.path_of(Path(folder, source, "checkpoints"), 5)
+                shutil.copytree(saved, storage.path_of(checkpoint.folder(run), 5))
             torch.distributed.barrier()
             done = checkpoint.restore(run)
-            assert done == 10
+            assert done == 5
         found[name] = []
         counted = Allocated()
-        for step in range(done + 1, 21):
-            if step == 20:
+        for step in range(done + 1, 11):
+            if step == 10:
                 _count(run, counted)
             found[name].append(train_step(run, batches.for_step(settings, here, data, step), step))
-            if step % 10 == 0:
+            if step % 5 == 0:
                 _save(run, step)
         found[name][-1] |= {"state_bytes": held_bytes(run), "buffer_bytes": counted.most}
     parallel.stop()
@@ -159,7 +159,7 @@ def tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
     return found
 
 
-def test_twenty_steps_in_layouts_that_continue_each_other(folder: Path) -> None:
+def test_ten_steps_in_layouts_that_continue_each_other(folder: Path) -> None:
     """With and without sharded state, from 1 process to 4 and from 4 to 2, to rounding."""
     ranks = [
         launch(train_long, 1, str(folder), (), [Long("1", "false")]),
@@ -174,13 +174,13 @@ def test_twenty_steps_in_layouts_that_continue_each_other(folder: Path) -> None:
     ]  # fmt: skip
     expected = ranks[0][0]["1"]
     assert sum(metrics["heads_clipped"] for metrics in expected) > 0
-    whole = tensors(folder / "1", 20)
+    whole = tensors(folder / "1", 10)
     for found in ranks:
         for name, steps in found[0].items():
             for ours, theirs in zip(steps, expected[-len(steps) :], strict=True):
                 assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), name
                 assert ours["heads_clipped"] == theirs["heads_clipped"], name
-            moved = tensors(folder / name, 20)
+            moved = tensors(folder / name, 10)
             assert moved.keys() == whole.keys()
             for tensor, value in whole.items():
                 difference = (moved[tensor].double() - value.double()).norm()

@@ -113,8 +113,9 @@ def test_a_thread_prepares_the_same_batches(folder: Path) -> None:
     assert thread == alone
 
 
-# Ten steps with the optimizer's shared work, QK-Clip, evaluation and transcription.
-SHORT = (*EXACT_FOUR, "steps=10", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
+# Six steps with the optimizer's shared work, QK-Clip, evaluation and transcription.
+SHORT = (*EXACT_FOUR, "steps=6", "optimizer.warmup_steps=2", "optimizer.decay_steps=2",
+         "evaluation.every=6")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_a_measured_cost_is_stored_with_the_run(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> list[dict[str, Any]]:
-    """30 steps at EP 2, with checkpoints of steps 10 and 20."""
+    """15 steps at EP 2, with checkpoints of steps 5 and 10."""
     return launch(
         training.train_and_read, 2, *(str(folder), f"run_dir={folder}/whole", "parallel.expert=2"),
         *MOVING,
@@ -170,8 +171,8 @@ def uninterrupted(folder: Path) -> list[dict[str, Any]]:
 
 
 # Without a decay, the rate of a run that ends earlier is that of the whole run.
-MOVING = (EXACT, "steps=30", "checkpoint.every=10", "checkpoint.keep=9", "optimizer.decay_steps=0",
-          "evaluation.every=30", "evaluation.sequences=1", "evaluation.captions=2",
+MOVING = (EXACT, "steps=15", "checkpoint.every=5", "checkpoint.keep=9", "optimizer.decay_steps=0",
+          "evaluation.every=15", "evaluation.sequences=1", "evaluation.captions=2",
           "evaluation.transcriptions=0")  # fmt: skip
 
 
@@ -190,16 +191,16 @@ def test_a_run_resumes_with_other_parallel_sizes(
     world_size: int,
     parallel: tuple[str, ...],
 ) -> None:
-    """From EP 2 after ten steps, ten at another layout, and ten at EP 2 again."""
+    """From EP 2 after five steps, five at another layout, and five at EP 2 again."""
     run_dir = folder / f"moved-{'-'.join(parallel)}"
-    first = Path("checkpoints", "step-00000010")
+    first = Path("checkpoints", "step-00000005")
     shutil.copytree(folder / "whole" / first, run_dir / first)
     settings = (str(folder), f"run_dir={run_dir}", *MOVING)
     layout = [f"parallel.{size}" for size in parallel]
-    launch(training.train_and_read, world_size, *settings, *layout, "steps=20")
+    launch(training.train_and_read, world_size, *settings, *layout, "steps=10")
     back = launch(training.train_and_read, 2, *settings, "parallel.expert=2")[0]
-    assert [record["step"] for record in back] == list(range(11, 31))
-    for mine, reference in zip(back, uninterrupted[11:], strict=True):
+    assert [record["step"] for record in back] == list(range(6, 16))
+    for mine, reference in zip(back, uninterrupted[6:], strict=True):
         assert_same(mine, reference, "loss", "grad_norm", "max_logit")
 
 
