@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,35 @@ LAYOUTS = (
     ("parallel.tensor=2", "parallel.expert=2", "ddp.overlap_grad_reduce=true"),
     ("parallel.pipeline=2",),
 )
-# World size, function of ``training`` and its settings.
-Call = tuple[int, Callable[..., Any], tuple[Any, ...]]
+# World size, function of ``training``, its settings, and those of the kernels.
+Call = tuple[int, Callable[..., Any], tuple[Any, ...], tuple[str, ...]]
+GRADIENTS = (EXACT, *YARN, "language.load_balancing_loss=0.1")
+CLIPPED = (EXACT, "optimizer.qk_clip_threshold=0.002")
+TRAINED = (EXACT, "optimizer.warmup_steps=2", "optimizer.decay_steps=0", "evaluation.every=100",
+           "checkpoint.every=100")  # fmt: skip
 
 
-def launch_with_stand_in(folder: Path, *calls: Call) -> list[list[Any]]:
-    """Results of :func:`launch` for each call, with ``kernels=transformer_engine``."""
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> dict[str, list[Any]]:
+    """Results of all launches with the stand-in: of each rank, by name.
+
+    One process starts them all, because imports take seconds.
+    """
+    every, clip = training.gradients_of_each, training.max_logits_before_and_after_a_clip
+    train, run = training.train_and_read, (*TRAINED, f"run_dir={folder}/continued")
+    calls: dict[str, Call] = {
+        "alone": (1, every, ([(), *RECOMPUTED, *FUSED], *GRADIENTS), ENGINE),
+        **{
+            " ".join(layout): (2, training.all_gradients, (*GRADIENTS, *layout), ENGINE)
+            for layout in LAYOUTS
+        },
+        "clip": (1, clip, CLIPPED, ENGINE),
+        "two steps": (2, train, (*run, "steps=2", "parallel.tensor=2"), ENGINE),
+        "four steps": (1, train, (*run, "steps=4"), ("kernels=torch",)),
+        "six steps": (2, train, (*run, "steps=6", "parallel.expert=2"), ENGINE),
+    }
     with tempfile.TemporaryDirectory() as exchange:
-        Path(exchange, "calls").write_bytes(pickle.dumps((str(folder), calls)))
+        Path(exchange, "calls").write_bytes(pickle.dumps((str(folder), list(calls.values()))))
         path = os.pathsep.join([str(ROOT / "tests/stand_in"), str(ROOT)])
         done = subprocess.run(
             [sys.executable, "-m", "tests.distributed.test_transformer_engine", exchange],
@@ -72,15 +93,17 @@ def launch_with_stand_in(folder: Path, *calls: Call) -> list[list[Any]]:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         results: list[list[Any]] = pickle.loads(Path(exchange, "results").read_bytes())
-        return results
+        return dict(zip(calls, results, strict=True))
 
 
-def with_engine(function: Callable[..., Any], folder: str, *settings: Any) -> Any:
+def with_kernels(
+    function: Callable[..., Any], folder: str, settings: Sequence[Any], kernels: Sequence[str]
+) -> Any:
     """Call a function of ``training`` in a rank; the stand-in needs no GPU and no 16 bits."""
-    from pretrain.model import kernels
+    from pretrain.model import kernels as module
 
-    kernels.transformer_engine_problem = lambda _config: None
-    return function(folder, *settings, *ENGINE)
+    module.transformer_engine_problem = lambda _config: None
+    return function(folder, *settings, *kernels)
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -91,46 +114,35 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert difference < 1e-6, (name, float(difference))
 
 
-def test_gradients_are_those_of_torch(folder: Path) -> None:
+def test_gradients_are_those_of_torch(folder: Path, engine: dict[str, list[Any]]) -> None:
     """Norms, experts and shards have the same names, and every layout the same gradients.
 
     Load is balanced in each sequence, of which a micro-batch has two.
     """
-    settings = (EXACT, *YARN, "language.load_balancing_loss=0.1")
-    expected = _merged(launch(training.all_gradients, 1, str(folder), *settings))
-    (alone,), *layouts = launch_with_stand_in(
-        folder,
-        (1, training.gradients_of_each, ([(), *RECOMPUTED, *FUSED], *settings)),
-        *((2, training.all_gradients, (*settings, *layout)) for layout in LAYOUTS),
-    )
+    expected = _merged(launch(training.all_gradients, 1, str(folder), *GRADIENTS))
+    (alone,) = engine["alone"]
+    layouts = [engine[" ".join(layout)] for layout in LAYOUTS]
     for ranks in [*([gradients] for gradients in alone), *layouts]:
         assert_equal(_merged(ranks), expected)
 
 
-def test_heads_are_clipped_by_the_max_logits_of_the_engine(folder: Path) -> None:
+def test_heads_are_clipped_by_the_max_logits_of_the_engine(
+    folder: Path, engine: dict[str, list[Any]]
+) -> None:
     function = training.max_logits_before_and_after_a_clip
-    settings = (EXACT, "optimizer.qk_clip_threshold=0.002")
-    (expected,) = launch(function, 1, str(folder), *settings)
-    [[((before, clipped), after)]] = launch_with_stand_in(folder, (1, function, settings))
+    (expected,) = launch(function, 1, str(folder), *CLIPPED)
+    [((before, clipped), after)] = engine["clip"]
     assert_equal(before, expected[0][0])
     assert_equal(after[0], expected[1][0])
     assert clipped == expected[0][1] > 0
 
 
-def test_a_run_continues_with_other_kernels(folder: Path) -> None:
+def test_a_run_continues_with_other_kernels(folder: Path, engine: dict[str, list[Any]]) -> None:
     """Checkpoints, the optimizer's state and Muon's matrices are the same."""
-    constant = ("optimizer.warmup_steps=2", "optimizer.decay_steps=0")
-    settings = (EXACT, *constant, "evaluation.every=100", "checkpoint.every=100")
-    (expected,) = launch(training.train_and_read, 1, str(folder), *settings, "steps=6")
-    (folder / "run").rename(folder / "torch_alone")
-    for steps, layout in ((2, "parallel.tensor=2"), (6, "parallel.expert=2")):
-        call = (2, training.train_and_read, (*settings, f"steps={steps}", layout))
-        actual = launch_with_stand_in(folder, call)[0][0]
-        if steps == 2:
-            launch(training.train_and_read, 1, str(folder), *settings, "steps=4")
-    losses = [
-        [record["loss"] for record in training_records(records)] for records in (expected, actual)
-    ]
+    (expected,) = launch(training.train_and_read, 1, str(folder), *TRAINED, "steps=6")
+    parts = [engine[f"{number} steps"][0] for number in ("two", "four", "six")]
+    assert [records[-1]["step"] for records in parts] == [2, 4, 6]
+    losses = [[r["loss"] for r in training_records(found)] for found in (expected, parts[-1])]
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-7)
 
@@ -139,7 +151,7 @@ if __name__ == "__main__":
     exchange = Path(sys.argv[1])
     run_folder, calls = pickle.loads((exchange / "calls").read_bytes())
     results = [
-        launch(with_engine, size, function, run_folder, *settings)
-        for size, function, settings in calls
+        launch(with_kernels, size, function, run_folder, settings, kernels)
+        for size, function, settings, kernels in calls
     ]
     (exchange / "results").write_bytes(pickle.dumps(results))
