@@ -175,6 +175,13 @@ def _cases() -> list[list[Shapes]]:
     return fixed + drawn
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[Step]:
+    """The colocated encoder's step in one process, of each case."""
+    (steps,) = launch(_steps_of_both, 1, _cases(), 1, 1, 1, torch.float64)
+    return [colocated for _, colocated in steps]
+
+
 @pytest.mark.parametrize(
     ("world_size", "tensor", "pipeline", "context"),
     [
@@ -184,26 +191,28 @@ def _cases() -> list[list[Shapes]]:
     ],
 )
 def test_dep_equals_the_colocated_encoder(
-    world_size: int, tensor: int, pipeline: int, context: int
+    alone: list[Step], world_size: int, tensor: int, pipeline: int, context: int
 ) -> None:
     """In every layout of the backbone, and equals one process, up to rounding in float64."""
-    _check_equal(world_size, (tensor, pipeline, context), torch.float64, 1e-12)
+    _check_equal(alone, world_size, (tensor, pipeline, context), torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "pipeline"), [(2, 1, 1), (4, 2, 2)])
 def test_dep_equals_the_colocated_encoder_in_float32(
-    world_size: int, tensor: int, pipeline: int
+    alone: list[Step], world_size: int, tensor: int, pipeline: int
 ) -> None:
-    _check_equal(world_size, (tensor, pipeline, 1), torch.float32, 1e-5)
+    _check_equal(alone, world_size, (tensor, pipeline, 1), torch.float32, 1e-5)
 
 
 def _check_equal(
-    world_size: int, sizes: tuple[int, int, int], dtype: torch.dtype, tolerance: float
+    alone: list[Step],
+    world_size: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
-    cases = _cases()
-    (alone,) = launch(_steps_of_both, 1, cases, 1, 1, 1, torch.float64)
-    for rank in launch(_steps_of_both, world_size, cases, *sizes, dtype):
-        for (dep, colocated), (_, reference) in zip(rank, alone, strict=True):
+    for rank in launch(_steps_of_both, world_size, _cases(), *sizes, dtype):
+        for (dep, colocated), reference in zip(rank, alone, strict=True):
             assert dep.keys() == colocated.keys()
             for name, expected in colocated.items():
                 error = (dep[name] - expected).norm()
