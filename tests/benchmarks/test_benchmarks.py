@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ from benchmarks import gpu, runner
 from benchmarks.optimizer_step import update_error
 from benchmarks.optimizers import BASELINE, Candidate, candidates
 from benchmarks.workloads import Workload, workloads
+from tests.distributed import launch
 
 # Compiling implementations would take minutes; one model is enough.
 ONLY = {
@@ -106,8 +108,14 @@ def leaves(value: object) -> list[object]:
     ],
 )
 def test_benchmarks_store_their_result_and_plot(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Processes of the fork server start faster than those that a benchmark would spawn.
+    contexts = {"spawn": launch._context, "fork": multiprocessing.get_context("fork")}
+    monkeypatch.setattr(multiprocessing, "get_context", contexts.__getitem__)
     command.main(
         ["run", name, "--tiny", "--device", "cpu", "--out", str(tmp_path), *ONLY.get(name, [])]
     )
@@ -254,6 +262,7 @@ def test_stacked_and_separate_experts_are_the_same_matrices() -> None:
 STORED = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
 )
 
 
