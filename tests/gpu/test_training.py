@@ -34,6 +34,23 @@ def reference(
     return of
 
 
+@pytest.fixture(scope="module")
+def in_float32(
+    reference: Callable[[str], tuple[Path, Records]],
+) -> Callable[[str], tuple[Path, Records]]:
+    """The folder and the records of the run in float32 with torch's kernels."""
+    runs: dict[str, tuple[Path, Records]] = {}
+
+    def of(device: str) -> tuple[Path, Records]:
+        if device not in runs:
+            folder, _ = reference(device)
+            options = ("kernels=torch", "precision=float32", *SIZES[device])
+            runs[device] = folder / "float32", run(folder, device, "float32", *options)
+        return runs[device]
+
+    return of
+
+
 def require_close(records: Records, expected: Records, precision: str) -> None:
     first, every = TOLERANCES[precision]
     steps = [(a, b) for a, b in zip(records, expected, strict=True) if "loss" in a]
@@ -47,12 +64,18 @@ def require_close(records: Records, expected: Records, precision: str) -> None:
 
 
 @DEVICES
-@pytest.mark.parametrize(
-    ("kernels", "precision"),
-    [("torch", "float32"), ("torch", "bfloat16"), ("transformer_engine", "bfloat16")],
-)
 def test_losses_follow_those_of_a_cpu_in_float64(
-    device: str, kernels: str, precision: str, reference: Callable[[str], tuple[Path, Records]]
+    device: str,
+    reference: Callable[[str], tuple[Path, Records]],
+    in_float32: Callable[[str], tuple[Path, Records]],
+) -> None:
+    require_close(in_float32(device)[1], reference(device)[1], "float32")
+
+
+@DEVICES
+@pytest.mark.parametrize("kernels", ["torch", "transformer_engine"])
+def test_losses_in_bfloat16_follow_those_of_a_cpu_in_float64(
+    device: str, kernels: str, reference: Callable[[str], tuple[Path, Records]]
 ) -> None:
     if kernels == "transformer_engine":
         if device == "cpu":
@@ -60,9 +83,8 @@ def test_losses_follow_those_of_a_cpu_in_float64(
         if importlib.util.find_spec("transformer_engine") is None:
             pytest.skip("Transformer Engine is not installed")
     folder, expected = reference(device)
-    name = f"{kernels}-{precision}"
-    options = (f"kernels={kernels}", f"precision={precision}", *SIZES[device])
-    require_close(run(folder, device, name, *options), expected, precision)
+    options = (f"kernels={kernels}", "precision=bfloat16", *SIZES[device])
+    require_close(run(folder, device, kernels, *options), expected, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -89,12 +111,14 @@ def test_two_gpus_follow_one_cpu(
 
 @DEVICES
 def test_a_run_is_resumed_and_sampled(
-    device: str, reference: Callable[[str], tuple[Path, Records]]
+    device: str,
+    reference: Callable[[str], tuple[Path, Records]],
+    in_float32: Callable[[str], tuple[Path, Records]],
 ) -> None:
     """Resuming loads weights and optimizer state to the device."""
     folder, expected = reference(device)
-    options = ("kernels=torch", *SIZES[device], "checkpoint.every=4")
-    run(folder, device, "resumed", *options)
+    options = ("kernels=torch", "precision=float32", *SIZES[device])
+    shutil.copytree(in_float32(device)[0], folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / "step-00000010")
     require_close(run(folder, device, "resumed", *options), expected, "float32")
     try:
