@@ -5,7 +5,11 @@ Otherwise every process would spend seconds on them. Nothing here runs a torch o
 
 import gc
 
+import hypothesis  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
+import pytest  # noqa: F401
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.optim  # noqa: F401
 
 import pretrain.train  # noqa: F401
 from tests.distributed import training  # noqa: F401
