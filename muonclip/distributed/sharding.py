@@ -275,7 +275,7 @@ def place_like(param: Tensor, whole: Tensor, dims: Sequence[int] = ()) -> Tensor
 
     assert is_dtensor(param)
     return DTensor.from_local(
-        whole[local_shard(param).reduced(dims).slices],
+        whole[local_shard(param).reduced(dims).slices].clone(),  # a view would keep the whole
         param.device_mesh,
         placements_like(param, dims),
         shape=whole.shape,

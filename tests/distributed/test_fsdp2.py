@@ -1,5 +1,6 @@
 """DTensors of any placement: whole matrices are orthogonalized, with the result of one process."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -445,6 +446,24 @@ def load_whole_tensors() -> None:
 
 def test_whole_tensors_load_into_shards() -> None:
     launch(load_whole_tensors, 2)
+
+
+def copy_state_of_shards() -> None:
+    model = nn.Linear(8, 6)
+    fully_shard(model)
+    optimizer = MuonClip(param_groups(model), variant="normuon", master_weights=True)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    for name, value in copy.deepcopy(state).items():
+        assert torch.equal(value.full_tensor(), state[name].full_tensor()), name
+        local = value.to_local()
+        assert local.untyped_storage().nbytes() == local.nbytes, name
+
+
+def test_state_of_shards_can_be_copied() -> None:
+    """A view of the whole tensor cannot be, and would keep all of it."""
+    launch(copy_state_of_shards, 2)
 
 
 def load_weights_between_steps() -> None:
