@@ -81,11 +81,11 @@ def choose_algorithm(
         module: the module that owns it, if known.
 
     Returns:
-        ``("adamw", reason)`` for vectors (single rows and columns too), convolution kernels,
-        embeddings, learned tokens, norms, output heads, routers and LoRA's A; ``("muon", reason)``
-        for other matrices [n, m] and stacks of matrices [E, n, m]. LoRA's B is one of them: its
-        orthogonal columns use the whole rank (arXiv 2508.17901), while the extreme aspect ratio of
-        A makes orthogonalized updates noisy (OneTrainer#1314).
+        ``("adamw", reason)`` for vectors (single rows and columns too), empty matrices, convolution
+        kernels, embeddings, learned tokens, norms, output heads, routers and LoRA's A; ``("muon",
+        reason)`` for other matrices [n, m] and stacks of matrices [E, n, m]. LoRA's B is one of
+        them: its orthogonal columns use the whole rank (arXiv 2508.17901), while the extreme aspect
+        ratio of A makes orthogonalized updates noisy (OneTrainer#1314).
     """
     if parameter.ndim < 2:
         return "adamw", "vector or scalar"
@@ -94,6 +94,8 @@ def choose_algorithm(
         reason = _reason_in_name(name, parameter)
     if reason is None and parameter.ndim > 3:
         reason = f"{parameter.ndim} dimensions"
+    if reason is None and min(parameter.shape) == 0:
+        reason = "no elements"
     if reason is None and min(parameter.shape[-2:]) == 1:
         reason = "single row or column"
     if reason is not None:

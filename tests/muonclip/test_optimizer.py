@@ -411,7 +411,10 @@ class TestErrors:
             ({"params": [("w", torch.zeros(2, 2, dtype=torch.cfloat))]}, "'w' .* is torch.complex"),
             ({"params": [("w", torch.zeros(2, 2, dtype=torch.int64))]}, "'w' .* is torch.int64"),
             ({"params": [("w", torch.zeros(2, 2).to_sparse())]}, "'w' .* is sparse"),
-            ({"params": [("w", torch.zeros(0, 2))]}, "'w' .* has no elements"),
+            (
+                {"params": [("w", torch.zeros(0, 2))], "algorithm": "muon"},
+                "'w' .* has no elements",
+            ),
             (
                 {"params": [("w", torch.zeros(2))], "algorithm": "muon"},
                 "'w' .* is neither a matrix",

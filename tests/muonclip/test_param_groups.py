@@ -125,6 +125,8 @@ def test_names_in_the_wild(name: str, algorithm: str) -> None:
     [
         ((1, 8), None, "adamw"),  # speculators#821: one row
         ((8, 1), None, "adamw"),
+        ((0, 8), None, "adamw"),  # MobileBERT, if its embeddings are as wide as its layers
+        ((2, 8, 0), None, "adamw"),
         ((8, 1, 4), None, "adamw"),  # maxtext#4843: a depthwise convolution, by its shape
         ((8, 1, 1), "block.gate", "adamw"),
         ((8, 4, 3), "mixer.conv1d.weight", "adamw"),
