@@ -86,7 +86,8 @@ def for_model(
 
     Args:
         model: its trainable parameters are optimized; frozen and quantized ones are left alone.
-            If it is a ``DistributedDataParallel``, the ranks share the orthogonalization.
+            If it is a ``DistributedDataParallel``, compiled or not, the ranks share the
+            orthogonalization.
         lr: learning rate, as for ``MuonClip``.
         qk_clip_threshold: τ: no head's largest logit stays above it; None: no QK-Clip.
         qk_clip_exclude: pattern or patterns (``fnmatch``) of attention layers that are not clipped.
@@ -123,8 +124,9 @@ def for_model(
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: unfreeze some, or add an adapter"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        options.setdefault("process_group", model.process_group)
+    compiled = getattr(model, "_orig_mod", model)  # by torch.compile
+    if isinstance(compiled, nn.parallel.DistributedDataParallel):
+        options.setdefault("process_group", compiled.process_group)
     parallel = _megatron_ranks(model)
     if shardings is None and parallel is not None:
         shardings = parallel.shardings

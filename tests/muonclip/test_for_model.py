@@ -350,6 +350,8 @@ def test_ddp_shares_the_work(tmp_path: Any) -> None:
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ddp = nn.parallel.DistributedDataParallel(llama())
+        compiled: Any = torch.compile(ddp, backend="eager")
+        assert for_model(compiled, report=None).process_group is ddp.process_group
         optimizer = for_model(ddp, report=None)
         assert optimizer.process_group is ddp.process_group
         train(ddp, optimizer)
