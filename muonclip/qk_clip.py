@@ -29,6 +29,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from muonclip.attention_layouts import AttentionLayout
+from muonclip.distributed.sharding import is_dtensor, local_indices
 from muonclip.hooks import Handle, call_before_zero_grad, unwrap_optimizer
 from muonclip.max_logits import Mask, screened_max_logits
 from muonclip.row_scaling import (
@@ -273,19 +274,20 @@ class QKClip:
 
         Args:
             name: the layer, as in ``layouts``.
-            max_logits: [heads], any floating dtype and device; detached here.
+            max_logits: [heads], any floating dtype and device; detached here. Under tensor
+                parallelism with DTensors, those of this rank.
 
         Raises:
             KeyError: for an unknown layer.
             ValueError: if the shape is not [heads].
         """
-        heads = self._layout(name).num_heads
-        if max_logits.shape != (heads,):
+        heads = self._heads_on_rank(name, max_logits.numel())
+        if max_logits.ndim != 1 or heads is None:
             raise ValueError(
-                f"layer {name!r} has {heads} heads, "
+                f"layer {name!r} has {self.layouts[name].num_heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
-        self._record(name, max_logits, max_logits, max_logits)
+        self._record(name, heads, max_logits, max_logits, max_logits)
 
     @torch.no_grad()
     def observe_attention(
@@ -313,7 +315,8 @@ class QKClip:
 
         Args:
             name: the layer, as in ``layouts``.
-            query: [..., heads, queries, d], after any rotary embedding; detached here.
+            query: [..., heads, queries, d], after any rotary embedding; detached here. Under tensor
+                parallelism with DTensors, the heads of this rank.
             key: [..., groups, keys, d]; groups divides heads.
             scale: factor on the products; default: 1/√d.
             mask: boolean, floating or flex_attention's, as in ``max_logits``.
@@ -324,11 +327,12 @@ class QKClip:
             KeyError: for an unknown layer.
             ValueError: if the shapes disagree or do not match the layer.
         """
-        heads = self._layout(name).num_heads
-        if query.ndim < 3 or query.size(-3) != heads:
+        heads = None if query.ndim < 3 else self._heads_on_rank(name, query.size(-3))
+        if heads is None:
+            num_heads = self._layout(name).num_heads
             raise ValueError(
-                f"layer {name!r} has {heads} heads: query must be [..., {heads}, queries, d], "
-                f"got {tuple(query.shape)}"
+                f"layer {name!r} has {num_heads} heads: query must be [..., {num_heads}, queries, "
+                f"d], got {tuple(query.shape)}"
             )
         if self._ignores_forwards:
             return
@@ -345,7 +349,7 @@ class QKClip:
         )
         is_bound_enough = (screened.bounds <= self.threshold) & (not self.exact)
         bounds = torch.where(is_bound_enough, screened.bounds, screened.max_logits)
-        self._record(name, screened.max_logits, bounds, screened.unbiased_max_logits)
+        self._record(name, heads, screened.max_logits, bounds, screened.unbiased_max_logits)
 
     def step(self, *, clip: bool | Tensor = True) -> ClipResult:
         """Clip the heads above the threshold, by the maxima of all forward passes since last time.
@@ -500,13 +504,37 @@ class QKClip:
         """Whether forward passes do not count now. Inference mode cannot be part of training."""
         return bool(self._inactive) or torch.is_inference_mode_enabled()
 
-    def _record(self, name: str, largest: Tensor, bounds: Tensor, unbiased: Tensor) -> None:
+    def _heads_on_rank(self, name: str, num_heads: int) -> slice | None:
+        """The heads of a layer that this rank computes, among those of all layers.
+
+        Args:
+            name: the layer.
+            num_heads: their number: all of the layer, or under tensor parallelism with DTensors
+                those whose rows this rank has.
+
+        Returns:
+            None if that is neither number.
+        """
+        query, heads = self._layout(name).query, self._heads[name]
+        if num_heads == heads.stop - heads.start:
+            return heads
+        if not is_dtensor(query.weight):
+            return None
+        has_rows = torch.isin(query.rows.cpu(), local_indices(query.weight, query.dim)).all(1)
+        first = int(has_rows.int().argmax())
+        if not (has_rows.sum() == num_heads == has_rows[first : first + num_heads].sum()):
+            return None
+        return slice(heads.start + first, heads.start + first + num_heads)
+
+    def _record(
+        self, name: str, heads: slice, largest: Tensor, bounds: Tensor, unbiased: Tensor
+    ) -> None:
         if self._ignores_forwards:
             return
         adapters = self.layouts[name].active_adapters()
         self._log.passes.setdefault(name, set()).add(adapters)
         values = torch.stack([largest, bounds, unbiased]).detach()
-        self._maxima.update(adapters, self._heads[name], values, self._device)
+        self._maxima.update(adapters, heads, values, self._device)
 
     def _note_eval_mode(self, name: str) -> None:
         """Record that a layer ran in eval mode, which is not observed, for ``step``'s warning."""

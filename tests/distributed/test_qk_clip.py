@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muonclip import AttentionLayout, MuonClip, QKClip, param_groups
 from tests.distributed.launch import launch
@@ -255,7 +255,10 @@ def test_fsdp2_with_master_weights() -> None:
 
 
 def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
-    """A transformers model with the clip of ``integrations.transformers``, made before FSDP2."""
+    """A transformers model with the clip of ``integrations.transformers``, made before FSDP2.
+
+    Four ranks have two shards each of the heads and of the batch.
+    """
     import transformers
 
     from muonclip.integrations.transformers import qk_clip
@@ -268,11 +271,16 @@ def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
     model: Any = transformers.AutoModelForCausalLM.from_config(config).double().train()
     group = None if sharded else dist.new_group([dist.get_rank()], use_local_synchronization=True)
     clip = qk_clip(model, threshold=0.02, process_group=group)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shape = (2, dist.get_world_size() // 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    columns = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     if sharded:
         for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            if shape[1] > 1:
+                plan = {**columns, "self_attn.o_proj": RowwiseParallel()}
+                parallelize_module(block, mesh["tensor"], plan)
+            fully_shard(block, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     clip.attach(optimizer)
     clipped = []
@@ -280,7 +288,7 @@ def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
     for _ in range(3):
         ids = torch.randint(32, (4, 6), generator=generator)
         if sharded:
-            ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
+            ids = ids.chunk(2)[mesh["data"].get_local_rank()]
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -297,10 +305,12 @@ def train_llama_both_ways() -> float:
     return max(float((a - b).abs().max()) for a, b in zip(sharded, whole, strict=True))
 
 
-def test_fsdp2_trains_a_transformers_model() -> None:
-    """``qk_clip`` before sharding: the clip follows the parameters that FSDP2 replaces."""
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fsdp2_trains_a_transformers_model(world_size: int) -> None:
+    """``qk_clip`` before sharding: the clip follows the parameters that FSDP2 replaces, and under
+    tensor parallelism knows a rank's heads by their rows."""
     pytest.importorskip("transformers", minversion="5")
-    assert max(launch(train_llama_both_ways, 2)) < 1e-6
+    assert max(launch(train_llama_both_ways, world_size)) < 1e-6
 
 
 def clip_under_tensor_parallelism() -> None:
