@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muonclip.attention_layouts import AttentionLayout, NormalizedAttentionError
+from muonclip.attention_layouts import AttentionLayout, HeadRows, NormalizedAttentionError
 from muonclip.integrations.transformers import structure
 
 _REMEDY = "declare it with AttentionLayout, or leave it out with exclude"
@@ -172,6 +172,11 @@ def _fused(name: str, module: Any, child: str) -> AttentionLayout:
     if gains is not None:
         return AttentionLayout.separate(*gains, num_heads=heads, num_kv_groups=groups)
     projection = _projection(module, child)
+    if type(module).__name__ == "CodeGenAttention":
+        # Four parts, each with its queries, values and keys.
+        parts = torch.arange(rows, device="cpu").view(4, 3, -1, head_dim)
+        query_rows, _, key_rows = (x.flatten(0, 1) for x in parts.unbind(1))
+        return AttentionLayout(HeadRows(projection, query_rows), HeadRows(projection, key_rows))
     if by_group:
         return AttentionLayout.fused_by_group(projection, num_heads=heads)
     return AttentionLayout.fused(

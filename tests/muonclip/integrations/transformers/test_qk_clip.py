@@ -67,6 +67,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate, sliding window": ("MistralConfig", GQA | {"sliding_window": 3}),
     "fused": ("Phi3Config", GQA),
     "fused by head": ("GPTNeoXConfig", SMALL),
+    "fused in four parts": (
+        "CodeGenConfig",
+        GPT2 | {"rotary_dim": 4, "bos_token_id": None, "eos_token_id": None},
+    ),
     "columns": ("GPT2Config", GPT2 | {"bos_token_id": None, "eos_token_id": None}),
     "MLA": ("DeepseekV3Config", MLA | {"q_lora_rank": 12}),
     "MLA, one query projection": ("DeepseekV3Config", MLA | {"q_lora_rank": None}),
