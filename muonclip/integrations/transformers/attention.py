@@ -159,7 +159,9 @@ def _separate(name: str, module: Any, query: str, key: str) -> AttentionLayout:
 
 
 def _fused(name: str, module: Any, child: str) -> AttentionLayout:
-    layer, by_group = getattr(module, child), child in structure.FUSED_BY_GROUP
+    layer = getattr(module, child)
+    # GPTBigCode without multi-query attention has another order than with it.
+    by_group = child in structure.FUSED_BY_GROUP or getattr(module, "multi_query", None) is False
     heads, rows = _num_heads(name, module), structure.linear_shape(layer)[0]
     head_dim = structure.head_dim(module) or rows // (3 * heads)
     groups = (rows // head_dim - heads) // 2

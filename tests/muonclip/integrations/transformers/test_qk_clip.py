@@ -67,6 +67,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate, sliding window": ("MistralConfig", GQA | {"sliding_window": 3}),
     "fused": ("Phi3Config", GQA),
     "fused by head": ("GPTNeoXConfig", SMALL),
+    "fused by head, under another name": (
+        "GPTBigCodeConfig",
+        GPT2 | {"multi_query": False, "bos_token_id": None, "eos_token_id": None},
+    ),
     "fused in four parts": (
         "CodeGenConfig",
         GPT2 | {"rotary_dim": 4, "bos_token_id": None, "eos_token_id": None},
