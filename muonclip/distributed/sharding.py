@@ -306,7 +306,11 @@ def local_shard(tensor: Tensor) -> TensorShard:
         return TensorShard.whole(tensor.shape)
     indices = [local_indices(tensor, dim) for dim in range(tensor.ndim)]
     if any(len(i) and i[-1] - i[0] >= len(i) for i in indices):
-        raise ValueError(f"{_description(tensor)}, which give this rank parts with gaps")
+        raise ValueError(
+            f"{_description(tensor)}, which give this rank parts with gaps, from which matrices "
+            "cannot be put together: shard it in another way, or give it to AdamW "
+            "(adamw=[PATTERN] of for_model and param_groups)"
+        )
     return TensorShard(
         tuple(int(i[0]) if len(i) else 0 for i in indices), tuple(len(i) for i in indices)
     )

@@ -560,6 +560,23 @@ def test_uneven_shards_are_refused_on_all_ranks(dim: int) -> None:
     assert len(set(messages)) == 1 and "fully_shard" in messages[0]
 
 
+def step_on_shards_with_gaps() -> None:
+    """Gate and up in one matrix: transformers' tensor parallelism shards each half."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh, placements = init_device_mesh("cpu", (2,)), [_StridedShard(0, split_factor=2)]
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, placements))
+    p.grad = DTensor.from_local(torch.ones(4, 4), mesh, placements)
+    MuonClip([{"params": [("w", p)], "algorithm": "adamw"}]).step()
+    optimizer = MuonClip([{"params": [("w", p)], "algorithm": "muon"}])
+    with pytest.raises(ValueError, match=r"parameter 'w': .* gaps, .* give it to AdamW"):
+        optimizer.step()
+
+
+def test_shards_with_gaps_are_refused_for_muon() -> None:
+    launch(step_on_shards_with_gaps, 2)
+
+
 def train_in_buckets(elements: int) -> dict[str, Outcome]:
     """Each bucket goes to its owners while the one before is worked on."""
     muon.BUCKET_ELEMENTS = elements  # type: ignore[attr-defined]
