@@ -163,10 +163,15 @@ def _check_both_exist(param: Any, key: Any, group: Any, saved: Any, index: int) 
 
 
 def _check_algorithm(name: str, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    if saved.get("algorithm") != group["algorithm"]:
+    algorithm = saved.get("algorithm")
+    if algorithm is None:
         raise ValueError(
-            f"{name} is trained by {group['algorithm']}, but its saved state is of "
-            f"{saved.get('algorithm') or 'another optimizer'}: "
+            f"{name} is trained by MuonClip, but its saved state is of another optimizer: load the "
+            "weights alone, and start with a new state"
+        )
+    if algorithm != group["algorithm"]:
+        raise ValueError(
+            f"{name} is trained by {group['algorithm']}, but its saved state is of {algorithm}: "
             "group the parameters as when it was saved"
         )
 
