@@ -342,6 +342,22 @@ def test_fsdp2_on_top_of_tensor_parallelism() -> None:
     launch(clip_under_tensor_parallelism, 4)
 
 
+def observe_own_heads() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    query, key = (distribute_tensor(torch.ones(8, 3), mesh, [Shard(0)]) for _ in "qk")
+    clip = QKClip({"layer": AttentionLayout.separate(query, key, num_heads=4)}, threshold=100.0)
+    largest = torch.tensor([400.0, 50.0, 900.0, 1600.0])
+    clip.observe("layer", largest.chunk(2)[dist.get_rank()])
+    for heads in (1, 3):
+        with pytest.raises(ValueError, match="layer 'layer' has 4 heads"):
+            clip.observe("layer", largest[:heads])
+    assert torch.equal(clip.step().max_logits["layer"], largest)
+
+
+def test_kernels_return_the_maxima_of_a_ranks_heads() -> None:
+    launch(observe_own_heads, 2)
+
+
 def clip_sharded_masters() -> None:
     """Masters as Megatron's distributed optimizer keeps them: one flat buffer over all weights,
     cut evenly among the ranks, so that cuts fall within rows and some ranks hold nothing of a
