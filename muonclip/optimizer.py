@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -1341,7 +1342,7 @@ class MuonClip(Optimizer):
 
         A collective call of the ranks that share the parameter, if it was saved in parts.
         """
-        unused = neuron_state() - {*(variant_of(group).state if _is_muon(group) else ())}
+        unused = neuron_state().difference(variant_of(group).state)
         fitting = {
             key: self._fit_tensor(param, dict(group), key, value)
             if isinstance(value, Tensor) and key != "step"
@@ -1349,8 +1350,8 @@ class MuonClip(Optimizer):
             for key, value in entries.items()
             if key not in unused
         }
-        dims = self._input_dims(param, group) if _is_muon(group) else ()
-        return saved_state.check_entries(fitting, name, param, group["algorithm"], dims)
+        reduced_dims = partial(self._reduced_dims, param, group)
+        return saved_state.check_entries(fitting, name, param, group["algorithm"], reduced_dims)
 
     def _rearrange(
         self,
@@ -1563,10 +1564,6 @@ class MuonClip(Optimizer):
 def _warn_of_differences(differences: set[str]) -> None:
     if differences:
         warnings.warn(f"the loaded state {'; it '.join(sorted(differences))}", stacklevel=3)
-
-
-def _is_muon(group: Mapping[str, Any]) -> bool:
-    return bool(group["algorithm"] == "muon")
 
 
 def _copy_option(value: Any) -> Any:

@@ -193,7 +193,7 @@ def check_entries(
     name: str,
     param: Tensor,
     algorithm: str,
-    input_dims: Sequence[int] = (),
+    reduced_dims: Callable[[str], Sequence[int]],
 ) -> dict[str, Any]:
     """The saved state of one parameter, with its step as a tensor.
 
@@ -201,7 +201,7 @@ def check_entries(
         saved: its entries.
         name: of the parameter, for errors.
         param, algorithm: the parameter and the algorithm of its group.
-        input_dims: dimensions along which state of neurons has one element.
+        reduced_dims: returns the dimensions along which an entry has one element.
 
     Raises:
         ValueError: unless it has the entries of the algorithm, in the shape and the placement of
@@ -225,8 +225,7 @@ def check_entries(
                 "state_dict(), full_state_dict() or named_state(), which decode it"
             )
         elif not isinstance(value, ShardedState):  # which has the parameter's layout
-            dims = input_dims if key in neuron_state() else ()
-            _check_tensor(value, f"saved {key}", name, param, dims)
+            _check_tensor(value, f"saved {key}", name, param, reduced_dims(key))
     return state
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from muonclip import MuonClip
+from muonclip import MatrixLayout, MuonClip
 from muonclip.optimizer import _PendingFlags
 from muonclip.precision import PRECISION
 
@@ -327,6 +327,21 @@ def test_optimizers_loaded_from_one_state_share_nothing() -> None:
     train(second, ours, seed=1)
     for key, state in first.state_dict()["state"].items():
         assert all(torch.equal(value, before[key][name]) for name, value in state.items())
+
+
+def test_state_of_a_view_that_joins_inputs_and_outputs_is_loaded() -> None:
+    """Such a layout has no dimension of inputs, which only variants of Muon need."""
+    param = nn.Parameter(torch.ones(6, 4))
+    group = {"params": [param], "algorithm": "muon", "layout": MatrixLayout(view=(8, 3))}
+    optimizer = MuonClip([group])
+    param.grad = torch.randn(6, 4)
+    optimizer.step()
+    before = optimizer.state_dict()
+    optimizer.load_state_dict(copy.deepcopy(before))
+    optimizer.load_named_state(optimizer.named_state([("w", param)]), [("w", param)])
+    assert torch.equal(
+        optimizer.state[param]["momentum_buffer"], before["state"][0]["momentum_buffer"]
+    )
 
 
 def test_parameters_replaced_before_training_leave_no_state_behind() -> None:
