@@ -52,11 +52,12 @@ from muonclip.precision import (
     neuron_dtype,
     refresh_master,
     set_master,
+    state_dtype,
     write_back,
 )
 from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
-from muonclip.update import AdamWDecayMode, WeightDecayMode, cast, is_free_to_read, may_be_nonzero
+from muonclip.update import AdamWDecayMode, WeightDecayMode, is_free_to_read, may_be_nonzero
 from muonclip.variants import VariantName, neuron_state, variant_of
 
 if TYPE_CHECKING:
@@ -1277,35 +1278,32 @@ class MuonClip(Optimizer):
 
     def _copy_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Copy a parameter's saved state, which torch shares, or casts to the parameter's dtype."""
-        state, local = self.state[param], local_tensor(param)
-        dtype = moment_dtype(group, param)
+        state = self.state[param]
         for name, value in saved.items():
-            device = self._state_device(name, local)
-            if name == "step":
-                state[name] = value.to(device, copy=True)
-            elif name in neuron_state():
-                state[name] = value.to(device, neuron_dtype(param.dtype), copy=True)
-            elif name == "momentum_buffer" and dtype == torch.int8:
-                state[name] = self._as_int8(param, group, value.to(device))
-            elif name != "master":
-                state[name] = self.devices.pin(value.to(device=device, dtype=dtype, copy=True))
-        if not needs_master(group, param):
+            if name != "master":
+                state[name] = self._as_stored(param, group, name, value, copy=True)
+        # The next step creates a remainder, or a master copy on its owner.
+        is_created = keeps_remainder(group, param) or self._layout_of(param) is not None
+        if not needs_master(group, param) or ("master" not in saved and is_created):
             set_master(param, state, None)
-        elif "master" not in saved and keeps_remainder(group, param):
-            set_master(param, state, None)  # created by the next step, as the remainder
-        elif "master" not in saved and self._layout_of(param) is not None:
-            set_master(param, state, None)  # created by the next step, on its owner
         elif state:
             master = saved.get("master", param.detach())
-            device = self._state_device("master", local)
-            master = master.to(device=device, dtype=torch.float32, copy=True)
-            set_master(param, state, self.devices.pin(master))
+            set_master(param, state, self._as_stored(param, group, "master", master, copy=True))
 
-    def _as_int8(self, param: Tensor, group: dict[str, Any], values: Tensor) -> Tensor:
-        """The codes of a parameter's momentum, with new ``momentum_scales``."""
-        codes = self.devices.pin(torch.empty_like(values, dtype=torch.int8))
+    def _as_stored(
+        self, param: Tensor, group: dict[str, Any], name: str, value: Tensor, *, copy: bool = False
+    ) -> Tensor:
+        """A tensor of a parameter's state on the device and in the dtype that it is kept in.
+
+        The codes of an int8 momentum have new ``momentum_scales``.
+        """
+        value = value.to(self._state_device(name, local_tensor(param)))
+        dtype = state_dtype(name, group, param)
+        if dtype != torch.int8:
+            return self.devices.pin(value.to(dtype, copy=copy))
+        codes = self.devices.pin(torch.empty_like(value, dtype=torch.int8))
         self._set_scale(param, new_scale(codes, group["layout"] or WHOLE))
-        encode_(codes, self.momentum_scales[param], values)
+        encode_(codes, self.momentum_scales[param], value)
         return codes
 
     def _set_scale(self, param: Tensor, scale: Tensor) -> None:
@@ -1481,7 +1479,7 @@ class MuonClip(Optimizer):
     ) -> None:
         """Replace the state of each named parameter by the given tensors.
 
-        They are not copied, unless this optimizer keeps them in another dtype.
+        They are not copied, unless this optimizer keeps them in another dtype or on another device.
 
         A parameter without entries is left without state, as before its first gradient. ``master``
         alone attaches a master copy; the other state of the parameter will start at zero. So will
@@ -1508,17 +1506,13 @@ class MuonClip(Optimizer):
         for param in params.values():
             set_master(param, self.state.pop(param, {}), None)
         for name, entries in checked.items():
-            group = groups[params[name]]
-            dtype = moment_dtype(group, params[name])
-            for key in {"momentum_buffer", "exp_avg", "exp_avg_sq", "master"} & entries.keys():
-                if key == "master":
-                    entries[key] = cast(entries[key], torch.float32)
-                elif dtype == torch.int8:
-                    entries[key] = self._as_int8(params[name], group, entries[key])
-                else:
-                    entries[key] = cast(entries[key], dtype)
-            self.state[params[name]] = entries
-            set_master(params[name], entries, entries.get("master"))
+            param = params[name]
+            stored = {
+                key: self._as_stored(param, groups[param], key, value)
+                for key, value in entries.items()
+            }
+            self.state[param] = stored
+            set_master(param, stored, stored.get("master"))
         self._forget_plan()
         _warn_of_differences(
             {

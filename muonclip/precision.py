@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muonclip.remainders import split_
 from muonclip.update import is_free_to_read
+from muonclip.variants import neuron_state
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -27,6 +28,13 @@ def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
 def neuron_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state with a number for each neuron, of a parameter of the given dtype."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def state_dtype(name: str, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype of an entry of a parameter's state."""
+    if name in ("step", "master"):
+        return torch.float32
+    return neuron_dtype(param.dtype) if name in neuron_state() else moment_dtype(group, param)
 
 
 def needs_master(group: Mapping[str, Any], param: Tensor) -> bool:

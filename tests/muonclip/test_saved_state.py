@@ -408,6 +408,16 @@ class TestNamedState:
             for key, value in other.state[p].items():
                 assert torch.equal(value, optimizer.state[params[name]][key])
 
+    def test_state_in_another_dtype_is_converted(self) -> None:
+        params, optimizer = self.trained(variant="normuon", master_weights=True)
+        state = optimizer.named_state(params.items())
+        rounded = {n: {key: v.bfloat16() for key, v in e.items()} for n, e in state.items()}
+        optimizer.load_named_state(rounded, params.items())
+        for name, entries in optimizer.named_state(params.items()).items():
+            for key, value in entries.items():
+                assert torch.equal(value, rounded[name][key].float()), (name, key)
+                assert value.dtype == torch.float32, (name, key)
+
     def test_a_parameter_without_entries_has_no_state(self) -> None:
         params, optimizer = self.trained()
         state = optimizer.named_state(params.items())
