@@ -870,13 +870,16 @@ class MuonClip(Optimizer):
 
     def _complete_state(self) -> None:
         """Create the state of every trainable parameter that has none."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and not p.is_meta:
-                    self._state_of(p, group, steps=False)
+        for p, group in self._members():
+            if p.requires_grad and not p.is_meta:
+                self._state_of(p, group, steps=False)
+
+    def _members(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter and its group; a state dict numbers parameters in this order."""
+        return [(p, group) for group in self.param_groups for p in group["params"]]
 
     def _remember_shapes(self) -> None:
-        self._known_shapes = [(p, p.shape) for group in self.param_groups for p in group["params"]]
+        self._known_shapes = [(p, p.shape) for p, _ in self._members()]
         self._is_changed = True
 
     def _check_step(self) -> None:
@@ -968,7 +971,7 @@ class MuonClip(Optimizer):
 
         A collective call of these ranks, after the parameters have changed.
         """
-        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        members = self._members()
         groups = groups_of([p for p, _ in members], self.process_group, self.shardings)
         connected = ConnectedRanks(groups) if groups else None
         if connected is not None:  # processors may differ, but not what ranks send each other
@@ -1094,9 +1097,8 @@ class MuonClip(Optimizer):
 
     def _device(self) -> torch.device:
         """The device of the parameters, or that of the process group on a rank without any."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                return local_tensor(p).device
+        for p, _ in self._members():
+            return local_tensor(p).device
         if self.process_group is not None:
             backend = torch.distributed.get_backend(self.process_group)
             if backend == "nccl":
@@ -1153,8 +1155,7 @@ class MuonClip(Optimizer):
             for option, value in group.items():
                 if isinstance(value, (torch.dtype, MatrixLayout)):
                     group[option] = str(value)
-        members = [(p, group) for group in self.param_groups for p in group["params"]]
-        for key, (param, group) in enumerate(members):
+        for key, (param, group) in enumerate(self._members()):
             if key not in saved["state"]:
                 continue
             entries = self._as_saved(param, saved["state"][key])
@@ -1173,7 +1174,7 @@ class MuonClip(Optimizer):
         Accelerate reads the state when it prepares an optimizer, and then replaces the parameters
         by sharded ones.
         """
-        present = {id(p) for group in self.param_groups for p in group["params"]}
+        present = {id(p) for p, _ in self._members()}
         replaced = [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]
         for p in replaced:
             moments = [v for name, v in self.state[p].items() if name != "master"]
@@ -1239,10 +1240,10 @@ class MuonClip(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
-            for p, key in zip(group["params"], saved["params"], strict=True):
-                if key in matched["state"]:
-                    self._copy_state(p, group, matched["state"][key])
+        keys = [key for saved in matched["param_groups"] for key in saved["params"]]
+        for (p, group), key in zip(self._members(), keys, strict=True):
+            if key in matched["state"]:
+                self._copy_state(p, group, matched["state"][key])
         self._forget_plan()
         if rearranged:
             warnings.warn(_REARRANGED.format("; ".join(sorted(rearranged))), stacklevel=2)
@@ -1415,7 +1416,7 @@ class MuonClip(Optimizer):
             The state dict, for the parameters that the rank has; empty on other ranks.
         """
         saved = self.state_dict()
-        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        members = self._members()
         is_needed = rank is None or not self._groups or torch.distributed.get_rank() == rank
         state: dict[Any, dict[str, Any]] = {}
         for key, entries in saved["state"].items():
@@ -1495,7 +1496,7 @@ class MuonClip(Optimizer):
         """
         self._connect_for_state()
         params = dict(named_parameters)
-        groups = {p: group for group in self.param_groups for p in group["params"]}
+        groups = dict(self._members())
         if unknown := {name for name in state if params.get(name) not in groups}:
             raise ValueError(f"the optimizer has no parameter {min(unknown)!r}")
         checked = {
