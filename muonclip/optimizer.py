@@ -747,9 +747,19 @@ class MuonClip(Optimizer):
                 the weights that belong to it may be loaded later.
         """
         state: dict[str, Any] = self.state[param]
-        local, layout = local_tensor(param), self._layout_of(param)
+        self._move_state(param, state)
+        self._update_master(param, group, state, steps)
+        if state.keys() <= {"master"}:
+            self._create_moments(param, group, state)
+        for name in variant_of(group).state:
+            if name not in state:
+                state[name] = self._new_neuron_state(param, group)
+        return state
+
+    def _move_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Move the state to its device: the model was moved, or the step was loaded from a file."""
+        local = local_tensor(param)
         for name, value in list(state.items()):
-            # The model was moved, or the step was loaded from a file.
             device = self._state_device(name, local)
             if not isinstance(value, RemainderMaster) and local_tensor(value).device != device:
                 state[name] = self.devices.pin(value.to(device))
@@ -757,50 +767,56 @@ class MuonClip(Optimizer):
                     self._set_scale(param, self.momentum_scales[param].to(device))
                 if name == "master":
                     set_master(param, state, state[name])
-        master_needed = needs_master(group, param)
+
+    def _update_master(
+        self, param: Tensor, group: dict[str, Any], state: dict[str, Any], steps: bool
+    ) -> None:
+        """Create, convert, attach or drop the master copy; arguments as for ``_state_of``."""
+        is_needed = needs_master(group, param)
         if keeps_remainder(group, param):
             if steps or "master" not in state:
                 self._keep_remainder(param, state)
         elif isinstance(master := state.get("master"), RemainderMaster):
-            is_whole = master_needed and param.dtype == torch.bfloat16
+            is_whole = is_needed and param.dtype == torch.bfloat16
             set_master(param, state, master.float32() if is_whole else None)
-        if master_needed and "master" not in state:
-            if layout is None:
-                device = self._state_device("master", local)
-                master = param.detach().to(device=device, dtype=torch.float32, copy=True)
-                set_master(param, state, self.devices.pin(master))
+        if is_needed and "master" not in state:
+            if self._layout_of(param) is None:
+                master = self._as_stored(param, group, "master", param.detach(), copy=True)
             else:
                 assert self._owners is not None
-                shared, wide = self._shared_param(param, group), local.detach().float()
-                set_master(param, state, self._owners.collect(shared, wide))
-        elif not master_needed and "master" in state:  # the model was converted
+                wide = local_tensor(param).detach().float()
+                master = self._owners.collect(self._shared_param(param, group), wide)
+            set_master(param, state, master)
+        elif not is_needed and "master" in state:  # the model was converted
             set_master(param, state, None)
-        elif master_needed and get_master(param) is not state["master"]:
+        elif is_needed and get_master(param) is not state["master"]:
             # The parameter was converted, or another optimizer had it since.
             set_master(param, state, state["master"])
-        if state.keys() <= {"master"}:
-            dtype = moment_dtype(group, param)
 
-            def zeros() -> Tensor:
-                if layout is None:
-                    return self.devices.new_zeros(param, dtype)
-                return layout.zeros(dtype, local.device)
+    def _create_moments(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Create the momentum (Muon), or step and moments (AdamW)."""
+        local, layout, dtype = (
+            local_tensor(param),
+            self._layout_of(param),
+            moment_dtype(group, param),
+        )
 
-            if group["algorithm"] == "muon":
-                state["momentum_buffer"] = zeros()
-                if dtype == torch.int8:
-                    scale = new_scale(state["momentum_buffer"], group["layout"] or WHOLE)
-                    self._set_scale(param, scale)
-            else:
-                # Where torch's fused AdamW reads it: on the device, so that nothing waits.
-                device = self._state_device("step", local)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
+        def zeros() -> Tensor:
+            if layout is None:
+                return self.devices.new_zeros(param, dtype)
+            return layout.zeros(dtype, local.device)
+
         if group["algorithm"] == "muon":
-            for name in variant_of(group).state:
-                if name not in state:
-                    state[name] = self._new_neuron_state(param, group)
-        return state
+            state["momentum_buffer"] = zeros()
+            if dtype == torch.int8:
+                self._set_scale(
+                    param, new_scale(state["momentum_buffer"], group["layout"] or WHOLE)
+                )
+        else:
+            # Where torch's fused AdamW reads it: on the device, so that nothing waits.
+            device = self._state_device("step", local)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"], state["exp_avg_sq"] = zeros(), zeros()
 
     def _state_device(self, name: str, local: Tensor) -> torch.device:
         """The device of an entry of a parameter's state."""
