@@ -1,19 +1,93 @@
-"""AdamW's step by torch's kernels, for tensors of any strides."""
+"""AdamW's step for parameters, or for parts of them, by torch's kernels."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from muonclip.offload import copy_back, fetch
+from muonclip.precision import Result, refresh_master, write_back
+from muonclip.remainders import join
 from muonclip.update import AdamWDecayMode, Scalar
 
 
-class AdamWParam(NamedTuple):
-    """A non-empty parameter in a step: local tensors of one shape on one device.
+class AdamWPart(NamedTuple):
+    """A parameter of AdamW in a step: its local tensor, or a range of the elements of that.
+
+    Attributes:
+        local: the weights.
+        to_update: the tensor to update: this part of the master copy, or ``local``.
+        gradient: not changed.
+        average, square: first and second moment.
+        step: 0-d float32, the number of steps.
+        seed: of the parameter, for stochastic rounding.
+        start: the first element, in the local tensor.
+        remainder: the master copy is ``local`` with it (see ``remainders``).
+        compute: where the step computes with tensors that may be elsewhere (see ``offload``); None:
+            all are on one device.
+    """
+
+    local: Tensor
+    to_update: Tensor
+    gradient: Tensor
+    average: Tensor
+    square: Tensor
+    step: Tensor
+    seed: tuple[int, ...]
+    start: int = 0
+    remainder: Tensor | None = None
+    compute: torch.device | None = None
+
+
+def update_parts(
+    parts: Sequence[AdamWPart], group: Mapping[str, Any], found_inf: Tensor | None
+) -> None:
+    """Update parameters and their state where the step computes, and round the results.
+
+    Args:
+        parts: on any devices.
+        group: their options.
+        found_inf: 1 if nothing must change; None if the step changes something.
+    """
+    rows, results, fetched = [], [], []
+    for part in parts:
+        device = part.compute or part.local.device
+        local, average, square = (fetch(x, device) for x in (part.local, part.average, part.square))
+        to_update = local
+        if part.to_update is not part.local:
+            to_update = fetch(part.to_update, device)
+            if part.compute is not None:
+                refresh_master(to_update, local)
+            fetched.append((part.to_update, to_update))
+        elif part.remainder is not None:
+            to_update = join(local, part.remainder)
+        elif group["stochastic_rounding"] and local.dtype == torch.bfloat16:
+            to_update = local.float()
+        rows.append(AdamWRow(to_update, fetch(part.gradient, device), average, square, part.step))
+        results.append(Result(to_update, part.local, part.remainder, (*part.seed, part.start)))
+        fetched += [(part.average, average), (part.square, square)]
+    adamw_step(
+        rows,
+        lr=group["lr"],
+        beta1=group["momentum"],
+        beta2=group["adamw_beta2"],
+        weight_decay=group["weight_decay"],
+        mode=group["adamw_weight_decay_mode"],
+        eps=group["adamw_eps"],
+        maximize=group["maximize"],
+        found_inf=found_inf,
+    )
+    write_back(results, stochastic=group["stochastic_rounding"])
+    for given, copied in fetched:
+        copy_back(given, copied)
+
+
+class AdamWRow(NamedTuple):
+    """The non-empty tensors of a part, of one shape and on one device.
 
     Attributes:
         param: the tensor to update.
@@ -30,7 +104,7 @@ class AdamWParam(NamedTuple):
 
 
 def adamw_step(
-    rows: Sequence[AdamWParam],
+    rows: Sequence[AdamWRow],
     *,
     lr: Scalar,
     beta1: float,
@@ -51,7 +125,7 @@ def adamw_step(
     the one for CUDA raises unless all are the same. Tensors that differ in strides or dtype from
     their parameter, or have gaps, are therefore copied before and after.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWParam, AdamWParam]]]
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[AdamWRow, AdamWRow]]]
     groups = defaultdict(list)
     for row in rows:
         dense = _dense(row)
@@ -60,7 +134,7 @@ def adamw_step(
         fused = device.type in _get_fused_kernels_supported_devices()
         skip = None if fused else found_inf
         if skip is not None:  # only fused kernels support found_inf
-            pairs = [(row, AdamWParam(*map(torch.clone, dense))) for row, dense in pairs]
+            pairs = [(row, AdamWRow(*map(torch.clone, dense))) for row, dense in pairs]
         if mode == "cautious" and weight_decay:
             # In a step that is skipped, ``param`` is a copy unless kernels are fused.
             rate = lr if found_inf is None else lr * (1 - found_inf)
@@ -96,7 +170,7 @@ def adamw_step(
                     old.copy_(new if skip is None else torch.where(skip == 0, new.to(old), old))
 
 
-def _decay_cautiously(row: AdamWParam, rate: Scalar, beta1: float, maximize: bool) -> None:
+def _decay_cautiously(row: AdamWRow, rate: Scalar, beta1: float, maximize: bool) -> None:
     """Subtract ``rate`` times the weights whose update does not have the opposite sign."""
     gradient = row.gradient.to(row.average.dtype)
     update = torch.lerp(row.average, -gradient if maximize else gradient, 1 - beta1)
@@ -105,7 +179,7 @@ def _decay_cautiously(row: AdamWParam, rate: Scalar, beta1: float, maximize: boo
     row.param.sub_(decayed * rate)
 
 
-def _dense(row: AdamWParam) -> AdamWParam:
+def _dense(row: AdamWRow) -> AdamWRow:
     """The row with dense tensors of the same strides and dtype, copied where needed."""
     param = row.param
     dtype = torch.promote_types(param.dtype, row.average.dtype)
@@ -123,7 +197,7 @@ def _dense(row: AdamWParam) -> AdamWParam:
         return copy.copy_(tensor)
 
     param, gradient, average, square = map(fit, tensors)
-    return AdamWParam(param, gradient, average, square, row.step)
+    return AdamWRow(param, gradient, average, square, row.step)
 
 
 def _is_dense(tensor: Tensor) -> bool:

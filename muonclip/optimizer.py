@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from muonclip import saved_state, validation
-from muonclip.adamw import AdamWParam, adamw_step
+from muonclip.adamw import AdamWPart, update_parts
 from muonclip.distributed.groups import ConnectedRanks, groups_of
 from muonclip.distributed.int8_state import decode, encode_, new_scale
 from muonclip.distributed.muon import DistributedMuon, SharedParam
@@ -38,12 +38,11 @@ from muonclip.kernels.support import prefers_bfloat16
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.muon import BATCH_ELEMENTS_ELSEWHERE, LocalMuon, MuonParam
-from muonclip.offload import Devices, copy_back, fetch
+from muonclip.offload import Devices
 from muonclip.orthogonalize import AdjustLR, Coefficients, default_ns_dtype
 from muonclip.other_names import canonical
 from muonclip.precision import (
     PRECISION,
-    Result,
     drop_master,
     get_master,
     keeps_remainder,
@@ -53,7 +52,6 @@ from muonclip.precision import (
     refresh_master,
     set_master,
     state_dtype,
-    write_back,
 )
 from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
@@ -545,79 +543,47 @@ class MuonClip(Optimizer):
         gradients: list[Tensor],
         found_inf: Tensor | None,
     ) -> None:
-        batch: list[_AdamWEntry] = []
+        batch: list[AdamWPart] = []
         elements = 0
         copies = []
         for number, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
             state = self._state_of(param, group)
-            parts = self._adamw_parts(param, gradient, state)
+            parts = self._adamw_parts(param, gradient, state, (group["updates"], number))
             if not parts:
                 # Parameters without elements here count, too: a checkpoint keeps one rank's step.
                 state["step"] += 1 if found_inf is None else 1 - found_inf
-            remainder = local_remainder(state)
-            for index, part in enumerate(parts):
-                step = state["step"].clone() if index else state["step"]
-                seed = group["updates"], number, part.start
-                batch.append(_AdamWEntry(part, remainder, step, seed))
+            for part in parts:
+                batch.append(part)
                 elements += part.local.numel()
                 if self._layout_of(param) is not None and not local_tensor(param).is_contiguous():
-                    copies.append((param, part.start, part.local))  # not a view
+                    copies.append((param, part))  # not a view
             if elements >= BATCH_ELEMENTS_ELSEWHERE:  # for the temporary tensors of its elements
-                self._update_adamw(group, batch, found_inf)
+                update_parts(batch, group, found_inf)
                 batch, elements = [], 0
-        self._update_adamw(group, batch, found_inf)
-        for param, start, local in copies:
-            write_flat(local_tensor(param), start, local)
-
-    def _update_adamw(
-        self, group: dict[str, Any], batch: "list[_AdamWEntry]", found_inf: Tensor | None
-    ) -> None:
-        rows, results, fetched = [], [], []
-        for part, remainder, step, seed in batch:
-            device = self.devices.of_step(part.local)
-            local, average, square = (
-                fetch(x, device) for x in (part.local, part.average, part.square)
-            )
-            to_update = local
-            if part.to_update is not part.local:
-                to_update = fetch(part.to_update, device)
-                if self.devices.are_given:
-                    refresh_master(to_update, local)
-                fetched.append((part.to_update, to_update))
-            elif remainder is not None:
-                to_update = join(local, remainder)
-            elif group["stochastic_rounding"] and local.dtype == torch.bfloat16:
-                to_update = local.float()
-            rows.append(AdamWParam(to_update, fetch(part.gradient, device), average, square, step))
-            results.append(Result(to_update, part.local, remainder, seed))
-            fetched += [(part.average, average), (part.square, square)]
-        adamw_step(
-            rows,
-            lr=group["lr"],
-            beta1=group["momentum"],
-            beta2=group["adamw_beta2"],
-            weight_decay=group["weight_decay"],
-            mode=group["adamw_weight_decay_mode"],
-            eps=group["adamw_eps"],
-            maximize=group["maximize"],
-            found_inf=found_inf,
-        )
-        write_back(results, stochastic=group["stochastic_rounding"])
-        for given, copied in fetched:
-            copy_back(given, copied)
+        update_parts(batch, group, found_inf)
+        for param, part in copies:
+            write_flat(local_tensor(param), part.start, part.local)
 
     def _adamw_parts(
-        self, param: Tensor, gradient: Tensor, state: dict[str, Any]
-    ) -> "list[_AdamWPart]":
+        self, param: Tensor, gradient: Tensor, state: dict[str, Any], seed: tuple[int, ...]
+    ) -> list[AdamWPart]:
         """This rank's parts of a parameter of AdamW: its local tensor, or with sharded state the
         ranges of it that this rank updates."""
-        local = local_tensor(param)
+        local, step = local_tensor(param), state["step"]
         moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
         if self._layout_of(param) is None:
             if not local.numel():
                 return []
             to_update = self._tensor_to_update(local, state)
-            return [_AdamWPart(0, local, to_update, gradient, *map(local_tensor, moments))]
+            average, square = map(local_tensor, moments)
+            remainder = local_remainder(state)
+            compute = self.devices.of_step(local) if self.devices.are_given else None
+            return [
+                AdamWPart(
+                    local, to_update, gradient, average, square, step, seed,
+                    remainder=remainder, compute=compute,
+                )
+            ]  # fmt: skip
         assert self._owners is not None
         parts = []
         for index, (start, stop) in enumerate(self._owners.local_ranges(param)):
@@ -628,10 +594,11 @@ class MuonClip(Optimizer):
                 refresh_master(to_update, weights)
             average, square = (moment.parts[index] for moment in moments)
             parts.append(
-                _AdamWPart(
-                    start, weights, to_update, flat_range(gradient, start, stop), average, square
+                AdamWPart(
+                    weights, to_update, flat_range(gradient, start, stop), average, square,
+                    step.clone() if index else step, seed, start,
                 )
-            )
+            )  # fmt: skip
         return parts
 
     def _tensor_to_update(self, local: Tensor, state: dict[str, Any]) -> Tensor:
@@ -1621,26 +1588,6 @@ class _GroupWork(NamedTuple):
 
 
 _Work = list[_GroupWork]
-
-
-class _AdamWPart(NamedTuple):
-    """A part of a parameter of AdamW in a step, which starts at an element of its local tensor."""
-
-    start: int
-    local: Tensor
-    to_update: Tensor
-    gradient: Tensor
-    average: Tensor
-    square: Tensor
-
-
-class _AdamWEntry(NamedTuple):
-    """A part in a step, with the remainder of its master copy, and the seed of its rounding."""
-
-    part: _AdamWPart
-    remainder: Tensor | None
-    step: Tensor
-    seed: tuple[int, ...]
 
 
 class _Flags(NamedTuple):

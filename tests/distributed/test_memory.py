@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from muonclip import MatrixLayout, muon, optimizer
+from muonclip import MatrixLayout, adamw, muon
 from muonclip.distributed.sharding import local_tensor
 from tests.distributed.launch import launch
 from tests.distributed.optimizer_cases import Case, Outcome, Spec, build, give_gradients, whole
@@ -71,9 +71,9 @@ def train_all() -> dict[str, list[tuple[Outcome, dict[str, Tensor]]]]:
         fetch = muon.fetch
         for name, of_case in (("float64", exact), ("masters", masters)):
             here = train_on_mesh(of_case, momentum_dtype=torch.int8)
-            muon.fetch = optimizer.fetch = copy_to_device  # type: ignore[attr-defined]
+            muon.fetch = adamw.fetch = copy_to_device  # type: ignore[attr-defined]
             elsewhere = train_on_mesh(of_case, momentum_dtype=torch.int8, compute_device="cpu")
-            muon.fetch = optimizer.fetch = fetch  # type: ignore[attr-defined]
+            muon.fetch = adamw.fetch = fetch  # type: ignore[attr-defined]
             found[f"elsewhere, {name} {placements}"] = [here, elsewhere]
     return found
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muonclip import AttentionLayout, MuonClip, QKClip, muon, optimizer
+from muonclip import AttentionLayout, MuonClip, QKClip, adamw, muon, optimizer
 from muonclip.offload import Devices
 from tests.distributed.optimizer_cases import random
 
@@ -47,7 +47,7 @@ class Copies:
 def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
     found = Copies()
     monkeypatch.setattr(muon, "fetch", found.fetch)
-    monkeypatch.setattr(optimizer, "fetch", found.fetch)
+    monkeypatch.setattr(adamw, "fetch", found.fetch)
     return found
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muonclip import MuonClip
-from muonclip.adamw import AdamWParam, adamw_step
+from muonclip.adamw import AdamWRow, adamw_step
 
 LAYOUTS = ("contiguous", "transposed", "every second", "a column", "middle", "padded")
 GRADIENTS = (*LAYOUTS, "expanded", "one number")
@@ -144,7 +144,7 @@ def test_found_inf_skips_copied_tensors_too(
     devices = ["cpu"] if fused else []
     monkeypatch.setattr(muonclip.adamw, "_get_fused_kernels_supported_devices", lambda: devices)
     view, _ = laid_out(torch.randn(SHAPE), "every second")
-    row = AdamWParam(
+    row = AdamWRow(
         view, torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor(0.0)
     )
     before = copy.deepcopy([t.clone() for t in row])
