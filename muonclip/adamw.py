@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from muonclip.offload import copy_back, fetch
 from muonclip.precision import Result, refresh_master, write_back
 from muonclip.remainders import join
-from muonclip.update import AdamWDecayMode, Scalar
+from muonclip.update import AdamWDecayMode, Scalar, cautiously_decayed
 
 
 class AdamWPart(NamedTuple):
@@ -117,9 +117,8 @@ def adamw_step(
 ) -> None:
     """Update parameters, moments and steps in place, unless ``found_inf`` is 1.
 
-    Weight decay is subtracted before the update: λ·lr·W, or with ``mode="cautious"`` the same
-    where update and weight do not have opposite signs (Chen et al., arXiv 2510.12402). The sign of
-    an update is that of the new first moment.
+    Weight decay is subtracted before the update: λ·lr·W, or with ``mode="cautious"`` the same of
+    ``cautiously_decayed`` weights. The sign of an update is that of the new first moment.
 
     torch's fused kernels require dense tensors of equal strides: the one for CPUs ignores strides,
     the one for CUDA raises unless all are the same. Tensors that differ in strides or dtype from
@@ -174,9 +173,7 @@ def _decay_cautiously(row: AdamWRow, rate: Scalar, beta1: float, maximize: bool)
     """Subtract ``rate`` times the weights whose update does not have the opposite sign."""
     gradient = row.gradient.to(row.average.dtype)
     update = torch.lerp(row.average, -gradient if maximize else gradient, 1 - beta1)
-    # Signs, because the product of two small numbers would underflow.
-    decayed = torch.where(update.sign() * row.param.sign() >= 0, row.param, 0)
-    row.param.sub_(decayed * rate)
+    row.param.sub_(cautiously_decayed(row.param, update) * rate)
 
 
 def _dense(row: AdamWRow) -> AdamWRow:

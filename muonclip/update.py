@@ -74,10 +74,8 @@ def decay_and_apply(
     """W <- W - lr * (unit * update + weight decay), in place.
 
     ``"decoupled"``: lr·λ·W (Loshchilov and Hutter, arXiv 1711.05101). ``"cautious"``: the same
-    if update and weight do not have opposite signs, otherwise nothing (Chen et al., arXiv
-    2510.12402: the mask is u·w >= 0, so that a weight whose update is zero decays).
-    ``"independent"``: λ·W, whatever the learning rate, unless that is 0. ``"l2"``: nothing here,
-    because λ·W is in the gradient.
+    of ``cautiously_decayed`` weights. ``"independent"``: λ·W, whatever the learning rate, unless
+    that is 0. ``"l2"``: nothing here, because λ·W is in the gradient.
     """
     if isinstance(lr, Tensor):  # in 16 bits, 1 - lr * weight_decay would round to 1
         lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
@@ -87,11 +85,7 @@ def decay_and_apply(
         for u, p in zip(updates, params, strict=True)
     ]
     if weight_decay and mode == "cautious":
-        # Signs, because the product of two small numbers would underflow.
-        decayed = [
-            torch.where(u.sign() * p.sign() >= 0, p, 0)
-            for u, p in zip(updates, params, strict=True)
-        ]
+        decayed = [cautiously_decayed(p, u) for p, u in zip(params, updates, strict=True)]
         _add_scaled(params, decayed, -lr * weight_decay)
     elif weight_decay and mode in ("decoupled", "independent"):
         # A step with learning rate zero must change nothing: it is skipped, or taken by
@@ -99,6 +93,16 @@ def decay_and_apply(
         factor = 1 - weight_decay * (lr if mode == "decoupled" else lr != 0)
         torch._foreach_mul_(params, factor)
     _add_scaled(params, updates, -lr * unit)
+
+
+def cautiously_decayed(param: Tensor, update: Tensor) -> Tensor:
+    """The weights, with zero where update and weight have opposite signs.
+
+    Chen et al. (arXiv 2510.12402): the mask is u·w >= 0, so that a weight whose update is zero
+    decays.
+    """
+    # Signs, because the product of two small numbers would underflow.
+    return torch.where(update.sign() * param.sign() >= 0, param, 0)
 
 
 def _adds_as_it_is(update: Tensor, param: Tensor, lr: Scalar) -> bool:
