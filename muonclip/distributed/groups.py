@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -91,7 +91,7 @@ class ConnectedRanks:
         known = {dist.get_rank(): neighbours}
         # After n rounds a rank knows the neighbours of all ranks up to n groups away.
         while self._rounds < _diameter(known):
-            gathered = [entries for group in groups for entries in _gather(known, group)]
+            gathered = [entries for group in groups for entries in values_of_ranks(known, group)]
             known = {rank: ranks for entries in gathered for rank, ranks in entries.items()}
             self._rounds += 1
 
@@ -114,15 +114,9 @@ class ConnectedRanks:
         errors = {} if error is None else {dist.get_rank(): error}
         for _ in range(self._rounds):
             for group in self._groups:
-                for gathered in _gather(errors, group):
+                for gathered in values_of_ranks(errors, group):
                     errors |= gathered
         return errors[min(errors)] if errors else None
-
-
-def _gather(value: dict[int, _T], group: dist.ProcessGroup) -> list[dict[int, _T]]:
-    gathered: list[dict[int, _T]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
 
 
 def _diameter(neighbours: Mapping[int, set[int]]) -> float:
@@ -197,8 +191,7 @@ def group_of_copies(copies: Copies, group: dist.ProcessGroup) -> dist.ProcessGro
         ranks = tuple(members[number] for number in own)
         # Some of these ranks may know no group of them, or another one than the rest.
         name = created[ranks].group_name if ranks in created else ""
-        gathered = _gather({dist.get_rank(): name}, group)
-        names = [by_rank.get(rank, "") for rank, by_rank in zip(members, gathered, strict=True)]
+        names = values_of_ranks(name, group)
 
         def is_missing(numbers: Sequence[int]) -> bool:
             found = {names[number] for number in numbers}
@@ -229,8 +222,9 @@ def nodes_of(group: dist.ProcessGroup) -> list[int]:
 
 def values_of_ranks(value: _T, group: dist.ProcessGroup) -> list[_T]:
     """The value of each rank of a group. A collective call of the group."""
-    gathered = _gather({dist.get_rank(): value}, group)
-    return [value for by_rank in gathered for value in by_rank.values()]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def _align_names(along: Sequence[dist.ProcessGroup]) -> None:

@@ -346,13 +346,13 @@ def test_no_rank_sends_a_list_of_all_ranks(
 ) -> None:
     """Every rank would receive the square of their number: 50 MB, and 1.2 GB once unpickled."""
     sent = []
-    gather = groups._gather
+    gather = groups.values_of_ranks
 
     def record(value: Any, group: dist.ProcessGroup) -> Any:
         sent.append(len(pickle.dumps(value)))
         return gather(value, group)
 
-    monkeypatch.setattr(groups, "_gather", record)
+    monkeypatch.setattr(groups, "values_of_ranks", record)
     connected = ConnectedRanks([group])
     assert 0 < sum(sent) < 100
     assert connected.largest(torch.ones(1)) == 1
