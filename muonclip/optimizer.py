@@ -48,7 +48,6 @@ from muonclip.precision import (
     keeps_remainder,
     moment_dtype,
     needs_master,
-    neuron_dtype,
     refresh_master,
     set_master,
     state_dtype,
@@ -720,7 +719,7 @@ class MuonClip(Optimizer):
             self._create_moments(param, group, state)
         for name in variant_of(group).state:
             if name not in state:
-                state[name] = self._new_neuron_state(param, group)
+                state[name] = self._new_neuron_state(param, group, name)
         return state
 
     def _move_state(self, param: Tensor, state: dict[str, Any]) -> None:
@@ -809,10 +808,10 @@ class MuonClip(Optimizer):
             kept.write(adopt(local_tensor(master).to(local.device), local))
         set_master(param, state, kept)
 
-    def _new_neuron_state(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+    def _new_neuron_state(self, param: Tensor, group: dict[str, Any], name: str) -> Tensor:
         """State with a number for each neuron, zero everywhere."""
-        dims, local = self._input_dims(param, group), local_tensor(param)
-        dtype, layout = neuron_dtype(param.dtype), self._layout_of(param, dims)
+        dims, local = self._reduced_dims(param, group, name), local_tensor(param)
+        dtype, layout = state_dtype(name, group, param), self._layout_of(param, dims)
         if layout is not None:
             return layout.zeros(dtype, local.device)
         device = self.devices.of_step(local)
@@ -820,14 +819,9 @@ class MuonClip(Optimizer):
         # torch moves it to the device of the mesh, which need not be this one.
         return place_like(param, zeros, dims).to(device) if is_dtensor(param) else zeros
 
-    def _input_dims(self, param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-        """Dimensions along which the parameter's state of neurons has one element."""
-        layout: MatrixLayout = group["layout"] or WHOLE
-        return layout.input_dims(self._whole_shape(param))
-
-    def _reduced_dims(self, param: Tensor, group: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    def _reduced_dims(self, param: Tensor, group: dict[str, Any], name: str) -> tuple[int, ...]:
         """Dimensions along which an entry of the parameter's state has one element."""
-        return self._input_dims(param, group) if name in neuron_state() else ()
+        return self._shared_param(param, group).input_dims if name in neuron_state() else ()
 
     def _layout_of(self, param: Tensor, dims: tuple[int, ...] = ()) -> StateLayout | None:
         """The parts of the parameter's state on this rank; None if its state is not sharded.
@@ -1318,7 +1312,7 @@ class MuonClip(Optimizer):
             self._connect()
 
     def _fit(
-        self, name: str, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any]
+        self, name: str, param: Tensor, group: dict[str, Any], entries: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Saved entries of a parameter's state, checked, and as this optimizer stores them.
 
@@ -1326,7 +1320,7 @@ class MuonClip(Optimizer):
         """
         unused = neuron_state().difference(variant_of(group).state)
         fitting = {
-            key: self._fit_tensor(param, dict(group), key, value)
+            key: self._fit_tensor(param, group, key, value)
             if isinstance(value, Tensor) and key != "step"
             else value
             for key, value in entries.items()
@@ -1338,7 +1332,7 @@ class MuonClip(Optimizer):
     def _rearrange(
         self,
         param: Tensor,
-        group: Mapping[str, Any],
+        group: dict[str, Any],
         entries: Mapping[str, Any],
         saved: MatrixLayout,
     ) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class SharedParam(NamedTuple):
     def layout(self) -> MatrixLayout:
         return self.group["layout"] or WHOLE
 
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Dimensions along which the parameter's state of neurons has one element."""
+        return self.layout.input_dims(self.shape)
+
 
 class DistributedMuon:
     """Muon's step for one list of parameters, of which ranks have shards or copies.
@@ -273,10 +278,10 @@ class _Work:
         params: Mapping[int, tuple[Sharding, SharedParam]],
     ) -> None:
         self._kind = kind
-        self._shards = {index: sharding.local for index, (sharding, _) in params.items()}
+        self._first = {i: sharding.local.offsets[0] for i, (sharding, _) in params.items()}
         scaled = None
         if kind.is_scaled:  # rows of matrices: several in one scale could differ in size
-            scaled = {i: param.layout.input_dims(param.shape) for i, (_, param) in params.items()}
+            scaled = {i: param.input_dims for i, (_, param) in params.items()}
         self._exchange = BucketExchange(bucket, group, kind.send_dtype, kind.device, scaled)
         self._exchanges = [self._exchange]
         results = result_exchanges(bucket, group, kind.return_dtype, kind.device)
@@ -335,9 +340,8 @@ class _Work:
 
     def _shard_of(self, unit: WorkUnit, param: MuonParam) -> MuonParam:
         """A unit's part of this rank's shard of a parameter."""
-        shard = unit.shard_of(self._exchange.rank)
-        start = unit.first + shard.offsets[0] - self._shards[unit.index].offsets[0]
-        return param.narrow(start, shard.sizes[0], unit.first)
+        start, length = unit.local_range(self._exchange.rank, self._first[unit.index])
+        return param.narrow(start, length, unit.first)
 
 
 class _VariantWork(_Work):
@@ -355,8 +359,9 @@ class _VariantWork(_Work):
         params: Mapping[int, tuple[Sharding, SharedParam]],
     ) -> None:
         super().__init__(bucket, group, kind, params)
-        dims = {i: param.layout.input_dims(param.shape) for i, (_, param) in params.items()}
-        self._first = {i: s.reduced(dims[i]).local.offsets[0] for i, (s, _) in params.items()}
+        dims = {i: param.input_dims for i, (_, param) in params.items()}
+        reduced = {i: sharding.reduced(dims[i]) for i, (sharding, _) in params.items()}
+        self._first_of_state = {i: sharding.local.offsets[0] for i, sharding in reduced.items()}
         self._states: dict[str, BucketExchange] = {}
         for name in kind.state:
             of_state = [
@@ -404,12 +409,11 @@ class _VariantWork(_Work):
     def _shards_of_state(
         self, name: str, params: Sequence[MuonParam], units: Sequence[WorkUnit]
     ) -> list[Tensor]:
-        shards = []
-        for unit in units:
-            shard = unit.shard_of(self._exchange.rank)
-            start = unit.first + shard.offsets[0] - self._first[unit.index]
-            shards.append(params[unit.index].neurons[name].narrow(0, start, shard.sizes[0]))
-        return shards
+        rank, first = self._exchange.rank, self._first_of_state
+        return [
+            params[unit.index].neurons[name].narrow(0, *unit.local_range(rank, first[unit.index]))
+            for unit in units
+        ]
 
 
 class _OwnersWork(_Work):

@@ -112,7 +112,7 @@ class StateOwners:
         """The parts of a parameter's state that this rank has; None if it is not sharded here."""
         return self._layouts.get(param)
 
-    def whole_shard(self, param: Tensor, value: Tensor, dims: tuple[int, ...] = ()) -> Tensor:
+    def whole_shard(self, param: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
         """A tensor of state as ``torch.distributed.checkpoint`` must save it.
 
         Where each rank has another shard of a plain tensor, it would take the shards for copies.
@@ -125,9 +125,8 @@ class StateOwners:
         Returns:
             A ``ShardedState`` of the memory of ``value``; for other parameters, ``value``.
         """
-        if param not in self._shards or value.shape != reduced_shape(
-            param.shape, dims
-        ):  # or a step
+        is_step = value.shape != reduced_shape(param.shape, dims)
+        if param not in self._shards or is_step:
             return value
         layout = self._shards[param].reduced(dims)
         sharding = self._sharding_of[param].reduced(dims)
@@ -168,13 +167,10 @@ class StateOwners:
         units = make_param_units(0, param, sharding)
         bucket = list(zip(units, self._owners[param.param], strict=True))
         exchange = BucketExchange(bucket, sharding.group, local.dtype, local.device)
-        first = sharding.local.offsets[0]
-
-        def shard(unit: WorkUnit) -> Tensor:
-            part = unit.shard_of(sharding.rank)
-            return local.narrow(0, unit.first + part.offsets[0] - first, part.sizes[0])
-
-        exchange.send(lambda units: [shard(unit) for unit in units])
+        rank, first = sharding.rank, sharding.local.offsets[0]
+        exchange.send(
+            lambda units: [local.narrow(0, *unit.local_range(rank, first)) for unit in units]
+        )
         parts = [received.reshape(-1).clone() for received in exchange.receive()]
         return ShardedState(layout, parts, local.dtype, local.device)
 
@@ -380,9 +376,8 @@ class _Scaling:
             values = local_tensor(param)
             if factors is not None:
                 values = factors[param].expand_as(values)
-            shard = unit.shard_of(rank)
-            start = unit.first + shard.offsets[0] - self._first[unit.index]
-            shards.append(values[start : start + shard.sizes[0]])
+            start, length = unit.local_range(rank, self._first[unit.index])
+            shards.append(values.narrow(0, start, length))
         return shards
 
 

@@ -52,6 +52,16 @@ class WorkUnit:
         shard = self.shards[self.copies.set_of[rank]]
         return shard is not None and shard.sizes == self.shape
 
+    def local_range(self, rank: int, first: int) -> tuple[int, int]:
+        """Start and length of a rank's shard in its local tensor, along the first dimension.
+
+        Args:
+            rank: one that has a shard.
+            first: the index of the local tensor's first slice in the whole parameter.
+        """
+        shard = self.shard_of(rank)
+        return self.first + shard.offsets[0] - first, shard.sizes[0]
+
     @property
     def held(self) -> Iterator[tuple[TensorShard, tuple[int, ...]]]:
         """The different shards, each with the ranks that have it."""
