@@ -986,26 +986,13 @@ class MuonClip(Optimizer):
         message = None if error is None else str(error)
         if ignore and is_update and self._connected is None:
             return _Flags(None, message)
-        gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for of_group in work:
-            for gradient in of_group.gradients:
-                if gradient.numel():
-                    gradients[gradient.device].append(gradient)
-        device = next(iter(gradients)) if gradients else self._device()
-        changes = is_update or any(g.count_nonzero() for by in gradients.values() for g in by)
-        found = []
-        for by in () if ignore else gradients.values():
-            if (flag := _any_nonfinite(by)) is not None:
-                found.append(flag.to(device))
-        if not found and self._connected is None:
-            return _Flags(None, message, only_creates_state=not changes)
-        if len(found) == 1:
-            (found_inf,) = found
-        else:
-            found_inf = torch.zeros((), dtype=torch.float32, device=device)
-            for flag in found:
-                found_inf = torch.maximum(found_inf, flag)
+        gradients = [g for of_group in work for g in of_group.gradients if g.numel()]
+        changes = is_update or any(g.count_nonzero() for g in gradients)
+        found_inf = None if ignore else _any_nonfinite(gradients)
         if self._connected is not None:
+            device = gradients[0].device if gradients else self._device()
+            if found_inf is None:
+                found_inf = torch.zeros((), dtype=torch.float32, device=device)
             has_error, plan = error is not None, self._plan
             is_unplanned = not has_error and (
                 plan is None or plan.signature != self._signature(work)
@@ -1013,7 +1000,7 @@ class MuonClip(Optimizer):
             fits = not (has_error or self._is_changed or is_unplanned)
             if not fits and _is_capturing():  # which cannot read the flags
                 raise error or RuntimeError(_UNPLANNED_CAPTURE)
-            known = (has_error, self._is_changed, is_unplanned, bool(changes), fits)
+            known = (has_error, self._is_changed, is_unplanned, changes, fits)
             flags = torch.stack([found_inf, *(torch.full_like(found_inf, flag) for flag in known)])
             flags = self._connected.largest(flags)
             is_read = is_free_to_read(device) or not is_update
@@ -1031,7 +1018,7 @@ class MuonClip(Optimizer):
             elif any_unplanned:
                 self._plan = None
             found_inf = flags[0]
-        if message is None:
+        if message is None and found_inf is not None:
             self._remember_flags(found_inf, None)
         return _Flags(found_inf, message, only_creates_state=not changes)
 
@@ -1560,8 +1547,21 @@ def _is_capturing() -> bool:
 
 
 def _any_nonfinite(gradients: list[Tensor]) -> Tensor | None:
-    """1 if one of these, on one device, is not finite, as a float32 scalar there; else 0, or None
-    if the host has read that all are finite."""
+    """1 if a gradient is not finite, as a float32 scalar on the device of the first; else 0, or
+    None if the host has read that all are finite."""
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_device[gradient.device].append(gradient)
+    found = [
+        flag.to(gradients[0].device)
+        for members in by_device.values()
+        if (flag := _any_nonfinite_of_device(members)) is not None
+    ]
+    return torch.stack(found).amax() if len(found) > 1 else next(iter(found), None)
+
+
+def _any_nonfinite_of_device(gradients: list[Tensor]) -> Tensor | None:
+    """``_any_nonfinite`` for gradients on one device."""
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
         # torch.compile warns of norm.item().
