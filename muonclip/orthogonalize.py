@@ -268,6 +268,8 @@ def orthogonalize(
         dtype = default_ns_dtype(matrices.device, matrices.dtype, shapes)
         if form == "gram" and dtype == torch.bfloat16:
             dtype = torch.float32
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be in [0, 1), as it only guards 0/0, got {eps}")
     if dtype not in NS_DTYPES:
         raise ValueError(f"dtype must be one of {NS_DTYPES}, got {dtype}")
     if form not in get_args(Form):

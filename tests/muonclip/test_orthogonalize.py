@@ -179,6 +179,8 @@ def test_without_elements(shape: tuple[int, ...], form: Form) -> None:
         (torch.zeros(3, 3), {"coefficients": "septic"}, "coefficients must be one of"),
         (torch.zeros(3, 3), {"coefficients": (1.0, 2.0)}, "three finite numbers"),
         (torch.zeros(3, 3), {"coefficients": (1.0, 2.0, float("nan"))}, "three finite numbers"),
+        (torch.zeros(3, 3), {"eps": 1.0}, "eps must be in"),
+        (torch.zeros(3, 3), {"eps": float("nan")}, "eps must be in"),
         (torch.zeros(3, 3), {"dtype": torch.int8}, "dtype must be one of"),
         (torch.zeros(3, 3), {"form": "cubic"}, "form must be one of"),
         (torch.zeros(3, 3), {"form": "gram", "dtype": torch.bfloat16}, "unstable in bfloat16"),
