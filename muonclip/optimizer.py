@@ -117,15 +117,11 @@ class MuonClip(Optimizer):
         nesterov: use Nesterov momentum.
         ns_coefficients: Newton-Schulz coefficients: a name, (a, b, c), or such triples.
         ns_steps: Newton-Schulz steps.
-        ns_dtype: dtype of Newton-Schulz; default: on NVIDIA and AMD GPUs float16 for matrices of
-            aspect ratio 1.5 or more that are not small, in the Gram form; else bfloat16 on
-            accelerators and on CPUs that multiply faster in it (those with AMX; with other
-            instructions for bfloat16 it is measured once in a process); float32 on other CPUs, and
-            on a CPU for float64 parameters, matrices with a side below 64 and parameters of one
-            matrix with a side below 91. The matrices of a parameter have one dtype. Ranks that
-            share parameters agree; give it for CPUs where ranks with copies of a parameter do not
-            share it (DDP without ``process_group``), because they choose separately, and for the
-            same arithmetic when a run resumes on another processor.
+        ns_dtype: dtype of Newton-Schulz; default: by device and shapes, as ``dtype`` of
+            ``orthogonalize``, but one for all matrices of a parameter. Ranks that share parameters
+            agree; give it for CPUs where ranks with copies of a parameter do not share it (DDP
+            without ``process_group``), because they choose separately, and for the same arithmetic
+            when a run resumes on another processor.
         eps: guards the normalization against 0/0; relative to an update's largest entry, below 1.
             A zero update stays zero; any other is normalized whatever its scale. Gradient clipping
             therefore does not change the size of Muon's updates, only the weight of this step's

@@ -133,13 +133,12 @@ _LARGE_COPY = 2**14
 def default_ns_dtype(
     device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]
 ) -> torch.dtype:
-    """float16 on NVIDIA and AMD GPUs for matrices that take the Gram form; otherwise bfloat16 on
-    accelerators and on a CPU that multiplies faster in it, and float32 on other CPUs.
+    """The default dtype of Newton-Schulz; see ``orthogonalize``.
 
     In the Gram form, float16 does less work than bfloat16, which is too coarse for it, and is ten
-    times as exact on matrices of low rank; float64 matrices are in bfloat16. On a CPU the default
-    is float32 for these, of which one wants more digits than speed, and for small matrices, which
-    bfloat16 makes slower.
+    times as exact on matrices of low rank. Of float64 matrices one wants more digits than speed:
+    they are in float32 on a CPU, and on accelerators in bfloat16. Small matrices are in float32 on
+    a CPU, because bfloat16 makes them slower.
 
     Args:
         device: of the matrices.
@@ -243,11 +242,11 @@ def orthogonalize(
         eps: guard against 0/0, in [0, 1): least Frobenius norm to divide by, relative to a matrix's
             largest entry. The result does not depend on the scale of a matrix.
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
-            on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are not
-            small; else bfloat16 on accelerators and on CPUs that multiply faster in it (those with
-            AMX; with other instructions for bfloat16 it is measured once in a process); float32 on
-            other CPUs, on a CPU for float64 matrices, for those with a side below 64 and for a
-            single one with a side below 91, and with ``form="gram"`` in place of bfloat16.
+            on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are neither
+            small nor float64; else bfloat16 on accelerators and on CPUs that multiply faster in it
+            (those with AMX; with other instructions for bfloat16 it is measured once in a process);
+            float32 on other CPUs, on a CPU for float64 matrices, for those with a side below 64 and
+            for a single one with a side below 91, and with ``form="gram"`` in place of bfloat16.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
