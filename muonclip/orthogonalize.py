@@ -315,21 +315,21 @@ def orthogonalize_(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # it would multiply in another dtype
             return orthogonalize_(matrices, schedule, eps=eps, dtype=dtype, form=form, scale=scale)
+    on_cpu = device == "cpu"
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
     x = cast(_normalize_(x, eps), dtype)
-    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if on_cpu and dtype in (torch.bfloat16, torch.float16):
         # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
         x = _contiguous(x)
     count, n, m = x.shape
     may_use_gram = form == "auto" and dtype != torch.bfloat16
-    on_cpu = x.device.type == "cpu"
     use_gram = form == "gram" or (may_use_gram and prefers_gram(n, m, count, on_cpu=on_cpu))
     if not use_gram and (_takes_calls(count, n, m) or has_no_blocks(x)):
         x = in_passes(partial(_dense_form, schedule=schedule, scale=scale), x)
-        return x.mT if tall else x
-    iterate = _gram_form if use_gram else _direct_form
-    x = apply(partial(iterate, schedule=schedule, scale=scale), x)
+    else:
+        iterate = _gram_form if use_gram else _direct_form
+        x = apply(partial(iterate, schedule=schedule, scale=scale), x)
     return x.mT if tall else x
 
 

@@ -36,8 +36,11 @@ class Workspace:
 def has_no_blocks(x: Tensor) -> bool:
     """Whether a CPU multiplies [b, n, m] by their transposes, and the results, as a whole."""
     _, n, m = x.shape
-    is_eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return is_eager_on_cpu and not any(pays_by_blocks(n, k, x.dtype) for k in (n, m))
+    return _is_eager_on_cpu(x) and not any(pays_by_blocks(n, k, x.dtype) for k in (n, m))
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def in_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -46,9 +49,7 @@ def in_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Returns:
         The results, which may overwrite ``x``.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return function(x)
-    if len(x) == 1 or x.nbytes <= _CACHE_BYTES:
+    if not _is_eager_on_cpu(x) or len(x) == 1 or x.nbytes <= _CACHE_BYTES:
         return function(x)
     for part in _passes(x):
         part.copy_(function(part))
@@ -70,7 +71,7 @@ def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Ten
     """
     if torch.compiler.is_compiling():
         x = x.contiguous()  # torch.compile supports no other memory for results
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_eager_on_cpu(x):
         return function(Matrices(x), Workspace(Matrices(torch.empty_like(x)))).tensor
     memory: Workspace | None = None
     for part in _passes(x):
