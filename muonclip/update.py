@@ -28,11 +28,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def update_momentum(
-    buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Scalar
+    buffers: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float
 ) -> None:
     """buffer <- momentum * buffer + (1 - momentum) * gradient, in the buffers' dtype."""
     gradients = [cast(g, b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-    torch._foreach_lerp_(list(buffers), gradients, 1 - momentum)  # type: ignore[arg-type]
+    torch._foreach_lerp_(list(buffers), gradients, 1 - momentum)
 
 
 def look_ahead_(
