@@ -107,13 +107,14 @@ class Sharding:
     def __post_init__(self) -> None:
         if len(self.shards) != dist.get_world_size(self.group):
             raise ValueError(
-                f"{len(self.shards)} shards for {dist.get_world_size(self.group)} ranks"
+                f"{len(self.shards)} shards for {dist.get_world_size(self.group)} ranks: give one "
+                "for each rank of the group, in its order"
             )
         covered = sum(shard.numel for shard in self.distinct)
         if covered != prod(self.shape):
             raise ValueError(
                 f"the shards of a parameter of shape {self.shape} have {covered} elements, "
-                f"not {prod(self.shape)}"
+                f"not {prod(self.shape)}: each element must be in one of them, or in equal ones"
             )
 
     @classmethod
