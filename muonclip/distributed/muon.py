@@ -219,6 +219,8 @@ class Balance:
 
 # Applies the results of an exchange to parameters.
 _Apply: TypeAlias = Callable[[ResultExchange, Sequence[MuonParam], Tensor | None], None]
+# The sharding of each parameter, and the parameter, by its index in the step.
+_Params: TypeAlias = Mapping[int, tuple[Sharding, SharedParam]]
 
 
 class _Kind(NamedTuple):
@@ -263,19 +265,14 @@ class _Work:
 
     Args:
         bucket: the units and their owners.
-        group, kind: of their parameters.
-        params: the sharding of each parameter, and the parameter, by its index in the step.
+        group, kind, params: of their parameters.
 
     Attributes:
         returns: the exchanges by which results return, and what applies them.
     """
 
     def __init__(
-        self,
-        bucket: Bucket,
-        group: dist.ProcessGroup,
-        kind: _Kind,
-        params: Mapping[int, tuple[Sharding, SharedParam]],
+        self, bucket: Bucket, group: dist.ProcessGroup, kind: _Kind, params: _Params
     ) -> None:
         self._kind = kind
         self._first = {i: sharding.local.offsets[0] for i, (sharding, _) in params.items()}
@@ -352,11 +349,7 @@ class _VariantWork(_Work):
     """
 
     def __init__(
-        self,
-        bucket: Bucket,
-        group: dist.ProcessGroup,
-        kind: _Kind,
-        params: Mapping[int, tuple[Sharding, SharedParam]],
+        self, bucket: Bucket, group: dist.ProcessGroup, kind: _Kind, params: _Params
     ) -> None:
         super().__init__(bucket, group, kind, params)
         dims = {i: param.input_dims for i, (_, param) in params.items()}
@@ -423,11 +416,7 @@ class _OwnersWork(_Work):
     """
 
     def __init__(
-        self,
-        bucket: Bucket,
-        group: dist.ProcessGroup,
-        kind: _Kind,
-        params: Mapping[int, tuple[Sharding, SharedParam]],
+        self, bucket: Bucket, group: dist.ProcessGroup, kind: _Kind, params: _Params
     ) -> None:
         super().__init__(bucket, group, kind, params)
         self._weights: BucketExchange | None = None
