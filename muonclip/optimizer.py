@@ -588,6 +588,7 @@ class MuonClip(Optimizer):
                 to_update = state["master"].parts[index]
                 refresh_master(to_update, weights)
             average, square = (moment.parts[index] for moment in moments)
+            # Each part adds one to its step: the first to the parameter's own.
             parts.append(
                 AdamWPart(
                     weights, to_update, flat_range(gradient, start, stop), average, square,
@@ -1181,7 +1182,9 @@ class MuonClip(Optimizer):
 
         def fit(name: str, param: Tensor, group: Any, entries: Any, layout: Any) -> dict[str, Any]:
             differences.update(saved_state.differences(group, entries))
-            own, saved = group["layout"], _saved_layout(layout)
+            own, saved = group["layout"], layout
+            if isinstance(saved, str):  # as state_dict returns it
+                saved = MatrixLayout.parse(saved)
             if own is not None and saved is not None and own.differs_in_order(saved):
                 rearranged.add(f"from ({saved}) to ({own})")
                 entries = self._rearrange(param, group, entries, saved)
@@ -1529,11 +1532,6 @@ def _copy_option(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 
-def _saved_layout(value: Any) -> MatrixLayout | None:
-    """The layout of a saved group, which is stored as a string."""
-    return MatrixLayout.parse(value) if isinstance(value, str) else value
-
-
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     try:
@@ -1625,19 +1623,15 @@ _ADVICE = (
     "Look at this step's data and loss, or lower the learning rate; MuonClip(nonfinite='skip') "
     "skips such steps"
 )
-
-
 _REPLANNED = (
     "MuonClip skipped the step before on all ranks, because some of them had gradients of other "
     "parameters than before, or new parameters. If that was a surprise, look for parameters that "
     "some ranks do not use"
 )
-
 _NOT_COMPILED = (
     "torch.compile has no effect on a step of MuonClip that exchanges data between ranks, or with "
     "state_device or compute_device: call optimizer.step itself"
 )
-
 _PENDING = (
     "MuonClip skipped the last step before this state was read, on all ranks; the next step raises "
     "the error, or divides the work again"
@@ -1651,7 +1645,6 @@ _REARRANGED = (
     "of tensor-parallel ranks, and was rearranged: {}. The weights must be in the order of the "
     "latter"
 )
-
 _CONVERTED = (
     "the loaded state has {}: the state was converted. To continue as it was saved, give the saved "
     "value to the constructor"
