@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # Part of every key. Raise it when the content of cached folders changes.
 FORMAT = 5
+# The file that marks a cache, also for programs that make backups (bford.info/cachedir).
+TAG = "CACHEDIR.TAG"
 # Resolution of file times in nanoseconds, on most file systems and on old ones. The latter are
 # recognized by times that are whole seconds.
 _FINE, _COARSE = 20_000_000, 2_000_000_000
@@ -108,6 +110,8 @@ def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool 
     temporary = _unfinished(folder) if resumable else _temporary(folder.parent)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), (folder.parent / TAG).open("x") as tag:
+            tag.write("Signature: 8a477f597d28d172789f06886806bc55\n")
         with temporary as partial:
             if not (resumable and folder.is_dir()):  # another process may have built it meanwhile
                 build(partial)

@@ -22,6 +22,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 import zstandard
 
 from pretrain.data import skipped
+from pretrain.data.cache import TAG
 from pretrain.data.skipped import Skip
 from pretrain.errors import PretrainError, one_line
 
@@ -203,6 +204,8 @@ def _tree(root: Path) -> Iterator[list[tuple[Path, str]] | Skip]:
             continue
         seen.add((status.st_dev, status.st_ino))
         entries = _entries(folder)
+        if isinstance(entries, list) and (folder / TAG, "file") in entries:
+            entries = Skip(str(folder), f"a cache (it contains {TAG})", corrupt=False)
         yield entries
         if isinstance(entries, list):
             for path, kind in entries:

@@ -148,7 +148,12 @@ class FileSource(IndexedSource[R]):
 
     def __init__(self, number: int, data: DataConfig, seed: int) -> None:
         super().__init__(number, data, seed)
-        self._require_apart()
+        path = self.config.path
+        if path and os.path.realpath(path) == os.path.realpath(data.cache_dir):
+            raise PretrainError(
+                f"data.cache_dir={data.cache_dir} is also the folder of {self.setting}, where the "
+                "cache's files would be read as data: set it to another folder"
+            )
         items = self.find()
         paths = [item for item in items if isinstance(item, Path)]
         self.skips = [item for item in items if isinstance(item, Skip)]
@@ -158,21 +163,6 @@ class FileSource(IndexedSource[R]):
             InputFile(name, mark, partial(self.read, path), mark[0] if mark else 0)
             for path, (name, mark) in zip(paths, stamps.items(), strict=False)
         ]
-
-    def _require_apart(self) -> None:
-        """
-        Raises:
-            PretrainError: the cache is in the folder of this source, so that its files would be
-                read as data, and every start would find others.
-        """
-        folder, cache = Path(self.config.path), Path(self.data.cache_dir).resolve()
-        if self.config.path and folder.is_dir() and cache.is_relative_to(folder.resolve()):
-            below = cache.relative_to(folder.resolve()).parts
-            if not any(name.startswith(".") for name in below):  # hidden folders are not searched
-                raise PretrainError(
-                    f"data.cache_dir={self.data.cache_dir} is in {folder}, the folder of "
-                    f"{self.setting}: move it out, or to a name that begins with a dot"
-                )
 
     @abstractmethod
     def find(self) -> list[Path | Skip]:

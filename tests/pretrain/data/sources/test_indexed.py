@@ -286,19 +286,26 @@ def test_long_words_are_split_for_tokenizer_training(tmp_path: Path) -> None:
     assert max(map(len, pieces)) == 1000
 
 
-@pytest.mark.parametrize("where", ["corpus/cache", "corpus/a/b", "corpus", "linked/cache"])
-def test_a_cache_among_the_data_is_refused(tmp_path: Path, where: str) -> None:
-    """Its files would be read, and every start would find others."""
+@pytest.mark.parametrize("where", ["corpus/cache", "corpus/a/b", "linked/cache", "corpus/.cache"])
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.json*"])
+def test_a_cache_among_the_data_is_not_read(tmp_path: Path, where: str, pattern: str) -> None:
+    """Otherwise each start would find more files, and make the tokenizer and the index again."""
     (tmp_path / "corpus").mkdir()
     make.jsonl(tmp_path / "corpus" / "a.jsonl", range(3))
     (tmp_path / "linked").symlink_to("corpus")
+    source = SourceConfig("text", str(tmp_path / "corpus" / pattern))
+    first = opened(tmp_path, source, where=where)
+    made = sorted((tmp_path / where).iterdir())
+    again = opened(tmp_path, source, where=where)
+    assert again.documents[0].count("train") == first.documents[0].count("train") == 3
+    assert sorted((tmp_path / where).iterdir()) == made
+
+
+def test_a_cache_in_place_of_the_data_is_refused(tmp_path: Path) -> None:
+    make.jsonl(tmp_path / "corpus" / "a.jsonl", range(3))
     source = SourceConfig("text", str(tmp_path / "corpus"))
-    with pytest.raises(
-        PretrainError, match=r"^data\.cache_dir=\S+ is in \S+/corpus, the folder of "
-    ):
-        opened(tmp_path, source, where=where)
-    for apart in ("corpus/.cache/text", "corpus2", "."):
-        assert opened(tmp_path, source, where=apart).documents[0].count("train") == 3
+    with pytest.raises(PretrainError, match=r"^data\.cache_dir=\S+ is also the folder of "):
+        opened(tmp_path, source, where="corpus/../corpus")
 
 
 def test_a_cache_that_cannot_be_repaired_is_named(tmp_path: Path) -> None:
