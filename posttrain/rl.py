@@ -32,12 +32,12 @@ def train(config: Config) -> Path:
         PretrainError: the model, the data or a setting is unusable.
     """
     config.require_fit("rl")
-    with locked(config, "rl") as termination:
+    with locked(config, "rl") as (lock, termination):
         torch.manual_seed(config.seed)  # of the responses that budgets are estimated from
         exported = model.load(Path(config.model))
         data = open_pretraining_data(config.pretraining, exported.folder)
         images = open_images(config, exported.folder)
-        run = Run("rl", config, exported, data, termination, images)
+        run = Run("rl", config, exported, data, lock, termination, images)
         practices = [prepare(run, name) for name in config.rl.tasks]
         require_enough(config, practices)
         set_budgets(run, practices)

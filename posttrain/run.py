@@ -41,6 +41,7 @@ class Run:
         config: its settings.
         exported: the model that is trained.
         data: the data of its pretraining.
+        lock: of the run's folder.
         termination: requests to end the process.
         images: data of the images of ``rl.tasks.read.images``.
     """
@@ -49,6 +50,7 @@ class Run:
     config: Config
     exported: Exported
     data: Data
+    lock: RunLock
     termination: Termination
     images: Data | None = None
     _metrics: AppendedFile = field(init=False)
@@ -77,16 +79,22 @@ class Run:
         """Append a record to metrics.jsonl."""
         self._metrics.append(json.dumps(record).encode() + b"\n")
 
-    def require_metrics(self, step: int) -> None:
+    def require_folder(self, step: int) -> None:
         """
         Raises:
-            PretrainError: metrics.jsonl was deleted, alone or with the folder.
+            PretrainError: metrics.jsonl was deleted, alone or with the folder, or another job has
+                taken the folder.
         """
         if self._metrics.deleted:
             raise PretrainError(
                 f"{self.folder}/metrics.jsonl was deleted during the run: it ends after step "
                 f"{step}, without saving; start it again, which continues from its newest "
                 "checkpoint if there is one"
+            )
+        if self.lock.lost:
+            raise PretrainError(
+                f"another job has taken run_dir={self.folder} since its run.lock was deleted: "
+                f"this one ends after step {step}, without saving"
             )
 
     def say(self, text: str) -> None:
@@ -149,16 +157,16 @@ def _step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def locked(config: Config, command: str) -> Iterator[Termination]:
+def locked(config: Config, command: str) -> Iterator[tuple[RunLock, Termination]]:
     """Context in which this process alone writes into the run's folder, and signals end it softly.
 
     Raises:
         PretrainError: another job writes into the folder, or it contains a run with other settings.
     """
     folder = Path(config.run_dir)
-    with RunLock(folder), stopping.on_signals() as termination:
+    with RunLock(folder) as lock, stopping.on_signals() as termination:
         _require_same(folder, {"command": command, **to_dict(config)})  # type: ignore[arg-type]
-        yield termination
+        yield lock, termination
 
 
 def _require_same(folder: Path, settings: dict[str, Any]) -> None:
@@ -249,7 +257,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, config = state.global_step, self._run.config
         self._seconds = time.monotonic() - self._began  # this comes before the log
-        self._run.require_metrics(step)
+        self._run.require_folder(step)
         if self._run.termination.signal and step % self._trainer.steps_per_rollout == 0:
             control.should_save = control.should_training_stop = True
         every = config.evaluation.every

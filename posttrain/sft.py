@@ -40,10 +40,10 @@ def train(config: Config) -> Path:
         PretrainError: the model, the data or a setting is unusable.
     """
     config.require_fit("sft")
-    with locked(config, "sft") as termination:
+    with locked(config, "sft") as (lock, termination):
         exported = _with_markup(config)
         data = open_pretraining_data(config.pretraining, exported.folder)
-        run = Run("sft", config, exported, data, termination)
+        run = Run("sft", config, exported, data, lock, termination)
         trainer = SftTrainer(
             config,
             model=exported.model,

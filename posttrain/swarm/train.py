@@ -168,7 +168,7 @@ def train(config: Config) -> Path:
         PretrainError: the model, the data or a setting is unusable.
     """
     config.require_fit("swarm")
-    with locked(config, "swarm") as termination:
+    with locked(config, "swarm") as (lock, termination):
         _require_context(config.swarm)
         # The text of the pretraining has the tokens of the pretraining.
         data = open_pretraining_data(config.pretraining, Path(config.model))
@@ -177,7 +177,7 @@ def train(config: Config) -> Path:
         frozen.model.requires_grad_(False)
         # By which TRL recognizes replies that are complete.
         exported.model.generation_config.eos_token_id = [exported.tokenizer.im_end]
-        run = SwarmRun("swarm", config, exported, data, termination)
+        run = SwarmRun("swarm", config, exported, data, lock, termination)
         run.swarm = Swarm(config.swarm, config.rl.temperature, frozen)
         trainer = RlTrainer(
             rl=config.rl,

@@ -37,6 +37,7 @@ from pretrain.data import chat
 from pretrain.errors import PretrainError
 from pretrain.export.from_hf import import_hf
 from pretrain.reading import Reading
+from pretrain.runtime.run_lock import RunLock
 
 PRETRAINING = """\
 vision: {patch_size: 14}
@@ -568,6 +569,33 @@ def test_a_run_whose_folder_is_deleted_ends(
     monkeypatch.setattr(practice, "edit_distance_reward", delete)
     with pytest.raises(PretrainError, match=r"metrics\.jsonl was deleted .* ends after step 1"):
         rl.train(settings(tmp_path, image_export, *READ, "evaluation.images=0"))
+
+
+def test_a_run_whose_folder_another_job_takes_ends(
+    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would write into metrics.jsonl and the checkpoints."""
+    locks: list[RunLock] = []
+
+    def acquire(folder: Path) -> RunLock:
+        locks.append(RunLock(folder))
+        return locks[-1]
+
+    def take(answer: str, truth: str) -> float:
+        other = tmp_path / "other.lock"
+        other.write_text(json.dumps({"token": "another job", "pid": 1}))
+        other.replace(tmp_path / "run" / "run.lock")
+        deadline = time.monotonic() + 60
+        while not locks[0].lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return spread_reward(answer, truth)
+
+    monkeypatch.setattr(RunLock, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("posttrain.run.RunLock", acquire)
+    monkeypatch.setattr(practice, "edit_distance_reward", take)
+    with pytest.raises(PretrainError, match=r"another job has taken run_dir=.* ends after step 1"):
+        rl.train(settings(tmp_path, image_export, *READ, "evaluation.images=0"))
+    assert (tmp_path / "run" / "run.lock").read_text(), "it is the lock of the other job"
 
 
 @pytest.mark.parametrize("name", ["muonclip", "adamw"])
