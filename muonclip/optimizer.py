@@ -346,7 +346,7 @@ class MuonClip(Optimizer):
             validation.check_remainders(entries, self.shard_state)
         validation.check_new_parameters(entries, self.param_groups)
         algorithm = options.pop("algorithm", None)
-        by_algorithm = validation.split_by_algorithm(entries, algorithm)
+        by_algorithm = validation.split_by_algorithm(entries, algorithm, self.shardings)
         for entry in by_algorithm.get("muon", ()):
             validation.check_matrix(entry, self._whole_shape(entry.param), options)
             if algorithm is None and entry.name is None and not self._warned_of_shapes:

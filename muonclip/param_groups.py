@@ -281,7 +281,8 @@ def assign_parameters(
         elif forced_muon:
             algorithm, reason = "muon", f"matches {forced_muon!r}"
         else:
-            choices = [choose_algorithm(_whole(parameter, shardings), *owner) for owner in names]
+            whole = whole_parameter(parameter, shardings)
+            choices = [choose_algorithm(whole, *owner) for owner in names]
             if any(module in heads for _, module in names):
                 choices.append(("adamw", "output head"))
             if parameter in adapters:
@@ -292,7 +293,7 @@ def assign_parameters(
             declared = matches["layouts"](names)
             found = layouts[declared] if declared else _native_layout(*names[0], parameter)
             try:
-                (found or WHOLE).check(_whole(parameter, shardings).shape)
+                (found or WHOLE).check(whole_parameter(parameter, shardings).shape)
             except ValueError as error:
                 raise ValueError(f"{name} ({reason}): {error}") from None
         assignments.append(Assignment(name, parameter, algorithm, reason, found))
@@ -368,7 +369,7 @@ def _native_layout(name: str, module: nn.Module, parameter: Tensor) -> MatrixLay
     return MatrixLayout((parameter.size(0) // parts,) * parts) if parts > 1 else None
 
 
-def _whole(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> Tensor:
+def whole_parameter(parameter: Tensor, shardings: "Mapping[Tensor, Sharding] | None") -> Tensor:
     """A tensor of the shape of the whole parameter."""
     if shardings is None or parameter not in shardings:
         return parameter

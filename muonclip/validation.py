@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
 from muonclip.offload import Devices
 from muonclip.orthogonalize import NS_DTYPES, AdjustLR, coefficient_steps
-from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix
+from muonclip.param_groups import Algorithm, choose_algorithm, part_of_matrix, whole_parameter
 from muonclip.update import AdamWDecayMode, WeightDecayMode
 from muonclip.variants import VARIANTS, Options, variant_of
+
+if TYPE_CHECKING:
+    from muonclip.distributed.sharding import Sharding
 
 # Options of the constructor that groups do not keep, and the options of AdamW's groups they set.
 RESOLVED = {
@@ -351,8 +354,13 @@ def check_may_split() -> None:
         frame = frame.f_back
 
 
-def split_by_algorithm(members: list[Entry], algorithm: Any) -> dict[Algorithm, list[Entry]]:
-    """Group parameters by algorithm: the given one, or each by ``choose_algorithm``."""
+def split_by_algorithm(
+    members: list[Entry], algorithm: Any, shardings: "Mapping[Tensor, Sharding]"
+) -> dict[Algorithm, list[Entry]]:
+    """Group parameters by algorithm: the given one, or each by ``choose_algorithm``.
+
+    That looks at whole parameters, so that all ranks choose the same for those with ``shardings``.
+    """
     if algorithm not in (None, *get_args(Algorithm)):
         first = members[0].label if members else "an empty group"
         raise ValueError(f"algorithm must be 'muon' or 'adamw', got {algorithm!r} for {first}")
@@ -360,7 +368,8 @@ def split_by_algorithm(members: list[Entry], algorithm: Any) -> dict[Algorithm, 
         return {algorithm or "muon": members}
     by_algorithm: dict[Algorithm, list[Entry]] = {}
     for entry in members:
-        by_algorithm.setdefault(choose_algorithm(entry.param, entry.name)[0], []).append(entry)
+        whole = whole_parameter(entry.param, shardings)
+        by_algorithm.setdefault(choose_algorithm(whole, entry.name)[0], []).append(entry)
     return by_algorithm
 
 

@@ -323,6 +323,32 @@ def updates(dtype: torch.dtype, kind: str) -> list[Tensor]:
     return found
 
 
+def step_on_uneven_shards(rows: int) -> None:
+    """The first rank has these rows of 8, the second one the rest."""
+    assert dist.group.WORLD is not None
+    shards = (TensorShard((0, 0), (rows, 4)), TensorShard((rows, 0), (8 - rows, 4)))
+    local = shards[dist.get_rank()]
+    weight, gradient = random((8, 4), 0), random((8, 4), 1)
+    p, reference = nn.Parameter(weight[local.slices].clone()), nn.Parameter(weight)
+    p.grad, reference.grad = gradient[local.slices].clone(), gradient
+    sharding = Sharding((8, 4), dist.group.WORLD, shards)
+    optimizer = MuonClip([("w", p)], shardings={p: sharding})
+    optimizer.step()
+    MuonClip([("w", reference)]).step()
+    assert torch.allclose(p, reference[local.slices], atol=1e-6)
+    whole_state = optimizer.full_state_dict(rank=None)["state"][0]
+    before = optimizer.state[p]["momentum_buffer"]
+    optimizer.load_named_state({"w": whole_state}, [("w", p)])
+    momentum = optimizer.state[p]["momentum_buffer"]
+    assert torch.equal(momentum, before)
+
+
+@pytest.mark.parametrize("rows", [5, 7, 8])
+def test_uneven_shards_are_parts_of_one_matrix(rows: int) -> None:
+    """A rank with one row or none assigns it to Muon like all others."""
+    launch(step_on_uneven_shards, 2, rows)
+
+
 KINDS = ("process_group", "S0", "HSDP", "shardings")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
