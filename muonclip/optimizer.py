@@ -1361,7 +1361,7 @@ class MuonClip(Optimizer):
             assert self._owners is not None  # this rank's shard
             return self._owners.collect(self._shared_param(param, group), value, dims)
         if is_whole and param in self.shardings:
-            return value[self.shardings[param].local.reduced(dims).slices]
+            return value[self.shardings[param].local.reduced(dims).slices].clone()
         return value
 
     @torch.no_grad()

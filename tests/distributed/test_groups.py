@@ -341,6 +341,7 @@ def step_on_uneven_shards(rows: int) -> None:
     optimizer.load_named_state({"w": whole_state}, [("w", p)])
     momentum = optimizer.state[p]["momentum_buffer"]
     assert torch.equal(momentum, before)
+    assert momentum.untyped_storage().nbytes() == momentum.nbytes  # it does not keep the whole
 
 
 @pytest.mark.parametrize("rows", [5, 7, 8])
