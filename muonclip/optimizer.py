@@ -551,13 +551,13 @@ class MuonClip(Optimizer):
                 batch.append(part)
                 elements += part.local.numel()
                 if self._layout_of(param) is not None and not local_tensor(param).is_contiguous():
-                    copies.append((param, part))  # not a view
+                    copies.append((param, part.start, part.local))  # not a view
             if elements >= BATCH_ELEMENTS_ELSEWHERE:  # for the temporary tensors of its elements
                 update_parts(batch, group, found_inf)
                 batch, elements = [], 0
         update_parts(batch, group, found_inf)
-        for param, part in copies:
-            write_flat(local_tensor(param), part.start, part.local)
+        for param, start, local in copies:
+            write_flat(local_tensor(param), start, local)
 
     def _adamw_parts(
         self, param: Tensor, gradient: Tensor, state: dict[str, Any], seed: tuple[int, ...]
@@ -758,11 +758,8 @@ class MuonClip(Optimizer):
 
     def _create_moments(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         """Create the momentum (Muon), or step and moments (AdamW)."""
-        local, layout, dtype = (
-            local_tensor(param),
-            self._layout_of(param),
-            moment_dtype(group, param),
-        )
+        local, layout = local_tensor(param), self._layout_of(param)
+        dtype = moment_dtype(group, param)
 
         def zeros() -> Tensor:
             if layout is None:
