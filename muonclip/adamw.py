@@ -16,7 +16,7 @@ from muonclip.update import AdamWDecayMode, Scalar, cautiously_decayed
 
 
 class AdamWPart(NamedTuple):
-    """A parameter of AdamW in a step: its local tensor, or a range of the elements of that.
+    """A parameter of AdamW in a step: its local tensor, or a range of elements of that tensor.
 
     Attributes:
         local: the weights.
@@ -26,7 +26,7 @@ class AdamWPart(NamedTuple):
         step: 0-d float32, the number of steps.
         seed: of the parameter, for stochastic rounding.
         start: the first element, in the local tensor.
-        remainder: the master copy is ``local`` with it (see ``remainders``).
+        remainder: of a master copy that is stored as ``local`` and a remainder.
         compute: where the step computes with tensors that may be elsewhere (see ``offload``); None:
             all are on one device.
     """

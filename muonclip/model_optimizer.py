@@ -124,9 +124,9 @@ def for_model(
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: unfreeze some, or add an adapter"
         )
-    compiled = getattr(model, "_orig_mod", model)  # by torch.compile
-    if isinstance(compiled, nn.parallel.DistributedDataParallel):
-        options.setdefault("process_group", compiled.process_group)
+    original = getattr(model, "_orig_mod", model)  # before torch.compile
+    if isinstance(original, nn.parallel.DistributedDataParallel):
+        options.setdefault("process_group", original.process_group)
     parallel = _megatron_ranks(model)
     if shardings is None and parallel is not None:
         shardings = parallel.shardings

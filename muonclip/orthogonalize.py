@@ -136,9 +136,9 @@ def default_ns_dtype(
     """The default dtype of Newton-Schulz; see ``orthogonalize``.
 
     In the Gram form, float16 does less work than bfloat16, which is too coarse for it, and is ten
-    times as exact on matrices of low rank. Of float64 matrices one wants more digits than speed:
-    they are in float32 on a CPU, and on accelerators in bfloat16. Small matrices are in float32 on
-    a CPU, because bfloat16 makes them slower.
+    times as exact on matrices of low rank. On a CPU, float32 is the default for float64 matrices,
+    where digits matter more than speed, and for small ones, which bfloat16 makes slower; on
+    accelerators, float64 matrices are in bfloat16.
 
     Args:
         device: of the matrices.
