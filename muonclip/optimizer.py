@@ -1440,7 +1440,8 @@ class MuonClip(Optimizer):
     ) -> None:
         """Replace the state of each named parameter by the given tensors.
 
-        They are not copied, unless this optimizer keeps them in another dtype or on another device.
+        They are copied only where this optimizer keeps them in another dtype, on another device, or
+        cut into shards.
 
         A parameter without entries is left without state, as before its first gradient. ``master``
         alone attaches a master copy; the other state of the parameter will start at zero. So will
