@@ -109,9 +109,7 @@ def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool 
     """
     temporary = _unfinished(folder) if resumable else _temporary(folder.parent)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), (folder.parent / TAG).open("x") as tag:
-            tag.write("Signature: 8a477f597d28d172789f06886806bc55\n")
+        _make_cache(folder.parent)
         with temporary as partial:
             if not (resumable and folder.is_dir()):  # another process may have built it meanwhile
                 build(partial)
@@ -119,6 +117,14 @@ def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool 
     except OSError as error:
         if not folder.is_dir():
             raise _unwritable(folder, error) from error
+
+
+def _make_cache(folder: Path) -> None:
+    """Make the folder of a cache. One with other files is not marked: backups would omit them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        with contextlib.suppress(FileExistsError), (folder / TAG).open("x") as tag:
+            tag.write("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ def with_compressed(suffixes: Iterable[str]) -> tuple[str, ...]:
 
 _JSON = with_compressed(JSON_LINES)
 _PLAIN = with_compressed(PLAIN)
+_CACHE = f"a cache (it contains {TAG})"
 # Names of files about a data set, as in repositories.
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|datasheet"
@@ -136,9 +137,14 @@ def is_about(path: Path) -> bool:
 
 
 def _why_nothing(items: Iterable[Path | Skip]) -> str:
-    """Why a folder or pattern has no files to read: the first that is damaged, or not supported."""
+    """Why a folder or pattern has no files to read: the first that is damaged, or not supported,
+    or the folder of a cache."""
     skips = [item for item in items if isinstance(item, Skip)]
-    causes = [skip for skip in skips if skip.corrupt or _foreign_suffix(Path(skip.name))]
+    causes = [
+        skip
+        for skip in skips
+        if skip.corrupt or skip.reason == _CACHE or _foreign_suffix(Path(skip.name))
+    ]
     return f" ({causes[0].name}: {causes[0].reason})" if causes else ""
 
 
@@ -205,7 +211,7 @@ def _tree(root: Path) -> Iterator[list[tuple[Path, str]] | Skip]:
         seen.add((status.st_dev, status.st_ino))
         entries = _entries(folder)
         if isinstance(entries, list) and (folder / TAG, "file") in entries:
-            entries = Skip(str(folder), f"a cache (it contains {TAG})", corrupt=False)
+            entries = Skip(str(folder), _CACHE, corrupt=False)
         yield entries
         if isinstance(entries, list):
             for path, kind in entries:

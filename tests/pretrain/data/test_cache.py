@@ -37,6 +37,15 @@ def test_a_lock_that_was_removed_is_taken_again(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
 
+@pytest.mark.parametrize("content", ["", "folder"])
+def test_a_folder_with_other_files_is_not_marked_as_a_cache(tmp_path: Path, content: str) -> None:
+    """Programs that make backups, and searches for data, would leave the other files out."""
+    (tmp_path / content).mkdir(exist_ok=True)
+    for name in ("first", "second"):
+        cache.make_folder(tmp_path / name, lambda partial: (partial / "file").touch())
+        assert (tmp_path / cache.TAG).exists() == (not content)
+
+
 @pytest.mark.parametrize("moment", ["while it is made", "after it was made"])
 def test_a_folder_that_another_process_removes_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
