@@ -19,6 +19,7 @@ from pretrain.checkpoint.local_tier import LocalTier
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Checkpoint, Copy
 from pretrain.config import Config, drop_without_effect, from_dict, merge, to_dict
+from pretrain.data.sources import SOURCES
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.weights import Weight
@@ -567,7 +568,8 @@ def _check_settings(
 
 
 def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the settings in some sections, without the paths of sources.
+    """(dotted name, value) of the settings in some sections, without the paths of sources and the
+    fields that they do not read, which were not always refused.
 
     Each setting of each source has an entry.
 
@@ -585,4 +587,9 @@ def _settings(values: Mapping[str, Any], sections: Sequence[str]) -> Iterator[tu
                 continue
             yield key, f"a list of {len(value)}"
             for index, source in enumerate(value):
-                yield from ((f"{key}[{index}].{k}", v) for k, v in source.items() if k != "path")
+                source_type = SOURCES.get(str(source.get("type")))
+                unread = source_type is not None and not source_type.reads_field
+                ignored = ("path", "field") if unread else ("path",)
+                for k, v in source.items():
+                    if k not in ignored:
+                        yield f"{key}[{index}].{k}", v

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,6 +201,15 @@ def test_a_setting_without_effect_does_not_keep_an_earlier_run_from_resuming(
     found = checkpoint_run._config_values(checkpoint)
     assert from_dict(found) == Config()
     check_settings(dict(found), sections=checkpoint_run._FIXED)
+
+
+def test_a_field_that_a_source_does_not_read_does_not_keep_an_earlier_run_from_resuming() -> None:
+    for source_type, changed in (("megatron", False), ("energon", False), ("text", True)):
+        before = with_data(sources=[{"type": source_type, "path": "x", "field": "body"}])
+        now = with_data(sources=[{"type": source_type, "path": "x"}])
+        context = pytest.raises(PretrainError, match="field=body") if changed else nullcontext()
+        with context:
+            check_settings(to_dict(before), now, sections=("data",))
 
 
 WRONG: dict[str, Any] = {
