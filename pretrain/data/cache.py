@@ -109,7 +109,7 @@ def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool 
     """
     temporary = _unfinished(folder) if resumable else _temporary(folder.parent)
     try:
-        _make_cache(folder.parent)
+        make_cache(folder.parent)
         with temporary as partial:
             if not (resumable and folder.is_dir()):  # another process may have built it meanwhile
                 build(partial)
@@ -119,8 +119,9 @@ def make_folder(folder: Path, build: Callable[[Path], None], *, resumable: bool 
             raise _unwritable(folder, error) from error
 
 
-def _make_cache(folder: Path) -> None:
-    """Make the folder of a cache. One with other files is not marked: backups would omit them."""
+def make_cache(folder: Path) -> None:
+    """Make and mark the folder of a cache. One with other files is left unmarked: programs that
+    make backups would leave these out."""
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         with contextlib.suppress(FileExistsError), (folder / TAG).open("x") as tag:

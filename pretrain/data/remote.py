@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pretrain.data.cache import cached, key_of
+from pretrain.data.cache import cached, key_of, make_cache
 from pretrain.data.files import reason
 from pretrain.errors import PretrainError
 
@@ -269,6 +269,7 @@ class MediaDownloads:
         path = self._cache / "urls" / digest[:2] / (digest + (suffix[0].lower() if suffix else ""))
         if not path.exists() and url not in self._failed:
             try:
+                make_cache(self._cache)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with _locked(path.parent / "lock"):
                     if not path.exists():  # another process may have made it meanwhile

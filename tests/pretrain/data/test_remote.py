@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pretrain.config import DataConfig, SourceConfig
+from pretrain.data.cache import TAG
 from pretrain.data.remote import MediaDownloads, local_path
 from pretrain.data.skipped import Skip
 from pretrain.data.sources import find_sources
@@ -176,8 +177,10 @@ def test_addresses_of_private_networks_are_refused(
 
 def test_a_name_allows_a_private_address(server: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = server
-    downloads = MediaDownloads(["a.org", "127.0.0.1"], str(tmp_path), "data.sources[0]")
+    cache = tmp_path / "cache"
+    downloads = MediaDownloads(["a.org", "127.0.0.1"], str(cache), "data.sources[0]")
     copied = Path(downloads.find(f"{address}/0.parquet"))
+    assert (cache / TAG).is_file()
     assert copied.read_bytes() == (folder / "0.parquet").read_bytes()
     downloads.find(f"{address}/0.parquet")
     assert Handler.sent == ["0.parquet"]
