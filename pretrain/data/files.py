@@ -108,7 +108,7 @@ def find(path: str, setting: str, suffixes: Sequence[str], kinds: str) -> list[P
         items = without_descriptions(items)
     paths = [item for item in items if isinstance(item, Path)]
     if not paths:
-        raise PretrainError(f"{path_of(setting)}{nothing}{_why_nothing(items)}")
+        raise PretrainError(f"{path_of(setting)}{nothing}{why_nothing(items)}")
     if not any(_size(path) for path in paths):
         raise PretrainError(f"{path_of(setting)}{paths[0]} is empty")
     return sorted(items, key=lambda item: item.name if isinstance(item, Skip) else str(item))
@@ -136,9 +136,9 @@ def is_about(path: Path) -> bool:
     return bool(plain) or path.name in ("dataset_infos.json", skipped.FILE)
 
 
-def _why_nothing(items: Iterable[Path | Skip]) -> str:
+def why_nothing(items: Iterable[Path | Skip]) -> str:
     """Why a folder or pattern has no files to read: the first that is damaged, or not supported,
-    or the folder of a cache."""
+    or the folder of a cache; empty if there is no such reason."""
     skips = [item for item in items if isinstance(item, Skip)]
     causes = [
         skip

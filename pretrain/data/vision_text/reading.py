@@ -226,8 +226,7 @@ def _images(folder: Path, items: Sequence[Path | Skip], setting: str) -> Iterato
     """The images of a folder, by content or name, and all other files except their captions."""
     images = {item for item in items if isinstance(item, Path) and _is_image(item)}
     if not images:
-        failed = (item for item in items if isinstance(item, Skip) and item.corrupt)
-        why = "".join(f" ({skip.name}: {skip.reason})" for skip in list(failed)[:1])
+        why = files.why_nothing(items)
         raise PretrainError(f"{setting}.path: the folder {folder} has no images in it{why}")
     captions = set(map(caption_of, images))
     for item in sorted(items, key=lambda item: str(item if isinstance(item, Path) else item.name)):

@@ -308,11 +308,15 @@ def test_a_cache_in_place_of_the_data_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, source, where="corpus/../corpus")
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.jsonl"])
-def test_the_folder_of_another_cache_is_named(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("source_type", "pattern"), [("text", ""), ("text", "**/*.jsonl"), ("images", "")]
+)
+def test_the_folder_of_another_cache_is_named(
+    tmp_path: Path, source_type: str, pattern: str
+) -> None:
     make.jsonl(tmp_path / "corpus" / "a.jsonl", range(3))
     (tmp_path / "corpus" / "CACHEDIR.TAG").touch()
-    source = SourceConfig("text", str(tmp_path / "corpus" / pattern))
+    source = SourceConfig(source_type, str(tmp_path / "corpus" / pattern))
     with pytest.raises(PretrainError, match=r"corpus: a cache \(it contains CACHEDIR\.TAG\)\)$"):
         opened(tmp_path, source)
 
