@@ -22,7 +22,7 @@ from muonclip.kernels.matrix_polynomial import (
     polynomial,
     product,
 )
-from muonclip.kernels.support import prefers_bfloat16
+from muonclip.kernels.support import multiplies_fast, prefers_bfloat16
 from muonclip.kernels.symmetric_product import unchecked_product
 from muonclip.update import cast
 
@@ -244,9 +244,10 @@ def orthogonalize(
         dtype: of the arithmetic and the result: bfloat16, float16, float32 or float64; default:
             on NVIDIA and AMD GPUs float16 for matrices of aspect ratio 1.5 or more that are neither
             small nor float64; else bfloat16 on accelerators and on CPUs that multiply faster in it
-            (those with AMX; with other instructions for bfloat16 it is measured once in a process);
+            (those with AMX; AMD's and ARM's with other instructions are timed, once in a process);
             float32 on other CPUs, on a CPU for float64 matrices, for those with a side below 64 and
             for a single one with a side below 91, and with ``form="gram"`` in place of bfloat16.
+            In 16 bits, a CPU without fast products in them multiplies in float32 and rounds.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:
@@ -319,17 +320,21 @@ def orthogonalize_(
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix is then the smaller of the two
     x = cast(_normalize_(x, eps), dtype)
+    compute = dtype
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
-        # baddbmm is a plain C++ loop for transposed 16-bit matrices on a CPU.
-        x = _contiguous(x)
+        if multiplies_fast(dtype):
+            x = _contiguous(x)  # baddbmm is a plain C++ loop for transposed 16-bit matrices
+        else:
+            compute = torch.float32
     count, n, m = x.shape
     may_use_gram = form == "auto" and dtype != torch.bfloat16
     use_gram = form == "gram" or (may_use_gram and prefers_gram(n, m, count, on_cpu=on_cpu))
-    if not use_gram and (_takes_calls(count, n, m) or has_no_blocks(x)):
+    is_whole = compute == dtype and (_takes_calls(count, n, m) or has_no_blocks(x))
+    if is_whole and not use_gram:
         x = in_passes(partial(_dense_form, schedule=schedule, scale=scale), x)
     else:
         iterate = _gram_form if use_gram else _direct_form
-        x = apply(partial(iterate, schedule=schedule, scale=scale), x)
+        x = apply(partial(iterate, schedule=schedule, scale=scale), x, compute=compute)
     return x.mT if tall else x
 
 
@@ -419,7 +424,7 @@ def _gram_form(
     A step multiplies x by p = a + b r + c r², with r = xxᵀ; r becomes p r p, and the product of
     all p is kept in q. All are polynomials of one symmetric matrix: symmetric, and they commute.
     """
-    parts = _between_restarts(schedule, _GRAM_GROWTH[x.tensor.dtype])
+    parts = _between_restarts(schedule, _GRAM_GROWTH[x.dtype])
     for number, part in enumerate(parts, start=1):
         r = unchecked_product(x, x, out=memory.gram)
         p = polynomial(r, *part[0], out=memory.polynomial)

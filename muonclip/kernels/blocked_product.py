@@ -44,11 +44,27 @@ class Matrices:
         is_symmetric: whether every matrix is symmetric, up to rounding. Products then use its
             columns in place of its transposed rows, with which MKL is up to 28% slower. (oneDNN,
             which multiplies 16-bit matrices, is equally fast with both.)
+        rounded_to: 16-bit dtype in which the CPU multiplies slowly. The matrices are float32 with
+            values of that dtype, to which products of them are rounded.
     """
 
-    def __init__(self, tensor: Tensor, *, is_symmetric: bool = False) -> None:
+    def __init__(
+        self, tensor: Tensor, *, is_symmetric: bool = False, rounded_to: torch.dtype | None = None
+    ) -> None:
         self.tensor = tensor
         self.is_symmetric = is_symmetric
+        self.rounded_to = rounded_to
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.rounded_to or self.tensor.dtype
+
+    def round_(self) -> "Matrices":
+        """Round float32 results to the dtype of the values."""
+        if self.rounded_to is not None:
+            self.tensor.copy_(self.tensor.to(self.rounded_to))
+        return self
 
     @cached_property
     def rows(self) -> list[Tensor]:
@@ -87,13 +103,16 @@ class Matrices:
         ]
 
 
-def new_squares(like: Tensor, count: int) -> list[Matrices]:
+def new_squares(like: Matrices, count: int) -> list[Matrices]:
     """Memory for symmetric products of ``like``, [b, n, k]: ``count`` times [b, n, n]."""
-    batch, n, _ = like.shape
-    line = _CACHE_LINE // like.itemsize
-    padding = 0 if n * like.itemsize % _AVOIDED_STRIDE else line
-    squares = like.new_empty(count, batch, n, n + padding)
-    return [Matrices(square, is_symmetric=True) for square in squares[..., :n]]
+    batch, n, _ = like.tensor.shape
+    itemsize = like.tensor.itemsize
+    padding = 0 if n * itemsize % _AVOIDED_STRIDE else _CACHE_LINE // itemsize
+    squares = like.tensor.new_empty(count, batch, n, n + padding)
+    return [
+        Matrices(square, is_symmetric=True, rounded_to=like.rounded_to)
+        for square in squares[..., :n]
+    ]
 
 
 def blocked_product(

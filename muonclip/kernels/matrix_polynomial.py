@@ -51,36 +51,51 @@ def in_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if not _is_eager_on_cpu(x) or len(x) == 1 or x.nbytes <= _CACHE_BYTES:
         return function(x)
-    for part in _passes(x):
+    for part in _passes(x, x.dtype):
         part.copy_(function(part))
     return x
 
 
-def _passes(x: Tensor) -> Iterator[Tensor]:
-    """Parts of [b, n, m] that a core's cache holds; at least one matrix each."""
-    count = max(1, _CACHE_BYTES // max(1, x.size(1) * x.size(2) * x.itemsize))
+def _passes(x: Tensor, compute: torch.dtype) -> Iterator[Tensor]:
+    """Parts of [b, n, m] that a core's cache holds in a dtype; at least one matrix each."""
+    count = max(1, _CACHE_BYTES // max(1, x.size(1) * x.size(2) * compute.itemsize))
     for start in range(0, len(x), count):
         yield x[start : start + count]
 
 
-def apply(function: Callable[[Matrices, Workspace], Matrices], x: Tensor) -> Tensor:
+def apply(
+    function: Callable[[Matrices, Workspace], Matrices],
+    x: Tensor,
+    *,
+    compute: torch.dtype,
+) -> Tensor:
     """Apply a function that overwrites its argument to each matrix of [b, n, m].
 
     On a CPU, in place, on as many matrices at a time as a core's cache holds, and in the same
     memory for all, whose views of blocks are used again.
+
+    Args:
+        function: of matrices and memory for its intermediate results.
+        x: [b, n, m].
+        compute: dtype to compute in, with every result rounded to that of ``x``.
     """
+    rounded_to = None if compute == x.dtype else x.dtype
     if torch.compiler.is_compiling():
         x = x.contiguous()  # torch.compile supports no other memory for results
     if not _is_eager_on_cpu(x):
-        return function(Matrices(x), Workspace(Matrices(torch.empty_like(x)))).tensor
+        values = Matrices(x.to(compute), rounded_to=rounded_to)
+        spare = Matrices(torch.empty_like(values.tensor), rounded_to=rounded_to)
+        return function(values, Workspace(spare)).tensor.to(x.dtype)
     memory: Workspace | None = None
-    for part in _passes(x):
+    for part in _passes(x, compute):
+        values = Matrices(part.to(compute), rounded_to=rounded_to)
         if memory is None or memory.spare.tensor.shape != part.shape:
-            memory = Workspace(Matrices(torch.empty_like(part)), *new_squares(part, 4))
+            spare = Matrices(torch.empty_like(values.tensor), rounded_to=rounded_to)
+            memory = Workspace(spare, *new_squares(spare, 4))
         spare = memory.spare
-        result = function(Matrices(part), memory)
-        if result is spare:
-            part.copy_(spare.tensor)
+        result = function(values, memory)
+        if result.tensor is not part:
+            part.copy_(result.tensor)
         memory.spare = spare
     return x
 
@@ -104,11 +119,11 @@ def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) 
     if c:
         matrix = unchecked_product(r, r, c=r, alpha=c, beta=b, out=out)
     elif out is None:
-        matrix = Matrices(values * b)
+        matrix = Matrices(values * b, rounded_to=r.rounded_to).round_()
     else:
         torch.mul(values, b, out=out.tensor)
-        matrix = out
-    if values.dtype in (torch.bfloat16, torch.float16) or values.size(1) <= SMALL_SIDE:
+        matrix = out.round_()
+    if r.dtype in (torch.bfloat16, torch.float16) or values.size(1) <= SMALL_SIDE:
         return Polynomial(a, matrix)
     matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(a)
     return Polynomial(0.0, matrix)
@@ -117,13 +132,13 @@ def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) 
 def as_matrix(p: Polynomial, out: Matrices | None) -> Matrices:
     """A copy of the polynomial as one matrix."""
     if out is None:
-        matrix = Matrices(p.matrix.tensor.clone())
+        matrix = Matrices(p.matrix.tensor.clone(), rounded_to=p.matrix.rounded_to)
     else:
         out.tensor.copy_(p.matrix.tensor)
         matrix = out
     if p.constant:
         matrix.tensor.diagonal(dim1=-2, dim2=-1).add_(p.constant)
-    return matrix
+    return matrix.round_()
 
 
 def product(s: Matrices, p: Polynomial, out: Matrices | None) -> Matrices:
@@ -142,5 +157,6 @@ def multiply_(p: Polynomial, x: Matrices, factor: float, out: Matrices) -> Matri
     else:
         if factor != 1:
             matrix.mul_(factor)
+            p.matrix.round_()
         torch.bmm(matrix, values, out=out.tensor)
-    return out
+    return out.round_()

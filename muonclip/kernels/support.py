@@ -8,19 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# bfloat16 must be worth its rounding. Known processors are far from this: 0.5, or 2 and more.
+# bfloat16 must be worth its rounding. Known processors are far from this: 2 and more.
 _LEAST_SPEEDUP = 1.25
 # A product of a size at which instructions take the time, for each thread, and its repetitions.
 _TIMED_SIDE, _TIMED_ROUNDS = 256, 8
 
 
-def _constant(question: Callable[[], _T]) -> Callable[[], _T]:
+def _constant(question: Callable[_P, _T]) -> Callable[_P, _T]:
     """Let ``torch.compile`` treat the result as a constant, because it cannot trace the function.
 
     This is ``torch.compiler.assume_constant_result`` without importing torch._dynamo, which takes
@@ -63,28 +65,54 @@ def cpu_threads() -> int:
 def prefers_bfloat16() -> bool:
     """Whether the CPU multiplies matrices in bfloat16 faster than in float32.
 
-    It needs instructions for that, which torch uses by oneDNN. With AMX it is faster. With
-    AVX512-BF16 or those of ARM it depends on the processor (twice as fast on AMD's Zen 4, half as
-    fast on an Intel Xeon whose AMX is hidden) and is measured, once in a process, in tens of ms.
+    With AMX it does. With AVX512-BF16 or the instructions of ARM it depends on the processor (AMD's
+    Zen 4 is twice as fast) and is measured, once in a process, in tens of ms.
     """
     return _prefers_bfloat16()
 
 
 @functools.cache
 def _prefers_bfloat16() -> bool:
+    return _multiplies_fast(torch.bfloat16) and (
+        _has_instructions("_is_amx_tile_supported") or _bfloat16_speedup() >= _LEAST_SPEEDUP
+    )
+
+
+@_constant
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether the CPU has fast instructions for products of matrices in bfloat16 or float16.
+
+    Without them it is 1.7 (AVX512-BF16 of Intel) to 36 times (AVX2) as fast to multiply in float32
+    and to round the result. Not measured here, so that results have the same bits in every run.
+    """
+    return _multiplies_fast(dtype)
+
+
+@functools.cache
+def _multiplies_fast(dtype: torch.dtype) -> bool:
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
     if not (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        # False too where ONEDNN_MAX_CPU_ISA excludes AVX-512.
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # False too where ONEDNN_MAX_CPU_ISA excludes the instructions. True on other processors,
+        # where oneDNN converts to float32 in each product.
+        and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
     ):
         return False
+    if dtype == torch.float16:  # AVX512-FP16 takes as long as float32
+        return _has_instructions("_is_amx_fp16_supported")
     if _has_instructions("_is_amx_tile_supported"):
         return True
+    # AVX512-BF16 takes twice as long as float32 on an Intel Xeon whose AMX is hidden.
     is_arm = platform.machine().lower() in ("arm64", "aarch64")
-    # On others oneDNN also supports it where it converts to float32 in each product.
-    return (is_arm or _has_instructions("_is_avx512_bf16_supported")) and (
-        _bfloat16_speedup() >= _LEAST_SPEEDUP
-    )
+    return is_arm or (_has_instructions("_is_avx512_bf16_supported") and not _is_intel())
+
+
+def _is_intel() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = platform.processor()
+    return "GenuineIntel" in text
 
 
 def _has_instructions(question: str) -> bool:

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from muonclip.kernels import support
 from muonclip.orthogonalize import default_ns_dtype
 
 detect = support._prefers_bfloat16.__wrapped__  # before a fixture replaces it
+detect_fast = support._multiplies_fast.__wrapped__
 # Both choices: whether the processor has bfloat16 products, and the dtype.
 CHOICES = [(False, torch.float32), (True, torch.bfloat16)]
 # Roundings of a relative 2^-24 or 2^-9, which five steps, and the Gram form, magnify.
@@ -44,37 +46,37 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
+AVX512 = {"_is_avx512_bf16_supported": True}
+AMX = {"_is_amx_tile_supported": True}
+
+
 @pytest.mark.parametrize(
-    ("machine", "functions", "onednn", "speedup", "expected"),
+    ("machine", "vendor", "functions", "onednn", "speedup", "is_fast", "expected"),
     [
-        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 2.3, True),
+        ("x86_64", "AuthenticAMD", AVX512, True, 2.3, True, True),
+        ("x86_64", "AuthenticAMD", AVX512, True, 1.1, True, False),
         # Intel's, where a virtual machine hides AMX.
-        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 0.6, False),
-        ("x86_64", {"_is_avx512_bf16_supported": True}, True, 1.1, False),
-        ("aarch64", {}, True, 2.0, True),
-        ("aarch64", {}, True, 0.9, False),
+        ("x86_64", "GenuineIntel", AVX512, True, None, False, False),
+        ("aarch64", "", {}, True, 2.0, True, True),
+        ("aarch64", "", {}, True, 0.9, True, False),
         # Nothing is measured where the instructions decide.
-        ("x86_64", {"_is_amx_tile_supported": True}, True, None, True),
-        (
-            "AMD64",
-            {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": True},
-            True,
-            None,
-            True,
-        ),
+        ("x86_64", "GenuineIntel", AMX, True, None, True, True),
+        ("AMD64", "GenuineIntel", AVX512 | AMX, True, None, True, True),
         # AVX-512 and AVX2 without bfloat16: oneDNN converts to float32.
-        ("x86_64", {"_is_avx512_bf16_supported": False}, True, None, False),
-        ("x86_64", {}, True, None, False),  # a version of torch without these functions
-        ("x86_64", {"_is_avx512_bf16_supported": True}, False, None, False),
-        ("arm64", {}, False, None, False),
+        ("x86_64", "AuthenticAMD", dict.fromkeys(AVX512, False), True, None, False, False),
+        ("x86_64", "GenuineIntel", {}, True, None, False, False),  # a torch without the functions
+        ("x86_64", "AuthenticAMD", AVX512, False, None, False, False),
+        ("arm64", "", {}, False, None, False, False),
     ],
 )
 def test_the_processor_is_recognized(
     monkeypatch: pytest.MonkeyPatch,
     machine: str,
+    vendor: str,
     functions: dict[str, bool],
     onednn: bool,
     speedup: float | None,
+    is_fast: bool,
     expected: bool,
 ) -> None:
     def measure() -> float:
@@ -82,15 +84,62 @@ def test_the_processor_is_recognized(
         return speedup
 
     monkeypatch.setattr(support, "_bfloat16_speedup", measure)
+    monkeypatch.setattr(support, "_multiplies_fast", detect_fast)
+    on_processor(monkeypatch, machine, vendor, functions, onednn)
+    assert detect_fast(torch.bfloat16) is is_fast
+    assert detect() is expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not detect_fast(torch.bfloat16)
+    assert not detect()
+
+
+@pytest.mark.parametrize(
+    ("machine", "functions", "onednn", "expected"),
+    [
+        ("x86_64", {"_is_amx_fp16_supported": True}, True, True),
+        ("x86_64", {"_is_amx_fp16_supported": True}, False, False),
+        ("x86_64", AMX | {"_is_amx_fp16_supported": False}, True, False),
+        ("x86_64", AMX | AVX512, True, False),
+        ("aarch64", {}, True, False),
+    ],
+)
+def test_fast_products_in_float16_are_recognized(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    functions: dict[str, bool],
+    onednn: bool,
+    expected: bool,
+) -> None:
+    on_processor(monkeypatch, machine, "", functions, onednn)
+    assert detect_fast(torch.float16) is expected
+
+
+def on_processor(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    vendor: str,
+    functions: dict[str, bool],
+    onednn: bool,
+) -> None:
+    """Let torch and Python describe a processor."""
     known = {name: (lambda value=value: value) for name, value in functions.items()}
     monkeypatch.setattr(torch, "cpu", SimpleNamespace(**known))
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    ops = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: onednn)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id: {vendor}")
+    names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+    ops = SimpleNamespace(**dict.fromkeys(names, lambda: onednn))
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert detect() is expected
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert detect() is False
+
+
+@pytest.mark.parametrize("name", ["Intel64 Family 6 Model 207 Stepping 2, GenuineIntel", "arm", ""])
+def test_the_vendor_is_recognized_without_proc(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def absent(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    monkeypatch.setattr(platform, "processor", lambda: name)
+    assert support._is_intel() is name.endswith("GenuineIntel")
 
 
 def test_products_are_timed_whatever_modes_of_torch_are_on(
@@ -258,6 +307,77 @@ def test_a_given_dtype_has_the_same_bits_in_every_run(
         results.append(update(shape, dtype))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 300),
+    st.integers(1, 600),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.sampled_from(["quintic", "you", "cubic"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_products_in_float32_are_rounded_as_those_in_16_bits(
+    count: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    coefficients: Any,
+    given_in: torch.dtype,
+    transposed: bool,
+    seed: int,
+) -> None:
+    """A given dtype has its rounding on CPUs without fast products in it too, and no more."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(count, n, m, generator=generator).to(given_in)
+    matrices = matrices.mT if transposed else matrices
+    exact = torch.stack(
+        [reference.orthogonalize(matrix, coefficients=coefficients) for matrix in matrices]
+    )
+    errors = []
+    for is_fast in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(support, "_multiplies_fast", lambda dtype, is_fast=is_fast: is_fast)
+            result = orthogonalize(matrices, dtype=dtype, coefficients=coefficients)
+        assert result.dtype == dtype
+        assert result.is_contiguous()
+        errors.append(((result.double() - exact).norm() / exact.norm()).item())
+    assert max(errors) < (0.2 if dtype == torch.bfloat16 else 0.05)
+    if n * m > 1000:  # an average of many roundings
+        assert max(errors) < (0.03 if dtype == torch.bfloat16 else 0.01)
+        assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 300, 200), (1, 96, 96)], ids=str)
+def test_products_in_float32_are_not_more_exact_than_asked(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Every product is rounded: the whole in float32, rounded once, would be far more exact."""
+    matrices = random(*shape)
+    once = orthogonalize(matrices, dtype=torch.float32).to(dtype).double()
+    monkeypatch.setattr(support, "_multiplies_fast", lambda dtype: False)
+    exact = torch.stack([reference.orthogonalize(matrix) for matrix in matrices])
+    error = (orthogonalize(matrices, dtype=dtype).double() - exact).norm()
+    assert error > 2 * (once - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 40, 120), (1, 320, 320)], ids=str)
+def test_products_in_float32_compile(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(support, "_multiplies_fast", lambda dtype: False)
+    function: Any = torch.compile(
+        lambda x: orthogonalize(x, dtype=dtype), backend="aot_eager", fullgraph=True
+    )
+    matrices = random(*shape)
+    result, expected = function(matrices), orthogonalize(matrices, dtype=dtype)
+    assert result.dtype == dtype
+    assert (result - expected).double().norm() < ERROR[torch.bfloat16] * expected.double().norm()
 
 
 def test_a_saved_default_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,16 @@ from torch._subclasses import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muonclip import orthogonalize, update_scale
-from muonclip.kernels import blocked_product, matrix_polynomial
+from muonclip.kernels import blocked_product, matrix_polynomial, support
 from muonclip.orthogonalize import COEFFICIENTS, CoefficientName, Form, coefficient_steps
 
 module = importlib.import_module("muonclip.orthogonalize")  # the function has its name
+
+
+@pytest.fixture(params=[True, False], ids=["products in 16 bits", "products in float32"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has fast products in 16 bits, and one that has not."""
+    monkeypatch.setattr(support, "_multiplies_fast", lambda dtype: request.param)
 
 
 def matrix_with(singular_values: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +33,7 @@ def matrix_with(singular_values: Tensor, n: int, m: int) -> tuple[Tensor, Tensor
     return left @ singular_values.diag() @ right.mT, left, right
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 32), (2, 32, 64), (300, 200), (2, 3, 200, 100)], ids=str)
 def test_results_are_contiguous(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -57,6 +64,7 @@ def test_one_step_is_the_polynomial_of_the_table() -> None:
     assert torch.allclose(result, expected, atol=1e-12)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48), (1, 16)])
 def test_agrees_with_torch_to_rounding(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -139,6 +147,7 @@ def test_scale_free(exponent: int, seed: int) -> None:
     assert torch.allclose(base, scaled, atol=1e-9)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("shape", [(3, 5, 11), (0, 5, 11), (3, 100, 200), (0, 100, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_transpose_commutes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -150,6 +159,7 @@ def test_transpose_commutes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.allclose(result, expected, atol=1e-5 if dtype == torch.float32 else 0.01)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_zero_stays_zero_and_input_is_untouched(dtype: torch.dtype) -> None:
     """Also where input and arithmetic share a dtype, and an in-place division would show."""

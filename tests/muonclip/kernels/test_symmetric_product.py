@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from muonclip.kernels import blocked_product
 from muonclip.kernels import symmetric_product as module
-from muonclip.kernels.blocked_product import new_squares
+from muonclip.kernels.blocked_product import Matrices, new_squares
 from muonclip.kernels.dense_product import dense
 from muonclip.kernels.support import allows_tf32, has_triton
 from muonclip.kernels.symmetric_product import (
@@ -97,7 +97,7 @@ def test_products_of_symmetric_matrices(
         mock.patch.object(blocked_product, "block_rows", lambda n, dtype: rows),
         mock.patch.object(module, "choose_backend", lambda a: backend),
     ):
-        a, b, c, out = new_squares(torch.empty(batch, n, 1, dtype=dtype), 4)
+        a, b, c, out = new_squares(Matrices(torch.empty(batch, n, 1, dtype=dtype)), 4)
         for target, values in zip((a, b, c), (*factors, factors[0]), strict=True):
             target.tensor.copy_((values + values.mT) / 2)
         summand, beta = (c, 0.75) if with_c else (None, 0.0)
