@@ -14,9 +14,10 @@ from posttrain.environment.core import Task
 from posttrain.environment.markup import TOKENS
 from posttrain.modes import Mode
 from posttrain.rewards.text import edit_distance_reward
-from posttrain.run import Run, replace_text
+from posttrain.run import Run
 from posttrain.toggle import Toggle
 from pretrain.errors import PretrainError
+from pretrain.runtime import atomic
 from pretrain.runtime.progress import Progress, counted
 
 _BUDGETS = "budgets.json"
@@ -168,7 +169,7 @@ def set_budgets(run: Run, practices: Sequence[Practice]) -> None:
         if practice.toggle is not None and practice.name not in state:
             _estimate(run, practice, practice.toggle)
             state[practice.name] = practice.toggle.state_dict()
-            replace_text(file, json.dumps(state))
+            atomic.write_text(file, json.dumps(state))
 
 
 def read_budgets(file: Path, practices: Sequence[Practice]) -> dict[str, dict[str, float]]:

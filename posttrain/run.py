@@ -18,7 +18,7 @@ from pretrain.config import to_dict
 from pretrain.data import Data
 from pretrain.errors import PretrainError
 from pretrain.metrics import Record
-from pretrain.runtime import stopping
+from pretrain.runtime import atomic, stopping
 from pretrain.runtime.metrics_writer import AppendedFile
 from pretrain.runtime.progress import duration
 from pretrain.runtime.run_lock import RunLock
@@ -106,7 +106,7 @@ class Run:
         record = {"step": step, **found}
         self.write(record)
         name = "transcriptions.json" if step else "transcriptions_before.json"
-        replace_text(self.folder / name, json.dumps(readings))
+        atomic.write_text(self.folder / name, json.dumps(readings))
         self.say(f"held out after step {step}: {' | '.join(metrics.cells(found)) or 'no data'}")
         return record
 
@@ -195,7 +195,7 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} contains a run with another {', '.join(changed)}: choose another run_dir, "
             "or remove that folder"
         )
-    replace_text(file, json.dumps(settings, indent=2) + "\n")
+    atomic.write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _has_content(path: Path) -> bool:
@@ -208,18 +208,6 @@ def _is_json(file: Path) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return True
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file, completely or not at all: a full disk does not damage an earlier one.
-
-    Raises:
-        PretrainError: it cannot be written.
-    """
-    partial = file.with_name(f"{file.name}.partial")
-    with writing(str(file)):
-        partial.write_text(text)
-        partial.replace(file)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

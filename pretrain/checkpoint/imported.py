@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain import untrusted_files
 from pretrain.errors import PretrainError
+from pretrain.runtime import atomic
 
 _FILE = "imported.json"
 _MAX_BYTES = 16 << 20
@@ -58,8 +59,4 @@ class ImportedSettings:
         Raises:
             PretrainError: the file cannot be written.
         """
-        file = run_dir / _FILE
-        try:
-            file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PretrainError(f"cannot write {file}: {error.strerror}") from error
+        atomic.write_text(run_dir / _FILE, json.dumps(asdict(self), indent=1) + "\n")

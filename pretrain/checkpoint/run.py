@@ -24,6 +24,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import PretrainError
 from pretrain.model.weights import Weight
 from pretrain.parallel import call_on_all_ranks
+from pretrain.runtime import atomic
 from pretrain.runtime.faults import Guard, RollBack
 
 # Settings that determine the model and its data, and may not change when a run is resumed.
@@ -304,17 +305,11 @@ def write_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
         PretrainError: there is a different one, or the file cannot be written.
     """
     path = run_dir / "tokenizer.json"
-    partial = path.with_suffix(".partial")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _require_same_tokenizer(tokenizer, path)
+        return
+    with atomic.written(path) as partial:
         tokenizer.save(partial)
-        if not path.exists():
-            partial.rename(path)
-        else:
-            _require_same_tokenizer(tokenizer, path)
-        partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise PretrainError(f"cannot write {path}: {error}") from error
 
 
 def _require_same_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

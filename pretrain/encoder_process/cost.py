@@ -23,6 +23,7 @@ from pretrain.model.geometry import MERGE
 from pretrain.model.projector import VisionTower
 from pretrain.model.vision import Grid, num_features, observers_disabled
 from pretrain.model.weights import vision_weights
+from pretrain.runtime import atomic
 
 Grids = Sequence[Grid]
 
@@ -174,13 +175,7 @@ def _measure(tower: VisionTower, cache: Path | None, seconds: float, max_patches
     model = fit_cost(flops, time_packs(tower, seconds=seconds, max_patches=max_patches))
     if cache is not None:
         stored = {"setting": setting, "model": dataclasses.asdict(model)}
-        partial = cache.with_suffix(".partial")
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(stored, indent=1) + "\n")
-            partial.rename(cache)  # a killed run leaves no half file
-        except OSError as error:
-            raise PretrainError(f"cannot write {cache}: {error.strerror}") from error
+        atomic.write_text(cache, json.dumps(stored, indent=1) + "\n")
     return model
 
 

@@ -24,6 +24,7 @@ from pretrain.model.initialize import initialize
 from pretrain.model.names import named_tensors
 from pretrain.model.projector import VisionTower
 from pretrain.model.weights import vision_weights
+from pretrain.runtime import atomic
 from pretrain.runtime.progress import counted
 from pretrain.runtime.run_lock import RunLock
 
@@ -128,7 +129,8 @@ def import_hf(source: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Imp
             keep=1,
         )
         imported.write(run_dir)
-        _write_text(run_dir / "config.yaml", f"# Made of {name}.\n{yaml_core.dump(values)}")
+        text = f"# Made of {name}.\n{yaml_core.dump(values)}"
+        atomic.write_text(run_dir / "config.yaml", text)
     return Imported(config, notes)
 
 
@@ -170,13 +172,6 @@ def _tensors(
             "size with vision.num_layers=…, vision.hidden_size=… and so on"
         )
     return tensors, notes
-
-
-def _write_text(file: Path, text: str) -> None:
-    try:
-        file.write_text(text)
-    except OSError as error:
-        raise PretrainError(f"cannot write {file}: {error.strerror}") from error
 
 
 def _context_length(hf_config: Mapping[str, Any]) -> int:

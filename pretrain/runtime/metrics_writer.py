@@ -17,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pretrain.errors import one_line
 from pretrain.metrics import read, scalars
+from pretrain.runtime import atomic
 from pretrain.runtime.output import warn
 from pretrain.runtime.terminal import Terminal, held_out_line
 
@@ -142,7 +143,7 @@ class MetricsWriter:
         activity: returns what the run is doing, for the live view.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError, PretrainError: the folder cannot be written.
     """
 
     def __init__(
@@ -164,9 +165,7 @@ class MetricsWriter:
         kept = [record for record in records if record["step"] <= done] if done else []
         if not done and records and records[-1]["step"] > 0:
             self._set_aside(records[-1]["step"])
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.rename(self.path)
+        atomic.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = AppendedFile(self.path)
         self._board = TensorBoardFile(run_dir / "tensorboard", done + 1)
         self._wandb = wandb() if wandb is not None else None

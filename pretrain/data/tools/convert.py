@@ -26,6 +26,7 @@ from pretrain.data.sources.tokens import TokenDocuments
 from pretrain.data.tools import parquet, shards
 from pretrain.data.tools.recognize import yaml_of
 from pretrain.errors import PretrainError
+from pretrain.runtime import atomic
 from pretrain.runtime.progress import Progress
 
 # Tokens that are copied at once.
@@ -65,17 +66,15 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
     documents, duplicates = without_duplicates([one.open(composer) for one in sources], data)
     skips = [skip for one in documents for skip in one.skips]
     skips += duplicates.skips() if duplicates else []
-    counts = []
-
-    def write(folder: Path) -> None:
+    with atomic.written(out) as folder:
+        folder.mkdir()
         tokenizer.save(folder / "tokenizer.json")
+        counts = []
         for one in documents:
             assert isinstance(one, TokenDocuments)
             counts.append(_write_tokens(folder / f"source{one.source.number}", one))
         if skips:
             skipped.write(folder / skipped.FILE, skips)
-
-    shards.in_new_folder(out, write)
     if duplicates:
         yield duplicates.summary()
     if skips:
@@ -156,18 +155,13 @@ def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
                 f"{source.setting}: {source.location} ({source.config.type}) has no images with "
                 "captions: only sources of images are converted to shards; leave the source out"
             )
-    found: list[tuple[dict[str, int], list[Skip]]] = []
-
-    def write(folder: Path) -> None:
-        records = (record for source in sources for record in _records(source))
-        where = ", ".join(source.location for source in sources)
-        result = shards.write(records, where, folder, per_shard, data.held_out)
-        found.append(result)
-        if result[1]:
-            skipped.write(folder / skipped.FILE, result[1])
-
-    shards.in_new_folder(out, write)
-    ((counts, skips),) = found
+    records = (record for source in sources for record in _records(source))
+    where = ", ".join(source.location for source in sources)
+    with atomic.written(out) as folder:
+        folder.mkdir()
+        counts, skips = shards.write(records, where, folder, per_shard, data.held_out)
+        if skips:
+            skipped.write(folder / skipped.FILE, skips)
     yield from _skipped(skips, out)
     yield f"{counts['train']:,} images to train on and {counts['val']:,} held out"
     yield yaml_of([{"type": "energon", "path": str(out)}])
@@ -201,8 +195,8 @@ def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
     entries: list[dict[str, Any]] = []
     lines: list[str] = []
     skips: list[Skip] = []
-
-    def write(folder: Path) -> None:
+    with atomic.written(out) as folder:
+        folder.mkdir()
         for source in sources:
             assert isinstance(source, IndexedSource)
             split = source.config.split
@@ -230,8 +224,6 @@ def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
                     entries.append(_entry(type, files, source) | {"split": part})
         if skips:
             skipped.write(folder / skipped.FILE, skips)
-
-    shards.in_new_folder(out, write)
     yield from _skipped(skips, out)
     yield from lines
     yield yaml_of(entries)

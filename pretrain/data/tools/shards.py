@@ -1,12 +1,9 @@
 """Write a folder of images and captions as WebDataset shards for megatron-energon."""
 
 import io
-import shutil
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import yaml
 
@@ -21,9 +18,8 @@ from pretrain.data.vision_text import reading
 from pretrain.data.vision_text.document import Mixed
 from pretrain.data.vision_text.layouts import Names
 from pretrain.errors import PretrainError
+from pretrain.runtime import atomic
 from pretrain.runtime.progress import counted
-
-T = TypeVar("T")
 
 # Energon's names of the splits.
 _PARTS = {"train": "train", "held_out": "val"}
@@ -55,25 +51,9 @@ def make_shards(
         raise PretrainError(f"{folder} is not a folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainError(f"{out} exists already: choose a new folder for the shards")
-    return in_new_folder(
-        out, lambda made: write(_records(folder), str(folder), made, per_shard, held_out)
-    )
-
-
-def in_new_folder(out: Path, write: Callable[[Path], T]) -> T:
-    """Write a folder under a temporary name next to it, and rename it: it is never incomplete."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}-partial-"))
-        try:
-            partial.chmod(0o755)
-            result = write(partial)
-            partial.rename(out)
-            return result
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise PretrainError(f"cannot write {out}: {error.strerror or error}") from error
+    with atomic.written(out) as partial:
+        partial.mkdir()
+        return write(_records(folder), str(folder), partial, per_shard, held_out)
 
 
 def write(
