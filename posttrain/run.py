@@ -21,7 +21,7 @@ from pretrain.metrics import Record
 from pretrain.runtime import atomic, stopping
 from pretrain.runtime.metrics_writer import AppendedFile
 from pretrain.runtime.progress import duration
-from pretrain.runtime.run_lock import RunLock
+from pretrain.runtime.run_lock import RunLock, require_folder
 from pretrain.runtime.stopping import Termination
 
 _CHECKPOINTS = "checkpoints"
@@ -85,17 +85,12 @@ class Run:
             PretrainError: metrics.jsonl was deleted, alone or with the folder, or another job has
                 taken the folder.
         """
-        if self._metrics.deleted:
-            raise PretrainError(
-                f"{self.folder}/metrics.jsonl was deleted during the run: it ends after step "
-                f"{step}, without saving; start it again, which continues from its newest "
-                "checkpoint if there is one"
-            )
-        if self.lock.lost:
-            raise PretrainError(
-                f"another job has taken run_dir={self.folder} since its run.lock was deleted: "
-                f"this one ends after step {step}, without saving"
-            )
+        require_folder(
+            self.config.run_dir,
+            step,
+            metrics_deleted=self._metrics.deleted,
+            lock_lost=self.lock.lost,
+        )
 
     def say(self, text: str) -> None:
         print(text, flush=True)

@@ -27,7 +27,7 @@ from pretrain.runtime.metrics_writer import MetricsWriter
 from pretrain.runtime.output import warn
 from pretrain.runtime.profiler import Profiler
 from pretrain.runtime.progress import Progress
-from pretrain.runtime.run_lock import RunLock
+from pretrain.runtime.run_lock import RunLock, require_folder
 from pretrain.runtime.stopping import Termination
 from pretrain.runtime.stragglers import StepClock
 from pretrain.runtime.terminal import held_out_line
@@ -197,16 +197,7 @@ def _agree_on_end(
     save_failed, lock_lost, deleted, signal = parallel.max_over_ranks(
         saver.failed(), run_lock is not None and run_lock.lost, writer.deleted, termination.signal
     )
-    if deleted:
-        raise PretrainError(
-            f"{writer.path} was deleted during the run: it ends at step {step}, without saving; "
-            "start it again, which continues from its newest checkpoint if there is one"
-        )
-    if lock_lost:
-        raise PretrainError(
-            f"another job has taken run_dir={config.run_dir} since its run.lock was deleted: "
-            f"this one ends at step {step}, without saving"
-        )
+    require_folder(config.run_dir, step, metrics_deleted=bool(deleted), lock_lost=bool(lock_lost))
     if save_failed:
         saver.wait()  # raises the error
     return signal

@@ -121,6 +121,26 @@ class RunLock:
                     return
 
 
+def require_folder(run_dir: str, step: int, *, metrics_deleted: bool, lock_lost: bool) -> None:
+    """End a run after a step if its folder is not its own any more.
+
+    Raises:
+        PretrainError: metrics.jsonl was deleted, alone or with the folder, or another job has
+            taken the folder.
+    """
+    if metrics_deleted:
+        raise PretrainError(
+            f"{run_dir}/metrics.jsonl was deleted during the run: it ends after step {step}, "
+            "without saving; start it again, which continues from its newest checkpoint if there "
+            "is one"
+        )
+    if lock_lost:
+        raise PretrainError(
+            f"another job has taken run_dir={run_dir} since its run.lock was deleted: this one "
+            f"ends after step {step}, without saving"
+        )
+
+
 def _content(path: Path) -> dict[str, Any] | None:
     """The owner of a lock; None if it is free, {} if the file cannot be parsed."""
     try:
