@@ -180,11 +180,9 @@ class RlConfig(Settings):
                 name != "follow" or task.toggle.mode == "off",
                 "tasks.follow.toggle has no effect: budgets are of single replies",
             )
-            for setting in ("images", "solved_share") if name != "read" else ():
-                value = getattr(task, setting)
-                require(
-                    value is None or value == getattr(RlTaskConfig(), setting),
-                    f"tasks.{name}.{setting}={value} has no effect: it is a setting of read",
+            if name != "read":
+                task._refuse_without_effect(
+                    f"the task {name}", ("images", "solved_share"), f"tasks.{name}."
                 )
 
 
@@ -309,13 +307,13 @@ class Config(Settings):
                 raise PretrainError(
                     f"the section {name} has no effect in `posttrain {command}`: remove it"
                 )
-        for name in ("redundant_share", "skipping_share") if command != "sft" else ():
-            value = getattr(self.sums, name)
-            if value != getattr(SumsConfig(), name):
-                raise PretrainError(
-                    f"sums.{name}={value} has no effect in `posttrain {command}`, which has no "
-                    "demonstrations of sums: remove it"
+        if command != "sft":
+            try:
+                self.sums._refuse_without_effect(
+                    f"`posttrain {command}`", ("redundant_share", "skipping_share"), "sums."
                 )
+            except ValueError as error:
+                raise PretrainError(str(error)) from error
         if command == "swarm" and self.rl.tasks != RlConfig().tasks:
             raise PretrainError("rl.tasks has no effect in `posttrain swarm`: remove it")
         for name in ("steps", "save_every") if "rl" in used else ():

@@ -116,9 +116,12 @@ class Settings:
     def _check(self) -> None:
         """Refuse combinations of settings; overridden by sections that have such rules."""
 
-    def _refuse_without_effect(self, choice: str, names: Iterable[str]) -> None:
+    def _refuse_without_effect(self, choice: str, names: Iterable[str], section: str = "") -> None:
         """Refuse settings that are neither at their defaults nor null, if a choice disables
         them.
+
+        Args:
+            section: precedes the names in the message, with a dot.
 
         Raises:
             WithoutEffectError: names the first of them.
@@ -131,8 +134,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value != defaults[name]:
                 raise WithoutEffectError(
-                    f"{name}={shortened(value)} has no effect with {choice}: leave it out, or set "
-                    "null"
+                    f"{section}{name}={shortened(value)} has no effect with {choice}: leave it "
+                    "out, or set null"
                 )
 
     def _refuse_others(self, name: str) -> None:

@@ -336,7 +336,10 @@ def test_evaluation_of_a_model_without_images(
             ("rl.prompts=50", "rl.tasks.read={problems: 3, solved_share: null}"),
             r"3 different problems .* fewer than .* or raise rl\.tasks\.read\.problems",
         ),
-        (("sums.redundant_share=0.1",), "redundant_share=0.1 has no effect in `posttrain rl`"),
+        (
+            ("sums.redundant_share=0.1",),
+            "sums.redundant_share=0.1 has no effect with `posttrain rl`",
+        ),
         (("model=/nowhere",), "/nowhere"),
         (
             ("rl.tasks.read.images=[data.images.max_ink=3]",),
@@ -353,7 +356,10 @@ def test_evaluation_of_a_model_without_images(
         (("rl.tasks.read.shared=1",), "unknown configuration key 'rl.tasks.read.shared'"),
         (("rl.tasks.read=1",), "rl.tasks.read must be a mapping"),
         (("rl.tasks.follow.toggle.mode=toggle",), "rl.tasks.follow.toggle has no effect"),
-        (("rl.tasks.sort.solved_share=0.5",), "solved_share=0.5 has no effect"),
+        (
+            ("rl.tasks.sort.solved_share=0.5",),
+            "rl.tasks.sort.solved_share=0.5 has no effect with the task sort",
+        ),
         (("rl.tasks.read={max_tokens: 60, problems: 8}",), "reads 64 tokens, which leave [1-9]"),
         (("rl.tasks.read.solved_share=1",), r"solved_share must be in \[0, 1\)"),
         (("rl.tasks.read={}", "rl.tasks.count_shapes={}"), "does not know the mode thinking"),
