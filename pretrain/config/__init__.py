@@ -11,6 +11,7 @@ from pretrain.config.loading import from_dict as from_dict
 from pretrain.config.loading import load as load
 from pretrain.config.loading import load_as as load_as
 from pretrain.config.loading import merge as merge
+from pretrain.config.loading import sources_yaml as sources_yaml
 from pretrain.config.loading import to_dict as to_dict
 from pretrain.config.loading import with_overrides as with_overrides
 from pretrain.config.rules import describe as describe

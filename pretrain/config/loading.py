@@ -7,7 +7,7 @@ import os
 import re
 import string
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ import yaml
 from pretrain import untrusted_files
 from pretrain.config import rules, yaml_core
 from pretrain.config.rules import PathRule, Settings, WithoutEffectError
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, SourceConfig
 from pretrain.errors import PretrainError
 
 S = TypeVar("S", bound=Settings)
@@ -370,3 +370,22 @@ def _expand(path: str, key: str) -> str:
 def escape_path(path: str) -> str:
     """Spell a path for a configuration file, such that :func:`load` returns it unchanged."""
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def sources_yaml(entries: Iterable[Mapping[str, Any]], tokenizer: str = "") -> str:
+    """A configuration of data, as YAML.
+
+    Args:
+        entries: the settings of each source; a field that is the default is left out.
+        tokenizer: path of their tokenizer; empty: left out.
+    """
+    lines = ["data:"]
+    if tokenizer:
+        lines.append(f"  {yaml_core.dump_line({'tokenizer': escape_path(tokenizer)})[1:-1]}")
+    lines.append("  sources:")
+    for entry in entries:
+        shown = {**entry, "path": escape_path(entry["path"])}
+        if entry.get("field") == SourceConfig.field:
+            del shown["field"]
+        lines.append(f"    - {yaml_core.dump_line(shown)}")
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config, DataConfig, sources_yaml
 from pretrain.data import data_config, megatron_format, skipped
 from pretrain.data.composer import Composer
 from pretrain.data.duplicates import without_duplicates
@@ -24,7 +24,6 @@ from pretrain.data.sources.megatron import MegatronSource
 from pretrain.data.sources.splits import held_out_below
 from pretrain.data.sources.tokens import TokenDocuments
 from pretrain.data.tools import parquet, shards
-from pretrain.data.tools.recognize import yaml_of
 from pretrain.errors import PretrainError
 from pretrain.runtime import atomic
 from pretrain.runtime.progress import Progress
@@ -89,7 +88,7 @@ def to_megatron(config: Config, out: Path, workers: int) -> Iterator[str]:
         )
         for one in documents
     ]
-    yield yaml_of(entries, str(out / "tokenizer.json"))
+    yield sources_yaml(entries, str(out / "tokenizer.json"))
 
 
 def _write_tokens(prefix: Path, documents: TokenDocuments) -> tuple[int, int]:
@@ -164,7 +163,7 @@ def to_shards(config: Config, out: Path, per_shard: int) -> Iterator[str]:
             skipped.write(folder / skipped.FILE, skips)
     yield from _skipped(skips, out)
     yield f"{counts['train']:,} images to train on and {counts['val']:,} held out"
-    yield yaml_of([{"type": "energon", "path": str(out)}])
+    yield sources_yaml([{"type": "energon", "path": str(out)}])
 
 
 def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
@@ -226,7 +225,7 @@ def to_parquet(config: Config, out: Path, per_shard: int) -> Iterator[str]:
             skipped.write(folder / skipped.FILE, skips)
     yield from _skipped(skips, out)
     yield from lines
-    yield yaml_of(entries)
+    yield sources_yaml(entries)
 
 
 def _check_records(data: DataConfig, per_shard: int) -> None:

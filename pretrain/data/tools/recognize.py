@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pretrain.config import escape_path
-from pretrain.config.yaml_core import dump_line
+from pretrain.config import sources_yaml
 from pretrain.data import conversations, files, saved_datasets, tables
 from pretrain.data.media import pixels, video
 from pretrain.data.media.frames import Media
@@ -42,7 +41,6 @@ _MOST_HOSTS = 3
 _SAMPLED = 20
 _SUFFIXES = (*files.with_compressed((*files.JSON_LINES, *files.PLAIN)), *tables.SUFFIXES)
 _DESCRIBING = (*files.with_compressed(files.JSON_LINES), *tables.SUFFIXES, ".csv", ".tsv")
-_DEFAULT = {"field": "text"}
 # Names of a column of captions in public data sets, the most likely ones first.
 _CAPTIONS = (
     *("text", "caption", "captions", "texts", "description", "alt_text", "alt", "prompt"),
@@ -90,19 +88,7 @@ def configuration(path: str) -> str:
             "rename it"
         )
     found = _at_url(path) if is_url(path) else recognize(path)
-    return f"# {one_line(path)}: {one_line(found.description)}\n{yaml_of(found.entries)}"
-
-
-def yaml_of(entries: Iterable[Entry], tokenizer: str = "") -> str:
-    """The configuration of sources, and of their tokenizer if it is given."""
-    lines = ["data:"]
-    if tokenizer:
-        lines.append(f"  {dump_line({'tokenizer': escape_path(tokenizer)})[1:-1]}")
-    lines.append("  sources:")
-    for entry in entries:
-        used = {name: value for name, value in entry.items() if _DEFAULT.get(name) != value}
-        lines.append(f"    - {dump_line(used | {'path': escape_path(used['path'])})}")
-    return "\n".join(lines)
+    return f"# {one_line(path)}: {one_line(found.description)}\n{sources_yaml(found.entries)}"
 
 
 def recognize(path: str) -> Recognized:
