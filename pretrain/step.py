@@ -87,32 +87,11 @@ def train_step(
         **by_source("source_losses", sums),
         "grad_norm": norm.item(),
         "lr": run.config.optimizer.lr * factor,
-        **run.step_metrics.gather(micro_batches, clipped, moved),
-        **_encoder_balance(run),
+        **run.step_metrics.gather(micro_batches, clipped, moved, run.encoder),
         "tokens": run.config.global_batch_size * run.config.data.seq_length,
         "skipped_steps": guard.skipped,
         "empty_steps": guard.empty,
         "skipped_batches": guard.skipped_batches,
-    }
-
-
-def _encoder_balance(run: Run) -> dict[str, float]:
-    """Metrics of the images' assignment to the ranks of all groups; the same on every rank."""
-    encoder = run.encoder
-    balance, least, oversized = encoder.balance, encoder.balance_lower_bound, encoder.oversized
-    if encoder.num_groups > 1:
-        options: Any = {"dtype": torch.float64, "device": run.context.device}
-        largest = torch.tensor([balance, least], **options) * encoder.mean_load
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        means = torch.tensor([encoder.mean_load, oversized], **options)
-        dist.all_reduce(means)
-        mean, per_group = (means / run.context.world_size).tolist()
-        balance, least = (largest / mean).tolist() if mean else (1.0, 1.0)
-        oversized = round(per_group * encoder.num_groups)
-    return {
-        "encoder_balance": balance,
-        "encoder_least_balance": least,
-        "encoder_oversized": oversized,
     }
 
 

@@ -21,6 +21,7 @@ from muonclip.distributed import ShardedState
 from muonclip.precision import get_master
 from pretrain.config import Config
 from pretrain.encoder_process.cost import analytic_cost
+from pretrain.encoder_process.encoder import ColocatedEncoder, EncoderProcess
 from pretrain.model.load_balancing import LoadBalancing
 from pretrain.model.multimodal import MicroBatch
 from pretrain.parallel import ParallelContext
@@ -221,7 +222,11 @@ class StepMetrics:
         return self._update_rms.after_step(self._context.device)
 
     def gather(
-        self, micro_batches: Sequence[MicroBatch], clipped: Sequence[ClipResult], updates: Tensor
+        self,
+        micro_batches: Sequence[MicroBatch],
+        clipped: Sequence[ClipResult],
+        updates: Tensor,
+        encoder: EncoderProcess | ColocatedEncoder,
     ) -> dict[str, Any]:
         """The metrics of a step, the same on every rank; a collective call of all ranks.
 
@@ -230,9 +235,10 @@ class StepMetrics:
             clipped: QK-Clip's results of the language model (none on a pipeline stage without
                 layers) and of the encoder.
             updates: the result of :meth:`after_update`.
+            encoder: has the images' assignment to ranks, which all ranks of its group share.
         """
         *language, vision = clipped
-        maxima = self._local_maxima(language, vision)
+        maxima = self._local_maxima(language, vision, encoder)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         # Data- and context-parallel ranks clip the same heads of the language model.
         same_heads = self._context.data_size * self._context.context_size
@@ -244,21 +250,21 @@ class StepMetrics:
         balance = torch.zeros_like(flops)
         if self._load_balancing is not None:
             balance = self._load_balancing.total
-        local = torch.stack([heads_clipped, flops, balance])
+        assigned = flops.new_tensor([encoder.mean_load, encoder.oversized])
+        local = torch.stack([heads_clipped, flops, balance, *assigned])
         of_sources = self._local_source_tokens(micro_batches).to(local)
         sums = torch.cat([local, updates.flatten(), routed, of_sources])
         dist.all_reduce(sums)
 
-        *logits, memory = maxima.tolist()
+        *logits, memory, load, least_load = maxima.tolist()
         layers = self._num_layers[0]
         max_logits = [_rounded(value) for value in logits]
-        sizes = [3, updates.numel(), routed.numel(), of_sources.numel()]
+        sizes = [local.numel(), updates.numel(), routed.numel(), of_sources.numel()]
         counts, squares, tokens, of_sources = torch.split(sums.cpu(), sizes)
         self.source_tokens += of_sources.long()
-        (num_clipped, encoder_flops, balance), tokens = (
-            counts.tolist(),
-            tokens.view(self._moe_shape),
-        )
+        num_clipped, encoder_flops, balance, total_load, oversized = counts.tolist()
+        tokens, ranks = tokens.view(self._moe_shape), self._context.world_size
+        mean_load = total_load / ranks
         model_flops = self._tokens * self._flops_per_token + encoder_flops
         return {
             "max_logit": max(logits),
@@ -276,6 +282,9 @@ class StepMetrics:
                 if entries
             },
             "memory_gib": memory,
+            "encoder_balance": load / mean_load if mean_load else 1.0,
+            "encoder_least_balance": least_load / mean_load if mean_load else 1.0,
+            "encoder_oversized": round(oversized * encoder.num_groups / ranks),
             "model_flops": FORWARD_AND_BACKWARD * model_flops,
             **({"source_tokens": self.source_tokens.tolist()} if len(of_sources) else {}),
         }
@@ -298,15 +307,22 @@ class StepMetrics:
             "dropped_tokens": self._assignments * len(loads) - round(float(tokens.sum())),
         }
 
-    def _local_maxima(self, language: Sequence[ClipResult], vision: ClipResult) -> Tensor:
-        """[language layers + vision layers + 1]: max logits by layer, and peak memory in GiB."""
+    def _local_maxima(
+        self,
+        language: Sequence[ClipResult],
+        vision: ClipResult,
+        encoder: EncoderProcess | ColocatedEncoder,
+    ) -> Tensor:
+        """[language layers + vision layers + 3] float64: max logits by layer, peak memory in GiB,
+        and the largest load of the encoder on a rank of this rank's group, and its lower bound."""
         layers, vision_layers = self._num_layers
-        device = self._context.device
-        maxima = torch.full((layers + vision_layers + 1,), -torch.inf, device=device)
+        options: Any = {"dtype": torch.float64, "device": self._context.device}
+        maxima = torch.full((layers + vision_layers + 3,), -torch.inf, **options)
         for result in language:
-            maxima[self._layers] = _by_layer(result)
-        maxima[layers:-1] = _by_layer(vision)
-        maxima[-1] = peak_memory_gib(device)
+            maxima[self._layers] = _by_layer(result).double()
+        maxima[layers:-3] = _by_layer(vision)
+        loads = [encoder.mean_load * x for x in (encoder.balance, encoder.balance_lower_bound)]
+        maxima[-3:] = maxima.new_tensor([peak_memory_gib(self._context.device), *loads])
         return maxima
 
     def _encoder_flops(self, micro_batches: Sequence[MicroBatch]) -> float:
