@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain.config import TASK_NAMES
 from pretrain.metrics import METRICS as OF_PRETRAINING
-from pretrain.metrics import Metric, Record, read_lines
+from pretrain.metrics import Metric, Record, step_records
 
 METRICS = {
     "loss": Metric("loss", ".4f", "loss"),
@@ -140,11 +140,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     An evaluation adds to the record of its step. After resuming from a checkpoint, steps are
     recorded again, and later records of the interrupted run are dropped.
+
+    Raises:
+        PretrainError: see :func:`pretrain.metrics.step_records`.
     """
     records: list[dict[str, Any]] = []
-    for record in read_lines(path):
-        if type(record.get("step")) is not int:
-            continue
+    for record in step_records(path, METRICS):
         while records and records[-1]["step"] > record["step"]:
             records.pop()
         if records and records[-1]["step"] == record["step"]:

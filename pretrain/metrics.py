@@ -7,7 +7,7 @@ before training. A value is null if there was nothing to measure.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +91,11 @@ METRICS = {
     ),
 }
 
+# These have a list of values, of sources or layers.
+_LISTS = {
+    *("source_losses", "source_tokens", "held_out_source_losses"),
+    *("language_max_logits", "vision_max_logits", "expert_loads"),
+}
 HELD_OUT = (
     "held_out_text_loss",
     "held_out_caption_loss",
@@ -138,7 +143,7 @@ def read_run(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     """The records of a run's metrics.jsonl and of its starts.jsonl.
 
     Raises:
-        PretrainError: the folder contains no run.
+        PretrainError: the folder contains no run, or a metric is damaged.
     """
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
@@ -151,25 +156,55 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     After resuming from an earlier checkpoint, steps are recorded again: the later record counts,
     and earlier records of the same and of later steps are dropped.
+
+    Raises:
+        PretrainError: see :func:`step_records`.
     """
     records: list[dict[str, Any]] = []
-    for record in read_lines(path):
-        if type(record.get("step")) is int:
-            while records and records[-1]["step"] >= record["step"]:
-                records.pop()
-            records.append(record)
+    for record in step_records(path):
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
     return records
+
+
+def step_records(path: Path, known: Mapping[str, Metric] = METRICS) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl that have a step, in the order of the file.
+
+    Raises:
+        PretrainError: a known metric is not a number, or not a list of numbers.
+    """
+    for number, record in _objects(path):
+        if type(record.get("step")) is not int:
+            continue
+        for name, value in record.items():
+            if name in known and not _has_type(name, value, known[name]):
+                raise PretrainError(
+                    f"{path}, line {number}: {name} cannot be {value!r:.80}: correct the line, "
+                    "or remove it"
+                )
+        yield record
+
+
+def _has_type(name: str, value: Any, metric: Metric) -> bool:
+    types = int if metric.format.endswith("d") else (int, float)
+    if name in _LISTS and value is not None:
+        return isinstance(value, list) and all(x is None or isinstance(x, types) for x in value)
+    return value is None or isinstance(value, types)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; incomplete lines of killed runs are left out."""
-    objects = []
+    return [value for _, value in _objects(path)]
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """:func:`read_lines`, with the number of each line."""
     if path.is_file():  # reading a pipe could block forever
-        for line in path.read_text(errors="replace").splitlines():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
-                objects.append(value)
-    return objects
+                yield number, value
