@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.errors import PretrainError
+from pretrain.model.geometry import PATCHES_PER_TOKEN
 from pretrain.model.megatron_config import check_planned
 from pretrain.plan.flops import step_flops
 from pretrain.plan.memory import step_memory
@@ -34,9 +35,9 @@ def plan(
 
     Raises:
         PretrainError: the configuration does not fit the processes, kernels or options cannot be
-            used on any machine, or a number is not above 0.
+            used on any machine, a number is not above 0, or an image is larger than a sequence.
     """
-    _check(processes, patches_per_image)
+    _check(config, processes, patches_per_image)
     check_planned(config)
     ranks = ranks_of(config, processes)
     images = images_per_step(config, patches_per_image)
@@ -83,9 +84,10 @@ def fit(
         the smallest that do ``not_fit``.
 
     Raises:
-        PretrainError: a number is not above 0, or no layout is possible with these processes.
+        PretrainError: a number is not above 0, an image is larger than a sequence, or no layout is
+            possible with these processes.
     """
-    _check(processes, patches_per_image, memory_gib)
+    _check(config, processes, patches_per_image, memory_gib)
     processes = config.parallel.min_world_size if processes is None else processes
     images = images_per_step(config, patches_per_image)
     fitting, closest = find_layouts(config, images, memory_gib * 2**30, processes)
@@ -103,11 +105,20 @@ def fit(
 
 
 def _check(
-    processes: int | None, patches_per_image: int | None, memory_gib: float | None = None
+    config: Config,
+    processes: int | None,
+    patches_per_image: int | None,
+    memory_gib: float | None = None,
 ) -> None:
-    """Refuse numbers that are not above 0."""
+    """Refuse numbers that are not above 0, and images that are larger than a sequence."""
     for name, value in (("processes", processes), ("image-patches", patches_per_image)):
         if value is not None and value <= 0:
             raise PretrainError(f"{name} must be > 0, not {value}")
+    length = config.data.seq_length
+    if patches_per_image is not None and patches_per_image > length * PATCHES_PER_TOKEN:
+        raise PretrainError(
+            f"image-patches must be at most {length * PATCHES_PER_TOKEN}, as a sequence has "
+            f"seq_length={length} tokens of {PATCHES_PER_TOKEN} patches, not {patches_per_image}"
+        )
     if memory_gib is not None:
         check_memory(memory_gib)

@@ -136,6 +136,7 @@ def test_the_first_line_of_a_plan_has_all_parallel_sizes(
         (["parallel.pipeline=62", "parallel.layout=null"], "is more than language.num_layers=61"),
         (["--processes", "0"], "processes must be > 0, not 0"),
         (["--image-patches", "0"], "image-patches must be > 0, not 0"),
+        (["--image-patches", "99999"], "image-patches must be at most 16384, as a sequence"),
         (["--memory", "0"], "memory must be a finite number of GiB > 0, not 0"),
         (["--fit", "nan"], "memory must be a finite number of GiB > 0, not nan"),
         (["--memory", "80", "--json"], "--json compares with no device: leave --memory out"),
