@@ -275,6 +275,9 @@ def sample(
                 "damaged by a diverged training; give an earlier checkpoint with --step, or train "
                 "again with a lower optimizer.lr"
             )
+        if model.tokenizer.media_pad >= 0:
+            # A generated image would have no features.
+            forward.logits[model.tokenizer.media_pad] = -torch.inf
         token = sample_token(forward.logits, temperature, top_p, generator)
         if token == model.tokenizer.eos or (ask and token == model.tokenizer.im_end):
             break

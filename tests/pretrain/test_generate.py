@@ -34,6 +34,8 @@ class Generated(NamedTuple):
             of the same model with scaled positions.
         pieces: the generated pieces of text, for several options.
         greedy: the text of the most probable tokens.
+        first, without_images: that of the first token, from the model and from one for which image
+            placeholders are more probable.
         document: a video, an image and the prompt as the model reads them.
         commands: exit status, output and errors of the command line: with an image, and with a
             video and an image.
@@ -44,6 +46,8 @@ class Generated(NamedTuple):
     logits: list[tuple[Tensor, Tensor]]
     pieces: list[list[str]]
     greedy: str
+    first: str
+    without_images: list[str]
     document: Document
     commands: list[tuple[int, str, str]]
     errors: list[str]
@@ -120,7 +124,10 @@ def generate_all(folder: str, image: str) -> Generated:
         for name in ("missing.png", "broken.png", "half.png", "folder.png")
     }
     document = generate.compose(model, PROMPT, media)
-    model.language.output_layer.weight.data[7] = torch.nan
+    weight = model.language.output_layer.weight.data
+    weight[model.tokenizer.media_pad] = 10 * weight[tokens[0]]
+    without_images = list(generate.sample(model, PROMPT, images, max_tokens=1, temperature=0.0))
+    weight[7] = torch.nan
     errors += [_error(model, PROMPT, temperature=value) for value in (0.0, 1.0)]
     parallel.stop()
     commands = []
@@ -138,6 +145,8 @@ def generate_all(folder: str, image: str) -> Generated:
         logits=[plain, scaled],
         pieces=pieces,
         greedy=model.tokenizer.decode(tokens),
+        first=model.tokenizer.decode(tokens[:1]),
+        without_images=without_images,
         document=document,
         commands=commands,
         errors=errors,
@@ -173,6 +182,10 @@ def test_text_is_streamed_and_samples_repeat_with_their_seed(generated: Generate
     assert "".join(greedy) == "".join(tiny_top_p) == generated.greedy
     assert len(greedy) > 3, "text is yielded in pieces"
     assert sampled == again != other_seed
+
+
+def test_image_placeholders_are_not_generated(generated: Generated) -> None:
+    assert generated.first == "".join(generated.without_images) != ""
 
 
 def test_command_line_prints_the_text(generated: Generated) -> None:
