@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks import runner
-from pretrain.runtime import without_transformer_engine
+from pretrain.runtime import output, without_transformer_engine
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> None:
     commands.add_parser("readme", help="update the tables in benchmarks/README.md")
     options, rest = parser.parse_known_args(arguments)
 
+    lines: list[str] = []
     if options.command == "run":
         runner.run(options.name, benchmark(options.name), rest)
     elif rest:
@@ -70,15 +71,17 @@ def main(arguments: list[str]) -> None:
             parser.error(f"no stored result of {options.name}: run it first")
         for file in files:
             try:
-                print(runner.table(benchmark(options.name), file))
+                lines.append(runner.table(benchmark(options.name), file))
             except (OSError, ValueError, KeyError, TypeError):
                 parser.error(f"{file} is not a stored result of {options.name}")
     elif options.command == "readme":
         README.write_text(with_tables(README.read_text()))
     else:
         width = max(map(len, names()))
-        for name in names():
-            print(f"{name:{width}}  {summary(name)}")
+        lines = [f"{name:{width}}  {summary(name)}" for name in names()]
+    with output.ending_with_reader():
+        for line in lines:
+            print(line)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
@@ -411,16 +410,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(output.durable())
             stack.enter_context(stopping.on_signals())
             stack.enter_context(stopping.end_with_launcher())
-        try:
-            exit_status = _run(command, options)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return exit_status
-        except BrokenPipeError:  # as in `pretrain settings | head`
-            if training:  # not standard output, which durable() handles
-                raise
-            output.discard(sys.stdout)
-            return stopping.status(signal.SIGPIPE)
+        else:
+            stack.enter_context(output.ending_with_reader())
+        return _run(command, options)
 
 
 def _prepare_megatron() -> None:

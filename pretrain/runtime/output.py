@@ -4,9 +4,12 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from pretrain.runtime import stopping
 
 # The reader of the pipe, or the terminal, is closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
@@ -67,6 +70,19 @@ def durable() -> Iterator[None]:
                 stream.flush()
             except (OSError, ValueError):
                 discard(stream)
+
+
+@contextlib.contextmanager
+def ending_with_reader() -> Iterator[None]:
+    """Context that ends the process without a traceback when the program that reads standard output
+    has ended, as in `pretrain settings | head`."""
+    open_closed()
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+        raise SystemExit(stopping.status(signal.SIGPIPE)) from None
 
 
 def open_closed() -> None:

@@ -32,10 +32,16 @@ def test_closed_and_full_outputs_are_ignored(redirection: str, tmp_path: Path) -
     assert "Error" not in ended.stderr and "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["settings", "plan configs/laptop.yaml"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain settings", "pretrain plan configs/laptop.yaml", "pretrain data inspect README.md",
+        "posttrain settings", "benchmarks list", "benchmarks table coefficients",
+    ],
+)  # fmt: skip
 def test_commands_end_quietly_if_their_reader_has_ended(command: str) -> None:
     ended = subprocess.run(
-        ["bash", "-c", f'"$0" -u -m pretrain {command} | true', sys.executable],
+        ["bash", "-c", f'"$0" -u -m {command} | true', sys.executable],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     # torch's build for CUDA warns where it finds CUDA but no GPU.
