@@ -28,6 +28,8 @@ def opening(run: Run, done: int) -> str:
     dep = "on" if config.encoder_process.enabled else "off"
     sources = run.data.describe()
     start = f"resuming after step {done}" if done else "starting at step 0"
+    if done >= config.steps:
+        start = f"nothing is left to train after step {done}: to continue, raise steps"
     if not done and config.start_from:
         start += f" with the weights of {config.start_from}"
     lines = [

@@ -1,5 +1,7 @@
 """A run depends on configuration and seed, not on processes, DEP, or interruptions."""
 
+import contextlib
+import io
 import os
 import random
 import shutil
@@ -202,6 +204,24 @@ def test_a_run_resumes_with_other_parallel_sizes(
     assert [record["step"] for record in back] == list(range(6, 16))
     for mine, reference in zip(back, uninterrupted[6:], strict=True):
         assert_same(mine, reference, "loss", "grad_norm", "max_logit")
+
+
+def _train_and_print(*arguments: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        training.train_and_read(*arguments)
+    return output.getvalue()
+
+
+def test_a_run_with_more_steps_says_that_nothing_is_left(
+    folder: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    last = Path("checkpoints", "step-00000015")
+    shutil.copytree(folder / "whole" / last, folder / "ended" / last)
+    settings = (str(folder), f"run_dir={folder}/ended", *MOVING)
+    for steps, said in ((10, True), (15, True), (16, False)):
+        (output,) = launch(_train_and_print, 1, *settings, f"steps={steps}")
+        assert ("nothing is left to train after step 15: to continue, raise " in output) == said
+        assert ("resuming after step 15" in output) != said
 
 
 SCALED = (
