@@ -186,11 +186,11 @@ def _special_folder(root: Path) -> Recognized | None:
     """
     if (root / ".nv-meta").is_dir():
         return _found("shards for megatron-energon", "energon", root)
-    paths = [path for path in itertools.islice(root.rglob("*"), 10_000) if path.is_file()]
+    items = itertools.islice(files.walk(root, ("",), "files"), 10_000)
+    paths = sorted(item for item in items if isinstance(item, Path))
     names = {path.name for path in paths}
     if any(f"{name[:-4]}.bin" in names for name in names if name.endswith(".idx")):
         return _tokens(root, paths)
-    paths = sorted(path for path in paths if not path.name.startswith("."))
     images = [path for path in paths if files.ends_with(path, pixels.suffixes())]
     kind = reading.kind_of(root, paths)
     if kind == "metadata":

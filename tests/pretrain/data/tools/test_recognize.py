@@ -25,6 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from pyarrow import feather, ipc, orc, parquet
 
 from pretrain import cli
+from pretrain.data.cache import TAG
 from pretrain.data.tools.recognize import configuration, recognize
 from pretrain.errors import PretrainError
 from tests.pretrain.data import make
@@ -570,6 +571,16 @@ def test_other_layouts_of_a_folder_are_named(tmp_path: Path) -> None:
     )
     (tmp_path / "c.jsonl").unlink()
     assert "differ" not in recognize(str(tmp_path)).description
+
+
+def test_caches_and_hidden_folders_are_not_looked_into(tmp_path: Path) -> None:
+    """As when a source is read."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    megatron(tmp_path / "cache")
+    megatron(tmp_path / ".hidden")
+    assert recognize(str(tmp_path)).entries[0]["type"] == "megatron"
+    (tmp_path / "cache" / TAG).touch()
+    assert recognize(str(tmp_path)).entries[0]["type"] == "text"
 
 
 def test_names_that_a_configuration_cannot_contain(tmp_path: Path) -> None:
