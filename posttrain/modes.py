@@ -35,7 +35,6 @@ class Mode(NamedTuple):
 CHAT_MODES = ("instant", "thinking")
 """Modes of the chat format: a reply begins without reasoning, or with it."""
 END_OF_THINKING = "</think>"
-_BATCH = 256
 
 
 def chat_template(exported: Exported) -> str:
@@ -128,9 +127,16 @@ def answer_tasks(
 
 def longest_prompt(exported: Exported, mode: Mode, tasks: Sequence[Task]) -> int:
     """Tokens of the longest prompt of tasks; 0 without tasks."""
-    batches = (tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH))
-    inputs = (_inputs(exported, mode, *_asked(batch)) for batch in batches)
-    return max((one["input_ids"].shape[1] for one in inputs), default=0)
+    longest = 0
+    for task in tasks:
+        (prompt,), (images,) = _asked([task])
+        text = _text_of(exported, mode, prompt)
+        length = len(exported.hf_tokenizer(text, add_special_tokens=False)["input_ids"])
+        for image in images:  # one token in the text, and several for the model
+            medium = {"type": "image", "image": image}
+            length += exported.processor.image_processor.media_tokens_calculator(medium) - 1
+        longest = max(longest, length)
+    return longest
 
 
 def _asked(tasks: Sequence[Task]) -> tuple[list[Messages], list[list[Image.Image]]]:
@@ -150,25 +156,27 @@ def _inputs(
     images: Sequence[Sequence[Image.Image]],
 ) -> Any:
     """The model's inputs, padded on the left; arguments as of :func:`answer`."""
-    texts = [
-        exported.hf_tokenizer.apply_chat_template(
-            prompt,
-            chat_template=mode.template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **mode.options,
-        )
-        for prompt in prompts
-    ]
     shown = {"images": [list(some) for some in images]} if any(images) else {}
     return exported.processor(
-        text=texts,
+        text=[_text_of(exported, mode, prompt) for prompt in prompts],
         padding=True,
         padding_side="left",
         add_special_tokens=False,
         return_tensors="pt",
         **shown,
     )
+
+
+def _text_of(exported: Exported, mode: Mode, prompt: Messages) -> str:
+    """A conversation as a text that the response continues."""
+    text: str = exported.hf_tokenizer.apply_chat_template(
+        prompt,
+        chat_template=mode.template,
+        add_generation_prompt=True,
+        tokenize=False,
+        **mode.options,
+    )
+    return text
 
 
 def _text(text: str) -> dict[str, str]:
