@@ -66,6 +66,10 @@ class SumsConfig(Settings):
         )
 
 
+SHARES_OF_DEMONSTRATIONS = ("redundant_share", "skipping_share")
+"""The settings of sums that only supervised finetuning has a use for."""
+
+
 @dataclass(frozen=True)
 class SftConfig(Settings):
     """Supervised finetuning on text alone, which teaches the modes of the chat template."""
@@ -310,7 +314,7 @@ class Config(Settings):
         if command != "sft":
             try:
                 self.sums._refuse_without_effect(
-                    f"`posttrain {command}`", ("redundant_share", "skipping_share"), "sums."
+                    f"`posttrain {command}`", SHARES_OF_DEMONSTRATIONS, "sums."
                 )
             except ValueError as error:
                 raise PretrainError(str(error)) from error

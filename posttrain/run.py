@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from posttrain import evaluate, metrics, report
-from posttrain.config import Config
+from posttrain.config import SHARES_OF_DEMONSTRATIONS, Config
 from posttrain.model import TRAINED, Exported, save, writing
 from pretrain.config import to_dict
 from pretrain.data import Data
@@ -182,6 +182,9 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
         raise PretrainError(
             f"{folder} contains something else than a run of posttrain: choose another run_dir"
         )
+    if settings["command"] != "sft" and isinstance(started.get("sums"), dict):
+        # They have no effect in the other commands, which did not always refuse them.
+        started["sums"] |= {name: settings["sums"][name] for name in SHARES_OF_DEMONSTRATIONS}
     changed = [
         name for name in settings if name not in _FREE and started.get(name) != settings[name]
     ]

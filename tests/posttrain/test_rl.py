@@ -420,6 +420,23 @@ def test_a_folder_with_another_run_is_refused(text_export: Path, tmp_path: Path)
         rl.train(settings(tmp_path, text_export, "optimizer.lr=0.5"))
 
 
+@pytest.mark.parametrize(("name", "resumes"), [("redundant_share", True), ("largest", False)])
+def test_a_setting_of_sums_without_effect_does_not_keep_an_earlier_run_from_resuming(
+    text_export: Path, tmp_path: Path, name: str, resumes: bool
+) -> None:
+    chosen = settings(tmp_path, text_export)
+    with pytest.raises(PretrainError, match="needs a model with images"):
+        rl.train(chosen)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    file = tmp_path / "run" / "config.json"
+    started = json.loads(file.read_text())
+    started["sums"][name] = 0
+    file.write_text(json.dumps(started))
+    refused = "needs a model with images" if resumes else "contains a run with another sums"
+    with pytest.raises(PretrainError, match=refused):
+        rl.train(chosen)
+
+
 def copied(export: Path, folder: Path) -> str:
     return str(shutil.copytree(export, folder))
 
