@@ -154,10 +154,11 @@ def _in_folder(folder: Path, setting: str) -> list[Path | Skip]:
         return [folder / CAPTIONS, *_unnamed([folder / CAPTIONS], paths)]
     if kind == "metadata":
         described = sorted(item for item in paths if item.name in METADATA)
-        for one, other in itertools.pairwise(described):
-            if one.parent == other.parent:
+        first: dict[Path, Path] = {}  # in each folder
+        for item in described:
+            if (one := first.setdefault(item.parent, item)) is not item:
                 raise PretrainError(
-                    f"{setting}.path: {one} and {other.name} describe the same images: remove one"
+                    f"{setting}.path: {one} and {item.name} describe the same images: remove one"
                 )
         names = [item.parent.name for item in described]
         if len(names) > 1 and all(map(is_split, names)):

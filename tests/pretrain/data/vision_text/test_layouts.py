@@ -524,8 +524,11 @@ def test_metadata_in_csv_have_no_value_that_would_be_lost(tmp_path: Path) -> Non
     assert reasons(read(tmp_path))[-1] == "not CSV: unexpected end of data"
 
 
-def test_two_descriptions_of_a_folder_are_not_both_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("subfolder", ["a", "metadata.d"])  # sorted before both, and between them
+def test_two_descriptions_of_a_folder_are_not_both_read(tmp_path: Path, subfolder: str) -> None:
     (name,) = make.pictures(tmp_path, 1)
+    (tmp_path / subfolder).mkdir()
+    make.jsonl(tmp_path / subfolder / "metadata.jsonl", [{"file_name": "other.png", "text": "b"}])
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},a\n")
     make.jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "a"}])
     with pytest.raises(PretrainError, match=r"metadata\.csv and metadata\.jsonl describe the same"):
