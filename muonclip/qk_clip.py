@@ -520,11 +520,14 @@ class QKClip:
             return heads
         if not is_dtensor(query.weight):
             return None
-        has_rows = torch.isin(query.rows.cpu(), local_indices(query.weight, query.dim)).all(1)
-        first = int(has_rows.int().argmax())
-        if not (has_rows.sum() == num_heads == has_rows[first : first + num_heads].sum()):
-            return None
-        return slice(heads.start + first, heads.start + first + num_heads)
+        # FSDP2 may have sharded the weight again since the forward pass used it.
+        for first_axis in range(query.weight.device_mesh.ndim):
+            rows = local_indices(query.weight, query.dim, first_axis)
+            has_rows = torch.isin(query.rows.cpu(), rows).all(1)
+            first = int(has_rows.int().argmax())
+            if has_rows.sum() == num_heads == has_rows[first : first + num_heads].sum():
+                return slice(heads.start + first, heads.start + first + num_heads)
+        return None
 
     def _record(
         self, name: str, heads: slice, largest: Tensor, bounds: Tensor, unbiased: Tensor

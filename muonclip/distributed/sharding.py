@@ -317,8 +317,14 @@ def local_shard(tensor: Tensor) -> TensorShard:
     )
 
 
-def local_indices(tensor: DTensor, dim: int) -> Tensor:
+def local_indices(tensor: DTensor, dim: int, first_axis: int = 0) -> Tensor:
     """The indices along a dimension of a DTensor that are on this rank, ascending.
+
+    Args:
+        tensor: the tensor.
+        dim: the dimension.
+        first_axis: of its mesh: as if the tensor were gathered over the axes before it, as FSDP2
+            does for the forward pass over its own, which come first.
 
     Raises:
         ValueError: if the tensor is a sum over ranks, or its local part has another size than its
@@ -328,7 +334,7 @@ def local_indices(tensor: DTensor, dim: int) -> Tensor:
     indices = torch.arange(tensor.size(dim), device="cpu")
     if mesh.get_coordinate() is None:  # this rank has no part of it
         return indices[:0]
-    for axis, placement in enumerate(tensor.placements):
+    for axis, placement in list(enumerate(tensor.placements))[first_axis:]:
         if placement.is_partial():
             raise ValueError(f"{_description(tensor)}: reduce it first")
         if getattr(placement, "dim", dim) % tensor.ndim != dim or placement.is_replicate():
@@ -338,7 +344,7 @@ def local_indices(tensor: DTensor, dim: int) -> Tensor:
         rank, size = mesh.get_local_rank(axis), mesh.size(axis)
         indices = torch.cat([_chunk(part, size, rank) for part in parts])
     local_shape = tuple(tensor.to_local().shape)
-    if local_shape[dim : dim + 1] != (len(indices),):
+    if first_axis == 0 and local_shape[dim : dim + 1] != (len(indices),):
         raise ValueError(
             f"{_description(tensor)}, which give this rank {len(indices)} entries of dimension "
             f"{dim}, but its local tensor has shape {local_shape}: matrices cannot be put together "

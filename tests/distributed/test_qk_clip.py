@@ -254,10 +254,11 @@ def test_fsdp2_with_master_weights() -> None:
     assert max(launch(train_both_ways, 2, (2,), True)) < 0.01
 
 
-def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
+def train_llama(sharded: bool, each: bool = False) -> tuple[list[Tensor], list[int]]:
     """A transformers model with the clip of ``integrations.transformers``, made before FSDP2.
 
-    Four ranks have two shards each of the heads and of the batch.
+    Four ranks have two shards each of the heads and of the batch. With ``each``, FSDP2 shards each
+    projection again before its result enters attention.
     """
     import transformers
 
@@ -279,6 +280,8 @@ def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
             if shape[1] > 1:
                 plan = {**columns, "self_attn.o_proj": RowwiseParallel()}
                 parallelize_module(block, mesh["tensor"], plan)
+            for projection in block.self_attn.children() if each else ():
+                fully_shard(projection, mesh=mesh["data"])
             fully_shard(block, mesh=mesh["data"])
         fully_shard(model, mesh=mesh["data"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -298,19 +301,19 @@ def train_llama(sharded: bool) -> tuple[list[Tensor], list[int]]:
     return [p.detach() for p in whole], clipped
 
 
-def train_llama_both_ways() -> float:
-    sharded, clipped = train_llama(True)
+def train_llama_both_ways(each: bool) -> float:
+    sharded, clipped = train_llama(True, each)
     whole, clipped_alone = train_llama(False)
     assert clipped == clipped_alone and sum(clipped) > 4
     return max(float((a - b).abs().max()) for a, b in zip(sharded, whole, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_fsdp2_trains_a_transformers_model(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "each"), [(2, False), (4, False), (4, True)])
+def test_fsdp2_trains_a_transformers_model(world_size: int, each: bool) -> None:
     """``qk_clip`` before sharding: the clip follows the parameters that FSDP2 replaces, and under
     tensor parallelism knows a rank's heads by their rows."""
     pytest.importorskip("transformers", minversion="5")
-    assert max(launch(train_llama_both_ways, world_size)) < 1e-6
+    assert max(launch(train_llama_both_ways, world_size, each)) < 1e-6
 
 
 def clip_under_tensor_parallelism() -> None:
