@@ -1,7 +1,6 @@
 """``for_model``: parameter groups, layouts, optimizer and QK-Clip of a model in one call."""
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -21,6 +20,7 @@ from muonclip.optimizer import MuonClip
 from muonclip.param_groups import assign_parameters, describe_assignment, group_assignments
 from muonclip.qk_clip import QKClip, check_threshold
 from muonclip.row_scaling import FROZEN, ScalingPlan
+from muonclip.warning import warn
 
 if TYPE_CHECKING:
     from muonclip.distributed.sharding import Sharding
@@ -157,7 +157,7 @@ def for_model(
         messages,
     )
     for message in messages:
-        warnings.warn(message, stacklevel=2)
+        warn(message)
     if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         report(str(optimizer.report))
     return optimizer

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -56,6 +55,7 @@ from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
 from muonclip.update import AdamWDecayMode, WeightDecayMode, is_free_to_read, may_be_nonzero
 from muonclip.variants import VariantName, neuron_state, variant_of
+from muonclip.warning import warn
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -69,8 +69,6 @@ _NOT_OPTIONS = {"params", "param_names"}
 # Like torch.compiler.disable, without importing torch._dynamo, which takes seconds, until the first
 # call. In a trace, attributes of an optimizer that are set to tensors are lost.
 _untraced = torch._compile._disable_dynamo
-# The caller of ``step``, seen from an untraced method that it calls, in levels of the stack.
-_STEP_CALLER = 7
 
 
 class MuonClip(Optimizer):
@@ -293,7 +291,6 @@ class MuonClip(Optimizer):
         super().__init__(params, defaults)
         initial = MuonClip.__init__.__kwdefaults__ or {}
         validation.check_variants(self.defaults, self.param_groups, initial)
-        self._is_constructed = True
         if qk_clip is not None:
             qk_clip.attach(self)
 
@@ -304,7 +301,6 @@ class MuonClip(Optimizer):
 
     def _reset(self) -> None:
         """Initialize the attributes that are neither saved nor copied."""
-        self._is_constructed = False
         self._warned_of_shapes = False
         self._known_shapes: list[tuple[Tensor, torch.Size]] = []
         self._known_options: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -351,8 +347,7 @@ class MuonClip(Optimizer):
             validation.check_matrix(entry, self._whole_shape(entry.param), options)
             if algorithm is None and entry.name is None and not self._warned_of_shapes:
                 self._warned_of_shapes = True
-                # At the line that constructs the optimizer, or adds the group.
-                warnings.warn(_BY_SHAPE, stacklevel=2 if self._is_constructed else 4)
+                warn(_BY_SHAPE)
 
         for algorithm, members in by_algorithm.items():
             group = {**options, "algorithm": algorithm, "updates": 0}
@@ -487,7 +482,7 @@ class MuonClip(Optimizer):
     def _update_untraced(self, work: "_Work", flags: "_Flags", is_compiled: bool) -> None:
         """The same outside torch.compile, which cannot trace messages between ranks."""
         if is_compiled:
-            warnings.warn(_NOT_COMPILED, stacklevel=_STEP_CALLER)
+            warn(_NOT_COMPILED)
         self._update(work, flags)
 
     @property
@@ -915,11 +910,10 @@ class MuonClip(Optimizer):
         groups = self.param_groups
         if any(g["updates"] for g in groups) or not any(g["params"] for g in groups):
             return
-        warnings.warn(
+        warn(
             "MuonClip's first step finds no gradient of any of its parameters and changes nothing. "
             "If the model was wrapped or sharded after constructing the optimizer, it has the old "
             "parameters: construct it afterwards",
-            stacklevel=_STEP_CALLER + 1,
         )
 
     def _warn_of_devices(self, work: "_Work") -> None:
@@ -928,11 +922,10 @@ class MuonClip(Optimizer):
             return
         devices = {local_tensor(p).device for _, params, _ in work for p in params}
         if not any(self.devices.differ_from(device) for device in devices):
-            warnings.warn(
+            warn(
                 "MuonClip's state_device and compute_device have no effect: parameters, state and "
                 f"computations are all on {' and '.join(sorted(map(str, devices)))}. Leave them "
                 "out, or give compute_device an accelerator",
-                stacklevel=_STEP_CALLER + 1,
             )
 
     # ------------------------------------------------------------------ agreement of the ranks
@@ -957,10 +950,9 @@ class MuonClip(Optimizer):
             shared = [self._shared_param(p, group) for p, group in members]
             self._owners.add(shared, groups, connected)
         elif self.shard_state and members:
-            warnings.warn(
+            warn(
                 "shard_state=True has no effect: no ranks have copies of these parameters. Pass "
                 "process_group, the ranks of DDP, or leave shard_state out",
-                stacklevel=_STEP_CALLER + 2,
             )
         self._groups, self._connected, self._plan = groups, connected, None
         self._is_changed = False
@@ -1042,7 +1034,7 @@ class MuonClip(Optimizer):
                 f"was updated. {_ADVICE}"
             )
         if any_changed or any_unplanned:
-            warnings.warn(_REPLANNED, stacklevel=_STEP_CALLER + 1)
+            warn(_REPLANNED)
 
     def _warn_of_pending(self) -> None:
         """Warn that the last step was skipped, which may be the last of all."""
@@ -1051,7 +1043,7 @@ class MuonClip(Optimizer):
         found_inf, *others = self._pending.read()
         if any(others) or (found_inf and self._raises):
             error = self._pending.error
-            warnings.warn(_PENDING + (f": {error}" if error else ""), stacklevel=4)
+            warn(_PENDING + (f": {error}" if error else ""))
 
     def _device(self) -> torch.device:
         """The device of the parameters, or that of the process group on a rank without any."""
@@ -1206,9 +1198,9 @@ class MuonClip(Optimizer):
                 self._copy_state(p, group, matched["state"][key])
         self._forget_plan()
         if rearranged:
-            warnings.warn(_REARRANGED.format("; ".join(sorted(rearranged))), stacklevel=2)
+            warn(_REARRANGED.format("; ".join(sorted(rearranged))))
         if converted:
-            warnings.warn(_CONVERTED.format("; ".join(sorted(converted))), stacklevel=2)
+            warn(_CONVERTED.format("; ".join(sorted(converted))))
         _warn_of_differences(differences)
 
     def _complete_options(self, saved: dict[str, Any], group: dict[str, Any]) -> set[str]:
@@ -1510,7 +1502,6 @@ class MuonClip(Optimizer):
         self.defaults.pop("differentiable", None)
         if "_known_shapes" not in self.__dict__:  # a copy, rather than a state that is loaded
             self._reset()
-            self._is_constructed = True
             self._remember_shapes()
         self._known_options = self._options()
         for param, entries in self.state.items():  # a copied parameter does not have the attribute
@@ -1519,7 +1510,7 @@ class MuonClip(Optimizer):
 
 def _warn_of_differences(differences: set[str]) -> None:
     if differences:
-        warnings.warn(f"the loaded state {'; it '.join(sorted(differences))}", stacklevel=3)
+        warn(f"the loaded state {'; it '.join(sorted(differences))}")
 
 
 def _copy_option(value: Any) -> Any:

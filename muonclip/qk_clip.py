@@ -14,7 +14,6 @@ is exact for each head; the report has none.
 """
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -39,6 +38,7 @@ from muonclip.row_scaling import (
     scale_on_owners,
 )
 from muonclip.update import may_be_nonzero
+from muonclip.warning import warn
 
 
 class ClipFactors(NamedTuple):
@@ -375,7 +375,7 @@ class QKClip:
         if self._inactive:
             if ("", self._inactive) not in self._warned:
                 self._warned.add(("", self._inactive))
-                warnings.warn(f"this QKClip does nothing: {self._inactive}", stacklevel=4)
+                warn(f"this QKClip does nothing: {self._inactive}")
             maxima = self._maxima.empty("cpu")
             return self._finish(maxima, torch.ones_like(maxima[0]), {})
         plan = self._checked_plan()
@@ -612,7 +612,7 @@ class QKClip:
         self._warned |= set(new.items())
         for reason in dict.fromkeys(new.values()):
             names = _enumerate([name for name in new if new[name] == reason])
-            warnings.warn(f"QK-Clip does not scale {names}: {reason}", stacklevel=5)
+            warn(f"QK-Clip does not scale {names}: {reason}")
 
     def _warn_unobserved(
         self, bounds: Tensor, plan: ScalingPlan, skipped: Mapping[str, str], *, attached: bool
@@ -642,10 +642,9 @@ class QKClip:
                 if modes == [_OTHER_ADAPTERS]:
                     remedy = "activate those that are trained before the step"
                 cause = f"it ran {' and '.join(modes)} only; {remedy}"
-            warnings.warn(
+            warn(
                 f"QK-Clip did not observe {_enumerate(missing)} before this step and cannot clip "
                 f"there: {cause}",
-                stacklevel=5,
             )
 
 
