@@ -53,7 +53,13 @@ from muonclip.precision import (
 )
 from muonclip.qk_clip import QKClip, attached_clips
 from muonclip.remainders import adopt, join
-from muonclip.update import AdamWDecayMode, WeightDecayMode, is_free_to_read, may_be_nonzero
+from muonclip.update import (
+    AdamWDecayMode,
+    WeightDecayMode,
+    is_fake,
+    is_free_to_read,
+    may_be_nonzero,
+)
 from muonclip.variants import VariantName, neuron_state, variant_of
 from muonclip.warning import warn
 
@@ -1545,6 +1551,8 @@ def _any_nonfinite(gradients: list[Tensor]) -> Tensor | None:
 
 def _any_nonfinite_of_device(gradients: list[Tensor]) -> Tensor | None:
     """``_any_nonfinite`` for gradients on one device."""
+    if is_fake(gradients[0]):
+        return None
     if is_free_to_read(gradients[0].device):
         # The fast norm may overflow for finite gradients; then they are checked one by one.
         # torch.compile warns of norm.item().

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from muonclip.remainders import split_
-from muonclip.update import is_free_to_read
+from muonclip.update import is_fake, is_free_to_read
 from muonclip.variants import neuron_state
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -104,8 +104,8 @@ def refresh_master(master: Tensor, param: Tensor) -> None:
     rounded = master.to(param.dtype).view(torch.int16)  # bits: NaN does not equal itself
     bits = param.view(torch.int16)
     # On a CPU, reading the result costs nothing and usually saves the rest.
-    is_read = is_free_to_read(param.device) and not torch.compiler.is_compiling()
-    if not (is_read and torch.equal(rounded, bits)):
+    is_read = is_free_to_read(param.device) and not is_fake(param)
+    if torch.compiler.is_compiling() or not (is_read and torch.equal(rounded, bits)):
         torch.where(rounded == bits, master, param.to(master.dtype), out=master)
 
 

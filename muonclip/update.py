@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 WeightDecayMode = Literal["decoupled", "cautious", "independent", "l2"]
 AdamWDecayMode = Literal["decoupled", "cautious"]
@@ -15,6 +16,11 @@ Scalar = float | Tensor
 def is_free_to_read(device: torch.device) -> bool:
     """Whether the host can read a tensor without waiting for the work of the tensor's device."""
     return device.type == "cpu"
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no values, as in a step that only estimates memory."""
+    return isinstance(tensor, FakeTensor)
 
 
 def may_be_nonzero(lr: Scalar | None) -> bool:

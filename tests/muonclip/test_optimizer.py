@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import muonclip.muon
-from muonclip import MatrixLayout, MuonClip
+from muonclip import MatrixLayout, MuonClip, param_groups
 
 
 def make(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -518,3 +519,19 @@ class TestLoadingAnotherModelsState:
         )
         optimizer.load_state_dict(broken)
         assert len(optimizer.state) == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_a_step_that_only_estimates_memory(nonfinite: Any, master_weights: bool) -> None:
+    """Its tensors have no values: nothing can be read."""
+    with FakeTensorMode():
+        model = nn.Linear(4, 8, dtype=torch.bfloat16)
+        optimizer = MuonClip(
+            param_groups(model), nonfinite=nonfinite, master_weights=master_weights
+        )
+        for _ in range(2):
+            model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.state[model.weight]["momentum_buffer"].shape == (8, 4)
