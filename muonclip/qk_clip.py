@@ -280,6 +280,7 @@ class QKClip:
         Raises:
             KeyError: for an unknown layer.
             ValueError: if the shape is not [heads].
+            RuntimeError: within ``torch.vmap``.
         """
         heads = self._heads_on_rank(name, max_logits.numel())
         if max_logits.ndim != 1 or heads is None:
@@ -287,6 +288,7 @@ class QKClip:
                 f"layer {name!r} has {self.layouts[name].num_heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
+        check_not_in_vmap(name)
         self._record(name, heads, max_logits, max_logits, max_logits)
 
     @torch.no_grad()
@@ -326,6 +328,7 @@ class QKClip:
         Raises:
             KeyError: for an unknown layer.
             ValueError: if the shapes disagree or do not match the layer.
+            RuntimeError: within ``torch.vmap``.
         """
         heads = None if query.ndim < 3 else self._heads_on_rank(name, query.size(-3))
         if heads is None:
@@ -336,6 +339,7 @@ class QKClip:
             )
         if self._ignores_forwards:
             return
+        check_not_in_vmap(name)
         self._track_backward(query)
         screened = screened_max_logits(
             query.detach(),
@@ -843,6 +847,20 @@ def _is_distributed() -> bool:
 def _enumerate(names: list[str], limit: int = 5) -> str:
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more layers" if more > 0 else "")
+
+
+def check_not_in_vmap(layer: str) -> None:
+    """Raise within ``torch.vmap``, whose tensors have no values that could be compared."""
+    if torch.compiler.is_compiling():  # which cannot trace the next line
+        return
+    functorch: Any = torch._C._functorch
+    transforms = functorch.get_interpreter_stack() or ()
+    if any(transform.key() == functorch.TransformType.Vmap for transform in transforms):
+        raise RuntimeError(
+            f"layer {layer!r}: QK-Clip cannot observe a forward pass within torch.vmap, as for "
+            "gradients of single samples: run the model on whole batches, or without QK-Clip "
+            "(clip.remove(); qk_clip_threshold=None of for_model)"
+        )
 
 
 def check_threshold(threshold: object, option: str = "threshold") -> None:

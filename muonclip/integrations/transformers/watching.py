@@ -19,7 +19,7 @@ from muonclip.integrations.watched_modules import (
     add_pre_hook,
     select_layers,
 )
-from muonclip.qk_clip import QKClip
+from muonclip.qk_clip import QKClip, check_not_in_vmap
 
 
 def qk_clip(
@@ -133,6 +133,7 @@ def _check_layout(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = 
     clip = None if layer is None else layer.clip()
     if layer is None or clip is None or layer.in_trial or not module.training:
         return
+    check_not_in_vmap(layer.name)
     run = partial(layer.attention_inputs, module, args, kwargs)
     if check_layout(layer.name, clip.layouts[layer.name], module, run):
         layer.end_trial()

@@ -241,6 +241,24 @@ def test_training_with_qk_clip_and_attach_stays_at_the_threshold() -> None:
     assert ends[5.0] < 12
 
 
+def test_gradients_of_single_samples_are_refused() -> None:
+    """Within torch.vmap a logit cannot be compared with the threshold."""
+    module, x = attention().float(), torch.randn(3, QUERIES, EMBED)
+
+    def loss(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(module, tensors, (x, x, x))[0]
+        return output.sum()
+
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    clip = qk_clip(module)
+    with pytest.raises(RuntimeError, match=r"QK-Clip cannot observe .* within torch\.vmap"):
+        torch.vmap(torch.func.grad(loss), (None, 0))(tensors, x)
+    with pytest.raises(RuntimeError, match=r"QK-Clip cannot observe .* within torch\.vmap"):
+        torch.vmap(lambda maxima: clip.observe("", maxima))(torch.ones(2, HEADS))
+    torch.func.grad(loss)(tensors, x[0])
+    assert clip.step().upper_bounds[""].isfinite().all()
+
+
 def test_unsupported_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="0: add_bias_kv adds a key without a projection"):
         attention_layouts(nn.ModuleList([nn.MultiheadAttention(4, 2, add_bias_kv=True)]))

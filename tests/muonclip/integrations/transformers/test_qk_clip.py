@@ -957,6 +957,20 @@ class TestTrial:
         assert clip.step().num_clipped == 8
 
 
+def test_gradients_of_single_samples_are_refused() -> None:
+    model = make_model("separate")
+    qk_clip(model)
+
+    def loss(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+        inputs = {"input_ids": ids[None], "labels": ids[None]}
+        output: Tensor = torch.func.functional_call(model, tensors, (), inputs).loss
+        return output
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"QK-Clip cannot observe .* within torch\.vmap"):
+        torch.vmap(torch.func.grad(loss), (None, 0))(tensors, batch()["input_ids"])
+
+
 def test_errors_of_watch() -> None:
     model = make_model("separate")
     clip = QKClip(attention_layouts(model))
