@@ -214,28 +214,35 @@ def _gains_per_head(
     sizes = [gain.numel() if isinstance(gain, Tensor) else 0 for gain in gains]
     if sizes == [heads * head_dim, groups * head_dim]:
         return norms
-    bound = math.nan
-    if sizes == [head_dim, head_dim] and all(type(gain) is nn.Parameter for gain in gains):
-        # Before its gain, a normalized vector is at most √d long.
-        query_gain, key_gain = (_largest_gain(norm, head_dim) for norm in norms)
-        bound = head_dim * getattr(module, "scaling", head_dim**-0.5) * query_gain * key_gain
-    raise _normalized(name, bound)
+    longest_query, longest_key = (_longest(norm, head_dim) for norm in norms)
+    scale = getattr(module, "scaling", head_dim**-0.5)
+    raise _normalized(name, scale * longest_query * longest_key)
 
 
 def _normalized(name: str, bound: float = math.nan) -> NormalizedAttentionError:
-    here = "" if math.isnan(bound) else f", here to {bound:.3g} (d · scale · largest gains)"
+    here = "" if math.isnan(bound) else f", here to {bound:.3g}, with the present gains"
     return NormalizedAttentionError(
-        f"{name} normalizes queries and keys after their projection, with one gain for all heads: "
-        "QK-Clip cannot scale a single head there and does not need to, because the norm bounds "
-        f'the logits{here}. Leave such layers out: exclude="{name}", or a pattern of their names',
+        f"{name} normalizes queries and keys after their projection: QK-Clip cannot scale a single "
+        f"head there and does not need to, because the norm bounds the logits{here}. Leave such "
+        f'layers out: exclude="{name}", or a pattern of their names',
         bound,
     )
 
 
 @torch.no_grad()
-def _largest_gain(norm: nn.Module, head_dim: int) -> float:
-    """Computed by the norm itself, because some norms add one to their weight."""
-    weight: Any = norm.weight
+def _longest(norm: nn.Module, head_dim: int) -> float:
+    """An upper bound on the length of a vector after a norm; NaN if it is not known.
+
+    Before the gain, the vector is at most √d long. The norm itself computes gain and bias, because
+    some norms add one to their weight.
+    """
+    if isinstance(norms := getattr(norm, "norms", None), nn.ModuleList):  # of each head (StableLM)
+        return max((_longest(child, head_dim) for child in norms), default=math.nan)
+    weight: Any = getattr(norm, "weight", None)
+    if type(weight) is not nn.Parameter or weight.numel() != head_dim or weight.is_meta:
+        return math.nan
     unit = torch.ones(head_dim, dtype=weight.dtype, device=weight.device)  # mean 0 and RMS 1
     unit[1::2] = -1
-    return float(norm(unit).abs().max()) if not weight.is_meta else math.nan
+    positive, negative = norm(unit), norm(-unit)
+    gain, bias = (positive - negative) / 2, (positive + negative) / 2
+    return float(head_dim**0.5 * gain.abs().max() + bias.norm())

@@ -698,15 +698,23 @@ class TestLayouts:
         [
             ("Qwen3Config", {"head_dim": 8}, 8**0.5),
             ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 16}, 2.0),
+            ("StableLmConfig", {"qk_layernorm": True}, 6 * 6**0.5),  # gains 2 and 3
+            ("PersimmonConfig", {"num_attention_heads": 3}, 1.5 * 8**0.5),  # biases of a half
         ],
     )
-    def test_one_gain_for_all_heads_is_refused(
+    def test_normalized_queries_and_keys_are_refused(
         self, name: str, options: dict[str, Any], bound: float
     ) -> None:
         """The error states the norm's bound on the logits, which holds."""
-        config = getattr(transformers, name)(**GQA, **options)
+        config = getattr(transformers, name)(**{**GQA, **options})
         model = transformers.AutoModelForCausalLM.from_config(config).train()
-        with pytest.raises(ValueError, match=rf"one gain for all heads.*here to {bound:.3g} ") as e:
+        with torch.no_grad():
+            for layer in model.model.layers if name == "StableLmConfig" else ():
+                layer.self_attn.q_layernorm.norms[1].weight.fill_(2)
+                layer.self_attn.k_layernorm.norms[0].weight[3] = -3
+            for layer in model.model.layers if name == "PersimmonConfig" else ():
+                layer.self_attn.q_layernorm.bias.fill_(0.5)
+        with pytest.raises(ValueError, match=rf"norm bounds the logits, here to {bound:.3g},") as e:
             qk_clip(model)
         assert 'exclude="model.layers.0.self_attn"' in str(e.value)
         assert all((x <= bound).all() for x in expected(model, batch()).values())
