@@ -1,10 +1,15 @@
-"""Hooks of optimizers, and handles that undo them."""
+"""Hooks of optimizers, handles that undo them, and functions that torch.compile leaves alone."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch.optim.optimizer import Optimizer
+
+# Like torch.compiler.disable, without importing torch._dynamo, which takes seconds, until the first
+# call. In a trace, attributes of an optimizer that are set to tensors are lost.
+untraced = torch._compile._disable_dynamo
 
 
 class Handle:

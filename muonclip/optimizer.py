@@ -33,6 +33,7 @@ from muonclip.distributed.sharding import (
     place_like,
     reduced_shape,
 )
+from muonclip.hooks import untraced
 from muonclip.kernels.support import prefers_bfloat16
 from muonclip.labels import label
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
@@ -71,10 +72,6 @@ if TYPE_CHECKING:
 NonFinite = Literal["raise", "skip", "ignore"]
 
 _NOT_OPTIONS = {"params", "param_names"}
-
-# Like torch.compiler.disable, without importing torch._dynamo, which takes seconds, until the first
-# call. In a trace, attributes of an optimizer that are set to tensors are lost.
-_untraced = torch._compile._disable_dynamo
 
 
 class MuonClip(Optimizer):
@@ -434,7 +431,7 @@ class MuonClip(Optimizer):
             self._update_untraced(work, flags, torch.compiler.is_compiling())
         return loss
 
-    @_untraced
+    @untraced
     def _begin(self) -> "tuple[_Work, _Flags]":
         """Check the step, and agree on it with the ranks that must take it together."""
         self._read_pending()
@@ -484,7 +481,7 @@ class MuonClip(Optimizer):
             self._owners.gather(self._sharded_adamw(work), found_inf)
         self.devices.finish(local_tensor(p) for _, params, _ in work for p in params)
 
-    @_untraced
+    @untraced
     def _update_untraced(self, work: "_Work", flags: "_Flags", is_compiled: bool) -> None:
         """The same outside torch.compile, which cannot trace messages between ranks."""
         if is_compiled:

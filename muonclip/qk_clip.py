@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.distributed.sharding import is_dtensor, local_indices
-from muonclip.hooks import Handle, call_before_zero_grad, unwrap_optimizer
+from muonclip.hooks import Handle, call_before_zero_grad, untraced, unwrap_optimizer
 from muonclip.max_logits import Mask, screened_max_logits
 from muonclip.row_scaling import (
     ScaledSides,
@@ -687,11 +687,13 @@ class _Attachment(Handle):
         restore = call_before_zero_grad(optimizer, clip._discard_graded)
         super().__init__([partial(self._forget, optimizer), restore, *(h.remove for h in hooks)])
 
+    @untraced
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if not self.clip._inactive:
             self.clip._checked_plan()  # raises errors before the step changes anything
         self._skipped_before = getattr(optimizer, "skipped_steps", None)
 
+    @untraced
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         applied: bool | Tensor = True
         if self._skipped_before is not None:

@@ -445,3 +445,16 @@ def test_a_model_materialized_after_the_clip_is_clipped() -> None:
     clip.observe("layer", torch.tensor([400.0, 400.0]))
     assert clip.step().num_clipped == 2
     assert torch.equal(model.q.weight, torch.full_like(model.q.weight, 0.5))
+
+
+def test_a_compiled_step_does_not_trace_the_clip() -> None:
+    """It reads logits on a CPU: a trace would break there, and be made again for other heads."""
+    model, clip = watched(threshold=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clip.attach(optimizer)
+    is_traced: list[bool] = []
+    clip.register_step_post_hook(lambda _: is_traced.append(torch.compiler.is_compiling()))
+    step = torch.compile(optimizer.step, backend="eager")
+    model(X).backward()
+    step()
+    assert is_traced == [False] and clip.result is not None and clip.result.num_clipped == 2
