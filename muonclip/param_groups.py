@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from muonclip.labels import WRAPPERS
 from muonclip.matrix_layouts import WHOLE, MatrixLayout
@@ -133,7 +135,9 @@ def _reason_in_module(module: nn.Module) -> str | None:
         return "convolution kernel"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
-    if isinstance(module, ParametrizationList):  # weight norm: a direction, whose length is free
+    if isinstance(module, ParametrizationList) or any(
+        isinstance(hook, (WeightNorm, SpectralNorm)) for hook in module._forward_pre_hooks.values()
+    ):  # a direction, whose length is free
         return "parametrization"
     kind = type(module).__name__.lower()
     # Transformer Engine's LayerNormLinear and LayerNormMLP contain matrices.

@@ -140,6 +140,7 @@ def test_shapes_in_the_wild(shape: tuple[int, ...], name: str | None, algorithm:
     assert choose_algorithm(torch.zeros(shape), name)[0] == algorithm
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_modules_in_the_wild() -> None:
     """Types speak where names say nothing."""
 
@@ -163,6 +164,8 @@ def test_modules_in_the_wild() -> None:
             "f": nn.ConvTranspose1d(8, 8, 3),
             "g": nn.EmbeddingBag(11, 8),
             "h": nn.Bilinear(8, 8, 4),
+            "i": nn.utils.weight_norm(nn.Linear(8, 8)),  # by a hook
+            "j": nn.utils.spectral_norm(nn.Linear(8, 8)),
         }
     )
     found = {item.name: item.algorithm for item in assign_parameters(model)}
