@@ -498,6 +498,11 @@ def _bias_weights(bias: Tensor, threshold: float) -> tuple[Tensor, Tensor | None
 
 def _check_shapes(query: Tensor, key: Tensor, mask: Mask | None, bias: Tensor | None) -> int:
     """Check the arguments and return the number of key groups."""
+    if query.is_nested or key.is_nested:
+        raise ValueError(
+            "query and key must not be nested tensors: pass query.to_padded_tensor(0.0) and "
+            "key.to_padded_tensor(0.0), as logits of 0 do not count"
+        )
     if query.ndim < 3 or key.ndim != query.ndim:
         raise ValueError(
             "query and key must have the same number of dimensions, [..., heads, length, d], "

@@ -291,8 +291,11 @@ def check_parameters(params: Any, group_index: int) -> list[Entry]:
         if not isinstance(param, Tensor):
             raise TypeError(f"parameter {where} must be a Tensor, got {type(param).__name__}")
         text = f"parameter {where} of shape {tuple(param.shape)}"
-        if not param.is_floating_point():
-            raise ValueError(f"{text} is {param.dtype}; MuonClip needs real floating point")
+        if param.dtype not in NS_DTYPES:
+            raise ValueError(
+                f"{text} is {param.dtype}; MuonClip needs real floating point of 16 to 64 bits: "
+                "leave it out, as param_groups(model) leaves out frozen parameters"
+            )
         if param.layout != torch.strided:
             raise ValueError(f"{text} is sparse; MuonClip needs dense tensors")
         if not (param.is_leaf or param.retains_grad):

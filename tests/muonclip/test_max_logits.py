@@ -418,6 +418,13 @@ def test_errors(query: tuple[int, ...], key: tuple[int, ...], message: str) -> N
     ):
         with pytest.raises(ValueError, match=message):
             max_logits(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), bias=bias)
+    sequences = [torch.ones(3, 2, 4), torch.ones(5, 2, 4)]
+    nested = torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2)
+    for function in (max_logits, max_logits_bound):
+        with pytest.raises(ValueError, match=r"must not be nested tensors: pass query\.to_padded"):
+            function(nested, nested)
+        padded = nested.to_padded_tensor(0.0)
+        assert torch.equal(function(padded, padded), torch.tensor([2.0, 2.0]))
     with pytest.raises(ValueError, match="block_size"):
         max_logits(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), block_size=0)
 

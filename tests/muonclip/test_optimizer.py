@@ -411,6 +411,10 @@ class TestErrors:
         [
             ({"params": [("w", torch.zeros(2, 2, dtype=torch.cfloat))]}, "'w' .* is torch.complex"),
             ({"params": [("w", torch.zeros(2, 2, dtype=torch.int64))]}, "'w' .* is torch.int64"),
+            (
+                {"params": [("w", torch.zeros(2, 2).to(torch.float8_e4m3fn))]},
+                r"'w' .* is torch.float8.*: leave it out, as param_groups\(model\)",
+            ),
             ({"params": [("w", torch.zeros(2, 2).to_sparse())]}, "'w' .* is sparse"),
             (
                 {"params": [("w", torch.zeros(0, 2))], "algorithm": "muon"},
