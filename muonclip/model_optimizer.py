@@ -326,13 +326,12 @@ class _Attention:
             layers = [name for name in obstacles if obstacles[name] == reason]
             self.warnings.append(_NOT_CLIPPED.format(", ".join(group_names(layers)), reason))
         self.not_clipped |= {n: _EXCLUDED if is_excluded(n) else _UNKNOWN for n in unknown}
-        layers = [name for name in unknown if not is_excluded(name)]
-        if not names and not self.layouts and (layers or not unknown):
-            self.warnings.append(_NO_ATTENTION.format(type(self._model).__name__))
-        elif layers:
+        if layers := [name for name in unknown if not is_excluded(name)]:
             self.warnings.append(
                 _UNKNOWN_ATTENTION.format(", ".join(group_names(layers)), _UNKNOWN)
             )
+        elif not (names or unknown or self.layouts):
+            self.warnings.append(_NO_ATTENTION.format(type(self._model).__name__))
 
     def _note_normalized(self, threshold: float) -> None:
         """Record the layers whose norms bound the logits, and the largest bound if it is known."""

@@ -94,7 +94,7 @@ def group_names(names: Iterable[str]) -> list[str]:
     for name in names:
         patterns.setdefault(without_numbers(name), []).append(name)
     return [
-        same[0] if len(same) == 1 else f"{pattern} ({len(same)} layers)"
+        same[0] or "the model itself" if len(same) == 1 else f"{pattern} ({len(same)} layers)"
         for pattern, same in patterns.items()
     ]
 

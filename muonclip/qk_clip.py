@@ -848,7 +848,8 @@ def _is_distributed() -> bool:
 
 def _enumerate(names: list[str], limit: int = 5) -> str:
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more layers" if more > 0 else "")
+    shown = [name or "the model itself" for name in names[:limit]]
+    return ", ".join(shown) + (f" and {more} more layers" if more > 0 else "")
 
 
 def check_not_in_vmap(layer: str) -> None:

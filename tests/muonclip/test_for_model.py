@@ -213,11 +213,16 @@ class Custom(nn.Module):
 
 
 def test_attention_that_is_not_recognized_is_reported_or_declared() -> None:
+    with pytest.warns(UserWarning, match="found no attention layer in Linear"):
+        assert for_model(nn.Linear(8, 8), report=None).qk_clip is None
     model = Custom()
-    with pytest.warns(UserWarning, match="found no attention layer in Custom"):
+    with pytest.warns(UserWarning, match="the logits of the model itself: its attention is"):
         assert for_model(model, report=None).qk_clip is None
+    with pytest.warns(UserWarning, match=r"the logits of \*.attention \(2 layers\): its attention"):
+        for_model(nn.ModuleList(nn.ModuleDict({"attention": Custom()}) for _ in "ab"), report=None)
     layouts = {"": AttentionLayout.separate(model.q, model.k, num_heads=2)}
     optimizer = for_model(model, qk_clip_threshold=0.01, attention_layouts=layouts, report=None)
+    assert "2 heads to 0.01 (the model itself with 2 heads each)" in str(optimizer.report)
     assert optimizer.qk_clip is not None
     model.observe = optimizer.qk_clip.observe_attention
     model(torch.randn(2, 3, 8)).backward()
