@@ -1,4 +1,4 @@
-"""Hooks of optimizers, handles that undo them, and functions that torch.compile leaves alone."""
+"""Hooks of optimizers, handles that undo them, and code that torch traces or leaves alone."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -10,6 +10,11 @@ from torch.optim.optimizer import Optimizer
 # Like torch.compiler.disable, without importing torch._dynamo, which takes seconds, until the first
 # call. In a trace, attributes of an optimizer that are set to tensors are lost.
 untraced = torch._compile._disable_dynamo
+
+
+def is_recording() -> bool:
+    """Whether a model is exported: by ``torch.export`` or ``torch.jit.trace``."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 class Handle:

@@ -29,7 +29,13 @@ from torch.utils.hooks import RemovableHandle
 
 from muonclip.attention_layouts import AttentionLayout
 from muonclip.distributed.sharding import is_dtensor, local_indices
-from muonclip.hooks import Handle, call_before_zero_grad, untraced, unwrap_optimizer
+from muonclip.hooks import (
+    Handle,
+    call_before_zero_grad,
+    is_recording,
+    untraced,
+    unwrap_optimizer,
+)
 from muonclip.max_logits import Mask, screened_max_logits
 from muonclip.row_scaling import (
     ScaledSides,
@@ -266,11 +272,12 @@ class QKClip:
 
         For attention kernels that return them: flex_attention's ``max_scores``, Transformer
         Engine's ``return_max_logit``. Call it for every micro-batch of a step, but not in
-        evaluation, whose logits would count too; only forward passes in inference mode are
-        ignored. Observing a forward pass twice, as activation recomputation does, changes nothing.
-        Non-finite values are ignored, because they say nothing about the weights' scale. Logits
-        with an additive bias (position bias, ALiBi) require ``observe_attention``, because their
-        maxima do not show the contribution of q·k.
+        evaluation, whose logits would count too; only forward passes in inference mode and in
+        exports (``torch.export``, ``torch.jit.trace``) are ignored. Observing a forward pass twice,
+        as activation recomputation does, changes nothing. Non-finite values are ignored, because
+        they say nothing about the weights' scale. Logits with an additive bias (position bias,
+        ALiBi) require ``observe_attention``, because their maxima do not show the contribution of
+        q·k.
 
         Args:
             name: the layer, as in ``layouts``.
@@ -505,8 +512,11 @@ class QKClip:
 
     @property
     def _ignores_forwards(self) -> bool:
-        """Whether forward passes do not count now. Inference mode cannot be part of training."""
-        return bool(self._inactive) or torch.is_inference_mode_enabled()
+        """Whether forward passes do not count now.
+
+        Those in inference mode and in exports cannot be part of training.
+        """
+        return bool(self._inactive) or torch.is_inference_mode_enabled() or is_recording()
 
     def _heads_on_rank(self, name: str, num_heads: int) -> slice | None:
         """The heads of a layer that this rank computes, among those of all layers.

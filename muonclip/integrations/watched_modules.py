@@ -27,7 +27,8 @@ class Watched:
     def observer(self, module: nn.Module) -> QKClip | None:
         """The clip, if it is to observe the current forward pass of the module.
 
-        Passes in eval mode and the repeated passes of activation checkpointing do not count.
+        Passes in eval mode, those that the clip ignores, and the repeated passes of activation
+        checkpointing do not count.
         """
         clip = self.clip()
         if clip is None:
@@ -38,7 +39,7 @@ class Watched:
         if not module.training:
             clip._note_eval_mode(self.name)
             return None
-        return clip
+        return None if clip._ignores_forwards else clip
 
 
 def with_pre_hook(hook: Callable[..., None]) -> Callable[[str, nn.Module], Watched]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from muonclip.hooks import Handle
+from muonclip.hooks import Handle, is_recording
 from muonclip.integrations.transformers.attention import attention_layouts
 from muonclip.integrations.transformers.masks import logit_inputs
 from muonclip.integrations.transformers.trial import AttentionInputs, check_layout
@@ -127,7 +127,7 @@ class _Layer(Watched):
 
 def _check_layout(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     """Test the layout in the first forward pass in training."""
-    if torch.compiler.is_compiling() or kwargs is None:
+    if torch.compiler.is_compiling() or is_recording() or kwargs is None:
         return
     layer = _watched.get(module)
     clip = None if layer is None else layer.clip()

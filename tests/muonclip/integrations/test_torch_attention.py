@@ -209,6 +209,20 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
     assert (clip.step().max_logits[""] == -math.inf).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_exports_of_a_model_in_training_do_not_count() -> None:
+    """``SummaryWriter.add_graph`` traces a model, too."""
+    model = nn.TransformerEncoderLayer(EMBED, HEADS, dropout=0.0, batch_first=True)
+    x = torch.randn(BATCH, QUERIES, EMBED)
+    clip = qk_clip(model, threshold=1e-6)
+    expected = model(x)
+    clip.step(clip=False)
+    exported = torch.export.export(model, (x,), strict=False)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert clip.step().num_clipped == 0
+    assert torch.allclose(exported.module()(x), expected) and torch.allclose(traced(x), expected)
+
+
 def test_copies_are_not_watched() -> None:
     """A watched model can be copied (for example to average weights) and pickled."""
     module, x = attention(), torch.randn(QUERIES, EMBED).double()

@@ -410,6 +410,17 @@ def test_only_training_is_watched_and_only_until_the_handle_is_removed() -> None
     watch(model, clip).remove()
 
 
+def test_exports_of_a_model_in_training_do_not_count() -> None:
+    model = make_model("separate")
+    model.config.use_cache = False  # type: ignore[union-attr]
+    ids = batch()["input_ids"]
+    expected = model(ids).logits
+    clip = qk_clip(model, threshold=1e-6)
+    exported = torch.export.export(model, (ids,), strict=False)
+    assert clip.step().num_clipped == 0
+    assert torch.allclose(exported.module()(ids).logits, expected)
+
+
 def test_copies_are_not_watched() -> None:
     """A watched model can be copied (for example to average weights) and pickled."""
     model, inputs = make_model("separate"), batch()
