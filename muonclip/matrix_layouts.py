@@ -105,8 +105,8 @@ class MatrixLayout:
 
     @property
     def _merged(self) -> "MatrixLayout | None":
-        """This layout with the rows of each of several matrices together; None: has none to
-        merge."""
+        """This layout with the rows of each matrix in one piece; None unless blocks are merged over
+        repeats, and there are several."""
         if self.blocks is None or len(self.blocks) == 1 or (self.separate and self.repeats > 1):
             return None
         blocks = tuple(self.repeats * rows for rows in self.blocks)

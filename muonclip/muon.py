@@ -192,7 +192,7 @@ def _fetch(
 
 
 def _refresh(params: Sequence[MuonParam]) -> None:
-    """Follow weights that were written since the last step, in master copies."""
+    """Copy weights that were written since the last step into their master copies."""
     for param in params:
         if param.compute is not None and param.to_update is not param.local:
             refresh_master(param.to_update, param.local)
@@ -590,7 +590,7 @@ def _batches(params: Sequence[MuonParam]) -> Iterator[_Batch]:
 
 
 def _split_stack(param: MuonParam, number: int, elements: int) -> Iterator[tuple[_Part, int]]:
-    """Split a stack of matrices into parts of about this many elements, each with their number."""
+    """Split a stack into parts of about this many elements, each with its number of elements."""
     length, total = param.local.size(0), param.local.numel()
     step = max(1, elements * length // total)
     if step >= length or param.num_slices == 1:

@@ -60,7 +60,7 @@ class Devices:
     def pin(self, tensor: Tensor) -> Tensor:
         """State in pinned memory, from which CUDA copies without waiting.
 
-        Not of DTensors: their local tensors cannot be replaced.
+        DTensors stay as they are, because their local tensors cannot be replaced.
         """
         is_plain = type(tensor) is Tensor and tensor.device.type == "cpu"
         if self.are_given and is_plain and torch.cuda.is_available():

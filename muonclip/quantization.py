@@ -14,11 +14,11 @@ _DROPPED_BITS = 2**7 - 1  # of the 24 significant bits of a scale
 
 
 def quantize_(codes: Tensor, scale: Tensor, values: Tensor) -> None:
-    """Encode values, in place of the codes and scales before.
+    """Encode values, and write them over the codes and scales.
 
     Args:
         codes: int8.
-        scale: float32; of the shape of ``codes``, with one in the dimensions that a row spans.
+        scale: float32; of the shape of ``codes``, with size one in dimensions that a row spans.
         values: of the shape of ``codes``, float32 or float64. A row with NaN, or a number out of
             float32's range, is decoded to NaN.
     """

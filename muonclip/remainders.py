@@ -4,9 +4,9 @@ The weight is the master rounded to nearest, and the remainder the difference of
 signed 16-bit integer. Ties round away from zero: with ties to even, weights with an even last bit
 would be the nearest of 65,537 float32 numbers, one more than remainders can tell apart.
 
-A weight that is written by others keeps its remainder, so that the master is within half a unit in
-the last place of what was written. Zeros and infinities may not have the remainder of every other
-weight: with such a one, the master is what was written.
+A weight that other code writes keeps its remainder, so that the master is within half a unit in the
+last place of what was written. Not every remainder is possible for zeros and infinities: with any
+other, the master is what was written.
 """
 
 import torch
@@ -24,7 +24,7 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
 def split_(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
     """Write a float32 master into a bfloat16 weight and an int16 remainder.
 
-    ``join`` returns its bits, except that there is one NaN.
+    ``join`` restores its bits, except those of NaN: there is only one.
     """
     bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
     weight.view(torch.int16).copy_((bits + 2**15) >> 16)
@@ -32,9 +32,9 @@ def split_(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
 
 
 def adopt(master: Tensor, weight: Tensor) -> Tensor:
-    """A float32 master, with the weight where that is not nearest, as it was written since then.
+    """A float32 master, replaced by the weight where that is not the nearest bfloat16 number.
 
-    Of a tie, both neighbours are nearest.
+    There the weight was written since. Of a tie, both neighbours are nearest.
     """
     bits = weight.view(torch.int16)
     rounded, remainder = torch.empty_like(weight), torch.empty_like(bits)

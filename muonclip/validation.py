@@ -116,7 +116,7 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 
 def check_capture(options: Options) -> None:
-    """Raise for an option that a captured step would not follow: it repeats its numbers."""
+    """Raise for an option that a replayed step would not follow: it repeats captured numbers."""
     for option, wrong in (
         ("momentum_warmup_steps", options["momentum_warmup_steps"] > 0),
         ("stochastic_rounding", options["stochastic_rounding"]),
@@ -153,11 +153,11 @@ def choices(option: str) -> tuple[Any, ...]:
 
 
 def check_devices(devices: Devices, capturable: bool, is_sharded: bool) -> None:
-    """Raise for options that cannot be joined with ``state_device`` or ``compute_device``."""
+    """Raise for options that cannot be combined with ``state_device`` or ``compute_device``."""
     if devices.are_given and (capturable or is_sharded):
         option = "capturable" if capturable else "shard_state"
         raise ValueError(
-            f"state_device and compute_device cannot be joined with {option}=True: leave "
+            f"state_device and compute_device cannot be combined with {option}=True: leave "
             f"{option} or both devices out"
         )
 
@@ -171,7 +171,7 @@ def check_remainders(entries: Sequence[Entry], is_sharded: bool) -> None:
     """
     if is_sharded:
         raise ValueError(
-            "master_weights='remainder' cannot be joined with shard_state=True, whose owners may "
+            "master_weights='remainder' cannot be combined with shard_state=True, whose owners may "
             "not have the weights: use master_weights=True, which it stores once"
         )
     for entry in entries:
@@ -204,7 +204,7 @@ def check_group(given: Options, group: Options, defaults: Options) -> None:
     """
     for option in _OF_ALL_GROUPS & given.keys():
         raise ValueError(
-            f"{option} has no effect on a group: it is of the whole optimizer. Give it to the "
+            f"{option} has no effect on a group: it applies to the whole optimizer. Give it to the "
             "constructor"
         )
     for option, ours in _ELSEWHERE.items():
@@ -234,7 +234,7 @@ def check_group_variant(given: Options, group: Options, defaults: Options) -> No
     if group.get("algorithm") == "adamw" and given.get("variant", "muon") != "muon":
         raise ValueError(
             f"variant={given['variant']!r} has no effect on a group whose algorithm is 'adamw': it "
-            "is of Muon's updates. Leave it out"
+            "scales Muon's updates. Leave it out"
         )
     _check_is_read(given, [group], defaults)
 

@@ -209,10 +209,10 @@ def test_what_differs_from_the_parameters_device() -> None:
         ({"compute_device": "cuda:99"}, r"compute_device='cuda:99' is missing: torch finds"),
         ({"compute_device": "gpu"}, r"compute_device must be a device such as 'cuda', got 'gpu'"),
         ({"compute_device": 1.5}, r"compute_device must be a device such as 'cuda', got 1.5"),
-        ({"state_device": "cpu", "shard_state": True}, r"cannot be joined with shard_state=True"),
+        ({"state_device": "cpu", "shard_state": True}, r"cannot be combined with shard_state=True"),
         (
             {"compute_device": "cpu", "capturable": True, "nonfinite": "skip"},
-            r"cannot be joined with capturable=True",
+            r"cannot be combined with capturable=True",
         ),
     ],
 )

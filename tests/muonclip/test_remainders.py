@@ -275,7 +275,7 @@ def test_parameters_without_a_remainder_are_refused() -> None:
     with pytest.raises(ValueError, match=r"bfloat16 parameters, but parameter 'w' .* is float16"):
         MuonClip([("w", nn.Parameter(torch.ones(4, 4).half()))], master_weights="remainder")
     param = nn.Parameter(torch.ones(4, 4).bfloat16())
-    with pytest.raises(ValueError, match=r"'remainder' cannot be joined with shard_state=True"):
+    with pytest.raises(ValueError, match=r"'remainder' cannot be combined with shard_state=True"):
         MuonClip([("w", param)], master_weights="remainder", shard_state=True)
     with pytest.raises(ValueError, match=r"master_weights must be one of"):
         MuonClip([("w", param)], master_weights="remainders")
