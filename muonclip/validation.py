@@ -352,7 +352,8 @@ def check_may_split() -> None:
             raise ValueError(
                 "ZeroRedundancyOptimizer needs groups that stay as they are, but MuonClip would "
                 "split these by algorithm: use MuonClip(param_groups(model), process_group=group) "
-                "without it (the ranks share the work), or give it groups with an 'algorithm' each"
+                "without it (the ranks share the work), or give it groups with an 'algorithm' each "
+                "and parameters without names"
             )
         frame = frame.f_back
 

@@ -217,7 +217,7 @@ def wrap_plain_parameters() -> str:
 def test_zero_redundancy_optimizer_refuses_plain_parameters(world_size: int) -> None:
     """On every rank, also one whose share is all matrices, or nothing."""
     for message in launch(wrap_plain_parameters, world_size):
-        assert "process_group=group" in message
+        assert "process_group=group" in message and "without names" in message
 
 
 def train_in_buckets() -> Outcome:
