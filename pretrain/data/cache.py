@@ -28,6 +28,8 @@ TAG = "CACHEDIR.TAG"
 # Resolution of file times in nanoseconds, on most file systems and on old ones. The latter are
 # recognized by times that are whole seconds.
 _FINE, _COARSE = 20_000_000, 2_000_000_000
+# Age of a temporary folder in nanoseconds after which no process can still be writing it.
+_ABANDONED = 7 * 24 * 3600 * 10**9
 
 Stamp = tuple[int, ...]
 
@@ -130,7 +132,10 @@ def make_cache(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(parent: Path) -> Iterator[Path]:
-    """A folder that is removed afterwards."""
+    """A folder that is removed afterwards, and in a cache those that killed processes left, too."""
+    for other in parent.glob("partial-*") if (parent / TAG).exists() else ():
+        if time.time_ns() - _time(other) > _ABANDONED:
+            shutil.rmtree(other, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(dir=parent, prefix="partial-"))
     try:
         yield partial

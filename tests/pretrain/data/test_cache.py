@@ -1,6 +1,7 @@
 """A folder of the cache that several processes build is built by one at a time."""
 
 import fcntl
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -95,3 +96,17 @@ def test_no_process_can_enter_a_folder_that_is_being_removed(
     cache.make_folder(folder, lambda partial: (partial / "file").touch(), resumable=True)
     assert removed and not any(path.name.startswith("unfinished-") for path in removed)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_killed_processes_left_in_a_cache_is_removed(tmp_path: Path, marked: bool) -> None:
+    """A build takes less than a week. In another folder, it could be a user's."""
+    for name in ("partial-left", "partial-recent"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").touch()
+    os.utime(tmp_path / "partial-left", (0, 0))
+    if marked:
+        (tmp_path / cache.TAG).touch()
+    cache.make_folder(tmp_path / "text-key", lambda partial: (partial / "file").touch())
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {"text-key", "partial-recent", *(() if marked else ("partial-left",))}
