@@ -1,5 +1,6 @@
 """Write a folder of images and captions as WebDataset shards for megatron-energon."""
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -151,13 +152,14 @@ def _index(out: Path, parts: list[str], images: list[str]) -> None:
     """
     from megatron.energon.flavors import BaseWebdatasetFactory
 
-    BaseWebdatasetFactory.prepare_dataset(
-        out,
-        sorted(path.name for path in out.glob("*.tar")),
-        split_parts_patterns=[(part, f"{part}-.*") for part in parts],
-        shuffle_seed=None,
-        workers=1,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints names of the temporary folder
+        BaseWebdatasetFactory.prepare_dataset(
+            out,
+            sorted(path.name for path in out.glob("*.tar")),
+            split_parts_patterns=[(part, f"{part}-.*") for part in parts],
+            shuffle_seed=None,
+            workers=1,
+        )
     fields = {"image": ",".join(images), "caption": "txt"}
     dataset = {"sample_type": _SAMPLE_TYPE, "field_map": fields}
     (out / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(dataset))

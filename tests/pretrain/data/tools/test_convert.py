@@ -215,6 +215,7 @@ def test_images_in_a_table_become_shards(
     lines, settings = printed(capsys)
     assert lines[-2].startswith("1 skipped: ") and "2.png" in lines[-2]
     assert lines[-1] == "7 images to train on and 0 held out"
+    assert len(lines) == 2, "energon prints names of the temporary folder"
     assert len(list((tmp_path / "shards").glob("train-*.tar"))) == 2
     make_tokenizer = {
         "data": {"sources": [{"path": str(make.jsonl(tmp_path / "t.jsonl", range(9)))}]}
