@@ -316,7 +316,8 @@ def _require_same_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     if Tokenizer.load(path).digest != tokenizer.digest:
         raise PretrainError(
             f"{path} differs from the data's tokenizer, which is another one if the data have "
-            "changed: train with the data that the run was started with, or choose another run_dir"
+            "changed: restore the data that the run was started with, or start a new run with "
+            "another run_dir, from these weights and with this tokenizer with start_from"
         )
 
 

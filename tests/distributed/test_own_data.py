@@ -156,6 +156,7 @@ def test_data_that_change_the_tokenizer_are_named(folder: Path, tmp_path: Path) 
     for command in ("train", "eval"):
         ((status, line),) = launch(training.command, 1, command, *config, "steps=4")
         assert status == 1 and "run/tokenizer.json differs from the data's tokenizer" in line
+        assert "from these weights and with this tokenizer with start_from" in line
 
 
 def test_training_on_text_alone_tests_no_captions(folder: Path) -> None:

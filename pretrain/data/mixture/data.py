@@ -221,7 +221,8 @@ class MixtureData(Data):
                 raise PretrainError(
                     f"{source.setting}: the documents of {source.location} are not those that the "
                     "checkpoint was made with, or data.max_image_tokens or data.video_fps has "
-                    "changed: restore them to resume, or choose another run_dir to start a new run"
+                    "changed: restore them to resume, or start a new run with another run_dir, "
+                    "from these weights with start_from"
                 )
         if state.get("order") != _ORDER and not all(one.one_pass for one in self._documents):
             raise PretrainError(

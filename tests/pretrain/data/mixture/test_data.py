@@ -451,7 +451,8 @@ def test_resuming_with_other_documents_is_refused(tmp_path: Path) -> None:
     path.rename(moved)
     opened(tmp_path, *both(tmp_path)).load_state_dict([state])
     make.jsonl(moved, range(1, 21))
-    with pytest.raises(PretrainError, match=r"sources\[0\]: the documents of .* are not those"):
+    message = r"sources\[0\]: the documents of .* are not those .* with start_from"
+    with pytest.raises(PretrainError, match=message):
         opened(tmp_path, *both(tmp_path)).load_state_dict([state])
 
 
