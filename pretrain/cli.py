@@ -304,10 +304,12 @@ def _settings(_options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from pretrain import checkpoint
     from pretrain.export.to_hf import export
 
-    choices = {"step": options.step, "text_only": options.text_only, "dtype": options.dtype}
-    print(f"wrote {export(options.run, options.out, **choices)}")
+    step = checkpoint.newest_step(options.run) if options.step is None else options.step
+    choices = {"step": step, "text_only": options.text_only, "dtype": options.dtype}
+    print(f"wrote {export(options.run, options.out, **choices)} from the checkpoint of step {step}")
 
 
 def _import(options: argparse.Namespace) -> None:

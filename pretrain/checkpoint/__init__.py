@@ -9,6 +9,7 @@ from pretrain.checkpoint.run import find as find
 from pretrain.checkpoint.run import flush_local_tier as flush_local_tier
 from pretrain.checkpoint.run import folder as folder
 from pretrain.checkpoint.run import keep_tokenizer as keep_tokenizer
+from pretrain.checkpoint.run import newest_step as newest_step
 from pretrain.checkpoint.run import restore as restore
 from pretrain.checkpoint.run import roll_back as roll_back
 from pretrain.checkpoint.run import save as save

@@ -64,6 +64,15 @@ def find(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, Config]:
     return checkpoint, from_dict(_config_values(checkpoint))
 
 
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, in a single process.
+
+    Raises:
+        PretrainError: there is no checkpoint, or its manifest cannot be read.
+    """
+    return _open(run_dir).step
+
+
 def _open(run_dir: Path, step: int | None = None) -> Checkpoint:
     """Open a checkpoint of a run, the newest one by default."""
     if not run_dir.is_dir():

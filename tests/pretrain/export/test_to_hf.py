@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from pretrain import cli
 from pretrain.checkpoint import storage
 from pretrain.data import Document
 from pretrain.data.media.fit import fit
@@ -232,6 +233,15 @@ def error_of(*args: Any, **kwargs: Any) -> str:
         export(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_the_command_names_the_checkpoint(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run may have been continued since."""
+    out = tmp_path / "hf"
+    assert cli.main(["export", str(run_dir), "--to", "hf", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote {out} from the checkpoint of step {STEP}\n"
 
 
 def test_export_errors_name_cause_and_remedy(run_dir: Path, tmp_path: Path) -> None:
