@@ -349,6 +349,10 @@ def _sample(options: argparse.Namespace) -> None:
     for path, moving in options.media:
         if not moving and is_video(path):
             raise PretrainError(f"{path} is a video: show it with --video")
+        if not os.path.exists(path):
+            raise PretrainError(
+                f"{path} does not exist: --image and --video name files, --prompt text"
+            )
     ask = _ask(options)
     model = generate.load(options.run, options.step)
     for piece in generate.sample(

@@ -145,6 +145,11 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     """The settings in a file; ``name`` is for messages."""
     try:
         values = yaml_core.read(untrusted_files.read_text(path, _MAX_BYTES, "utf-8-sig"))
+    except IsADirectoryError as error:
+        raise PretrainError(
+            f"cannot read the configuration {name}: it is a folder: give the YAML file that the "
+            "run was started with"
+        ) from error
     except OSError as error:
         raise PretrainError(f"cannot read the configuration {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:

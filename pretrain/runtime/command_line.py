@@ -37,7 +37,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     if others:
         unknown = [text for text in others if text.startswith("-") or "=" not in text]
         if unknown or "overrides" not in options:
-            parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
+            hint = ""
+            if "overrides" in options and any(text.startswith("--") for text in unknown):
+                hint = " (settings have no dashes: key.sub=value)"
+            parser.error(f"unrecognized arguments: {' '.join(unknown or others)}{hint}")
         options.overrides = [*options.overrides, *others]
     return options
 

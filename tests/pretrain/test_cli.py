@@ -88,6 +88,38 @@ def test_system_errors_are_one_line(
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
+@pytest.mark.parametrize("setting", ["--steps=8", "--run_dir"])
+def test_settings_with_dashes_are_explained(
+    capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "configs/laptop.yaml", setting])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"arguments: {setting} (settings have no dashes: key.sub=value)")
+    with pytest.raises(SystemExit):
+        cli.main(["report", "runs/laptop", setting])
+    assert "settings" not in capsys.readouterr().err
+
+
+def test_a_folder_instead_of_a_configuration_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands that use a trained model take the run's folder."""
+    assert cli.main(["eval", str(tmp_path)]) == 1
+    assert "it is a folder: give the YAML file that the run was" in capsys.readouterr().err
+
+
+def test_a_prompt_among_the_images_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "a.png"
+    image.touch()
+    assert cli.main(["sample", str(tmp_path), "--image", str(image), "What is it?"]) == 1
+    assert capsys.readouterr().err == (
+        "error: What is it? does not exist: --image and --video name files, --prompt text\n"
+    )
+
+
 def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyError("a bug")
