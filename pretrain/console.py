@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain import metrics
 from pretrain.build import Run
-from pretrain.config import LanguageConfig, to_dict
+from pretrain.config import Config, LanguageConfig, to_dict
 from pretrain.data import Data
 from pretrain.metrics import HELD_OUT, METRICS, Record, formatted
 from pretrain.model.kernels import choose_kernels
@@ -27,19 +27,24 @@ def opening(run: Run, done: int) -> str:
     by_algorithm = "; ".join(run.assignment.splitlines()[-2:])
     dep = "on" if config.encoder_process.enabled else "off"
     sources = run.data.describe()
-    start = f"resuming after step {done}" if done else "starting at step 0"
-    if done >= config.steps:
-        start = f"nothing is left to train after step {done}: to continue, raise steps"
-    if not done and config.start_from:
-        start += f" with the weights of {config.start_from}"
     lines = [
         f"{parameters:,} parameters on rank 0 of {run.context.world_size} ({by_algorithm}), "
         f"expert parallel {config.parallel.expert}, DEP {dep}, kernels {choose_kernels(config)}",
         f"{config.steps} steps of {tokens:,} tokens, "
         f"{_images(run.data)}; "
-        f"{start}; writing to {config.run_dir}",
+        f"{_start(config, done)}; writing to {config.run_dir}",
     ]
     return "\n".join([*lines, *filter(None, [sources]), *_notes(config.language)])
+
+
+def _start(config: Config, done: int) -> str:
+    """The step at which the run starts."""
+    if done >= config.steps:
+        return f"nothing is left to train after step {done}: to continue, raise steps"
+    if done:
+        return f"resuming after step {done}"
+    weights = f" with the weights of {config.start_from}" if config.start_from else ""
+    return f"starting at step 0{weights}"
 
 
 def _images(data: Data) -> str:

@@ -237,4 +237,5 @@ def _evaluate(config: Config, context: ParallelContext) -> None:
         scores, readings = held_out(run)
     if context.is_main:
         print(held_out_line({"step": step, **scores}))
-        print(listing(readings))
+        if readings:
+            print(listing(readings))

@@ -129,7 +129,7 @@ def _flops_lines(plan: Mapping[str, Any]) -> list[str]:
 def _traffic_lines(stages: Sequence[Mapping[str, float]]) -> list[str]:
     busiest, of_stage = _largest(stages)
     lines = [f"  {name:<22}{size / 2**30:>12,.3f}" for name, size in busiest.items() if size]
-    return [f"sent by a rank in a step, GiB{of_stage}", *lines]
+    return [f"sent by a rank in a step, GiB{of_stage}", *(lines or ["  nothing"])]
 
 
 def _largest(stages: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, float], str]:

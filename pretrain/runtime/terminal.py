@@ -53,7 +53,9 @@ def held_out_line(metrics: Record) -> str:
         )
     if metrics.get("exact_match") is not None:
         cells += [f"{METRICS[name].label} {formatted(metrics, name)}" for name in READING]
-    return f"held out after step {metrics['step']}: " + (" | ".join(cells) or "no data")
+    return f"held out after step {metrics['step']}: " + (
+        " | ".join(cells) or "nothing to evaluate (data.held_out, or a source's split)"
+    )
 
 
 class History:

@@ -116,6 +116,11 @@ def test_the_configuration_for_one_h200_fits_it(capsys: pytest.CaptureFixture[st
     assert "DOES NOT FIT in 80 GiB: 29.6 GiB too many; --fit 80" in capsys.readouterr().out
 
 
+def test_a_single_process_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "configs/h200.yaml", "--processes", "1"]) == 0
+    assert capsys.readouterr().out.endswith("sent by a rank in a step, GiB\n  nothing\n")
+
+
 def test_the_first_line_of_a_plan_has_all_parallel_sizes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

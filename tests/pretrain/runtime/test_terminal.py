@@ -10,10 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pretrain import console
+from pretrain.config import Config
 from pretrain.runtime.footer import RELEASE
 from pretrain.runtime.live import render
 from pretrain.runtime.progress import Progress, bar_line, duration, fitting, sparkline
-from pretrain.runtime.terminal import History, Terminal, progress_line
+from pretrain.runtime.terminal import History, Terminal, held_out_line, progress_line
 from tests.pretrain.runtime import screen
 from tests.pretrain.runtime.test_metrics_writer import STEP
 
@@ -50,6 +52,21 @@ def test_pipes_receive_lines_for_the_first_the_last_and_every_tenth_step(
     ]
     assert "loss 3.500 | text 3.250 | caption -" in lines[0]
     assert "\x1b" not in "".join(lines)
+
+
+def test_an_evaluation_without_held_out_data_names_the_setting() -> None:
+    names = ("held_out_text_loss", "held_out_caption_loss", "right_caption_loss")
+    metrics = {"step": 6, "swapped_caption_loss": None, **dict.fromkeys(names)}
+    line = held_out_line(metrics)
+    assert line.startswith("held out after step 6: nothing to evaluate (data.held_out")
+
+
+def test_a_run_without_steps_left_names_the_setting() -> None:
+    config = Config(steps=300)
+    assert console._start(config, 0) == "starting at step 0"
+    assert console._start(config, 299) == "resuming after step 299"
+    ended = "nothing is left to train after step 300: to continue, raise steps"
+    assert console._start(config, 300) == ended
 
 
 def test_the_view_is_below_the_output_of_all_processes_and_disappears() -> None:
