@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from muonclip.param_groups import Algorithm, without_numbers
+from muonclip.param_groups import Algorithm, common_name, without_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +94,8 @@ def group_names(names: Iterable[str]) -> list[str]:
     for name in names:
         patterns.setdefault(without_numbers(name), []).append(name)
     return [
-        same[0] or "the model itself" if len(same) == 1 else f"{pattern} ({len(same)} layers)"
-        for pattern, same in patterns.items()
+        (common_name(same) or "the model itself") + f" ({len(same)} layers)" * (len(same) > 1)
+        for same in patterns.values()
     ]
 
 

@@ -480,11 +480,11 @@ def describe_assignment(
         assignments: as returned by ``assign_parameters``.
         ns_dtype: as for ``MuonClip``. The line of Muon's total has it, or the default for the
             parameters' devices.
-        by_layer: False: one row for the parameters whose names differ only in numbers, which
-            become ``*``.
+        by_layer: False: one row for the parameters whose names differ only in numbers; those that
+            differ become ``*``.
     """
     rows = [("parameter", "shape", "algorithm", "reason")]
-    counts: dict[tuple[str, ...], int] = {}
+    names: dict[tuple[str, str, str, str], list[str]] = {}  # by their pattern and the other cells
     totals: dict[str, list[int]] = {}
     ns_dtypes: set[str] = set()
     for item in assignments:
@@ -492,9 +492,9 @@ def describe_assignment(
         reason = item.reason
         if item.layout is not None:
             reason += f", {item.layout}"
-        name = item.name if by_layer else without_numbers(item.name)
-        row = (name, "x".join(map(str, item.parameter.shape)), algorithm, reason)
-        counts[row] = counts.get(row, 0) + 1
+        pattern = item.name if by_layer else without_numbers(item.name)
+        row = (pattern, "x".join(map(str, item.parameter.shape)), algorithm, reason)
+        names.setdefault(row, []).append(item.name)
         total = totals.setdefault(algorithm, [0, 0])
         total[0] += 1
         total[1] += item.parameter.numel()
@@ -505,8 +505,8 @@ def describe_assignment(
             )
             ns_dtypes.add(str(chosen).removeprefix("torch."))
     rows += [
-        (f"{name} ({count} times)" if count > 1 else name, shape, algorithm, reason)
-        for (name, shape, algorithm, reason), count in counts.items()
+        (common_name(same) + f" ({len(same)} times)" * (len(same) > 1), shape, algorithm, reason)
+        for (_, shape, algorithm, reason), same in names.items()
     ]
     arithmetic = {"muon": f", Newton-Schulz in {' and '.join(sorted(ns_dtypes))}"}
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -524,3 +524,9 @@ def describe_assignment(
 def without_numbers(name: str) -> str:
     """A dotted name with ``*`` for each component that is a number, as of layers and experts."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Dotted names that differ only in numbers, as one: ``*`` for each component that differs."""
+    components = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(same[0] if len(set(same)) == 1 else "*" for same in components)

@@ -1,6 +1,7 @@
 """Every parameter is assigned to one algorithm, and the reason is reported."""
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -331,6 +332,14 @@ def test_describe_shows_all_and_adds_up() -> None:
     totals = [line for line in lines if "tensors" in line]
     counted = sum(int(line.split()[3].replace(",", "")) for line in totals)
     assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_only_numbers_that_differ_are_left_out_of_names() -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "last": nn.Sequential(nn.Linear(4, 9))})
+    text = describe_assignment(assign_parameters(model), by_layer=False)
+    names = [re.split("  +", line)[0] for line in text.splitlines() if "matrix" in line]
+    assert names == ["blocks.*.0.weight (3 times)", "blocks.*.2.weight (3 times)", "last.0.weight"]
 
 
 # ---------------------------------------------------------------------- wrappers and adapters
