@@ -203,12 +203,17 @@ def _special_folder(root: Path) -> Recognized | None:
         return _with_splits(_mds(root, shards[0]), root, shards, in_names=False)
     if kind == "captions" or (kind == "images" and images):
         captioned = kind == "captions" or any(reading.caption_of(path).exists() for path in images)
+        other = [path for path in paths if files.ends_with(path, _DESCRIBING)]
         if not captioned:
             advice = "write metadata.jsonl of {file_name: …, text: …}"
-            if other := [path for path in paths if files.ends_with(path, _DESCRIBING)]:
+            if other:
                 advice = f"inspect a file that describes them ({_listed(other)}), or {advice}"
             raise _refused(root, "a folder of images without captions", advice)
-        found = _found(f"{len(images):,} images with captions", "images", root)
+        description = f"{len(images):,} images with captions"
+        of_images = {path.stem for path in images}  # with their metadata, as img2dataset writes it
+        if other := [p for p in other if p.name != reading.CAPTIONS and p.stem not in of_images]:
+            description += f"; other data is not read: inspect {_listed(other)} separately"
+        found = _found(description, "images", root)
         return found if kind == "captions" else _with_splits(found, root, images, in_names=False)
     return None
 

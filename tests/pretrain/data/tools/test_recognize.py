@@ -583,6 +583,18 @@ def test_caches_and_hidden_folders_are_not_looked_into(tmp_path: Path) -> None:
     assert recognize(str(tmp_path)).entries[0]["type"] == "text"
 
 
+def test_other_data_in_a_folder_of_images_is_named(tmp_path: Path) -> None:
+    """Its configuration does not read them; files next to an image are its own."""
+    make.captioned_folder(tmp_path / "data", 3)
+    lines({"width": 28})(tmp_path / "data" / "000.json")
+    assert recognize(str(tmp_path / "data")).description == "3 images with captions"
+    (tmp_path / "data" / "text").mkdir()
+    lines({"text": "a"})(tmp_path / "data" / "text" / "web.jsonl")
+    assert recognize(str(tmp_path / "data")).description == (
+        "3 images with captions; other data is not read: inspect web.jsonl separately"
+    )
+
+
 def test_names_that_a_configuration_cannot_contain(tmp_path: Path) -> None:
     lines({"text": "a"})(tmp_path / "a\nb.jsonl")
     text = configuration(f"{tmp_path}/a\nb.jsonl")
