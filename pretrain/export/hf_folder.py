@@ -55,14 +55,17 @@ class HfFolder:
     """Files of a folder.
 
     Raises:
-        PretrainError: the path is not a folder.
+        PretrainError: the path is not a folder with config.json, or is the folder of a run.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
+        exported = path / "hf"
+        if (exported / "config.json").is_file() and not any(path.glob("*.safetensors")):
+            raise PretrainError(f"{path} is a run's folder: give its exported model, {exported}")
+        if not (path / "config.json").is_file():
             raise PretrainError(
-                f"cannot read {path}: not a folder; give a folder with config.json, safetensors "
-                "and a tokenizer"
+                f"cannot read {path}: give a folder with config.json, safetensors and a tokenizer, "
+                "as `python -m pretrain export RUN --to hf` writes it"
             )
         self.path = path
 

@@ -460,6 +460,16 @@ def test_damaged_files_are_imported_or_give_a_one_line_error(
     launch(damage_at_random, 1, str(run_folder / "hf-text"), str(tmp_path))
 
 
+def test_the_folder_of_a_run_is_named(tmp_path: Path) -> None:
+    """A run of posttrain has its settings in config.json."""
+    exported = tmp_path / "trained" / "hf"
+    exported.mkdir(parents=True)
+    for folder in (exported, exported.parent):
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(PretrainError, match=f"a run's folder: give its exported model, {exported}"):
+        import_hf(exported.parent, tmp_path / "run")
+
+
 def test_contradicting_overrides_and_used_folders_are_errors(copy: Path, run_folder: Path) -> None:
     line = import_error(copy, "language.num_layers=4")
     assert line == "language.num_layers=4 contradicts the checkpoint, which has 3: leave it out"
@@ -468,7 +478,8 @@ def test_contradicting_overrides_and_used_folders_are_errors(copy: Path, run_fol
     assert "language.rope_scaling={'factor': 2.0" in line
     assert "unknown configuration key 'language.layers'" in import_error(copy, "language.layers=4")
     assert "data.sources[0].type must be" in import_error(copy, "data.sources=[{type: foo}]")
-    assert "cannot read" in import_error(copy.parent / "nowhere")
+    nowhere = import_error(copy.parent / "nowhere")
+    assert "cannot read" in nowhere and "as `python -m pretrain export RUN --to hf`" in nowhere
     with pytest.raises(PretrainError, match="run has checkpoints or a config"):
         import_hf(copy, run_folder / "run")
     used = copy.parent / "used"
