@@ -119,7 +119,7 @@ def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) 
     if c:
         matrix = unchecked_product(r, r, c=r, alpha=c, beta=b, out=out)
     elif out is None:
-        matrix = Matrices(values * b, rounded_to=r.rounded_to).round_()
+        matrix = r.symmetric(values * b).round_()
     else:
         torch.mul(values, b, out=out.tensor)
         matrix = out.round_()
@@ -132,7 +132,7 @@ def polynomial(r: Matrices, a: float, b: float, c: float, out: Matrices | None) 
 def as_matrix(p: Polynomial, out: Matrices | None) -> Matrices:
     """A copy of the polynomial as one matrix."""
     if out is None:
-        matrix = Matrices(p.matrix.tensor.clone(), rounded_to=p.matrix.rounded_to)
+        matrix = p.matrix.symmetric(p.matrix.tensor.clone())
     else:
         out.tensor.copy_(p.matrix.tensor)
         matrix = out

@@ -81,7 +81,7 @@ def unchecked_product(
         product = _operator(a.tensor, b.tensor, summand, alpha, beta)  # by device
     else:
         blocked_product(a, b, c, alpha, beta, out)
-    return (Matrices(product, rounded_to=a.rounded_to) if out is None else out).round_()
+    return (a.symmetric(product) if out is None else out).round_()
 
 
 def choose_backend(a: Tensor) -> Backend:

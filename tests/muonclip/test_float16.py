@@ -21,6 +21,7 @@ from muonclip import (
     orthogonalize,
     reference,
 )
+from muonclip.kernels import matrix_polynomial
 from muonclip.orthogonalize import default_ns_dtype, prefers_gram
 
 CUDA = torch.device("cuda")
@@ -182,6 +183,25 @@ def test_errors_on_matrices_of_low_rank_are_several_times_those_of_bfloat16(
     )
     assert half < LOW_RANK
     assert 4 * half < brain
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("shape", [(48, 200), (100, 200)], ids=str)
+def test_the_gram_form_is_as_exact_where_results_are_allocated(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], coefficients: Any, dtype: torch.dtype
+) -> None:
+    """On a GPU and with torch.compile: results are symmetric there, too, up to rounding."""
+    matrix = random(*shape)
+    exact = reference.orthogonalize(matrix, coefficients=coefficients)
+    errors = []
+    for is_eager_on_cpu in (True, False):
+        monkeypatch.setattr(
+            matrix_polynomial, "_is_eager_on_cpu", lambda x, result=is_eager_on_cpu: result
+        )
+        result = orthogonalize(matrix, dtype=dtype, form="gram", coefficients=coefficients)
+        errors.append(relative_error(result, exact))
+    assert errors[1] < 1.2 * errors[0]
 
 
 # ---------------------------------------------------------------------- range of updates
