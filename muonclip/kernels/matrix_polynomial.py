@@ -1,13 +1,16 @@
 """Polynomials of symmetric matrices and their products, in memory that a CPU uses again."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from muonclip.kernels.blocked_product import Matrices, new_squares, pays_by_blocks
+from muonclip.kernels.support import full_float32_products
 from muonclip.kernels.symmetric_product import unchecked_product
 
 # Up to this side, calls take longer than the arithmetic.
@@ -64,10 +67,7 @@ def _passes(x: Tensor, compute: torch.dtype) -> Iterator[Tensor]:
 
 
 def apply(
-    function: Callable[[Matrices, Workspace], Matrices],
-    x: Tensor,
-    *,
-    compute: torch.dtype,
+    function: Callable[[Matrices, Workspace], Matrices], x: Tensor, *, compute: torch.dtype
 ) -> Tensor:
     """Apply a function that overwrites its argument to each matrix of [b, n, m].
 
@@ -79,21 +79,24 @@ def apply(
         x: [b, n, m].
         compute: dtype to compute in, with every result rounded to that of ``x``.
     """
-    rounded_to = None if compute == x.dtype else x.dtype
+    is_rounded = compute != x.dtype
+    new_matrices = partial(Matrices, rounded_to=x.dtype if is_rounded else None)
     if torch.compiler.is_compiling():
         x = x.contiguous()  # torch.compile supports no other memory for results
     if not _is_eager_on_cpu(x):
-        values = Matrices(x.to(compute), rounded_to=rounded_to)
-        spare = Matrices(torch.empty_like(values.tensor), rounded_to=rounded_to)
+        values = new_matrices(x.to(compute))
+        spare = new_matrices(torch.empty_like(values.tensor))
         return function(values, Workspace(spare)).tensor.to(x.dtype)
     memory: Workspace | None = None
     for part in _passes(x, compute):
-        values = Matrices(part.to(compute), rounded_to=rounded_to)
+        values = new_matrices(part.to(compute))
         if memory is None or memory.spare.tensor.shape != part.shape:
-            spare = Matrices(torch.empty_like(values.tensor), rounded_to=rounded_to)
+            spare = new_matrices(torch.empty_like(values.tensor))
             memory = Workspace(spare, *new_squares(spare, 4))
         spare = memory.spare
-        result = function(values, memory)
+        # Otherwise torch may round factors in float16 to bfloat16, if it is set to.
+        with full_float32_products(x.device) if is_rounded else nullcontext():
+            result = function(values, memory)
         if result.tensor is not part:
             part.copy_(result.tensor)
         memory.spare = spare

@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonclip import (
     MatrixLayout,
@@ -363,6 +364,34 @@ def test_products_in_float32_are_not_more_exact_than_asked(
     exact = torch.stack([reference.orthogonalize(matrix) for matrix in matrices])
     error = (orthogonalize(matrices, dtype=dtype).double() - exact).norm()
     assert error > 2 * (once - exact).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 300, 200)], ids=str)
+def test_products_in_float32_do_not_depend_on_the_matmul_precision(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """With AMX, "medium" would round factors in float16 to bfloat16."""
+
+    class Products(TorchDispatchMode):
+        precisions: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "mm" in function.overloadpacket.__name__:
+                self.precisions.add(torch.backends.mkldnn.matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(support, "_multiplies_fast", lambda dtype: False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Products() as products:
+            orthogonalize(random(*shape), dtype=torch.float16)
+        assert products.precisions == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
