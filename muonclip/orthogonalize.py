@@ -247,7 +247,8 @@ def orthogonalize(
             (those with AMX; AMD's and ARM's with other instructions are timed, once in a process);
             float32 on other CPUs, on a CPU for float64 matrices, for those with a side below 64 and
             for a single one with a side below 91, and with ``form="gram"`` in place of bfloat16.
-            In 16 bits, a CPU without fast products in them multiplies in float32 and rounds.
+            On a CPU without fast instructions for products in a 16-bit dtype, each product is
+            computed in float32 and rounded.
         form: ``"direct"``, ``"gram"``, or ``"auto"``: by shape and dtype.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Features of this machine and of torch's settings: Triton, TF32, bfloat16 on a CPU."""
+"""Features of this machine and of torch's settings: Triton, TF32, 16-bit products on a CPU."""
 
 import functools
 import importlib.util
@@ -65,8 +65,8 @@ def cpu_threads() -> int:
 def prefers_bfloat16() -> bool:
     """Whether the CPU multiplies matrices in bfloat16 faster than in float32.
 
-    With AMX it does. With AVX512-BF16 or the instructions of ARM it depends on the processor (AMD's
-    Zen 4 is twice as fast) and is measured, once in a process, in tens of ms.
+    With AMX it does. With AVX512-BF16 of AMD or the instructions of ARM it depends on the processor
+    (Zen 4 is twice as fast) and is measured, once in a process, in tens of ms.
     """
     return _prefers_bfloat16()
 
@@ -82,8 +82,8 @@ def _prefers_bfloat16() -> bool:
 def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether the CPU has fast instructions for products of matrices in bfloat16 or float16.
 
-    Without them it is 1.7 (AVX512-BF16 of Intel) to 36 times (AVX2) as fast to multiply in float32
-    and to round the result. Not measured here, so that results have the same bits in every run.
+    Without them it is up to 1.7 (AVX512-BF16 of Intel) or 36 times (AVX2) as fast to multiply in
+    float32 and to round the result. Not measured, so that results have the same bits in every run.
     """
     return _multiplies_fast(dtype)
 
