@@ -27,7 +27,7 @@ from muonclip import (
     reference,
 )
 from muonclip.kernels import support
-from muonclip.orthogonalize import default_ns_dtype
+from muonclip.orthogonalize import coefficient_steps, default_ns_dtype
 
 detect = support._prefers_bfloat16.__wrapped__  # before a fixture replaces it
 detect_fast = support._multiplies_fast.__wrapped__
@@ -346,24 +346,35 @@ def test_products_in_float32_are_rounded_as_those_in_16_bits(
         assert result.dtype == dtype
         assert result.is_contiguous()
         errors.append(((result.double() - exact).norm() / exact.norm()).item())
-    assert max(errors) < (0.2 if dtype == torch.bfloat16 else 0.05)
-    if n * m > 1000:  # an average of many roundings
-        assert max(errors) < (0.03 if dtype == torch.bfloat16 else 0.01)
+    # Few singular values may be rounded to where a step is steep; the error of many is an average.
+    assert max(errors) < (0.5 if dtype == torch.bfloat16 else 0.05)
+    if min(n, m) >= 16:
+        assert max(errors) < (0.04 if dtype == torch.bfloat16 else 0.01)
         assert errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 300, 200), (1, 96, 96)], ids=str)
-def test_products_in_float32_are_not_more_exact_than_asked(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+@pytest.mark.parametrize("coefficients", ["quintic", "cubic"])
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 200, 300), (1, 96, 160)], ids=str)
+def test_each_product_in_float32_is_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], coefficients: Any, dtype: torch.dtype
 ) -> None:
-    """Every product is rounded: the whole in float32, rounded once, would be far more exact."""
     matrices = random(*shape)
-    once = orthogonalize(matrices, dtype=torch.float32).to(dtype).double()
     monkeypatch.setattr(support, "_multiplies_fast", lambda dtype: False)
-    exact = torch.stack([reference.orthogonalize(matrix) for matrix in matrices])
-    error = (orthogonalize(matrices, dtype=dtype).double() - exact).norm()
-    assert error > 2 * (once - exact).norm()
+    result = orthogonalize(matrices, dtype=dtype, coefficients=coefficients, form="direct")
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.to(dtype).double()
+
+    x = rounded(matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True))
+    for a, b, c in coefficient_steps(coefficients, 5):
+        gram = rounded(x @ x.mT)
+        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
+    exact = torch.stack(
+        [reference.orthogonalize(matrix, coefficients=coefficients) for matrix in matrices]
+    )
+    # Without the rounding of one of the products it would be 0.3 to 0.94.
+    assert 0.95 < (result.double() - exact).norm() / (x - exact).norm() < 1.05
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 60), (2, 300, 200)], ids=str)
