@@ -124,7 +124,8 @@ class Run:
                 f"{resumed} has more than steps={self.config.steps}: raise steps, or choose "
                 "another run_dir"
             )
-        self.say(f"resuming from {resumed}" if resumed else f"starting from {self.config.model}")
+        origin = f"resuming from {resumed}" if resumed else f"starting from {self.config.model}"
+        self.say(f"{origin}, with the data of {self.config.pretraining}")
         if resumed is None:
             self.evaluate(0)
         trainer.remove_callback(PrinterCallback)

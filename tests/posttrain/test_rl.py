@@ -92,12 +92,17 @@ def spread_reward(answer: str, _truth: str) -> float:
 
 
 def test_reading_is_trained_from_an_export_to_an_export(
-    image_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The trained folder has the files and names of the first one, and can be imported; a run that
     was interrupted ends with the same weights as one that was not."""
     monkeypatch.setattr(practice, "edit_distance_reward", spread_reward)
     out = rl.train(settings(tmp_path / "whole", image_export, *READ))
+    origin = f"starting from {image_export}, with the data of {tmp_path}/whole/pretraining.yaml\n"
+    assert origin in capsys.readouterr().out
     before, after = weights(image_export), weights(out)
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before if "o_proj" in name)
