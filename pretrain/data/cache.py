@@ -88,7 +88,7 @@ def cached(
             return load(folder), True
         except Exception as error:  # damage costs a rebuild, not the run
             logger.warning("rebuilding the damaged cache %s (%s)", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     make_folder(folder, build, resumable=resumable)
     try:
         return load(folder), False
@@ -170,9 +170,14 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         partial.mkdir(exist_ok=True)
         yield partial
         for other in _abandoned(parent):
-            # Renamed first: another process could enter a folder while its files are removed.
-            with contextlib.suppress(OSError), _temporary(folder.parent) as removed:
-                os.rename(other, removed / other.name)
+            _remove(other)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if possible, at once: another process could read it, or write into it, while
+    its files are removed."""
+    with contextlib.suppress(OSError), _temporary(folder.parent) as removed:
+        os.rename(folder, removed / folder.name)
 
 
 def _abandoned(unfinished: Path) -> Iterator[Path]:

@@ -110,3 +110,31 @@ def test_what_killed_processes_left_in_a_cache_is_removed(tmp_path: Path, marked
     cache.make_folder(tmp_path / "text-key", lambda partial: (partial / "file").touch())
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"text-key", "partial-recent", *(() if marked else ("partial-left",))}
+
+
+def test_another_process_never_meets_a_damaged_folder_that_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that builds it meanwhile could not rename its own to a name that still has files."""
+    folder = tmp_path / "text"
+    (folder / "damaged").mkdir(parents=True)
+    plain = shutil.rmtree
+
+    def build(partial: Path) -> None:
+        (partial / "whole").touch()
+
+    def load(folder: Path) -> str:
+        (file,) = folder.iterdir()
+        if file.name == "damaged":
+            raise ValueError
+        return file.name
+
+    def removing(path: Path, **options: Any) -> None:
+        monkeypatch.setattr(shutil, "rmtree", plain)
+        assert not folder.exists()
+        cache.make_folder(folder, build)  # the other process
+        plain(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    assert cache.cached(folder, build, load) == ("whole", False)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["text"]
