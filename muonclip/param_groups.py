@@ -91,7 +91,7 @@ def choose_algorithm(
     """
     if parameter.ndim < 2:
         return "adamw", "vector or scalar"
-    reason = None if module is None else _reason_in_module(module)
+    reason = None if module is None else _reason_in_module(module, name)
     if reason is None and name is not None:
         reason = _reason_in_name(name, parameter)
     if reason is None and parameter.ndim > 3:
@@ -129,14 +129,17 @@ def part_of_matrix(parameter: Tensor) -> str | None:
     return None
 
 
-def _reason_in_module(module: nn.Module) -> str | None:
+def _reason_in_module(module: nn.Module, name: str | None) -> str | None:
     """Why a matrix of this module goes to AdamW; None if it does not."""
+    own_name = (name or "").rpartition(".")[2]
     if isinstance(module, _ConvNd):
         return "convolution kernel"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     if isinstance(module, ParametrizationList) or any(
-        isinstance(hook, (WeightNorm, SpectralNorm)) for hook in module._forward_pre_hooks.values()
+        isinstance(hook, (WeightNorm, SpectralNorm))
+        and own_name in (f"{hook.name}_g", f"{hook.name}_v", f"{hook.name}_orig")
+        for hook in module._forward_pre_hooks.values()
     ):  # a direction, whose length is free
         return "parametrization"
     kind = type(module).__name__.lower()

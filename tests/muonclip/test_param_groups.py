@@ -173,6 +173,14 @@ def test_modules_in_the_wild() -> None:
     assert [name for name, algorithm in found.items() if algorithm == "muon"] == ["h.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_other_matrices_of_a_module_with_weight_norm() -> None:
+    """The hook normalizes one of them."""
+    model = nn.utils.weight_norm(nn.LSTM(8, 4), "weight_hh_l0")
+    found = {item.name: item.algorithm for item in assign_parameters(model)}
+    assert [name for name, algorithm in found.items() if algorithm == "muon"] == ["weight_ih_l0"]
+
+
 def test_names_that_are_numbers() -> None:
     items = assign_parameters(nn.ParameterList([torch.zeros(4, 8), torch.zeros(4)]))
     assert [(item.name, item.algorithm) for item in items] == [("0", "muon"), ("1", "adamw")]
