@@ -295,6 +295,8 @@ class QKClip:
                 f"layer {name!r} has {self.layouts[name].num_heads} heads, "
                 f"got max_logits of shape {tuple(max_logits.shape)}"
             )
+        if self._ignores_forwards:
+            return
         check_not_in_vmap(name)
         self._record(name, heads, max_logits, max_logits, max_logits)
 
@@ -546,8 +548,6 @@ class QKClip:
     def _record(
         self, name: str, heads: slice, largest: Tensor, bounds: Tensor, unbiased: Tensor
     ) -> None:
-        if self._ignores_forwards:
-            return
         adapters = self.layouts[name].active_adapters()
         self._log.passes.setdefault(name, set()).add(adapters)
         values = torch.stack([largest, bounds, unbiased]).detach()

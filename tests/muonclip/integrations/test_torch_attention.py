@@ -273,6 +273,12 @@ def test_gradients_of_single_samples_are_refused() -> None:
     assert clip.step().upper_bounds[""].isfinite().all()
 
 
+def test_a_removed_clip_does_not_refuse_vmap() -> None:
+    clip = qk_clip(attention().float())
+    clip.remove()
+    torch.vmap(lambda maxima: clip.observe("", maxima), out_dims=None)(torch.ones(2, HEADS))
+
+
 def test_unsupported_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="0: add_bias_kv adds a key without a projection"):
         attention_layouts(nn.ModuleList([nn.MultiheadAttention(4, 2, add_bias_kv=True)]))
