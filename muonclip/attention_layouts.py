@@ -21,6 +21,7 @@ from muonclip.adapters import (
     of_tensors,
     weight_and_bias,
 )
+from muonclip.update import is_fake
 
 # A layer with a weight and a bias, a weight, a (weight, bias) pair, or a function that returns one.
 WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
@@ -372,6 +373,8 @@ def _check_rows(name: str, rows: Tensor, size: int) -> None:
             f"{name} must be int64 [heads, rows per head] and not empty, "
             f"got {rows.dtype} {tuple(rows.shape)}"
         )
+    if is_fake(rows):
+        raise ValueError(f"{name} has no values under FakeTensorMode: leave QK-Clip out there")
     if rows.min() < 0 or rows.max() >= size:
         raise ValueError(f"{name} must lie in 0..{size - 1}, the weight's rows")
     if rows.flatten().bincount().max() > 1:

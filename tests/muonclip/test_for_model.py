@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import muonclip
 from muonclip import AttentionLayout, MatrixLayout, MuonClip, QKClip, for_model
@@ -663,3 +664,14 @@ def test_options_of_a_clip_that_has_no_effect_are_refused() -> None:
             for_model(model, qk_clip_threshold=None, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="qk_clip_threshold must be above 0 and finite, got -1"):
         for_model(nn.Linear(2, 2), qk_clip_threshold=-1)
+
+
+def test_memory_is_estimated_without_qk_clip() -> None:
+    """Tensors without values have no logits."""
+    with FakeTensorMode():
+        model = llama()
+        with pytest.warns(UserWarning, match="no values under FakeTensorMode: leave QK-Clip out"):
+            optimizer = for_model(model, report=None)
+        train(model, optimizer)
+    assert optimizer.qk_clip is None
+    assert all(state.keys() & {"momentum_buffer", "exp_avg"} for state in optimizer.state.values())
