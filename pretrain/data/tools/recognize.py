@@ -186,8 +186,8 @@ def _special_folder(root: Path) -> Recognized | None:
     """
     if (root / ".nv-meta").is_dir():
         return _found("shards for megatron-energon", "energon", root)
-    items = itertools.islice(files.walk(root, ("",), "files"), 10_000)
-    paths = sorted(item for item in items if isinstance(item, Path))
+    walked = (item for item in files.walk(root, ("",), "files") if isinstance(item, Path))
+    paths = sorted(itertools.islice(walked, 10_000))
     names = {path.name for path in paths}
     if any(f"{name[:-4]}.bin" in names for name in names if name.endswith(".idx")):
         return _tokens(root, paths)
@@ -203,7 +203,7 @@ def _special_folder(root: Path) -> Recognized | None:
         return _with_splits(_mds(root, shards[0]), root, shards, in_names=False)
     if kind == "captions" or (kind == "images" and images):
         captioned = kind == "captions" or any(reading.caption_of(path).exists() for path in images)
-        other = [path for path in paths if files.ends_with(path, _DESCRIBING)]
+        other = [p for p in paths if files.ends_with(p, _DESCRIBING) and not files.is_about(p)]
         if not captioned:
             advice = "write metadata.jsonl of {file_name: …, text: …}"
             if other:

@@ -583,10 +583,19 @@ def test_caches_and_hidden_folders_are_not_looked_into(tmp_path: Path) -> None:
     assert recognize(str(tmp_path)).entries[0]["type"] == "text"
 
 
+def test_hidden_files_do_not_count_among_those_looked_at(tmp_path: Path) -> None:
+    """macOS writes one for each file, and they come first."""
+    for number in range(10_000):
+        (tmp_path / f"._{number}").touch()
+    make.captioned_folder(tmp_path, 3)
+    assert recognize(str(tmp_path)).description == "3 images with captions"
+
+
 def test_other_data_in_a_folder_of_images_is_named(tmp_path: Path) -> None:
     """Its configuration does not read them; files next to an image are its own."""
     make.captioned_folder(tmp_path / "data", 3)
     lines({"width": 28})(tmp_path / "data" / "000.json")
+    lines({"name": "data"})(tmp_path / "data" / "dataset_infos.json")  # about the images
     assert recognize(str(tmp_path / "data")).description == "3 images with captions"
     (tmp_path / "data" / "text").mkdir()
     lines({"text": "a"})(tmp_path / "data" / "text" / "web.jsonl")
