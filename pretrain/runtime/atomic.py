@@ -13,14 +13,16 @@ def written(path: Path) -> Iterator[Path]:
     """A temporary path for a file or a folder, which is renamed to ``path`` at the end.
 
     A file of that name is replaced, a folder only if it is empty. Several processes may write the
-    same path. After an error, nothing has changed.
+    same path. After an error, nothing has changed. A killed process leaves the temporary path:
+    it is hidden, so that it is not read as data.
 
     Raises:
         PretrainError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.partial-") as folder:
+        prefix = f".{path.name}.partial-"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
             partial = Path(folder) / path.name
             yield partial
             partial.rename(path)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data import files
 from pretrain.errors import PretrainError
 from pretrain.runtime import atomic
 
@@ -39,3 +40,13 @@ def test_an_error_changes_nothing(tmp_path: Path) -> None:
         atomic.write_text(file / "below", "")
     assert file.read_text() == "before"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "other"]
+
+
+def test_an_unfinished_folder_is_not_read_as_data(tmp_path: Path) -> None:
+    """A killed process leaves it, next to other data."""
+    (tmp_path / "other.jsonl").touch()
+    with atomic.written(tmp_path / "new") as partial:
+        partial.mkdir()
+        (partial / "half.jsonl").touch()
+        found = [item for item in files.walk(tmp_path, (".jsonl",), "") if isinstance(item, Path)]
+    assert found == [tmp_path / "other.jsonl"]
